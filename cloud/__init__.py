@@ -1,0 +1,1 @@
+"""The model owner's side: workers that run the frozen span for enrolled edges."""
