@@ -12,10 +12,13 @@
     │   └── LimitError                a size, a rank or a count is over the agreed limit
     ├── UnreachableError         40   the cloud cannot be reached, or stayed away too long
     ├── PortInUseError           41   the address to listen on is taken
-    ├── RefusedError             42   the cloud declined: draining, over quota, a bad request
+    ├── RefusedError             42   the cloud declined: a bad request, or one of
+    │   ├── DrainingError             the worker stops; another one, or the same one later, serves the edge
+    │   └── OverQuotaError            the edge has used up its quota
     └── ConnectionLostError      43   the stream broke; the edge retries these before anybody sees them
 
-`LocalProtocolError` is a defect of this side, `RemoteProtocolError` one of the peer (or an attack): the distinction is h11's.
+`LocalProtocolError` is a defect of this side, `RemoteProtocolError` one of the peer (or an attack): the
+distinction is h11's.
 """
 
 from __future__ import annotations
@@ -87,6 +90,14 @@ class RefusedError(IsthmusError, ConnectionError):
     """The cloud declined: it drains, a quota is used up, or the request does not make sense."""
 
     exit_code = 42
+
+
+class DrainingError(RefusedError):
+    """The worker finishes its calls and takes no new session. The edge may try again."""
+
+
+class OverQuotaError(RefusedError):
+    """The edge has as many sessions, or bytes in flight, as its quota allows."""
 
 
 class ConnectionLostError(IsthmusError, ConnectionError):

@@ -1,0 +1,108 @@
+"""Writing so that a crash or a full disk leaves either the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from isthmus.backbone.errors import DiskError
+from safetensors import SafetensorError
+
+# Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
+_TEMPORARY = ".isthmus-tmp-"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's and safetensors' complaints about `path` into `DiskError`."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DiskError(
+            f"{path} cannot be written ({reason}): free some space or choose another folder; "
+            "what was saved before is untouched."
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` to `path`, whole or not at all, and see it to the disk.
+
+    Raises:
+        DiskError: The disk is full or cannot be written; an older file of that name is unchanged.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name, synced to the disk, when the block ends without an error.
+
+    An older folder of that name is replaced. A folder cannot be exchanged in one call, so a crash in between can leave
+    no folder of that name; it never leaves half of one.
+
+    Raises:
+        DiskError: The disk is full or cannot be written; the temporary folder is removed.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    with disk_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in [*temporary.rglob("*"), temporary]:
+                sync(file)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            temporary.rename(path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a crash on the way leaves nothing that looks whole."""
+    with disk_errors(path):
+        doomed = path.with_name(f"{_TEMPORARY}old-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write left in `folder`."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

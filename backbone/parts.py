@@ -1,0 +1,161 @@
+"""The edge's part of a cut model: an ordinary transformers model whose middle layers are a function."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from isthmus.backbone.assembly import build_on_meta, check_materialised, load_parameters, rebuild_buffers, tie_or_load
+from isthmus.backbone.checkpoint import (
+    EDGE_FILE,
+    TensorReader,
+    disk_errors,
+    read_json,
+    replace_folder,
+    write_json,
+)
+from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, check_adapters, load_edge_weights
+from isthmus.backbone.errors import PlanError
+from isthmus.backbone.families import family_of
+from isthmus.backbone.gate import PassThrough, SpanFn, SpanGate
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import PARTS_FILE, Checkpoint
+
+__all__ = ["EdgeModelMixin", "SpanFn", "SpanGate", "export_edge_parts", "load_edge_parts", "load_edge_weights"]
+
+_BESIDE_THE_WEIGHTS = re.compile(
+    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|"
+    r"chat_template.*|.*\.jinja"
+)
+
+
+def load_edge_parts(
+    source: Checkpoint | Path,
+    plan: SplitPlan,
+    span: SpanFn,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> Any:
+    """The edge's model: the family's own class, with the original layer indices, and the cloud's layers behind `span`.
+
+    `model.model.layers` (or what the family calls it) has all the layers' places: the edge's are real, the first of the cloud's is
+    a `SpanGate`, the others pass through. None of the cloud's has weights, so PEFT, Trainer and `generate` see a transformers
+    model, and an adapter made on it loads into the whole model. `model.split_plan` and `model.span_gate` tell about the cut.
+
+    Args:
+        source: A whole model's checkpoint, or what `export_edge_parts` wrote. Only the edge's tensors are read.
+        plan: Who holds which layers.
+        span: Runs the cloud's layers. It takes `(hidden [B, S, h], attention_mask [B, S] or None, position_ids [B, S], [1, S] or
+            None)` with mask and positions as the caller gave them to the model, and returns `[B, S, h]`. A module is not
+            registered: its weights are not the edge's.
+        dtype: Floating point dtype of the edge's weights.
+        attn_implementation: Attention implementation; None for the family's default. Both sides must use the same.
+
+    Returns:
+        A `PreTrainedModel` in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete, or does not fit its configuration.
+        ConfigError: the attention implementation does not fit the family.
+        PlanError: the plan is for another number of layers, or the folder holds the parts of another plan.
+        UnsupportedFamilyError: the architecture cannot be cut.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, source.name)
+    config = checkpoint.config
+    _check_plan(checkpoint, config.num_hidden_layers, plan)
+    family = family_of(config)
+    model = build_on_meta(config, family, dtype, attn_implementation)
+    base = model.get_submodule(family.base)
+    layers = getattr(base, family.layers)
+    site_names = tuple(name for name, _ in layers[plan.bottom].named_modules() if name)
+
+    gate = SpanGate(span)
+    for layer in plan.cloud:
+        layers[layer] = gate if layer == plan.bottom else PassThrough()
+    gate.attach(base)
+
+    names, tied = _load(model, checkpoint)
+    _settle(model, checkpoint)
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied, site_names)
+    model.register_forward_pre_hook(check_adapters)
+    return model
+
+
+def export_edge_parts(
+    checkpoint: Checkpoint, plan: SplitPlan, folder: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write what an edge needs of a model, and nothing of the cloud's layers.
+
+    The folder gets the configuration, the tokenizer's files and `edge.safetensors`: embedding, learned positions, the edge's
+    layers, final norm and head, under their names in the whole model. It appears whole or not at all, and replaces an old one.
+
+    Args:
+        checkpoint: The whole model.
+        plan: Who holds which layers.
+        folder: Where to write.
+        dtype: Floating point dtype of the written tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete.
+        DiskError: the disk is full or cannot be written.
+        PlanError: the plan is for another number of layers.
+        UnsupportedFamilyError: the architecture cannot be cut.
+    """
+    model = load_edge_parts(checkpoint, plan, _no_span, dtype=dtype)
+    state = model.state_dict()
+    tensors = {name: state[name].contiguous() for name in sorted(model.isthmus_origin.names)}
+    info = {"model": checkpoint.name, "plan": str(plan), "digest": checkpoint.digest()}
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
+            new = Path(temporary) / "parts"
+            new.mkdir()
+            for file in sorted(checkpoint.folder.iterdir()):
+                if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name):
+                    shutil.copyfile(file, new / file.name)
+            save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
+            write_json(new / PARTS_FILE, info)
+            replace_folder(new, folder)
+
+
+def _no_span(hidden: torch.Tensor, _mask: torch.Tensor | None, _positions: torch.Tensor | None) -> torch.Tensor:
+    return hidden
+
+
+def _check_plan(checkpoint: Checkpoint, n_layers: int, plan: SplitPlan) -> None:
+    if plan.n_layers != n_layers:
+        raise PlanError(f"split plan {plan} is for {plan.n_layers} layers, but the model has {n_layers}; parse it again")
+    if checkpoint.is_edge_parts:
+        cut = read_json(checkpoint.folder / PARTS_FILE).get("plan")
+        if cut != str(plan):
+            raise PlanError(f"{checkpoint.folder} holds an edge's parts for plan {cut}, not {plan}; use that plan")
+
+
+def _load(model: Any, checkpoint: Checkpoint) -> tuple[frozenset[str], dict[str, str]]:
+    """Fill the edge's model; returns its tensors' names and the tied ones."""
+    reader = TensorReader(checkpoint.folder, prefix=model.base_model_prefix + ".")
+    tied = tie_or_load(model, reader)
+    load_parameters(model, "", reader, skip=frozenset(tied))
+    rebuild_buffers(model)
+    check_materialised(model)
+    return frozenset(model.state_dict().keys() - tied.keys()), tied
+
+
+def _settle(model: Any, checkpoint: Checkpoint) -> None:
+    """What `from_pretrained` would do besides the weights, and no cache."""
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model.generation_config.use_cache = False
+    model.config.use_cache = False
+    model.config.name_or_path = str(checkpoint.folder)
+    model.name_or_path = str(checkpoint.folder)

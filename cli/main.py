@@ -1,0 +1,75 @@
+"""The command `isthmus`: composes the parts' commands and turns errors into one line and an exit code.
+
+Nothing here, and nothing that the command modules import at their top, loads torch, transformers, grpc or ray: `isthmus --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import sys
+from typing import Annotated
+
+import typer
+from isthmus.backbone.errors import DiskError, IsthmusError
+from isthmus.cloud.commands import app as cloud
+from isthmus.edge.commands import app as edge
+from isthmus.experiments.commands import bench, demo
+
+INTERNAL = 1
+
+app = typer.Typer(
+    name="isthmus",
+    help="Tune a language model whose owner may not show its weights, on data whose owner may not show them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(cloud, name="cloud")
+app.add_typer(edge, name="edge")
+app.add_typer(bench, name="bench")
+app.command(name="demo")(demo)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"isthmus {importlib.metadata.version('isthmus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Tune a language model whose owner may not show its weights, on data whose owner may not show them."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except IsthmusError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _internal(error)
+        _fail(f"the disk is full while writing {error.filename or 'a file'}: free some space and run again", DiskError.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: nobody is shown a traceback unless they ask
+        _internal(error)
+
+
+def _internal(error: Exception) -> None:
+    if os.environ.get("ISTHMUS_TRACEBACK"):
+        raise error
+    _fail(f"internal error: {type(error).__name__}: {error} (set ISTHMUS_TRACEBACK=1 for the traceback)", INTERNAL)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"isthmus: {message}\n")
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The commands of the model owner: `isthmus cloud keygen | enroll | serve | status`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
+
+Home = Annotated[Path, typer.Option("--home", help="Folder of the cloud's keys, enrolments and state.")]
+DEFAULT_HOME = Path("~/.isthmus/cloud")
+
+
+@app.command()
+def keygen(
+    home: Home = DEFAULT_HOME,
+    days: Annotated[int, typer.Option(min=1, help="Days until the worker's certificate expires.")] = 90,
+) -> None:
+    """Make the root key (once) and a worker's key with a certificate; run again to renew the latter.
+
+    Keep root_key offline afterwards: a worker needs only worker_key and worker_cert.
+
+    Example: isthmus cloud keygen
+    """
+    from isthmus.protocol.keys import generate_root, issue_worker, load_worker
+
+    folder = home.expanduser()
+    if not (folder / "root_key").exists():
+        generate_root(folder)
+    certificate = issue_worker(folder, days)
+    typer.echo(f"root key     {folder / 'root_key'} (keep it offline)")
+    typer.echo(f"worker key   {folder / 'worker_key'} (certificate good for {days} days)")
+    typer.echo(f"fingerprint  {load_worker(folder).pin}")
+    del certificate
+
+
+@app.command()
+def enroll(
+    public_key: Annotated[Path, typer.Argument(help="The edge's public key file, as `isthmus edge keygen` makes it.")],
+    home: Home = DEFAULT_HOME,
+    name: Annotated[str | None, typer.Option(help="The tenant's name; by default the key's comment.")] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions that the tenant may have open at once.")] = 4,
+    max_bytes_in_flight: Annotated[str, typer.Option(help="Bytes of calls that the tenant may have in flight.")] = "1GiB",
+) -> None:
+    """Let an edge in: add its public key to `authorized_edges`. A running cloud notices by itself.
+
+    Example: isthmus cloud enroll alice.pub --name alice --max-sessions 2
+    """
+    from isthmus.protocol.enrolment import Quota, add_line, parse_size
+    from isthmus.protocol.keyfiles import read_text
+
+    line = read_text(public_key.expanduser(), "ask the data owner for the .pub file that `isthmus edge keygen` made")
+    quota = Quota(max_sessions, parse_size(max_bytes_in_flight))
+    tenant = add_line(home.expanduser() / "authorized_edges", line, name, quota)
+    typer.echo(f"enrolled {tenant.name} {tenant.fingerprint}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
+    home: Home = DEFAULT_HOME,
+    edge_layers: Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")] = "2:2",
+    listen: Annotated[str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")] = "127.0.0.1:7443",
+    advertise: Annotated[str | None, typer.Option(help="Host that edges are told; by default the one of --listen.")] = None,
+    metrics: Annotated[str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")] = "127.0.0.1:9464",
+    dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "fp32",
+    stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the computation; by default all cores.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
+    connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="CA (PEM) that edges' TLS certificates must come from.")] = None,
+) -> None:
+    """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
+
+    Example: isthmus cloud serve --model smollm2-135m --edge-layers 2:2 --listen 127.0.0.1:7443
+    """
+    from isthmus.backbone.errors import ConfigError
+    from isthmus.protocol.enrolment import parse_size
+
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+    if tls_client_ca is not None and tls_cert is None:
+        raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    from isthmus.cloud.serve import serve as run
+
+    answered = run(
+        model,
+        home=home.expanduser(),
+        edge_layers=edge_layers,
+        listen=listen,
+        advertise=advertise,
+        metrics=metrics,
+        dtype=dtype,
+        stash_bytes=parse_size(stash_bytes),
+        max_tokens=max_tokens,
+        threads=threads,
+        address=address,
+        grace=grace,
+        connection_file=connection_file,
+        tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
+        ready=typer.echo,
+    )
+    if not answered:
+        typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
+        raise typer.Exit(UNANSWERED)
+
+
+UNANSWERED = 60  # documented in docs/exit-codes.md
+
+
+@app.command()
+def status(
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what the cloud on this machine serves: model, plan, sessions by tenant, stash, memory.
+
+    Example: isthmus cloud status --json
+    """
+    from isthmus.cloud.state import read_status
+
+    current = read_status(home.expanduser())
+    if as_json:
+        typer.echo(json.dumps(current))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", show_header=False)
+    for name, value in current.items():
+        table.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else str(value))
+    Console().print(table)

@@ -1,0 +1,199 @@
+"""The span's executor: forward, input gradient, and the stash of forward states between the two.
+
+A worker is a pure function of its input, because the backbone is frozen. The stash is therefore only ever a saving of time: whatever it has
+forgotten is computed again, and the answer has the same bits.
+
+    kept     autograd graph of the forward; backward costs one backward
+    input    the graph was evicted, the span's input is still here; backward costs one forward more
+    lost     nothing is here; `StashLost` asks the edge to send the input again
+
+All of it lives within one budget of bytes, over all sessions of the worker. Over budget, the oldest graphs shrink to their inputs first; if
+that is not enough, the oldest inputs go.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+class StashLost(Exception):  # noqa: N818 - a signal between the executor and the tenant's session, never shown to anybody
+    """The forward state of this call is gone and its input with it; the edge has to send the input again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanInput:
+    """What a span is a function of.
+
+    Shape: hidden [batch, sequence, hidden size]; attention_mask [batch, sequence] or None; position_ids [batch or 1, sequence] or None.
+    """
+
+    hidden: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors together."""
+        tensors = (self.hidden, self.attention_mask, self.position_ids)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(slots=True)
+class _Entry:
+    inputs: SpanInput
+    leaf: Tensor | None  # the input with requires_grad, root of the graph; None after eviction
+    output: Tensor | None
+    graph_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + (self.graph_bytes if self.output is not None else 0)
+
+
+@dataclass(slots=True)
+class StashCounters:
+    """Counts since the worker started."""
+
+    graphs_evicted: int = 0
+    inputs_evicted: int = 0
+    recomputed: int = 0
+
+
+Key = tuple[bytes, int]  # (session id, call)
+
+
+@dataclass(slots=True)
+class Executor:
+    """Runs one frozen span for many sessions.
+
+    Args:
+        span: the frozen layers; called with hidden, attention mask, position ids.
+        dtype: dtype the span computes in; inputs are cast to it, outputs are returned in it.
+        stash_bytes: budget for forward states over all sessions, in bytes.
+    """
+
+    span: nn.Module
+    dtype: torch.dtype
+    stash_bytes: int
+    counters: StashCounters = field(default_factory=StashCounters)
+    _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
+    _graph_bytes: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the stash holds now."""
+        return sum(entry.nbytes for entry in self._stash.values())
+
+    def forward(self, session: bytes, call: int, inputs: SpanInput, *, keep: bool) -> Tensor:
+        """Run the span.
+
+        Args:
+            session: id of the session, part of the stash's key.
+            call: number of the call within the session. A repeated call replaces what was kept for it.
+            inputs: the span's input.
+            keep: whether a backward will follow; if not, nothing is kept.
+
+        Returns:
+            Hidden states after the span's last layer, [batch, sequence, hidden size], in the span's dtype.
+        """
+        if not keep:
+            with torch.inference_mode():
+                return self._span(inputs.hidden.to(self.dtype), inputs.attention_mask, inputs.position_ids)
+        leaf, output, graph_bytes = self._run(inputs)
+        self._stash.pop((session, call), None)
+        self._stash[session, call] = _Entry(inputs, leaf, output, graph_bytes)
+        self._shrink()
+        return output.detach()
+
+    def backward(
+        self, session: bytes, call: int, gradient: Tensor, replay: SpanInput | None = None
+    ) -> tuple[Tensor, bool]:
+        """Gradient of the span's input for a gradient of its output; drops what was kept for the call.
+
+        Args:
+            session: id of the session.
+            call: number of the forward call.
+            gradient: gradient of the output, [batch, sequence, hidden size].
+            replay: the forward's input, sent again after `StashLost`.
+
+        Returns:
+            The gradient of the input, and whether the forward had to be computed again for it.
+
+        Raises:
+            StashLost: nothing is known of the call and `replay` is None.
+        """
+        entry = self._stash.pop((session, call), None)
+        if entry is not None and entry.leaf is not None and entry.output is not None:
+            return self._gradient(entry.leaf, entry.output, gradient), False
+        inputs = entry.inputs if entry is not None else replay
+        if inputs is None:
+            raise StashLost
+        self.counters.recomputed += 1
+        leaf, output, _ = self._run(inputs)
+        return self._gradient(leaf, output, gradient), True
+
+    def shape_of(self, session: bytes, call: int) -> torch.Size | None:
+        """Shape of the kept forward's input, or None where nothing is kept."""
+        entry = self._stash.get((session, call))
+        return None if entry is None else entry.inputs.hidden.shape
+
+    def release(self, session: bytes, before: int | None = None) -> None:
+        """Forget a session's forward states: all of them, or those of calls below `before`."""
+        gone = [key for key in self._stash if key[0] == session and (before is None or key[1] < before)]
+        for key in gone:
+            del self._stash[key]
+
+    def evict_all(self) -> None:
+        """Forget every forward state (for tests and benchmarks of the recovery)."""
+        self.counters.graphs_evicted += sum(entry.output is not None for entry in self._stash.values())
+        self.counters.inputs_evicted += len(self._stash)
+        self._stash.clear()
+
+    def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        output: Tensor = self.span(hidden, mask, positions)
+        return output
+
+    def _run(self, inputs: SpanInput) -> tuple[Tensor, Tensor, int]:
+        leaf = inputs.hidden.to(self.dtype).detach().requires_grad_(True)
+        mask, positions = inputs.attention_mask, inputs.position_ids
+        # The size of a graph depends on shapes (and on whether a mask is needed at all), so it is measured once for each.
+        dense = mask is None or bool(mask.all())
+        key = (tuple(leaf.shape), dense, None if positions is None else tuple(positions.shape))
+        known = self._graph_bytes.get(key)
+        if known is not None:
+            return leaf, self._span(leaf, mask, positions), known
+        weights = {p.untyped_storage().data_ptr() for p in (*self.span.parameters(), *self.span.buffers())}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # the weights are shared by all calls
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self._span(leaf, mask, positions)
+        self._graph_bytes[key] = sum(sizes.values()) + output.numel() * output.element_size()
+        return leaf, output, self._graph_bytes[key]
+
+    def _gradient(self, leaf: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
+        (result,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+        return result
+
+    def _shrink(self) -> None:
+        used = self.used_bytes
+        for entry in self._stash.values():
+            if used <= self.stash_bytes:
+                return
+            if entry.output is not None:
+                used -= entry.graph_bytes
+                entry.leaf = entry.output = None
+                self.counters.graphs_evicted += 1
+        while self._stash and used > self.stash_bytes:
+            _, entry = self._stash.popitem(last=False)
+            used -= entry.nbytes
+            self.counters.inputs_evicted += 1

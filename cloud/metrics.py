@@ -1,0 +1,53 @@
+"""What a worker tells its operator: Prometheus metrics and a JSON status, on a port of their own. Counts and times, never content."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+
+class Metrics:
+    """The metrics of one worker."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.sessions = Gauge("isthmus_sessions", "Open sessions.", registry=self.registry)
+        self.handshakes = Counter("isthmus_handshakes", "Handshakes by outcome.", ["outcome"], registry=self.registry)
+        self.calls = Counter("isthmus_calls", "Answered calls.", ["operation"], registry=self.registry)
+        self.tokens = Counter("isthmus_tokens", "Token positions computed.", ["operation"], registry=self.registry)
+        self.refused = Counter("isthmus_refused", "Calls answered with a status instead.", ["status"], registry=self.registry)
+        self.bytes = Counter("isthmus_bytes", "Bytes of sealed frames.", ["direction"], registry=self.registry)
+        self.seconds = Histogram("isthmus_call_seconds", "Computation per call.", ["operation"], registry=self.registry)
+        self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
+        self.evictions = Gauge("isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry)
+        self.recomputed = Gauge("isthmus_recomputed", "Forwards computed again for a backward.", registry=self.registry)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests of a scraper are not worth a line each."""
+
+
+def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], dict[str, Any]]) -> WSGIServer:
+    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`."""
+    prometheus: WSGIApplication = make_wsgi_app(metrics.registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        if path == "/status":
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps(status()).encode()]
+        if path == "/metrics":
+            return prometheus(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"there are /metrics and /status\n"]
+
+    server = make_server(host, port, app, handler_class=_QuietHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server

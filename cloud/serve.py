@@ -1,0 +1,199 @@
+"""`isthmus cloud serve`: prepares the model, starts or joins Ray, starts the worker, and stops it gracefully.
+
+Ray is a trust domain of its own. Its ports listen on every interface whatever it is told, so token authentication is always on, with a token
+that only this user can read, and the ports are printed for the firewall's sake.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.files import write_atomic
+from isthmus.backbone.parts import export_edge_parts
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint, default_cache, resolve
+from isthmus.cloud.state import clear_state, write_state
+from isthmus.cloud.worker import DTYPES, Worker, WorkerSpec
+from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.errors import PortInUseError, UnreachableError
+from isthmus.protocol.keys import load_worker
+from rich.console import Console
+
+NAMESPACE = "isthmus"
+
+# glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times slower), and idle
+# OpenMP threads of one process spin on the cores that the other needs.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+class Serving:
+    """A running worker and the Ray that it runs in.
+
+    Args:
+        spec: what the worker serves; its `listen` has a fixed port.
+        address: address of an existing Ray cluster, or None to start Ray on this machine.
+        home: the cloud's folder.
+    """
+
+    def __init__(self, spec: WorkerSpec, address: str | None, home: Path) -> None:
+        os.environ.update(_ray_environment(home))
+        import ray
+
+        self._ray = ray
+        options = {"address": address} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        try:
+            ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
+        except ConnectionError as error:
+            raise UnreachableError(f"no Ray cluster answers at {address}: check --address and the cluster ({error})") from None
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
+        actor = ray.remote(max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": environment})(Worker)
+        self._worker = actor.remote(spec)
+        self.port: int = self._get(self._worker.port.remote())
+
+    def drain(self, grace: float) -> bool:
+        """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
+        return bool(self._get(self._worker.drain.remote(grace)))
+
+    def close(self) -> None:
+        """End the worker, and Ray where it was started here."""
+        self._ray.kill(self._worker)
+        self._ray.shutdown()
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.ActorDiedError as error:
+            raise ConfigError(f"the worker could not start: {str(error).strip().splitlines()[-1]}") from None
+
+
+def serve(
+    model: str,
+    *,
+    home: Path,
+    edge_layers: str = "2:2",
+    listen: str = "127.0.0.1:7443",
+    advertise: str | None = None,
+    metrics: str = "",
+    dtype: str = "fp32",
+    stash_bytes: int = 2 << 30,
+    max_tokens: int = 1 << 16,
+    threads: int | None = None,
+    address: str | None = None,
+    grace: float = 30.0,
+    connection_file: Path | None = None,
+    tls: tuple[Path, Path, Path | None] | None = None,
+    ready: Callable[[str], None] = lambda connection: None,
+) -> bool:
+    """Serve until SIGTERM or SIGINT; see `isthmus cloud serve --help` for the arguments.
+
+    Returns:
+        Whether every call in flight was answered before the end.
+    """
+    console = Console(stderr=True)
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    identity = load_worker(home)
+    identity.certificate.verify(time.time())
+    checkpoint = resolve(model, console=console)
+    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    spec = WorkerSpec(
+        checkpoint=str(checkpoint.folder),
+        model=checkpoint.name,
+        plan=str(plan),
+        dtype=dtype,
+        parts=str(_prepare_parts(checkpoint, plan)),
+        home=str(home.absolute()),
+        listen=_claim(listen),
+        metrics=_claim(metrics) if metrics else "",
+        stash_bytes=stash_bytes,
+        max_tokens=max_tokens,
+        threads=threads or os.cpu_count() or 1,
+        log_file=str((home / "worker.log").absolute()),
+        **({} if tls is None else _tls_paths(*tls)),
+    )
+    stop = threading.Event()
+    with console.status("starting Ray and the worker"):
+        serving = Serving(spec, address, home)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        host = advertise or spec.listen.rpartition(":")[0]
+        connection = str(ConnectionString(host.strip("[]"), serving.port, identity.pin, tls is not None))
+        if connection_file is not None:
+            write_atomic(connection_file, f"{connection}\n".encode())
+        write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
+        ready(connection)
+        stop.wait()
+        with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
+            return serving.drain(grace)
+    finally:
+        clear_state(home)
+        serving.close()
+
+
+def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
+    """The edge's parts of this model and plan, made once and kept in the cache."""
+    folder = default_cache() / "edge-parts" / f"{checkpoint.digest()[:16]}-{plan.bottom}-{plan.top}"
+    if not folder.exists():
+        export_edge_parts(checkpoint, plan, folder)
+    return folder
+
+
+def _claim(listen: str) -> str:
+    """`host:port` with a free port, fixed now: a restarted worker must come back on the same one.
+
+    Raises:
+        ConfigError: the address does not parse.
+        PortInUseError: somebody listens there already.
+    """
+    host, separator, port = listen.rpartition(":")
+    if not separator or not port.isdigit():
+        raise ConfigError(f"{listen!r} is no address to listen on: write host:port, for example 127.0.0.1:7443")
+    bare = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(bare, int(port), type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((bare, int(port)))
+            return f"{host}:{probe.getsockname()[1]}"
+    except socket.gaierror:
+        raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
+    except OSError as error:
+        raise PortInUseError(f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another --listen") from None
+
+
+def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, str]:
+    for path in (cert, key, client_ca):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"the TLS file {path} does not exist: check the path")
+    return {
+        "tls_cert": str(cert.absolute()),
+        "tls_key": str(key.absolute()),
+        "tls_client_ca": "" if client_ca is None else str(client_ca.absolute()),
+    }
+
+
+def _ray_environment(home: Path) -> dict[str, str]:
+    """Token authentication with a token file of mode 0600, and no usage reports."""
+    token = home / "ray_token"
+    if "RAY_AUTH_TOKEN_PATH" in os.environ:  # a cluster's own token, given by whoever started it
+        return {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    if not token.exists():
+        write_atomic(token, secrets.token_hex(32).encode(), 0o600)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token.absolute()), "RAY_USAGE_STATS_ENABLED": "0"}

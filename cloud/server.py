@@ -1,0 +1,311 @@
+"""The worker's data plane: a grpc.aio server whose streams carry sealed sessions.
+
+One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a compute thread, so the
+health service answers all the while. Ray is not mentioned here: the worker actor starts this server, and tests start it without one.
+
+Draining: no new session is admitted, the calls in flight are answered, then every stream gets a `Goodbye` and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from isthmus.cloud.executor import Executor
+from isthmus.cloud.logs import log
+from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.stream import SealedStream
+from isthmus.cloud.tenant import Parts, TenantSession
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
+from isthmus.protocol.errors import MessageError, PortInUseError, RefusedError, RemoteProtocolError
+from isthmus.protocol.keys import WorkerIdentity
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
+from isthmus.protocol.session import CloudSession, Received
+
+HANDSHAKE_SECONDS = 10.0
+MAX_HALF_OPEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """PEM bytes of the outer TLS layer: the server's key and certificate chain, and a CA where clients must show a certificate."""
+
+    key: bytes = field(repr=False)
+    cert: bytes
+    client_ca: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the server serves: the model's description, the span, and the files for the edge."""
+
+    info: m.SessionInfo  # session_id is filled in per session
+    executor: Executor
+    parts: Parts
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """One admitted session, and how it is told to end."""
+
+    id: bytes
+    tenant: Tenant
+    link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
+    ending: str = "connection lost"
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, why: str) -> None:
+        """Ask the session to end after the call in flight."""
+        self.ending = why
+        self.ended.set()
+
+
+class StripServer:
+    """Serves one span to enrolled edges.
+
+    Args:
+        served: the span and what belongs to it.
+        identity: the worker's key and its certificate, signed by the root key (which is not here).
+        edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
+        threads: torch threads of the compute thread.
+    """
+
+    def __init__(self, served: Served, identity: WorkerIdentity, edges: Callable[[], AuthorizedEdges], threads: int) -> None:
+        self.metrics = Metrics()
+        self._served = served
+        self._identity = identity
+        self._edges = edges
+        # set_num_threads speaks of the calling thread's OpenMP team, so it is called on the thread that computes.
+        self._compute = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
+        self._open: dict[bytes, _Open] = {}
+        self._half_open = 0
+        self._in_flight = 0
+        self._in_flight_bytes: Counter[str] = Counter()
+        self._draining = False
+        self._never = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._started = time.time()
+
+    async def start(self, listen: str, tls: ServerTls | None) -> int:
+        """Listen on `host:port` and return the port. Raises PortInUseError."""
+        options = [
+            ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
+            ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+        server = grpc.aio.server(options=options)
+        # No serializers: a gRPC message is a frame, and a frame is bytes.
+        session = grpc.stream_stream_rpc_method_handler(self._session)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        try:
+            if tls is None:
+                port = server.add_insecure_port(listen)
+            else:
+                credentials = grpc.ssl_server_credentials(
+                    [(tls.key, tls.cert)], tls.client_ca, require_client_auth=tls.client_ca is not None
+                )
+                port = server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise PortInUseError(f"cannot listen on {listen}: {error}") from None
+        await server.start()
+        self._server = server
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log("serving", listen=listen, port=port, model=self._served.info.model, plan=self._served.info.plan)
+        return int(port)
+
+    async def drain(self, grace: float) -> bool:
+        """Stop admitting sessions, answer the calls in flight, say goodbye. True if all were answered within `grace` seconds."""
+        if self._server is None:
+            return True
+        log("draining", in_flight=self._in_flight, sessions=len(self._open))
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        for session in self._open.values():
+            session.end("draining")
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace)
+            finished = True
+        except TimeoutError:
+            finished = False
+        await self._server.stop(grace=2.0 if finished else 0.0)
+        self._compute.shutdown(wait=finished, cancel_futures=True)
+        log("stopped", all_answered=finished)
+        return finished
+
+    def status(self) -> dict[str, Any]:
+        """What `isthmus cloud status` shows."""
+        info, executor = self._served.info, self._served.executor
+        return {
+            "state": "draining" if self._draining else "serving",
+            "model": info.model,
+            "plan": info.plan,
+            "span_dtype": info.span_dtype,
+            "uptime_s": time.time() - self._started,
+            "sessions": dict(Counter(session.tenant.name for session in self._open.values())),
+            "in_flight": self._in_flight,
+            "stash_bytes": executor.used_bytes,
+            "stash_budget_bytes": executor.stash_bytes,
+            "graphs_evicted": executor.counters.graphs_evicted,
+            "inputs_evicted": executor.counters.inputs_evicted,
+            "recomputed": executor.counters.recomputed,
+        }
+
+    async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
+        """One stream: the handshake, then calls until either side ends it."""
+        if self._half_open >= MAX_HALF_OPEN:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment")
+        limits = Limits(max_message_bytes=self._served.info.limits.max_message_bytes)
+        protocol = CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
+        stream = SealedStream(protocol, frames, context, self.metrics)
+        try:
+            session = await self._admit(protocol, stream)
+            if session is not None:
+                await self._converse(stream, session)
+        except RemoteProtocolError as error:
+            log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
+        finally:
+            protocol.close()
+
+    async def _admit(self, protocol: CloudSession, stream: SealedStream) -> _Open | None:
+        """Handshake and `Attach`, in limited time; None where the edge is not admitted."""
+        outcome = "failed"
+        self._half_open += 1
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                outcome = await stream.handshake()
+                if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
+                    return None
+                attach = await stream.receive(self._never)
+                if attach is None:
+                    outcome = "abandoned"
+                    return None
+                if not isinstance(attach.message, m.Attach):
+                    raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
+                session = _Open(bytes.fromhex(protocol.info.session_id), protocol.tenant, attach.message.link)
+                refusal = self._enter(session)
+                if refusal is not None:
+                    outcome = "refused"
+                    await stream.send(refusal)
+                    return None
+                await stream.send(m.Status(m.StatusCode.OK, None, "attached"))
+                return session
+        except TimeoutError:
+            outcome = "timed out"
+            return None
+        finally:
+            self._half_open -= 1
+            self.metrics.handshakes.labels(outcome).inc()
+            if outcome != "accepted":
+                log("session_refused", outcome=outcome)
+
+    def _enter(self, session: _Open) -> m.Status | None:
+        """Fence the link's older session, then count; a status where the tenant has too many sessions."""
+        mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
+        for other in mine:
+            if other.link == session.link:
+                other.end("fenced")
+        count = sum(other.ending != "fenced" for other in mine)
+        allowed = session.tenant.quota.max_sessions
+        if count >= allowed:
+            return m.Status(
+                m.StatusCode.OVER_QUOTA, None, f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one"
+            )
+        self._open[session.id] = session
+        self.metrics.sessions.set(len(self._open))
+        log("session_opened", tenant=session.tenant.name, session=session.id.hex())
+        return None
+
+    async def _converse(self, stream: SealedStream, session: _Open) -> None:
+        served = self._served
+        info = served.info
+        work = TenantSession(session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call)
+        try:
+            if self._draining:
+                session.end("draining")
+            while True:
+                received = await stream.receive(session.ended)
+                if received is None and session.ended.is_set():
+                    await stream.send(m.Goodbye(session.ending))
+                    return
+                if received is None:
+                    return
+                if isinstance(received.message, m.Goodbye):
+                    session.ending = "goodbye"
+                    return
+                await self._answer(stream, work, session.tenant, received)
+        finally:
+            del self._open[session.id]
+            self.metrics.sessions.set(len(self._open))
+            # The stash belongs to the compute thread; the release waits its turn behind a call in flight.
+            self._compute.submit(work.close)
+            log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
+
+    async def _answer(self, stream: SealedStream, work: TenantSession, tenant: Tenant, received: Received) -> None:
+        crypto_ns = stream.take_crypto_ns()
+        message, size = received.message, len(received.body)
+        operation = type(message).__name__.lower()
+        if self._in_flight_bytes[tenant.name] + size > tenant.quota.max_inflight_bytes:
+            allowed = tenant.quota.max_inflight_bytes
+            text = f"{size} bytes more in flight than the {allowed} that {tenant.name} may have: send smaller batches"
+            await stream.send(m.Status(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
+            return
+        self._in_flight += 1
+        self._in_flight_bytes[tenant.name] += size
+        self._idle.clear()
+        try:
+            start = time.perf_counter_ns()
+            reply = await asyncio.get_running_loop().run_in_executor(self._compute, work.handle, message)
+            elapsed = time.perf_counter_ns() - start
+            if isinstance(reply, m.ForwardReply | m.BackwardReply):
+                self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
+                shape = (reply.hidden if isinstance(reply, m.ForwardReply) else reply.gradient).shape
+                self.metrics.tokens.labels(operation).inc(shape[0] * shape[1])
+                queue_ns = max(0, elapsed - reply.compute_ns)
+                reply = dataclasses.replace(reply, crypto_ns=crypto_ns, queue_ns=queue_ns)
+            elif isinstance(reply, m.Status):
+                self.metrics.refused.labels(reply.code.name).inc()
+            self._observe_stash()
+            if reply is not None:
+                await stream.send(reply)
+            self.metrics.calls.labels(operation).inc()
+        finally:
+            self._in_flight -= 1
+            self._in_flight_bytes[tenant.name] -= size
+            if not self._in_flight:
+                self._idle.set()
+
+    def _observe_stash(self) -> None:
+        executor = self._served.executor
+        self.metrics.stash_bytes.set(executor.used_bytes)
+        self.metrics.evictions.set(executor.counters.graphs_evicted)
+        self.metrics.recomputed.set(executor.counters.recomputed)
+
+    def _authorize(self, public_key: bytes) -> Tenant:
+        if self._draining:
+            raise RefusedError("the cloud is draining and takes no new session: connect again in a moment")
+        return self._edges().require(public_key)
+
+    def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
+        return dataclasses.replace(self._served.info, session_id=session_id.hex())

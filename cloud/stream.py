@@ -1,0 +1,91 @@
+"""A sealed session over one grpc.aio stream, seen from the server: messages instead of frames, and meters for bytes and time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from isthmus.cloud.metrics import Metrics
+from isthmus.protocol.messages import Message
+from isthmus.protocol.session import CloudSession, Established, Received, Refused
+
+
+class SealedStream:
+    """Drives a `CloudSession`.
+
+    Args:
+        session: the protocol's state.
+        frames: what arrives.
+        context: the grpc.aio context to write to.
+        metrics: where bytes are counted.
+    """
+
+    def __init__(self, session: CloudSession, frames: AsyncIterator[bytes], context: Any, metrics: Metrics) -> None:
+        self._session = session
+        self._frames = aiter(frames)
+        self._context = context
+        self._metrics = metrics
+        self._crypto_ns = 0
+
+    async def handshake(self) -> str:
+        """Run the handshake. Returns "accepted", "refused", or "abandoned" where the stream ended in the middle."""
+        while True:
+            frame = await self._next()
+            if frame is None:
+                return "abandoned"
+            event = self._session.receive(frame)
+            await self._write(event.frames)
+            if isinstance(event, Refused):
+                return "refused"
+            if isinstance(event, Established):
+                return "accepted"
+
+    async def receive(self, unless: asyncio.Event) -> Received | None:
+        """Wait for the next whole message; None where the stream ended, or where `unless` was set before one was whole."""
+        stop = asyncio.ensure_future(unless.wait())
+        try:
+            while True:
+                arrival = asyncio.ensure_future(self._next())
+                await asyncio.wait({arrival, stop}, return_when=asyncio.FIRST_COMPLETED)
+                if not arrival.done():
+                    arrival.cancel()
+                    return None
+                frame = arrival.result()
+                if frame is None:
+                    return None
+                start = time.perf_counter_ns()
+                event = self._session.receive(frame)
+                self._crypto_ns += time.perf_counter_ns() - start
+                if isinstance(event, Received):
+                    return event
+        finally:
+            stop.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Seal and write a message, frame by frame: the network carries one while the next is sealed."""
+        frames = self._session.send(message)
+        while True:
+            start = time.perf_counter_ns()
+            frame = next(frames, None)
+            self._crypto_ns += time.perf_counter_ns() - start
+            if frame is None:
+                return
+            await self._write((frame,))
+
+    def take_crypto_ns(self) -> int:
+        """Nanoseconds of sealing and opening since the last call: this request's opening and the last answer's sealing."""
+        taken, self._crypto_ns = self._crypto_ns, 0
+        return taken
+
+    async def _next(self) -> bytes | None:
+        frame = await anext(self._frames, None)
+        if frame is not None:
+            self._metrics.bytes.labels("in").inc(len(frame))
+        return frame
+
+    async def _write(self, frames: Sequence[bytes]) -> None:
+        for frame in frames:
+            self._metrics.bytes.labels("out").inc(len(frame))
+            await self._context.write(frame)

@@ -1,0 +1,142 @@
+"""One tenant's session above the protocol: a message comes in, a message goes out. No sockets, no clock of its own, no threads.
+
+`TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.backbone.errors import NonFiniteError
+from isthmus.cloud.executor import Executor, SpanInput, StashLost
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
+from isthmus.protocol.errors import MessageError
+
+BLOB_BYTES = 8 << 20  # one piece of a file; the sealed session cuts it into frames
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """One file of the edge's parts as the cloud serves it."""
+
+    path: Path
+    size: int
+    sha256: bytes
+
+
+class Parts:
+    """The files that an edge may fetch: config, tokenizer, embedding, its own layers, norm and head. Nothing else of the model."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, PartFile] = {}
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as file:
+                self._files[path.name] = PartFile(path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest())
+
+    def listing(self) -> m.FileList:
+        """Name, size and hash of every file."""
+        return m.FileList(tuple(m.FileEntry(name, part.size, part.sha256) for name, part in self._files.items()))
+
+    def read(self, name: str, offset: int) -> m.Blob | m.Status:
+        """One piece of a file, or a refusal that names the file."""
+        part = self._files.get(name)
+        if part is None or offset > part.size:
+            known = ", ".join(self._files)
+            return m.Status(m.StatusCode.BAD_REQUEST, None, f"no file {name!r} at offset {offset}; there are: {known}")
+        with part.path.open("rb") as file:
+            file.seek(offset)
+            return m.Blob(name, offset, part.size, part.sha256, file.read(BLOB_BYTES))
+
+
+@dataclass(slots=True)
+class TenantSession:
+    """Answers the messages of one session.
+
+    Args:
+        session_id: the session's id, which keys its entries in the stash.
+        executor: the span that every session of this worker shares.
+        parts: the files that the edge may fetch.
+        hidden_size: size of the last dimension of hidden states.
+        max_tokens: largest batch × sequence of one call.
+    """
+
+    session_id: bytes
+    executor: Executor
+    parts: Parts
+    hidden_size: int
+    max_tokens: int
+
+    def handle(self, message: m.Message) -> m.Message | None:
+        """Answer one message; None for those that want no answer.
+
+        Bad requests and evicted stashes become a `Status`; the session goes on after it.
+        """
+        match message:
+            case m.Forward():
+                return self._guard(message.id, lambda: self._forward(message))
+            case m.Backward():
+                return self._guard(message.id, lambda: self._backward(message))
+            case m.FetchList():
+                return self.parts.listing()
+            case m.Fetch():
+                return self.parts.read(message.name, message.offset)
+            case m.Ping():
+                return m.Pong(message.nonce, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            case m.Goodbye():
+                return None
+            case _:
+                raise MessageError(f"an edge may not send {type(message).__name__}")
+
+    def close(self) -> None:
+        """Forget the session's forward states."""
+        self.executor.release(self.session_id)
+
+    def _guard(self, call: m.CallId, work: Callable[[], m.Message]) -> m.Message:
+        try:
+            return work()
+        except StashLost:
+            return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
+        except NonFiniteError as error:
+            return m.Status(m.StatusCode.NON_FINITE, call, str(error))
+        except (ValueError, LookupError) as error:
+            return m.Status(m.StatusCode.BAD_REQUEST, call, str(error))
+
+    def _forward(self, message: m.Forward) -> m.ForwardReply:
+        inputs = self._inputs(message.inputs)
+        start = time.perf_counter_ns()
+        output = self.executor.forward(self.session_id, message.id.call, inputs, keep=message.keep)
+        compute = time.perf_counter_ns() - start
+        return m.ForwardReply(message.id, encode(output, codec_by_id(message.reply_codec).name, Role.ACTIVATION), compute, 0, 0)
+
+    def _backward(self, message: m.Backward) -> m.BackwardReply:
+        gradient = decode(message.gradient)
+        replay = None if message.replay is None else self._inputs(message.replay)
+        expected = replay.hidden.shape if replay is not None else self.executor.shape_of(self.session_id, message.id.call)
+        if expected is not None and gradient.shape != expected:
+            raise ValueError(f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}")
+        start = time.perf_counter_ns()
+        result, recomputed = self.executor.backward(self.session_id, message.id.call, gradient, replay)
+        compute = time.perf_counter_ns() - start
+        payload = encode(result, codec_by_id(message.reply_codec).name, Role.GRADIENT)
+        return m.BackwardReply(message.id, payload, compute, 0, 0, recomputed)
+
+    def _inputs(self, sent: m.SpanInputs) -> SpanInput:
+        hidden = decode(sent.hidden)
+        if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]")
+        batch, sequence = hidden.shape[:2]
+        if batch * sequence > self.max_tokens:
+            raise ValueError(f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: send less at a time")
+        mask = None if sent.attention_mask is None else decode(sent.attention_mask)
+        if mask is not None and mask.shape != (batch, sequence):
+            raise ValueError(f"an attention mask of shape {list(mask.shape)} does not fit {batch} x {sequence} tokens")
+        positions = None if sent.position_ids is None else decode(sent.position_ids).long()
+        if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence):
+            raise ValueError(f"position ids of shape {list(positions.shape)} do not fit {batch} x {sequence} tokens")
+        return SpanInput(hidden, mask, positions)

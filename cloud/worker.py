@@ -1,0 +1,137 @@
+"""The worker: a Ray actor that holds one span and runs one data plane.
+
+Ray restarts it when its process dies. The server is started from `__init__`, so a restarted worker is back on the same port without anybody
+calling it; the edges reconnect by themselves. Activations never enter Ray's object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import resource
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint
+from isthmus.backbone.span import load_span
+from isthmus.cloud.executor import Executor
+from isthmus.cloud.logs import log, log_to
+from isthmus.cloud.metrics import serve_metrics
+from isthmus.cloud.server import Served, ServerTls, StripServer
+from isthmus.cloud.tenant import Parts
+from isthmus.protocol.codecs import ACTIVATION_CODECS
+from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.keys import load_worker
+from isthmus.protocol.messages import SessionInfo, SpanLimits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that a worker needs to start, and to start again. Paths, not secrets: Ray keeps this in its control store."""
+
+    checkpoint: str  # folder
+    model: str  # the name that edges are told
+    plan: str
+    dtype: str
+    parts: str  # folder with the edge's parts
+    home: str  # folder with worker_key, worker_cert, authorized_edges
+    listen: str
+    metrics: str  # host:port, or "" for none
+    stash_bytes: int
+    max_tokens: int
+    threads: int
+    log_file: str  # "" for standard error
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+
+
+class Worker:
+    """One span behind one gRPC server. Made into an actor by `isthmus.cloud.serve`; raises `IsthmusError` where it cannot start."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
+        log_to(Path(spec.log_file) if spec.log_file else None)
+        self._server = StripServer(_served(spec), load_worker(Path(spec.home)), _EdgesFile(Path(spec.home)), spec.threads)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
+        tls = _tls(spec)
+        self._port = asyncio.run_coroutine_threadsafe(self._server.start(spec.listen, tls), self._loop).result()
+        if spec.metrics:
+            host, _, port = spec.metrics.rpartition(":")
+            serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
+
+    def port(self) -> int:
+        """The port that the worker listens on; answering means that it is ready."""
+        return self._port
+
+    def status(self) -> dict[str, Any]:
+        """The server's status, with the process's id and memory."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {**self._server.status(), "pid": os.getpid(), "peak_bytes": usage.ru_maxrss * 1024}
+
+    def drain(self, grace: float) -> bool:
+        """Finish the calls in flight and stop listening."""
+        return asyncio.run_coroutine_threadsafe(self._server.drain(grace), self._loop).result()
+
+
+class _EdgesFile:
+    """`authorized_edges`, read again whenever it has changed."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "authorized_edges"
+        self._stamp: tuple[int, int] | None = None
+        self._edges = AuthorizedEdges.parse("")
+
+    def __call__(self) -> AuthorizedEdges:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return AuthorizedEdges.parse("")
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if stamp != self._stamp:
+            try:
+                self._edges = AuthorizedEdges.parse(self._path.read_text())
+            except ValueError as error:
+                # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
+                log("authorized_edges_unreadable", error=str(error))
+            self._stamp = stamp
+        return self._edges
+
+
+def _served(spec: WorkerSpec) -> Served:
+    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
+    config = checkpoint.config
+    plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
+    dtype = DTYPES[spec.dtype]
+    span = load_span(checkpoint, plan, dtype=dtype)
+    info = SessionInfo(
+        session_id="",
+        model=spec.model,
+        digest=checkpoint.digest(),
+        family=config.model_type,
+        n_layers=config.num_hidden_layers,
+        plan=str(plan),
+        hidden_size=span.hidden_size,
+        attn_implementation=family_of(config).attention(None),
+        span_dtype=spec.dtype,
+        codecs=ACTIVATION_CODECS,
+        limits=SpanLimits(spec.max_tokens, 4 * spec.max_tokens * span.hidden_size * 2 + (1 << 20), spec.stash_bytes),
+        server_version=importlib.metadata.version("isthmus"),
+    )
+    return Served(info, Executor(span, dtype, spec.stash_bytes), Parts(Path(spec.parts)))
+
+
+def _tls(spec: WorkerSpec) -> ServerTls | None:
+    if not spec.tls_cert:
+        return None
+    client_ca = Path(spec.tls_client_ca).read_bytes() if spec.tls_client_ca else None
+    return ServerTls(Path(spec.tls_key).read_bytes(), Path(spec.tls_cert).read_bytes(), client_ca)

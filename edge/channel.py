@@ -1,0 +1,149 @@
+"""One sealed session over one stream: the handshake, then one question and one answer at a time.
+
+The channel lives as long as its stream. What breaks it is a `ConnectionLostError` (the network's fault) or a `RemoteProtocolError` (frames that
+do not open); either way it is closed, its keys are wiped, and the link opens another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from isthmus.edge.transport import Stream
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import ConnectionLostError, RefusedError, RemoteProtocolError
+from isthmus.protocol.keys import Fingerprint
+from isthmus.protocol.limits import DEFAULT_LIMITS
+from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
+
+HANDSHAKE_SECONDS = 15.0
+GOODBYE_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went over a link so far. Bytes are those of whole frames, prefixes and tags included; times are in nanoseconds."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    calls: int = 0
+    retries: int = 0
+    sessions: int = 0
+    asking_ns: int = 0  # from sealing the first frame of a question to opening the last of its answer
+    crypto_ns: int = 0  # sealing and opening, on both sides
+    compute_ns: int = 0  # the span itself, as the cloud reports it
+    queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
+
+
+Observer = Callable[[str], None]  # told of each phase as it begins: "handshake", "sending", "waiting", "receiving", "idle"
+
+
+class Channel:
+    """An established session.
+
+    Args:
+        stream: a fresh stream to the cloud.
+        pin: fingerprint of the cloud's root key.
+        key: the edge's key.
+        link: 16 bytes that name the link; a new channel of the same link takes the place of an older one in the cloud.
+        traffic: the meter to count in.
+        observer: told of the phases, for tests and benchmarks of faults.
+
+    Raises:
+        ConnectionLostError: the stream broke.
+        FingerprintError, NotEnrolledError, RefusedError, VersionError, RemoteProtocolError: see `EdgeSession.receive`.
+    """
+
+    def __init__(
+        self, stream: Stream, pin: Fingerprint, key: Ed25519PrivateKey, link: bytes, traffic: Traffic, observer: Observer
+    ) -> None:
+        self._stream = stream
+        self._traffic = traffic
+        self._observer = observer
+        self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
+        try:
+            self.info = self._handshake()
+            status = self.ask(m.Attach(link), HANDSHAKE_SECONDS)
+            if not isinstance(status, m.Status) or status.code != m.StatusCode.OK:
+                raise RefusedError(status.message if isinstance(status, m.Status) else "the cloud did not take the session")
+        except BaseException:
+            self.abandon()
+            raise
+        traffic.sessions += 1
+
+    def ask(self, question: m.Message, timeout: float) -> m.Message:
+        """Send a message and wait for the answer.
+
+        Raises:
+            ConnectionLostError: the stream broke, the cloud ended the session, or `timeout` seconds passed.
+            RemoteProtocolError: a frame did not open, or the cloud broke the protocol.
+        """
+        traffic = self._traffic
+        start = time.perf_counter_ns()
+        self._observer("sending")
+        frames = self._session.send(question)
+        while True:
+            before = time.perf_counter_ns()
+            frame = next(frames, None)
+            traffic.crypto_ns += time.perf_counter_ns() - before
+            if frame is None:
+                break
+            self._send(frame)
+        self._observer("waiting")
+        waiting = True
+        while True:
+            frame = self._receive(timeout)
+            if waiting:
+                waiting = False
+                self._observer("receiving")
+            before = time.perf_counter_ns()
+            event = self._session.receive(frame)
+            traffic.crypto_ns += time.perf_counter_ns() - before
+            if isinstance(event, Received):
+                break
+        self._observer("idle")
+        traffic.asking_ns += time.perf_counter_ns() - start
+        if isinstance(event.message, m.Goodbye):
+            raise ConnectionLostError(f"the cloud ended the session: {event.message.reason}")
+        return event.message
+
+    def close(self) -> None:
+        """Say goodbye and close."""
+        if self._session.established:
+            try:
+                for frame in self._session.send(m.Goodbye("done")):
+                    self._send(frame)
+                self._stream.finish(GOODBYE_SECONDS)
+            except ConnectionLostError:
+                pass  # it is over either way
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without a word."""
+        self._session.close()
+        self._stream.close()
+
+    def _handshake(self) -> m.SessionInfo:
+        self._observer("handshake")
+        self._send(self._session.start())
+        while True:
+            event = self._session.receive(self._receive(HANDSHAKE_SECONDS))
+            match event:
+                case NeedSend(frames):
+                    for frame in frames:
+                        self._send(frame)
+                case Established(info):
+                    return info
+                case _:
+                    raise RemoteProtocolError("the cloud left the handshake's order")
+
+    def _send(self, frame: bytes) -> None:
+        self._stream.send(frame)
+        self._traffic.bytes_up += len(frame)
+
+    def _receive(self, timeout: float) -> bytes:
+        frame = self._stream.receive(timeout)
+        self._traffic.bytes_down += len(frame)
+        return frame

@@ -1,0 +1,257 @@
+"""Checkpoints of a training run: everything that the next step depends on, as safetensors and JSON.
+
+    checkpoint-<step>/
+        parameters.safetensors   what is trained, by name
+        optimizer.safetensors    AdamW's moments and step count, `<parameter>/<moment>`
+        method.safetensors       what the PEFT method remembers besides parameters (AdaLoRA), often empty
+        random.safetensors       torch's random state, bytes
+        losses.jsonl             the loss log up to this step
+        state.json               counters, Python's random state, whose run it is, and the SHA-256 of each file above
+
+A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
+is whole. A resumed run goes on exactly where the checkpoint was taken: on one machine and with as many threads, its
+adapter equals an undisturbed run's bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from isthmus.backbone.errors import CheckpointError
+from isthmus.backbone.files import new_folder, remove_folder, sweep
+from isthmus.edge.report import Spent
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TENSOR_FILES = ("parameters", "optimizer", "method", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model a run tunes.
+
+    `digest` is of its weights and configuration; `plan` is the split plan ("2:2"), or "whole" without one.
+    """
+
+    name: str
+    digest: str
+    plan: str
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """Python's and torch's global random states.
+
+    `host` is the state of torch's CPU generator, uint8; `device` that of the CUDA generator, if there is one.
+    """
+
+    python: tuple[Any, ...]
+    host: Tensor
+    device: Tensor | None = None
+
+    @classmethod
+    def take(cls, device: torch.device) -> RandomState:
+        """The states of now."""
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), torch.get_rng_state(), on_device)
+
+    def restore(self, device: torch.device) -> None:
+        """Make them the states of now."""
+        random.setstate(self.python)
+        torch.set_rng_state(self.host)
+        if self.device is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.device, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state between two optimizer steps.
+
+    `step` counts applied steps; `epoch` and `position` (in micro-batches) say what comes next. `settings` are those
+    options that a run may not change half-way. `method_state` and `method_tensors` are the PEFT method's own.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    model: ModelIdentity
+    data: str
+    settings: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    random: RandomState
+    losses: tuple[str, ...]
+    learning_rate: float
+    loss_before: float | None
+    spent: Spent
+    method_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    method_state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `checkpoint` as `out/checkpoint-<step>` and remove all but the newest `keep`.
+
+    A checkpoint of the same step is left as it is: it holds the same state.
+
+    Raises:
+        DiskError: The disk is full or cannot be written. Older checkpoints are untouched, and no part of the new one is
+            left.
+    """
+    folder = out / f"checkpoint-{checkpoint.step}"
+    if not folder.exists():
+        with new_folder(folder) as temporary:
+            _write(temporary, checkpoint)
+    for old in _folders(out)[:-keep]:
+        remove_folder(old)
+    return folder
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    device = checkpoint.random.device
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "parameters": checkpoint.parameters,
+        "optimizer": checkpoint.optimizer,
+        "method": checkpoint.method_tensors,
+        "random": {"torch": checkpoint.random.host} | ({} if device is None else {"device": device}),
+    }
+    digests = {}
+    for name, values in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in values.items()}, path)
+        digests[path.name] = _digest(path)
+    losses = folder / "losses.jsonl"
+    losses.write_text("".join(checkpoint.losses), encoding="utf-8")
+    digests[losses.name] = _digest(losses)
+    state = {
+        "format": _FORMAT,
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "position": checkpoint.position,
+        "learning_rate": checkpoint.learning_rate,
+        "loss_before": checkpoint.loss_before,
+        "model": asdict(checkpoint.model),
+        "data": checkpoint.data,
+        "settings": dict(checkpoint.settings),
+        "spent": checkpoint.spent.to_json(),
+        "python_random": checkpoint.random.python,
+        "method_state": dict(checkpoint.method_state),
+        "sha256": digests,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint in `out`, or `None`. What an interrupted write left behind is removed, never read."""
+    if not out.is_dir():
+        return None
+    sweep(out)
+    folders = _folders(out)
+    return folders[-1] if folders else None
+
+
+def _folders(out: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in out.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint back, every file checked against its digest.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; the message names it.
+    """
+    state = _state(folder)
+    try:
+        if state["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {state['format']}, this version reads {_FORMAT}: "
+                "resume with the version that wrote it."
+            )
+        for name, digest in state["sha256"].items():
+            if _digest(folder / name) != digest:
+                raise _damaged(folder / name, "its SHA-256 differs from the recorded one")
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
+        version, numbers, gauss = state["python_random"]
+        return Checkpoint(
+            step=int(state["step"]),
+            epoch=int(state["epoch"]),
+            position=int(state["position"]),
+            model=ModelIdentity(**state["model"]),
+            data=state["data"],
+            settings=state["settings"],
+            parameters=tensors["parameters"],
+            optimizer=tensors["optimizer"],
+            random=RandomState(
+                (version, tuple(numbers), gauss), tensors["random"]["torch"], tensors["random"].get("device")
+            ),
+            losses=tuple((folder / "losses.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)),
+            learning_rate=state["learning_rate"],
+            loss_before=state["loss_before"],
+            spent=Spent.from_json(state["spent"]),
+            method_tensors=tensors["method"],
+            method_state=state["method_state"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder / "state.json", f"an entry is missing or of the wrong kind: {error}") from error
+    except SafetensorError as error:
+        raise _damaged(folder, str(error)) from error
+    except OSError as error:
+        raise _damaged(Path(error.filename or folder), error.strerror or str(error)) from error
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise _damaged(path, f"not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise _damaged(path, "not a JSON object")
+    return state
+
+
+def check_fits(
+    checkpoint: Checkpoint, folder: Path, model: ModelIdentity, data: str, settings: Mapping[str, Any]
+) -> None:
+    """Refuse to go on with a checkpoint of another model, other data or other settings.
+
+    Raises:
+        CheckpointError: They differ; the message names both.
+    """
+    theirs = checkpoint.model
+    for what, saved, wanted in (
+        ("the model", theirs.name, model.name),
+        ("the weights (digest)", theirs.digest, model.digest),
+        ("the split plan", theirs.plan, model.plan),
+        ("the tokenized data (fingerprint)", checkpoint.data, data),
+        *((name, checkpoint.settings.get(name), value) for name, value in settings.items()),
+    ):
+        if saved != wanted:
+            raise CheckpointError(
+                f"{folder} cannot be resumed: {what} was {saved!r} and is now {wanted!r}. "
+                "Resume with what it was started with, or give another --out."
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({why}): remove its checkpoint folder to resume from the one before, if there is one."
+    )

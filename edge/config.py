@@ -1,0 +1,229 @@
+"""What a training run is told: one frozen model, filled from a TOML file and from flags of the same names.
+
+The command line builds its flags from `TrainConfig.model_fields`, so this file imports neither torch nor transformers,
+and every field carries the sentence that `--help` shows. A flag wins over the file; a key that does not exist is
+refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from isthmus.backbone.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+# Two ways to say one thing: a flag that names one of a pair replaces what the file says about the other.
+_EXCLUSIVE = ("steps", "epochs")
+
+
+class TrainConfig(BaseModel):
+    """Everything that a training run on the edge can be told.
+
+    `load_config` builds one and turns bad values into `ConfigError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cloud: str = Field(
+        description="Connection string isthmus://host:port#SHA256:…, or the path of a file that holds it."
+    )
+    key: Path | None = Field(
+        None, description="The edge's private key; without it, the default place of `isthmus edge keygen`."
+    )
+
+    data: str = Field(description="Training data: a .jsonl, .csv or .tsv file, or hub:NAME[:SPLIT].")
+    validation: str | None = Field(
+        None, description="Held-out data in the same form; without it, a part of the training data."
+    )
+    validation_split: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of the training data held out when no validation data are given; 0 for none.",
+    )
+    format: Literal["auto", "jsonl", "csv", "tsv", "hub"] = Field(
+        "auto", description="Form of the data; `auto` goes by the file's ending."
+    )
+    header: bool = Field(
+        True, description="Whether a CSV or TSV file opens with column names; without them columns are 0, 1, 2, …"
+    )
+    text_column: str | None = Field(None, description="Column or key of plain text, all of it trained on.")
+    prompt_column: str | None = Field(
+        None, description="Column or key of the prompt, which is read but not trained on."
+    )
+    completion_column: str | None = Field(None, description="Column or key of the completion, which is trained on.")
+    prompt_template: str | None = Field(None, description="The prompt, made of columns: 'Meaning: {mr}\\nText:'.")
+    completion_template: str | None = Field(None, description="The completion, made of columns: ' {ref}'.")
+    max_length: int = Field(512, ge=2, description="Tokens per example at most; what is longer is cut at its end.")
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps to make; instead of --epochs.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the data; 1 when --steps is not given either.")
+    batch: int = Field(4, ge=1, description="Examples per micro-batch.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Schedule = Field("linear", description="How the learning rate falls after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to its peak.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them as they are."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter's start, of the data's order and of dropout.")
+
+    method: Method = Field("lora", description="What is trained; `full` tunes the edge's own layers themselves.")
+    rank: int = Field(
+        8, ge=1, description="Rank of the adapter (lora, dora, vera; the average one that adalora ends with)."
+    )
+    alpha: float = Field(16.0, gt=0, description="Scale of the adapter: its product is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Modules that get an adapter, q_proj,v_proj for example; the family's usual ones by default."
+    )
+    virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (method `prompt`).")
+
+    out: Path = Field(
+        Path("isthmus-out"), description="Folder for the adapter, the report, the loss log and the checkpoints."
+    )
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep; older ones are removed.")
+    resume: bool = Field(
+        False, description="Go on from the newest checkpoint in --out; from the start where there is none."
+    )
+    report_to: Literal["none", "tensorboard"] = Field(
+        "none", description="Where curves are written besides the loss log."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between lines of progress when the output is not a terminal.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations; only before and after by default."
+    )
+
+    codec: Literal["fp32", "bf16", "fp16", "int8"] = Field(
+        "fp32", description="How activations and gradients cross the strip."
+    )
+    threads: int | None = Field(None, ge=1, description="Threads of torch on the edge; torch's own choice by default.")
+    give_up_after: float = Field(
+        600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
+    )
+    tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
+    tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = value.split(",")
+        if isinstance(value, list | tuple):
+            names = [part.strip() if isinstance(part, str) else part for part in value]
+            if not names or "" in names:
+                raise ValueError("needs at least one name and no empty one")
+            return tuple(names)
+        return value
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps = {self.steps} and epochs = {self.epochs} exclude each other: give one of them")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        has_prompt = bool(self.prompt_column or self.prompt_template)
+        has_completion = bool(self.completion_column or self.completion_template)
+        if self.text_column and (has_prompt or has_completion):
+            raise ValueError("text_column excludes prompt and completion columns: give one or the other")
+        if self.prompt_column and self.prompt_template:
+            raise ValueError("prompt_column and prompt_template exclude each other: name the column in the template")
+        if self.completion_column and self.completion_template:
+            raise ValueError(
+                "completion_column and completion_template exclude each other: name the column in the template"
+            )
+        if has_prompt and not has_completion:
+            raise ValueError("a prompt needs a completion: give completion_column or completion_template")
+        return self
+
+    def connection_text(self) -> str:
+        """The connection string, read from its file where `cloud` is a path.
+
+        Raises:
+            ConfigError: `cloud` is neither a connection string nor a readable text file.
+        """
+        if self.cloud.startswith(("isthmus://", "isthmus+tls://")):
+            return self.cloud
+        try:
+            return Path(self.cloud).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cloud = {self.cloud!r} is neither a connection string nor a readable file ({_why(error)}): "
+                "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it."
+            ) from error
+
+
+def load_config(path: Path | None, overrides: Mapping[str, object]) -> TrainConfig:
+    """Read a TOML file, lay the flags over it, and check the whole.
+
+    Args:
+        path: The TOML file, flat, with the names of `TrainConfig`; `None` for flags alone.
+        overrides: Flags by field name. `None` means that a flag was not given.
+
+    Returns:
+        The checked configuration. Relative paths stay relative to the working directory, also those of the file.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.
+    """
+    values = _read_toml(path) if path is not None else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name in [*values, *given]:
+        _check_name(name, path if name in values else None)
+    if any(name in given for name in _EXCLUSIVE):
+        for name in _EXCLUSIVE:
+            values.pop(name, None)
+    try:
+        return TrainConfig.model_validate({**values, **given})
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration file {path} cannot be read ({_why(error)}): check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the configuration file {path} is not UTF-8 (byte {error.start}): save it as UTF-8."
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration file {path} is not TOML: {error}. Write `name = value` lines.") from error
+
+
+def _check_name(name: str, path: Path | None) -> None:
+    known = list(TrainConfig.model_fields)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
+    place = f" in {path}" if path is not None else ""
+    raise ConfigError(f"unknown setting {name!r}{place}: {remedy}")
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence with the field, its value and what it is for."""
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{reason}."
+    name = str(first["loc"][0])
+    meaning = TrainConfig.model_fields[name].description
+    if first["type"] == "missing":
+        return f"{name!r} is missing: give --{name.replace('_', '-')} or set it in the file. {meaning}"
+    return f"{name} = {first['input']!r}: {reason[:1].lower()}{reason[1:]}. {meaning}"
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,49 @@
+"""The loss on held-out examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from isthmus.backbone.errors import NonFiniteError
+from isthmus.edge import methods
+from isthmus.edge.data import Batch, Batches, label_count
+
+
+def evaluate(model: Any, batches: Batches, between: Callable[[], None] = lambda: None) -> float:
+    """Mean loss per label over all of `batches`: every token counts the same, whichever batch it is in.
+
+    Args:
+        model: A causal LM, plain or PEFT. It is in eval mode meanwhile.
+        batches: At least one.
+        between: Called after every batch; what it raises ends the evaluation.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    training = model.training
+    scored = methods.scoring_model(model)
+    total, labels = 0.0, 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches.epoch():
+                n = label_count(batch)
+                total += float(scored(**to_device(batch, model), use_cache=False).loss) * n
+                labels += n
+                between()
+    finally:
+        model.train(training)
+    mean = total / labels
+    if not math.isfinite(mean):
+        raise NonFiniteError(
+            f"the validation loss is {mean}: check the model, or use a wider codec or dtype (bf16 or fp32)."
+        )
+    return mean
+
+
+def to_device(batch: Batch, model: Any) -> Batch:
+    """The batch where the model's first layers are."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

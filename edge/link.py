@@ -1,0 +1,382 @@
+"""The link: a connection to a cloud that survives its connections.
+
+A call is a pure function of what is sent, because the backbone is frozen. So whatever breaks (the stream, the worker, the cloud's memory of a
+forward), the link opens a new session with new keys and repeats the call; the training loop sees a delay. An optimizer step is the edge's own
+and happens once. The link gives up, with an error, when the cloud has stayed away for `give_up_after` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
+from isthmus.backbone.plan import SplitPlan
+from isthmus.edge.channel import Channel, Observer, Traffic
+from isthmus.edge.fetch import fetch_parts
+from isthmus.edge.remote_span import RemoteSpan
+from isthmus.edge.report import StripTotals
+from isthmus.edge.transport import GrpcTransport, Tls, Transport
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import (
+    ACTIVATION_CODECS,
+    Payload,
+    Role,
+    codec_id,
+    decode,
+    encode,
+    encode_mask,
+    encode_positions,
+)
+from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.errors import ConnectionLostError, RefusedError, RemoteProtocolError, UnreachableError
+from isthmus.protocol.keys import Fingerprint, load_edge
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
+BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.1, 1.7, 5.0  # seconds
+PROTOCOL_FAULTS = 5  # in a row: bad luck ends, an attacker or a defect does not
+
+MAX_ATTEMPT = (1 << 16) - 1
+
+R = TypeVar("R", bound=m.Message)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCall:
+    """A forward whose backward may come: its number, and the session whose stash knows it."""
+
+    call: int
+    session: int
+
+
+def connect(
+    address: str,
+    *,
+    key: str | Path | None = None,
+    codec: str = "fp32",
+    tls: Tls | None = None,
+    connect_timeout: float = 10.0,
+    give_up_after: float = 600.0,
+    call_timeout: float = 600.0,
+) -> Link:
+    """Connect to a cloud.
+
+    Args:
+        address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`.
+        key: the edge's private key file; by default ~/.isthmus/edge/id_ed25519, as `isthmus edge keygen` makes it.
+        codec: how activations and gradients cross the strip: fp32, bf16, fp16 or int8.
+        tls: the outer TLS layer, for `isthmus+tls://` addresses; by default the system's certificates.
+        connect_timeout: seconds to wait for the cloud at first.
+        give_up_after: seconds that a cloud may stay away later.
+        call_timeout: seconds that one call may take before the connection counts as lost.
+
+    Returns:
+        An open link; use it as a context manager.
+
+    Raises:
+        ConfigError: the address or the codec does not make sense.
+        KeyFileError: there is no usable key.
+        FingerprintError: the server is not the pinned one.
+        NotEnrolledError: the cloud does not know the key.
+        UnreachableError: nobody answers.
+    """
+    where = ConnectionString.parse(address)
+    private = load_edge(Path(key or DEFAULT_KEY).expanduser())
+    transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None)
+    link = Link(
+        transport, where.pin, private, name=where.address, codec=codec, give_up_after=give_up_after, call_timeout=call_timeout
+    )
+    link.open(connect_timeout)
+    return link
+
+
+class Link:
+    """A link to one cloud. Not for several threads at once: calls wait for each other.
+
+    Args:
+        transport: opens streams to the cloud.
+        pin: fingerprint of the cloud's root key.
+        key: the edge's key.
+        name: the cloud's name in messages.
+        codec: how activations and gradients are sent, and asked to be answered.
+        give_up_after: seconds that the cloud may stay away.
+        call_timeout: seconds that one call may take.
+        observer: told of phases; for tests and benchmarks.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        pin: Fingerprint,
+        key: Ed25519PrivateKey,
+        *,
+        name: str,
+        codec: str = "fp32",
+        give_up_after: float = 600.0,
+        call_timeout: float = 600.0,
+        observer: Observer = lambda phase: None,
+    ) -> None:
+        if codec not in ACTIVATION_CODECS:
+            raise ConfigError(f"unknown codec {codec!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
+        self.traffic = Traffic()
+        self.observer = observer
+        self._transport = transport
+        self._pin = pin
+        self._key = key
+        self._name = name
+        self._codec = codec
+        self._give_up_after = give_up_after
+        self._call_timeout = call_timeout
+        self._link_id = os.urandom(16)
+        self._channel: Channel | None = None
+        self._info: m.SessionInfo | None = None
+        self._lock = threading.RLock()
+        self._parts_folder: Path | None = None
+        self._calls = 0
+        self._step = 0
+        self._jitter = random.Random()  # noqa: S311 - spreads reconnects, is no secret
+
+    @property
+    def info(self) -> m.SessionInfo:
+        """What the cloud serves: the model's name and digest, the plan, limits."""
+        if self._info is None:
+            raise UnreachableError(f"the link to {self._name} has never been open: call open()")
+        return self._info
+
+    @property
+    def plan(self) -> SplitPlan:
+        """Who holds which layers."""
+        return SplitPlan.parse(self.info.plan, self.info.n_layers)
+
+    def open(self, timeout: float) -> None:
+        """Open the first session, within `timeout` seconds."""
+        with self._lock:
+            self._retrying(timeout, lambda attempt: self._session())
+
+    def load_model(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole architecture as a transformers model whose middle layers run in the cloud.
+
+        The edge's own layers, the embedding, the norm and the head are fetched once and kept in the cache; layers keep their original
+        numbers, and the cloud's have no weights here.
+        """
+        from isthmus.backbone.parts import load_edge_parts
+
+        model = load_edge_parts(
+            self._parts(), self.plan, RemoteSpan(self), dtype=dtype, attn_implementation=self.info.attn_implementation
+        )
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        from isthmus.backbone.sources import load_tokenizer
+
+        return load_tokenizer(self._parts())
+
+    def forward_span(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, KeptCall]:
+        """Run the cloud's span; see `isthmus.edge.remote_span.SpanLink`."""
+        sent = self._inputs(hidden, attention_mask, position_ids)
+        with self._lock:
+            self._calls += 1
+            call = self._calls
+            reply = self._call(
+                m.ForwardReply,
+                lambda attempt: m.Forward(m.CallId(self._step, call, attempt), keep, sent.hidden, sent.attention_mask, sent.position_ids, codec_id(self._codec)),
+            )
+            return self._result(reply.hidden, hidden.shape), KeptCall(call, self.traffic.sessions)
+
+    def backward_span(
+        self, kept: KeptCall, gradient: Tensor, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The gradient of the span's input; see `isthmus.edge.remote_span.SpanLink`."""
+        sent = encode(_finite(gradient, "the gradient for the cloud's layers"), self._codec, Role.GRADIENT)
+        lost = False
+
+        def question(attempt: int) -> m.Backward:
+            # A stash lives as long as its session: after a reconnect the input goes along without being asked for.
+            again = lost or kept.session != self.traffic.sessions
+            replay = self._inputs(hidden, attention_mask, position_ids) if again else None
+            return m.Backward(m.CallId(self._step, kept.call, attempt), sent, replay, codec_id(self._codec))
+
+        with self._lock:
+            try:
+                reply = self._call(m.BackwardReply, question)
+            except _StashLostError:
+                lost = True
+                self.traffic.retries += 1
+                reply = self._call(m.BackwardReply, question)
+            return self._result(reply.gradient, hidden.shape)
+
+    def begin_step(self, step: int) -> None:
+        """Name the optimizer step that the next calls belong to."""
+        self._step = step
+
+    def totals(self) -> StripTotals:
+        """What has crossed the strip so far, and where the time went."""
+        t = self.traffic
+        cloud = t.compute_ns + t.queue_ns
+        return StripTotals(
+            bytes_up=t.bytes_up,
+            bytes_down=t.bytes_down,
+            calls=t.calls,
+            wire_s=max(0, t.asking_ns - t.crypto_ns - cloud) / 1e9,
+            crypto_s=t.crypto_ns / 1e9,
+            cloud_s=cloud / 1e9,
+            retries=t.retries,
+        )
+
+    def cloud_peak_bytes(self) -> int | None:
+        """The worker's largest resident memory so far, in bytes; None where the cloud does not answer."""
+        with self._lock:
+            try:
+                return self._call(m.Pong, lambda attempt: m.Ping(attempt)).peak_bytes
+            except UnreachableError:
+                return None
+
+    def close(self) -> None:
+        """Say goodbye and close."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+            self._transport.close()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Below: one call, and what to do when it breaks -------------------------------------------------------------------
+
+    def _parts(self) -> Path:
+        with self._lock:
+            if self._parts_folder is None:
+                self._parts_folder = fetch_parts(self.info, self._call)
+            return self._parts_folder
+
+    def _inputs(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> m.SpanInputs:
+        return m.SpanInputs(
+            encode(_finite(hidden, "the hidden states for the cloud's layers"), self._codec, Role.ACTIVATION),
+            None if attention_mask is None else encode_mask(attention_mask),
+            None if position_ids is None else encode_positions(position_ids),
+        )
+
+    def _result(self, payload: Payload, expected: torch.Size) -> Tensor:
+        tensor = decode(payload)
+        if tensor.shape != expected:
+            raise RemoteProtocolError(f"the cloud answered with shape {list(tensor.shape)} instead of {list(expected)}")
+        return tensor
+
+    def _call(self, kind: type[R], question: Callable[[int], m.Message]) -> R:
+        """Ask until there is an answer of this kind."""
+
+        def once(attempt: int) -> R:
+            channel = self._session()
+            asked = question(attempt)
+            answer = channel.ask(asked, self._call_timeout)
+            if isinstance(answer, m.Status):
+                raise _error(answer)
+            if not isinstance(answer, kind) or getattr(answer, "id", None) != getattr(asked, "id", None):
+                raise RemoteProtocolError(f"the cloud answered {type(asked).__name__} with {type(answer).__name__}")
+            return answer
+
+        answer = self._retrying(self._give_up_after, once)
+        self.traffic.calls += 1
+        if isinstance(answer, m.ForwardReply | m.BackwardReply):
+            self.traffic.compute_ns += answer.compute_ns
+            self.traffic.queue_ns += answer.queue_ns
+            self.traffic.crypto_ns += answer.crypto_ns
+        return answer
+
+    def _retrying(self, patience: float, work: Callable[[int], T]) -> T:
+        attempt = faults = 0
+        pause = BACKOFF_FIRST
+        deadline = None
+        while True:
+            try:
+                return work(attempt)
+            except ConnectionLostError as error:
+                reason = str(error)
+            except RemoteProtocolError as error:
+                reason = str(error)
+                faults += 1
+                if faults == PROTOCOL_FAULTS:
+                    raise
+            self._drop()
+            now = time.monotonic()
+            deadline = deadline or now + patience
+            if now >= deadline:
+                raise UnreachableError(
+                    f"the cloud at {self._name} stayed away for {patience:.0f} s ({reason}): check that it runs and can be reached"
+                )
+            time.sleep(min(pause * self._jitter.uniform(0.5, 1.0), deadline - now))
+            pause = min(pause * BACKOFF_FACTOR, BACKOFF_MOST)
+            attempt = min(attempt + 1, MAX_ATTEMPT)
+            self.traffic.retries += 1
+
+    def _session(self) -> Channel:
+        """The open channel, or a new one."""
+        if self._channel is not None:
+            return self._channel
+        try:
+            channel = Channel(
+                self._transport.open(), self._pin, self._key, self._link_id, self.traffic, lambda phase: self.observer(phase)
+            )
+        except RefusedError as error:
+            if self._info is None:
+                raise
+            raise ConnectionLostError(str(error)) from None  # it took us before, and may again: a worker that drains, say
+        if self._info is not None and (channel.info.digest, channel.info.plan) != (self._info.digest, self._info.plan):
+            channel.close()
+            raise CheckpointError(
+                f"the cloud at {self._name} now serves {channel.info.model} split {channel.info.plan}, another model than "
+                f"{self._info.model} split {self._info.plan} before: start the run anew, or serve the old model again"
+            )
+        if self._codec not in channel.info.codecs:
+            channel.close()
+            raise ConfigError(f"the cloud does not speak the codec {self._codec!r}: choose one of {', '.join(channel.info.codecs)}")
+        self._info = channel.info
+        self._channel = channel
+        return channel
+
+    def _drop(self) -> None:
+        if self._channel is not None:
+            self._channel.abandon()
+            self._channel = None
+
+
+class _StashLostError(Exception):
+    """The cloud has forgotten a forward: its input has to go along with the backward."""
+
+
+def _error(status: m.Status) -> Exception:
+    match status.code:
+        case m.StatusCode.STASH_LOST:
+            return _StashLostError()
+        case m.StatusCode.NON_FINITE:
+            return NonFiniteError(f"the cloud's layers gave no finite numbers: {status.message}")
+        case m.StatusCode.DRAINING | m.StatusCode.FENCED:
+            return ConnectionLostError(status.message)
+        case _:
+            return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {status.message}")
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(f"{what} hold NaN or infinity: lower the learning rate, or look for bad values in the adapter")
+    return tensor

@@ -1,0 +1,128 @@
+"""What the commands `train`, `eval` and `generate` do: a link, the model, and the library's parts put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
+from isthmus.edge import methods
+from isthmus.edge.checkpoint import ModelIdentity
+from isthmus.edge.config import TrainConfig
+from isthmus.edge.data import Batches, load_data
+from isthmus.edge.evaluate import evaluate
+from isthmus.edge.link import Link, connect
+from isthmus.edge.report import Report, linear_parameters
+from isthmus.edge.schedule import total_steps
+from isthmus.edge.trainer import Trainer
+from isthmus.edge.transport import Tls
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_link(config: TrainConfig) -> Link:
+    """Connect as the configuration says. Raises what `connect` raises."""
+    tls = None
+    if config.tls_ca or config.tls_cert or config.tls_key:
+        tls = Tls(config.tls_ca, config.tls_cert, config.tls_key)
+    return connect(
+        config.connection_text(), key=config.key, codec=config.codec, tls=tls, give_up_after=config.give_up_after
+    )
+
+
+def run_training(config: TrainConfig) -> Report:
+    """Train as the configuration says; the work of `isthmus edge train`.
+
+    Raises:
+        IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with open_link(config) as link:
+        info = link.info
+        data = load_data(config, link.load_tokenizer())
+        model = link.load_model()
+        span_parameters = _span_parameters(model, link.plan)
+        trainer = Trainer(
+            _peft(model, config, len(data.train)),
+            data,
+            config,
+            ModelIdentity(info.model, info.digest, info.plan),
+            meter=link,
+            span_parameters=span_parameters,
+            cloud_peak=link.cloud_peak_bytes,
+        )
+        return trainer.fit().report
+
+
+def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
+    """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
+    whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
+    with open_link(config) as link:
+        data = load_data(whole, link.load_tokenizer())
+        model = with_adapter(link.load_model(), adapter)
+        batches = Batches(data.train, config.batch, data.pad_id)
+        loss = evaluate(model, batches)
+        totals = dataclasses.asdict(link.totals())
+    return {"loss": loss, "examples": len(data.train), "dropped_examples": data.dropped, "strip": totals}
+
+
+def run_generation(
+    link: Link, adapter: Path | None, prompt: str, *, chat: bool, max_new_tokens: int, temperature: float
+) -> str:
+    """Continue a prompt; the work of `isthmus edge generate`.
+
+    Args:
+        link: an open link.
+        adapter: a PEFT folder, or None.
+        prompt: the text to continue, or with `chat` the user's message.
+        chat: whether to put the prompt into the model's chat template.
+        max_new_tokens: tokens to generate at most.
+        temperature: 0 for greedy, else the softness of sampling.
+    """
+    tokenizer: Any = link.load_tokenizer()
+    model: Any = with_adapter(link.load_model(), adapter).eval()
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Any:
+    """Load a PEFT folder, or a folder of plainly tuned edge layers, into a model.
+
+    Raises:
+        CheckpointError: the folder is neither, or does not fit the model.
+    """
+    if adapter is None:
+        return model
+    return methods.load_adapter(model, adapter)
+
+
+def _peft(model: Any, config: TrainConfig, n_examples: int) -> Any:
+    return methods.build_peft(model, config, total_steps=total_steps(config, n_examples))
+
+
+def _span_parameters(model: Any, plan: SplitPlan) -> int:
+    """Weights of linear layers in the cloud's span, by the architecture alone: there are no weights of it here."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(model.config)
+    layers: Any = whole.get_submodule(family_of(model.config).layers_path)
+    return sum(linear_parameters(layers[index]) for index in plan.cloud)

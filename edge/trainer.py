@@ -1,0 +1,414 @@
+"""The data owner's training loop. It knows nothing of where the model's middle layers run.
+
+One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs), weights
+each one's mean loss by its labels, so that the step's loss is the mean over all its labels whatever the micro-batches'
+sizes, clips, and moves the parameters with AdamW.
+
+A step is applied whole or not at all. Whatever goes wrong in the middle of one, the parameters are still those after
+the last applied step; the random state from before the step is at hand; so a checkpoint can be written then, and the
+step is made again, the same, after a resume. The loss log `losses.jsonl` has one line per applied step, and starts on a
+resume as the checkpoint had it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, IsthmusError, NonFiniteError
+from isthmus.backbone.files import disk_errors, write_atomic
+from isthmus.edge import checkpoint as checkpoints
+from isthmus.edge import methods
+from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState
+from isthmus.edge.config import TrainConfig
+from isthmus.edge.data import Batch, Batches, TrainingData, label_count
+from isthmus.edge.evaluate import evaluate, to_device
+from isthmus.edge.progress import TrainProgress
+from isthmus.edge.report import (
+    Report,
+    Spent,
+    StripMeter,
+    StripTotals,
+    count,
+    flops,
+    linear_parameters,
+    peak_bytes,
+    shares,
+    traffic,
+)
+from isthmus.edge.schedule import learning_rate, steps_per_epoch, total_steps
+from isthmus.edge.stopping import Interrupted, StopRequest
+from torch import Tensor
+
+# Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
+# form are covered by the fingerprint of the tokens; steps and epochs by the total, where it matters.
+_FREE = {
+    "cloud",
+    "key",
+    "data",
+    "validation",
+    "validation_split",
+    "format",
+    "header",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "prompt_template",
+    "completion_template",
+    "max_length",
+    "steps",
+    "epochs",
+    "out",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "report_to",
+    "log_every",
+    "eval_every",
+    "threads",
+    "give_up_after",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `Trainer.fit` made: the report and the folder of the adapter."""
+
+    report: Report
+    adapter: Path
+
+
+class Trainer:
+    """Trains what `methods.build_peft` made trainable.
+
+    Args:
+        model: A transformers `PreTrainedModel` or a `PeftModel` with something trainable.
+        data: From `load_data`.
+        config: The run's options. `out` is created.
+        identity: Which model this is; a checkpoint of another one is refused.
+        meter: The strip, where there is one.
+        span_parameters: Weights of linear layers in the cloud's span, for the FLOPs of the report.
+        cloud_peak: Asked at the end for the cloud's peak memory in bytes.
+        progress: Where progress is shown; standard error by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        config: TrainConfig,
+        identity: ModelIdentity,
+        *,
+        meter: StripMeter | None = None,
+        span_parameters: int = 0,
+        cloud_peak: Callable[[], int | None] = lambda: None,
+        progress: TrainProgress | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.total = total_steps(config, len(data.train))
+        self.step = 0  # applied steps
+        self._data = data
+        self._identity = identity
+        self._meter = meter
+        self._span_parameters = span_parameters
+        self._cloud_peak = cloud_peak
+        self._progress = progress or TrainProgress(self.total, config.log_every)
+        self._per_epoch = steps_per_epoch(config, len(data.train))
+        self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
+        self._held_out = Batches(data.validation, config.batch, data.pad_id)
+        self._parameters = methods.trained(model)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
+        )
+        self._losses: list[str] = []
+        self._loss_before: float | None = None
+        self._spent = Spent()
+        self._random = RandomState.take(model.device)
+        self._stop = StopRequest()
+        self._board: Any = None
+
+    def fit(self) -> TrainResult:
+        """Train to the end, or from the newest checkpoint on with `resume`.
+
+        Returns:
+            The report and the adapter's folder, both also in `out`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on. A second signal stops at once, without
+                a checkpoint.
+            NonFiniteError: A loss or a gradient is NaN or infinite.
+            CheckpointError: The newest checkpoint is damaged or does not belong to this run.
+            DiskError: The disk is full.
+            ConfigError: `out` holds another run and `resume` is not set.
+            IsthmusError: Whatever the strip raises. Before it rises, the last applied step is saved.
+        """
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        random.seed(self.config.seed)
+        torch.manual_seed(self.config.seed)
+        with disk_errors(self.config.out):
+            self.config.out.mkdir(parents=True, exist_ok=True)
+        with self._stop.listen(self._progress.message), self._progress:
+            self._resume()
+            self._random = RandomState.take(self.model.device)
+            with _board(self.config, self.step) as self._board:
+                loss_after = self._guarded_run()
+        return self._finish(loss_after)
+
+    def _guarded_run(self) -> float | None:
+        """Run to the end; whatever stops it, save the last applied step and say how to go on."""
+        try:
+            return self._run()
+        except Interrupted:
+            raise KeyboardInterrupt(
+                f"Stopped after step {self.step} of {self.total}. {self._rescue()}: repeat the command with --resume."
+            ) from None
+        except DiskError:
+            raise
+        except NonFiniteError as error:
+            # The same settings would lead to the same end, and other ones are another run.
+            raise NonFiniteError(f"{error} {self._rescue()}; a run with other settings needs another --out.") from error
+        except IsthmusError as error:
+            raise type(error)(f"{error} {self._rescue()}: repeat the command with --resume to go on.") from error
+
+    def _run(self) -> float | None:
+        if self._loss_before is None:
+            self._loss_before = self._evaluate("before training")
+        self.model.train()
+        self._progress.start(self.step)
+        while self.step < self.total:
+            self._apply_one_step()
+            if self.step % self.config.save_every == 0 or self.step == self.total:
+                self._save()
+            if self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.total:
+                self._evaluate(f"after step {self.step}")
+        return self._evaluate("after training")
+
+    def _apply_one_step(self) -> None:
+        step, started, before = self.step + 1, time.perf_counter(), self._totals()
+        self._random = RandomState.take(self.model.device)
+        if self._meter is not None:
+            self._meter.begin_step(step)
+        epoch, position = self._where()
+        batches = list(self._train.epoch(epoch, position, position + self.config.accumulate))
+        labels = sum(map(label_count, batches))
+        rate = learning_rate(self.config, self.step, self.total)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in batches:
+            loss += self._micro_step(batch, label_count(batch) / labels, step)
+            self._stop.check()
+        norm = self._clip(step)
+        # The last place to give the step up: from here on it is applied whole.
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        methods.after_step(self.model, step)
+        self.step = step
+        self._random = RandomState.take(self.model.device)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        positions = sum(batch["input_ids"].numel() for batch in batches)
+        spent = Spent(time.perf_counter() - started, tokens, positions, self._totals() - before)
+        self._spent += spent
+        line = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+        self._log(line, spent)
+
+    def _micro_step(self, batch: Batch, weight: float, step: int) -> float:
+        """Forward and backward of one micro-batch; returns its share of the step's loss."""
+        loss: Tensor = self.model(**to_device(batch, self.model), use_cache=False).loss
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of step {step} is {value}: lower --learning-rate, or use a wider codec or dtype."
+            )
+        torch.autograd.backward(loss * weight)
+        return value * weight
+
+    def _clip(self, step: int) -> float:
+        """Scale the gradients down to `max_grad_norm`; returns the norm that they had."""
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=False))
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradients of step {step} have the norm {norm}: "
+                "lower --learning-rate, or use a wider codec or dtype."
+            )
+        return norm
+
+    def _evaluate(self, when: str) -> float | None:
+        if not self._data.validation:
+            return None
+        loss = evaluate(self.model, self._held_out, self._stop.check)
+        self._progress.message(f"validation loss {when}: {loss:.4f}")
+        if self._board is not None:
+            self._board.add_scalar("loss/validation", loss, self.step)
+        return loss
+
+    def _log(self, line: dict[str, Any], spent: Spent) -> None:
+        # Nothing here depends on time, so the log of an interrupted and resumed run equals an undisturbed one's.
+        self._losses.append(json.dumps(line) + "\n")
+        path = self.config.out / "losses.jsonl"
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(self._losses[-1])
+        speed = spent.tokens / spent.seconds
+        self._progress.update(self.step, line["loss"], speed, self._spent.strip)
+        if self._board is not None:
+            curves = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
+            curves |= {"bytes/up": spent.strip.bytes_up, "bytes/down": spent.strip.bytes_down}
+            for name, value in curves.items():
+                self._board.add_scalar(name, value, self.step)
+
+    def _where(self) -> tuple[int, int]:
+        """Epoch and micro-batch that the next step begins with."""
+        epoch, inside = divmod(self.step, self._per_epoch)
+        return epoch, inside * self.config.accumulate
+
+    def _totals(self) -> StripTotals:
+        return StripTotals() if self._meter is None else self._meter.totals()
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What may not change half-way. The length matters where something was planned by it."""
+        settings = self.config.model_dump(mode="json", exclude=set(_FREE))
+        planned = self.config.schedule != "constant" or self.config.method == "adalora"
+        return settings | {"total steps": self.total if planned else None}
+
+    def _save(self) -> Path:
+        epoch, position = self._where()
+        tensors, values = methods.method_state(self.model)
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        state = Checkpoint(
+            step=self.step,
+            epoch=epoch,
+            position=position,
+            model=self._identity,
+            data=self._data.fingerprint,
+            settings=self._settings(),
+            parameters=dict(self._parameters),
+            optimizer=moments,
+            random=self._random,
+            losses=tuple(self._losses),
+            learning_rate=learning_rate(self.config, self.step, self.total),
+            loss_before=self._loss_before,
+            spent=self._spent,
+            method_tensors=tensors,
+            method_state=values,
+        )
+        return checkpoints.save(self.config.out, state, self.config.keep_checkpoints)
+
+    def _rescue(self) -> str:
+        """Save the last applied step; returns where."""
+        return f"The last applied step is saved in {self._save()}"
+
+    def _resume(self) -> None:
+        folder = checkpoints.latest(self.config.out)
+        log = self.config.out / "losses.jsonl"
+        if folder is not None and not self.config.resume:
+            raise ConfigError(
+                f"{self.config.out} holds a run ({folder.name}): add --resume to go on, or give another --out."
+            )
+        if folder is None:
+            if self.config.resume:
+                self._progress.message(f"No checkpoint in {self.config.out} yet: starting from the beginning.")
+            write_atomic(log, b"")
+            return
+        state = checkpoints.load(folder)
+        checkpoints.check_fits(state, folder, self._identity, self._data.fingerprint, self._settings())
+        self._restore(state, folder)
+        write_atomic(log, "".join(state.losses).encode())
+        self._progress.message(f"Resumed after step {state.step} of {self.total} from {folder}.")
+
+    def _restore(self, state: Checkpoint, folder: Path) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in state.parameters.items()}
+        if shapes != saved:
+            name = next(name for name in [*shapes, *saved] if shapes.get(name) != saved.get(name))
+            raise CheckpointError(
+                f"{folder} cannot be resumed: {name} has shape {saved.get(name)} there and {shapes.get(name)} "
+                "in this model. Resume with the model and method that it was started with."
+            )
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state.parameters[name])
+        for key, value in state.optimizer.items():
+            name, _, moment = key.rpartition("/")
+            # AdamW keeps its step count on the CPU, whatever the parameter's device.
+            parameter = self._parameters[name]
+            self._optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+        pass
+        state.random.restore(self.model.device)
+        self.step, self._spent, self._loss_before = state.step, state.spent, state.loss_before
+        self._losses = list(state.losses)
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self, loss_after: float | None) -> TrainResult:
+        adapter = self.config.out / "adapter"
+        methods.save_adapter(self.model, adapter)
+        report = self._report(loss_after)
+        report.write(self.config.out / "report.json")
+        return TrainResult(report, adapter)
+
+    def _report(self, loss_after: float | None) -> Report:
+        spent, n_trained = self._spent, count(self._parameters.values())
+        figures: dict[str, Any] = {
+            **shares(spent),
+            **traffic(spent),
+            **flops(linear_parameters(self.model), n_trained, self._span_parameters, spent.positions),
+        }
+        return Report(
+            loss_before=self._loss_before,
+            loss_after=loss_after,
+            train_loss_first=json.loads(self._losses[0])["loss"],
+            train_loss_last=json.loads(self._losses[-1])["loss"],
+            steps=self.step,
+            examples=len(self._data.train),
+            dropped_examples=self._data.dropped,
+            tokens=spent.tokens,
+            positions=spent.positions,
+            seconds=spent.seconds,
+            tokens_per_s=spent.tokens / spent.seconds,
+            bytes_up=spent.strip.bytes_up,
+            bytes_down=spent.strip.bytes_down,
+            peak_bytes_edge=peak_bytes(),
+            peak_bytes_cloud=self._cloud_peak(),
+            calls=spent.strip.calls,
+            retries=spent.strip.retries,
+            trained_parameters=n_trained,
+            model=self._identity.name,
+            plan=self._identity.plan,
+            method=self.config.method,
+            codec=self.config.codec,
+            **figures,
+        )
+
+
+def _board(config: TrainConfig, step: int) -> AbstractContextManager[Any]:
+    """TensorBoard's writer, or `None`; a resumed run's curves go on after `step`."""
+    if config.report_to == "none":
+        return nullcontext()
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "report_to = 'tensorboard' needs the package tensorboard: "
+            "pip install 'isthmus[tensorboard]', or --report-to none."
+        ) from error
+    return SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)

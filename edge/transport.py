@@ -1,0 +1,174 @@
+"""The bytes' way to the cloud: one small interface, so that the same link runs over gRPC, in memory, and over a faulty one in tests.
+
+A stream carries whole frames, in order, both ways. Anything that goes wrong with it is a `ConnectionLostError`; the link reconnects.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from isthmus.backbone.errors import ConfigError
+from isthmus.protocol.errors import ConnectionLostError, KeyFileError
+from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD
+
+
+class Stream(Protocol):
+    """One bidirectional stream of frames."""
+
+    def send(self, frame: bytes) -> None:
+        """Queue one frame. Raises ConnectionLostError where the stream is broken."""
+
+    def receive(self, timeout: float) -> bytes:
+        """Wait for the next frame. Raises ConnectionLostError on a broken stream or after `timeout` seconds."""
+
+    def finish(self, timeout: float) -> None:
+        """Send what is queued, end this side, and wait up to `timeout` seconds for the other side to end too."""
+
+    def close(self) -> None:
+        """Close the stream; harmless when it is closed already."""
+
+
+class Transport(Protocol):
+    """Opens streams."""
+
+    def open(self) -> Stream:
+        """Open a new stream. Raises ConnectionLostError where that is not possible at present."""
+
+    def close(self) -> None:
+        """Give up what the transport holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """TLS around the sealed session: an outer layer, nothing is authorised by it.
+
+    Args:
+        ca: certificates to trust (PEM), or None for the system's.
+        cert: the edge's own certificate chain (PEM), where the cloud asks for one.
+        key: its private key (PEM).
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises KeyFileError for one that cannot be read, ConfigError for half a pair."""
+        if (self.cert is None) != (self.key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+        return grpc.ssl_channel_credentials(*(_read(path) for path in (self.ca, self.key, self.cert)))
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"the TLS file {path} cannot be read ({error.strerror}): check the path") from None
+
+
+class GrpcTransport:
+    """A gRPC channel to one worker.
+
+    Args:
+        target: `host:port`.
+        tls: the outer TLS layer, or None for none (the session is sealed in either case).
+        connect_timeout: seconds to wait for the channel when a stream is opened.
+    """
+
+    def __init__(self, target: str, tls: Tls | None = None, connect_timeout: float = 5.0) -> None:
+        self._target = target
+        self._credentials = None if tls is None else tls.credentials()
+        self._connect_timeout = connect_timeout
+        self._channel: grpc.Channel | None = None
+
+    def open(self) -> Stream:
+        """Open a new stream on a channel that is known to be connected."""
+        if self._channel is None:
+            options = [
+                ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+                ("grpc.enable_retries", 0),  # a retry is a new session with a new key: the link does it
+                ("grpc.use_local_subchannel_pool", 1),  # links share no connection, so that one's fault is not another's
+            ]
+            if self._credentials is None:
+                self._channel = grpc.insecure_channel(self._target, options)
+            else:
+                self._channel = grpc.secure_channel(self._target, self._credentials, options)
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=self._connect_timeout)
+        except grpc.FutureTimeoutError:
+            self.close()  # a fresh channel starts without gRPC's own growing backoff
+            raise ConnectionLostError(f"no answer from {self._target}") from None
+        return _GrpcStream(self._channel)
+
+    def close(self) -> None:
+        """Close the channel."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+_END = object()
+
+
+class _GrpcStream:
+    """Frames over one bidirectional gRPC call. A reader thread makes a timeout possible, which gRPC's own iterator has none of."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._call = channel.stream_stream(METHOD)(self._requests())
+        self._lost: ConnectionLostError | None = None
+        threading.Thread(target=self._read, name="strip-reader", daemon=True).start()
+
+    def send(self, frame: bytes) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._outgoing.put(frame)
+
+    def receive(self, timeout: float) -> bytes:
+        try:
+            item = self._incoming.get(timeout=timeout)
+        except queue.Empty:
+            self.close()
+            raise ConnectionLostError(f"no answer within {timeout:.0f} s") from None
+        if isinstance(item, ConnectionLostError):
+            raise item
+        frame: bytes = item
+        return frame
+
+    def close(self) -> None:
+        self._outgoing.put(_END)
+        self._call.cancel()
+
+    def finish(self, timeout: float) -> None:
+        self._outgoing.put(_END)
+        try:
+            while not isinstance(self._incoming.get(timeout=timeout), ConnectionLostError):
+                pass
+        except queue.Empty:
+            self._call.cancel()
+
+    def _requests(self) -> Iterator[bytes]:
+        while (frame := self._outgoing.get()) is not _END:
+            yield frame
+
+    def _read(self) -> None:
+        reason = "the cloud closed the stream"
+        try:
+            for frame in self._call:
+                self._incoming.put(frame)
+        except grpc.RpcError as error:
+            reason = f"{self._call.code().name.lower()}: {self._call.details() or type(error).__name__}"
+        self._lost = ConnectionLostError(reason)
+        self._incoming.put(self._lost)

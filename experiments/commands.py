@@ -1,0 +1,55 @@
+"""The commands of measuring: `isthmus bench …` and `isthmus demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(help="Measure; every figure in the documents comes from one of these.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
+EdgeLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")]
+Keep = Annotated[Path | None, typer.Option(help="Folder for the run's files; by default they are gone afterwards.")]
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        typer.echo(f"{name.replace('_', ' '):32} {value}")
+
+
+@bench.command()
+def parity(
+    model: Model = "smollm2-135m",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
+    edge_layers: EdgeLayers = "2:2",
+    codec: Annotated[str, typer.Option(help="Codec of the wire: fp32, bf16, fp16 or int8.")] = "fp32",
+    cloud_dtype: Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")] = "fp32",
+    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 4,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per example at most.")] = 128,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
+    data: Annotated[str, typer.Option(help="A data file as for `edge train`; by default generated tickets.")] = "",
+    keep: Keep = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a split run (real processes, sealed gRPC) with a single-process run, bit for bit.
+
+    Example: isthmus bench parity --model smollm2-135m --steps 10 --json
+    """
+    from isthmus.experiments.harness import working_folder
+    from isthmus.experiments.parity import ParitySettings, run_parity
+
+    settings = ParitySettings(model, edge_layers, steps, batch, seq, codec, cloud_dtype, learning_rate, threads, data)
+    with working_folder(keep) as folder:
+        _print(run_parity(settings, folder), as_json)
+
+
+def demo() -> None:
+    """Run."""

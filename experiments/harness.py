@@ -1,0 +1,132 @@
+"""Real parts for benchmarks and the demo: a cloud in its own processes, keys made for the occasion, and commands as a user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.errors import IsthmusError
+from isthmus.protocol.errors import UnreachableError
+from isthmus.protocol.keys import generate_edge, generate_root, issue_worker
+
+START_SECONDS = 180.0
+
+
+def isthmus(*arguments: str) -> list[str]:
+    """The command line that runs `isthmus` with this interpreter."""
+    return [sys.executable, "-m", "isthmus.cli.main", *arguments]
+
+
+class LocalCloud:
+    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge.
+
+    Args:
+        folder: where keys, logs and the connection file go.
+        model: as for `--model`.
+        options: further options of `serve`.
+        environment: variables to add to the process's environment.
+    """
+
+    def __init__(self, folder: Path, model: str, *options: str, environment: dict[str, str] | None = None) -> None:
+        self.home = folder / "cloud"
+        self.edge_key = folder / "edge" / "id_ed25519"
+        self.connection_file = folder / "connection"
+        self._environment = {**os.environ, **(environment or {})}
+        self._log = folder / "serve.log"
+        self._arguments = [
+            "cloud", "serve", "--model", model, "--home", str(self.home), "--connection-file", str(self.connection_file),
+            "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *options,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        if not self.home.exists():
+            self.home.mkdir(parents=True, mode=0o700)
+            self.edge_key.parent.mkdir(parents=True, mode=0o700)
+            generate_root(self.home)
+            issue_worker(self.home)
+            self.enroll("edge", self.edge_key)
+
+    @property
+    def connection(self) -> str:
+        """The connection string."""
+        return self.connection_file.read_text().strip()
+
+    def enroll(self, name: str, key: Path) -> None:
+        """Make a key and enrol it."""
+        from isthmus.protocol.enrolment import add_line
+
+        add_line(self.home / "authorized_edges", generate_edge(key, name), name)
+
+    def start(self) -> None:
+        """Start and wait until the worker answers. Raises UnreachableError with the end of its output if it does not."""
+        self.connection_file.unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
+                start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self.connection_file.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                tail = self._log.read_text(errors="replace")[-2000:]
+                raise UnreachableError(f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}")
+            time.sleep(0.1)
+
+    def status(self) -> dict[str, Any]:
+        """The worker's status, `pid` among it."""
+        state = json.loads((self.home / "serving.json").read_text())
+        with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
+            status: dict[str, Any] = json.load(response)
+        return status
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code after the graceful drain."""
+        process = self._process
+        if process is None:
+            raise IsthmusError("the cloud was not started")
+        process.send_signal(signal.SIGTERM)
+        return process.wait(60)
+
+    def stop(self) -> None:
+        """End it, gracefully where that works."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def __enter__(self) -> LocalCloud:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+@contextlib.contextmanager
+def working_folder(keep: Path | None = None) -> Iterator[Path]:
+    """A private folder that is gone afterwards, or `keep`, which stays."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""A small data set that looks private: support tickets, and the structured triage line that a company would want for each.
+
+Everything in it is made up by a seeded generator; a small model can learn the mapping in a few dozen steps and cannot know it before.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+FIRST = ("Amara", "Bogdan", "Chen", "Dagny", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kavya", "Lior", "Mette", "Nuria", "Olek")
+LAST = ("Abara", "Brandt", "Castell", "Dahl", "Eriksen", "Fontaine", "Grossi", "Haddad", "Ito", "Jansen", "Kovacs", "Lindqvist", "Moreau")
+PRODUCTS = ("Harbor", "Lantern", "Quill", "Tessera", "Voyage")
+
+# What the customer writes, the team, the topic, and how urgent it is.
+CASES = (
+    ("my card was charged twice for the {product} subscription on {date}", "billing", "duplicate charge", "high"),
+    ("the invoice {number} for {product} shows the wrong company address", "billing", "invoice data", "low"),
+    ("please refund the {product} renewal of {date}, we had cancelled it", "billing", "refund", "normal"),
+    ("I cannot sign in to {product} since {date}, the reset mail never comes", "access", "login", "high"),
+    ("a former colleague still has access to our {product} workspace", "access", "revoke access", "urgent"),
+    ("{product} asks for a code from a phone that I no longer own", "access", "second factor", "high"),
+    ("exporting report {number} from {product} ends with an empty file", "product", "export", "normal"),
+    ("{product} has been down for all of our {count} users since this morning", "product", "outage", "urgent"),
+    ("the search in {product} does not find documents older than {date}", "product", "search", "normal"),
+    ("the parcel with order {number} arrived without the {product} hub", "logistics", "missing item", "normal"),
+    ("order {number} has been at the customs office since {date}", "logistics", "delay", "normal"),
+    ("the {product} hub was broken in the box, order {number}", "logistics", "damage", "high"),
+)
+OPENINGS = ("Hello,", "Hi team,", "Good morning,", "To whom it may concern:", "Dear support,")
+CLOSINGS = ("Thanks", "Kind regards", "Please help", "Best", "Waiting for your answer")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A ticket as a prompt, and its triage line as the completion."""
+
+    prompt: str
+    completion: str
+
+
+def make_tickets(count: int, seed: int = 0) -> list[Ticket]:
+    """Make tickets; the same seed gives the same ones.
+
+    Args:
+        count: how many.
+        seed: of the generator.
+    """
+    source = random.Random(seed)  # noqa: S311 - a data set, not a secret
+    return [_ticket(source) for _ in range(count)]
+
+
+def write_tickets(path: Path, tickets: list[Ticket]) -> None:
+    """Write tickets as JSONL with `prompt` and `completion`."""
+    lines = (json.dumps({"prompt": ticket.prompt, "completion": ticket.completion}) for ticket in tickets)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _ticket(source: random.Random) -> Ticket:
+    template, team, topic, urgency = source.choice(CASES)
+    product = source.choice(PRODUCTS)
+    name = f"{source.choice(FIRST)} {source.choice(LAST)}"
+    body = template.format(
+        product=product,
+        date=f"{source.randint(1, 28)} {source.choice(MONTHS)}",
+        number=f"{source.choice('ABKX')}{source.randint(10_000, 99_999)}",
+        count=source.randint(12, 400),
+    )
+    prompt = f"{source.choice(OPENINGS)} {body}. {source.choice(CLOSINGS)}, {name}\nTriage:"
+    return Ticket(prompt, f" [{urgency}] {team} / {topic} / {product} / customer {name.split()[1]}")

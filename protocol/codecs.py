@@ -1,0 +1,319 @@
+"""Codecs: how a tensor becomes bytes and bytes become a tensor.
+
+Rules
+    1. A payload says what its tensor is for (`Role`), how it is coded, and its shape. Sizes in bytes follow from
+       these three, so a receiver compares them with its limits, and with the bytes that are there, before it
+       allocates anything.
+    2. `encode` does not copy where the tensor's memory already is the encoding (fp32 by `fp32`, bf16 by `bf16`, …):
+       the buffers are views of the tensor and keep it alive. `decode` does not copy where the bytes already are a
+       tensor of the wanted dtype; the tensor then shares the receiving buffer.
+    3. A new codec is one entry of `CODECS`. An id is never reused.
+
+Theory of operation
+    name    id  buffers (little-endian)                                     exact
+    fp32     1  n x 4 bytes                                                 yes
+    bf16     2  n x 2 bytes                                                 for bf16 input
+    fp16     3  n x 2 bytes; values beyond 65504 are refused                for fp16 input
+    int8     4  scales fp32 (one per 64 of the last dimension), then int8   no: |error| <= scale / 2
+    mask     5  one bit per element, first element in the highest bit       yes, for zeros and ones
+    int32    6  n x 4 bytes                                                 yes, within 32 bits
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
+from isthmus.kernels.blockwise import BLOCK, dequantize_int8, quantize_int8
+from isthmus.protocol.errors import LimitError, MessageError
+from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from torch import Tensor
+
+if sys.byteorder != "little":
+    raise ImportError("isthmus writes tensors in little-endian order and runs on little-endian machines only")
+
+MAX_DIM = (1 << 32) - 1
+FP16_END = 65520.0
+"""From here on fp16 rounds to infinity."""
+
+
+class Role(enum.IntEnum):
+    """What a tensor is for. It travels with the tensor, so that both sides and the codec can tell one from another."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    PARAMETER = 3
+    INDEX = 4
+    """Which tokens and which places: attention masks and position ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One way to turn a tensor into bytes.
+
+    Attributes:
+        name: the name that users and configuration files write.
+        id: the number on the wire.
+        activation: whether activations and gradients may use it (the others are for masks and positions).
+        sizes: bytes of each buffer for a shape.
+        encode: a contiguous CPU tensor and its role to buffers of exactly these sizes.
+        decode: buffers of these sizes, a shape and the wanted dtype to a tensor.
+    """
+
+    name: str
+    id: int
+    activation: bool
+    sizes: Callable[[tuple[int, ...]], tuple[int, ...]]
+    encode: Callable[[Tensor, Role], tuple[Buffer, ...]]
+    decode: Callable[[tuple[Buffer, ...], tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """An encoded tensor: how it is coded, what it is for, its shape, and its bytes."""
+
+    codec: int
+    role: Role
+    shape: tuple[int, ...]
+    buffers: tuple[Buffer, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, padding between them not counted."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Payload):
+            return NotImplemented
+        mine, theirs = (self.codec, self.role, self.shape), (other.codec, other.role, other.shape)
+        # Compared as bytes: memoryviews of tensors do not compare by content across formats.
+        return mine == theirs and [bytes(b) for b in self.buffers] == [bytes(b) for b in other.buffers]
+
+    __hash__ = None  # type: ignore[assignment]  # the standard way to make a class with mutable buffers unhashable
+
+
+def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
+    """Encode a tensor.
+
+    Args:
+        tensor: rank 1 to 4, no empty dimension, on any device; it is detached and copied to the CPU where it is not
+            there already.
+        codec: a name of `CODECS`.
+        role: what the tensor is for.
+
+    Returns:
+        The payload. Its buffers may be views of the tensor: do not change the tensor before they are sent.
+
+    Raises:
+        ConfigError: there is no such codec.
+        NonFiniteError: the codec cannot carry a value (NaN or infinity by `int8`; NaN, infinity or more than 65504 by
+            `fp16`).
+        UnsupportedCallError: the shape, or a mask's or position's value, cannot be carried.
+    """
+    entry = CODECS.get(codec)
+    if entry is None:
+        raise ConfigError(f"unknown codec {codec!r}: choose one of {', '.join(CODECS)}")
+    shape = tuple(tensor.shape)
+    if not 1 <= len(shape) <= DEFAULT_LIMITS.max_rank or not all(1 <= dim <= MAX_DIM for dim in shape):
+        raise UnsupportedCallError(
+            f"a tensor of shape {list(shape)} cannot be sent: rank 1 to 4 and no empty dimension is needed"
+        )
+    data = tensor.detach().to("cpu").contiguous()
+    return Payload(codec=entry.id, role=role, shape=shape, buffers=entry.encode(data, role))
+
+
+def decode(payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS) -> Tensor:
+    """Decode a payload to a CPU tensor of its shape.
+
+    Args:
+        payload: as received or as encoded.
+        dtype: the wanted dtype; by default fp32 for activations, int64 for masks and positions.
+        limits: what this side accepts.
+
+    Returns:
+        The tensor. Where the bytes already have the wanted dtype it shares the payload's memory: keep the payload's
+        buffer unchanged for as long as the tensor is used.
+
+    Raises:
+        MessageError: the codec is unknown, or the bytes do not fit the shape.
+        LimitError: the shape is over a limit.
+    """
+    entry = codec_by_id(payload.codec)
+    sizes = checked_sizes(entry, payload.shape, limits)
+    got = tuple(len(buffer) for buffer in payload.buffers)
+    if got != sizes:
+        raise MessageError(f"a {entry.name} tensor of shape {list(payload.shape)} takes {sizes} bytes, not {got}")
+    tensor = entry.decode(payload.buffers, payload.shape)
+    return tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
+
+
+def encode_mask(mask: Tensor) -> Payload:
+    """Encode an attention mask of zeros and ones (bool or any number type), one bit per token."""
+    return encode(mask, "mask", Role.INDEX)
+
+
+def encode_positions(position_ids: Tensor) -> Payload:
+    """Encode position ids, 32 bits each."""
+    return encode(position_ids, "int32", Role.INDEX)
+
+
+def codec_by_id(number: int) -> Codec:
+    """Find the codec that a peer named.
+
+    Raises:
+        MessageError: no codec has this id.
+    """
+    entry = _BY_ID.get(number)
+    if entry is None:
+        raise MessageError(f"unknown codec id {number}: the other side may run a newer version")
+    return entry
+
+
+def codec_id(name: str) -> int:
+    """Give the wire's number of an activation codec that a user named.
+
+    Raises:
+        ConfigError: there is no such activation codec.
+    """
+    if name not in ACTIVATION_CODECS:
+        raise ConfigError(f"unknown codec {name!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
+    return CODECS[name].id
+
+
+def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
+    """Compute the bytes of each buffer of a remote tensor, allocating nothing.
+
+    Raises:
+        LimitError: rank, a dimension, or the number of bytes is over the limit.
+        MessageError: a dimension is empty.
+    """
+    if not 1 <= len(shape) <= limits.max_rank:
+        raise LimitError(f"a tensor of rank {len(shape)} is refused: rank 1 to {limits.max_rank} is accepted")
+    if any(dim < 1 for dim in shape):
+        raise MessageError(f"a tensor of shape {list(shape)} is refused: a dimension is empty")
+    if any(dim > MAX_DIM for dim in shape):
+        raise LimitError(f"a tensor of shape {list(shape)} is refused: a dimension is over {MAX_DIM}")
+    sizes = entry.sizes(shape)  # Python integers do not overflow
+    if sum(sizes) > limits.max_message_bytes:
+        raise LimitError(
+            f"a {entry.name} tensor of shape {list(shape)} takes {sum(sizes)} bytes: "
+            f"{limits.max_message_bytes} are accepted"
+        )
+    return sizes
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied; the view keeps the tensor's memory alive."""
+    flat: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return flat.data
+
+
+def _tensor(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over a buffer: shared where the buffer is writable and aligned, else copied."""
+    view = memoryview(buffer)
+    if view.readonly or np.frombuffer(view, np.uint8).ctypes.data % dtype.itemsize:
+        view = memoryview(bytearray(view))
+    return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+def _plain_sizes(itemsize: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    return lambda shape: (math.prod(shape) * itemsize,)
+
+
+def _plain(name: str, number: int, dtype: torch.dtype) -> Codec:
+    """A codec whose bytes are the tensor's own in one float dtype."""
+
+    def pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+        return (_view(tensor.to(dtype)),)
+
+    def unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+        return _tensor(buffers[0], dtype, shape)
+
+    return Codec(name, number, True, _plain_sizes(dtype.itemsize), pack, unpack)
+
+
+def _fp16_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+    # Checked before the conversion: finding infinities in fp16 takes a CPU many times longer. NaN fails the test, too.
+    largest = float(tensor.to(torch.float32).abs().amax())
+    if not largest < FP16_END:
+        raise NonFiniteError(
+            f"fp16 cannot carry this {role.name.lower()}: its largest absolute value is {largest:g}, the format "
+            "ends at 65504. Use the codec bf16 or fp32."
+        )
+    return (_view(tensor.to(torch.float16)),)
+
+
+def _int8_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    rows = math.prod(shape[:-1])
+    return (rows * -(-shape[-1] // BLOCK) * 4, rows * shape[-1])
+
+
+def _int8_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+    q, scale = quantize_int8(tensor)
+    if not bool(scale.isfinite().all()):
+        raise NonFiniteError(
+            f"int8 cannot carry this {role.name.lower()}: it holds NaN or infinite values. Lower the learning rate, or "
+            "look for the first such value with the codec fp32."
+        )
+    return (_view(scale), _view(q))
+
+
+def _int8_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    scale = _tensor(buffers[0], torch.float32, (*shape[:-1], -(-shape[-1] // BLOCK)))
+    if not bool(scale.isfinite().all()):
+        raise MessageError(f"an int8 tensor of shape {list(shape)} came with NaN or infinite scales")
+    return dequantize_int8(_tensor(buffers[1], torch.int8, shape), scale)
+
+
+def _mask_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+    bits = tensor.to(torch.bool)
+    if tensor.dtype != torch.bool and not bool((tensor == bits).all()):
+        raise UnsupportedCallError(
+            "an attention mask may hold zeros and ones only; pass a 2-D mask of tokens, not an additive mask"
+        )
+    return (np.packbits(bits.numpy().reshape(-1)).tobytes(),)
+
+
+def _mask_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    packed = np.frombuffer(buffers[0], np.uint8)
+    if count % 8 and int(packed[-1]) & ((1 << (8 - count % 8)) - 1):
+        raise MessageError(f"a mask of shape {list(shape)} has bits set behind its last element")
+    return torch.from_numpy(np.unpackbits(packed, count=count)).view(shape)
+
+
+def _int32_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+    narrow = tensor.to(torch.int32)
+    if not bool((narrow == tensor).all()):
+        raise UnsupportedCallError(f"position ids up to {float(tensor.max()):g} do not fit whole numbers of 32 bits")
+    return (_view(narrow),)
+
+
+def _int32_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    return _tensor(buffers[0], torch.int32, shape)
+
+
+_FP16 = _plain("fp16", 3, torch.float16)
+
+CODECS: dict[str, Codec] = {
+    entry.name: entry
+    for entry in (
+        _plain("fp32", 1, torch.float32),
+        _plain("bf16", 2, torch.bfloat16),
+        Codec(_FP16.name, _FP16.id, True, _FP16.sizes, _fp16_pack, _FP16.decode),
+        Codec("int8", 4, True, _int8_sizes, _int8_pack, _int8_unpack),
+        Codec("mask", 5, False, lambda shape: (-(-math.prod(shape) // 8),), _mask_pack, _mask_unpack),
+        Codec("int32", 6, False, _plain_sizes(4), _int32_pack, _int32_unpack),
+    )
+}
+_BY_ID = {entry.id: entry for entry in CODECS.values()}
+
+ACTIVATION_CODECS: tuple[str, ...] = tuple(entry.name for entry in CODECS.values() if entry.activation)
+"""Names of the codecs that activations and gradients may use."""

@@ -1,0 +1,250 @@
+"""Enrolment: which edges a cloud serves, and where an edge finds its cloud.
+
+Rules
+    1. `authorized_edges` is a text file as in SSH: one line per edge, `#` begins a comment, an unknown option is an
+       error. A
+       malformed line stops the whole file: a cloud must not run with a quota that nobody meant.
+    2. A key and a name stand for one edge each; neither may come twice.
+
+Theory of operation
+    max-sessions=2,max-bytes-in-flight=64MiB ssh-ed25519 AAAAC3... hospital-a
+    isthmus://cloud.example:7443#SHA256:...       (isthmus+tls:// where the stream also runs inside TLS)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.protocol.errors import KeyFileError, NotEnrolledError
+from isthmus.protocol.keyfiles import locked_folder, read_text, replace_file
+from isthmus.protocol.keys import Fingerprint, format_public_key, parse_public_key
+from isthmus.protocol.limits import GIB, KIB, MIB
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
+_SIZE = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB|)")
+_UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one edge may use at a time: sessions, and bytes of messages that are being served."""
+
+    max_sessions: int = 4
+    max_inflight_bytes: int = GIB
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if getattr(self, entry.name) < 1:
+                raise ConfigError(
+                    f"a quota of {entry.name} = {getattr(self, entry.name)} serves nothing: at least 1 is needed"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> Quota:
+        """Read `max-sessions=2,max-bytes-in-flight=64MiB`; what is not named has its default.
+
+        Raises:
+            ConfigError: an option is unknown, doubled, or malformed.
+        """
+        found: dict[str, int] = {}
+        for option in text.split(","):
+            name, _, value = option.partition("=")
+            entry = _OPTIONS.get(name)
+            if entry is None:
+                raise ConfigError(f"unknown option {name!r}: {' and '.join(_OPTIONS)} are known")
+            key, read = entry
+            if key in found:
+                raise ConfigError(f"option {name} is given twice")
+            found[key] = read(value)
+        return cls(**found)
+
+    def format(self) -> str:
+        """Write the options that differ from the defaults; an empty text if none does."""
+        options = []
+        if self.max_sessions != Quota().max_sessions:
+            options.append(f"max-sessions={self.max_sessions}")
+        if self.max_inflight_bytes != Quota().max_inflight_bytes:
+            options.append(f"max-bytes-in-flight={self.max_inflight_bytes}")
+        return ",".join(options)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f"{text!r} is not a number")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: `65536`, `64KiB`, `64MiB`, `1GiB`.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: a whole number with KiB, MiB or GiB is needed")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[str], int]]] = {
+    "max-sessions": ("max_sessions", _count),
+    "max-bytes-in-flight": ("max_inflight_bytes", parse_size),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One enrolled edge."""
+
+    name: str
+    fingerprint: Fingerprint
+    quota: Quota = field(default_factory=Quota)
+
+
+class AuthorizedEdges:
+    """The edges that a cloud serves, by public key."""
+
+    def __init__(self, tenants: dict[bytes, Tenant]) -> None:
+        self._tenants = dict(tenants)
+
+    @classmethod
+    def parse(cls, text: str, source: str = "authorized_edges") -> AuthorizedEdges:
+        """Read the text of an `authorized_edges` file; `source` names it in errors.
+
+        Raises:
+            ConfigError: a line is malformed, or repeats a key or a name. The message has the line's number.
+        """
+        tenants: dict[bytes, Tenant] = {}
+        lines: dict[str, int] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            try:
+                key, tenant = _parse_line(line)
+                for what in (f"name {tenant.name!r}", f"key {tenant.fingerprint}"):
+                    if what in lines:
+                        raise ConfigError(f"the {what} is already on line {lines[what]}")
+                    lines[what] = number
+            except ConfigError as error:
+                raise ConfigError(f"{source}, line {number}: {error}") from error
+            tenants[key] = tenant
+        return cls(tenants)
+
+    @classmethod
+    def load(cls, path: Path) -> AuthorizedEdges:
+        """Read an `authorized_edges` file.
+
+        Raises:
+            KeyFileError: it is missing or cannot be read.
+            ConfigError: a line is malformed.
+        """
+        return cls.parse(read_text(path, "run `isthmus cloud enroll` with an edge's public key"), str(path))
+
+    def find(self, public_key: bytes) -> Tenant | None:
+        """Find the tenant of a raw public key (32 bytes)."""
+        return self._tenants.get(public_key)
+
+    def require(self, public_key: bytes) -> Tenant:
+        """Find the tenant of a raw public key (32 bytes).
+
+        Raises:
+            NotEnrolledError: there is none.
+        """
+        tenant = self.find(public_key)
+        if tenant is None:
+            raise NotEnrolledError(
+                f"the edge's key {Fingerprint.of(public_key)} is not enrolled: send its .pub file to the cloud's "
+                "owner, who runs `isthmus cloud enroll`"
+            )
+        return tenant
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+
+def add_line(path: Path, pub_line: str, name: str | None = None, quota: Quota | None = None) -> Tenant:
+    """Enrol an edge: append a line to `authorized_edges`, atomically. The file is made where there is none.
+
+    Args:
+        path: the file.
+        pub_line: the edge's public key, `ssh-ed25519 AAAA... comment`.
+        name: the tenant's name; by default the key's comment.
+        quota: what it may use.
+
+    Raises:
+        ConfigError: the key or the name is malformed or enrolled already.
+        KeyFileError: the file cannot be read or written.
+    """
+    key, comment = parse_public_key(pub_line.strip())
+    chosen = name or comment
+    if not _NAME.fullmatch(chosen):
+        raise ConfigError(f"{chosen!r} cannot name an edge: 1 to 64 letters, digits and ._@+- are needed; give a name")
+    options = (quota or Quota()).format()
+    line = f"{options} {format_public_key(key, chosen)}".strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked_folder(path.parent):
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeyFileError(f"{path} cannot be read ({error}): check its owner, mode and content") from error
+        if text and not text.endswith("\n"):
+            text += "\n"
+        text += line + "\n"
+        tenant = AuthorizedEdges.parse(text, str(path)).require(key)
+        replace_file(path, text.encode(), mode=0o644)
+    return tenant
+
+
+def _parse_line(line: str) -> tuple[bytes, Tenant]:
+    words = line.strip()
+    quota = Quota()
+    if not words.startswith("ssh-"):
+        options, _, words = words.partition(" ")
+        quota = Quota.parse(options)
+    key, name = parse_public_key(words)
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} cannot name an edge: 1 to 64 letters, digits and ._@+- are needed behind the key")
+    return key, Tenant(name, Fingerprint.of(key), quota)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionString:
+    """Where a cloud is and which root key it must show: `isthmus://host:port#SHA256:...`, or `isthmus+tls://...`."""
+
+    host: str
+    port: int
+    pin: Fingerprint
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> ConnectionString:
+        """Read a connection string.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        text = text.strip()
+        try:
+            parts = urlsplit(text)
+            host, port = parts.hostname, parts.port
+            pin = Fingerprint.parse(parts.fragment)
+        except ValueError as error:  # of urlsplit, the port, or the fingerprint (a ConfigError is a ValueError)
+            raise ConfigError(f"{text!r} is not a connection string: {error}") from error
+        rest = parts.path or parts.query or parts.username or parts.password
+        if parts.scheme not in ("isthmus", "isthmus+tls") or not host or not _HOST.fullmatch(host) or not port or rest:
+            raise ConfigError(f"{text!r} is not a connection string: `isthmus://host:port#SHA256:...` is needed")
+        return cls(host, port, pin, parts.scheme == "isthmus+tls")
+
+    @property
+    def address(self) -> str:
+        """`host:port`, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"isthmus{'+tls' if self.tls else ''}://{self.address}#{self.pin}"

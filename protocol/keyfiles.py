@@ -1,0 +1,125 @@
+"""Reading and writing small key files: private modes, no overwriting, whole files or none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from isthmus.backbone.errors import DiskError
+from isthmus.protocol.errors import KeyFileError
+
+MAX_FILE = 1 << 22
+
+
+def create_file(path: Path, data: bytes, mode: int) -> None:
+    """Write a new file with a mode, from its first moment on.
+
+    Raises:
+        KeyFileError: it exists, or cannot be made.
+        DiskError: the disk is full.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError as error:
+        raise KeyFileError(
+            f"{path} exists and is not overwritten: move it away first, or choose another path"
+        ) from error
+    except OSError as error:
+        raise _failed(path, error) from error
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _failed(path, error) from error
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, whole.
+
+    Raises:
+        KeyFileError: it cannot be written.
+        DiskError: the disk is full.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise _failed(path, error) from error
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read a small public file of UTF-8 text.
+
+    Raises:
+        KeyFileError: it is missing, unreadable, too large or not text.
+    """
+    return _decode(path, _read(path, remedy, private=False))
+
+
+def read_private(path: Path, remedy: str) -> bytes:
+    """Read a small private file.
+
+    Raises:
+        KeyFileError: it is missing, unreadable, too large, or others than its owner can read it.
+    """
+    return _read(path, remedy, private=True)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, so that two writers of one file in it do not lose each other's lines."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, remedy: str, *, private: bool) -> bytes:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                mode = stat.S_IMODE(status.st_mode)
+                raise KeyFileError(f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`")
+            data = file.read(MAX_FILE + 1)
+    except FileNotFoundError as error:
+        raise KeyFileError(f"{path} does not exist: {remedy}") from error
+    except IsADirectoryError as error:
+        raise KeyFileError(f"{path} is a folder, not a key file: {remedy}") from error
+    except PermissionError as error:
+        raise KeyFileError(f"{path} cannot be read by this user: check its owner and mode") from error
+    if len(data) > MAX_FILE:
+        raise KeyFileError(f"{path} is over {MAX_FILE} bytes and cannot be a key file: {remedy}")
+    return data
+
+
+def _decode(path: Path, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise KeyFileError(f"{path} is not text in UTF-8 (byte {error.start}): restore it or make it anew") from error
+
+
+def _failed(path: Path, error: OSError) -> KeyFileError | DiskError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(f"{path} cannot be written: the disk is full. Free some space and try again.")
+    return KeyFileError(f"{path} cannot be written ({error.strerror}): check the folder and its permissions")

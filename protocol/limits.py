@@ -1,0 +1,40 @@
+"""The limits of a session: what this side accepts, and when it changes keys.
+
+Every number that arrives in a frame or a message is compared with one of these before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one side of a session accepts and when it changes keys. Sizes are in bytes, times in seconds.
+
+    Attributes:
+        max_message_bytes: the largest body of one message.
+        max_header_bytes: the largest message header (fixed fields, shapes, names).
+        max_rank: the largest number of dimensions of a tensor.
+        chunk_bytes: plaintext bytes of one body chunk. Both sides must use the same value.
+        rekey_bytes: a sender changes its key before a message once it has sealed this much under the key.
+        rekey_seconds: a sender changes its key before a message once the key is this old.
+        rekey_frames: a sender changes its key before a message once it has sealed this many pieces under the key.
+    """
+
+    max_message_bytes: int = 256 * MIB
+    max_header_bytes: int = 64 * KIB
+    max_rank: int = 4
+    chunk_bytes: int = MIB
+    rekey_bytes: int = 64 * GIB
+    rekey_seconds: float = 3600.0
+    rekey_frames: int = 1 << 31
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,329 @@
+"""Messages: what the two sides of a session say to each other.
+
+Theory of operation
+    op  message       from   body                                     answered by
+     1  Forward       edge   hidden, mask, positions                  ForwardReply or Status
+     2  ForwardReply  cloud  hidden
+     3  Backward      edge   gradient, then hidden, mask, positions   BackwardReply or Status
+     4  BackwardReply cloud  gradient
+     5  Fetch         edge   -                                        Blob, Blob, ... (until offset + data = total) or
+     Status 6  Blob          cloud  bytes of a file
+     7  FetchList     edge   -                                        FileList or Status
+     8  FileList      cloud  -
+     9  Status        cloud  -
+    10  Ping          both   -                                        Pong
+    11  Pong          both   -
+    12  Goodbye       both   -
+    13  Attach        edge   -                                        Status
+
+    A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
+    call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.packing`.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from isthmus.protocol.codecs import Payload
+from isthmus.protocol.errors import MessageError
+from isthmus.protocol.limits import Buffer
+
+MAX_NAME = 128
+MAX_TEXT = 1024
+LINK_BYTES = 16
+DIGEST_BYTES = 32
+
+
+class StatusCode(enum.IntEnum):
+    """Why a call or a session was not served (or, in the handshake's last message, that it was)."""
+
+    OK = 0
+    DRAINING = 1
+    """The worker finishes its calls and takes no new session: connect again."""
+    STASH_LOST = 2
+    """The forward state of a backward call is gone: send the call again with its replay inputs."""
+    BAD_REQUEST = 3
+    OVER_QUOTA = 4
+    NON_FINITE = 5
+    """The span's output or gradient has NaN or infinite values."""
+    TOO_LARGE = 6
+    INTERNAL = 7
+    NOT_ENROLLED = 8
+    FENCED = 9
+    """A newer session of the same edge took this one's place."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CallId:
+    """The name of one call: optimizer step (32 bits), call (64 bits, grows), attempt (16 bits)."""
+
+    step: int
+    call: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpanInputs:
+    """The span's inputs: hidden states `[B, S, h]`, mask `[B, S]` or None, position ids `[B or 1, S]` or None."""
+
+    hidden: Payload
+    attention_mask: Payload | None = None
+    position_ids: Payload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Run the span forward. `keep`: a backward call follows, so the forward state is stashed. `reply_codec`: an id."""
+
+    op: ClassVar[int] = 1
+    id: CallId
+    keep: bool
+    hidden: Payload
+    attention_mask: Payload | None
+    position_ids: Payload | None
+    reply_codec: int
+
+    @property
+    def inputs(self) -> SpanInputs:
+        """The three inputs of the span together."""
+        return SpanInputs(self.hidden, self.attention_mask, self.position_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardReply:
+    """The span's output `[B, S, h]`, and where the cloud's time went (nanoseconds)."""
+
+    op: ClassVar[int] = 2
+    id: CallId
+    hidden: Payload
+    compute_ns: int
+    crypto_ns: int
+    queue_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Run the span backward. `id` is that of its forward call (with its own attempt).
+
+    `gradient` is that of the span's output, `[B, S, h]`. `replay` carries the forward's inputs again, after the stash
+    was lost.
+    """
+
+    op: ClassVar[int] = 3
+    id: CallId
+    gradient: Payload
+    replay: SpanInputs | None
+    reply_codec: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardReply:
+    """The gradient of the span's input `[B, S, h]`. `recomputed`: the forward was run again, as the stash was gone."""
+
+    op: ClassVar[int] = 4
+    id: CallId
+    gradient: Payload
+    compute_ns: int
+    crypto_ns: int
+    queue_ns: int
+    recomputed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask for a file of the edge's parts, from `offset` on."""
+
+    op: ClassVar[int] = 5
+    name: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A piece of a file: `data` stands at `offset` of `total` bytes; `sha256` is that of the whole file."""
+
+    op: ClassVar[int] = 6
+    name: str
+    offset: int
+    total: int
+    sha256: bytes
+    data: Buffer = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchList:
+    """Ask which files the edge's parts consist of."""
+
+    op: ClassVar[int] = 7
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the edge's parts."""
+
+    name: str
+    size: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileList:
+    """The files of the edge's parts."""
+
+    op: ClassVar[int] = 8
+    entries: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The cloud's answer without a result: `id` names the call, None means the session. `message` is for people."""
+
+    op: ClassVar[int] = 9
+    code: StatusCode
+    id: CallId | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask for a sign of life."""
+
+    op: ClassVar[int] = 10
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The sign of life, with the ping's number and the answering process's largest resident memory so far, in bytes."""
+
+    op: ClassVar[int] = 11
+    nonce: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """This side ends the session on purpose. A stream that ends without it was cut."""
+
+    op: ClassVar[int] = 12
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
+
+    The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
+    """
+
+    op: ClassVar[int] = 13
+    link: bytes
+
+
+Message = (
+    Forward
+    | ForwardReply
+    | Backward
+    | BackwardReply
+    | Fetch
+    | Blob
+    | FetchList
+    | FileList
+    | Status
+    | Ping
+    | Pong
+    | Goodbye
+    | Attach
+)
+
+EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Pong, Goodbye, Attach)
+CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Ping, Pong, Goodbye)
+
+
+MAX_INFO = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLimits:
+    """What the cloud accepts of one tenant."""
+
+    max_tokens_per_call: int
+    max_message_bytes: int
+    stash_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What the cloud tells an edge in the handshake's last message.
+
+    Attributes:
+        session_id: 16 random bytes in hexadecimal.
+        model: the name that the cloud serves the backbone under.
+        digest: SHA-256 of the backbone's checkpoint, in hexadecimal.
+        family: the architecture, as in `isthmus.backbone.families`.
+        n_layers: decoder layers of the whole model.
+        plan: the split plan, for example "2:2".
+        hidden_size: width of the hidden states.
+        attn_implementation: the attention implementation that both sides use.
+        span_dtype: the dtype that the span computes in, "fp32" or "bf16".
+        codecs: names of the codecs that the cloud accepts and sends.
+        limits: what the cloud accepts of this edge.
+        server_version: the cloud's version of Isthmus.
+    """
+
+    session_id: str
+    model: str
+    digest: str
+    family: str
+    n_layers: int
+    plan: str
+    hidden_size: int
+    attn_implementation: str
+    span_dtype: str
+    codecs: tuple[str, ...]
+    limits: SpanLimits
+    server_version: str
+
+    def to_json(self) -> bytes:
+        """Write the information as UTF-8 JSON."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, raw: Buffer) -> SessionInfo:
+        """Read the information, strictly: no key may be missing, unknown, or of another type.
+
+        Raises:
+            MessageError: it is malformed.
+        """
+        if len(raw) > MAX_INFO:
+            raise MessageError(f"session information of {len(raw)} bytes is refused: {MAX_INFO} are accepted")
+        try:
+            data = json.loads(bytes(raw).decode())
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"session information is not JSON: {error}") from error
+        values = _strict(cls, data)
+        limits = SpanLimits(**_strict(SpanLimits, values["limits"]))
+        return cls(**{**values, "codecs": tuple(values["codecs"]), "limits": limits})
+
+
+_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "tuple[str, ...]": list, "SpanLimits": dict}
+
+
+def _strict(cls: type[SessionInfo] | type[SpanLimits], data: object) -> Mapping[str, Any]:
+    """Check that a JSON object has exactly the fields of a class, each of its type."""
+    names = {entry.name: _JSON_TYPES[str(entry.type)] for entry in fields(cls)}
+    if not isinstance(data, dict) or set(data) != set(names):
+        got = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise MessageError(f"session information needs the keys {sorted(names)}, not {got}")
+    for name, kind in names.items():
+        value = data[name]
+        fits = type(value) is kind and not (type(value) is int and value < 0)
+        if not fits or (kind is list and not all(type(item) is str for item in value)):
+            raise MessageError(
+                f"session information has {name} = {str(value)[:80]!r}, which does not fit {kind.__name__}"
+            )
+    return data

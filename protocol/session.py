@@ -1,0 +1,376 @@
+"""The session: what the edge and the cloud drive. Frames in, events out; messages in, frames out.
+
+Rules
+    1. One frame is one message of the stream that carries it. Whoever drives a session hands every frame that arrives
+       to `receive`, sends the frames of the event that comes back, and then looks at the event.
+    2. `LocalProtocolError` is a misuse by this side, `RemoteProtocolError` a fault of the other. After the latter,
+       after a refusal and after `close` the session is dead: its keys are overwritten and every call raises.
+    3. A side takes only messages that the other may send.
+    4. One thread may send while another receives; two threads must not do the same.
+
+Theory of operation
+    edge     start() -> CLIENT_HELLO                       cloud
+             receive(SERVER_HELLO) -> NeedSend             receive(CLIENT_HELLO) -> NeedSend
+             receive(SERVER_DONE) -> Established           receive(CLIENT_AUTH) -> Established, or Refused
+             then send(message) -> frames, receive(frame) -> Received or Incomplete, on both sides alike
+
+    The edge raises what a refusal means: NotEnrolledError or RefusedError, with the cloud's text.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from isthmus.backbone.errors import IsthmusError
+from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.errors import (
+    DrainingError,
+    FingerprintError,
+    LocalProtocolError,
+    MessageError,
+    NotEnrolledError,
+    OverQuotaError,
+    RefusedError,
+    RemoteProtocolError,
+    VersionError,
+)
+from isthmus.protocol.framing import Direction
+from isthmus.protocol.handshake import (
+    SESSION_ID_BYTES,
+    ClientHandshake,
+    Secrets,
+    ServerHandshake,
+    Verdict,
+    version_refusal,
+)
+from isthmus.protocol.keys import Fingerprint, WorkerIdentity
+from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.messages import (
+    CLOUD_SENDS,
+    EDGE_SENDS,
+    MAX_INFO,
+    MAX_TEXT,
+    Message,
+    SessionInfo,
+    StatusCode,
+)
+from isthmus.protocol.packing import pack, unpack
+from isthmus.protocol.sealing import Opener, Sealer
+
+NO_SESSION = bytes(SESSION_ID_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSend:
+    """The handshake goes on: send `frames`."""
+
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """The session stands; messages may be sent. On the cloud, send `frames` first."""
+
+    info: SessionInfo
+    frames: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A whole message. Its tensors are views of `body`, which the receiver owns and may overwrite (`sealing.wipe`)."""
+
+    message: Message
+    body: bytearray = field(repr=False)
+    frames: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """The frame was good and the message is not complete, or the key was changed."""
+
+    frames: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The cloud does not take this edge: send `frames`, which say why, and end the stream. The session is closed."""
+
+    error: IsthmusError
+    frames: tuple[bytes, ...]
+
+
+Event = NeedSend | Established | Received | Incomplete | Refused
+
+
+class _Session:
+    """What both sides share: the states, and sealed messages once the handshake is done."""
+
+    _sends: tuple[type[Message], ...]
+    _takes: tuple[type[Message], ...]
+    _up: bool
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._info: SessionInfo | None = None
+        self._sealer: Sealer | None = None
+        self._opener: Opener | None = None
+        self._closed = False
+        self._reason = ""
+
+    @property
+    def established(self) -> bool:
+        """Whether messages can be sent: the handshake is done and the session is not closed."""
+        return self._sealer is not None and not self._closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session is dead."""
+        return self._closed
+
+    @property
+    def info(self) -> SessionInfo | None:
+        """What the cloud said about the session, once it stands."""
+        return self._info
+
+    def close(self) -> None:
+        """End the session and overwrite its keys. May be called more than once."""
+        self._close("it was closed by this side")
+
+    def send(self, message: Message) -> Iterator[bytes]:
+        """Seal a message; each frame is made when it is asked for, so that a large message streams.
+
+        Take all the frames, and leave the message's buffers unchanged until then.
+
+        Raises:
+            LocalProtocolError: the session does not stand, the message is not one that this side sends, or it is
+                malformed or too large.
+        """
+        sealer = self._sealer
+        if self._closed or sealer is None:
+            raise LocalProtocolError(f"{type(message).__name__} cannot be sent: the session is not open{self._why()}")
+        if not isinstance(message, self._sends):
+            raise LocalProtocolError(f"{type(message).__name__} is not a message that this side sends")
+        header, body = pack(message)
+        return sealer.seal(header, body)
+
+    def rekey(self) -> bytes:
+        """Change this side's key now; send the returned frame before any other. It also happens by itself."""
+        if self._closed or self._sealer is None:
+            raise LocalProtocolError(f"the key cannot be changed: the session is not open{self._why()}")
+        return self._sealer.rekey()
+
+    def receive(self, frame: Buffer) -> Event:
+        """Take the next frame that arrived.
+
+        Returns:
+            What it means; send its `frames`.
+
+        Raises:
+            RemoteProtocolError: the other side broke the protocol, or the frame was changed on its way. The session
+                is dead.
+            VersionError: the other side speaks another version. The session is dead.
+            FingerprintError: (edge) the server is not the pinned one, or cannot prove it. The session is dead.
+            NotEnrolledError, RefusedError: (edge) the cloud refused. The session is dead.
+            LocalProtocolError: the session is closed, or waits for this side.
+        """
+        if self._closed:
+            raise LocalProtocolError(f"a frame cannot be received: the session is not open{self._why()}")
+        try:
+            if self._opener is None:
+                return self._handshake(frame)
+            opened = self._opener.open(frame)
+            if opened is None:
+                return Incomplete()
+            message = unpack(opened.header, opened.body, self._limits)
+            if not isinstance(message, self._takes):
+                raise MessageError(f"{type(message).__name__} is not a message that the other side may send")
+            return Received(message, opened.body)
+        except (RemoteProtocolError, VersionError, FingerprintError, NotEnrolledError, RefusedError) as error:
+            self._close(str(error))
+            raise
+
+    def _handshake(self, frame: Buffer) -> Event:
+        raise NotImplementedError
+
+    def _start_traffic(self, secrets: Secrets, session_id: bytes) -> None:
+        limits, up, down = self._limits, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
+        if self._up:
+            self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, limits, self._clock)
+            self._opener = Opener(secrets.cloud_to_edge, session_id, down, limits)
+        else:
+            self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, limits, self._clock)
+            self._opener = Opener(secrets.edge_to_cloud, session_id, up, limits)
+
+    def _close(self, reason: str) -> None:
+        if not self._closed:
+            self._closed, self._reason = True, reason
+        for part in (self._sealer, self._opener):
+            if part is not None:
+                part.close()
+
+    def _why(self) -> str:
+        return f" ({self._reason})" if self._reason else ""
+
+
+class EdgeSession(_Session):
+    """The edge's side of a session.
+
+    Args:
+        pin: fingerprint of the cloud's root key.
+        edge_key: who the edge is.
+        limits: what it accepts and when it changes keys.
+        now: the wall clock in Unix seconds, for the certificate's expiry.
+        random: a cryptographic source of bytes.
+        clock: seconds that never go back, for the age of a key.
+    """
+
+    _sends = EDGE_SENDS
+    _takes = CLOUD_SENDS
+    _up = True
+
+    def __init__(
+        self,
+        *,
+        pin: Fingerprint,
+        edge_key: Ed25519PrivateKey,
+        limits: Limits = DEFAULT_LIMITS,
+        now: Callable[[], float] = time.time,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(limits, clock)
+        self._exchange = ClientHandshake(pin, edge_key, now, random)
+        self._flights = 0
+
+    def start(self) -> bytes:
+        """Make the first frame, once."""
+        if self._closed or self._flights:
+            raise LocalProtocolError(f"a session starts once; open a new one{self._why()}")
+        self._flights = 1
+        return self._exchange.start()
+
+    def _handshake(self, frame: Buffer) -> Event:
+        if self._flights == 0:
+            raise LocalProtocolError(
+                "a frame cannot be received before the session's first frame was made: call start()"
+            )
+        if self._flights == 1:
+            reply = self._exchange.answer(frame)
+            self._flights = 2
+            return NeedSend((reply,))
+        verdict, secrets = self._exchange.finish(frame)
+        if secrets is None:
+            raise _refusal(verdict)
+        info = SessionInfo.from_json(verdict.body)
+        if info.session_id != verdict.session_id.hex():
+            raise MessageError(
+                f"the session's information names session {info.session_id}, not {verdict.session_id.hex()}"
+            )
+        self._info = info
+        self._start_traffic(secrets, verdict.session_id)
+        return Established(info)
+
+    def _close(self, reason: str) -> None:
+        super()._close(reason)
+        self._exchange.close()
+
+
+class CloudSession(_Session):
+    """The cloud's side of a session.
+
+    Args:
+        identity: the worker's key and certificate.
+        authorize: gives the tenant of a raw public key (32 bytes); raises NotEnrolledError or RefusedError, which the
+            edge is told under the handshake's keys.
+        info: gives what the edge is told of its session, from the tenant and the session's id (16 bytes); may raise as
+            `authorize` does.
+        limits: what it accepts and when it changes keys.
+        random: a cryptographic source of bytes.
+        clock: seconds that never go back, for the age of a key.
+    """
+
+    _sends = CLOUD_SENDS
+    _takes = EDGE_SENDS
+    _up = False
+
+    def __init__(
+        self,
+        *,
+        identity: WorkerIdentity,
+        authorize: Callable[[bytes], Tenant],
+        info: Callable[[Tenant, bytes], SessionInfo],
+        limits: Limits = DEFAULT_LIMITS,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(limits, clock)
+        self._exchange = ServerHandshake(identity, random)
+        self._authorize = authorize
+        self._describe = info
+        self._random = random
+        self._greeted = False
+        self._tenant: Tenant | None = None
+
+    @property
+    def tenant(self) -> Tenant | None:
+        """Whose session it is, once it stands."""
+        return self._tenant
+
+    def _handshake(self, frame: Buffer) -> Event:
+        if not self._greeted:
+            try:
+                reply = self._exchange.answer(frame)
+            except VersionError as error:
+                self._close(str(error))
+                return Refused(error, (version_refusal(),))
+            self._greeted = True
+            return NeedSend((reply,))
+        edge = self._exchange.identify(frame)
+        session_id = self._random(SESSION_ID_BYTES)
+        try:
+            tenant = self._authorize(edge)
+            info = self._describe(tenant, session_id)
+        except (NotEnrolledError, RefusedError) as error:
+            return self._refuse(error)
+        raw = info.to_json()
+        if info.session_id != session_id.hex() or len(raw) > MAX_INFO:
+            raise LocalProtocolError("the session's information must carry the given session id, and be at most 16 KiB")
+        reply, secrets = self._exchange.finish(Verdict(StatusCode.OK, session_id, raw))
+        if secrets is None:
+            raise LocalProtocolError("an accepted handshake has no secrets")
+        self._info, self._tenant = info, tenant
+        self._start_traffic(secrets, session_id)
+        return Established(info, (reply,))
+
+    def _refuse(self, error: NotEnrolledError | RefusedError) -> Refused:
+        code = next(code for kind, code in _REFUSALS if isinstance(error, kind))
+        text = str(error).encode()[:MAX_TEXT].decode(errors="ignore").encode()
+        reply, _ = self._exchange.finish(Verdict(code, NO_SESSION, text))
+        self._close(str(error))
+        return Refused(error, (reply,))
+
+    def _close(self, reason: str) -> None:
+        super()._close(reason)
+        self._exchange.close()
+
+
+# What `authorize` may raise, and how the edge is told. The first fitting entry counts, so the general one comes last.
+_REFUSALS: tuple[tuple[type[NotEnrolledError | RefusedError], StatusCode], ...] = (
+    (NotEnrolledError, StatusCode.NOT_ENROLLED),
+    (DrainingError, StatusCode.DRAINING),
+    (OverQuotaError, StatusCode.OVER_QUOTA),
+    (RefusedError, StatusCode.BAD_REQUEST),
+)
+
+
+def _refusal(verdict: Verdict) -> IsthmusError:
+    """What the cloud's refusal means for the edge."""
+    text = verdict.body[:MAX_TEXT].decode(errors="replace")
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    kind = next((kind for kind, code in _REFUSALS if code == verdict.code), RefusedError)
+    return kind(printable)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+from support.tiny import tiny_config
+from transformers import AutoConfig
+
+from isthmus.backbone.errors import ConfigError, UnsupportedFamilyError
+from isthmus.backbone.families import SUPPORTED, family_of
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "bert", "mixtral"])
+def test_an_unsupported_architecture_is_refused_with_the_list_of_the_supported(model_type: str) -> None:
+    with pytest.raises(UnsupportedFamilyError) as caught:
+        family_of(AutoConfig.for_model(model_type))
+    assert repr(model_type) in str(caught.value)
+    assert all(name in str(caught.value) for name in SUPPORTED)
+
+
+def test_every_supported_name_is_an_architecture_of_transformers() -> None:
+    for name in SUPPORTED:
+        assert family_of(AutoConfig.for_model(name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "says"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
+        ("opt", {"layerdrop": 0.1}, "layerdrop=0.1"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+    ],
+)
+def test_parts_that_cannot_be_cut_exactly_are_refused(family: str, overrides: dict[str, object], says: str) -> None:
+    with pytest.raises(UnsupportedFamilyError, match=says):
+        family_of(tiny_config(family, **overrides))
+
+
+def test_the_attention_implementation_is_the_familys_unless_asked() -> None:
+    gemma, llama = family_of(tiny_config("gemma2")), family_of(tiny_config("llama"))
+    assert (gemma.attention(None), llama.attention(None), llama.attention("eager")) == ("eager", "sdpa", "eager")
+    with pytest.raises(ConfigError, match=r"'sdpa' does not fit gemma2; use eager"):
+        gemma.attention("sdpa")

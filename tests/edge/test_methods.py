@@ -1,0 +1,201 @@
+"""Every method trains, resumes bit for bit, saves what loads into the whole model, and keeps to the edge's layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.parts import load_edge_parts
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.span import load_span
+from isthmus.edge.data import Batches
+from isthmus.edge.evaluate import evaluate
+from isthmus.edge.methods import build_peft, load_adapter, trained
+from isthmus.protocol.errors import UnreachableError
+from safetensors.torch import load_file, save_file
+from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
+from support.training import Strip, config, data, trainer
+from transformers import AutoModelForCausalLM
+
+# PEFT asks transformers under a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+
+
+def unreachable() -> None:
+    raise UnreachableError("away.")
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_resumes_and_reloads(model_folder: Path, tmp_path: Path, method: str) -> None:
+    def options(name: str, **values: Any) -> Any:
+        return config(tmp_path / name, method=method, steps=10, rank=2, save_every=4, virtual_tokens=3, **values)
+
+    straight = trainer(model_folder, options("straight"))
+    start = weights(straight.model)
+    result = straight.fit()
+    assert any(not torch.equal(start[name], value) for name, value in weights(straight.model).items())
+    assert result.report.loss_before != result.report.loss_after
+
+    with pytest.raises(UnreachableError):
+        trainer(model_folder, options("broken"), Strip("begin", 8, unreachable)).fit()
+    resumed = trainer(model_folder, options("broken", resume=True), Strip())
+    resumed.fit()
+    for name, value in weights(straight.model).items():
+        assert torch.equal(weights(resumed.model)[name], value), name
+    log = "losses.jsonl"
+    assert (tmp_path / "straight" / log).read_text() == (tmp_path / "broken" / log).read_text()
+
+    base = AutoModelForCausalLM.from_pretrained(result.adapter if method == "full" else model_folder)
+    loaded = base if method == "full" else load_adapter(base, result.adapter)
+    # AdaLoRA's own forward would add its penalty, and fails outright on an adapter that is only read.
+    assert evaluate(loaded, Batches(data().validation, 3, 0)) == pytest.approx(result.report.loss_after, rel=1e-5)
+    with torch.no_grad():
+        ours, theirs = straight.model.eval()(IDS).logits, loaded.eval()(IDS).logits
+    # AdaLoRA cuts the saved matrices to their ranks, so the same numbers are summed in another order.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if method == "adalora" else 0)
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama_tied", tmp_path_factory.mktemp("model"), num_hidden_layers=5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_split_model_trains_as_the_whole_one(deep_folder: Path, tmp_path: Path, method: str) -> None:
+    plan = SplitPlan.parse("1:2", 5)
+    runs = {}
+    for name in ("whole", "split"):
+        options = config(tmp_path / name, method=method, steps=5, rank=2)
+        if name == "whole":
+            model = AutoModelForCausalLM.from_pretrained(deep_folder)
+        else:
+            model = load_edge_parts(deep_folder, plan, load_span(deep_folder, plan))
+        tuned = build_peft(model, options, total_steps=5, layers=plan.edge_layers)
+        runs[name] = trainer(deep_folder, options, model=tuned)
+        runs[name].fit()
+    whole, split = weights(runs["whole"].model), weights(runs["split"].model)
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+    log = "losses.jsonl"
+    assert (tmp_path / "whole" / log).read_text() == (tmp_path / "split" / log).read_text()
+
+    wanted = runs["split"].model.eval()(IDS).logits
+    bases = [
+        AutoModelForCausalLM.from_pretrained(deep_folder),
+        load_edge_parts(deep_folder, plan, load_span(deep_folder, plan)),
+    ]
+    for base in bases:
+        loaded = load_adapter(base, tmp_path / "split" / "adapter").eval()
+        torch.testing.assert_close(loaded(IDS).logits, wanted, rtol=0, atol=1e-5 if method == "adalora" else 0)
+
+
+def spoil_nothing(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def add_a_weight(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(
+        {**load_file(path), "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2)}, path
+    )
+
+
+def drop_a_weight(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(dict(list(load_file(path).items())[1:]), path)
+
+
+def grow_a_weight(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: torch.cat([value, value]) for name, value in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_nothing, r"not an adapter \(adapter_config\.json is missing"),
+        (spoil_weights, "damaged"),
+        (add_a_weight, r"layers\.9\.self_attn\.q_proj\.lora_A\.weight, which this model has no place for"),
+        (drop_a_weight, "which is missing there"),
+        (grow_a_weight, "does not fit this model"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+def test_an_adapter_that_does_not_fit(
+    model_folder: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    adapter = trainer(model_folder, config(tmp_path, steps=1)).fit().adapter
+    spoil(adapter)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+
+
+@pytest.mark.parametrize("family", [name for name in CONFIGS if "_" not in name or name == "gemma3_text"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_family_has_usual_targets_and_keeps_to_the_edges_layers(family: str, method: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    model.split_plan = SimpleNamespace(edge_layers=(0, 1, 5))
+    found = trained(build_peft(model, config(tmp_path, method=method, rank=2), total_steps=10))
+    layers = {int(match[1]) for name in found if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
+    assert layers == (set() if method == "prompt" else {0, 1, 5})
+
+
+def test_a_whole_model_can_be_given_the_same_layers(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    found = trained(build_peft(model, config(tmp_path), layers=[0, 5]))
+    assert {name.split(".layers.")[1][0] for name in found} == {"0", "5"}
+
+
+def test_the_seed_decides_the_start(tmp_path: Path) -> None:
+    def start(seed: int) -> list[torch.Tensor]:
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+        return [
+            value for name, value in weights(build_peft(model, config(tmp_path, seed=seed))).items() if "lora_A" in name
+        ]
+
+    assert all(map(torch.equal, start(1), start(1)))
+    assert not any(map(torch.equal, start(1), start(2)))
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "vera", "adalora"])
+def test_modules_that_the_edge_does_not_have(tmp_path: Path, method: str) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with pytest.raises(ConfigError, match=r"nonsense"):
+        build_peft(model, config(tmp_path, method=method, target_modules=["nonsense"]), total_steps=10)
+
+
+def test_an_edge_without_layers(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    model.split_plan = SimpleNamespace(edge_layers=())
+    with pytest.raises(ConfigError, match="the edge holds none"):
+        build_peft(model, config(tmp_path))
+    assert trained(build_peft(model, config(tmp_path, method="prompt")))
+
+
+def test_adalora_needs_the_number_of_steps(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with pytest.raises(ConfigError, match="--steps"):
+        build_peft(model, config(tmp_path, method="adalora", steps=None))

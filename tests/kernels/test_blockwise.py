@@ -1,0 +1,69 @@
+"""Block quantization keeps its bound, its shapes, and tells non-finite input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from isthmus.kernels.blockwise import dequantize_int8, quantize_int8
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def assert_bounded(x: torch.Tensor, block: int) -> None:
+    q, scale = quantize_int8(x, block)
+    back = dequantize_int8(q, scale, block)
+    assert q.dtype == torch.int8
+    assert q.shape == x.shape == back.shape
+    assert scale.dtype == torch.float32
+    assert scale.shape == (*x.shape[:-1], -(-x.shape[-1] // block))
+    assert scale.gt(0).all()
+    bound = scale.double().repeat_interleave(block, -1)[..., : x.shape[-1]] * (0.5 + 1e-4)
+    assert ((x.double() - back.double()).abs() <= bound).all()
+
+
+@QUICK
+@given(st.lists(floats, min_size=1, max_size=150), st.sampled_from([1, 3, 64]))
+@example([3.4028234663852886e38, -3.4028234663852886e38, 1.0], 64)
+@example([1.401298464324817e-45, 0.0], 64)
+@example([0.0] * 65, 64)
+def test_the_error_is_at_most_half_a_scale(values: list[float], block: int) -> None:
+    assert_bounded(torch.tensor(values, dtype=torch.float32), block)
+
+
+@pytest.mark.parametrize("shape", [(1,), (64,), (5, 65), (2, 3, 128), (2, 3, 4, 63)])
+def test_any_shape(shape: tuple[int, ...]) -> None:
+    assert_bounded(torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 100, 64)
+
+
+def test_an_outlier_spoils_only_its_own_block() -> None:
+    x = torch.full((1, 128), 0.01)
+    x[0, 0] = 24_412.0
+    back = dequantize_int8(*quantize_int8(x))
+    assert (back[0, 1:64] == 0).all()
+    torch.testing.assert_close(back[0, 64:], x[0, 64:], rtol=1e-5, atol=0)
+
+
+def test_zeros_stay_zeros() -> None:
+    assert dequantize_int8(*quantize_int8(torch.zeros(3, 100))).eq(0).all()
+
+
+def test_the_input_is_not_changed() -> None:
+    x = torch.randn(4, 64)
+    before = x.clone()
+    quantize_int8(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_value_shows_in_its_scale(bad: float) -> None:
+    x = torch.ones(2, 128)
+    x[1, 70] = bad
+    assert quantize_int8(x)[1].isfinite().tolist() == [[True, True], [True, False]]
+
+
+def test_half_precision_and_strided_input() -> None:
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16).T
+    assert_bounded(x, 64)

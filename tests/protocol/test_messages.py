@@ -1,0 +1,197 @@
+"""Messages: everything round-trips, and only what can be written is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Payload, Role, decode, encode, encode_mask
+from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.packing import pack, unpack
+from support.wire import TENANT, cloud_messages, edge_messages, forward, session_info
+
+QUICK = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def packed(message: m.Message) -> tuple[bytes, bytearray]:
+    header, buffers = pack(message)
+    return header, bytearray(b"".join(buffers))
+
+
+@QUICK
+@given(st.one_of(edge_messages, cloud_messages))
+def test_any_message_round_trips(message: m.Message) -> None:
+    header, body = packed(message)
+    assert unpack(header, body) == message
+
+
+@QUICK
+@given(st.one_of(edge_messages, cloud_messages), st.data())
+def test_no_cut_or_longer_message_is_read(message: m.Message, data: st.DataObject) -> None:
+    header, body = packed(message)
+    with pytest.raises(RemoteProtocolError):
+        unpack(header[: data.draw(st.integers(0, len(header) - 1))], body)
+    with pytest.raises(RemoteProtocolError):
+        unpack(header + b"\0", body)
+    if not isinstance(message, m.Blob):  # a blob's body is its data, whatever its length
+        with pytest.raises(RemoteProtocolError):
+            unpack(header, body + b"\0")
+        if body:
+            with pytest.raises(RemoteProtocolError):
+                unpack(header, body[: data.draw(st.integers(0, len(body) - 1))])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=200), st.binary(max_size=200))
+def test_arbitrary_bytes_give_a_message_or_a_typed_error(header: bytes, body: bytes) -> None:
+    try:
+        message = unpack(header, body)
+    except RemoteProtocolError:
+        return
+    assert packed(message) == (header, body)  # one encoding per message
+
+
+@QUICK
+@given(st.one_of(edge_messages, cloud_messages), st.data())
+def test_a_changed_header_is_another_message_or_refused(message: m.Message, data: st.DataObject) -> None:
+    header, body = packed(message)
+    changed = bytearray(header)
+    changed[data.draw(st.integers(0, len(header) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        other = unpack(changed, body)
+    except RemoteProtocolError:
+        return
+    assert other != message
+    assert packed(other) == (bytes(changed), body)
+
+
+def test_tensors_are_views_of_the_body_on_16_byte_boundaries() -> None:
+    hidden = encode(torch.randn(1, 3, 65), "int8", Role.ACTIVATION)
+    message = m.Forward(m.CallId(1, 2), False, hidden, encode_mask(torch.ones(1, 3)), None, 1)
+    header, body = packed(message)
+    read = unpack(header, body)
+    assert isinstance(read, m.Forward)
+    assert len(body) % 16 == 0
+    starts = []
+    assert read.attention_mask is not None
+    base = np.frombuffer(body, np.uint8).ctypes.data
+    for buffer in (*read.hidden.buffers, *read.attention_mask.buffers):
+        assert isinstance(buffer, memoryview)
+        assert buffer.obj is body
+        starts.append(np.frombuffer(buffer, np.uint8).ctypes.data - base)
+    assert starts == [0, 32, 32 + 208]
+    assert torch.equal(decode(read.hidden), decode(hidden))
+
+
+def test_padding_must_be_zero() -> None:
+    header, body = packed(forward((1, 1, 3)))
+    body[13] = 1
+    with pytest.raises(MessageError, match="padding"):
+        unpack(header, body)
+
+
+def test_limits_are_checked_before_anything_is_allocated() -> None:
+    header, body = packed(forward((2, 3, 8)))
+    with pytest.raises(LimitError, match="body"):
+        unpack(header, body, Limits(max_message_bytes=len(body) - 1))
+    with pytest.raises(LimitError, match="header"):
+        unpack(header, body, Limits(max_header_bytes=len(header) - 1))
+    position = header.index(bytes((1, Role.ACTIVATION, 3)))
+    claims = bytearray(header)
+    claims[position + 3 : position + 15] = b"\xff" * 12
+    with pytest.raises(LimitError, match="4294967295"):
+        unpack(claims, body)
+    claims = bytearray(header)
+    claims[position + 2] = 200
+    with pytest.raises(LimitError, match="rank 200"):
+        unpack(claims, body)
+    empty = bytearray(header)
+    empty[position + 3 : position + 7] = bytes(4)
+    with pytest.raises(MessageError, match="empty"):
+        unpack(empty, body)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "a/b", "/etc/passwd", ".hidden", "a\\b", "x" * 129, "a b", "ä", "a\0"]
+)
+def test_file_names_that_could_leave_a_folder_are_refused(name: str) -> None:
+    with pytest.raises(LocalProtocolError):
+        pack(m.Fetch(name))
+    raw = name.encode()
+    header = bytes((m.Fetch.op,)) + len(raw).to_bytes(2, "big") + raw + bytes(8)
+    with pytest.raises(RemoteProtocolError):
+        unpack(header, b"")
+
+
+def test_file_names_that_are_needed_are_taken() -> None:
+    for name in ("config.json", "edge.safetensors", "chat_template.jinja", "tokenizer.model", "a..b"):
+        assert unpack(*packed(m.Fetch(name))) == m.Fetch(name)
+
+
+HIDDEN = encode(torch.ones(2, 3, 4), "fp32", Role.ACTIVATION)
+GRADIENT = encode(torch.ones(2, 3, 4), "fp32", Role.GRADIENT)
+MASK = encode_mask(torch.ones(2, 3))
+CALL = m.CallId(1, 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Forward(CALL, True, GRADIENT, None, None, 1),
+        m.Forward(CALL, True, encode(torch.ones(2, 3), "fp32", Role.ACTIVATION), None, None, 1),
+        m.Forward(CALL, True, HIDDEN, encode_mask(torch.ones(3, 3)), None, 1),
+        m.Forward(CALL, True, HIDDEN, encode(torch.ones(2, 3), "fp32", Role.INDEX), None, 1),
+        m.Forward(CALL, True, HIDDEN, None, MASK, 1),
+        m.Forward(CALL, True, HIDDEN, None, None, 5),
+        m.Forward(CALL, True, HIDDEN, None, None, 77),
+        m.Forward(m.CallId(1 << 32, 1), True, HIDDEN, None, None, 1),
+        m.Forward(m.CallId(1, -1), True, HIDDEN, None, None, 1),
+        m.Forward(m.CallId(1, 1, 1 << 16), True, HIDDEN, None, None, 1),
+        m.Forward(CALL, True, Payload(1, Role.ACTIVATION, (2, 3, 4), (b"short",)), None, None, 1),
+        m.Backward(CALL, HIDDEN, None, 1),
+        m.Backward(CALL, GRADIENT, m.SpanInputs(encode(torch.ones(2, 2, 4), "fp32", Role.ACTIVATION)), 1),
+        m.ForwardReply(CALL, GRADIENT, 0, 0, 0),
+        m.BackwardReply(CALL, HIDDEN, 0, 0, 0, False),
+        m.BackwardReply(CALL, GRADIENT, -1, 0, 0, False),
+        m.Blob("a", 5, 6, bytes(32), b"ab"),
+        m.Blob("a", 0, 2, bytes(31), b"ab"),
+        m.FileList((m.FileEntry("a", 1, bytes(32)), m.FileEntry("a", 2, bytes(32)))),
+        m.Status(m.StatusCode.INTERNAL, None, "x" * 1025),
+        m.Attach(b"short"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_malformed_messages_are_not_sent(message: m.Message) -> None:
+    with pytest.raises(LocalProtocolError, match="cannot be sent"):
+        pack(message)
+
+
+def test_session_information_round_trips_and_is_strict() -> None:
+    info = session_info(TENANT, bytes(16))
+    assert m.SessionInfo.from_json(info.to_json()) == info
+    data = json.loads(info.to_json())
+    for change in (
+        {"n_layers": "4"},
+        {"n_layers": -4},
+        {"n_layers": True},
+        {"codecs": "fp32"},
+        {"codecs": [1]},
+        {"limits": {}},
+        {"limits": {**data["limits"], "stash_bytes": 1.5}},
+        {"extra": 1},
+    ):
+        with pytest.raises(MessageError, match="session information"):
+            m.SessionInfo.from_json(json.dumps({**data, **change}).encode())
+    del data["plan"]
+    for raw in (json.dumps(data).encode(), b"[]", b"{", b"\xff", b"[" * 9000, b" " * (m.MAX_INFO + 1)):
+        with pytest.raises(MessageError, match="session information"):
+            m.SessionInfo.from_json(raw)
+    with pytest.raises(MessageError):
+        m.SessionInfo.from_json(replace(info, model="x" * m.MAX_INFO).to_json())

@@ -1,0 +1,112 @@
+"""A small training run for the tests of the loop: a tiny Llama, generated text, and strips that misbehave on cue.
+
+Run as a program it is the edge that gets killed: `python training.py MODEL OUT MOMENT STEP [NAME=VALUE …]`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from isthmus.edge.checkpoint import ModelIdentity
+from isthmus.edge.config import TrainConfig
+from isthmus.edge.data import Encoded, TrainingData, fingerprint
+from isthmus.edge.methods import build_peft
+from isthmus.edge.progress import TrainProgress
+from isthmus.edge.report import StripTotals
+from isthmus.edge.schedule import total_steps
+from isthmus.edge.trainer import Trainer
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+IDENTITY = ModelIdentity("tiny", "d1", "whole")
+
+
+def config(out: Path, **values: Any) -> TrainConfig:
+    """Nine steps with dropout, so that the random state matters."""
+    defaults = {
+        "steps": 9,
+        "batch": 3,
+        "learning_rate": 1e-2,
+        "dropout": 0.2,
+        "save_every": 3,
+        "threads": 1,
+        "warmup_steps": 2,
+    }
+    return TrainConfig.model_validate(
+        {"cloud": "isthmus://h:1#SHA256:x", "data": "unused", "out": out, **defaults, **values}
+    )
+
+
+def data(n: int = 11) -> TrainingData:
+    """`n` examples of different lengths, two of them held out."""
+    rows = [tuple((7 * i + 3 * j + i * j) % 250 + 5 for j in range(5 + i % 4)) for i in range(n)]
+    examples = [Encoded(row, (-100, -100, *row[2:])) for row in rows]
+    train, held_out = examples[:-2], examples[-2:]
+    return TrainingData(train, held_out, 0, 0, fingerprint(train, held_out))
+
+
+class Strip:
+    """A meter on which nothing crosses, and which calls `act` at the moment and step that the test names.
+
+    The moments: "begin" (before the micro-batches), "applied" (after the optimizer, before the loss log).
+    """
+
+    def __init__(self, moment: str = "", step: int = 0, act: Callable[[], None] = lambda: None) -> None:
+        self._wanted, self._act = (moment, step), act
+        self._step, self._asked = 0, 0
+        self.steps: list[int] = []
+
+    def begin_step(self, step: int) -> None:
+        self._step, self._asked = step, 0
+        self.steps.append(step)
+        if self._wanted == ("begin", step):
+            self._act()
+
+    def totals(self) -> StripTotals:
+        self._asked += 1
+        if self._wanted == ("applied", self._step) and self._asked == 1:
+            self._act()
+        done = len(self.steps)
+        return StripTotals(1000 * done, 500 * done, 2 * done, 1e-6 * done, 1e-7 * done, 1e-5 * done, done // 3)
+
+
+def trainer(model_folder: Path, options: TrainConfig, strip: Strip | None = None, **keywords: Any) -> Trainer:
+    """A run from scratch: a fresh base model and a fresh adapter, unless `model` is given."""
+    training_data = keywords.pop("data", None) or data()
+    total = total_steps(options, len(training_data.train))
+    model = keywords.pop("model", None)
+    if model is None:
+        model = build_peft(AutoModelForCausalLM.from_pretrained(model_folder), options, total_steps=total)
+    progress = TrainProgress(total, options.log_every, Console(file=io.StringIO()))
+    keywords = {"identity": IDENTITY, "progress": progress, "meter": strip, **keywords}
+    return Trainer(model, training_data, options, **keywords)
+
+
+def kill() -> None:
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(arguments: list[str]) -> None:
+    """See the top of the file."""
+    model_folder, out, moment, step, *rest = arguments
+    strip = Strip(moment, int(step), kill)
+    if moment == "save":
+        from isthmus.edge import checkpoint
+
+        write = checkpoint.save_file
+        checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
+            kill() if f"checkpoint-{step}" in str(path) and "optimizer" in str(path) else write(tensors, path)
+        )
+    trainer(Path(model_folder), config(Path(out), **dict(item.split("=") for item in rest)), strip).fit()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

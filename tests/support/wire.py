@@ -1,0 +1,168 @@
+"""Sessions without a network, and strategies for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import strategies as st
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
+from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.session import CloudSession, EdgeSession, Established
+
+NOW = 1_700_000_000
+ROOT = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+WORKER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+EDGE = Ed25519PrivateKey.from_private_bytes(bytes(range(2, 34)))
+PIN = Fingerprint.of(ROOT.public_key().public_bytes_raw())
+TENANT = Tenant("hospital-a", Fingerprint.of(EDGE.public_key().public_bytes_raw()))
+
+
+def identity(root: Ed25519PrivateKey = ROOT, not_after: int = NOW + 1000) -> WorkerIdentity:
+    certificate = WorkerCertificate.issue(root, WORKER.public_key().public_bytes_raw(), not_after)
+    return WorkerIdentity(WORKER, certificate)
+
+
+def session_info(tenant: Tenant, session_id: bytes) -> m.SessionInfo:
+    return m.SessionInfo(
+        session_id=session_id.hex(),
+        model="tiny",
+        digest="00" * 32,
+        family="llama",
+        n_layers=4,
+        plan="1:1",
+        hidden_size=8,
+        attn_implementation="sdpa",
+        span_dtype="fp32",
+        codecs=ACTIVATION_CODECS,
+        limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 20, stash_bytes=1 << 20),
+        server_version="0.1.0",
+    )
+
+
+def new_edge(**options: Any) -> EdgeSession:
+    return EdgeSession(**{"pin": PIN, "edge_key": EDGE, "now": lambda: float(NOW), **options})
+
+
+def new_cloud(**options: Any) -> CloudSession:
+    return CloudSession(**{"identity": identity(), "authorize": lambda key: TENANT, "info": session_info, **options})
+
+
+def shake(edge: EdgeSession, cloud: CloudSession, alter: Callable[[int, bytes], bytes] = lambda n, f: f) -> list[bytes]:
+    """Drive a handshake to its end; `alter` may change flight 0, 1, 2 or 3 on its way. Returns the flights as sent."""
+    flights = [edge.start()]
+    for number in range(3):
+        receiver = cloud if number % 2 == 0 else edge
+        event = receiver.receive(alter(number, flights[-1]))
+        flights.append(event.frames[0])
+    edge.receive(alter(3, flights[-1]))
+    return flights
+
+
+def new_pair(**options: Any) -> tuple[EdgeSession, CloudSession]:
+    """Two established sessions; `options` are given to both sides."""
+    edge, cloud = new_edge(**options), new_cloud(**options)
+    shake(edge, cloud)
+    assert edge.established
+    assert cloud.established
+    return edge, cloud
+
+
+def finish_established(edge: EdgeSession, cloud: CloudSession) -> None:
+    """Drive a handshake and check that it establishes both sides."""
+    first = cloud.receive(edge.start())
+    second = edge.receive(first.frames[0])
+    third = cloud.receive(second.frames[0])
+    assert isinstance(third, Established)
+    assert isinstance(edge.receive(third.frames[0]), Established)
+
+
+def forward(shape: Sequence[int] = (2, 3, 8), codec: str = "fp32", call: int = 1) -> m.Forward:
+    """A forward call with a mask, of values that depend on nothing but the shape and the call."""
+    hidden = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(*shape) / 7 + call
+    mask = torch.ones(shape[0], shape[1], dtype=torch.int64)
+    payload = encode(hidden, codec, Role.ACTIVATION)
+    return m.Forward(m.CallId(1, call), True, payload, encode_mask(mask), None, codec_id("fp32"))
+
+
+u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
+call_ids = st.builds(m.CallId, u32, u64, u16)
+reply_codecs = st.sampled_from([codec_id(name) for name in ACTIVATION_CODECS])
+names = st.from_regex(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}", fullmatch=True)
+texts = st.text(max_size=200)
+digests = st.binary(min_size=32, max_size=32)
+
+
+def payload(shape: tuple[int, ...], codec: str, role: Role, seed: int) -> Payload:
+    """A payload of arbitrary valid bytes."""
+    entry = CODECS[codec]
+    generator = torch.Generator().manual_seed(seed)
+    buffers = tuple(
+        torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8).numpy().tobytes()
+        for size in entry.sizes(shape)
+    )
+    return Payload(entry.id, role, shape, buffers)
+
+
+@st.composite
+def hidden_states(draw: st.DrawFn, role: Role = Role.ACTIVATION, shape: tuple[int, ...] | None = None) -> Payload:
+    dims = shape or (draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 130)))
+    return payload(dims, draw(st.sampled_from(ACTIVATION_CODECS)), role, draw(u32))
+
+
+@st.composite
+def span_inputs(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> m.SpanInputs:
+    hidden = draw(hidden_states(shape=shape))
+    batch, length, _ = hidden.shape
+    mask = payload((batch, length), "mask", Role.INDEX, draw(u32)) if draw(st.booleans()) else None
+    rows = draw(st.sampled_from([1, batch]))
+    positions = payload((rows, length), "int32", Role.INDEX, draw(u32)) if draw(st.booleans()) else None
+    return m.SpanInputs(hidden, mask, positions)
+
+
+@st.composite
+def forwards(draw: st.DrawFn) -> m.Forward:
+    inputs = draw(span_inputs())
+    keep, reply = draw(st.booleans()), draw(reply_codecs)
+    return m.Forward(draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply)
+
+
+@st.composite
+def backwards(draw: st.DrawFn) -> m.Backward:
+    gradient = draw(hidden_states(Role.GRADIENT))
+    replay = draw(st.none() | span_inputs(shape=gradient.shape))
+    return m.Backward(draw(call_ids), gradient, replay, draw(reply_codecs))
+
+
+@st.composite
+def blobs(draw: st.DrawFn) -> m.Blob:
+    data, offset = draw(st.binary(max_size=3000)), draw(u32)
+    return m.Blob(draw(names), offset, offset + len(data) + draw(u16), draw(digests), data)
+
+
+both = st.one_of(st.builds(m.Ping, u64), st.builds(m.Pong, u64, u64), st.builds(m.Goodbye, texts))
+edge_messages = st.one_of(
+    forwards(),
+    backwards(),
+    st.builds(m.Fetch, names, u64),
+    st.just(m.FetchList()),
+    st.builds(m.Attach, st.binary(min_size=16, max_size=16)),
+    both,
+)
+entries = st.builds(m.FileEntry, names, u64, digests)
+cloud_messages = st.one_of(
+    st.builds(m.ForwardReply, call_ids, hidden_states(), u64, u64, u64),
+    st.builds(m.BackwardReply, call_ids, hidden_states(Role.GRADIENT), u64, u64, u64, st.booleans()),
+    blobs(),
+    st.lists(entries, max_size=5, unique_by=lambda entry: entry.name).map(lambda found: m.FileList(tuple(found))),
+    st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
+    both,
+)
+
+SMALL = Limits(chunk_bytes=64)
+"""Chunks of 64 bytes, so that small messages take many frames."""
