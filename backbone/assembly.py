@@ -1,7 +1,7 @@
 """Build a model without weights, put parts of a checkpoint into it, and nothing else into memory.
 
-The architecture is built on torch's meta device, where a tensor has a shape and no storage. What a party does not hold is taken
-out; what it holds is read tensor by tensor. So the peak is what is kept plus one tensor.
+The architecture is built on torch's meta device, where a tensor has a shape and no storage. What a party does not
+hold is taken out; what it holds is read tensor by tensor. So the peak is what is kept plus one tensor.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def load_parameters(module: nn.Module, prefix: str, reader: TensorReader, skip: 
 def tie_or_load(model: Any, reader: TensorReader) -> dict[str, str]:
     """Load and tie the tensors that the configuration says are one, as transformers' own loading does.
 
-    A checkpoint may hold one of the two or both. Two different ones are kept apart, and the configuration is corrected, so that
-    nothing ties them later.
+    A checkpoint may hold one of the two or both. Two different ones are kept apart, and the configuration is
+    corrected, so that nothing ties them later.
 
     Returns:
         Tied name -> name that it is tied to.
@@ -97,7 +97,7 @@ def rebuild_buffers(module: nn.Module) -> None:
             for name in empty:
                 setattr(part, name, getattr(fresh, name))
         elif empty == ["embed_scale"]:
-            part.embed_scale = torch.tensor(part.scalar_embed_scale, dtype=part.embed_scale.dtype)  # type: ignore[arg-type, union-attr]  # Any by nn.Module.__getattr__
+            part.embed_scale = torch.tensor(part.scalar_embed_scale, dtype=part.embed_scale.dtype)
         else:
             raise UnsupportedFamilyError(f"cannot rebuild {', '.join(empty)} of {path or type(module).__name__}")
 
@@ -108,7 +108,9 @@ def check_materialised(module: nn.Module) -> None:
     Raises:
         CheckpointError: one is.
     """
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.device.type == "meta"]
+    left = [
+        name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.device.type == "meta"
+    ]
     if left:
         raise CheckpointError(f"no weights for {', '.join(left[:5])}; the checkpoint is incomplete or of another model")
 

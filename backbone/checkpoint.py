@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from isthmus.backbone.errors import CheckpointError, DiskError
+from isthmus.backbone.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +80,7 @@ class TensorReader:
         self._handles: dict[str, Any] = {}
         for path in tensor_files(folder):
             try:
-                handle = safe_open(path, framework="pt", device="cpu")
+                handle: Any = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
             self._handles.update(dict.fromkeys(handle.keys(), handle))
@@ -108,7 +105,9 @@ class TensorReader:
         """
         stored = self._stored_name(name)
         if stored is None:
-            raise CheckpointError(f"{self._folder} has no tensor {name}; the checkpoint is incomplete or of another model")
+            raise CheckpointError(
+                f"{self._folder} has no tensor {name}; the checkpoint is incomplete or of another model"
+            )
         tensor: torch.Tensor = self._handles[stored].get_tensor(stored)
         return tensor
 
@@ -126,8 +125,8 @@ class TensorReader:
         view = self.view(name)
         if view.shape != shape:
             raise CheckpointError(
-                f"tensor {name} in {self._folder} has shape {list(view.shape)}, but config.json asks for {list(shape)}; "
-                "the two belong to different models"
+                f"tensor {name} in {self._folder} has shape {list(view.shape)}, but config.json asks for "
+                f"{list(shape)}; the two belong to different models"
             )
         return view.to(dtype if view.is_floating_point() else view.dtype, copy=True)
 
@@ -157,31 +156,3 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     """Size and time are in the key, so that a file is hashed once and again after a change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder `new` in the place of `target`, which may exist; both lie on one file system."""
-    if target.exists():
-        old = new.with_name(new.name + ".old")
-        target.replace(old)
-        new.replace(target)
-        shutil.rmtree(old)
-    else:
-        new.replace(target)
-
-
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space left" and its kin, met while writing `target`, into an error with a remedy.
-
-    Raises:
-        DiskError: the disk is full, over quota, or read-only.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
-            raise
-        raise DiskError(f"cannot write {target}: {error.strerror}; free space or choose another folder") from error
-    except SafetensorError as error:  # safetensors wraps the operating system's error in its own
-        raise DiskError(f"cannot write {target}: {error}; free space or choose another folder") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isthmus.backbone.checkpoint import WHOLE_FILE, TensorReader, disk_errors, read_json, write_json
+from isthmus.backbone.checkpoint import WHOLE_FILE, TensorReader, read_json, write_json
 from isthmus.backbone.errors import CheckpointError, UnsupportedCallError
 from isthmus.backbone.families import Family
+from isthmus.backbone.files import disk_errors
 from isthmus.backbone.gate import SpanGate
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
@@ -76,7 +76,9 @@ class EdgeModelMixin:
             raise UnsupportedCallError("the split model generates without a key-value cache; leave out use_cache=True")
         for name in _NEEDS_CACHE:
             if kwargs.get(name, getattr(config, name, None)) is not None:
-                raise UnsupportedCallError(f"generate({name}=…) needs a key-value cache, which the split model lacks; leave it out")
+                raise UnsupportedCallError(
+                    f"generate({name}=…) needs a key-value cache, which the split model lacks; leave it out"
+                )
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
 
     def save_pretrained(
@@ -90,8 +92,8 @@ class EdgeModelMixin:
     ) -> None:
         """Write what the edge holds, under the whole model's names; `load_edge_weights` puts it into a whole model.
 
-        The folder has no `config.json`, so nothing takes it for a whole model. With adapters that transformers itself added
-        (`add_adapter`), these are written instead, as transformers does.
+        The folder has no `config.json`, so nothing takes it for a whole model. With adapters that transformers itself
+        added (`add_adapter`), these are written instead, as transformers does.
 
         Args:
             save_directory: The folder; made if needed.
@@ -124,7 +126,8 @@ def _save(model: EdgeModelMixin, folder: Path, state_dict: dict[str, Tensor] | N
     missing = sorted(origin.names - state.keys())
     if strange or missing:
         raise UnsupportedCallError(
-            f"the model's state is not the edge's own (for example {(strange or missing)[0]}); save the PEFT model, or merge it"
+            f"the model's state is not the edge's own (for example {(strange or missing)[0]}); "
+            "save the PEFT model, or merge it"
         )
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(origin.names)}
     try:
@@ -150,56 +153,81 @@ def load_edge_weights(full_model: nn.Module, folder: Path) -> None:
         folder: The folder.
 
     Raises:
-        CheckpointError: the folder holds something else, or a name or a shape does not fit. The model is then unchanged.
+        CheckpointError: the folder holds something else, or a name or a shape does not fit. The model is then
+            unchanged.
     """
     read_json(folder / EDGE_WEIGHTS_INFO)
     reader = TensorReader(folder)
     state = full_model.state_dict(keep_vars=True)
     for name in reader:
         if name not in state:
-            raise CheckpointError(f"the model has no tensor {name}, which {folder} holds; load the model that it was cut from")
+            raise CheckpointError(
+                f"the model has no tensor {name}, which {folder} holds; load the model that it was cut from"
+            )
         if reader.view(name).shape != state[name].shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(reader.view(name).shape)} in {folder} and {list(state[name].shape)} in the "
-                "model; load the model that it was cut from"
+                f"tensor {name} has shape {list(reader.view(name).shape)} in {folder} and "
+                f"{list(state[name].shape)} in the model; load the model that it was cut from"
             )
     with torch.no_grad():
         for name in reader:
             state[name].copy_(reader.view(name))
 
 
-def check_adapters(model: EdgeModelMixin, _args: Any = None) -> None:
-    """Refuse PEFT configurations that pick cloud layers by number: PEFT adapts those of them that the edge holds, silently.
+def settle_adapters(model: EdgeModelMixin, _args: Any = None) -> None:
+    """Make each PEFT configuration name exactly the modules that it adapts. Runs before every forward.
 
-    Runs before every forward of an edge's model.
+    PEFT matches names such as `q_proj` in the layers that the edge holds and skips the cloud's. On the whole model
+    the same configuration would add adapters to every layer, so the edge's modules are written into it by their full
+    names. Where a configuration picks a cloud layer by number, skipping it silently would be wrong.
 
     Raises:
-        UnsupportedCallError: a configuration names a cloud layer.
+        UnsupportedCallError: a configuration picks a cloud layer by number.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return
     for adapter, config in configs.items():
-        for layer, name in _picked(model.isthmus_origin, config):
+        numbered, everywhere = _matches(model.isthmus_origin, config)
+        for layer, name in numbered:
             if layer in model.split_plan.cloud:
                 raise UnsupportedCallError(
                     f"adapter {adapter!r} names {name}, but the cloud holds layers {model.split_plan.cloud}; "
                     f"choose among the edge's layers {', '.join(map(str, model.split_plan.edge_layers)) or '(none)'}"
                 )
+        if everywhere:
+            config.target_modules = _adapted_modules(cast(nn.Module, model), adapter)
 
 
-def _picked(origin: EdgeOrigin, config: Any) -> Iterable[tuple[int, str]]:
-    """Layers that a PEFT configuration picks by number: it matches a module in them and not in every layer."""
+def _matches(origin: EdgeOrigin, config: Any) -> tuple[list[tuple[int, str]], bool]:
+    """The layers that a PEFT configuration picks by number, with a name each; whether it picks some in every layer.
+
+    A layer is picked by number if a module of it is matched and the same module of some other layer is not.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    path = origin.family.layers_path
-    n_layers = origin.plan.n_layers
+    path, n_layers = origin.family.layers_path, origin.plan.n_layers
+    numbered: list[tuple[int, str]] = []
+    everywhere = False
     if getattr(config, "target_modules", None) is not None:
         for site in origin.site_names:
             names = [f"{path}.{layer}.{site}" for layer in range(n_layers)]
-            matched = [layer for layer in range(n_layers) if check_target_module_exists(config, names[layer]) is True]
+            matched = [layer for layer in range(n_layers) if check_target_module_exists(config, names[layer])]
+            everywhere |= len(matched) == n_layers
             if len(matched) < n_layers:
-                yield from ((layer, names[layer]) for layer in matched)
+                numbered += [(layer, names[layer]) for layer in matched]
     literal = (*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_parameters", None) or ()))
-    for layer in range(n_layers):
-        yield from ((layer, name) for name in literal if f".{layer}." in f".{name}.")
+    numbered += [(layer, name) for layer in range(n_layers) for name in literal if f".{layer}." in f".{name}."]
+    return numbered, everywhere
+
+
+def _adapted_modules(model: nn.Module, adapter: str) -> set[str]:
+    """Full names of the modules that carry `adapter`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(adapter in getattr(module, part) for part in module.adapter_layer_names)
+    }

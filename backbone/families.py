@@ -1,8 +1,8 @@
 """What differs between the architectures that can be cut: one entry each. Pure, no torch.
 
-Everything else is common to them: a causal language model from transformers has a base model that embeds the tokens, adds learned
-positions or computes rotary ones, builds the masks, runs a list of decoder layers and normalises; a head follows. A new
-architecture is one more entry, and one more in the tests' list of tiny models.
+Everything else is common to them: a causal language model from transformers has a base model that embeds the tokens,
+adds learned positions or computes rotary ones, builds the masks, runs a list of decoder layers and normalises; a head
+follows. A new architecture is one more entry, and one more in the tests' list of tiny models.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ class Family:
         layers: Name of the list of decoder layers in the base model.
         embedding: Name of the token embedding in the base model.
         norm: Name of the final norm in the base model.
-        positions: Name of the learned position embedding, whose output is added to the token embedding; None with rotary ones.
+        positions: Name of the learned position embedding, whose output is added to the token embedding; None with
+            rotary ones.
         projections: Names of further modules around the layers that may be None (OPT's `project_in` and `project_out`).
-        attentions: Attention implementations that the architecture computes exactly; the first is what both sides use unless told
-            otherwise.
+        attentions: Attention implementations that the architecture computes exactly; the first is what both sides use
+            unless told otherwise.
     """
 
     name: str
@@ -87,8 +88,8 @@ def family_of(config: Any) -> Family:
         config: A `PreTrainedConfig`.
 
     Raises:
-        UnsupportedFamilyError: the architecture is not one of `SUPPORTED`, or the configuration turns on a part of it whose
-            result would depend on more than the span's input.
+        UnsupportedFamilyError: the architecture is not one of `SUPPORTED`, or the configuration turns on a part of it
+            whose result would depend on more than the span's input.
     """
     name = getattr(config, "model_type", None)
     family = _FAMILIES.get(name) if isinstance(name, str) else None
@@ -98,11 +99,17 @@ def family_of(config: Any) -> Family:
         raise UnsupportedFamilyError(f"{name} with cross-attention cannot be cut; use a decoder-only configuration")
     if getattr(config, "layerdrop", 0.0):
         # The base model would skip the whole cloud at random.
-        raise UnsupportedFamilyError(f"layerdrop={config.layerdrop} skips layers at random; set it to 0.0 in config.json")
+        raise UnsupportedFamilyError(
+            f"layerdrop={config.layerdrop} skips layers at random; set it to 0.0 in config.json"
+        )
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
         # Its frequencies depend on the lengths of earlier calls, and the two sides see different calls.
-        raise UnsupportedFamilyError("rotary embeddings of type 'dynamic' cannot be cut; use 'yarn', 'linear' or 'default'")
+        raise UnsupportedFamilyError(
+            "rotary embeddings of type 'dynamic' cannot be cut; use 'yarn', 'linear' or 'default'"
+        )
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedFamilyError("a quantized checkpoint cannot be cut; convert it to plain float safetensors first")
+        raise UnsupportedFamilyError(
+            "a quantized checkpoint cannot be cut; convert it to plain float safetensors first"
+        )
     return family

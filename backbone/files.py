@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus.backbone.errors import DiskError
+from isthmus.backbone.errors import DiskError, IsthmusError
 from safetensors import SafetensorError
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
@@ -20,8 +20,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's and safetensors' complaints about `path` into `DiskError`."""
     try:
         yield
-    except DiskError:
-        raise
+    except IsthmusError:
+        raise  # some are OSErrors too, and say more than this would
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DiskError(

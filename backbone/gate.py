@@ -39,8 +39,8 @@ class PassThrough(nn.Module):
 class SpanGate(nn.Module):
     """The first cloud layer: sends the hidden states through the whole span.
 
-    A decoder layer sees only the mask that the base model made of the caller's, so two hooks on the base model keep the caller's
-    own mask and positions for the length of one forward.
+    A decoder layer sees only the mask that the base model made of the caller's, so two hooks on the base model keep
+    the caller's own mask and positions for the length of one forward.
 
     It is no transformers layer on purpose: a checkpointing layer would run the span twice.
     """
@@ -57,9 +57,11 @@ class SpanGate(nn.Module):
         """What runs the layers. May be replaced, by one that counts or records, for instance."""
         return self._held.span
 
-    @span.setter
-    def span(self, span: SpanFn) -> None:
-        self._held = _Held(span)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "span":
+            self._held = _Held(value)  # torch would register a module as a part of this one
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Run the cloud's layers on `hidden_states`, `[B, S, h]`.
@@ -68,7 +70,9 @@ class SpanGate(nn.Module):
             UnsupportedCallError: called outside the base model's forward, where mask and positions are not known.
         """
         if not self._inside:
-            raise UnsupportedCallError("a cloud layer was called by itself; call the model, which knows mask and positions")
+            raise UnsupportedCallError(
+                "a cloud layer was called by itself; call the model, which knows mask and positions"
+            )
         return self.span(hidden_states, self._attention_mask, self._position_ids)
 
     def attach(self, base: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,11 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from isthmus.backbone.assembly import build_on_meta, check_materialised, load_parameters, rebuild_buffers, tie_or_load
-from isthmus.backbone.checkpoint import (
-    EDGE_FILE,
-    TensorReader,
-    disk_errors,
-    read_json,
-    replace_folder,
-    write_json,
-)
-from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, check_adapters, load_edge_weights
+from isthmus.backbone.checkpoint import EDGE_FILE, TensorReader, read_json, write_json
+from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights, settle_adapters
 from isthmus.backbone.errors import PlanError
 from isthmus.backbone.families import family_of
+from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import PassThrough, SpanFn, SpanGate
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import PARTS_FILE, Checkpoint
@@ -46,16 +39,16 @@ def load_edge_parts(
 ) -> Any:
     """The edge's model: the family's own class, with the original layer indices, and the cloud's layers behind `span`.
 
-    `model.model.layers` (or what the family calls it) has all the layers' places: the edge's are real, the first of the cloud's is
-    a `SpanGate`, the others pass through. None of the cloud's has weights, so PEFT, Trainer and `generate` see a transformers
-    model, and an adapter made on it loads into the whole model. `model.split_plan` and `model.span_gate` tell about the cut.
+    `model.model.layers` (or what the family calls it) has all the layers' places: the edge's are real, the first of
+    the cloud's is a `SpanGate`, the others pass through. None of the cloud's has weights, so PEFT, Trainer and
+    `generate` see a transformers model, and an adapter made on it loads into the whole model. `model.split_plan` and
+    `model.span_gate` tell about the cut.
 
     Args:
         source: A whole model's checkpoint, or what `export_edge_parts` wrote. Only the edge's tensors are read.
         plan: Who holds which layers.
-        span: Runs the cloud's layers. It takes `(hidden [B, S, h], attention_mask [B, S] or None, position_ids [B, S], [1, S] or
-            None)` with mask and positions as the caller gave them to the model, and returns `[B, S, h]`. A module is not
-            registered: its weights are not the edge's.
+        span: Runs the cloud's layers. See `SpanFn`: mask and positions come as the caller gave them to the model. A
+            module is not registered: its weights are not the edge's.
         dtype: Floating point dtype of the edge's weights.
         attn_implementation: Attention implementation; None for the family's default. Both sides must use the same.
 
@@ -87,7 +80,7 @@ def load_edge_parts(
     cls = type(model)
     model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied, site_names)
-    model.register_forward_pre_hook(check_adapters)
+    model.register_forward_pre_hook(settle_adapters)
     return model
 
 
@@ -96,8 +89,9 @@ def export_edge_parts(
 ) -> None:
     """Write what an edge needs of a model, and nothing of the cloud's layers.
 
-    The folder gets the configuration, the tokenizer's files and `edge.safetensors`: embedding, learned positions, the edge's
-    layers, final norm and head, under their names in the whole model. It appears whole or not at all, and replaces an old one.
+    The folder gets the configuration, the tokenizer's files and `edge.safetensors`: embedding, learned positions, the
+    edge's layers, final norm and head, under their names in the whole model. It appears whole or not at all, and
+    replaces an old one.
 
     Args:
         checkpoint: The whole model.
@@ -117,15 +111,12 @@ def export_edge_parts(
     info = {"model": checkpoint.name, "plan": str(plan), "digest": checkpoint.digest()}
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-            new = Path(temporary) / "parts"
-            new.mkdir()
-            for file in sorted(checkpoint.folder.iterdir()):
-                if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name):
-                    shutil.copyfile(file, new / file.name)
-            save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
-            write_json(new / PARTS_FILE, info)
-            replace_folder(new, folder)
+    with new_folder(folder) as new:
+        for file in sorted(checkpoint.folder.iterdir()):
+            if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name):
+                shutil.copyfile(file, new / file.name)
+        save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
+        write_json(new / PARTS_FILE, info)
 
 
 def _no_span(hidden: torch.Tensor, _mask: torch.Tensor | None, _positions: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +125,9 @@ def _no_span(hidden: torch.Tensor, _mask: torch.Tensor | None, _positions: torch
 
 def _check_plan(checkpoint: Checkpoint, n_layers: int, plan: SplitPlan) -> None:
     if plan.n_layers != n_layers:
-        raise PlanError(f"split plan {plan} is for {plan.n_layers} layers, but the model has {n_layers}; parse it again")
+        raise PlanError(
+            f"split plan {plan} is for {plan.n_layers} layers, but the model has {n_layers}; parse it again"
+        )
     if checkpoint.is_edge_parts:
         cut = read_json(checkpoint.folder / PARTS_FILE).get("plan")
         if cut != str(plan):

@@ -53,7 +53,8 @@ class Span:
 class SplitPlan:
     """The edge holds layers `[0, bottom)` and `[n_layers - top, n_layers)`; the cloud holds those between.
 
-    The edge also holds the embedding, the final norm and the head, whatever the plan. The cloud keeps at least one layer.
+    The edge also holds the embedding, the final norm and the head, whatever the plan. The cloud keeps at least one
+    layer.
 
     Raises:
         PlanError: a number is negative, or `bottom + top` leaves the cloud nothing.

@@ -1,7 +1,7 @@
 """From a model's name to a checkpoint on this disk.
 
-A name is a folder, a `.gguf` file, the identifier of a model on the Hugging Face hub, or the built-in `smollm2-135m`. What has to be
-downloaded or converted is done once and kept in a cache: `$ISTHMUS_CACHE`, or `~/.cache/isthmus`.
+A name is a folder, a `.gguf` file, the identifier of a model on the Hugging Face hub, or the built-in `smollm2-135m`.
+What has to be downloaded or converted is done once and kept in a cache: `$ISTHMUS_CACHE`, or `~/.cache/isthmus`.
 
 transformers is imported where it is used, because the command line imports this module.
 """
@@ -25,9 +25,10 @@ from typing import Any
 
 from rich.console import Console
 
-from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, disk_errors, read_json, replace_folder, write_json
+from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, read_json, write_json
 from isthmus.backbone.errors import CheckpointError, UnknownModelError, UnsupportedFamilyError
 from isthmus.backbone.families import SUPPORTED
+from isthmus.backbone.files import disk_errors, new_folder
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,7 +76,9 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.folder)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise CheckpointError(f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again") from error
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again"
+            ) from error
 
     @property
     def is_edge_parts(self) -> bool:
@@ -169,7 +172,9 @@ def _built_in_from_hub(folder: Path, console: Console) -> str | None:
     for file in snapshot.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-    write_json(folder / ORIGIN_FILE, {"model": BUILT_IN, "from": "hub", "source": BUILT_IN_HUB, "revision": snapshot.name})
+    write_json(
+        folder / ORIGIN_FILE, {"model": BUILT_IN, "from": "hub", "source": BUILT_IN_HUB, "revision": snapshot.name}
+    )
     return None
 
 
@@ -226,8 +231,10 @@ def _convert_gguf(file: Path, folder: Path, console: Console) -> None:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except (ValueError, KeyError, OSError, IndexError, NotImplementedError) as error:
-            raise CheckpointError(f"cannot convert {file.name}: {error}; supported are {', '.join(SUPPORTED)}") from error
-        # The weights are plain floats by now; left in place, these would make transformers refuse to save or to load them.
+            raise CheckpointError(
+                f"cannot convert {file.name}: {error}; supported are {', '.join(SUPPORTED)}"
+            ) from error
+        # The weights are plain floats by now; left in place, these make transformers refuse to save or load them.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(folder)
@@ -260,7 +267,9 @@ def _snapshot(model: str, console: Console) -> Path:
         # One short look first: the download's own retries would keep a machine without a hub waiting for minutes.
         revision = HfApi().model_info(model, timeout=_HUB_TIMEOUT_S).sha
     except (RepositoryNotFoundError, DisabledRepoError) as error:
-        raise UnknownModelError(f"the hub does not give {model} ({_first_line(error)}); check the name and the login") from error
+        raise UnknownModelError(
+            f"the hub does not give {model} ({_first_line(error)}); check the name and the login"
+        ) from error
     except HFValidationError as error:
         raise UnknownModelError(f"{model!r} is no name of a hub model; use OWNER/NAME") from error
     except (HTTPError, OSError) as error:
@@ -288,14 +297,12 @@ def _once(target: Path, fill: Callable[[Path], None]) -> Path:
     """`target`, filled by `fill` unless it is there; never half-written, and by one process at a time."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (target / "config.json").is_file():
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as temporary:
-                    folder = Path(temporary) / "model"
-                    folder.mkdir()
-                    fill(folder)
-                    replace_folder(folder, target)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "config.json").is_file():
+            with new_folder(target) as folder:
+                fill(folder)
     return target
 
 

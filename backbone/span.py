@@ -21,9 +21,9 @@ from isthmus.backbone.sources import Checkpoint
 class FrozenSpan(nn.Module):
     """Decoder layers `[start, stop)` of a model: hidden states in, hidden states out.
 
-    The work is done by transformers' own base model with its list of layers cut, so masks, windows and rotary embeddings are those
-    of the whole model. Always in eval mode (dropout never acts, `train()` changes nothing) and without trainable parameters;
-    gradients flow to the input. Built by `load_span`.
+    The work is done by transformers' own base model with its list of layers cut, so masks, windows and rotary
+    embeddings are those of the whole model. Always in eval mode (dropout never acts, `train()` changes nothing) and
+    without trainable parameters; gradients flow to the input. Built by `load_span`.
 
     Attributes:
         layer_span: The layers, by their indices in the whole model.
@@ -67,8 +67,10 @@ class FrozenSpan(nn.Module):
 
         Args:
             hidden: Hidden states before the first layer, `[B, S, h]`, in the span's dtype.
-            attention_mask: `[B, S]`, 1 for tokens and 0 for padding, as the caller of the whole model gave it; None for no padding.
-            position_ids: `[B, S]` or `[1, S]`, or None for what the whole model does without (count from 0; OPT counts tokens).
+            attention_mask: `[B, S]`, 1 for tokens and 0 for padding, as the caller of the whole model gave it; None
+                for no padding.
+            position_ids: `[B, S]` or `[1, S]`, or None for what the whole model does without (count from 0; OPT
+                counts tokens).
 
         Returns:
             Hidden states after the last layer, `[B, S, h]`.
@@ -81,7 +83,7 @@ class FrozenSpan(nn.Module):
 
 
 class _NoPositions(nn.Module):
-    """In the place of a learned position embedding, which the edge has already added: a zero that costs no pass over memory."""
+    """In the place of a learned position embedding, which the edge has added: a zero that costs next to nothing."""
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
         return torch.zeros(())  # 0-dimensional, so it takes the dtype of what it is added to
@@ -126,10 +128,14 @@ def load_span(
 def _layers_of(span: Span | SplitPlan, n_layers: int) -> Span:
     if isinstance(span, SplitPlan):
         if span.n_layers != n_layers:
-            raise PlanError(f"split plan {span} is for {span.n_layers} layers, but the model has {n_layers}; parse it again")
+            raise PlanError(
+                f"split plan {span} is for {span.n_layers} layers, but the model has {n_layers}; parse it again"
+            )
         return span.cloud
     if not len(span) or span.stop > n_layers:
-        raise PlanError(f"the model has {n_layers} layers, so there is no span {span}; choose layers within 0:{n_layers}")
+        raise PlanError(
+            f"the model has {n_layers} layers, so there is no span {span}; choose layers within 0:{n_layers}"
+        )
     return span
 
 

@@ -82,11 +82,12 @@ class Executor:
     counters: StashCounters = field(default_factory=StashCounters)
     _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
     _graph_bytes: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _used: int = 0
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that the stash holds now."""
-        return sum(entry.nbytes for entry in self._stash.values())
+        """Bytes that the stash holds now. Other threads may ask; all else is for the one that computes."""
+        return self._used
 
     def forward(self, session: bytes, call: int, inputs: SpanInput, *, keep: bool) -> Tensor:
         """Run the span.
@@ -104,8 +105,9 @@ class Executor:
             with torch.inference_mode():
                 return self._span(inputs.hidden.to(self.dtype), inputs.attention_mask, inputs.position_ids)
         leaf, output, graph_bytes = self._run(inputs)
-        self._stash.pop((session, call), None)
-        self._stash[session, call] = _Entry(inputs, leaf, output, graph_bytes)
+        self._take((session, call))
+        entry = self._stash[session, call] = _Entry(inputs, leaf, output, graph_bytes)
+        self._used += entry.nbytes
         self._shrink()
         return output.detach()
 
@@ -126,7 +128,7 @@ class Executor:
         Raises:
             StashLost: nothing is known of the call and `replay` is None.
         """
-        entry = self._stash.pop((session, call), None)
+        entry = self._take((session, call))
         if entry is not None and entry.leaf is not None and entry.output is not None:
             return self._gradient(entry.leaf, entry.output, gradient), False
         inputs = entry.inputs if entry is not None else replay
@@ -141,17 +143,17 @@ class Executor:
         entry = self._stash.get((session, call))
         return None if entry is None else entry.inputs.hidden.shape
 
-    def release(self, session: bytes, before: int | None = None) -> None:
-        """Forget a session's forward states: all of them, or those of calls below `before`."""
-        gone = [key for key in self._stash if key[0] == session and (before is None or key[1] < before)]
-        for key in gone:
-            del self._stash[key]
+    def release(self, session: bytes) -> None:
+        """Forget a session's forward states."""
+        for key in [key for key in self._stash if key[0] == session]:
+            self._take(key)
 
     def evict_all(self) -> None:
         """Forget every forward state (for tests and benchmarks of the recovery)."""
         self.counters.graphs_evicted += sum(entry.output is not None for entry in self._stash.values())
         self.counters.inputs_evicted += len(self._stash)
         self._stash.clear()
+        self._used = 0
 
     def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         output: Tensor = self.span(hidden, mask, positions)
@@ -185,15 +187,19 @@ class Executor:
         return result
 
     def _shrink(self) -> None:
-        used = self.used_bytes
         for entry in self._stash.values():
-            if used <= self.stash_bytes:
+            if self._used <= self.stash_bytes:
                 return
             if entry.output is not None:
-                used -= entry.graph_bytes
+                self._used -= entry.graph_bytes
                 entry.leaf = entry.output = None
                 self.counters.graphs_evicted += 1
-        while self._stash and used > self.stash_bytes:
-            _, entry = self._stash.popitem(last=False)
-            used -= entry.nbytes
+        while self._stash and self._used > self.stash_bytes:
+            self._take(next(iter(self._stash)))
             self.counters.inputs_evicted += 1
+
+    def _take(self, key: Key) -> _Entry | None:
+        entry = self._stash.pop(key, None)
+        if entry is not None:
+            self._used -= entry.nbytes
+        return entry

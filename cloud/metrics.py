@@ -9,6 +9,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from isthmus.protocol.errors import PortInUseError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 
@@ -35,7 +36,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], dict[str, Any]]) -> WSGIServer:
-    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`."""
+    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`. Raises PortInUseError."""
     prometheus: WSGIApplication = make_wsgi_app(metrics.registry)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -48,6 +49,9 @@ def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], d
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [b"there are /metrics and /status\n"]
 
-    server = make_server(host, port, app, handler_class=_QuietHandler)
+    try:
+        server = make_server(host, port, app, handler_class=_QuietHandler)
+    except OSError as error:
+        raise PortInUseError(f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another --metrics") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -11,7 +11,6 @@ import secrets
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,10 @@ class Serving:
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
-        return bool(self._get(self._worker.drain.remote(grace)))
+        try:
+            return bool(self._get(self._worker.drain.remote(grace)))
+        except self._ray.exceptions.RayActorError:
+            return False  # the worker is dead or being restarted, and its calls with it
 
     def close(self) -> None:
         """End the worker, and Ray where it was started here."""
@@ -109,7 +111,6 @@ def serve(
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     identity = load_worker(home)
-    identity.certificate.verify(time.time())
     checkpoint = resolve(model, console=console)
     plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
     spec = WorkerSpec(
@@ -120,7 +121,7 @@ def serve(
         parts=str(_prepare_parts(checkpoint, plan)),
         home=str(home.absolute()),
         listen=_claim(listen),
-        metrics=_claim(metrics) if metrics else "",
+        metrics=_claim(metrics, "--metrics") if metrics else "",
         stash_bytes=stash_bytes,
         max_tokens=max_tokens,
         threads=threads or os.cpu_count() or 1,
@@ -155,7 +156,7 @@ def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
     return folder
 
 
-def _claim(listen: str) -> str:
+def _claim(listen: str, option: str = "--listen") -> str:
     """`host:port` with a free port, fixed now: a restarted worker must come back on the same one.
 
     Raises:
@@ -175,7 +176,7 @@ def _claim(listen: str) -> str:
     except socket.gaierror:
         raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
     except OSError as error:
-        raise PortInUseError(f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another --listen") from None
+        raise PortInUseError(f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another {option}") from None
 
 
 def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ Draining: no new session is admitted, the calls in flight are answered, then eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from isthmus.cloud.stream import SealedStream
 from isthmus.cloud.tenant import Parts, TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
-from isthmus.protocol.errors import MessageError, PortInUseError, RefusedError, RemoteProtocolError
+from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
@@ -182,7 +183,7 @@ class StripServer:
             session = await self._admit(protocol, stream)
             if session is not None:
                 await self._converse(stream, session)
-        except RemoteProtocolError as error:
+        except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
         finally:
@@ -258,8 +259,10 @@ class StripServer:
         finally:
             del self._open[session.id]
             self.metrics.sessions.set(len(self._open))
-            # The stash belongs to the compute thread; the release waits its turn behind a call in flight.
-            self._compute.submit(work.close)
+            # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain that was
+            # cut short there is no thread any more, and no need.
+            with contextlib.suppress(RuntimeError):
+                self._compute.submit(work.close)
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     async def _answer(self, stream: SealedStream, work: TenantSession, tenant: Tenant, received: Received) -> None:
@@ -304,7 +307,7 @@ class StripServer:
 
     def _authorize(self, public_key: bytes) -> Tenant:
         if self._draining:
-            raise RefusedError("the cloud is draining and takes no new session: connect again in a moment")
+            raise DrainingError("the cloud is draining and takes no new session: connect again in a moment")
         return self._edges().require(public_key)
 
     def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:

@@ -45,12 +45,12 @@ class SealedStream:
     async def receive(self, unless: asyncio.Event) -> Received | None:
         """Wait for the next whole message; None where the stream ended, or where `unless` was set before one was whole."""
         stop = asyncio.ensure_future(unless.wait())
+        arrival: asyncio.Future[bytes | None] | None = None
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
                 await asyncio.wait({arrival, stop}, return_when=asyncio.FIRST_COMPLETED)
                 if not arrival.done():
-                    arrival.cancel()
                     return None
                 frame = arrival.result()
                 if frame is None:
@@ -62,6 +62,8 @@ class SealedStream:
                     return event
         finally:
             stop.cancel()
+            if arrival is not None:
+                arrival.cancel()  # harmless where it is done
 
     async def send(self, message: Message) -> None:
         """Seal and write a message, frame by frame: the network carries one while the next is sealed."""

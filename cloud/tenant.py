@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import resource
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.cloud.executor import Executor, SpanInput, StashLost
+from isthmus.cloud.logs import log
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.errors import MessageError
@@ -36,6 +38,8 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, PartFile] = {}
         for path in sorted(folder.iterdir()):
+            if path.is_symlink() or not path.is_file():
+                continue
             with path.open("rb") as file:
                 self._files[path.name] = PartFile(path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest())
 
@@ -79,9 +83,9 @@ class TenantSession:
         """
         match message:
             case m.Forward():
-                return self._guard(message.id, lambda: self._forward(message))
+                return self._guard("forward", message.id, lambda: self._forward(message))
             case m.Backward():
-                return self._guard(message.id, lambda: self._backward(message))
+                return self._guard("backward", message.id, lambda: self._backward(message))
             case m.FetchList():
                 return self.parts.listing()
             case m.Fetch():
@@ -97,7 +101,7 @@ class TenantSession:
         """Forget the session's forward states."""
         self.executor.release(self.session_id)
 
-    def _guard(self, call: m.CallId, work: Callable[[], m.Message]) -> m.Message:
+    def _guard(self, operation: str, call: m.CallId, work: Callable[[], m.Message]) -> m.Message:
         try:
             return work()
         except StashLost:
@@ -105,7 +109,10 @@ class TenantSession:
         except NonFiniteError as error:
             return m.Status(m.StatusCode.NON_FINITE, call, str(error))
         except (ValueError, LookupError) as error:
-            return m.Status(m.StatusCode.BAD_REQUEST, call, str(error))
+            return m.Status(m.StatusCode.BAD_REQUEST, call, str(error)[: m.MAX_TEXT])
+        except RuntimeError as error:  # torch's own, out of memory for one; its text could quote values
+            log("call_failed", logging.ERROR, error=type(error).__name__, operation=operation)
+            return m.Status(m.StatusCode.INTERNAL, call, f"the span failed ({type(error).__name__}); the cloud's owner has a log of it")
 
     def _forward(self, message: m.Forward) -> m.ForwardReply:
         inputs = self._inputs(message.inputs)
@@ -117,7 +124,8 @@ class TenantSession:
     def _backward(self, message: m.Backward) -> m.BackwardReply:
         gradient = decode(message.gradient)
         replay = None if message.replay is None else self._inputs(message.replay)
-        expected = replay.hidden.shape if replay is not None else self.executor.shape_of(self.session_id, message.id.call)
+        kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
+        expected = kept if kept is not None or replay is None else replay.hidden.shape
         if expected is not None and gradient.shape != expected:
             raise ValueError(f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}")
         start = time.perf_counter_ns()

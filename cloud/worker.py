@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
@@ -55,12 +56,19 @@ class WorkerSpec:
 
 
 class Worker:
-    """One span behind one gRPC server. Made into an actor by `isthmus.cloud.serve`; raises `IsthmusError` where it cannot start."""
+    """One span behind one gRPC server. Made into an actor by `isthmus.cloud.serve`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
+        self._failure: IsthmusError | None = None
+        try:
+            self._start(spec)
+        except IsthmusError as error:
+            self._failure = error  # told by `port`: of an actor that dies in its constructor, Ray keeps only a text
+
+    def _start(self, spec: WorkerSpec) -> None:
         log_to(Path(spec.log_file) if spec.log_file else None)
-        self._server = StripServer(_served(spec), load_worker(Path(spec.home)), _EdgesFile(Path(spec.home)), spec.threads)
+        self._server = StripServer(served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
@@ -70,7 +78,9 @@ class Worker:
             serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
 
     def port(self) -> int:
-        """The port that the worker listens on; answering means that it is ready."""
+        """The port that the worker listens on; answering means that it is ready. Raises IsthmusError where it could not start."""
+        if self._failure is not None:
+            raise self._failure
         return self._port
 
     def status(self) -> dict[str, Any]:
@@ -83,7 +93,7 @@ class Worker:
         return asyncio.run_coroutine_threadsafe(self._server.drain(grace), self._loop).result()
 
 
-class _EdgesFile:
+class EdgesFile:
     """`authorized_edges`, read again whenever it has changed."""
 
     def __init__(self, home: Path) -> None:
@@ -100,14 +110,15 @@ class _EdgesFile:
         if stamp != self._stamp:
             try:
                 self._edges = AuthorizedEdges.parse(self._path.read_text())
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
                 log("authorized_edges_unreadable", error=str(error))
             self._stamp = stamp
         return self._edges
 
 
-def _served(spec: WorkerSpec) -> Served:
+def served_by(spec: WorkerSpec) -> Served:
+    """Load what a worker serves."""
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
@@ -124,7 +135,7 @@ def _served(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype,
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(spec.max_tokens, 4 * spec.max_tokens * span.hidden_size * 2 + (1 << 20), spec.stash_bytes),
+        limits=SpanLimits(spec.max_tokens, spec.max_tokens * (8 * span.hidden_size + 16) + (1 << 20), spec.stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
     return Served(info, Executor(span, dtype, spec.stash_bytes), Parts(Path(spec.parts)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.edge.transport import Stream
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import ConnectionLostError, RefusedError, RemoteProtocolError
+from isthmus.protocol.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError
 from isthmus.protocol.keys import Fingerprint
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
@@ -37,7 +37,9 @@ class Traffic:
     queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
 
 
-Observer = Callable[[str], None]  # told of each phase as it begins: "handshake", "sending", "waiting", "receiving", "idle"
+# Told of each phase as it begins: what is asked ("handshake", or the question's name: "forward", "backward", "attach", …), and how far it is
+# ("sending", "waiting", "receiving", "idle").
+Observer = Callable[[str, str], None]
 
 
 class Channel:
@@ -65,9 +67,7 @@ class Channel:
         self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
         try:
             self.info = self._handshake()
-            status = self.ask(m.Attach(link), HANDSHAKE_SECONDS)
-            if not isinstance(status, m.Status) or status.code != m.StatusCode.OK:
-                raise RefusedError(status.message if isinstance(status, m.Status) else "the cloud did not take the session")
+            self._attach(link)
         except BaseException:
             self.abandon()
             raise
@@ -82,7 +82,8 @@ class Channel:
         """
         traffic = self._traffic
         start = time.perf_counter_ns()
-        self._observer("sending")
+        name = type(question).__name__.lower()
+        self._observer(name, "sending")
         frames = self._session.send(question)
         while True:
             before = time.perf_counter_ns()
@@ -91,19 +92,19 @@ class Channel:
             if frame is None:
                 break
             self._send(frame)
-        self._observer("waiting")
+        self._observer(name, "waiting")
         waiting = True
         while True:
             frame = self._receive(timeout)
             if waiting:
                 waiting = False
-                self._observer("receiving")
+                self._observer(name, "receiving")
             before = time.perf_counter_ns()
             event = self._session.receive(frame)
             traffic.crypto_ns += time.perf_counter_ns() - before
             if isinstance(event, Received):
                 break
-        self._observer("idle")
+        self._observer(name, "idle")
         traffic.asking_ns += time.perf_counter_ns() - start
         if isinstance(event.message, m.Goodbye):
             raise ConnectionLostError(f"the cloud ended the session: {event.message.reason}")
@@ -126,7 +127,7 @@ class Channel:
         self._stream.close()
 
     def _handshake(self) -> m.SessionInfo:
-        self._observer("handshake")
+        self._observer("handshake", "sending")
         self._send(self._session.start())
         while True:
             event = self._session.receive(self._receive(HANDSHAKE_SECONDS))
@@ -138,6 +139,15 @@ class Channel:
                     return info
                 case _:
                     raise RemoteProtocolError("the cloud left the handshake's order")
+
+    def _attach(self, link: bytes) -> None:
+        status = self.ask(m.Attach(link), HANDSHAKE_SECONDS)
+        if not isinstance(status, m.Status):
+            raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
+        if status.code == m.StatusCode.OVER_QUOTA:
+            raise OverQuotaError(status.message)
+        if status.code != m.StatusCode.OK:
+            raise RefusedError(status.message)
 
     def _send(self, frame: bytes) -> None:
         self._stream.send(frame)

@@ -68,10 +68,10 @@ def _plain(annotation: Any) -> Any:
 
 def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command that takes `**flags` the flags of `TrainConfig`."""
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    function.__signature__ = inspect.Signature([*own, *_flags()])  # type: ignore[attr-defined]  # typer reads it
     hints = typing.get_type_hints(function, include_extras=True)
-    function.__annotations__ = {**hints, **{p.name: p.annotation for p in _flags()}}
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in named]
+    function.__signature__ = inspect.Signature([*own, *_flags()])  # type: ignore[attr-defined]  # typer reads it
     return function
 
 
@@ -92,10 +92,7 @@ def train(
     from isthmus.edge.run import run_training
 
     report = run_training(settings)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        report.show(settings.out)
+    typer.echo(report.to_json() if as_json else report.lines(settings.out))
 
 
 @app.command("eval")

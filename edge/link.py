@@ -37,7 +37,7 @@ from isthmus.protocol.codecs import (
     encode_positions,
 )
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.errors import ConnectionLostError, RefusedError, RemoteProtocolError, UnreachableError
+from isthmus.protocol.errors import ConnectionLostError, LocalProtocolError, OverQuotaError, RefusedError, RemoteProtocolError, UnreachableError
 from isthmus.protocol.keys import Fingerprint, load_edge
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def connect(
     """
     where = ConnectionString.parse(address)
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
-    transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None)
+    transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
     link = Link(
         transport, where.pin, private, name=where.address, codec=codec, give_up_after=give_up_after, call_timeout=call_timeout
     )
@@ -114,7 +114,7 @@ class Link:
         codec: how activations and gradients are sent, and asked to be answered.
         give_up_after: seconds that the cloud may stay away.
         call_timeout: seconds that one call may take.
-        observer: told of phases; for tests and benchmarks.
+        observer: told of each phase of each question; for tests and benchmarks.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Link:
         codec: str = "fp32",
         give_up_after: float = 600.0,
         call_timeout: float = 600.0,
-        observer: Observer = lambda phase: None,
+        observer: Observer = lambda question, phase: None,
     ) -> None:
         if codec not in ACTIVATION_CODECS:
             raise ConfigError(f"unknown codec {codec!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
@@ -145,6 +145,7 @@ class Link:
         self._info: m.SessionInfo | None = None
         self._lock = threading.RLock()
         self._parts_folder: Path | None = None
+        self._closed = False
         self._calls = 0
         self._step = 0
         self._jitter = random.Random()  # noqa: S311 - spreads reconnects, is no secret
@@ -161,10 +162,15 @@ class Link:
         """Who holds which layers."""
         return SplitPlan.parse(self.info.plan, self.info.n_layers)
 
+    @property
+    def step(self) -> int:
+        """The optimizer step that calls belong to at present; 0 before the first."""
+        return self._step
+
     def open(self, timeout: float) -> None:
         """Open the first session, within `timeout` seconds."""
         with self._lock:
-            self._retrying(timeout, lambda attempt: self._session())
+            self._retrying(timeout, lambda attempt: self._session(), since=time.monotonic())
 
     def load_model(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole architecture as a transformers model whose middle layers run in the cloud.
@@ -192,10 +198,12 @@ class Link:
         sent = self._inputs(hidden, attention_mask, position_ids)
         with self._lock:
             self._calls += 1
-            call = self._calls
+            call, codec = self._calls, codec_id(self._codec)
             reply = self._call(
                 m.ForwardReply,
-                lambda attempt: m.Forward(m.CallId(self._step, call, attempt), keep, sent.hidden, sent.attention_mask, sent.position_ids, codec_id(self._codec)),
+                lambda attempt: m.Forward(
+                    m.CallId(self._step, call, attempt), keep, sent.hidden, sent.attention_mask, sent.position_ids, codec
+                ),
             )
             return self._result(reply.hidden, hidden.shape), KeptCall(call, self.traffic.sessions)
 
@@ -218,7 +226,10 @@ class Link:
             except _StashLostError:
                 lost = True
                 self.traffic.retries += 1
-                reply = self._call(m.BackwardReply, question)
+                try:
+                    reply = self._call(m.BackwardReply, question)
+                except _StashLostError:
+                    raise RemoteProtocolError("the cloud says that it lost a forward state whose input it was just sent") from None
             return self._result(reply.gradient, hidden.shape)
 
     def begin_step(self, step: int) -> None:
@@ -254,6 +265,7 @@ class Link:
                 self._channel.close()
                 self._channel = None
             self._transport.close()
+            self._closed = True
 
     def __enter__(self) -> Link:
         return self
@@ -270,6 +282,11 @@ class Link:
             return self._parts_folder
 
     def _inputs(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> m.SpanInputs:
+        tokens, limit = hidden.shape[0] * hidden.shape[1], self.info.limits.max_tokens_per_call
+        if tokens > limit:  # the cloud would cut the stream in the middle of a message that is far too large
+            raise RefusedError(
+                f"{hidden.shape[0]} x {hidden.shape[1]} tokens in one call; the cloud takes at most {limit}: use smaller batches"
+            )
         return m.SpanInputs(
             encode(_finite(hidden, "the hidden states for the cloud's layers"), self._codec, Role.ACTIVATION),
             None if attention_mask is None else encode_mask(attention_mask),
@@ -303,15 +320,19 @@ class Link:
             self.traffic.crypto_ns += answer.crypto_ns
         return answer
 
-    def _retrying(self, patience: float, work: Callable[[int], T]) -> T:
+    def _retrying(self, patience: float, work: Callable[[int], T], since: float | None = None) -> T:
+        """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on."""
+        if self._closed:
+            raise LocalProtocolError(f"the link to {self._name} is closed: use its model inside `with connect(…) as link:`")
         attempt = faults = 0
         pause = BACKOFF_FIRST
-        deadline = None
+        deadline = None if since is None else since + patience
         while True:
             try:
                 return work(attempt)
             except ConnectionLostError as error:
                 reason = str(error)
+                faults = 0
             except RemoteProtocolError as error:
                 reason = str(error)
                 faults += 1
@@ -334,9 +355,8 @@ class Link:
         if self._channel is not None:
             return self._channel
         try:
-            channel = Channel(
-                self._transport.open(), self._pin, self._key, self._link_id, self.traffic, lambda phase: self.observer(phase)
-            )
+            stream = self._transport.open()
+            channel = Channel(stream, self._pin, self._key, self._link_id, self.traffic, lambda *phase: self.observer(*phase))
         except RefusedError as error:
             if self._info is None:
                 raise
@@ -372,6 +392,8 @@ def _error(status: m.Status) -> Exception:
             return NonFiniteError(f"the cloud's layers gave no finite numbers: {status.message}")
         case m.StatusCode.DRAINING | m.StatusCode.FENCED:
             return ConnectionLostError(status.message)
+        case m.StatusCode.OVER_QUOTA:
+            return OverQuotaError(f"the cloud refused the call (over quota): {status.message}")
         case _:
             return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {status.message}")
 

@@ -136,13 +136,29 @@ class Report:
     method: str
     codec: str
 
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def lines(self, out: Path) -> str:
+        """The report in a few lines, for a person; `out` is the run's folder."""
+        losses = " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (self.loss_before, self.loss_after))
+        return (
+            f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
+            f"time: edge {self.edge_share:.0%}, cloud {self.cloud_share:.0%}, wire {self.wire_share:.2%}, "
+            f"encryption {self.crypto_share:.2%}\n"
+            f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down per token position, "
+            f"{self.retries} retries\n"
+            f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
+        )
+
     def write(self, path: Path) -> None:
         """Write as indented JSON, whole or not at all.
 
         Raises:
             DiskError: The disk is full or cannot be written.
         """
-        write_atomic(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_atomic(path, f"{self.to_json()}\n".encode())
 
 
 def shares(spent: Spent) -> dict[str, float]:

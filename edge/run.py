@@ -41,23 +41,28 @@ def run_training(config: TrainConfig) -> Report:
     Raises:
         IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
     """
+    with open_link(config) as link:
+        return train_over(link, config)
+
+
+def train_over(link: Link, config: TrainConfig) -> Report:
+    """Train over a link that is open already. Raises what `run_training` raises."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with open_link(config) as link:
-        info = link.info
-        data = load_data(config, link.load_tokenizer())
-        model = link.load_model()
-        span_parameters = _span_parameters(model, link.plan)
-        trainer = Trainer(
-            _peft(model, config, len(data.train)),
-            data,
-            config,
-            ModelIdentity(info.model, info.digest, info.plan),
-            meter=link,
-            span_parameters=span_parameters,
-            cloud_peak=link.cloud_peak_bytes,
-        )
-        return trainer.fit().report
+    info = link.info
+    data = load_data(config, link.load_tokenizer())
+    model = link.load_model()
+    span_parameters = _span_parameters(model, link.plan)
+    trainer = Trainer(
+        _peft(model, config, len(data.train)),
+        data,
+        config,
+        ModelIdentity(info.model, info.digest, info.plan),
+        meter=link,
+        span_parameters=span_parameters,
+        cloud_peak=link.cloud_peak_bytes,
+    )
+    return trainer.fit().report
 
 
 def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:

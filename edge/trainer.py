@@ -352,7 +352,7 @@ class Trainer:
             # AdamW keeps its step count on the CPU, whatever the parameter's device.
             parameter = self._parameters[name]
             self._optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
-        pass
+        methods.load_method_state(self.model, dict(state.method_tensors), dict(state.method_state))
         state.random.restore(self.model.device)
         self.step, self._spent, self._loss_before = state.step, state.spent, state.loss_before
         self._losses = list(state.losses)

@@ -22,7 +22,7 @@ class Stream(Protocol):
     """One bidirectional stream of frames."""
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame. Raises ConnectionLostError where the stream is broken."""
+        """Queue one frame. May raise ConnectionLostError; `receive` tells at the latest, after what arrived before the break."""
 
     def receive(self, timeout: float) -> bytes:
         """Wait for the next frame. Raises ConnectionLostError on a broken stream or after `timeout` seconds."""
@@ -128,12 +128,10 @@ class _GrpcStream:
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._call = channel.stream_stream(METHOD)(self._requests())
-        self._lost: ConnectionLostError | None = None
         threading.Thread(target=self._read, name="strip-reader", daemon=True).start()
 
     def send(self, frame: bytes) -> None:
-        if self._lost is not None:
-            raise self._lost
+        # A broken stream is not told of here: the cloud's last word, a Goodbye say, may still wait to be received.
         self._outgoing.put(frame)
 
     def receive(self, timeout: float) -> bytes:
@@ -143,6 +141,7 @@ class _GrpcStream:
             self.close()
             raise ConnectionLostError(f"no answer within {timeout:.0f} s") from None
         if isinstance(item, ConnectionLostError):
+            self._incoming.put(item)  # it stays the answer to everything that follows
             raise item
         frame: bytes = item
         return frame
@@ -170,5 +169,4 @@ class _GrpcStream:
                 self._incoming.put(frame)
         except grpc.RpcError as error:
             reason = f"{self._call.code().name.lower()}: {self._call.details() or type(error).__name__}"
-        self._lost = ConnectionLostError(reason)
-        self._incoming.put(self._lost)
+        self._incoming.put(ConnectionLostError(reason))

@@ -51,5 +51,42 @@ def parity(
         _print(run_parity(settings, folder), as_json)
 
 
-def demo() -> None:
-    """Run."""
+@bench.command()
+def step(
+    model: Model = "smollm2-135m",
+    edge_layers: EdgeLayers = "2:2",
+    codec: Annotated[str, typer.Option(help="Codec of the wire: fp32, bf16, fp16 or int8.")] = "fp32",
+    cloud_dtype: Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")] = "fp32",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    pairs: Annotated[int, typer.Option(min=5, help="Steps of either kind, in turns.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side and in the single process.")] = 2,
+    keep: Keep = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the time of a split step with that of a single-process PEFT step.
+
+    Example: isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
+    """
+    from isthmus.experiments.harness import working_folder
+    from isthmus.experiments.step import StepSettings, run_step
+
+    settings = StepSettings(model, edge_layers, codec, cloud_dtype, batch, seq, pairs, threads)
+    with working_folder(keep) as folder:
+        _print(run_step(settings, folder), as_json)
+
+
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 2,
+    keep: Keep = None,
+) -> None:
+    """Tune SmolLM2-135M across the strip on generated tickets, show what it learned and what crossed, and prove parity.
+
+    Example: isthmus demo
+    """
+    from isthmus.experiments.demo import run_demo
+    from isthmus.experiments.harness import working_folder
+
+    with working_folder(keep) as folder:
+        run_demo(folder, steps, threads)

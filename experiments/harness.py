@@ -12,9 +12,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
 from isthmus.protocol.errors import UnreachableError
@@ -130,3 +133,11 @@ def working_folder(keep: Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error; call what it yields once per piece of work."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)

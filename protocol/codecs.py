@@ -241,7 +241,8 @@ def _plain(name: str, number: int, dtype: torch.dtype) -> Codec:
 
 def _fp16_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
     # Checked before the conversion: finding infinities in fp16 takes a CPU many times longer. NaN fails the test, too.
-    largest = float(tensor.to(torch.float32).abs().amax())
+    lowest, highest = torch.aminmax(tensor.to(torch.float32))
+    largest = float(torch.maximum(-lowest, highest))
     if not largest < FP16_END:
         raise NonFiniteError(
             f"fp16 cannot carry this {role.name.lower()}: its largest absolute value is {largest:g}, the format "

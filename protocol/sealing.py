@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -101,6 +101,7 @@ class Sealer:
         self._limits = limits
         self._clock = clock
         self._keys = KeyChain(secret, session_id, direction, clock)
+        self._scratch = bytearray()
         self._busy = False
         self._dead = False
 
@@ -156,12 +157,14 @@ class Sealer:
     def _frames(self, message: _Outgoing) -> Iterator[bytes]:
         if self._is_rekey_due():
             yield self._rekey()
-        pieces = _cut(message.parts, self._limits.chunk_bytes)
+        pieces = _cut(message.parts, self._limits.chunk_bytes, self._scratch)
         for index in range(message.chunks):
             if self._dead:
                 raise LocalProtocolError("the session was closed while a message was being sent")
             frame = self._frame(message, index, next(pieces, None))
-            self._busy = index + 1 < message.chunks
+            if index + 1 == message.chunks:
+                pieces.close()
+                self._busy = False
             yield frame
 
     def _frame(self, message: _Outgoing, index: int, chunk: memoryview | None) -> bytes:
@@ -202,10 +205,11 @@ class Sealer:
         return frame
 
 
-def _cut(parts: list[memoryview], size: int) -> Iterator[memoryview]:
+def _cut(parts: list[memoryview], size: int, scratch: bytearray) -> Generator[memoryview]:
     """Cut consecutive buffers into pieces of `size` bytes (the last may be shorter).
 
-    A piece that lies within one buffer is a view; only one that crosses a border is gathered into a copy.
+    A piece that lies within one buffer is a view of it. One that crosses a border is gathered in `scratch`, which is
+    wiped when the next piece is asked for: a fresh buffer would cost several times the copy, in page faults.
     """
     pending: list[memoryview] = []
     missing = size
@@ -216,14 +220,29 @@ def _cut(parts: list[memoryview], size: int) -> Iterator[memoryview]:
             left = left[missing:]
             missing -= len(pending[-1])
             if missing == 0:
-                yield _join(pending)
+                yield from _gather(pending, scratch)
                 pending, missing = [], size
     if pending:
-        yield _join(pending)
+        yield from _gather(pending, scratch)
 
 
-def _join(pieces: list[memoryview]) -> memoryview:
-    return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+def _gather(pieces: list[memoryview], scratch: bytearray) -> Generator[memoryview]:
+    if len(pieces) == 1:
+        yield pieces[0]
+        return
+    total = sum(len(piece) for piece in pieces)
+    if len(scratch) < total:
+        scratch.extend(bytes(total - len(scratch)))
+    with memoryview(scratch) as whole:
+        at = 0
+        for piece in pieces:
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+        with whole[:total] as gathered:
+            try:
+                yield gathered
+            finally:
+                wipe(gathered)
 
 
 class Opener:

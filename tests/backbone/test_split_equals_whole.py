@@ -1,4 +1,4 @@
-"""The cut model computes what the whole one does, bit for bit: logits, loss, and the gradients of all that the edge holds."""
+"""The cut model computes what the whole one does, bit for bit: logits, loss, the gradients of the edge."""
 
 from __future__ import annotations
 

@@ -99,6 +99,16 @@ def test_buffers_of_any_sizes_are_laid_one_after_another(parts: list[bytes], hea
         assert (bytes(last.header), bytes(last.body)) == (header, b"".join(parts))
 
 
+def test_what_was_gathered_to_be_sealed_is_wiped() -> None:
+    sealer, opener = both_ends()
+    for parts in ([b"a" * 30, b"b" * 30], [b"a" * 70, b"b" * 70], [b"a" * 10, b"b" * 200]):
+        opened = [opener.open(frame) for frame in sealer.seal(b"h", parts)][-1]
+        assert opened is not None
+        assert bytes(opened.body) == b"".join(parts)
+        assert len(sealer._scratch) in (60, 64)
+        assert not any(sealer._scratch)
+
+
 def test_nothing_of_a_message_is_readable() -> None:
     edge, _ = new_pair()
     message = forward((1, 4, 64))

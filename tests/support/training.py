@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Encoded, TrainingData, fingerprint

@@ -1,0 +1,175 @@
+"""Which fault is injected when, and whether it counts. Pure: moments come in, faults come out, nothing is broken here.
+
+One fault is open at a time. It counts when the edge is seen to have repeated a call because of it: its count of retries has grown, or, where
+the edge itself was killed, the resumed edge has repeated the call that was in flight and got its answer. A fault that turns out to have
+disturbed nothing does not count and is injected again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+CALLS: Final = ("forward", "backward")
+
+# What a phase waits for: the questions, and how far one of them has to be.
+TRIGGERS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
+    "handshake": (("handshake",), "sending"),
+    "forward_sending": (("forward",), "sending"),
+    "forward_waiting": (("forward",), "waiting"),
+    "forward_receiving": (("forward",), "waiting"),  # armed before the answer comes
+    "backward_sending": (("backward",), "sending"),
+    "backward_waiting": (("backward",), "waiting"),
+    "backward_receiving": (("backward",), "waiting"),
+    "cloud_away": (CALLS, "sending"),
+    "worker_killed": (CALLS, "waiting"),
+    "edge_killed": (CALLS, "waiting"),
+    "cloud_restarted": (("forward",), "waiting"),
+    "stash_evicted": (("backward",), "sending"),
+}
+PHASES: Final = tuple(TRIGGERS)
+# A drained cloud answers the call in flight: it is the next one that fails.
+PATIENCE: Final = {"cloud_restarted": 2}
+EXHAUSTED = 4  # a phase may be tried so many times as often as it has to count
+SPREAD = 0.9  # the part of the run over which the faults are spread
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A phase of a question as it begins on the edge.
+
+    Args:
+        question: "handshake", "forward", "backward", or another message's name.
+        phase: "sending", "waiting", "receiving" or "idle".
+        step: the optimizer step under way, from 1.
+        retries: the edge's count of repeated attempts so far.
+        bytes_up: bytes of frames that the edge has handed to the stream so far.
+    """
+
+    question: str
+    phase: str
+    step: int
+    retries: int
+    bytes_up: int
+
+    def line(self) -> bytes:
+        """The moment as one line of JSON."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> Moment:
+        """The reverse of `line`."""
+        return cls(**json.loads(line))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One injection: the phase, and which of its kind, from 0."""
+
+    phase: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a fault that was injected at a moment."""
+
+    fault: Fault
+    moment: Moment
+    counted: bool
+
+
+@dataclass(slots=True)
+class _Open:
+    fault: Fault
+    moment: Moment
+    life: int
+    sendings: int = 0
+
+
+class FaultPlan:
+    """Decides.
+
+    Args:
+        phases: of `PHASES`, in any order.
+        per_phase: faults of each that have to count.
+        steps: optimizer steps of the run.
+    """
+
+    def __init__(self, phases: Sequence[str], per_phase: int, steps: int) -> None:
+        # The small stash comes with the first restart of the cloud, so that evictions come after it.
+        late = [phase for phase in ("cloud_restarted", "stash_evicted") if phase in phases]
+        early = [phase for phase in phases if phase not in late]
+        order = [Fault(phase, number) for number in range(per_phase) for phase in early]
+        order += [Fault(phase, number) for number in range(per_phase) for phase in late]
+        self.wanted = len(order)
+        self._queue = deque(order)
+        self._due = deque(1 + int(index * SPREAD * steps / len(order)) for index in range(len(order)))
+        self._open: _Open | None = None
+        self._life = 0
+        self._tries: Counter[str] = Counter()
+        self._most = per_phase * EXHAUSTED
+        self.outcomes: list[Outcome] = []
+
+    @property
+    def left(self) -> int:
+        """Faults that have still to count."""
+        return len(self._queue) + (self._open is not None)
+
+    def counted(self) -> Counter[str]:
+        """Counted faults by phase."""
+        return Counter(outcome.fault.phase for outcome in self.outcomes if outcome.counted)
+
+    def reborn(self) -> None:
+        """The edge's process was started again; its counts start at zero."""
+        self._life += 1
+
+    def settle(self, moment: Moment) -> Outcome | None:
+        """Look whether this moment says what became of the open fault."""
+        pending = self._open
+        if pending is None:
+            return None
+        if self._life != pending.life:
+            repeated = (moment.step, moment.question, moment.phase) == (pending.moment.step, pending.moment.question, "idle")
+            return self._close(counted=True) if repeated else None
+        if moment.retries > pending.moment.retries:
+            return self._close(counted=True)
+        pending.sendings += moment.phase == "sending"
+        return self._close(counted=False) if pending.sendings >= PATIENCE.get(pending.fault.phase, 1) else None
+
+    def choose(self, moment: Moment) -> Fault | None:
+        """The fault to inject at this moment, if there is one."""
+        if not self._is_due(moment):
+            return None
+        fault = self._queue[0]
+        questions, phase = TRIGGERS[fault.phase]
+        if len(questions) > 1:  # forward and backward take turns
+            questions = (questions[fault.number % 2],)
+        if moment.question not in questions or moment.phase != phase:
+            return None
+        self._queue.popleft()
+        self._due.popleft()
+        self._tries[fault.phase] += 1
+        self._open = _Open(fault, moment, self._life)
+        return fault
+
+    def wants_reconnect(self, moment: Moment) -> bool:
+        """Whether the next fault is one of the handshake, which needs a connection to be broken first, and now is the time for that."""
+        return self._is_due(moment) and self._queue[0].phase == "handshake" and moment.question in CALLS and moment.phase == "sending"
+
+    def _is_due(self, moment: Moment) -> bool:
+        return self._open is None and bool(self._queue) and moment.step >= self._due[0]
+
+    def _close(self, counted: bool) -> Outcome:
+        pending, self._open = self._open, None
+        if pending is None:
+            raise RuntimeError("no fault is open")
+        outcome = Outcome(pending.fault, pending.moment, counted)
+        self.outcomes.append(outcome)
+        if not counted and self._tries[pending.fault.phase] < self._most:
+            self._queue.appendleft(pending.fault)
+            self._due.appendleft(0)
+        return outcome

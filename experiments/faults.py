@@ -1,0 +1,273 @@
+"""Faults: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's, bit for bit.
+
+Two runs of the same training over the same kind of cloud: one that nobody disturbs, and one whose traffic goes through a relay that breaks it on
+command, whose worker and edge are killed, whose cloud is restarted and forgets forward states. The edge stops at every phase of every call until
+this process lets it go on, so a fault falls where it is meant to. See `isthmus.experiments.fault_plan` for which faults count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from isthmus.backbone.errors import ConfigError, IsthmusError
+from isthmus.edge.link import Link, connect
+from isthmus.experiments.fault_plan import PHASES, Fault, FaultPlan, Moment, Outcome
+from isthmus.experiments.harness import LocalCloud, stderr_progress
+from isthmus.experiments.relay import Relay
+from isthmus.experiments.tickets import make_tickets, write_tickets
+from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.errors import UnreachableError
+from safetensors.torch import load_file
+
+SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
+PASSED_SECONDS = 10.0  # a question that the edge has queued is through the relay within this time
+AWAY_SECONDS = 1.5
+MIDDLE = 2048  # bytes into a question; even a tiny model's are several times as long
+IN_HANDSHAKE = (600, 200)  # bytes down and up: in the middle of the server's keys, and of the edge's sealed identity
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSettings:
+    """What is trained, and what breaks.
+
+    Args:
+        model: as for `--model`.
+        edge_layers: the split plan.
+        steps: optimizer steps.
+        batch: examples per step.
+        seq: tokens per example at most.
+        per_phase: faults of each phase that have to count.
+        phases: of `isthmus.experiments.fault_plan.PHASES`.
+        save_every: steps between the edge's checkpoints.
+        threads: torch threads on either side.
+    """
+
+    model: str
+    edge_layers: str = "2:2"
+    steps: int = 40
+    batch: int = 2
+    seq: int = 64
+    per_phase: int = 3
+    phases: tuple[str, ...] = PHASES
+    save_every: int = 4
+    threads: int = 1
+
+
+def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
+    """Run both trainings and compare them; see the module.
+
+    Args:
+        settings: what is trained, and what breaks.
+        folder: for keys, data, logs and both runs' output.
+
+    Returns:
+        The figures of `isthmus bench faults`.
+
+    Raises:
+        ConfigError: an unknown phase.
+        IsthmusError: the cloud did not start, or an edge ended with an error that no fault explains.
+    """
+    unknown = sorted(set(settings.phases) - set(PHASES))
+    if unknown or not settings.phases:
+        raise ConfigError(f"unknown phases {', '.join(unknown) or '(none given)'}: choose of {', '.join(PHASES)}")
+    write_tickets(folder / "tickets.jsonl", make_tickets(4 * settings.steps))
+    started = time.monotonic()
+    with _Clouds(settings, folder) as clouds:
+        with Edge(_task(settings, folder, "undisturbed", clouds.address), folder / "undisturbed.log", watched=False) as edge:
+            edge.finish()
+        with Relay(*clouds.endpoint) as relay, _plan_progress(settings) as (plan, advance):
+            run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
+            run.run()
+    _write_outcomes(folder / "faults.jsonl", plan)
+    return {
+        **_figures(plan, settings.phases),
+        **_comparison(settings.steps, folder / "undisturbed", folder / "disturbed"),
+        "retries": run.retries,
+        "seconds": round(time.monotonic() - started, 1),
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name != "phases"},
+    }
+
+
+class Edge:
+    """An edge in a process of its own that stops at every phase.
+
+    Args:
+        config: the fields of `TrainConfig`.
+        log: file for its output.
+        watched: whether it reports its phases.
+    """
+
+    def __init__(self, config: dict[str, Any], log: Path, *, watched: bool = True) -> None:
+        self._log = log
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            task = json.dumps({"config": config, "socket": theirs.fileno() if watched else -1})
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.experiments.fault_edge", task], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                pass_fds=(theirs.fileno(),), start_new_session=True,
+            )  # fmt: skip
+        ours.settimeout(SILENCE_SECONDS)
+        self._wire = ours
+        self._lines = ours.makefile("rb")
+
+    def moments(self) -> Iterator[Moment]:
+        """The phases as they begin; the edge goes on when the next one is asked for. Ends with the edge's process."""
+        while line := self._line():
+            yield Moment.parse(line)
+            with contextlib.suppress(BrokenPipeError):
+                self._wire.sendall(b".")
+
+    def finish(self) -> None:
+        """Wait for its end. Raises IsthmusError if it did not end well."""
+        code = self._process.wait(SILENCE_SECONDS)
+        if code:
+            tail = self._log.read_text(errors="replace").strip()[-2000:]
+            raise IsthmusError(f"the edge ended with exit code {code}; the end of its output: {tail}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def _line(self) -> bytes:
+        try:
+            return self._lines.readline()
+        except ConnectionResetError:  # it was killed with a byte of ours unread
+            return b""
+        except TimeoutError:
+            raise UnreachableError(f"the edge reported nothing for {SILENCE_SECONDS:.0f} s; its output is in {self._log}") from None
+
+    def __enter__(self) -> Edge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._lines.close()
+        self._wire.close()
+
+
+class _Clouds:
+    """The cloud, its successor with a small stash, and a second tenant who fills that stash."""
+
+    def __init__(self, settings: FaultSettings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._cloud = self._new()
+        self._other_key = folder / "other" / "id_ed25519"
+        self._other: Link | None = None
+        self.key = self._cloud.edge_key
+
+    @property
+    def address(self) -> ConnectionString:
+        """The running cloud's connection string."""
+        return ConnectionString.parse(self._cloud.connection)
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port of the running cloud."""
+        host, _, port = self.address.address.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def kill_worker(self) -> None:
+        """SIGKILL the worker's process; Ray starts another one on the same port."""
+        os.kill(self._cloud.status()["pid"], signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Drain and end the cloud, and start one whose stash is small. Raises IsthmusError if it left a call unanswered."""
+        hidden_size = self._second_tenant().info.hidden_size
+        self._leave()
+        code = self._cloud.terminate()
+        if code:
+            raise IsthmusError(f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}")
+        self._cloud = self._new("--stash-bytes", str(2 * self._entry_bytes(hidden_size)))
+        self._cloud.start()
+
+    def evict(self) -> None:
+        """Fill the small stash as another tenant, so that everybody else's forward states are lost, inputs too."""
+        other = self._second_tenant()
+        batch, seq = self._settings.batch, self._settings.seq
+        hidden = torch.randn(2 * batch, seq, other.info.hidden_size)
+        other.forward_span(hidden, None, None, keep=True)
+
+    def __enter__(self) -> _Clouds:
+        try:
+            self._cloud.start()
+            self._other_key.parent.mkdir(mode=0o700)
+            self._cloud.enroll("other", self._other_key)
+        except BaseException:
+            self._cloud.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        self._cloud.stop()
+
+    def _new(self, *options: str) -> LocalCloud:
+        settings = self._settings
+        plan = ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
+        return LocalCloud(self._folder, settings.model, *plan, *options)
+
+    def _entry_bytes(self, hidden_size: int) -> int:
+        return self._settings.batch * self._settings.seq * hidden_size * 4
+
+    def _second_tenant(self) -> Link:
+        if self._other is None:
+            self._other = connect(str(self.address), key=self._other_key)
+        return self._other
+
+    def _leave(self) -> None:
+        if self._other is not None:
+            self._other.close()
+            self._other = None
+
+
+class _DisturbedRun:
+    """The training that is disturbed."""
+
+    def __init__(
+        self, settings: FaultSettings, folder: Path, clouds: _Clouds, relay: Relay, plan: FaultPlan, advance: Callable[[], None]
+    ) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._clouds = clouds
+        self._relay = relay
+        self._plan = plan
+        self._advance = advance
+        self._asked = (0, 0)  # bytes at the beginning of the question: passed by the relay, handed over by the edge
+        self.retries = 0
+
+    def run(self) -> None:
+        """Train to the end, with as many edges as that takes."""
+        while not self._one_life():
+            self._plan.reborn()
+
+    def _one_life(self) -> bool:
+        """Run one edge; True if it came to the training's end, False if it was killed."""
+        pin = self._clouds.address.pin
+        address = ConnectionString(f"127.0.0.1:{self._relay.port}", pin, False)
+        last = 0
+        with Edge(_task(self._settings, self._folder, "disturbed", address, self._clouds.key), self._folder / "disturbed.log") as edge:
+            for moment in edge.moments():
+                last = moment.retries
+                if self._at(moment, edge):
+                    self.retries += last
+                    return False
+            self.retries += last
+            edge.finish()
+        return True

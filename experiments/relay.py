@@ -1,0 +1,178 @@
+"""A TCP relay that breaks connections on command, so that a fault falls where it was meant to fall and not where a race puts it.
+
+The relay stands between an edge and a cloud and copies bytes both ways. It can be told to reset every connection now, or after an exact
+number of further bytes in one direction (in the middle of a tensor, say), and to reset whatever connects. A reset is a real one: the sockets
+are closed with SO_LINGER 0, which sends RST and throws away what is still in their buffers.
+
+Everything runs on one event loop in a thread of its own; the methods are called from other threads and return when the relay has done it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, TypeVar
+
+Direction = Literal["up", "down"]  # up: from the edge to the cloud
+
+PIECE = 1 << 16  # bytes copied at once
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, for 0 seconds
+
+T = TypeVar("T")
+
+
+class Relay:
+    """Relays 127.0.0.1:`port` to a target.
+
+    Args:
+        host: the target's host.
+        port: the target's port.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._budget: dict[Direction, int | None] = {"up": None, "down": None}
+        self._bytes: dict[Direction, int] = {"up": 0, "down": 0}
+        self._refuse_until = 0.0  # on the loop's clock
+        self._cuts = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+        self._passed = threading.Condition()
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port that the relay listens on."""
+        return self._port
+
+    @property
+    def cuts(self) -> int:
+        """How many times connections were reset so far, on command or because a byte budget ran out."""
+        return self._cuts
+
+    def bytes_passed(self, direction: Direction) -> int:
+        """Bytes copied in one direction so far, over all connections."""
+        return self._bytes[direction]
+
+    def wait_passed(self, direction: Direction, total: int, timeout: float) -> bool:
+        """Wait until `total` bytes were copied since the start; False if that takes more than `timeout` seconds."""
+        with self._passed:
+            return self._passed.wait_for(lambda: self._bytes[direction] >= total, timeout)
+
+    def point_at(self, host: str, port: int) -> None:
+        """Send new connections to another target."""
+        self._do(lambda: setattr(self, "_target", (host, port)))
+
+    def cut(self) -> None:
+        """Reset every connection now."""
+        self._do(self._cut)
+
+    def cut_after(self, count: int, direction: Direction) -> None:
+        """Reset every connection once `count` more bytes (at least 1) were copied in one direction, before any byte after them."""
+        self._do(lambda: self._budget.__setitem__(direction, count))
+
+    def refuse_for(self, seconds: float) -> None:
+        """Reset whatever connects during the next seconds."""
+        self._do(lambda: setattr(self, "_refuse_until", self._loop.time() + seconds))
+
+    def disarm(self) -> None:
+        """Forget `cut_after` and `refuse_for`."""
+
+        def forget() -> None:
+            self._budget = {"up": None, "down": None}
+            self._refuse_until = 0.0
+
+        self._do(forget)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        self._server = self._wait(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=PIECE))
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close(self) -> None:
+        self._server.close()
+        self._cut()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until both of its directions have ended."""
+        if self._loop.time() < self._refuse_until:
+            _reset(writer)
+            return
+        self._writers.add(writer)  # a cut also meets a connection whose other half is only being made
+        try:
+            try:
+                other_reader, other_writer = await asyncio.open_connection(*self._target, limit=PIECE)
+            except OSError:
+                _reset(writer)
+                return
+            if writer.transport.is_closing():
+                _reset(other_writer)
+                return
+            self._writers.add(other_writer)
+            try:
+                await asyncio.gather(self._pump(reader, other_writer, "up"), self._pump(other_reader, writer, "down"))
+            finally:
+                self._writers.discard(other_writer)
+                other_writer.close()
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
+        with contextlib.suppress(OSError):  # either end broke: the other one hears of it below
+            while piece := await reader.read(PIECE):
+                budget = self._budget[direction]
+                if budget is not None:
+                    piece = piece[:budget]
+                    self._budget[direction] = budget - len(piece)
+                writer.write(piece)
+                await writer.drain()
+                self._count(direction, len(piece))
+                if self._budget[direction] == 0:
+                    self._budget[direction] = None
+                    self._cut()
+            if writer.can_write_eof() and not writer.transport.is_closing():
+                writer.write_eof()
+            return
+        _reset(writer)
+
+    def _count(self, direction: Direction, count: int) -> None:
+        with self._passed:
+            self._bytes[direction] += count
+            self._passed.notify_all()
+
+    def _cut(self) -> None:
+        self._cuts += 1
+        for writer in tuple(self._writers):
+            _reset(writer)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        async def run() -> None:
+            work()
+
+        self._wait(run())
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    if not writer.transport.is_closing():
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    writer.transport.abort()

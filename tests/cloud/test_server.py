@@ -1,0 +1,570 @@
+"""The data plane over real gRPC on the loopback, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import ipaddress
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from isthmus.cloud import logs
+from isthmus.cloud import server as server_module
+from isthmus.cloud.metrics import serve_metrics
+from isthmus.cloud.server import Served, ServerTls
+from isthmus.edge.channel import Channel, Traffic
+from isthmus.edge.transport import GrpcTransport, Tls
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+from isthmus.protocol.errors import (
+    ConnectionLostError,
+    DrainingError,
+    FingerprintError,
+    NotEnrolledError,
+    OverQuotaError,
+    PortInUseError,
+    UnreachableError,
+)
+from isthmus.protocol.keys import Fingerprint, load_edge
+from isthmus.protocol.service import METHOD, SERVICE
+from isthmus.protocol.session import EdgeSession
+from support.clouds import Home, ThreadServer, served
+from support.tiny import HIDDEN, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("server")
+    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.fixture
+def server(cloud: Served, home: Home) -> Iterator[ThreadServer]:
+    with ThreadServer(cloud, home) as running:
+        yield running
+
+
+@pytest.fixture
+def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The structured log, parsed."""
+    stream = io.StringIO()
+    handler = logs.logging.StreamHandler(stream)
+    handler.setFormatter(logs.JsonFormatter())
+    before = logs.LOGGER.handlers[:], logs.LOGGER.level, logs.LOGGER.propagate
+    logs.LOGGER.handlers[:] = [handler]
+    logs.LOGGER.setLevel("INFO")
+    logs.LOGGER.propagate = False
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    logs.LOGGER.handlers[:], logs.LOGGER.propagate = before[0], before[2]
+    logs.LOGGER.setLevel(before[1])
+
+
+def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:
+    return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        time.sleep(0.01)
+
+
+def channel(server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = None) -> Channel:
+    transport = GrpcTransport(f"127.0.0.1:{server.port}")
+    private = load_edge(key or server.home.key_file)
+    return Channel(transport.open(), server.home.pin, private, link, Traffic(), lambda *_: None)
+
+
+@contextlib.contextmanager
+def raw(server: ThreadServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.use_local_subchannel_pool", 1)]) as plain:
+        yield plain
+
+
+# Who gets in ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_enrolled_edge_gets_the_spans_answers(server: ThreadServer, cloud: Served) -> None:
+    with server.link() as link:
+        link.open(5)
+        output, kept = link.forward_span(hidden(), None, None, keep=True)
+        given = hidden().requires_grad_(True)
+        expected = cloud.executor.span(given)
+        assert torch.equal(output, expected)
+        result = link.backward_span(kept, torch.ones_like(output), hidden(), None, None)
+        assert torch.equal(result, torch.autograd.grad(expected, given, torch.ones_like(expected))[0])
+        assert server.server.status()["sessions"] == {"alice": 1}
+        assert link.cloud_peak_bytes()
+    eventually(lambda: server.server.status()["sessions"] == {})
+    eventually(lambda: cloud.executor.used_bytes == 0)
+
+
+def test_an_unknown_edge_is_refused_and_an_enrolment_needs_no_restart(server: ThreadServer) -> None:
+    bob = server.home.new_edge("bob", enrolled=False)
+    with server.link(bob) as link, pytest.raises(NotEnrolledError, match="SHA256:"):
+        link.open(5)
+    from isthmus.protocol.enrolment import add_line
+
+    add_line(server.home.folder / "authorized_edges", bob.with_name("bob.pub").read_text(), "bob")
+    with server.link(bob) as link:
+        link.open(5)
+        assert server.server.status()["sessions"] == {"bob": 1}
+
+
+def test_a_broken_edges_file_leaves_the_last_good_one_in_force(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    with server.link() as link:
+        link.open(5)
+    with (server.home.folder / "authorized_edges").open("a") as file:
+        file.write("max-sesions=2 ssh-ed25519 AAAA mallory\n")
+    with server.link() as link:
+        link.open(5)
+    assert "line 2" in next(line["error"] for line in log() if line["event"] == "authorized_edges_unreadable")
+
+
+def test_a_removed_edges_file_lets_nobody_in(server: ThreadServer) -> None:
+    (server.home.folder / "authorized_edges").unlink()
+    with server.link() as link, pytest.raises(NotEnrolledError):
+        link.open(5)
+
+
+def test_another_pin_is_refused_by_the_edge(server: ThreadServer) -> None:
+    server.home.pin = Fingerprint.of(bytes(32))
+    with server.link() as link, pytest.raises(FingerprintError):
+        link.open(5)
+
+
+def test_an_expired_certificate_is_refused_by_the_edge(cloud: Served, tmp_path: Path) -> None:
+    with ThreadServer(cloud, Home(tmp_path, days=-1)) as server, server.link() as link, pytest.raises(FingerprintError):
+        link.open(5)
+
+
+def test_the_session_quota_counts_links_and_a_closed_one_is_free_again(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=2))
+    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second, server.link() as third:
+        first.open(5)
+        second.open(5)
+        with pytest.raises(OverQuotaError, match="2 sessions of alice are open, 2 are allowed"):
+            third.open(5)
+        second.close()
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        third.open(5)
+
+
+def test_a_call_over_the_byte_quota_is_refused_and_the_session_goes_on(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=2000))
+    with ThreadServer(cloud, home) as server, server.link() as link:
+        link.open(5)
+        with pytest.raises(OverQuotaError, match="2000 that alice may have"):
+            link.forward_span(hidden(4, 20), None, None, keep=False)
+        assert link.forward_span(hidden(1, 4), None, None, keep=False)[0].shape == (1, 4, HIDDEN)
+        assert link.traffic.sessions == 1
+
+
+def test_a_reconnect_of_the_same_link_fences_the_older_session(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=1))
+    with ThreadServer(cloud, home) as server:
+        older = channel(server)
+        newer = channel(server)  # within a quota of one, because it takes the older one's place
+        with pytest.raises(ConnectionLostError):
+            older.ask(m.Ping(1), 5)
+        assert isinstance(newer.ask(m.Ping(2), 5), m.Pong)
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        newer.close()
+        older.abandon()
+
+
+def test_the_same_link_id_of_another_edge_fences_nobody(server: ThreadServer) -> None:
+    bob = server.home.new_edge("bob")
+    mine, other = channel(server), channel(server, key=bob)
+    assert isinstance(mine.ask(m.Ping(1), 5), m.Pong)
+    mine.close()
+    other.close()
+
+
+# Streams that do not behave -------------------------------------------------------------------------------------------
+
+
+def test_a_handshake_that_stalls_is_ended(cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 0.2)
+    with ThreadServer(cloud, home) as server:
+        stalled = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        with pytest.raises(ConnectionLostError, match="closed the stream"):
+            stalled.receive(10)
+        late = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+        late.send(edge.start())
+        late.receive(5)  # the server's hello; the edge never answers it
+        with pytest.raises(ConnectionLostError, match="closed the stream"):
+            late.receive(10)
+        assert server.server._half_open == 0
+        stalled.close()
+        late.close()
+
+
+def test_half_open_handshakes_are_limited(cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
+    with ThreadServer(cloud, home) as server:
+        waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(2)]
+        eventually(lambda: server.server._half_open == 2)
+        third = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        with pytest.raises(ConnectionLostError, match="too many handshakes"):
+            third.receive(5)
+        for stream in (*waiting, third):
+            stream.close()
+        eventually(lambda: server.server._half_open == 0)
+        with server.link() as link:
+            link.open(5)
+
+
+@pytest.mark.parametrize("frame", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n", bytes(75), b"\xff" * 4096])
+def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
+    server: ThreadServer, frame: bytes, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    stream.send(frame)
+    with pytest.raises(ConnectionLostError):
+        while True:  # a server may answer that it speaks another version before it ends the stream
+            stream.receive(5)
+    stream.close()
+    eventually(lambda: any(line["event"] in {"protocol_error", "session_refused"} for line in log()))
+    with server.link() as link:
+        link.open(5)
+
+
+@pytest.mark.parametrize("place", [0, 4, 20, -1])
+def test_garbage_in_a_session_ends_that_session_alone(server: ThreadServer, place: int) -> None:
+    with server.link() as witness:
+        witness.open(5)
+        victim = channel(server)
+        frame = bytearray(next(victim._session.send(m.Ping(1))))
+        frame[place] ^= 1
+        victim._stream.send(bytes(frame))
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            victim._stream.receive(5)
+        victim.abandon()
+        assert witness.cloud_peak_bytes()
+        assert witness.traffic.sessions == 1
+
+
+def test_a_session_that_does_not_open_with_attach_is_ended(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    edge = EdgeSession(pin=server.home.pin, edge_key=load_edge(server.home.key_file))
+    stream.send(edge.start())
+    stream.send(edge.receive(stream.receive(5)).frames[0])
+    edge.receive(stream.receive(5))
+    for frame in edge.send(m.Ping(1)):
+        stream.send(frame)
+    with pytest.raises(ConnectionLostError, match="rules were broken"):
+        stream.receive(5)
+    stream.close()
+    eventually(lambda: any("opens with Attach, not with Ping" in line.get("error", "") for line in log()))
+    assert server.server.status()["sessions"] == {}
+
+
+def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadServer, cloud: Served) -> None:
+    release = threading.Event()
+    forward = cloud.executor.span.forward
+    entered = threading.Event()
+
+    def slow(*args: Any) -> torch.Tensor:
+        entered.set()
+        release.wait(10)
+        return forward(*args)
+
+    cloud.executor.span.forward = slow  # type: ignore[method-assign]  # the one way to hold a call in flight
+    try:
+        link = server.link()
+        link.open(5)
+        calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
+        calling.start()
+        assert entered.wait(10)
+        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        eventually(lambda: server.server.status()["sessions"] == {})
+    finally:
+        release.set()
+        del cloud.executor.span.forward
+    link._closed = True
+    eventually(lambda: server.server.status()["in_flight"] == 0)
+    eventually(lambda: cloud.executor.used_bytes == 0)
+
+
+def _swallow(link: Any) -> None:
+    link._give_up_after = 0.1
+    with contextlib.suppress(ConnectionLostError, UnreachableError):
+        link.forward_span(hidden(), None, None, keep=True)
+    link.close()
+
+
+# Draining -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Held:
+    """A call in flight, and what it led to."""
+
+    release: threading.Event
+    result: list[Any]
+    thread: threading.Thread
+
+
+@contextlib.contextmanager
+def call_in_flight(server: ThreadServer, cloud: Served) -> Iterator[Held]:
+    link = server.link(give_up_after=0.1)
+    link.open(5)
+    entered, held = threading.Event(), Held(threading.Event(), [], threading.Thread())
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        entered.set()
+        held.release.wait(20)
+        return original(*args, **options)
+
+    def call() -> None:
+        try:
+            held.result.append(link.forward_span(hidden(), None, None, keep=False)[0])
+        except UnreachableError as error:
+            held.result.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cloud.executor), "forward", slow)
+        held.thread = threading.Thread(target=call)
+        held.thread.start()
+        assert entered.wait(10)
+        yield held
+        held.release.set()
+        held.thread.join(10)
+    link.close()
+
+
+def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(cloud: Served, home: Home) -> None:
+    server = ThreadServer(cloud, home).start()
+    bystander = channel(server)
+    newcomers = GrpcTransport(f"127.0.0.1:{server.port}")
+    newcomers.open().close()  # connected before the drain, so that the refusal comes from the session and not from the socket
+    with call_in_flight(server, cloud) as held, raw(server) as plain:
+        stub = health_pb2_grpc.HealthStub(plain)
+        assert stub.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.SERVING
+        outcome: list[bool] = []
+        draining = threading.Thread(target=lambda: outcome.append(server.drain(20)))
+        draining.start()
+        eventually(lambda: server.server.status()["state"] == "draining")
+        with pytest.raises(ConnectionLostError, match="draining"):
+            bystander.ask(m.Ping(1), 5)
+        health = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status
+        assert health == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(DrainingError, match="connect again"):
+            Channel(newcomers.open(), home.pin, load_edge(home.key_file), b"n" * 16, Traffic(), lambda *_: None)
+        assert not held.result
+        held.release.set()
+        draining.join(20)
+        held.thread.join(10)
+    assert outcome == [True]
+    assert torch.equal(held.result[0], cloud.executor.span(hidden()))
+    bystander.abandon()
+    newcomers.close()
+    server._stop_loop()
+
+
+def test_a_drain_whose_grace_runs_out_says_so(cloud: Served, home: Home) -> None:
+    server = ThreadServer(cloud, home).start()
+    with call_in_flight(server, cloud) as held:
+        assert server.drain(0.2) is False
+        held.thread.join(10)
+        assert isinstance(held.result[0], UnreachableError)
+    server._stop_loop()
+
+
+def test_an_idle_server_drains_at_once_and_says_goodbye(cloud: Served, home: Home) -> None:
+    server = ThreadServer(cloud, home).start()
+    idle = channel(server)
+    assert server.drain(20) is True
+    with pytest.raises(ConnectionLostError, match="the cloud ended the session: draining"):
+        idle.ask(m.Ping(1), 5)
+    idle.abandon()
+    server._stop_loop()
+
+
+# What stands beside the sessions --------------------------------------------------------------------------------------
+
+
+def test_health_is_served_and_nothing_else(server: ThreadServer) -> None:
+    with raw(server) as plain:
+        stub = health_pb2_grpc.HealthStub(plain)
+        for name in ("", SERVICE):
+            assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+        for method in ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", METHOD + "s"):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(plain.stream_stream(method)(iter([b""]), timeout=5))
+            assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_metrics_and_status_count_and_hold_no_content(server: ThreadServer) -> None:
+    endpoint = serve_metrics("127.0.0.1", 0, server.server.metrics, server.server.status)
+    base = f"http://127.0.0.1:{endpoint.server_port}"
+    try:
+        with server.link() as link:
+            link.open(5)
+            output, kept = link.forward_span(hidden(), None, None, keep=True)
+            with urllib.request.urlopen(f"{base}/status") as response:
+                status = json.load(response)
+            link.backward_span(kept, output, hidden(), None, None)
+            eventually(lambda: 'isthmus_calls_total{operation="backward"} 1.0' in _text(f"{base}/metrics"))
+        text = _text(f"{base}/metrics")
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            urllib.request.urlopen(f"{base}/other")
+        missing.value.close()
+    finally:
+        endpoint.shutdown()
+        endpoint.server_close()
+    assert missing.value.code == 404
+    assert status["state"] == "serving"
+    assert (status["model"], status["plan"], status["sessions"]) == ("tiny", "2:2", {"alice": 1})
+    assert 0 < status["stash_bytes"] <= status["stash_budget_bytes"]
+    assert 'isthmus_calls_total{operation="forward"} 1.0' in text
+    assert 'isthmus_tokens_total{operation="forward"} 12.0' in text
+    assert 'isthmus_handshakes_total{outcome="accepted"} 1.0' in text
+    up = float(next(line.split()[1] for line in text.splitlines() if line.startswith('isthmus_bytes_total{direction="in"}')))
+    assert up >= 2 * hidden().nbytes
+    assert "alice" not in text  # tenants' names are for the operator's own status page
+
+
+def _text(url: str) -> str:
+    with urllib.request.urlopen(url) as response:
+        return str(response.read().decode())
+
+
+def test_the_log_tells_of_sessions_and_never_of_content(server: ThreadServer, log: Callable[[], list[dict[str, Any]]]) -> None:
+    with server.link() as link:
+        link.open(5)
+        link.forward_span(hidden(), None, None, keep=True)
+        from isthmus.protocol.errors import RefusedError
+
+        with pytest.raises(RefusedError):
+            link._call(m.Blob, lambda attempt: m.Fetch("tokenizer.model", 0))
+    eventually(lambda: any(line["event"] == "session_closed" for line in log()))
+    lines = log()
+    fields = {"time", "level", "event", "tenant", "session", "ending", "in_flight", "sessions"}
+    assert all(set(line) <= fields for line in lines), lines
+    assert [line["ending"] for line in lines if line["event"] == "session_closed"] == ["goodbye"]
+    key = server.home.key_file.read_text().splitlines()[1]
+    assert key not in json.dumps(lines)
+
+
+def test_a_port_in_use_has_its_own_error(server: ThreadServer, cloud: Served, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        second = ThreadServer(cloud, server.home, listen=address)
+        with pytest.raises(PortInUseError, match=address), second:
+            pass
+        with pytest.raises(PortInUseError, match=address):
+            serve_metrics("127.0.0.1", taken.getsockname()[1], server.server.metrics, dict)
+
+
+# The outer layer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pki:
+    """A throw-away CA and what it signed, as PEM files."""
+
+    ca: Path
+    server_cert: Path
+    server_key: Path
+    client_cert: Path
+    client_key: Path
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    folder = tmp_path_factory.mktemp("pki")
+    now = datetime.datetime.now(datetime.UTC)
+
+    def name(common: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+    def make(common: str, signer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None) -> tuple[Path, Path, Any]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        issuer, signing = signer or (name(common), key)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name(common))
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=5))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                critical=False,
+            )
+        )
+        cert = builder.sign(signing, hashes.SHA256())
+        cert_file, key_file = folder / f"{common}.crt", folder / f"{common}.key"
+        cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return cert_file, key_file, key
+
+    ca, _, ca_key = make("ca", None)
+    server_cert, server_key, _ = make("server", (name("ca"), ca_key))
+    client_cert, client_key, _ = make("client", (name("ca"), ca_key))
+    return Pki(ca, server_cert, server_key, client_cert, client_key)
+
+
+def test_tls_carries_the_sealed_session(cloud: Served, home: Home, pki: Pki) -> None:
+    tls = ServerTls(pki.server_key.read_bytes(), pki.server_cert.read_bytes())
+    with ThreadServer(cloud, home, tls) as server:
+        assert server.address.startswith("isthmus+tls://")
+        with server.link(tls=Tls(pki.ca)) as link:
+            link.open(5)
+            assert link.forward_span(hidden(), None, None, keep=False)[0].shape == (2, 6, HIDDEN)
+        transport = GrpcTransport(f"127.0.0.1:{server.port}", None, connect_timeout=0.5)
+        with pytest.raises(ConnectionLostError, match="no answer"):
+            transport.open()
+
+
+def test_mutual_tls_asks_for_a_certificate_and_authorises_nobody(cloud: Served, home: Home, pki: Pki) -> None:
+    tls = ServerTls(pki.server_key.read_bytes(), pki.server_cert.read_bytes(), pki.ca.read_bytes())
+    with ThreadServer(cloud, home, tls) as server:
+        with server.link(tls=Tls(pki.ca, pki.client_cert, pki.client_key)) as link:
+            link.open(5)
+        stranger = home.new_edge("stranger", enrolled=False)
+        with server.link(stranger, tls=Tls(pki.ca, pki.client_cert, pki.client_key)) as link, pytest.raises(NotEnrolledError):
+            link.open(5)
+        bare = GrpcTransport(f"127.0.0.1:{server.port}", Tls(pki.ca), connect_timeout=0.5)
+        with pytest.raises(ConnectionLostError):
+            bare.open().receive(2)
+        bare.close()

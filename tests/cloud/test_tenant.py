@@ -1,0 +1,229 @@
+"""A tenant's session: what it answers, what it refuses and how it says so, and which files it can ever give away."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from isthmus.cloud.server import Served
+from isthmus.cloud.tenant import Parts, TenantSession
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_id, decode, encode, encode_mask, encode_positions
+from isthmus.protocol.errors import MessageError
+from safetensors import safe_open
+from support.clouds import served
+from support.tiny import HIDDEN, tiny_checkpoint
+
+MAX_TOKENS = 64
+FP32 = codec_id("fp32")
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("tenant")
+    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=MAX_TOKENS)
+
+
+@pytest.fixture
+def tenant(cloud: Served) -> TenantSession:
+    session = TenantSession(b"s" * 16, cloud.executor, cloud.parts, HIDDEN, MAX_TOKENS)
+    cloud.executor.evict_all()
+    return session
+
+
+def hidden(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def span_inputs(
+    shape: tuple[int, ...] = (2, 6, HIDDEN), mask: tuple[int, ...] | None = None, positions: tuple[int, ...] | None = None
+) -> m.SpanInputs:
+    return m.SpanInputs(
+        encode(hidden(*shape), "fp32", Role.ACTIVATION),
+        None if mask is None else encode_mask(torch.ones(mask, dtype=torch.long)),
+        None if positions is None else encode_positions(torch.zeros(positions, dtype=torch.long)),
+    )
+
+
+def forward(inputs: m.SpanInputs, *, keep: bool = True, call: int = 1, codec: int = FP32) -> m.Forward:
+    return m.Forward(m.CallId(1, call), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, codec)
+
+
+def backward(shape: tuple[int, ...], *, call: int = 1, replay: m.SpanInputs | None = None) -> m.Backward:
+    return m.Backward(m.CallId(1, call, 3), encode(hidden(*shape), "fp32", Role.GRADIENT), replay, FP32)
+
+
+def refusal(answer: m.Message | None, code: m.StatusCode = m.StatusCode.BAD_REQUEST) -> str:
+    assert isinstance(answer, m.Status)
+    assert answer.code == code
+    return answer.message
+
+
+def test_a_forward_and_its_backward_are_answered_with_their_ids(tenant: TenantSession, cloud: Served) -> None:
+    reply = tenant.handle(forward(span_inputs(mask=(2, 6), positions=(1, 6))))
+    assert isinstance(reply, m.ForwardReply)
+    assert reply.id == m.CallId(1, 1)
+    expected = cloud.executor.span(hidden(2, 6, HIDDEN), torch.ones(2, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long))
+    assert torch.equal(decode(reply.hidden), expected)
+    back = tenant.handle(backward((2, 6, HIDDEN)))
+    assert isinstance(back, m.BackwardReply)
+    assert back.id == m.CallId(1, 1, 3)
+    assert not back.recomputed
+
+
+def test_the_answer_uses_the_codec_that_was_asked_for(tenant: TenantSession) -> None:
+    reply = tenant.handle(forward(span_inputs(), codec=codec_id("int8")))
+    assert isinstance(reply, m.ForwardReply)
+    assert reply.hidden.codec == codec_id("int8")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "values"),
+    [
+        (span_inputs((2, 6, HIDDEN + 1)), ["[2, 6, 33]", "32"]),
+        (span_inputs((6, HIDDEN)), ["[6, 32]"]),
+        (span_inputs(mask=(2, 5)), ["[2, 5]", "2 x 6"]),
+        (span_inputs(mask=(1, 6)), ["[1, 6]", "2 x 6"]),
+        (span_inputs(positions=(2, 7)), ["[2, 7]", "2 x 6"]),
+        (span_inputs(positions=(3, 6)), ["[3, 6]", "2 x 6"]),
+        (span_inputs(positions=(6,)), ["[6]", "2 x 6"]),
+        (span_inputs((5, 13, HIDDEN)), ["5 x 13", "64"]),
+    ],
+    ids=["hidden size", "rank", "mask length", "mask rows", "positions length", "positions rows", "positions rank", "tokens"],
+)
+def test_a_bad_input_is_refused_with_its_values(tenant: TenantSession, inputs: m.SpanInputs, values: list[str]) -> None:
+    text = refusal(tenant.handle(forward(inputs)))
+    assert all(value in text for value in values), text
+    replayed = refusal(tenant.handle(backward((2, 6, HIDDEN), replay=inputs)))
+    assert all(value in replayed for value in values), replayed
+    assert isinstance(tenant.handle(forward(span_inputs())), m.ForwardReply)  # the session goes on
+
+
+@pytest.mark.parametrize("replay", [None, span_inputs((2, 5, HIDDEN))], ids=["kept", "replayed"])
+def test_a_gradient_of_another_shape_is_refused_and_loses_nothing(tenant: TenantSession, replay: m.SpanInputs | None) -> None:
+    if replay is None:
+        tenant.handle(forward(span_inputs((2, 5, HIDDEN))))
+    text = refusal(tenant.handle(backward((2, 6, HIDDEN), replay=replay)))
+    assert "[2, 6, 32]" in text
+    assert "[2, 5, 32]" in text
+    assert isinstance(tenant.handle(backward((2, 5, HIDDEN), replay=replay)), m.BackwardReply)
+
+
+def test_a_replay_of_another_shape_than_the_kept_forward_is_harmless(tenant: TenantSession) -> None:
+    tenant.handle(forward(span_inputs((2, 5, HIDDEN))))
+    text = refusal(tenant.handle(backward((2, 6, HIDDEN), replay=span_inputs((2, 6, HIDDEN)))))
+    assert "[2, 5, 32]" in text
+
+
+def test_a_lost_stash_is_named_and_a_replay_is_as_good(tenant: TenantSession, cloud: Served) -> None:
+    tenant.handle(forward(span_inputs()))
+    first = tenant.handle(backward((2, 6, HIDDEN)))
+    lost = tenant.handle(backward((2, 6, HIDDEN)))
+    assert isinstance(lost, m.Status)
+    assert (lost.code, lost.id) == (m.StatusCode.STASH_LOST, m.CallId(1, 1, 3))
+    again = tenant.handle(backward((2, 6, HIDDEN), replay=span_inputs()))
+    assert isinstance(first, m.BackwardReply)
+    assert isinstance(again, m.BackwardReply)
+    assert again.recomputed
+    assert again.gradient == first.gradient
+
+
+def test_values_that_a_codec_cannot_carry_are_a_status(tenant: TenantSession) -> None:
+    inputs = m.SpanInputs(encode(hidden(1, 3, HIDDEN) * torch.inf, "fp32", Role.ACTIVATION))
+    refusal(tenant.handle(forward(inputs, codec=codec_id("int8"))), m.StatusCode.NON_FINITE)
+
+
+def test_what_torch_raises_becomes_a_status_without_its_text(
+    tenant: TenantSession, cloud: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("not enough memory near the value 0.123")
+
+    monkeypatch.setattr(type(cloud.executor), "forward", fail)
+    text = refusal(tenant.handle(forward(span_inputs())), m.StatusCode.INTERNAL)
+    assert "RuntimeError" in text
+    assert "0.123" not in text
+
+
+@pytest.mark.parametrize("message", [m.Attach(b"l" * 16), m.Pong(1, 2)])
+def test_a_message_out_of_place_breaks_the_protocol(tenant: TenantSession, message: m.Message) -> None:
+    with pytest.raises(MessageError, match=type(message).__name__):
+        tenant.handle(message)
+
+
+def test_ping_and_goodbye(tenant: TenantSession) -> None:
+    pong = tenant.handle(m.Ping(7))
+    assert isinstance(pong, m.Pong)
+    assert pong.nonce == 7
+    assert pong.peak_bytes > 1 << 20
+    assert tenant.handle(m.Goodbye("done")) is None
+
+
+def test_close_releases_the_session(tenant: TenantSession, cloud: Served) -> None:
+    tenant.handle(forward(span_inputs()))
+    assert cloud.executor.used_bytes > 0
+    tenant.close()
+    assert cloud.executor.used_bytes == 0
+
+
+def test_the_files_are_those_of_the_folder_and_arrive_whole(
+    tenant: TenantSession, cloud: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.cloud.tenant.BLOB_BYTES", 1000)
+    listing = tenant.handle(m.FetchList())
+    assert isinstance(listing, m.FileList)
+    assert {"config.json", "tokenizer.json", "edge.safetensors"} <= {entry.name for entry in listing.entries}
+    for entry in listing.entries:
+        data = b""
+        while len(data) < entry.size:
+            piece = tenant.handle(m.Fetch(entry.name, len(data)))
+            assert isinstance(piece, m.Blob)
+            assert (piece.name, piece.offset, piece.total, piece.sha256) == (entry.name, len(data), entry.size, entry.sha256)
+            assert 0 < len(piece.data) <= 1000
+            data += bytes(piece.data)
+        assert hashlib.sha256(data).digest() == entry.sha256
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "worker_key", "../model/model.safetensors", "/etc/passwd", "..", "", "config.json/"])
+def test_no_other_file_can_be_fetched(tenant: TenantSession, name: str) -> None:
+    text = refusal(tenant.handle(m.Fetch(name, 0)))
+    assert repr(name) in text
+    assert "edge.safetensors" in text
+
+
+def test_an_offset_behind_the_end_is_refused(tenant: TenantSession) -> None:
+    assert "999999999" in refusal(tenant.handle(m.Fetch("config.json", 999_999_999)))
+
+
+def test_no_served_file_holds_a_middle_layer(cloud: Served, tmp_path: Path) -> None:
+    for entry in cloud.parts.listing().entries:
+        piece = cloud.parts.read(entry.name, 0)
+        assert isinstance(piece, m.Blob)
+        assert len(piece.data) == entry.size  # tiny files fit in one piece
+        if not entry.name.endswith(".safetensors"):
+            assert entry.size < 100_000
+            continue
+        (tmp_path / entry.name).write_bytes(piece.data)
+        with safe_open(tmp_path / entry.name, framework="pt") as file:
+            names = set(file.keys())
+        layers = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+        assert layers == {0, 1, 4, 5}
+        assert {name for name in names if not name.startswith("model.layers.")} == {
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            "lm_head.weight",
+        }
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("weights")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "link.json").symlink_to(tmp_path / "secret")
+    (folder / "sub").mkdir()
+    assert [entry.name for entry in Parts(folder).listing().entries] == ["config.json"]
+
+

@@ -1,0 +1,125 @@
+"""Clouds for tests: a tiny model's span and parts, keys, and the real gRPC server on a thread of this process (no Ray)."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from isthmus.backbone.parts import export_edge_parts
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.server import Served, ServerTls, StripServer
+from isthmus.cloud.worker import EdgesFile, WorkerSpec, served_by
+from isthmus.edge.link import Link
+from isthmus.edge.transport import GrpcTransport, Tls
+from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
+from isthmus.protocol.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge, load_worker
+
+PLAN = "2:2"
+
+
+def served(
+    model: Path, parts: Path, *, dtype: str = "fp32", plan: str = PLAN, stash_bytes: int = 1 << 26, max_tokens: int = 4096
+) -> Served:
+    """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet."""
+    checkpoint = Checkpoint(model, "tiny")
+    if not parts.exists():
+        export_edge_parts(checkpoint, SplitPlan.parse(plan, checkpoint.config.num_hidden_layers), parts)
+    spec = WorkerSpec(
+        checkpoint=str(model),
+        model="tiny",
+        plan=plan,
+        dtype=dtype,
+        parts=str(parts),
+        home="",
+        listen="",
+        metrics="",
+        stash_bytes=stash_bytes,
+        max_tokens=max_tokens,
+        threads=1,
+        log_file="",
+    )
+    return served_by(spec)
+
+
+def with_info(cloud: Served, **changes: Any) -> Served:
+    """The same span described otherwise."""
+    return dataclasses.replace(cloud, info=dataclasses.replace(cloud.info, **changes))
+
+
+class Home:
+    """The cloud's folder and the keys of one enrolled edge."""
+
+    def __init__(self, folder: Path, *, days: float = 1, quota: Quota | None = None) -> None:
+        self.folder = folder / "cloud"
+        self.folder.mkdir(parents=True, mode=0o700)
+        self.key_file = folder / "id_ed25519"
+        self.pin: Fingerprint = generate_root(self.folder)
+        issue_worker(self.folder, days)
+        add_line(self.folder / "authorized_edges", generate_edge(self.key_file, "alice"), "alice", quota)
+
+    def new_edge(self, name: str, *, enrolled: bool = True) -> Path:
+        """Make a further edge's key."""
+        path = self.folder.parent / name
+        line = generate_edge(path, name)
+        if enrolled:
+            add_line(self.folder / "authorized_edges", line, name)
+        return path
+
+
+class ThreadServer:
+    """`StripServer` on an event loop of its own thread; a context manager."""
+
+    def __init__(self, cloud: Served, home: Home, tls: ServerTls | None = None, listen: str = "127.0.0.1:0") -> None:
+        self.served = cloud
+        self.home = home
+        self._tls = tls
+        self._listen = listen
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="test-server", daemon=True)
+        self.server = StripServer(cloud, load_worker(home.folder, now=lambda: 0.0), EdgesFile(home.folder), 1)
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """The connection string."""
+        return str(ConnectionString("127.0.0.1", self.port, self.home.pin, self._tls is not None))
+
+    def link(self, key: Path | None = None, tls: Tls | None = None, **options: Any) -> Link:
+        """A link to this server that is not open yet."""
+        transport = GrpcTransport(f"127.0.0.1:{self.port}", tls)
+        return Link(transport, self.home.pin, load_edge(key or self.home.key_file), name="test", **options)
+
+    def run(self, coroutine: Any, timeout: float = 30.0) -> Any:
+        """Run something on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def start(self) -> Self:
+        """Listen."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        self.port = self.run(self.server.start(self._listen, self._tls))
+        return self
+
+    def drain(self, grace: float = 10.0) -> bool:
+        """Stop gracefully."""
+        return bool(self.run(self.server.drain(grace)))
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.drain(0.5)
+        self._stop_loop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()

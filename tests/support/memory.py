@@ -1,0 +1,198 @@
+"""A cloud without a network, a thread or a clock, and a transport that spoils what passes through it.
+
+`MemoryTransport` hands every frame straight to a `CloudSession` and a `TenantSession`, so a test of the link takes milliseconds and goes the
+same way each time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from isthmus.cloud.server import Served
+from isthmus.cloud.tenant import TenantSession
+from isthmus.edge.transport import Stream, Transport
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.errors import ConnectionLostError, RemoteProtocolError
+from isthmus.protocol.session import CloudSession, Received
+from support.wire import NOW, TENANT, identity
+
+
+@dataclass
+class MemoryCloud:
+    """What the streams of a `MemoryTransport` lead to; a test may change it between two calls."""
+
+    served: Served
+    authorize: Callable[[bytes], Tenant] = lambda key: TENANT
+    seen: list[m.Message] = field(default_factory=list)  # everything that an edge has sent
+    sessions: list[str] = field(default_factory=list)  # ids, in the order of their handshakes
+    answer: Callable[[m.Message], m.Message | None] = lambda message: None  # a test's own answer instead of the real one
+
+    def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
+        self.sessions.append(session_id.hex())
+        return replace(self.served.info, session_id=session_id.hex())
+
+
+class MemoryTransport:
+    """Opens streams to a `MemoryCloud`."""
+
+    def __init__(self, cloud: MemoryCloud) -> None:
+        self.cloud = cloud
+        self.up = True  # a cloud that is down takes no streams
+        self.opened = 0
+
+    def open(self) -> Stream:
+        self.opened += 1
+        if not self.up:
+            raise ConnectionLostError("the cloud is down")
+        return _MemoryStream(self.cloud)
+
+    def close(self) -> None:
+        pass
+
+
+class _MemoryStream:
+    def __init__(self, cloud: MemoryCloud) -> None:
+        self._cloud = cloud
+        self._session = CloudSession(
+            identity=identity(not_after=NOW * 2), authorize=cloud.authorize, info=cloud.describe
+        )
+        self._work: TenantSession | None = None
+        self._answers: deque[bytes] = deque()
+        self._open = True
+
+    def send(self, frame: bytes) -> None:
+        if not self._open:
+            raise ConnectionLostError("the stream is closed")
+        try:
+            event = self._session.receive(frame)
+        except RemoteProtocolError:
+            self.close()  # as the real server: a stream whose rules were broken ends
+            return
+        self._answers.extend(event.frames)
+        if isinstance(event, Received):
+            answer = self._answer(event.message)
+            if answer is not None:
+                self._answers.extend(self._session.send(answer))
+
+    def receive(self, timeout: float) -> bytes:
+        if not self._answers:
+            raise ConnectionLostError("no answer")
+        return self._answers.popleft()
+
+    def finish(self, timeout: float) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open = False
+        if self._work is not None:
+            self._work.close()
+
+    def _answer(self, message: m.Message) -> m.Message | None:
+        self._cloud.seen.append(message)
+        own = self._cloud.answer(message)
+        if own is not None:
+            return own
+        served = self._cloud.served
+        if isinstance(message, m.Attach):
+            session_id = bytes.fromhex(self._cloud.sessions[-1])
+            limit = served.info.limits.max_tokens_per_call
+            self._work = TenantSession(session_id, served.executor, served.parts, served.info.hidden_size, limit)
+            return m.Status(m.StatusCode.OK, None, "attached")
+        if self._work is None:
+            raise AssertionError("the link spoke before it attached")
+        return self._work.handle(message)
+
+
+# A fault takes a frame and says what arrives in its place; "cut" breaks the stream instead.
+Fault = Callable[[bytes], list[bytes]] | None
+CUT: Fault = None
+
+
+def flip(frame: bytes) -> list[bytes]:
+    """One bit in the middle."""
+    place = len(frame) // 2
+    return [frame[:place] + bytes([frame[place] ^ 1]) + frame[place + 1 :]]
+
+
+def truncate(frame: bytes) -> list[bytes]:
+    """Without its last byte."""
+    return [frame[:-1]]
+
+
+def repeat(frame: bytes) -> list[bytes]:
+    """Twice."""
+    return [frame, frame]
+
+
+def lose(frame: bytes) -> list[bytes]:
+    """Not at all."""
+    return []
+
+
+FAULTS: Mapping[str, Fault] = {"cut": CUT, "flip": flip, "truncate": truncate, "repeat": repeat, "lose": lose}
+
+
+class FaultyTransport:
+    """Spoils single frames: `{("send", 5): flip}` is the fifth frame that the edge sends, over all streams."""
+
+    def __init__(self, inner: Transport, faults: Mapping[tuple[str, int], Fault]) -> None:
+        self._inner = inner
+        self.faults = dict(faults)
+        self.counts = {"send": 0, "receive": 0}
+        self.hit: list[tuple[str, int]] = []
+
+    def open(self) -> Stream:
+        return _FaultyStream(self._inner.open(), self)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def pass_on(self, way: str, frame: bytes) -> list[bytes]:
+        """Count a frame; returns what arrives of it. Raises ConnectionLostError for a cut."""
+        self.counts[way] += 1
+        place = (way, self.counts[way])
+        if place not in self.faults:
+            return [frame]
+        self.hit.append(place)
+        fault = self.faults.pop(place)
+        if fault is None:
+            raise ConnectionLostError(f"cut at {place}")
+        return fault(frame)
+
+
+class _FaultyStream:
+    def __init__(self, inner: Stream, transport: FaultyTransport) -> None:
+        self._inner = inner
+        self._transport = transport
+        self._arrived: deque[bytes] = deque()
+
+    def send(self, frame: bytes) -> None:
+        for each in self._pass("send", frame):
+            self._inner.send(each)
+
+    def receive(self, timeout: float) -> bytes:
+        while not self._arrived:
+            self._arrived.extend(self._pass("receive", self._inner.receive(timeout)))
+        return self._arrived.popleft()
+
+    def finish(self, timeout: float) -> None:
+        self._inner.finish(timeout)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _pass(self, way: str, frame: bytes) -> list[bytes]:
+        try:
+            return self._transport.pass_on(way, frame)
+        except ConnectionLostError:
+            self._inner.close()
+            raise
+
+
+def messages(cloud: MemoryCloud, kind: type[Any]) -> list[Any]:
+    """What the edge has sent of one kind."""
+    return [message for message in cloud.seen if isinstance(message, kind)]
