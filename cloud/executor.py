@@ -44,14 +44,18 @@ class SpanInput:
 
 @dataclass(slots=True)
 class _Entry:
-    inputs: SpanInput
-    leaf: Tensor | None  # the input with requires_grad, root of the graph; None after eviction
-    output: Tensor | None
+    inputs: SpanInput  # the executor's own copy, in the span's dtype; its hidden states are the root of the graph
+    output: Tensor | None  # holds the graph; None after eviction
     graph_bytes: int
 
     @property
     def nbytes(self) -> int:
         return self.inputs.nbytes + (self.graph_bytes if self.output is not None else 0)
+
+    def wipe(self) -> None:
+        """Overwrite the activations that crossed the strip; what the graph held besides is freed, which is best effort."""
+        self.output = None
+        self.inputs.hidden.detach().zero_()
 
 
 @dataclass(slots=True)
@@ -104,9 +108,10 @@ class Executor:
         if not keep:
             with torch.inference_mode():
                 return self._span(inputs.hidden.to(self.dtype), inputs.attention_mask, inputs.position_ids)
-        leaf, output, graph_bytes = self._run(inputs)
-        self._take((session, call))
-        entry = self._stash[session, call] = _Entry(inputs, leaf, output, graph_bytes)
+        own = self._own(inputs)
+        output, graph_bytes = self._run(own)
+        self._forget((session, call))
+        entry = self._stash[session, call] = _Entry(own, output, graph_bytes)
         self._used += entry.nbytes
         self._shrink()
         return output.detach()
@@ -128,15 +133,21 @@ class Executor:
         Raises:
             StashLost: nothing is known of the call and `replay` is None.
         """
-        entry = self._take((session, call))
-        if entry is not None and entry.leaf is not None and entry.output is not None:
-            return self._gradient(entry.leaf, entry.output, gradient), False
-        inputs = entry.inputs if entry is not None else replay
-        if inputs is None:
+        entry = self._stash.get((session, call))
+        if entry is not None:
+            inputs = entry.inputs
+        elif replay is not None:
+            inputs = self._own(replay)
+        else:
             raise StashLost
-        self.counters.recomputed += 1
-        leaf, output, _ = self._run(inputs)
-        return self._gradient(leaf, output, gradient), True
+        output = None if entry is None else entry.output
+        recomputed = output is None
+        if output is None:
+            self.counters.recomputed += 1
+            output, _ = self._run(inputs)
+        (result,) = torch.autograd.grad(output, inputs.hidden, gradient.to(self.dtype))
+        self._forget((session, call))
+        return result, recomputed
 
     def shape_of(self, session: bytes, call: int) -> torch.Size | None:
         """Shape of the kept forward's input, or None where nothing is kept."""
@@ -146,28 +157,32 @@ class Executor:
     def release(self, session: bytes) -> None:
         """Forget a session's forward states."""
         for key in [key for key in self._stash if key[0] == session]:
-            self._take(key)
+            self._forget(key)
 
     def evict_all(self) -> None:
-        """Forget every forward state (for tests and benchmarks of the recovery)."""
-        self.counters.graphs_evicted += sum(entry.output is not None for entry in self._stash.values())
-        self.counters.inputs_evicted += len(self._stash)
-        self._stash.clear()
-        self._used = 0
+        """Forget every forward state, as a budget that is used up would."""
+        for key, entry in list(self._stash.items()):
+            self.counters.graphs_evicted += entry.output is not None
+            self.counters.inputs_evicted += 1
+            self._forget(key)
 
     def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         output: Tensor = self.span(hidden, mask, positions)
         return output
 
-    def _run(self, inputs: SpanInput) -> tuple[Tensor, Tensor, int]:
-        leaf = inputs.hidden.to(self.dtype).detach().requires_grad_(True)
-        mask, positions = inputs.attention_mask, inputs.position_ids
+    def _own(self, inputs: SpanInput) -> SpanInput:
+        """A copy that lives longer than the message it came in."""
+        hidden = inputs.hidden.to(self.dtype, copy=True).requires_grad_(True)
+        return SpanInput(hidden, inputs.attention_mask, inputs.position_ids)
+
+    def _run(self, inputs: SpanInput) -> tuple[Tensor, int]:
+        leaf, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
         # The size of a graph depends on shapes (and on whether a mask is needed at all), so it is measured once for each.
         dense = mask is None or bool(mask.all())
         key = (tuple(leaf.shape), dense, None if positions is None else tuple(positions.shape))
         known = self._graph_bytes.get(key)
         if known is not None:
-            return leaf, self._span(leaf, mask, positions), known
+            return self._span(leaf, mask, positions), known
         weights = {p.untyped_storage().data_ptr() for p in (*self.span.parameters(), *self.span.buffers())}
         sizes: dict[int, int] = {}
 
@@ -180,11 +195,7 @@ class Executor:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = self._span(leaf, mask, positions)
         self._graph_bytes[key] = sum(sizes.values()) + output.numel() * output.element_size()
-        return leaf, output, self._graph_bytes[key]
-
-    def _gradient(self, leaf: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
-        (result,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
-        return result
+        return output, self._graph_bytes[key]
 
     def _shrink(self) -> None:
         for entry in self._stash.values():
@@ -192,14 +203,14 @@ class Executor:
                 return
             if entry.output is not None:
                 self._used -= entry.graph_bytes
-                entry.leaf = entry.output = None
+                entry.output = None
                 self.counters.graphs_evicted += 1
         while self._stash and self._used > self.stash_bytes:
-            self._take(next(iter(self._stash)))
+            self._forget(next(iter(self._stash)))
             self.counters.inputs_evicted += 1
 
-    def _take(self, key: Key) -> _Entry | None:
+    def _forget(self, key: Key) -> None:
         entry = self._stash.pop(key, None)
         if entry is not None:
             self._used -= entry.nbytes
-        return entry
+            entry.wipe()

@@ -49,11 +49,14 @@ class Serving:
     """
 
     def __init__(self, spec: WorkerSpec, address: str | None, home: Path) -> None:
-        os.environ.update(_ray_environment(home))
+        if address is None:  # an existing cluster has its own rules, and its owner has set this environment for them
+            os.environ.update(_ray_environment(home))
         import ray
 
         self._ray = ray
-        options = {"address": address} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
+        alone = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
+        options = {"address": address} if address else alone
         try:
             ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
         except ConnectionError as error:
@@ -62,6 +65,13 @@ class Serving:
         actor = ray.remote(max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": environment})(Worker)
         self._worker = actor.remote(spec)
         self.port: int = self._get(self._worker.port.remote())
+
+    def ray_ports(self) -> list[int]:
+        """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
+        node = next(node for node in self._ray.nodes() if node["NodeID"] == self._ray.get_runtime_context().get_node_id())
+        control = self._ray.get_runtime_context().gcs_address.rpartition(":")[2]
+        ports = {int(control), *(node.get(name, 0) for name in ("NodeManagerPort", "ObjectManagerPort", "RuntimeEnvAgentPort"))}
+        return sorted(ports - {0})
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
@@ -139,6 +149,8 @@ def serve(
         if connection_file is not None:
             write_atomic(connection_file, f"{connection}\n".encode())
         write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
+        ports = ", ".join(map(str, serving.ray_ports()))
+        console.print(f"Ray listens on every interface, ports {ports}: keep them behind a firewall", highlight=False)
         ready(connection)
         stop.wait()
         with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):

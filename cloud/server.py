@@ -33,6 +33,7 @@ from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError,
 from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
+from isthmus.protocol.sealing import wipe
 from isthmus.protocol.session import CloudSession, Received
 
 HANDSHAKE_SECONDS = 10.0
@@ -281,6 +282,7 @@ class StripServer:
             start = time.perf_counter_ns()
             reply = await asyncio.get_running_loop().run_in_executor(self._compute, work.handle, message)
             elapsed = time.perf_counter_ns() - start
+            wipe(received.body)  # what is needed longer, the executor has copied
             if isinstance(reply, m.ForwardReply | m.BackwardReply):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
                 shape = (reply.hidden if isinstance(reply, m.ForwardReply) else reply.gradient).shape

@@ -39,7 +39,9 @@ class RemoteSpan:
 
     def __call__(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Hidden states [batch, sequence, hidden size] after the span; same dtype and device as the input."""
-        output: Tensor = _SpanFunction.apply(hidden, attention_mask, position_ids, self._link)  # type: ignore[no-untyped-call]  # torch
+        # Nothing trainable below the span, or no gradients wanted: no backward will come, and the cloud need not keep anything for it.
+        keep = torch.is_grad_enabled() and hidden.requires_grad
+        output: Tensor = _SpanFunction.apply(hidden, attention_mask, position_ids, self._link, keep)  # type: ignore[no-untyped-call]  # torch
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSpan:
@@ -49,9 +51,9 @@ class RemoteSpan:
 
 class _SpanFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, link: SpanLink) -> Tensor:
-        # Nothing trainable below the span: no backward will come, and the cloud need not keep anything for it.
-        keep = ctx.needs_input_grad[0]
+    def forward(
+        ctx: Any, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, link: SpanLink, keep: bool
+    ) -> Tensor:
         output, kept = link.forward_span(hidden, mask, positions, keep=keep)
         if keep:
             ctx.save_for_backward(hidden, mask, positions)
@@ -59,8 +61,8 @@ class _SpanFunction(torch.autograd.Function):
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         hidden, mask, positions = ctx.saved_tensors
         result = ctx.link.backward_span(ctx.kept, gradient, hidden, mask, positions)
-        return result.to(device=hidden.device, dtype=hidden.dtype), None, None, None
+        return result.to(device=hidden.device, dtype=hidden.dtype), None, None, None, None

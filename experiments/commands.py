@@ -52,6 +52,36 @@ def parity(
 
 
 @bench.command()
+def faults(
+    model: Model = "smollm2-135m",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of either run.")] = 40,
+    per_phase: Annotated[int, typer.Option(min=1, help="Faults of each phase that have to count.")] = 3,
+    phases: Annotated[str, typer.Option(help="Phases to break, comma-separated; by default all.")] = "",
+    edge_layers: EdgeLayers = "2:2",
+    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 2,
+    seq: Annotated[int, typer.Option(min=32, help="Tokens per example at most.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
+    keep: Keep = None,
+    as_json: AsJson = False,
+) -> None:
+    """Break whatever can break during one training run, and compare it with an undisturbed one, bit for bit.
+
+    Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets forward states. A
+    fault counts only where a call in flight failed or was repeated because of it.
+
+    Example: isthmus bench faults --json
+    """
+    from isthmus.experiments.fault_plan import PHASES
+    from isthmus.experiments.faults import FaultSettings, run_faults
+    from isthmus.experiments.harness import working_folder
+
+    chosen = tuple(phases.split(",")) if phases else PHASES
+    settings = FaultSettings(model, edge_layers, steps, batch, seq, per_phase, chosen, threads=threads)
+    with working_folder(keep) as folder:
+        _print(run_faults(settings, folder), as_json)
+
+
+@bench.command()
 def step(
     model: Model = "smollm2-135m",
     edge_layers: EdgeLayers = "2:2",
@@ -74,6 +104,38 @@ def step(
     settings = StepSettings(model, edge_layers, codec, cloud_dtype, batch, seq, pairs, threads)
     with working_folder(keep) as folder:
         _print(run_step(settings, folder), as_json)
+
+
+@bench.command()
+def curve(
+    data: Annotated[str, typer.Option(help="A data file as for `edge train`.")],
+    model: Model = "smollm2-135m",
+    edge_layers: EdgeLayers = "2:2",
+    prompt_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None,
+    completion_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak, of AdamW.")] = 1e-3,
+    validation_split: Annotated[float, typer.Option(min=0, max=0.9, help="Fraction held out.")] = 0.03,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 2,
+    figure: Annotated[Path | None, typer.Option(help="PNG to draw the two curves to (needs matplotlib).")] = None,
+    keep: Keep = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run `edge train` on real data, and the same in one process; compare the loss curves step by step.
+
+    Example: isthmus bench curve --data e2e/train.csv --prompt-template 'Meaning: {mr}\\nText:' --completion-template ' {ref}' --json
+    """
+    from isthmus.experiments.curve import run_curve
+    from isthmus.experiments.harness import working_folder
+
+    options = {
+        "data": data, "prompt_template": prompt_template, "completion_template": completion_template, "steps": steps, "batch": batch,
+        "learning_rate": learning_rate, "validation_split": validation_split, "threads": threads,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    with working_folder(keep) as folder:
+        _print(run_curve(model, edge_layers, given, folder, figure), as_json)
 
 
 def demo(

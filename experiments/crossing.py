@@ -15,9 +15,9 @@ from isthmus.edge.link import connect
 from isthmus.edge.methods import load_adapter, trained
 from isthmus.edge.readers import read_examples
 from isthmus.experiments.harness import LocalCloud
-from isthmus.protocol import session
 from isthmus.protocol.limits import Buffer
 from isthmus.protocol.messages import Message
+from isthmus.protocol.packing import pack
 
 NEEDLE_TOKENS = 4  # consecutive token ids that count as a find
 NEEDLE_VALUES = 4  # consecutive weights that count as a find
@@ -42,9 +42,8 @@ def search_the_strip(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, 
             plaintext.extend(part)
         return header, body
 
-    pack = session.pack
     # `pack` makes the bytes that a session seals; in this process only the edge's session uses it.
-    with patch.object(session, "pack", recorded), connect(cloud.connection, key=cloud.edge_key) as link:
+    with patch("isthmus.protocol.session.pack", recorded), connect(cloud.connection, key=cloud.edge_key) as link:
         tokenizer: Any = link.load_tokenizer()
         config = TrainConfig(cloud="-", data=str(data))
         examples = read_examples(str(data), config)[:4]

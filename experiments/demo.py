@@ -58,8 +58,8 @@ def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
 
     console.rule("5. the same in a single process, on the same seed")
     options = json.dumps({**training, "out": str(folder / "single")})
-    _run([sys.executable, "-m", "isthmus.experiments.single", MODEL, EDGE_LAYERS, options])
-    parity = _parity(folder / "split", folder / "single")
+    run_command([sys.executable, "-m", "isthmus.experiments.single", MODEL, EDGE_LAYERS, options])
+    parity = parity_of(folder / "split", folder / "single")
     console.print(
         f"parity: bitwise_equal={parity['bitwise_equal']} max_abs_loss_diff={parity['max_abs_loss_diff']} "
         f"adapter_max_abs_diff={parity['adapter_max_abs_diff']}"
@@ -100,11 +100,11 @@ def _generate(edge: tuple[str, ...], probe: Ticket, *options: str) -> str:
 
 
 def _json(*arguments: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(_run(isthmus(*arguments)))
+    result: dict[str, Any] = json.loads(run_command(isthmus(*arguments)))
     return result
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
     """Run a command whose progress the user sees; returns what it printed."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -112,7 +112,8 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _parity(split: Path, single: Path) -> dict[str, Any]:
+def parity_of(split: Path, single: Path) -> dict[str, Any]:
+    """Compare the adapters and the loss logs of two runs' folders."""
     one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (split, single))
     losses = [[json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()] for out in (split, single)]
     if one.keys() != other.keys():

@@ -119,6 +119,11 @@ class FaultPlan:
         """Faults that have still to count."""
         return len(self._queue) + (self._open is not None)
 
+    @property
+    def injected(self) -> int:
+        """Faults injected so far, also those that did not count."""
+        return self._tries.total()
+
     def counted(self) -> Counter[str]:
         """Counted faults by phase."""
         return Counter(outcome.fault.phase for outcome in self.outcomes if outcome.counted)
@@ -133,7 +138,11 @@ class FaultPlan:
         if pending is None:
             return None
         if self._life != pending.life:
-            repeated = (moment.step, moment.question, moment.phase) == (pending.moment.step, pending.moment.question, "idle")
+            repeated = (moment.step, moment.question, moment.phase) == (
+                pending.moment.step,
+                pending.moment.question,
+                "idle",
+            )
             return self._close(counted=True) if repeated else None
         if moment.retries > pending.moment.retries:
             return self._close(counted=True)
@@ -158,7 +167,12 @@ class FaultPlan:
 
     def wants_reconnect(self, moment: Moment) -> bool:
         """Whether the next fault is one of the handshake, which needs a connection to be broken first, and now is the time for that."""
-        return self._is_due(moment) and self._queue[0].phase == "handshake" and moment.question in CALLS and moment.phase == "sending"
+        return (
+            self._is_due(moment)
+            and self._queue[0].phase == "handshake"
+            and moment.question in CALLS
+            and moment.phase == "sending"
+        )
 
     def _is_due(self, moment: Moment) -> bool:
         return self._open is None and bool(self._queue) and moment.step >= self._due[0]

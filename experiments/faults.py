@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from typing import Any
 import torch
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.edge.link import Link, connect
-from isthmus.experiments.fault_plan import PHASES, Fault, FaultPlan, Moment, Outcome
+from isthmus.experiments.fault_plan import PHASES, Fault, FaultPlan, Moment
 from isthmus.experiments.harness import LocalCloud, stderr_progress
-from isthmus.experiments.relay import Relay
-from isthmus.experiments.tickets import make_tickets, write_tickets
+from isthmus.experiments.relay import Direction, Relay
+from isthmus.experiments.tickets import make_tickets
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.errors import UnreachableError
 from safetensors.torch import load_file
@@ -38,7 +37,8 @@ SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
 PASSED_SECONDS = 10.0  # a question that the edge has queued is through the relay within this time
 AWAY_SECONDS = 1.5
 MIDDLE = 2048  # bytes into a question; even a tiny model's are several times as long
-IN_HANDSHAKE = (600, 200)  # bytes down and up: in the middle of the server's keys, and of the edge's sealed identity
+# Bytes into a handshake: in the middle of the server's keys, and of the edge's sealed identity.
+IN_HANDSHAKE: dict[Direction, int] = {"down": 700, "up": 900}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,11 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
     unknown = sorted(set(settings.phases) - set(PHASES))
     if unknown or not settings.phases:
         raise ConfigError(f"unknown phases {', '.join(unknown) or '(none given)'}: choose of {', '.join(PHASES)}")
-    write_tickets(folder / "tickets.jsonl", make_tickets(4 * settings.steps))
+    _write_texts(folder / "tickets.jsonl", 4 * settings.steps)
     started = time.monotonic()
     with _Clouds(settings, folder) as clouds:
-        with Edge(_task(settings, folder, "undisturbed", clouds.address), folder / "undisturbed.log", watched=False) as edge:
+        task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
+        with Edge(task, folder / "undisturbed.log", watched=False) as edge:
             edge.finish()
         with Relay(*clouds.endpoint) as relay, _plan_progress(settings) as (plan, advance):
             run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
@@ -150,7 +151,9 @@ class Edge:
         except ConnectionResetError:  # it was killed with a byte of ours unread
             return b""
         except TimeoutError:
-            raise UnreachableError(f"the edge reported nothing for {SILENCE_SECONDS:.0f} s; its output is in {self._log}") from None
+            raise UnreachableError(
+                f"the edge reported nothing for {SILENCE_SECONDS:.0f} s; its output is in {self._log}"
+            ) from None
 
     def __enter__(self) -> Edge:
         return self
@@ -180,8 +183,7 @@ class _Clouds:
     @property
     def endpoint(self) -> tuple[str, int]:
         """Host and port of the running cloud."""
-        host, _, port = self.address.address.rpartition(":")
-        return host.strip("[]"), int(port)
+        return self.address.host, self.address.port
 
     def kill_worker(self) -> None:
         """SIGKILL the worker's process; Ray starts another one on the same port."""
@@ -193,7 +195,9 @@ class _Clouds:
         self._leave()
         code = self._cloud.terminate()
         if code:
-            raise IsthmusError(f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}")
+            raise IsthmusError(
+                f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}"
+            )
         self._cloud = self._new("--stash-bytes", str(2 * self._entry_bytes(hidden_size)))
         self._cloud.start()
 
@@ -241,7 +245,13 @@ class _DisturbedRun:
     """The training that is disturbed."""
 
     def __init__(
-        self, settings: FaultSettings, folder: Path, clouds: _Clouds, relay: Relay, plan: FaultPlan, advance: Callable[[], None]
+        self,
+        settings: FaultSettings,
+        folder: Path,
+        clouds: _Clouds,
+        relay: Relay,
+        plan: FaultPlan,
+        advance: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._folder = folder
@@ -260,9 +270,10 @@ class _DisturbedRun:
     def _one_life(self) -> bool:
         """Run one edge; True if it came to the training's end, False if it was killed."""
         pin = self._clouds.address.pin
-        address = ConnectionString(f"127.0.0.1:{self._relay.port}", pin, False)
+        address = ConnectionString("127.0.0.1", self._relay.port, pin)
         last = 0
-        with Edge(_task(self._settings, self._folder, "disturbed", address, self._clouds.key), self._folder / "disturbed.log") as edge:
+        task = _task(self._settings, self._folder, "disturbed", address, self._clouds.key)
+        with Edge(task, self._folder / "disturbed.log") as edge:
             for moment in edge.moments():
                 last = moment.retries
                 if self._at(moment, edge):
@@ -271,3 +282,102 @@ class _DisturbedRun:
             self.retries += last
             edge.finish()
         return True
+
+    def _at(self, moment: Moment, edge: Edge) -> bool:
+        """Do what this moment asks for; True if the edge was killed in it."""
+        outcome = self._plan.settle(moment)
+        if outcome is not None:
+            self._relay.disarm()
+            if outcome.counted:
+                self._advance()
+        if moment.phase == "sending":
+            self._asked = (self._relay.bytes_passed("up"), moment.bytes_up)
+        if self._plan.wants_reconnect(moment):
+            self._relay.cut()
+        fault = self._plan.choose(moment)
+        if fault is None:
+            return False
+        if fault.phase == "edge_killed":
+            edge.kill()
+            return True
+        self._inject(fault, moment)
+        return False
+
+    def _inject(self, fault: Fault, moment: Moment) -> None:
+        relay, size = self._relay, moment.bytes_up - self._asked[1]
+        match fault.phase:
+            case "handshake":
+                direction: Direction = "up" if fault.number % 2 else "down"
+                relay.cut_after(IN_HANDSHAKE[direction], direction)
+            case "forward_sending" | "backward_sending":
+                relay.cut_after(MIDDLE * (1 + fault.number % 3), "up")
+            case "forward_waiting" | "backward_waiting":
+                self._delivered(size)
+                relay.cut()
+            case "forward_receiving" | "backward_receiving":
+                relay.cut_after(size // 2, "down")  # an answer is about as long as its question
+            case "cloud_away":
+                relay.refuse_for(AWAY_SECONDS)
+                relay.cut()
+            case "worker_killed":
+                self._delivered(size)
+                self._clouds.kill_worker()
+            case "cloud_restarted":
+                self._delivered(size)
+                self._clouds.restart()
+                relay.point_at(*self._clouds.endpoint)
+            case "stash_evicted":
+                self._clouds.evict()
+
+    def _delivered(self, size: int) -> None:
+        """Wait until the whole question is through the relay: only then the cloud is at work on it."""
+        self._relay.wait_passed("up", self._asked[0] + size, PASSED_SECONDS)
+
+
+def _write_texts(path: Path, count: int) -> None:
+    """Tickets as plain text: every token has a label, so that even the shortest `seq` leaves something to learn."""
+    texts = (ticket.prompt + ticket.completion for ticket in make_tickets(count))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionString, key: Path) -> dict[str, Any]:
+    """The fields of `TrainConfig`: LoRA with dropout, so that the random state has to be resumed too."""
+    return {
+        "cloud": str(cloud), "key": str(key), "data": str(folder / "tickets.jsonl"), "validation_split": 0.0, "out": str(folder / name),
+        "steps": settings.steps, "batch": settings.batch, "max_length": settings.seq, "learning_rate": 1e-3, "dropout": 0.1,
+        "save_every": settings.save_every, "threads": settings.threads, "resume": True,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plan_progress(settings: FaultSettings) -> Iterator[tuple[FaultPlan, Callable[[], None]]]:
+    plan = FaultPlan(settings.phases, settings.per_phase, settings.steps)
+    with stderr_progress("faults", plan.wanted) as advance:
+        yield plan, advance
+
+
+def _write_outcomes(path: Path, plan: FaultPlan) -> None:
+    path.write_text("".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in plan.outcomes))
+
+
+def _figures(plan: FaultPlan, phases: tuple[str, ...]) -> dict[str, Any]:
+    counted = plan.counted()
+    return {
+        "faults": counted.total(),
+        "faults_injected": plan.injected,
+        "faults_by_phase": {phase: counted[phase] for phase in phases},
+    }
+
+
+def _comparison(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, Any]:
+    """What of the disturbed run differs from the other one."""
+    logs = [(out / "losses.jsonl").read_text().splitlines() for out in (undisturbed, disturbed)]
+    seen = Counter(json.loads(line)["step"] for line in logs[1])
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (undisturbed, disturbed))
+    return {
+        "steps_lost": sum(not seen[step] for step in range(1, steps + 1)),
+        "steps_doubled": sum(count > 1 for count in seen.values()),
+        "adapter_identical": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
+        "losses_identical": logs[0] == logs[1],
+        "lora_b_max_abs": max(float(tensor.abs().max()) for name, tensor in other.items() if "lora_B" in name),
+    }
