@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +82,13 @@ class EdgeModelMixin:
                     f"generate({name}=…) needs a key-value cache, which the split model lacks; leave it out"
                 )
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
+
+    def settle_before_forward(self, _base: nn.Module, _args: Any) -> None:
+        """The hook that calls `settle_adapters`.
+
+        On the base model, as AdaLoRA calls this one's `forward` past its hooks.
+        """
+        settle_adapters(self)
 
     def save_pretrained(
         self,
@@ -174,7 +183,7 @@ def load_edge_weights(full_model: nn.Module, folder: Path) -> None:
             state[name].copy_(reader.view(name))
 
 
-def settle_adapters(model: EdgeModelMixin, _args: Any = None) -> None:
+def settle_adapters(model: EdgeModelMixin) -> None:
     """Make each PEFT configuration name exactly the modules that it adapts. Runs before every forward.
 
     PEFT matches names such as `q_proj` in the layers that the edge holds and skips the cloud's. On the whole model
@@ -196,7 +205,18 @@ def settle_adapters(model: EdgeModelMixin, _args: Any = None) -> None:
                     f"choose among the edge's layers {', '.join(map(str, model.split_plan.edge_layers)) or '(none)'}"
                 )
         if everywhere:
-            config.target_modules = _adapted_modules(cast(nn.Module, model), adapter)
+            modules = _adapted_modules(cast(nn.Module, model), adapter)
+            feedforward = getattr(config, "feedforward_modules", None)  # IA3 has a second list, a part of the first
+            if feedforward:
+                config.feedforward_modules = {name for name in modules if _picks(feedforward, name)}
+            config.target_modules = modules
+
+
+def _picks(wanted: str | Iterable[str], name: str) -> bool:
+    """Whether a PEFT list of names, or its regular expression, means a module."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 def _matches(origin: EdgeOrigin, config: Any) -> tuple[list[tuple[int, str]], bool]:

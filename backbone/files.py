@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus.backbone.errors import DiskError, IsthmusError
 from safetensors import SafetensorError
+
+from isthmus.backbone.errors import DiskError, IsthmusError
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"

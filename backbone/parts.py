@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from isthmus.backbone.assembly import build_on_meta, check_materialised, load_parameters, rebuild_buffers, tie_or_load
 from isthmus.backbone.checkpoint import EDGE_FILE, TensorReader, read_json, write_json
-from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights, settle_adapters
+from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights
 from isthmus.backbone.errors import PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
@@ -80,7 +80,7 @@ def load_edge_parts(
     cls = type(model)
     model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied, site_names)
-    model.register_forward_pre_hook(settle_adapters)
+    base.register_forward_pre_hook(model.settle_before_forward)
     return model
 
 

@@ -1,6 +1,7 @@
 """The command `isthmus`: composes the parts' commands and turns errors into one line and an exit code.
 
-Nothing here, and nothing that the command modules import at their top, loads torch, transformers, grpc or ray: `isthmus --help` answers at once.
+Nothing here, and nothing that the command modules import at their top, loads torch, transformers, grpc or ray: `isthmus
+--help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from isthmus.backbone.errors import DiskError, IsthmusError
 from isthmus.cloud.commands import app as cloud
 from isthmus.edge.commands import app as edge
@@ -40,7 +42,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Tune a language model whose owner may not show its weights, on data whose owner may not show them."""
 
@@ -54,7 +58,10 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _internal(error)
-        _fail(f"the disk is full while writing {error.filename or 'a file'}: free some space and run again", DiskError.exit_code)
+        _fail(
+            f"the disk is full while writing {error.filename or 'a file'}: free some space and run again",
+            DiskError.exit_code,
+        )
     except Exception as error:  # noqa: BLE001 - the last line of defence: nobody is shown a traceback unless they ask
         _internal(error)
 

@@ -43,7 +43,9 @@ def enroll(
     home: Home = DEFAULT_HOME,
     name: Annotated[str | None, typer.Option(help="The tenant's name; by default the key's comment.")] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions that the tenant may have open at once.")] = 4,
-    max_bytes_in_flight: Annotated[str, typer.Option(help="Bytes of calls that the tenant may have in flight.")] = "1GiB",
+    max_bytes_in_flight: Annotated[
+        str, typer.Option(help="Bytes of calls that the tenant may have in flight.")
+    ] = "1GiB",
 ) -> None:
     """Let an edge in: add its public key to `authorized_edges`. A running cloud notices by itself.
 
@@ -62,20 +64,34 @@ def enroll(
 def serve(
     model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
     home: Home = DEFAULT_HOME,
-    edge_layers: Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")] = "2:2",
-    listen: Annotated[str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")] = "127.0.0.1:7443",
-    advertise: Annotated[str | None, typer.Option(help="Host that edges are told; by default the one of --listen.")] = None,
-    metrics: Annotated[str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")] = "127.0.0.1:9464",
+    edge_layers: Annotated[
+        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
+    ] = "2:2",
+    listen: Annotated[
+        str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")
+    ] = "127.0.0.1:7443",
+    advertise: Annotated[
+        str | None, typer.Option(help="Host that edges are told; by default the one of --listen.")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")
+    ] = "127.0.0.1:9464",
     dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "fp32",
     stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the computation; by default all cores.")] = None,
-    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the computation; by default all cores.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
     connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
-    tls_client_ca: Annotated[Path | None, typer.Option(help="CA (PEM) that edges' TLS certificates must come from.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="CA (PEM) that edges' TLS certificates must come from.")
+    ] = None,
 ) -> None:
     """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
 

@@ -1,14 +1,14 @@
 """The span's executor: forward, input gradient, and the stash of forward states between the two.
 
-A worker is a pure function of its input, because the backbone is frozen. The stash is therefore only ever a saving of time: whatever it has
-forgotten is computed again, and the answer has the same bits.
+A worker is a pure function of its input, because the backbone is frozen. The stash is therefore only ever a saving of
+time: whatever it has forgotten is computed again, and the answer has the same bits.
 
     kept     autograd graph of the forward; backward costs one backward
     input    the graph was evicted, the span's input is still here; backward costs one forward more
     lost     nothing is here; `StashLost` asks the edge to send the input again
 
-All of it lives within one budget of bytes, over all sessions of the worker. Over budget, the oldest graphs shrink to their inputs first; if
-that is not enough, the oldest inputs go.
+All of it lives within one budget of bytes, over all sessions of the worker. Over budget, the oldest graphs shrink to
+their inputs first; if that is not enough, the oldest inputs go.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class StashLost(Exception):  # noqa: N818 - a signal between the executor and th
 class SpanInput:
     """What a span is a function of.
 
-    Shape: hidden [batch, sequence, hidden size]; attention_mask [batch, sequence] or None; position_ids [batch or 1, sequence] or None.
+    Shape: hidden [batch, sequence, hidden size]; attention_mask [batch, sequence] or None; position_ids [batch or 1,
+    sequence] or None.
     """
 
     hidden: Tensor
@@ -53,7 +54,10 @@ class _Entry:
         return self.inputs.nbytes + (self.graph_bytes if self.output is not None else 0)
 
     def wipe(self) -> None:
-        """Overwrite the activations that crossed the strip; what the graph held besides is freed, which is best effort."""
+        """Overwrite the activations that crossed the strip.
+
+        What the graph held besides is freed, which is best effort.
+        """
         self.output = None
         self.inputs.hidden.detach().zero_()
 
@@ -177,7 +181,8 @@ class Executor:
 
     def _run(self, inputs: SpanInput) -> tuple[Tensor, int]:
         leaf, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
-        # The size of a graph depends on shapes (and on whether a mask is needed at all), so it is measured once for each.
+        # The size of a graph depends on shapes (and on whether a mask is needed at all), so it is measured once for
+        # each.
         dense = mask is None or bool(mask.all())
         key = (tuple(leaf.shape), dense, None if positions is None else tuple(positions.shape))
         known = self._graph_bytes.get(key)

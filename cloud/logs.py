@@ -1,4 +1,7 @@
-"""Structured logs: one JSON object a line, of events and counts. Activations, texts, keys and tokens have no field to be in."""
+"""Structured logs: one JSON object a line, of events and counts.
+
+Activations, texts, keys and tokens have no field to be in.
+"""
 
 from __future__ import annotations
 

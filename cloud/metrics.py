@@ -1,4 +1,7 @@
-"""What a worker tells its operator: Prometheus metrics and a JSON status, on a port of their own. Counts and times, never content."""
+"""What a worker tells its operator: Prometheus metrics and a JSON status, on a port of their own.
+
+Counts and times, never content.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from isthmus.protocol.errors import PortInUseError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+from isthmus.protocol.errors import PortInUseError
 
 
 class Metrics:
@@ -22,11 +26,15 @@ class Metrics:
         self.handshakes = Counter("isthmus_handshakes", "Handshakes by outcome.", ["outcome"], registry=self.registry)
         self.calls = Counter("isthmus_calls", "Answered calls.", ["operation"], registry=self.registry)
         self.tokens = Counter("isthmus_tokens", "Token positions computed.", ["operation"], registry=self.registry)
-        self.refused = Counter("isthmus_refused", "Calls answered with a status instead.", ["status"], registry=self.registry)
+        self.refused = Counter(
+            "isthmus_refused", "Calls answered with a status instead.", ["status"], registry=self.registry
+        )
         self.bytes = Counter("isthmus_bytes", "Bytes of sealed frames.", ["direction"], registry=self.registry)
         self.seconds = Histogram("isthmus_call_seconds", "Computation per call.", ["operation"], registry=self.registry)
         self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
-        self.evictions = Gauge("isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry)
+        self.evictions = Gauge(
+            "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry
+        )
         self.recomputed = Gauge("isthmus_recomputed", "Forwards computed again for a backward.", registry=self.registry)
 
 
@@ -36,7 +44,10 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], dict[str, Any]]) -> WSGIServer:
-    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`. Raises PortInUseError."""
+    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`.
+
+    Raises PortInUseError.
+    """
     prometheus: WSGIApplication = make_wsgi_app(metrics.registry)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -52,6 +63,8 @@ def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], d
     try:
         server = make_server(host, port, app, handler_class=_QuietHandler)
     except OSError as error:
-        raise PortInUseError(f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another --metrics") from None
+        raise PortInUseError(
+            f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another --metrics"
+        ) from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -1,7 +1,7 @@
 """`isthmus cloud serve`: prepares the model, starts or joins Ray, starts the worker, and stops it gracefully.
 
-Ray is a trust domain of its own. Its ports listen on every interface whatever it is told, so token authentication is always on, with a token
-that only this user can read, and the ports are printed for the firewall's sake.
+Ray is a trust domain of its own. Its ports listen on every interface whatever it is told, so token authentication is
+always on, with a token that only this user can read, and the ports are printed for the firewall's sake.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.files import write_atomic
@@ -25,12 +28,11 @@ from isthmus.cloud.worker import DTYPES, Worker, WorkerSpec
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import load_worker
-from rich.console import Console
 
 NAMESPACE = "isthmus"
 
-# glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times slower), and idle
-# OpenMP threads of one process spin on the cores that the other needs.
+# glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
+# slower), and idle OpenMP threads of one process spin on the cores that the other needs.
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -60,17 +62,26 @@ class Serving:
         try:
             ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
         except ConnectionError as error:
-            raise UnreachableError(f"no Ray cluster answers at {address}: check --address and the cluster ({error})") from None
+            raise UnreachableError(
+                f"no Ray cluster answers at {address}: check --address and the cluster ({error})"
+            ) from None
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
-        actor = ray.remote(max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": environment})(Worker)
+        actor = ray.remote(max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": environment})(
+            Worker
+        )
         self._worker = actor.remote(spec)
         self.port: int = self._get(self._worker.port.remote())
 
     def ray_ports(self) -> list[int]:
         """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
-        node = next(node for node in self._ray.nodes() if node["NodeID"] == self._ray.get_runtime_context().get_node_id())
+        node = next(
+            node for node in self._ray.nodes() if node["NodeID"] == self._ray.get_runtime_context().get_node_id()
+        )
         control = self._ray.get_runtime_context().gcs_address.rpartition(":")[2]
-        ports = {int(control), *(node.get(name, 0) for name in ("NodeManagerPort", "ObjectManagerPort", "RuntimeEnvAgentPort"))}
+        ports = {
+            int(control),
+            *(node.get(name, 0) for name in ("NodeManagerPort", "ObjectManagerPort", "RuntimeEnvAgentPort")),
+        }
         return sorted(ports - {0})
 
     def drain(self, grace: float) -> bool:
@@ -188,13 +199,23 @@ def _claim(listen: str, option: str = "--listen") -> str:
     except socket.gaierror:
         raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
     except OSError as error:
-        raise PortInUseError(f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another {option}") from None
+        raise PortInUseError(
+            f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another {option}"
+        ) from None
 
 
 def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, str]:
     for path in (cert, key, client_ca):
         if path is not None and not path.is_file():
             raise ConfigError(f"the TLS file {path} does not exist: check the path")
+    try:  # gRPC would say only that it cannot listen
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except OSError as error:
+        files = ", ".join(str(path) for path in (cert, key, client_ca) if path is not None)
+        raise ConfigError(f"the TLS files {files} are no PEM certificate and its key ({error}): check them") from None
     return {
         "tls_cert": str(cert.absolute()),
         "tls_key": str(key.absolute()),

@@ -1,7 +1,8 @@
 """The worker's data plane: a grpc.aio server whose streams carry sealed sessions.
 
-One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a compute thread, so the
-health service answers all the while. Ray is not mentioned here: the worker actor starts this server, and tests start it without one.
+One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a
+compute thread, so the health service answers all the while. Ray is not mentioned here: the worker actor starts this
+server, and tests start it without one.
 
 Draining: no new session is admitted, the calls in flight are answered, then every stream gets a `Goodbye` and ends.
 """
@@ -22,6 +23,7 @@ import grpc
 import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
@@ -32,8 +34,8 @@ from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
 from isthmus.protocol.sealing import wipe
+from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
 from isthmus.protocol.session import CloudSession, Received
 
 HANDSHAKE_SECONDS = 10.0
@@ -42,7 +44,10 @@ MAX_HALF_OPEN = 64
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """PEM bytes of the outer TLS layer: the server's key and certificate chain, and a CA where clients must show a certificate."""
+    """PEM bytes of the outer TLS layer.
+
+    The server's key and certificate chain, and a CA where clients must show a certificate.
+    """
 
     key: bytes = field(repr=False)
     cert: bytes
@@ -84,7 +89,9 @@ class StripServer:
         threads: torch threads of the compute thread.
     """
 
-    def __init__(self, served: Served, identity: WorkerIdentity, edges: Callable[[], AuthorizedEdges], threads: int) -> None:
+    def __init__(
+        self, served: Served, identity: WorkerIdentity, edges: Callable[[], AuthorizedEdges], threads: int
+    ) -> None:
         self.metrics = Metrics()
         self._served = served
         self._identity = identity
@@ -117,7 +124,9 @@ class StripServer:
         server = grpc.aio.server(options=options)
         # No serializers: a gRPC message is a frame, and a frame is bytes.
         session = grpc.stream_stream_rpc_method_handler(self._session)
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})])
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})]
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             if tls is None:
@@ -137,7 +146,10 @@ class StripServer:
         return int(port)
 
     async def drain(self, grace: float) -> bool:
-        """Stop admitting sessions, answer the calls in flight, say goodbye. True if all were answered within `grace` seconds."""
+        """Stop admitting sessions, answer the calls in flight, say goodbye.
+
+        True if all were answered within `grace` seconds.
+        """
         if self._server is None:
             return True
         log("draining", in_flight=self._in_flight, sessions=len(self._open))
@@ -176,7 +188,9 @@ class StripServer:
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One stream: the handshake, then calls until either side ends it."""
         if self._half_open >= MAX_HALF_OPEN:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment")
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment"
+            )
         limits = Limits(max_message_bytes=self._served.info.limits.max_message_bytes)
         protocol = CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
         stream = SealedStream(protocol, frames, context, self.metrics)
@@ -232,7 +246,9 @@ class StripServer:
         allowed = session.tenant.quota.max_sessions
         if count >= allowed:
             return m.Status(
-                m.StatusCode.OVER_QUOTA, None, f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one"
+                m.StatusCode.OVER_QUOTA,
+                None,
+                f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
             )
         self._open[session.id] = session
         self.metrics.sessions.set(len(self._open))
@@ -242,7 +258,9 @@ class StripServer:
     async def _converse(self, stream: SealedStream, session: _Open) -> None:
         served = self._served
         info = served.info
-        work = TenantSession(session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call)
+        work = TenantSession(
+            session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call
+        )
         try:
             if self._draining:
                 session.end("draining")
@@ -260,8 +278,8 @@ class StripServer:
         finally:
             del self._open[session.id]
             self.metrics.sessions.set(len(self._open))
-            # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain that was
-            # cut short there is no thread any more, and no need.
+            # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain
+            # that was cut short there is no thread any more, and no need.
             with contextlib.suppress(RuntimeError):
                 self._compute.submit(work.close)
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)

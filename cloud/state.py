@@ -35,13 +35,18 @@ def read_status(home: Path) -> dict[str, Any]:
     try:
         state = json.loads((home / STATE_FILE).read_text())
     except FileNotFoundError:
-        raise UnreachableError(f"no cloud serves with the home {home}: start one with `isthmus cloud serve`, or give --home") from None
+        raise UnreachableError(
+            f"no cloud serves with the home {home}: start one with `isthmus cloud serve`, or give --home"
+        ) from None
     if not state["metrics"]:
-        raise ConfigError("this cloud was started with --metrics '' and tells nobody how it is: start it with an address")
+        raise ConfigError(
+            "this cloud was started with --metrics '' and tells nobody how it is: start it with an address"
+        )
     try:
         with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
             return {"connection": state["connection"], **json.load(response)}
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise UnreachableError(
-            f"the cloud (process {state['pid']}) does not answer at {state['metrics']} ({error}): it is starting, restarting or gone"
+            f"the cloud (process {state['pid']}) does not answer at {state['metrics']} ({error}): "
+            "it is starting, restarting or gone"
         ) from None

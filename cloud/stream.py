@@ -1,4 +1,7 @@
-"""A sealed session over one grpc.aio stream, seen from the server: messages instead of frames, and meters for bytes and time."""
+"""A sealed session over one grpc.aio stream, seen from the server.
+
+Messages instead of frames, and meters for bytes and time.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class SealedStream:
                 return "accepted"
 
     async def receive(self, unless: asyncio.Event) -> Received | None:
-        """Wait for the next whole message; None where the stream ended, or where `unless` was set before one was whole."""
+        """Wait for the next whole message.
+
+        None where the stream ended, or where `unless` was set before one was whole.
+        """
         stop = asyncio.ensure_future(unless.wait())
         arrival: asyncio.Future[bytes | None] | None = None
         try:
@@ -77,7 +83,10 @@ class SealedStream:
             await self._write((frame,))
 
     def take_crypto_ns(self) -> int:
-        """Nanoseconds of sealing and opening since the last call: this request's opening and the last answer's sealing."""
+        """Nanoseconds of sealing and opening since the last call.
+
+        This request's opening and the last answer's sealing.
+        """
         taken, self._crypto_ns = self._crypto_ns, 0
         return taken
 

@@ -1,4 +1,4 @@
-"""One tenant's session above the protocol: a message comes in, a message goes out. No sockets, no clock of its own, no threads.
+"""One tenant's session above the protocol: a message comes in, a message goes out. No sockets and no threads.
 
 `TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread.
 """
@@ -33,7 +33,10 @@ class PartFile:
 
 
 class Parts:
-    """The files that an edge may fetch: config, tokenizer, embedding, its own layers, norm and head. Nothing else of the model."""
+    """The files that an edge may fetch: config, tokenizer, embedding, its own layers, norm and head.
+
+    Nothing else of the model.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, PartFile] = {}
@@ -41,7 +44,9 @@ class Parts:
             if path.is_symlink() or not path.is_file():
                 continue
             with path.open("rb") as file:
-                self._files[path.name] = PartFile(path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest())
+                self._files[path.name] = PartFile(
+                    path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest()
+                )
 
     def listing(self) -> m.FileList:
         """Name, size and hash of every file."""
@@ -112,14 +117,20 @@ class TenantSession:
             return m.Status(m.StatusCode.BAD_REQUEST, call, str(error)[: m.MAX_TEXT])
         except RuntimeError as error:  # torch's own, out of memory for one; its text could quote values
             log("call_failed", logging.ERROR, error=type(error).__name__, operation=operation)
-            return m.Status(m.StatusCode.INTERNAL, call, f"the span failed ({type(error).__name__}); the cloud's owner has a log of it")
+            return m.Status(
+                m.StatusCode.INTERNAL,
+                call,
+                f"the span failed ({type(error).__name__}); the cloud's owner has a log of it",
+            )
 
     def _forward(self, message: m.Forward) -> m.ForwardReply:
         inputs = self._inputs(message.inputs)
         start = time.perf_counter_ns()
         output = self.executor.forward(self.session_id, message.id.call, inputs, keep=message.keep)
         compute = time.perf_counter_ns() - start
-        return m.ForwardReply(message.id, encode(output, codec_by_id(message.reply_codec).name, Role.ACTIVATION), compute, 0, 0)
+        return m.ForwardReply(
+            message.id, encode(output, codec_by_id(message.reply_codec).name, Role.ACTIVATION), compute, 0, 0
+        )
 
     def _backward(self, message: m.Backward) -> m.BackwardReply:
         gradient = decode(message.gradient)
@@ -127,7 +138,9 @@ class TenantSession:
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
         expected = kept if kept is not None or replay is None else replay.hidden.shape
         if expected is not None and gradient.shape != expected:
-            raise ValueError(f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}")
+            raise ValueError(
+                f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}"
+            )
         start = time.perf_counter_ns()
         result, recomputed = self.executor.backward(self.session_id, message.id.call, gradient, replay)
         compute = time.perf_counter_ns() - start
@@ -137,14 +150,21 @@ class TenantSession:
     def _inputs(self, sent: m.SpanInputs) -> SpanInput:
         hidden = decode(sent.hidden)
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]")
+            raise ValueError(
+                f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]"
+            )
         batch, sequence = hidden.shape[:2]
         if batch * sequence > self.max_tokens:
-            raise ValueError(f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: send less at a time")
+            raise ValueError(
+                f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
+                "send less at a time"
+            )
         mask = None if sent.attention_mask is None else decode(sent.attention_mask)
         if mask is not None and mask.shape != (batch, sequence):
             raise ValueError(f"an attention mask of shape {list(mask.shape)} does not fit {batch} x {sequence} tokens")
         positions = None if sent.position_ids is None else decode(sent.position_ids).long()
-        if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence):
+        if positions is not None and (
+            positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence
+        ):
             raise ValueError(f"position ids of shape {list(positions.shape)} do not fit {batch} x {sequence} tokens")
         return SpanInput(hidden, mask, positions)

@@ -1,7 +1,7 @@
 """The worker: a Ray actor that holds one span and runs one data plane.
 
-Ray restarts it when its process dies. The server is started from `__init__`, so a restarted worker is back on the same port without anybody
-calling it; the edges reconnect by themselves. Activations never enter Ray's object store.
+Ray restarts it when its process dies. The server is started from `__init__`, so a restarted worker is back on the same
+port without anybody calling it; the edges reconnect by themselves. Activations never enter Ray's object store.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -68,7 +69,9 @@ class Worker:
 
     def _start(self, spec: WorkerSpec) -> None:
         log_to(Path(spec.log_file) if spec.log_file else None)
-        self._server = StripServer(served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads)
+        self._server = StripServer(
+            served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
@@ -78,7 +81,10 @@ class Worker:
             serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
 
     def port(self) -> int:
-        """The port that the worker listens on; answering means that it is ready. Raises IsthmusError where it could not start."""
+        """The port that the worker listens on; answering means that it is ready.
+
+        Raises IsthmusError where it could not start.
+        """
         if self._failure is not None:
             raise self._failure
         return self._port
@@ -102,6 +108,7 @@ class EdgesFile:
         self._edges = AuthorizedEdges.parse("")
 
     def __call__(self) -> AuthorizedEdges:
+        """Who is enrolled now: nobody where there is no file, the last good list where it is malformed."""
         try:
             stat = self._path.stat()
         except FileNotFoundError:

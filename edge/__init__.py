@@ -1,9 +1,9 @@
 """The data owner's side: an ordinary transformers model whose middle layers run in the cloud.
 
-    from isthmus.edge import connect
+from isthmus.edge import connect
 
-    with connect("isthmus://host:7443#SHA256:…") as link:
-        model = link.load_model()
+with connect("isthmus://host:7443#SHA256:…") as link:
+    model = link.load_model()
 """
 
 from __future__ import annotations

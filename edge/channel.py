@@ -1,7 +1,8 @@
 """One sealed session over one stream: the handshake, then one question and one answer at a time.
 
-The channel lives as long as its stream. What breaks it is a `ConnectionLostError` (the network's fault) or a `RemoteProtocolError` (frames that
-do not open); either way it is closed, its keys are wiped, and the link opens another.
+The channel lives as long as its stream. What breaks it is a `ConnectionLostError` (the network's fault) or a
+`RemoteProtocolError` (frames that do not open); either way it is closed, its keys are wiped, and the link opens
+another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from isthmus.edge.transport import Stream
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError
@@ -24,7 +26,10 @@ GOODBYE_SECONDS = 2.0
 
 @dataclass(slots=True)
 class Traffic:
-    """What went over a link so far. Bytes are those of whole frames, prefixes and tags included; times are in nanoseconds."""
+    """What went over a link so far. Bytes are those of whole frames, prefixes and tags included.
+
+    Times are in nanoseconds.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -37,8 +42,8 @@ class Traffic:
     queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
 
 
-# Told of each phase as it begins: what is asked ("handshake", or the question's name: "forward", "backward", "attach", …), and how far it is
-# ("sending", "waiting", "receiving", "idle").
+# Told of each phase as it begins: what is asked ("handshake", or the question's name: "forward", "backward", "attach",
+# …), and how far it is ("sending", "waiting", "receiving", "idle").
 Observer = Callable[[str, str], None]
 
 
@@ -59,7 +64,13 @@ class Channel:
     """
 
     def __init__(
-        self, stream: Stream, pin: Fingerprint, key: Ed25519PrivateKey, link: bytes, traffic: Traffic, observer: Observer
+        self,
+        stream: Stream,
+        pin: Fingerprint,
+        key: Ed25519PrivateKey,
+        link: bytes,
+        traffic: Traffic,
+        observer: Observer,
     ) -> None:
         self._stream = stream
         self._traffic = traffic

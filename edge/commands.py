@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from isthmus.edge.config import TrainConfig, load_config
 
-app = typer.Typer(help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True)
+app = typer.Typer(
+    help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
+)
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
+INTERRUPTED = 130  # as shells say it
 
 
 @app.command()
 def keygen(
-    out: Annotated[Path, typer.Option(help="Where the private key goes; the public one gets `.pub` behind it.")] = DEFAULT_KEY,
+    out: Annotated[
+        Path, typer.Option(help="Where the private key goes; the public one gets `.pub` behind it.")
+    ] = DEFAULT_KEY,
     comment: Annotated[str, typer.Option(help="A name for the key, which the cloud's owner sees.")] = "",
 ) -> None:
     """Make this edge's key pair. Send the .pub file to the cloud's owner.
@@ -53,7 +59,10 @@ def _flags(skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
         )
         flags.append(
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_plain(field.annotation) | None, option]
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_plain(field.annotation) | None, option],
             )
         )
     return flags
@@ -78,7 +87,9 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_flags
 def train(
-    config: Annotated[Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
     **flags: Any,
 ) -> None:
@@ -91,14 +102,20 @@ def train(
     settings = load_config(config, flags)
     from isthmus.edge.run import run_training
 
-    report = run_training(settings)
+    try:
+        report = run_training(settings)
+    except KeyboardInterrupt as stop:
+        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     typer.echo(report.to_json() if as_json else report.lines(settings.out))
 
 
 @app.command("eval")
 @_with_flags
 def evaluate(
-    config: Annotated[Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT folder; without it, the model as it is served.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **flags: Any,
@@ -135,7 +152,15 @@ def generate(
     """
     settings = load_config(
         None,
-        {"cloud": cloud, "key": key, "data": "-", "codec": codec, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key},
+        {
+            "cloud": cloud,
+            "key": key,
+            "data": "-",
+            "codec": codec,
+            "tls_ca": tls_ca,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+        },
     )
     from isthmus.edge.run import open_link, run_generation
 

@@ -107,6 +107,7 @@ class TrainConfig(BaseModel):
         "fp32", description="How activations and gradients cross the strip."
     )
     threads: int | None = Field(None, ge=1, description="Threads of torch on the edge; torch's own choice by default.")
+    connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
     give_up_after: float = Field(
         600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
     )

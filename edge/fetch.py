@@ -1,18 +1,23 @@
-"""Fetching the edge's parts from the cloud, over the sealed session, into the cache. An interrupted download goes on where it stopped."""
+"""Fetching the edge's parts from the cloud, over the sealed session, into the cache.
+
+An interrupted download goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from isthmus.backbone.files import disk_errors
 from isthmus.backbone.sources import default_cache
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import RemoteProtocolError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 R = TypeVar("R", bound=m.Message)
 
@@ -47,30 +52,37 @@ def fetch_parts(info: m.SessionInfo, call: Call) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"fetching the edge's parts of {info.model}", total=sum(entry.size for entry in missing))
+            task = progress.add_task(
+                f"fetching the edge's parts of {info.model}", total=sum(entry.size for entry in missing)
+            )
             for entry in missing:
                 _fetch(folder, entry, call, lambda n: progress.advance(task, n))
     return folder
 
 
 def _fetch(folder: Path, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
-    # The hash is in the partial file's name, so that a file which changed on the other side is not continued with the new one's bytes.
-    partial = folder / f".{entry.name}.{entry.sha256.hex()[:16]}.part"
-    offset = min(partial.stat().st_size, entry.size) if partial.exists() else 0
+    # The hash is in the partial file's name, so that a file which changed on the other side is not continued with the
+    # new one's bytes.
+    unfinished = folder / f".{entry.name}.{entry.sha256.hex()[:16]}.part"
+    offset = min(unfinished.stat().st_size, entry.size) if unfinished.exists() else 0
     advance(offset)
-    with partial.open("ab") as file:
+    with unfinished.open("ab") as file:
         file.truncate(offset)
         while offset < entry.size:
-            piece = call(m.Blob, lambda attempt: m.Fetch(entry.name, offset))
+            piece = call(m.Blob, partial(_ask, entry.name, offset))
             if (piece.name, piece.offset, piece.total) != (entry.name, offset, entry.size) or not len(piece.data):
                 raise RemoteProtocolError(f"the cloud sent another piece of {entry.name} than the one at {offset}")
             file.write(piece.data)
             offset += len(piece.data)
             advance(len(piece.data))
-    if not _whole(partial, entry):
-        partial.unlink()
+    if not _whole(unfinished, entry):
+        unfinished.unlink()
         raise RemoteProtocolError(f"{entry.name} arrived with another hash than the cloud announced: fetch it again")
-    partial.replace(folder / entry.name)
+    unfinished.replace(folder / entry.name)
+
+
+def _ask(name: str, offset: int, attempt: int) -> m.Fetch:
+    return m.Fetch(name, offset)
 
 
 def _whole(path: Path, entry: m.FileEntry) -> bool:
@@ -78,4 +90,3 @@ def _whole(path: Path, entry: m.FileEntry) -> bool:
         return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest() == entry.sha256
-

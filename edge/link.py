@@ -1,8 +1,9 @@
 """The link: a connection to a cloud that survives its connections.
 
-A call is a pure function of what is sent, because the backbone is frozen. So whatever breaks (the stream, the worker, the cloud's memory of a
-forward), the link opens a new session with new keys and repeats the call; the training loop sees a delay. An optimizer step is the edge's own
-and happens once. The link gives up, with an error, when the cloud has stayed away for `give_up_after` seconds.
+A call is a pure function of what is sent, because the backbone is frozen. So whatever breaks (the stream, the worker,
+the cloud's memory of a forward), the link opens a new session with new keys and repeats the call; the training loop
+sees a delay. An optimizer step is the edge's own and happens once. The link gives up, with an error, when the cloud has
+stayed away for `give_up_after` seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
 from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.channel import Channel, Observer, Traffic
@@ -37,9 +40,15 @@ from isthmus.protocol.codecs import (
     encode_positions,
 )
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.errors import ConnectionLostError, LocalProtocolError, OverQuotaError, RefusedError, RemoteProtocolError, UnreachableError
+from isthmus.protocol.errors import (
+    ConnectionLostError,
+    LocalProtocolError,
+    OverQuotaError,
+    RefusedError,
+    RemoteProtocolError,
+    UnreachableError,
+)
 from isthmus.protocol.keys import Fingerprint, load_edge
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +106,13 @@ def connect(
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
     transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
     link = Link(
-        transport, where.pin, private, name=where.address, codec=codec, give_up_after=give_up_after, call_timeout=call_timeout
+        transport,
+        where.pin,
+        private,
+        name=where.address,
+        codec=codec,
+        give_up_after=give_up_after,
+        call_timeout=call_timeout,
     )
     link.open(connect_timeout)
     return link
@@ -175,8 +190,8 @@ class Link:
     def load_model(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole architecture as a transformers model whose middle layers run in the cloud.
 
-        The edge's own layers, the embedding, the norm and the head are fetched once and kept in the cache; layers keep their original
-        numbers, and the cloud's have no weights here.
+        The edge's own layers, the embedding, the norm and the head are fetched once and kept in the cache; layers keep
+        their original numbers, and the cloud's have no weights here.
         """
         from isthmus.backbone.parts import load_edge_parts
 
@@ -202,13 +217,23 @@ class Link:
             reply = self._call(
                 m.ForwardReply,
                 lambda attempt: m.Forward(
-                    m.CallId(self._step, call, attempt), keep, sent.hidden, sent.attention_mask, sent.position_ids, codec
+                    m.CallId(self._step, call, attempt),
+                    keep,
+                    sent.hidden,
+                    sent.attention_mask,
+                    sent.position_ids,
+                    codec,
                 ),
             )
             return self._result(reply.hidden, hidden.shape), KeptCall(call, self.traffic.sessions)
 
     def backward_span(
-        self, kept: KeptCall, gradient: Tensor, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        kept: KeptCall,
+        gradient: Tensor,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
     ) -> Tensor:
         """The gradient of the span's input; see `isthmus.edge.remote_span.SpanLink`."""
         sent = encode(_finite(gradient, "the gradient for the cloud's layers"), self._codec, Role.GRADIENT)
@@ -229,7 +254,9 @@ class Link:
                 try:
                     reply = self._call(m.BackwardReply, question)
                 except _StashLostError:
-                    raise RemoteProtocolError("the cloud says that it lost a forward state whose input it was just sent") from None
+                    raise RemoteProtocolError(
+                        "the cloud says that it lost a forward state whose input it was just sent"
+                    ) from None
             return self._result(reply.gradient, hidden.shape)
 
     def begin_step(self, step: int) -> None:
@@ -254,7 +281,7 @@ class Link:
         """The worker's largest resident memory so far, in bytes; None where the cloud does not answer."""
         with self._lock:
             try:
-                return self._call(m.Pong, lambda attempt: m.Ping(attempt)).peak_bytes
+                return self._call(m.Pong, m.Ping).peak_bytes
             except UnreachableError:
                 return None
 
@@ -285,7 +312,8 @@ class Link:
         tokens, limit = hidden.shape[0] * hidden.shape[1], self.info.limits.max_tokens_per_call
         if tokens > limit:  # the cloud would cut the stream in the middle of a message that is far too large
             raise RefusedError(
-                f"{hidden.shape[0]} x {hidden.shape[1]} tokens in one call; the cloud takes at most {limit}: use smaller batches"
+                f"{hidden.shape[0]} x {hidden.shape[1]} tokens in one call; the cloud takes at most {limit}: "
+                "use smaller batches"
             )
         return m.SpanInputs(
             encode(_finite(hidden, "the hidden states for the cloud's layers"), self._codec, Role.ACTIVATION),
@@ -323,7 +351,9 @@ class Link:
     def _retrying(self, patience: float, work: Callable[[int], T], since: float | None = None) -> T:
         """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on."""
         if self._closed:
-            raise LocalProtocolError(f"the link to {self._name} is closed: use its model inside `with connect(…) as link:`")
+            raise LocalProtocolError(
+                f"the link to {self._name} is closed: use its model inside `with connect(…) as link:`"
+            )
         attempt = faults = 0
         pause = BACKOFF_FIRST
         deadline = None if since is None else since + patience
@@ -343,7 +373,8 @@ class Link:
             deadline = deadline or now + patience
             if now >= deadline:
                 raise UnreachableError(
-                    f"the cloud at {self._name} stayed away for {patience:.0f} s ({reason}): check that it runs and can be reached"
+                    f"the cloud at {self._name} stayed away for {patience:.0f} s ({reason}): "
+                    "check that it runs and can be reached"
                 )
             time.sleep(min(pause * self._jitter.uniform(0.5, 1.0), deadline - now))
             pause = min(pause * BACKOFF_FACTOR, BACKOFF_MOST)
@@ -356,23 +387,31 @@ class Link:
             return self._channel
         try:
             stream = self._transport.open()
-            channel = Channel(stream, self._pin, self._key, self._link_id, self.traffic, lambda *phase: self.observer(*phase))
+            channel = Channel(stream, self._pin, self._key, self._link_id, self.traffic, self._observe)
         except RefusedError as error:
             if self._info is None:
                 raise
-            raise ConnectionLostError(str(error)) from None  # it took us before, and may again: a worker that drains, say
+            raise ConnectionLostError(
+                str(error)
+            ) from None  # it took us before, and may again: a worker that drains, say
         if self._info is not None and (channel.info.digest, channel.info.plan) != (self._info.digest, self._info.plan):
             channel.close()
             raise CheckpointError(
-                f"the cloud at {self._name} now serves {channel.info.model} split {channel.info.plan}, another model than "
-                f"{self._info.model} split {self._info.plan} before: start the run anew, or serve the old model again"
+                f"the cloud at {self._name} now serves {channel.info.model} split {channel.info.plan}, another model "
+                f"than {self._info.model} split {self._info.plan} before: start the run anew, or serve the old model "
+                "again"
             )
         if self._codec not in channel.info.codecs:
             channel.close()
-            raise ConfigError(f"the cloud does not speak the codec {self._codec!r}: choose one of {', '.join(channel.info.codecs)}")
+            raise ConfigError(
+                f"the cloud does not speak the codec {self._codec!r}: choose one of {', '.join(channel.info.codecs)}"
+            )
         self._info = channel.info
         self._channel = channel
         return channel
+
+    def _observe(self, question: str, phase: str) -> None:
+        self.observer(question, phase)  # looked up each time: it may be replaced while a channel is open
 
     def _drop(self) -> None:
         if self._channel is not None:
@@ -395,10 +434,14 @@ def _error(status: m.Status) -> Exception:
         case m.StatusCode.OVER_QUOTA:
             return OverQuotaError(f"the cloud refused the call (over quota): {status.message}")
         case _:
-            return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {status.message}")
+            return RefusedError(
+                f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {status.message}"
+            )
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        raise NonFiniteError(f"{what} hold NaN or infinity: lower the learning rate, or look for bad values in the adapter")
+        raise NonFiniteError(
+            f"{what} hold NaN or infinity: lower the learning rate, or look for bad values in the adapter"
+        )
     return tensor

@@ -1,8 +1,8 @@
 """The cloud's layers as one differentiable function of hidden states.
 
-The backbone is frozen, so the function has one input that can want a gradient. The input is kept on the edge until the backward has been
-answered: whatever happens to the cloud's stash or to the connection, the call can be repeated and gives the same bits (Petals keeps inputs
-for the same reason, Borzunov et al., 2023).
+The backbone is frozen, so the function has one input that can want a gradient. The input is kept on the edge until the
+backward has been answered: whatever happens to the cloud's stash or to the connection, the call can be repeated and
+gives the same bits (Petals keeps inputs for the same reason, Borzunov et al., 2023).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class RemoteSpan:
 
     def __call__(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Hidden states [batch, sequence, hidden size] after the span; same dtype and device as the input."""
-        # Nothing trainable below the span, or no gradients wanted: no backward will come, and the cloud need not keep anything for it.
+        # Nothing trainable below the span, or no gradients wanted: no backward will come, and the cloud need not keep
+        # anything for it.
         keep = torch.is_grad_enabled() and hidden.requires_grad
         output: Tensor = _SpanFunction.apply(hidden, attention_mask, position_ids, self._link, keep)  # type: ignore[no-untyped-call]  # torch
         return output

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -31,7 +32,12 @@ def open_link(config: TrainConfig) -> Link:
     if config.tls_ca or config.tls_cert or config.tls_key:
         tls = Tls(config.tls_ca, config.tls_cert, config.tls_key)
     return connect(
-        config.connection_text(), key=config.key, codec=config.codec, tls=tls, give_up_after=config.give_up_after
+        config.connection_text(),
+        key=config.key,
+        codec=config.codec,
+        tls=tls,
+        connect_timeout=config.connect_timeout,
+        give_up_after=config.give_up_after,
     )
 
 
@@ -96,7 +102,9 @@ def run_generation(
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}

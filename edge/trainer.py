@@ -74,6 +74,7 @@ _FREE = {
     "log_every",
     "eval_every",
     "threads",
+    "connect_timeout",
     "give_up_after",
     "tls_ca",
     "tls_cert",

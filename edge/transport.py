@@ -1,6 +1,7 @@
-"""The bytes' way to the cloud: one small interface, so that the same link runs over gRPC, in memory, and over a faulty one in tests.
+"""The bytes' way to the cloud: one small interface for gRPC, for a transport in memory, and for faulty ones in tests.
 
-A stream carries whole frames, in order, both ways. Anything that goes wrong with it is a `ConnectionLostError`; the link reconnects.
+A stream carries whole frames, in order, both ways. Anything that goes wrong with it is a `ConnectionLostError`; the
+link reconnects.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import ConnectionLostError, KeyFileError
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD
@@ -22,7 +24,10 @@ class Stream(Protocol):
     """One bidirectional stream of frames."""
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame. May raise ConnectionLostError; `receive` tells at the latest, after what arrived before the break."""
+        """Queue one frame. May raise ConnectionLostError.
+
+        `receive` tells at the latest, after what arrived before the break.
+        """
 
     def receive(self, timeout: float) -> bytes:
         """Wait for the next frame. Raises ConnectionLostError on a broken stream or after `timeout` seconds."""
@@ -98,7 +103,7 @@ class GrpcTransport:
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
                 ("grpc.enable_retries", 0),  # a retry is a new session with a new key: the link does it
-                ("grpc.use_local_subchannel_pool", 1),  # links share no connection, so that one's fault is not another's
+                ("grpc.use_local_subchannel_pool", 1),  # links share no connection and no fault
             ]
             if self._credentials is None:
                 self._channel = grpc.insecure_channel(self._target, options)
@@ -122,7 +127,10 @@ _END = object()
 
 
 class _GrpcStream:
-    """Frames over one bidirectional gRPC call. A reader thread makes a timeout possible, which gRPC's own iterator has none of."""
+    """Frames over one bidirectional gRPC call.
+
+    A reader thread makes a timeout possible, which gRPC's own iterator has none of.
+    """
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()

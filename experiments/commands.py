@@ -66,8 +66,8 @@ def faults(
 ) -> None:
     """Break whatever can break during one training run, and compare it with an undisturbed one, bit for bit.
 
-    Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets forward states. A
-    fault counts only where a call in flight failed or was repeated because of it.
+    Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets
+    forward states. A fault counts only where a call in flight failed or was repeated because of it.
 
     Example: isthmus bench faults --json
     """

@@ -1,17 +1,21 @@
-"""The edge of the fault benchmark: `isthmus edge train`'s own path, with a parent that is told of every phase and decides what happens in it.
+"""The edge of the fault benchmark: `isthmus edge train`'s own path, and a parent that says when each phase may begin.
 
     python -m isthmus.experiments.fault_edge '{"config": {…}, "socket": 5}'
 
-`config` holds the fields of `TrainConfig`; `socket` is an inherited descriptor of a socket pair, or -1 for a run that nobody disturbs. Before
-each phase of each question a line of JSON (a `Moment`) goes to the parent, and training goes on when a byte comes back: whatever the parent
-does in between is done exactly there.
+`config` holds the fields of `TrainConfig`; `socket` is an inherited descriptor of a socket pair, or -1 for a run that
+nobody disturbs. Before each phase of each question a line of JSON (a `Moment`) goes to the parent, and training goes on
+when a byte comes back: whatever the parent does in between is done exactly there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.errors import IsthmusError
@@ -19,10 +23,13 @@ from isthmus.edge.config import load_config
 from isthmus.edge.link import Link
 from isthmus.edge.run import open_link, train_over
 from isthmus.experiments.fault_plan import Moment
+from isthmus.protocol.errors import UnreachableError
+
+SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
 
 
 class Reporter:
-    """Tells the parent of each phase and waits for its word.
+    """The edge's side: tells the parent of each phase and waits for its word.
 
     Args:
         link: whose phases these are.
@@ -40,6 +47,70 @@ class Reporter:
         self._wire.sendall(moment.line())
         if not self._wire.recv(1):
             raise BrokenPipeError("the benchmark that this edge belongs to has ended")
+
+
+class Edge:
+    """The parent's side: an edge in a process of its own that stops at every phase.
+
+    Args:
+        config: the fields of `TrainConfig`.
+        log: file for its output.
+        watched: whether it reports its phases.
+    """
+
+    def __init__(self, config: dict[str, Any], log: Path, *, watched: bool = True) -> None:
+        self._log = log
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            task = json.dumps({"config": config, "socket": theirs.fileno() if watched else -1})
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.experiments.fault_edge", task],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        ours.settimeout(SILENCE_SECONDS)
+        self._wire = ours
+        self._lines = ours.makefile("rb")
+
+    def moments(self) -> Iterator[Moment]:
+        """The phases as they begin; the edge goes on when the next one is asked for. Ends with the edge's process."""
+        while line := self._line():
+            yield Moment.parse(line)
+            with contextlib.suppress(BrokenPipeError):
+                self._wire.sendall(b".")
+
+    def finish(self) -> None:
+        """Wait for its end. Raises IsthmusError if it did not end well."""
+        code = self._process.wait(SILENCE_SECONDS)
+        if code:
+            tail = self._log.read_text(errors="replace").strip()[-2000:]
+            raise IsthmusError(f"the edge ended with exit code {code}; the end of its output: {tail}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def _line(self) -> bytes:
+        try:
+            return self._lines.readline()
+        except ConnectionResetError:  # it was killed with a byte of ours unread
+            return b""
+        except TimeoutError:
+            raise UnreachableError(
+                f"the edge reported nothing for {SILENCE_SECONDS:.0f} s; its output is in {self._log}"
+            ) from None
+
+    def __enter__(self) -> Edge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._lines.close()
+        self._wire.close()
 
 
 def main(task: dict[str, Any]) -> None:

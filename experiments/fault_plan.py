@@ -1,8 +1,8 @@
 """Which fault is injected when, and whether it counts. Pure: moments come in, faults come out, nothing is broken here.
 
-One fault is open at a time. It counts when the edge is seen to have repeated a call because of it: its count of retries has grown, or, where
-the edge itself was killed, the resumed edge has repeated the call that was in flight and got its answer. A fault that turns out to have
-disturbed nothing does not count and is injected again.
+One fault is open at a time. It counts when the edge is seen to have repeated a call because of it: its count of retries
+has grown, or, where the edge itself was killed, the resumed edge has repeated the call that was in flight and got its
+answer. A fault that turns out to have disturbed nothing does not count and is injected again.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class FaultPlan:
         late = [phase for phase in ("cloud_restarted", "stash_evicted") if phase in phases]
         early = [phase for phase in phases if phase not in late]
         order = [Fault(phase, number) for number in range(per_phase) for phase in early]
-        order += [Fault(phase, number) for number in range(per_phase) for phase in late]
+        order += [Fault(phase, number) for phase in late for number in range(per_phase)]
         self.wanted = len(order)
         self._queue = deque(order)
         self._due = deque(1 + int(index * SPREAD * steps / len(order)) for index in range(len(order)))
@@ -166,7 +166,7 @@ class FaultPlan:
         return fault
 
     def wants_reconnect(self, moment: Moment) -> bool:
-        """Whether the next fault is one of the handshake, which needs a connection to be broken first, and now is the time for that."""
+        """Whether to break the connection now, because the next fault is one of the handshake and needs a new one."""
         return (
             self._is_due(moment)
             and self._queue[0].phase == "handshake"

@@ -1,8 +1,9 @@
 """Faults: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's, bit for bit.
 
-Two runs of the same training over the same kind of cloud: one that nobody disturbs, and one whose traffic goes through a relay that breaks it on
-command, whose worker and edge are killed, whose cloud is restarted and forgets forward states. The edge stops at every phase of every call until
-this process lets it go on, so a fault falls where it is meant to. See `isthmus.experiments.fault_plan` for which faults count.
+Two runs of the same training: one that nobody disturbs, and one whose traffic goes through a relay that breaks it on
+command, whose worker and edge are killed, whose cloud is restarted and forgets forward states. The edge stops at every
+phase of every call until this process lets it go on, so a fault falls where it is meant to. See
+`isthmus.experiments.fault_plan` for which faults count.
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.edge.link import Link, connect
+from isthmus.experiments.fault_edge import Edge
 from isthmus.experiments.fault_plan import PHASES, Fault, FaultPlan, Moment
 from isthmus.experiments.harness import LocalCloud, stderr_progress
 from isthmus.experiments.relay import Direction, Relay
 from isthmus.experiments.tickets import make_tickets
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.errors import UnreachableError
-from safetensors.torch import load_file
 
-SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
 PASSED_SECONDS = 10.0  # a question that the edge has queued is through the relay within this time
 AWAY_SECONDS = 1.5
 MIDDLE = 2048  # bytes into a question; even a tiny model's are several times as long
@@ -92,76 +90,18 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
         with Edge(task, folder / "undisturbed.log", watched=False) as edge:
             edge.finish()
         with Relay(*clouds.endpoint) as relay, _plan_progress(settings) as (plan, advance):
-            run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
+            run = _DisturbedRun(
+                settings=settings, folder=folder, clouds=clouds, relay=relay, plan=plan, advance=advance
+            )
             run.run()
     _write_outcomes(folder / "faults.jsonl", plan)
     return {
         **_figures(plan, settings.phases),
-        **_comparison(settings.steps, folder / "undisturbed", folder / "disturbed"),
+        **compare_runs(settings.steps, folder / "undisturbed", folder / "disturbed"),
         "retries": run.retries,
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in dataclasses.asdict(settings).items() if name != "phases"},
     }
-
-
-class Edge:
-    """An edge in a process of its own that stops at every phase.
-
-    Args:
-        config: the fields of `TrainConfig`.
-        log: file for its output.
-        watched: whether it reports its phases.
-    """
-
-    def __init__(self, config: dict[str, Any], log: Path, *, watched: bool = True) -> None:
-        self._log = log
-        ours, theirs = socket.socketpair()
-        with theirs, log.open("ab") as output:
-            task = json.dumps({"config": config, "socket": theirs.fileno() if watched else -1})
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.fault_edge", task], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                pass_fds=(theirs.fileno(),), start_new_session=True,
-            )  # fmt: skip
-        ours.settimeout(SILENCE_SECONDS)
-        self._wire = ours
-        self._lines = ours.makefile("rb")
-
-    def moments(self) -> Iterator[Moment]:
-        """The phases as they begin; the edge goes on when the next one is asked for. Ends with the edge's process."""
-        while line := self._line():
-            yield Moment.parse(line)
-            with contextlib.suppress(BrokenPipeError):
-                self._wire.sendall(b".")
-
-    def finish(self) -> None:
-        """Wait for its end. Raises IsthmusError if it did not end well."""
-        code = self._process.wait(SILENCE_SECONDS)
-        if code:
-            tail = self._log.read_text(errors="replace").strip()[-2000:]
-            raise IsthmusError(f"the edge ended with exit code {code}; the end of its output: {tail}")
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
-        self._process.wait()
-
-    def _line(self) -> bytes:
-        try:
-            return self._lines.readline()
-        except ConnectionResetError:  # it was killed with a byte of ours unread
-            return b""
-        except TimeoutError:
-            raise UnreachableError(
-                f"the edge reported nothing for {SILENCE_SECONDS:.0f} s; its output is in {self._log}"
-            ) from None
-
-    def __enter__(self) -> Edge:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-        self._lines.close()
-        self._wire.close()
 
 
 class _Clouds:
@@ -190,7 +130,11 @@ class _Clouds:
         os.kill(self._cloud.status()["pid"], signal.SIGKILL)
 
     def restart(self) -> None:
-        """Drain and end the cloud, and start one whose stash is small. Raises IsthmusError if it left a call unanswered."""
+        """Drain and end the cloud, and start one whose stash is small.
+
+        Raises:
+            IsthmusError: it left a call unanswered.
+        """
         hidden_size = self._second_tenant().info.hidden_size
         self._leave()
         code = self._cloud.terminate()
@@ -246,6 +190,7 @@ class _DisturbedRun:
 
     def __init__(
         self,
+        *,
         settings: FaultSettings,
         folder: Path,
         clouds: _Clouds,
@@ -343,10 +288,20 @@ def _write_texts(path: Path, count: int) -> None:
 def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionString, key: Path) -> dict[str, Any]:
     """The fields of `TrainConfig`: LoRA with dropout, so that the random state has to be resumed too."""
     return {
-        "cloud": str(cloud), "key": str(key), "data": str(folder / "tickets.jsonl"), "validation_split": 0.0, "out": str(folder / name),
-        "steps": settings.steps, "batch": settings.batch, "max_length": settings.seq, "learning_rate": 1e-3, "dropout": 0.1,
-        "save_every": settings.save_every, "threads": settings.threads, "resume": True,
-    }  # fmt: skip
+        "cloud": str(cloud),
+        "key": str(key),
+        "data": str(folder / "tickets.jsonl"),
+        "validation_split": 0.0,
+        "out": str(folder / name),
+        "steps": settings.steps,
+        "batch": settings.batch,
+        "max_length": settings.seq,
+        "learning_rate": 1e-3,
+        "dropout": 0.1,
+        "save_every": settings.save_every,
+        "threads": settings.threads,
+        "resume": True,
+    }
 
 
 @contextlib.contextmanager
@@ -369,8 +324,14 @@ def _figures(plan: FaultPlan, phases: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _comparison(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, Any]:
-    """What of the disturbed run differs from the other one."""
+def compare_runs(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, Any]:
+    """What of a disturbed run's folder differs from the undisturbed run's.
+
+    Args:
+        steps: the steps that either log has to have, each once.
+        undisturbed: folder with `losses.jsonl` and `adapter/`, as the trainer leaves it.
+        disturbed: likewise.
+    """
     logs = [(out / "losses.jsonl").read_text().splitlines() for out in (undisturbed, disturbed)]
     seen = Counter(json.loads(line)["step"] for line in logs[1])
     one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (undisturbed, disturbed))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from isthmus.backbone.errors import ConfigError, IsthmusError
+from isthmus.backbone.errors import ConfigError, DataError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import load_tokenizer, resolve
@@ -158,7 +158,9 @@ def train_config(settings: ParitySettings) -> TrainConfig:
 def batches_of(settings: ParitySettings, tokenizer: Any) -> Batches:
     """The run's batches: real tokens, padded on the right."""
     config = train_config(settings)
-    examples, _ = encode(read_examples(settings.data, config), tokenizer, settings.seq)
+    examples, dropped = encode(read_examples(settings.data, config), tokenizer, settings.seq)
+    if not examples:
+        raise DataError(f"none of the {dropped} examples of {settings.data} has a label within {settings.seq} tokens: raise --seq")
     return Batches(examples, settings.batch, tokenizer.pad_token_id or 0, seed=0)
 
 

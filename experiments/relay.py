@@ -1,10 +1,12 @@
-"""A TCP relay that breaks connections on command, so that a fault falls where it was meant to fall and not where a race puts it.
+"""A TCP relay that breaks connections on command, so that a fault falls exactly where it was meant to.
 
-The relay stands between an edge and a cloud and copies bytes both ways. It can be told to reset every connection now, or after an exact
-number of further bytes in one direction (in the middle of a tensor, say), and to reset whatever connects. A reset is a real one: the sockets
-are closed with SO_LINGER 0, which sends RST and throws away what is still in their buffers.
+The relay stands between an edge and a cloud and copies bytes both ways. It can be told to reset every connection now,
+or after an exact number of further bytes in one direction (in the middle of a tensor, say), and to reset whatever
+connects. A reset is a real one: the sockets are closed with SO_LINGER 0, which sends RST and throws away what is still
+in their buffers.
 
-Everything runs on one event loop in a thread of its own; the methods are called from other threads and return when the relay has done it.
+Everything runs on one event loop in a thread of its own; the methods are called from other threads and return when the
+relay has done it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Relay:
         self._bytes: dict[Direction, int] = {"up": 0, "down": 0}
         self._refuse_until = 0.0  # on the loop's clock
         self._cuts = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
@@ -73,7 +76,7 @@ class Relay:
         self._do(self._cut)
 
     def cut_after(self, count: int, direction: Direction) -> None:
-        """Reset every connection once `count` more bytes (at least 1) were copied in one direction, before any byte after them."""
+        """Reset every connection once `count` more bytes (at least 1) were copied in one direction."""
         self._do(lambda: self._budget.__setitem__(direction, count))
 
     def refuse_for(self, seconds: float) -> None:
@@ -91,7 +94,7 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        self._server = self._wait(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=PIECE))
+        self._server = self._wait(asyncio.start_server(self._accept, "127.0.0.1", 0, limit=PIECE))
         self._port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -104,10 +107,14 @@ class Relay:
     async def _close(self) -> None:
         self._server.close()
         self._cut()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until both of its directions have ended."""

@@ -13,9 +13,6 @@ from isthmus.backbone.errors import UnsupportedCallError
 
 from .conftest import Pairs, batch
 
-# PEFT 0.21 reads a property that transformers 5.24 has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 TARGETS = {
     "llama": ["q_proj", "v_proj"],
     "gemma2": ["q_proj", "v_proj"],
@@ -81,7 +78,6 @@ def test_adapters_on_some_of_the_edges_layers_run(pairs: Pairs, layers: list[int
     assert torch.isfinite(model(**batch("no_mask")).loss)
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT 0.21 still uses the old name
 def test_prompt_tuning_passes_and_prefix_tuning_is_refused(pairs: Pairs) -> None:
     pair = pairs("llama")
     torch.manual_seed(0)

@@ -211,17 +211,14 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.real_model
-def test_the_real_model_speaks_and_splits() -> None:
+def test_the_real_model_speaks_and_splits(real_model: Checkpoint) -> None:
     from transformers import AutoModelForCausalLM
 
     from isthmus.backbone.parts import load_edge_parts
     from isthmus.backbone.plan import SplitPlan
     from isthmus.backbone.span import load_span
 
-    try:
-        found = resolve(BUILT_IN, console=QUIET)
-    except UnknownModelError as error:
-        pytest.skip(str(error))
+    found = real_model
     plan = SplitPlan.parse("2:2", found.config.num_hidden_layers)
     edge = load_edge_parts(found, plan, load_span(found, plan))
     whole = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
+
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import FrozenSpan, load_span
 from isthmus.cloud.executor import Executor, SpanInput, StashLost
-from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 A, B = b"session a", b"session b"
 BIG = 1 << 30

@@ -25,6 +25,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.clouds import Home, ThreadServer, served
+from support.tiny import HIDDEN, tiny_checkpoint
+
 from isthmus.cloud import logs
 from isthmus.cloud import server as server_module
 from isthmus.cloud.metrics import serve_metrics
@@ -45,8 +48,6 @@ from isthmus.protocol.errors import (
 from isthmus.protocol.keys import Fingerprint, load_edge
 from isthmus.protocol.service import METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
-from support.clouds import Home, ThreadServer, served
-from support.tiny import HIDDEN, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +248,10 @@ def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
 ) -> None:
     stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
     stream.send(frame)
+    with contextlib.suppress(ConnectionLostError):
+        stream.receive(5)  # a server may say that it speaks another version before it ends the stream
     with pytest.raises(ConnectionLostError):
-        while True:  # a server may answer that it speaks another version before it ends the stream
-            stream.receive(5)
+        stream.receive(5)
     stream.close()
     eventually(lambda: any(line["event"] in {"protocol_error", "session_refused"} for line in log()))
     with server.link() as link:
@@ -367,10 +369,12 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(cloud: Served,
     server = ThreadServer(cloud, home).start()
     bystander = channel(server)
     newcomers = GrpcTransport(f"127.0.0.1:{server.port}")
-    newcomers.open().close()  # connected before the drain, so that the refusal comes from the session and not from the socket
+    newcomers.open().close()  # connected before the drain: the refusal comes from the session and not from the socket
     with call_in_flight(server, cloud) as held, raw(server) as plain:
         stub = health_pb2_grpc.HealthStub(plain)
-        assert stub.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            stub.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.SERVING
+        )
         outcome: list[bool] = []
         draining = threading.Thread(target=lambda: outcome.append(server.drain(20)))
         draining.start()
@@ -418,7 +422,9 @@ def test_health_is_served_and_nothing_else(server: ThreadServer) -> None:
     with raw(server) as plain:
         stub = health_pb2_grpc.HealthStub(plain)
         for name in ("", SERVICE):
-            assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+            assert (
+                stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+            )
         for method in ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", METHOD + "s"):
             with pytest.raises(grpc.RpcError) as caught:
                 list(plain.stream_stream(method)(iter([b""]), timeout=5))
@@ -432,13 +438,12 @@ def test_metrics_and_status_count_and_hold_no_content(server: ThreadServer) -> N
         with server.link() as link:
             link.open(5)
             output, kept = link.forward_span(hidden(), None, None, keep=True)
-            with urllib.request.urlopen(f"{base}/status") as response:
-                status = json.load(response)
+            status = json.loads(_text(f"{base}/status"))
             link.backward_span(kept, output, hidden(), None, None)
             eventually(lambda: 'isthmus_calls_total{operation="backward"} 1.0' in _text(f"{base}/metrics"))
         text = _text(f"{base}/metrics")
         with pytest.raises(urllib.error.HTTPError) as missing:
-            urllib.request.urlopen(f"{base}/other")
+            _text(f"{base}/other")
         missing.value.close()
     finally:
         endpoint.shutdown()
@@ -450,17 +455,21 @@ def test_metrics_and_status_count_and_hold_no_content(server: ThreadServer) -> N
     assert 'isthmus_calls_total{operation="forward"} 1.0' in text
     assert 'isthmus_tokens_total{operation="forward"} 12.0' in text
     assert 'isthmus_handshakes_total{outcome="accepted"} 1.0' in text
-    up = float(next(line.split()[1] for line in text.splitlines() if line.startswith('isthmus_bytes_total{direction="in"}')))
+    up = float(
+        next(line.split()[1] for line in text.splitlines() if line.startswith('isthmus_bytes_total{direction="in"}'))
+    )
     assert up >= 2 * hidden().nbytes
     assert "alice" not in text  # tenants' names are for the operator's own status page
 
 
 def _text(url: str) -> str:
-    with urllib.request.urlopen(url) as response:
+    with urllib.request.urlopen(url) as response:  # noqa: S310 - always http, made above
         return str(response.read().decode())
 
 
-def test_the_log_tells_of_sessions_and_never_of_content(server: ThreadServer, log: Callable[[], list[dict[str, Any]]]) -> None:
+def test_the_log_tells_of_sessions_and_never_of_content(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
     with server.link() as link:
         link.open(5)
         link.forward_span(hidden(), None, None, keep=True)
@@ -524,7 +533,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
             .add_extension(
-                x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                x509.SubjectAlternativeName(
+                    [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+                ),
                 critical=False,
             )
         )
@@ -562,7 +573,10 @@ def test_mutual_tls_asks_for_a_certificate_and_authorises_nobody(cloud: Served, 
         with server.link(tls=Tls(pki.ca, pki.client_cert, pki.client_key)) as link:
             link.open(5)
         stranger = home.new_edge("stranger", enrolled=False)
-        with server.link(stranger, tls=Tls(pki.ca, pki.client_cert, pki.client_key)) as link, pytest.raises(NotEnrolledError):
+        with (
+            server.link(stranger, tls=Tls(pki.ca, pki.client_cert, pki.client_key)) as link,
+            pytest.raises(NotEnrolledError),
+        ):
             link.open(5)
         bare = GrpcTransport(f"127.0.0.1:{server.port}", Tls(pki.ca), connect_timeout=0.5)
         with pytest.raises(ConnectionLostError):

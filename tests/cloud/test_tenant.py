@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from support.clouds import served
+from support.tiny import HIDDEN, tiny_checkpoint
+
 from isthmus.cloud.server import Served
 from isthmus.cloud.tenant import Parts, TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, decode, encode, encode_mask, encode_positions
 from isthmus.protocol.errors import MessageError
-from safetensors import safe_open
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
 
 MAX_TOKENS = 64
 FP32 = codec_id("fp32")
@@ -38,7 +39,9 @@ def hidden(*shape: int) -> torch.Tensor:
 
 
 def span_inputs(
-    shape: tuple[int, ...] = (2, 6, HIDDEN), mask: tuple[int, ...] | None = None, positions: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = (2, 6, HIDDEN),
+    mask: tuple[int, ...] | None = None,
+    positions: tuple[int, ...] | None = None,
 ) -> m.SpanInputs:
     return m.SpanInputs(
         encode(hidden(*shape), "fp32", Role.ACTIVATION),
@@ -65,7 +68,9 @@ def test_a_forward_and_its_backward_are_answered_with_their_ids(tenant: TenantSe
     reply = tenant.handle(forward(span_inputs(mask=(2, 6), positions=(1, 6))))
     assert isinstance(reply, m.ForwardReply)
     assert reply.id == m.CallId(1, 1)
-    expected = cloud.executor.span(hidden(2, 6, HIDDEN), torch.ones(2, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long))
+    expected = cloud.executor.span(
+        hidden(2, 6, HIDDEN), torch.ones(2, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long)
+    )
     assert torch.equal(decode(reply.hidden), expected)
     back = tenant.handle(backward((2, 6, HIDDEN)))
     assert isinstance(back, m.BackwardReply)
@@ -91,7 +96,16 @@ def test_the_answer_uses_the_codec_that_was_asked_for(tenant: TenantSession) -> 
         (span_inputs(positions=(6,)), ["[6]", "2 x 6"]),
         (span_inputs((5, 13, HIDDEN)), ["5 x 13", "64"]),
     ],
-    ids=["hidden size", "rank", "mask length", "mask rows", "positions length", "positions rows", "positions rank", "tokens"],
+    ids=[
+        "hidden size",
+        "rank",
+        "mask length",
+        "mask rows",
+        "positions length",
+        "positions rows",
+        "positions rank",
+        "tokens",
+    ],
 )
 def test_a_bad_input_is_refused_with_its_values(tenant: TenantSession, inputs: m.SpanInputs, values: list[str]) -> None:
     text = refusal(tenant.handle(forward(inputs)))
@@ -102,7 +116,9 @@ def test_a_bad_input_is_refused_with_its_values(tenant: TenantSession, inputs: m
 
 
 @pytest.mark.parametrize("replay", [None, span_inputs((2, 5, HIDDEN))], ids=["kept", "replayed"])
-def test_a_gradient_of_another_shape_is_refused_and_loses_nothing(tenant: TenantSession, replay: m.SpanInputs | None) -> None:
+def test_a_gradient_of_another_shape_is_refused_and_loses_nothing(
+    tenant: TenantSession, replay: m.SpanInputs | None
+) -> None:
     if replay is None:
         tenant.handle(forward(span_inputs((2, 5, HIDDEN))))
     text = refusal(tenant.handle(backward((2, 6, HIDDEN), replay=replay)))
@@ -180,13 +196,20 @@ def test_the_files_are_those_of_the_folder_and_arrive_whole(
         while len(data) < entry.size:
             piece = tenant.handle(m.Fetch(entry.name, len(data)))
             assert isinstance(piece, m.Blob)
-            assert (piece.name, piece.offset, piece.total, piece.sha256) == (entry.name, len(data), entry.size, entry.sha256)
+            assert (piece.name, piece.offset, piece.total, piece.sha256) == (
+                entry.name,
+                len(data),
+                entry.size,
+                entry.sha256,
+            )
             assert 0 < len(piece.data) <= 1000
             data += bytes(piece.data)
         assert hashlib.sha256(data).digest() == entry.sha256
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "worker_key", "../model/model.safetensors", "/etc/passwd", "..", "", "config.json/"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "worker_key", "../model/model.safetensors", "/etc/passwd", "..", "", "config.json/"]
+)
 def test_no_other_file_can_be_fetched(tenant: TenantSession, name: str) -> None:
     text = refusal(tenant.handle(m.Fetch(name, 0)))
     assert repr(name) in text
@@ -225,5 +248,3 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "sub").mkdir()
     assert [entry.name for entry in Parts(folder).listing().entries] == ["config.json"]
-
-

@@ -1,4 +1,7 @@
-"""The link over a transport in memory: whatever breaks, the answer is that of an undisturbed call, or an error that says why not."""
+"""The link over a transport in memory.
+
+Whatever breaks, the answer is that of an undisturbed call, or an error that says why not.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.clouds import served, with_info
+from support.memory import CUT, FAULTS, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages, truncate
+from support.tiny import HIDDEN, tiny_checkpoint
+from support.wire import EDGE, PIN
+
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.backbone.sources import default_cache
 from isthmus.cloud.server import Served
@@ -28,10 +36,6 @@ from isthmus.protocol.errors import (
     RemoteProtocolError,
     UnreachableError,
 )
-from support.clouds import served, with_info
-from support.memory import CUT, FAULTS, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages, truncate
-from support.tiny import HIDDEN, tiny_checkpoint
-from support.wire import EDGE, PIN
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 
@@ -502,5 +506,3 @@ def test_a_cache_that_cannot_be_written_is_a_disk_error(
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file"))
     with pytest.raises(DiskError, match="file"):
         new_link(MemoryTransport(cloud))._parts()
-
-

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
+from support.training import Strip, config, data, trainer
+from transformers import AutoModelForCausalLM
+
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
@@ -18,13 +23,6 @@ from isthmus.edge.data import Batches
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.methods import build_peft, load_adapter, trained
 from isthmus.protocol.errors import UnreachableError
-from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
-from support.training import Strip, config, data, trainer
-from transformers import AutoModelForCausalLM
-
-# PEFT asks transformers under a name that transformers is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

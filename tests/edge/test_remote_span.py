@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from isthmus.edge.remote_span import RemoteSpan
 from torch import Tensor
+
+from isthmus.edge.remote_span import RemoteSpan
 
 MASK = torch.ones(2, 3, dtype=torch.long)
 POSITIONS = torch.arange(3)[None]

@@ -16,6 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from support import training
+from support.tiny import tiny_checkpoint
+from support.training import Strip, config, data, trainer
+from transformers import AutoModelForCausalLM
+
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.checkpoint import ModelIdentity
@@ -26,16 +34,6 @@ from isthmus.edge.progress import TrainProgress, duration, size
 from isthmus.edge.report import StripTotals
 from isthmus.edge.schedule import learning_rate, total_steps
 from isthmus.protocol.errors import UnreachableError
-from peft import PeftModel
-from rich.console import Console
-from safetensors.torch import load_file
-from support import training
-from support.tiny import tiny_checkpoint
-from support.training import Strip, config, data, trainer
-from transformers import AutoModelForCausalLM
-
-# PEFT asks transformers under a name that transformers is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")

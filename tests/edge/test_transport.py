@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol.errors import ConnectionLostError, KeyFileError
@@ -27,7 +28,9 @@ def serve() -> Iterator[Callable[[Behaviour], GrpcTransport]]:
     def start(behaviour: Behaviour) -> GrpcTransport:
         server = grpc.server(ThreadPoolExecutor(4))
         handler = grpc.stream_stream_rpc_method_handler(behaviour)
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: handler})])
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: handler})]
+        )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         servers.append(server)

@@ -1,4 +1,7 @@
-"""Clouds for tests: a tiny model's span and parts, keys, and the real gRPC server on a thread of this process (no Ray)."""
+"""Clouds for tests.
+
+A tiny model's span and parts, keys, and the real gRPC server on a thread of this process (no Ray).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,13 @@ PLAN = "2:2"
 
 
 def served(
-    model: Path, parts: Path, *, dtype: str = "fp32", plan: str = PLAN, stash_bytes: int = 1 << 26, max_tokens: int = 4096
+    model: Path,
+    parts: Path,
+    *,
+    dtype: str = "fp32",
+    plan: str = PLAN,
+    stash_bytes: int = 1 << 26,
+    max_tokens: int = 4096,
 ) -> Served:
     """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet."""
     checkpoint = Checkpoint(model, "tiny")

@@ -1,7 +1,7 @@
 """A cloud without a network, a thread or a clock, and a transport that spoils what passes through it.
 
-`MemoryTransport` hands every frame straight to a `CloudSession` and a `TenantSession`, so a test of the link takes milliseconds and goes the
-same way each time.
+`MemoryTransport` hands every frame straight to a `CloudSession` and a `TenantSession`, so a test of the link takes
+milliseconds and goes the same way each time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from support.wire import NOW, TENANT, identity
+
 from isthmus.cloud.server import Served
 from isthmus.cloud.tenant import TenantSession
 from isthmus.edge.transport import Stream, Transport
@@ -18,7 +20,6 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.errors import ConnectionLostError, RemoteProtocolError
 from isthmus.protocol.session import CloudSession, Received
-from support.wire import NOW, TENANT, identity
 
 
 @dataclass
@@ -29,7 +30,9 @@ class MemoryCloud:
     authorize: Callable[[bytes], Tenant] = lambda key: TENANT
     seen: list[m.Message] = field(default_factory=list)  # everything that an edge has sent
     sessions: list[str] = field(default_factory=list)  # ids, in the order of their handshakes
-    answer: Callable[[m.Message], m.Message | None] = lambda message: None  # a test's own answer instead of the real one
+    answer: Callable[[m.Message], m.Message | None] = lambda message: (
+        None
+    )  # a test's own answer instead of the real one
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         self.sessions.append(session_id.hex())

@@ -1,0 +1,120 @@
+"""What the tests need of the machine: a marker for each thing that may be missing, and a cache that is not the user's.
+
+A test with one of the markers below is skipped, with the reason, where the thing cannot be had; each is looked for
+once in a session:
+
+    index        the package index, through pip and its own configuration
+    shared_data  the real task data: $ISTHMUS_SHARED_DATA, or shared/data beside the checkout
+    real_model   SmolLM2-135M: the user's cache, the hub, or the package index
+    gpu          a CUDA device
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.sources import BUILT_IN, Checkpoint, default_cache, resolve
+
+ROOT = Path(__file__).parents[1]
+
+_own_cache = pytest.StashKey[Path]()
+_before = pytest.StashKey[str | None]()
+_users_cache = default_cache()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run a cache of its own, inherited by every process that a test starts."""
+    config.stash[_before] = os.environ.get("ISTHMUS_CACHE")
+    config.stash[_own_cache] = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
+    os.environ["ISTHMUS_CACHE"] = str(config.stash[_own_cache])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Take it away again; the real model is only linked from there, and stays."""
+    before = config.stash.get(_before, None)
+    if before is None:
+        os.environ.pop("ISTHMUS_CACHE", None)
+    else:
+        os.environ["ISTHMUS_CACHE"] = before
+    shutil.rmtree(config.stash[_own_cache], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose marker names something that this machine lacks."""
+    for name, missing in _PROBES.items():
+        if item.get_closest_marker(name) is not None and (reason := missing()) is not None:
+            pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the real task data; for tests with the marker `shared_data`."""
+    return _shared_data()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Checkpoint:
+    """SmolLM2-135M; for tests with the marker `real_model`."""
+    return resolve(BUILT_IN, console=Console(quiet=True))
+
+
+@functools.cache
+def _no_index() -> str | None:
+    command = [sys.executable, "-m", "pip", "index", "versions", "--retries", "0", "--timeout", "5", "typer"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "pip gets no answer from the package index"
+    if done.returncode == 0:
+        return None
+    return f"pip cannot reach the package index ({(done.stderr.strip().splitlines() or ['no output'])[-1]})"
+
+
+def _shared_data() -> Path:
+    configured = os.environ.get("ISTHMUS_SHARED_DATA")
+    return Path(configured) if configured else ROOT.parent / "shared" / "data"
+
+
+def _no_shared_data() -> str | None:
+    folder = _shared_data()
+    return None if folder.is_dir() else f"there is no {folder}; ISTHMUS_SHARED_DATA can name another place"
+
+
+@functools.cache
+def _no_real_model() -> str | None:
+    """Have the model in the user's cache, where it is fetched once and not in every run; link it from the run's own."""
+    try:
+        found = resolve(BUILT_IN, cache_dir=_users_cache, console=Console(quiet=True))
+    except IsthmusError as error:
+        return str(error)
+    link = default_cache() / BUILT_IN
+    if not link.exists():
+        link.symlink_to(found.folder.resolve(), target_is_directory=True)
+    return None
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "index": _no_index,
+    "shared_data": _no_shared_data,
+    "real_model": _no_real_model,
+    "gpu": _no_gpu,
+}

@@ -1,0 +1,440 @@
+"""The commands in processes of their own, with Ray and a tiny model: what a user types, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from safetensors import safe_open
+from support.clouds import Home, ThreadServer, served
+from support.tiny import tiny_checkpoint
+
+from isthmus.cli.main import app
+
+pytestmark = pytest.mark.server
+
+SMALL_DISK = "64k"
+
+
+@dataclass
+class Place:
+    """One cloud and one edge in a folder, and the way to run commands there."""
+
+    folder: Path
+    model: Path
+    environment: dict[str, str]
+    serving: subprocess.Popen[bytes] | None = field(default=None)
+
+    @property
+    def cloud(self) -> str:
+        return str(self.folder / "connection")
+
+    @property
+    def key(self) -> str:
+        return str(self.folder / "alice")
+
+    def run(self, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def good(self, *arguments: object) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def edge(self, command: str, *arguments: object, cloud: str | None = None, key: str | None = None) -> Any:
+        """An edge command with this place's cloud and key."""
+        own = ("--cloud", cloud or self.cloud, "--key", key or self.key, "--connect-timeout", 5)
+        return self.run("edge", command, *own, *arguments)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
+    """A command ended with this exit code and one line that says these texts."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert lines[-1].startswith("isthmus: ")
+    assert sum(line.startswith("isthmus: ") for line in lines) == 1
+    assert all(text in lines[-1] for text in texts), lines[-1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("cli")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "ISTHMUS_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "ISTHMUS_CACHE": str(folder / "cache"), "HOME": str(folder)}
+    place = Place(folder, tiny_checkpoint("llama", folder / "tiny"), environment)
+    home = folder / "cloud"
+    assert "fingerprint  SHA256:" in place.good("cloud", "keygen", "--home", home)
+    assert "public key" in place.good("edge", "keygen", "--out", place.key, "--comment", "alice")
+    assert "enrolled alice" in place.good("cloud", "enroll", f"{place.key}.pub", "--home", home)
+    write_tickets(folder / "tickets.jsonl", 24)
+    arguments = [
+        "cloud", "serve", "--model", str(place.model), "--home", str(home), "--listen", "127.0.0.1:0",
+        "--metrics", "127.0.0.1:0",
+        "--connection-file", place.cloud, "--threads", "1", "--stash-bytes", "64MiB",
+    ]  # fmt: skip
+    with (folder / "serve.out").open("wb") as out:
+        place.serving = subprocess.Popen(
+            [sys.executable, "-m", "isthmus.cli.main", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not Path(place.cloud).exists():
+            assert place.serving.poll() is None, (folder / "serve.out").read_text()
+            assert time.monotonic() < deadline, (folder / "serve.out").read_text()
+            time.sleep(0.1)
+        yield place
+    finally:
+        if place.serving.poll() is None:
+            place.serving.send_signal(signal.SIGTERM)
+            try:
+                place.serving.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(place.serving.pid, signal.SIGKILL)
+                place.serving.wait()
+
+
+def write_tickets(path: Path, count: int) -> None:
+    with path.open("w") as file:
+        for n in range(count):
+            file.write(
+                json.dumps({"prompt": f"Ticket {n}: card {n % 5} lost.", "completion": f" triage {n % 3}"}) + "\n"
+            )
+
+
+TRAIN = (
+    "--data",
+    "tickets.jsonl",
+    "--steps",
+    "4",
+    "--batch",
+    "2",
+    "--learning-rate",
+    "0.01",
+    "--rank",
+    "2",
+    "--threads",
+    "1",
+)
+
+
+# The way it should go -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(place: Place) -> dict[str, Any]:
+    """The report of a run in `run`."""
+    done = place.edge("train", *TRAIN, "--out", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_train_leaves_an_adapter_a_report_and_a_loss_log(place: Place, trained: dict[str, Any]) -> None:
+    run = place.folder / "run"
+    assert json.loads((run / "report.json").read_text()) == trained
+    assert trained["steps"] == 4
+    assert trained["bytes_up"] > 0
+    assert trained["bytes_down"] > 0
+    assert trained["peak_bytes_cloud"] > 1 << 20
+    assert trained["plan"] == "2:2"
+    assert [json.loads(line)["step"] for line in (run / "losses.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        layers = {int(part) for name in file.keys() for part in name.split(".") if part.isdigit()}  # noqa: SIM118 - it is no dict
+    assert layers == {0, 1, 4, 5}
+
+
+def test_eval_measures_with_and_without_the_adapter(place: Place, trained: dict[str, Any]) -> None:
+    data = ("--data", "tickets.jsonl", "--json")
+    base = place.edge("eval", *data)
+    tuned = place.edge("eval", *data, "--adapter", "run/adapter")
+    assert base.returncode == tuned.returncode == 0, base.stderr + tuned.stderr
+    before, after = json.loads(base.stdout), json.loads(tuned.stdout)
+    assert before["examples"] == after["examples"] == 24
+    assert after["loss"] < before["loss"]
+
+
+def test_generate_continues_a_prompt(place: Place, trained: dict[str, Any]) -> None:
+    arguments = ("generate", "Ticket 3:", "--cloud", place.cloud, "--key", place.key, "--adapter", "run/adapter")
+    result = json.loads(place.good("edge", *arguments, "--max-new-tokens", "5", "--json"))
+    assert set(result) == {"text", "bytes_up", "bytes_down"}
+    assert result["bytes_up"] > 5 * 32 * 4
+
+
+def test_status_tells_what_is_served(place: Place) -> None:
+    status = json.loads(place.good("cloud", "status", "--home", place.folder / "cloud", "--json"))
+    assert status["connection"] == Path(place.cloud).read_text().strip()
+    assert (status["state"], status["plan"]) == ("serving", "2:2")
+    assert status["sessions"] == {}
+    assert status["stash_budget_bytes"] == 64 << 20
+    assert "serving" in place.good("cloud", "status", "--home", place.folder / "cloud")
+
+
+def test_the_workers_log_has_no_content(place: Place, trained: dict[str, Any]) -> None:
+    text = (place.folder / "cloud" / "worker.log").read_text()
+    events = [json.loads(line)["event"] for line in text.splitlines()]
+    assert {"serving", "session_opened", "session_closed"} <= set(events)
+    assert "Ticket" not in text
+    assert "card" not in text
+    assert Path(place.key).read_text().splitlines()[1] not in text
+
+
+# The mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_fingerprint(place: Place) -> None:
+    address, _, _ = Path(place.cloud).read_text().strip().partition("#")
+    done = place.edge("train", *TRAIN, "--out", "never", cloud=f"{address}#SHA256:{'A' * 43}")
+    refused(done, 31, "SHA256:AAAA")
+    assert not (place.folder / "never").exists()
+
+
+def test_an_edge_that_is_not_enrolled(place: Place) -> None:
+    place.good("edge", "keygen", "--out", "stranger", "--comment", "stranger")
+    done = place.edge("eval", "--data", "tickets.jsonl", key=str(place.folder / "stranger"))
+    refused(done, 32, "not enrolled", "isthmus cloud enroll")
+
+
+def test_a_cloud_that_nobody_runs(place: Place) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    own = ("--connect-timeout", "0.5", "--data", "tickets.jsonl")
+    done = place.run("edge", "eval", "--cloud", f"isthmus://{address}#SHA256:{'A' * 43}", "--key", place.key, *own)
+    refused(done, 40, address, "check that it runs")
+    refused(place.run("cloud", "status", "--home", place.folder / "nowhere"), 40, "isthmus cloud serve")
+
+
+def test_a_missing_key(place: Place) -> None:
+    refused(place.edge("eval", "--data", "tickets.jsonl", key="no-such-key"), 30, "no-such-key", "isthmus edge keygen")
+
+
+def test_a_key_is_not_overwritten(place: Place) -> None:
+    before = Path(place.key).read_bytes()
+    refused(place.run("edge", "keygen", "--out", place.key), 30, "not overwritten")
+    assert Path(place.key).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "code", "texts"),
+    [("no-such-model", "2:2", 20, ["no-such-model"]), ("tiny", "3:3", 22, ["3:3"]), ("tiny", "two", 22, ["two"])],
+)
+def test_a_model_or_a_plan_that_does_not_fit(
+    place: Place, model: str, layers: str, code: int, texts: list[str]
+) -> None:
+    environment = dict(place.environment)
+    place.environment["HF_HUB_OFFLINE"] = "1"
+    try:
+        home = place.folder / "cloud"
+        done = place.run(
+            "cloud", "serve", "--model", model, "--edge-layers", layers, "--home", home, "--listen", "127.0.0.1:0"
+        )
+    finally:
+        place.environment = environment
+    refused(done, code, *texts)
+
+
+def test_a_port_in_use(place: Place) -> None:
+    port = Path(place.cloud).read_text().split("#")[0].rpartition(":")[2]
+    home = place.folder / "cloud"
+    done = place.run("cloud", "serve", "--model", place.model, "--home", home, "--listen", f"127.0.0.1:{port}")
+    refused(done, 41, f"127.0.0.1:{port}", "--listen")
+    done = place.run(
+        "cloud",
+        "serve",
+        "--model",
+        place.model,
+        "--home",
+        home,
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics",
+        f"127.0.0.1:{port}",
+    )
+    refused(done, 41, "--metrics")
+    assert (home / "serving.json").exists()  # the running cloud is still known
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("empty.jsonl", "", ["empty.jsonl"]),
+        ("broken.jsonl", '{"text": "a fine line"}\n{"text": "no end\n', ["broken.jsonl", "line 2"]),
+        ("absent.jsonl", None, ["absent.jsonl"]),
+    ],
+)
+def test_data_that_are_none(place: Place, name: str, content: str | None, texts: list[str]) -> None:
+    if content is not None:
+        (place.folder / name).write_text(content)
+    refused(place.edge("train", "--data", name, "--steps", "1", "--out", "never"), 11, *texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--codec", "zip"), "codec"),
+        (("--steps", "0"), "steps"),
+        (("--steps", "3", "--epochs", "2"), "exclude each other"),
+    ],
+)
+def test_a_flag_that_makes_no_sense(place: Place, arguments: tuple[str, ...], text: str) -> None:
+    refused(place.edge("train", "--data", "tickets.jsonl", *arguments), 10, text)
+
+
+def test_a_setting_that_does_not_exist(place: Place) -> None:
+    (place.folder / "run.toml").write_text('data = "tickets.jsonl"\nlearning_rat = 0.1\n')
+    refused(place.edge("train", "--config", "run.toml"), 10, "learning_rat", "learning_rate")
+
+
+def test_a_loss_that_is_no_number(place: Place) -> None:
+    done = place.edge("train", *TRAIN, "--learning-rate", "1e30", "--out", "diverged")
+    refused(done, 50, "--learning-rate")
+    assert not (place.folder / "diverged" / "adapter").exists()
+
+
+def test_a_full_disk(place: Place, tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here: root's privileges are needed")
+    try:
+        done = place.edge("train", *TRAIN, "--rank", "32", "--out", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    refused(done, 51, str(tmp_path), "free some space")
+
+
+def test_a_checkpoint_of_another_model(place: Place, trained: dict[str, Any], tmp_path: Path) -> None:
+    other = served(tiny_checkpoint("llama", tmp_path / "other", seed=5), tmp_path / "parts")
+    with ThreadServer(other, Home(tmp_path)) as server:
+        own = {"cloud": server.address, "key": str(server.home.key_file)}
+        before = sorted(path.name for path in (place.folder / "run").iterdir())
+        refused(
+            place.edge("train", *TRAIN, "--out", "run", "--resume", **own),
+            23,
+            "checkpoint-4 cannot be resumed",
+            "digest",
+        )
+        assert sorted(path.name for path in (place.folder / "run").iterdir()) == before
+    wide = served(tiny_checkpoint("llama", tmp_path / "wide", hidden_size=64, head_dim=16), tmp_path / "wide-parts")
+    with ThreadServer(wide, Home(tmp_path / "second")) as server:
+        own = {"cloud": server.address, "key": str(server.home.key_file)}
+        refused(place.edge("eval", "--data", "tickets.jsonl", "--adapter", "run/adapter", **own), 23, "adapter")
+
+
+def test_a_run_is_not_overwritten_and_goes_on_with_resume(place: Place, trained: dict[str, Any]) -> None:
+    refused(place.edge("train", *TRAIN, "--out", "run"), 10, "--resume")
+    assert json.loads((place.folder / "run" / "report.json").read_text()) == trained
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(place: Place) -> None:
+    arguments = [
+        "edge",
+        "train",
+        "--cloud",
+        place.cloud,
+        "--key",
+        place.key,
+        *TRAIN,
+        "--steps",
+        "100000",
+        "--out",
+        "long",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "isthmus.cli.main", *arguments],
+        env=place.environment,
+        cwd=place.folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = place.folder / "long" / "losses.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "--resume" in errors.splitlines()[-1]
+    assert list((place.folder / "long").glob("checkpoint-*"))
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    def walk(prefix: str, command: Any) -> Iterator[tuple[str, Any]]:
+        children = getattr(command, "commands", {})
+        if not children:
+            yield prefix, command
+        for name, child in children.items():
+            yield from walk(f"{prefix} {name}".strip(), child)
+
+    yield from walk("", typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()), ids=[name for name, _ in commands()])
+def test_every_command_explains_itself(name: str, command: Any) -> None:
+    assert f"Example: isthmus {name}" in command.help
+    assert command.help.splitlines()[0].rstrip().endswith((".", ":"))
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["edge", "train", "--help"], ["cloud", "serve", "--help"], ["--version"]]
+)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from isthmus.cli.main import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'ray', 'grpc', 'peft', 'numpy', 'cryptography'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {sorted(heavy)}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+# Last, because it ends the cloud --------------------------------------------------------------------------------------
+
+
+def test_sigterm_drains_and_ends_cleanly(place: Place) -> None:
+    assert place.serving is not None
+    place.serving.send_signal(signal.SIGTERM)
+    assert place.serving.wait(60) == 0, (place.folder / "serve.out").read_text()
+    events = [json.loads(line) for line in (place.folder / "cloud" / "worker.log").read_text().splitlines()]
+    assert events[-1]["event"] == "stopped"
+    assert events[-1]["all_answered"] is True
+    assert not (place.folder / "cloud" / "serving.json").exists()
+    refused(place.run("cloud", "status", "--home", place.folder / "cloud"), 40, "no cloud serves")

@@ -1,0 +1,197 @@
+"""The documents: what they show exists, what they link to is there, and what they tabulate is what the code says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from isthmus.backbone import errors
+from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.families import SUPPORTED
+from isthmus.cli.main import app
+from isthmus.protocol import codecs, framing, messages
+from isthmus.protocol import errors as protocol_errors
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "deploy").rglob("*.md"),
+        ROOT / "emulator" / "README.md",
+    ]
+)
+UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+WITHOUT_ERROR = {0, 2, 60, 130}  # success, usage, a drain that was cut short, Ctrl-C
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`(isthmus [^`]+)`")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def _error_classes() -> list[type[IsthmusError]]:
+    found = [
+        value
+        for module in (errors, protocol_errors)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, IsthmusError) and value.__module__ == module.__name__
+    ]
+    assert len(found) > 20
+    return found
+
+
+def _exit_code_table() -> dict[int, str]:
+    rows = re.findall(r"^\| (\d+) \| (.*)$", (ROOT / "docs" / "exit-codes.md").read_text(), re.MULTILINE)
+    table = {int(code): text for code, text in rows}
+    assert len(table) == len(rows), "a code stands in two rows"
+    return table
+
+
+def test_every_error_is_in_the_table_with_its_code() -> None:
+    table = _exit_code_table()
+    for error in _error_classes():
+        assert f"`{error.__name__}`" in table[error.exit_code].split(" | ")[0], error
+
+
+def test_the_table_has_no_other_codes() -> None:
+    assert set(_exit_code_table()) == {error.exit_code for error in _error_classes()} | WITHOUT_ERROR
+
+
+def test_no_two_kinds_of_error_share_a_code() -> None:
+    # A class without a code of its own is a kind of the one that it inherits it from.
+    own = [error.exit_code for error in _error_classes() if "exit_code" in vars(error)]
+    assert len(own) == len(set(own))
+    assert not set(own) & WITHOUT_ERROR
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The command lines of `isthmus` in a document: in blocks of shell code, and between backticks."""
+    blocks = [body for language, body in _BLOCK.findall(text) if language == "sh"]
+    lines = [line for body in blocks for line in body.replace("\\\n", " ").splitlines()]
+    for line in [*(line for line in lines if line.startswith("isthmus ")), *_INLINE.findall(_BLOCK.sub("", text))]:
+        yield shlex.split(line, comments=True)[1:]
+
+
+def _check_command(words: list[str]) -> None:
+    """Follow the words down the command tree, and look up every flag of the command that they end in."""
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
+    while rest and hasattr(command, "commands") and not rest[0].startswith("-"):
+        if rest[0] in {"…", "..."}:
+            return
+        assert rest[0] in command.commands, f"there is no command `isthmus {' '.join(words)}`"
+        command = command.commands[rest.pop(0)]
+    known = {"--help"} | {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for word in rest:
+        if word.startswith("--"):
+            assert word.partition("=")[0] in known, f"`isthmus {' '.join(words)}`: there is no {word}"
+
+
+@by_name
+def test_every_command_and_flag_that_a_document_shows_exists(document: Path) -> None:
+    for words in _commands(document.read_text()):
+        _check_command(words)
+
+
+def test_the_readme_shows_every_command_of_both_parties() -> None:
+    shown = {tuple(words[:2]) for words in _commands((ROOT / "README.md").read_text())}
+    tree: Any = typer.main.get_command(app)
+    for party in ("cloud", "edge"):
+        assert {(party, name) for name in tree.commands[party].commands} <= shown
+
+
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_flag_between_backticks_is_one_of_some_command(document: Path) -> None:
+    def flags(command: Any) -> set[str]:
+        own = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        return own.union(*(flags(sub) for sub in getattr(command, "commands", {}).values()))
+
+    known = flags(typer.main.get_command(app)) | {"--help"}
+    named = set(re.findall(r"`(--[a-z][a-z-]*)", _BLOCK.sub("", document.read_text())))
+    assert named - known == set()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_every_flag_of_a_unit_exists(unit: Path) -> None:
+    (line,) = re.findall(r"^ExecStart=\S+/isthmus (.*)$", unit.read_text(), re.MULTILINE)
+    _check_command(shlex.split(line))
+
+
+@by_name
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    for target in _LINK.findall(_BLOCK.sub("", document.read_text())):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{document.name} links to {target}, which is not there"
+        assert path.is_relative_to(ROOT), f"{document.name} links to {target}, outside the tree"
+        if anchor:
+            assert anchor in _anchors(path), f"{document.name} links to {target}, a heading that is not there"
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@by_name
+def test_no_document_names_a_machines_paths_or_a_registry(document: Path) -> None:
+    text = document.read_text()
+    assert re.findall(r"(?<![\w.])/(?:work|tmp|root|home|Users|mnt)/\S*", text) == []
+    assert (
+        re.findall(r"(?i)\b(?:[\w-]+\.)*(?:pypi|pythonhosted|pytorch|anaconda|artifactory)\.(?:org|com|io|net)\b", text)
+        == []
+    )
+    assert "—" not in text, "dashes are written with commas, colons or parentheses here"
+
+
+@by_name
+def test_python_in_a_document_compiles_and_imports_what_is_there(document: Path) -> None:
+    for language, body in _BLOCK.findall(document.read_text()):
+        if language != "python":
+            continue
+        compile(body, document.name, "exec")
+        for module, names in re.findall(r"^\s*from (isthmus\.[\w.]+) import ([\w, ]+)$", body, re.MULTILINE):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip())
+
+
+def test_the_architecture_has_every_message_with_its_number() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
+    )
+    wanted = set()
+    for kind in {*messages.EDGE_SENDS, *messages.CLOUD_SENDS}:
+        senders = (kind in messages.EDGE_SENDS, kind in messages.CLOUD_SENDS)
+        who = {(True, True): "both", (True, False): "edge", (False, True): "cloud"}[senders]
+        wanted.add((str(kind.op), kind.__name__, who))
+    assert set(rows) == wanted
+
+
+def test_the_architecture_has_the_frames_prefix_as_it_is() -> None:
+    table = re.findall(r"^\| (\d+) \| (\d+) \| ", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    fields = [(int(offset), int(size)) for offset, size in table]
+    assert [offset for offset, _ in fields] == [sum(size for _, size in fields[:n]) for n in range(len(fields))]
+    # 4s B B I Q I H H Q: one character of the format, or a count and a character, for each field
+    assert len(fields) == len(re.findall(r"\d*[a-zA-Z]", framing.PREFIX.format))
+    assert sum(size for _, size in fields) == framing.PREFIX.size
+
+
+def test_the_readme_names_every_family_and_codec() -> None:
+    text = (ROOT / "README.md").read_text().lower().replace("-", "").replace(" ", "")
+    for family in SUPPORTED:
+        assert family.removesuffix("_text") in text
+    for codec in codecs.ACTIVATION_CODECS:
+        assert f"`{codec}`" in text
