@@ -33,7 +33,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd .ns && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml $(foreach p,$(PACKAGES),-p isthmus.$(p))
-	cd .ns && ../$(BIN)/lint-imports --config ../pyproject.toml
+	cd .ns && ../$(BIN)/lint-imports ../pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -12,8 +12,8 @@
     ├── DiskError                51   the disk is full or cannot be written
     └── isthmus.protocol.errors  30-49  keys, the handshake, frames, the connection
 
-Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive pickling by Ray. The
-codes are documented in docs/exit-codes.md and never reused for something else.
+Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
+pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
 """
 
 from __future__ import annotations

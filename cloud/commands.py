@@ -25,16 +25,21 @@ def keygen(
 
     Example: isthmus cloud keygen
     """
+    from isthmus.protocol.errors import KeyFileError
     from isthmus.protocol.keys import generate_root, issue_worker, load_worker
 
     folder = home.expanduser()
     if not (folder / "root_key").exists():
+        if (folder / "worker_cert").exists():
+            raise KeyFileError(
+                f"{folder} has a worker's certificate but not the root_key that signed it, and a new one would lock "
+                "every edge out: bring root_key back to renew the certificate, or choose another --home"
+            )
         generate_root(folder)
-    certificate = issue_worker(folder, days)
+    issue_worker(folder, days)
     typer.echo(f"root key     {folder / 'root_key'} (keep it offline)")
     typer.echo(f"worker key   {folder / 'worker_key'} (certificate good for {days} days)")
     typer.echo(f"fingerprint  {load_worker(folder).pin}")
-    del certificate
 
 
 @app.command()

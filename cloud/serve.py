@@ -54,6 +54,7 @@ class Serving:
         if address is None:  # an existing cluster has its own rules, and its owner has set this environment for them
             os.environ.update(_ray_environment(home))
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray = ray
         # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
@@ -66,9 +67,15 @@ class Serving:
                 f"no Ray cluster answers at {address}: check --address and the cluster ({error})"
             ) from None
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
-        actor = ray.remote(max_restarts=-1, max_concurrency=4, num_cpus=0, runtime_env={"env_vars": environment})(
-            Worker
-        )
+        # The worker's files and port are this node's, so it stays here in a cluster of several.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(
+            max_restarts=-1,
+            max_concurrency=4,
+            num_cpus=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=here,
+        )(Worker)
         self._worker = actor.remote(spec)
         self.port: int = self._get(self._worker.port.remote())
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from isthmus.backbone.errors import CheckpointError
-from isthmus.backbone.files import new_folder, remove_folder, sweep
-from isthmus.edge.report import Spent
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from isthmus.backbone.errors import CheckpointError
+from isthmus.backbone.files import new_folder, remove_folder, sweep
+from isthmus.edge.report import Spent
 
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")

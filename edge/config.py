@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from isthmus.backbone.errors import ConfigError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from isthmus.backbone.errors import ConfigError
 
 Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
 Schedule = Literal["constant", "linear", "cosine"]

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
 from isthmus.backbone.errors import ConfigError, DataError
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.readers import Example, read_examples
-from torch import Tensor
 
 IGNORED = -100  # the label that cross entropy leaves out (torch's ignore_index)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.edge import methods
 from isthmus.edge.data import Batch, Batches, label_count

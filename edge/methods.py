@@ -19,14 +19,15 @@ from typing import Any
 
 import peft
 import torch
-from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
-from isthmus.backbone.errors import CheckpointError, ConfigError
-from isthmus.backbone.files import new_folder
-from isthmus.edge.config import TrainConfig
 from peft.utils import constants
 from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
+from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.files import new_folder
+from isthmus.edge.config import TrainConfig
 
 # Families that PEFT has no default for.
 _LORA_DEFAULTS = {"phi3": ["qkv_proj"]}

@@ -26,8 +26,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from isthmus.backbone.files import write_atomic
 from torch import nn
+
+from isthmus.backbone.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ class Report:
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
             f"time: edge {self.edge_share:.0%}, cloud {self.cloud_share:.0%}, wire {self.wire_share:.2%}, "
             f"encryption {self.crypto_share:.2%}\n"
-            f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down per token position, "
+            f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down "
+            "per token position, "
             f"{self.retries} retries\n"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )

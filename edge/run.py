@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def open_link(config: TrainConfig) -> Link:
-    """Connect as the configuration says. Raises what `connect` raises."""
+    """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold texts, adapters and keys
     tls = None
     if config.tls_ca or config.tls_cert or config.tls_key:
         tls = Tls(config.tls_ca, config.tls_cert, config.tls_key)

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, IsthmusError, NonFiniteError
 from isthmus.backbone.files import disk_errors, write_atomic
 from isthmus.edge import checkpoint as checkpoints
@@ -46,7 +48,6 @@ from isthmus.edge.report import (
 )
 from isthmus.edge.schedule import learning_rate, steps_per_epoch, total_steps
 from isthmus.edge.stopping import Interrupted, StopRequest
-from torch import Tensor
 
 # Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
 # form are covered by the fingerprint of the tokens; steps and epochs by the total, where it matters.

@@ -124,15 +124,21 @@ def curve(
 ) -> None:
     """Run `edge train` on real data, and the same in one process; compare the loss curves step by step.
 
-    Example: isthmus bench curve --data e2e/train.csv --prompt-template 'Meaning: {mr}\\nText:' --completion-template ' {ref}' --json
+    Example: isthmus bench curve --data tickets.jsonl --steps 200 --figure curve.png --json
     """
     from isthmus.experiments.curve import run_curve
     from isthmus.experiments.harness import working_folder
 
     options = {
-        "data": data, "prompt_template": prompt_template, "completion_template": completion_template, "steps": steps, "batch": batch,
-        "learning_rate": learning_rate, "validation_split": validation_split, "threads": threads,
-    }  # fmt: skip
+        "data": data,
+        "prompt_template": prompt_template,
+        "completion_template": completion_template,
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "validation_split": validation_split,
+        "threads": threads,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     with working_folder(keep) as folder:
         _print(run_curve(model, edge_layers, given, folder, figure), as_json)

@@ -1,4 +1,5 @@
-"""What does the edge send? One training step is recorded before it is sealed, and searched for what must not be there."""
+"""What does the edge send? One training step is recorded before it is sealed, and searched for what must not be
+there."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ NEEDLE_VALUES = 4  # consecutive weights that count as a find
 def search_the_strip(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, Any]:
     """Make one step with a trained adapter, and search the plaintext of every message that the edge sends.
 
-    Searched for: the text of each example (UTF-8), runs of its token ids and of its labels (little-endian, 16, 32 and 64 bits), runs of each
-    adapter weight and of its gradient, and, as a control that the search works, runs of the activations that are sent on purpose.
+    Searched for: the text of each example (UTF-8), runs of its token ids and of its labels (little-endian, 16, 32 and
+    64 bits), runs of each adapter weight and of its gradient, and, as a control that the search works, runs of the
+    activations that are sent on purpose.
 
     Returns:
         `messages`: how many of which kind; `found`: for each thing whether it is there.
@@ -66,9 +68,13 @@ def search_the_strip(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, 
     needles = {
         "text": [text.encode() for example in examples for text in (example.prompt, example.completion)],
         "token ids": [needle for example in encoded for needle in _runs(example.input_ids)],
-        "labels": [needle for example in encoded for needle in _runs([label for label in example.labels if label >= 0])],
+        "labels": [
+            needle for example in encoded for needle in _runs([label for label in example.labels if label >= 0])
+        ],
         "adapter": [_values(parameter) for parameter in trained(model).values()],
-        "its gradient": [_values(parameter.grad) for parameter in trained(model).values() if parameter.grad is not None],
+        "its gradient": [
+            _values(parameter.grad) for parameter in trained(model).values() if parameter.grad is not None
+        ],
         "activations": [_values(hidden) for hidden in activations],
     }
     return {

@@ -1,7 +1,7 @@
 """A whole run by the command line alone, and its loss curve beside the single-process run's.
 
-The split run is `isthmus cloud serve` and `isthmus edge train` as a user starts them; the other one is the same trainer on the whole model in one
-process. The curves are drawn over each other: at fp32 they are one line.
+The split run is `isthmus cloud serve` and `isthmus edge train` as a user starts them; the other one is the same
+trainer on the whole model in one process. The curves are drawn over each other: at fp32 they are one line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from isthmus.experiments.demo import parity_of, run_command
 from isthmus.experiments.harness import LocalCloud, isthmus
 
 
-def run_curve(model: str, edge_layers: str, options: dict[str, Any], folder: Path, figure: Path | None) -> dict[str, Any]:
+def run_curve(
+    model: str, edge_layers: str, options: dict[str, Any], folder: Path, figure: Path | None
+) -> dict[str, Any]:
     """Train both ways with the options of `edge train`, compare step by step, and draw the curves.
 
     Args:
@@ -52,7 +54,9 @@ def _plotting() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError("--figure needs the package matplotlib: pip install 'isthmus[figures]', or leave --figure out") from None
+        raise ConfigError(
+            "--figure needs the package matplotlib: pip install 'isthmus[figures]', or leave --figure out"
+        ) from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 

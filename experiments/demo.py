@@ -1,7 +1,8 @@
 """`make demo`: the main job on a real model, in a few minutes, with everything that a user would start by hand.
 
-A cloud (Ray, a worker, sealed gRPC) and an edge in processes of their own; some forty steps on generated support tickets; the held-out loss and
-an answer before and after; what crossed the strip; and the same training in a single process, which must end in the same adapter.
+A cloud (Ray, a worker, sealed gRPC) and an edge in processes of their own; some forty steps on generated support
+tickets; the held-out loss and an answer before and after; what crossed the strip; and the same training in a single
+process, which must end in the same adapter.
 """
 
 from __future__ import annotations
@@ -32,17 +33,27 @@ def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
     console = Console(highlight=False)
     console.rule("1. the model")
     checkpoint = resolve(MODEL)
-    console.print(f"{MODEL}: {checkpoint.config.num_hidden_layers} layers; the edge holds {EDGE_LAYERS.replace(':', ' + ')}, the cloud the rest")
+    console.print(
+        f"{MODEL}: {checkpoint.config.num_hidden_layers} layers; the edge holds {EDGE_LAYERS.replace(':', ' + ')}, "
+        "the cloud the rest"
+    )
 
     tickets = make_tickets(TRAINING + HELD_OUT + 1, seed=1)
     probe, train, held_out = tickets[0], tickets[1 : TRAINING + 1], tickets[TRAINING + 1 :]
     write_tickets(folder / "train.jsonl", train)
     write_tickets(folder / "held-out.jsonl", held_out)
     training: dict[str, Any] = {
-        "data": str(folder / "train.jsonl"), "validation": str(folder / "held-out.jsonl"), "steps": steps, "batch": 8, "max_length": 96,
-        "learning_rate": 5e-3, "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "seed": 7, "threads": threads,
+        "data": str(folder / "train.jsonl"),
+        "validation": str(folder / "held-out.jsonl"),
+        "steps": steps,
+        "batch": 8,
+        "max_length": 96,
+        "learning_rate": 5e-3,
+        "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "seed": 7,
+        "threads": threads,
         "save_every": steps,
-    }  # fmt: skip
+    }
 
     console.rule("2. keys, and a cloud in processes of its own")
     with LocalCloud(folder, MODEL, "--edge-layers", EDGE_LAYERS, "--threads", str(threads)) as cloud:
@@ -65,7 +76,9 @@ def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
         f"adapter_max_abs_diff={parity['adapter_max_abs_diff']}"
     )
     if not parity["bitwise_equal"]:
-        raise IsthmusError("the split run and the single-process run differ: please report this, with the numbers above")
+        raise IsthmusError(
+            "the split run and the single-process run differ: please report this, with the numbers above"
+        )
     return {"report": report, "before": before, "after": after, "crossing": crossing, "parity": parity}
 
 
@@ -79,17 +92,23 @@ def _tell(
     console.print("answer after  ", after.strip().split("\n")[0][:100], markup=False)
     console.rule("4. what crossed the strip")
     console.print(
-        f"{report['bytes_up'] / 1e6:.1f} MB up, {report['bytes_down'] / 1e6:.1f} MB down in {report['calls']} calls, sealed: "
+        f"{report['bytes_up'] / 1e6:.1f} MB up, {report['bytes_down'] / 1e6:.1f} MB down "
+        f"in {report['calls']} calls, sealed: "
         f"{report['bytes_per_position_up']:.0f} + {report['bytes_per_position_down']:.0f} bytes per token position"
     )
     console.print(
         f"time: edge {report['edge_share']:.0%}, cloud {report['cloud_share']:.0%}, wire {report['wire_share']:.2%}, "
         f"encryption {report['crypto_share']:.2%}"
     )
-    console.print(f"messages of one more step: {', '.join(f'{name} x {count}' for name, count in crossing['messages'].items())}")
+    console.print(
+        f"messages of one more step: {', '.join(f'{name} x {count}' for name, count in crossing['messages'].items())}"
+    )
     for name, found in crossing["found"].items():
         console.print(f"  {name:12} {'FOUND in what the edge sends' if found else 'not in what the edge sends'}")
-    console.print("  (activations are, as they must be: from those, a cloud that knows the weights can infer much; see the README)")
+    console.print(
+        "  (activations are, as they must be: from those, a cloud that knows the weights can infer much;\n"
+        "  see the README)"
+    )
     if any(found for name, found in crossing["found"].items() if name != "activations"):
         raise IsthmusError("something private crossed the strip: please report this")
 
@@ -108,14 +127,19 @@ def run_command(command: list[str]) -> str:
     """Run a command whose progress the user sees; returns what it printed."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise IsthmusError(f"`{' '.join(command[2:5])} …` ended with exit code {done.returncode}; its own message is above")
+        raise IsthmusError(
+            f"`{' '.join(command[2:5])} …` ended with exit code {done.returncode}; its own message is above"
+        )
     return done.stdout
 
 
 def parity_of(split: Path, single: Path) -> dict[str, Any]:
     """Compare the adapters and the loss logs of two runs' folders."""
     one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (split, single))
-    losses = [[json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()] for out in (split, single)]
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+        for out in (split, single)
+    ]
     if one.keys() != other.keys():
         raise IsthmusError("the two adapters have different parameters: nothing can be compared")
     return {

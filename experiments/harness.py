@@ -1,4 +1,5 @@
-"""Real parts for benchmarks and the demo: a cloud in its own processes, keys made for the occasion, and commands as a user runs them."""
+"""Real parts for benchmarks and the demo: a cloud in its own processes, keys made for the occasion, and commands as a
+user runs them."""
 
 from __future__ import annotations
 
@@ -48,9 +49,11 @@ class LocalCloud:
         self._environment = {**os.environ, **(environment or {})}
         self._log = folder / "serve.log"
         self._arguments = [
-            "cloud", "serve", "--model", model, "--home", str(self.home), "--connection-file", str(self.connection_file),
-            "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *options,
-        ]  # fmt: skip
+            *("cloud", "serve", "--model", model, "--home", str(self.home)),
+            *("--connection-file", str(self.connection_file)),
+            *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+            *options,
+        ]
         self._process: subprocess.Popen[bytes] | None = None
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
@@ -71,7 +74,8 @@ class LocalCloud:
         add_line(self.home / "authorized_edges", generate_edge(key, name), name)
 
     def start(self) -> None:
-        """Start and wait until the worker answers. Raises UnreachableError with the end of its output if it does not."""
+        """Start and wait until the worker answers. Raises UnreachableError with the end of its output if it does
+        not."""
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -83,7 +87,9 @@ class LocalCloud:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = self._log.read_text(errors="replace")[-2000:]
-                raise UnreachableError(f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}")
+                raise UnreachableError(
+                    f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
+                )
             time.sleep(0.1)
 
     def status(self) -> dict[str, Any]:

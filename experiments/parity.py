@@ -1,7 +1,8 @@
 """Parity: the split run equals the single-process run, bit for bit at fp32.
 
-Three runs over the same batches with the same adapters: one process that holds the whole model; an edge that trains against a cloud in other
-processes over sealed gRPC; and a control, the first with one weight of one cloud layer changed a little, which the comparison has to notice.
+Three runs over the same batches with the same adapters: one process that holds the whole model; an edge that trains
+against a cloud in other processes over sealed gRPC; and a control, the first with one weight of one cloud layer
+changed a little, which the comparison has to notice.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from isthmus.backbone.errors import ConfigError, DataError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -26,8 +31,6 @@ from isthmus.edge.methods import build_peft, trained
 from isthmus.edge.readers import read_examples
 from isthmus.experiments.harness import LocalCloud
 from isthmus.experiments.tickets import make_tickets, write_tickets
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 PERTURBATION = 1e-2  # added to one weight for the control
 
@@ -69,7 +72,14 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
         write_tickets(path, make_tickets(4 * settings.batch + 1))
         settings = ParitySettings(**{**_fields(settings), "data": str(path)})
     with LocalCloud(
-        folder, settings.model, "--edge-layers", settings.edge_layers, "--dtype", settings.dtype, "--threads", str(settings.threads)
+        folder,
+        settings.model,
+        "--edge-layers",
+        settings.edge_layers,
+        "--dtype",
+        settings.dtype,
+        "--threads",
+        str(settings.threads),
     ) as cloud:
         split = _run("split", settings, folder, cloud)
     whole = _run("whole", settings, folder)
@@ -139,20 +149,29 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
         "key": None if cloud is None else str(cloud.edge_key),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "isthmus.experiments.parity", json.dumps(task)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-m", "isthmus.experiments.parity", json.dumps(task)],
+        capture_output=True,
+        check=False,
     )
     if done.returncode:
         raise IsthmusError(f"the {mode} run failed: {done.stderr.decode(errors='replace').strip()[-2000:]}")
     summary = json.loads((out / "summary.json").read_text())
-    return _Outcome(gradients=load_file(out / "gradients.safetensors"), adapter=load_file(out / "adapter.safetensors"), **summary)
+    return _Outcome(
+        gradients=load_file(out / "gradients.safetensors"), adapter=load_file(out / "adapter.safetensors"), **summary
+    )
 
 
 def train_config(settings: ParitySettings) -> TrainConfig:
     """The adapter and the data of a parity run, as the trainer would be told."""
     return TrainConfig(
-        cloud="-", data=settings.data, max_length=settings.seq, batch=settings.batch, learning_rate=settings.learning_rate,
-        codec=settings.codec, method="lora",
-    )  # fmt: skip
+        cloud="-",
+        data=settings.data,
+        max_length=settings.seq,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        codec=settings.codec,
+        method="lora",
+    )
 
 
 def batches_of(settings: ParitySettings, tokenizer: Any) -> Batches:
@@ -160,7 +179,9 @@ def batches_of(settings: ParitySettings, tokenizer: Any) -> Batches:
     config = train_config(settings)
     examples, dropped = encode(read_examples(settings.data, config), tokenizer, settings.seq)
     if not examples:
-        raise DataError(f"none of the {dropped} examples of {settings.data} has a label within {settings.seq} tokens: raise --seq")
+        raise DataError(
+            f"none of the {dropped} examples of {settings.data} has a label within {settings.seq} tokens: raise --seq"
+        )
     return Batches(examples, settings.batch, tokenizer.pad_token_id or 0, seed=0)
 
 
@@ -201,11 +222,12 @@ def _main(task: dict[str, Any]) -> None:
     if task["mode"] == "split":
         with connect(task["cloud"], key=task["key"], codec=settings.codec) as link:
             result = train_steps(
-                build_peft(link.load_model(), train_config(settings)), endless(batches_of(settings, link.load_tokenizer())), settings
+                build_peft(link.load_model(), train_config(settings)),
+                endless(batches_of(settings, link.load_tokenizer())),
+                settings,
             )
     else:
-        model, tokenizer = whole_model(settings.model)
-        plan = SplitPlan.parse(settings.edge_layers, model.config.num_hidden_layers)
+        model, tokenizer, plan = whole_model(settings.model, settings.edge_layers)
         if task["mode"] == "control":
             _perturb(model, plan)
         adapted = build_peft(model, train_config(settings), layers=plan.edge_layers)
@@ -216,14 +238,31 @@ def _main(task: dict[str, Any]) -> None:
     (out / "summary.json").write_text(json.dumps(result))
 
 
-def whole_model(name: str) -> tuple[Any, Any]:
-    """The whole model in one process, with the attention that the split one uses, and its tokenizer."""
-    from transformers import AutoModelForCausalLM
+def whole_model(name: str, edge_layers: str) -> tuple[Any, Any, SplitPlan]:
+    """The whole model in one process as the split one runs it, its tokenizer, and the plan.
 
+    The attention implementation is the same, and the layers that would be the cloud's stay in eval mode: GPT-2's and
+    OPT's have a dropout of their own, which a frozen span does not apply.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     checkpoint = resolve(name)
-    attention = family_of(checkpoint.config).attention(None)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation=attention)
-    return model, load_tokenizer(checkpoint.folder)
+    family = family_of(checkpoint.config)
+    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation=family.attention(None)
+    )
+    layers = model.get_submodule(family.layers_path)
+    for index in plan.cloud:
+        layers[index].eval()
+        layers[index].train = partial(_stay, layers[index])  # model.train() reaches every layer through this
+    return model, load_tokenizer(checkpoint.folder), plan
+
+
+def _stay(layer: Any, mode: bool = True) -> Any:
+    return layer
 
 
 def _perturb(model: Any, plan: SplitPlan) -> None:

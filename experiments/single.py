@@ -1,6 +1,6 @@
 """The same training in one process that holds the whole model: the baseline that the split run is compared with.
 
-    python -m isthmus.experiments.single MODEL EDGE_LAYERS '{"data": …, "out": …, …}'
+python -m isthmus.experiments.single MODEL EDGE_LAYERS '{"data": …, "out": …, …}'
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 
 import torch
 
-from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import resolve
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig, load_config
@@ -27,8 +26,7 @@ def train_in_one_process(model_name: str, edge_layers: str, config: TrainConfig)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = resolve(model_name)
-    model, tokenizer = whole_model(model_name)
-    plan = SplitPlan.parse(edge_layers, model.config.num_hidden_layers)
+    model, tokenizer, plan = whole_model(model_name, edge_layers)
     data = load_data(config, tokenizer)
     adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=plan.edge_layers)
     identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")

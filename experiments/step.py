@@ -1,7 +1,8 @@
-"""What a step costs: the split run against a single process with the same adapters, batch, precision of the edge, and threads.
+"""What a step costs: the split run against a single process with the same adapters, batch, precision of the edge, and
+threads.
 
-Both models live in one process and take turns, so that whatever else the machine does hits both alike; the figures are ratios. The cloud is
-in processes of its own and waits while the whole model computes.
+Both models live in one process and take turns, so that whatever else the machine does hits both alike; the figures
+are ratios. The cloud is in processes of its own and waits while the whole model computes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 
-from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.link import connect
 from isthmus.edge.methods import build_peft, trained
@@ -60,11 +60,22 @@ class _Stepper:
 def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module. Shares are of the split step; bytes are of whole frames per token position."""
     torch.set_num_threads(settings.threads)
-    options = ("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype, "--threads", str(settings.threads))
-    with LocalCloud(folder, settings.model, *options) as cloud, connect(cloud.connection, key=cloud.edge_key, codec=settings.codec) as link:
-        whole, _ = whole_model(settings.model)
-        plan = SplitPlan.parse(settings.edge_layers, whole.config.num_hidden_layers)
-        tokens = torch.randint(whole.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0))
+    options = (
+        "--edge-layers",
+        settings.edge_layers,
+        "--dtype",
+        settings.cloud_dtype,
+        "--threads",
+        str(settings.threads),
+    )
+    with (
+        LocalCloud(folder, settings.model, *options) as cloud,
+        connect(cloud.connection, key=cloud.edge_key, codec=settings.codec) as link,
+    ):
+        whole, _, plan = whole_model(settings.model, settings.edge_layers)
+        tokens = torch.randint(
+            whole.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
+        )
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
         split_run = _Stepper(link.load_model(), batch, plan.edge_layers)
         whole_run = _Stepper(whole, batch, plan.edge_layers)

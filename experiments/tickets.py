@@ -1,6 +1,8 @@
-"""A small data set that looks private: support tickets, and the structured triage line that a company would want for each.
+"""A small data set that looks private: support tickets, and the structured triage line that a company would want for
+each.
 
-Everything in it is made up by a seeded generator; a small model can learn the mapping in a few dozen steps and cannot know it before.
+Everything in it is made up by a seeded generator; a small model can learn the mapping in a few dozen steps and cannot
+know it before.
 """
 
 from __future__ import annotations
@@ -10,8 +12,38 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-FIRST = ("Amara", "Bogdan", "Chen", "Dagny", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kavya", "Lior", "Mette", "Nuria", "Olek")
-LAST = ("Abara", "Brandt", "Castell", "Dahl", "Eriksen", "Fontaine", "Grossi", "Haddad", "Ito", "Jansen", "Kovacs", "Lindqvist", "Moreau")
+FIRST = (
+    "Amara",
+    "Bogdan",
+    "Chen",
+    "Dagny",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kavya",
+    "Lior",
+    "Mette",
+    "Nuria",
+    "Olek",
+)
+LAST = (
+    "Abara",
+    "Brandt",
+    "Castell",
+    "Dahl",
+    "Eriksen",
+    "Fontaine",
+    "Grossi",
+    "Haddad",
+    "Ito",
+    "Jansen",
+    "Kovacs",
+    "Lindqvist",
+    "Moreau",
+)
 PRODUCTS = ("Harbor", "Lantern", "Quill", "Tessera", "Voyage")
 
 # What the customer writes, the team, the topic, and how urgent it is.
@@ -31,7 +63,20 @@ CASES = (
 )
 OPENINGS = ("Hello,", "Hi team,", "Good morning,", "To whom it may concern:", "Dear support,")
 CLOSINGS = ("Thanks", "Kind regards", "Please help", "Best", "Waiting for your answer")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
 from isthmus.kernels.blockwise import BLOCK, dequantize_int8, quantize_int8
 from isthmus.protocol.errors import LimitError, MessageError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
-from torch import Tensor
 
 if sys.byteorder != "little":
     raise ImportError("isthmus writes tensors in little-endian order and runs on little-endian machines only")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
 from isthmus.protocol.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer
 

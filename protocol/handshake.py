@@ -52,6 +52,7 @@ from cryptography.hazmat.primitives.hpke import (
     Suite,
 )
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+
 from isthmus.protocol.errors import FingerprintError, FrameError, LimitError, LocalProtocolError, VersionError
 from isthmus.protocol.framing import KEY_BYTES, MAGIC, TAG, VERSION, Direction, Kind, wipe
 from isthmus.protocol.keys import Fingerprint, WorkerCertificate, WorkerIdentity

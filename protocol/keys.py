@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_ssh_private_key,
 )
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import FingerprintError, KeyFileError
 from isthmus.protocol.keyfiles import create_file, read_private, read_text, replace_file

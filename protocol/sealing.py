@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from cryptography.exceptions import InvalidTag
+
 from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError, VersionError
 from isthmus.protocol.framing import (
     MAGIC,

@@ -1,4 +1,5 @@
-"""The names and sizes that both ends of the gRPC stream agree on. One gRPC message carries one frame of the session, as opaque bytes."""
+"""The names and sizes that both ends of the gRPC stream agree on. One gRPC message carries one frame of the session,
+as opaque bytes."""
 
 from __future__ import annotations
 

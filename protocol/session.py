@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from isthmus.backbone.errors import IsthmusError
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.errors import (

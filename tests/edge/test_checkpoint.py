@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from isthmus.backbone.errors import CheckpointError, DiskError
 from isthmus.backbone.files import new_folder, write_atomic
 from isthmus.edge import checkpoint as checkpoints

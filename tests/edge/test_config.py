@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.edge.config import TrainConfig, load_config
 

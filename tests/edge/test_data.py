@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import BOS, EOS, tiny_tokenizer
+
 from isthmus.backbone.errors import ConfigError, DataError
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import IGNORED, Batches, Encoded, collate, encode, fingerprint, label_count, load_data, split
 from isthmus.edge.readers import Example, read_examples
-from support.tiny import BOS, EOS, tiny_tokenizer
 
 
 def config(**values: Any) -> TrainConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from isthmus.backbone.sources import BUILT_IN, Checkpoint
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.link import Link, connect
@@ -59,7 +60,7 @@ def test_a_saved_adapter_gives_the_split_models_logits_and_text_on_the_whole_mod
         optimizer.zero_grad()
     save_adapter(split, tmp_path / "adapter")
 
-    whole, _ = whole_model(BUILT_IN)
+    whole, _, _ = whole_model(BUILT_IN, "2:2")
     whole = load_adapter(whole, tmp_path / "adapter").eval()
     split.eval()
     with torch.no_grad():
@@ -76,14 +77,24 @@ def test_the_command_trains_on_real_task_data(cloud: LocalCloud, shared_data: Pa
     data.write_text("\n".join(rows[:41]), encoding="utf-8")
     done = subprocess.run(
         isthmus(
-            "edge", "train", "--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key), "--data", str(data),
-            "--prompt-template", "Meaning: {mr}\nText:", "--completion-template", " {ref}", "--steps", "6", "--batch", "4",
-            "--learning-rate", "2e-3", "--threads", "1", "--out", str(tmp_path / "run"), "--json",
+            *(
+                "edge",
+                "train",
+                "--cloud",
+                str(cloud.connection_file),
+                "--key",
+                str(cloud.edge_key),
+                "--data",
+                str(data),
+            ),
+            *("--prompt-template", "Meaning: {mr}\nText:", "--completion-template", " {ref}"),
+            *("--steps", "6", "--batch", "4", "--learning-rate", "2e-3", "--threads", "1"),
+            *("--out", str(tmp_path / "run"), "--json"),
         ),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    )  # fmt: skip
+    )
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 6

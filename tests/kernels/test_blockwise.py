@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from isthmus.kernels.blockwise import dequantize_int8, quantize_int8
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
 from isthmus.protocol.codecs import (
     ACTIVATION_CODECS,

@@ -13,6 +13,21 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.wire import (
+    EDGE,
+    NOW,
+    PIN,
+    TENANT,
+    WORKER,
+    forward,
+    identity,
+    new_cloud,
+    new_edge,
+    new_pair,
+    session_info,
+    shake,
+)
+
 from isthmus.backbone.errors import IsthmusError
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.errors import (
@@ -31,20 +46,6 @@ from isthmus.protocol.errors import (
 from isthmus.protocol.keys import Fingerprint, WorkerIdentity, format_public_key
 from isthmus.protocol.messages import SessionInfo
 from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Refused
-from support.wire import (
-    EDGE,
-    NOW,
-    PIN,
-    TENANT,
-    WORKER,
-    forward,
-    identity,
-    new_cloud,
-    new_edge,
-    new_pair,
-    session_info,
-    shake,
-)
 
 EXPECTED = (RemoteProtocolError, VersionError, FingerprintError)
 SIZES = (40, 1454, 1286)

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.wire import NOW, PIN, ROOT, identity
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line, parse_size
 from isthmus.protocol.errors import FingerprintError, KeyFileError, NotEnrolledError
@@ -30,7 +32,6 @@ from isthmus.protocol.keys import (
     load_worker,
     parse_public_key,
 )
-from support.wire import NOW, PIN, ROOT, identity
 
 
 def mode(path: Path) -> int:

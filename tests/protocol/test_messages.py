@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.wire import TENANT, cloud_messages, edge_messages, forward, session_info
+
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Payload, Role, decode, encode, encode_mask
 from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.packing import pack, unpack
-from support.wire import TENANT, cloud_messages, edge_messages, forward, session_info
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -13,6 +13,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.wire import SMALL, cloud_messages, edge_messages, forward, new_pair
+
 from isthmus.protocol import framing, sealing
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import decode
@@ -29,7 +31,6 @@ from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 from isthmus.protocol.packing import pack
 from isthmus.protocol.sealing import Opener, Sealer, wipe
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
-from support.wire import SMALL, cloud_messages, edge_messages, forward, new_pair
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 SESSION = bytes(range(16))

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Encoded, TrainingData, fingerprint
@@ -21,8 +24,6 @@ from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import StripTotals
 from isthmus.edge.schedule import total_steps
 from isthmus.edge.trainer import Trainer
-from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 IDENTITY = ModelIdentity("tiny", "d1", "whole")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
+
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
 from isthmus.protocol.enrolment import Tenant
