@@ -191,6 +191,7 @@ class StripServer:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment"
             )
+        await context.send_initial_metadata(())  # tells the edge that the stream is taken
         limits = Limits(max_message_bytes=self._served.info.limits.max_message_bytes)
         protocol = CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
         stream = SealedStream(protocol, frames, context, self.metrics)

@@ -48,7 +48,8 @@ class SealedStream:
     async def receive(self, unless: asyncio.Event) -> Received | None:
         """Wait for the next whole message.
 
-        None where the stream ended, or where `unless` was set before one was whole.
+        None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
+        no further call, even one that has just arrived. The edge repeats it elsewhere.
         """
         stop = asyncio.ensure_future(unless.wait())
         arrival: asyncio.Future[bytes | None] | None = None
@@ -56,10 +57,8 @@ class SealedStream:
             while True:
                 arrival = asyncio.ensure_future(self._next())
                 await asyncio.wait({arrival, stop}, return_when=asyncio.FIRST_COMPLETED)
-                if not arrival.done():
-                    return None
-                frame = arrival.result()
-                if frame is None:
+                frame = arrival.result() if arrival.done() else None
+                if frame is None or unless.is_set():
                     return None
                 start = time.perf_counter_ns()
                 event = self._session.receive(frame)

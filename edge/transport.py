@@ -95,7 +95,7 @@ class GrpcTransport:
         self._channel: grpc.Channel | None = None
 
     def open(self) -> Stream:
-        """Open a new stream on a channel that is known to be connected."""
+        """Open a new stream and wait until the cloud has taken it."""
         if self._channel is None:
             options = [
                 ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
@@ -109,12 +109,12 @@ class GrpcTransport:
                 self._channel = grpc.insecure_channel(self._target, options)
             else:
                 self._channel = grpc.secure_channel(self._target, self._credentials, options)
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=self._connect_timeout)
-        except grpc.FutureTimeoutError:
+        stream = _GrpcStream(self._channel)
+        if not stream.taken(self._connect_timeout):
+            stream.close()
             self.close()  # a fresh channel starts without gRPC's own growing backoff
-            raise ConnectionLostError(f"no answer from {self._target}") from None
-        return _GrpcStream(self._channel)
+            raise ConnectionLostError(f"no answer from {self._target}")
+        return stream
 
     def close(self) -> None:
         """Close the channel."""
@@ -135,8 +135,16 @@ class _GrpcStream:
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answered = threading.Event()
         self._call = channel.stream_stream(METHOD)(self._requests())
         threading.Thread(target=self._read, name="strip-reader", daemon=True).start()
+
+    def taken(self, timeout: float) -> bool:
+        """Whether the cloud takes the stream (or refuses it itself, which `receive` tells) within `timeout` seconds."""
+        # Not grpc.channel_ready_future: its thread trips, with a traceback, over a channel that is closed soon after.
+        if not self._answered.wait(timeout):
+            return False
+        return bool(self._call.is_active() or self._call.code() != grpc.StatusCode.UNAVAILABLE)
 
     def send(self, frame: bytes) -> None:
         # A broken stream is not told of here: the cloud's last word, a Goodbye say, may still wait to be received.
@@ -173,6 +181,8 @@ class _GrpcStream:
     def _read(self) -> None:
         reason = "the cloud closed the stream"
         try:
+            self._call.initial_metadata()  # the cloud sends it at once; it is there as well when the call has failed
+            self._answered.set()
             for frame in self._call:
                 self._incoming.put(frame)
         except grpc.RpcError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,12 @@ def serve() -> Iterator[Callable[[Behaviour], GrpcTransport]]:
     transports: list[GrpcTransport] = []
 
     def start(behaviour: Behaviour) -> GrpcTransport:
+        def taken(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+            context.send_initial_metadata(())
+            yield from behaviour(frames, context)
+
         server = grpc.server(ThreadPoolExecutor(4))
-        handler = grpc.stream_stream_rpc_method_handler(behaviour)
+        handler = grpc.stream_stream_rpc_method_handler(taken)
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: handler})]
         )
@@ -121,6 +126,16 @@ def test_nobody_there_is_a_lost_connection_and_can_be_tried_again() -> None:
             transport.open()
     transport.close()
     transport.close()
+
+
+def test_somebody_else_on_the_port_is_nobody() -> None:
+    """A listener that accepts and says nothing."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        transport = GrpcTransport(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.3)
+        with pytest.raises(ConnectionLostError, match="no answer"):
+            transport.open()
 
 
 @pytest.mark.parametrize("half", [Tls(cert=Path("a")), Tls(key=Path("a"))])

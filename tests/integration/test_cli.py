@@ -280,6 +280,14 @@ def test_a_port_in_use(place: Place) -> None:
     assert (home / "serving.json").exists()  # the running cloud is still known
 
 
+def test_tls_files_that_are_none(place: Place) -> None:
+    (place.folder / "junk.pem").write_text("no certificate")
+    tls = ("--tls-cert", "junk.pem", "--tls-key", "junk.pem")
+    own = ("--model", place.model, "--home", place.folder / "cloud", "--listen", "127.0.0.1:0")
+    refused(place.run("cloud", "serve", *own, *tls), 10, "junk.pem")
+    refused(place.run("cloud", "serve", *own, *tls[:2]), 10, "--tls-cert and --tls-key")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "texts"),
     [
