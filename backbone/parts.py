@@ -61,7 +61,7 @@ def load_edge_parts(
         PlanError: the plan is for another number of layers, or the folder holds the parts of another plan.
         UnsupportedFamilyError: the architecture cannot be cut.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, source.name)
+    checkpoint = source if isinstance(source, Checkpoint) else _checkpoint(source)
     config = checkpoint.config
     _check_plan(checkpoint, config.num_hidden_layers, plan)
     family = family_of(config)
@@ -117,6 +117,14 @@ def export_edge_parts(
                 shutil.copyfile(file, new / file.name)
         save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
         write_json(new / PARTS_FILE, info)
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, by the name of the model that exported parts were cut from."""
+    checkpoint = Checkpoint(folder, folder.name)
+    if checkpoint.is_edge_parts:
+        return Checkpoint(folder, str(read_json(folder / PARTS_FILE).get("model", folder.name)))
+    return checkpoint
 
 
 def _no_span(hidden: torch.Tensor, _mask: torch.Tensor | None, _positions: torch.Tensor | None) -> torch.Tensor:

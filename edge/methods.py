@@ -218,11 +218,17 @@ def _is_adalora(model: Any) -> bool:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter as a standard PEFT folder (for `full`: what the model itself saves), whole or not at all.
 
+    A split model's adapter names the model as the cloud serves it, not the folder that the edge's parts lie in.
+
     Raises:
         DiskError: The disk is full or cannot be written.
     """
     # PEFT would otherwise ask the hub whether the base model's embedding has grown.
     options = {"save_embedding_layers": False} if isinstance(model, peft.PeftModel) else {}
+    origin = getattr(model.get_base_model() if options else model, "isthmus_origin", None)
+    if options and origin is not None:
+        for settings in model.peft_config.values():
+            settings.base_model_name_or_path = origin.checkpoint.name
     with new_folder(folder) as temporary, _without_known_warnings():
         model.save_pretrained(str(temporary), **options)
 

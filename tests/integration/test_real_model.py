@@ -102,4 +102,6 @@ def test_the_command_trains_on_real_task_data(cloud: LocalCloud, shared_data: Pa
     hidden_bytes = 2 * 576 * 4  # forward and backward, fp32, each way
     assert hidden_bytes <= report["bytes_per_position_up"] < hidden_bytes * 1.01
     assert hidden_bytes <= report["bytes_per_position_down"] < hidden_bytes * 1.01
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == BUILT_IN
