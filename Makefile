@@ -39,13 +39,17 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures that the documents quote. Takes about half an hour on two cores.
+# The figures of docs/results.md. Takes about half an hour on two cores. E2E is where the E2E data set's train.csv lies.
+E2E ?= ../shared/data/e2e/train.csv
+
 bench: $(STAMP)
 	$(BIN)/isthmus bench parity --model smollm2-135m --steps 10 --json
 	$(BIN)/isthmus bench step --model smollm2-135m --json
 	$(BIN)/isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
 	$(BIN)/isthmus bench step --model smollm2-135m --codec int8 --json
 	$(BIN)/isthmus bench faults --json
+	$(BIN)/isthmus bench curve --data $(E2E) --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
+	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
 clean:
 	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

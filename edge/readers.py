@@ -223,8 +223,10 @@ def _column(name: str) -> Template:
 
 
 def _parse(template: str) -> Template:
+    # A shell's quotes leave these two as they are written.
+    written_out = template.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        parts = list(string.Formatter().parse(template))
+        parts = list(string.Formatter().parse(written_out))
     except ValueError as error:
         raise ConfigError(
             f"the template {template!r} is malformed ({error}): write {{column}}, and {{{{ for a brace."

@@ -35,7 +35,9 @@ def parity(
     seq: Annotated[int, typer.Option(min=2, help="Tokens per example at most.")] = 128,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3,
     threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
-    data: Annotated[str, typer.Option(help="A data file as for `edge train`; by default generated tickets.")] = "",
+    data: Annotated[
+        str, typer.Option(help="A data file as for `edge train`; by default a few sentences of real text.")
+    ] = "",
     keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:

@@ -30,7 +30,7 @@ HELD_OUT = 40
 
 def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
     """Run the demo and print it as it goes. Returns what it found; `parity` tells whether the adapters are equal."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.rule("1. the model")
     checkpoint = resolve(MODEL)
     console.print(
@@ -106,8 +106,7 @@ def _tell(
     for name, found in crossing["found"].items():
         console.print(f"  {name:12} {'FOUND in what the edge sends' if found else 'not in what the edge sends'}")
     console.print(
-        "  (activations are, as they must be: from those, a cloud that knows the weights can infer much;\n"
-        "  see the README)"
+        "  (activations are, as they must be; from them, a cloud that knows the weights can infer much: see the README)"
     )
     if any(found for name, found in crossing["found"].items() if name != "activations"):
         raise IsthmusError("something private crossed the strip: please report this")

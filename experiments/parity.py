@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from isthmus.edge.link import connect
 from isthmus.edge.methods import build_peft, trained
 from isthmus.edge.readers import read_examples
 from isthmus.experiments.harness import LocalCloud
-from isthmus.experiments.tickets import make_tickets, write_tickets
+from isthmus.experiments.prose import write_prose
 
 PERTURBATION = 1e-2  # added to one weight for the control
 
@@ -49,7 +49,7 @@ class ParitySettings:
         dtype: of the cloud's span.
         learning_rate: of AdamW; large enough to move the adapter in a few steps.
         threads: torch threads on either side.
-        data: a data file, or "" for generated tickets.
+        data: a data file, or "" for a few sentences of real text.
     """
 
     model: str
@@ -67,10 +67,9 @@ class ParitySettings:
 def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
     """Run the three runs and compare them; see the module."""
     if not settings.data:
-        # One example more than fills the batches of an epoch of four: the fifth batch is ragged.
-        path = folder / "tickets.jsonl"
-        write_tickets(path, make_tickets(4 * settings.batch + 1))
-        settings = ParitySettings(**{**_fields(settings), "data": str(path)})
+        path = folder / "prose.jsonl"
+        write_prose(path, settings.batch)
+        settings = replace(settings, data=str(path))
     with LocalCloud(
         folder,
         settings.model,
@@ -98,7 +97,7 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
         "control_gradient_max_abs_diff": caught.gradient,
         "tokens_padded": split.padded,
         "ragged_batch": split.ragged,
-        **_fields(settings),
+        **asdict(settings),
     }
 
 
@@ -143,7 +142,7 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
     out.mkdir()
     task = {
         "mode": mode,
-        "settings": _fields(settings),
+        "settings": asdict(settings),
         "out": str(out),
         "cloud": None if cloud is None else cloud.connection,
         "key": None if cloud is None else str(cloud.edge_key),
@@ -270,10 +269,6 @@ def _perturb(model: Any, plan: SplitPlan) -> None:
     weight = next(parameter for parameter in layer.parameters() if parameter.ndim == 2)
     with torch.no_grad():
         weight[0, 0] += PERTURBATION
-
-
-def _fields(settings: ParitySettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ParitySettings.__slots__}
 
 
 if __name__ == "__main__":

@@ -291,3 +291,13 @@ def test_the_fingerprint_sees_tokens_labels_and_order() -> None:
     base = examples(3)
     variants = [base, base[::-1], base[:2], [*base[:2], Encoded(base[2].input_ids, (IGNORED,) * 4)]]
     assert len({fingerprint(variant) for variant in variants} | {fingerprint(base, []), fingerprint([], base)}) == 6
+
+
+def test_a_template_may_write_a_line_break_as_a_shell_passes_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("mr,ref\nname[Aromi],Aromi is a pub.\n")
+    config = TrainConfig(
+        cloud="-", data=str(path), prompt_template=r"Meaning: {mr}\nText:", completion_template=" {ref}"
+    )
+    (example,) = read_examples(str(path), config)
+    assert example.prompt == "Meaning: name[Aromi]\nText:"

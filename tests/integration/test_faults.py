@@ -8,27 +8,15 @@ import pytest
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.experiments.fault_plan import PHASES
 from isthmus.experiments.faults import FaultSettings, run_faults
-
-PHASES = (
-    "handshake",
-    "forward_sending",
-    "forward_waiting",
-    "forward_receiving",
-    "backward_sending",
-    "backward_waiting",
-    "backward_receiving",
-    "edge_killed",
-    "cloud_restarted",
-    "stash_evicted",
-)
 
 
 @pytest.mark.server
 def test_a_broken_strip_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     model = tiny_checkpoint("llama", tmp_path / "model")
-    settings = FaultSettings(str(model), steps=16, per_phase=1, phases=PHASES, save_every=3)
+    settings = FaultSettings(str(model), steps=16, per_phase=1, save_every=3)
     folder = tmp_path / "run"
     folder.mkdir()
     figures = run_faults(settings, folder)
