@@ -22,6 +22,17 @@ from isthmus.backbone.gate import SpanGate
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 
+# The options of a PEFT configuration that say which modules it adapts.
+_PICKING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "feedforward_modules",
+)
+
 EDGE_WEIGHTS_INFO = "isthmus_edge.json"
 
 # generate() options that need a cache, or a layer's inner values.
@@ -196,7 +207,11 @@ def settle_adapters(model: EdgeModelMixin) -> None:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return
+    settled: dict[str, tuple[Any, tuple[Any, ...]]] = model.__dict__.setdefault("_isthmus_settled", {})
     for adapter, config in configs.items():
+        known, wanted = settled.get(adapter, (None, ()))
+        if known is config and wanted == _wanted(config):
+            continue
         numbered, everywhere = _matches(model.isthmus_origin, config)
         for layer, name in numbered:
             if layer in model.split_plan.cloud:
@@ -210,6 +225,13 @@ def settle_adapters(model: EdgeModelMixin) -> None:
             if feedforward:
                 config.feedforward_modules = {name for name in modules if _picks(feedforward, name)}
             config.target_modules = modules
+        settled[adapter] = (config, _wanted(config))
+
+
+def _wanted(config: Any) -> tuple[Any, ...]:
+    """A copy of what a PEFT configuration picks modules by."""
+    values = (getattr(config, name, None) for name in _PICKING)
+    return tuple(value if value is None or isinstance(value, int | str) else frozenset(value) for value in values)
 
 
 def _picks(wanted: str | Iterable[str], name: str) -> bool:

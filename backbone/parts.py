@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,9 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import PassThrough, SpanFn, SpanGate
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import PARTS_FILE, Checkpoint
+from isthmus.backbone.sources import PARTS_FILE, Checkpoint, files_beside_the_weights
 
 __all__ = ["EdgeModelMixin", "SpanFn", "SpanGate", "export_edge_parts", "load_edge_parts", "load_edge_weights"]
-
-_BESIDE_THE_WEIGHTS = re.compile(
-    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|"
-    r"chat_template.*|.*\.jinja"
-)
 
 
 def load_edge_parts(
@@ -112,9 +106,8 @@ def export_edge_parts(
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:
-        for file in sorted(checkpoint.folder.iterdir()):
-            if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name):
-                shutil.copyfile(file, new / file.name)
+        for file in files_beside_the_weights(checkpoint.folder):
+            shutil.copyfile(file, new / file.name)
         save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
         write_json(new / PARTS_FILE, info)
 

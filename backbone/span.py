@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,11 +49,6 @@ class FrozenSpan(nn.Module):
     def n_params(self) -> int:
         """Number of weights held."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def named_layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """The decoder layers with their indices in the whole model."""
-        layers: Any = getattr(self.base, family_of(self.config).layers)
-        return zip(self.layer_span, layers, strict=True)
 
     def train(self, _mode: bool = True) -> Self:
         """Stay in eval mode."""

@@ -71,6 +71,9 @@ class StashCounters:
     recomputed: int = 0
 
 
+MAX_SHAPES = 256
+"""Of so many shapes, the last used ones, the size of the graph is remembered."""
+
 Key = tuple[bytes, int]  # (session id, call)
 
 
@@ -89,7 +92,7 @@ class Executor:
     stash_bytes: int
     counters: StashCounters = field(default_factory=StashCounters)
     _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
-    _graph_bytes: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _graph_bytes: OrderedDict[tuple[object, ...], int] = field(default_factory=OrderedDict)
     _used: int = 0
 
     @property
@@ -187,6 +190,7 @@ class Executor:
         key = (tuple(leaf.shape), dense, None if positions is None else tuple(positions.shape))
         known = self._graph_bytes.get(key)
         if known is not None:
+            self._graph_bytes.move_to_end(key)
             return self._span(leaf, mask, positions), known
         weights = {p.untyped_storage().data_ptr() for p in (*self.span.parameters(), *self.span.buffers())}
         sizes: dict[int, int] = {}
@@ -200,6 +204,8 @@ class Executor:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = self._span(leaf, mask, positions)
         self._graph_bytes[key] = sum(sizes.values()) + output.numel() * output.element_size()
+        if len(self._graph_bytes) > MAX_SHAPES:
+            self._graph_bytes.popitem(last=False)
         return output, self._graph_bytes[key]
 
     def _shrink(self) -> None:

@@ -6,6 +6,7 @@ always on, with a token that only this user can read, and the ports are printed 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import signal
@@ -19,17 +20,20 @@ from typing import Any
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.files import write_atomic
+from isthmus.backbone.files import locked, write_atomic
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import Checkpoint, default_cache, resolve
+from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import DTYPES, Worker, WorkerSpec
-from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import load_worker
 
 NAMESPACE = "isthmus"
+MAX_PORT = 65535
+POLL_SECONDS = 10.0
+DEAD_POLLS = 3
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
 # slower), and idle OpenMP threads of one process spin on the cores that the other needs.
@@ -94,9 +98,21 @@ class Serving:
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
         try:
-            return bool(self._get(self._worker.drain.remote(grace)))
+            return bool(self._ray.get(self._worker.drain.remote(grace)))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except self._ray.exceptions.RayActorError:
             return False  # the worker is dead or being restarted, and its calls with it
+
+    def is_dead(self) -> bool:
+        """Whether the worker is dead now. One that Ray restarts or that is busy is not, or not for long."""
+        try:
+            self._ray.get(self._worker.port.remote(), timeout=POLL_SECONDS)
+        except self._ray.exceptions.ActorDiedError:
+            return True
+        except (self._ray.exceptions.RayError, TimeoutError):
+            return False
+        return False
 
     def close(self) -> None:
         """End the worker, and Ray where it was started here."""
@@ -139,6 +155,8 @@ def serve(
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     identity = load_worker(home)
+    if (home / "authorized_edges").exists():
+        AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
     checkpoint = resolve(model, console=console)
     plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
     spec = WorkerSpec(
@@ -170,7 +188,7 @@ def serve(
         ports = ", ".join(map(str, serving.ray_ports()))
         console.print(f"Ray listens on every interface, ports {ports}: keep them behind a firewall", highlight=False)
         ready(connection)
-        stop.wait()
+        _wait(stop, serving.is_dead)
         with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
             return serving.drain(grace)
     finally:
@@ -178,11 +196,35 @@ def serve(
         serving.close()
 
 
+def _wait(stop: threading.Event, is_dead: Callable[[], bool], poll: float = POLL_SECONDS) -> None:
+    """Wait to be told to stop, and look after the worker meanwhile.
+
+    Raises:
+        UnreachableError: the worker is dead, `DEAD_POLLS` times in a row: Ray does not start it again.
+    """
+    dead = 0
+    while not stop.wait(poll):
+        dead = dead + 1 if is_dead() else 0
+        if dead >= DEAD_POLLS:
+            raise UnreachableError(
+                "the worker is gone and Ray does not start it again: look into worker.log, then run "
+                "`isthmus cloud serve` anew"
+            )
+
+
 def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
-    """The edge's parts of this model and plan, made once and kept in the cache."""
-    folder = default_cache() / "edge-parts" / f"{checkpoint.digest()[:16]}-{plan.bottom}-{plan.top}"
-    if not folder.exists():
-        export_edge_parts(checkpoint, plan, folder)
+    """The edge's parts of this model and plan, made once and kept in the cache.
+
+    The folder's name has a hash of the tokenizer's files too: they may change where the weights do not.
+    """
+    small = hashlib.sha256()
+    for file in files_beside_the_weights(checkpoint.folder):
+        small.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    name = f"{checkpoint.digest()[:16]}-{plan.bottom}-{plan.top}-{small.hexdigest()[:16]}"
+    folder = default_cache() / "edge-parts" / name
+    with locked(folder):
+        if not folder.exists():
+            export_edge_parts(checkpoint, plan, folder)
     return folder
 
 
@@ -194,8 +236,10 @@ def _claim(listen: str, option: str = "--listen") -> str:
         PortInUseError: somebody listens there already.
     """
     host, separator, port = listen.rpartition(":")
-    if not separator or not port.isdigit():
+    if not separator or not port.isdecimal() or len(port) > 9:
         raise ConfigError(f"{listen!r} is no address to listen on: write host:port, for example 127.0.0.1:7443")
+    if int(port) > MAX_PORT:
+        raise ConfigError(f"{listen!r} is no address to listen on: a port is a number from 0 to {MAX_PORT}")
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, int(port), type=socket.SOCK_STREAM)[0][0]

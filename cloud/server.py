@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,7 @@ class StripServer:
         self._half_open = 0
         self._in_flight = 0
         self._in_flight_bytes: Counter[str] = Counter()
+        self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
         self._draining = False
         self._never = asyncio.Event()
         self._idle = asyncio.Event()
@@ -168,7 +170,7 @@ class StripServer:
         return finished
 
     def status(self) -> dict[str, Any]:
-        """What `isthmus cloud status` shows."""
+        """What `isthmus cloud status` shows. May be called from any thread."""
         info, executor = self._served.info, self._served.executor
         return {
             "state": "draining" if self._draining else "serving",
@@ -176,7 +178,7 @@ class StripServer:
             "plan": info.plan,
             "span_dtype": info.span_dtype,
             "uptime_s": time.time() - self._started,
-            "sessions": dict(Counter(session.tenant.name for session in self._open.values())),
+            "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
@@ -191,24 +193,32 @@ class StripServer:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment"
             )
-        await context.send_initial_metadata(())  # tells the edge that the stream is taken
+        self._half_open += 1  # before anything is awaited: others come in meanwhile
         limits = Limits(max_message_bytes=self._served.info.limits.max_message_bytes)
         protocol = CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
         stream = SealedStream(protocol, frames, context, self.metrics)
         try:
-            session = await self._admit(protocol, stream)
+            try:
+                await context.send_initial_metadata(())  # tells the edge that the stream is taken
+                session = await self._admit(protocol, stream)
+            finally:
+                self._half_open -= 1
             if session is not None:
-                await self._converse(stream, session)
+                await self._converse(stream, session, limits)
         except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
+        except grpc.aio.BaseError as error:  # the stream broke while it was written to
+            log("stream_broke", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # whatever it is, gRPC would send its text in the clear
+            log("session_failed", logging.ERROR, error=type(error).__name__)
+            await context.abort(grpc.StatusCode.INTERNAL, "the session failed; the cloud's owner has a log of it")
         finally:
             protocol.close()
 
     async def _admit(self, protocol: CloudSession, stream: SealedStream) -> _Open | None:
         """Handshake and `Attach`, in limited time; None where the edge is not admitted."""
         outcome = "failed"
-        self._half_open += 1
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 outcome = await stream.handshake()
@@ -232,7 +242,6 @@ class StripServer:
             outcome = "timed out"
             return None
         finally:
-            self._half_open -= 1
             self.metrics.handshakes.labels(outcome).inc()
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
@@ -246,7 +255,7 @@ class StripServer:
         count = sum(other.ending != "fenced" for other in mine)
         allowed = session.tenant.quota.max_sessions
         if count >= allowed:
-            return m.Status(
+            return m.Status.saying(
                 m.StatusCode.OVER_QUOTA,
                 None,
                 f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
@@ -256,11 +265,11 @@ class StripServer:
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
 
-    async def _converse(self, stream: SealedStream, session: _Open) -> None:
+    async def _converse(self, stream: SealedStream, session: _Open, limits: Limits) -> None:
         served = self._served
         info = served.info
         work = TenantSession(
-            session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call
+            session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call, limits
         )
         try:
             if self._draining:
@@ -289,19 +298,19 @@ class StripServer:
         crypto_ns = stream.take_crypto_ns()
         message, size = received.message, len(received.body)
         operation = type(message).__name__.lower()
-        if self._in_flight_bytes[tenant.name] + size > tenant.quota.max_inflight_bytes:
-            allowed = tenant.quota.max_inflight_bytes
-            text = f"{size} bytes more in flight than the {allowed} that {tenant.name} may have: send smaller batches"
-            await stream.send(m.Status(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
+        allowed = tenant.quota.max_inflight_bytes
+        if size > allowed:
+            wipe(received.body)
+            text = f"a call of {size} bytes is over the {allowed} that {tenant.name} may have: send smaller batches"
+            await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
             return
         self._in_flight += 1
-        self._in_flight_bytes[tenant.name] += size
         self._idle.clear()
         try:
             start = time.perf_counter_ns()
-            reply = await asyncio.get_running_loop().run_in_executor(self._compute, work.handle, message)
+            async with self._room_for(tenant, size, received.body):
+                reply = await asyncio.wrap_future(self._submit(work, received))
             elapsed = time.perf_counter_ns() - start
-            wipe(received.body)  # what is needed longer, the executor has copied
             if isinstance(reply, m.ForwardReply | m.BackwardReply):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
                 shape = (reply.hidden if isinstance(reply, m.ForwardReply) else reply.gradient).shape
@@ -316,9 +325,41 @@ class StripServer:
             self.metrics.calls.labels(operation).inc()
         finally:
             self._in_flight -= 1
-            self._in_flight_bytes[tenant.name] -= size
             if not self._in_flight:
                 self._idle.set()
+
+    @contextlib.asynccontextmanager
+    async def _room_for(self, tenant: Tenant, size: int, body: bytearray) -> AsyncIterator[None]:
+        """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside."""
+        name, allowed = tenant.name, tenant.quota.max_inflight_bytes
+        try:
+            while self._in_flight_bytes[name] + size > allowed:
+                turn = asyncio.get_running_loop().create_future()
+                self._turns.append(turn)
+                await turn
+        except asyncio.CancelledError:  # the edge is gone
+            wipe(body)
+            raise
+        self._in_flight_bytes[name] += size
+        try:
+            yield
+        finally:
+            self._in_flight_bytes[name] -= size
+            turns, self._turns = self._turns, []
+            for turn in turns:
+                if not turn.done():
+                    turn.set_result(None)
+
+    def _submit(self, work: TenantSession, received: Received) -> Future[m.Message | None]:
+        """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
+        try:
+            running = self._compute.submit(work.handle, received.message)
+        except RuntimeError:  # a drain was cut short
+            wipe(received.body)
+            raise
+        # What is needed longer, the executor has copied.
+        running.add_done_callback(lambda _: wipe(received.body))
+        return running
 
     def _observe_stash(self) -> None:
         executor = self._served.executor

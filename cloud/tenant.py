@@ -19,6 +19,7 @@ from isthmus.cloud.logs import log
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.errors import MessageError
+from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 
 BLOB_BYTES = 8 << 20  # one piece of a file; the sealed session cuts it into frames
 
@@ -57,10 +58,17 @@ class Parts:
         part = self._files.get(name)
         if part is None or offset > part.size:
             known = ", ".join(self._files)
-            return m.Status(m.StatusCode.BAD_REQUEST, None, f"no file {name!r} at offset {offset}; there are: {known}")
-        with part.path.open("rb") as file:
-            file.seek(offset)
-            return m.Blob(name, offset, part.size, part.sha256, file.read(BLOB_BYTES))
+            text = f"no file {name!r} at offset {offset}; there are: {known}"
+            return m.Status.saying(m.StatusCode.BAD_REQUEST, None, text)
+        try:
+            with part.path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(min(BLOB_BYTES, part.size - offset))
+        except OSError as error:  # its text has a path of this machine
+            log("part_unreadable", logging.ERROR, error=type(error).__name__, part=name)
+            text = f"the file {name!r} cannot be read; the cloud's owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        return m.Blob(name, offset, part.size, part.sha256, data)
 
 
 @dataclass(slots=True)
@@ -73,6 +81,7 @@ class TenantSession:
         parts: the files that the edge may fetch.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch × sequence of one call.
+        limits: what the session accepts; the tensors of a call are within them.
     """
 
     session_id: bytes
@@ -80,6 +89,7 @@ class TenantSession:
     parts: Parts
     hidden_size: int
     max_tokens: int
+    limits: Limits = DEFAULT_LIMITS
 
     def handle(self, message: m.Message) -> m.Message | None:
         """Answer one message; None for those that want no answer.
@@ -112,9 +122,9 @@ class TenantSession:
         except StashLost:
             return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
         except NonFiniteError as error:
-            return m.Status(m.StatusCode.NON_FINITE, call, str(error))
+            return m.Status.saying(m.StatusCode.NON_FINITE, call, str(error))
         except (ValueError, LookupError) as error:
-            return m.Status(m.StatusCode.BAD_REQUEST, call, str(error)[: m.MAX_TEXT])
+            return m.Status.saying(m.StatusCode.BAD_REQUEST, call, str(error))
         except RuntimeError as error:  # torch's own, out of memory for one; its text could quote values
             log("call_failed", logging.ERROR, error=type(error).__name__, operation=operation)
             return m.Status(
@@ -133,7 +143,7 @@ class TenantSession:
         )
 
     def _backward(self, message: m.Backward) -> m.BackwardReply:
-        gradient = decode(message.gradient)
+        gradient = decode(message.gradient, limits=self.limits)
         replay = None if message.replay is None else self._inputs(message.replay)
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
         expected = kept if kept is not None or replay is None else replay.hidden.shape
@@ -148,7 +158,7 @@ class TenantSession:
         return m.BackwardReply(message.id, payload, compute, 0, 0, recomputed)
 
     def _inputs(self, sent: m.SpanInputs) -> SpanInput:
-        hidden = decode(sent.hidden)
+        hidden = decode(sent.hidden, limits=self.limits)
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]"
@@ -159,10 +169,10 @@ class TenantSession:
                 f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
                 "send less at a time"
             )
-        mask = None if sent.attention_mask is None else decode(sent.attention_mask)
+        mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         if mask is not None and mask.shape != (batch, sequence):
             raise ValueError(f"an attention mask of shape {list(mask.shape)} does not fit {batch} x {sequence} tokens")
-        positions = None if sent.position_ids is None else decode(sent.position_ids).long()
+        positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
         if positions is not None and (
             positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence
         ):

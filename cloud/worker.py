@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 import os
 import resource
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
@@ -26,11 +28,16 @@ from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
-from isthmus.cloud.tenant import Parts
+from isthmus.cloud.tenant import BLOB_BYTES, Parts
 from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.errors import KeyFileError, PortInUseError
 from isthmus.protocol.keys import load_worker
 from isthmus.protocol.messages import SessionInfo, SpanLimits
+
+REBINDS = 5
+REBIND_PAUSE = 1.0  # seconds
+RESTART_PAUSE = 5.0  # seconds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,12 +69,17 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
         self._failure: IsthmusError | None = None
+        restarted = _restarted()
         try:
-            self._start(spec)
+            self._start(spec, REBINDS if restarted else 0)
         except IsthmusError as error:
             self._failure = error  # told by `port`: of an actor that dies in its constructor, Ray keeps only a text
+            if restarted:  # nobody calls `port` again, so this process would stay and listen to nothing
+                log("restart_failed", logging.ERROR, error=str(error))
+                time.sleep(RESTART_PAUSE)
+                os._exit(1)  # Ray tries again
 
-    def _start(self, spec: WorkerSpec) -> None:
+    def _start(self, spec: WorkerSpec, rebinds: int) -> None:
         log_to(Path(spec.log_file) if spec.log_file else None)
         self._server = StripServer(
             served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads
@@ -75,10 +87,22 @@ class Worker:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
-        self._port = asyncio.run_coroutine_threadsafe(self._server.start(spec.listen, tls), self._loop).result()
+        self._port = self._listen(spec.listen, tls, rebinds)
         if spec.metrics:
             host, _, port = spec.metrics.rpartition(":")
             serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
+
+    def _listen(self, listen: str, tls: ServerTls | None, rebinds: int) -> int:
+        """Bind; a restarted worker tries again, as the process before it may hold the port for a moment more."""
+        for left in range(rebinds, -1, -1):
+            try:
+                return asyncio.run_coroutine_threadsafe(self._server.start(listen, tls), self._loop).result()
+            except PortInUseError as error:
+                if not left:
+                    raise
+                log("port_still_taken", logging.WARNING, error=str(error))
+                time.sleep(REBIND_PAUSE)
+        raise ValueError(f"{rebinds} further attempts to listen cannot be made: 0 or more is needed")
 
     def port(self) -> int:
         """The port that the worker listens on; answering means that it is ready.
@@ -99,13 +123,27 @@ class Worker:
         return asyncio.run_coroutine_threadsafe(self._server.drain(grace), self._loop).result()
 
 
+def _restarted() -> bool:
+    """Whether this process takes the place of a worker that died."""
+    import ray
+
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 class EdgesFile:
-    """`authorized_edges`, read again whenever it has changed."""
+    """`authorized_edges`, read again whenever it has changed.
+
+    Raises:
+        ConfigError: The file is malformed at the start, when there is no good list to fall back on.
+        KeyFileError: It cannot be read.
+    """
 
     def __init__(self, home: Path) -> None:
         self._path = home / "authorized_edges"
         self._stamp: tuple[int, int] | None = None
         self._edges = AuthorizedEdges.parse("")
+        if self._path.exists():  # where nobody is enrolled yet, there is none
+            self._edges = AuthorizedEdges.load(self._path)
 
     def __call__(self) -> AuthorizedEdges:
         """Who is enrolled now: nobody where there is no file, the last good list where it is malformed."""
@@ -116,8 +154,8 @@ class EdgesFile:
         stamp = (stat.st_mtime_ns, stat.st_size)
         if stamp != self._stamp:
             try:
-                self._edges = AuthorizedEdges.parse(self._path.read_text())
-            except (ValueError, OSError) as error:
+                self._edges = AuthorizedEdges.load(self._path)
+            except (ConfigError, KeyFileError) as error:
                 # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
                 log("authorized_edges_unreadable", error=str(error))
             self._stamp = stamp
@@ -142,10 +180,18 @@ def served_by(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype,
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(spec.max_tokens, spec.max_tokens * (8 * span.hidden_size + 16) + (1 << 20), spec.stash_bytes),
+        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size), spec.stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
     return Served(info, Executor(span, dtype, spec.stash_bytes), Parts(Path(spec.parts)))
+
+
+def _message_bytes(max_tokens: int, hidden_size: int) -> int:
+    """The largest message of a session.
+
+    A backward call with its replay (two fp32 tensors, a mask, position ids) or a piece of a file, and 1 MiB to spare.
+    """
+    return max(max_tokens * (2 * 4 * hidden_size + 16), BLOB_BYTES) + (1 << 20)
 
 
 def _tls(spec: WorkerSpec) -> ServerTls | None:

@@ -15,11 +15,13 @@ adapter equals an undisturbed run's bit for bit.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from isthmus.backbone.errors import CheckpointError
-from isthmus.backbone.files import new_folder, remove_folder, sweep
+from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.files import disk_errors, new_folder, remove_folder, sweep
 from isthmus.edge.report import Spent
 
 _FORMAT = 1
@@ -42,12 +44,15 @@ _TENSOR_FILES = ("parameters", "optimizer", "method", "random")
 class ModelIdentity:
     """Which model a run tunes.
 
-    `digest` is of its weights and configuration; `plan` is the split plan ("2:2"), or "whole" without one.
+    `digest` is of its weights and configuration; `plan` is the split plan ("2:2"), or "whole" without one. What the
+    cloud's span computes in, and with which attention, is None where there is no cloud.
     """
 
     name: str
     digest: str
     plan: str
+    span_dtype: str | None = None
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,27 @@ class Checkpoint:
     spent: Spent
     method_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     method_state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Make the folder of a run and keep it for this process: two runs would sweep away each other's checkpoints.
+
+    Raises:
+        ConfigError: Another process trains into `out`.
+        DiskError: `out` cannot be made or written.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training into {out}: wait for it or stop it, or give another --out."
+            ) from None
+        yield
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -237,6 +263,8 @@ def check_fits(
         ("the model", theirs.name, model.name),
         ("the weights (digest)", theirs.digest, model.digest),
         ("the split plan", theirs.plan, model.plan),
+        ("the span's dtype", theirs.span_dtype, model.span_dtype),
+        ("the attention implementation", theirs.attn_implementation, model.attn_implementation),
         ("the tokenized data (fingerprint)", checkpoint.data, data),
         *((name, checkpoint.settings.get(name), value) for name, value in settings.items()),
     ):

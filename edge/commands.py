@@ -12,13 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.edge.config import TrainConfig, load_config
+from isthmus.edge.config import DEFAULT_KEY, TrainConfig, load_config
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
 )
 
-DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 INTERRUPTED = 130  # as shells say it
 
 

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from isthmus.backbone.errors import ConfigError
 
+DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
+
 Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -60,7 +62,9 @@ class TrainConfig(BaseModel):
         None, description="Column or key of the prompt, which is read but not trained on."
     )
     completion_column: str | None = Field(None, description="Column or key of the completion, which is trained on.")
-    prompt_template: str | None = Field(None, description="The prompt, made of columns: 'Meaning: {mr}\\nText:'.")
+    prompt_template: str | None = Field(
+        None, description="The prompt, made of columns: 'Meaning: {mr}\\nText:' (\\n is a line break)."
+    )
     completion_template: str | None = Field(None, description="The completion, made of columns: ' {ref}'.")
     max_length: int = Field(512, ge=2, description="Tokens per example at most; what is longer is cut at its end.")
 
@@ -111,6 +115,9 @@ class TrainConfig(BaseModel):
     connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
     give_up_after: float = Field(
         600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
+    )
+    call_timeout: float = Field(
+        600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
     )
     tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
     tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")

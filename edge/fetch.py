@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from isthmus.backbone.files import disk_errors
-from isthmus.backbone.sources import default_cache
+from isthmus.backbone.files import disk_errors, locked
+from isthmus.backbone.sources import default_cache, is_part
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import RemoteProtocolError
 
@@ -41,23 +41,34 @@ def fetch_parts(info: m.SessionInfo, call: Call) -> Path:
 
     Raises:
         DiskError: there is no room for the files.
-        RemoteProtocolError: a file does not have the hash that the cloud gave for it.
+        RemoteProtocolError: the cloud offers a file that belongs to no model's parts, or a file does not have the hash
+            that the cloud gave for it.
     """
     listing = call(m.FileList, lambda attempt: m.FetchList())
+    for entry in listing.entries:
+        if not is_part(entry.name):
+            raise RemoteProtocolError(
+                f"the cloud offers the file {entry.name!r}, which is none of an edge's parts: ask its owner what it is"
+            )
     folder = default_cache() / "edge" / f"{info.digest[:16]}-{info.plan.replace(':', '-')}"
+    with locked(folder):  # two edges of one user would append to the same unfinished files
+        _complete(folder, listing, info.model, call)
+    return folder
+
+
+def _complete(folder: Path, listing: m.FileList, model: str, call: Call) -> None:
     missing = [entry for entry in listing.entries if not _whole(folder / entry.name, entry)]
     if not missing:
-        return folder
+        return
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task(
-                f"fetching the edge's parts of {info.model}", total=sum(entry.size for entry in missing)
+                f"fetching the edge's parts of {model}", total=sum(entry.size for entry in missing)
             )
             for entry in missing:
                 _fetch(folder, entry, call, lambda n: progress.advance(task, n))
-    return folder
 
 
 def _fetch(folder: Path, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:

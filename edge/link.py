@@ -21,12 +21,14 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
-from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
+from isthmus.backbone.errors import CheckpointError, ConfigError, IsthmusError, NonFiniteError
 from isthmus.backbone.plan import SplitPlan
-from isthmus.edge.channel import Channel, Observer, Traffic
+from isthmus.edge.channel import LOOK_SECONDS, Channel, Check, Observer, Traffic
+from isthmus.edge.config import DEFAULT_KEY
 from isthmus.edge.fetch import fetch_parts
 from isthmus.edge.remote_span import RemoteSpan
 from isthmus.edge.report import StripTotals
+from isthmus.edge.stopping import Interrupted
 from isthmus.edge.transport import GrpcTransport, Tls, Transport
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import (
@@ -42,20 +44,23 @@ from isthmus.protocol.codecs import (
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.errors import (
     ConnectionLostError,
+    FingerprintError,
     LocalProtocolError,
     OverQuotaError,
     RefusedError,
     RemoteProtocolError,
     UnreachableError,
+    VersionError,
 )
 from isthmus.protocol.keys import Fingerprint, load_edge
+from isthmus.protocol.session import edge_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.1, 1.7, 5.0  # seconds
 PROTOCOL_FAULTS = 5  # in a row: bad luck ends, an attacker or a defect does not
+PEAK_SECONDS = 5.0  # a figure of the report is not worth a longer wait
 
 MAX_ATTEMPT = (1 << 16) - 1
 
@@ -163,6 +168,7 @@ class Link:
         self._closed = False
         self._calls = 0
         self._step = 0
+        self._check: Check = lambda: None
         self._jitter = random.Random()  # noqa: S311 - spreads reconnects, is no secret
 
     @property
@@ -263,6 +269,13 @@ class Link:
         """Name the optimizer step that the next calls belong to."""
         self._step = step
 
+    def watch(self, check: Check) -> None:
+        """Have `check` called a few times a second while the link waits; what it raises ends the wait.
+
+        Without it only an exception, a KeyboardInterrupt say, ends a wait before its time.
+        """
+        self._check = check
+
     def totals(self) -> StripTotals:
         """What has crossed the strip so far, and where the time went."""
         t = self.traffic
@@ -278,11 +291,12 @@ class Link:
         )
 
     def cloud_peak_bytes(self) -> int | None:
-        """The worker's largest resident memory so far, in bytes; None where the cloud does not answer."""
+        """The worker's largest resident memory so far, in bytes; None where the cloud does not say it soon."""
         with self._lock:
             try:
-                return self._call(m.Pong, m.Ping).peak_bytes
-            except UnreachableError:
+                return self._call(m.Pong, m.Ping, patience=PEAK_SECONDS, timeout=PEAK_SECONDS).peak_bytes
+            except IsthmusError:
+                self._drop()  # a late answer must not be taken for that to another question
                 return None
 
     def close(self) -> None:
@@ -322,25 +336,40 @@ class Link:
         )
 
     def _result(self, payload: Payload, expected: torch.Size) -> Tensor:
-        tensor = decode(payload)
+        tensor = decode(payload, limits=edge_limits(self.info))
         if tensor.shape != expected:
             raise RemoteProtocolError(f"the cloud answered with shape {list(tensor.shape)} instead of {list(expected)}")
         return tensor
 
-    def _call(self, kind: type[R], question: Callable[[int], m.Message]) -> R:
+    def _call(
+        self,
+        kind: type[R],
+        question: Callable[[int], m.Message],
+        *,
+        patience: float | None = None,
+        timeout: float | None = None,
+    ) -> R:
         """Ask until there is an answer of this kind."""
+        if timeout is None:
+            timeout = self._call_timeout
+        if patience is None:
+            patience = self._give_up_after
 
         def once(attempt: int) -> R:
             channel = self._session()
             asked = question(attempt)
-            answer = channel.ask(asked, self._call_timeout)
+            answer = channel.ask(asked, timeout)
             if isinstance(answer, m.Status):
                 raise _error(answer)
             if not isinstance(answer, kind) or getattr(answer, "id", None) != getattr(asked, "id", None):
                 raise RemoteProtocolError(f"the cloud answered {type(asked).__name__} with {type(answer).__name__}")
             return answer
 
-        answer = self._retrying(self._give_up_after, once)
+        start = time.perf_counter_ns()
+        try:
+            answer = self._retrying(patience, once)
+        finally:
+            self.traffic.asking_ns += time.perf_counter_ns() - start
         self.traffic.calls += 1
         if isinstance(answer, m.ForwardReply | m.BackwardReply):
             self.traffic.compute_ns += answer.compute_ns
@@ -363,11 +392,18 @@ class Link:
             except ConnectionLostError as error:
                 reason = str(error)
                 faults = 0
-            except RemoteProtocolError as error:
+            except (RemoteProtocolError, FingerprintError, VersionError) as error:
+                # Once a cloud has been reached, a hello that does not fit may as well be one that was changed on its
+                # way; before, it is most likely another server's, or of another version.
+                if self._info is None and not isinstance(error, RemoteProtocolError):
+                    raise
                 reason = str(error)
                 faults += 1
                 if faults == PROTOCOL_FAULTS:
                     raise
+            except (Interrupted, KeyboardInterrupt):
+                self._drop()  # a question may be half sent, or its answer half received
+                raise
             self._drop()
             now = time.monotonic()
             deadline = deadline or now + patience
@@ -376,10 +412,18 @@ class Link:
                     f"the cloud at {self._name} stayed away for {patience:.0f} s ({reason}): "
                     "check that it runs and can be reached"
                 )
-            time.sleep(min(pause * self._jitter.uniform(0.5, 1.0), deadline - now))
+            self._pause(min(pause * self._jitter.uniform(0.5, 1.0), deadline - now))
             pause = min(pause * BACKOFF_FACTOR, BACKOFF_MOST)
             attempt = min(attempt + 1, MAX_ATTEMPT)
             self.traffic.retries += 1
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, and look now and then whether there is still something to wait for."""
+        while seconds > 0:
+            self._check()
+            time.sleep(min(seconds, LOOK_SECONDS))
+            seconds -= LOOK_SECONDS
+        self._check()
 
     def _session(self) -> Channel:
         """The open channel, or a new one."""
@@ -387,19 +431,20 @@ class Link:
             return self._channel
         try:
             stream = self._transport.open()
-            channel = Channel(stream, self._pin, self._key, self._link_id, self.traffic, self._observe)
+            channel = Channel(
+                stream, self._pin, self._key, self._link_id, self.traffic, self._observe, self._still_wanted
+            )
         except RefusedError as error:
             if self._info is None:
                 raise
             raise ConnectionLostError(
                 str(error)
             ) from None  # it took us before, and may again: a worker that drains, say
-        if self._info is not None and (channel.info.digest, channel.info.plan) != (self._info.digest, self._info.plan):
+        if self._info is not None and _identity(channel.info) != _identity(self._info):
             channel.close()
             raise CheckpointError(
-                f"the cloud at {self._name} now serves {channel.info.model} split {channel.info.plan}, another model "
-                f"than {self._info.model} split {self._info.plan} before: start the run anew, or serve the old model "
-                "again"
+                f"the cloud at {self._name} now serves {_described(channel.info)}, another model than "
+                f"{_described(self._info)} before: start the run anew, or serve the old model again"
             )
         if self._codec not in channel.info.codecs:
             channel.close()
@@ -409,6 +454,9 @@ class Link:
         self._info = channel.info
         self._channel = channel
         return channel
+
+    def _still_wanted(self) -> None:
+        self._check()  # looked up each time, as the observer is
 
     def _observe(self, question: str, phase: str) -> None:
         self.observer(question, phase)  # looked up each time: it may be replaced while a channel is open
@@ -423,13 +471,25 @@ class _StashLostError(Exception):
     """The cloud has forgotten a forward: its input has to go along with the backward."""
 
 
+def _identity(info: m.SessionInfo) -> tuple[str, ...]:
+    """What has to stay the same for the span to give the same numbers."""
+    return info.digest, info.plan, info.span_dtype, info.attn_implementation
+
+
+def _described(info: m.SessionInfo) -> str:
+    return (
+        f"{info.model} (digest {info.digest[:16]}) split {info.plan} in {info.span_dtype} with "
+        f"{info.attn_implementation} attention"
+    )
+
+
 def _error(status: m.Status) -> Exception:
     match status.code:
         case m.StatusCode.STASH_LOST:
             return _StashLostError()
         case m.StatusCode.NON_FINITE:
             return NonFiniteError(f"the cloud's layers gave no finite numbers: {status.message}")
-        case m.StatusCode.DRAINING | m.StatusCode.FENCED:
+        case m.StatusCode.DRAINING:
             return ConnectionLostError(status.message)
         case m.StatusCode.OVER_QUOTA:
             return OverQuotaError(f"the cloud refused the call (over quota): {status.message}")

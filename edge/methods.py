@@ -24,6 +24,7 @@ from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from isthmus.backbone.checkpoint import read_json
 from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.files import new_folder
@@ -233,6 +234,19 @@ def save_adapter(model: Any, folder: Path) -> None:
         model.save_pretrained(str(temporary), **options)
 
 
+def _check_same_model(model: Any, folder: Path) -> None:
+    """Names and shapes fit any model of the architecture, so plainly tuned layers are also held to their origin."""
+    origin = getattr(model, "isthmus_origin", None)
+    if origin is None:
+        return  # a whole model, whose checkpoint is not known here
+    tuned, ours = str(read_json(folder / EDGE_WEIGHTS_INFO).get("digest", "")), origin.checkpoint.digest()
+    if tuned and ours and tuned != ours:
+        raise CheckpointError(
+            f"{folder} holds layers tuned on a model with the digest {tuned[:16]}, but this model's is {ours[:16]}: "
+            "load them into the model that they were tuned on."
+        )
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
     """Put what `save_adapter` wrote into a model, to evaluate it or to generate.
 
@@ -247,6 +261,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         CheckpointError: The folder is neither, is damaged, or holds something that has no place in this model.
     """
     if (folder / EDGE_WEIGHTS_INFO).is_file():
+        _check_same_model(model, folder)
         load_edge_weights(model, folder)
         return model
     weights = folder / _PEFT_WEIGHTS

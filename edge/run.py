@@ -40,6 +40,7 @@ def open_link(config: TrainConfig) -> Link:
         tls=tls,
         connect_timeout=config.connect_timeout,
         give_up_after=config.give_up_after,
+        call_timeout=config.call_timeout,
     )
 
 
@@ -65,11 +66,12 @@ def train_over(link: Link, config: TrainConfig) -> Report:
         _peft(model, config, len(data.train)),
         data,
         config,
-        ModelIdentity(info.model, info.digest, info.plan),
+        ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
         meter=link,
         span_parameters=span_parameters,
         cloud_peak=link.cloud_peak_bytes,
     )
+    link.watch(trainer.check_stop)
     return trainer.fit().report
 
 

@@ -32,7 +32,8 @@ class StopRequest:
     def listen(self, say: Callable[[str], None]) -> Iterator[None]:
         """Listen while the block runs; `say` tells the user.
 
-        Outside the main thread, where Python allows no handlers, this does nothing.
+        A request counts within the block only. Outside the main thread, where Python allows no handlers, this does
+        nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -50,3 +51,4 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._asked = False

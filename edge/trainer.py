@@ -77,6 +77,7 @@ _FREE = {
     "threads",
     "connect_timeout",
     "give_up_after",
+    "call_timeout",
     "tls_ca",
     "tls_cert",
     "tls_key",
@@ -153,21 +154,24 @@ class Trainer:
             NonFiniteError: A loss or a gradient is NaN or infinite.
             CheckpointError: The newest checkpoint is damaged or does not belong to this run.
             DiskError: The disk is full.
-            ConfigError: `out` holds another run and `resume` is not set.
+            ConfigError: `out` holds another run and `resume` is not set, or another process trains into it.
             IsthmusError: Whatever the strip raises. Before it rises, the last applied step is saved.
         """
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        with disk_errors(self.config.out):
-            self.config.out.mkdir(parents=True, exist_ok=True)
-        with self._stop.listen(self._progress.message), self._progress:
-            self._resume()
-            self._random = RandomState.take(self.model.device)
-            with _board(self.config, self.step) as self._board:
-                loss_after = self._guarded_run()
-        return self._finish(loss_after)
+        with checkpoints.claim(self.config.out):
+            with self._stop.listen(self._progress.message), self._progress:
+                self._resume()
+                self._random = RandomState.take(self.model.device)
+                with _board(self.config, self.step) as self._board:
+                    loss_after = self._guarded_run()
+            return self._finish(loss_after)
+
+    def check_stop(self) -> None:
+        """For whatever waits while a step is made: raises `Interrupted` once Ctrl-C or SIGTERM has come."""
+        self._stop.check()
 
     def _guarded_run(self) -> float | None:
         """Run to the end; whatever stops it, save the last applied step and say how to go on."""

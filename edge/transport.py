@@ -6,12 +6,13 @@ link reconnects.
 
 from __future__ import annotations
 
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 
@@ -19,18 +20,26 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import ConnectionLostError, KeyFileError
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD
 
+QUEUED_FRAMES = 16  # on each way; whoever is ahead of the other waits, so that neither fills the edge's memory
+SEND_SECONDS = 0.5  # one wait for room among the frames that go out
+
+
+class NothingYetError(ConnectionLostError):
+    """The time given to one wait is over. The stream is as it was, and the wait may be repeated."""
+
 
 class Stream(Protocol):
     """One bidirectional stream of frames."""
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame. May raise ConnectionLostError.
+        """Queue one frame.
 
-        `receive` tells at the latest, after what arrived before the break.
+        May raise ConnectionLostError; `receive` tells at the latest, after what arrived before the break. Raises
+        NothingYetError when there was no room for a while: the frame is not queued, send it again.
         """
 
     def receive(self, timeout: float) -> bytes:
-        """Wait for the next frame. Raises ConnectionLostError on a broken stream or after `timeout` seconds."""
+        """Wait for the next frame. Raises ConnectionLostError on a broken stream, NothingYetError after `timeout`."""
 
     def finish(self, timeout: float) -> None:
         """Send what is queued, end this side, and wait up to `timeout` seconds for the other side to end too."""
@@ -123,18 +132,56 @@ class GrpcTransport:
             self._channel = None
 
 
-_END = object()
+class _Frames:
+    """A queue of at most `QUEUED_FRAMES` frames, which ends."""
+
+    def __init__(self) -> None:
+        self._frames: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._end = ""
+
+    def put(self, frame: bytes, timeout: float | None = None) -> bool:
+        """Wait for room, and add a frame. Returns False, without it, after `timeout` seconds.
+
+        A frame behind the end is dropped.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._end or len(self._frames) < QUEUED_FRAMES, timeout):
+                return False
+            if not self._end:
+                self._frames.append(frame)
+                self._changed.notify_all()
+            return True
+
+    def get(self, timeout: float | None = None) -> bytes:
+        """Take the next frame. Raises ConnectionLostError at the end, NothingYetError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._end or self._frames, timeout):
+                raise NothingYetError(f"no answer within {timeout:.0f} s")
+            if not self._frames:
+                raise ConnectionLostError(self._end)
+            self._changed.notify_all()
+            return self._frames.popleft()
+
+    def end(self, reason: str, *, drop: bool = False) -> None:
+        """Let nothing more in; what is queued can still be taken, unless it is dropped. The first reason stays."""
+        with self._changed:
+            self._end = self._end or reason
+            if drop:
+                self._frames.clear()
+            self._changed.notify_all()
 
 
 class _GrpcStream:
     """Frames over one bidirectional gRPC call.
 
-    A reader thread makes a timeout possible, which gRPC's own iterator has none of.
+    A reader thread makes a timeout possible, which gRPC's own iterator has none of. It asks gRPC for the next frame
+    when there is room for it, so that HTTP/2's flow control holds back a cloud that sends more than is asked for.
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outgoing = _Frames()
+        self._incoming = _Frames()
         self._answered = threading.Event()
         self._call = channel.stream_stream(METHOD)(self._requests())
         threading.Thread(target=self._read, name="strip-reader", daemon=True).start()
@@ -148,34 +195,34 @@ class _GrpcStream:
 
     def send(self, frame: bytes) -> None:
         # A broken stream is not told of here: the cloud's last word, a Goodbye say, may still wait to be received.
-        self._outgoing.put(frame)
+        if not self._outgoing.put(frame, SEND_SECONDS):
+            raise NothingYetError("the cloud takes no more frames at present")
 
     def receive(self, timeout: float) -> bytes:
-        try:
-            item = self._incoming.get(timeout=timeout)
-        except queue.Empty:
-            self.close()
-            raise ConnectionLostError(f"no answer within {timeout:.0f} s") from None
-        if isinstance(item, ConnectionLostError):
-            self._incoming.put(item)  # it stays the answer to everything that follows
-            raise item
-        frame: bytes = item
-        return frame
+        return self._incoming.get(timeout)
 
     def close(self) -> None:
-        self._outgoing.put(_END)
+        self._outgoing.end("the stream is closed", drop=True)
+        self._incoming.end("the stream is closed", drop=True)
         self._call.cancel()
 
     def finish(self, timeout: float) -> None:
-        self._outgoing.put(_END)
+        self._outgoing.end("this side has finished")
+        deadline = time.monotonic() + timeout
         try:
-            while not isinstance(self._incoming.get(timeout=timeout), ConnectionLostError):
-                pass
-        except queue.Empty:
+            while True:
+                self._incoming.get(max(0.0, deadline - time.monotonic()))
+        except NothingYetError:
             self._call.cancel()
+        except ConnectionLostError:
+            pass  # the other side has ended too
 
     def _requests(self) -> Iterator[bytes]:
-        while (frame := self._outgoing.get()) is not _END:
+        while True:
+            try:
+                frame = self._outgoing.get()
+            except ConnectionLostError:
+                return
             yield frame
 
     def _read(self) -> None:
@@ -187,4 +234,5 @@ class _GrpcStream:
                 self._incoming.put(frame)
         except grpc.RpcError as error:
             reason = f"{self._call.code().name.lower()}: {self._call.details() or type(error).__name__}"
-        self._incoming.put(ConnectionLostError(reason))
+        self._incoming.end(reason)
+        self._outgoing.end(reason, drop=True)  # nobody takes these any more

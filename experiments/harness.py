@@ -39,14 +39,12 @@ class LocalCloud:
         folder: where keys, logs and the connection file go.
         model: as for `--model`.
         options: further options of `serve`.
-        environment: variables to add to the process's environment.
     """
 
-    def __init__(self, folder: Path, model: str, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, model: str, *options: str) -> None:
         self.home = folder / "cloud"
         self.edge_key = folder / "edge" / "id_ed25519"
         self.connection_file = folder / "connection"
-        self._environment = {**os.environ, **(environment or {})}
         self._log = folder / "serve.log"
         self._arguments = [
             *("cloud", "serve", "--model", model, "--home", str(self.home)),
@@ -79,7 +77,7 @@ class LocalCloud:
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
+                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS

@@ -84,7 +84,9 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
         split_run = _Stepper(link.load_model(), batch, plan.edge_layers)
         whole_run = _Stepper(whole, batch, plan.edge_layers)
-        ratios, split_s, whole_s = [], [], []
+        ratios: list[float] = []
+        split_s: list[float] = []
+        whole_s: list[float] = []
         with stderr_progress("steps", WARM_UP + settings.pairs) as advance:
             for pair in range(WARM_UP + settings.pairs):
                 if pair == WARM_UP:

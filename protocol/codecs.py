@@ -50,7 +50,6 @@ class Role(enum.IntEnum):
 
     ACTIVATION = 1
     GRADIENT = 2
-    PARAMETER = 3
     INDEX = 4
     """Which tokens and which places: attention masks and position ids."""
 

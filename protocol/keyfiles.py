@@ -7,11 +7,11 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from isthmus.backbone.errors import DiskError
+from isthmus.backbone.files import write_atomic
 from isthmus.protocol.errors import KeyFileError
 
 MAX_FILE = 1 << 22
@@ -49,19 +49,12 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
         KeyFileError: it cannot be written.
         DiskError: the disk is full.
     """
-    temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise _failed(path, error) from error
+        write_atomic(path, data, mode)
+    except DiskError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _failed(path, error.__cause__) from error
+        raise
 
 
 def read_text(path: Path, remedy: str) -> str:

@@ -11,8 +11,8 @@ Theory of operation
      7  FetchList     edge   -                                        FileList or Status
      8  FileList      cloud  -
      9  Status        cloud  -
-    10  Ping          both   -                                        Pong
-    11  Pong          both   -
+    10  Ping          edge   -                                        Pong
+    11  Pong          cloud  -
     12  Goodbye       both   -
     13  Attach        edge   -                                        Status
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
@@ -50,11 +51,8 @@ class StatusCode(enum.IntEnum):
     OVER_QUOTA = 4
     NON_FINITE = 5
     """The span's output or gradient has NaN or infinite values."""
-    TOO_LARGE = 6
     INTERNAL = 7
     NOT_ENROLLED = 8
-    FENCED = 9
-    """A newer session of the same edge took this one's place."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -187,6 +185,11 @@ class Status:
     id: CallId | None
     message: str
 
+    @classmethod
+    def saying(cls, code: StatusCode, id: CallId | None, text: str) -> Status:
+        """A status whose text is cut to what a message carries, `MAX_TEXT` bytes of UTF-8."""
+        return cls(code, id, text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore"))
+
 
 @dataclass(frozen=True, slots=True)
 class Ping:
@@ -240,11 +243,17 @@ Message = (
     | Attach
 )
 
-EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Pong, Goodbye, Attach)
-CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Ping, Pong, Goodbye)
+EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Goodbye, Attach)
+CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Pong, Goodbye)
 
 
 MAX_INFO = 16 * 1024
+MAX_INFO_TEXT = 256
+_PATTERNS = {
+    "session_id": re.compile(r"[0-9a-f]{32}"),
+    "digest": re.compile(r"[0-9a-f]{64}"),
+    "plan": re.compile(r"[0-9]{1,6}:[0-9]{1,6}"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +303,9 @@ class SessionInfo:
 
     @classmethod
     def from_json(cls, raw: Buffer) -> SessionInfo:
-        """Read the information, strictly: no key may be missing, unknown, or of another type.
+        """Read the information, strictly: no key may be missing, unknown, of another type, or malformed.
+
+        Digest, plan and session id name files and sessions on the edge, so nothing but digits gets through.
 
         Raises:
             MessageError: it is malformed.
@@ -306,6 +317,15 @@ class SessionInfo:
         except (ValueError, RecursionError) as error:
             raise MessageError(f"session information is not JSON: {error}") from error
         values = _strict(cls, data)
+        for name, pattern in _PATTERNS.items():
+            if not pattern.fullmatch(values[name]):
+                raise MessageError(f"session information has {name} = {values[name][:80]!r}, which is malformed")
+        for text in (*(value for value in values.values() if isinstance(value, str)), *values["codecs"]):
+            if len(text) > MAX_INFO_TEXT or not text.isprintable():
+                raise MessageError(
+                    f"session information has the text {text[:80]!r}: at most {MAX_INFO_TEXT} printable characters "
+                    "are accepted"
+                )
         limits = SpanLimits(**_strict(SpanLimits, values["limits"]))
         return cls(**{**values, "codecs": tuple(values["codecs"]), "limits": limits})
 

@@ -40,7 +40,7 @@ from hashlib import sha256
 
 from cryptography.exceptions import InvalidTag
 
-from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError, VersionError
+from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.framing import (
     MAGIC,
     MAX_CHUNKS,
@@ -286,14 +286,13 @@ class Opener:
         Raises:
             FrameError: the frame is not the one that must come next, or not authentic.
             LimitError: the message is over a limit.
-            VersionError: the frame is of another version.
             LocalProtocolError: the opener is dead.
         """
         if self._dead:
             raise LocalProtocolError("the session is closed; open a new one")
         try:
             return self._open(memoryview(frame))
-        except (FrameError, LimitError, VersionError):
+        except (FrameError, LimitError):
             self.close()
             raise
 
@@ -305,7 +304,8 @@ class Opener:
         if magic != MAGIC or kind not in (Kind.DATA, Kind.REKEY):
             raise FrameError("a frame does not begin as one")
         if version != VERSION:
-            raise VersionError(f"a frame of version {version} came; this side speaks version {VERSION}")
+            # Not a VersionError: the handshake has agreed on the version, and this byte is not authenticated yet.
+            raise FrameError(f"a frame of version {version} came; this session speaks version {VERSION}")
         keys = self._keys
         if (epoch, counter) != (keys.epoch, keys.counter):
             raise FrameError(

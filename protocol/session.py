@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -49,7 +49,7 @@ from isthmus.protocol.handshake import (
     version_refusal,
 )
 from isthmus.protocol.keys import Fingerprint, WorkerIdentity
-from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, Buffer, Limits
 from isthmus.protocol.messages import (
     CLOUD_SENDS,
     EDGE_SENDS,
@@ -63,6 +63,15 @@ from isthmus.protocol.packing import pack, unpack
 from isthmus.protocol.sealing import Opener, Sealer
 
 NO_SESSION = bytes(SESSION_ID_BYTES)
+
+# However much the cloud says that it takes: it does not decide how much the edge may be made to allocate.
+MAX_EDGE_MESSAGE_BYTES = 4 * GIB
+
+
+def edge_limits(info: SessionInfo, own: Limits = DEFAULT_LIMITS) -> Limits:
+    """What an edge accepts: its own limits, with as large a message as the cloud takes where that is more."""
+    offered = min(info.limits.max_message_bytes, MAX_EDGE_MESSAGE_BYTES)
+    return replace(own, max_message_bytes=max(own.max_message_bytes, offered))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +183,7 @@ class _Session:
         Raises:
             RemoteProtocolError: the other side broke the protocol, or the frame was changed on its way. The session
                 is dead.
-            VersionError: the other side speaks another version. The session is dead.
+            VersionError: the other side's hello is of another version. The session is dead.
             FingerprintError: (edge) the server is not the pinned one, or cannot prove it. The session is dead.
             NotEnrolledError, RefusedError: (edge) the cloud refused. The session is dead.
             LocalProtocolError: the session is closed, or waits for this side.
@@ -198,13 +207,13 @@ class _Session:
     def _handshake(self, frame: Buffer) -> Event:
         raise NotImplementedError
 
-    def _start_traffic(self, secrets: Secrets, session_id: bytes) -> None:
+    def _start_traffic(self, secrets: Secrets, session_id: bytes, sending: Limits | None = None) -> None:
         limits, up, down = self._limits, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
         if self._up:
-            self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, limits, self._clock)
+            self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, sending or limits, self._clock)
             self._opener = Opener(secrets.cloud_to_edge, session_id, down, limits)
         else:
-            self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, limits, self._clock)
+            self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, sending or limits, self._clock)
             self._opener = Opener(secrets.edge_to_cloud, session_id, up, limits)
 
     def _close(self, reason: str) -> None:
@@ -224,7 +233,9 @@ class EdgeSession(_Session):
     Args:
         pin: fingerprint of the cloud's root key.
         edge_key: who the edge is.
-        limits: what it accepts and when it changes keys.
+        limits: what it accepts and when it changes keys. The size of a message follows what the cloud says in the
+            handshake: that is the most that is sent, and as much is accepted, if it is more than `limits` has but no
+            more than `MAX_EDGE_MESSAGE_BYTES`.
         now: the wall clock in Unix seconds, for the certificate's expiry.
         random: a cryptographic source of bytes.
         clock: seconds that never go back, for the age of a key.
@@ -273,7 +284,9 @@ class EdgeSession(_Session):
                 f"the session's information names session {info.session_id}, not {verdict.session_id.hex()}"
             )
         self._info = info
-        self._start_traffic(secrets, verdict.session_id)
+        self._limits = edge_limits(info, self._limits)
+        sending = min(info.limits.max_message_bytes, self._limits.max_message_bytes)
+        self._start_traffic(secrets, verdict.session_id, replace(self._limits, max_message_bytes=sending))
         return Established(info)
 
     def _close(self, reason: str) -> None:

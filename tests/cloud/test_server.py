@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import io
@@ -12,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from support.tiny import HIDDEN, tiny_checkpoint
 from isthmus.cloud import logs
 from isthmus.cloud import server as server_module
 from isthmus.cloud.metrics import serve_metrics
-from isthmus.cloud.server import Served, ServerTls
+from isthmus.cloud.server import Served, ServerTls, StripServer
+from isthmus.cloud.worker import EdgesFile
 from isthmus.edge.channel import Channel, Traffic
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol import messages as m
@@ -45,7 +47,7 @@ from isthmus.protocol.errors import (
     PortInUseError,
     UnreachableError,
 )
-from isthmus.protocol.keys import Fingerprint, load_edge
+from isthmus.protocol.keys import Fingerprint, load_edge, load_worker
 from isthmus.protocol.service import METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 
@@ -186,6 +188,77 @@ def test_a_call_over_the_byte_quota_is_refused_and_the_session_goes_on(cloud: Se
         assert link.traffic.sessions == 1
 
 
+def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = hidden().nbytes + 64
+    entered, release = threading.Event(), threading.Event()
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        entered.set()
+        release.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(cloud.executor), "forward", slow)
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=quota))
+    answers: list[torch.Tensor] = []
+    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second:
+
+        def call(link: Any) -> None:
+            answers.append(link.forward_span(hidden(), None, None, keep=False)[0])
+
+        threads = [threading.Thread(target=call, args=(link,)) for link in (first, second)]
+        for link in (first, second):
+            link.open(5)
+        for thread in threads:
+            thread.start()
+        assert entered.wait(10)
+        eventually(lambda: server.server.status()["in_flight"] == 2)
+        eventually(lambda: len(server.server._turns) == 1)
+        assert server.server._in_flight_bytes["alice"] <= quota
+        release.set()
+        for thread in threads:
+            thread.join(10)
+    assert len(answers) == 2
+    assert torch.equal(answers[0], answers[1])
+
+
+def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    served(model, tmp_path / "parts")
+    (tmp_path / "parts" / "vocab.bin").write_bytes(bytes(9 << 20))
+    small = served(model, tmp_path / "parts", max_tokens=1)
+    with ThreadServer(small, Home(tmp_path)) as server, server.link() as link:
+        link.open(5)
+        piece = link._call(m.Blob, lambda attempt: m.Fetch("vocab.bin", 0))
+        assert (len(piece.data), piece.total) == (8 << 20, 9 << 20)
+
+
+def test_a_backward_with_its_replay_fits_the_largest_message(cloud: Served) -> None:
+    limits = cloud.info.limits
+    hidden_bytes = limits.max_tokens_per_call * HIDDEN * 4
+    assert limits.max_message_bytes >= 2 * hidden_bytes + limits.max_tokens_per_call * 5
+
+
+def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("the text of a letter")
+
+    edge = channel(server)
+    bodies: list[bytearray] = []
+    monkeypatch.setattr(server_module.TenantSession, "handle", fail)
+    monkeypatch.setattr(server_module, "wipe", bodies.append)
+    with pytest.raises(ConnectionLostError, match="the session failed") as caught:
+        edge.ask(m.Ping(1), 5)
+    edge.abandon()
+    eventually(lambda: any(line.get("error") == "KeyError" for line in log()))
+    assert len(bodies) == 1
+    assert "letter" not in str(caught.value) + json.dumps(log())
+
+
 def test_a_reconnect_of_the_same_link_fences_the_older_session(cloud: Served, tmp_path: Path) -> None:
     home = Home(tmp_path, quota=Quota(max_sessions=1))
     with ThreadServer(cloud, home) as server:
@@ -240,6 +313,33 @@ def test_half_open_handshakes_are_limited(cloud: Served, home: Home, monkeypatch
         eventually(lambda: server.server._half_open == 0)
         with server.link() as link:
             link.open(5)
+
+
+def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
+    refused: list[object] = []
+
+    class Context:
+        async def send_initial_metadata(self, _: object) -> None:
+            await asyncio.sleep(0.01)
+
+        async def abort(self, code: object, _text: str) -> None:
+            refused.append(code)
+            raise grpc.aio.AbortError
+
+    async def frames() -> AsyncIterator[bytes]:
+        return
+        yield b""  # makes it a generator
+
+    async def come() -> None:
+        plane = StripServer(cloud, load_worker(home.folder), EdgesFile(home.folder), 1)
+        await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)), return_exceptions=True)
+        assert plane._half_open == 0
+
+    asyncio.run(come())
+    assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
 
 
 @pytest.mark.parametrize("frame", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n", bytes(75), b"\xff" * 4096])

@@ -134,6 +134,8 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         ({"model": ModelIdentity("other", "d1", "2:2")}, "'tiny' and is now 'other'"),
         ({"model": ModelIdentity("tiny", "d2", "2:2")}, "'d1' and is now 'd2'"),
         ({"model": ModelIdentity("tiny", "d1", "1:3")}, "'2:2' and is now '1:3'"),
+        ({"model": replace(MODEL, span_dtype="bf16")}, "the span's dtype was None and is now 'bf16'"),
+        ({"model": replace(MODEL, attn_implementation="eager")}, "implementation was None and is now 'eager'"),
         ({"data": "f2"}, "'f1' and is now 'f2'"),
         ({"settings": {"rank": 4}}, "rank was 8 and is now 4"),
         ({"settings": {"new": 4}}, "new was None and is now 4"),

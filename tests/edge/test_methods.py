@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from support.training import Strip, config, data, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.parts import load_edge_parts
@@ -21,7 +22,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import load_span
 from isthmus.edge.data import Batches
 from isthmus.edge.evaluate import evaluate
-from isthmus.edge.methods import build_peft, load_adapter, trained
+from isthmus.edge.methods import build_peft, load_adapter, save_adapter, trained
 from isthmus.protocol.errors import UnreachableError
 
 METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
@@ -149,6 +150,22 @@ def test_an_adapter_that_does_not_fit(
     spoil(adapter)
     with pytest.raises(CheckpointError, match=message):
         load_adapter(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+
+
+def test_tuned_layers_of_another_model_are_refused(deep_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(deep_folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    plan = SplitPlan.parse("1:1", AutoConfig.from_pretrained(deep_folder).num_hidden_layers)
+
+    def edge_model(folder: Path) -> Any:
+        return load_edge_parts(folder, plan, lambda hidden, mask, positions: hidden)
+
+    save_adapter(edge_model(deep_folder), tmp_path / "tuned")
+    load_adapter(edge_model(deep_folder), tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match="tuned on a model with the digest"):
+        load_adapter(edge_model(other), tmp_path / "tuned")
 
 
 @pytest.mark.parametrize("family", [name for name in CONFIGS if "_" not in name or name == "gemma3_text"])

@@ -302,6 +302,32 @@ def test_a_finished_run_can_be_resumed(model_folder: Path, undisturbed: Path, tm
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_folder_is_trained_into_by_one_process_at_a_time(model_folder: Path, tmp_path: Path) -> None:
+    other = trainer(model_folder, config(tmp_path, resume=True))
+    with checkpoints.claim(tmp_path), pytest.raises(ConfigError, match=r"another process is training.*another --out"):
+        other.fit()
+    assert not (tmp_path / "losses.jsonl").exists()
+    assert other.fit().report.steps == 9
+
+
+def test_a_signal_ends_a_wait_of_the_strip(model_folder: Path, tmp_path: Path) -> None:
+    """As the link does while the cloud is away: it asks again and again whether the wait is still wanted."""
+    asked: list[int] = []
+
+    def wait() -> None:
+        for number in range(10):
+            asked.append(number)
+            run.check_stop()
+            if number == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    run = trainer(model_folder, config(tmp_path), Strip("begin", 5, wait))
+    with pytest.raises(KeyboardInterrupt, match=r"after step 4 of 9.*checkpoint-4.*--resume"):
+        run.fit()
+    assert asked == [0, 1, 2, 3, 4]
+    run.check_stop()  # a request counts for its own run only
+
+
 def test_a_folder_with_a_run_is_not_overwritten(model_folder: Path, tmp_path: Path) -> None:
     trainer(model_folder, config(tmp_path, steps=2)).fit()
     before = (tmp_path / "losses.jsonl").read_bytes()

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.edge.transport import GrpcTransport, Tls
+from isthmus.edge.transport import QUEUED_FRAMES, GrpcTransport, NothingYetError, Tls
 from isthmus.protocol.errors import ConnectionLostError, KeyFileError
 from isthmus.protocol.service import METHOD, SERVICE
 
@@ -99,9 +99,51 @@ def test_a_silent_cloud_is_lost_after_the_timeout(serve: Callable[[Behaviour], G
 
     stream = serve(silent).open()
     stream.send(b"anybody?")
-    with pytest.raises(ConnectionLostError, match="no answer within 0 s"):
-        stream.receive(0.1)
+    for _ in range(2):  # a wait may be repeated
+        with pytest.raises(NothingYetError, match="no answer within 0 s"):
+            stream.receive(0.1)
+    stream.close()
     assert ended.wait(10)  # the stream is cancelled, not left behind
+    with pytest.raises(ConnectionLostError, match="is closed"):
+        stream.receive(10)
+
+
+def test_a_cloud_that_sends_without_end_is_held_back(serve: Callable[[Behaviour], GrpcTransport]) -> None:
+    sent, full = [0], threading.Event()
+
+    def flood(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        while context.is_active():
+            sent[0] += 1
+            yield bytes(1 << 20)
+
+    stream = serve(flood).open()
+    full.wait(1.0)
+    held = stream._incoming  # type: ignore[attr-defined]  # how much waits is not for anybody else to know
+    assert len(held._frames) <= QUEUED_FRAMES
+    assert sent[0] < 2000
+    assert stream.receive(10) == bytes(1 << 20)  # and goes on when there is room
+    stream.close()
+
+
+def test_an_edge_does_not_queue_without_end(serve: Callable[[Behaviour], GrpcTransport]) -> None:
+    done = threading.Event()
+
+    def deaf(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        done.wait(30)
+        yield from frames
+
+    stream = serve(deaf).open()
+
+    def send_without_end() -> None:
+        for _ in range(400):
+            stream.send(bytes(1 << 20))
+
+    with pytest.raises(NothingYetError, match="no more frames"):
+        send_without_end()
+    done.set()
+    stream.send(b"more")  # there is room again
+    stream.close()
+    stream.send(b"too late")  # and nothing blocks once it is closed
 
 
 def test_finish_delivers_what_was_queued(serve: Callable[[Behaviour], GrpcTransport]) -> None:

@@ -174,6 +174,12 @@ def test_malformed_messages_are_not_sent(message: m.Message) -> None:
         pack(message)
 
 
+def test_a_status_is_cut_by_bytes_and_not_within_a_character() -> None:
+    status = m.Status.saying(m.StatusCode.INTERNAL, None, "x" + "ä" * 1000)
+    assert status.message == "x" + "ä" * 511
+    assert unpack(*packed(status)) == status
+
+
 def test_session_information_round_trips_and_is_strict() -> None:
     info = session_info(TENANT, bytes(16))
     assert m.SessionInfo.from_json(info.to_json()) == info
@@ -187,6 +193,18 @@ def test_session_information_round_trips_and_is_strict() -> None:
         {"limits": {}},
         {"limits": {**data["limits"], "stash_bytes": 1.5}},
         {"extra": 1},
+    ):
+        with pytest.raises(MessageError, match="session information"):
+            m.SessionInfo.from_json(json.dumps({**data, **change}).encode())
+    for change in (
+        {"digest": "../../../../tmp/x"},
+        {"digest": "A" * 64},
+        {"plan": "../x"},
+        {"plan": "2:2\n"},
+        {"session_id": "00"},
+        {"model": "a\x1b[2J"},
+        {"model": "x" * 257},
+        {"codecs": ["fp32\n"]},
     ):
         with pytest.raises(MessageError, match="session information"):
             m.SessionInfo.from_json(json.dumps({**data, **change}).encode())

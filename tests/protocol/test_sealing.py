@@ -366,8 +366,8 @@ def test_rekeying_by_hand_in_both_directions(up: bool) -> None:
     sender, receiver = new_pair() if up else new_pair()[::-1]
     for _ in range(3):
         assert receiver.receive(sender.rekey()) == Incomplete()
-        assert len(deliver(list(sender.send(m.Ping(7))), receiver)) == 1
-        assert len(deliver(list(receiver.send(m.Pong(7, 1 << 20))), sender)) == 1
+        assert len(deliver(list(sender.send(m.Goodbye("up"))), receiver)) == 1
+        assert len(deliver(list(receiver.send(m.Goodbye("down"))), sender)) == 1
     assert sender._sealer is not None
     assert receiver._opener is not None
     assert sender._sealer.epoch == receiver._opener.epoch == 3

@@ -41,7 +41,7 @@ def session_info(tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         attn_implementation="sdpa",
         span_dtype="fp32",
         codecs=ACTIVATION_CODECS,
-        limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 20, stash_bytes=1 << 20),
+        limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 26, stash_bytes=1 << 20),
         server_version="0.1.0",
     )
 
@@ -146,14 +146,15 @@ def blobs(draw: st.DrawFn) -> m.Blob:
     return m.Blob(draw(names), offset, offset + len(data) + draw(u16), draw(digests), data)
 
 
-both = st.one_of(st.builds(m.Ping, u64), st.builds(m.Pong, u64, u64), st.builds(m.Goodbye, texts))
+goodbyes = st.builds(m.Goodbye, texts)
 edge_messages = st.one_of(
     forwards(),
     backwards(),
     st.builds(m.Fetch, names, u64),
     st.just(m.FetchList()),
     st.builds(m.Attach, st.binary(min_size=16, max_size=16)),
-    both,
+    st.builds(m.Ping, u64),
+    goodbyes,
 )
 entries = st.builds(m.FileEntry, names, u64, digests)
 cloud_messages = st.one_of(
@@ -162,7 +163,8 @@ cloud_messages = st.one_of(
     blobs(),
     st.lists(entries, max_size=5, unique_by=lambda entry: entry.name).map(lambda found: m.FileList(tuple(found))),
     st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
-    both,
+    st.builds(m.Pong, u64, u64),
+    goodbyes,
 )
 
 SMALL = Limits(chunk_bytes=64)

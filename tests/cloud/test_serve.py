@@ -1,0 +1,135 @@
+"""What `serve` and a worker do around the data plane, without Ray."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.clouds import Home
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud import serve as serve_module
+from isthmus.cloud import worker as worker_module
+from isthmus.cloud.serve import Serving, _claim, _prepare_parts, _wait
+from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
+from isthmus.protocol.errors import PortInUseError, UnreachableError
+
+SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", "", 1, 1, 1, "")
+
+
+class ActorError(Exception):
+    """Stands for Ray's errors of dead actors."""
+
+
+class DiedError(ActorError):
+    """Stands for Ray's error of an actor that is gone for good."""
+
+
+class TaskError(Exception):
+    """Stands for Ray's error of a call that raised."""
+
+
+def dead_serving() -> Serving:
+    def get(_reference: Any, timeout: float | None = None) -> Any:
+        raise DiedError("the actor died")
+
+    serving = Serving.__new__(Serving)
+    errors = SimpleNamespace(
+        RayTaskError=TaskError, RayActorError=ActorError, ActorDiedError=DiedError, RayError=ActorError
+    )
+    serving._ray = SimpleNamespace(get=get, exceptions=errors)  # type: ignore[assignment]  # stands for the module
+    method = SimpleNamespace(remote=lambda *_: None)
+    serving._worker = SimpleNamespace(drain=method, port=method)
+    return serving
+
+
+def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:
+    assert dead_serving().drain(1.0) is False
+
+
+def test_serve_ends_when_the_worker_is_gone_for_good() -> None:
+    with pytest.raises(UnreachableError, match=r"worker\.log"):
+        _wait(threading.Event(), dead_serving().is_dead, poll=0.001)
+
+
+def test_serve_goes_on_while_the_worker_is_restarted() -> None:
+    stop, answers = threading.Event(), [True, True, False, True, True, False]
+
+    def is_dead() -> bool:
+        if len(answers) == 1:
+            stop.set()
+        return answers.pop(0)
+
+    _wait(stop, is_dead, poll=0.001)
+    assert not answers
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
+def test_a_port_that_is_none_is_refused(listen: str) -> None:
+    with pytest.raises(ConfigError, match="address to listen on"):
+        _claim(listen)
+
+
+def test_a_changed_tokenizer_makes_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    checkpoint = Checkpoint(model, "tiny")
+    plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
+    first = _prepare_parts(checkpoint, plan)
+    assert _prepare_parts(checkpoint, plan) == first
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    second = _prepare_parts(checkpoint, plan)
+    assert second != first
+    assert (second / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_two_serves_export_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    checkpoint = Checkpoint(tiny_checkpoint("llama", tmp_path / "model"), "tiny")
+    plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
+    exports = []
+    both = threading.Event()
+
+    def export(_checkpoint: Checkpoint, _plan: SplitPlan, folder: Path) -> None:
+        exports.append(folder)
+        both.wait(0.2)
+        folder.mkdir()
+
+    monkeypatch.setattr(serve_module, "export_edge_parts", export)
+    threads = [threading.Thread(target=_prepare_parts, args=(checkpoint, plan)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(exports) == 1
+
+
+def test_a_malformed_edges_file_is_told_at_the_start(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with (home.folder / "authorized_edges").open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        EdgesFile(home.folder)
+    with pytest.raises(ConfigError, match="line 2"):
+        serve_module.serve(str(tmp_path), home=home.folder)
+
+
+def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PortInUseError("taken")
+
+    monkeypatch.setattr(Worker, "_start", fail)
+    monkeypatch.setattr(worker_module, "RESTART_PAUSE", 0.0)
+    with pytest.raises(PortInUseError, match="taken"):
+        Worker(SPEC).port()  # a first start tells whoever started it
+    monkeypatch.setattr(worker_module, "_restarted", lambda: True)
+    codes: list[int] = []
+    monkeypatch.setattr(worker_module.os, "_exit", codes.append)
+    Worker(SPEC)
+    assert codes == [1]
