@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
-PACKAGES  := backbone cli cloud edge experiments kernels protocol
+PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
 .PHONY: setup demo test lint format bench clean
 

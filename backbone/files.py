@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from isthmus.backbone.errors import DiskError, IsthmusError
+from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"
@@ -97,6 +97,27 @@ def locked(path: Path) -> Iterator[None]:
         lock = (path.parent / f".{path.name}.lock").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Make the folder of a run and keep it for this process: two runs would sweep away each other's checkpoints.
+
+    Raises:
+        ConfigError: Another process trains into `out`.
+        DiskError: `out` cannot be made or written.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training into {out}: wait for it or stop it, or give another --out."
+            ) from None
         yield
 
 

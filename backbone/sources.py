@@ -270,7 +270,7 @@ def _convert_gguf(file: Path, folder: Path, console: Console) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    with console.status(f"Converting {file.name} to safetensors"), _quiet_transformers():
+    with console.status(f"Converting {file.name} to safetensors"), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -347,8 +347,8 @@ def _once(target: Path, fill: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """transformers' own bars and notices would run across the status line."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bars and notices, which would run across the status line."""
     from transformers.utils import logging
 
     had_bars = logging.is_progress_bar_enabled()

@@ -1,8 +1,9 @@
-"""The cloud's part: a frozen run of decoder layers as one module."""
+"""Decoder layers of a model as one module: the cloud's part, a frozen run of them, or any choice in any number."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,11 +70,7 @@ class FrozenSpan(nn.Module):
         Returns:
             Hidden states after the last layer, `[B, S, h]`.
         """
-        output = self.base(
-            inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
-        result: Tensor = output.last_hidden_state
-        return result
+        return run_layers(self.base, hidden, attention_mask, position_ids)
 
 
 class _NoPositions(nn.Module):
@@ -106,17 +103,122 @@ def load_span(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, source.name)
     config = checkpoint.config
-    family = family_of(config)
+    family_of(config)
     layer_span = _layers_of(span, config.num_hidden_layers)
-    model = build_on_meta(config, family, dtype, attn_implementation)
-    base = _cut(model.get_submodule(family.base), family, layer_span)
-
-    reader = TensorReader(checkpoint.folder, prefix=model.base_model_prefix + ".")
-    for index, layer in zip(layer_span, getattr(base, family.layers), strict=True):
-        load_parameters(layer, f"{family.layers_path}.{index}.", reader)
-    rebuild_buffers(base)
-    check_materialised(base)
+    base = load_layers(checkpoint, tuple(layer_span), dtype=dtype, attn_implementation=attn_implementation)
     return FrozenSpan(base, layer_span, config, config.hidden_size)
+
+
+def load_layers(
+    source: Checkpoint | Path,
+    layers: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """transformers' base model with these layers of a checkpoint and nothing else; `run_layers` runs it.
+
+    Args:
+        source: The whole model's checkpoint, or its folder. Only the layers' tensors are read, each once.
+        layers: Indices in the whole model, in running order. One that stands several times is one module that runs
+            several times.
+        dtype: Floating point dtype of the weights.
+        attn_implementation: Attention implementation; None for the family's default.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete, or does not fit its configuration.
+        ConfigError: the attention implementation does not fit the family.
+        PlanError: there are no layers, or the model has no such layer.
+        UnsupportedFamilyError: the architecture cannot be cut.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, source.name)
+    config = checkpoint.config
+    family = family_of(config)
+    base: nn.Module = empty_layers(config, layers, dtype=dtype, attn_implementation=attn_implementation)
+    reader = TensorReader(checkpoint.folder, prefix=f"{base.base_model_prefix}.")
+    for index, layer in distinct_layers(base, layers).items():
+        load_parameters(layer, f"{family.layers_path}.{index}.", reader)
+    check_materialised(base)
+    return base
+
+
+def empty_layers(config: Any, layers: Sequence[int], *, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    """What `load_layers` returns, before any weight is read: the layers lie on the meta device.
+
+    Args:
+        config: Configuration of the whole model.
+        layers: Indices in the whole model, in running order.
+        dtype: Floating point dtype of the weights.
+        attn_implementation: Attention implementation; None for the family's default.
+
+    Raises:
+        ConfigError: the attention implementation does not fit the family.
+        PlanError: there are no layers, or the model has no such layer.
+        UnsupportedFamilyError: the architecture cannot be cut.
+    """
+    family = family_of(config)
+    wrong = [layer for layer in layers if not 0 <= layer < config.num_hidden_layers]
+    if wrong or not layers:
+        raise PlanError(
+            f"the model has {config.num_hidden_layers} layers, so there is no choice of layers "
+            f"{', '.join(map(str, wrong)) or '(none)'}; choose among 0 to {config.num_hidden_layers - 1}"
+        )
+    model = build_on_meta(config, family, dtype, attn_implementation)
+    base = model.get_submodule(family.base)
+    everything = list(getattr(base, family.layers))
+    arrange_layers(base, [everything[layer] for layer in layers], layers, config)
+    _strip(base, family)
+    rebuild_buffers(base)
+    return base
+
+
+def arrange_layers(base: Any, modules: Sequence[nn.Module], layers: Sequence[int], config: Any) -> None:
+    """Let a base model loop over `modules`, which are the whole model's layers number `layers`, in place.
+
+    Args:
+        base: The base model.
+        modules: Decoder layers in running order; one may stand several times.
+        layers: Their indices in the whole model.
+        config: Configuration of the whole model.
+    """
+    family = family_of(config)
+    # Existing layers are arranged: layers built from a shortened configuration would take their index for their depth.
+    setattr(base, family.layers, nn.ModuleList(modules))
+    base.config = copy.deepcopy(base.config)  # the layers and the rotary embedding keep the whole model's
+    base.config.num_hidden_layers = len(modules)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        base.config.layer_types = [types[layer] for layer in layers]
+
+
+def distinct_layers(base: nn.Module, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """The decoder layers of a base model by their indices in the whole model, each once.
+
+    Args:
+        base: What `load_layers` or `empty_layers` returned.
+        layers: The running order that it was made with.
+    """
+    config: Any = base.config
+    return dict(zip(layers, getattr(base, family_of(config).layers), strict=True))
+
+
+def run_layers(
+    base: nn.Module, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Run a base model that has layers only.
+
+    Args:
+        base: What `load_layers` returned.
+        hidden: Hidden states before the first layer, `[B, S, h]`, in the weights' dtype.
+        attention_mask: `[B, S]`, 1 for tokens and 0 for padding; None for no padding.
+        position_ids: `[B, S]` or `[1, S]`, or None for what the whole model does without.
+
+    Returns:
+        Hidden states after the last layer, `[B, S, h]`.
+    """
+    output = base(inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    result: Tensor = output.last_hidden_state
+    return result
 
 
 def _layers_of(span: Span | SplitPlan, n_layers: int) -> Span:
@@ -133,14 +235,8 @@ def _layers_of(span: Span | SplitPlan, n_layers: int) -> Span:
     return span
 
 
-def _cut(base: Any, family: Family, span: Span) -> Any:
+def _strip(base: Any, family: Family) -> None:
     """Take everything but the layers out of a base model, which keeps looping over what is left."""
-    # Existing layers are cut: layers built from a shortened configuration would take their index for their depth.
-    setattr(base, family.layers, nn.ModuleList(list(getattr(base, family.layers))[span.start : span.stop]))
-    base.config = copy.deepcopy(base.config)  # the layers and the rotary embedding keep the whole model's
-    base.config.num_hidden_layers = len(span)
-    if getattr(base.config, "layer_types", None) is not None:
-        base.config.layer_types = list(base.config.layer_types)[span.start : span.stop]
     setattr(base, family.embedding, None)
     if getattr(base, family.norm) is not None:
         setattr(base, family.norm, nn.Identity())
@@ -148,4 +244,3 @@ def _cut(base: Any, family: Family, span: Span) -> Any:
         setattr(base, family.positions, _NoPositions())
     for name in family.projections:
         setattr(base, name, None)
-    return base

@@ -1,4 +1,4 @@
-"""Block quantization: int8 with one fp32 scale per block along the last dimension.
+"""Block quantization: int8, or int4 packed two in a byte, with one scale per block along the last dimension.
 
 The blocks keep an outlier from spoiling the precision of a whole row: the hidden states of language models have a few
 channels that are hundreds of times larger than the others (Dettmers et al., 2022, "LLM.int8()").
@@ -66,3 +66,59 @@ def dequantize_int8(q: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     # Converting first and multiplying in place is many times faster than the mixed product int8 * fp32.
     values = q.reshape(-1, block).to(torch.float32).mul_(scale.reshape(-1, 1))
     return values.view(*q.shape[:-1], blocks * block)[..., :n].contiguous()
+
+
+def quantize_weight(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Quantize a weight for a file: symmetric, one scale per `block` neighbours along the last dimension.
+
+    Scales are rounded to bf16, so that a value times its scale is exact in fp32: quantizing what `dequantize_weight`
+    gives back changes nothing. For finite `x` below 1e38 the error is at most half a scale, up to fp32 rounding. A NaN
+    or an infinity makes the scale of its block NaN or infinite.
+
+    Args:
+        x: floating tensor `[..., n]`, n >= 1.
+        bits: 8 or 4.
+        block: neighbours that share a scale.
+
+    Returns:
+        q: with 8 bits int8 `[..., n]`, values in -127..127; with 4 bits uint8 `[..., ceil(n / 2)]`, two values in
+            -7..7 a byte, each plus 8, the earlier in the lower half.
+        scale: bf16 `[..., ceil(n / block)]`, positive.
+    """
+    n = x.shape[-1]
+    blocks = -(-n // block)
+    limit = 2 ** (bits - 1) - 1
+    values = pad(x.detach().to(torch.float32), (0, blocks * block - n)).reshape(-1, block)  # [rows * blocks, block]
+    scale = values.abs().amax(-1, keepdim=True).div_(limit).clamp_(min=_MIN_SCALE).to(torch.bfloat16)
+    rounded = values.div(scale.float()).round_().clamp_(-limit, limit).to(torch.int8)
+    q = rounded.view(*x.shape[:-1], blocks * block)[..., :n]
+    scale = scale.view(*x.shape[:-1], blocks)
+    return (_pack(q) if bits == 4 else q.contiguous()), scale
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, n: int, bits: int, block: int = BLOCK) -> Tensor:
+    """Invert `quantize_weight`.
+
+    Args:
+        q: what `quantize_weight` returned.
+        scale: bf16 `[..., ceil(n / block)]`.
+        n: length of the weight's last dimension.
+        bits: 8 or 4.
+        block: the block size of the quantization.
+
+    Returns:
+        fp32 `[..., n]`, newly allocated.
+    """
+    values = _unpack(q)[..., :n] if bits == 4 else q
+    return dequantize_int8(values, scale.to(torch.float32), block)
+
+
+def _pack(q: Tensor) -> Tensor:
+    """int8 `[..., n]` in -8..7 -> uint8 `[..., ceil(n / 2)]`."""
+    halves = pad(q, (0, q.shape[-1] % 2)).add(8).to(torch.uint8)
+    return halves[..., 0::2] | halves[..., 1::2] << 4
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """uint8 `[..., m]` -> int8 `[..., 2 * m]` in -8..7."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8).sub(8)

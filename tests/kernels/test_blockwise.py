@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from isthmus.kernels.blockwise import dequantize_int8, quantize_int8
+from isthmus.kernels.blockwise import dequantize_int8, dequantize_weight, quantize_int8, quantize_weight
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -68,3 +68,43 @@ def test_a_non_finite_value_shows_in_its_scale(bad: float) -> None:
 def test_half_precision_and_strided_input() -> None:
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16).T
     assert_bounded(x, 64)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1,), (64,), (5, 65), (2, 3, 127), (7, 128)])
+def test_a_weights_error_is_at_most_half_a_scale(shape: tuple[int, ...], bits: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    q, scale = quantize_weight(x, bits)
+    back = dequantize_weight(q, scale, shape[-1], bits)
+    assert scale.dtype == torch.bfloat16
+    assert scale.shape == (*shape[:-1], -(-shape[-1] // 64))
+    assert q.shape == (*shape[:-1], shape[-1] if bits == 8 else -(-shape[-1] // 2))
+    assert q.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert back.shape == x.shape
+    bound = scale.float().repeat_interleave(64, -1)[..., : shape[-1]] * (0.5 + 1e-4)
+    assert ((x - back).abs() <= bound).all()
+    assert not torch.equal(x, back)
+
+
+@QUICK
+@given(st.lists(floats.map(lambda value: value * 1e-3), min_size=1, max_size=150), st.sampled_from([8, 4]))
+@example([1.401298464324817e-45, 0.0, 1e-38], 8)
+def test_quantizing_a_quantized_weight_changes_nothing(values: list[float], bits: int) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    once = quantize_weight(x, bits)
+    back = dequantize_weight(*once, len(values), bits)
+    again = quantize_weight(back, bits)
+    assert torch.equal(dequantize_weight(*again, len(values), bits), back)
+
+
+def test_four_bits_lie_two_in_a_byte_the_earlier_in_the_lower_half() -> None:
+    q, scale = quantize_weight(torch.tensor([7.0, -7.0, 1.0]), 4)
+    assert scale.tolist() == [1.0]
+    assert q.tolist() == [15 | 1 << 4, 9 | 8 << 4]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weights_nan_shows_in_its_scale(bits: int) -> None:
+    x = torch.ones(2, 128)
+    x[1, 70] = float("nan")
+    assert quantize_weight(x, bits)[1].isfinite().tolist() == [[True, True], [True, False]]
