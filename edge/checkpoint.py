@@ -15,13 +15,11 @@ adapter equals an undisturbed run's bit for bit.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +29,53 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from isthmus.backbone.errors import CheckpointError, ConfigError
-from isthmus.backbone.files import disk_errors, new_folder, remove_folder, sweep
+from isthmus.backbone.errors import CheckpointError
+from isthmus.backbone.files import new_folder, remove_folder, sweep
+from isthmus.edge.config import TuningConfig
 from isthmus.edge.report import Spent
 
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TENSOR_FILES = ("parameters", "optimizer", "method", "random")
+
+# Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
+# form are covered by the fingerprint of the tokens, the package by the model's identity; steps and epochs by the total,
+# where it matters; the adapter to go on from by its contents.
+_FREE = {
+    "cloud",
+    "key",
+    "package",
+    "signer",
+    "data",
+    "validation",
+    "validation_split",
+    "format",
+    "header",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "prompt_template",
+    "completion_template",
+    "max_length",
+    "steps",
+    "epochs",
+    "out",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "report_to",
+    "log_every",
+    "eval_every",
+    "threads",
+    "connect_timeout",
+    "give_up_after",
+    "call_timeout",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+    "start_from",
+    "plugged",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +83,8 @@ class ModelIdentity:
     """Which model a run tunes.
 
     `digest` is of its weights and configuration; `plan` is the split plan ("2:2"), or "whole" without one. What the
-    cloud's span computes in, and with which attention, is None where there is no cloud.
+    cloud's span computes in, and with which attention, is None where there is no cloud. `package` is the id of the
+    package whose emulator stands for the middle layers, None where these are the model's own.
     """
 
     name: str
@@ -53,6 +92,7 @@ class ModelIdentity:
     plan: str
     span_dtype: str | None = None
     attn_implementation: str | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +143,6 @@ class Checkpoint:
     spent: Spent
     method_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     method_state: Mapping[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def claim(out: Path) -> Iterator[None]:
-    """Make the folder of a run and keep it for this process: two runs would sweep away each other's checkpoints.
-
-    Raises:
-        ConfigError: Another process trains into `out`.
-        DiskError: `out` cannot be made or written.
-    """
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is training into {out}: wait for it or stop it, or give another --out."
-            ) from None
-        yield
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -250,6 +269,19 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def fixed_settings(config: TuningConfig, total: int, start: str | None) -> dict[str, Any]:
+    """The options that a run may not change half-way.
+
+    Args:
+        config: The run's options.
+        total: Its optimizer steps, which may change where nothing was planned by them.
+        start: The digest of the adapter that it went on from.
+    """
+    settings = config.model_dump(mode="json", exclude=set(_FREE))
+    planned = config.schedule != "constant" or config.method == "adalora"
+    return settings | {"total steps": total if planned else None, "the adapter to go on from": start}
+
+
 def check_fits(
     checkpoint: Checkpoint, folder: Path, model: ModelIdentity, data: str, settings: Mapping[str, Any]
 ) -> None:
@@ -265,6 +297,7 @@ def check_fits(
         ("the split plan", theirs.plan, model.plan),
         ("the span's dtype", theirs.span_dtype, model.span_dtype),
         ("the attention implementation", theirs.attn_implementation, model.attn_implementation),
+        ("the emulator's package", theirs.package, model.package),
         ("the tokenized data (fingerprint)", checkpoint.data, data),
         *((name, checkpoint.settings.get(name), value) for name, value in settings.items()),
     ):

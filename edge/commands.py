@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from isthmus.edge.config import DEFAULT_KEY, TrainConfig, load_config
+from isthmus.edge.options import ConfigFile, run_to_its_end, with_flags
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
 )
-
-INTERRUPTED = 130  # as shells say it
 
 
 @app.command()
@@ -44,78 +39,32 @@ def keygen(
     typer.echo(line.strip())
 
 
-def _flags(skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
-    """One flag for every field of `TrainConfig`, with the field's own description."""
-    flags = []
-    for name, field in TrainConfig.model_fields.items():
-        if name in skip:
-            continue
-        default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
-        option = typer.Option(
-            f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
-            help=f"{field.description}{default}",
-            show_default=False,
-        )
-        flags.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[_plain(field.annotation) | None, option],
-            )
-        )
-    return flags
-
-
-def _plain(annotation: Any) -> Any:
-    """The type that the command line parses for a field; choices and ranges are checked by the configuration itself."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation if annotation in (int, float, bool, Path) else str
-
-
-def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**flags` the flags of `TrainConfig`."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    named = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    own = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in named]
-    function.__signature__ = inspect.Signature([*own, *_flags()])  # type: ignore[attr-defined]  # typer reads it
-    return function
-
-
 @app.command()
-@_with_flags
+@with_flags(TrainConfig)
 def train(
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
-    ] = None,
+    config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
     **flags: Any,
 ) -> None:
     """Tune adapters on your data; the cloud sees activations, never text, labels or adapters.
 
-    Ends with a PEFT folder (OUT/adapter) and OUT/report.json.
+    Ends with the adapter's folder (OUT/adapter) and OUT/report.json.
 
     Example: isthmus edge train --cloud cloud.txt --data tickets.jsonl --steps 200 --out run
     """
     settings = load_config(config, flags)
     from isthmus.edge.run import run_training
 
-    try:
-        report = run_training(settings)
-    except KeyboardInterrupt as stop:
-        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    typer.echo(report.to_json() if as_json else report.lines(settings.out))
+    run_to_its_end(lambda: run_training(settings), settings.out, as_json=as_json)
 
 
 @app.command("eval")
-@_with_flags
+@with_flags(TrainConfig)
 def evaluate(
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
+    config: ConfigFile = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter's folder; without it, the model as it is served.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder; without it, the model as it is served.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **flags: Any,
 ) -> None:
@@ -135,7 +84,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     cloud: Annotated[str, typer.Option(help="Connection string, or the path of a file that holds it.")],
     key: Annotated[Path, typer.Option(help="The edge's private key.")] = DEFAULT_KEY,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder; without it, the model as it is served.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter's folder; without it, the model as it is served.")
+    ] = None,
+    plugged: Annotated[bool, typer.Option(help="Use the adapter that the cloud has plugged in for you.")] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
@@ -164,7 +116,15 @@ def generate(
     from isthmus.edge.run import open_link, run_generation
 
     with open_link(settings) as link:
-        text = run_generation(link, adapter, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature)
+        text = run_generation(
+            link,
+            adapter,
+            prompt,
+            plugged=plugged,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
         traffic = link.totals()
     if as_json:
         typer.echo(json.dumps({"text": text, "bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}))

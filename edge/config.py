@@ -1,8 +1,8 @@
 """What a training run is told: one frozen model, filled from a TOML file and from flags of the same names.
 
-The command line builds its flags from `TrainConfig.model_fields`, so this file imports neither torch nor transformers,
-and every field carries the sentence that `--help` shows. A flag wins over the file; a key that does not exist is
-refused.
+`TuningConfig` is what every run needs; `TrainConfig` adds the cloud, `TuneConfig` the package of an emulator. The
+command line builds its flags from the fields, so this file imports neither torch nor transformers, and every field
+carries the sentence that `--help` shows. A flag wins over the file; a key that does not exist is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,27 +19,24 @@ from isthmus.backbone.errors import ConfigError
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 
-Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
+Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]
+Precision = Literal["fp32", "bf16"]
 Schedule = Literal["constant", "linear", "cosine"]
+
+_FINGERPRINT = "SHA256:"
+_SCHEMES = ("isthmus://", "isthmus+tls://")
 
 # Two ways to say one thing: a flag that names one of a pair replaces what the file says about the other.
 _EXCLUSIVE = ("steps", "epochs")
 
 
-class TrainConfig(BaseModel):
-    """Everything that a training run on the edge can be told.
+class TuningConfig(BaseModel):
+    """Everything that a training run can be told, wherever the model's middle layers are.
 
-    `load_config` builds one and turns bad values into `ConfigError`.
+    `load_config` builds one of its kinds and turns bad values into `ConfigError`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    cloud: str = Field(
-        description="Connection string isthmus://host:port#SHA256:…, or the path of a file that holds it."
-    )
-    key: Path | None = Field(
-        None, description="The edge's private key; without it, the default place of `isthmus edge keygen`."
-    )
 
     data: str = Field(description="Training data: a .jsonl, .csv or .tsv file, or hub:NAME[:SPLIT].")
     validation: str | None = Field(
@@ -81,9 +78,15 @@ class TrainConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter's start, of the data's order and of dropout.")
 
-    method: Method = Field("lora", description="What is trained; `full` tunes the edge's own layers themselves.")
+    method: Method = Field(
+        "lora",
+        description="What is trained; `bitfit` tunes the biases of the edge's own layers, `full` these layers whole.",
+    )
     rank: int = Field(
-        8, ge=1, description="Rank of the adapter (lora, dora, vera; the average one that adalora ends with)."
+        8,
+        ge=1,
+        description="Rank of the adapter (lora, dora, vera; the average one that adalora ends with), or width of a "
+        "bottleneck.",
     )
     alpha: float = Field(16.0, gt=0, description="Scale of the adapter: its product is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
@@ -91,6 +94,15 @@ class TrainConfig(BaseModel):
         None, description="Modules that get an adapter, q_proj,v_proj for example; the family's usual ones by default."
     )
     virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (method `prompt`).")
+    start_from: Path | None = Field(
+        None,
+        description="Adapter to go on from: another run's, or one tuned on an emulator. Its own rank, scale, modules "
+        "and layers count.",
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="What the forward computes in; weights, optimizer and the saved adapter stay fp32 under bf16.",
+    )
 
     out: Path = Field(
         Path("isthmus-out"), description="Folder for the adapter, the report, the loss log and the checkpoints."
@@ -108,20 +120,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Steps between evaluations; only before and after by default."
     )
 
-    codec: Literal["fp32", "bf16", "fp16", "int8"] = Field(
-        "fp32", description="How activations and gradients cross the strip."
+    threads: int | None = Field(
+        None, ge=1, description="Threads of torch in this process; torch's own choice by default."
     )
-    threads: int | None = Field(None, ge=1, description="Threads of torch on the edge; torch's own choice by default.")
-    connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
-    give_up_after: float = Field(
-        600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
-    )
-    call_timeout: float = Field(
-        600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
-    )
-    tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
-    tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
-    tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -139,8 +140,6 @@ class TrainConfig(BaseModel):
     def _check_pairs(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps = {self.steps} and epochs = {self.epochs} exclude each other: give one of them")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key go together: give both or neither")
         has_prompt = bool(self.prompt_column or self.prompt_template)
         has_completion = bool(self.completion_column or self.completion_template)
         if self.text_column and (has_prompt or has_completion):
@@ -155,29 +154,96 @@ class TrainConfig(BaseModel):
             raise ValueError("a prompt needs a completion: give completion_column or completion_template")
         return self
 
+
+class TrainConfig(TuningConfig):
+    """A run whose middle layers are in the cloud."""
+
+    cloud: str = Field(
+        description="Connection string isthmus://host:port#SHA256:…, or the path of a file that holds it."
+    )
+    key: Path | None = Field(
+        None, description="The edge's private key; without it, the default place of `isthmus edge keygen`."
+    )
+    codec: Literal["fp32", "bf16", "fp16", "int8"] = Field(
+        "fp32", description="How activations and gradients cross the strip."
+    )
+    plugged: bool = Field(
+        False, description="Use the adapter that the cloud has plugged in for this edge; to train is to go on from it."
+    )
+    connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
+    give_up_after: float = Field(
+        600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
+    )
+    call_timeout: float = Field(
+        600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
+    )
+    tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
+    tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
+
+    @model_validator(mode="after")
+    def _check_cloud_pairs(self) -> Self:
+        if self.plugged and self.start_from is not None:
+            raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        return self
+
     def connection_text(self) -> str:
         """The connection string, read from its file where `cloud` is a path.
 
         Raises:
             ConfigError: `cloud` is neither a connection string nor a readable text file.
         """
-        if self.cloud.startswith(("isthmus://", "isthmus+tls://")):
+        if self.cloud.startswith(_SCHEMES):
             return self.cloud
-        try:
-            return Path(self.cloud).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cloud = {self.cloud!r} is neither a connection string nor a readable file ({_why(error)}): "
-                "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it."
-            ) from error
+        return _read_text("cloud", self.cloud, "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it.")
 
 
-def load_config(path: Path | None, overrides: Mapping[str, object]) -> TrainConfig:
+class TuneConfig(TuningConfig):
+    """A run on an emulator of the middle layers, which touches no network."""
+
+    package: Path = Field(description="Folder of the package: the edge's layers and the emulator of the others.")
+    signer: str | None = Field(
+        None,
+        description="Who must have signed the package: a fingerprint SHA256:…, a connection string, or the path of a "
+        "file that holds either. Without it, any valid signature counts, and whose it is is shown.",
+    )
+
+    def signer_text(self) -> str | None:
+        """The fingerprint that the package must be signed by, as text; None where none was asked for.
+
+        Raises:
+            ConfigError: `signer` is neither a fingerprint nor a connection string nor a readable text file.
+        """
+        if self.signer is None:
+            return None
+        text = self.signer
+        if not text.startswith((_FINGERPRINT, *_SCHEMES)):
+            text = _read_text("signer", text, "give SHA256:… as `isthmus cloud serve` prints it.")
+        return text.partition("#")[2] if text.startswith(_SCHEMES) else text
+
+
+Config = TypeVar("Config", bound=TuningConfig)
+
+
+@overload
+def load_config(path: Path | None, overrides: Mapping[str, object]) -> TrainConfig: ...
+
+
+@overload
+def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Config]) -> Config: ...
+
+
+def load_config(
+    path: Path | None, overrides: Mapping[str, object], cls: type[TuningConfig] = TrainConfig
+) -> TuningConfig:
     """Read a TOML file, lay the flags over it, and check the whole.
 
     Args:
-        path: The TOML file, flat, with the names of `TrainConfig`; `None` for flags alone.
+        path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone.
         overrides: Flags by field name. `None` means that a flag was not given.
+        cls: The kind of run.
 
     Returns:
         The checked configuration. Relative paths stay relative to the working directory, also those of the file.
@@ -188,14 +254,29 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> TrainConf
     values = _read_toml(path) if path is not None else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in [*values, *given]:
-        _check_name(name, path if name in values else None)
+        _check_name(name, path if name in values else None, cls)
     if any(name in given for name in _EXCLUSIVE):
         for name in _EXCLUSIVE:
             values.pop(name, None)
     try:
-        return TrainConfig.model_validate({**values, **given})
+        return cls.model_validate({**values, **given})
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_one_line(error, cls)) from error
+
+
+def field_names(cls: type[TuningConfig]) -> list[str]:
+    """The fields of a kind of run, its own ones first: where the middle layers are is what a user is asked first."""
+    return sorted(cls.model_fields, key=lambda name: name in TuningConfig.model_fields)
+
+
+def _read_text(name: str, path: str, remedy: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        what = "a fingerprint" if name == "signer" else "a connection string"
+        raise ConfigError(
+            f"{name} = {path!r} is neither {what} nor a readable file ({_why(error)}): {remedy}"
+        ) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -211,8 +292,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the configuration file {path} is not TOML: {error}. Write `name = value` lines.") from error
 
 
-def _check_name(name: str, path: Path | None) -> None:
-    known = list(TrainConfig.model_fields)
+def _check_name(name: str, path: Path | None, cls: type[TuningConfig]) -> None:
+    known = field_names(cls)
     if name in known:
         return
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
@@ -221,14 +302,14 @@ def _check_name(name: str, path: Path | None) -> None:
     raise ConfigError(f"unknown setting {name!r}{place}: {remedy}")
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, cls: type[TuningConfig]) -> str:
     """The first of pydantic's complaints as one sentence with the field, its value and what it is for."""
     first = error.errors(include_url=False)[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return f"{reason}."
     name = str(first["loc"][0])
-    meaning = TrainConfig.model_fields[name].description
+    meaning = cls.model_fields[name].description
     if first["type"] == "missing":
         return f"{name!r} is missing: give --{name.replace('_', '-')} or set it in the file. {meaning}"
     return f"{name} = {first['input']!r}: {reason[:1].lower()}{reason[1:]}. {meaning}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.errors import ConfigError, DataError
-from isthmus.edge.config import TrainConfig
+from isthmus.edge.config import TuningConfig
 from isthmus.edge.readers import Example, read_examples
 
 IGNORED = -100  # the label that cross entropy leaves out (torch's ignore_index)
@@ -60,7 +60,7 @@ class TrainingData:
     fingerprint: str
 
 
-def load_data(config: TrainConfig, tokenizer: Any) -> TrainingData:
+def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
     """Read, split and tokenize the data that `config` names.
 
     Args:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.edge import methods
+from isthmus.edge.config import Precision
 from isthmus.edge.data import Batch, Batches, label_count
 
 
-def evaluate(model: Any, batches: Batches, between: Callable[[], None] = lambda: None) -> float:
+def evaluate(
+    model: Any, batches: Batches, between: Callable[[], None] = lambda: None, *, precision: Precision = "fp32"
+) -> float:
     """Mean loss per label over all of `batches`: every token counts the same, whichever batch it is in.
 
     Args:
         model: A causal LM, plain or PEFT. It is in eval mode meanwhile.
         batches: At least one.
         between: Called after every batch; what it raises ends the evaluation.
+        precision: What the forward computes in.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.
@@ -32,7 +37,9 @@ def evaluate(model: Any, batches: Batches, between: Callable[[], None] = lambda:
         with torch.no_grad():
             for batch in batches.epoch():
                 n = label_count(batch)
-                total += float(scored(**to_device(batch, model), use_cache=False).loss) * n
+                with computing_in(precision, model):
+                    loss = scored(**to_device(batch, model), use_cache=False).loss
+                total += float(loss) * n
                 labels += n
                 between()
     finally:
@@ -43,6 +50,13 @@ def evaluate(model: Any, batches: Batches, between: Callable[[], None] = lambda:
             f"the validation loss is {mean}: check the model, or use a wider codec or dtype (bf16 or fp32)."
         )
     return mean
+
+
+def computing_in(precision: Precision, model: Any) -> AbstractContextManager[Any]:
+    """Where a forward runs: torch's autocast for bf16, which leaves the weights as they are, and nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16)
 
 
 def to_device(batch: Batch, model: Any) -> Batch:

@@ -1,7 +1,8 @@
-"""What is trained: PEFT's methods on the edge's own layers, and plain tuning of these layers.
+"""What is trained: PEFT's methods on the edge's own layers, bottlenecks and biases there, and these layers themselves.
 
-Everything goes through PEFT itself; this file chooses its configuration and keeps the few differences between methods
-in one place (what AdaLoRA does after a step and remembers between steps, how an adapter is scored and saved).
+What PEFT has goes through PEFT; this file chooses its configuration and keeps the few differences between methods in
+one place (what AdaLoRA does after a step and remembers between steps, how an adapter is scored). How an adapter is
+saved and loaded is in `isthmus.backbone.adapters`.
 
 Adapters are restricted by layer index to what the edge holds, and the saved adapter says so: loaded into the full
 model, it touches the same layers. `build_peft(whole_model, config, layers=plan.edge_layers)` gives the same adapters in
@@ -11,24 +12,37 @@ one process.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.utils import constants
-from peft.utils.warning import PeftWarning
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from isthmus.backbone.checkpoint import read_json
-from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
-from isthmus.backbone.errors import CheckpointError, ConfigError
-from isthmus.backbone.files import new_folder
-from isthmus.edge.config import TrainConfig
+from isthmus.backbone.adapters import (
+    adapter_method,
+    load_adapter,
+    save_adapter,
+    unfreeze_layers,
+    without_known_warnings,
+)
+from isthmus.backbone.bottleneck import Bottleneck
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.own_adapters import add_bottlenecks, unfreeze_biases
+from isthmus.edge.config import TuningConfig
+
+__all__ = [
+    "after_step",
+    "build_peft",
+    "load_adapter",
+    "load_method_state",
+    "method_state",
+    "save_adapter",
+    "scoring_model",
+    "trained",
+]
 
 # Families that PEFT has no default for.
 _LORA_DEFAULTS = {"phi3": ["qkv_proj"]}
@@ -37,7 +51,7 @@ _IA3_FEEDFORWARD_DEFAULTS = {"phi3": ["down_proj"]}
 
 
 def build_peft(
-    model: Any, config: TrainConfig, *, total_steps: int | None = None, layers: Sequence[int] | None = None
+    model: Any, config: TuningConfig, *, total_steps: int | None = None, layers: Sequence[int] | None = None
 ) -> Any:
     """Make `model` trainable as `config.method` says.
 
@@ -45,15 +59,19 @@ def build_peft(
 
     Args:
         model: A transformers causal LM, whole or split.
-        config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens` and `seed` are used.
+        config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens`, `seed` and `start_from` are
+            used.
         total_steps: Steps of the run, which AdaLoRA plans its ranks by.
-        layers: Decoder layers to adapt; by default those that the edge holds, or all layers of a whole model.
+        layers: Decoder layers to adapt; by default those that the edge holds, or all layers of a whole model. An
+            adapter to go on from has its own.
 
     Returns:
-        A `PeftModel`, or `model` itself for the method `full`.
+        A `PeftModel`, or `model` itself for the methods that PEFT has not (`full`, `bottleneck`, `bitfit`).
 
     Raises:
-        ConfigError: No layer of the edge has such a module, or nothing would be trained.
+        CheckpointError: The adapter to go on from does not fit the model.
+        ConfigError: No layer of the edge has such a module, nothing would be trained, or the adapter to go on from was
+            made by another method.
     """
     plan = getattr(model, "split_plan", None)
     if layers is None and plan is not None:
@@ -64,10 +82,20 @@ def build_peft(
             "use method prompt, or a plan with edge layers."
         )
     torch.manual_seed(config.seed)
+    if config.start_from is not None:
+        return _go_on(model, config, config.start_from)
+    own_layers = range(model.config.num_hidden_layers) if layers is None else layers
     if config.method == "full":
-        return _unfreeze(model, layers)
+        unfreeze_layers(model, own_layers)
+        return model
+    if config.method == "bottleneck":
+        add_bottlenecks(model, own_layers, config.rank, dropout=config.dropout)
+        return model
+    if config.method == "bitfit":
+        unfreeze_biases(model, own_layers)
+        return model
     try:
-        with _without_known_warnings():
+        with without_known_warnings():
             return peft.get_peft_model(model, _peft_config(model, config, layers, total_steps))
     except ValueError as error:
         targets = "the usual target modules" if config.target_modules is None else ", ".join(config.target_modules)
@@ -75,33 +103,27 @@ def build_peft(
         raise ConfigError(f"method = {config.method!r} on {targets} does not fit this model: {reason}") from error
 
 
-@contextmanager
-def _without_known_warnings() -> Iterator[None]:
-    """Without warnings of PEFT's own making, which the user can do nothing about."""
-    with warnings.catch_warnings():
-        # It asks transformers under a name that transformers is about to drop.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # It writes AdaLoRA's ranks under the names of parameters and looks for modules when it reads them.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-        # AdaLoRA may leave a module without any rank, which PEFT takes for weights that were not gathered.
-        warnings.filterwarnings("ignore", ".*LoRA tensor.s. have invalid shape", PeftWarning)
-        yield
-
-
-def _unfreeze(model: Any, layers: Sequence[int] | None) -> Any:
-    n_layers = model.config.num_hidden_layers
-    stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
-    if stack is None:
+def _go_on(model: Any, config: TuningConfig, adapter: Path) -> Any:
+    """`model` with an adapter that training left, to be trained on."""
+    made_by = adapter_method(adapter)
+    if made_by != config.method:
         raise ConfigError(
-            f"method = 'full' finds no list of {n_layers} decoder layers in {type(model).__name__}: use lora."
+            f"start_from = {str(adapter)!r} was made by method {made_by}, not {config.method}: "
+            f"give --method {made_by}, or start without it."
         )
-    model.requires_grad_(False)
-    for index in range(n_layers) if layers is None else layers:
-        stack[index].requires_grad_(True)
-    return model
+    if made_by == "adalora":
+        raise ConfigError(
+            "method = 'adalora' cannot go on from an adapter, as its ranks were planned for the run that made it: "
+            "start without --start-from."
+        )
+    loaded = load_adapter(model, adapter, trainable=True)
+    for module in loaded.modules():
+        if isinstance(module, Bottleneck):
+            module.dropout.p = config.dropout  # a setting of the run, which the adapter does not keep
+    return loaded
 
 
-def _peft_config(model: Any, config: TrainConfig, layers: Sequence[int] | None, total_steps: int | None) -> Any:
+def _peft_config(model: Any, config: TuningConfig, layers: Sequence[int] | None, total_steps: int | None) -> Any:
     family = model.config.model_type
     causal = peft.TaskType.CAUSAL_LM
     if config.method == "prompt":
@@ -138,7 +160,7 @@ def _peft_config(model: Any, config: TrainConfig, layers: Sequence[int] | None, 
     return peft.LoraConfig(r=config.rank, use_dora=config.method == "dora", **common)
 
 
-def _targets(config: TrainConfig, defaults: dict[str, Any], family: str) -> list[str]:
+def _targets(config: TuningConfig, defaults: dict[str, Any], family: str) -> list[str]:
     if config.target_modules is not None:
         return list(config.target_modules)
     if family not in defaults:
@@ -203,7 +225,6 @@ def load_method_state(model: Any, tensors: dict[str, Tensor], values: dict[str, 
     allocator.peft_config.rank_pattern = values["rank_pattern"]
 
 
-_PEFT_WEIGHTS = "adapter_model.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -214,77 +235,3 @@ def _allocator(model: Any) -> Any:
 
 def _is_adalora(model: Any) -> bool:
     return isinstance(model, peft.PeftModel) and model.peft_type == peft.PeftType.ADALORA
-
-
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter as a standard PEFT folder (for `full`: what the model itself saves), whole or not at all.
-
-    A split model's adapter names the model as the cloud serves it, not the folder that the edge's parts lie in.
-
-    Raises:
-        DiskError: The disk is full or cannot be written.
-    """
-    # PEFT would otherwise ask the hub whether the base model's embedding has grown.
-    options = {"save_embedding_layers": False} if isinstance(model, peft.PeftModel) else {}
-    origin = getattr(model.get_base_model() if options else model, "isthmus_origin", None)
-    if options and origin is not None:
-        for settings in model.peft_config.values():
-            settings.base_model_name_or_path = origin.checkpoint.name
-    with new_folder(folder) as temporary, _without_known_warnings():
-        model.save_pretrained(str(temporary), **options)
-
-
-def _check_same_model(model: Any, folder: Path) -> None:
-    """Names and shapes fit any model of the architecture, so plainly tuned layers are also held to their origin."""
-    origin = getattr(model, "isthmus_origin", None)
-    if origin is None:
-        return  # a whole model, whose checkpoint is not known here
-    tuned, ours = str(read_json(folder / EDGE_WEIGHTS_INFO).get("digest", "")), origin.checkpoint.digest()
-    if tuned and ours and tuned != ours:
-        raise CheckpointError(
-            f"{folder} holds layers tuned on a model with the digest {tuned[:16]}, but this model's is {ours[:16]}: "
-            "load them into the model that they were tuned on."
-        )
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """Put what `save_adapter` wrote into a model, to evaluate it or to generate.
-
-    Args:
-        model: A transformers causal LM, whole or split, without an adapter.
-        folder: A PEFT folder, or what an edge model with plainly tuned layers saved.
-
-    Returns:
-        A `PeftModel` in eval mode, or `model` itself, changed in place, for plainly tuned layers.
-
-    Raises:
-        CheckpointError: The folder is neither, is damaged, or holds something that has no place in this model.
-    """
-    if (folder / EDGE_WEIGHTS_INFO).is_file():
-        _check_same_model(model, folder)
-        load_edge_weights(model, folder)
-        return model
-    weights = folder / _PEFT_WEIGHTS
-    # PEFT would look on the hub for what is not here, and read a pickle where there are no safetensors.
-    for file in (folder / "adapter_config.json", weights):
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder} is not an adapter ({file.name} is missing): give a folder that training wrote."
-            )
-    try:
-        with safe_open(weights, framework="pt") as stored:
-            names = set(stored.keys())
-        with _without_known_warnings():
-            loaded = peft.PeftModel.from_pretrained(model, str(folder))
-            places = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} does not fit this model, or is damaged ({reason[:300]}).") from error
-    # PEFT passes over what it finds no place for, and leaves at its start what it does not find.
-    if names != places:
-        name = min(names ^ places)
-        fault = "which this model has no place for" if name in names else "which is missing there"
-        raise CheckpointError(
-            f"{folder} does not fit this model: {name}, {fault}. Load it into the model that it was made on."
-        )
-    return loaded

@@ -14,7 +14,7 @@ from isthmus.edge.report import StripTotals
 
 
 class TrainProgress:
-    """Shows the loss, tokens per second, bytes up and down, and the time left.
+    """Shows the loss, tokens per second, bytes up and down where there is a strip, and the time left.
 
     Args:
         total: Steps of the run.
@@ -63,10 +63,10 @@ class TrainProgress:
         self._bar.update(self._task, completed=step)
 
     def update(self, step: int, loss: float, tokens_per_s: float, strip: StripTotals) -> None:
-        """Step `step` has been applied; `strip` is what crossed so far."""
-        figures = (
-            f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  up {size(strip.bytes_up)}  down {size(strip.bytes_down)}"
-        )
+        """Step `step` has been applied; `strip` is what crossed so far, and is not shown where nothing does."""
+        figures = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        if strip != StripTotals():
+            figures += f"  up {size(strip.bytes_up)}  down {size(strip.bytes_down)}"
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._total):
             self.message(f"step {step}/{self._total}  {figures}  left {duration(self._left(step))}")

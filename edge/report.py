@@ -97,7 +97,8 @@ class Report:
 
     `tokens` leaves padding out and `positions` counts it: padding crosses the strip as well, so `bytes_per_position_*`
     is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_*` is a
-    process's largest resident memory; the cloud's is null where it did not say.
+    process's largest resident memory; the cloud's is null where it did not say. `codec` is "none" where nothing
+    crosses.
     """
 
     loss_before: float | None
@@ -144,13 +145,16 @@ class Report:
     def lines(self, out: Path) -> str:
         """The report in a few lines, for a person; `out` is the run's folder."""
         losses = " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (self.loss_before, self.loss_after))
-        return (
-            f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
+        strip = (
             f"time: edge {self.edge_share:.0%}, cloud {self.cloud_share:.0%}, wire {self.wire_share:.2%}, "
             f"encryption {self.crypto_share:.2%}\n"
             f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down "
             "per token position, "
             f"{self.retries} retries\n"
+        )
+        return (
+            f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
+            f"{strip if self.calls else ''}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from isthmus.backbone.adapters import load_adapter
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.edge import methods
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batches, load_data
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.link import Link, connect
+from isthmus.edge.methods import build_peft
+from isthmus.edge.process import no_core_files
 from isthmus.edge.report import Report, linear_parameters
 from isthmus.edge.schedule import total_steps
 from isthmus.edge.trainer import Trainer
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 def open_link(config: TrainConfig) -> Link:
     """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold texts, adapters and keys
+    no_core_files()
     tls = None
     if config.tls_ca or config.tls_cert or config.tls_key:
         tls = Tls(config.tls_ca, config.tls_cert, config.tls_key)
@@ -61,13 +62,16 @@ def train_over(link: Link, config: TrainConfig) -> Report:
     info = link.info
     data = load_data(config, link.load_tokenizer())
     model = link.load_model()
+    if config.plugged:
+        config = config.model_copy(update={"start_from": link.plugged_adapter()})
     span_parameters = _span_parameters(model, link.plan)
     trainer = Trainer(
-        _peft(model, config, len(data.train)),
+        build_peft(model, config, total_steps=total_steps(config, len(data.train))),
         data,
         config,
         ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
         meter=link,
+        codec=config.codec,
         span_parameters=span_parameters,
         cloud_peak=link.cloud_peak_bytes,
     )
@@ -80,28 +84,36 @@ def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
     whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
     with open_link(config) as link:
         data = load_data(whole, link.load_tokenizer())
-        model = with_adapter(link.load_model(), adapter)
+        model = with_adapter(link.load_model(), _chosen(link, adapter, plugged=config.plugged))
         batches = Batches(data.train, config.batch, data.pad_id)
-        loss = evaluate(model, batches)
+        loss = evaluate(model, batches, precision=config.precision)
         totals = dataclasses.asdict(link.totals())
     return {"loss": loss, "examples": len(data.train), "dropped_examples": data.dropped, "strip": totals}
 
 
 def run_generation(
-    link: Link, adapter: Path | None, prompt: str, *, chat: bool, max_new_tokens: int, temperature: float
+    link: Link,
+    adapter: Path | None,
+    prompt: str,
+    *,
+    plugged: bool = False,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
 ) -> str:
     """Continue a prompt; the work of `isthmus edge generate`.
 
     Args:
         link: an open link.
-        adapter: a PEFT folder, or None.
+        adapter: the folder of an adapter, or None.
+        plugged: whether to use the adapter that the cloud has plugged in for this edge.
         prompt: the text to continue, or with `chat` the user's message.
         chat: whether to put the prompt into the model's chat template.
         max_new_tokens: tokens to generate at most.
         temperature: 0 for greedy, else the softness of sampling.
     """
     tokenizer: Any = link.load_tokenizer()
-    model: Any = with_adapter(link.load_model(), adapter).eval()
+    model: Any = with_adapter(link.load_model(), _chosen(link, adapter, plugged=plugged)).eval()
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
@@ -121,18 +133,23 @@ def run_generation(
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Any:
-    """Load a PEFT folder, or a folder of plainly tuned edge layers, into a model.
+    """Load the adapter of a folder, if there is one, into a model.
 
     Raises:
-        CheckpointError: the folder is neither, or does not fit the model.
+        CheckpointError: the folder is no adapter's, or does not fit the model.
     """
     if adapter is None:
         return model
-    return methods.load_adapter(model, adapter)
+    return load_adapter(model, adapter)
 
 
-def _peft(model: Any, config: TrainConfig, n_examples: int) -> Any:
-    return methods.build_peft(model, config, total_steps=total_steps(config, n_examples))
+def _chosen(link: Link, adapter: Path | None, *, plugged: bool) -> Path | None:
+    """The adapter's folder: the one given, the one that the cloud has plugged in, or none."""
+    if not plugged:
+        return adapter
+    if adapter is not None:
+        raise ConfigError(f"--plugged and --adapter {adapter} exclude each other: give one of them")
+    return link.plugged_adapter()
 
 
 def _span_parameters(model: Any, plan: SplitPlan) -> int:

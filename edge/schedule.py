@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 
-from isthmus.edge.config import TrainConfig
+from isthmus.edge.config import TuningConfig
 
 
-def steps_per_epoch(config: TrainConfig, n_examples: int) -> int:
+def steps_per_epoch(config: TuningConfig, n_examples: int) -> int:
     """Optimizer steps in one pass over `n_examples`."""
     return math.ceil(math.ceil(n_examples / config.batch) / config.accumulate)
 
 
-def total_steps(config: TrainConfig, n_examples: int) -> int:
+def total_steps(config: TuningConfig, n_examples: int) -> int:
     """Optimizer steps of the whole run."""
     return config.steps or (config.epochs or 1) * steps_per_epoch(config, n_examples)
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+def learning_rate(config: TuningConfig, step: int, total: int) -> float:
     """The learning rate of the step after `step` applied ones.
 
     It rises linearly over `warmup_steps`, reaches its peak at the last of them, and then stays, falls linearly to reach

@@ -25,14 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.backbone.adapters import adapter_digest, save_adapter
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, IsthmusError, NonFiniteError
-from isthmus.backbone.files import disk_errors, write_atomic
+from isthmus.backbone.files import claim, disk_errors, write_atomic
+from isthmus.backbone.stopping import Interrupted, StopRequest
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge import methods
 from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState
-from isthmus.edge.config import TrainConfig
+from isthmus.edge.config import TuningConfig
 from isthmus.edge.data import Batch, Batches, TrainingData, label_count
-from isthmus.edge.evaluate import evaluate, to_device
+from isthmus.edge.evaluate import computing_in, evaluate, to_device
 from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import (
     Report,
@@ -47,41 +49,6 @@ from isthmus.edge.report import (
     traffic,
 )
 from isthmus.edge.schedule import learning_rate, steps_per_epoch, total_steps
-from isthmus.edge.stopping import Interrupted, StopRequest
-
-# Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
-# form are covered by the fingerprint of the tokens; steps and epochs by the total, where it matters.
-_FREE = {
-    "cloud",
-    "key",
-    "data",
-    "validation",
-    "validation_split",
-    "format",
-    "header",
-    "text_column",
-    "prompt_column",
-    "completion_column",
-    "prompt_template",
-    "completion_template",
-    "max_length",
-    "steps",
-    "epochs",
-    "out",
-    "save_every",
-    "keep_checkpoints",
-    "resume",
-    "report_to",
-    "log_every",
-    "eval_every",
-    "threads",
-    "connect_timeout",
-    "give_up_after",
-    "call_timeout",
-    "tls_ca",
-    "tls_cert",
-    "tls_key",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +68,9 @@ class Trainer:
         config: The run's options. `out` is created.
         identity: Which model this is; a checkpoint of another one is refused.
         meter: The strip, where there is one.
+        codec: How it carries tensors, for the report; "none" where nothing crosses.
         span_parameters: Weights of linear layers in the cloud's span, for the FLOPs of the report.
+        emulator_parameters: The same of an emulator that stands for the span here, each time that one is used.
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
         progress: Where progress is shown; standard error by default.
     """
@@ -110,11 +79,13 @@ class Trainer:
         self,
         model: Any,
         data: TrainingData,
-        config: TrainConfig,
+        config: TuningConfig,
         identity: ModelIdentity,
         *,
         meter: StripMeter | None = None,
+        codec: str = "none",
         span_parameters: int = 0,
+        emulator_parameters: int = 0,
         cloud_peak: Callable[[], int | None] = lambda: None,
         progress: TrainProgress | None = None,
     ) -> None:
@@ -125,12 +96,15 @@ class Trainer:
         self._data = data
         self._identity = identity
         self._meter = meter
+        self._codec = codec
         self._span_parameters = span_parameters
+        self._emulator_parameters = emulator_parameters
         self._cloud_peak = cloud_peak
         self._progress = progress or TrainProgress(self.total, config.log_every)
         self._per_epoch = steps_per_epoch(config, len(data.train))
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
+        self._start = None if config.start_from is None else adapter_digest(config.start_from)
         self._parameters = methods.trained(model)
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
@@ -161,7 +135,7 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        with checkpoints.claim(self.config.out):
+        with claim(self.config.out):
             with self._stop.listen(self._progress.message), self._progress:
                 self._resume()
                 self._random = RandomState.take(self.model.device)
@@ -233,7 +207,8 @@ class Trainer:
 
     def _micro_step(self, batch: Batch, weight: float, step: int) -> float:
         """Forward and backward of one micro-batch; returns its share of the step's loss."""
-        loss: Tensor = self.model(**to_device(batch, self.model), use_cache=False).loss
+        with computing_in(self.config.precision, self.model):
+            loss: Tensor = self.model(**to_device(batch, self.model), use_cache=False).loss
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -256,7 +231,7 @@ class Trainer:
     def _evaluate(self, when: str) -> float | None:
         if not self._data.validation:
             return None
-        loss = evaluate(self.model, self._held_out, self._stop.check)
+        loss = evaluate(self.model, self._held_out, self._stop.check, precision=self.config.precision)
         self._progress.message(f"validation loss {when}: {loss:.4f}")
         if self._board is not None:
             self._board.add_scalar("loss/validation", loss, self.step)
@@ -286,12 +261,6 @@ class Trainer:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        """What may not change half-way. The length matters where something was planned by it."""
-        settings = self.config.model_dump(mode="json", exclude=set(_FREE))
-        planned = self.config.schedule != "constant" or self.config.method == "adalora"
-        return settings | {"total steps": self.total if planned else None}
-
     def _save(self) -> Path:
         epoch, position = self._where()
         tensors, values = methods.method_state(self.model)
@@ -306,7 +275,7 @@ class Trainer:
             position=position,
             model=self._identity,
             data=self._data.fingerprint,
-            settings=self._settings(),
+            settings=checkpoints.fixed_settings(self.config, self.total, self._start),
             parameters=dict(self._parameters),
             optimizer=moments,
             random=self._random,
@@ -336,7 +305,8 @@ class Trainer:
             write_atomic(log, b"")
             return
         state = checkpoints.load(folder)
-        checkpoints.check_fits(state, folder, self._identity, self._data.fingerprint, self._settings())
+        settings = checkpoints.fixed_settings(self.config, self.total, self._start)
+        checkpoints.check_fits(state, folder, self._identity, self._data.fingerprint, settings)
         self._restore(state, folder)
         write_atomic(log, "".join(state.losses).encode())
         self._progress.message(f"Resumed after step {state.step} of {self.total} from {folder}.")
@@ -367,17 +337,27 @@ class Trainer:
 
     def _finish(self, loss_after: float | None) -> TrainResult:
         adapter = self.config.out / "adapter"
-        methods.save_adapter(self.model, adapter)
+        save_adapter(self.model, adapter, record=self._record())
         report = self._report(loss_after)
         report.write(self.config.out / "report.json")
         return TrainResult(report, adapter)
+
+    def _record(self) -> dict[str, str]:
+        """What the adapter's folder says about where it was made; whoever plugs it in checks that."""
+        made_on = {"digest": self._identity.digest, "plan": self._identity.plan, "method": self.config.method}
+        return made_on if self._identity.package is None else made_on | {"package": self._identity.package}
 
     def _report(self, loss_after: float | None) -> Report:
         spent, n_trained = self._spent, count(self._parameters.values())
         figures: dict[str, Any] = {
             **shares(spent),
             **traffic(spent),
-            **flops(linear_parameters(self.model), n_trained, self._span_parameters, spent.positions),
+            **flops(
+                linear_parameters(self.model) + self._emulator_parameters,
+                n_trained,
+                self._span_parameters,
+                spent.positions,
+            ),
         }
         return Report(
             loss_before=self._loss_before,
@@ -401,12 +381,12 @@ class Trainer:
             model=self._identity.name,
             plan=self._identity.plan,
             method=self.config.method,
-            codec=self.config.codec,
+            codec=self._codec,
             **figures,
         )
 
 
-def _board(config: TrainConfig, step: int) -> AbstractContextManager[Any]:
+def _board(config: TuningConfig, step: int) -> AbstractContextManager[Any]:
     """TensorBoard's writer, or `None`; a resumed run's curves go on after `step`."""
     if config.report_to == "none":
         return nullcontext()

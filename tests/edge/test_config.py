@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.edge.config import TrainConfig, load_config
+from isthmus.edge.config import TrainConfig, TuneConfig, TuningConfig, field_names, load_config
 
 CLOUD = "isthmus://h:1#SHA256:x"
 NEEDED = {"cloud": CLOUD, "data": "d.jsonl"}
@@ -100,7 +100,38 @@ def test_the_connection_string_may_lie_in_a_file(tmp_path: Path) -> None:
 
 
 def test_every_field_is_described() -> None:
-    assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []
+    for cls in (TrainConfig, TuneConfig):
+        assert [name for name, field in cls.model_fields.items() if not field.description] == []
+
+
+def test_where_the_middle_layers_are_is_asked_first() -> None:
+    assert field_names(TrainConfig)[:3] == ["cloud", "key", "codec"]
+    assert field_names(TuneConfig)[:2] == ["package", "signer"]
+    assert field_names(TuneConfig)[2:] == list(TuningConfig.model_fields)
+
+
+def test_a_kind_of_run_takes_its_own_settings_only(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'package = "p"\ndata = "a.csv"\n')
+    config = load_config(path, {"rank": 2}, TuneConfig)
+    assert (config.package, config.rank, config.signer) == (Path("p"), 2, None)
+    with pytest.raises(ConfigError, match=r"unknown setting 'cloud'"):
+        load_config(path, {"cloud": CLOUD}, TuneConfig)
+    with pytest.raises(ConfigError, match=r"unknown setting 'package' in .*run\.toml"):
+        load_config(path, {"cloud": CLOUD})
+    with pytest.raises(ConfigError, match=r"precision = 'fp16': .*'bf16'"):
+        load_config(path, {"precision": "fp16"}, TuneConfig)
+
+
+@pytest.mark.parametrize("text", ["SHA256:abc", "isthmus://h:1#SHA256:abc", "isthmus+tls://h:1#SHA256:abc"])
+def test_the_signer_may_be_a_connection_string_and_lie_in_a_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cloud.txt"
+    path.write_text(text + "\n", encoding="utf-8")
+    for signer in (text, str(path)):
+        config = load_config(None, {"package": "p", "data": "d", "signer": signer}, TuneConfig)
+        assert config.signer_text() == "SHA256:abc"
+    assert load_config(None, {"package": "p", "data": "d"}, TuneConfig).signer_text() is None
+    with pytest.raises(ConfigError, match=r"signer = 'nowhere' is neither a fingerprint nor a readable file"):
+        load_config(None, {"package": "p", "data": "d", "signer": "nowhere"}, TuneConfig).signer_text()
 
 
 def test_the_configuration_imports_nothing_heavy() -> None:

@@ -16,22 +16,26 @@ from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from support.training import Strip, config, data, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from isthmus.backbone.bottleneck import Bottleneck
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
+from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.data import Batches
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.methods import build_peft, load_adapter, save_adapter, trained
+from isthmus.edge.trainer import Trainer
 from isthmus.protocol.errors import UnreachableError
 
-METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "full"]
+METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2, attention_bias=True)
 
 
 def unreachable() -> None:
@@ -74,7 +78,7 @@ def test_a_method_trains_resumes_and_reloads(model_folder: Path, tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama_tied", tmp_path_factory.mktemp("model"), num_hidden_layers=5)
+    return tiny_checkpoint("llama_tied", tmp_path_factory.mktemp("model"), num_hidden_layers=5, attention_bias=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,7 +92,8 @@ def test_a_split_model_trains_as_the_whole_one(deep_folder: Path, tmp_path: Path
         else:
             model = load_edge_parts(deep_folder, plan, load_span(deep_folder, plan))
         tuned = build_peft(model, options, total_steps=5, layers=plan.edge_layers)
-        runs[name] = trainer(deep_folder, options, model=tuned)
+        identity = ModelIdentity("tiny", Checkpoint(deep_folder, "tiny").digest(), str(plan))
+        runs[name] = trainer(deep_folder, options, model=tuned, identity=identity)
         runs[name].fit()
     whole, split = weights(runs["whole"].model), weights(runs["split"].model)
     assert whole.keys() == split.keys()
@@ -168,8 +173,128 @@ def test_tuned_layers_of_another_model_are_refused(deep_folder: Path, tmp_path: 
         load_adapter(edge_model(other), tmp_path / "tuned")
 
 
+def split_model(folder: Path) -> Any:
+    plan = SplitPlan.parse("1:2", AutoConfig.from_pretrained(folder).num_hidden_layers)
+    return load_edge_parts(folder, plan, load_span(folder, plan))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "adalora"])
+def test_a_run_goes_on_from_another_runs_adapter(deep_folder: Path, tmp_path: Path, method: str) -> None:
+    def run(name: str, **values: Any) -> Trainer:
+        options = config(tmp_path / name, method=method, steps=2, rank=2, dropout=0.0, virtual_tokens=3, **values)
+        tuned = build_peft(split_model(deep_folder), options, total_steps=2)
+        identity = ModelIdentity("tiny", Checkpoint(deep_folder, "tiny").digest(), "1:2")
+        return trainer(deep_folder, options, model=tuned, identity=identity)
+
+    first = run("first")
+    result = first.fit()
+    assert run("third", start_from=result.adapter).fit().report.loss_before == result.report.loss_after
+    second = run("second", start_from=result.adapter)
+    reached = weights(first.model)
+    start = weights(second.model)
+    assert start.keys() == reached.keys()
+    assert all(torch.equal(start[name], value) for name, value in reached.items())
+    with torch.no_grad():
+        assert torch.equal(second.model.eval()(IDS).logits, first.model.eval()(IDS).logits)
+    # One step more of either is the same step.
+    for model in (first.model, second.model):
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, foreach=False)
+        optimizer.zero_grad()  # what the run's last step has left
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+    moved = weights(second.model)
+    assert all(torch.equal(moved[name], value) for name, value in weights(first.model).items())
+    assert any(not torch.equal(moved[name], value) for name, value in reached.items())
+
+
+def test_a_resumed_run_has_to_start_from_the_same_adapter(model_folder: Path, tmp_path: Path) -> None:
+    adapters = [
+        trainer(model_folder, config(tmp_path / name, steps=2, seed=seed, schedule="constant")).fit().adapter
+        for seed, name in enumerate(("one", "two"))
+    ]
+
+    def go_on(adapter: Path | None, **values: Any) -> Trainer:
+        return trainer(
+            model_folder, config(tmp_path / "run", steps=2, schedule="constant", start_from=adapter, **values)
+        )
+
+    go_on(adapters[0]).fit()
+    for other in (adapters[1], None):
+        with pytest.raises(CheckpointError, match=r"the adapter to go on from was '.*' and is now"):
+            go_on(other, resume=True).fit()
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters[0], moved)
+    go_on(moved, resume=True).fit()
+
+
+def test_an_adapter_of_another_method_is_not_gone_on_from(model_folder: Path, tmp_path: Path) -> None:
+    adapter = trainer(model_folder, config(tmp_path / "first", steps=1)).fit().adapter
+
+    def go_on(method: str, start_from: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        build_peft(model, config(tmp_path, method=method, start_from=start_from), total_steps=10)
+
+    with pytest.raises(ConfigError, match=r"made by method lora, not dora: give --method lora"):
+        go_on("dora", adapter)
+    planned = trainer(model_folder, config(tmp_path / "planned", method="adalora")).fit().adapter
+    with pytest.raises(ConfigError, match=r"'adalora' cannot go on"):
+        go_on("adalora", planned)
+    with pytest.raises(CheckpointError, match="is not an adapter"):
+        go_on("lora", tmp_path)
+
+
+def test_dropout_of_a_bottleneck_is_the_runs(model_folder: Path, tmp_path: Path) -> None:
+    adapter = trainer(model_folder, config(tmp_path, method="bottleneck", steps=1, dropout=0.3)).fit().adapter
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = build_peft(base, config(tmp_path, method="bottleneck", start_from=adapter, dropout=0.1))
+    assert {module.dropout.p for module in model.modules() if isinstance(module, Bottleneck)} == {0.1}
+
+
+def test_the_width_of_a_bottleneck_is_the_rank(model_folder: Path, tmp_path: Path) -> None:
+    model = build_peft(
+        AutoModelForCausalLM.from_pretrained(model_folder), config(tmp_path, method="bottleneck", rank=3)
+    )
+    assert {value.shape[0] for name, value in trained(model).items() if name.endswith("down.weight")} == {3}
+
+
+def test_a_family_without_biases_has_no_bitfit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"llama model have none: use method lora or bottleneck"):
+        build_peft(AutoModelForCausalLM.from_config(tiny_config("llama")), config(tmp_path, method="bitfit"))
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "full"])
+def test_bf16_computes_in_bf16_and_keeps_fp32(deep_folder: Path, tmp_path: Path, method: str) -> None:
+    seen = set()
+
+    def look(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        seen.add(output.dtype)
+
+    reports = {}
+    for precision in ("fp32", "bf16"):
+        options = config(tmp_path / precision, method=method, steps=4, rank=2, precision=precision)
+        model = build_peft(split_model(deep_folder), options, total_steps=4)
+        if precision == "bf16":
+            model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("mlp"))).register_forward_hook(
+                look
+            )
+        run = trainer(deep_folder, options, model=model)
+        reports[precision] = run.fit().report
+        assert {value.dtype for value in weights(run.model).values()} == {torch.float32}
+        stored = next((tmp_path / precision / "adapter").glob("*.safetensors"))
+        assert {value.dtype for value in load_file(stored).values()} == {torch.float32}
+    assert seen == {torch.bfloat16}
+    for name in ("loss_before", "loss_after"):
+        exact, low = (getattr(reports[precision], name) for precision in ("fp32", "bf16"))
+        assert exact != low
+        assert low == pytest.approx(exact, rel=0.02)
+    options = config(tmp_path / "bf16", method=method, steps=4, rank=2, resume=True)
+    again = trainer(deep_folder, options, model=build_peft(split_model(deep_folder), options, total_steps=4))
+    with pytest.raises(CheckpointError, match="precision was 'bf16' and is now 'fp32'"):
+        again.fit()
+
+
 @pytest.mark.parametrize("family", [name for name in CONFIGS if "_" not in name or name == "gemma3_text"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "bitfit"])
 def test_every_family_has_usual_targets_and_keeps_to_the_edges_layers(family: str, method: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(family))
     model.split_plan = SimpleNamespace(edge_layers=(0, 1, 5))

@@ -25,6 +25,7 @@ from support.training import Strip, config, data, trainer
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
+from isthmus.backbone.files import claim
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.data import Batches, Encoded
@@ -304,7 +305,7 @@ def test_a_finished_run_can_be_resumed(model_folder: Path, undisturbed: Path, tm
 
 def test_a_folder_is_trained_into_by_one_process_at_a_time(model_folder: Path, tmp_path: Path) -> None:
     other = trainer(model_folder, config(tmp_path, resume=True))
-    with checkpoints.claim(tmp_path), pytest.raises(ConfigError, match=r"another process is training.*another --out"):
+    with claim(tmp_path), pytest.raises(ConfigError, match=r"another process is training.*another --out"):
         other.fit()
     assert not (tmp_path / "losses.jsonl").exists()
     assert other.fit().report.steps == 9

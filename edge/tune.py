@@ -1,0 +1,63 @@
+"""What the command `emulator tune` does: training on a package, with no connection at all.
+
+The emulator stands where the cloud's layers would; everything else is the training of `edge train`. Nothing here
+imports what could open a connection.
+"""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from isthmus.backbone.families import family_of
+from isthmus.edge.checkpoint import ModelIdentity
+from isthmus.edge.config import TuneConfig
+from isthmus.edge.data import load_data
+from isthmus.edge.methods import build_peft
+from isthmus.edge.process import no_core_files
+from isthmus.edge.report import Report
+from isthmus.edge.schedule import total_steps
+from isthmus.edge.trainer import Trainer
+from isthmus.emulator.model import Emulator
+from isthmus.emulator.package import open_package
+from isthmus.protocol.keys import Fingerprint
+
+
+def run_tuning(config: TuneConfig) -> Report:
+    """Train on a package as the configuration says; the work of `isthmus emulator tune`.
+
+    The adapter's folder says which package it was tuned on (`isthmus_tuning.json`).
+
+    Raises:
+        IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
+    """
+    no_core_files()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    wanted = config.signer_text()
+    package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
+    if wanted is None:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
+    data = load_data(config, package.load_tokenizer())
+    model = package.load_model()
+    trainer = Trainer(
+        build_peft(model, config, total_steps=total_steps(config, len(data.train))),
+        data,
+        config,
+        ModelIdentity(
+            f"{package.model} emulator {package.id[:16]}",
+            package.digest,
+            str(package.plan),
+            attn_implementation=package.manifest.attn_implementation,
+            package=package.id,
+        ),
+        emulator_parameters=_parameters_run(model.span_gate.span),
+    )
+    return trainer.fit().report
+
+
+def _parameters_run(emulator: Emulator) -> int:
+    """Weights of the matrices that a forward of the emulator goes through; those of a shared layer count each time."""
+    layers = getattr(emulator.base, family_of(emulator.config).layers)
+    return sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.dim() == 2)
