@@ -17,6 +17,8 @@ import typer
 from isthmus.backbone.errors import DiskError, IsthmusError
 from isthmus.cloud.commands import app as cloud
 from isthmus.edge.commands import app as edge
+from isthmus.edge.emulator_commands import app as tuning
+from isthmus.emulator.commands import app as emulator
 from isthmus.experiments.commands import bench, demo
 
 INTERNAL = 1
@@ -30,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(cloud, name="cloud")
 app.add_typer(edge, name="edge")
+emulator.add_typer(tuning)  # without a name: the commands of both parties stand in one group
+app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
 app.command(name="demo")(demo)
 

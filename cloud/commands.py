@@ -92,6 +92,9 @@ def serve(
     ] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
     connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
+    emulator: Annotated[
+        Path | None, typer.Option(help="A package (`isthmus emulator build`) that edges may fetch and tune on.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -125,6 +128,7 @@ def serve(
         address=address,
         grace=grace,
         connection_file=connection_file,
+        emulator=emulator,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
         ready=typer.echo,
     )

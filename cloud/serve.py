@@ -26,9 +26,11 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import DTYPES, Worker, WorkerSpec
+from isthmus.emulator.errors import PackageError
+from isthmus.emulator.package import check_package_fits, open_package
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
 from isthmus.protocol.errors import PortInUseError, UnreachableError
-from isthmus.protocol.keys import load_worker
+from isthmus.protocol.keys import WorkerIdentity, load_worker
 
 NAMESPACE = "isthmus"
 MAX_PORT = 65535
@@ -143,6 +145,7 @@ def serve(
     address: str | None = None,
     grace: float = 30.0,
     connection_file: Path | None = None,
+    emulator: Path | None = None,
     tls: tuple[Path, Path, Path | None] | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
@@ -150,6 +153,11 @@ def serve(
 
     Returns:
         Whether every call in flight was answered before the end.
+
+    Raises:
+        PackageError: the package of `emulator` is damaged, or of another model or plan.
+        SignerError: it was signed under another root key.
+        IsthmusError: the model, an address or a key cannot be used.
     """
     console = Console(stderr=True)
     if dtype not in DTYPES:
@@ -172,6 +180,7 @@ def serve(
         max_tokens=max_tokens,
         threads=threads or os.cpu_count() or 1,
         log_file=str((home / "worker.log").absolute()),
+        emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
         **({} if tls is None else _tls_paths(*tls)),
     )
     stop = threading.Event()
@@ -226,6 +235,18 @@ def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
         if not folder.exists():
             export_edge_parts(checkpoint, plan, folder)
     return folder
+
+
+def _checked_package(folder: Path, identity: WorkerIdentity, checkpoint: Checkpoint, plan: SplitPlan) -> str:
+    """The path of a package that edges of this cloud can use."""
+    package = open_package(folder, signer=identity.pin)
+    check_package_fits(package, checkpoint)
+    if package.plan != plan:
+        raise PackageError(
+            f"{folder} was made for the split plan {package.plan}, but --edge-layers is {plan}: serve with "
+            f"--edge-layers {package.plan}, or build a package for {plan}"
+        )
+    return str(folder.absolute())
 
 
 def _claim(listen: str, option: str = "--listen") -> str:

@@ -25,16 +25,18 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.stream import SealedStream
-from isthmus.cloud.tenant import Parts, TenantSession
+from isthmus.cloud.tenant import TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.protocol.keys import WorkerIdentity
-from isthmus.protocol.limits import Limits
+from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.sealing import wipe
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
 from isthmus.protocol.session import CloudSession, Received
@@ -57,11 +59,28 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the server serves: the model's description, the span, and the files for the edge."""
+    """What the server serves: the model's description, the span, the files for the edges, and the tenants' adapters."""
 
     info: m.SessionInfo  # session_id is filled in per session
     executor: Executor
-    parts: Parts
+    parts: FileShelf
+    adapters: AdapterStore
+    package: FileShelf | None = None
+
+    def session(self, session_id: bytes, tenant: Tenant, limits: Limits = DEFAULT_LIMITS) -> TenantSession:
+        """What answers the messages of one session."""
+        shelves = {m.Shelf.PARTS: self.parts}
+        if self.package is not None:
+            shelves[m.Shelf.EMULATOR] = self.package
+        return TenantSession(
+            session_id,
+            self.executor,
+            shelves,
+            self.adapters.of(tenant),
+            self.info.hidden_size,
+            self.info.limits.max_tokens_per_call,
+            limits,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -266,11 +285,7 @@ class StripServer:
         return None
 
     async def _converse(self, stream: SealedStream, session: _Open, limits: Limits) -> None:
-        served = self._served
-        info = served.info
-        work = TenantSession(
-            session.id, served.executor, served.parts, info.hidden_size, info.limits.max_tokens_per_call, limits
-        )
+        work = self._served.session(session.id, session.tenant, limits)
         try:
             if self._draining:
                 session.end("draining")

@@ -5,70 +5,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from isthmus.backbone.errors import NonFiniteError
+from isthmus.cloud.adapters import TenantAdapters
 from isthmus.cloud.executor import Executor, SpanInput, StashLost
 from isthmus.cloud.logs import log
+from isthmus.cloud.shelf import FileShelf
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.errors import MessageError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 
-BLOB_BYTES = 8 << 20  # one piece of a file; the sealed session cuts it into frames
-
-
-@dataclass(frozen=True, slots=True)
-class PartFile:
-    """One file of the edge's parts as the cloud serves it."""
-
-    path: Path
-    size: int
-    sha256: bytes
-
-
-class Parts:
-    """The files that an edge may fetch: config, tokenizer, embedding, its own layers, norm and head.
-
-    Nothing else of the model.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, PartFile] = {}
-        for path in sorted(folder.iterdir()):
-            if path.is_symlink() or not path.is_file():
-                continue
-            with path.open("rb") as file:
-                self._files[path.name] = PartFile(
-                    path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest()
-                )
-
-    def listing(self) -> m.FileList:
-        """Name, size and hash of every file."""
-        return m.FileList(tuple(m.FileEntry(name, part.size, part.sha256) for name, part in self._files.items()))
-
-    def read(self, name: str, offset: int) -> m.Blob | m.Status:
-        """One piece of a file, or a refusal that names the file."""
-        part = self._files.get(name)
-        if part is None or offset > part.size:
-            known = ", ".join(self._files)
-            text = f"no file {name!r} at offset {offset}; there are: {known}"
-            return m.Status.saying(m.StatusCode.BAD_REQUEST, None, text)
-        try:
-            with part.path.open("rb") as file:
-                file.seek(offset)
-                data = file.read(min(BLOB_BYTES, part.size - offset))
-        except OSError as error:  # its text has a path of this machine
-            log("part_unreadable", logging.ERROR, error=type(error).__name__, part=name)
-            text = f"the file {name!r} cannot be read; the cloud's owner has a log of it"
-            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
-        return m.Blob(name, offset, part.size, part.sha256, data)
+_EMPTY = {
+    m.Shelf.PARTS: "the cloud offers no parts of its model: ask its owner",
+    m.Shelf.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
+    m.Shelf.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
+}
 
 
 @dataclass(slots=True)
@@ -78,7 +35,8 @@ class TenantSession:
     Args:
         session_id: the session's id, which keys its entries in the stash.
         executor: the span that every session of this worker shares.
-        parts: the files that the edge may fetch.
+        shelves: the files that every edge may fetch.
+        adapters: the tenant's own adapters.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch × sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
@@ -86,7 +44,8 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    parts: Parts
+    shelves: Mapping[m.Shelf, FileShelf]
+    adapters: TenantAdapters
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
@@ -102,9 +61,15 @@ class TenantSession:
             case m.Backward():
                 return self._guard("backward", message.id, lambda: self._backward(message))
             case m.FetchList():
-                return self.parts.listing()
+                shelf = self._shelf(message.shelf)
+                return shelf if isinstance(shelf, m.Status) else shelf.listing()
             case m.Fetch():
-                return self.parts.read(message.name, message.offset)
+                shelf = self._shelf(message.shelf)
+                return shelf if isinstance(shelf, m.Status) else shelf.read(message.name, message.offset)
+            case m.Put():
+                return self.adapters.put(message)
+            case m.PlugIn():
+                return self.adapters.plug_in(message)
             case m.Ping():
                 return m.Pong(message.nonce, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             case m.Goodbye():
@@ -115,6 +80,10 @@ class TenantSession:
     def close(self) -> None:
         """Forget the session's forward states."""
         self.executor.release(self.session_id)
+
+    def _shelf(self, which: m.Shelf) -> FileShelf | m.Status:
+        shelf = self.adapters.shelf() if which == m.Shelf.ADAPTER else self.shelves.get(which)
+        return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if shelf is None else shelf
 
     def _guard(self, operation: str, call: m.CallId, work: Callable[[], m.Message]) -> m.Message:
         try:

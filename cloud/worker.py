@@ -24,16 +24,18 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
+from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
-from isthmus.cloud.tenant import BLOB_BYTES, Parts
+from isthmus.cloud.shelf import FileShelf
+from isthmus.emulator.package import open_package
 from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.errors import KeyFileError, PortInUseError
 from isthmus.protocol.keys import load_worker
-from isthmus.protocol.messages import SessionInfo, SpanLimits
+from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
 
 REBINDS = 5
 REBIND_PAUSE = 1.0  # seconds
@@ -51,7 +53,7 @@ class WorkerSpec:
     plan: str
     dtype: str
     parts: str  # folder with the edge's parts
-    home: str  # folder with worker_key, worker_cert, authorized_edges
+    home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
     metrics: str  # host:port, or "" for none
     stash_bytes: int
@@ -61,6 +63,7 @@ class WorkerSpec:
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    emulator: str = ""  # folder of the package that is offered; "" for none
 
 
 class Worker:
@@ -163,7 +166,11 @@ class EdgesFile:
 
 
 def served_by(spec: WorkerSpec) -> Served:
-    """Load what a worker serves."""
+    """Load what a worker serves.
+
+    Raises:
+        IsthmusError: the model, the edge's parts or the package cannot be served.
+    """
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
@@ -183,7 +190,24 @@ def served_by(spec: WorkerSpec) -> Served:
         limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size), spec.stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
-    return Served(info, Executor(span, dtype, spec.stash_bytes), Parts(Path(spec.parts)))
+    executor = Executor(span, dtype, spec.stash_bytes)
+    package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
+    adapters = AdapterStore(
+        Path(spec.home) / "adapters",
+        Path(spec.parts),
+        info.digest,
+        plan,
+        executor,
+        attn_implementation=info.attn_implementation,
+        package=package,
+    )
+    return Served(
+        info,
+        executor,
+        FileShelf(Path(spec.parts), Shelf.PARTS),
+        adapters,
+        None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+    )
 
 
 def _message_bytes(max_tokens: int, hidden_size: int) -> int:
@@ -191,7 +215,7 @@ def _message_bytes(max_tokens: int, hidden_size: int) -> int:
 
     A backward call with its replay (two fp32 tensors, a mask, position ids) or a piece of a file, and 1 MiB to spare.
     """
-    return max(max_tokens * (2 * 4 * hidden_size + 16), BLOB_BYTES) + (1 << 20)
+    return max(max_tokens * (2 * 4 * hidden_size + 16), MAX_PIECE) + (1 << 20)
 
 
 def _tls(spec: WorkerSpec) -> ServerTls | None:

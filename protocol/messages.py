@@ -6,8 +6,8 @@ Theory of operation
      2  ForwardReply  cloud  hidden
      3  Backward      edge   gradient, then hidden, mask, positions   BackwardReply or Status
      4  BackwardReply cloud  gradient
-     5  Fetch         edge   -                                        Blob, Blob, ... (until offset + data = total) or
-     Status 6  Blob          cloud  bytes of a file
+     5  Fetch         edge   -                                        Blob or Status
+     6  Blob          cloud  bytes of a file
      7  FetchList     edge   -                                        FileList or Status
      8  FileList      cloud  -
      9  Status        cloud  -
@@ -15,6 +15,13 @@ Theory of operation
     11  Pong          cloud  -
     12  Goodbye       both   -
     13  Attach        edge   -                                        Status
+    14  Put           edge   bytes of a file                          PutReply or Status
+    15  PutReply      cloud  -
+    16  PlugIn        edge   -                                        Status
+
+    Files lie on shelves. An edge reads those of a shelf piece by piece (FetchList, then Fetch until it has all), and
+    brings an adapter the same way (Put until the cloud holds all, then PlugIn with the list of its files). Both go on
+    where they were interrupted.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
     call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.packing`.
@@ -35,6 +42,10 @@ from isthmus.protocol.limits import Buffer
 
 MAX_NAME = 128
 MAX_TEXT = 1024
+MAX_PIECE = 8 << 20
+"""Most bytes of a file in one message."""
+MAX_PUT_FILES = 8
+"""Most files of an adapter."""
 LINK_BYTES = 16
 DIGEST_BYTES = 32
 
@@ -131,11 +142,23 @@ class BackwardReply:
     recomputed: bool
 
 
+class Shelf(enum.IntEnum):
+    """What an edge may fetch the files of."""
+
+    PARTS = 1
+    """The edge's parts of the model."""
+    EMULATOR = 2
+    """The package with an emulator of the middle layers, if the cloud offers one."""
+    ADAPTER = 3
+    """The adapter that this edge's own tenant has plugged in, if it has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for a file of the edge's parts, from `offset` on."""
+    """Ask for a file of a shelf, from `offset` on."""
 
     op: ClassVar[int] = 5
+    shelf: Shelf
     name: str
     offset: int = 0
 
@@ -154,14 +177,15 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class FetchList:
-    """Ask which files the edge's parts consist of."""
+    """Ask which files are on a shelf."""
 
     op: ClassVar[int] = 7
+    shelf: Shelf
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of the edge's parts."""
+    """One file: its name, its size in bytes, and the SHA-256 of its contents."""
 
     name: str
     size: int
@@ -170,7 +194,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileList:
-    """The files of the edge's parts."""
+    """The files of a shelf."""
 
     op: ClassVar[int] = 8
     entries: tuple[FileEntry, ...]
@@ -227,6 +251,39 @@ class Attach:
     link: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A piece of a file of an adapter: `data` stands at `offset` of `total` bytes; `sha256` is the whole file's.
+
+    Without data it asks how much of the file the cloud holds.
+    """
+
+    op: ClassVar[int] = 14
+    name: str
+    offset: int
+    total: int
+    sha256: bytes
+    data: Buffer = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PutReply:
+    """How many bytes of a file the cloud holds now, from its beginning on: the next piece stands there."""
+
+    op: ClassVar[int] = 15
+    name: str
+    sha256: bytes
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlugIn:
+    """Plug in the adapter that these files are, which the cloud holds whole. It takes the place of an older one."""
+
+    op: ClassVar[int] = 16
+    entries: tuple[FileEntry, ...]
+
+
 Message = (
     Forward
     | ForwardReply
@@ -241,10 +298,13 @@ Message = (
     | Pong
     | Goodbye
     | Attach
+    | Put
+    | PutReply
+    | PlugIn
 )
 
-EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Goodbye, Attach)
-CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Pong, Goodbye)
+EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Goodbye, Attach, Put, PlugIn)
+CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Pong, Goodbye, PutReply)
 
 
 MAX_INFO = 16 * 1024

@@ -15,17 +15,18 @@ Theory of operation
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable
 
-from isthmus.protocol.codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
+from isthmus.protocol.checks import check
+from isthmus.protocol.codecs import Payload, Role, checked_sizes, codec_by_id
 from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 from isthmus.protocol.messages import (
     DIGEST_BYTES,
     LINK_BYTES,
     MAX_NAME,
+    MAX_PUT_FILES,
     MAX_TEXT,
     Attach,
     Backward,
@@ -41,14 +42,17 @@ from isthmus.protocol.messages import (
     Goodbye,
     Message,
     Ping,
+    PlugIn,
     Pong,
+    Put,
+    PutReply,
+    Shelf,
     SpanInputs,
     Status,
     StatusCode,
 )
 
 ALIGNMENT = 16
-_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
 
 _CALL = struct.Struct("!IQH")
 _TIMES = struct.Struct("!QQQ")
@@ -66,7 +70,7 @@ def pack(message: Message) -> tuple[bytes, list[Buffer]]:
     writer.number(_U8, message.op)
     try:
         _WRITERS[message.op](writer, message)
-        _check(message)
+        check(message)
     except (struct.error, MessageError, ValueError) as error:
         raise LocalProtocolError(f"{type(message).__name__} cannot be sent: {error}") from error
     return bytes(writer.header), writer.body
@@ -86,7 +90,7 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
         raise MessageError(f"unknown operation {op}: the other side may run a newer version")
     message = read(reader)
     reader.finish()
-    _check(message)
+    check(message)
     return message
 
 
@@ -206,6 +210,18 @@ class _Reader:
     def rest(self) -> memoryview:
         return self._take(len(self._body))
 
+    def shelf(self) -> Shelf:
+        number = self.number(_U8)
+        if number not in _SHELVES:
+            raise MessageError(f"unknown shelf {number}: the other side may run a newer version")
+        return Shelf(number)
+
+    def entries(self, most: int) -> tuple[FileEntry, ...]:
+        count = self.number(_U16)
+        if count > most:
+            raise LimitError(f"a list of {count} files is refused: {most} are accepted")
+        return tuple(FileEntry(self.text(MAX_NAME), self.number(_U64), self.raw(DIGEST_BYTES)) for _ in range(count))
+
     def finish(self) -> None:
         if len(self._header) or len(self._body):
             raise MessageError(f"a message has {len(self._header)} header and {len(self._body)} body bytes too many")
@@ -213,6 +229,8 @@ class _Reader:
 
 _UNLIMITED = Limits(max_message_bytes=1 << 62)
 _ROLES = frozenset(int(role) for role in Role)
+_SHELVES = frozenset(int(shelf) for shelf in Shelf)
+_MAX_FILES = (1 << 16) - 1
 
 
 def _input_flags(inputs: SpanInputs) -> int:
@@ -277,11 +295,12 @@ def _read_backward_reply(r: _Reader) -> BackwardReply:
 
 
 def _write_fetch(w: _Writer, m: Fetch) -> None:
+    w.number(_U8, m.shelf)
     w.text(m.name, MAX_NAME)
     w.number(_U64, m.offset)
 
 
-def _write_blob(w: _Writer, m: Blob) -> None:
+def _write_piece(w: _Writer, m: Blob | Put) -> None:
     w.text(m.name, MAX_NAME)
     w.number(_U64, m.offset)
     w.number(_U64, m.total)
@@ -294,17 +313,22 @@ def _read_blob(r: _Reader) -> Blob:
     return Blob(r.text(MAX_NAME), r.number(_U64), r.number(_U64), r.raw(DIGEST_BYTES), r.rest())
 
 
-def _write_file_list(w: _Writer, m: FileList) -> None:
+def _read_put(r: _Reader) -> Put:
+    return Put(r.text(MAX_NAME), r.number(_U64), r.number(_U64), r.raw(DIGEST_BYTES), r.rest())
+
+
+def _write_put_reply(w: _Writer, m: PutReply) -> None:
+    w.text(m.name, MAX_NAME)
+    w.fixed(m.sha256, DIGEST_BYTES)
+    w.number(_U64, m.held)
+
+
+def _write_entries(w: _Writer, m: FileList | PlugIn) -> None:
     w.number(_U16, len(m.entries))
     for entry in m.entries:
         w.text(entry.name, MAX_NAME)
         w.number(_U64, entry.size)
         w.fixed(entry.sha256, DIGEST_BYTES)
-
-
-def _read_file_list(r: _Reader) -> FileList:
-    count = r.number(_U16)
-    return FileList(tuple(FileEntry(r.text(MAX_NAME), r.number(_U64), r.raw(DIGEST_BYTES)) for _ in range(count)))
 
 
 def _write_status(w: _Writer, m: Status) -> None:
@@ -335,99 +359,33 @@ _WRITERS: dict[int, Callable[..., None]] = {
     Backward.op: _write_backward,
     BackwardReply.op: _write_backward_reply,
     Fetch.op: _write_fetch,
-    Blob.op: _write_blob,
-    FetchList.op: lambda w, m: None,
-    FileList.op: _write_file_list,
+    Blob.op: _write_piece,
+    FetchList.op: lambda w, m: w.number(_U8, m.shelf),
+    FileList.op: _write_entries,
     Status.op: _write_status,
     Ping.op: lambda w, m: w.number(_U64, m.nonce),
     Pong.op: _write_pong,
     Goodbye.op: lambda w, m: w.text(m.reason, MAX_TEXT),
     Attach.op: lambda w, m: w.fixed(m.link, LINK_BYTES),
+    Put.op: _write_piece,
+    PutReply.op: _write_put_reply,
+    PlugIn.op: _write_entries,
 }
 _READERS: dict[int, Callable[[_Reader], Message]] = {
     Forward.op: _read_forward,
     ForwardReply.op: _read_forward_reply,
     Backward.op: _read_backward,
     BackwardReply.op: _read_backward_reply,
-    Fetch.op: lambda r: Fetch(r.text(MAX_NAME), r.number(_U64)),
+    Fetch.op: lambda r: Fetch(r.shelf(), r.text(MAX_NAME), r.number(_U64)),
     Blob.op: _read_blob,
-    FetchList.op: lambda r: FetchList(),
-    FileList.op: _read_file_list,
+    FetchList.op: lambda r: FetchList(r.shelf()),
+    FileList.op: lambda r: FileList(r.entries(_MAX_FILES)),
     Status.op: _read_status,
     Ping.op: lambda r: Ping(r.number(_U64)),
     Pong.op: lambda r: Pong(r.number(_U64), r.number(_U64)),
     Goodbye.op: lambda r: Goodbye(r.text(MAX_TEXT)),
     Attach.op: lambda r: Attach(r.raw(LINK_BYTES)),
+    Put.op: _read_put,
+    PutReply.op: lambda r: PutReply(r.text(MAX_NAME), r.raw(DIGEST_BYTES), r.number(_U64)),
+    PlugIn.op: lambda r: PlugIn(r.entries(MAX_PUT_FILES)),
 }
-
-
-def _check(message: Message) -> None:
-    """Check what the fields of a message say together. Raises MessageError."""
-    match message:
-        case Forward():
-            _check_inputs(message.inputs)
-            _check_reply_codec(message.reply_codec)
-        case ForwardReply():
-            _check_hidden(message.hidden, Role.ACTIVATION)
-        case Backward():
-            _check_hidden(message.gradient, Role.GRADIENT)
-            _check_reply_codec(message.reply_codec)
-            if message.replay is not None:
-                _check_inputs(message.replay)
-                if message.replay.hidden.shape != message.gradient.shape:
-                    raise MessageError(
-                        f"gradient {list(message.gradient.shape)} and hidden states "
-                        f"{list(message.replay.hidden.shape)} differ in shape"
-                    )
-        case BackwardReply():
-            _check_hidden(message.gradient, Role.GRADIENT)
-        case Fetch():
-            _check_name(message.name)
-        case Blob():
-            _check_name(message.name)
-            if message.offset + len(message.data) > message.total:
-                raise MessageError(f"a piece of {message.name!r} ends behind the file's {message.total} bytes")
-        case FileList():
-            names = [entry.name for entry in message.entries]
-            for name in names:
-                _check_name(name)
-            if len(set(names)) != len(names):
-                raise MessageError("a list of files names one file twice")
-
-
-def _check_name(name: str) -> None:
-    # No separators, no leading dot, and therefore no "..": a name is safe to join to a folder.
-    if not _NAME.fullmatch(name):
-        raise MessageError(
-            f"file name {name[:MAX_NAME]!r} is refused: 1 to {MAX_NAME} of letters, digits, '_', '-', '.' are accepted"
-        )
-
-
-def _check_reply_codec(number: int) -> None:
-    if not codec_by_id(number).activation:
-        raise MessageError(f"codec id {number} is not one for activations")
-
-
-def _check_hidden(payload: Payload, role: Role) -> None:
-    if len(payload.shape) != 3 or payload.role != role or not codec_by_id(payload.codec).activation:
-        raise MessageError(
-            f"a tensor of shape {list(payload.shape)}, role {payload.role.name}, codec id {payload.codec} is refused: "
-            f"[batch, length, hidden] of role {role.name} is needed"
-        )
-
-
-def _check_inputs(inputs: SpanInputs) -> None:
-    _check_hidden(inputs.hidden, Role.ACTIVATION)
-    batch, length, _ = inputs.hidden.shape
-    for name, payload, codec, batches in (
-        ("attention mask", inputs.attention_mask, CODECS["mask"].id, (batch,)),
-        ("position ids", inputs.position_ids, CODECS["int32"].id, (1, batch)),
-    ):
-        if payload is None:
-            continue
-        fits = len(payload.shape) == 2 and payload.shape[0] in batches and payload.shape[1] == length
-        if not fits or payload.codec != codec or payload.role != Role.INDEX:
-            raise MessageError(
-                f"{name} of shape {list(payload.shape)}, codec id {payload.codec} do not fit hidden states of shape "
-                f"{list(inputs.hidden.shape)}"
-            )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.clouds import Home
+from support.clouds import Home, served
+from support.packages import tiny_package
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
@@ -18,7 +20,10 @@ from isthmus.cloud import serve as serve_module
 from isthmus.cloud import worker as worker_module
 from isthmus.cloud.serve import Serving, _claim, _prepare_parts, _wait
 from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
+from isthmus.emulator.errors import PackageError, SignerError
+from isthmus.emulator.package import Package
 from isthmus.protocol.errors import PortInUseError, UnreachableError
+from isthmus.protocol.keys import load_worker
 
 SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", "", 1, 1, 1, "")
 
@@ -118,6 +123,57 @@ def test_a_malformed_edges_file_is_told_at_the_start(tmp_path: Path) -> None:
         EdgesFile(home.folder)
     with pytest.raises(ConfigError, match="line 2"):
         serve_module.serve(str(tmp_path), home=home.folder)
+
+
+# A package on offer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, keys: Home) -> Package:
+    folder = tmp_path_factory.mktemp("package")
+    return tiny_package(folder / "package", tiny_checkpoint("llama", folder / "model"), signer=load_worker(keys.folder))
+
+
+def serving(package: Package, keys: Home, **changes: Any) -> None:
+    """Call `serve` up to the point where it has looked at everything."""
+    options = {"home": keys.folder, "edge_layers": "2:2", "listen": "127.0.0.1:99999", "emulator": package.folder}
+    serve_module.serve(changes.pop("model", str(package.folder.parent / "model")), **{**options, **changes})
+
+
+def test_a_package_is_looked_at_before_anything_is_started(
+    package: Package, keys: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(serve_module, "Serving", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(serve_module, "_claim", lambda listen, option="--listen": listen)
+    with pytest.raises(PackageError, match=r"split plan 2:2, but --edge-layers is 1:2"):
+        serving(package, keys, edge_layers="1:2")
+    other = tiny_checkpoint("llama", tmp_path / "other", seed=3)
+    with pytest.raises(PackageError, match=package.digest[:16]):
+        serving(package, keys, model=str(other))
+    with pytest.raises(SignerError, match="SHA256:"):
+        serving(package, Home(tmp_path / "strangers"))
+    damaged = shutil.copytree(package.folder, tmp_path / "damaged")
+    (damaged / "emulator.json").write_text("{}")
+    with pytest.raises(PackageError, match=r"emulator\.json"):
+        serving(package, keys, emulator=damaged)
+
+
+def test_a_worker_offers_the_package_and_looks_at_it_again(package: Package, keys: Home, tmp_path: Path) -> None:
+    model, parts = package.folder.parent / "model", tmp_path / "parts"
+    offered = served(model, parts, home=keys.folder, emulator=package.folder).package
+    assert offered is not None
+    assert {entry.name for entry in offered.listing().entries} == {file.name for file in package.folder.iterdir()}
+    assert served(model, parts, home=keys.folder).package is None
+    damaged = shutil.copytree(package.folder, tmp_path / "damaged")
+    (damaged / "emulator.json").write_text("{}")
+    with pytest.raises(PackageError, match=r"emulator\.json"):
+        served(model, parts, home=keys.folder, emulator=damaged)
 
 
 def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
     small = served(model, tmp_path / "parts", max_tokens=1)
     with ThreadServer(small, Home(tmp_path)) as server, server.link() as link:
         link.open(5)
-        piece = link._call(m.Blob, lambda attempt: m.Fetch("vocab.bin", 0))
+        piece = link._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.PARTS, "vocab.bin", 0))
         assert (len(piece.data), piece.total) == (8 << 20, 9 << 20)
 
 
@@ -576,7 +576,7 @@ def test_the_log_tells_of_sessions_and_never_of_content(
         from isthmus.protocol.errors import RefusedError
 
         with pytest.raises(RefusedError):
-            link._call(m.Blob, lambda attempt: m.Fetch("tokenizer.model", 0))
+            link._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.PARTS, "tokenizer.model", 0))
     eventually(lambda: any(line["event"] == "session_closed" for line in log()))
     lines = log()
     fields = {"time", "level", "event", "tenant", "session", "ending", "in_flight", "sessions"}

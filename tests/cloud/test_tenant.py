@@ -10,9 +10,11 @@ import torch
 from safetensors import safe_open
 from support.clouds import served
 from support.tiny import HIDDEN, tiny_checkpoint
+from support.wire import TENANT
 
 from isthmus.cloud.server import Served
-from isthmus.cloud.tenant import Parts, TenantSession
+from isthmus.cloud.shelf import FileShelf
+from isthmus.cloud.tenant import TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, decode, encode, encode_mask, encode_positions
 from isthmus.protocol.errors import MessageError
@@ -29,7 +31,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def tenant(cloud: Served) -> TenantSession:
-    session = TenantSession(b"s" * 16, cloud.executor, cloud.parts, HIDDEN, MAX_TOKENS)
+    session = cloud.session(b"s" * 16, TENANT)
     cloud.executor.evict_all()
     return session
 
@@ -187,14 +189,14 @@ def test_close_releases_the_session(tenant: TenantSession, cloud: Served) -> Non
 def test_the_files_are_those_of_the_folder_and_arrive_whole(
     tenant: TenantSession, cloud: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.cloud.tenant.BLOB_BYTES", 1000)
-    listing = tenant.handle(m.FetchList())
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_PIECE", 1000)
+    listing = tenant.handle(m.FetchList(m.Shelf.PARTS))
     assert isinstance(listing, m.FileList)
     assert {"config.json", "tokenizer.json", "edge.safetensors"} <= {entry.name for entry in listing.entries}
     for entry in listing.entries:
         data = b""
         while len(data) < entry.size:
-            piece = tenant.handle(m.Fetch(entry.name, len(data)))
+            piece = tenant.handle(m.Fetch(m.Shelf.PARTS, entry.name, len(data)))
             assert isinstance(piece, m.Blob)
             assert (piece.name, piece.offset, piece.total, piece.sha256) == (
                 entry.name,
@@ -211,13 +213,13 @@ def test_the_files_are_those_of_the_folder_and_arrive_whole(
     "name", ["model.safetensors", "worker_key", "../model/model.safetensors", "/etc/passwd", "..", "", "config.json/"]
 )
 def test_no_other_file_can_be_fetched(tenant: TenantSession, name: str) -> None:
-    text = refusal(tenant.handle(m.Fetch(name, 0)))
+    text = refusal(tenant.handle(m.Fetch(m.Shelf.PARTS, name, 0)))
     assert repr(name) in text
     assert "edge.safetensors" in text
 
 
 def test_an_offset_behind_the_end_is_refused(tenant: TenantSession) -> None:
-    assert "999999999" in refusal(tenant.handle(m.Fetch("config.json", 999_999_999)))
+    assert "999999999" in refusal(tenant.handle(m.Fetch(m.Shelf.PARTS, "config.json", 999_999_999)))
 
 
 def test_no_served_file_holds_a_middle_layer(cloud: Served, tmp_path: Path) -> None:
@@ -247,4 +249,4 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "sub").mkdir()
-    assert [entry.name for entry in Parts(folder).listing().entries] == ["config.json"]
+    assert [entry.name for entry in FileShelf(folder, m.Shelf.PARTS).listing().entries] == ["config.json"]

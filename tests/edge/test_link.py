@@ -21,10 +21,10 @@ from support.wire import EDGE, PIN
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.backbone.sources import default_cache
+from isthmus.backbone.stopping import Interrupted
 from isthmus.cloud.server import Served
-from isthmus.edge import link as link_module
+from isthmus.edge import retry
 from isthmus.edge.link import Link
-from isthmus.edge.stopping import Interrupted
 from isthmus.edge.transport import NothingYetError, Stream, Transport
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, decode, encode
@@ -66,8 +66,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that moves only by sleeping; returns the pauses that the link made."""
     pauses: list[float] = []
-    monkeypatch.setattr(link_module.time, "monotonic", lambda: sum(pauses))
-    monkeypatch.setattr(link_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     return pauses
 
 
@@ -168,7 +168,7 @@ def test_a_changed_hello_of_a_reconnect_is_tried_again_a_few_times(cloud: Memory
     opened = transport.counts["send"]
     with pytest.raises(FingerprintError):
         link.forward_span(hidden(), None, None, keep=False)
-    assert transport.counts["send"] - opened == link_module.PROTOCOL_FAULTS
+    assert transport.counts["send"] - opened == retry.PROTOCOL_FAULTS
 
 
 HANDSHAKE = [("send", 1), ("receive", 1), ("send", 2), ("receive", 2), ("send", 3), ("receive", 3)]
@@ -244,7 +244,7 @@ def test_a_cloud_that_comes_back_is_found_again(
         no_waiting.append(seconds)
         transport.up = transport.opened == 5  # the first session, and four attempts in vain
 
-    monkeypatch.setattr(link_module.time, "sleep", sleep)
+    monkeypatch.setattr(retry.time, "sleep", sleep)
     link.forward_span(hidden(), None, None, keep=False)
     assert link.traffic.retries == 4
 
@@ -535,14 +535,14 @@ def test_what_is_lost_to_a_fault_is_time_of_the_wire(
     link = new_link(transport)
     transport.up = False
     link._drop()
-    clock = link_module.time.perf_counter_ns
+    clock = retry.time.perf_counter_ns
 
     def sleep(seconds: float) -> None:
         no_waiting.append(seconds)
         transport.up = sum(no_waiting) > 30
 
-    monkeypatch.setattr(link_module.time, "sleep", sleep)
-    monkeypatch.setattr(link_module.time, "perf_counter_ns", lambda: clock() + round(sum(no_waiting) * 1e9))
+    monkeypatch.setattr(retry.time, "sleep", sleep)
+    monkeypatch.setattr(retry.time, "perf_counter_ns", lambda: clock() + round(sum(no_waiting) * 1e9))
     before = link.totals()
     link.forward_span(hidden(), None, None, keep=False)
     assert (link.totals() - before).wire_s > 30
@@ -580,7 +580,7 @@ def test_the_parts_arrive_as_served_and_are_kept(cloud: MemoryCloud) -> None:
 
 
 def test_a_download_goes_on_where_it_stopped(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.cloud.tenant.BLOB_BYTES", 4096)
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_PIECE", 4096)
     transport = MemoryTransport(cloud)
     link = new_link(transport, give_up_after=1)
 

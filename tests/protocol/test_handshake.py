@@ -166,7 +166,7 @@ def test_another_version_is_named_on_both_sides() -> None:
     assert isinstance(event.error, VersionError)
     assert "version 9" in str(event.error)
     assert cloud.closed
-    with pytest.raises(VersionError, match="version 1"):
+    with pytest.raises(VersionError, match="version 2"):
         edge.receive(event.frames[0])
     assert edge.closed
 

@@ -41,7 +41,7 @@ def test_no_cut_or_longer_message_is_read(message: m.Message, data: st.DataObjec
         unpack(header[: data.draw(st.integers(0, len(header) - 1))], body)
     with pytest.raises(RemoteProtocolError):
         unpack(header + b"\0", body)
-    if not isinstance(message, m.Blob):  # a blob's body is its data, whatever its length
+    if not isinstance(message, m.Blob | m.Put):  # the body is their data, whatever its length
         with pytest.raises(RemoteProtocolError):
             unpack(header, body + b"\0")
         if body:
@@ -124,16 +124,43 @@ def test_limits_are_checked_before_anything_is_allocated() -> None:
 )
 def test_file_names_that_could_leave_a_folder_are_refused(name: str) -> None:
     with pytest.raises(LocalProtocolError):
-        pack(m.Fetch(name))
-    raw = name.encode()
-    header = bytes((m.Fetch.op,)) + len(raw).to_bytes(2, "big") + raw + bytes(8)
-    with pytest.raises(RemoteProtocolError):
-        unpack(header, b"")
+        pack(m.Fetch(m.Shelf.PARTS, name))
+    raw = len(name.encode()).to_bytes(2, "big") + name.encode()
+    for header in (
+        bytes((m.Fetch.op, m.Shelf.PARTS)) + raw + bytes(8),
+        bytes((m.Put.op,)) + raw + bytes(8 + 8 + 32),
+        bytes((m.PlugIn.op, 0, 1)) + raw + bytes(8 + 32),
+    ):
+        with pytest.raises(RemoteProtocolError):
+            unpack(header, b"")
 
 
 def test_file_names_that_are_needed_are_taken() -> None:
     for name in ("config.json", "edge.safetensors", "chat_template.jinja", "tokenizer.model", "a..b"):
-        assert unpack(*packed(m.Fetch(name))) == m.Fetch(name)
+        fetch = m.Fetch(m.Shelf.PARTS, name)
+        assert unpack(*packed(fetch)) == fetch
+
+
+def test_a_shelf_that_there_is_not_is_refused() -> None:
+    for shelf in (0, 4, 255):
+        with pytest.raises(MessageError, match=f"unknown shelf {shelf}"):
+            unpack(bytes((m.FetchList.op, shelf)), b"")
+
+
+def test_an_adapter_of_too_many_files_is_refused_by_their_count_alone() -> None:
+    with pytest.raises(LimitError, match="list of 9 files"):
+        unpack(bytes((m.PlugIn.op, 0, 9)), b"")
+    with pytest.raises(MessageError, match="0 files"):
+        unpack(bytes((m.PlugIn.op, 0, 0)), b"")
+
+
+def test_a_piece_of_a_file_is_bounded() -> None:
+    piece = m.Put("a", 0, 1 << 40, bytes(32), bytes(m.MAX_PIECE + 1))
+    with pytest.raises(LocalProtocolError, match=str(m.MAX_PIECE)):
+        pack(piece)
+    header, body = packed(m.Put("a", 0, 1 << 40, bytes(32), bytes(m.MAX_PIECE)))
+    with pytest.raises(MessageError, match=str(m.MAX_PIECE)):
+        unpack(header, body + b"x")
 
 
 HIDDEN = encode(torch.ones(2, 3, 4), "fp32", Role.ACTIVATION)
@@ -163,6 +190,12 @@ CALL = m.CallId(1, 1)
         m.BackwardReply(CALL, GRADIENT, -1, 0, 0, False),
         m.Blob("a", 5, 6, bytes(32), b"ab"),
         m.Blob("a", 0, 2, bytes(31), b"ab"),
+        m.Put("a", 5, 6, bytes(32), b"ab"),
+        m.Put("a", 0, 2, bytes(31), b"ab"),
+        m.PutReply("../a", bytes(32), 1),
+        m.PlugIn(()),
+        m.PlugIn(tuple(m.FileEntry(f"f{n}", 1, bytes(32)) for n in range(9))),
+        m.PlugIn((m.FileEntry("a", 1, bytes(32)), m.FileEntry("a", 2, bytes(32)))),
         m.FileList((m.FileEntry("a", 1, bytes(32)), m.FileEntry("a", 2, bytes(32)))),
         m.Status(m.StatusCode.INTERNAL, None, "x" * 1025),
         m.Attach(b"short"),

@@ -26,7 +26,7 @@ from isthmus.protocol.errors import (
     RemoteProtocolError,
     VersionError,
 )
-from isthmus.protocol.framing import PREFIX, TAG, Direction, Kind
+from isthmus.protocol.framing import PREFIX, TAG, VERSION, Direction, Kind
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 from isthmus.protocol.packing import pack
 from isthmus.protocol.sealing import Opener, Sealer, wipe
@@ -243,7 +243,7 @@ def test_a_malformed_message_kills_the_session() -> None:
 
 
 def claim(header: int = 11, chunk: int = 0, chunks: int = 1, body: int = 8, kind: int = Kind.DATA) -> bytes:
-    return PREFIX.pack(b"ISTH", kind, 1, 0, 0, header, chunk, chunks, body) + bytes(60)
+    return PREFIX.pack(b"ISTH", kind, VERSION, 0, 0, header, chunk, chunks, body) + bytes(60)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_claims_are_checked_before_anything_is_allocated(frame: bytes, error: ty
 def test_an_unauthenticated_first_frame_of_the_right_size_allocates_no_body() -> None:
     limits = Limits(chunk_bytes=1 << 10)
     opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, limits)
-    frame = PREFIX.pack(b"ISTH", Kind.DATA, 1, 0, 0, 11, 0, 60_000, 60_000 << 10) + bytes(11 + TAG + 1024 + TAG)
+    frame = PREFIX.pack(b"ISTH", Kind.DATA, VERSION, 0, 0, 11, 0, 60_000, 60_000 << 10) + bytes(11 + TAG + 1024 + TAG)
     tracemalloc.start()
     try:
         with pytest.raises(RemoteProtocolError):
@@ -490,5 +490,5 @@ def test_wipe() -> None:
 def test_the_prefix_has_the_documented_layout() -> None:
     assert PREFIX.size == 34
     (frame,) = message_frames(8)
-    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 1, 0, 0, 11, 0, 1, 8)
+    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 2, 0, 0, 11, 0, 1, 8)
     assert "prefix (34 bytes" in (sealing.__doc__ or "")

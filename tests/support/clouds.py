@@ -32,8 +32,13 @@ def served(
     plan: str = PLAN,
     stash_bytes: int = 1 << 26,
     max_tokens: int = 4096,
+    home: Path | None = None,
+    emulator: Path | None = None,
 ) -> Served:
-    """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet."""
+    """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet.
+
+    The tenants' adapters lie in `home`, by default beside the parts; a package needs a `home` with the signer's key.
+    """
     checkpoint = Checkpoint(model, "tiny")
     if not parts.exists():
         export_edge_parts(checkpoint, SplitPlan.parse(plan, checkpoint.config.num_hidden_layers), parts)
@@ -43,13 +48,14 @@ def served(
         plan=plan,
         dtype=dtype,
         parts=str(parts),
-        home="",
+        home=str(home or parts.parent / "home"),
         listen="",
         metrics="",
         stash_bytes=stash_bytes,
         max_tokens=max_tokens,
         threads=1,
         log_file="",
+        emulator="" if emulator is None else str(emulator),
     )
     return served_by(spec)
 

@@ -102,8 +102,9 @@ class _MemoryStream:
         served = self._cloud.served
         if isinstance(message, m.Attach):
             session_id = bytes.fromhex(self._cloud.sessions[-1])
-            limit = served.info.limits.max_tokens_per_call
-            self._work = TenantSession(session_id, served.executor, served.parts, served.info.hidden_size, limit)
+            if self._session.tenant is None:
+                raise AssertionError("the session does not stand")
+            self._work = served.session(session_id, self._session.tenant)
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")

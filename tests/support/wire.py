@@ -146,22 +146,38 @@ def blobs(draw: st.DrawFn) -> m.Blob:
     return m.Blob(draw(names), offset, offset + len(data) + draw(u16), draw(digests), data)
 
 
+@st.composite
+def puts(draw: st.DrawFn) -> m.Put:
+    piece = draw(blobs())
+    return m.Put(piece.name, piece.offset, piece.total, piece.sha256, piece.data)
+
+
 goodbyes = st.builds(m.Goodbye, texts)
+shelves = st.sampled_from(m.Shelf)
+entries = st.builds(m.FileEntry, names, u64, digests)
+
+
+def lists_of_files(least: int, most: int) -> st.SearchStrategy[tuple[m.FileEntry, ...]]:
+    return st.lists(entries, min_size=least, max_size=most, unique_by=lambda entry: entry.name).map(tuple)
+
+
 edge_messages = st.one_of(
     forwards(),
     backwards(),
-    st.builds(m.Fetch, names, u64),
-    st.just(m.FetchList()),
+    st.builds(m.Fetch, shelves, names, u64),
+    st.builds(m.FetchList, shelves),
     st.builds(m.Attach, st.binary(min_size=16, max_size=16)),
     st.builds(m.Ping, u64),
+    puts(),
+    st.builds(m.PlugIn, lists_of_files(1, 8)),
     goodbyes,
 )
-entries = st.builds(m.FileEntry, names, u64, digests)
 cloud_messages = st.one_of(
     st.builds(m.ForwardReply, call_ids, hidden_states(), u64, u64, u64),
     st.builds(m.BackwardReply, call_ids, hidden_states(Role.GRADIENT), u64, u64, u64, st.booleans()),
     blobs(),
-    st.lists(entries, max_size=5, unique_by=lambda entry: entry.name).map(lambda found: m.FileList(tuple(found))),
+    st.builds(m.FileList, lists_of_files(0, 5)),
+    st.builds(m.PutReply, names, digests, u64),
     st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
     st.builds(m.Pong, u64, u64),
     goodbyes,

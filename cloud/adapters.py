@@ -1,0 +1,242 @@
+"""The tenants' adapters: what they bring, what is plugged in, and that each tenant reaches its own alone.
+
+    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files on their way, hash in their names
+                                                             /plugged/     the adapter that this tenant is served
+
+An adapter is hostile until `check_adapter` has let it through. It then has to compute something finite over the real
+span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays.
+
+All of it runs on the compute thread, as the span does. A lock for each tenant keeps other workers of the same home out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from isthmus.backbone.checkpoint import EDGE_FILE
+from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.files import disk_errors, locked, new_folder
+from isthmus.backbone.plan import SplitPlan
+from isthmus.cloud.executor import Executor, SpanInput
+from isthmus.cloud.logs import log
+from isthmus.cloud.shelf import FileShelf
+from isthmus.emulator.errors import AdapterError
+from isthmus.emulator.package import Package
+from isthmus.emulator.plug import AdapterSummary, check_adapter, plug_in
+from isthmus.emulator.shelves import belongs
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Tenant
+
+SPARE_BYTES = 64 << 20
+MAX_INCOMING = 2 * m.MAX_PUT_FILES
+"""Most unfinished files of a tenant: those of two adapters."""
+
+_PROBE = b"probe"
+# What a check or a probe may end in besides a refusal; their texts may have paths or values.
+_FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError)
+
+
+class AdapterStore:
+    """Where the adapters of all tenants lie. It outlives the worker.
+
+    Args:
+        root: the folder; made when it is needed.
+        parts: the edge's parts of the model.
+        digest: SHA-256 (hex) of the model.
+        plan: who holds which layers.
+        executor: runs the real span, for the probe.
+        attn_implementation: attention implementation of the span.
+        package: the package that the cloud offers, or None. An adapter that was tuned on another one is refused.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        parts: Path,
+        digest: str,
+        plan: SplitPlan,
+        executor: Executor,
+        *,
+        attn_implementation: str,
+        package: Package | None,
+    ) -> None:
+        self._root = root / f"{digest[:16]}-{plan.bottom}-{plan.top}"
+        self._parts = parts
+        self._plan = plan
+        self._executor = executor
+        self._attn_implementation = attn_implementation
+        self._package = package
+        self._shelves: dict[Path, tuple[tuple[int, int], FileShelf]] = {}
+        self.max_bytes = 2 * (parts / EDGE_FILE).stat().st_size + SPARE_BYTES
+        """Most bytes of one adapter: twice the edge's weights, and some."""
+
+    def of(self, tenant: Tenant) -> TenantAdapters:
+        """The adapters of one tenant, and no other's."""
+        return TenantAdapters(self, tenant, self._root / tenant.fingerprint.digest.hex())
+
+    def check(self, adapter: Path) -> AdapterSummary:
+        """Check an adapter, then let it compute over the real span. Raises what both raise."""
+        summary = check_adapter(adapter, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
+        plug_in(adapter, self._parts, self._plan, self._span, attn_implementation=self._attn_implementation)
+        return summary
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold the lock of a tenant's folder."""
+        with disk_errors(self._root):
+            self._root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # adapters are the tenants' own
+        with locked(folder):
+            yield
+
+    def shelf(self, folder: Path) -> FileShelf:
+        """The files of a plugged adapter; hashed again only when another one has taken its place."""
+        status = folder.stat()
+        stamp = status.st_ino, status.st_mtime_ns
+        known = self._shelves.get(folder)
+        if known is None or known[0] != stamp:
+            known = self._shelves[folder] = stamp, FileShelf(folder, m.Shelf.ADAPTER)
+        return known[1]
+
+    def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False)
+        return output.to(hidden.dtype)
+
+
+class TenantAdapters:
+    """The adapters of one tenant. Made by `AdapterStore.of`."""
+
+    def __init__(self, store: AdapterStore, tenant: Tenant, folder: Path) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._folder = folder
+        self._incoming = folder / "incoming"
+        self._plugged = folder / "plugged"
+
+    def shelf(self) -> FileShelf | None:
+        """The files of the adapter that is plugged in; None if there is none."""
+        return self._store.shelf(self._plugged) if self._plugged.is_dir() else None
+
+    def put(self, piece: m.Put) -> m.PutReply | m.Status:
+        """Keep a piece of a file where it continues what is here; says how much is here then."""
+        entry = m.FileEntry(piece.name, piece.total, piece.sha256)
+        fault = self._fault((entry,))
+        if fault is not None:
+            return _refused(fault)
+        try:
+            with self._store.locked(self._folder):
+                held = self._keep(entry, piece)
+        except OSError as error:  # its text has a path of this machine
+            log("adapter_not_stored", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            text = f"the cloud cannot store {piece.name}: its disk may be full; its owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        return m.PutReply(piece.name, piece.sha256, held)
+
+    def plug_in(self, request: m.PlugIn) -> m.Status:
+        """Check the adapter that these files are, and let it take the older one's place.
+
+        Asking again is harmless: an adapter that is plugged in already is said to be.
+        """
+        fault = self._fault(request.entries)
+        if fault is not None:
+            return _refused(fault)
+        try:
+            with self._store.locked(self._folder):
+                shelf = self.shelf()
+                if shelf is not None and set(shelf.listing().entries) == set(request.entries):
+                    return m.Status(m.StatusCode.OK, None, "this adapter is plugged in")
+                fault = self._unfinished(request.entries)
+                if fault is not None:
+                    return _refused(fault)
+                summary = self._install(request.entries)
+        except AdapterError as error:
+            log("adapter_refused", logging.WARNING, tenant=self._tenant.name, reason=str(error))
+            return _refused(str(error))
+        except _FAILURES as error:
+            log("plug_in_failed", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            text = f"the cloud failed to plug the adapter in ({type(error).__name__}); its owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        log("adapter_plugged_in", tenant=self._tenant.name, method=summary.method, bytes=summary.size)
+        tuned = "the model itself" if summary.package is None else f"the package {summary.package[:16]}"
+        return m.Status.saying(
+            m.StatusCode.OK,
+            None,
+            f"the adapter is plugged in: {summary.method}, {summary.n_params} weights, tuned on {tuned}",
+        )
+
+    def _fault(self, entries: Sequence[m.FileEntry]) -> str | None:
+        """Why files of these names and sizes are not taken, by what is said of them alone."""
+        for entry in entries:
+            if not belongs(entry.name, m.Shelf.ADAPTER):
+                return f"{entry.name!r} is no file of an adapter: return the folder that tuning wrote"
+        size, most = sum(entry.size for entry in entries), self._store.max_bytes
+        return f"{size} bytes are more than the {most} that an adapter may have: tune less" if size > most else None
+
+    def _keep(self, entry: m.FileEntry, piece: m.Put) -> int:
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        path = self._unfinished_path(entry)
+        held = path.stat().st_size if path.exists() else 0
+        if held > entry.size:  # the tenant has said something else before
+            path.unlink()
+            held = 0
+        if piece.offset == held and (len(piece.data) or not entry.size):
+            self._make_room(path, entry.size)
+            # What a full disk cuts off is a beginning too, and will be continued.
+            with path.open("ab") as file:
+                file.write(piece.data)
+            held += len(piece.data)
+        return held
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Remove the unfinished files that have waited longest, so that abandoned ones do not pile up."""
+        others = sorted(
+            (other for other in self._incoming.iterdir() if other != path), key=lambda other: other.stat().st_mtime_ns
+        )
+        held = sum(other.stat().st_size for other in others)
+        while others and (len(others) >= MAX_INCOMING or held + size > 2 * self._store.max_bytes):
+            oldest = others.pop(0)
+            held -= oldest.stat().st_size
+            oldest.unlink()
+
+    def _unfinished(self, entries: Sequence[m.FileEntry]) -> str | None:
+        """Which file is not here whole, if one is not."""
+        for entry in entries:
+            path = self._unfinished_path(entry)
+            held = path.stat().st_size if path.exists() else 0
+            if held != entry.size or not path.exists():
+                return f"{entry.name} is not here whole ({held} of {entry.size} bytes): send the rest"
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            if digest != entry.sha256:
+                path.unlink()
+                return f"{entry.name} arrived with another hash than was announced: return it again"
+        return None
+
+    def _install(self, entries: Sequence[m.FileEntry]) -> AdapterSummary:
+        try:
+            with new_folder(self._plugged) as new:
+                for entry in entries:
+                    (new / entry.name).hardlink_to(self._unfinished_path(entry))
+                summary = self._store.check(new)
+        except AdapterError:
+            self._remove(entries)
+            raise
+        self._remove(entries)
+        return summary
+
+    def _remove(self, entries: Sequence[m.FileEntry]) -> None:
+        with disk_errors(self._incoming):
+            for entry in entries:
+                self._unfinished_path(entry).unlink(missing_ok=True)
+
+    def _unfinished_path(self, entry: m.FileEntry) -> Path:
+        return self._incoming / f"{entry.name}.{entry.sha256.hex()}.part"
+
+
+def _refused(text: str) -> m.Status:
+    return m.Status.saying(m.StatusCode.BAD_REQUEST, None, text)

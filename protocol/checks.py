@@ -1,0 +1,116 @@
+"""Checks: what must be true of a message beyond the form of its single fields, on both sides alike."""
+
+from __future__ import annotations
+
+import re
+
+from isthmus.protocol.codecs import CODECS, Payload, Role, codec_by_id
+from isthmus.protocol.errors import MessageError
+from isthmus.protocol.messages import (
+    MAX_NAME,
+    MAX_PIECE,
+    MAX_PUT_FILES,
+    Backward,
+    BackwardReply,
+    Blob,
+    Fetch,
+    FileEntry,
+    FileList,
+    Forward,
+    ForwardReply,
+    Message,
+    PlugIn,
+    Put,
+    PutReply,
+    SpanInputs,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
+
+
+def check(message: Message) -> None:
+    """Check what the fields of a message say together, before it is sent and after it was read.
+
+    Raises:
+        MessageError: they do not fit each other, or one is over its limit.
+    """
+    match message:
+        case Forward():
+            _check_inputs(message.inputs)
+            _check_reply_codec(message.reply_codec)
+        case ForwardReply():
+            _check_hidden(message.hidden, Role.ACTIVATION)
+        case Backward():
+            _check_hidden(message.gradient, Role.GRADIENT)
+            _check_reply_codec(message.reply_codec)
+            if message.replay is not None:
+                _check_inputs(message.replay)
+                if message.replay.hidden.shape != message.gradient.shape:
+                    raise MessageError(
+                        f"gradient {list(message.gradient.shape)} and hidden states "
+                        f"{list(message.replay.hidden.shape)} differ in shape"
+                    )
+        case BackwardReply():
+            _check_hidden(message.gradient, Role.GRADIENT)
+        case Fetch() | PutReply():
+            _check_name(message.name)
+        case Blob() | Put():
+            _check_name(message.name)
+            if len(message.data) > MAX_PIECE:
+                raise MessageError(f"a piece of {len(message.data)} bytes is refused: {MAX_PIECE} are accepted")
+            if message.offset + len(message.data) > message.total:
+                raise MessageError(f"a piece of {message.name!r} ends behind the file's {message.total} bytes")
+        case FileList():
+            _check_files(message.entries)
+        case PlugIn():
+            if not 1 <= len(message.entries) <= MAX_PUT_FILES:
+                raise MessageError(
+                    f"an adapter of {len(message.entries)} files is refused: 1 to {MAX_PUT_FILES} are accepted"
+                )
+            _check_files(message.entries)
+
+
+def _check_files(entries: tuple[FileEntry, ...]) -> None:
+    names = [entry.name for entry in entries]
+    for name in names:
+        _check_name(name)
+    if len(set(names)) != len(names):
+        raise MessageError("a list of files names one file twice")
+
+
+def _check_name(name: str) -> None:
+    # No separators, no leading dot, and therefore no "..": a name is safe to join to a folder.
+    if not _NAME.fullmatch(name):
+        raise MessageError(
+            f"file name {name[:MAX_NAME]!r} is refused: 1 to {MAX_NAME} of letters, digits, '_', '-', '.' are accepted"
+        )
+
+
+def _check_reply_codec(number: int) -> None:
+    if not codec_by_id(number).activation:
+        raise MessageError(f"codec id {number} is not one for activations")
+
+
+def _check_hidden(payload: Payload, role: Role) -> None:
+    if len(payload.shape) != 3 or payload.role != role or not codec_by_id(payload.codec).activation:
+        raise MessageError(
+            f"a tensor of shape {list(payload.shape)}, role {payload.role.name}, codec id {payload.codec} is refused: "
+            f"[batch, length, hidden] of role {role.name} is needed"
+        )
+
+
+def _check_inputs(inputs: SpanInputs) -> None:
+    _check_hidden(inputs.hidden, Role.ACTIVATION)
+    batch, length, _ = inputs.hidden.shape
+    for name, payload, codec, batches in (
+        ("attention mask", inputs.attention_mask, CODECS["mask"].id, (batch,)),
+        ("position ids", inputs.position_ids, CODECS["int32"].id, (1, batch)),
+    ):
+        if payload is None:
+            continue
+        fits = len(payload.shape) == 2 and payload.shape[0] in batches and payload.shape[1] == length
+        if not fits or payload.codec != codec or payload.role != Role.INDEX:
+            raise MessageError(
+                f"{name} of shape {list(payload.shape)}, codec id {payload.codec} do not fit hidden states of shape "
+                f"{list(inputs.hidden.shape)}"
+            )

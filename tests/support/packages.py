@@ -1,0 +1,85 @@
+"""Packages of tiny models, adapters that were tuned on them, and clouds in memory that offer them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from support.clouds import PLAN, served
+from support.tiny import tiny_checkpoint
+from support.wire import NOW, identity
+
+from isthmus.backbone.adapters import save_adapter
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.server import Served
+from isthmus.cloud.shelf import FileShelf
+from isthmus.edge.config import TuneConfig
+from isthmus.edge.methods import build_peft, trained
+from isthmus.emulator.model import build_emulator
+from isthmus.emulator.package import Package, write_package
+from isthmus.emulator.recipe import Recipe
+from isthmus.protocol.keys import WorkerIdentity
+from isthmus.protocol.messages import Shelf
+
+
+def tiny_package(folder: Path, model: Path, *, plan: str = PLAN, signer: WorkerIdentity | None = None) -> Package:
+    """Write a package of a tiny model, signed as the clouds of `support.memory` sign."""
+    checkpoint = Checkpoint(model, "tiny")
+    cut = SplitPlan.parse(plan, checkpoint.config.num_hidden_layers)
+    emulator = build_emulator(checkpoint, cut, Recipe.parse("uniform", 0.5), None)
+    if signer is not None:
+        return write_package(folder, checkpoint, cut, emulator, signer=signer, licence="for tests")
+    return write_package(
+        folder, checkpoint, cut, emulator, signer=identity(), licence="for tests", now=lambda: float(NOW)
+    )
+
+
+def tuned(package: Package, out: Path, method: str = "lora", *, seed: int = 1, on_package: bool = True) -> Path:
+    """Write an adapter whose every trained tensor has moved, as tuning on the package would, or split training."""
+    values = {"package": package.folder, "data": "-", "out": out, "method": method, "steps": 10, "rank": 4}
+    model = build_peft(package.load_model(), TuneConfig.model_validate(values), total_steps=10)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    record = {"digest": package.digest, "plan": str(package.plan), "method": method}
+    save_adapter(model, out, record=record | {"package": package.id} if on_package else record)
+    return out
+
+
+class Owner:
+    """A tiny model, its span, its parts and a package of it; clouds that offer them, each with adapters of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = tiny_checkpoint("llama", folder / "model")
+        self.plain = served(self.model, folder / "parts", max_tokens=256)
+        self.package = tiny_package(folder / "package", self.model)
+        self._adapters: dict[tuple[str, int, bool], Path] = {}
+
+    def store(self, root: Path, *, package: bool = True) -> AdapterStore:
+        info = self.plain.info
+        return AdapterStore(
+            root,
+            self.folder / "parts",
+            info.digest,
+            SplitPlan.parse(info.plan, info.n_layers),
+            self.plain.executor,
+            attn_implementation=info.attn_implementation,
+            package=self.package if package else None,
+        )
+
+    def offer(self, root: Path, *, package: bool = True) -> Served:
+        shelf = FileShelf(self.package.folder, Shelf.EMULATOR) if package else None
+        return dataclasses.replace(self.plain, adapters=self.store(root, package=package), package=shelf)
+
+    def adapter(self, method: str = "lora", *, seed: int = 1, on_package: bool = True) -> Path:
+        """An adapter, made once; copy it to change it."""
+        key = (method, seed, on_package)
+        if key not in self._adapters:
+            out = self.folder / "-".join(map(str, key))
+            self._adapters[key] = tuned(self.package, out, method, seed=seed, on_package=on_package)
+        return self._adapters[key]
