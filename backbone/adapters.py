@@ -226,7 +226,7 @@ def _load_peft(model: Any, folder: Path, *, trainable: bool) -> Any:
             places = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} does not fit this model, or is damaged ({reason[:300]}).") from error
     # PEFT passes over what it finds no place for, and leaves at its start what it does not find.

@@ -24,13 +24,17 @@ def build_on_meta(config: Any, family: Family, dtype: torch.dtype, attn_implemen
     """The whole language model of `config` on the meta device, with a configuration of its own, in eval mode.
 
     Raises:
+        CheckpointError: the configuration describes no model.
         ConfigError: `dtype` is not a dtype for weights, or the attention implementation does not fit the family.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"weights cannot be {dtype}; use one of {', '.join(str(known) for known in DTYPES)}")
     attention = family.attention(attn_implementation)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    except ArithmeticError as error:  # no head at all, for one
+        raise CheckpointError(f"the model's configuration does not make sense ({error}); fetch it again") from error
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from isthmus.backbone.assembly import build_on_meta, check_materialised, load_parameters, rebuild_buffers, tie_or_load
 from isthmus.backbone.checkpoint import EDGE_FILE, TensorReader, read_json, write_json
 from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights
-from isthmus.backbone.errors import PlanError
+from isthmus.backbone.errors import CheckpointError, PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import PassThrough, SpanFn, SpanGate
@@ -148,7 +148,11 @@ def _load(model: Any, checkpoint: Checkpoint) -> tuple[frozenset[str], dict[str,
 def _settle(model: Any, checkpoint: Checkpoint) -> None:
     """What `from_pretrained` would do besides the weights, and no cache."""
     if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            path = checkpoint.folder / "generation_config.json"
+            raise CheckpointError(f"{path} does not make sense; fetch the checkpoint again") from error
     model.generation_config.use_cache = False
     model.config.use_cache = False
     model.config.name_or_path = str(checkpoint.folder)

@@ -77,12 +77,12 @@ class Checkpoint:
         from transformers import CONFIG_MAPPING, AutoConfig
 
         model_type = read_json(self.folder / "config.json").get("model_type")
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise UnsupportedFamilyError(
                 f"models of type {model_type!r} cannot be cut; supported are {', '.join(SUPPORTED)}"
             )
         try:
-            return AutoConfig.from_pretrained(self.folder)
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again"
@@ -108,14 +108,16 @@ class Checkpoint:
 
 def is_part(name: str) -> bool:
     """Whether a file of this name belongs to an edge's parts: weights, configuration, tokenizer, and where from."""
-    return name in (EDGE_FILE, PARTS_FILE) or _BESIDE_THE_WEIGHTS.fullmatch(name) is not None
+    return name in (EDGE_FILE, PARTS_FILE) or _is_beside_the_weights(name)
+
+
+def _is_beside_the_weights(name: str) -> bool:
+    return _BESIDE_THE_WEIGHTS.fullmatch(name) is not None and not name.endswith(".py")  # a folder brings no code
 
 
 def files_beside_the_weights(folder: Path) -> tuple[Path, ...]:
     """The configuration and the tokenizer's files of a checkpoint, by name."""
-    return tuple(
-        file for file in sorted(folder.iterdir()) if file.is_file() and _BESIDE_THE_WEIGHTS.fullmatch(file.name)
-    )
+    return tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _is_beside_the_weights(file.name))
 
 
 def default_cache() -> Path:
@@ -166,9 +168,11 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise CheckpointError(f"{folder} has no tokenizer; copy the model's tokenizer files there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}; fetch the checkpoint again") from error
+        # Unless it is told, transformers asks at the terminal whether to run code that the folder or the hub has.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a stranger's files, and the tokenizers' own errors are of no class of their own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot read the tokenizer in {folder}: {reason}; fetch the checkpoint again") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

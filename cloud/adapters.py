@@ -1,10 +1,11 @@
 """The tenants' adapters: what they bring, what is plugged in, and that each tenant reaches its own alone.
 
-    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files on their way, hash in their names
+    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files on their way
                                                              /plugged/     the adapter that this tenant is served
 
 An adapter is hostile until `check_adapter` has let it through. It then has to compute something finite over the real
-span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays.
+span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays. (A crash
+between the two renames of `new_folder` can leave none; to return the adapter again mends that.)
 
 All of it runs on the compute thread, as the span does. A lock for each tenant keeps other workers of the same home out.
 """
@@ -39,7 +40,7 @@ MAX_INCOMING = 2 * m.MAX_PUT_FILES
 
 _PROBE = b"probe"
 # What a check or a probe may end in besides a refusal; their texts may have paths or values.
-_FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError)
+_FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class AdapterStore:
@@ -51,6 +52,7 @@ class AdapterStore:
         digest: SHA-256 (hex) of the model.
         plan: who holds which layers.
         executor: runs the real span, for the probe.
+        max_tokens: largest batch x sequence of one call, which the probe must fit too.
         attn_implementation: attention implementation of the span.
         package: the package that the cloud offers, or None. An adapter that was tuned on another one is refused.
     """
@@ -63,6 +65,7 @@ class AdapterStore:
         plan: SplitPlan,
         executor: Executor,
         *,
+        max_tokens: int,
         attn_implementation: str,
         package: Package | None,
     ) -> None:
@@ -70,6 +73,7 @@ class AdapterStore:
         self._parts = parts
         self._plan = plan
         self._executor = executor
+        self._max_tokens = max_tokens
         self._attn_implementation = attn_implementation
         self._package = package
         self._shelves: dict[Path, tuple[tuple[int, int], FileShelf]] = {}
@@ -104,6 +108,12 @@ class AdapterStore:
         return known[1]
 
     def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        if tokens > self._max_tokens:
+            raise AdapterError(
+                f"a text of a few words becomes {tokens} tokens with this adapter, and the cloud takes "
+                f"{self._max_tokens} in a call: tune a shorter prompt"
+            )
         output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False)
         return output.to(hidden.dtype)
 
@@ -149,6 +159,7 @@ class TenantAdapters:
             with self._store.locked(self._folder):
                 shelf = self.shelf()
                 if shelf is not None and set(shelf.listing().entries) == set(request.entries):
+                    self._remove(request.entries)
                     return m.Status(m.StatusCode.OK, None, "this adapter is plugged in")
                 fault = self._unfinished(request.entries)
                 if fault is not None:
@@ -181,9 +192,6 @@ class TenantAdapters:
         self._incoming.mkdir(parents=True, exist_ok=True)
         path = self._unfinished_path(entry)
         held = path.stat().st_size if path.exists() else 0
-        if held > entry.size:  # the tenant has said something else before
-            path.unlink()
-            held = 0
         if piece.offset == held and (len(piece.data) or not entry.size):
             self._make_room(path, entry.size)
             # What a full disk cuts off is a beginning too, and will be continued.
@@ -235,7 +243,9 @@ class TenantAdapters:
                 self._unfinished_path(entry).unlink(missing_ok=True)
 
     def _unfinished_path(self, entry: m.FileEntry) -> Path:
-        return self._incoming / f"{entry.name}.{entry.sha256.hex()}.part"
+        # Hash and size are in the name, so that a whole file takes no further byte: after a crash it may still be the
+        # plugged one under another name.
+        return self._incoming / f"{entry.name}.{entry.sha256.hex()}.{entry.size}.part"
 
 
 def _refused(text: str) -> m.Status:

@@ -198,6 +198,7 @@ def served_by(spec: WorkerSpec) -> Served:
         info.digest,
         plan,
         executor,
+        max_tokens=spec.max_tokens,
         attn_implementation=info.attn_implementation,
         package=package,
     )

@@ -43,16 +43,13 @@ def fetch(
     Example: isthmus emulator fetch --cloud cloud.txt --out package
     """
     with _session(cloud, key, tls_ca, tls_cert, tls_key) as link:
-        folder = link.fetch_package(out)
+        package = link.fetch_package(out)
         came = link.totals().bytes_down
-    from isthmus.emulator.package import open_package
-
-    package = open_package(folder)
     if as_json:
-        said = {"package": str(folder), "id": package.id, "model": package.model, "digest": package.digest}
+        said = {"package": str(out), "id": package.id, "model": package.model, "digest": package.digest}
         typer.echo(json.dumps(said | {"plan": str(package.plan), "signer": str(package.signer), "bytes_down": came}))
         return
-    typer.echo(f"package  {folder} ({package.model}, {package.manifest.recipe}, split {package.plan})")
+    typer.echo(f"package  {out} ({package.model}, {package.manifest.recipe}, split {package.plan})")
     typer.echo(f"id       {package.id}")
     typer.echo(f"signer   {package.signer}")
 

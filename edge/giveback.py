@@ -45,7 +45,7 @@ def return_adapter(info: m.SessionInfo, call: Call, folder: Path) -> str:
         for entry in entries:
             upload.send(folder / entry.name, entry, advance)
     status = call(m.Status, lambda attempt: m.PlugIn(entries))
-    return "".join(character if character.isprintable() else "?" for character in status.message)
+    return m.printable(status.message)
 
 
 def _entries(folder: Path) -> tuple[m.FileEntry, ...]:

@@ -42,6 +42,8 @@ from isthmus.protocol.session import edge_limits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from isthmus.emulator.package import Package
+
 PEAK_SECONDS = 5.0  # a figure of the report is not worth a longer wait
 
 
@@ -192,10 +194,10 @@ class Link(LastingLink):
                     ) from None
             return self._result(reply.gradient, hidden.shape)
 
-    def fetch_package(self, out: Path) -> Path:
+    def fetch_package(self, out: Path) -> Package:
         """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.fetch`."""
         with self._lock:
-            return fetch_package(self.info, self._call, out, self._pin).folder
+            return fetch_package(self.info, self._call, out, self._pin)
 
     def return_adapter(self, folder: Path) -> str:
         """Bring an adapter to the cloud and have it plugged in; returns what the cloud says."""

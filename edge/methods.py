@@ -127,6 +127,11 @@ def _peft_config(model: Any, config: TuningConfig, layers: Sequence[int] | None,
     family = model.config.model_type
     causal = peft.TaskType.CAUSAL_LM
     if config.method == "prompt":
+        if getattr(model.config, "word_embed_proj_dim", model.config.hidden_size) != model.config.hidden_size:
+            raise ConfigError(
+                "method = 'prompt' learns rows as wide as the hidden states, and this model's embedding has rows of "
+                f"{model.config.word_embed_proj_dim}: use another method."
+            )
         return peft.PromptTuningConfig(task_type=causal, num_virtual_tokens=config.virtual_tokens)
     if config.method == "ia3":
         targets = _targets(config, constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING | _IA3_DEFAULTS, family)

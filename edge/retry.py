@@ -267,16 +267,15 @@ def _described(info: m.SessionInfo) -> str:
 
 
 def _error(status: m.Status) -> Exception:
+    said = m.printable(status.message)
     match status.code:
         case m.StatusCode.STASH_LOST:
             return StashLostError()
         case m.StatusCode.NON_FINITE:
-            return NonFiniteError(f"the cloud's layers gave no finite numbers: {status.message}")
+            return NonFiniteError(f"the cloud's layers gave no finite numbers: {said}")
         case m.StatusCode.DRAINING:
-            return ConnectionLostError(status.message)
+            return ConnectionLostError(said)
         case m.StatusCode.OVER_QUOTA:
-            return OverQuotaError(f"the cloud refused the call (over quota): {status.message}")
+            return OverQuotaError(f"the cloud refused the call (over quota): {said}")
         case _:
-            return RefusedError(
-                f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {status.message}"
-            )
+            return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")

@@ -81,6 +81,8 @@ def train_over(link: Link, config: TrainConfig) -> Report:
 
 def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
     """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
     with open_link(config) as link:
         data = load_data(whole, link.load_tokenizer())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
+from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TuneConfig
@@ -31,6 +32,8 @@ def run_tuning(config: TuneConfig) -> Report:
     Raises:
         IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
     """
+    if config.format == "hub" or any((source or "").startswith("hub:") for source in (config.data, config.validation)):
+        raise ConfigError("tuning on a package connects to nothing, so it reads no data from a hub: give a local file")
     no_core_files()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

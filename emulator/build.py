@@ -10,10 +10,12 @@ import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.figures import plotting
 from isthmus.backbone.files import remove_folder
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, load_tokenizer
 from isthmus.emulator.distill import DistillConfig, distill
+from isthmus.emulator.loss_figure import loss_figure
 from isthmus.emulator.manifest import MAX_LICENCE
 from isthmus.emulator.model import build_emulator
 from isthmus.emulator.package import Package, is_package, write_package
@@ -36,6 +38,7 @@ class BuildConfig:
         text: Public text to choose the layers by; None for that of the distillation.
         distil_text: Public text to distil on; None for no distillation.
         distil: Options of the distillation; None for none.
+        figure: A PNG to draw the losses of the distillation to; None for none.
         device: Where to compute: `cpu`, `cuda`, or `auto` for a GPU if there is one.
     """
 
@@ -48,6 +51,7 @@ class BuildConfig:
     text: Path | None = None
     distil_text: Path | None = None
     distil: DistillConfig | None = None
+    figure: Path | None = None
     device: str = "auto"
 
 
@@ -75,6 +79,8 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
     check_free(config.out)
     if len(config.licence) > MAX_LICENCE:
         raise ConfigError(f"--licence has {len(config.licence)} characters; a manifest takes {MAX_LICENCE}: shorten it")
+    if config.figure is not None:
+        plotting()  # a missing package is told before the long run, not after it
     signer = load_worker(config.home)
     config.recipe.layers_kept(len(config.plan.cloud))
 
@@ -90,6 +96,8 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
         text = load_blocks(config.distil_text, tokenizer, config.length)
         report = distill(checkpoint, config.plan, emulator, text, config.distil, state, progress=progress)
         distilled = report.summary()
+        if config.figure is not None:
+            loss_figure(state, config.figure)
     package = write_package(
         config.out,
         checkpoint,
@@ -108,9 +116,11 @@ def check_free(out: Path) -> None:
     """Make sure that a package may be written to `out`.
 
     Raises:
-        ConfigError: Something else is there.
+        ConfigError: Something else is there, if only a link to a package; or the path ends in no name.
     """
-    if (out.exists() or out.is_symlink()) and not is_package(out):
+    if out.name in ("", ".."):
+        raise ConfigError(f"{out} is no name of a folder to make or to replace: give another --out")
+    if out.is_symlink() or (out.exists() and not is_package(out)):
         raise ConfigError(f"{out} exists and is no package: move it away, or give another --out")
 
 

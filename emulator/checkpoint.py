@@ -111,7 +111,9 @@ def load_newest(folder: Path, settings: Mapping[str, Any]) -> State | None:
             optimizer=load_file(newest / "optimizer.safetensors"),
             log=tuple((newest / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)),
         )
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise _damaged(newest, f"an entry is missing or of the wrong kind: {error}") from error
     except OSError as error:
         raise _damaged(newest, str(error.strerror or error)) from error

@@ -103,6 +103,9 @@ def build(
     ] = 1.0,
     precision: Annotated[str, typer.Option(help="What the distillation computes in: fp32 or bf16.")] = "fp32",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the distillation.")] = 100,
+    figure: Annotated[
+        Path | None, typer.Option(help="PNG to draw the losses of the distillation to (needs matplotlib).")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the blocks.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -146,6 +149,7 @@ def build(
         text=text,
         distil_text=distill,
         distil=options,
+        figure=figure,
         device=device,
     )
     with _interruptible():

@@ -2,8 +2,9 @@
 
 The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T))^2)`. T and S are the outputs of the
 whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes of the text (the
-rms is explained at `measure.relative_error`); LM is the cross entropy of the frozen top and head on S. Everything but the emulator is frozen, nothing drops out, and the
-order of the blocks follows from the seed, so a run that was stopped goes on to the same bits.
+rms is explained at `measure.relative_error`); LM is the cross entropy of the frozen top and head on S. Everything but
+the emulator is frozen, nothing drops out, and the order of the blocks follows from the seed, so a run that was stopped
+goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -375,42 +376,3 @@ class _Run:
 def _figures(line: dict[str, Any]) -> str:
     lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
     return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}"
-
-
-def loss_figure(folder: Path, path: Path) -> None:
-    """Draw the log of a distillation: its relative error and, where there is one, its cross entropy, by step.
-
-    Args:
-        folder: The folder that `distill` was given.
-        path: The PNG to write.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-        DataError: `folder` has no log.
-        DiskError: The figure cannot be written.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "a loss figure needs the package matplotlib: pip install 'isthmus[figures]', or leave it out"
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plot
-
-    try:
-        lines = [json.loads(line) for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} has no log of a distillation ({error}); name the folder of one.") from error
-    drawn = ("error", "lm") if lines and lines[0]["lm"] is not None else ("error",)
-    figure, axes = plot.subplots(len(drawn), figsize=(7, 3 * len(drawn)), dpi=144, sharex=True, squeeze=False)
-    titles = {"error": "relative error of the hidden states", "lm": "cross entropy, nats a token"}
-    for row, name in zip(axes[:, 0], drawn, strict=True):
-        row.plot([line["step"] for line in lines], [line[name] for line in lines], color="#1f4e79", linewidth=1.2)
-        row.set(ylabel=titles[name], xlabel="step")
-        row.grid(alpha=0.3)
-    figure.tight_layout()
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    plot.close(figure)

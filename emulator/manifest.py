@@ -11,7 +11,7 @@ stays good after its signer's certificate has run out. That moment is the signer
 worker's key can date packages back into the certificate's lifetime; a pin on a new root ends that.
 
 Everything is bounded and strict, because the file comes from the network: at most 64 KiB, known keys only, no number
-that is not finite.
+that is not finite, no name that cannot be printed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from isthmus.backbone.errors import ConfigError, PlanError
 from isthmus.backbone.plan import SplitPlan
@@ -42,7 +42,14 @@ FORMAT = 1
 _LABEL = b"isthmus v1 emulator package\0"
 _AGAIN = "fetch the package again"
 
-Text = Annotated[str, Field(max_length=256)]
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=256), AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
@@ -194,7 +201,7 @@ class Manifest(_Part):
             fault = error.errors()[0]
             where = ".".join(str(part) for part in fault["loc"]) or "the whole"
             raise PackageError(
-                f"{MANIFEST_FILE} is malformed at {where[:100]} ({fault['msg'][:200]}); {_AGAIN}, "
+                f"{MANIFEST_FILE} is malformed at {where[:100]!r} ({fault['msg'][:200]}); {_AGAIN}, "
                 "or use the release that wrote it"
             ) from error
         except (PlanError, ConfigError) as error:

@@ -27,7 +27,7 @@ MEASURED_TOKENS = 1024
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """`mean(((T - S) / rms(T))^2)` (Xiao et al. 2023), half with the rms of everything, half with that of each position.
+    """`mean(((T - S) / rms(T))^2)` (Xiao et al. 2023), half with the rms of all, half with that of each position.
 
     A single position can carry a norm a hundred times that of the others ("massive activations", Sun et al. 2024). The
     rms of everything then sees that position only, and that of each position nearly none of it; both matter.

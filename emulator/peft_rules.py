@@ -17,9 +17,12 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.emulator.errors import AdapterError
 
 _MAX_PROMPT = 4096
+_MAX_NAMES = 4096
+_MAX_NAMES_IN_PATTERN = 64
 _LARGEST = 1e12
 _RETURN = "return the folder that `isthmus emulator tune` wrote"
 # The one pattern that training itself writes (IA3 has no choice of layers), with the layers and the modules' names.
+# PEFT tries each pair of the two on each module: a layer that stands there many times would keep it busy for hours.
 _LAYERS_AND_NAMES = re.compile(
     r"\.\*\\\.\((\d{1,5}(?:\|\d{1,5})*)\)\\\.\(\.\*\\\.\)\?\((\w+(?:(?:\||\\\.)\w+)*)\)", re.ASCII
 )
@@ -108,9 +111,11 @@ def peft_config(settings: Mapping[str, Any], hidden_size: int, plan: SplitPlan) 
     defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
     for key, value in settings.items():
         rule = rules.get(key)
-        is_off = not value and not defaults.get(key)
-        if not (rule(value) if rule is not None else is_off or (key in defaults and value == defaults[key])):
+        is_default = value == defaults[key] if key in defaults else not value  # a later PEFT's option, turned off
+        if not (rule(value) if rule is not None else is_default):
             raise AdapterError(f"{PEFT_INFO} has {key[:60]} = {str(value)[:60]}, which is not taken: {_RETURN}")
+    if settings.get("task_type") is None:
+        raise AdapterError(f"{PEFT_INFO} names no task_type: {_RETURN}")
     if options.keys() >= layered.keys() and "target_modules" not in settings:
         raise AdapterError(f"{PEFT_INFO} names no target_modules: {_RETURN}")
     chosen = {key: settings[key] for key in options if settings.get(key) is not None and key != "rank_pattern"}
@@ -147,7 +152,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and _MODULE.fullmatch(name) for name in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_NAMES
+        and all(isinstance(name, str) and _MODULE.fullmatch(name) for name in value)
+    )
 
 
 def is_layers(value: Any, plan: SplitPlan) -> bool:
@@ -175,7 +184,11 @@ def _is_targets(value: Any, layers: Any, plan: SplitPlan) -> bool:
     """Names in full, or short ones with the layers beside them: on the full model they must mean the same modules."""
     if isinstance(value, str):
         pattern = _LAYERS_AND_NAMES.fullmatch(value)
-        return pattern is not None and {int(layer) for layer in pattern[1].split("|")} <= set(plan.edge_layers)
+        if pattern is None:
+            return False
+        picked, names = pattern[1].split("|"), pattern[2].split("|")
+        is_short = len(set(picked)) == len(picked) and len(names) <= _MAX_NAMES_IN_PATTERN
+        return is_short and set(picked) <= set(map(str, plan.edge_layers))
     if not _is_names(value) or not value:
         return False
     return layers is not None or all(re.search(r"\.\d+\.", name) for name in value)

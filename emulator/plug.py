@@ -13,7 +13,7 @@ import torch
 
 from isthmus.backbone.adapters import adapter_method, load_adapter, without_known_warnings
 from isthmus.backbone.checkpoint import write_json
-from isthmus.backbone.errors import CheckpointError
+from isthmus.backbone.errors import CheckpointError, UnsupportedCallError
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import SpanFn
 from isthmus.backbone.parts import load_edge_parts
@@ -61,15 +61,18 @@ def plug_in(
         A transformers causal LM, or a `PeftModel` around it, frozen and in eval mode.
 
     Raises:
-        AdapterError: It does not load, or the model's logits over a few tokens are not finite.
+        AdapterError: It does not load, the model cannot run with it, or its logits over a few tokens are not finite.
         CheckpointError: The edge's parts are damaged.
     """
     base = load_edge_parts(parts, plan, span, dtype=dtype, attn_implementation=attn_implementation)
     model = _with_adapter(base, adapter)
     model.eval()
     tokens = torch.arange(_PROBE_TOKENS).remainder(base.config.vocab_size).unsqueeze(0)
-    with torch.no_grad(), without_known_warnings():
-        logits = model(input_ids=tokens).logits
+    try:
+        with torch.no_grad(), without_known_warnings():
+            logits = model(input_ids=tokens).logits
+    except (UnsupportedCallError, LookupError) as error:  # of a layer that the edge has not, or a prompt beyond its end
+        raise AdapterError(f"the model cannot run with this adapter: {error}") from error
     if not bool(torch.isfinite(logits).all()):
         raise AdapterError(
             "the model with this adapter computes NaN or infinity: tune again with a lower learning rate"
@@ -133,7 +136,10 @@ def load_whole(checkpoint: Checkpoint) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=torch.float32, trust_remote_code=False
+            )
+            return model.eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.name} cannot be loaded ({reason[:200]}); fetch the model again") from error

@@ -58,6 +58,7 @@ from isthmus.protocol.messages import (
     Message,
     SessionInfo,
     StatusCode,
+    printable,
 )
 from isthmus.protocol.packing import pack, unpack
 from isthmus.protocol.sealing import Opener, Sealer
@@ -385,6 +386,5 @@ _REFUSALS: tuple[tuple[type[NotEnrolledError | RefusedError], StatusCode], ...] 
 def _refusal(verdict: Verdict) -> IsthmusError:
     """What the cloud's refusal means for the edge."""
     text = verdict.body[:MAX_TEXT].decode(errors="replace")
-    printable = "".join(character if character.isprintable() else "?" for character in text)
     kind = next((kind for kind, code in _REFUSALS if code == verdict.code), RefusedError)
-    return kind(printable)
+    return kind(printable(text))

@@ -16,6 +16,7 @@ from isthmus.backbone import errors
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
+from isthmus.emulator import errors as emulator_errors
 from isthmus.protocol import codecs, framing, messages
 from isthmus.protocol import errors as protocol_errors
 
@@ -41,7 +42,7 @@ by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(pa
 def _error_classes() -> list[type[IsthmusError]]:
     found = [
         value
-        for module in (errors, protocol_errors)
+        for module in (errors, emulator_errors, protocol_errors)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, IsthmusError) and value.__module__ == module.__name__
     ]

@@ -238,3 +238,11 @@ def test_loading_takes_little_more_memory_than_what_is_kept(large: Path, tmp_pat
     ratio, kept = (float(value) for value in done.stdout.split())
     assert kept > 100e6
     assert 0.9 < ratio < 1.2
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_generation_settings_that_make_no_sense_are_named(tmp_path: Path, text: str) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json does not make sense"):
+        load_edge_parts(folder, SplitPlan(6, 1, 1), lambda hidden, mask, positions: hidden)

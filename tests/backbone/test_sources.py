@@ -17,7 +17,14 @@ from support.tiny import tiny_checkpoint
 
 from isthmus.backbone import sources
 from isthmus.backbone.errors import CheckpointError, DiskError, UnknownModelError, UnsupportedFamilyError
-from isthmus.backbone.sources import BUILT_IN, Checkpoint, load_tokenizer, resolve
+from isthmus.backbone.sources import (
+    BUILT_IN,
+    Checkpoint,
+    files_beside_the_weights,
+    is_part,
+    load_tokenizer,
+    resolve,
+)
 
 from .conftest import Checkpoints
 
@@ -78,6 +85,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     [
         ("{", CheckpointError, r"config\.json"),
         ("[]", CheckpointError, "no JSON object"),
+        ("[" * 100_000, CheckpointError, "cannot read"),
+        ('{"model_type": ["llama"]}', UnsupportedFamilyError, "llama"),
         ('{"model_type": "nonsense"}', UnsupportedFamilyError, "'nonsense'.*llama"),
         ('{"model_type": "llama", "hidden_size": "wide"}', CheckpointError, "does not make sense"),
     ],
@@ -230,3 +239,47 @@ def test_the_real_model_speaks_and_splits(real_model: Checkpoint) -> None:
     )
     assert chat.endswith("<|im_start|>assistant\n")
     assert whole.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def with_code(folder: Path, **settings: object) -> Path:
+    """The tokenizer's files ask for a class that lies beside them."""
+    (folder / "tokenizer_own.py").write_text("raise SystemExit('this code was run')")
+    path = folder / "tokenizer_config.json"
+    asked = {"auto_map": {"AutoTokenizer": ["tokenizer_own.Own", "tokenizer_own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    return folder
+
+
+def test_code_beside_a_tokenizer_is_never_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError, match="custom code"):
+        load_tokenizer(with_code(tiny_checkpoint("llama", tmp_path / "model")))
+    assert "Do you wish" not in capsys.readouterr().out
+
+
+def test_code_does_not_travel_with_the_parts(tmp_path: Path) -> None:
+    folder = with_code(tiny_checkpoint("llama", tmp_path / "model"))
+    names = {file.name for file in files_beside_the_weights(folder)}
+    assert {"config.json", "tokenizer.json"} <= names
+    assert "tokenizer_own.py" not in names
+    assert not is_part("tokenizer_own.py")
+    assert is_part("tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"pad_token": 5}'),
+    ],
+    ids=["list", "deep", "list of settings", "number"],
+)
+def test_a_tokenizer_that_makes_no_sense_is_named(tmp_path: Path, name: str, text: str) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        load_tokenizer(folder)

@@ -137,6 +137,7 @@ def test_adapters_of_another_model_or_plan_lie_elsewhere(owner: Owner, mine: Ten
         "ff" * 32,
         owner.package.plan,
         owner.plain.executor,
+        max_tokens=256,
         attn_implementation=info.attn_implementation,
         package=None,
     )
@@ -331,3 +332,26 @@ def test_the_log_names_the_tenant_and_no_path(
     assert [line["event"] for line in lines] == ["adapter_plugged_in", "adapter_refused"]
     assert {line["tenant"] for line in lines} == {TENANT.name}
     assert str(tmp_path) not in json.dumps(lines)
+
+
+def test_after_a_crash_a_plugged_file_cannot_be_written_to_by_its_other_name(
+    lora: Path, mine: TenantAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TenantAdapters, "_remove", lambda *_: None)  # as if it had died before
+    bring(mine, lora)
+    (weights,) = (entry for entry in entries(lora) if entry.name == WEIGHTS)
+    longer = replace(weights, size=weights.size + 4)
+    assert put(mine, longer, b"tail", offset=weights.size) == m.PutReply(WEIGHTS, weights.sha256, 0)
+    (plugged,) = (path for path in tmp_path.rglob(f"plugged/{WEIGHTS}"))
+    assert plugged.read_bytes() == (lora / WEIGHTS).read_bytes()
+
+
+def test_an_adapter_that_names_a_layer_of_the_cloud_is_refused_and_removed(
+    lora: Path, mine: TenantAdapters, tmp_path: Path
+) -> None:
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    names = [f"layers.{i}.self_attn.{name}" for i in (0, 1, 4, 5) for name in settings["target_modules"]]
+    changes = {"target_modules": [*names, "layers.3.self_attn.q_proj"], "layers_to_transform": None}
+    (lora / "adapter_config.json").write_text(json.dumps(settings | changes))
+    assert "layers.3.self_attn.q_proj" in refusal(bring(mine, lora))
+    assert incoming(tmp_path) == []

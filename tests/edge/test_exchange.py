@@ -89,7 +89,7 @@ def die_at(transport: MemoryTransport, kind: type[Any], name: str, offset: int) 
 
 def test_the_package_arrives_whole_and_verified(owner: Owner, cloud: MemoryCloud, tmp_path: Path) -> None:
     out = tmp_path / "package"
-    assert new_link(MemoryTransport(cloud)).fetch_package(out) == out
+    assert new_link(MemoryTransport(cloud)).fetch_package(out).folder == out
     assert files(out) == files(owner.package.folder)
     assert open_package(out, signer=PIN).id == owner.package.id
     assert not (tmp_path / "package.part").exists()

@@ -415,8 +415,10 @@ def test_a_value_that_is_no_number_is_not_sent(cloud: MemoryCloud, value: float)
 )
 def test_a_refused_call_is_not_repeated(cloud: MemoryCloud, code: m.StatusCode, error: type[Exception]) -> None:
     link = new_link(MemoryTransport(cloud))
-    cloud.answer = lambda message: m.Status(code, message.id, "because") if isinstance(message, m.Forward) else None
-    with pytest.raises(error, match="because"):
+    cloud.answer = lambda message: (
+        m.Status(code, message.id, "because\x1b[2J") if isinstance(message, m.Forward) else None
+    )
+    with pytest.raises(error, match=r"because\?\[2J"):  # a terminal takes nothing from it
         link.forward_span(hidden(), None, None, keep=False)
     assert len(messages(cloud, m.Forward)) == 1
 

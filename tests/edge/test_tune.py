@@ -234,3 +234,10 @@ def test_the_cloud_s_options_are_unknown_here(data: Path) -> None:
         load_config(None, {"package": "p", "data": str(data), "codec": "int8"}, TuneConfig)
     with pytest.raises(ConfigError, match=r"'package' is missing: give --package"):
         load_config(None, {"data": str(data)}, TuneConfig)
+
+
+@pytest.mark.parametrize("options", [{"data": "hub:a/b"}, {"validation": "hub:a/b"}, {"format": "hub"}], ids=str)
+def test_data_on_a_hub_are_refused_as_nothing_connects(tmp_path: Path, options: dict[str, str]) -> None:
+    values = {"package": tmp_path / "package", "data": "x.jsonl", "out": tmp_path / "out", "steps": 1, **options}
+    with pytest.raises(ConfigError, match="connects to nothing"):
+        run_tuning(TuneConfig.model_validate(values))

@@ -23,7 +23,8 @@ from isthmus.backbone.errors import CheckpointError, ConfigError, DataError, Non
 from isthmus.backbone.files import claim
 from isthmus.backbone.plan import SplitPlan
 from isthmus.emulator import distill as distilling
-from isthmus.emulator.distill import DistillConfig, DistillReport, distill, loss_figure
+from isthmus.emulator.distill import DistillConfig, DistillReport, distill
+from isthmus.emulator.loss_figure import loss_figure
 from isthmus.emulator.model import Emulator, build_emulator
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.text import fingerprint
@@ -250,3 +251,11 @@ def test_the_loss_figure_is_drawn(bench: Bench, tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DataError, match="no log"):
         loss_figure(tmp_path / "nothing", tmp_path / "x.png")
+
+
+def test_a_state_that_makes_no_sense_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.run(bench.emulator(), tmp_path)
+    (state,) = tmp_path.glob("checkpoint-*/state.json")
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": "many"}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        bench.run(bench.emulator(), tmp_path)

@@ -227,3 +227,16 @@ def test_a_malformed_figure_is_named(name: str, value: Any) -> None:
 
 def test_the_fingerprint_of_the_signer_is_the_one_that_edges_pin(signer: WorkerIdentity) -> None:
     assert verify(sign(manifest(), signer), None)[2] == Fingerprint.of(signer.certificate.root)
+
+
+@pytest.mark.parametrize("key", ["model", "family", "attn_implementation"])
+def test_a_name_that_would_move_the_cursor_is_refused(key: str) -> None:
+    payload = json.dumps(VALUES | {key: "tiny\x1b[2J"}).encode()
+    with pytest.raises(PackageError, match=f"{key}.*cannot be printed"):
+        Manifest.from_payload(payload)
+
+
+def test_a_key_that_would_move_the_cursor_is_quoted() -> None:
+    with pytest.raises(PackageError) as caught:
+        Manifest.from_payload(json.dumps(VALUES | {"x\x1b[2J": 1}).encode())
+    assert "\x1b" not in str(caught.value)

@@ -13,6 +13,7 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.emulator import package as packages
+from isthmus.emulator.build import check_free
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.model import build_emulator
 from isthmus.emulator.package import Package, check_package_fits, is_package, open_package, sign_package, write_package
@@ -266,3 +267,13 @@ def test_how_it_was_distilled_is_said(tmp_path: Path, checkpoint: Checkpoint, si
     package = write(tmp_path / "p", checkpoint, signer, distilled=distilled)
     assert package.manifest.distilled is not None
     assert package.manifest.distilled.model_dump() == distilled
+
+
+@pytest.mark.parametrize(("name", "says"), [(".", "no name of a folder"), ("..", "no name"), ("link", "is no package")])
+def test_a_package_is_made_under_a_name_of_its_own(
+    folder: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to(folder)
+    with pytest.raises(ConfigError, match=says):
+        check_free(Path(name))

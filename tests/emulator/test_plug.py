@@ -498,3 +498,51 @@ def test_an_adapter_of_another_model_is_not_exported(llama: Owner, lora: Path, t
     with pytest.raises(AdapterError, match="digest"):
         export_plugged(lora, other, PLAN, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{"alpha_pattern": []}, {"rank_pattern": None}, {"task_type": None}], ids=str)
+def test_an_option_of_another_type_is_refused_before_peft_sees_it(
+    llama: Owner, lora: Path, settings: dict[str, Any]
+) -> None:
+    written = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(written | settings))
+    with pytest.raises(AdapterError, match=next(iter(settings))):
+        llama.check(lora)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(" + "|".join(["0"] * 9) + r")\.(.*\.)?(k_proj|v_proj|down_proj)",
+        r".*\.(0|00|5)\.(.*\.)?(k_proj|v_proj|down_proj)",
+        r".*\.(0|5)\.(.*\.)?(" + "|".join(f"x{i}" for i in range(100)) + ")",
+    ],
+    ids=["repeated", "written in two ways", "many names"],
+)
+def test_a_pattern_that_takes_long_to_match_is_refused(llama: Owner, tmp_path: Path, pattern: str) -> None:
+    adapter = Path(shutil.copytree(llama.adapter("ia3"), tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": pattern}))
+    with pytest.raises(AdapterError, match="target_modules"):
+        llama.check(adapter)
+
+
+def test_an_adapter_that_names_a_layer_of_the_cloud_cannot_run(llama: Owner, lora: Path) -> None:
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    names = [f"layers.{i}.self_attn.{name}" for i in (0, 5) for name in settings["target_modules"]]
+    changes = {"target_modules": [*names, "layers.3.self_attn.q_proj"], "layers_to_transform": None}
+    (lora / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(AdapterError, match=r"cannot run with this adapter.*layers\.3\.self_attn\.q_proj"):
+        plug_in(lora, llama.package.folder, PLAN, llama.span)
+
+
+def test_a_prompt_longer_than_the_models_positions_cannot_run(owners: Callable[[str], Owner], tmp_path: Path) -> None:
+    owner = owners("gpt2")
+    adapter = Path(shutil.copytree(owner.adapter("prompt"), tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"num_virtual_tokens": 130}))
+    width = settings["token_dim"]
+    save_file({"prompt_embeddings": torch.zeros(130, width)}, adapter / WEIGHTS)
+    owner.check(adapter)
+    with pytest.raises(AdapterError, match="cannot run with this adapter"):
+        plug_in(adapter, owner.package.folder, PLAN, owner.span)

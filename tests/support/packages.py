@@ -68,6 +68,7 @@ class Owner:
             info.digest,
             SplitPlan.parse(info.plan, info.n_layers),
             self.plain.executor,
+            max_tokens=info.limits.max_tokens_per_call,
             attn_implementation=info.attn_implementation,
             package=self.package if package else None,
         )
