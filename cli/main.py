@@ -20,6 +20,8 @@ from isthmus.edge.commands import app as edge
 from isthmus.edge.emulator_commands import app as tuning
 from isthmus.emulator.commands import app as emulator
 from isthmus.experiments.commands import bench, demo
+from isthmus.experiments.emulator_commands import app as scores
+from isthmus.protocol.messages import printable
 
 INTERNAL = 1
 
@@ -32,7 +34,8 @@ app = typer.Typer(
 )
 app.add_typer(cloud, name="cloud")
 app.add_typer(edge, name="edge")
-emulator.add_typer(tuning)  # without a name: the commands of both parties stand in one group
+emulator.add_typer(tuning)  # without a name: the commands of all three kinds of user stand in one group
+emulator.add_typer(scores)
 app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
 app.command(name="demo")(demo)
@@ -77,7 +80,8 @@ def _internal(error: Exception) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"isthmus: {message}\n")
+    # Names and contents of files may be a stranger's.
+    sys.stderr.write(f"isthmus: {printable(message)}\n")
     sys.stderr.flush()
     sys.exit(code)
 

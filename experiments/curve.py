@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.figures import plotting, save_figure
 from isthmus.experiments.demo import parity_of, run_command
 from isthmus.experiments.harness import LocalCloud, isthmus
 
@@ -32,7 +32,7 @@ def run_curve(
         The report of the split run, the losses of both, and their largest difference.
     """
     if figure is not None:
-        _plotting()  # before the long run, not after it
+        plotting()  # before the long run, not after it
     with LocalCloud(folder, model, "--edge-layers", edge_layers, "--threads", str(options["threads"])) as cloud:
         flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         edge = ("--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key), "--out", str(folder / "split"))
@@ -50,29 +50,12 @@ def _losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
 
 
-def _plotting() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "--figure needs the package matplotlib: pip install 'isthmus[figures]', or leave --figure out"
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _draw(losses: dict[str, list[float]], path: Path, title: str) -> None:
-    plot = _plotting()
-    figure, axes = plot.subplots(figsize=(7, 4), dpi=144)
+    figure, axes = plotting().subplots(figsize=(7, 4), dpi=144)
     steps = range(1, len(losses["split"]) + 1)
     axes.plot(steps, losses["single"], color="#f2a33a", linewidth=5, label="one process")
     axes.plot(steps, losses["split"], color="#1f4e79", linewidth=1.2, label="across the strip")
     axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plot.close(figure)
+    save_figure(figure, path)

@@ -1,0 +1,85 @@
+"""What a method gives the data owner against what it gives a thief, at several sizes of the emulator.
+
+Each emulator is a point: the share of the reference's gain that plug-in recovers, over the share that a thief of the
+package has. On the diagonal the emulator does what the middle does, so it gives the model away; a good one is high and
+far to the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from isthmus.backbone.figures import plotting, save_figure
+from isthmus.experiments.table import TableSettings, run_table
+from isthmus.experiments.table_rows import PROTECTION_GAP
+
+_COLOURS = ("#1f4e79", "#f2a33a", "#3a7d44", "#b5302a", "#7b4fa3", "#008b9a", "#8a6d3b", "#555555")
+
+
+def run_frontier(settings: TableSettings, figure: Path | None, *, console: Console | None = None) -> dict[str, Any]:
+    """Run the table's engine at each ratio, without the whole model's runs, and draw the points.
+
+    Args:
+        settings: As for the table; `keeps` are the ratios.
+        figure: A PNG to write, or None.
+        console: Where progress is shown; None for standard error.
+
+    Returns:
+        `points` (`method`, `keep`, `share_given_away`, `plug_in_recovery`, `thief_recovery`; means over the rows with
+        signal), and what the table returns.
+
+    Raises:
+        ConfigError: The package matplotlib is missing, or an option does not make sense.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same call goes on.
+        IsthmusError: Of whatever kind fits.
+    """
+    if figure is not None:
+        plotting()  # before the long run, not after it
+    result = run_table(replace(settings, whole_runs=False), console=console)
+    points = [
+        {name: entry[name] for name in ("method", "keep", "share_given_away", "plug_in_recovery", "thief_recovery")}
+        for entry in result["methods"]
+        if entry["plug_in_recovery"] is not None
+    ]
+    if figure is not None:
+        draw(points, figure, f"{settings.model}, {', '.join(settings.tasks)}")
+    return {"points": points, **result}
+
+
+def draw(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the points to a PNG.
+
+    Raises:
+        ConfigError: The package matplotlib is missing.
+        DiskError: The disk is full or cannot be written.
+    """
+    figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)
+    shares = [100 * point[name] for point in points for name in ("plug_in_recovery", "thief_recovery")]
+    low, high = min([0.0, *shares]) - 5, max([100.0, *shares]) + 5
+    axes.plot([low, high], [low, high], color="#999999", linewidth=1, label="thief gets as much")
+    gap = 100 * PROTECTION_GAP
+    axes.plot(
+        [low, high], [low + gap, high + gap], color="#999999", linewidth=1, linestyle="--", label="20 points less"
+    )
+    for index, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+        own = sorted((point for point in points if point["method"] == method), key=lambda point: float(point["keep"]))
+        across = [100 * point["thief_recovery"] for point in own]
+        up = [100 * point["plug_in_recovery"] for point in own]
+        axes.plot(across, up, marker="o", linewidth=0.8, color=_COLOURS[index % len(_COLOURS)], label=method)
+        for point, x, y in zip(own, across, up, strict=True):
+            axes.annotate(f"{point['keep']:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set(
+        xlim=(low, high),
+        ylim=(low, high),
+        xlabel="what a thief of the package gets, % of the gain",
+        ylabel="what plug-in recovers, % of the gain",
+        title=title,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)

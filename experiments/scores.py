@@ -1,0 +1,99 @@
+"""Scores with what is needed to tell a gain from chance: the figures of every held-out document. Pure, no torch.
+
+A score is a ratio of two sums over documents: the losses of a document over its tokens, or right answers over
+questions. Its standard error comes from the documents' linearized contributions (the delta method), and two scores on
+the same documents are compared document by document, so that what is hard for both does not count as noise.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = {"completion_loss": False, "perplexity": False, "accuracy": True}
+"""Whether more is better, by metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric on held-out documents.
+
+    Attributes:
+        metric: One of `METRICS`. A perplexity is `exp` of the ratio of the sums.
+        sums: Sum of the losses of each document in nats, or 1 for a right answer and 0 for a wrong one.
+        counts: Tokens of each document, or 1.
+    """
+
+    metric: str
+    sums: tuple[float, ...]
+    counts: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Score:
+        """The inverse of `to_json`."""
+        return cls(value["metric"], tuple(value["sums"]), tuple(value["counts"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """For a cell's file, with six digits of each sum."""
+        sums = [float(f"{part:.6g}") for part in self.sums]
+        return {"metric": self.metric, "value": self.value, "sums": sums, "counts": list(self.counts)}
+
+    @property
+    def value(self) -> float:
+        """The score."""
+        ratio = sum(self.sums) / sum(self.counts)
+        return math.exp(ratio) if self.metric == "perplexity" else ratio
+
+    def contributions(self) -> list[float]:
+        """How each document moves the score, to the first order: their mean is 0."""
+        total = sum(self.counts)
+        ratio = sum(self.sums) / total
+        slope = len(self.sums) / total * (self.value if self.metric == "perplexity" else 1.0)
+        return [slope * (part - ratio * count) for part, count in zip(self.sums, self.counts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its standard error."""
+
+    value: float
+    error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is above 0 by more than two standard errors."""
+        return self.value > 2 * self.error
+
+
+def mean(scores: Sequence[Score]) -> Estimate:
+    """The mean over seeds; the error is that of the seeds and of the sample of documents together."""
+    return _estimate([score.value for score in scores], [score.contributions() for score in scores])
+
+
+def gain(scores: Sequence[Score], base: Sequence[Score]) -> Estimate:
+    """How much better `scores` are than `base`: positive is better, whatever the metric.
+
+    Args:
+        scores: One for each seed.
+        base: One for each seed, or a single one for all; of the same documents.
+    """
+    sign = 1.0 if METRICS[base[0].metric] else -1.0
+    pairs = [(score, base[min(index, len(base) - 1)]) for index, score in enumerate(scores)]
+    return _estimate(
+        [sign * (ours.value - theirs.value) for ours, theirs in pairs],
+        [
+            [sign * (a - b) for a, b in zip(ours.contributions(), theirs.contributions(), strict=True)]
+            for ours, theirs in pairs
+        ],
+    )
+
+
+def _estimate(values: Sequence[float], contributions: Sequence[Sequence[float]]) -> Estimate:
+    """Seeds and documents are drawn independently, so their variances add."""
+    of_seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
+    averages = [sum(column) / len(column) for column in zip(*contributions, strict=True)]
+    of_documents = statistics.variance(averages) / len(averages) if len(averages) > 1 else 0.0
+    return Estimate(statistics.fmean(values), math.sqrt(of_seeds + of_documents))

@@ -1,0 +1,73 @@
+"""The researcher's commands: what they print is JSON and nothing else, and what they refuse they refuse in words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.scoring import task_folder
+from support.tiny import tiny_checkpoint
+from typer.testing import CliRunner
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.experiments import emulator_commands, table
+from isthmus.experiments.emulator_commands import app
+
+RUNNER = CliRunner()
+
+
+def arguments(folder: Path) -> list[str]:
+    model, data = tiny_checkpoint("llama", folder / "model"), task_folder(folder / "data")
+    return [
+        *("--model", str(model), "--data-folder", str(data), "--tasks", "sst2", "--methods", "uniform"),
+        *("--adapter-layers", "1:1", "--steps", "2", "--batch", "2", "--max-length", "96", "--test", "6"),
+        *("--validation", "2", "--seeds", "1", "--learning-rates", "1e-3", "--whole-rates", "1e-3"),
+        *("--adapter-rates", "1e-3", "--threads", "1", "--out", str(folder / "out"), "--json"),
+    ]
+
+
+def test_the_table_prints_json_alone_and_a_frontier_takes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(tmp_path)
+    done = RUNNER.invoke(app, ["table", *given], catch_exceptions=False)
+    result = json.loads(done.stdout)
+    assert [row["metric"] for row in result["runs"]] == ["accuracy", "completion_loss"]
+    assert str(tmp_path) not in json.dumps(result["settings"]["text"])
+    monkeypatch.setattr(table.Lab, "_train", None)  # nothing is trained again
+    again = RUNNER.invoke(app, ["frontier", *given, "--keeps", "0.5"], catch_exceptions=False)
+    assert json.loads(again.stdout)["runs"][0]["plug_in"] == result["runs"][0]["plug_in"]
+
+
+def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table.Lab, "run", stop)
+    done = RUNNER.invoke(app, ["table", *arguments(tmp_path)])
+    assert done.exit_code == emulator_commands.INTERRUPTED
+    assert "repeat the command to go on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--learning-rates", "1e-3,fast", "list of positive numbers"),
+        ("--precision", "fp8", "use fp32 or bf16"),
+        ("--methods", "uniform,,crash", "empty name"),
+        ("--tasks", "e2e,e2e", "twice"),
+    ],
+)
+def test_a_bad_flag_is_named(flag: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RUNNER.invoke(app, ["table", flag, value], catch_exceptions=False)
+
+
+def test_the_commands_load_no_torch() -> None:
+    code = "import sys, isthmus.experiments.emulator_commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
