@@ -295,6 +295,8 @@ def verify(data: bytes, pin: Fingerprint | None) -> tuple[Manifest, str, Fingerp
 def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[Protection, ...]:
     """The rows of a table of scores as the manifest states them.
 
+    Rows that were measured with other emulators are passed over.
+
     A row needs `emulator`, the SHA-256 (hex) of the emulator's file that it was measured with, `task`, `metric`,
     `full_zero_shot`, `plug_in`, `thief` and `seeds` (a number, or a list of them). The recoveries are taken from
     `plug_in_recovery` and `thief_recovery`, or computed from `edge_layers_full_middle`, the score of the same edge
@@ -305,18 +307,17 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
         emulator: SHA-256 (hex) of the package's emulator file.
 
     Raises:
-        PackageError: A row was measured with another emulator, or does not say with which.
+        PackageError: There are rows, and none was measured with this emulator.
         ConfigError: A row lacks a figure, or has one that is not a finite number.
     """
+    own = [(number, row) for number, row in enumerate(table, 1) if row.get("emulator") == emulator]
+    if table and not own:
+        raise PackageError(
+            f"none of the {len(table)} rows of the figures was measured with this package's emulator {emulator[:16]}: "
+            "measure this package (`isthmus emulator table --methods` takes its folder)"
+        )
     rows = []
-    for number, row in enumerate(table, 1):
-        measured = row.get("emulator")
-        if measured != emulator:
-            said = f"the emulator {str(measured)[:16]}" if measured else "no emulator that it names"
-            raise PackageError(
-                f"row {number} of the figures was measured with {said}, not with this package's {emulator[:16]}: "
-                "measure this package (its figures come from `isthmus emulator table`)"
-            )
+    for number, row in own:
         seeds = row.get("seeds")
         values = {
             "task": row.get("task"),
@@ -343,9 +344,8 @@ def _number(value: Any) -> Any:
 
 def _recovery(row: Mapping[str, Any], who: str) -> Any:
     """The share of the reference's gain that `who` has: given, computed, or None without a gain to compare with."""
-    given = row.get(f"{who}_recovery")
-    if given is not None:
-        return _number(given)
+    if f"{who}_recovery" in row:  # null where the table saw no clear gain
+        return _number(row[f"{who}_recovery"])
     numbers = [row.get(name) for name in (who, "full_zero_shot", "edge_layers_full_middle")]
     if not all(isinstance(value, int | float) for value in numbers):
         return None

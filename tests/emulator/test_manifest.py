@@ -203,10 +203,17 @@ def test_recoveries_are_computed_or_taken() -> None:
     assert without.plug_in_recovery is None
 
 
+def test_a_table_without_a_clear_gain_has_no_recovery() -> None:
+    (row,) = protection_rows([{**ROW, "plug_in_recovery": None, "thief_recovery": None}], HASH)
+    assert (row.plug_in_recovery, row.thief_recovery) == (None, None)
+
+
 @pytest.mark.parametrize("measured", ["cd" * 32, None, ""])
-def test_figures_of_another_emulator_are_refused(measured: str | None) -> None:
-    with pytest.raises(PackageError, match="row 2"):
-        protection_rows([ROW, {**ROW, "emulator": measured}], HASH)
+def test_figures_of_another_emulator_are_passed_over(measured: str | None) -> None:
+    other = {**ROW, "emulator": measured, "task": "other"}
+    assert [row.task for row in protection_rows([other, ROW], HASH)] == [ROW["task"]]
+    with pytest.raises(PackageError, match="none of the 1 rows"):
+        protection_rows([other], HASH)
 
 
 @pytest.mark.parametrize(
