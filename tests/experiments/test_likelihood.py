@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.packages import tiny_package, tuned
 from support.tiny import tiny_checkpoint
 
+from isthmus.backbone.adapters import load_adapter
 from isthmus.backbone.errors import ConfigError, DataError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
@@ -99,6 +102,24 @@ def test_a_task_of_ones_own_runs_on_the_whole_model(checkpoint: Checkpoint, own_
     settings = ScoreSettings(("mine",), model=str(checkpoint.folder), include_path=own_task, batch=4)
     found = answer_questions(whole(checkpoint), load_tokenizer(checkpoint.folder), QUESTIONS, batch=4, precision="fp32")
     assert run_score(settings)["tasks"]["mine"]["acc"] == pytest.approx(sum(found.right) / len(QUESTIONS))
+
+
+def test_a_task_runs_on_an_emulator_and_on_the_plug_in(checkpoint: Checkpoint, own_task: Path, tmp_path: Path) -> None:
+    package = tiny_package(tmp_path / "package", checkpoint.folder)
+    adapter = tuned(package, tmp_path / "adapter")
+    tokenizer = package.load_tokenizer()
+    cases = {
+        ScoreSettings(("mine",), package=package.folder): package.load_model(),
+        ScoreSettings(("mine",), package=package.folder, adapter=adapter): load_adapter(package.load_model(), adapter),
+        ScoreSettings(("mine",), model=str(checkpoint.folder), adapter=adapter): load_adapter(
+            whole(checkpoint), adapter, digest=package.digest
+        ),
+    }
+    for settings, model in cases.items():
+        found = answer_questions(model, tokenizer, QUESTIONS, batch=4, precision="fp32")
+        said = run_score(dataclasses.replace(settings, include_path=own_task, batch=4))
+        assert said["tasks"]["mine"]["acc"] == pytest.approx(sum(found.right) / len(QUESTIONS))
+        assert said["adapter"] is (settings.adapter is not None)
 
 
 def test_what_cannot_be_scored_is_said(checkpoint: Checkpoint, own_task: Path) -> None:
