@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from isthmus.backbone.errors import ConfigError, DataError, NonFiniteError
 from isthmus.backbone.files import claim, disk_errors, write_atomic
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.progress import StepProgress
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
 from isthmus.backbone.stopping import Interrupted, StopRequest
@@ -31,7 +32,6 @@ from isthmus.emulator.checkpoint import LOG_FILE, State
 from isthmus.emulator.ends import Ends
 from isthmus.emulator.measure import relative_error
 from isthmus.emulator.model import Emulator
-from isthmus.emulator.progress import StepProgress
 from isthmus.emulator.text import fingerprint
 
 PRECISIONS = ("fp32", "bf16")
@@ -214,7 +214,7 @@ class _Run:
         self._log: list[str] = []
         self._error_before = math.nan
         self._stop = StopRequest()
-        self._progress = StepProgress("distilling", config.steps, console)
+        self._progress = StepProgress("distilling: step", config.steps, console)
 
     def finish(self) -> DistillReport:
         """Go on from the newest checkpoint, or start, and run to the end."""
@@ -239,7 +239,8 @@ class _Run:
             started = time.perf_counter()
             line, tokens = self._apply_one_step()
             self._write(line)
-            self._progress.update(self._step, _figures(line), tokens / (time.perf_counter() - started))
+            speed = tokens / (time.perf_counter() - started)
+            self._progress.show(self._step, f"{_figures(line)}  {speed:,.0f} tokens/s")
             if self._step % self._config.save_every == 0 or self._step == self._config.steps:
                 self._save()
         return self._held_out_error()

@@ -14,10 +14,10 @@ from torch.nn.functional import cosine_similarity
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.progress import bar
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import arrange_layers, distinct_layers, load_layers, run_layers
 from isthmus.emulator.ends import Ends
-from isthmus.emulator.progress import bar
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures
 

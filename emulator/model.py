@@ -30,11 +30,11 @@ from isthmus.backbone.checkpoint import read_json
 from isthmus.backbone.errors import CheckpointError, IsthmusError, NonFiniteError, PlanError
 from isthmus.backbone.files import disk_errors, write_atomic
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.progress import bar
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import distinct_layers, empty_layers, load_layers, run_layers
 from isthmus.emulator.lowrank import replace_linears
 from isthmus.emulator.measure import measure
-from isthmus.emulator.progress import bar
 from isthmus.emulator.quantize import from_stored, quantized_names, round_weight, stored_forms, to_stored
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures, select_layers

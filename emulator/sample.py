@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError
 from isthmus.backbone.files import disk_errors
-from isthmus.emulator.progress import bar
+from isthmus.backbone.progress import bar
 
 TEMPERATURE = 0.9
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from isthmus.backbone.errors import ConfigError, DataError, NonFiniteError
 from isthmus.backbone.families import SUPPORTED, family_of
 from isthmus.backbone.files import new_folder
-from isthmus.emulator.progress import StepProgress
+from isthmus.backbone.progress import StepProgress
 from isthmus.emulator.text import load_blocks
 
 EOS = "<|endoftext|>"
@@ -89,7 +89,7 @@ def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) 
     held_out, train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
     started = time.monotonic()
     before = _loss(model, held_out, settings.batch)
-    _train(model, train, settings, StepProgress("pretraining", settings.steps, console))
+    _train(model, train, settings, StepProgress("pretraining: step", settings.steps, console))
     after = _loss(model, held_out, settings.batch)
     logging.disable_progress_bar()
     with new_folder(settings.out) as folder:
@@ -196,7 +196,7 @@ def _train(model: Any, blocks: torch.Tensor, settings: PretrainSettings, progres
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             speed = ids.numel() / (time.perf_counter() - started)
-            progress.update(step, f"loss {loss.item():.3f}", speed)
+            progress.show(step, f"loss {loss.item():.3f}  {speed:,.0f} tokens/s")
     model.eval()
 
 

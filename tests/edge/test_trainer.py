@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.backbone.files import claim
+from isthmus.backbone.progress import duration
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.data import Batches, Encoded
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.methods import build_peft, trained
-from isthmus.edge.progress import TrainProgress, duration, size
+from isthmus.edge.progress import TrainProgress, size
 from isthmus.edge.report import StripTotals
 from isthmus.edge.schedule import learning_rate, total_steps
 from isthmus.protocol.errors import UnreachableError

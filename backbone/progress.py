@@ -1,4 +1,4 @@
-"""Progress of work that takes a while, on standard error."""
+"""Progress of work that takes a while, on standard error: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_LINES = 20  # where nobody looks at a terminal
+_LINES = 20  # of a whole run, where nobody looks at a terminal
 
 
 @contextmanager
@@ -25,23 +25,36 @@ def bar(console: Console | None, what: str, total: int) -> Iterator[Callable[[],
 
 
 class StepProgress:
-    """A bar over the steps of a run with figures and tokens per second; some twenty lines without a terminal.
+    """The steps of a run, with figures and the time left.
 
     Args:
-        what: What is done.
+        what: Opens each line: "step", or "distilling: step".
         total: Steps of the run.
         console: Where to show; None for standard error.
+        every: Steps between lines where the output is not a terminal; None for some twenty lines in all.
+        clock: Seconds, for the time left of plain lines.
     """
 
-    def __init__(self, what: str, total: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        console: Console | None = None,
+        *,
+        every: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._what, self._total = what, total
+        self._every = every or max(1, total // _LINES)
         self._console = console or Console(stderr=True, highlight=False)
-        self._started, self._first = time.monotonic(), 0
+        self._clock = clock
+        self._start_step, self._start_time = 0, clock()
         self._bar = Progress(
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -59,17 +72,26 @@ class StepProgress:
 
     def start(self, step: int) -> None:
         """The run goes on from `step` applied steps."""
-        self._started, self._first = time.monotonic(), step
+        self._start_step, self._start_time = step, self._clock()
         self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, figures: str, tokens_per_s: float) -> None:
+    def show(self, step: int, figures: str) -> None:
         """Step `step` has been applied."""
-        text = f"{figures}  {tokens_per_s:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, figures=text)
-        if not self._console.is_terminal and (step % max(1, self._total // _LINES) == 0 or step == self._total):
-            left = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
-            self.message(f"{self._what}: step {step}/{self._total}  {text}  {left:,.0f} s left")
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal and (step % self._every == 0 or step == self._total):
+            self.message(f"{self._what} {step}/{self._total}  {figures}  left {duration(self._left(step))}")
 
     def message(self, text: str) -> None:
         """One line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def _left(self, step: int) -> float:
+        done = step - self._start_step
+        return (self._clock() - self._start_time) / done * (self._total - step) if done else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 1:02:03, or 02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
