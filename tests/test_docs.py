@@ -103,10 +103,10 @@ def test_every_command_and_flag_that_a_document_shows_exists(document: Path) -> 
         _check_command(words)
 
 
-def test_the_readme_shows_every_command_of_both_parties() -> None:
+def test_the_readme_shows_every_command_of_the_parties() -> None:
     shown = {tuple(words[:2]) for words in _commands((ROOT / "README.md").read_text())}
     tree: Any = typer.main.get_command(app)
-    for party in ("cloud", "edge"):
+    for party in ("cloud", "edge", "emulator"):
         assert {(party, name) for name in tree.commands[party].commands} <= shown
 
 
