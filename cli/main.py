@@ -21,7 +21,7 @@ from isthmus.edge.emulator_commands import app as tuning
 from isthmus.emulator.commands import app as emulator
 from isthmus.experiments.commands import bench, demo
 from isthmus.experiments.emulator_commands import app as scores
-from isthmus.protocol.messages import printable
+from isthmus.protocol.errors import printable
 
 INTERNAL = 1
 

@@ -15,7 +15,7 @@ from isthmus.edge.fetch import Call, transfer_bar
 from isthmus.emulator.errors import AdapterError
 from isthmus.emulator.shelves import belongs
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import OverQuotaError, RemoteProtocolError
+from isthmus.protocol.errors import OverQuotaError, RemoteProtocolError, printable
 
 SMALLEST_PIECE = 64 << 10
 MAX_SETBACKS = 3
@@ -45,7 +45,7 @@ def return_adapter(info: m.SessionInfo, call: Call, folder: Path) -> str:
         for entry in entries:
             upload.send(folder / entry.name, entry, advance)
     status = call(m.Status, lambda attempt: m.PlugIn(entries))
-    return m.printable(status.message)
+    return printable(status.message)
 
 
 def _entries(folder: Path) -> tuple[m.FileEntry, ...]:

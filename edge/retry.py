@@ -31,6 +31,7 @@ from isthmus.protocol.errors import (
     RemoteProtocolError,
     UnreachableError,
     VersionError,
+    printable,
 )
 from isthmus.protocol.keys import Fingerprint
 
@@ -267,7 +268,7 @@ def _described(info: m.SessionInfo) -> str:
 
 
 def _error(status: m.Status) -> Exception:
-    said = m.printable(status.message)
+    said = printable(status.message)
     match status.code:
         case m.StatusCode.STASH_LOST:
             return StashLostError()

@@ -104,3 +104,8 @@ class ConnectionLostError(IsthmusError, ConnectionError):
     """The stream broke. The edge reconnects and repeats the call."""
 
     exit_code = 43
+
+
+def printable(text: str) -> str:
+    """The other side's words for this side's terminal, without what could move its cursor."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -50,11 +50,6 @@ LINK_BYTES = 16
 DIGEST_BYTES = 32
 
 
-def printable(text: str) -> str:
-    """The other side's words for this side's terminal, without what could move its cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 class StatusCode(enum.IntEnum):
     """Why a call or a session was not served (or, in the handshake's last message, that it was)."""
 

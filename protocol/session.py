@@ -38,6 +38,7 @@ from isthmus.protocol.errors import (
     RefusedError,
     RemoteProtocolError,
     VersionError,
+    printable,
 )
 from isthmus.protocol.framing import Direction
 from isthmus.protocol.handshake import (
@@ -58,7 +59,6 @@ from isthmus.protocol.messages import (
     Message,
     SessionInfo,
     StatusCode,
-    printable,
 )
 from isthmus.protocol.packing import pack, unpack
 from isthmus.protocol.sealing import Opener, Sealer

@@ -114,6 +114,8 @@ def test_plugging_in_again_is_harmless(owner: Owner, mine: TenantAdapters, tmp_p
     bring(mine, owner.adapter())
     again = mine.plug_in(m.PlugIn(entries(owner.adapter())))  # as after an answer that was lost
     assert again == m.Status(m.StatusCode.OK, None, "this adapter is plugged in")
+    assert bring(mine, owner.adapter()) == again  # as by somebody who repeats the command
+    assert incoming(tmp_path) == []
 
 
 def test_what_was_plugged_in_and_what_came_survive_a_restart(

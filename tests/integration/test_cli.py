@@ -18,6 +18,7 @@ import pytest
 import typer.main
 from safetensors import safe_open
 from support.clouds import Home, ThreadServer, served
+from support.commands import refused
 from support.tiny import tiny_checkpoint
 
 from isthmus.cli.main import app
@@ -65,16 +66,6 @@ class Place:
         """An edge command with this place's cloud and key."""
         own = ("--cloud", cloud or self.cloud, "--key", key or self.key, "--connect-timeout", 5)
         return self.run("edge", command, *own, *arguments)
-
-
-def refused(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
-    """A command ended with this exit code and one line that says these texts."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert lines[-1].startswith("isthmus: ")
-    assert sum(line.startswith("isthmus: ") for line in lines) == 1
-    assert all(text in lines[-1] for text in texts), lines[-1]
 
 
 @pytest.fixture(scope="module")
