@@ -1,4 +1,4 @@
-"""The researcher's commands for emulators: `isthmus emulator table | frontier | score | cost | pretrain`."""
+"""The researcher's commands for emulators: `isthmus emulator table | score | cost | pretrain`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def table(
     model: Model = "smollm2-135m",
     tasks: Tasks = "e2e,openbookqa,arc_easy,sst2",
     methods: Methods = "uniform,crash,importance,importance+distilled",
-    keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulators keep.")] = 0.5,
+    keep: Annotated[
+        str, typer.Option(help="Share of the middle's layers that the emulators keep; several, comma-separated.")
+    ] = "0.5",
     adapter_layers: AdapterLayers = "2:2",
     seeds: Seeds = 3,
     steps: Steps = 40,
@@ -91,75 +93,36 @@ def table(
     data_folder: DataFolder = None,
     device: Device = "auto",
     threads: Threads = None,
+    whole_runs: Annotated[
+        bool, typer.Option(help="Whether the whole model is fine-tuned too, and tuned with LoRA, for comparison.")
+    ] = True,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator."),
+    ] = None,
     out: Out = Path("isthmus-table"),
     as_json: AsJson = False,
 ) -> None:
     """Score emulators: what the data owner gains by plug-in, what a thief does, and the references beside them.
 
-    An interrupted table goes on when the same command is repeated.
+    With several shares to keep and --figure, this is the frontier between the two. An interrupted table goes on when
+    the same command is repeated.
 
     Example: isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 --json
     """
-    settings = _settings(locals(), keeps=(keep,), whole_runs=True)
+    settings = _settings(locals())
     from rich.console import Console
 
+    from isthmus.backbone.figures import plotting
+    from isthmus.experiments.frontier import draw
     from isthmus.experiments.table import run_table
     from isthmus.experiments.table_rows import show
 
+    if figure is not None:
+        plotting()  # a missing package is told before the long run, not after it
     result = _to_its_end(lambda: run_table(settings))
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        show(result, Console())
-
-
-@app.command()
-def frontier(
-    model: Model = "smollm2-135m",
-    tasks: Tasks = "e2e",
-    methods: Methods = "uniform,crash,importance,importance+distilled",
-    keeps: Annotated[str, typer.Option(help="Shares of the middle's layers, comma-separated.")] = "0.25,0.5,0.75",
-    adapter_layers: AdapterLayers = "2:2",
-    seeds: Seeds = 1,
-    steps: Steps = 40,
-    batch: Batch = 8,
-    max_length: MaxLength = 256,
-    trainables: Trainables = "full",
-    rank: Rank = 8,
-    learning_rates: Rates = RATES,
-    adapter_rates: AdapterRates = ADAPTER_RATES,
-    whole_rates: WholeRates = WHOLE_RATES,
-    text: Text = None,
-    text_length: TextLength = 256,
-    distill_steps: DistillSteps = 400,
-    distill_batch: DistillBatch = 8,
-    distill_learning_rate: DistillRate = 3e-4,
-    mse_weight: MseWeight = 30.0,
-    lm_weight: LmWeight = 1.0,
-    precision: Precision = "fp32",
-    score_precision: ScorePrecision = "fp32",
-    test: Test = None,
-    validation: Validation = 64,
-    data_folder: DataFolder = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    out: Out = Path("isthmus-table"),
-    figure: Annotated[Path | None, typer.Option(help="PNG to draw the points to (needs matplotlib).")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Draw what plug-in recovers against what a thief of the package gets, for each method at several ratios.
-
-    With the table's --out and options, what the table has measured is not measured again.
-
-    Example: isthmus emulator frontier --tasks e2e --keeps 0.25,0.5,0.75 --figure frontier.png --json
-    """
-    settings = _settings(locals(), keeps=_numbers(keeps, "keeps"), whole_runs=False)
-    from rich.console import Console
-
-    from isthmus.experiments.frontier import run_frontier
-    from isthmus.experiments.table_rows import show
-
-    result = _to_its_end(lambda: run_frontier(settings, figure))
+    if figure is not None:
+        draw(result["methods"], figure, f"{model}, {tasks}")
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -303,8 +266,8 @@ def pretrain(
         typer.echo(f"{name.replace('_', ' '):24} {value}")
 
 
-def _settings(given: dict[str, Any], *, keeps: tuple[float, ...], whole_runs: bool) -> TableSettings:
-    """The settings of a table or a frontier, of a command's parameters by name."""
+def _settings(given: dict[str, Any]) -> TableSettings:
+    """The settings of a table, of the command's parameters by name."""
     from isthmus.emulator.build import pick_device
     from isthmus.emulator.distill import DistillConfig
     from isthmus.experiments.table import TableSettings
@@ -317,7 +280,7 @@ def _settings(given: dict[str, Any], *, keeps: tuple[float, ...], whole_runs: bo
         tasks=_names(given["tasks"], "tasks"),
         out=given["out"],
         methods=_names(given["methods"], "methods"),
-        keeps=keeps,
+        keeps=_numbers(given["keep"], "keep"),
         adapter_layers=given["adapter_layers"],
         seeds=given["seeds"],
         regime=Regime(
@@ -344,7 +307,7 @@ def _settings(given: dict[str, Any], *, keeps: tuple[float, ...], whole_runs: bo
             precision=precision,
         ),
         data_folder=given["data_folder"],
-        whole_runs=whole_runs,
+        whole_runs=given["whole_runs"],
         device=pick_device(given["device"]),
         threads=given["threads"],
     )

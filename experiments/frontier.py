@@ -8,56 +8,28 @@ far to the left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from isthmus.backbone.figures import plotting, save_figure
-from isthmus.experiments.table import TableSettings, run_table
 from isthmus.experiments.table_rows import PROTECTION_GAP
 
 _COLOURS = ("#1f4e79", "#f2a33a", "#3a7d44", "#b5302a", "#7b4fa3", "#008b9a", "#8a6d3b", "#555555")
 
 
-def run_frontier(settings: TableSettings, figure: Path | None, *, console: Console | None = None) -> dict[str, Any]:
-    """Run the table's engine at each ratio, without the whole model's runs, and draw the points.
+def draw(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the methods of a table's result to a PNG.
 
     Args:
-        settings: As for the table; `keeps` are the ratios.
-        figure: A PNG to write, or None.
-        console: Where progress is shown; None for standard error.
-
-    Returns:
-        `points` (`method`, `keep`, `share_given_away`, `plug_in_recovery`, `thief_recovery`; means over the rows with
-        signal), and what the table returns.
-
-    Raises:
-        ConfigError: The package matplotlib is missing, or an option does not make sense.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the same call goes on.
-        IsthmusError: Of whatever kind fits.
-    """
-    if figure is not None:
-        plotting()  # before the long run, not after it
-    result = run_table(replace(settings, whole_runs=False), console=console)
-    points = [
-        {name: entry[name] for name in ("method", "keep", "share_given_away", "plug_in_recovery", "thief_recovery")}
-        for entry in result["methods"]
-        if entry["plug_in_recovery"] is not None
-    ]
-    if figure is not None:
-        draw(points, figure, f"{settings.model}, {', '.join(settings.tasks)}")
-    return {"points": points, **result}
-
-
-def draw(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the points to a PNG.
+        methods: `method`, `keep`, `plug_in_recovery` and `thief_recovery`; those without a recovery have no point.
+        path: Where the figure goes.
+        title: Its title.
 
     Raises:
         ConfigError: The package matplotlib is missing.
         DiskError: The disk is full or cannot be written.
     """
+    points = [entry for entry in methods if entry["plug_in_recovery"] is not None]
     figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)
     shares = [100 * point[name] for point in points for name in ("plug_in_recovery", "thief_recovery")]
     low, high = min([0.0, *shares]) - 5, max([100.0, *shares]) + 5

@@ -29,7 +29,7 @@ def arguments(folder: Path) -> list[str]:
     ]
 
 
-def test_the_table_prints_json_alone_and_a_frontier_takes_what_it_measured(
+def test_the_table_prints_json_alone_and_a_frontier_is_a_table_with_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arguments(tmp_path)
@@ -38,8 +38,12 @@ def test_the_table_prints_json_alone_and_a_frontier_takes_what_it_measured(
     assert [row["metric"] for row in result["runs"]] == ["accuracy", "completion_loss"]
     assert str(tmp_path) not in json.dumps(result["settings"]["text"])
     monkeypatch.setattr(table.Lab, "_train", None)  # nothing is trained again
-    again = RUNNER.invoke(app, ["frontier", *given, "--keeps", "0.5"], catch_exceptions=False)
-    assert json.loads(again.stdout)["runs"][0]["plug_in"] == result["runs"][0]["plug_in"]
+    figure = tmp_path / "frontier.png"
+    again = RUNNER.invoke(app, ["table", *given, "--no-whole-runs", "--figure", str(figure)], catch_exceptions=False)
+    row = json.loads(again.stdout)["runs"][0]
+    assert row["plug_in"] == result["runs"][0]["plug_in"]
+    assert (row["full_fine_tuned"], row["lora_full"]) == (None, None)
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
@@ -58,6 +62,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
     ("flag", "value", "words"),
     [
         ("--learning-rates", "1e-3,fast", "list of positive numbers"),
+        ("--keep", "half", "list of positive numbers"),
         ("--precision", "fp8", "use fp32 or bf16"),
         ("--methods", "uniform,,crash", "empty name"),
         ("--tasks", "e2e,e2e", "twice"),
