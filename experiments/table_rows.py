@@ -37,6 +37,10 @@ _SHORT = {
 }
 """The columns as a person sees them; `reference` are the edge's layers tuned over the full middle."""
 
+RECOVERIES = ("plug_in", "emulator_tuned", "thief")
+"""The columns whose share of the reference's gain is told: the data owner's, that of a thief who trains what the data
+owner trains, and that of a thief who trains whatever is best."""
+
 PROTECTION_GAP = 0.2
 """How much lower the thief's recovery should be than the plug-in's."""
 
@@ -69,7 +73,7 @@ def rows_of(group: Group, seeds: int) -> list[dict[str, Any]]:
 
     `<column>_se` is the standard error of a column, of seeds and held-out documents together. `gain` is what the edge's
     layers gain with the full middle, and `signal` whether it is above two of its standard errors; without signal the
-    recoveries are null. `plug_in_recovery` and `thief_recovery` are shares of that gain.
+    recoveries are null. `plug_in_recovery`, `emulator_tuned_recovery` and `thief_recovery` are shares of that gain.
     """
     rows = []
     for metric in group.scores["full_zero_shot"]:
@@ -96,7 +100,7 @@ def rows_of(group: Group, seeds: int) -> list[dict[str, Any]]:
             "gain_se": reference.error,
             "signal": signal,
         }
-        for name in ("plug_in", "thief"):
+        for name in RECOVERIES:
             row[f"{name}_recovery"] = gain(columns[name], base).value / reference.value if signal else None
         for name, other in (("zero_shot", "full_zero_shot"), ("emulator_tuned", "emulator_tuned")):
             margin = gain(columns["plug_in"], columns[other])
@@ -126,6 +130,8 @@ def verdict_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "plug_in_beats_zero_shot": row["plug_in_over_zero_shot"] > 0,
                 "plug_in_beats_emulator_tuned": row["plug_in_over_emulator_tuned"] > 0,
                 "protected": row["plug_in_recovery"] - row["thief_recovery"] >= PROTECTION_GAP,
+                "protected_with_the_same_trainables": row["plug_in_recovery"] - row["emulator_tuned_recovery"]
+                >= PROTECTION_GAP,
             }
         )
     methods = []
@@ -137,8 +143,7 @@ def verdict_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "method": method,
                 "keep": keep,
                 "rows_with_signal": len(own),
-                "plug_in_recovery": _mean([row["plug_in_recovery"] for row in own]),
-                "thief_recovery": _mean([row["thief_recovery"] for row in own]),
+                **{f"{name}_recovery": _mean([row[f"{name}_recovery"] for row in own]) for name in RECOVERIES},
                 "share_given_away": next(
                     row["share_given_away"] for row in rows if (row["method"], row["keep"]) == (method, keep)
                 ),
@@ -155,19 +160,20 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         table = Table(title=f"{method}, keep {keep:g}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("task", "metric"):
             table.add_column(name, min_width=8)
-        for name in (*_SHORT.values(), "recovers", "thief has"):
+        for name in (*_SHORT.values(), "recovers", "tuned has", "thief has"):
             table.add_column(name, justify="right", min_width=len(name))
         for row in result["runs"]:
             if (row["method"], row["keep"]) == (method, keep):
                 figures = ["-" if row[name] is None else f"{row[name]:.3f}" for name in _SHORT]
-                shares = [_percent(row["plug_in_recovery"]), _percent(row["thief_recovery"])]
+                shares = [_percent(row[f"{name}_recovery"]) for name in RECOVERIES]
                 table.add_row(row["task"], row["metric"].removeprefix("completion_"), *figures, *shares)
         console.print(table, crop=False)
     for entry in result["methods"]:
         n = entry["rows_with_signal"]
         console.print(
             f"{entry['method']}, keep {entry['keep']:g}: plug-in recovers {_percent(entry['plug_in_recovery'])}, "
-            f"a thief {_percent(entry['thief_recovery'])} (means over {n} rows with signal); it beats zero-shot on "
+            f"the tuned emulator has {_percent(entry['emulator_tuned_recovery'])}, a thief "
+            f"{_percent(entry['thief_recovery'])} (means over {n} rows with signal); plug-in beats zero-shot on "
             f"{entry['plug_in_beats_zero_shot']} of {n}, the tuned emulator on {entry['plug_in_beats_emulator_tuned']}",
             markup=False,
             highlight=False,

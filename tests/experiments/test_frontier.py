@@ -14,7 +14,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def entry(method: str, keep: float, plug_in: float | None, thief: float | None) -> dict[str, object]:
-    return {"method": method, "keep": keep, "plug_in_recovery": plug_in, "thief_recovery": thief}
+    recoveries = {"plug_in_recovery": plug_in, "emulator_tuned_recovery": thief, "thief_recovery": thief}
+    return {"method": method, "keep": keep, **recoveries}
 
 
 def test_each_emulator_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

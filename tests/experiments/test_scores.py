@@ -71,11 +71,13 @@ def test_rows_have_recoveries_and_the_verdict_says_who_wins() -> None:
     (row,) = rows_of(Group("uniform", 0.5, "e2e", "hash", 0.5, scores), 1)
     assert row["plug_in_recovery"] == pytest.approx(0.9)
     assert row["thief_recovery"] == pytest.approx(0.5)
+    assert row["emulator_tuned_recovery"] == pytest.approx(0.6)
     assert row["signal"]
     says = verdict_of([row])
     assert says["verdict"][0]["plug_in_beats_zero_shot"]
     assert says["verdict"][0]["plug_in_beats_emulator_tuned"]
     assert says["verdict"][0]["protected"]
+    assert says["verdict"][0]["protected_with_the_same_trainables"]
     assert says["methods"][0]["plug_in_recovery"] == pytest.approx(0.9)
     assert says["no_signal"] == []
 
