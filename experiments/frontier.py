@@ -24,8 +24,8 @@ def draw(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the methods of a table's result to a PNG.
 
     Args:
-        methods: `method`, `keep`, and the recoveries `plug_in`, `emulator_tuned` and `thief` with `_recovery` behind their
-            names; those without have no point.
+        methods: `method`, `keep`, `plug_in_recovery`, `emulator_tuned_recovery`, `thief_recovery`; those without a
+            recovery have no point.
         path: Where the figure goes.
         title: Its title.
 
