@@ -45,38 +45,6 @@ class _Script:
     together: bool
 
 
-def sample_text(
-    model: Any,
-    tokenizer: Any,
-    tokens: int,
-    *,
-    seed: int = 0,
-    batch: int = 32,
-    length: int = 256,
-    progress: Console | None = None,
-) -> list[str]:
-    """Let a model write.
-
-    Args:
-        model: A whole transformers language model, in eval mode.
-        tokenizer: Its tokenizer; with a chat template the model writes conversations.
-        tokens: How many to write at least.
-        seed: Seed of the sampling.
-        batch: Texts that are written at once.
-        length: Tokens of a text at most.
-        progress: Where progress is shown; None for standard error.
-
-    Returns:
-        The texts, without special tokens.
-
-    Raises:
-        ConfigError: A number makes no sense, or `length` is more than the model takes.
-        NonFiniteError: The model gives NaN or infinity.
-    """
-    rounds = _rounds(model, tokenizer, tokens, seed, batch, length, progress)
-    return [text for texts in rounds for text in texts]
-
-
 def write_sample(
     path: Path,
     model: Any,
@@ -88,12 +56,12 @@ def write_sample(
     length: int = 256,
     progress: Console | None = None,
 ) -> int:
-    """Let a model write into a file of JSON lines `{"text": ...}`, which grows batch by batch.
+    """Let a model write into a file of JSON lines `{"text": ...}`, which grows batch by batch; no special tokens.
 
     Args:
         path: The file; one that is there is replaced.
-        model: As for `sample_text`, and so are the others.
-        tokenizer: Its tokenizer.
+        model: A whole transformers language model, in eval mode.
+        tokenizer: Its tokenizer; with a chat template the model writes conversations.
         tokens: How many to write at least.
         seed: Seed of the sampling.
         batch: Texts that are written at once.

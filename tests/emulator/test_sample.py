@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError
 from isthmus.emulator import sample as sampling
-from isthmus.emulator.sample import TEMPERATURE, sample_text, write_sample
+from isthmus.emulator.sample import TEMPERATURE, write_sample
 from isthmus.emulator.text import load_blocks
 
 from .conftest import Checkpoints
@@ -51,6 +52,14 @@ ALPHABET = alphabet()
 @pytest.fixture
 def model(checkpoints: Checkpoints) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoints("llama").folder).eval()
+
+
+def sample_text(model: Any, tokenizer: Any, tokens: int, **options: Any) -> list[str]:
+    """The texts that a sample's file has."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.jsonl"
+        write_sample(path, model, tokenizer, tokens, **options)
+        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
 def plain_tokenizer() -> Any:
