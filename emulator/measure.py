@@ -44,6 +44,9 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (of_positions + difference.mean() / target.mean()) / 2
 
 
+_NOTHING = Measures(())
+
+
 @torch.no_grad()
 def measure(
     checkpoint: Checkpoint,
@@ -54,6 +57,7 @@ def measure(
     attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
+    known: Measures = _NOTHING,
 ) -> Measures:
     """Run about `MEASURED_TOKENS` of public text through the middle and tell what its layers do.
 
@@ -65,6 +69,7 @@ def measure(
         attn_implementation: Attention implementation; None for the family's default.
         device: Where to compute.
         progress: Where progress is shown; None for standard error.
+        known: What was measured before on the same text, for another recipe; a removal order goes on from there.
 
     Raises:
         NonFiniteError: The model gives NaN or infinite hidden states.
@@ -76,9 +81,9 @@ def measure(
     middle = _Middle(checkpoint, plan, attn_implementation, device)
     n_middle = len(plan.cloud)
     everything = tuple(range(n_middle))
-    n_removed = n_middle - recipe.layers_kept(n_middle)
-    rounds = n_removed if recipe.selection == "importance" else 0
-    total = n_middle + sum(n_middle - done for done in range(rounds))
+    n_removed = n_middle - recipe.layers_kept(n_middle) if recipe.selection == "importance" else 0
+    rounds = range(len(known.removed), n_removed)
+    total = n_middle + sum(n_middle - done for done in rounds)
     with bar(progress, "measuring layers", total) as advance:
         states = middle.states(everything, entry, advance)
         if not states[-1].isfinite().all():
@@ -86,13 +91,11 @@ def measure(
                 "the middle's output on this text is not finite; check the checkpoint with its own software"
             )
         influence = tuple(_influence(before, after) for before, after in pairwise(states))
-        if recipe.selection == "importance":
-            removed, errors = removal_order(middle, states, n_removed, advance)
-            return Measures(influence, removed=removed, removal_errors=errors)
-    similarity = (
-        linear_cka([_normalised(state) for state in states[1:]]) if recipe.selection in ("crash", "crash-drop") else ()
-    )
-    return Measures(influence, similarity=similarity)
+        removed, errors = removal_order(middle, states, known.removed, len(rounds), advance)
+    similarity = known.similarity
+    if recipe.selection in ("crash", "crash-drop"):
+        similarity = linear_cka([_normalised(state) for state in states[1:]])
+    return Measures(influence, removed, known.removal_errors + errors, similarity)
 
 
 class _Middle:
@@ -126,7 +129,7 @@ class _Middle:
 
 
 def removal_order(
-    middle: _Middle, states: list[Tensor], n_removed: int, advance: Callable[[], None]
+    middle: _Middle, states: list[Tensor], gone: Sequence[int], rounds: int, advance: Callable[[], None]
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Greedy backward elimination: in each round the layer goes whose absence changes the output least.
 
@@ -135,17 +138,21 @@ def removal_order(
     Args:
         middle: The layers.
         states: The hidden states of the whole middle, from its entry to its output.
-        n_removed: How many layers go.
+        gone: Layers that have gone before, in their order.
+        rounds: How many more go.
         advance: Called once for each trial.
 
     Returns:
-        The layers in the order in which they go, and the output's relative error after each removal.
+        The layers in the order in which they go, those that have gone before first, and the output's relative error
+        after each further removal.
     """
     target = states[-1]
-    left = list(range(len(states) - 1))
-    removed: list[int] = []
+    left = [layer for layer in range(len(states) - 1) if layer not in gone]
+    removed = list(gone)
     errors: list[float] = []
-    for _ in range(n_removed):
+    if gone and rounds:
+        states = middle.states(left, states[0])
+    for _ in range(rounds):
         trials = []
         for place in range(len(left)):
             output = middle.run(left[place + 1 :], states[place])

@@ -167,6 +167,7 @@ def build_emulator(
     attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
+    measures: Measures | None = None,
 ) -> Emulator:
     """Make an emulator of a model's middle. Nothing is trained.
 
@@ -179,6 +180,7 @@ def build_emulator(
         attn_implementation: Attention implementation; None for the family's default.
         device: Where to measure, and where the emulator lies.
         progress: Where progress is shown; None for standard error.
+        measures: What `measure` found for this recipe, if it has been asked already.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
@@ -195,8 +197,7 @@ def build_emulator(
         )
     n_middle = len(plan.cloud)
     recipe.layers_kept(n_middle)  # before the text is measured
-    measures = None
-    if recipe.needs_text and blocks is not None:
+    if measures is None and recipe.needs_text and blocks is not None:
         where: dict[str, Any] = {"attn_implementation": attn_implementation, "device": device}
         measures = measure(checkpoint, plan, recipe, blocks, **where, progress=progress)
     layers = tuple(plan.bottom + layer for layer in select_layers(recipe, n_middle, measures))

@@ -11,13 +11,16 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from isthmus.backbone.checkpoint import read_json
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.files import locked, new_folder, remove_folder
+from isthmus.backbone.files import locked, new_folder, remove_folder, write_atomic
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.emulator.distill import DistillConfig, distill
+from isthmus.emulator.measure import measure
 from isthmus.emulator.model import EMULATOR_FILE, EMULATOR_INFO, Emulator, build_emulator, load_emulator, save_emulator
 from isthmus.emulator.recipe import Recipe
+from isthmus.emulator.select import Measures
 from isthmus.emulator.text import fingerprint, load_blocks
 
 DISTILLED = "+distilled"
@@ -143,7 +146,10 @@ class Workshop:
         return Built(method.label, recipe.keep, folder, _sha256(folder / EMULATOR_FILE))
 
     def _make(self, method: Method, recipe: Recipe, blocks: Tensor | None, folder: Path, console: Console) -> None:
-        emulator = build_emulator(self.checkpoint, self.plan, recipe, blocks, device=self.device, progress=console)
+        measures = None if blocks is None or not recipe.needs_text else self._measures(recipe, blocks, console)
+        emulator = build_emulator(
+            self.checkpoint, self.plan, recipe, blocks, device=self.device, progress=console, measures=measures
+        )
         state = folder.with_name(f"{folder.name}.distill")
         if method.distilled and blocks is not None:
             distill(self.checkpoint, self.plan, emulator, blocks, self.options, state, progress=console)
@@ -151,6 +157,31 @@ class Workshop:
             save_emulator(emulator, temporary)
         if state.exists():
             remove_folder(state)
+
+    def _measures(self, recipe: Recipe, blocks: Tensor, console: Console) -> Measures:
+        """What the layers do to the text; what is known of it is kept, since a removal order takes minutes."""
+        made_of = f"{self.checkpoint.digest()} {self.plan} {fingerprint(blocks)}"
+        path = self.folder / f"measures-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json"
+        with locked(path):
+            known = _read_measures(path) if path.is_file() else Measures(())
+            n_removed = len(self.plan.cloud) - recipe.layers_kept(len(self.plan.cloud))
+            enough = len(known.removed) >= n_removed if recipe.selection == "importance" else known.similarity
+            if not enough:
+                known = measure(
+                    self.checkpoint, self.plan, recipe, blocks, device=self.device, progress=console, known=known
+                )
+                write_atomic(path, json.dumps(asdict(known)).encode())
+            return known
+
+
+def _read_measures(path: Path) -> Measures:
+    kept = read_json(path)
+    return Measures(
+        tuple(kept["influence"]),
+        tuple(kept["removed"]),
+        tuple(kept["removal_errors"]),
+        tuple(map(tuple, kept["similarity"])),
+    )
 
 
 def _sha256(path: Path) -> str:

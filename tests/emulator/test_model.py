@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
 from isthmus.emulator.lowrank import LowRankLinear, linear_modules
-from isthmus.emulator.measure import linear_cka, relative_error
+from isthmus.emulator.measure import linear_cka, measure, relative_error
 from isthmus.emulator.model import Emulator, build_emulator, load_emulator, save_emulator
 from isthmus.emulator.recipe import Recipe
 
@@ -134,6 +135,17 @@ def test_importance_drops_the_layer_that_does_nothing(checkpoints: Checkpoints, 
     assert measures.removed == (1, 3)
     assert measures.removal_errors[0] < 1e-9 < measures.removal_errors[1] < 1e-2
     assert measures.influence[1] < 1e-6 < min(measures.influence[0], measures.influence[2])
+
+
+def test_a_removal_order_goes_on_from_what_is_known(checkpoints: Checkpoints, blocks: Tensor) -> None:
+    checkpoint = checkpoints("llama")
+    at_once = measure(checkpoint, PLAN, Recipe("importance", 0.25), blocks)
+    half = measure(checkpoint, PLAN, Recipe("importance", 0.5), blocks)
+    assert measure(checkpoint, PLAN, Recipe("importance", 0.25), blocks, known=half) == at_once
+    assert at_once.removed[: len(half.removed)] == half.removed
+    assert len(at_once.removed) > len(half.removed)
+    both = measure(checkpoint, PLAN, Recipe("crash", 0.5), blocks, known=half)
+    assert both == replace(half, similarity=measure(checkpoint, PLAN, Recipe("crash", 0.5), blocks).similarity)
 
 
 def test_the_measured_error_is_that_of_the_emulator(checkpoints: Checkpoints, blocks: Tensor) -> None:
