@@ -59,20 +59,19 @@ SCORE := --steps 30 --batch 8 --learning-rates 2e-4,6e-4 --adapter-rates 1e-3,3e
          --precision bf16 --score-precision bf16 --data-folder $(DATA) --out $(TABLE)
 
 bench-emulators: $(STAMP)
-	test -f $(TABLE)/public.jsonl || $(BIN)/isthmus emulator sample --model smollm2-135m --tokens 120000 --batch 128 \
-	  --length 128 --out $(TABLE)/public.jsonl
+	mkdir -p $(TABLE) && cp docs/data/emulator-text.jsonl $(TABLE)/public.jsonl
 	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 \
 	  --methods uniform,crash-drop,importance,importance+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
-	  --text-length 128 --seeds 3 $(SCORE) --json
+	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e --keep 0.25,0.5,0.75 --no-whole-runs \
 	  --methods uniform,crash,crash-drop,importance,importance+distilled --text $(TABLE)/public.jsonl \
-	  --text-length 128 --seeds 1 $(SCORE) --figure docs/figures/frontier.png --json
+	  --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) --figure docs/figures/frontier.png --json
 	$(BIN)/isthmus emulator cost --model smollm2-135m --keep 0.5 --json
 	test -d $(TABLE)/tiny-qwen3 || $(BIN)/isthmus emulator pretrain --family qwen3 --text $(DATA)/shakespeare/input.txt \
 	  --out $(TABLE)/tiny-qwen3
 	$(BIN)/isthmus emulator table --model $(TABLE)/tiny-qwen3 --tasks e2e,sst2 \
 	  --methods uniform,crash-drop,importance,importance+distilled --keep 0.5 --text $(DATA)/shakespeare/input.txt \
-	  --text-length 128 --seeds 3 $(SCORE) --json
+	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 
 clean:
 	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
