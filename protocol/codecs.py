@@ -2,8 +2,8 @@
 
 Rules
     1. A payload says what its tensor is for (`Role`), how it is coded, and its shape. Sizes in bytes follow from
-       these three, so a receiver compares them with its limits, and with the bytes that are there, before it
-       allocates anything.
+       these three, so a receiver compares them, and what the tensor takes in fp32, with its limits, and with the
+       bytes that are there, before it allocates anything.
     2. `encode` does not copy where the tensor's memory already is the encoding (fp32 by `fp32`, bf16 by `bf16`, …):
        the buffers are views of the tensor and keep it alive. `decode` does not copy where the bytes already are a
        tensor of the wanted dtype; the tensor then shares the receiving buffer.
@@ -17,6 +17,14 @@ Theory of operation
     int8     4  scales fp32 (one per 64 of the last dimension), then int8   no: |error| <= scale / 2
     mask     5  one bit per element, first element in the highest bit       yes, for zeros and ones
     int32    6  n x 4 bytes                                                 yes, within 32 bits
+    int4     7  scales bf16 (one per 64 of the last dimension), then 32     no
+                bytes per 64, rotated (see `isthmus.kernels.blockwise`)
+    int4-outliers
+             8  outlier channels' indices int32, ascending; their values    no
+                bf16; then int4 of the tensor with zeros in their places
+
+    A channel is one place of the last dimension. Outliers are the 1 in 100, rounded up, with the largest mean absolute
+    value over the tensor: in activations the same few stand out at nearly every token. Gradients have hardly any.
 """
 
 from __future__ import annotations
@@ -33,7 +41,15 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
-from isthmus.kernels.blockwise import BLOCK, dequantize_int8, quantize_int8
+from isthmus.kernels.blockwise import (
+    BLOCK,
+    INT4_BYTES,
+    INT4_MAX_SCALE,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+)
 from isthmus.protocol.errors import LimitError, MessageError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 
@@ -43,6 +59,8 @@ if sys.byteorder != "little":
 MAX_DIM = (1 << 32) - 1
 FP16_END = 65520.0
 """From here on fp16 rounds to infinity."""
+CHANNELS_PER_OUTLIER = 100
+"""One channel in so many is an outlier, by `int4-outliers`."""
 
 
 class Role(enum.IntEnum):
@@ -113,8 +131,8 @@ def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
 
     Raises:
         ConfigError: there is no such codec.
-        NonFiniteError: the codec cannot carry a value (NaN or infinity by `int8`; NaN, infinity or more than 65504 by
-            `fp16`).
+        NonFiniteError: the codec cannot carry a value (NaN or infinity by `int8`; these or more than 65504 by `fp16`;
+            these or more than 1e36 by `int4` and `int4-outliers`).
         UnsupportedCallError: the shape, or a mask's or position's value, cannot be carried.
     """
     entry = CODECS.get(codec)
@@ -180,7 +198,7 @@ def codec_id(name: str) -> int:
     """Give the wire's number of an activation codec that a user named.
 
     Raises:
-        ConfigError: there is no such activation codec.
+        ConfigError: there is no such codec.
     """
     if name not in ACTIVATION_CODECS:
         raise ConfigError(f"unknown codec {name!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
@@ -191,7 +209,7 @@ def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple
     """Compute the bytes of each buffer of a remote tensor, allocating nothing.
 
     Raises:
-        LimitError: rank, a dimension, or the number of bytes is over the limit.
+        LimitError: rank, a dimension, or the number of bytes, as it comes or in fp32, is over the limit.
         MessageError: a dimension is empty.
     """
     if not 1 <= len(shape) <= limits.max_rank:
@@ -201,9 +219,10 @@ def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple
     if any(dim > MAX_DIM for dim in shape):
         raise LimitError(f"a tensor of shape {list(shape)} is refused: a dimension is over {MAX_DIM}")
     sizes = entry.sizes(shape)  # Python integers do not overflow
-    if sum(sizes) > limits.max_message_bytes:
+    largest = max(sum(sizes), math.prod(shape) * 4)  # a narrow codec's tensor is several times larger than its bytes
+    if largest > limits.max_message_bytes:
         raise LimitError(
-            f"a {entry.name} tensor of shape {list(shape)} takes {sum(sizes)} bytes: "
+            f"a {entry.name} tensor of shape {list(shape)} takes {largest} bytes: "
             f"{limits.max_message_bytes} are accepted"
         )
     return sizes
@@ -251,26 +270,84 @@ def _fp16_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
     return (_view(tensor.to(torch.float16)),)
 
 
+def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor's scales: one for each block of the last dimension."""
+    return (*shape[:-1], -(-shape[-1] // BLOCK))
+
+
+def _cannot_carry(codec: str, role: Role, what: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{codec} cannot carry this {role.name.lower()}: it holds {what} values. Lower the learning rate, or look for "
+        "the first such value with the codec fp32."
+    )
+
+
 def _int8_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    rows = math.prod(shape[:-1])
-    return (rows * -(-shape[-1] // BLOCK) * 4, rows * shape[-1])
+    return (math.prod(_scales(shape)) * 4, math.prod(shape))
 
 
 def _int8_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
     q, scale = quantize_int8(tensor)
     if not bool(scale.isfinite().all()):
-        raise NonFiniteError(
-            f"int8 cannot carry this {role.name.lower()}: it holds NaN or infinite values. Lower the learning rate, or "
-            "look for the first such value with the codec fp32."
-        )
+        raise _cannot_carry("int8", role, "NaN or infinite")
     return (_view(scale), _view(q))
 
 
 def _int8_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    scale = _tensor(buffers[0], torch.float32, (*shape[:-1], -(-shape[-1] // BLOCK)))
+    scale = _tensor(buffers[0], torch.float32, _scales(shape))
     if not bool(scale.isfinite().all()):
         raise MessageError(f"an int8 tensor of shape {list(shape)} came with NaN or infinite scales")
     return dequantize_int8(_tensor(buffers[1], torch.int8, shape), scale)
+
+
+def _int4_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    blocks = math.prod(_scales(shape))
+    return (blocks * 2, blocks * INT4_BYTES)
+
+
+def _int4_pack(tensor: Tensor, role: Role, name: str = "int4") -> tuple[Buffer, ...]:
+    q, scale = quantize_int4(tensor)
+    if not bool((scale <= INT4_MAX_SCALE).all()):  # NaN fails the test, too
+        raise _cannot_carry(name, role, "NaN, infinite or far too large")
+    return (_view(scale), _view(q))
+
+
+def _int4_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    scale = _tensor(buffers[0], torch.bfloat16, _scales(shape))
+    if not bool((scale.abs() <= INT4_MAX_SCALE).all()):
+        raise MessageError(f"an int4 tensor of shape {list(shape)} came with NaN, infinite or far too large scales")
+    q = _tensor(buffers[1], torch.uint8, (*shape[:-1], scale.shape[-1] * INT4_BYTES))
+    return dequantize_int4(q, scale, shape[-1])
+
+
+def _outlier_channels(shape: tuple[int, ...]) -> int:
+    return -(-shape[-1] // CHANNELS_PER_OUTLIER)
+
+
+def _outliers_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    count = _outlier_channels(shape)
+    return (count * 4, math.prod(shape[:-1]) * count * 2, *_int4_sizes(shape))
+
+
+def _outliers_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+    rows = tensor.to(torch.float32).view(-1, tensor.shape[-1])
+    channels = rows.abs().mean(0).topk(_outlier_channels(tensor.shape)).indices.sort().values
+    outliers = rows[:, channels].to(torch.bfloat16)
+    if not bool(outliers.isfinite().all()):
+        raise _cannot_carry("int4-outliers", role, "NaN, infinite or far too large")
+    rest = _int4_pack(rows.index_fill(1, channels, 0.0), role, "int4-outliers")
+    return (_view(channels.to(torch.int32)), _view(outliers), *rest)
+
+
+def _outliers_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    count = _outlier_channels(shape)
+    channels = _tensor(buffers[0], torch.int32, (count,)).to(torch.int64)
+    if int(channels[0]) < 0 or int(channels[-1]) >= shape[-1] or not bool((channels.diff() > 0).all()):
+        raise MessageError(f"the outlier channels of an int4 tensor of shape {list(shape)} do not ascend within it")
+    outliers = _tensor(buffers[1], torch.bfloat16, (*shape[:-1], count))
+    if not bool(outliers.isfinite().all()):
+        raise MessageError(f"an int4 tensor of shape {list(shape)} came with NaN or infinite outliers")
+    return _int4_unpack(buffers[2:], shape).index_copy_(-1, channels, outliers.to(torch.float32))
 
 
 def _mask_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
@@ -312,6 +389,8 @@ CODECS: dict[str, Codec] = {
         Codec("int8", 4, True, _int8_sizes, _int8_pack, _int8_unpack),
         Codec("mask", 5, False, lambda shape: (-(-math.prod(shape) // 8),), _mask_pack, _mask_unpack),
         Codec("int32", 6, False, _plain_sizes(4), _int32_pack, _int32_unpack),
+        Codec("int4", 7, True, _int4_sizes, _int4_pack, _int4_unpack),
+        Codec("int4-outliers", 8, True, _outliers_sizes, _outliers_pack, _outliers_unpack),
     )
 }
 _BY_ID = {entry.id: entry for entry in CODECS.values()}

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from isthmus.kernels.blockwise import dequantize_int8, dequantize_weight, quantize_int8, quantize_weight
+from isthmus.kernels.blockwise import (
+    INT4_BYTES,
+    INT4_MAX_SCALE,
+    dequantize_int4,
+    dequantize_int8,
+    dequantize_weight,
+    quantize_int4,
+    quantize_int8,
+    quantize_weight,
+)
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -108,3 +116,84 @@ def test_a_weights_nan_shows_in_its_scale(bits: int) -> None:
     x = torch.ones(2, 128)
     x[1, 70] = float("nan")
     assert quantize_weight(x, bits)[1].isfinite().tolist() == [[True, True], [True, False]]
+
+
+def assert_blocks_bounded(x: torch.Tensor) -> None:
+    q, scale = quantize_int4(x)
+    n, blocks = x.shape[-1], -(-x.shape[-1] // 64)
+    back = dequantize_int4(q, scale, n)
+    assert (q.dtype, scale.dtype, back.dtype) == (torch.uint8, torch.bfloat16, torch.float32)
+    assert q.shape == (*x.shape[:-1], blocks * INT4_BYTES)
+    assert scale.shape == (*x.shape[:-1], blocks)
+    assert back.shape == x.shape
+    assert scale.gt(0).all()
+    error = torch.nn.functional.pad(x.double() - back.double(), (0, -n % 64)).unflatten(-1, (-1, 64)).norm(dim=-1)
+    assert (error <= 4.001 * scale.double()).all()
+
+
+@QUICK
+@given(st.lists(floats.map(lambda value: value * 2.0**-9), min_size=1, max_size=150))
+@example([0.0] * 65)
+@example([1e36] * 64)
+@example([1e-38, -1e-42])
+def test_int4_is_at_most_half_a_scale_off_in_the_rotated_block(values: list[float]) -> None:
+    assert_blocks_bounded(torch.tensor(values, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(1,), (64,), (5, 65), (2, 3, 128), (2, 3, 4, 63)])
+def test_int4_takes_any_shape(shape: tuple[int, ...]) -> None:
+    assert_blocks_bounded(torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 100)
+
+
+def test_int4_of_normal_values_is_a_tenth_off() -> None:
+    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(1))
+    error = dequantize_int4(*quantize_int4(x), 576) - x
+    assert 0.09 < error.norm() / x.norm() < 0.12
+
+
+def test_rotation_keeps_what_stands_beside_a_large_value() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    x[:, 3] = 30.0
+    plain = (dequantize_weight(*quantize_weight(x, 4), 64, 4) - x).norm()
+    rotated = (dequantize_int4(*quantize_int4(x), 64) - x).norm()
+    assert rotated < plain / 2
+
+
+def test_int4_keeps_gradients_that_fp16_takes_for_zero() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    small = dequantize_int4(*quantize_int4(x * 2.0**-60), 64)
+    assert torch.equal(small * 2.0**60, dequantize_int4(*quantize_int4(x), 64))
+
+
+def test_int4_zeros_stay_zeros() -> None:
+    assert dequantize_int4(*quantize_int4(torch.zeros(3, 100)), 100).eq(0).all()
+
+
+def test_int4_gives_the_same_bits_under_autocast() -> None:
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
+    q, scale = quantize_int4(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, same = quantize_int4(x)
+        assert torch.equal(dequantize_int4(again, same, 128), dequantize_int4(q, scale, 128))
+    assert torch.equal(q, again)
+    assert torch.equal(scale, same)
+
+
+def test_int4_does_not_change_its_input() -> None:
+    x = torch.randn(4, 64)
+    before = x.clone()
+    quantize_int4(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_value_shows_in_its_int4_scale(bad: float) -> None:
+    x = torch.ones(2, 128)
+    x[1, 70] = bad
+    assert quantize_int4(x)[1].isfinite().tolist() == [[True, True], [True, False]]
+
+
+def test_any_bytes_of_int4_decode_to_finite_values() -> None:
+    q = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
+    assert dequantize_int4(q, torch.full((4, 2), INT4_MAX_SCALE, dtype=torch.bfloat16), 128).isfinite().all()
+    assert dequantize_int4(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[INT4_MAX_SCALE]]), 64).isfinite().all()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
 from isthmus.protocol.codecs import (
@@ -78,7 +77,15 @@ def test_strided_input_equals_contiguous_input(codec: str) -> None:
 def test_bytes_per_element() -> None:
     x = random((4, 128, 576))
     got = {name: encode(x, name, Role.ACTIVATION).nbytes / x.numel() for name in ACTIVATION_CODECS}
-    assert got == {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625}
+    outliers = (6 * 2 * 4 * 128 + 6 * 4) / x.numel()  # of 576 channels six: values per token, indices once
+    assert got == {
+        "fp32": 4.0,
+        "bf16": 2.0,
+        "fp16": 2.0,
+        "int8": 1.0625,
+        "int4": 0.53125,
+        "int4-outliers": 0.53125 + outliers,
+    }
 
 
 def test_encoding_fp32_is_a_view_and_decoding_shares_the_buffer() -> None:
@@ -105,7 +112,7 @@ def test_gradients_are_detached() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("codec", ["int8", "fp16"])
+@pytest.mark.parametrize("codec", ["int8", "fp16", "int4", "int4-outliers"])
 def test_non_finite_values_are_refused(codec: str, bad: float) -> None:
     x = torch.ones(1, 2, 64)
     x[0, 1, 5] = bad
@@ -172,11 +179,20 @@ def test_remote_shapes_are_checked_before_anything_is_allocated() -> None:
         decode(Payload(1, Role.ACTIVATION, (2,), (b"\0" * 7,)))
 
 
+@pytest.mark.parametrize("codec", ACTIVATION_CODECS)
+def test_a_narrow_codec_is_no_way_around_the_limit(codec: str) -> None:
+    payload = encode(torch.ones(1, 2, 64), codec, Role.ACTIVATION)
+    assert decode(payload, limits=Limits(max_message_bytes=512)).shape == (1, 2, 64)
+    with pytest.raises(LimitError, match="512 bytes"):
+        decode(payload, limits=Limits(max_message_bytes=511))
+
+
 def test_names_and_numbers() -> None:
-    assert [codec_by_id(codec_id(name)).name for name in ACTIVATION_CODECS] == ["fp32", "bf16", "fp16", "int8"]
+    assert [codec_by_id(codec_id(name)).name for name in ACTIVATION_CODECS] == list(ACTIVATION_CODECS)
+    assert ACTIVATION_CODECS == ("fp32", "bf16", "fp16", "int8", "int4", "int4-outliers")
     assert len({entry.id for entry in CODECS.values()}) == len(CODECS)
-    with pytest.raises(ConfigError, match=r"'int4'.*fp32"):
-        encode(torch.ones(1), "int4", Role.ACTIVATION)
+    with pytest.raises(ConfigError, match=r"'int2'.*fp32"):
+        encode(torch.ones(1), "int2", Role.ACTIVATION)
     with pytest.raises(ConfigError, match="'mask'"):
         codec_id("mask")
     with pytest.raises(MessageError, match="99"):
