@@ -97,9 +97,40 @@ def _save_peft(model: Any, folder: Path) -> None:
     if origin is not None:
         for settings in model.peft_config.values():
             settings.base_model_name_or_path = origin.checkpoint.name
-    with without_known_warnings():
+    with without_known_warnings(), _without_dead_sites(model) as state:
         # PEFT would otherwise ask the hub whether the base model's embedding has grown.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+
+
+@contextmanager
+def _without_dead_sites(model: Any) -> Iterator[dict[str, Any] | None]:
+    """The state to save where some sites are switched off: what they have learned is no part of the model.
+
+    Meanwhile PEFT's configurations name the modules that are left. None where all of it is to be saved.
+    """
+    base = model.get_base_model()
+    live = None if getattr(base, "isthmus_origin", None) is None else base.span_gate.live_sites
+    dead = () if live is None else tuple(site.name for site in base.find_sites() if site.name not in live)
+    if not dead:
+        yield None
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    left = {
+        name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer) and name not in set(dead)
+    }
+    before = {adapter: settings.target_modules for adapter, settings in model.peft_config.items()}
+    try:
+        for settings in model.peft_config.values():
+            settings.target_modules = left
+        yield {
+            name: value
+            for name, value in model.state_dict().items()
+            if not any(f".{site}." in f".{name}" for site in dead)
+        }
+    finally:
+        for adapter, settings in model.peft_config.items():
+            settings.target_modules = before[adapter]
 
 
 def _digest_of(model: Any) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.skeleton import SkeletonLayer
 
 BOTTLENECK = "bottleneck"
 """The name of the block inside the module that it stands behind."""
@@ -40,9 +41,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Add the block's product to `hidden`, `[..., h]`; the result has its dtype."""
+        return hidden + self.change(hidden)
+
+    def change(self, hidden: Tensor) -> Tensor:
+        """The block's product for `hidden`, `[..., h]`, in its dtype."""
         inner = self.down(self.dropout(hidden.to(self.down.weight.dtype)))
-        change: Tensor = self.up(nn.functional.gelu(inner))
-        return hidden + change.to(hidden.dtype)
+        product: Tensor = self.up(nn.functional.gelu(inner))
+        return product.to(hidden.dtype)
 
 
 def attach_bottleneck(module: nn.Module, bottleneck: Bottleneck) -> None:
@@ -64,7 +69,8 @@ def attach_bottleneck(module: nn.Module, bottleneck: Bottleneck) -> None:
     if placed is not None:
         bottleneck = bottleneck.to(placed.device)
     module.add_module(BOTTLENECK, bottleneck)
-    module.register_forward_hook(_pass_through)
+    if not isinstance(module, SkeletonLayer):  # behind a layer of the cloud it is a site
+        module.register_forward_hook(_pass_through)
 
 
 def _pass_through(module: nn.Module, _args: Any, output: Any) -> Any:

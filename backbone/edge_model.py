@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +19,8 @@ from isthmus.backbone.families import Family
 from isthmus.backbone.files import disk_errors
 from isthmus.backbone.gate import SpanGate
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sites import Site
 from isthmus.backbone.sources import Checkpoint
-
-# The options of a PEFT configuration that say which modules it adapts.
-_PICKING = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "feedforward_modules",
-)
 
 EDGE_WEIGHTS_INFO = "isthmus_edge.json"
 
@@ -49,7 +38,6 @@ class EdgeOrigin:
         plan: The split plan.
         names: The tensors of the edge, by their names in the whole model; a tied one counts once.
         tied: Name -> name of the tensor that it shares.
-        site_names: Modules of a cloud layer by their names inside the layer, such as `self_attn.q_proj`.
     """
 
     checkpoint: Checkpoint
@@ -57,7 +45,6 @@ class EdgeOrigin:
     plan: SplitPlan
     names: frozenset[str]
     tied: dict[str, str]
-    site_names: tuple[str, ...]
 
 
 class EdgeModelMixin:
@@ -77,6 +64,15 @@ class EdgeModelMixin:
         path = f"{origin.family.layers_path}.{origin.plan.bottom}"
         return cast(SpanGate, cast(nn.Module, self).get_submodule(path))
 
+    @property
+    def layered_model(self) -> nn.Module:
+        """The base model, whose forward loops over the layers."""
+        return cast(nn.Module, self).get_submodule(self.isthmus_origin.family.base)
+
+    def find_sites(self) -> Iterator[Site]:
+        """The places inside the cloud's layers that carry an adapter, also those that are switched off by the gate."""
+        return self.span_gate.find_sites(self.layered_model)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, without a key-value cache: each new token runs the whole sequence through the span.
 
@@ -94,12 +90,10 @@ class EdgeModelMixin:
                 )
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
 
-    def settle_before_forward(self, _base: nn.Module, _args: Any) -> None:
-        """The hook that calls `settle_adapters`.
-
-        On the base model, as AdaLoRA calls this one's `forward` past its hooks.
-        """
-        settle_adapters(self)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config" and isinstance(value, dict):  # PEFT sets it once its layers are in place
+            self.span_gate.check_adapters(self.layered_model, value)
 
     def save_pretrained(
         self,
@@ -192,84 +186,3 @@ def load_edge_weights(full_model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name in reader:
             state[name].copy_(reader.view(name))
-
-
-def settle_adapters(model: EdgeModelMixin) -> None:
-    """Make each PEFT configuration name exactly the modules that it adapts. Runs before every forward.
-
-    PEFT matches names such as `q_proj` in the layers that the edge holds and skips the cloud's. On the whole model
-    the same configuration would add adapters to every layer, so the edge's modules are written into it by their full
-    names. Where a configuration picks a cloud layer by number, skipping it silently would be wrong.
-
-    Raises:
-        UnsupportedCallError: a configuration picks a cloud layer by number.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict):
-        return
-    settled: dict[str, tuple[Any, tuple[Any, ...]]] = model.__dict__.setdefault("_isthmus_settled", {})
-    for adapter, config in configs.items():
-        known, wanted = settled.get(adapter, (None, ()))
-        if known is config and wanted == _wanted(config):
-            continue
-        numbered, everywhere = _matches(model.isthmus_origin, config)
-        for layer, name in numbered:
-            if layer in model.split_plan.cloud:
-                raise UnsupportedCallError(
-                    f"adapter {adapter!r} names {name}, but the cloud holds layers {model.split_plan.cloud}; "
-                    f"choose among the edge's layers {', '.join(map(str, model.split_plan.edge_layers)) or '(none)'}"
-                )
-        if everywhere:
-            modules = _adapted_modules(cast(nn.Module, model), adapter)
-            feedforward = getattr(config, "feedforward_modules", None)  # IA3 has a second list, a part of the first
-            if feedforward:
-                config.feedforward_modules = {name for name in modules if _picks(feedforward, name)}
-            config.target_modules = modules
-        settled[adapter] = (config, _wanted(config))
-
-
-def _wanted(config: Any) -> tuple[Any, ...]:
-    """A copy of what a PEFT configuration picks modules by."""
-    values = (getattr(config, name, None) for name in _PICKING)
-    return tuple(value if value is None or isinstance(value, int | str) else frozenset(value) for value in values)
-
-
-def _picks(wanted: str | Iterable[str], name: str) -> bool:
-    """Whether a PEFT list of names, or its regular expression, means a module."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
-
-
-def _matches(origin: EdgeOrigin, config: Any) -> tuple[list[tuple[int, str]], bool]:
-    """The layers that a PEFT configuration picks by number, with a name each; whether it picks some in every layer.
-
-    A layer is picked by number if a module of it is matched and the same module of some other layer is not.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    path, n_layers = origin.family.layers_path, origin.plan.n_layers
-    numbered: list[tuple[int, str]] = []
-    everywhere = False
-    if getattr(config, "target_modules", None) is not None:
-        for site in origin.site_names:
-            names = [f"{path}.{layer}.{site}" for layer in range(n_layers)]
-            matched = [layer for layer in range(n_layers) if check_target_module_exists(config, names[layer])]
-            everywhere |= len(matched) == n_layers
-            if len(matched) < n_layers:
-                numbered += [(layer, names[layer]) for layer in matched]
-    literal = (*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_parameters", None) or ()))
-    numbered += [(layer, name) for layer in range(n_layers) for name in literal if f".{layer}." in f".{name}."]
-    return numbered, everywhere
-
-
-def _adapted_modules(model: nn.Module, adapter: str) -> set[str]:
-    """Full names of the modules that carry `adapter`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and any(adapter in getattr(module, part) for part in module.adapter_layer_names)
-    }

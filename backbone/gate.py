@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
 from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.ladder import LadderSide
+from isthmus.backbone.site_spec import SiteSpec
+from isthmus.backbone.sites import Site, check_adapters, find_sites
+from isthmus.backbone.skeleton import SkeletonLayer
 
 SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """`(hidden [B, S, h], attention_mask [B, S] or None, position_ids [B, S] or [1, S] or None) -> hidden [B, S, h]`"""
 
+
+@runtime_checkable
+class SitedSpan(Protocol):
+    """A span that can turn to the edge at sites inside it. It is a `SpanFn` too."""
+
+    def at_sites(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
+    ) -> Tensor:
+        """As a `SpanFn`, with what `sites` add inside."""
+
+
 # Arguments that act inside every layer, or replace what the base model computes for it, and that the span never sees.
 _REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
 _RECORDED = ("output_attentions", "output_hidden_states")
+
+
+@runtime_checkable
+class TappedSpan(Protocol):
+    """A span that can tell what comes out of layers inside it. It is a `SpanFn` too."""
+
+    def tapped(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As a `SpanFn`, and what comes out of `taps`, `[B, S, h or width]` each. No gradient flows through it."""
 
 
 class _Held:
@@ -28,26 +53,34 @@ class _Held:
         return self
 
 
-class PassThrough(nn.Module):
-    """A cloud layer behind the first: the gate has already done its work."""
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Return `hidden_states` as they are."""
-        return hidden_states
-
-
-class SpanGate(nn.Module):
-    """The first cloud layer: sends the hidden states through the whole span.
+class SpanGate(SkeletonLayer):
+    """The first cloud layer: sends the hidden states through the whole span, and tells it the sites inside.
 
     A decoder layer sees only the mask that the base model made of the caller's, so two hooks on the base model keep
     the caller's own mask and positions for the length of one forward.
 
     It is no transformers layer on purpose: a checkpointing layer would run the span twice.
+
+    Args:
+        real: The layer that it stands for.
+        span: What runs the layers.
+        layers: Name of the list of decoder layers in the base model.
+        path: Path of that list in the whole model.
+        cloud: Indices of the cloud's layers.
+
+    Attributes:
+        live_sites: Names of the sites that act; None for all.
     """
 
-    def __init__(self, span: SpanFn) -> None:
-        super().__init__()
+    def __init__(self, real: nn.Module, span: SpanFn, layers: str, path: str, cloud: Iterable[int]) -> None:
+        super().__init__(real)
         self._held = _Held(span)
+        self._layers, self._path, self._cloud = layers, path, tuple(cloud)
+        self.live_sites: frozenset[str] | None = None
+        self._ladder: tuple[LadderSide, tuple[SiteSpec, ...]] | None = None
+        self._sites: tuple[Site, ...] = ()
+        self._configs: dict[str, Any] = {}
+        self._checked: frozenset[str] = frozenset()
         self._attention_mask: Tensor | None = None
         self._position_ids: Tensor | None = None
         self._inside = False
@@ -73,7 +106,58 @@ class SpanGate(nn.Module):
             raise UnsupportedCallError(
                 "a cloud layer was called by itself; call the model, which knows mask and positions"
             )
-        return self.span(hidden_states, self._attention_mask, self._position_ids)
+        if self._ladder is not None:
+            return self._climb(hidden_states, *self._ladder)
+        if not self._sites:
+            return self.span(hidden_states, self._attention_mask, self._position_ids)
+        sited = _sited(self.span)
+        if sited is None:
+            raise UnsupportedCallError(_no_sites(self._sites[0].name))
+        return sited.at_sites(hidden_states, self._attention_mask, self._position_ids, self._sites)
+
+    def attach_ladder(self, ladder: LadderSide, taps: Sequence[SiteSpec]) -> None:
+        """Let what comes back of the span pass through a side network, which reads `taps`.
+
+        The network is a submodule of the model, not of the gate; a deep copy of the model uses the copy's.
+        """
+        self._ladder = (ladder, tuple(taps))
+
+    def _climb(self, hidden: Tensor, ladder: LadderSide, taps: tuple[SiteSpec, ...]) -> Tensor:
+        span: object = self.span
+        if self._sites:
+            raise UnsupportedCallError(
+                f"{self._sites[0].name} carries an adapter beside a ladder, through which no gradient reaches it: "
+                "use one of the two"
+            )
+        if not isinstance(span, TappedSpan):
+            raise UnsupportedCallError("what stands for the cloud's layers here has no taps: use another method")
+        output, tapped = span.tapped(hidden, self._attention_mask, self._position_ids, taps)
+        result: Tensor = ladder(hidden, tapped, output, self._attention_mask, self._position_ids)
+        return result
+
+    def find_sites(self, base: nn.Module) -> Iterator[Site]:
+        """The sites in the cloud's layers of the base model, dead ones too.
+
+        Raises:
+            UnsupportedCallError: An adapter is merged.
+        """
+        layers = getattr(base, self._layers)
+        here = [index for index in self._cloud if index < len(layers)]  # a model may be cut behind the gate
+        return find_sites(layers, self._path, here)
+
+    def check_adapters(self, base: nn.Module, configs: dict[str, Any]) -> None:
+        """Make sure that the adapters on the cloud's layers can work there; `configs` are PEFT's, by adapter.
+
+        Raises:
+            UnsupportedCallError: One cannot.
+        """
+        self._configs = configs
+        layers = getattr(base, self._layers)
+        check_adapters(layers, self._path, self._cloud, configs)
+        if _sited(self.span) is None:
+            for site in self.find_sites(base):
+                raise UnsupportedCallError(_no_sites(site.name))
+        self._checked = frozenset(configs)
 
     def attach(self, base: nn.Module) -> None:
         """Put the two hooks on the base model."""
@@ -88,10 +172,15 @@ class SpanGate(nn.Module):
         self._check(base, named)
         self._attention_mask = named.get("attention_mask")
         self._position_ids = named.get("position_ids")
+        if self._checked != self._configs.keys():  # PEFT tells of the first adapter and not of a second
+            self.check_adapters(base, self._configs)
+        live = self.live_sites
+        self._sites = tuple(site for site in self.find_sites(base) if live is None or site.name in live)
         self._inside = True
 
     def _leave(self, *_: Any) -> None:
         self._attention_mask = self._position_ids = None
+        self._sites = ()
         self._inside = False
 
     @staticmethod
@@ -112,3 +201,14 @@ class SpanGate(nn.Module):
             if value is not None and not (isinstance(value, Tensor) and value.dim() == 2):
                 got = f"of {value.dim()} dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise UnsupportedCallError(f"{name} is {got}; the split model takes a tensor [batch, sequence]")
+
+
+def _sited(span: Any) -> SitedSpan | None:
+    return span if isinstance(span, SitedSpan) else None
+
+
+def _no_sites(name: str) -> str:
+    return (
+        f"{name} carries an adapter, and what stands for the cloud's layers here takes none: keep it to the edge's own "
+        "layers (layers_to_transform)"
+    )

@@ -1,4 +1,4 @@
-"""Adapters that PEFT has not: bottlenecks behind layers, and the biases inside them (BitFit).
+"""Adapters that PEFT has not: bottlenecks behind layers, the biases inside them (BitFit), low-rank sites, ladders.
 
 A model carries one of them in its own modules, under names that are the same in a split model and in the whole one, and
 says which in its attribute `isthmus_adapter`. On disk it is `isthmus_adapter.json` and `adapter_model.safetensors`.
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from isthmus.backbone.bottleneck import BOTTLENECK, Bottleneck, attach_bottleneck
 from isthmus.backbone.checkpoint import read_json, write_json
 from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.ladder import LadderAdapter
+from isthmus.backbone.low_rank import LowRankAdapter
 
 if TYPE_CHECKING:
     from isthmus.backbone.edge_model import EdgeOrigin
@@ -27,6 +29,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OWN_INFO = "isthmus_adapter.json"
 
 _WIDEST = 1 << 20
+
+# Adapters that describe and attach themselves, by their method.
+_SELF_MADE: dict[str, type[LowRankAdapter] | type[LadderAdapter]] = {
+    kind.method: kind for kind in (LowRankAdapter, LadderAdapter)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,9 @@ class OwnAdapter:
     method: str
     layers: tuple[int, ...]
     width: int | None = None
+
+
+AnyOwn = OwnAdapter | LowRankAdapter | LadderAdapter
 
 
 def add_bottlenecks(model: Any, layers: Sequence[int], width: int, *, dropout: float = 0.0) -> None:
@@ -95,8 +105,10 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     raise ConfigError(f"there is no list of {n_layers} decoder layers in {type(model).__name__}: use method lora.")
 
 
-def own_parameters(model: Any, adapter: OwnAdapter) -> dict[str, nn.Parameter]:
+def own_parameters(model: Any, adapter: AnyOwn) -> dict[str, nn.Parameter]:
     """The parameters that belong to `adapter`, by their names in the whole model."""
+    if not isinstance(adapter, OwnAdapter):
+        return adapter.parameters(model)
     path, stack = decoder_layers(model)
     found: dict[str, nn.Parameter] = {}
     for index in adapter.layers:
@@ -116,11 +128,9 @@ def save_own(model: Any, folder: Path, *, digest: str | None) -> None:
         folder: An existing folder.
         digest: The digest of the model that a split one was cut from, where it is known.
     """
-    own: OwnAdapter = model.isthmus_adapter
+    own: AnyOwn = model.isthmus_adapter
     origin: EdgeOrigin | None = getattr(model, "isthmus_origin", None)
-    info: dict[str, Any] = {"method": own.method, "layers": list(own.layers)}
-    if own.width is not None:
-        info["width"] = own.width
+    info = _description(own)
     info["model"] = Path(model.name_or_path).name if origin is None else origin.checkpoint.name
     info["plan"] = "whole" if origin is None else str(origin.plan)
     info["digest"] = digest or ""
@@ -129,7 +139,14 @@ def save_own(model: Any, folder: Path, *, digest: str | None) -> None:
     write_json(folder / OWN_INFO, info)
 
 
-def read_own(folder: Path) -> OwnAdapter:
+def _description(own: AnyOwn) -> dict[str, Any]:
+    if not isinstance(own, OwnAdapter):
+        return own.info()
+    width = {} if own.width is None else {"width": own.width}
+    return {"method": own.method, "layers": list(own.layers), **width}
+
+
+def read_own(folder: Path) -> AnyOwn:
     """What `isthmus_adapter.json` in `folder` says.
 
     Raises:
@@ -137,6 +154,8 @@ def read_own(folder: Path) -> OwnAdapter:
     """
     info = read_json(folder / OWN_INFO)
     method, layers, width = info.get("method"), info.get("layers"), info.get("width")
+    if isinstance(method, str) and method in _SELF_MADE:
+        return _SELF_MADE[method].from_info(info, folder / OWN_INFO)
     is_sound = (
         method in ("bottleneck", "bitfit")
         and isinstance(layers, list)
@@ -162,16 +181,14 @@ def load_own(model: Any, folder: Path, *, trainable: bool) -> Any:
         CheckpointError: The folder is damaged, or holds something that has no place in this model.
     """
     own = read_own(folder)
-    plan = getattr(model, "split_plan", None)
-    held = range(model.config.num_hidden_layers) if plan is None else plan.edge_layers
-    for index in own.layers:
-        if index not in held:
-            raise CheckpointError(
-                f"{folder} has an adapter on layer {index}, which this model lacks; it holds layers "
-                f"{', '.join(map(str, held)) or '(none)'}. Load it into a model that has it."
-            )
-    stored = _read_exactly(folder, _places(model, own))
-    if own.method == "bottleneck":
+    try:
+        places = _places(model, own, folder) if isinstance(own, OwnAdapter) else own.places(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+    stored = _read_exactly(folder, places)
+    if not isinstance(own, OwnAdapter):
+        own.attach(model)
+    elif own.method == "bottleneck":
         add_bottlenecks(model, own.layers, own.width or 1)
     else:
         model.isthmus_adapter = own
@@ -183,8 +200,16 @@ def load_own(model: Any, folder: Path, *, trainable: bool) -> Any:
     return model
 
 
-def _places(model: Any, own: OwnAdapter) -> dict[str, torch.Size]:
+def _places(model: Any, own: OwnAdapter, folder: Path) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that the model has a place for; nothing is allocated yet."""
+    plan = getattr(model, "split_plan", None)
+    held = range(model.config.num_hidden_layers) if plan is None else plan.edge_layers
+    for index in own.layers:
+        if index not in held:
+            raise CheckpointError(
+                f"{folder} has an adapter on layer {index}, which this model lacks; it holds layers "
+                f"{', '.join(map(str, held)) or '(none)'}. Load it into a model that has it."
+            )
     if own.method == "bitfit":
         return {name: parameter.shape for name, parameter in own_parameters(model, own).items()}
     path, _ = decoder_layers(model)

@@ -16,8 +16,9 @@ from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_we
 from isthmus.backbone.errors import CheckpointError, PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
-from isthmus.backbone.gate import PassThrough, SpanFn, SpanGate
+from isthmus.backbone.gate import SpanFn, SpanGate
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.sources import PARTS_FILE, Checkpoint, files_beside_the_weights
 
 __all__ = ["EdgeModelMixin", "SpanFn", "SpanGate", "export_edge_parts", "load_edge_parts", "load_edge_weights"]
@@ -34,9 +35,9 @@ def load_edge_parts(
     """The edge's model: the family's own class, with the original layer indices, and the cloud's layers behind `span`.
 
     `model.model.layers` (or what the family calls it) has all the layers' places: the edge's are real, the first of
-    the cloud's is a `SpanGate`, the others pass through. None of the cloud's has weights, so PEFT, Trainer and
-    `generate` see a transformers model, and an adapter made on it loads into the whole model. `model.split_plan` and
-    `model.span_gate` tell about the cut.
+    the cloud's is a `SpanGate`, the others pass through, and their linears are skeletons. None of the cloud's has
+    weights, so PEFT, Trainer and `generate` see a transformers model, and an adapter made on it loads into the whole
+    model. `model.split_plan` and `model.span_gate` tell about the cut.
 
     Args:
         source: A whole model's checkpoint, or what `export_edge_parts` wrote. Only the edge's tensors are read.
@@ -62,19 +63,17 @@ def load_edge_parts(
     model = build_on_meta(config, family, dtype, attn_implementation)
     base = model.get_submodule(family.base)
     layers = getattr(base, family.layers)
-    site_names = tuple(name for name, _ in layers[plan.bottom].named_modules() if name)
 
-    gate = SpanGate(span)
+    gate = SpanGate(layers[plan.bottom], span, family.layers, family.layers_path, plan.cloud)
     for layer in plan.cloud:
-        layers[layer] = gate if layer == plan.bottom else PassThrough()
+        layers[layer] = gate if layer == plan.bottom else SkeletonLayer(layers[layer])
     gate.attach(base)
 
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)
     cls = type(model)
     model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-    model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied, site_names)
-    base.register_forward_pre_hook(model.settle_before_forward)
+    model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
     return model
 
 

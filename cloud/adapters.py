@@ -114,7 +114,7 @@ class AdapterStore:
                 f"a text of a few words becomes {tokens} tokens with this adapter, and the cloud takes "
                 f"{self._max_tokens} in a call: tune a shorter prompt"
             )
-        output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False)
+        output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False).hidden
         return output.to(hidden.dtype)
 
 

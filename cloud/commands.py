@@ -95,6 +95,9 @@ def serve(
     emulator: Annotated[
         Path | None, typer.Option(help="A package (`isthmus emulator build`) that edges may fetch and tune on.")
     ] = None,
+    sites: Annotated[
+        bool, typer.Option(help="Let edges put adapters inside the layers served, which shows them what is inside.")
+    ] = True,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -129,6 +132,7 @@ def serve(
         grace=grace,
         connection_file=connection_file,
         emulator=emulator,
+        sites=sites,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
         ready=typer.echo,
     )

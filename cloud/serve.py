@@ -146,6 +146,7 @@ def serve(
     grace: float = 30.0,
     connection_file: Path | None = None,
     emulator: Path | None = None,
+    sites: bool = True,
     tls: tuple[Path, Path, Path | None] | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
@@ -181,6 +182,7 @@ def serve(
         threads=threads or os.cpu_count() or 1,
         log_file=str((home / "worker.log").absolute()),
         emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
+        sites=sites,
         **({} if tls is None else _tls_paths(*tls)),
     )
     stop = threading.Event()

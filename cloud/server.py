@@ -29,7 +29,9 @@ from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.shelf import FileShelf
+from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.stream import SealedStream
 from isthmus.cloud.tenant import TenantSession
 from isthmus.protocol import messages as m
@@ -66,9 +68,12 @@ class Served:
     parts: FileShelf
     adapters: AdapterStore
     package: FileShelf | None = None
+    sites: bool = True  # whether edges may have adapters inside the span
 
-    def session(self, session_id: bytes, tenant: Tenant, limits: Limits = DEFAULT_LIMITS) -> TenantSession:
-        """What answers the messages of one session."""
+    def session(
+        self, session_id: bytes, tenant: Tenant, threads: CallThreads, limits: Limits = DEFAULT_LIMITS
+    ) -> TenantSession:
+        """What answers the messages of one session; `threads` is where calls run that may pause."""
         shelves = {m.Shelf.PARTS: self.parts}
         if self.package is not None:
             shelves[m.Shelf.EMULATOR] = self.package
@@ -77,6 +82,7 @@ class Served:
             self.executor,
             shelves,
             self.adapters.of(tenant),
+            SiteCalls(session_id, self.executor, threads, limits, self.sites),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,
@@ -118,6 +124,7 @@ class StripServer:
         self._edges = edges
         # set_num_threads speaks of the calling thread's OpenMP team, so it is called on the thread that computes.
         self._compute = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
+        self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
         self._half_open = 0
         self._in_flight = 0
@@ -285,7 +292,7 @@ class StripServer:
         return None
 
     async def _converse(self, stream: SealedStream, session: _Open, limits: Limits) -> None:
-        work = self._served.session(session.id, session.tenant, limits)
+        work = self._served.session(session.id, session.tenant, self._call_threads, limits)
         try:
             if self._draining:
                 session.end("draining")
@@ -316,6 +323,8 @@ class StripServer:
         allowed = tenant.quota.max_inflight_bytes
         if size > allowed:
             wipe(received.body)
+            if isinstance(message, m.SiteAnswer):
+                await asyncio.wrap_future(self._compute.submit(work.calls.drop, message.id.call))
             text = f"a call of {size} bytes is over the {allowed} that {tenant.name} may have: send smaller batches"
             await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
             return
@@ -326,10 +335,11 @@ class StripServer:
             async with self._room_for(tenant, size, received.body):
                 reply = await asyncio.wrap_future(self._submit(work, received))
             elapsed = time.perf_counter_ns() - start
-            if isinstance(reply, m.ForwardReply | m.BackwardReply):
+            if isinstance(reply, m.Timed):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
-                shape = (reply.hidden if isinstance(reply, m.ForwardReply) else reply.gradient).shape
-                self.metrics.tokens.labels(operation).inc(shape[0] * shape[1])
+                if isinstance(message, m.Forward | m.Backward):
+                    sent = message.hidden if isinstance(message, m.Forward) else message.gradient
+                    self.metrics.tokens.labels(operation).inc(sent.shape[0] * sent.shape[1])
                 queue_ns = max(0, elapsed - reply.compute_ns)
                 reply = dataclasses.replace(reply, crypto_ns=crypto_ns, queue_ns=queue_ns)
             elif isinstance(reply, m.Status):

@@ -1,6 +1,7 @@
 """One tenant's session above the protocol: a message comes in, a message goes out. No sockets and no threads.
 
-`TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread.
+`TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread. A call with sites
+runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pausing`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from isthmus.backbone.errors import NonFiniteError
+from isthmus.backbone.errors import ConfigError, NonFiniteError, PlanError
 from isthmus.cloud.adapters import TenantAdapters
-from isthmus.cloud.executor import Executor, SpanInput, StashLost
+from isthmus.cloud.executor import Executor, Guests, SpanInput, StashLost
 from isthmus.cloud.logs import log
 from isthmus.cloud.shelf import FileShelf
+from isthmus.cloud.site_calls import SiteCalls
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.errors import MessageError
@@ -37,6 +40,7 @@ class TenantSession:
         executor: the span that every session of this worker shares.
         shelves: the files that every edge may fetch.
         adapters: the tenant's own adapters.
+        calls: runs calls, with pauses where they visit the edge's sites.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch × sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
@@ -46,6 +50,7 @@ class TenantSession:
     executor: Executor
     shelves: Mapping[m.Shelf, FileShelf]
     adapters: TenantAdapters
+    calls: SiteCalls
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
@@ -57,9 +62,19 @@ class TenantSession:
         """
         match message:
             case m.Forward():
-                return self._guard("forward", message.id, lambda: self._forward(message))
+                return self._guard(
+                    "forward", message.id, lambda: self.calls.begin(message, partial(self._forward, message))
+                )
             case m.Backward():
-                return self._guard("backward", message.id, lambda: self._backward(message))
+                return self._guard(
+                    "backward", message.id, lambda: self.calls.begin(message, partial(self._backward, message))
+                )
+            case m.SiteAnswer():
+                return self._guard("site answer", message.id, lambda: self.calls.answer(message))
+            case m.Sites():
+                return self._guard("sites", None, lambda: self.calls.bind(message))
+            case m.Lease():
+                return self._guard("lease", None, lambda: self.calls.lease(message))
             case m.FetchList():
                 shelf = self._shelf(message.shelf)
                 return shelf if isinstance(shelf, m.Status) else shelf.listing()
@@ -78,21 +93,22 @@ class TenantSession:
                 raise MessageError(f"an edge may not send {type(message).__name__}")
 
     def close(self) -> None:
-        """Forget the session's forward states."""
+        """Forget the session's forward states, and end what has paused."""
+        self.calls.close()
         self.executor.release(self.session_id)
 
     def _shelf(self, which: m.Shelf) -> FileShelf | m.Status:
         shelf = self.adapters.shelf() if which == m.Shelf.ADAPTER else self.shelves.get(which)
         return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if shelf is None else shelf
 
-    def _guard(self, operation: str, call: m.CallId, work: Callable[[], m.Message]) -> m.Message:
+    def _guard(self, operation: str, call: m.CallId | None, work: Callable[[], m.Message]) -> m.Message:
         try:
             return work()
         except StashLost:
             return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
         except NonFiniteError as error:
             return m.Status.saying(m.StatusCode.NON_FINITE, call, str(error))
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, ConfigError, PlanError) as error:
             return m.Status.saying(m.StatusCode.BAD_REQUEST, call, str(error))
         except RuntimeError as error:  # torch's own, out of memory for one; its text could quote values
             log("call_failed", logging.ERROR, error=type(error).__name__, operation=operation)
@@ -102,16 +118,18 @@ class TenantSession:
                 f"the span failed ({type(error).__name__}); the cloud's owner has a log of it",
             )
 
-    def _forward(self, message: m.Forward) -> m.ForwardReply:
+    def _forward(self, message: m.Forward, guests: Guests | None) -> m.ForwardReply:
         inputs = self._inputs(message.inputs)
         start = time.perf_counter_ns()
-        output = self.executor.forward(self.session_id, message.id.call, inputs, keep=message.keep)
-        compute = time.perf_counter_ns() - start
-        return m.ForwardReply(
-            message.id, encode(output, codec_by_id(message.reply_codec).name, Role.ACTIVATION), compute, 0, 0
+        result = self.executor.forward(
+            self.session_id, message.id.call, inputs, keep=message.keep, guests=guests, wanted=message.wanted
         )
+        compute = time.perf_counter_ns() - start
+        codec = codec_by_id(message.reply_codec).name
+        hidden, *taps = (encode(each, codec, Role.ACTIVATION) for each in (result.hidden, *result.taps))
+        return m.ForwardReply(message.id, hidden, compute, 0, 0, tuple(taps))
 
-    def _backward(self, message: m.Backward) -> m.BackwardReply:
+    def _backward(self, message: m.Backward, guests: Guests | None) -> m.BackwardReply:
         gradient = decode(message.gradient, limits=self.limits)
         replay = None if message.replay is None else self._inputs(message.replay)
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
@@ -121,10 +139,14 @@ class TenantSession:
                 f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}"
             )
         start = time.perf_counter_ns()
-        result, recomputed = self.executor.backward(self.session_id, message.id.call, gradient, replay)
+        result = self.executor.backward(
+            self.session_id, message.id.call, gradient, replay, guests=guests, wanted=message.wanted
+        )
         compute = time.perf_counter_ns() - start
-        payload = encode(result, codec_by_id(message.reply_codec).name, Role.GRADIENT)
-        return m.BackwardReply(message.id, payload, compute, 0, 0, recomputed)
+        codec = codec_by_id(message.reply_codec).name
+        payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT)
+        lent = tuple(encode(each, "fp32", Role.GRADIENT) for each in result.lent)
+        return m.BackwardReply(message.id, payload, compute, 0, 0, result.recomputed, lent)
 
     def _inputs(self, sent: m.SpanInputs) -> SpanInput:
         hidden = decode(sent.hidden, limits=self.limits)

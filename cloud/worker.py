@@ -22,6 +22,7 @@ import torch
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
 from isthmus.cloud.adapters import AdapterStore
@@ -64,6 +65,7 @@ class WorkerSpec:
     tls_key: str = ""
     tls_client_ca: str = ""
     emulator: str = ""  # folder of the package that is offered; "" for none
+    sites: bool = True
 
 
 class Worker:
@@ -176,6 +178,7 @@ def served_by(spec: WorkerSpec) -> Served:
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
     dtype = DTYPES[spec.dtype]
     span = load_span(checkpoint, plan, dtype=dtype)
+    host = SiteHost(span)
     info = SessionInfo(
         session_id="",
         model=spec.model,
@@ -187,10 +190,12 @@ def served_by(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype,
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size), spec.stash_bytes),
+        limits=SpanLimits(
+            spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), spec.stash_bytes
+        ),
         server_version=importlib.metadata.version("isthmus"),
     )
-    executor = Executor(span, dtype, spec.stash_bytes)
+    executor = Executor(host, dtype, spec.stash_bytes)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
     adapters = AdapterStore(
         Path(spec.home) / "adapters",
@@ -208,15 +213,17 @@ def served_by(spec: WorkerSpec) -> Served:
         FileShelf(Path(spec.parts), Shelf.PARTS),
         adapters,
         None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+        spec.sites,
     )
 
 
-def _message_bytes(max_tokens: int, hidden_size: int) -> int:
+def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
     """The largest message of a session.
 
-    A backward call with its replay (two fp32 tensors, a mask, position ids) or a piece of a file, and 1 MiB to spare.
+    A backward call with its replay (two fp32 tensors, a mask, position ids), what a group of sites sends or is sent, or
+    a piece of a file, and 1 MiB to spare.
     """
-    return max(max_tokens * (2 * 4 * hidden_size + 16), MAX_PIECE) + (1 << 20)
+    return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_PIECE) + (1 << 20)
 
 
 def _tls(spec: WorkerSpec) -> ServerTls | None:

@@ -38,11 +38,13 @@ class Traffic:
     bytes_up: int = 0
     bytes_down: int = 0
     calls: int = 0
+    round_trips: int = 0  # questions that were answered: one for a call, and one for each of its pauses
     retries: int = 0
     sessions: int = 0
     asking_ns: int = 0  # from a question to its answer, with every failed attempt, pause and handshake in between
     crypto_ns: int = 0  # sealing and opening, on both sides
     compute_ns: int = 0  # the span itself, as the cloud reports it
+    sites_ns: int = 0  # what the edge computed meanwhile, for adapters inside the span
     queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
 
 
@@ -125,6 +127,7 @@ class Channel:
             if isinstance(event, Received):
                 break
         self._observer(name, "idle")
+        traffic.round_trips += 1
         if isinstance(event.message, m.Goodbye):
             raise ConnectionLostError(f"the cloud ended the session: {event.message.reason}")
         return event.message

@@ -8,36 +8,25 @@ stayed away for `give_up_after` seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from isthmus.backbone.errors import IsthmusError, NonFiniteError
+from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.config import DEFAULT_KEY
 from isthmus.edge.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.giveback import return_adapter
 from isthmus.edge.remote_span import RemoteSpan
 from isthmus.edge.report import StripTotals
-from isthmus.edge.retry import LastingLink, StashLostError
+from isthmus.edge.span_calls import SpanCaller
+from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import (
-    Payload,
-    Role,
-    codec_id,
-    decode,
-    encode,
-    encode_mask,
-    encode_positions,
-)
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.errors import RefusedError, RemoteProtocolError
 from isthmus.protocol.keys import load_edge
-from isthmus.protocol.session import edge_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,14 +34,6 @@ if TYPE_CHECKING:
     from isthmus.emulator.package import Package
 
 PEAK_SECONDS = 5.0  # a figure of the report is not worth a longer wait
-
-
-@dataclass(frozen=True, slots=True)
-class KeptCall:
-    """A forward whose backward may come: its number, and the session whose stash knows it."""
-
-    call: int
-    session: int
 
 
 def connect(
@@ -70,7 +51,8 @@ def connect(
     Args:
         address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`.
         key: the edge's private key file; by default ~/.isthmus/edge/id_ed25519, as `isthmus edge keygen` makes it.
-        codec: how activations and gradients cross the strip: fp32, bf16, fp16 or int8.
+        codec: how activations and gradients cross the strip: one of fp32, bf16, fp16, int8, int4, int4-outliers, or one
+            for each direction; see `isthmus.edge.strip_codecs.StripCodecs.parse`.
         tls: the outer TLS layer, for `isthmus+tls://` addresses; by default the system's certificates.
         connect_timeout: seconds to wait for the cloud at first.
         give_up_after: seconds that a cloud may stay away later.
@@ -94,7 +76,7 @@ def connect(
         where.pin,
         private,
         name=where.address,
-        codec=codec,
+        codecs=StripCodecs.parse(codec),
         give_up_after=give_up_after,
         call_timeout=call_timeout,
     )
@@ -102,15 +84,13 @@ def connect(
     return link
 
 
-class Link(LastingLink):
+class Link(SpanCaller):
     """A link to one cloud. Not for several threads at once: calls wait for each other.
 
     `LastingLink` has the arguments; `connect` makes one from a connection string.
     """
 
     _parts_folder: Path | None = None
-    _calls = 0
-    _step = 0
 
     @property
     def plan(self) -> SplitPlan:
@@ -122,16 +102,27 @@ class Link(LastingLink):
         """The optimizer step that calls belong to at present; 0 before the first."""
         return self._step
 
-    def load_model(self, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def load_model(
+        self, *, dtype: torch.dtype = torch.float32, leased: Callable[[str], bool] = lambda name: False
+    ) -> PreTrainedModel:
         """The whole architecture as a transformers model whose middle layers run in the cloud.
 
         The edge's own layers, the embedding, the norm and the head are fetched once and kept in the cache; layers keep
         their original numbers, and the cloud's have no weights here.
+
+        Args:
+            dtype: floating point dtype of the edge's weights.
+            leased: whether the LoRA at the site of that name may be lent to the cloud, which then sees its weights and
+                runs it; by default no adapter ever leaves the edge.
         """
         from isthmus.backbone.parts import load_edge_parts
 
         model = load_edge_parts(
-            self._parts(), self.plan, RemoteSpan(self), dtype=dtype, attn_implementation=self.info.attn_implementation
+            self._parts(),
+            self.plan,
+            RemoteSpan(self, leased=leased),
+            dtype=dtype,
+            attn_implementation=self.info.attn_implementation,
         )
         return model
 
@@ -140,59 +131,6 @@ class Link(LastingLink):
         from isthmus.backbone.sources import load_tokenizer
 
         return load_tokenizer(self._parts())
-
-    def forward_span(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor, KeptCall]:
-        """Run the cloud's span; see `isthmus.edge.remote_span.SpanLink`."""
-        sent = self._inputs(hidden, attention_mask, position_ids)
-        with self._lock:
-            self._calls += 1
-            call, codec = self._calls, codec_id(self._codec)
-            reply = self._call(
-                m.ForwardReply,
-                lambda attempt: m.Forward(
-                    m.CallId(self._step, call, attempt),
-                    keep,
-                    sent.hidden,
-                    sent.attention_mask,
-                    sent.position_ids,
-                    codec,
-                ),
-            )
-            return self._result(reply.hidden, hidden.shape), KeptCall(call, self.traffic.sessions)
-
-    def backward_span(
-        self,
-        kept: KeptCall,
-        gradient: Tensor,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        """The gradient of the span's input; see `isthmus.edge.remote_span.SpanLink`."""
-        sent = encode(_finite(gradient, "the gradient for the cloud's layers"), self._codec, Role.GRADIENT)
-        lost = False
-
-        def question(attempt: int) -> m.Backward:
-            # A stash lives as long as its session: after a reconnect the input goes along without being asked for.
-            again = lost or kept.session != self.traffic.sessions
-            replay = self._inputs(hidden, attention_mask, position_ids) if again else None
-            return m.Backward(m.CallId(self._step, kept.call, attempt), sent, replay, codec_id(self._codec))
-
-        with self._lock:
-            try:
-                reply = self._call(m.BackwardReply, question)
-            except StashLostError:
-                lost = True
-                self.traffic.retries += 1
-                try:
-                    reply = self._call(m.BackwardReply, question)
-                except StashLostError:
-                    raise RemoteProtocolError(
-                        "the cloud says that it lost a forward state whose input it was just sent"
-                    ) from None
-            return self._result(reply.gradient, hidden.shape)
 
     def fetch_package(self, out: Path) -> Package:
         """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.fetch`."""
@@ -221,7 +159,8 @@ class Link(LastingLink):
             bytes_up=t.bytes_up,
             bytes_down=t.bytes_down,
             calls=t.calls,
-            wire_s=max(0, t.asking_ns - t.crypto_ns - cloud) / 1e9,
+            round_trips=t.round_trips,
+            wire_s=max(0, t.asking_ns - t.crypto_ns - t.sites_ns - cloud) / 1e9,
             crypto_s=t.crypto_ns / 1e9,
             cloud_s=cloud / 1e9,
             retries=t.retries,
@@ -241,30 +180,3 @@ class Link(LastingLink):
             if self._parts_folder is None:
                 self._parts_folder = fetch_parts(self.info, self._call)
             return self._parts_folder
-
-    def _inputs(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> m.SpanInputs:
-        tokens, limit = hidden.shape[0] * hidden.shape[1], self.info.limits.max_tokens_per_call
-        if tokens > limit:  # the cloud would cut the stream in the middle of a message that is far too large
-            raise RefusedError(
-                f"{hidden.shape[0]} x {hidden.shape[1]} tokens in one call; the cloud takes at most {limit}: "
-                "use smaller batches"
-            )
-        return m.SpanInputs(
-            encode(_finite(hidden, "the hidden states for the cloud's layers"), self._codec, Role.ACTIVATION),
-            None if attention_mask is None else encode_mask(attention_mask),
-            None if position_ids is None else encode_positions(position_ids),
-        )
-
-    def _result(self, payload: Payload, expected: torch.Size) -> Tensor:
-        tensor = decode(payload, limits=edge_limits(self.info))
-        if tensor.shape != expected:
-            raise RemoteProtocolError(f"the cloud answered with shape {list(tensor.shape)} instead of {list(expected)}")
-        return tensor
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        raise NonFiniteError(
-            f"{what} hold NaN or infinity: lower the learning rate, or look for bad values in the adapter"
-        )
-    return tensor

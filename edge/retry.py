@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.backbone.stopping import Interrupted
 from isthmus.edge.channel import LOOK_SECONDS, Channel, Check, Observer, Traffic
+from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.edge.transport import Transport
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.errors import (
     ConnectionLostError,
     FingerprintError,
@@ -52,7 +52,7 @@ class LastingLink:
         pin: fingerprint of the cloud's root key.
         key: the edge's key.
         name: the cloud's name in messages.
-        codec: how activations and gradients are sent, and asked to be answered.
+        codecs: how activations and gradients cross the strip; None for fp32.
         give_up_after: seconds that the cloud may stay away.
         call_timeout: seconds that one call may take.
         observer: told of each phase of each question; for tests and benchmarks.
@@ -65,20 +65,18 @@ class LastingLink:
         key: Ed25519PrivateKey,
         *,
         name: str,
-        codec: str = "fp32",
+        codecs: StripCodecs | None = None,
         give_up_after: float = 600.0,
         call_timeout: float = 600.0,
         observer: Observer = lambda question, phase: None,
     ) -> None:
-        if codec not in ACTIVATION_CODECS:
-            raise ConfigError(f"unknown codec {codec!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
         self.traffic = Traffic()
         self.observer = observer
         self._transport = transport
         self._pin = pin
         self._key = key
         self._name = name
-        self._codec = codec
+        self.codecs = codecs or StripCodecs()
         self._give_up_after = give_up_after
         self._call_timeout = call_timeout
         self._link_id = os.urandom(16)
@@ -130,10 +128,15 @@ class LastingLink:
         kind: type[R],
         question: Callable[[int], m.Message],
         *,
+        prepare: Callable[[Channel], None] = lambda channel: None,
+        visit: Callable[[m.SiteQuestion], m.SiteAnswer] | None = None,
         patience: float | None = None,
         timeout: float | None = None,
     ) -> R:
-        """Ask until there is an answer of this kind."""
+        """Ask until there is an answer of this kind.
+
+        Each attempt begins with `prepare`; `visit` answers what the cloud asks in the middle of a call.
+        """
         if timeout is None:
             timeout = self._call_timeout
         if patience is None:
@@ -141,8 +144,12 @@ class LastingLink:
 
         def once(attempt: int) -> R:
             channel = self._session()
+            prepare(channel)
             asked = question(attempt)
             answer = channel.ask(asked, timeout)
+            while visit is not None and isinstance(answer, m.SiteQuestion) and answer.id == getattr(asked, "id", None):
+                self._count(answer)
+                answer = self._answered(answer, visit, channel, timeout)
             if isinstance(answer, m.Status) and not (kind is m.Status and answer.code == m.StatusCode.OK):
                 raise _error(answer)
             if not isinstance(answer, kind) or getattr(answer, "id", None) != getattr(asked, "id", None):
@@ -155,11 +162,31 @@ class LastingLink:
         finally:
             self.traffic.asking_ns += time.perf_counter_ns() - start
         self.traffic.calls += 1
-        if isinstance(answer, m.ForwardReply | m.BackwardReply):
+        self._count(answer)
+        return answer
+
+    def _answered(
+        self,
+        question: m.SiteQuestion,
+        visit: Callable[[m.SiteQuestion], m.SiteAnswer],
+        channel: Channel,
+        timeout: float,
+    ) -> m.Message:
+        """Answer a question of the cloud; returns what it says then."""
+        try:
+            before = time.perf_counter_ns()
+            answer = visit(question)
+            self.traffic.sites_ns += time.perf_counter_ns() - before
+            return channel.ask(answer, timeout)
+        except BaseException:
+            self._drop()  # the cloud would wait for an answer that does not come
+            raise
+
+    def _count(self, answer: m.Message) -> None:
+        if isinstance(answer, m.Timed):
             self.traffic.compute_ns += answer.compute_ns
             self.traffic.queue_ns += answer.queue_ns
             self.traffic.crypto_ns += answer.crypto_ns
-        return answer
 
     def _retrying(self, patience: float, work: Callable[[int], T], since: float | None = None) -> T:
         """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on."""
@@ -230,11 +257,11 @@ class LastingLink:
                 f"the cloud at {self._name} now serves {_described(channel.info)}, another model than "
                 f"{_described(self._info)} before: start the run anew, or serve the old model again"
             )
-        if self._codec not in channel.info.codecs:
+        try:
+            self.codecs.check(channel.info.codecs)
+        except ConfigError:
             channel.close()
-            raise ConfigError(
-                f"the cloud does not speak the codec {self._codec!r}: choose one of {', '.join(channel.info.codecs)}"
-            )
+            raise
         self._info = channel.info
         self._channel = channel
         return channel

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from isthmus.backbone.adapters import PEFT_INFO, TUNING_INFO, adapter_method, without_known_warnings
 from isthmus.backbone.assembly import build_on_meta
@@ -29,7 +30,6 @@ from isthmus.backbone.checkpoint import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO
 from isthmus.backbone.errors import PlanError
 from isthmus.backbone.families import family_of
-from isthmus.backbone.gate import PassThrough
 from isthmus.backbone.own_adapters import ADAPTER_WEIGHTS, OWN_INFO, OwnAdapter, add_bottlenecks, own_parameters
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
@@ -124,7 +124,7 @@ def _edge_on_meta(checkpoint: Checkpoint, plan: SplitPlan) -> Any:
     model = build_on_meta(config, family, torch.float32, None)
     layers = model.get_submodule(family.layers_path)
     for layer in plan.cloud:
-        layers[layer] = PassThrough()
+        layers[layer] = nn.Identity()
     return model
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from isthmus.protocol.codecs import CODECS, Payload, Role, codec_by_id
 from isthmus.protocol.errors import MessageError
 from isthmus.protocol.messages import (
+    MAX_GROUP,
     MAX_NAME,
     MAX_PIECE,
     MAX_PUT_FILES,
+    MAX_SITES,
     Backward,
     BackwardReply,
     Blob,
@@ -18,13 +21,19 @@ from isthmus.protocol.messages import (
     FileList,
     Forward,
     ForwardReply,
+    Lease,
     Message,
     PlugIn,
     Put,
     PutReply,
+    SiteAnswer,
+    SitePhase,
+    SiteQuestion,
+    Sites,
     SpanInputs,
 )
 
+_PART = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
 
 
@@ -51,7 +60,17 @@ def check(message: Message) -> None:
                         f"{list(message.replay.hidden.shape)} differ in shape"
                     )
         case BackwardReply():
-            _check_hidden(message.gradient, Role.GRADIENT)
+            if message.gradient is not None:
+                _check_hidden(message.gradient, Role.GRADIENT)
+        case Sites():
+            _check_sites(message)
+        case SiteQuestion():
+            _check_question(message)
+        case SiteAnswer():
+            if len(message.tensors) > MAX_GROUP:
+                raise MessageError(f"an answer of {len(message.tensors)} tensors is refused: {MAX_GROUP} are accepted")
+            for tensor in message.tensors:
+                _check_hidden(tensor, tensor.role)
         case Fetch() | PutReply():
             _check_name(message.name)
         case Blob() | Put():
@@ -68,6 +87,47 @@ def check(message: Message) -> None:
                     f"an adapter of {len(message.entries)} files is refused: 1 to {MAX_PUT_FILES} are accepted"
                 )
             _check_files(message.entries)
+
+
+def _check_sites(message: Sites) -> None:
+    if not 1 <= len(message.entries) <= MAX_SITES or not message.number:
+        raise MessageError(
+            f"list {message.number} of {len(message.entries)} sites is refused: 1 to {MAX_SITES} sites and a number of "
+            "1 or more are accepted"
+        )
+    for entry in message.entries:
+        if entry.part and not _PART.fullmatch(entry.part):
+            raise MessageError(f"site {entry.part[:MAX_NAME]!r} is refused: a dotted name of a module is needed")
+
+
+def _check_lease(message: Lease) -> None:
+    if not message.number or not message.sites or not message.weights:
+        raise MessageError(f"lease {message.number} of list {message.sites} is refused: it needs numbers and weights")
+    for lent in message.weights:
+        down, up = lent.down, lent.up
+        fits = len(down.shape) == len(up.shape) == 2 and up.shape[1] == down.shape[0]
+        plain = all(each.role == Role.ACTIVATION and each.codec == CODECS["fp32"].id for each in (down, up))
+        if not fits or not plain or not math.isfinite(lent.scale):
+            raise MessageError(
+                f"lent matrices of shapes {list(down.shape)} and {list(up.shape)} are refused: [r, in] and [out, r] in "
+                "fp32 are needed, and a finite scale"
+            )
+
+
+def _check_question(message: SiteQuestion) -> None:
+    if not 1 <= len(message.sites) <= MAX_GROUP or len(set(message.sites)) != len(message.sites):
+        raise MessageError(f"a question about {len(message.sites)} sites is refused: 1 to {MAX_GROUP} different ones")
+    backward = message.phase in (SitePhase.BACKWARD, SitePhase.BACKWARD_ONLY)
+    most = 0 if message.phase == SitePhase.AGAIN else len(message.sites)
+    # Sites that share their input share its tensor on the way forward.
+    least = {SitePhase.FORWARD: 1}.get(message.phase, most)
+    if not least <= len(message.tensors) <= most:
+        raise MessageError(
+            f"a question of phase {message.phase.name} about {len(message.sites)} sites has {len(message.tensors)} "
+            "tensors, which do not fit it"
+        )
+    for tensor in message.tensors:
+        _check_hidden(tensor, Role.GRADIENT if backward else Role.ACTIVATION)
 
 
 def _check_files(entries: tuple[FileEntry, ...]) -> None:
@@ -92,7 +152,12 @@ def _check_reply_codec(number: int) -> None:
 
 
 def _check_hidden(payload: Payload, role: Role) -> None:
-    if len(payload.shape) != 3 or payload.role != role or not codec_by_id(payload.codec).activation:
+    if (
+        len(payload.shape) != 3
+        or payload.role != role
+        or role == Role.INDEX
+        or not codec_by_id(payload.codec).activation
+    ):
         raise MessageError(
             f"a tensor of shape {list(payload.shape)}, role {payload.role.name}, codec id {payload.codec} is refused: "
             f"[batch, length, hidden] of role {role.name} is needed"

@@ -18,10 +18,19 @@ Theory of operation
     14  Put           edge   bytes of a file                          PutReply or Status
     15  PutReply      cloud  -
     16  PlugIn        edge   -                                        Status
+    17  Sites         edge   -                                        Status
+    18  SiteQuestion  cloud  tensors                                  SiteAnswer
+    19  SiteAnswer    edge   tensors                                  as the call that it goes on with, or SiteQuestion
+    20  Lease         edge   matrices                                 Status
 
     Files lie on shelves. An edge reads those of a shelf piece by piece (FetchList, then Fetch until it has all), and
     brings an adapter the same way (Put until the cloud holds all, then PlugIn with the list of its files). Both go on
     where they were interrupted.
+
+    An edge may have adapters at sites inside the span. It says once in a session where they are (Sites), and names
+    that list in its calls. Such a call may pause: instead of its reply the cloud sends a SiteQuestion, and goes on when
+    it has the SiteAnswer. Whatever an adapter's placement, a pause has this one form. What is lent goes before the call
+    (Lease), and its gradients come with the BackwardReply; what is tapped comes with the ForwardReply.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
     call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.packing`.
@@ -39,6 +48,18 @@ from typing import Any, ClassVar
 from isthmus.protocol.codecs import Payload
 from isthmus.protocol.errors import MessageError
 from isthmus.protocol.limits import Buffer
+from isthmus.protocol.site_messages import (
+    MAX_GROUP as MAX_GROUP,
+    MAX_LISTS as MAX_LISTS,
+    MAX_SITES as MAX_SITES,
+    CallId as CallId,
+    Lease as Lease,
+    LentWeights as LentWeights,
+    SiteAnswer as SiteAnswer,
+    SitePhase as SitePhase,
+    SiteQuestion as SiteQuestion,
+    Sites as Sites,
+)
 
 MAX_NAME = 128
 MAX_TEXT = 1024
@@ -66,15 +87,6 @@ class StatusCode(enum.IntEnum):
     NOT_ENROLLED = 8
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class CallId:
-    """The name of one call: optimizer step (32 bits), call (64 bits, grows), attempt (16 bits)."""
-
-    step: int
-    call: int
-    attempt: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class SpanInputs:
     """The span's inputs: hidden states `[B, S, h]`, mask `[B, S]` or None, position ids `[B or 1, S]` or None."""
@@ -86,7 +98,11 @@ class SpanInputs:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Run the span forward. `keep`: a backward call follows, so the forward state is stashed. `reply_codec`: an id."""
+    """Run the span forward. `keep`: a backward call follows, so the forward state is stashed. `reply_codec`: an id.
+
+    `sites`: the number of the list of sites that the call visits; 0 for none. `wanted`: whether the backward will want
+    the gradient of the span's input. `lease`: the number of what is lent for it; 0 for nothing.
+    """
 
     op: ClassVar[int] = 1
     id: CallId
@@ -95,6 +111,9 @@ class Forward:
     attention_mask: Payload | None
     position_ids: Payload | None
     reply_codec: int
+    sites: int = 0
+    wanted: bool = True
+    lease: int = 0
 
     @property
     def inputs(self) -> SpanInputs:
@@ -104,7 +123,10 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
-    """The span's output `[B, S, h]`, and where the cloud's time went (nanoseconds)."""
+    """The span's output `[B, S, h]`, and where the cloud's time went (nanoseconds).
+
+    `taps`: what has come out of the taps of its list, in their order.
+    """
 
     op: ClassVar[int] = 2
     id: CallId
@@ -112,6 +134,7 @@ class ForwardReply:
     compute_ns: int
     crypto_ns: int
     queue_ns: int
+    taps: tuple[Payload, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +142,7 @@ class Backward:
     """Run the span backward. `id` is that of its forward call (with its own attempt).
 
     `gradient` is that of the span's output, `[B, S, h]`. `replay` carries the forward's inputs again, after the stash
-    was lost.
+    was lost. `sites`, `wanted` and `lease` as in the forward.
     """
 
     op: ClassVar[int] = 3
@@ -127,19 +150,27 @@ class Backward:
     gradient: Payload
     replay: SpanInputs | None
     reply_codec: int
+    sites: int = 0
+    wanted: bool = True
+    lease: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardReply:
-    """The gradient of the span's input `[B, S, h]`. `recomputed`: the forward was run again, as the stash was gone."""
+    """The gradient of the span's input `[B, S, h]`, None unless it was wanted.
+
+    `recomputed`: the forward was run again, as the stash was gone. `lent`: the gradients of what was lent, A and B of
+    each site in turn.
+    """
 
     op: ClassVar[int] = 4
     id: CallId
-    gradient: Payload
+    gradient: Payload | None
     compute_ns: int
     crypto_ns: int
     queue_ns: int
     recomputed: bool
+    lent: tuple[Payload, ...] = ()
 
 
 class Shelf(enum.IntEnum):
@@ -301,10 +332,40 @@ Message = (
     | Put
     | PutReply
     | PlugIn
+    | Sites
+    | SiteQuestion
+    | SiteAnswer
+    | Lease
 )
 
-EDGE_SENDS: tuple[type[Message], ...] = (Forward, Backward, Fetch, FetchList, Ping, Goodbye, Attach, Put, PlugIn)
-CLOUD_SENDS: tuple[type[Message], ...] = (ForwardReply, BackwardReply, Blob, FileList, Status, Pong, Goodbye, PutReply)
+Timed = ForwardReply | BackwardReply | SiteQuestion
+"""What tells where the cloud's time went."""
+
+EDGE_SENDS: tuple[type[Message], ...] = (
+    Forward,
+    Backward,
+    Fetch,
+    FetchList,
+    Ping,
+    Goodbye,
+    Attach,
+    Put,
+    PlugIn,
+    Sites,
+    SiteAnswer,
+    Lease,
+)
+CLOUD_SENDS: tuple[type[Message], ...] = (
+    ForwardReply,
+    BackwardReply,
+    Blob,
+    FileList,
+    Status,
+    Pong,
+    Goodbye,
+    PutReply,
+    SiteQuestion,
+)
 
 
 MAX_INFO = 16 * 1024

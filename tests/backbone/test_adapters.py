@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.sited import Sited
 from support.tiny import CONFIGS, HIDDEN
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters import adapter_digest, adapter_method, load_adapter, save_adapter, unfreeze_layers
 from isthmus.backbone.bottleneck import Bottleneck, attach_bottleneck
-from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError
 from isthmus.backbone.own_adapters import add_bottlenecks, own_parameters, unfreeze_biases
+from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.sources import Checkpoint
 
 from .conftest import Pairs, batch, whole_model
@@ -95,6 +97,66 @@ def test_made_on_the_edge_it_loads_into_the_whole_model_and_trains_on(
         "digest": digest,
         **({"width": WIDTH} if method == "bottleneck" else {}),
     }
+
+
+SITED: dict[str, Any] = {
+    "lora": lambda targets: LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
+    "rslora": lambda targets: LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True),
+    "vera": lambda targets: VeraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_weights=False),
+    "loha": lambda targets: LoHaConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_weights=False),
+}
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*\.q_proj"])
+@pytest.mark.parametrize("method", SITED)
+def test_sites_that_are_switched_off_are_not_saved(pairs: Pairs, tmp_path: Path, method: str, targets: Any) -> None:
+    pair = pairs("llama", num_hidden_layers=14, plan="1:1")  # a name of layer 1 opens one of layer 11
+    model = get_peft_model(load_edge_parts(pair.folder, pair.plan, Sited()), SITED[method](targets))
+    disturb(model)
+    gate = model.get_base_model().span_gate
+    gate.live_sites = frozenset({"model.layers.2.self_attn.q_proj", "model.layers.11.self_attn.q_proj"})
+    save_adapter(model, tmp_path / "some")
+    kept = {name: value for name, value in model.state_dict().items() if _is_adapter(name)}
+    info = json.loads((tmp_path / "some" / "adapter_config.json").read_text())
+    left = {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2, 11, 13)}
+    assert set(info["target_modules"]) == left
+    saved = load_file(tmp_path / "some" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.").partition(".q_proj.")[0] + ".q_proj" for name in saved} - left <= {
+        "base_model.vera_A.q_proj",  # which all share
+        "base_model.vera_B.q_proj",
+    }
+    whole = load_adapter(pair.whole, tmp_path / "some")
+    theirs = {name: value for name, value in whole.state_dict().items() if _is_adapter(name)}
+    assert theirs.keys() < kept.keys()
+    assert not [name for name in theirs if not torch.equal(theirs[name], kept[name])]
+
+    # The model itself is as before, and saves all of it when all of it acts.
+    gate.live_sites = None
+    save_adapter(model, tmp_path / "all")
+    whole = load_adapter(pairs("llama", num_hidden_layers=14, plan="1:1").whole, tmp_path / "all")
+    assert {name for name in whole.state_dict() if _is_adapter(name)} == kept.keys()
+    assert json.loads((tmp_path / "all" / "adapter_config.json").read_text())["target_modules"] == targets
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in (".lora_", ".vera_", ".hada_"))
+
+
+def test_a_configuration_is_itself_again_when_saving_fails(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("llama")
+    model = get_peft_model(load_edge_parts(pair.folder, pair.plan, Sited()), SITED["lora"](["q_proj"]))
+    model.get_base_model().span_gate.live_sites = frozenset()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "adapter")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(DiskError):
+        save_adapter(model, tmp_path / "adapter")
+    assert model.peft_config["default"].target_modules == {"q_proj"}
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_bottlenecks_are_the_identity_at_their_start_and_learn(pairs: Pairs) -> None:

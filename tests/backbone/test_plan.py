@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from isthmus.backbone.errors import PlanError
 from isthmus.backbone.plan import Span, SplitPlan

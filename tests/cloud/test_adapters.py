@@ -352,8 +352,7 @@ def test_an_adapter_that_names_a_layer_of_the_cloud_is_refused_and_removed(
     lora: Path, mine: TenantAdapters, tmp_path: Path
 ) -> None:
     settings = json.loads((lora / "adapter_config.json").read_text())
-    names = [f"layers.{i}.self_attn.{name}" for i in (0, 1, 4, 5) for name in settings["target_modules"]]
-    changes = {"target_modules": [*names, "layers.3.self_attn.q_proj"], "layers_to_transform": None}
-    (lora / "adapter_config.json").write_text(json.dumps(settings | changes))
+    settings["target_modules"].append("model.layers.3.self_attn.q_proj")
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
     assert "layers.3.self_attn.q_proj" in refusal(bring(mine, lora))
     assert incoming(tmp_path) == []

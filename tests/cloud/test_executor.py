@@ -10,6 +10,7 @@ import torch
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.span import FrozenSpan, load_span
 from isthmus.cloud.executor import Executor, SpanInput, StashLost
 
@@ -50,37 +51,38 @@ def direct(span: FrozenSpan, given: SpanInput, gradient: torch.Tensor) -> tuple[
 
 def one_call_bytes(span: FrozenSpan) -> int:
     """What the stash holds for one kept call of `inputs()`."""
-    probe = Executor(span, torch.float32, BIG)
+    probe = Executor(SiteHost(span), torch.float32, BIG)
     probe.forward(A, 1, inputs(), keep=True)
     return probe.used_bytes
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_forward_and_backward_are_those_of_autograd(span: FrozenSpan, masked: bool) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     given, gradient = inputs(masked=masked), upstream()
     output, expected = direct(span, given, gradient)
-    assert torch.equal(executor.forward(A, 1, given, keep=True), output)
-    result, recomputed = executor.backward(A, 1, gradient)
+    assert torch.equal(executor.forward(A, 1, given, keep=True).hidden, output)
+    gradients = executor.backward(A, 1, gradient)
+    result, recomputed = gradients.hidden, gradients.recomputed
     assert torch.equal(result, expected)
     assert not recomputed
     assert executor.used_bytes == 0  # a backward comes once
 
 
 def test_the_second_call_of_a_shape_is_not_measured_and_gives_the_same(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
-    first = executor.forward(A, 1, inputs(), keep=True)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    first = executor.forward(A, 1, inputs(), keep=True).hidden
     size = executor.used_bytes
-    assert torch.equal(executor.forward(A, 2, inputs(), keep=True), first)
+    assert torch.equal(executor.forward(A, 2, inputs(), keep=True).hidden, first)
     assert executor.used_bytes == 2 * size
-    assert torch.equal(executor.backward(A, 1, upstream())[0], executor.backward(A, 2, upstream())[0])
+    assert torch.equal(executor.backward(A, 1, upstream()).hidden, executor.backward(A, 2, upstream()).hidden)
 
 
 def test_without_keep_nothing_is_kept(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
-    kept = executor.forward(A, 1, inputs(), keep=True)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    kept = executor.forward(A, 1, inputs(), keep=True).hidden
     executor.release(A)
-    assert torch.equal(executor.forward(A, 1, inputs(), keep=False), kept)
+    assert torch.equal(executor.forward(A, 1, inputs(), keep=False).hidden, kept)
     assert executor.used_bytes == 0
     assert executor.shape_of(A, 1) is None
     with pytest.raises(StashLost):
@@ -88,24 +90,25 @@ def test_without_keep_nothing_is_kept(span: FrozenSpan) -> None:
 
 
 def test_a_repeated_call_replaces_what_was_kept_for_it(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(seed=1), keep=True)
     size = executor.used_bytes
     executor.forward(A, 1, inputs(seed=2), keep=True)
     assert executor.used_bytes == size
-    assert torch.equal(executor.backward(A, 1, upstream())[0], direct(span, inputs(seed=2), upstream())[1])
+    assert torch.equal(executor.backward(A, 1, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
 def test_the_oldest_graph_goes_first_and_its_input_stays(span: FrozenSpan) -> None:
     one, small = one_call_bytes(span), inputs().nbytes
-    executor = Executor(span, torch.float32, 2 * one + small)
+    executor = Executor(SiteHost(span), torch.float32, 2 * one + small)
     for call in (1, 2, 3):
         executor.forward(A, call, inputs(seed=call), keep=True)
     assert executor.counters.graphs_evicted == 1
     assert executor.counters.inputs_evicted == 0
     assert executor.used_bytes == 2 * one + small
     for call, again in ((3, False), (2, False), (1, True)):
-        result, recomputed = executor.backward(A, call, upstream())
+        gradients = executor.backward(A, call, upstream())
+        result, recomputed = gradients.hidden, gradients.recomputed
         assert torch.equal(result, direct(span, inputs(seed=call), upstream())[1])
         assert recomputed is again
     assert executor.counters.recomputed == 1
@@ -113,7 +116,7 @@ def test_the_oldest_graph_goes_first_and_its_input_stays(span: FrozenSpan) -> No
 
 def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
     small = inputs().nbytes
-    executor = Executor(span, torch.float32, 2 * small)  # not one graph fits
+    executor = Executor(SiteHost(span), torch.float32, 2 * small)  # not one graph fits
     for call in (1, 2, 3):
         executor.forward(A, call, inputs(seed=call), keep=True)
     assert (executor.counters.graphs_evicted, executor.counters.inputs_evicted) == (3, 1)
@@ -121,12 +124,12 @@ def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
     assert executor.shape_of(A, 2) == inputs().hidden.shape
     with pytest.raises(StashLost):
         executor.backward(A, 1, upstream())
-    assert torch.equal(executor.backward(A, 2, upstream())[0], direct(span, inputs(seed=2), upstream())[1])
+    assert torch.equal(executor.backward(A, 2, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0, 1.7, 3.2])
 def test_the_budget_is_never_exceeded(span: FrozenSpan, share: float) -> None:
-    executor = Executor(span, torch.float32, int(share * one_call_bytes(span)))
+    executor = Executor(SiteHost(span), torch.float32, int(share * one_call_bytes(span)))
     for call in range(12):
         rows, length = 1 + call % 3, 4 + 3 * (call % 4)
         executor.forward((A, B)[call % 2], call, inputs(call, rows, length), keep=True)
@@ -140,35 +143,37 @@ def test_the_budget_is_never_exceeded(span: FrozenSpan, share: float) -> None:
 
 
 def test_a_replay_needs_no_stash_and_gives_the_same_bits(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(masked=True), keep=True)
-    expected, _ = executor.backward(A, 1, upstream())
-    result, recomputed = executor.backward(A, 1, upstream(), replay=inputs(masked=True))
+    expected = executor.backward(A, 1, upstream()).hidden
+    gradients = executor.backward(A, 1, upstream(), replay=inputs(masked=True))
+    result, recomputed = gradients.hidden, gradients.recomputed
     assert torch.equal(result, expected)
     assert recomputed
     assert executor.used_bytes == 0
 
 
 def test_what_is_kept_wins_over_a_replay(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(seed=1), keep=True)
-    result, recomputed = executor.backward(A, 1, upstream(), replay=inputs(seed=1))
+    gradients = executor.backward(A, 1, upstream(), replay=inputs(seed=1))
+    result, recomputed = gradients.hidden, gradients.recomputed
     assert torch.equal(result, direct(span, inputs(seed=1), upstream())[1])
     assert not recomputed
 
 
 def test_sessions_do_not_see_each_other(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(seed=1), keep=True)
     executor.forward(B, 1, inputs(seed=2), keep=True)
     executor.release(A)
     with pytest.raises(StashLost):
         executor.backward(A, 1, upstream())
-    assert torch.equal(executor.backward(B, 1, upstream())[0], direct(span, inputs(seed=2), upstream())[1])
+    assert torch.equal(executor.backward(B, 1, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
 def test_evict_all_forgets_everything(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(), keep=True)
     executor.evict_all()
     assert executor.used_bytes == 0
@@ -191,7 +196,7 @@ def test_the_measured_graph_is_what_autograd_saves(span: FrozenSpan) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = span(given.hidden.clone().requires_grad_(True), given.attention_mask, given.position_ids)
     expected = sum(size for pointer, size in kept.items() if pointer not in weights) + output.nbytes
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, given, keep=True)
     graph = executor.used_bytes - given.nbytes
     assert expected > 5 * given.hidden.nbytes
@@ -199,7 +204,7 @@ def test_the_measured_graph_is_what_autograd_saves(span: FrozenSpan) -> None:
 
 
 def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(), keep=True)
     executor.backward(A, 1, upstream())
     assert all(p.grad is None and not p.requires_grad for p in span.parameters())
@@ -207,10 +212,10 @@ def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
 
 def test_a_bf16_span_takes_fp32_and_answers_in_bf16(load: Callable[[torch.dtype], FrozenSpan]) -> None:
     span = load(torch.bfloat16)
-    executor = Executor(span, torch.bfloat16, BIG)
+    executor = Executor(SiteHost(span), torch.bfloat16, BIG)
     given = inputs()
-    output = executor.forward(A, 1, given, keep=True)
-    result, _ = executor.backward(A, 1, upstream())
+    output = executor.forward(A, 1, given, keep=True).hidden
+    result = executor.backward(A, 1, upstream()).hidden
     assert output.dtype == result.dtype == torch.bfloat16
     cast = SpanInput(given.hidden.bfloat16(), None, given.position_ids)
     expected, gradient = direct(span, cast, upstream().bfloat16())
@@ -222,7 +227,7 @@ def test_the_graph_sizes_of_the_last_used_shapes_alone_are_remembered(
     span: FrozenSpan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isthmus.cloud.executor.MAX_SHAPES", 2)
-    executor = Executor(span, torch.float32, BIG)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
     for call, length in enumerate((2, 3, 2, 4)):
         executor.forward(A, call, inputs(length=length), keep=True)
     assert [key[0] for key in executor._graph_bytes] == [(2, 2, HIDDEN), (2, 4, HIDDEN)]

@@ -16,8 +16,7 @@ from support.tiny import tiny_checkpoint
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
-from isthmus.cloud import serve as serve_module
-from isthmus.cloud import worker as worker_module
+from isthmus.cloud import serve as serve_module, worker as worker_module
 from isthmus.cloud.serve import Serving, _claim, _prepare_parts, _wait
 from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError

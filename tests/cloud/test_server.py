@@ -29,14 +29,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
-from isthmus.cloud import logs
-from isthmus.cloud import server as server_module
+from isthmus.backbone.site_spec import SiteSpec
+from isthmus.cloud import logs, pausing, server as server_module
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.worker import EdgesFile
 from isthmus.edge.channel import Channel, Traffic
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_id, encode
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.errors import (
     ConnectionLostError,
@@ -115,7 +116,7 @@ def test_an_enrolled_edge_gets_the_spans_answers(server: ThreadServer, cloud: Se
         link.open(5)
         output, kept = link.forward_span(hidden(), None, None, keep=True)
         given = hidden().requires_grad_(True)
-        expected = cloud.executor.span(given)
+        expected = cloud.executor.host.span(given)
         assert torch.equal(output, expected)
         result = link.backward_span(kept, torch.ones_like(output), hidden(), None, None)
         assert torch.equal(result, torch.autograd.grad(expected, given, torch.ones_like(expected))[0])
@@ -392,7 +393,7 @@ def test_a_session_that_does_not_open_with_attach_is_ended(
 
 def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadServer, cloud: Served) -> None:
     release = threading.Event()
-    forward = cloud.executor.span.forward
+    forward = cloud.executor.host.span.forward
     entered = threading.Event()
 
     def slow(*args: Any) -> torch.Tensor:
@@ -400,7 +401,7 @@ def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadSer
         release.wait(10)
         return forward(*args)
 
-    cloud.executor.span.forward = slow  # type: ignore[method-assign]  # the one way to hold a call in flight
+    cloud.executor.host.span.forward = slow  # type: ignore[method-assign]  # the one way to hold a call in flight
     try:
         link = server.link()
         link.open(5)
@@ -411,7 +412,7 @@ def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadSer
         eventually(lambda: server.server.status()["sessions"] == {})
     finally:
         release.set()
-        del cloud.executor.span.forward
+        del cloud.executor.host.span.forward
     link._closed = True
     eventually(lambda: server.server.status()["in_flight"] == 0)
     eventually(lambda: cloud.executor.used_bytes == 0)
@@ -422,6 +423,73 @@ def _swallow(link: Any) -> None:
     with contextlib.suppress(ConnectionLostError, UnreachableError):
         link.forward_span(hidden(), None, None, keep=True)
     link.close()
+
+
+# Calls that have paused -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_call(cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadServer]:
+    """A server on which one call may have paused, so that one that is not over shows."""
+    monkeypatch.setattr(pausing, "MAX_CALLS", 1)
+    cloud.executor.evict_all()  # a server that ended in a hurry leaves forward states
+    with ThreadServer(cloud, home) as running:
+        yield running
+
+
+def begin(open_channel: Channel, call: int = 1, parts: tuple[str, ...] = ("mlp.down_proj",)) -> m.Message:
+    """Begin a call with sites in the cloud's last layer; returns the cloud's question, or why there is none."""
+    open_channel.ask(m.Sites(1, tuple(SiteSpec(3, part) for part in parts)), 5)
+    payload = encode(hidden(), "fp32", Role.ACTIVATION)
+    return open_channel.ask(m.Forward(m.CallId(1, call), True, payload, None, None, codec_id("fp32"), sites=1), 5)
+
+
+def test_an_edge_that_vanishes_at_a_question_leaves_nothing_behind(one_call: ThreadServer, cloud: Served) -> None:
+    first, second = channel(one_call), channel(one_call, b"m" * 16)
+    assert isinstance(begin(first), m.SiteQuestion)
+    refused = begin(second)
+    assert isinstance(refused, m.Status)
+    assert "1 calls wait for their edges" in refused.message
+    first.abandon()
+    eventually(lambda: one_call.server.status()["sessions"] == {"alice": 1})
+    eventually(lambda: isinstance(begin(second), m.SiteQuestion))
+    eventually(lambda: one_call.server.status()["in_flight"] == 0)  # a pause is the edge's time
+    second.abandon()
+    eventually(lambda: one_call.server.status()["sessions"] == {})
+    eventually(lambda: cloud.executor.used_bytes == 0)
+
+
+def test_a_call_whose_answer_is_over_the_quota_is_over(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 1)
+    with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
+        open_channel = channel(server)
+        for call in range(2):
+            question = begin(open_channel, call, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+            assert isinstance(question, m.SiteQuestion)
+            contributions = [encode(torch.ones(2, 6, width), "fp32", Role.ACTIVATION) for width in (32, 16, 16)]
+            said = open_channel.ask(m.SiteAnswer(question.id, tuple(contributions)), 5)
+            assert isinstance(said, m.Status)
+            assert (said.code, said.id) == (m.StatusCode.OVER_QUOTA, m.CallId(1, call))
+        open_channel.abandon()
+
+
+def test_a_drain_does_not_wait_for_an_edge_that_has_been_asked(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 1)
+    server = ThreadServer(cloud, home).start()
+    waiting = channel(server)
+    question = begin(waiting)
+    assert isinstance(question, m.SiteQuestion)
+    free = server.server._call_threads._free
+    assert not free.acquire(blocking=False)
+    assert server.drain(20)
+    with pytest.raises(ConnectionLostError, match="draining"):
+        waiting.ask(m.SiteAnswer(question.id, ()), 5)
+    eventually(lambda: free.acquire(blocking=False))
+    server._stop_loop()
 
 
 # Draining -------------------------------------------------------------------------------------------------------------
@@ -490,7 +558,7 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(cloud: Served,
         draining.join(20)
         held.thread.join(10)
     assert outcome == [True]
-    assert torch.equal(held.result[0], cloud.executor.span(hidden()))
+    assert torch.equal(held.result[0], cloud.executor.host.span(hidden()))
     bystander.abandon()
     newcomers.close()
     server._stop_loop()

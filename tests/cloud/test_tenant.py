@@ -12,6 +12,7 @@ from support.clouds import served
 from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
+from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.server import Served
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.tenant import TenantSession
@@ -21,6 +22,7 @@ from isthmus.protocol.errors import MessageError
 
 MAX_TOKENS = 64
 FP32 = codec_id("fp32")
+THREADS = CallThreads(1)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def tenant(cloud: Served) -> TenantSession:
-    session = cloud.session(b"s" * 16, TENANT)
     cloud.executor.evict_all()
-    return session
+    return cloud.session(b"s" * 16, TENANT, THREADS)
 
 
 def hidden(*shape: int) -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_a_forward_and_its_backward_are_answered_with_their_ids(tenant: TenantSe
     reply = tenant.handle(forward(span_inputs(mask=(2, 6), positions=(1, 6))))
     assert isinstance(reply, m.ForwardReply)
     assert reply.id == m.CallId(1, 1)
-    expected = cloud.executor.span(
+    expected = cloud.executor.host.span(
         hidden(2, 6, HIDDEN), torch.ones(2, 6, dtype=torch.long), torch.zeros(1, 6, dtype=torch.long)
     )
     assert torch.equal(decode(reply.hidden), expected)

@@ -199,7 +199,7 @@ def test_a_returned_adapter_computes_over_the_full_middle(owner: Owner, cloud: M
     mine.pop("README.md", None)
     assert files(folder) == mine
     model = load_adapter(link.load_model(), folder)
-    whole = load_edge_parts(owner.folder / "parts", link.plan, owner.plain.executor.span)
+    whole = load_edge_parts(owner.folder / "parts", link.plan, owner.plain.executor.host.span)
     with torch.no_grad():
         over_the_link = model(input_ids=IDS).logits
         assert torch.equal(over_the_link, load_adapter(whole, adapter)(input_ids=IDS).logits)

@@ -527,12 +527,11 @@ def test_a_pattern_that_takes_long_to_match_is_refused(llama: Owner, tmp_path: P
         llama.check(adapter)
 
 
-def test_an_adapter_that_names_a_layer_of_the_cloud_cannot_run(llama: Owner, lora: Path) -> None:
+def test_an_adapter_that_names_a_layer_of_the_cloud_does_not_load(llama: Owner, lora: Path) -> None:
     settings = json.loads((lora / "adapter_config.json").read_text())
-    names = [f"layers.{i}.self_attn.{name}" for i in (0, 5) for name in settings["target_modules"]]
-    changes = {"target_modules": [*names, "layers.3.self_attn.q_proj"], "layers_to_transform": None}
-    (lora / "adapter_config.json").write_text(json.dumps(settings | changes))
-    with pytest.raises(AdapterError, match=r"cannot run with this adapter.*layers\.3\.self_attn\.q_proj"):
+    settings["target_modules"].append("model.layers.3.self_attn.q_proj")
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(AdapterError, match=r"does not fit this model.*layers\.3\.self_attn\.q_proj"):
         plug_in(lora, llama.package.folder, PLAN, llama.span)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,31 @@ def assert_same(mine: list[Gradients], theirs: list[Gradients]) -> None:
         assert not different, f"step {step}: {different}"
 
 
+EVERY_LINEAR = [*TARGETS, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def on_edge_layers(name: str) -> list[str]:
+    return [f"model.layers.{layer}.{name}" for layer in EDGE_LAYERS]
+
+
+# Those that read or scale a layer's own output are for the edge's layers alone.
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS),
-    "lora_everywhere": lambda: peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=[*TARGETS, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    "lora_everywhere": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=EVERY_LINEAR),
+    "lora_on_edge_layers": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=TARGETS, layers_to_transform=EDGE_LAYERS
     ),
-    "dora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, use_dora=True),
+    "dora": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=TARGETS, use_dora=True, layers_to_transform=EDGE_LAYERS
+    ),
     "ia3": lambda: peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        task_type="CAUSAL_LM",
+        target_modules=[
+            *on_edge_layers("self_attn.k_proj"),
+            *on_edge_layers("self_attn.v_proj"),
+            *on_edge_layers("mlp.down_proj"),
+        ],
+        feedforward_modules=on_edge_layers("mlp.down_proj"),
     ),
     "vera": lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(
@@ -132,12 +150,7 @@ def test_a_peft_method_trains_as_on_the_whole_model_and_reloads_into_it(
 ) -> None:
     torch.manual_seed(1)
     split = peft.get_peft_model(link.load_model(), METHODS[method]())
-    config = METHODS[method]()
-    if method != "prompt":  # whose parameters belong to no layer
-        config.layers_to_transform = EDGE_LAYERS
-        if method in {"ia3", "vera"}:
-            config = _by_name(config)
-    reference = peft.get_peft_model(whole(folder), config)
+    reference = peft.get_peft_model(whole(folder), METHODS[method]())
     _copy_adapter(split, reference)
 
     losses, gradients = train(split, after=allocate)
@@ -153,20 +166,6 @@ def test_a_peft_method_trains_as_on_the_whole_model_and_reloads_into_it(
     reloaded = peft.PeftModel.from_pretrained(whole(folder), tmp_path)
     assert torch.equal(reloaded(**probe, use_cache=False).logits, logits)
     assert not torch.equal(whole(folder)(**probe).logits, logits[:, -probe["input_ids"].shape[1] :])  # it had an effect
-
-
-def _by_name(config: Any) -> Any:
-    """The same modules by their full names, for methods that cannot be told layers."""
-    config.layers_to_transform = None
-    names = {
-        kind: f"model.layers.{{}}.{'mlp' if kind.endswith('down_proj') else 'self_attn'}.{kind}"
-        for kind in config.target_modules
-    }
-    feedforward = getattr(config, "feedforward_modules", None) or set()
-    config.target_modules = [names[kind].format(layer) for kind in names for layer in EDGE_LAYERS]
-    if feedforward:
-        config.feedforward_modules = [names[kind].format(layer) for kind in feedforward for layer in EDGE_LAYERS]
-    return config
 
 
 def _copy_adapter(source: Any, target: Any) -> None:
@@ -211,11 +210,9 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def lora(model: Any, layers: list[int] | None = None) -> Any:
+def lora(model: Any, targets: list[str] = TARGETS) -> Any:
     torch.manual_seed(3)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, layers_to_transform=layers)
-    )
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
 
 
 def arguments(folder: Path, **options: Any) -> dict[str, Any]:
@@ -251,7 +248,7 @@ def test_trainer_runs_unmodified_and_equals_the_whole_models_run(
     link: Link, folder: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     histories, adapters = [], []
-    for model in (lora(link.load_model()), lora(whole(folder), EDGE_LAYERS)):
+    for model in (lora(link.load_model()), lora(whole(folder))):
         trainer = Trainer(model=model, args=TrainingArguments(**arguments(tmp_path, **options)), train_dataset=Texts())
         trainer.train()
         histories.append(logged(trainer))
@@ -270,14 +267,13 @@ def test_sft_trainer_runs_unmodified_and_equals_the_whole_models_run(link: Link,
     )
     histories = []
     for model in (link.load_model(), whole(folder)):
-        layers = None if model.__class__.__mro__[1].__name__ == "EdgeModelMixin" else EDGE_LAYERS
         torch.manual_seed(3)
         trainer = trl.SFTTrainer(
             model=model,
             args=trl.SFTConfig(**arguments(tmp_path, max_length=64, activation_checkpointing=False, bf16=False)),
             train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(folder),
-            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, layers_to_transform=layers),
+            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS),
         )
         trainer.train()
         histories.append(logged(trainer))
@@ -286,7 +282,7 @@ def test_sft_trainer_runs_unmodified_and_equals_the_whole_models_run(link: Link,
 
 
 def test_gradients_of_accumulated_batches_add_up(link: Link, folder: Path) -> None:
-    split, reference = lora(link.load_model()), lora(whole(folder), EDGE_LAYERS)
+    split, reference = lora(link.load_model()), lora(whole(folder))
     for model in (split, reference):
         total = sum(
             model(**batch(seed), use_cache=False).loss for seed in (1, 2, 3)
@@ -334,6 +330,28 @@ def test_the_edge_holds_no_weight_of_the_cloud(link: Link, folder: Path) -> None
     assert not [name for name in kept if name.startswith(("model.layers.2.", "model.layers.3."))]
     reference = dict(whole(folder).named_parameters())
     assert all(torch.equal(p, reference[name]) for name, p in model.named_parameters())
+
+
+def test_two_edges_train_at_the_same_time(server: ThreadServer, folder: Path, link: Link) -> None:
+    """Their calls pause inside the span, and each goes on while the other waits for its edge."""
+    results: dict[str, tuple[list[float], list[Gradients]]] = {}
+    models = {"alice": lora(link.load_model()), "bob": None}
+    with connect(server.address, key=server.home.new_edge("bob")) as other:
+        models["bob"] = lora(other.load_model(), EVERY_LINEAR)
+
+        def run(name: str) -> None:
+            torch.set_num_threads(1)
+            results[name] = train(models[name], steps=3)
+
+        threads = [threading.Thread(target=run, args=(name,)) for name in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for name, targets in (("alice", TARGETS), ("bob", EVERY_LINEAR)):
+        losses, gradients = train(lora(whole(folder), targets), steps=3)
+        assert results[name][0] == losses
+        assert_same(results[name][1], gradients)
 
 
 def test_a_copied_model_trains_over_the_same_link(link: Link) -> None:

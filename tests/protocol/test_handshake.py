@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.wire import (
     EDGE,
     NOW,
@@ -43,6 +42,7 @@ from isthmus.protocol.errors import (
     RemoteProtocolError,
     VersionError,
 )
+from isthmus.protocol.framing import VERSION
 from isthmus.protocol.keys import Fingerprint, WorkerIdentity, format_public_key
 from isthmus.protocol.messages import SessionInfo
 from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Refused
@@ -166,7 +166,7 @@ def test_another_version_is_named_on_both_sides() -> None:
     assert isinstance(event.error, VersionError)
     assert "version 9" in str(event.error)
     assert cloud.closed
-    with pytest.raises(VersionError, match="version 2"):
+    with pytest.raises(VersionError, match=f"version {VERSION}"):
         edge.receive(event.frames[0])
     assert edge.closed
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.wire import TENANT, cloud_messages, edge_messages, forward, session_info
 
+from isthmus.backbone.site_spec import SiteSpec
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Payload, Role, decode, encode, encode_mask
 from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
@@ -199,12 +199,70 @@ CALL = m.CallId(1, 1)
         m.FileList((m.FileEntry("a", 1, bytes(32)), m.FileEntry("a", 2, bytes(32)))),
         m.Status(m.StatusCode.INTERNAL, None, "x" * 1025),
         m.Attach(b"short"),
+        m.Forward(CALL, True, HIDDEN, None, None, 1, sites=-1),
+        m.Forward(CALL, True, HIDDEN, None, None, 1, sites=1 << 32),
+        m.Backward(CALL, GRADIENT, None, 1, sites=1 << 32),
+        m.Sites(0, (SiteSpec(2, "q_proj"),)),
+        m.Sites(1, ()),
+        m.Sites(1, (SiteSpec(2, "q_proj"),) * (m.MAX_SITES + 1)),
+        m.Sites(1, (SiteSpec(-1, "q_proj"),)),
+        m.Sites(1, (SiteSpec(2, "x" * (m.MAX_NAME + 1)),)),
+        *(m.Sites(1, (SiteSpec(2, part),)) for part in ("a..b", ".a", "a.", "../a", "a/b", "a b", "a\n", "é")),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (1, 1), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, tuple(range(m.MAX_GROUP + 1)), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (1 << 16,), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (0, 1), (HIDDEN,) * 3, 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (0, 1), (), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (0,), (GRADIENT,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.FORWARD, (0,), (MASK,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.AGAIN, (0,), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.BACKWARD, (0, 1), (GRADIENT,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.BACKWARD_ONLY, (0,), (HIDDEN,), 0, 0, 0),
+        m.SiteQuestion(CALL, m.SitePhase.BACKWARD, (0,), (GRADIENT,), 0, -1, 0),
+        m.SiteAnswer(CALL, (MASK,)),
+        m.SiteAnswer(CALL, (encode(torch.ones(2, 3), "fp32", Role.ACTIVATION),)),
+        m.SiteAnswer(CALL, (HIDDEN,) * (m.MAX_GROUP + 1)),
     ],
     ids=lambda message: type(message).__name__,
 )
 def test_malformed_messages_are_not_sent(message: m.Message) -> None:
     with pytest.raises(LocalProtocolError, match="cannot be sent"):
         pack(message)
+
+
+def test_a_question_is_about_a_known_phase_and_a_site_has_a_known_placement() -> None:
+    header, body = packed(m.SiteQuestion(CALL, m.SitePhase.AGAIN, (3,), (), 1, 2, 3))
+    place = 1 + 14  # behind the operation and the call
+    assert header[place] == m.SitePhase.AGAIN
+    for phase in (0, 5, 255):
+        with pytest.raises(MessageError, match=f"unknown phase {phase}"):
+            unpack(header[:place] + bytes((phase,)) + header[place + 1 :], body)
+    header, body = packed(m.Sites(1, (SiteSpec(2, "self_attn.q_proj"),)))
+    for placement in (0, 200):
+        with pytest.raises(MessageError, match=f"unknown placement {placement}"):
+            unpack(header[:-12] + bytes((placement,)) + header[-11:], body)
+
+
+def test_more_sites_or_tensors_than_are_accepted_are_refused_by_their_count_alone() -> None:
+    with pytest.raises(LimitError, match=f"list of {m.MAX_SITES + 1} sites"):
+        unpack(bytes((m.Sites.op,)) + bytes(4) + (m.MAX_SITES + 1).to_bytes(2, "big"), b"")
+    header, _ = packed(m.SiteAnswer(CALL, ()))
+    assert header[-2:] == bytes(2)  # the count
+    with pytest.raises(LimitError, match=f"{m.MAX_GROUP + 1} tensors"):
+        unpack(header[:-1] + bytes((m.MAX_GROUP + 1,)), b"")
+
+
+def test_as_many_sites_as_are_accepted_fit_into_a_message() -> None:
+    entry = SiteSpec(1000, "self_attn.some_longer_projection")
+    largest = m.Sites(1, tuple(replace(entry, layer=layer) for layer in range(m.MAX_SITES)))
+    assert unpack(*packed(largest)) == largest
+
+
+def test_calls_without_sites_want_the_gradient_of_their_input() -> None:
+    read = unpack(*packed(m.Forward(CALL, True, HIDDEN, None, None, 1)))
+    assert isinstance(read, m.Forward)
+    assert (read.sites, read.wanted) == (0, True)
 
 
 def test_a_status_is_cut_by_bytes_and_not_within_a_character() -> None:

@@ -11,12 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.wire import SMALL, cloud_messages, edge_messages, forward, new_pair
 
-from isthmus.protocol import framing, sealing
-from isthmus.protocol import messages as m
+from isthmus.protocol import framing, messages as m, sealing
 from isthmus.protocol.codecs import decode
 from isthmus.protocol.errors import (
     FrameError,
@@ -490,5 +488,5 @@ def test_wipe() -> None:
 def test_the_prefix_has_the_documented_layout() -> None:
     assert PREFIX.size == 34
     (frame,) = message_frames(8)
-    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 2, 0, 0, 11, 0, 1, 8)
+    assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 3, 0, 0, 11, 0, 1, 8)
     assert "prefix (34 bytes" in (sealing.__doc__ or "")

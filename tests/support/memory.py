@@ -1,7 +1,8 @@
-"""A cloud without a network, a thread or a clock, and a transport that spoils what passes through it.
+"""A cloud without a network or a clock, and a transport that spoils what passes through it.
 
 `MemoryTransport` hands every frame straight to a `CloudSession` and a `TenantSession`, so a test of the link takes
-milliseconds and goes the same way each time.
+milliseconds and goes the same way each time. As in the real server, a message's bytes are overwritten when its turn is
+over.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 
 from support.wire import NOW, TENANT, identity
 
+from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.server import Served
 from isthmus.cloud.tenant import TenantSession
 from isthmus.edge.transport import Stream, Transport
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.errors import ConnectionLostError, RemoteProtocolError
+from isthmus.protocol.packing import pack, unpack
+from isthmus.protocol.sealing import wipe
 from isthmus.protocol.session import CloudSession, Received
 
 
@@ -33,6 +37,8 @@ class MemoryCloud:
     answer: Callable[[m.Message], m.Message | None] = lambda message: (
         None
     )  # a test's own answer instead of the real one
+    threads: CallThreads = field(default_factory=lambda: CallThreads(1))
+    streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         self.sessions.append(session_id.hex())
@@ -51,7 +57,8 @@ class MemoryTransport:
         self.opened += 1
         if not self.up:
             raise ConnectionLostError("the cloud is down")
-        return _MemoryStream(self.cloud)
+        self.cloud.streams.append(_MemoryStream(self.cloud))
+        return self.cloud.streams[-1]
 
     def close(self) -> None:
         pass
@@ -77,7 +84,10 @@ class _MemoryStream:
             return
         self._answers.extend(event.frames)
         if isinstance(event, Received):
-            answer = self._answer(event.message)
+            try:
+                answer = self._answer(event.message)
+            finally:
+                wipe(event.body)
             if answer is not None:
                 self._answers.extend(self._session.send(answer))
 
@@ -95,7 +105,7 @@ class _MemoryStream:
             self._work.close()
 
     def _answer(self, message: m.Message) -> m.Message | None:
-        self._cloud.seen.append(message)
+        self._cloud.seen.append(_copied(message))
         own = self._cloud.answer(message)
         if own is not None:
             return own
@@ -104,11 +114,17 @@ class _MemoryStream:
             session_id = bytes.fromhex(self._cloud.sessions[-1])
             if self._session.tenant is None:
                 raise AssertionError("the session does not stand")
-            self._work = served.session(session_id, self._session.tenant)
+            self._work = served.session(session_id, self._session.tenant, self._cloud.threads)
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
         return self._work.handle(message)
+
+
+def _copied(message: m.Message) -> m.Message:
+    """The same message over bytes of its own."""
+    header, buffers = pack(message)
+    return unpack(header, bytearray(b"".join(buffers)))
 
 
 # A fault takes a frame and says what arrives in its place; "cut" breaks the stream instead.

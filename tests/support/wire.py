@@ -9,6 +9,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
 
+from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
 from isthmus.protocol.enrolment import Tenant
@@ -129,15 +130,52 @@ def span_inputs(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> m.Span
 @st.composite
 def forwards(draw: st.DrawFn) -> m.Forward:
     inputs = draw(span_inputs())
-    keep, reply = draw(st.booleans()), draw(reply_codecs)
-    return m.Forward(draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply)
+    keep, reply, sites, wanted = draw(st.booleans()), draw(reply_codecs), draw(u32), draw(st.booleans())
+    return m.Forward(
+        draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply, sites, wanted
+    )
 
 
 @st.composite
 def backwards(draw: st.DrawFn) -> m.Backward:
     gradient = draw(hidden_states(Role.GRADIENT))
     replay = draw(st.none() | span_inputs(shape=gradient.shape))
-    return m.Backward(draw(call_ids), gradient, replay, draw(reply_codecs))
+    return m.Backward(draw(call_ids), gradient, replay, draw(reply_codecs), draw(u32), draw(st.booleans()))
+
+
+parts = st.just("") | st.from_regex(r"[A-Za-z0-9_]{1,20}(\.[A-Za-z0-9_]{1,20}){0,3}", fullmatch=True)
+
+
+@st.composite
+def site_entries(draw: st.DrawFn) -> SiteSpec:
+    part = draw(parts)
+    at_linear = [Placement.EDGE, Placement.LOW_RANK, Placement.LEASED]
+    placement = draw(st.sampled_from(at_linear if part else [Placement.EDGE, Placement.TAP]))
+    if placement not in (Placement.LOW_RANK, Placement.TAP):
+        return SiteSpec(draw(u32), part, placement)
+    rank = draw(st.integers(1 if part else 0, (1 << 16) - 1))
+    return SiteSpec(draw(u32), part, placement, rank, draw(st.integers(0, (1 << 64) - 1)), draw(st.sampled_from(Basis)))
+
+
+lists_of_sites = st.builds(m.Sites, st.integers(1, (1 << 32) - 1), st.lists(site_entries(), min_size=1).map(tuple))
+
+
+@st.composite
+def site_questions(draw: st.DrawFn) -> m.SiteQuestion:
+    phase = draw(st.sampled_from(m.SitePhase))
+    sites = tuple(draw(st.lists(u16, min_size=1, max_size=3, unique=True)))
+    role, count = {
+        m.SitePhase.FORWARD: (Role.ACTIVATION, 1),
+        m.SitePhase.AGAIN: (Role.ACTIVATION, 0),
+    }.get(phase, (Role.GRADIENT, len(sites)))
+    tensors = tuple(draw(hidden_states(role)) for _ in range(count))
+    return m.SiteQuestion(draw(call_ids), phase, sites, tensors, draw(u64), draw(u64), draw(u64))
+
+
+@st.composite
+def site_answers(draw: st.DrawFn) -> m.SiteAnswer:
+    role = draw(st.sampled_from([Role.ACTIVATION, Role.GRADIENT]))
+    return m.SiteAnswer(draw(call_ids), tuple(draw(st.lists(hidden_states(role), max_size=3))))
 
 
 @st.composite
@@ -170,11 +208,14 @@ edge_messages = st.one_of(
     st.builds(m.Ping, u64),
     puts(),
     st.builds(m.PlugIn, lists_of_files(1, 8)),
+    lists_of_sites,
+    site_answers(),
     goodbyes,
 )
 cloud_messages = st.one_of(
     st.builds(m.ForwardReply, call_ids, hidden_states(), u64, u64, u64),
-    st.builds(m.BackwardReply, call_ids, hidden_states(Role.GRADIENT), u64, u64, u64, st.booleans()),
+    st.builds(m.BackwardReply, call_ids, st.none() | hidden_states(Role.GRADIENT), u64, u64, u64, st.booleans()),
+    site_questions(),
     blobs(),
     st.builds(m.FileList, lists_of_files(0, 5)),
     st.builds(m.PutReply, names, digests, u64),

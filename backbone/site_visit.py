@@ -1,0 +1,291 @@
+"""One pass through a span whose linears and layers ask a visitor what to add to their output.
+
+Bit for bit: a single process with PEFT adds up the gradients of a shared input in the reverse order of the modules, an
+adapter's before its linear's. The graph that is built here has the same nodes in the same order, and one node more
+behind each group, which waits for all its gradients before it asks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isthmus.backbone.site_spec import Placement, SiteSpec
+
+
+class Visitor(Protocol):
+    """Answers for the sites of a group. Sites are numbered as they were bound.
+
+    What a site is asked about is its own input `[B, S, in]` if it is placed on the edge, and `A x` `[B, S, r]` if it is
+    a low-rank one; its contribution is `[B, S, out]`, or `[B, S, r]`, in any floating point dtype.
+    """
+
+    def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """The contributions of `sites`, one for each of `inputs`.
+
+        Without them it is the second time, as the span has to be computed again: the answer is the same as before.
+        """
+
+    def backward(self, sites: Sequence[int], gradients: Sequence[Tensor], *, wanted: bool) -> Sequence[Tensor | None]:
+        """What the `gradients` of the contributions give the inputs.
+
+        Unless they are `wanted`, nothing below needs them, and the answer may be empty.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Linears that read one input, in running order, and which of them are sites: place among them -> site."""
+
+    members: tuple[nn.Module, ...]
+    sites: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundSites:
+    """Sites that a span knows the modules of.
+
+    Attributes:
+        specs: What was asked for.
+        groups: Linear -> its group; those of groups without a site are not among them.
+        blocks: Layer -> the site behind it.
+        taps: Layer -> the tap behind it.
+        bases: Low-rank site -> its `A` `[r, in]` and `B` `[out, r]`.
+        projections: Tap -> what makes it narrower, `[width, h]`.
+    """
+
+    specs: tuple[SiteSpec, ...]
+    groups: Mapping[nn.Module, Group]
+    blocks: Mapping[nn.Module, int]
+    taps: Mapping[nn.Module, int]
+    bases: Mapping[int, tuple[Tensor, Tensor]]
+    projections: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeasedWeights:
+    """A LoRA that was lent: `scale · B A x`, with `A` `[r, in]` and `B` `[out, r]` leaves of the graph."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The contribution `[B, S, out]`, in PEFT's order of operations."""
+        return functional.linear(functional.linear(x, self.down), self.up) * self.scale
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """A pass with a visitor.
+
+    Attributes:
+        sites: Where to ask.
+        visitor: Whom.
+        leased: The weights of leased sites.
+        again: Whether this repeats a forward whose questions have been answered.
+        anchor: A scalar that every contribution depends on: the gradient of an output with respect to it runs the
+            backward through all sites, also where the span's own input wants none.
+        tapped: What has come out of the taps so far.
+    """
+
+    sites: BoundSites
+    visitor: Visitor
+    leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
+    again: bool = False
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    tapped: dict[int, Tensor] = field(default_factory=dict)
+    _ready: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def linear(self, module: AskingLinear, x: Tensor) -> Tensor:
+        """The output of a linear, with what its site adds."""
+        group = self.sites.groups.get(module)
+        if group is None:
+            return module.plain(x)
+        if module not in self._ready:
+            self._ready.update(zip(group.members, self._outputs(group, x), strict=True))
+        return self._ready.pop(module)
+
+    def layer(self, module: nn.Module, output: Any) -> Any:
+        """The output of a decoder layer, with what the site behind it adds."""
+        if module in self.sites.taps:
+            tap = self.sites.taps[module]
+            hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            projection = self.sites.projections.get(tap)
+            self.tapped[tap] = hidden if projection is None else functional.linear(hidden, projection)
+        site = self.sites.blocks.get(module)
+        if site is None:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        exchange = _Exchange((site,), hidden.requires_grad)
+        (answer,) = self._answers(exchange, [hidden])
+        contribution = self._contribution(hidden, answer, exchange, 0).to(hidden.dtype)
+        (result,) = self._joined(exchange, [hidden + contribution], (0,))
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def _outputs(self, group: Group, x: Tensor) -> list[Tensor]:
+        """The outputs of all linears of a group, in the order in which a single process computes them."""
+        asked = {place: site for place, site in group.sites.items() if self.sites.specs[site].asks}
+        exchange = _Exchange(tuple(asked.values()), x.requires_grad)
+        inputs = [self._input(site, x) for site in exchange.sites]
+        answers = self._answers(exchange, inputs) if asked else ()
+        outputs = []
+        for place, member in enumerate(group.members):
+            output = cast(AskingLinear, member).plain(x)
+            site = group.sites.get(place)
+            if site is not None and site in self.leased:
+                output = output + self.leased[site](x)
+            elif site is not None:
+                at = exchange.sites.index(site)
+                added = self._contribution(inputs[at], answers[at], exchange, at)
+                if self._is_low(site):
+                    added = functional.linear(added.to(output.dtype), self.sites.bases[site][1])
+                output = (output + added).to(output.dtype)  # as PEFT does: the sum is rounded, and not what is added
+            outputs.append(output)
+        return self._joined(exchange, outputs, tuple(asked)) if asked else outputs
+
+    def _is_low(self, site: int) -> bool:
+        return self.sites.specs[site].placement == Placement.LOW_RANK
+
+    def _input(self, site: int, x: Tensor) -> Tensor:
+        return functional.linear(x, self.sites.bases[site][0]) if self._is_low(site) else x
+
+    def _answers(self, exchange: _Exchange, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.visitor.forward(exchange.sites, None if self.again else inputs)
+
+    def _contribution(self, x: Tensor, answer: Tensor, exchange: _Exchange, at: int) -> Tensor:
+        result: Tensor = _Contribution.apply(self.anchor, x, answer, exchange, at)  # type: ignore[no-untyped-call]  # torch
+        return result
+
+    def _joined(self, exchange: _Exchange, outputs: list[Tensor], places: tuple[int, ...]) -> list[Tensor]:
+        if not torch.is_grad_enabled():
+            return outputs
+        return list(_Joined.apply(exchange, places, *outputs))  # type: ignore[no-untyped-call]  # torch
+
+    def gradients(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Ask for what the `gradients` of the outputs of the asked linears give their inputs."""
+        given = [
+            functional.linear(gradient, self.sites.bases[site][1].T) if self._is_low(site) else gradient
+            for site, gradient in zip(exchange.sites, gradients, strict=True)
+        ]
+        return list(self.visitor.backward(exchange.sites, given, wanted=exchange.wanted))
+
+
+@dataclass(slots=True, eq=False)
+class _Exchange:
+    """What a group's two nodes share on the way back."""
+
+    sites: tuple[int, ...]
+    wanted: bool  # whether the input's gradient leads anywhere
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+
+class _Contribution(torch.autograd.Function):
+    """What the edge adds at one site. On the way back it hands on what the edge has answered for the input."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, _x: Tensor, answer: Tensor, exchange: _Exchange, at: int) -> Tensor:
+        ctx.exchange, ctx.at = exchange, at
+        return answer.view_as(answer)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, Tensor | None, None, None, None]:
+        answered = ctx.exchange.gradients
+        return None, answered[ctx.at] if answered else None, None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    """The outputs of a group as they are. On the way back it asks, once all their gradients are there."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: _Exchange, places: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.places = exchange, places
+        ctx.set_materialize_grads(True)
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        visit: Visit = _thread.visit  # the present call's: it may be another than the forward's
+        asked = [gradients[place].detach() for place in ctx.places]
+        ctx.exchange.gradients = visit.gradients(ctx.exchange, asked)
+        return None, None, *gradients
+
+
+# The present thread's pass ------------------------------------------------------------------------------------------
+
+_thread = threading.local()
+
+
+@contextmanager
+def visiting(visit: Visit | Spotter) -> Iterator[None]:
+    """Let the span's modules ask in what this thread computes inside, forward or backward."""
+    before = getattr(_thread, "visit", None)
+    _thread.visit = visit
+    try:
+        yield
+    finally:
+        _thread.visit = before
+
+
+class Spotter:
+    """Takes down which linears read which input, instead of asking."""
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[Tensor, list[nn.Module]]] = []  # the tensors stay alive, so that they stay different
+
+    def linear(self, module: AskingLinear, x: Tensor) -> Tensor:
+        """The plain output."""
+        for known, members in self.inputs:
+            if known is x and module not in members:
+                members.append(module)
+                break
+        else:
+            self.inputs.append((x, [module]))
+        return module.plain(x)
+
+    def layer(self, _module: nn.Module, output: Any) -> Any:
+        """The plain output."""
+        return output
+
+
+class AskingLinear(nn.Module):
+    """Mixed into the class of a linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear's output, with what a site adds where a visit goes on."""
+        visit: Visit | Spotter | None = getattr(_thread, "visit", None)
+        return self.plain(x) if visit is None else visit.linear(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The linear itself."""
+        return cast(Tensor, super().forward(x))  # that of the class that stands behind
+
+
+class AskingLayer(nn.Module):
+    """Mixed into the class of a decoder layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, with what a site adds where a visit goes on."""
+        output = super().forward(*args, **kwargs)  # that of the class that stands behind
+        visit: Visit | Spotter | None = getattr(_thread, "visit", None)
+        return output if visit is None else visit.layer(self, output)
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def make_able(module: nn.Module, mixin: type) -> None:
+    """Put `AskingLinear` or `AskingLayer` in front of a module's class; it computes the same where nobody visits."""
+    real = type(module)
+    if issubclass(real, mixin):
+        return
+    if (real, mixin) not in _classes:
+        _classes[real, mixin] = type(real.__name__, (mixin, real), {"__module__": real.__module__})
+    module.__class__ = _classes[real, mixin]

@@ -1,0 +1,161 @@
+"""Sites: the linears and layers of the cloud that carry an adapter of the edge, as the edge sees them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.backbone.bottleneck import BOTTLENECK, Bottleneck
+from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.low_rank import LOW_RANK, LowRankSite
+from isthmus.backbone.site_methods import check_method
+from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One place inside the span where the edge adds something.
+
+    Attributes:
+        name: The module's name in the whole model, such as `model.layers.7.self_attn.q_proj`.
+        spec: Where it is, and where it runs.
+        module: What computes the contribution.
+    """
+
+    name: str
+    spec: SiteSpec
+    module: nn.Module
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer's index in the whole model."""
+        return self.spec.layer
+
+    @property
+    def part(self) -> str:
+        """The module's name inside the layer; empty for what stands behind the layer as a whole."""
+        return self.spec.part
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained here."""
+        return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the contribution is computed."""
+        return next(self.module.parameters()).device
+
+    def contribution(self, x: Tensor) -> Tensor:
+        """What is added to the output of the linear whose input is `x` `[B, S, in]`: `[B, S, out]`.
+
+        For a layer, `x` is its output `[B, S, h]`; for a low-rank site it is `A x`, and the answer goes through `B`.
+        """
+        if isinstance(self.module, Bottleneck):
+            return self.module.change(x)
+        return cast(Tensor, self.module(x))  # its base is a skeleton, which gives zeros
+
+
+def find_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> Iterator[Site]:
+    """The sites of a model, layer by layer, in the order of the real layer's modules.
+
+    Adapters that are switched off are none.
+
+    Args:
+        layers: The decoder layers of the edge's model.
+        path: Their path in the whole model, such as `model.layers`.
+        cloud: Indices of the layers that the cloud holds.
+
+    Raises:
+        UnsupportedCallError: An adapter is merged.
+    """
+    for index in cloud:
+        layer = layers[index]
+        for part, module in layer.named_modules():
+            if _is_peft_layer(module) and _acts(module):
+                yield Site(f"{path}.{index}.{part}", SiteSpec(index, part), module)
+            elif isinstance(module, LowRankSite):
+                linear, basis = part.removesuffix(f".{LOW_RANK}"), Basis[module.init.upper()]
+                spec = SiteSpec(index, linear, Placement.LOW_RANK, module.rank, module.seed, basis)
+                yield Site(f"{path}.{index}.{linear}", spec, module)
+        block = getattr(layer, BOTTLENECK, None)
+        if isinstance(block, Bottleneck):
+            yield Site(f"{path}.{index}", SiteSpec(index, ""), block)
+
+
+def check_adapters(layers: nn.ModuleList, path: str, cloud: Sequence[int], configs: dict[str, Any]) -> None:
+    """Make sure that what PEFT has put on the cloud's layers works there.
+
+    Args:
+        layers: As for `find_sites`.
+        path: As for `find_sites`.
+        cloud: As for `find_sites`.
+        configs: PEFT's configurations by adapter.
+
+    Raises:
+        UnsupportedCallError: A method would be silently wrong, or something else than a linear is wrapped.
+    """
+    for index in cloud:
+        for part, module in layers[index].named_modules():
+            name = f"{path}.{index}.{part}".rstrip(".")
+            if _is_peft_layer(module):
+                for adapter in _adapters(module):
+                    if adapter in configs:
+                        check_method(name, module, configs[adapter])
+            elif type(module).__module__.startswith("peft.utils"):  # modules_to_save and the like
+                raise UnsupportedCallError(
+                    f"{name} is in the cloud and cannot be trained as a whole: name modules of the edge's own layers "
+                    "in modules_to_save"
+                )
+
+
+def _is_peft_layer(module: nn.Module) -> bool:
+    if "peft" not in sys.modules:  # nobody has wrapped anything, and the import takes seconds
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _adapters(module: Any) -> set[str]:
+    return {adapter for part in module.adapter_layer_names for adapter in getattr(module, part)}
+
+
+def _acts(module: Any) -> bool:
+    if module.merged:
+        raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
+    return not module.disable_adapters and bool(_adapters(module) & set(module.active_adapters))
+
+
+def leased(site: Site) -> Site:
+    """The same site, its weights lent to the cloud instead.
+
+    Raises:
+        UnsupportedCallError: Its adapter is not a plain LoRA, of which one acts and drops nothing out.
+    """
+    module: Any = site.module
+    active = [adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())]
+    if type(module).__module__ != "peft.tuners.lora.layer" or len(active) != 1:
+        raise UnsupportedCallError(
+            f"{site.name} cannot be leased: the cloud runs plain LoRA, one at a site; place it on the edge"
+        )
+    if any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.lora_dropout.values()):
+        raise UnsupportedCallError(
+            f"{site.name} cannot be leased with dropout, whose masks are drawn on the edge: give lora_dropout=0, or "
+            "place it on the edge"
+        )
+    if module.lora_A[active[0]].bias is not None or module.lora_B[active[0]].bias is not None:
+        raise UnsupportedCallError(f"{site.name} cannot be leased with lora_bias=True: leave the bias out")
+    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, Placement.LEASED), module)
+
+
+def lent_weights(site: Site) -> tuple[nn.Parameter, nn.Parameter, float]:
+    """`A` `[r, in]`, `B` `[out, r]` and the scale of a leased site."""
+    module: Any = site.module
+    (adapter,) = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])

@@ -1,0 +1,137 @@
+"""Calls that pause: a computation on a thread of its own that asks questions and waits for the answers.
+
+The span's layers are transformers' code and autograd's engine; neither can be left in the middle and entered again. A
+thread can. It and the one that drives it take turns, so there is never more than one of them that computes: what
+belongs to the compute thread stays as safe as if there were no other. A call that asks nothing ends in its first turn.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar, cast
+
+import torch
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R")
+
+MAX_CALLS = 256
+"""Calls of all sessions of a worker that may have begun and not ended."""
+
+
+class Abandoned(BaseException):
+    """Raised inside a call whose session is over."""
+
+
+class CallThreads:
+    """Threads for calls that pause.
+
+    Args:
+        threads: torch threads of each, the same as the compute thread has, as bits depend on it.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
+        self._free = threading.BoundedSemaphore(MAX_CALLS)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing and says `ended` at its end, on a thread of its own.
+
+        Raises:
+            ValueError: so many calls have paused that no thread is left; waiting for one could last for ever.
+        """
+        if not self._free.acquire(blocking=False):
+            raise ValueError(f"{MAX_CALLS} calls wait for their edges: try again in a moment")
+        self._pool.submit(work)
+
+    def ended(self) -> None:
+        """A thread that `start` gave away is free again."""
+        self._free.release()
+
+
+class Pause(Generic[Q]):
+    """A call has asked `question` and waits."""
+
+    def __init__(self, question: Q) -> None:
+        self.question = question
+
+
+class PausingCall(Generic[Q, A, R]):
+    """A computation that may ask.
+
+    Args:
+        work: The computation; it is given a function that asks a question and returns the answer.
+        threads: Where it runs.
+
+    Attributes:
+        busy_ns: How long it has computed so far, its pauses not counted.
+    """
+
+    def __init__(self, work: Callable[[Callable[[Q], A]], R], threads: CallThreads) -> None:
+        self.busy_ns = 0
+        self._threads = threads
+        self._turn = threading.Semaphore(0)  # the call may go on
+        self._back = threading.Semaphore(0)  # the call has paused or ended
+        self._question: Q | None = None
+        self._answer: A | None = None
+        self._result: R | None = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        threads.start(lambda: self._run(work))
+
+    def resume(self, answer: A | None = None) -> Pause[Q] | R:
+        """Let it go on, with the answer to its question if it has asked one; wait until it asks or ends.
+
+        Raises:
+            BaseException: What the computation raises.
+        """
+        start = time.perf_counter_ns()
+        self._answer = answer
+        self._turn.release()
+        self._back.acquire()
+        self.busy_ns += time.perf_counter_ns() - start
+        if self._question is not None:
+            question, self._question = self._question, None
+            return Pause(question)
+        # Nothing of the outcome stays here: an error holds the frames that it passed, and so the call's tensors.
+        result, error, self._result, self._error = self._result, self._error, None, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        return cast(R, result)
+
+    def abandon(self) -> None:
+        """End a call that has paused; what it computed is gone."""
+        self._abandoned = True
+        self._turn.release()
+        self._back.acquire()
+
+    def _run(self, work: Callable[[Callable[[Q], A]], R]) -> None:
+        self._turn.acquire()
+        try:
+            if not self._abandoned:
+                self._result = work(self._ask)
+        except Abandoned:
+            pass
+        except BaseException as error:  # noqa: BLE001  # raised again by `resume`
+            self._error = error
+        finally:
+            self._threads.ended()
+            self._back.release()
+
+    def _ask(self, question: Q) -> A:
+        self._question = question
+        self._back.release()
+        self._turn.acquire()
+        if self._abandoned:
+            raise Abandoned
+        answer, self._answer = self._answer, None
+        if answer is None:
+            raise RuntimeError("a paused call went on without an answer")
+        return answer
