@@ -2,11 +2,12 @@
 
     checkpoint-<step>/
         parameters.safetensors   what is trained, by name
-        optimizer.safetensors    AdamW's moments and step count, `<parameter>/<moment>`
+        optimizer.safetensors    the optimizer's moments and step counts, `<parameter>/<moment>`; empty without any
         method.safetensors       what the PEFT method remembers besides parameters (AdaLoRA), often empty
         random.safetensors       torch's random state, bytes
         losses.jsonl             the loss log up to this step
-        state.json               counters, Python's random state, whose run it is, and the SHA-256 of each file above
+        state.json               counters, Python's random state, whose run it is, what is remembered from step to step
+                                 besides tensors, and the SHA-256 of each file above
 
 A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
 is whole. A resumed run goes on exactly where the checkpoint was taken: on one machine and with as many threads, its
@@ -34,7 +35,7 @@ from isthmus.backbone.files import new_folder, remove_folder, sweep
 from isthmus.edge.config import TuningConfig
 from isthmus.edge.report import Spent
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TENSOR_FILES = ("parameters", "optimizer", "method", "random")
 
@@ -125,7 +126,8 @@ class Checkpoint:
     """The state between two optimizer steps.
 
     `step` counts applied steps; `epoch` and `position` (in micro-batches) say what comes next. `settings` are those
-    options that a run may not change half-way. `method_state` and `method_tensors` are the PEFT method's own.
+    options that a run may not change half-way. `method_state` and `method_tensors` are the PEFT method's own,
+    `observers` the states of what is called around every step.
     """
 
     step: int
@@ -143,6 +145,7 @@ class Checkpoint:
     spent: Spent
     method_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     method_state: Mapping[str, Any] = field(default_factory=dict)
+    observers: tuple[Mapping[str, Any], ...] = ()
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -192,6 +195,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "spent": checkpoint.spent.to_json(),
         "python_random": checkpoint.random.python,
         "method_state": dict(checkpoint.method_state),
+        "observers": [dict(state) for state in checkpoint.observers],
         "sha256": digests,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -247,6 +251,7 @@ def load(folder: Path) -> Checkpoint:
             spent=Spent.from_json(state["spent"]),
             method_tensors=tensors["method"],
             method_state=state["method_state"],
+            observers=tuple(state["observers"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / "state.json", f"an entry is missing or of the wrong kind: {error}") from error
@@ -278,7 +283,11 @@ def fixed_settings(config: TuningConfig, total: int, start: str | None) -> dict[
         start: The digest of the adapter that it went on from.
     """
     settings = config.model_dump(mode="json", exclude=set(_FREE))
-    planned = config.schedule != "constant" or config.method == "adalora"
+    planned = (
+        config.schedule != "constant"
+        or config.method == "adalora"
+        or getattr(config, "site_policy", "") == "kill-revive"
+    )
     return settings | {"total steps": total if planned else None, "the adapter to go on from": start}
 
 
@@ -306,6 +315,27 @@ def check_fits(
                 f"{folder} cannot be resumed: {what} was {saved!r} and is now {wanted!r}. "
                 "Resume with what it was started with, or give another --out."
             )
+
+
+def check_places(checkpoint: Checkpoint, folder: Path, parameters: Mapping[str, Tensor], n_observers: int) -> None:
+    """Refuse a checkpoint whose parameters, or whose observers, are not those of this run.
+
+    Raises:
+        CheckpointError: A name, a shape or the number of observers differs.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in checkpoint.parameters.items()}
+    if shapes != saved:
+        name = next(name for name in [*shapes, *saved] if shapes.get(name) != saved.get(name))
+        raise CheckpointError(
+            f"{folder} cannot be resumed: {name} has shape {saved.get(name)} there and {shapes.get(name)} "
+            "in this model. Resume with the model and method that it was started with."
+        )
+    if len(checkpoint.observers) != n_observers:
+        raise CheckpointError(
+            f"{folder} cannot be resumed: {len(checkpoint.observers)} observers have left their state there, and this "
+            f"run has {n_observers}. Resume with those that it was started with."
+        )
 
 
 def _digest(path: Path) -> str:

@@ -91,7 +91,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
-    codec: Annotated[str, typer.Option(help="How activations cross the strip: fp32, bf16, fp16 or int8.")] = "fp32",
+    codec: Annotated[str, typer.Option(help="How activations cross the strip, as for `train`.")] = "fp32",
     tls_ca: Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")] = None,
@@ -113,7 +113,8 @@ def generate(
             "tls_key": tls_key,
         },
     )
-    from isthmus.edge.run import open_link, run_generation
+    from isthmus.edge.run import run_generation
+    from isthmus.edge.strip import open_link
 
     with open_link(settings) as link:
         text = run_generation(

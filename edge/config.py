@@ -7,27 +7,39 @@ carries the sentence that `--help` shows. A flag wins over the file; a key that 
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.edge.config_text import check_name, one_line, read_layers, read_text, read_toml
 
 DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
 
-Method = Literal["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]
+Method = Literal[
+    "lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"
+]
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "lora-plus", "lora-fa", "mezo"]
 Schedule = Literal["constant", "linear", "cosine"]
+Sites = Literal["none", "all"] | tuple[int, ...]
+SitePolicyName = Literal["always", "kill-revive", "random", "even"]
 
 _FINGERPRINT = "SHA256:"
 _SCHEMES = ("isthmus://", "isthmus+tls://")
 
 # Two ways to say one thing: a flag that names one of a pair replaces what the file says about the other.
 _EXCLUSIVE = ("steps", "epochs")
+
+_METHODS_OF_OPTIMIZER: dict[str, tuple[Method, ...]] = {
+    "lora-plus": ("lora", "dora"),
+    "lora-fa": ("lora",),
+    # AdaLoRA chooses its ranks by gradients.
+    "mezo": ("lora", "dora", "ia3", "vera", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"),
+}
+_METHODS_WITHOUT_SITES: tuple[Method, ...] = ("prompt", "bottleneck", "bitfit", "ladder", "full")
 
 
 class TuningConfig(BaseModel):
@@ -69,24 +81,44 @@ class TuningConfig(BaseModel):
     epochs: int | None = Field(None, ge=1, description="Passes over the data; 1 when --steps is not given either.")
     batch: int = Field(4, ge=1, description="Examples per micro-batch.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="What moves the trained parameters: `adamw`; `lora-plus`, the same with a higher learning rate for "
+        "LoRA's B; `lora-fa`, which leaves LoRA's A as it is; `mezo`, which takes two forwards and no backward.",
+    )
+    lora_plus_ratio: float = Field(
+        16.0, ge=1, description="Learning rate of LoRA's B over that of A (optimizer `lora-plus`)."
+    )
+    mezo_eps: float = Field(
+        1e-3, gt=0, description="How far the two forwards of a step lie from the parameters (optimizer `mezo`)."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the optimizer.")
     schedule: Schedule = Field("linear", description="How the learning rate falls after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to its peak.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them as they are."
+        1.0,
+        ge=0,
+        description="Gradients are scaled down to this norm (`mezo`: the slope along its direction); 0 leaves them as "
+        "they are.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the adapter's start, of the data's order and of dropout.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seed of the adapter's start, of the data's order, of dropout and of the directions of `mezo`.",
+    )
 
     method: Method = Field(
         "lora",
-        description="What is trained; `bitfit` tunes the biases of the edge's own layers, `full` these layers whole.",
+        description="What is trained; `bitfit` tunes the biases of the edge's own layers, `full` these layers whole; "
+        "`low_rank` a small matrix between two frozen ones at each module, `ladder` a network beside the cloud.",
     )
     rank: int = Field(
         8,
         ge=1,
-        description="Rank of the adapter (lora, dora, vera; the average one that adalora ends with), or width of a "
-        "bottleneck.",
+        description="Rank of the adapter (lora, dora, vera, low_rank; the average one that adalora ends with), or "
+        "width of a bottleneck.",
     )
     alpha: float = Field(16.0, gt=0, description="Scale of the adapter: its product is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
@@ -94,6 +126,16 @@ class TuningConfig(BaseModel):
         None, description="Modules that get an adapter, q_proj,v_proj for example; the family's usual ones by default."
     )
     virtual_tokens: int = Field(16, ge=1, description="Length of the learned prompt (method `prompt`).")
+    basis: Literal["seeded", "svd"] = Field(
+        "seeded",
+        description="The frozen matrices of `low_rank`: drawn from --seed, known to both sides; or from the model's "
+        "own weights, which only the cloud has.",
+    )
+    taps: int = Field(4, ge=1, description="Layers of the cloud that a ladder reads, evenly spaced.")
+    tap_width: int | None = Field(
+        None, ge=1, description="Numbers of a tap for each token, by a random projection; by default all."
+    )
+    reduction: int = Field(8, ge=1, description="How many times narrower than the model a ladder is.")
     start_from: Path | None = Field(
         None,
         description="Adapter to go on from: another run's, or one tuned on an emulator. Its own rank, scale, modules "
@@ -154,6 +196,21 @@ class TuningConfig(BaseModel):
             raise ValueError("a prompt needs a completion: give completion_column or completion_template")
         return self
 
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        methods = _METHODS_OF_OPTIMIZER.get(self.optimizer, (self.method,))
+        if self.method not in methods:
+            raise ValueError(
+                f"optimizer = {self.optimizer!r} does not work on method {self.method}: "
+                f"use optimizer adamw, or method {' or '.join(methods)}"
+            )
+        if self.optimizer == "mezo" and self.dropout > 0:
+            raise ValueError(
+                f"dropout = {self.dropout} has no effect under optimizer mezo, whose two forwards must differ in the "
+                "parameters alone: give dropout = 0"
+            )
+        return self
+
 
 class TrainConfig(TuningConfig):
     """A run whose middle layers are in the cloud."""
@@ -164,8 +221,44 @@ class TrainConfig(TuningConfig):
     key: Path | None = Field(
         None, description="The edge's private key; without it, the default place of `isthmus edge keygen`."
     )
-    codec: Literal["fp32", "bf16", "fp16", "int8"] = Field(
-        "fp32", description="How activations and gradients cross the strip."
+    codec: str = Field(
+        "fp32",
+        description="How activations and gradients cross the strip: fp32, bf16, fp16, int8, int4 or int4-outliers; "
+        "FORWARD,BACKWARD; one for each of forward_up=, forward_down=, backward_up=, backward_down=; or auto, "
+        "auto:0.99, for the narrowest that keep the gradient's cosine.",
+    )
+    codec_every: int = Field(100, ge=1, description="Steps after which `auto` chooses the codecs again.")
+    overlap: int = Field(
+        1,
+        ge=1,
+        description="Micro-batches on their way at a time, each over a session of its own; at most --accumulate.",
+    )
+    span_cache_mib: int | None = Field(
+        None,
+        ge=1,
+        description="MiB of the disk, in --out, for the outputs of the cloud's layers, so that from the second epoch "
+        "on nothing crosses the strip; only where nothing is trained below them or in them.",
+    )
+    sites: Sites = Field(
+        "none",
+        description="The cloud's layers that get adapters beside the edge's own: `none`, `all`, or numbers and ranges "
+        "such as 4,7,10-12.",
+    )
+    site_placement: Literal["edge", "leased"] = Field(
+        "edge",
+        description="Where the adapters of sites run: on the `edge`; or, `leased`, on the cloud, which sees their "
+        "weights then (plain LoRA without dropout).",
+    )
+    site_policy: SitePolicyName = Field(
+        "always",
+        description="Which sites act at a step: `always` all; `kill-revive` those that lower the loss most for their "
+        "traffic; `random` and `even` a fixed choice within the same budget.",
+    )
+    site_traffic: float = Field(
+        0.145, gt=0, le=1, description="Share of the traffic of all sites that a choice of them may spend."
+    )
+    site_computation: float = Field(
+        0.195, gt=0, le=1, description="Share of the adapters' computation that a choice of sites may spend."
     )
     plugged: bool = Field(
         False, description="Use the adapter that the cloud has plugged in for this edge; to train is to go on from it."
@@ -181,8 +274,50 @@ class TrainConfig(TuningConfig):
     tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
     tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
 
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _read_sites(cls, value: object) -> object:
+        return value if isinstance(value, str) and value in {"none", "all"} else read_layers(value)
+
     @model_validator(mode="after")
     def _check_cloud_pairs(self) -> Self:
+        if self.sites != "none" and self.method in _METHODS_WITHOUT_SITES:
+            raise ValueError(
+                f"sites carry the adapters of linear layers, and method {self.method} has none: "
+                "give sites = none, or another method"
+            )
+        if self.site_policy != "always" and self.sites == "none":
+            raise ValueError(
+                f"site_policy = {self.site_policy!r} chooses among sites, and there are none: give --sites all"
+            )
+        if self.site_policy == "kill-revive" and self.optimizer == "mezo":
+            raise ValueError("site_policy = 'kill-revive' goes by gradients, and optimizer mezo has none: use another")
+        if self.site_placement == "leased" and (self.method != "lora" or self.dropout > 0):
+            raise ValueError(
+                f"site_placement = 'leased' runs plain LoRA on the cloud, not method {self.method} with dropout "
+                f"{self.dropout}: place it on the edge"
+            )
+        if self.site_policy != "always" and (self.method == "adalora" or self.optimizer == "lora-fa"):
+            who = "method adalora" if self.method == "adalora" else "optimizer lora-fa"
+            raise ValueError(
+                f"site_policy = {self.site_policy!r} leaves some sites without gradients, and {who} needs them of all: "
+                "give site_policy = always, or another method or optimizer"
+            )
+        if self.span_cache_mib is not None and self.sites != "none":
+            raise ValueError(
+                f"span_cache_mib = {self.span_cache_mib} keeps what the cloud's layers give, and adapters inside them "
+                "change it with every step: give sites = none, or leave the cache out"
+            )
+        if self.span_cache_mib is not None and self.codec.strip().startswith("auto"):
+            raise ValueError(
+                f"span_cache_mib = {self.span_cache_mib} keeps what has crossed with one codec, and codec = "
+                f"{self.codec!r} tries several: name a codec, or leave the cache out"
+            )
+        if self.overlap > self.accumulate:
+            raise ValueError(
+                f"overlap = {self.overlap} is more than the {self.accumulate} micro-batches of a step: "
+                "raise --accumulate, or lower --overlap"
+            )
         if self.plugged and self.start_from is not None:
             raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -197,7 +332,8 @@ class TrainConfig(TuningConfig):
         """
         if self.cloud.startswith(_SCHEMES):
             return self.cloud
-        return _read_text("cloud", self.cloud, "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it.")
+        remedy = "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it."
+        return read_text("cloud", self.cloud, "a connection string", remedy)
 
 
 class TuneConfig(TuningConfig):
@@ -220,7 +356,8 @@ class TuneConfig(TuningConfig):
             return None
         text = self.signer
         if not text.startswith((_FINGERPRINT, *_SCHEMES)):
-            text = _read_text("signer", text, "give SHA256:… as `isthmus cloud serve` prints it.")
+            remedy = "give SHA256:… as `isthmus cloud serve` prints it."
+            text = read_text("signer", text, "a fingerprint", remedy)
         return text.partition("#")[2] if text.startswith(_SCHEMES) else text
 
 
@@ -251,69 +388,19 @@ def load_config(
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.
     """
-    values = _read_toml(path) if path is not None else {}
+    values = read_toml(path) if path is not None else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in [*values, *given]:
-        _check_name(name, path if name in values else None, cls)
+        check_name(name, path if name in values else None, field_names(cls))
     if any(name in given for name in _EXCLUSIVE):
         for name in _EXCLUSIVE:
             values.pop(name, None)
     try:
         return cls.model_validate({**values, **given})
     except ValidationError as error:
-        raise ConfigError(_one_line(error, cls)) from error
+        raise ConfigError(one_line(error, cls)) from error
 
 
 def field_names(cls: type[TuningConfig]) -> list[str]:
     """The fields of a kind of run, its own ones first: where the middle layers are is what a user is asked first."""
     return sorted(cls.model_fields, key=lambda name: name in TuningConfig.model_fields)
-
-
-def _read_text(name: str, path: str, remedy: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        what = "a fingerprint" if name == "signer" else "a connection string"
-        raise ConfigError(
-            f"{name} = {path!r} is neither {what} nor a readable file ({_why(error)}): {remedy}"
-        ) from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the configuration file {path} cannot be read ({_why(error)}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"the configuration file {path} is not UTF-8 (byte {error.start}): save it as UTF-8."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the configuration file {path} is not TOML: {error}. Write `name = value` lines.") from error
-
-
-def _check_name(name: str, path: Path | None, cls: type[TuningConfig]) -> None:
-    known = field_names(cls)
-    if name in known:
-        return
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
-    place = f" in {path}" if path is not None else ""
-    raise ConfigError(f"unknown setting {name!r}{place}: {remedy}")
-
-
-def _one_line(error: ValidationError, cls: type[TuningConfig]) -> str:
-    """The first of pydantic's complaints as one sentence with the field, its value and what it is for."""
-    first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return f"{reason}."
-    name = str(first["loc"][0])
-    meaning = cls.model_fields[name].description
-    if first["type"] == "missing":
-        return f"{name!r} is missing: give --{name.replace('_', '-')} or set it in the file. {meaning}"
-    return f"{name} = {first['input']!r}: {reason[:1].lower()}{reason[1:]}. {meaning}"
-
-
-def _why(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -100,7 +100,7 @@ def _session(cloud: str, key: Path, tls_ca: Path | None, tls_cert: Path | None, 
     """A link for a command that may be interrupted and repeated."""
     tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
     settings = load_config(None, {"cloud": cloud, "key": key, "data": "-", **tls}, TrainConfig)
-    from isthmus.edge.run import open_link
+    from isthmus.edge.strip import open_link
 
     try:
         with open_link(settings) as link:

@@ -4,15 +4,14 @@ What PEFT has goes through PEFT; this file chooses its configuration and keeps t
 one place (what AdaLoRA does after a step and remembers between steps, how an adapter is scored). How an adapter is
 saved and loaded is in `isthmus.backbone.adapters`.
 
-Adapters are restricted by layer index to what the edge holds, and the saved adapter says so: loaded into the full
-model, it touches the same layers. `build_peft(whole_model, config, layers=plan.edge_layers)` gives the same adapters in
-one process.
+Adapters go to the layers that the edge holds and to the cloud's layers that `config.sites` names, and PEFT is told the
+modules by their full names: loaded into the full model, a saved adapter touches the same modules.
+`build_peft(whole_model, config, layers=plan.edge_layers)` gives the same adapters in one process.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from isthmus.backbone.adapters import (
 )
 from isthmus.backbone.bottleneck import Bottleneck
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.own_adapters import add_bottlenecks, unfreeze_biases
-from isthmus.edge.config import TuningConfig
+from isthmus.backbone.ladder import add_ladder
+from isthmus.backbone.low_rank import add_low_rank
+from isthmus.backbone.own_adapters import add_bottlenecks, decoder_layers, unfreeze_biases
+from isthmus.edge.config import TrainConfig, TuningConfig
 
 __all__ = [
     "after_step",
@@ -59,8 +60,8 @@ def build_peft(
 
     Args:
         model: A transformers causal LM, whole or split.
-        config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens`, `seed` and `start_from` are
-            used.
+        config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens`, `seed`, `start_from` and, of a
+            `TrainConfig`, `sites` are used.
         total_steps: Steps of the run, which AdaLoRA plans its ranks by.
         layers: Decoder layers to adapt; by default those that the edge holds, or all layers of a whole model. An
             adapter to go on from has its own.
@@ -70,13 +71,15 @@ def build_peft(
 
     Raises:
         CheckpointError: The adapter to go on from does not fit the model.
-        ConfigError: No layer of the edge has such a module, nothing would be trained, or the adapter to go on from was
-            made by another method.
+        ConfigError: No chosen layer has such a module, a layer of `sites` is not the cloud's or has no module to adapt,
+            or the adapter to go on from was made by another method.
     """
     plan = getattr(model, "split_plan", None)
-    if layers is None and plan is not None:
-        layers = plan.edge_layers
-    if layers is not None and not layers and config.method != "prompt":
+    own_layers = layers
+    if own_layers is None:
+        own_layers = range(model.config.num_hidden_layers) if plan is None else plan.edge_layers
+    interior = _interior_layers(config, plan)
+    if not own_layers and not interior and config.method not in ("prompt", "ladder"):
         raise ConfigError(
             f"method = {config.method!r} has no layer to work on, as the edge holds none: "
             "use method prompt, or a plan with edge layers."
@@ -84,7 +87,6 @@ def build_peft(
     torch.manual_seed(config.seed)
     if config.start_from is not None:
         return _go_on(model, config, config.start_from)
-    own_layers = range(model.config.num_hidden_layers) if layers is None else layers
     if config.method == "full":
         unfreeze_layers(model, own_layers)
         return model
@@ -94,13 +96,39 @@ def build_peft(
     if config.method == "bitfit":
         unfreeze_biases(model, own_layers)
         return model
+    if config.method == "ladder":
+        taps = _tapped_layers(plan, config)
+        add_ladder(model, taps, reduction=config.reduction, tap_width=config.tap_width, seed=config.seed)
+        return model
+    if config.method == "prompt":
+        return peft.get_peft_model(model, _prompt_config(model, config))
+    targets = _targets(config, model.config.model_type)
+    names = _modules_in(model, interior, targets)
+    if interior and not names:
+        raise ConfigError(
+            f"sites = {_sites_text(config)}: this model has no sites in the cloud's layers: give --sites none."
+        )
+    names |= _modules_in(model, own_layers, targets)
+    if not names:
+        raise ConfigError(
+            f"method = {config.method!r} finds no module named {', '.join(targets)} in the layers that it works on: "
+            "give other --target-modules."
+        )
+    if config.method == "low_rank":
+        in_order = [name for name, _ in model.named_modules() if name in names]
+        add_low_rank(model, in_order, config.rank, alpha=config.alpha, seed=config.seed, init=config.basis)
+        return model
     try:
         with without_known_warnings():
-            return peft.get_peft_model(model, _peft_config(model, config, layers, total_steps))
+            tuned = peft.get_peft_model(model, _peft_config(model, config, names, total_steps))
     except ValueError as error:
-        targets = "the usual target modules" if config.target_modules is None else ", ".join(config.target_modules)
         reason = " ".join(str(error).split())
-        raise ConfigError(f"method = {config.method!r} on {targets} does not fit this model: {reason}") from error
+        raise ConfigError(
+            f"method = {config.method!r} on {', '.join(targets)} does not fit this model: {reason}"
+        ) from error
+    # PEFT shortens a long list to what tells the modules apart in this model, which need not do so in the whole one.
+    tuned.active_peft_config.target_modules = set(names)
+    return tuned
 
 
 def _go_on(model: Any, config: TuningConfig, adapter: Path) -> Any:
@@ -123,33 +151,87 @@ def _go_on(model: Any, config: TuningConfig, adapter: Path) -> Any:
     return loaded
 
 
-def _peft_config(model: Any, config: TuningConfig, layers: Sequence[int] | None, total_steps: int | None) -> Any:
-    family = model.config.model_type
-    causal = peft.TaskType.CAUSAL_LM
-    if config.method == "prompt":
-        if getattr(model.config, "word_embed_proj_dim", model.config.hidden_size) != model.config.hidden_size:
-            raise ConfigError(
-                "method = 'prompt' learns rows as wide as the hidden states, and this model's embedding has rows of "
-                f"{model.config.word_embed_proj_dim}: use another method."
-            )
-        return peft.PromptTuningConfig(task_type=causal, num_virtual_tokens=config.virtual_tokens)
-    if config.method == "ia3":
-        targets = _targets(config, constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING | _IA3_DEFAULTS, family)
-        feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | _IA3_FEEDFORWARD_DEFAULTS
-        inner = [name for name in feedforward.get(family, []) if name in targets]
-        # IA³ has no choice of layers, so the layers go into a pattern of names.
-        pattern = _pattern(targets, layers) if layers is not None else targets
-        return peft.IA3Config(
-            task_type=causal, target_modules=pattern, feedforward_modules=inner, fan_in_fan_out=family == "gpt2"
+def _interior_layers(config: TuningConfig, plan: Any) -> Sequence[int]:
+    """The cloud's layers that `config.sites` names."""
+    sites = config.sites if isinstance(config, TrainConfig) else "none"
+    if sites == "none":
+        return ()
+    cloud = () if plan is None else tuple(plan.cloud)
+    if not cloud:
+        raise ConfigError(f"sites = {_sites_text(config)}: the cloud holds no layer of this model: give --sites none.")
+    if sites == "all":
+        return cloud
+    strange = [layer for layer in sites if layer not in cloud]
+    if strange:
+        raise ConfigError(
+            f"sites = {_sites_text(config)}: layer {strange[0]} is not the cloud's, which holds layers {cloud[0]} to "
+            f"{cloud[-1]}: name some of these; the edge's own layers have adapters anyway."
         )
+    return sites
+
+
+def _tapped_layers(plan: Any, config: TuningConfig) -> list[int]:
+    """Layers of the cloud at even distances, the last one among them."""
+    if plan is None or not len(plan.cloud):
+        raise ConfigError("method = 'ladder' stands beside the cloud's layers, and there are none: use another method.")
+    n = len(plan.cloud)
+    if config.taps > n:
+        raise ConfigError(f"taps = {config.taps}: the cloud holds {n} layers: give at most these.")
+    return [plan.cloud.start + (i + 1) * n // config.taps - 1 for i in range(config.taps)]
+
+
+def _sites_text(config: TuningConfig) -> str:
+    sites = config.sites if isinstance(config, TrainConfig) else "none"
+    return sites if isinstance(sites, str) else ",".join(map(str, sites))
+
+
+def _modules_in(model: Any, layers: Iterable[int], targets: Sequence[str]) -> set[str]:
+    """Full names of the modules inside `layers` whose names are, or end in, one of `targets`."""
+    path, stack = decoder_layers(model)
+    inside = (f"{path}.{index}.{name}" for index in layers for name, _ in stack[index].named_modules() if name)
+    return {name for name in inside if _is_one_of(name, targets)}
+
+
+def _is_one_of(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _targets(config: TuningConfig, family: str) -> Sequence[str]:
+    """The modules that get an adapter, by short names."""
+    if config.target_modules is not None:
+        return config.target_modules
+    if config.method == "ia3":
+        defaults = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING | _IA3_DEFAULTS
+    else:
+        defaults = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _LORA_DEFAULTS
+    if family not in defaults:
+        raise ConfigError(
+            f"there are no usual target modules for the family {family!r}: name them with --target-modules."
+        )
+    return list(defaults[family])
+
+
+def _prompt_config(model: Any, config: TuningConfig) -> Any:
+    if getattr(model.config, "word_embed_proj_dim", model.config.hidden_size) != model.config.hidden_size:
+        raise ConfigError(
+            "method = 'prompt' learns rows as wide as the hidden states, and this model's embedding has rows of "
+            f"{model.config.word_embed_proj_dim}: use another method."
+        )
+    return peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=config.virtual_tokens)
+
+
+def _peft_config(model: Any, config: TuningConfig, names: set[str], total_steps: int | None) -> Any:
+    """PEFT's configuration of the method, for the modules with these full names."""
+    family = model.config.model_type
     common: dict[str, Any] = {
-        "task_type": causal,
-        "target_modules": _targets(
-            config, constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _LORA_DEFAULTS, family
-        ),
-        "layers_to_transform": None if layers is None else list(layers),
+        "task_type": peft.TaskType.CAUSAL_LM,
+        "target_modules": set(names),
         "fan_in_fan_out": family == "gpt2",  # its linear layers are stored transposed
     }
+    if config.method == "ia3":
+        feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | _IA3_FEEDFORWARD_DEFAULTS
+        inner = {name for name in names if _is_one_of(name, feedforward.get(family, []))}
+        return peft.IA3Config(feedforward_modules=inner, **common)
     if config.method == "vera":
         return peft.VeraConfig(r=config.rank, vera_dropout=config.dropout, projection_prng_key=config.seed, **common)
     common |= {"lora_alpha": config.alpha, "lora_dropout": config.dropout}
@@ -163,22 +245,6 @@ def _peft_config(model: Any, config: TuningConfig, layers: Sequence[int] | None,
         phases = {"tinit": total // 10, "tfinal": total // 5, "total_step": total}
         return peft.AdaLoraConfig(init_r=first, target_r=config.rank, **phases, **common)
     return peft.LoraConfig(r=config.rank, use_dora=config.method == "dora", **common)
-
-
-def _targets(config: TuningConfig, defaults: dict[str, Any], family: str) -> list[str]:
-    if config.target_modules is not None:
-        return list(config.target_modules)
-    if family not in defaults:
-        raise ConfigError(
-            f"there are no usual target modules for the family {family!r}: name them with --target-modules."
-        )
-    return list(defaults[family])
-
-
-def _pattern(targets: Sequence[str], layers: Sequence[int]) -> str:
-    """A pattern for PEFT: modules whose names end in one of `targets`, inside one of `layers`."""
-    indices, names = "|".join(map(str, layers)), "|".join(map(re.escape, targets))
-    return rf".*\.({indices})\.(.*\.)?({names})"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

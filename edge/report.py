@@ -41,6 +41,7 @@ class StripTotals:
     bytes_up: int = 0
     bytes_down: int = 0
     calls: int = 0
+    round_trips: int = 0
     wire_s: float = 0.0
     crypto_s: float = 0.0
     cloud_s: float = 0.0
@@ -199,10 +200,14 @@ def flops(edge_parameters: int, trained_parameters: int, span_parameters: int, p
 
 
 def linear_parameters(model: nn.Module) -> int:
-    """Weights of the linear layers of `model` (GPT-2's transposed ones included): the N of the FLOPs formula."""
+    """Weights of the linear layers of `model` (GPT-2's transposed ones included): the N of the FLOPs formula.
+
+    Those that the cloud holds are not among them: their skeletons have no weights.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sum(linear.weight.numel() for linear in linears if isinstance(linear.weight, nn.Parameter))
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

@@ -16,33 +16,17 @@ from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batches, load_data
 from isthmus.edge.evaluate import evaluate
-from isthmus.edge.link import Link, connect
-from isthmus.edge.methods import build_peft
-from isthmus.edge.process import no_core_files
+from isthmus.edge.link import Link
+from isthmus.edge.live_sites import live_sites
+from isthmus.edge.methods import build_peft, trained
+from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import Report, linear_parameters
 from isthmus.edge.schedule import total_steps
+from isthmus.edge.strip import cache_of, open_link, strip_of
 from isthmus.edge.trainer import Trainer
-from isthmus.edge.transport import Tls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def open_link(config: TrainConfig) -> Link:
-    """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises."""
-    no_core_files()
-    tls = None
-    if config.tls_ca or config.tls_cert or config.tls_key:
-        tls = Tls(config.tls_ca, config.tls_cert, config.tls_key)
-    return connect(
-        config.connection_text(),
-        key=config.key,
-        codec=config.codec,
-        tls=tls,
-        connect_timeout=config.connect_timeout,
-        give_up_after=config.give_up_after,
-        call_timeout=config.call_timeout,
-    )
 
 
 def run_training(config: TrainConfig) -> Report:
@@ -61,22 +45,34 @@ def train_over(link: Link, config: TrainConfig) -> Report:
         torch.set_num_threads(config.threads)
     info = link.info
     data = load_data(config, link.load_tokenizer())
-    model = link.load_model()
     if config.plugged:
         config = config.model_copy(update={"start_from": link.plugged_adapter()})
-    span_parameters = _span_parameters(model, link.plan)
-    trainer = Trainer(
-        build_peft(model, config, total_steps=total_steps(config, len(data.train))),
-        data,
-        config,
-        ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
-        meter=link,
-        codec=config.codec,
-        span_parameters=span_parameters,
-        cloud_peak=link.cloud_peak_bytes,
-    )
-    link.watch(trainer.check_stop)
-    return trainer.fit().report
+    total = total_steps(config, len(data.train))
+    progress = TrainProgress(total, config.log_every)
+    with strip_of(link, config) as strip:
+        model = strip.load_model(leased=config.site_placement == "leased")
+        tuned = build_peft(model, config, total_steps=total)
+        # Sites first: codecs are chosen for those of the coming step.
+        observers = (
+            live_sites(model, config, total, progress.message),
+            strip.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
+        )
+        with cache_of(link, config, tuned):
+            trainer = Trainer(
+                tuned,
+                data,
+                config,
+                ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
+                meter=strip.meter,
+                codec=config.codec,
+                span_parameters=_span_parameters(model, link.plan),
+                cloud_peak=link.cloud_peak_bytes,
+                progress=progress,
+                step_observers=[observer for observer in observers if observer is not None],
+                lanes=strip.lanes,
+            )
+            strip.watch(trainer.check_stop)
+            return trainer.fit().report
 
 
 def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The data owner's training loop. It knows nothing of where the model's middle layers run.
 
-One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs), weights
-each one's mean loss by its labels, so that the step's loss is the mean over all its labels whatever the micro-batches'
-sizes, clips, and moves the parameters with AdamW.
+One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs). What is
+done with them is the rule's business (`isthmus.edge.step_rule`). A step's loss is the mean over all its labels,
+whatever the micro-batches' sizes.
 
 A step is applied whole or not at all. Whatever goes wrong in the middle of one, the parameters are still those after
 the last applied step; the random state from before the step is at hand; so a checkpoint can be written then, and the
@@ -12,29 +12,29 @@ resume as the checkpoint had it.
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import random
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from isthmus.backbone.adapters import adapter_digest, save_adapter
-from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, IsthmusError, NonFiniteError
+from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError, NonFiniteError
 from isthmus.backbone.files import claim, disk_errors, write_atomic
 from isthmus.backbone.stopping import Interrupted, StopRequest
-from isthmus.edge import checkpoint as checkpoints
-from isthmus.edge import methods
+from isthmus.edge import checkpoint as checkpoints, methods
 from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState
 from isthmus.edge.config import TuningConfig
-from isthmus.edge.data import Batch, Batches, TrainingData, label_count
-from isthmus.edge.evaluate import computing_in, evaluate, to_device
+from isthmus.edge.curves import AddPoints, no_curves, open_curves
+from isthmus.edge.data import Batches, TrainingData
+from isthmus.edge.evaluate import evaluate
+from isthmus.edge.lanes import Lanes
+from isthmus.edge.optimizers import step_rule
 from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import (
     Report,
@@ -59,6 +59,25 @@ class TrainResult:
     adapter: Path
 
 
+class StepObserver(Protocol):
+    """What has work to do around every optimizer step, and a state that the next step depends on."""
+
+    def before_step(self, step: int) -> None:
+        """Called before optimizer step number `step` (from 1). What it raises gives the step up."""
+
+    def after_step(self, step: int) -> None:
+        """Called after it, while its gradients are still there. The step is applied, so this must not raise."""
+
+    def points(self) -> Mapping[str, float]:
+        """Values for the run's curves, by name, after the last applied step."""
+
+    def state(self) -> Mapping[str, Any]:
+        """A tree of plain values, as JSON has them, for the checkpoint between two steps."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`, on a resume; the parameters are those of the checkpoint already."""
+
+
 class Trainer:
     """Trains what `methods.build_peft` made trainable.
 
@@ -73,6 +92,8 @@ class Trainer:
         emulator_parameters: The same of an emulator that stands for the span here, each time that one is used.
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
         progress: Where progress is shown; standard error by default.
+        step_observers: Called around every step, in this order; their states are in the checkpoints.
+        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
     """
 
     def __init__(
@@ -88,6 +109,8 @@ class Trainer:
         emulator_parameters: int = 0,
         cloud_peak: Callable[[], int | None] = lambda: None,
         progress: TrainProgress | None = None,
+        step_observers: Sequence[StepObserver] = (),
+        lanes: Lanes | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -105,16 +128,16 @@ class Trainer:
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
         self._start = None if config.start_from is None else adapter_digest(config.start_from)
-        self._parameters = methods.trained(model)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
-        )
+        self._parameters = methods.trained(model)  # what checkpoints hold; the rule may freeze some of it
+        self._rule = step_rule(model, self._parameters, config, self.check_stop, lanes)
+        self._n_trained = count(methods.trained(model).values())
+        self._observers = step_observers
         self._losses: list[str] = []
         self._loss_before: float | None = None
         self._spent = Spent()
-        self._random = RandomState.take(model.device)
         self._stop = StopRequest()
-        self._board: Any = None
+        self._add_points: AddPoints = no_curves
+        self._mark()
 
     def fit(self) -> TrainResult:
         """Train to the end, or from the newest checkpoint on with `resume`.
@@ -138,8 +161,8 @@ class Trainer:
         with claim(self.config.out):
             with self._stop.listen(self._progress.message), self._progress:
                 self._resume()
-                self._random = RandomState.take(self.model.device)
-                with _board(self.config, self.step) as self._board:
+                self._mark()
+                with open_curves(self.config, self.step) as self._add_points:
                     loss_after = self._guarded_run()
             return self._finish(loss_after)
 
@@ -166,7 +189,7 @@ class Trainer:
     def _run(self) -> float | None:
         if self._loss_before is None:
             self._loss_before = self._evaluate("before training")
-        self.model.train()
+        self.model.train(self._rule.goes_backward)
         self._progress.start(self.step)
         while self.step < self.total:
             self._apply_one_step()
@@ -178,26 +201,22 @@ class Trainer:
 
     def _apply_one_step(self) -> None:
         step, started, before = self.step + 1, time.perf_counter(), self._totals()
-        self._random = RandomState.take(self.model.device)
+        self._mark()
         if self._meter is not None:
             self._meter.begin_step(step)
+        for observer in self._observers:
+            observer.before_step(step)
         epoch, position = self._where()
         batches = list(self._train.epoch(epoch, position, position + self.config.accumulate))
-        labels = sum(map(label_count, batches))
         rate = learning_rate(self.config, self.step, self.total)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for batch in batches:
-            loss += self._micro_step(batch, label_count(batch) / labels, step)
-            self._stop.check()
-        norm = self._clip(step)
+        loss, norm = self._rule.measure(step, batches)
         # The last place to give the step up: from here on it is applied whole.
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self._rule.apply(rate)
         methods.after_step(self.model, step)
+        for observer in self._observers:
+            observer.after_step(step)
         self.step = step
-        self._random = RandomState.take(self.model.device)
+        self._mark()
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         positions = sum(batch["input_ids"].numel() for batch in batches)
         spent = Spent(time.perf_counter() - started, tokens, positions, self._totals() - before)
@@ -205,36 +224,17 @@ class Trainer:
         line = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         self._log(line, spent)
 
-    def _micro_step(self, batch: Batch, weight: float, step: int) -> float:
-        """Forward and backward of one micro-batch; returns its share of the step's loss."""
-        with computing_in(self.config.precision, self.model):
-            loss: Tensor = self.model(**to_device(batch, self.model), use_cache=False).loss
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss of step {step} is {value}: lower --learning-rate, or use a wider codec or dtype."
-            )
-        torch.autograd.backward(loss * weight)
-        return value * weight
-
-    def _clip(self, step: int) -> float:
-        """Scale the gradients down to `max_grad_norm`; returns the norm that they had."""
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=False))
-        if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradients of step {step} have the norm {norm}: "
-                "lower --learning-rate, or use a wider codec or dtype."
-            )
-        return norm
+    def _mark(self) -> None:
+        """Note what the next step depends on besides parameters, in case a step that has begun is given up."""
+        self._random = RandomState.take(self.model.device)
+        self._observed = tuple(copy.deepcopy(observer.state()) for observer in self._observers)
 
     def _evaluate(self, when: str) -> float | None:
         if not self._data.validation:
             return None
         loss = evaluate(self.model, self._held_out, self._stop.check, precision=self.config.precision)
         self._progress.message(f"validation loss {when}: {loss:.4f}")
-        if self._board is not None:
-            self._board.add_scalar("loss/validation", loss, self.step)
+        self._add_points(self.step, {"loss/validation": loss})
         return loss
 
     def _log(self, line: dict[str, Any], spent: Spent) -> None:
@@ -245,11 +245,11 @@ class Trainer:
             file.write(self._losses[-1])
         speed = spent.tokens / spent.seconds
         self._progress.update(self.step, line["loss"], speed, self._spent.strip)
-        if self._board is not None:
-            curves = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
-            curves |= {"bytes/up": spent.strip.bytes_up, "bytes/down": spent.strip.bytes_down}
-            for name, value in curves.items():
-                self._board.add_scalar(name, value, self.step)
+        points = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
+        points |= {"bytes/up": spent.strip.bytes_up, "bytes/down": spent.strip.bytes_down}
+        for observer in self._observers:
+            points |= observer.points()
+        self._add_points(self.step, points)
 
     def _where(self) -> tuple[int, int]:
         """Epoch and micro-batch that the next step begins with."""
@@ -264,11 +264,6 @@ class Trainer:
     def _save(self) -> Path:
         epoch, position = self._where()
         tensors, values = methods.method_state(self.model)
-        moments = {
-            f"{name}/{key}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
         state = Checkpoint(
             step=self.step,
             epoch=epoch,
@@ -277,7 +272,7 @@ class Trainer:
             data=self._data.fingerprint,
             settings=checkpoints.fixed_settings(self.config, self.total, self._start),
             parameters=dict(self._parameters),
-            optimizer=moments,
+            optimizer=self._rule.state(),
             random=self._random,
             losses=tuple(self._losses),
             learning_rate=learning_rate(self.config, self.step, self.total),
@@ -285,6 +280,7 @@ class Trainer:
             spent=self._spent,
             method_tensors=tensors,
             method_state=values,
+            observers=self._observed,
         )
         return checkpoints.save(self.config.out, state, self.config.keep_checkpoints)
 
@@ -312,23 +308,14 @@ class Trainer:
         self._progress.message(f"Resumed after step {state.step} of {self.total} from {folder}.")
 
     def _restore(self, state: Checkpoint, folder: Path) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in state.parameters.items()}
-        if shapes != saved:
-            name = next(name for name in [*shapes, *saved] if shapes.get(name) != saved.get(name))
-            raise CheckpointError(
-                f"{folder} cannot be resumed: {name} has shape {saved.get(name)} there and {shapes.get(name)} "
-                "in this model. Resume with the model and method that it was started with."
-            )
+        checkpoints.check_places(state, folder, self._parameters, len(self._observers))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state.parameters[name])
-        for key, value in state.optimizer.items():
-            name, _, moment = key.rpartition("/")
-            # AdamW keeps its step count on the CPU, whatever the parameter's device.
-            parameter = self._parameters[name]
-            self._optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+        self._rule.load_state(dict(state.optimizer))
         methods.load_method_state(self.model, dict(state.method_tensors), dict(state.method_state))
+        for observer, observed in zip(self._observers, state.observers, strict=True):
+            observer.load_state(observed)
         state.random.restore(self.model.device)
         self.step, self._spent, self._loss_before = state.step, state.spent, state.loss_before
         self._losses = list(state.losses)
@@ -348,13 +335,13 @@ class Trainer:
         return made_on if self._identity.package is None else made_on | {"package": self._identity.package}
 
     def _report(self, loss_after: float | None) -> Report:
-        spent, n_trained = self._spent, count(self._parameters.values())
+        spent = self._spent
         figures: dict[str, Any] = {
             **shares(spent),
             **traffic(spent),
             **flops(
                 linear_parameters(self.model) + self._emulator_parameters,
-                n_trained,
+                self._n_trained if self._rule.goes_backward else 0,
                 self._span_parameters,
                 spent.positions,
             ),
@@ -377,24 +364,10 @@ class Trainer:
             peak_bytes_cloud=self._cloud_peak(),
             calls=spent.strip.calls,
             retries=spent.strip.retries,
-            trained_parameters=n_trained,
+            trained_parameters=self._n_trained,
             model=self._identity.name,
             plan=self._identity.plan,
             method=self.config.method,
             codec=self._codec,
             **figures,
         )
-
-
-def _board(config: TuningConfig, step: int) -> AbstractContextManager[Any]:
-    """TensorBoard's writer, or `None`; a resumed run's curves go on after `step`."""
-    if config.report_to == "none":
-        return nullcontext()
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "report_to = 'tensorboard' needs the package tensorboard: "
-            "pip install 'isthmus[tensorboard]', or --report-to none."
-        ) from error
-    return SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import config
 
 from isthmus.backbone.errors import CheckpointError, DiskError
 from isthmus.backbone.files import new_folder, write_atomic
 from isthmus.edge import checkpoint as checkpoints
-from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState, check_fits, latest, load, save
+from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState, check_fits, check_places, latest, load, save
 from isthmus.edge.report import Spent, StripTotals
 
 MODEL = ModelIdentity("tiny", "d1", "2:2")
@@ -42,8 +43,9 @@ def state(step: int = 3, size: int = 4) -> Checkpoint:
         losses=('{"step": 1}\n', '{"step": 2}\n'),
         learning_rate=1e-4,
         loss_before=0.1 + 0.2,
-        spent=Spent(1.5, 20, 24, StripTotals(1, 2, 3, 0.4, 0.5, 0.6, 7)),
+        spent=Spent(1.5, 20, 24, StripTotals(1, 2, 3, 4, 0.4, 0.5, 0.6, 7)),
         method_state={"rank_pattern": {"x": [True, False]}},
+        observers=({"live": ["a", "b"], "score": 0.1 + 0.2}, {}),
     )
 
 
@@ -111,7 +113,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, harm: Callable[[Path
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"{", b'{"format": 1, "sha256": {}, "python_random": [3, [1], null]}', b"\xff"]
+    "content", [b"", b"[]", b"{}", b"{", b'{"format": 2, "sha256": {}, "python_random": [3, [1], null]}', b"\xff"]
 )
 def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
     folder = save(tmp_path, state(), keep=1)
@@ -123,8 +125,8 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, state(), keep=1)
     tree = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**tree, "format": 2}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+    (folder / "state.json").write_text(json.dumps({**tree, "format": 1}))
+    with pytest.raises(CheckpointError, match="format 1, this version reads 2"):
         load(folder)
 
 
@@ -147,6 +149,47 @@ def test_another_run_is_refused_and_both_are_named(tmp_path: Path, change: dict[
     check_fits(load(folder), folder, **now)
     with pytest.raises(CheckpointError, match=both):
         check_fits(load(folder), folder, **{**now, **change})
+
+
+@pytest.mark.parametrize(
+    ("values", "planned"),
+    [
+        ({"schedule": "constant"}, False),
+        ({"schedule": "linear"}, True),
+        ({"schedule": "constant", "method": "adalora"}, True),
+        ({"schedule": "constant", "sites": "all", "site_policy": "kill-revive"}, True),
+        ({"schedule": "constant", "sites": "all", "site_policy": "random"}, False),
+    ],
+)
+def test_a_run_that_was_planned_by_its_length_keeps_it(tmp_path: Path, values: dict[str, Any], planned: bool) -> None:
+    settings = checkpoints.fixed_settings(config(tmp_path, dropout=0.0, **values), 9, None)
+    assert settings["total steps"] == (9 if planned else None)
+
+
+def test_what_changes_a_step_may_not_change_on_a_resume(tmp_path: Path) -> None:
+    settings = checkpoints.fixed_settings(config(tmp_path), 9, None)
+    fixed = {"codec", "codec_every", "overlap", "span_cache_mib", "sites", "site_policy", "site_traffic"}
+    assert fixed | {"site_computation", "optimizer", "accumulate"} <= settings.keys()
+    assert not {"call_timeout", "give_up_after", "out", "threads"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "n_observers", "message"),
+    [
+        ({"a.lora_A": (4, 2)}, 2, r"a\.lora_B has shape \(4, 2\) there and None"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (2, 4)}, 2, r"a\.lora_B has shape \(4, 2\) there and \(2, 4\)"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (4, 2), "c": (1,)}, 2, r"c has shape None there and \(1,\)"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (4, 2)}, 1, "2 observers have left their state there, and this run has 1"),
+    ],
+)
+def test_what_has_no_place_in_the_run_is_refused(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], n_observers: int, message: str
+) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    loaded = load(folder)
+    check_places(loaded, folder, dict(loaded.parameters), 2)
+    with pytest.raises(CheckpointError, match=message):
+        check_places(loaded, folder, {name: torch.zeros(shape) for name, shape in shapes.items()}, n_observers)
 
 
 # A full disk ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.edge.config import TrainConfig, TuneConfig, TuningConfig, field_names, load_config
@@ -42,6 +43,39 @@ def test_names_of_modules_may_be_one_string() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("none", "none"),
+        ("all", "all"),
+        ("4", (4,)),
+        ("4,7,10-12", (4, 7, 10, 11, 12)),
+        (" 7, 4 , 4-5", (4, 5, 7)),
+        ([7, 4], (4, 7)),
+        (["10-11", 4], (4, 10, 11)),
+    ],
+)
+def test_sites_are_numbers_and_ranges(value: object, wanted: object) -> None:
+    config = load_config(None, {**NEEDED, "sites": value})
+    assert config.sites == wanted
+    assert TrainConfig.model_validate(config.model_dump()) == config
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@given(st.lists(st.integers(0, 9999), min_size=1, max_size=20))
+def test_written_sites_come_back_ascending_and_once(layers: list[int]) -> None:
+    text = ",".join(map(str, layers))
+    assert load_config(None, {**NEEDED, "sites": text}).sites == tuple(sorted(set(layers)))
+
+
+def test_no_sites_and_adamw_by_default() -> None:
+    config = load_config(None, NEEDED)
+    assert (config.sites, config.optimizer) == ("none", "adamw")
+    with pytest.raises(ConfigError, match="unknown setting 'sites'"):
+        load_config(None, {"package": "p", "data": "d", "sites": "all"}, TuneConfig)
+    assert load_config(None, {"package": "p", "data": "d", "optimizer": "mezo"}, TuneConfig).optimizer == "mezo"
+
+
+@pytest.mark.parametrize(
     ("values", "parts"),
     [
         ({"learning_rat": 1.0}, ["learning_rat", "'learning_rate'"]),
@@ -57,6 +91,41 @@ def test_names_of_modules_may_be_one_string() -> None:
         ({"prompt_column": "a"}, ["completion_column"]),
         ({"prompt_column": "a", "prompt_template": "{a}", "completion_column": "b"}, ["prompt_template"]),
         ({"target_modules": "q_proj,,v"}, ["target_modules", "empty"]),
+        ({"optimizer": "adam"}, ["optimizer = 'adam'", "'lora-plus'"]),
+        ({"optimizer": "lora-plus", "method": "vera"}, ["'lora-plus'", "vera", "method lora or dora"]),
+        ({"optimizer": "lora-fa", "method": "dora"}, ["'lora-fa'", "dora", "optimizer adamw"]),
+        ({"optimizer": "mezo", "method": "adalora"}, ["'mezo'", "adalora", "optimizer adamw"]),
+        ({"optimizer": "mezo", "dropout": 0.1}, ["dropout = 0.1", "mezo", "give dropout = 0"]),
+        ({"lora_plus_ratio": 0.5}, ["lora_plus_ratio = 0.5", "greater than or equal to 1"]),
+        ({"mezo_eps": 0.0}, ["mezo_eps = 0.0", "greater than 0"]),
+        ({"sites": "some"}, ["sites = 'some'", "10-12"]),
+        ({"sites": "4,"}, ["sites = '4,'", "''"]),
+        ({"sites": "12-10"}, ["sites = '12-10'", "range"]),
+        ({"sites": "-4"}, ["sites = '-4'", "number"]),
+        ({"sites": "0-99999"}, ["sites = '0-99999'", "range"]),
+        ({"sites": []}, ["sites = []", "4,7,10-12"]),
+        ({"sites": [True]}, ["sites = [True]", "'True'"]),
+        ({"sites": 4}, ["sites = 4", "4,7,10-12"]),
+        ({"sites": "all", "method": "bottleneck"}, ["sites", "bottleneck", "give sites = none"]),
+        ({"site_policy": "random"}, ["site_policy = 'random'", "there are none", "--sites all"]),
+        ({"site_policy": "some", "sites": "all"}, ["site_policy = 'some'", "'kill-revive'"]),
+        ({"site_policy": "kill-revive", "sites": "all", "optimizer": "mezo"}, ["'kill-revive'", "mezo has none"]),
+        (
+            {"site_policy": "random", "sites": "all", "method": "adalora", "steps": 9},
+            ["'random'", "method adalora needs them of all", "site_policy = always"],
+        ),
+        (
+            {"site_policy": "kill-revive", "sites": "all", "optimizer": "lora-fa"},
+            ["'kill-revive'", "optimizer lora-fa needs them of all"],
+        ),
+        ({"site_traffic": 0.0}, ["site_traffic = 0.0", "greater than 0"]),
+        ({"site_computation": 1.5}, ["site_computation = 1.5", "less than or equal to 1"]),
+        ({"overlap": 0}, ["overlap = 0"]),
+        ({"overlap": 3, "accumulate": 2}, ["overlap = 3", "2 micro-batches", "raise --accumulate"]),
+        ({"codec_every": 0}, ["codec_every = 0"]),
+        ({"span_cache_mib": 0}, ["span_cache_mib = 0"]),
+        ({"span_cache_mib": 9, "sites": "all"}, ["span_cache_mib = 9", "give sites = none"]),
+        ({"span_cache_mib": 9, "codec": "auto:0.9"}, ["span_cache_mib = 9", "'auto:0.9'", "name a codec"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_value(values: dict[str, object], parts: list[str]) -> None:

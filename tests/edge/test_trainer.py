@@ -10,22 +10,25 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 from support import training
+from support.sited import Sited
 from support.tiny import tiny_checkpoint
 from support.training import Strip, config, data, trainer
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.backbone.files import claim
+from isthmus.backbone.parts import load_edge_parts
+from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.progress import duration
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.checkpoint import ModelIdentity
@@ -33,7 +36,7 @@ from isthmus.edge.data import Batches, Encoded
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.methods import build_peft, trained
 from isthmus.edge.progress import TrainProgress, size
-from isthmus.edge.report import StripTotals
+from isthmus.edge.report import StripTotals, count, linear_parameters
 from isthmus.edge.schedule import learning_rate, total_steps
 from isthmus.protocol.errors import UnreachableError
 
@@ -178,9 +181,25 @@ def test_the_report(model_folder: Path, undisturbed: Path) -> None:
 
 
 def test_totals_have_differences_and_sums() -> None:
-    one, two = StripTotals(5, 4, 3, 0.5, 0.25, 1.0, 2), StripTotals(1, 1, 1, 0.25, 0.125, 0.5, 1)
-    assert one - two == StripTotals(4, 3, 2, 0.25, 0.125, 0.5, 1)
+    one, two = StripTotals(5, 4, 3, 9, 0.5, 0.25, 1.0, 2), StripTotals(1, 1, 1, 2, 0.25, 0.125, 0.5, 1)
+    assert one - two == StripTotals(4, 3, 2, 7, 0.25, 0.125, 0.5, 1)
     assert (one - two) + two == one
+
+
+def test_the_flops_of_a_split_model_are_those_of_the_weights_that_are_here(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("llama", tmp_path)
+    edge = load_edge_parts(folder, SplitPlan.parse("1:2", 6), Sited())
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    here = [f"model.layers.{layer}." for layer in (0, 4, 5)] + ["lm_head"]
+    own = sum(
+        p.numel() for n, p in whole.named_parameters() if "proj" in n or "lm_head" in n if n.startswith(tuple(here))
+    )
+    assert linear_parameters(edge) == own
+    tuned = get_peft_model(edge, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert linear_parameters(tuned) == own + count(
+        trained(tuned).values()
+    )  # what the edge computes for sites is its own
+    assert count(trained(tuned).values()) == 6 * 2 * (32 + 32)
 
 
 def test_a_run_without_validation(model_folder: Path, tmp_path: Path) -> None:
@@ -196,12 +215,15 @@ def test_a_run_without_validation(model_folder: Path, tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_curves(model_folder: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trainer(model_folder, config(tmp_path, steps=3, report_to="tensorboard", eval_every=2), Strip()).fit()
+    settings = config(tmp_path, steps=3, report_to="tensorboard", eval_every=2)
+    trainer(model_folder, settings, Strip(), step_observers=[Turns()]).fit()
     log = events.EventAccumulator(str(tmp_path / "tensorboard"))
     log.Reload()
     assert [event.value for event in log.Scalars("loss/train")] == pytest.approx([x["loss"] for x in losses(tmp_path)])
     assert [event.step for event in log.Scalars("loss/validation")] == [0, 2, 3]
     assert [event.value for event in log.Scalars("bytes/up")] == [1000] * 3
+    for name in ("turns/begun", "turns/ended"):  # after the step, and after its observers
+        assert [(event.step, event.value) for event in log.Scalars(name)] == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_tensorboard_that_is_missing(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +253,79 @@ def test_progress_on_a_terminal() -> None:
         progress.update(1, 1.25, 10.0, StripTotals())
     assert "1/10" in shown.getvalue()
     assert "loss 1.2500" in shown.getvalue()
+
+
+# Around a step -------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """An observer whose state changes within a step, and which may fail before one."""
+
+    def __init__(self, fail_before: int = 0) -> None:
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.graded: list[bool] = []
+        self.parameters: list[torch.nn.Parameter] = []
+        self._fail_before = fail_before
+
+    def before_step(self, step: int) -> None:
+        self.begun.append(step)
+        if step == self._fail_before:
+            raise_unreachable()
+
+    def after_step(self, step: int) -> None:
+        self.ended.append(step)
+        self.graded.append(all(parameter.grad is not None for parameter in self.parameters))
+
+    def points(self) -> dict[str, float]:
+        return {"turns/begun": len(self.begun), "turns/ended": len(self.ended)}
+
+    def state(self) -> dict[str, Any]:
+        return {"begun": self.begun, "ended": self.ended}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.begun, self.ended = list(state["begun"]), list(state["ended"])
+
+
+def test_observers_are_called_around_every_step(model_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    first, second = Turns(), Turns()
+    run = trainer(model_folder, config(tmp_path), Strip(), step_observers=(first, second))
+    first.parameters = list(trained(run.model).values())
+    run.fit()
+    for observer in (first, second):
+        assert observer.begun == observer.ended == list(range(1, 10))
+    assert all(first.graded)
+    assert_same_run(tmp_path, undisturbed)
+    for step in (6, 9):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "state.json").read_text())
+        steps = list(range(1, step + 1))
+        assert state["observers"] == [{"begun": steps, "ended": steps}] * 2
+
+
+@pytest.mark.parametrize("where", ["observer", "strip"])
+def test_the_state_of_observers_comes_back_on_a_resume(
+    model_folder: Path, undisturbed: Path, tmp_path: Path, where: str
+) -> None:
+    """It is that of the last applied step, whatever the observer did in the step that was given up."""
+    observer = Turns(fail_before=5 if where == "observer" else 0)
+    run = trainer(model_folder, config(tmp_path), Strip(), step_observers=[observer])
+    if where == "strip":
+        run.model.get_base_model().lm_head.register_forward_hook(
+            lambda *_: raise_unreachable() if run.step == 4 else None
+        )
+    with pytest.raises(UnreachableError, match="checkpoint-4"):
+        run.fit()
+    assert observer.begun == [1, 2, 3, 4, 5]
+    again = Turns()
+    trainer(model_folder, config(tmp_path, resume=True), Strip(), step_observers=[again]).fit()
+    assert again.begun == again.ended == list(range(1, 10))
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_resumed_run_has_the_same_observers(model_folder: Path, tmp_path: Path) -> None:
+    trainer(model_folder, config(tmp_path, steps=2), step_observers=[Turns()]).fit()
+    with pytest.raises(CheckpointError, match=r"1 observers have left .* this run has 0"):
+        trainer(model_folder, config(tmp_path, steps=2, resume=True)).fit()
 
 
 # Stopping and going on -----------------------------------------------------------------------------------------------
@@ -286,7 +381,8 @@ def test_a_killed_edge_goes_on_as_if_nothing_had_been(
     model_folder: Path, undisturbed: Path, tmp_path: Path, *, moment: str, step: int, left: list[str]
 ) -> None:
     command = [sys.executable, training.__file__, str(model_folder), str(tmp_path), moment, str(step)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(training.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint_names(tmp_path) == left

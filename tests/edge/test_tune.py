@@ -24,8 +24,7 @@ from isthmus.backbone.adapters import load_adapter
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
-from isthmus.edge import checkpoint as checkpoints
-from isthmus.edge import methods
+from isthmus.edge import checkpoint as checkpoints, methods
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TuneConfig, load_config
 from isthmus.edge.data import load_data

@@ -18,7 +18,7 @@ import pytest
 import typer.main
 from safetensors import safe_open
 from support.clouds import Home, ThreadServer, served
-from support.commands import refused
+from support.commands import in_process, refused
 from support.tiny import tiny_checkpoint
 
 from isthmus.cli.main import app
@@ -305,6 +305,35 @@ def test_a_flag_that_makes_no_sense(place: Place, arguments: tuple[str, ...], te
     refused(place.edge("train", "--data", "tickets.jsonl", *arguments), 10, text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (("--codec", "auto:2"), ["'auto:2' names no target", "auto:0.99"]),
+        (("--codec", "auto", "--span-cache-mib", "9"), ["name a codec"]),
+        (("--codec-every", "0"), ["codec_every = 0"]),
+        (("--overlap", "3", "--accumulate", "2"), ["overlap = 3", "raise --accumulate"]),
+        (("--span-cache-mib", "9", "--sites", "all"), ["span_cache_mib = 9", "give sites = none"]),
+        (("--sites", "9-4"), ["sites = '9-4'", "10-12"]),
+        (("--sites", "all", "--method", "full"), ["method full"]),
+        (("--site-policy", "best", "--sites", "all"), ["site_policy = 'best'", "'kill-revive'"]),
+        (("--site-policy", "random"), ["--sites all"]),
+        (("--site-traffic", "2", "--sites", "all", "--site-policy", "even"), ["site_traffic = 2.0"]),
+        (("--site-policy", "even", "--sites", "all", "--method", "adalora"), ["needs them of all"]),
+    ],
+)
+def test_a_way_across_the_strip_that_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], texts: list[str]
+) -> None:
+    needed = ("--cloud", f"isthmus://127.0.0.1:1#SHA256:{'A' * 43}", "--key", tmp_path / "none", "--data", "none.jsonl")
+    refused(in_process(capsys, "edge", "train", *needed, *arguments, "--out", tmp_path / "out"), 10, *texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_or_a_link_that_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(in_process(capsys, "plan", "--link", "fast"), 10, "'fast'")
+    refused(in_process(capsys, "bench", "link", "--rate", "fast"), 10, "'fast' is not a rate")
+
+
 def test_a_setting_that_does_not_exist(place: Place) -> None:
     (place.folder / "run.toml").write_text('data = "tickets.jsonl"\nlearning_rat = 0.1\n')
     refused(place.edge("train", "--config", "run.toml"), 10, "learning_rat", "learning_rate")
@@ -410,7 +439,32 @@ def test_every_command_explains_itself(name: str, command: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["edge", "train", "--help"], ["cloud", "serve", "--help"], ["--version"]]
+    ("command", "flags"),
+    [
+        (
+            ("edge", "train"),
+            ["--codec-every", "--overlap", "--span-cache-mib", "--sites", "--site-policy", "--site-traffic"],
+        ),
+        (("plan",), ["--link", "--edge-speed", "--cloud-speed", "--probe", "--goal", "--json"]),
+        (("bench", "link"), ["--rate", "--rtt", "--overlap", "--micro-batches", "--json"]),
+    ],
+)
+def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str], command: tuple[str, ...], flags: list[str]) -> None:
+    done = in_process(capsys, *command, "--help")
+    assert done.returncode == 0
+    assert not [flag for flag in flags if f"{flag} " not in done.stdout]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["edge", "train", "--help"],
+        ["cloud", "serve", "--help"],
+        ["plan", "--help"],
+        ["bench", "link", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (

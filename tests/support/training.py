@@ -74,7 +74,16 @@ class Strip:
         if self._wanted == ("applied", self._step) and self._asked == 1:
             self._act()
         done = len(self.steps)
-        return StripTotals(1000 * done, 500 * done, 2 * done, 1e-6 * done, 1e-7 * done, 1e-5 * done, done // 3)
+        return StripTotals(
+            bytes_up=1000 * done,
+            bytes_down=500 * done,
+            calls=2 * done,
+            round_trips=2 * done,
+            wire_s=1e-6 * done,
+            crypto_s=1e-7 * done,
+            cloud_s=1e-5 * done,
+            retries=done // 3,
+        )
 
 
 def trainer(model_folder: Path, options: TrainConfig, strip: Strip | None = None, **keywords: Any) -> Trainer:

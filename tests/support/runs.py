@@ -1,0 +1,86 @@
+"""Runs of `isthmus edge train` against a cloud in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from support.clouds import Home, ThreadServer, served
+from support.tiny import tiny_checkpoint
+from torch import Tensor
+
+from isthmus.edge.config import TrainConfig, load_config
+from isthmus.edge.report import Report
+from isthmus.edge.run import run_training
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A cloud with a tiny Llama, texts to train on, and one enrolled edge."""
+
+    server: ThreadServer
+    model: Path
+    texts: Path
+
+    def config(self, out: Path, **values: Any) -> TrainConfig:
+        """Three steps of four micro-batches, none of which is as long as another."""
+        defaults = {
+            "cloud": self.server.address,
+            "key": self.server.home.key_file,
+            "data": str(self.texts),
+            "validation_split": 0.1,
+            "out": out,
+            "steps": 3,
+            "batch": 2,
+            "accumulate": 4,
+            "learning_rate": 1e-2,
+            "rank": 2,
+            "threads": 1,
+            "save_every": 1000,
+            "give_up_after": 20.0,
+        }
+        return load_config(None, {**defaults, **values})
+
+    def train(self, out: Path, **values: Any) -> Report:
+        """Train to the end."""
+        return run_training(self.config(out, **values))
+
+
+@contextmanager
+def cloud_for_runs(folder: Path, plan: str = "1:1", layers: int = 4) -> Iterator[Runs]:
+    """Start a cloud that holds the middle of a tiny Llama; torch has one thread meanwhile, as the cloud has."""
+    model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=layers)
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"case {n}: " + "ab" * (n % 7)}) + "\n" for n in range(20)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadServer(served(model, folder / "parts", plan=plan), Home(folder)) as server:
+            yield Runs(server, model, texts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def adapter(out: Path) -> dict[str, Tensor]:
+    """What a run has trained."""
+    weights: dict[str, Tensor] = load_file(out / "adapter" / "adapter_model.safetensors")
+    return weights
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    """A run's loss log."""
+    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Both runs have the same losses and the same adapter, bit for bit."""
+    assert losses(ours) == losses(theirs)
+    mine, other = adapter(ours), adapter(theirs)
+    assert mine.keys() == other.keys()
+    assert not [name for name in mine if not torch.equal(mine[name], other[name])]
