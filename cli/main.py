@@ -21,6 +21,7 @@ from isthmus.edge.emulator_commands import app as tuning
 from isthmus.emulator.commands import app as emulator
 from isthmus.experiments.commands import bench, demo
 from isthmus.experiments.emulator_commands import app as scores
+from isthmus.experiments.plan_command import plan
 from isthmus.protocol.errors import printable
 
 INTERNAL = 1
@@ -39,6 +40,7 @@ emulator.add_typer(scores)
 app.add_typer(emulator, name="emulator")
 app.add_typer(bench, name="bench")
 app.command(name="demo")(demo)
+app.command(name="plan")(plan)
 
 
 def _version(show: bool) -> None:

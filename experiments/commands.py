@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.experiments.link_bench_command import link
+
 bench = typer.Typer(help="Measure; every figure in the documents comes from one of these.", no_args_is_help=True)
+bench.command()(link)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]

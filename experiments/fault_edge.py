@@ -21,7 +21,8 @@ from typing import Any
 from isthmus.backbone.errors import IsthmusError
 from isthmus.edge.config import load_config
 from isthmus.edge.link import Link
-from isthmus.edge.run import open_link, train_over
+from isthmus.edge.run import train_over
+from isthmus.edge.strip import open_link
 from isthmus.experiments.fault_plan import Moment
 from isthmus.protocol.errors import UnreachableError
 
