@@ -49,6 +49,9 @@ def check_method(name: str, module: nn.Module, config: Any) -> None:
         _refuse(name, method, "put one adapter on a layer, not one over another")
     if getattr(module, "lora_variant", None):  # DoRA, aLoRA and others that change LoRA's own formula
         _refuse(name, method, "use plain LoRA or rsLoRA there")
+    bias = getattr(config, "bias", "none")
+    if bias not in (None, False, "none"):  # it would train the edge's biases and leave out the cloud's
+        _refuse(name, f"{method} with bias={bias!r}", "use bias='none'")
     init = getattr(config, "init_lora_weights", True)
     if init not in _INITS:
         _refuse(name, f"{method} with init_lora_weights={init!r}", "use init_lora_weights=True or 'gaussian'")

@@ -32,7 +32,7 @@ def parity(
     model: Model = "smollm2-135m",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     edge_layers: EdgeLayers = "2:2",
-    codec: Annotated[str, typer.Option(help="Codec of the wire: fp32, bf16, fp16 or int8.")] = "fp32",
+    codec: Annotated[str, typer.Option(help="Codec of the wire, as for `edge train`.")] = "fp32",
     cloud_dtype: Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")] = "fp32",
     batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per example at most.")] = 128,
@@ -90,7 +90,7 @@ def faults(
 def step(
     model: Model = "smollm2-135m",
     edge_layers: EdgeLayers = "2:2",
-    codec: Annotated[str, typer.Option(help="Codec of the wire: fp32, bf16, fp16 or int8.")] = "fp32",
+    codec: Annotated[str, typer.Option(help="Codec of the wire, as for `edge train`.")] = "fp32",
     cloud_dtype: Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")] = "fp32",
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,

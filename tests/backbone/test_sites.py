@@ -200,6 +200,7 @@ REFUSED = {
     "pissa": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
     "olora": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"),
     "orthogonal": lambda: peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="orthogonal"),
+    "biases": lambda: lora(["q_proj"], bias="all"),
     "IA3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"]),
     "BOFT": lambda: peft.BOFTConfig(target_modules=["q_proj"]),
