@@ -35,7 +35,7 @@ class BuildConfig:
         home: The cloud's folder with `worker_key` and `worker_cert`.
         out: Where the package goes.
         length: Tokens of a block of public text.
-        text: Public text to choose the layers by; None for that of the distillation.
+        text: Public text to choose layers and to fit bridges by; None for that of the distillation.
         distil_text: Public text to distil on; None for no distillation.
         distil: Options of the distillation; None for none.
         figure: A PNG to draw the losses of the distillation to; None for none.

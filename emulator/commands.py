@@ -81,7 +81,10 @@ def build(
     ] = "2:2",
     keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5,
     method: Annotated[
-        str, typer.Option(help="uniform, importance, crash or crash-drop; then +lowrank:F, then +int8 or +int4.")
+        str,
+        typer.Option(
+            help="uniform, importance, crash or crash-drop; then +bridged, then +lowrank:F, then +int8 or +int4."
+        ),
     ] = "uniform",
     licence: Annotated[
         str, typer.Option(help="What may be done with the package; the data owner reads it.")
@@ -89,7 +92,10 @@ def build(
     home: Home = DEFAULT_HOME,
     text: Annotated[
         Path | None,
-        typer.Option(help="Public text (.txt, or .jsonl with `text`) to choose layers by; default: --distill's."),
+        typer.Option(
+            help="Public text (.txt, or .jsonl with `text`) to choose layers and to fit bridges by; "
+            "default: --distill's."
+        ),
     ] = None,
     distill: Annotated[Path | None, typer.Option(help="Public text to distil on; without it, no distillation.")] = None,
     distill_steps: Annotated[int, typer.Option(min=1, help="Steps of the distillation.")] = 1000,

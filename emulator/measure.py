@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -78,7 +78,7 @@ def measure(
     n_used = min(len(blocks), max(1, MEASURED_TOKENS // blocks.shape[1]))
     used = blocks[[i * len(blocks) // n_used for i in range(n_used)]].to(device)
     entry = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device).entry(used)
-    middle = _Middle(checkpoint, plan, attn_implementation, device)
+    middle = Middle.of(checkpoint, plan, attn_implementation, device)
     n_middle = len(plan.cloud)
     everything = tuple(range(n_middle))
     n_removed = n_middle - recipe.layers_kept(n_middle) if recipe.selection == "importance" else 0
@@ -98,18 +98,28 @@ def measure(
     return Measures(influence, removed, known.removal_errors + errors, similarity)
 
 
-class _Middle:
-    """The middle's layers, to be run in any choice. Layers are numbered within the middle."""
+class Middle:
+    """Layers of the middle, to be run in any choice. They are numbered within the middle.
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: SplitPlan, attn_implementation: str | None, device: torch.device | str
-    ) -> None:
-        indices = tuple(plan.cloud)
-        base: Any = load_layers(checkpoint, indices, attn_implementation=attn_implementation)
-        self._config = checkpoint.config
-        self._base = base.requires_grad_(False).eval().to(device)
-        self._first = plan.bottom
-        self._layers = distinct_layers(base, indices)
+    Args:
+        base: From `load_layers`; its own order is not kept.
+        layers: What it was loaded with.
+        first: Index of the middle's first layer in the whole model.
+        config: Configuration of the whole model.
+    """
+
+    def __init__(self, base: Any, layers: Sequence[int], first: int, config: Any) -> None:
+        self._base, self._first, self._config = base, first, config
+        self._layers = distinct_layers(base, layers)
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, plan: SplitPlan, attn_implementation: str | None, device: torch.device | str
+    ) -> Self:
+        """The whole middle, frozen."""
+        layers = tuple(plan.cloud)
+        base = load_layers(checkpoint, layers, attn_implementation=attn_implementation)
+        return cls(base.requires_grad_(False).eval().to(device), layers, plan.bottom, checkpoint.config)
 
     def run(self, layers: Sequence[int], hidden: Tensor) -> Tensor:
         """Hidden states `[B, S, h]` after these layers."""
@@ -129,7 +139,7 @@ class _Middle:
 
 
 def removal_order(
-    middle: _Middle, states: list[Tensor], gone: Sequence[int], rounds: int, advance: Callable[[], None]
+    middle: Middle, states: list[Tensor], gone: Sequence[int], rounds: int, advance: Callable[[], None]
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Greedy backward elimination: in each round the layer goes whose absence changes the output least.
 

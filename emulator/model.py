@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from isthmus.backbone.assembly import check_materialised
 from isthmus.backbone.checkpoint import read_json
-from isthmus.backbone.errors import CheckpointError, IsthmusError, NonFiniteError, PlanError
+from isthmus.backbone.errors import CheckpointError, ConfigError, IsthmusError, NonFiniteError, PlanError
 from isthmus.backbone.files import disk_errors, write_atomic
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.progress import bar
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import distinct_layers, empty_layers, load_layers, run_layers
+from isthmus.emulator.bridges import add_bridges, bridge_places, fit_bridges
 from isthmus.emulator.lowrank import replace_linears
 from isthmus.emulator.measure import measure
 from isthmus.emulator.quantize import from_stored, quantized_names, round_weight, stored_forms, to_stored
@@ -62,17 +63,26 @@ class Emulator(nn.Module):
         base: transformers' base model with these layers and nothing else.
         layers: Indices in the whole model, in running order; one that stands several times is one module.
         recipe: How it was made.
+        bridges: Where linear maps stand in for dropped layers, as in `bridges.bridge_places`.
         config: Configuration of the whole model.
         measures: What the layers were chosen by; None for a loaded emulator, and where no text was given.
     """
 
     def __init__(
-        self, base: nn.Module, layers: tuple[int, ...], recipe: Recipe, config: Any, measures: Measures | None = None
+        self,
+        base: nn.Module,
+        layers: tuple[int, ...],
+        recipe: Recipe,
+        config: Any,
+        *,
+        bridges: tuple[int, ...] = (),
+        measures: Measures | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.layers = layers
         self.recipe = recipe
+        self.bridges = bridges
         self.config = config
         self.measures = measures
         self.trainable(False)
@@ -175,7 +185,7 @@ def build_emulator(
         checkpoint: The whole model.
         plan: Where the middle is.
         recipe: Which layers are kept, and what is done to them.
-        blocks: Public text, `[n, length]` tokens, for the recipes that choose by it; else None.
+        blocks: Public text, `[n, length]` tokens, for the recipes that need it; else None.
         dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default.
         device: Where to measure, and where the emulator lies.
@@ -197,8 +207,10 @@ def build_emulator(
         )
     n_middle = len(plan.cloud)
     recipe.layers_kept(n_middle)  # before the text is measured
-    if measures is None and recipe.needs_text and blocks is not None:
-        where: dict[str, Any] = {"attn_implementation": attn_implementation, "device": device}
+    if recipe.bridged and blocks is None:
+        raise ConfigError("+bridged fits linear maps to public text; give some with --text")
+    where: dict[str, Any] = {"attn_implementation": attn_implementation, "device": device}
+    if measures is None and recipe.chooses_by_text and blocks is not None:
         measures = measure(checkpoint, plan, recipe, blocks, **where, progress=progress)
     layers = tuple(plan.bottom + layer for layer in select_layers(recipe, n_middle, measures))
     base = load_layers(checkpoint, layers, dtype=dtype, attn_implementation=attn_implementation).to(device)
@@ -208,7 +220,13 @@ def build_emulator(
             for layer in distinct.values():
                 replace_linears(layer, recipe.low_rank)
                 advance()
-    return Emulator(base, layers, recipe, config, measures)
+    bridges = bridge_places(layers, plan) if recipe.bridged else ()
+    emulator = Emulator(base, layers, recipe, config, bridges=bridges, measures=measures)
+    if bridges and blocks is not None:
+        add_bridges(base, layers, bridges)
+        fit_bridges(checkpoint, plan, base, layers, bridges, blocks, **where, progress=progress)
+        emulator.trainable(False)
+    return emulator
 
 
 def save_emulator(emulator: Emulator, folder: Path) -> None:
@@ -234,6 +252,8 @@ def save_emulator(emulator: Emulator, folder: Path) -> None:
         "keep": emulator.recipe.keep,
         "layers": list(emulator.layers),
     }
+    if emulator.recipe.bridged:
+        info["bridges"] = list(emulator.bridges)
     path = folder / EMULATOR_FILE
     temporary = folder / f".{EMULATOR_FILE}.new"
     with disk_errors(path):
@@ -272,13 +292,14 @@ def load_emulator(
         ConfigError: The attention implementation does not fit the family.
         UnsupportedFamilyError: The architecture cannot be cut.
     """
-    recipe, layers = _read_info(folder / EMULATOR_INFO, config)
+    recipe, layers, bridges = _read_info(folder / EMULATOR_INFO, config)
     base = empty_layers(config, layers, dtype=dtype, attn_implementation=attn_implementation)
     distinct = distinct_layers(base, layers)
     if recipe.low_rank is not None:
         for layer in distinct.values():
             replace_linears(layer, recipe.low_rank)
-    emulator = Emulator(base, layers, recipe, config)
+    add_bridges(base, layers, bridges)
+    emulator = Emulator(base, layers, recipe, config, bridges=bridges)
     values = _read_tensors(folder / EMULATOR_FILE, emulator, dtype)
     for index, layer in distinct.items():
         prefix = f"layers.{index}."
@@ -288,8 +309,9 @@ def load_emulator(
     return emulator.trainable(False).to(device)
 
 
-def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...]]:
+def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...], tuple[int, ...]]:
     info = read_json(path)
+    bridges = info.pop("bridges", [])
     if info.get("format") != _FORMAT or info.keys() != {"format", "recipe", "keep", "layers"}:
         raise CheckpointError(f"{path} is not an emulator of format {_FORMAT}; get it again from the model's owner")
     keep, layers = info["keep"], info["layers"]
@@ -309,7 +331,17 @@ def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...]]:
         raise CheckpointError(
             f"{path}: its list of layers does not fit the model's {n_layers}; get it again from the model's owner"
         )
-    return recipe, tuple(layers)
+    if (
+        not isinstance(bridges, list)
+        or not all(type(place) is int and -1 <= place < n_layers for place in bridges)
+        or bridges != sorted(set(bridges))
+        or any(place not in layers and place != bridges[0] for place in bridges)
+        or bool(bridges) > recipe.bridged
+    ):
+        raise CheckpointError(
+            f"{path}: its bridges do not fit its layers and its recipe; get it again from the model's owner"
+        )
+    return recipe, tuple(layers), tuple(bridges)
 
 
 def _forms(emulator: Emulator, bits: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:

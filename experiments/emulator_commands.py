@@ -41,7 +41,9 @@ AdapterRates = Annotated[str, typer.Option(help="Candidate learning rates where 
 WholeRates = Annotated[str, typer.Option(help="Candidate learning rates where all weights of a model are trained.")]
 Text = Annotated[
     Path | None,
-    typer.Option(help="Public text to choose layers by and to distil on; default: Shakespeare of the data folder."),
+    typer.Option(
+        help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder."
+    ),
 ]
 DistillSteps = Annotated[int, typer.Option(min=1, help="Steps of the distillation.")]
 DistillBatch = Annotated[int, typer.Option(min=1, help="Blocks of text of a step of it.")]

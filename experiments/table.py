@@ -50,7 +50,7 @@ class TableSettings:
         seeds: How many, from 0 on.
         regime: How everything is trained and scored.
         sizes: How much of the tasks is used.
-        text: Public text to choose layers by and to distil on; None for the Shakespeare beside the tasks.
+        text: Public text to choose layers, fit bridges and distil by; None for the Shakespeare beside the tasks.
         text_length: Tokens of a block of it.
         distill: Options of the distillation.
         data_folder: Where the tasks lie; None for the default.

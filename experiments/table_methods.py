@@ -87,7 +87,7 @@ class Workshop:
         checkpoint: The whole model.
         plan: Where the middle is.
         tokenizer: The model's.
-        text: Public text to choose layers by and to distil on.
+        text: Public text to choose layers by, to fit bridges and to distil on.
         length: Tokens of a block of it.
         options: Of the distillation.
         device: Where to compute.
@@ -146,7 +146,7 @@ class Workshop:
         return Built(method.label, recipe.keep, folder, _sha256(folder / EMULATOR_FILE))
 
     def _make(self, method: Method, recipe: Recipe, blocks: Tensor | None, folder: Path, console: Console) -> None:
-        measures = None if blocks is None or not recipe.needs_text else self._measures(recipe, blocks, console)
+        measures = None if blocks is None or not recipe.chooses_by_text else self._measures(recipe, blocks, console)
         emulator = build_emulator(
             self.checkpoint, self.plan, recipe, blocks, device=self.device, progress=console, measures=measures
         )

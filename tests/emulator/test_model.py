@@ -38,6 +38,8 @@ RECIPES = (
     "uniform+int8",
     "crash+int4",
     "importance+lowrank:0.25+int4",
+    "uniform+bridged",
+    "importance+bridged+lowrank:0.25+int8",
 )
 
 
@@ -83,7 +85,7 @@ def test_what_is_saved_is_what_is_loaded(checkpoints: Checkpoints, blocks: Tenso
         folder = tmp_path / text
         save_emulator(emulator, folder)
         loaded = load_emulator(folder, checkpoint.config)
-        assert (loaded.layers, loaded.recipe) == (emulator.layers, emulator.recipe)
+        assert (loaded.layers, loaded.recipe, loaded.bridges) == (emulator.layers, emulator.recipe, emulator.bridges)
         assert torch.equal(loaded(hidden_states()), emulator(hidden_states())), text
         assert {name: tuple(each.shape) for name, each in loaded.tensors().items()} == {
             name: tuple(each.shape) for name, each in emulator.tensors().items()
@@ -308,6 +310,7 @@ def test_a_quantized_file_with_bad_scales_or_values_is_refused(checkpoints: Chec
         {"recipe": ["uniform"]},
         {"format": 2},
         {"more": 1},
+        {"bridges": [1]},
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(

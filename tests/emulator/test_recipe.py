@@ -8,12 +8,18 @@ from isthmus.backbone.errors import ConfigError, PlanError
 from isthmus.emulator.recipe import SELECTIONS, Recipe
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    ("selection", "bridged"),
+    [(selection, "") for selection in SELECTIONS] + [(each, "+bridged") for each in SELECTIONS if each != "crash"],
+)
 @pytest.mark.parametrize("rest", ["", "+lowrank:0.25", "+int8", "+lowrank:0.125+int4"])
-def test_writing_and_reading_are_inverse(selection: str, rest: str) -> None:
+def test_writing_and_reading_are_inverse(selection: str, bridged: str, rest: str) -> None:
+    rest = bridged + rest
     recipe = Recipe.parse(selection + rest, 0.5)
     assert str(recipe) == selection + rest
     assert Recipe.parse(str(recipe), recipe.keep) == recipe
+    assert (recipe.bridged, recipe.chooses_by_text) == (bool(bridged), selection != "uniform")
+    assert recipe.needs_text == (bool(bridged) or selection != "uniform")
     assert (recipe.low_rank is not None, recipe.bits) == ("lowrank" in rest, {"8": 8, "4": 4}.get(rest[-1:]))
 
 
@@ -31,6 +37,9 @@ def test_writing_and_reading_are_inverse(selection: str, rest: str) -> None:
         ("uniform+lowrank:0", "lowrank:0.0"),
         ("uniform+lowrank:1", "lowrank:1.0"),
         ("uniform+lowrank:nan", "lowrank:nan"),
+        ("uniform+int8+bridged", "'bridged'"),
+        ("uniform+bridged+bridged", "'bridged'"),
+        ("crash+bridged", "crash-drop+bridged"),
     ],
 )
 def test_bad_text_is_refused_by_name(text: str, names: str) -> None:
