@@ -61,16 +61,17 @@ SCORE := --steps 30 --batch 8 --learning-rates 2e-4,6e-4 --adapter-rates 1e-3,3e
 bench-emulators: $(STAMP)
 	mkdir -p $(TABLE) && cp docs/data/emulator-text.jsonl $(TABLE)/public.jsonl
 	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 \
-	  --methods uniform,crash-drop,importance,importance+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
+	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
-	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e --keep 0.25,0.5,0.75 --no-whole-runs \
-	  --methods uniform,crash,crash-drop,importance,importance+distilled --text $(TABLE)/public.jsonl \
-	  --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) --figure docs/figures/frontier.png --json
+	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.25,0.5,0.75 --no-whole-runs \
+	  --methods uniform,crash-drop,importance,importance+bridged,importance+bridged+distilled \
+	  --text $(TABLE)/public.jsonl --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) \
+	  --figure docs/figures/frontier.png --json
 	$(BIN)/isthmus emulator cost --model smollm2-135m --keep 0.5 --json
 	test -d $(TABLE)/tiny-qwen3 || $(BIN)/isthmus emulator pretrain --family qwen3 --text $(DATA)/shakespeare/input.txt \
 	  --out $(TABLE)/tiny-qwen3
 	$(BIN)/isthmus emulator table --model $(TABLE)/tiny-qwen3 --tasks e2e,sst2 \
-	  --methods uniform,crash-drop,importance,importance+distilled --keep 0.5 --text $(DATA)/shakespeare/input.txt \
+	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(DATA)/shakespeare/input.txt \
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 
 clean:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from isthmus.backbone.errors import NonFiniteError
+from isthmus.backbone.errors import DataError, NonFiniteError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.progress import bar
 from isthmus.backbone.sources import Checkpoint
@@ -26,8 +26,11 @@ from isthmus.backbone.span import arrange_layers, distinct_layers
 from isthmus.emulator.ends import Ends
 from isthmus.emulator.measure import Middle
 
-# Tokens that a map is fitted to, for each of its inputs: enough that the error on other text is near that on this one.
+# Tokens that a map is fitted to, for each of its inputs. At 64 the error on other text is near that on the fitted one;
+# where tokens are about as many as inputs, a map does more harm on other text than no map.
 TOKENS_PER_INPUT = 64
+LEAST_TOKENS_PER_INPUT = 8
+MOST_TOKENS = 1 << 16  # several copies of their hidden states lie in memory
 
 _RIDGE = 1e-3  # of the diagonal
 _TOKENS_AT_ONCE = 4096
@@ -44,9 +47,11 @@ class Bridge(nn.Linear):
 
     def __init__(self, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(width, width, dtype=dtype, device=device)
-        with torch.no_grad():
-            self.weight.zero_()
-            self.bias.zero_()
+
+    def reset_parameters(self) -> None:
+        """Start as what changes nothing, without a draw from the global generator."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., h]` -> `[..., h]`."""
@@ -109,15 +114,23 @@ def fit_bridges(
         base: The kept layers with their bridges; what else was done to the layers has been done.
         layers: The kept layers.
         bridges: Where the bridges are.
-        blocks: Public text, `[n, length]`; blocks at even distances are used, `TOKENS_PER_INPUT * h` tokens of them.
+        blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens and at
+            most `MOST_TOKENS`.
         attn_implementation: Attention implementation; None for the family's default.
         device: Where to compute.
         progress: Where progress is shown; None for standard error.
 
     Raises:
+        DataError: There is too little text, less than `LEAST_TOKENS_PER_INPUT * h` tokens.
         NonFiniteError: The model gives NaN or infinite hidden states.
     """
-    n_used = min(len(blocks), -(-TOKENS_PER_INPUT * checkpoint.config.hidden_size // blocks.shape[1]))
+    width = checkpoint.config.hidden_size
+    if blocks.numel() < LEAST_TOKENS_PER_INPUT * width:
+        raise DataError(
+            f"the public text has {blocks.numel()} tokens, too few to fit linear maps of width {width} to: give "
+            f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
+        )
+    n_used = min(len(blocks), -(-min(TOKENS_PER_INPUT * width, MOST_TOKENS) // blocks.shape[1]))
     used = blocks[[i * len(blocks) // n_used for i in range(n_used)]].to(device)
     ends = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
     rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])

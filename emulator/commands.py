@@ -83,7 +83,8 @@ def build(
     method: Annotated[
         str,
         typer.Option(
-            help="uniform, importance, crash or crash-drop; then +bridged, then +lowrank:F, then +int8 or +int4."
+            help="uniform, importance, crash or crash-drop; then +bridged (not with crash), then +lowrank:F, then "
+            "+int8 or +int4."
         ),
     ] = "uniform",
     licence: Annotated[

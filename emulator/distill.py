@@ -99,7 +99,8 @@ class DistillReport:
         steps: Steps of the optimizer.
         tokens: Tokens that were seen.
         text: Fingerprint of the public text.
-        error_before: Relative error of the emulator's output on held-out blocks before the first step.
+        error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
+            have been fitted to some of these blocks, if they were fitted to the same text.
         error_after: The same after the last one, before any quantization.
         loss_first, loss_last: The objective in the first and the last step.
         lm_first, lm_last: Its cross entropy, in nats a token; None with `lm_weight` 0.
@@ -202,6 +203,7 @@ class _Run:
             "the choice of layers": list(emulator.layers),
             "the emulator's dtype": str(emulator.dtype),
             "the text (fingerprint)": self._text,
+            **({"the text of the bridges (fingerprint)": emulator.fitted_to} if emulator.bridges else {}),
             **{name: value for name, value in asdict(config).items() if name != "save_every"},
         }
         self._weights = {

@@ -73,7 +73,8 @@ class Distilled(_Part):
         steps: Steps of the optimizer.
         tokens: Tokens that were seen.
         text: Fingerprint of the public text, SHA-256 (hex) of its tokens.
-        error_before: Relative error of the emulator's output on held-out blocks before the first step.
+        error_before: Relative error of the emulator's output on held-out blocks before the first step; bridges may
+            have been fitted to some of them, if they were fitted to the same text.
         error_after: The same after the last one.
     """
 

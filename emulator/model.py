@@ -3,10 +3,12 @@
 It stands where the remote span stands: `load_edge_parts(source, plan, emulator)` is the edge's model, so layer numbers,
 PEFT names and saved adapters are those of the whole model. Its files:
 
-    emulator.json          {"format", "recipe", "keep", "layers"}: how it was made, and its layers in running order
+    emulator.json          {"format", "recipe", "keep", "layers"}: how it was made, and its layers in running order;
+                           also "bridges", the places of its linear maps, if the recipe has them
     emulator.safetensors   each layer's tensors once, as `layers.<index in the whole model>.<name in the layer>`;
-                           a factor of a low-rank layer as `….down` and `….up`; a quantized weight as `….int8` or
-                           `….int4` and `….scale`
+                           a linear map as `….bridge.weight` and `….bridge.bias` of the layer before it, or
+                           `….entry.…` of the first layer; a factor of a low-rank layer as `….down` and `….up`; a
+                           quantized weight as `….int8` or `….int4` and `….scale`
 
 Shapes follow from these two and the model's configuration, and a file that has others is refused before it is read.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +42,7 @@ from isthmus.emulator.measure import measure
 from isthmus.emulator.quantize import from_stored, quantized_names, round_weight, stored_forms, to_stored
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures, select_layers
+from isthmus.emulator.text import fingerprint
 
 EMULATOR_FILE = "emulator.safetensors"
 EMULATOR_INFO = "emulator.json"
@@ -66,6 +70,7 @@ class Emulator(nn.Module):
         bridges: Where linear maps stand in for dropped layers, as in `bridges.bridge_places`.
         config: Configuration of the whole model.
         measures: What the layers were chosen by; None for a loaded emulator, and where no text was given.
+        fitted_to: Fingerprint of the text that the bridges were fitted to; None for a loaded emulator and without any.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Emulator(nn.Module):
         *,
         bridges: tuple[int, ...] = (),
         measures: Measures | None = None,
+        fitted_to: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -85,6 +91,7 @@ class Emulator(nn.Module):
         self.bridges = bridges
         self.config = config
         self.measures = measures
+        self.fitted_to = fitted_to
         self.trainable(False)
         self.train(False)
 
@@ -195,6 +202,7 @@ def build_emulator(
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
         ConfigError: The recipe needs text and there is none, or the attention implementation does not fit.
+        DataError: There is too little text to fit bridges to.
         NonFiniteError: The model gives NaN or infinite hidden states.
         PlanError: The plan is for another number of layers, or the recipe leaves no layer.
         UnsupportedFamilyError: The architecture cannot be cut.
@@ -221,12 +229,12 @@ def build_emulator(
                 replace_linears(layer, recipe.low_rank)
                 advance()
     bridges = bridge_places(layers, plan) if recipe.bridged else ()
-    emulator = Emulator(base, layers, recipe, config, bridges=bridges, measures=measures)
+    fitted_to = None
     if bridges and blocks is not None:
         add_bridges(base, layers, bridges)
         fit_bridges(checkpoint, plan, base, layers, bridges, blocks, **where, progress=progress)
-        emulator.trainable(False)
-    return emulator
+        fitted_to = fingerprint(blocks)
+    return Emulator(base, layers, recipe, config, bridges=bridges, measures=measures, fitted_to=fitted_to)
 
 
 def save_emulator(emulator: Emulator, folder: Path) -> None:
@@ -311,7 +319,7 @@ def load_emulator(
 
 def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...], tuple[int, ...]]:
     info = read_json(path)
-    bridges = info.pop("bridges", [])
+    bridges = info.pop("bridges", None)
     if info.get("format") != _FORMAT or info.keys() != {"format", "recipe", "keep", "layers"}:
         raise CheckpointError(f"{path} is not an emulator of format {_FORMAT}; get it again from the model's owner")
     keep, layers = info["keep"], info["layers"]
@@ -331,17 +339,30 @@ def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...], tuple[
         raise CheckpointError(
             f"{path}: its list of layers does not fit the model's {n_layers}; get it again from the model's owner"
         )
-    if (
-        not isinstance(bridges, list)
-        or not all(type(place) is int and -1 <= place < n_layers for place in bridges)
-        or bridges != sorted(set(bridges))
-        or any(place not in layers and place != bridges[0] for place in bridges)
-        or bool(bridges) > recipe.bridged
-    ):
+    if not _bridges_fit(bridges, layers, recipe):
         raise CheckpointError(
             f"{path}: its bridges do not fit its layers and its recipe; get it again from the model's owner"
         )
-    return recipe, tuple(layers), tuple(bridges)
+    return recipe, tuple(layers), tuple(bridges or ())
+
+
+def _bridges_fit(bridges: Any, layers: list[int], recipe: Recipe) -> bool:
+    """Whether `bridges`, of a file, is what `bridge_places` gives for some split plan with these layers."""
+    if not recipe.bridged:
+        return bridges is None
+    if not isinstance(bridges, list) or not all(type(place) is int for place in bridges):
+        return False
+    first, last = layers[0], layers[-1]
+    inner = [layer for layer, following in pairwise(layers) if following > layer + 1]
+    before = [place for place in bridges if place < first]  # the middle begins after it, and not at the first layer
+    after = [place for place in bridges if place >= last]
+    return (
+        len(set(layers)) == len(layers)
+        and bridges == [*before, *inner, *after]
+        and len(before) <= 1
+        and all(-1 <= place < first - 1 for place in before)
+        and after in ([], [last])
+    )
 
 
 def _forms(emulator: Emulator, bits: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:

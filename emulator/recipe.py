@@ -7,8 +7,9 @@ A recipe is written as a selection and what is done to the layers that it keeps,
     crash               similar neighbours form a cluster, its centre stands for all of them, as often as they were
                         (Zhang et al. 2023, "CRaSh": clustering, removal, sharing)
     crash-drop          the same without the repetition
-    +bridged            a linear map, fitted on public text, stands in for each run of layers that is dropped
-    +lowrank:F          each linear layer becomes two of rank F * min(outputs, inputs)
+    +bridged            a linear map, fitted on public text, stands in for each run of layers that is dropped (not with
+                        crash, which drops none)
+    +lowrank:F          each linear layer of the kept ones becomes two of rank F * min(outputs, inputs)
     +int8, +int4        the linear weights are rounded to 8 or 4 bits when the emulator is saved
 """
 

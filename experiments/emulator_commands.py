@@ -177,7 +177,7 @@ def cost(
     model: Model = "smollm2-135m",
     keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5,
     method: Annotated[str, typer.Option(help="The emulator's recipe, as for `build`.")] = "uniform",
-    text: Annotated[Path | None, typer.Option(help="Public text, for a recipe that chooses layers by it.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Public text, for a recipe that needs it.")] = None,
     adapter_layers: AdapterLayers = "2:2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,

@@ -50,7 +50,7 @@ class CostSettings:
         model: As for `--model`.
         keep: Share of the middle's layers that the emulator keeps.
         method: The emulator's recipe.
-        text: Public text, for a recipe that chooses by it.
+        text: Public text, for a recipe that needs it.
         adapter_layers: The split plan.
         batch: Sequences of a step.
         seq: Tokens of a sequence.

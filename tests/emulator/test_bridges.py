@@ -11,11 +11,12 @@ import torch
 from support.tiny import CONFIGS, HIDDEN, N_LAYERS
 from torch import Tensor
 
-from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
+from isthmus.backbone.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
-from isthmus.backbone.span import load_span
+from isthmus.backbone.span import FrozenSpan, load_span
 from isthmus.emulator.bridges import Bridge, bridge_places
+from isthmus.emulator.distill import DistillConfig, distill
 from isthmus.emulator.ends import Ends
 from isthmus.emulator.measure import relative_error
 from isthmus.emulator.model import Emulator, build_emulator, load_emulator, save_emulator
@@ -61,8 +62,7 @@ def test_bridges_bring_the_output_nearer_to_the_middles(checkpoints: Checkpoints
         assert not any(parameter.requires_grad for parameter in bridged.parameters())
 
 
-def test_a_middle_of_linear_layers_is_matched_by_one_layer(checkpoints: Checkpoints, blocks: Tensor) -> None:
-    """Where the dropped layers add a constant, the fitted map adds it too, before the first kept layer and after it."""
+def test_a_bridge_acts_before_the_first_layer_and_after_the_last(checkpoints: Checkpoints, blocks: Tensor) -> None:
     checkpoint = checkpoints("llama")
     emulator = make(checkpoint, "uniform+bridged", 0.25, blocks)  # keeps layer 2
     assert (emulator.layers, emulator.bridges) == ((2,), (0, 2))
@@ -74,35 +74,60 @@ def test_a_middle_of_linear_layers_is_matched_by_one_layer(checkpoints: Checkpoi
     assert torch.equal(emulator(hidden), layer.bridge(plain(layer.entry(hidden))))
     with torch.no_grad():
         for bridge in (layer.entry, layer.bridge):
-            bridge.weight.zero_()
-            bridge.bias.zero_()
+            bridge.reset_parameters()
     assert torch.equal(emulator(hidden), plain(hidden))
 
 
-def test_the_map_is_the_weighted_least_squares_solution(checkpoints: Checkpoints, blocks: Tensor) -> None:
-    """Any other map near it has a larger error on the text that it was fitted to."""
+def regression(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """W and b of the weighted ridge regression, as an ordinary least squares problem with one more row an unknown."""
+    x, residual = hidden.flatten(0, 1).double(), (target - hidden).flatten(0, 1).double()
+    root = target.flatten(0, 1).double().square().mean(-1, keepdim=True).rsqrt()
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1) * root
+    ridge = torch.diag((1e-3 * x.square().sum(0)).sqrt())
+    rows = torch.cat([residual * root, torch.zeros(len(ridge), HIDDEN, dtype=torch.float64)])
+    solution = torch.linalg.lstsq(torch.cat([x, ridge]), rows).solution.float()
+    return solution[:-1].T, solution[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_each_map_is_the_regression_on_what_the_emulator_gives(
+    checkpoints: Checkpoints, blocks: Tensor, family: str
+) -> None:
+    checkpoint = checkpoints(family)
+
+    def span(start: int, stop: int) -> FrozenSpan:
+        return load_span(checkpoint, SplitPlan(N_LAYERS, start, N_LAYERS - stop))
+
+    emulator = make(checkpoint, "uniform+bridged", 0.25, blocks)
+    assert (emulator.layers, emulator.bridges) == ((2,), (0, 2))
+    entry, bridge = (
+        next(module for name, module in emulator.named_modules() if name.endswith(f".{place}"))
+        for place in ("entry", "bridge")
+    )
+    with torch.no_grad():
+        x = Ends(checkpoint, PLAN, with_top=False).entry(blocks)
+        given = span(2, 3)(entry(x))
+        wanted = (regression(x, span(1, 2)(x)), regression(given, span(1, 5)(x)))
+    for module, (weight, bias) in zip((entry, bridge), wanted, strict=True):
+        torch.testing.assert_close(module.weight, weight, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(module.bias, bias, atol=1e-3, rtol=1e-3)
+
+
+def test_too_little_text_is_refused(checkpoints: Checkpoints, blocks: Tensor) -> None:
+    with pytest.raises(DataError, match=f"{8 * HIDDEN} or more"):
+        make(checkpoints("llama"), "uniform+bridged", 0.5, blocks[: 8 * HIDDEN // 16 - 1])
+    make(checkpoints("llama"), "uniform+bridged", 0.5, blocks[: 8 * HIDDEN // 16])
+
+
+def test_a_distillation_does_not_go_on_with_bridges_of_another_text(
+    checkpoints: Checkpoints, blocks: Tensor, tmp_path: Path
+) -> None:
     checkpoint = checkpoints("llama")
     emulator = make(checkpoint, "uniform+bridged", 0.5, blocks)
-    assert (emulator.layers, emulator.bridges) == ((1, 4), (1,))
-    bridge = emulator.base.layers[0].bridge
-    before = load_span(checkpoint, SplitPlan(N_LAYERS, 1, N_LAYERS - 2))
-    dropped = load_span(checkpoint, SplitPlan(N_LAYERS, 2, N_LAYERS - 4))
-    x = before(Ends(checkpoint, PLAN, with_top=False).entry(blocks))
-    target = dropped(x)
-
-    def error() -> float:
-        each = (bridge(x) - target).square().mean(-1) / target.square().mean(-1)
-        return each.mean().item()
-
-    least = error()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in (bridge.weight, bridge.bias):
-            kept = parameter.clone()
-            for _ in range(5):
-                parameter.copy_(kept + 0.05 * torch.randn(kept.shape, generator=generator))
-                assert error() > least
-            parameter.copy_(kept)
+    distill(checkpoint, PLAN, emulator, blocks, DistillConfig(steps=1), tmp_path)
+    other = make(checkpoint, "uniform+bridged", 0.5, blocks.flip(0))
+    with pytest.raises(CheckpointError, match="the text of the bridges"):
+        distill(checkpoint, PLAN, other, blocks, DistillConfig(steps=1), tmp_path)
 
 
 def test_nothing_is_added_where_nothing_is_dropped(checkpoints: Checkpoints, blocks: Tensor, tmp_path: Path) -> None:
@@ -131,13 +156,21 @@ def test_a_model_that_gives_nan_is_refused(checkpoints: Checkpoints, blocks: Ten
         make(Checkpoint(tmp_path, "nan"), "uniform+bridged", 0.5, blocks)
 
 
-@pytest.mark.parametrize("bridges", [[2], [0, 2], [4, 1], [1, 1], ["1"], [True], [6], 1, [-2]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"bridges": bridges} for bridges in ([2], [0, 1], [-2, 1], [1, 5], [1, 1], ["1"], [True], 1, [], None, {})),
+        {"layers": [1, 2]},
+        {"layers": [1, 1, 4]},
+        {"recipe": "uniform"},
+    ],
+)
 def test_bridges_that_do_not_fit_are_refused(
-    checkpoints: Checkpoints, blocks: Tensor, tmp_path: Path, bridges: Any
+    checkpoints: Checkpoints, blocks: Tensor, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     checkpoint = checkpoints("llama")
-    save_emulator(make(checkpoint, "uniform+bridged", 0.5, blocks), tmp_path)  # keeps 1 and 4
+    save_emulator(make(checkpoint, "uniform+bridged", 0.5, blocks), tmp_path)  # keeps 1 and 4, with a bridge after 1
     path = tmp_path / "emulator.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "bridges": bridges}))
-    with pytest.raises(CheckpointError):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match="its bridges do not fit"):
         load_emulator(tmp_path, checkpoint.config)
