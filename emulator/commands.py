@@ -121,7 +121,7 @@ def build(
 
     An interrupted distillation goes on when the same command is repeated; its state lies in OUT.distill.
 
-    Example: isthmus emulator build --model smollm2-135m --keep 0.5 --method importance --distill public.txt
+    Example: isthmus emulator build --model smollm2-135m --keep 0.5 --method importance+bridged --distill public.txt
     --licence "tuning only" --out package
     """
     from isthmus.backbone.plan import SplitPlan

@@ -44,7 +44,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def write(
     folder: Path, checkpoint: Checkpoint, signer: WorkerIdentity, recipe: str = "uniform", **options: Any
 ) -> Package:
-    emulator = build_emulator(checkpoint, PLAN, Recipe.parse(recipe, 0.5), None)
+    text = torch.randint(3, 259, (32, 16), generator=torch.Generator().manual_seed(0))
+    emulator = build_emulator(checkpoint, PLAN, Recipe.parse(recipe, 0.5), text)
     return write_package(folder, checkpoint, PLAN, emulator, **{"signer": signer, "licence": "for tests", **options})
 
 
@@ -99,6 +100,16 @@ def test_quantized_and_factored_emulators_come_back(
     assert package.manifest.share_of_bytes < 0.25
     with torch.no_grad():
         assert package.load_model()(IDS).logits.isfinite().all()
+
+
+def test_a_bridged_emulator_comes_back(tmp_path: Path, checkpoint: Checkpoint, signer: WorkerIdentity) -> None:
+    package = write(tmp_path / "p", checkpoint, signer, "uniform+bridged")
+    assert package.manifest.recipe == "uniform+bridged"
+    assert open_package(package.folder, signer=signer.pin).load_emulator().bridges == (1,)
+    loss = package.load_model()(IDS, labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert loss.item() != write(tmp_path / "q", checkpoint, signer).load_model()(IDS, labels=IDS).loss.item()
 
 
 @pytest.mark.parametrize(
