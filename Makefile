@@ -51,19 +51,19 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench curve --data $(E2E) --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
-# The figures of emulators. Takes about three hours on two cores; what is finished is kept in TABLE, and the same command
+# The figures of emulators. Takes about five hours on two cores; what is finished is kept in TABLE, and the same command
 # goes on there. DATA is the folder with e2e/, openbookqa/, arc_easy/, sst2/ and shakespeare/.
 TABLE ?= isthmus-table
 DATA  ?= ../shared/data
 SCORE := --steps 30 --batch 8 --learning-rates 2e-4,6e-4 --adapter-rates 1e-3,3e-3 --whole-rates 1e-4,3e-4 \
-         --precision bf16 --score-precision bf16 --data-folder $(DATA) --out $(TABLE)
+         --precision bf16 --score-precision bf16 --data-folder $(DATA) --threads 1 --out $(TABLE)
 
 bench-emulators: $(STAMP)
 	mkdir -p $(TABLE) && cp docs/data/emulator-text.jsonl $(TABLE)/public.jsonl
 	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 \
 	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
-	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.25,0.5,0.75 --no-whole-runs \
+	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.25,0.5 --no-whole-runs \
 	  --methods uniform,crash-drop,importance,importance+bridged,importance+bridged+distilled \
 	  --text $(TABLE)/public.jsonl --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) \
 	  --figure docs/figures/frontier.png --json
