@@ -25,6 +25,7 @@ from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import arrange_layers, distinct_layers
 from isthmus.emulator.ends import Ends
 from isthmus.emulator.measure import Middle
+from isthmus.emulator.text import spread
 
 # Tokens that a map is fitted to, for each of its inputs. At 64 the error on other text is near that on the fitted one;
 # where tokens are about as many as inputs, a map does more harm on other text than no map.
@@ -130,8 +131,7 @@ def fit_bridges(
             f"the public text has {blocks.numel()} tokens, too few to fit linear maps of width {width} to: give "
             f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
         )
-    n_used = min(len(blocks), -(-min(TOKENS_PER_INPUT * width, MOST_TOKENS) // blocks.shape[1]))
-    used = blocks[[i * len(blocks) // n_used for i in range(n_used)]].to(device)
+    used = spread(blocks, min(TOKENS_PER_INPUT * width, MOST_TOKENS)).to(device)
     ends = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
     rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])
     teacher = student = torch.cat([ends.entry(part) for part in torch.split(used, rows)])

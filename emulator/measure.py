@@ -20,6 +20,7 @@ from isthmus.backbone.span import arrange_layers, distinct_layers, load_layers, 
 from isthmus.emulator.ends import Ends
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures
+from isthmus.emulator.text import spread
 
 # Enough for a stable order of the layers, and little enough for minutes of work: each removal tries all the layers that
 # are left, and runs for each trial those after it.
@@ -75,8 +76,7 @@ def measure(
         NonFiniteError: The model gives NaN or infinite hidden states.
         PlanError: The recipe leaves no layer.
     """
-    n_used = min(len(blocks), max(1, MEASURED_TOKENS // blocks.shape[1]))
-    used = blocks[[i * len(blocks) // n_used for i in range(n_used)]].to(device)
+    used = spread(blocks, MEASURED_TOKENS).to(device)
     entry = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device).entry(used)
     middle = Middle.of(checkpoint, plan, attn_implementation, device)
     n_middle = len(plan.cloud)

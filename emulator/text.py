@@ -58,6 +58,12 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
     return torch.tensor(tokens[: n_blocks * length], dtype=torch.int64).view(n_blocks, length)
 
 
+def spread(blocks: Tensor, tokens: int) -> Tensor:
+    """Blocks at even distances, as many as hold `tokens` tokens: at least one, at most all."""
+    n_used = min(len(blocks), max(1, tokens // blocks.shape[1]))
+    return blocks[[i * len(blocks) // n_used for i in range(n_used)]]
+
+
 def fingerprint(blocks: Tensor) -> str:
     """SHA-256 (hex) of the blocks' tokens and their length."""
     digest = hashlib.sha256(str(tuple(blocks.shape)).encode())
