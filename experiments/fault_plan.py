@@ -31,6 +31,8 @@ TRIGGERS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "stash_evicted": (("backward",), "sending"),
 }
 PHASES: Final = tuple(TRIGGERS)
+# The answer is held back for these: otherwise it might be with the edge before the fault is.
+HELD: Final = ("forward_waiting", "forward_receiving", "backward_waiting", "backward_receiving", "worker_killed")
 # A drained cloud answers the call in flight: it is the next one that fails.
 PATIENCE: Final = {"cloud_restarted": 2}
 EXHAUSTED = 4  # a phase may be tried so many times as often as it has to count
@@ -154,10 +156,7 @@ class FaultPlan:
         if not self._is_due(moment):
             return None
         fault = self._queue[0]
-        questions, phase = TRIGGERS[fault.phase]
-        if len(questions) > 1:  # forward and backward take turns
-            questions = (questions[fault.number % 2],)
-        if moment.question not in questions or moment.phase != phase:
+        if not _meets(fault, moment) or moment.phase != TRIGGERS[fault.phase][1]:
             return None
         self._queue.popleft()
         self._due.popleft()
@@ -174,6 +173,15 @@ class FaultPlan:
             and moment.phase == "sending"
         )
 
+    def wants_hold(self, moment: Moment) -> bool:
+        """Whether to hold back the answer to the question that begins now, because the next fault falls before it."""
+        return (
+            self._is_due(moment)
+            and self._queue[0].phase in HELD
+            and _meets(self._queue[0], moment)
+            and moment.phase == "sending"
+        )
+
     def _is_due(self, moment: Moment) -> bool:
         return self._open is None and bool(self._queue) and moment.step >= self._due[0]
 
@@ -187,3 +195,11 @@ class FaultPlan:
             self._queue.appendleft(pending.fault)
             self._due.appendleft(0)
         return outcome
+
+
+def _meets(fault: Fault, moment: Moment) -> bool:
+    """Whether the moment belongs to a question that the fault waits for."""
+    questions, _ = TRIGGERS[fault.phase]
+    if len(questions) > 1:  # forward and backward take turns
+        questions = (questions[fault.number % 2],)
+    return moment.question in questions

@@ -237,6 +237,9 @@ class _DisturbedRun:
                 self._advance()
         if moment.phase == "sending":
             self._asked = (self._relay.bytes_passed("up"), moment.bytes_up)
+            self._relay.release()
+            if self._plan.wants_hold(moment):
+                self._relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
         if self._plan.wants_reconnect(moment):
             self._relay.cut()
         fault = self._plan.choose(moment)
@@ -261,12 +264,14 @@ class _DisturbedRun:
                 relay.cut()
             case "forward_receiving" | "backward_receiving":
                 relay.cut_after(size // 2, "down")  # an answer is about as long as its question
+                relay.release()
             case "cloud_away":
                 relay.refuse_for(AWAY_SECONDS)
                 relay.cut()
             case "worker_killed":
                 self._delivered(size)
                 self._clouds.kill_worker()
+                relay.cut()  # an answer that it had sent by then is lost with it
             case "cloud_restarted":
                 self._delivered(size)
                 self._clouds.restart()

@@ -1,9 +1,9 @@
 """A TCP relay that breaks connections on command, so that a fault falls exactly where it was meant to.
 
 The relay stands between an edge and a cloud and copies bytes both ways. It can be told to reset every connection now,
-or after an exact number of further bytes in one direction (in the middle of a tensor, say), and to reset whatever
-connects. A reset is a real one: the sockets are closed with SO_LINGER 0, which sends RST and throws away what is still
-in their buffers.
+or after an exact number of further bytes in one direction (in the middle of a tensor, say), to hold one direction back,
+so that an answer cannot overtake a fault, and to reset whatever connects. A reset is a real one: the sockets are closed
+with SO_LINGER 0, which sends RST and throws away what is still in their buffers.
 
 Everything runs on one event loop in a thread of its own; the methods are called from other threads and return when the
 relay has done it.
@@ -37,7 +37,9 @@ class Relay:
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
-        self._budget: dict[Direction, int | None] = {"up": None, "down": None}
+        self._budget: dict[Direction, int | None] = {"up": None, "down": None}  # bytes until a cut
+        self._allowed: dict[Direction, int | None] = {"up": None, "down": None}  # bytes until nothing passes
+        self._released = asyncio.Event()
         self._bytes: dict[Direction, int] = {"up": 0, "down": 0}
         self._refuse_until = 0.0  # on the loop's clock
         self._cuts = 0
@@ -72,12 +74,20 @@ class Relay:
         self._do(lambda: setattr(self, "_target", (host, port)))
 
     def cut(self) -> None:
-        """Reset every connection now."""
+        """Reset every connection now; what was held back is lost with them."""
         self._do(self._cut)
 
     def cut_after(self, count: int, direction: Direction) -> None:
         """Reset every connection once `count` more bytes (at least 1) were copied in one direction."""
         self._do(lambda: self._budget.__setitem__(direction, count))
+
+    def hold_after(self, count: int, direction: Direction) -> None:
+        """Let `count` more bytes pass in one direction, and no more until `release` or a cut."""
+        self._do(lambda: self._allowed.__setitem__(direction, count))
+
+    def release(self) -> None:
+        """Let everything pass again that `hold_after` holds back, or would."""
+        self._do(self._release)
 
     def refuse_for(self, seconds: float) -> None:
         """Reset whatever connects during the next seconds."""
@@ -144,20 +154,38 @@ class Relay:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         with contextlib.suppress(OSError):  # either end broke: the other one hears of it below
             while piece := await reader.read(PIECE):
-                budget = self._budget[direction]
-                if budget is not None:
-                    piece = piece[:budget]
-                    self._budget[direction] = budget - len(piece)
-                writer.write(piece)
-                await writer.drain()
-                self._count(direction, len(piece))
-                if self._budget[direction] == 0:
-                    self._budget[direction] = None
-                    self._cut()
+                while piece:
+                    while self._allowed[direction] == 0:
+                        self._released.clear()
+                        await self._released.wait()
+                    if writer.transport.is_closing():
+                        break
+                    count = self._spend(len(piece), direction)
+                    writer.write(piece[:count])
+                    piece = piece[count:]
+                    await writer.drain()
+                    self._count(direction, count)
+                    if self._budget[direction] == 0:
+                        self._budget[direction] = None
+                        self._cut()
             if writer.can_write_eof() and not writer.transport.is_closing():
                 writer.write_eof()
             return
         _reset(writer)
+
+    def _spend(self, size: int, direction: Direction) -> int:
+        """How many of the next bytes pass; they are taken from what is allowed and left."""
+        allowed, budget = self._allowed[direction], self._budget[direction]
+        count = min(limit for limit in (size, allowed, budget) if limit is not None)
+        if allowed is not None:
+            self._allowed[direction] = allowed - count
+        if budget is not None:
+            self._budget[direction] = budget - count
+        return count
+
+    def _release(self) -> None:
+        self._allowed = {"up": None, "down": None}
+        self._released.set()
 
     def _count(self, direction: Direction, count: int) -> None:
         with self._passed:
@@ -168,6 +196,7 @@ class Relay:
         self._cuts += 1
         for writer in tuple(self._writers):
             _reset(writer)
+        self._release()
 
     def _do(self, work: Callable[[], None]) -> None:
         async def run() -> None:

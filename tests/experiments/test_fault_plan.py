@@ -92,6 +92,20 @@ def test_a_handshake_needs_a_broken_connection_first() -> None:
     assert not plan.wants_reconnect(at("forward", "sending"))
 
 
+def test_an_answer_is_held_back_when_the_next_fault_falls_before_it() -> None:
+    plan = FaultPlan(["worker_killed"], 2, steps=4)
+    assert not plan.wants_hold(at("forward", "sending", 0))  # not due yet
+    assert not plan.wants_hold(at("backward", "sending"))
+    assert not plan.wants_hold(at("forward", "waiting"))  # too late
+    assert plan.wants_hold(at("forward", "sending"))
+    assert plan.choose(at("forward", "waiting")) is not None
+    assert not plan.wants_hold(at("forward", "sending", 4))  # one fault at a time
+    plan.settle(at("handshake", "sending", 1, retries=1))
+    assert not plan.wants_hold(at("forward", "sending", 4, 1))
+    assert plan.wants_hold(at("backward", "sending", 4, 1))
+    assert not FaultPlan(["forward_sending"], 1, steps=1).wants_hold(at("forward", "sending"))
+
+
 def test_forward_and_backward_take_turns() -> None:
     plan = FaultPlan(["worker_killed"], 2, steps=1)
     assert plan.choose(at("backward", "waiting")) is None

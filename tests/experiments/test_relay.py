@@ -153,6 +153,47 @@ def test_a_disarmed_cut_does_not_come(relay: Relay, peer: Peer) -> None:
     assert relay.cuts == 0
 
 
+def test_what_is_held_back_comes_in_order_once_it_is_released(relay: Relay, peer: Peer) -> None:
+    sent = bytes(range(256)) * 1024
+    with connected(relay, peer) as (edge, cloud):
+        relay.hold_after(10, "down")
+        writer = threading.Thread(target=cloud.sendall, args=(sent,))
+        writer.start()
+        assert read(edge, 10) == sent[:10]
+        edge.sendall(b"the other direction")
+        assert read(cloud, 19) == b"the other direction"
+        assert not relay.wait_passed("down", 11, 0.2)
+        relay.release()
+        assert read(edge, len(sent) - 10) == sent[10:]
+        writer.join()
+
+
+def test_a_cut_loses_what_is_held_back_and_holds_no_longer(relay: Relay, peer: Peer) -> None:
+    with connected(relay, peer) as (edge, cloud):
+        relay.hold_after(0, "down")
+        cloud.sendall(b"answer")
+        edge.sendall(b"question")
+        assert read(cloud, 8) == b"question"
+        relay.cut()
+        assert read_until_reset(edge) == b""
+    with connected(relay, peer) as (edge, cloud):
+        cloud.sendall(b"answer")
+        assert read(edge, 6) == b"answer"
+    assert relay.wait_passed("down", 6, TIMEOUT)
+    assert relay.bytes_passed("down") == 6
+
+
+def test_a_cut_falls_into_what_was_held_back(relay: Relay, peer: Peer) -> None:
+    with connected(relay, peer) as (edge, cloud):
+        relay.hold_after(2, "down")
+        cloud.sendall(b"answer")
+        assert read(edge, 2) == b"an"
+        relay.cut_after(3, "down")
+        relay.release()
+        assert read_until_reset(edge) in {b"swe"[:n] for n in range(4)}
+    assert relay.bytes_passed("down") == 5
+
+
 def test_connections_are_refused_until_disarmed(relay: Relay, peer: Peer) -> None:
     relay.refuse_for(3600)
     knock(relay)
