@@ -63,7 +63,7 @@ bench-emulators: $(STAMP)
 	$(BIN)/isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 \
 	  --methods uniform,crash-drop,importance,importance+bridged+distilled --keep 0.5 --text $(TABLE)/public.jsonl \
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
-	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.25,0.5 --no-whole-runs \
+	$(BIN)/isthmus emulator table --model smollm2-135m --tasks openbookqa --keep 0.125,0.25,0.5 --no-whole-runs \
 	  --methods uniform,crash-drop,importance,importance+bridged,importance+bridged+distilled \
 	  --text $(TABLE)/public.jsonl --text-length 128 --distill-steps 160 --seeds 1 $(SCORE) \
 	  --figure docs/figures/frontier.png --json
