@@ -18,6 +18,9 @@ weight of zero, and the loss ignores it, so its gradient is zero: finite numbers
 that is padded as it was when its rows were kept, loss and gradients are those of the uncached run bit for bit; in
 another, they differ by what the length of a batch changes in a matrix product.
 
+**Taps.** What a ladder reads of a row is kept behind the row's output, under a key of its own: other taps are other
+rows.
+
 Not for a model with something trainable, or random, at or below the cut: `check_cacheable` refuses that, and so does a
 call whose input wants a gradient.
 """
@@ -27,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -37,7 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.gate import SpanFn
+from isthmus.backbone.gate import SpanFn, TappedSpan
+from isthmus.backbone.site_spec import SiteSpec
 from isthmus.edge.cache_check import (
     check_cacheable,
     edge_model,
@@ -113,6 +117,10 @@ def cached_span(model: Any, folder: Path, identity: SpanIdentity, *, max_bytes: 
                 hook.remove()
 
 
+_Ask = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""What computes rows that are not there, `[B, S, h]`, or with taps `[B, S, h + widths of the taps]`."""
+
+
 class _Row(NamedTuple):
     """A row of a batch without its padding: positions `[start, stop)`, and the key that it is kept under."""
 
@@ -156,12 +164,33 @@ class CachedSpan:
             UnsupportedCallError: The input wants a gradient and something below the cut is trainable, or something
                 inside the span is.
         """
-        wanted = torch.is_grad_enabled() and hidden.requires_grad
-        if wanted:
-            self._check_input_gradient()
-        output = self._look_up(hidden.detach(), attention_mask, position_ids)
+        wanted = self._wants_gradient(hidden)
+        output = self._look_up(hidden.detach(), attention_mask, position_ids, self._ask, hidden.shape[-1], [])
         # Whoever wants the input's gradient may need a graph to begin somewhere (reentrant checkpointing does): here.
         return output.requires_grad_() if wanted else output
+
+    def tapped(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same, and what comes out of `taps`, `[B, S, h or width]` each; no gradient flows through it.
+
+        Raises:
+            UnsupportedCallError: As a call's, or the span has no taps.
+        """
+        span: object = self._span
+        if not isinstance(span, TappedSpan):
+            raise UnsupportedCallError("what stands for the cloud's layers here has no taps: use another method")
+
+        def ask(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            output, tapped = span.tapped(hidden, mask, positions, taps)
+            return torch.cat([output, *(tap.to(output) for tap in tapped)], dim=-1)
+
+        self._wants_gradient(hidden)
+        widths = [hidden.shape[-1], *(tap.rank or hidden.shape[-1] for tap in taps)]
+        told = [[tap.layer, tap.rank, tap.seed] for tap in taps]
+        row = self._look_up(hidden.detach(), attention_mask, position_ids, ask, sum(widths), told)
+        output, *tapped = torch.split(row, widths, dim=-1)
+        return output, tuple(tapped)
 
     def know_rows_by_input(self, edge: Any) -> tuple[Any, ...]:
         """Take a row's content from what the base model is called with; returns the hooks that do it."""
@@ -180,6 +209,13 @@ class CachedSpan:
     def _forget_input(self, *_: Any) -> None:
         self._source = None
 
+    def _wants_gradient(self, hidden: Tensor) -> bool:
+        """Whether the caller wants the input's gradient; refuses where something below the cut has a use for it."""
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return False
+        self._check_input_gradient()
+        return True
+
     def _check_input_gradient(self) -> None:
         if self._model is not None:
             refuse_trainable(self._model)
@@ -195,9 +231,18 @@ class CachedSpan:
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def _look_up(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        rows = self._rows(hidden, mask, positions)
-        output = torch.zeros_like(hidden)
+    def _look_up(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        ask: _Ask,
+        width: int,
+        told: list[list[int]],
+    ) -> Tensor:
+        """The rows of a batch, `[B, S, width]`; `told` is what they depend on beside the span and the batch."""
+        rows = self._rows(hidden, mask, positions, told)
+        output = hidden.new_zeros(*hidden.shape[:-1], width)
         missing = []
         for index, (start, stop, key) in enumerate(rows):
             found = self._store.get(key)
@@ -206,30 +251,19 @@ class CachedSpan:
             else:
                 output[index, start:stop] = found.to(output)
         if len(missing) == len(rows):  # as an uncached run asks, and so with the same bits
-            output = self._ask(hidden, mask, positions)
+            output = ask(hidden, mask, positions)
         elif missing:
-            self._fill(output, [rows[index] for index in missing], missing, hidden, mask, positions)
+            inside = slice(min(rows[index].start for index in missing), max(rows[index].stop for index in missing))
+            if positions is not None:
+                positions = positions.expand(len(hidden), -1)[missing, inside]
+            asked = ask(hidden[missing, inside], None if mask is None else mask[missing, inside], positions)
+            for answer, index in zip(asked, missing, strict=True):
+                start, stop, _ = rows[index]
+                output[index, start:stop] = answer[start - inside.start : stop - inside.start]
         for index in missing:
             start, stop, key = rows[index]
             self._store.put(key, output[index, start:stop])
         return output
-
-    def _fill(
-        self,
-        output: Tensor,
-        rows: list[_Row],
-        indices: list[int],
-        hidden: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-    ) -> None:
-        """Ask for some rows of a batch, without the padding that they share, and put them in place."""
-        inside = slice(min(row.start for row in rows), max(row.stop for row in rows))
-        if positions is not None:
-            positions = positions.expand(len(hidden), -1)[indices, inside]
-        asked = self._ask(hidden[indices, inside], None if mask is None else mask[indices, inside], positions)
-        for answer, index, row in zip(asked, indices, rows, strict=True):
-            output[index, row.start : row.stop] = answer[row.start - inside.start : row.stop - inside.start]
 
     def _ask(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         output = self._span(hidden, mask, positions)
@@ -240,7 +274,7 @@ class CachedSpan:
             )
         return output
 
-    def _rows(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[_Row]:
+    def _rows(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, told: list[list[int]]) -> list[_Row]:
         source = self._source
         content = hidden if source is None else source
         kind = hidden.device.type
@@ -250,6 +284,7 @@ class CachedSpan:
             # transformers takes positions that restart for packed texts, and separates these, where there is no mask.
             positions is not None and mask is None,
             source is not None,
+            *([told] if told else []),
         ]
         content = content.detach().cpu().contiguous()
         marks = None if mask is None else mask.cpu().bool()

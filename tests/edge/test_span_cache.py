@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.edge.span_cache import CachedSpan, SpanIdentity, SpanStore
 
 PLENTY = 1 << 24
@@ -217,3 +218,59 @@ def test_a_span_with_something_trainable_inside_is_refused(store: SpanStore) -> 
 def test_a_copied_model_uses_the_same_cache(store: SpanStore) -> None:
     cached = CachedSpan(Asked(), store)
     assert copy.deepcopy(cached) is cached
+
+
+# Taps -----------------------------------------------------------------------------------------------------------------
+
+TAPS = (SiteSpec(3, "", Placement.TAP), SiteSpec(7, "", Placement.TAP, rank=2, seed=5))
+
+
+class Tapped(Asked):
+    """The same, with two taps: the input, and the first two numbers of the output."""
+
+    def tapped(
+        self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, taps: tuple[SiteSpec, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = self(hidden, mask, positions)
+        return output, tuple((hidden, output)[number][..., : tap.rank or WIDTH] for number, tap in enumerate(taps))
+
+
+def test_taps_come_out_of_the_cache_with_their_rows(store: SpanStore) -> None:
+    rows = [numbers(n, WIDTH, seed=n) for n in (3, 5, 2)]
+    hidden, mask = padded(rows, 5)
+    span = Tapped()
+    cached = CachedSpan(span, store)
+    output, taps = cached.tapped(hidden, mask, None, TAPS)
+    plain, expected = Tapped().tapped(hidden, mask, None, TAPS)
+    for got, wanted in zip((output, *taps), (plain, *expected), strict=True):
+        assert torch.equal(got, wanted)
+    more, more_mask = padded([rows[1], numbers(6, WIDTH, seed=9)], 6, left=True)
+    output, taps = cached.tapped(more, more_mask, None, TAPS)
+    plain, expected = Tapped().tapped(more, more_mask, None, TAPS)
+    for got, wanted in zip((output, *taps), (plain, *expected), strict=True):
+        assert torch.equal(got[more_mask.bool()], wanted[more_mask.bool()])
+    assert [len(call) for call in span.calls] == [3, 1]
+
+
+def test_rows_with_other_taps_or_with_none_are_other_rows(store: SpanStore) -> None:
+    span = Tapped()
+    cached = CachedSpan(span, store)
+    hidden = numbers(1, 4, WIDTH)
+    cached(hidden, None, None)
+    cached.tapped(hidden, None, None, TAPS)
+    cached.tapped(hidden, None, None, TAPS[:1])
+    cached.tapped(hidden, None, None, (TAPS[0], SiteSpec(7, "", Placement.TAP, rank=2, seed=6)))
+    assert len(span.calls) == 4
+    cached.tapped(hidden, None, None, TAPS)
+    assert len(span.calls) == 4
+
+
+def test_taps_of_a_span_without_any_are_refused(store: SpanStore) -> None:
+    with pytest.raises(UnsupportedCallError, match="no taps"):
+        CachedSpan(Asked(), store).tapped(numbers(1, 4, WIDTH), None, None, TAPS)
+
+
+def test_a_ladder_over_the_cache_wants_no_gradient_of_its_input(store: SpanStore) -> None:
+    hidden = numbers(1, 4, WIDTH).requires_grad_()
+    with pytest.raises(UnsupportedCallError, match="something trainable lies below the cut"):
+        CachedSpan(Tapped(), store).tapped(hidden, None, None, TAPS)
