@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from isthmus.experiments.flags import names_of, numbers_of, precision_of, to_its_end
 
+if TYPE_CHECKING:
     from isthmus.experiments.table import TableSettings
 
 app = typer.Typer(no_args_is_help=True)
-
-INTERRUPTED = 130  # as shells say it
 
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
 AdapterLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers are tuned.")]
@@ -122,7 +120,7 @@ def table(
 
     if figure is not None:
         plotting()  # a missing package is told before the long run, not after it
-    result = _to_its_end(lambda: run_table(settings))
+    result = to_its_end(lambda: run_table(settings))
     if figure is not None:
         draw(result["methods"], figure, f"{model}, {tasks}")
     if as_json:
@@ -152,17 +150,17 @@ def score(
     from isthmus.experiments.scoring import ScoreSettings, run_score
 
     settings = ScoreSettings(
-        tasks=_names(tasks, "tasks"),
+        tasks=names_of(tasks, "tasks"),
         model=model,
         package=package,
         adapter=adapter,
         include_path=include_path,
         limit=limit,
         batch=batch,
-        precision=_precision(precision, "precision"),
+        precision=precision_of(precision, "precision"),
         device=pick_device(device),
     )
-    result = _to_its_end(lambda: run_score(settings))
+    result = to_its_end(lambda: run_score(settings))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -204,11 +202,11 @@ def cost(
         seq=seq,
         rounds=rounds,
         rank=rank,
-        precision=_precision(precision, "precision"),
+        precision=precision_of(precision, "precision"),
         threads=threads,
     )
     with working_folder() as folder:
-        result = _to_its_end(lambda: run_cost(settings, folder))
+        result = to_its_end(lambda: run_cost(settings, folder))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -260,7 +258,7 @@ def pretrain(
         seed=seed,
         threads=threads,
     )
-    result = _to_its_end(lambda: run_pretrain(settings))
+    result = to_its_end(lambda: run_pretrain(settings))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -276,13 +274,13 @@ def _settings(given: dict[str, Any]) -> TableSettings:
     from isthmus.experiments.table_lab import Regime
     from isthmus.experiments.tasks import Sizes
 
-    precision = _precision(given["precision"], "precision")
+    precision = precision_of(given["precision"], "precision")
     return TableSettings(
         model=given["model"],
-        tasks=_names(given["tasks"], "tasks"),
+        tasks=names_of(given["tasks"], "tasks"),
         out=given["out"],
-        methods=_names(given["methods"], "methods"),
-        keeps=_numbers(given["keep"], "keep"),
+        methods=names_of(given["methods"], "methods"),
+        keeps=numbers_of(given["keep"], "keep"),
         adapter_layers=given["adapter_layers"],
         seeds=given["seeds"],
         regime=Regime(
@@ -291,11 +289,11 @@ def _settings(given: dict[str, Any]) -> TableSettings:
             batch=given["batch"],
             max_length=given["max_length"],
             rank=given["rank"],
-            weight_rates=_numbers(given["learning_rates"], "learning-rates"),
-            adapter_rates=_numbers(given["adapter_rates"], "adapter-rates"),
-            whole_rates=_numbers(given["whole_rates"], "whole-rates"),
+            weight_rates=numbers_of(given["learning_rates"], "learning-rates"),
+            adapter_rates=numbers_of(given["adapter_rates"], "adapter-rates"),
+            whole_rates=numbers_of(given["whole_rates"], "whole-rates"),
             precision=precision,
-            score_precision=_precision(given["score_precision"], "score-precision"),
+            score_precision=precision_of(given["score_precision"], "score-precision"),
         ),
         sizes=Sizes(test=given["test"], validation=given["validation"], max_length=given["max_length"]),
         text=given["text"],
@@ -313,47 +311,3 @@ def _settings(given: dict[str, Any]) -> TableSettings:
         device=pick_device(given["device"]),
         threads=given["threads"],
     )
-
-
-def _precision(text: str, flag: str) -> Literal["fp32", "bf16"]:
-    from isthmus.backbone.errors import ConfigError
-
-    if text == "fp32":
-        return "fp32"
-    if text == "bf16":
-        return "bf16"
-    raise ConfigError(f"--{flag} {text!r} is not known; use fp32 or bf16")
-
-
-def _names(text: str, flag: str) -> tuple[str, ...]:
-    from isthmus.backbone.errors import ConfigError
-
-    names = tuple(name.strip() for name in text.split(","))
-    if "" in names:
-        raise ConfigError(f"--{flag} {text!r} has an empty name; write them with commas between")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--{flag} {text!r} names something twice")
-    return names
-
-
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    import math
-
-    from isthmus.backbone.errors import ConfigError
-
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(math.isfinite(value) and value > 0 for value in values):
-        raise ConfigError(f"--{flag} {text!r} is not a list of positive numbers; write 1e-4,3e-4 for example")
-    return values
-
-
-def _to_its_end(work: Callable[[], Any]) -> Any:
-    """The result of long work; Ctrl-C ends the command as shells expect it."""
-    try:
-        return work()
-    except KeyboardInterrupt as stop:
-        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
-        raise typer.Exit(INTERRUPTED) from None

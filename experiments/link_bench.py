@@ -27,14 +27,13 @@ from isthmus.experiments.delay_relay import Conditions
 from isthmus.experiments.demo import run_command
 from isthmus.experiments.harness import LocalCloud
 from isthmus.experiments.net_space import ADDRESSES, NetSpace, Side
-from isthmus.experiments.prose import SENTENCES
+from isthmus.experiments.prose import write_long_texts
 
 WARM_UP = 2  # steps before the first that counts: TCP's and HTTP/2's windows grow, torch settles
 ECHOES = 21
 RATE_SECONDS = 1.5
 SLOW_START_TRIPS, SLOW_START_SECONDS = 20, 0.5  # passed over, whichever is longer, before the rate is measured
 PIECE = 1 << 16
-CHARACTERS_PER_TOKEN = 10  # more than any tokenizer makes of English prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def run_link(settings: LinkSettings, folder: Path) -> dict[str, Any]:
         IsthmusError: whatever a run raises.
     """
     model = str(resolve(settings.model).folder)  # the namespaces reach neither a hub nor an index
-    _write_texts(folder / "texts.jsonl", settings)
+    write_long_texts(folder / "texts.jsonl", settings.batch * settings.micro_batches, settings.seq)
     options = [
         *("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype),
         *("--threads", str(settings.threads), "--listen", f"{ADDRESSES['cloud']}:0"),
@@ -219,17 +218,6 @@ def _goodput(source: socket.socket, sink: socket.socket, skip_s: float) -> float
     sink.close()
     thread.join()
     return received * 8 / (end - start)
-
-
-def _write_texts(path: Path, settings: LinkSettings) -> None:
-    """Texts for one step, each longer than a sequence, so that every micro-batch has the same shape."""
-    prose = " ".join(SENTENCES)
-    length = settings.seq * CHARACTERS_PER_TOKEN
-    long = prose * (2 + length // len(prose))
-    starts = (len(" ".join(SENTENCES[:number])) for number in range(len(SENTENCES)))
-    texts = [long[start : start + length] for start in starts]
-    count = settings.batch * settings.micro_batches
-    path.write_text("".join(json.dumps({"text": texts[n % len(texts)]}) + "\n" for n in range(count)))
 
 
 def _train(

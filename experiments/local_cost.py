@@ -1,8 +1,6 @@
 """What local tuning costs: a step over an emulator against one of the whole model, in time and in memory.
 
-Each way to tune runs in a process of its own, so that its peak memory is its own; they take turns, one step each, so
-that whatever else the machine does hits all alike. The others wait meanwhile and use no processor. Ratios are medians
-over the rounds.
+Each way to tune runs in a process of its own, and they take turns, one step each. Ratios are medians over the rounds.
 
 python -m isthmus.experiments.local_cost '{"kind": …, "model": …, …}' is one of the processes.
 """
@@ -10,9 +8,7 @@ python -m isthmus.experiments.local_cost '{"kind": …, "model": …, …}' is o
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +19,6 @@ from typing import Any
 
 import torch
 
-from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import load_tokenizer, resolve
@@ -35,8 +30,10 @@ from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.text import load_blocks
 from isthmus.experiments.harness import stderr_progress
 from isthmus.experiments.scoring import whole
+from isthmus.experiments.turns import TurnProcess, resident_bytes
 
 WARM_UP = 2
+_MODULE = "isthmus.experiments.local_cost"
 
 KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
 """All weights of the whole model; LoRA in all its layers; over the emulator, the edge's layers whole; LoRA in them."""
@@ -92,15 +89,19 @@ def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
     _build(settings, folder / "emulator")
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
-        workers = {kind: stack.enter_context(_Worker(kind, settings, folder / "emulator")) for kind in KINDS}
+        shared = asdict(settings) | {"emulator": str(folder / "emulator"), "text": None}
+        workers = {
+            kind: stack.enter_context(TurnProcess(kind, _MODULE, shared | {"kind": kind}, settings.threads))
+            for kind in KINDS
+        }
         for worker in workers.values():
-            worker.wait_until_ready()
+            worker.answer()  # it has its model
         advance = stack.enter_context(stderr_progress("rounds", WARM_UP + settings.rounds))
         for number in range(WARM_UP + settings.rounds):
             for kind in KINDS[:: 1 if number % 2 else -1]:
-                seconds[kind].append(workers[kind].step())
+                seconds[kind].append(float(workers[kind].ask("step")))
             advance()
-        memory = {kind: worker.memory() for kind, worker in workers.items()}
+        memory = {kind: json.loads(worker.ask("memory")) for kind, worker in workers.items()}
     seconds = {kind: values[WARM_UP:] for kind, values in seconds.items()}
     runs = [_row(kind, settings, seconds, memory) for kind in KINDS]
     described = asdict(settings) | {"text": None if settings.text is None else settings.text.name}
@@ -130,62 +131,6 @@ def _build(settings: CostSettings, folder: Path) -> None:
     save_emulator(build_emulator(checkpoint, plan, recipe, blocks), folder)
 
 
-class _Worker:
-    """One of the processes: it makes a step when it is asked to."""
-
-    def __init__(self, kind: str, settings: CostSettings, emulator: Path) -> None:
-        self._kind = kind
-        task = asdict(settings) | {"kind": kind, "emulator": str(emulator), "text": None}
-        # A thread that waits for its next piece of work must not spin on a processor that another process uses.
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(settings.threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "isthmus.experiments.local_cost", json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def wait_until_ready(self) -> None:
-        """Wait until it has its model. Raises IsthmusError if it fails, as its further answers do."""
-        self._answer()
-
-    def step(self) -> float:
-        """Make one step; returns its seconds."""
-        return float(self._ask("step"))
-
-    def memory(self) -> dict[str, int]:
-        """`peak_bytes` and `model_bytes`."""
-        value: dict[str, int] = json.loads(self._ask("memory"))
-        return value
-
-    def _ask(self, what: str) -> str:
-        assert self._process.stdin is not None  # noqa: S101  # it is a pipe
-        try:
-            self._process.stdin.write(f"{what}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its answer will say why
-        return self._answer()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None  # noqa: S101  # it is a pipe
-        line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            reason = (errors.strip().splitlines() or ["it ended without a word"])[-1]
-            raise IsthmusError(f"the process of {self._kind} failed: {reason}")
-        return line.strip()
-
-
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
@@ -193,14 +138,14 @@ def _serve(task: dict[str, Any]) -> None:
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
     settings = CostSettings(**task)
     torch.set_num_threads(settings.threads)
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     step = _stepper(_model(kind, settings, emulator), settings)
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "step":
             print(step(), flush=True)
         else:
-            peak = _resident("VmHWM")
+            peak = resident_bytes("VmHWM")
             print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
 
 
@@ -235,17 +180,6 @@ def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return step
-
-
-def _resident(name: str) -> int:
-    """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
-
-    Not getrusage's, which begins with the parent's.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise IsthmusError(f"this system does not say {name} of a process, which the figures of memory need")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+_CHARACTERS_PER_TOKEN = 10  # more than any tokenizer makes of English prose
+
 SENTENCES = (
     "When in the Course of human events, it becomes necessary for one people to dissolve the political bands "
     "which have connected them with another, and to assume among the powers of the earth, the separate and equal "
@@ -42,3 +44,13 @@ def write_prose(path: Path, batch: int) -> None:
     count = rounds * batch + 1
     lines = (json.dumps({"text": SENTENCES[index % len(SENTENCES)]}) for index in range(count))
     path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_long_texts(path: Path, count: int, seq: int) -> None:
+    """Write `count` texts of more than `seq` tokens each as JSONL with `text`, so that cut to it all have one shape."""
+    prose = " ".join(SENTENCES)
+    length = seq * _CHARACTERS_PER_TOKEN
+    long = prose * (2 + length // len(prose))
+    starts = (len(" ".join(SENTENCES[:number])) for number in range(len(SENTENCES)))
+    texts = [long[start : start + length] for start in starts]
+    path.write_text("".join(json.dumps({"text": texts[n % len(texts)]}) + "\n" for n in range(count)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.errors import IsthmusError
-from isthmus.experiments import local_cost
 from isthmus.experiments.local_cost import KINDS, CostSettings, run_cost
+from isthmus.experiments.turns import TurnProcess
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def test_all_kinds_are_measured(model: Path, tmp_path: Path) -> None:
 
 def test_a_process_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     settings = CostSettings(str(model), adapter_layers="1:1", threads=1)
-    failing = local_cost._Worker("local_lora", settings, tmp_path / "gone")
+    task = dataclasses.asdict(settings) | {"kind": "local_lora", "emulator": str(tmp_path / "gone")}
+    failing = TurnProcess("local_lora", "isthmus.experiments.local_cost", task, 1)
     with failing, pytest.raises(IsthmusError, match=r"process of local_lora failed.*emulator\.json"):
-        failing.wait_until_ready()
+        failing.answer()

@@ -1,0 +1,92 @@
+"""Processes that take turns, so that whatever else the machine does hits all alike, and each has its own peak memory.
+
+The parent starts `python -m MODULE '{…}'` for each and asks in lines; a process answers each question with one line
+and says first that it is ready. While one works, the others wait and use no processor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.errors import IsthmusError
+
+
+class TurnProcess:
+    """One of the processes.
+
+    Args:
+        name: Of what it does, for messages.
+        module: What it runs.
+        task: What it is told, as JSON can say it.
+        threads: Threads of torch in it.
+    """
+
+    def __init__(self, name: str, module: str, task: Mapping[str, Any], threads: int) -> None:
+        self._name = name
+        # A thread that waits for its next piece of work must not spin on a processor that another process uses.
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+        # A pipe that nobody reads would fill up.
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+        )
+
+    def __enter__(self) -> TurnProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def ask(self, what: str) -> str:
+        """Ask it something; returns its answer. Raises what `answer` raises."""
+        assert self._process.stdin is not None  # noqa: S101  # it is a pipe
+        try:
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its answer will say why
+        return self.answer()
+
+    def answer(self) -> str:
+        """The next line that it says.
+
+        Raises:
+            IsthmusError: It has ended; the message has the last line of what it said why.
+        """
+        assert self._process.stdout is not None  # noqa: S101  # it is a pipe
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            reason = (self._errors.read().strip().splitlines() or ["it ended without a word"])[-1]
+            raise IsthmusError(f"the process of {self._name} failed: {reason}")
+        return line.strip()
+
+
+def resident_bytes(name: str) -> int:
+    """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
+
+    Not getrusage's, which begins with the parent's.
+
+    Raises:
+        IsthmusError: This system does not tell.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise IsthmusError(f"this system does not say {name} of a process, which the figures of memory need")
