@@ -32,6 +32,7 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.ladder import add_ladder
 from isthmus.backbone.low_rank import add_low_rank
 from isthmus.backbone.own_adapters import add_bottlenecks, decoder_layers, unfreeze_biases
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.edge.config import TrainConfig, TuningConfig
 
 __all__ = [
@@ -52,7 +53,12 @@ _IA3_FEEDFORWARD_DEFAULTS = {"phi3": ["down_proj"]}
 
 
 def build_peft(
-    model: Any, config: TuningConfig, *, total_steps: int | None = None, layers: Sequence[int] | None = None
+    model: Any,
+    config: TuningConfig,
+    *,
+    total_steps: int | None = None,
+    layers: Sequence[int] | None = None,
+    beside: SplitPlan | None = None,
 ) -> Any:
     """Make `model` trainable as `config.method` says.
 
@@ -65,6 +71,7 @@ def build_peft(
         total_steps: Steps of the run, which AdaLoRA plans its ranks by.
         layers: Decoder layers to adapt; by default those that the edge holds, or all layers of a whole model. An
             adapter to go on from has its own.
+        beside: The plan by whose cloud a ladder stands; by default the split model's own.
 
     Returns:
         A `PeftModel`, or `model` itself for the methods that PEFT has not (`full`, `bottleneck`, `bitfit`).
@@ -97,8 +104,8 @@ def build_peft(
         unfreeze_biases(model, own_layers)
         return model
     if config.method == "ladder":
-        taps = _tapped_layers(plan, config)
-        add_ladder(model, taps, reduction=config.reduction, tap_width=config.tap_width, seed=config.seed)
+        span, taps = _tapped_layers(beside or plan, config)
+        add_ladder(model, taps, span=span, reduction=config.reduction, tap_width=config.tap_width, seed=config.seed)
         return model
     if config.method == "prompt":
         return peft.get_peft_model(model, _prompt_config(model, config))
@@ -170,14 +177,14 @@ def _interior_layers(config: TuningConfig, plan: Any) -> Sequence[int]:
     return sites
 
 
-def _tapped_layers(plan: Any, config: TuningConfig) -> list[int]:
-    """Layers of the cloud at even distances, the last one among them."""
+def _tapped_layers(plan: SplitPlan | None, config: TuningConfig) -> tuple[Span, list[int]]:
+    """The layers of the cloud, and those of them at even distances, the last one among them."""
     if plan is None or not len(plan.cloud):
         raise ConfigError("method = 'ladder' stands beside the cloud's layers, and there are none: use another method.")
     n = len(plan.cloud)
     if config.taps > n:
         raise ConfigError(f"taps = {config.taps}: the cloud holds {n} layers: give at most these.")
-    return [plan.cloud.start + (i + 1) * n // config.taps - 1 for i in range(config.taps)]
+    return plan.cloud, [plan.cloud.start + (i + 1) * n // config.taps - 1 for i in range(config.taps)]
 
 
 def _sites_text(config: TuningConfig) -> str:

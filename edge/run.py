@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import Report, linear_parameters
 from isthmus.edge.schedule import total_steps
 from isthmus.edge.strip import cache_of, open_link, strip_of
-from isthmus.edge.trainer import Trainer
+from isthmus.edge.trainer import StepObserver, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,8 @@ def run_training(config: TrainConfig) -> Report:
         return train_over(link, config)
 
 
-def train_over(link: Link, config: TrainConfig) -> Report:
-    """Train over a link that is open already. Raises what `run_training` raises."""
+def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver] = ()) -> Report:
+    """Train over a link that is open already, with `watchers` around every step. Raises what `run_training` raises."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     info = link.info
@@ -56,6 +57,7 @@ def train_over(link: Link, config: TrainConfig) -> Report:
         observers = (
             live_sites(model, config, total, progress.message),
             strip.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
+            *watchers,
         )
         with cache_of(link, config, tuned):
             trainer = Trainer(

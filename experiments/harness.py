@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +30,17 @@ START_SECONDS = 180.0
 def isthmus(*arguments: str) -> list[str]:
     """The command line that runs `isthmus` with this interpreter."""
     return [sys.executable, "-m", "isthmus.cli.main", *arguments]
+
+
+class Endpoint(Protocol):
+    """A cloud that an edge can connect to."""
+
+    edge_key: Path
+    """The private key of an enrolled edge."""
+
+    @property
+    def connection(self) -> str:
+        """The connection string."""
 
 
 class LocalCloud:

@@ -1,12 +1,13 @@
 """The same training in one process that holds the whole model: the baseline that the split run is compared with.
 
-python -m isthmus.experiments.single MODEL EDGE_LAYERS '{"data": …, "out": …, …}'
+python -m isthmus.experiments.single MODEL EDGE_LAYERS '{"data": …, "out": …, …}' [everywhere]
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -17,21 +18,39 @@ from isthmus.edge.data import load_data
 from isthmus.edge.methods import build_peft
 from isthmus.edge.report import Report
 from isthmus.edge.schedule import total_steps
-from isthmus.edge.trainer import Trainer
+from isthmus.edge.trainer import StepObserver, Trainer
 from isthmus.experiments.parity import whole_model
 
 
-def train_in_one_process(model_name: str, edge_layers: str, config: TrainConfig) -> Report:
-    """Run `edge train`'s trainer on the whole model, with adapters on the layers that the edge would hold."""
+def train_in_one_process(
+    model_name: str,
+    edge_layers: str,
+    config: TrainConfig,
+    *,
+    everywhere: bool = False,
+    watchers: Sequence[StepObserver] = (),
+) -> Report:
+    """Run `edge train`'s trainer on the whole model.
+
+    Args:
+        model_name: As for `--model`.
+        edge_layers: The split plan. Adapters go to the layers that the edge would hold; a ladder stands beside those
+            that the cloud would.
+        config: The run's options, without those of sites.
+        everywhere: Put adapters on all layers.
+        watchers: Called around every step.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = resolve(model_name)
     model, tokenizer, plan = whole_model(model_name, edge_layers)
     data = load_data(config, tokenizer)
-    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=plan.edge_layers)
+    layers = range(plan.n_layers) if everywhere else plan.edge_layers
+    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=layers, beside=plan)
     identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")
-    return Trainer(adapted, data, config, identity).fit().report
+    return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
 
 
 if __name__ == "__main__":
-    train_in_one_process(sys.argv[1], sys.argv[2], load_config(None, {"cloud": "-", **json.loads(sys.argv[3])}))
+    options = load_config(None, {"cloud": "-", **json.loads(sys.argv[3])})
+    train_in_one_process(sys.argv[1], sys.argv[2], options, everywhere="everywhere" in sys.argv[4:])

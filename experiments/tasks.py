@@ -44,6 +44,20 @@ class Question:
     choices: tuple[str, ...]
     answer: int
 
+    @property
+    def example(self) -> Example:
+        """The question with its right answer, to be trained on."""
+        return Example(self.prompt, self.choices[self.answer])
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A task's questions: to train on, to choose a learning rate by, and to score on."""
+
+    train: tuple[Question, ...]
+    validation: tuple[Question, ...]
+    test: tuple[Question, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -110,6 +124,35 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     """
     if name.startswith("text:"):
         return _text_task(name, Path(name.removeprefix("text:")), tokenizer, sizes)
+    split = read_task(name, folder, sizes)
+    is_choice = len(split.test[0].choices) > 1
+
+    def tokens(questions: Sequence[Question]) -> tuple[Encoded, ...]:
+        return tuple(encode([question.example for question in questions], tokenizer, sizes.max_length)[0])
+
+    return Task(
+        name=name,
+        train=tokens(split.train),
+        validation=tokens(split.validation),
+        held_out=() if is_choice else tokens(split.test),
+        questions=split.test if is_choice else (),
+        metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
+    """Read a task's questions.
+
+    Args:
+        name: One of `NAMES`.
+        folder: Where the tasks' folders lie.
+        sizes: How many of them to use; `max_length` has no part in it.
+
+    Raises:
+        ConfigError: There is no such task.
+        DataError: A file is missing, malformed or too small; the message names it.
+    """
     if name not in NAMES:
         raise ConfigError(f"{name!r} is not a task; use {', '.join(NAMES)} or text:PATH")
     if not folder.is_dir():
@@ -124,21 +167,10 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
             f"{folder / name} has {len(train)} training examples, and {sizes.validation} of them are for validation: "
             "nothing is left to train on"
         )
-    chosen = _sample(test, n_test, "test")
-    is_choice = len(test[0].choices) > 1
-
-    def tokens(questions: Sequence[Question]) -> tuple[Encoded, ...]:
-        examples = [Example(question.prompt, question.choices[question.answer]) for question in questions]
-        return tuple(encode(examples, tokenizer, sizes.max_length)[0])
-
-    return Task(
-        name=name,
-        train=tokens([question for index, question in enumerate(train) if index not in validation]),
-        validation=tokens([train[index] for index in sorted(validation)]),
-        held_out=() if is_choice else tokens(chosen),
-        questions=tuple(chosen) if is_choice else (),
-        metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
-        pad_id=pad_id(tokenizer),
+    return Split(
+        tuple(question for index, question in enumerate(train) if index not in validation),
+        tuple(train[index] for index in sorted(validation)),
+        tuple(_sample(test, n_test, "test")),
     )
 
 

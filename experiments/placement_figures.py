@@ -1,0 +1,81 @@
+"""The figures of `isthmus bench placements`: held-out loss against bytes, and which sites were live when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.figures import plotting, save_figure
+
+
+def draw_losses(result: Mapping[str, Any], path: Path) -> None:
+    """Draw each mode's held-out loss over the bytes that it moves for a token; nothing for a mode without both.
+
+    Where nothing crosses after the first epoch, the bytes are the first one's.
+
+    Raises:
+        ConfigError: The package matplotlib is missing.
+        DiskError: The disk is full or cannot be written.
+    """
+    figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
+    for row in result["runs"]:
+        moved = bytes_of(row)
+        if row["score"] is None or not moved:
+            continue
+        axes.plot(moved, row["score"], marker="o", color="#1f4e79")
+        axes.annotate(row["mode"], (moved, row["score"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set(
+        xscale="log",
+        xlabel="bytes over the strip per token and step, up and down",
+        ylabel="held-out loss",
+        title=result["settings"]["model"],
+    )
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def bytes_of(row: Mapping[str, Any]) -> float:
+    """Bytes per token and step in both directions, of the first epoch where later ones are cheaper; 0 if unknown."""
+    if row["first_epoch_bytes_per_token"]:
+        return float(row["first_epoch_bytes_per_token"])
+    return float((row["bytes_per_token_up"] or 0) + (row["bytes_per_token_down"] or 0))
+
+
+def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -> None:
+    """Draw the live sites of a run over its steps, a line for each site that was ever live after the warm-up.
+
+    Args:
+        decisions: `step` and `live`, the names of the sites from that step on.
+        steps: Of the run.
+        path: Where the figure goes.
+
+    Raises:
+        ConfigError: The package matplotlib is missing.
+        DiskError: The disk is full or cannot be written.
+    """
+    figure, axes = plotting().subplots(figsize=(7, 6), dpi=144)
+    names = sorted({name for decision in decisions for name in decision["live"]}, key=_place)
+    ends = [decision["step"] for decision in decisions[1:]] + [steps]
+    for row, name in enumerate(names):
+        lives = [
+            (decision["step"], end - decision["step"])
+            for decision, end in zip(decisions, ends, strict=True)
+            if name in decision["live"]
+        ]
+        axes.broken_barh(lives, (row - 0.4, 0.8), color="#1f4e79" if "v_proj" in name else "#f2a33a")
+    if decisions:
+        axes.axvspan(0, decisions[0]["step"], color="#dddddd")  # the warm-up, in which all take turns
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=7)
+    axes.set(xlim=(0, steps), xlabel="optimizer step", title="live sites (grey: warm-up)")
+    save_figure(figure, path)
+
+
+def _place(name: str) -> tuple[int, str]:
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0), name
+
+
+def short_name(name: str) -> str:
+    """A site's layer and linear."""
+    layer, full = _place(name)
+    return f"{layer} {full.rpartition('.')[2]}"

@@ -1,0 +1,80 @@
+"""What the modes of the placement benchmark are, and the figures that it draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.edge.config import TrainConfig
+from isthmus.experiments.cost_model import MODES as PLANNED
+from isthmus.experiments.placement_figures import bytes_of, draw_losses, draw_sites, short_name
+from isthmus.experiments.placement_modes import MODES, modes_of
+from isthmus.experiments.placements import _verdict
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_is_planned_and_its_options_are_a_run_s(name: str) -> None:
+    mode = MODES[name]
+    assert mode.planned_as in PLANNED
+    TrainConfig(cloud="-", data="-", **mode.options)
+    alone = TrainConfig(cloud="-", data="-", **mode.alone)
+    assert (alone.sites, alone.span_cache_mib, alone.site_policy) == ("none", None, "always")
+
+
+def test_only_the_tail_has_another_plan() -> None:
+    assert {name: mode.edge_layers("3:2") for name, mode in MODES.items() if mode.edge_layers("3:2") != "3:2"} == {
+        "tail_cache": "0:2"
+    }
+
+
+def test_modes_are_read_in_the_order_given_and_once() -> None:
+    assert [mode.name for mode in modes_of("taps, edge,taps")] == ["taps", "edge"]
+    assert [mode.name for mode in modes_of("")] == list(MODES)
+    with pytest.raises(ConfigError, match=r"'lease' is no mode.*leased"):
+        modes_of("lease")
+
+
+def test_the_verdict_is_of_gains_over_the_model_as_it_is() -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "edge": {"score": 1.0},
+        "kill_revive": {"score": 1.1, "site_traffic_share": 0.125, "site_computation_share": 0.25},
+        "random": {"score": 1.5},
+        "even": {"score": None},
+    }
+    verdict = _verdict(rows, {"completion_loss": 3.0})
+    assert verdict == {
+        "gain_shares": {"kill_revive": pytest.approx(0.95), "random": 0.75},
+        "less_site_traffic": 0.875,
+        "less_adapter_computation": 0.75,
+    }
+    assert _verdict(rows, None) is None
+    assert _verdict(rows | {"kill_revive": {"score": None}}, {"completion_loss": 3.0}) is None
+
+
+def row(mode: str, score: float | None, up: float | None, first: float | None = None) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "score": score,
+        "bytes_per_token_up": up,
+        "bytes_per_token_down": up,
+        "first_epoch_bytes_per_token": first,
+    }
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        row("u_shape", 1.5, 4608.0),
+        row("tail_cache", 1.7, 0.0, 4608.0),
+        row("single", 1.4, 0.0),
+        row("x", None, 1),
+    ]
+    assert [bytes_of(each) for each in rows] == [9216.0, 4608.0, 0.0, 2.0]
+    draw_losses({"runs": rows, "settings": {"model": "tiny"}}, tmp_path / "losses.png")
+    names = ["model.layers.3.self_attn.v_proj", "model.layers.11.self_attn.q_proj"]
+    assert short_name(names[1]) == "11 q_proj"
+    draw_sites([{"step": 10, "live": names}, {"step": 30, "live": names[:1]}], 50, tmp_path / "sites.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("losses.png", "sites.png"))

@@ -1,0 +1,115 @@
+"""The placement benchmark: what has to be equal is, what is cached does not cross, finished runs are kept."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.runs import Runs, cloud_for_runs
+from support.scoring import task_folder
+
+from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.sources import resolve
+from isthmus.experiments import placement_scores
+from isthmus.experiments.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
+from isthmus.experiments.placement_modes import MODES, Mode
+from isthmus.experiments.placement_scores import Regime, Scorer
+from isthmus.experiments.table_cells import Cells
+from isthmus.experiments.tasks import Sizes
+
+LAYERS = 6
+
+
+@dataclass(frozen=True)
+class Cloud:
+    connection: str
+    edge_key: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with cloud_for_runs(tmp_path_factory.mktemp("bench"), layers=LAYERS) as started:
+        yield started
+
+
+@pytest.fixture
+def cloud(runs: Runs) -> Cloud:
+    return Cloud(runs.server.address, runs.server.home.key_file)
+
+
+@pytest.fixture
+def settings(runs: Runs) -> CostSettings:
+    shared = {"rank": 2, "taps": 2, "reduction": 2}
+    return CostSettings(str(runs.model), "1:1", shared, batch=2, seq=16, rounds=EPOCH_STEPS, steps=200, threads=1)
+
+
+def test_sites_on_the_edge_equal_one_process_bit_for_bit(settings: CostSettings, cloud: Cloud, tmp_path: Path) -> None:
+    cost = measure_cost(MODES["edge"], settings, cloud, tmp_path / "edge")
+    assert cost.parity == {"bitwise_equal": True, "max_abs_diff": 0.0}
+    assert len(cost.steps) == len(cost.alone) == len(cost.first_epoch) == EPOCH_STEPS
+    assert cost.per_step("round_trips") == 2 + 2 * (LAYERS - 2)
+    assert cost.ratio > 0
+    assert cost.shares == {}
+
+
+def test_a_ladder_over_the_cache_moves_nothing_from_the_second_epoch_on(
+    settings: CostSettings, cloud: Cloud, tmp_path: Path
+) -> None:
+    cost = measure_cost(MODES["taps"], settings, cloud, tmp_path / "taps")
+    assert cost.per_step("bytes_up", first=True) > 2 * 16 * 16 * 4
+    assert (cost.per_step("bytes_up"), cost.per_step("bytes_down"), cost.per_step("round_trips")) == (0, 0, 0)
+    assert cost.parity["max_abs_diff"] < 1e-5
+
+
+def test_a_policy_s_shares_are_those_of_the_steps_made(settings: CostSettings, cloud: Cloud, tmp_path: Path) -> None:
+    mode = Mode("random", "kill_revive", {"sites": "all", "site_policy": "random", "site_traffic": 0.5}, chooses=True)
+    cost = measure_cost(mode, replace(settings, rounds=1), cloud, tmp_path / "random")
+    assert cost.parity == {"bitwise_equal": None, "max_abs_diff": None}
+    assert 0 < cost.shares["computation"] <= 0.195
+    assert 0 < cost.shares["traffic"] <= 0.5
+
+
+def test_a_process_that_fails_says_why(settings: CostSettings, tmp_path: Path) -> None:
+    nobody = Cloud("isthmus://127.0.0.1:9#SHA256:" + "A" * 43, tmp_path / "no-key")
+    with pytest.raises(IsthmusError, match=r"process of edge, split failed.*no-key"):
+        measure_cost(MODES["edge"], settings, nobody, tmp_path / "edge")
+
+
+def test_a_run_is_scored_on_held_out_data_and_not_made_again(
+    runs: Runs, cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regime = Regime(
+        task="e2e",
+        data_folder=task_folder(tmp_path / "data"),
+        sizes=Sizes(test=3, validation=2, max_length=32),
+        steps=4,
+        batch=2,
+        rates=(1e-12, 3e-2),
+        seeds=1,
+        precision="fp32",
+        cloud_dtype="fp32",
+        threads=1,
+        shared={"rank": 2},
+    )
+
+    def scorer() -> Scorer:
+        cells = Cells(tmp_path / "cells.jsonl", Console(file=io.StringIO()))
+        return Scorer(resolve(str(runs.model)), "1:1", regime, cells, tmp_path, lambda _plan: cloud)
+
+    first = scorer()
+    rate = first.best_rate(MODES["edge"])
+    result = first.run(MODES["edge"], rate, 0)
+    assert rate == 3e-2
+    assert result["scores"]["completion_loss"] != first.zero_shot()["completion_loss"]
+    assert result["report"]["steps"] == 4
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a finished run was made again")
+
+    monkeypatch.setattr(placement_scores, "run_command", refuse)
+    assert scorer().run(MODES["edge"], rate, 0) == result
