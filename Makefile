@@ -10,7 +10,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
-.PHONY: setup demo test lint format bench bench-emulators clean
+.PHONY: setup demo test lint format bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
@@ -51,10 +51,21 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench curve --data $(E2E) --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
-# The figures of emulators. Takes about five hours on two cores; what is finished is kept in TABLE, and the same command
-# goes on there. DATA is the folder with e2e/, openbookqa/, arc_easy/, sst2/ and shakespeare/.
-TABLE ?= isthmus-table
+# The figures of placements, codecs and slow links. Takes about five hours on two cores; what is finished is kept in STRIP,
+# and the same command goes on there. The last one makes network namespaces, which needs root. DATA is the folder with
+# e2e/, openbookqa/, arc_easy/, sst2/ and shakespeare/.
+STRIP ?= isthmus-strip
 DATA  ?= ../shared/data
+
+bench-strip: $(STAMP)
+	$(BIN)/isthmus bench placements --data-folder $(DATA) --out $(STRIP) --figure docs/figures/placements.png \
+	  --sites-figure docs/figures/live-sites.png --json
+	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(STRIP) --json
+	$(BIN)/isthmus bench link --rate 100mbit --rtt 50ms --json
+
+# The figures of emulators. Takes about five hours on two cores; what is finished is kept in TABLE, and the same command
+# goes on there.
+TABLE ?= isthmus-table
 SCORE := --steps 30 --batch 8 --learning-rates 2e-4,6e-4 --adapter-rates 1e-3,3e-3 --whole-rates 1e-4,3e-4 \
          --precision bf16 --score-precision bf16 --data-folder $(DATA) --threads 1 --out $(TABLE)
 

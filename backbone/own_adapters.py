@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from isthmus.backbone.bottleneck import BOTTLENECK, Bottleneck, attach_bottleneck
 from isthmus.backbone.checkpoint import read_json, write_json
 from isthmus.backbone.errors import CheckpointError, ConfigError
+from isthmus.backbone.gate import SitedSpan
 from isthmus.backbone.ladder import LadderAdapter
 from isthmus.backbone.low_rank import LowRankAdapter
 
@@ -203,7 +204,9 @@ def load_own(model: Any, folder: Path, *, trainable: bool) -> Any:
 def _places(model: Any, own: OwnAdapter, folder: Path) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that the model has a place for; nothing is allocated yet."""
     plan = getattr(model, "split_plan", None)
-    held = range(model.config.num_hidden_layers) if plan is None else plan.edge_layers
+    held = range(model.config.num_hidden_layers)
+    if plan is not None and not (own.method == "bottleneck" and isinstance(model.span_gate.span, SitedSpan)):
+        held = plan.edge_layers
     for index in own.layers:
         if index not in held:
             raise CheckpointError(

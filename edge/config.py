@@ -39,7 +39,7 @@ _METHODS_OF_OPTIMIZER: dict[str, tuple[Method, ...]] = {
     # AdaLoRA chooses its ranks by gradients.
     "mezo": ("lora", "dora", "ia3", "vera", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"),
 }
-_METHODS_WITHOUT_SITES: tuple[Method, ...] = ("prompt", "bottleneck", "bitfit", "ladder", "full")
+_METHODS_WITHOUT_SITES: tuple[Method, ...] = ("prompt", "bitfit", "ladder", "full")
 
 
 class TuningConfig(BaseModel):
@@ -244,10 +244,15 @@ class TrainConfig(TuningConfig):
         description="The cloud's layers that get adapters beside the edge's own: `none`, `all`, or numbers and ranges "
         "such as 4,7,10-12.",
     )
-    site_placement: Literal["edge", "leased"] = Field(
-        "edge",
-        description="Where the adapters of sites run: on the `edge`; or, `leased`, on the cloud, which sees their "
-        "weights then (plain LoRA without dropout).",
+    leased: Sites = Field(
+        "none",
+        description="Which of --sites are lent to the cloud, which runs their adapters and sees their weights then "
+        "(plain LoRA without dropout): `none`, `all`, or layers.",
+    )
+    summed: bool = Field(
+        False,
+        description="Answer for all sites with one input by a single gradient of it: fewer bytes, and not the same "
+        "bits as in one process.",
     )
     site_policy: SitePolicyName = Field(
         "always",
@@ -274,7 +279,7 @@ class TrainConfig(TuningConfig):
     tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
     tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
 
-    @field_validator("sites", mode="before")
+    @field_validator("sites", "leased", mode="before")
     @classmethod
     def _read_sites(cls, value: object) -> object:
         return value if isinstance(value, str) and value in {"none", "all"} else read_layers(value)
@@ -283,7 +288,7 @@ class TrainConfig(TuningConfig):
     def _check_cloud_pairs(self) -> Self:
         if self.sites != "none" and self.method in _METHODS_WITHOUT_SITES:
             raise ValueError(
-                f"sites carry the adapters of linear layers, and method {self.method} has none: "
+                f"sites carry adapters inside the cloud's layers, and method {self.method} has none there: "
                 "give sites = none, or another method"
             )
         if self.site_policy != "always" and self.sites == "none":
@@ -292,11 +297,7 @@ class TrainConfig(TuningConfig):
             )
         if self.site_policy == "kill-revive" and self.optimizer == "mezo":
             raise ValueError("site_policy = 'kill-revive' goes by gradients, and optimizer mezo has none: use another")
-        if self.site_placement == "leased" and (self.method != "lora" or self.dropout > 0):
-            raise ValueError(
-                f"site_placement = 'leased' runs plain LoRA on the cloud, not method {self.method} with dropout "
-                f"{self.dropout}: place it on the edge"
-            )
+        self._check_leased()
         if self.site_policy != "always" and (self.method == "adalora" or self.optimizer == "lora-fa"):
             who = "method adalora" if self.method == "adalora" else "optimizer lora-fa"
             raise ValueError(
@@ -323,6 +324,26 @@ class TrainConfig(TuningConfig):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
         return self
+
+    def _check_leased(self) -> None:
+        if self.leased == "none":
+            return
+        if self.method != "lora" or self.dropout > 0:
+            raise ValueError(
+                f"leased adapters are plain LoRA that the cloud runs, not method {self.method} with dropout "
+                f"{self.dropout}: give leased = none"
+            )
+        if self.site_policy != "always":
+            raise ValueError(
+                f"site_policy = {self.site_policy!r} chooses among sites by their traffic, and leased ones have none: "
+                "give leased = none, or site_policy = always"
+            )
+        if self.sites == "none":
+            raise ValueError("leased says which sites are lent to the cloud, and there are none: give --sites all")
+        if self.sites != "all" and self.leased != "all":
+            strange = sorted(set(self.leased) - set(self.sites))
+            if strange:
+                raise ValueError(f"leased has layer {strange[0]}, which is not among the sites: name it there, too")
 
     def connection_text(self) -> str:
         """The connection string, read from its file where `cloud` is a path.

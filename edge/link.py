@@ -103,7 +103,11 @@ class Link(SpanCaller):
         return self._step
 
     def load_model(
-        self, *, dtype: torch.dtype = torch.float32, leased: Callable[[str], bool] = lambda name: False
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        leased: Callable[[str], bool] = lambda name: False,
+        summed: bool = False,
     ) -> PreTrainedModel:
         """The whole architecture as a transformers model whose middle layers run in the cloud.
 
@@ -114,13 +118,15 @@ class Link(SpanCaller):
             dtype: floating point dtype of the edge's weights.
             leased: whether the LoRA at the site of that name may be lent to the cloud, which then sees its weights and
                 runs it; by default no adapter ever leaves the edge.
+            summed: whether the sites that share an input answer a backward with one gradient of it: fewer bytes, and
+                other ones in the last place than a single process has.
         """
         from isthmus.backbone.parts import load_edge_parts
 
         model = load_edge_parts(
             self._parts(),
             self.plan,
-            RemoteSpan(self, leased=leased),
+            RemoteSpan(self, leased=leased, summed=summed),
             dtype=dtype,
             attn_implementation=self.info.attn_implementation,
         )

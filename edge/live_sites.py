@@ -14,6 +14,7 @@ from isthmus.backbone.edge_model import EdgeModelMixin
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.files import write_atomic
 from isthmus.backbone.gate import SpanGate
+from isthmus.backbone.low_rank import LowRankSite
 from isthmus.backbone.site_host import linear_groups
 from isthmus.backbone.sites import Site
 from isthmus.edge.config import TrainConfig
@@ -131,26 +132,39 @@ class LiveSites:
         write_atomic(self._log, "".join(self._decisions).encode())
 
 
-def site_costs(model: EdgeModelMixin, sites: Iterable[Site]) -> Sites:
-    """What each site costs, from the shapes of its linear and the group that it reads its input with."""
+def site_costs(model: EdgeModelMixin, sites: Iterable[Site], *, summed: bool = False) -> Sites:
+    """What each site costs, from the shapes of its linear and the group that it reads its input with.
+
+    `summed` as of `isthmus.edge.remote_span.RemoteSpan`.
+    """
     config: Any = model.config  # type: ignore[attr-defined]  # of the transformers class beside the mixin
     group_of = {name: number for number, names in enumerate(linear_groups(config)) for name in names}
     infos = []
     for site in sites:
-        base: Any = site.module.get_base_layer()  # type: ignore[operator]  # PEFT's
-        shape = base.weight.shape
-        n_in, n_out = (shape[0], shape[1]) if hasattr(base, "nf") else (shape[1], shape[0])
+        n_in, n_out = _features(site, config.hidden_size)
         infos.append(
             SiteInfo.of_linear(
                 site.name,
                 layer=site.layer,
-                group=f"{site.layer}.{group_of[site.part]}",
+                group=f"{site.layer}.{group_of.get(site.part, 'layer')}",
                 in_features=n_in,
                 out_features=n_out,
                 parameters=sum(parameter.numel() for parameter in site.parameters),
+                summed=summed,
             )
         )
     return Sites(infos)
+
+
+def _features(site: Site, hidden_size: int) -> tuple[int, int]:
+    """Widths of what a site reads and of what it adds."""
+    if not site.part:  # behind a layer
+        return hidden_size, hidden_size
+    if isinstance(site.module, LowRankSite):
+        return site.module.rank, site.module.rank
+    base: Any = site.module.get_base_layer()  # type: ignore[operator]  # PEFT's
+    shape = base.weight.shape
+    return (shape[0], shape[1]) if hasattr(base, "nf") else (shape[1], shape[0])
 
 
 def live_sites(
@@ -170,7 +184,7 @@ def live_sites(
             f"site_policy = {config.site_policy!r} chooses among adapters inside the cloud's layers, and there are "
             "none: give --sites"
         )
-    costs = site_costs(model, sites.values())
+    costs = site_costs(model, sites.values(), summed=config.summed)
     return LiveSites(
         gate,
         sites,

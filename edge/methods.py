@@ -98,7 +98,7 @@ def build_peft(
         unfreeze_layers(model, own_layers)
         return model
     if config.method == "bottleneck":
-        add_bottlenecks(model, own_layers, config.rank, dropout=config.dropout)
+        add_bottlenecks(model, sorted({*own_layers, *interior}), config.rank, dropout=config.dropout)
         return model
     if config.method == "bitfit":
         unfreeze_biases(model, own_layers)

@@ -59,11 +59,16 @@ class RemoteSpan:
     Args:
         link: Where to call.
         leased: Whether the weights of the site of that name may be lent to the cloud, which then runs its adapter.
+        summed: Whether the sites that share an input answer a backward with one gradient of it, the sum of theirs. That
+            saves traffic, and adds up in another order than a single process does.
     """
 
-    def __init__(self, link: SpanLink, *, leased: Callable[[str], bool] = lambda name: False) -> None:
+    def __init__(
+        self, link: SpanLink, *, leased: Callable[[str], bool] = lambda name: False, summed: bool = False
+    ) -> None:
         self._link = link
         self._leased = leased
+        self._summed = summed
 
     def __call__(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Hidden states [batch, sequence, hidden size] after the span; same dtype and device as the input."""
@@ -99,7 +104,7 @@ class RemoteSpan:
         # not keep anything for it.
         trainable = hidden.requires_grad or any(site.parameters for site in sites)
         keep = torch.is_grad_enabled() and trainable
-        call = SiteCall(sites, keep=keep) if sites else None
+        call = SiteCall(sites, keep=keep, summed=self._summed) if sites else None
         # The sites' parameters are inputs too: else a model whose only adapters are inside would get no backward.
         parameters = () if call is None else call.parameters
         output: Tensor = _SpanFunction.apply(  # type: ignore[no-untyped-call]  # torch

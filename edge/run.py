@@ -51,7 +51,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
     total = total_steps(config, len(data.train))
     progress = TrainProgress(total, config.log_every)
     with strip_of(link, config) as strip:
-        model = strip.load_model(leased=config.site_placement == "leased")
+        model = strip.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (

@@ -54,14 +54,16 @@ class SiteInfo:
         parameters: int,
         summed: bool = False,
     ) -> Self:
-        """The site at a linear `[out_features, in_features]`, its kind being the last part of `name`.
+        """The site at a linear `[out_features, in_features]`, its kind being the last part of `name`; of a site behind
+        a layer, which ends in a number, `layer`.
 
         Forward, the input comes down once for its group and the delta goes up; backward, the delta's gradient comes
         down and the gradient of the input goes up, one per site, or one per group if `summed`. An adapter of N
         parameters that are all matrices costs 6N FLOPs (see `isthmus.edge.report`).
         """
         own, shared = (0, 2 * in_features) if summed else (in_features, in_features)
-        kind = name.rpartition(".")[2]
+        last = name.rpartition(".")[2]
+        kind = "layer" if last.isdigit() else last
         return cls(name, layer, kind, group, 2 * out_features + own, shared, 6 * parameters)
 
 

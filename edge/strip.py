@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.errors import ConfigError, UnsupportedCallError
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.auto_codec import AutoCodec
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batch, Batches, TrainingData
@@ -68,11 +70,15 @@ class Strip:
         self.lanes = Lanes(links) if len(links) > 1 else None
         self.meter: StripMeter = links[0] if len(links) == 1 else LaneMeter(links)
 
-    def load_model(self, *, leased: bool = False) -> Any:
-        """The split model, whose span goes over the links; `leased`: the LoRA at its sites is lent to the cloud."""
+    def load_model(self, config: TrainConfig) -> Any:
+        """The split model, whose span goes over the links as the configuration says.
+
+        Raises:
+            ConfigError: A layer that is to be leased is not the cloud's.
+        """
         model: Any = self.links[0].load_model()
-        if self.lanes is not None or leased:
-            model.span_gate.span = RemoteSpan(self.lanes or self.links[0], leased=lambda name: leased)
+        leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
+        model.span_gate.span = RemoteSpan(self.lanes or self.links[0], leased=leased, summed=config.summed)
         return model
 
     def watch(self, check: Callable[[], None]) -> None:
@@ -114,6 +120,21 @@ class Strip:
             probe=probe,
             say=say,
         )
+
+
+def _leased(config: TrainConfig, path: str, plan: SplitPlan) -> Callable[[str], bool]:
+    """Whether the site of a name is lent to the cloud."""
+    if isinstance(config.leased, str):
+        every = config.leased == "all"
+        return lambda name: every
+    strange = [layer for layer in config.leased if layer not in plan.cloud]
+    if strange:
+        raise ConfigError(
+            f"leased has layer {strange[0]}, which is not the cloud's: it holds layers {plan.cloud.start} to "
+            f"{plan.cloud.stop - 1}"
+        )
+    prefixes = tuple(f"{path}.{layer}." for layer in config.leased)
+    return lambda name: name.startswith(prefixes)
 
 
 @contextmanager

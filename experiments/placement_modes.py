@@ -11,7 +11,7 @@ from isthmus.backbone.errors import ConfigError
 SINGLE = "single"
 """One process that holds the whole model, with PEFT's LoRA at all layers."""
 
-_OF_SITES = ("sites", "site_policy", "site_placement", "span_cache_mib")
+_OF_SITES = ("sites", "site_policy", "leased", "summed", "span_cache_mib")
 """Options of `edge train` that mean nothing where the whole model is in one process."""
 
 
@@ -32,6 +32,11 @@ class Mode:
     options: Mapping[str, Any] = field(default_factory=dict)
     tail: bool = False
     chooses: bool = False
+
+    @property
+    def summed(self) -> bool:
+        """Whether one gradient per input is answered instead of one per site."""
+        return bool(self.options.get("summed"))
 
     @property
     def everywhere(self) -> bool:
@@ -58,12 +63,13 @@ MODES = {
         Mode("tail_cache", "tail_cache", {"span_cache_mib": 1024}, tail=True),
         Mode("taps", "taps", {"method": "ladder", "span_cache_mib": 1024}),
         Mode("edge", "edge", {"sites": "all"}),
+        Mode("edge_summed", "edge", {"sites": "all", "summed": True}),
         *(
             Mode(name, "kill_revive", {"sites": "all", "site_policy": policy}, chooses=True)
             for name, policy in _POLICIES.items()
         ),
         Mode("low_rank", "low_rank", {"sites": "all", "method": "low_rank"}),
-        Mode("leased", "leased", {"sites": "all", "site_placement": "leased"}),
+        Mode("leased", "leased", {"sites": "all", "leased": "all"}),
     )
 }
 """All of them. `random` and `even` are fixed choices of sites within the budget of `kill_revive`."""

@@ -183,6 +183,7 @@ def _planner(checkpoint: Checkpoint, cost: CostSettings) -> Callable[[Mode, floa
             rank=rank,
             live_share=live_share,
             taps=int(cost.shared["taps"]),
+            summed=mode.summed,
             own_layers=True,
         )
         costs = predict(facts, plan, LinkSpec.parse(LOCAL), speed, speed)

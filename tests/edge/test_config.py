@@ -106,7 +106,7 @@ def test_no_sites_and_adamw_by_default() -> None:
         ({"sites": []}, ["sites = []", "4,7,10-12"]),
         ({"sites": [True]}, ["sites = [True]", "'True'"]),
         ({"sites": 4}, ["sites = 4", "4,7,10-12"]),
-        ({"sites": "all", "method": "bottleneck"}, ["sites", "bottleneck", "give sites = none"]),
+        ({"sites": "all", "method": "bitfit"}, ["sites", "bitfit", "give sites = none"]),
         ({"site_policy": "random"}, ["site_policy = 'random'", "there are none", "--sites all"]),
         ({"site_policy": "some", "sites": "all"}, ["site_policy = 'some'", "'kill-revive'"]),
         ({"site_policy": "kill-revive", "sites": "all", "optimizer": "mezo"}, ["'kill-revive'", "mezo has none"]),

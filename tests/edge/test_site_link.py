@@ -7,7 +7,6 @@ the way.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.backbone.own_adapters import add_bottlenecks
-from isthmus.backbone.site_call import SiteCall
 from isthmus.cloud.server import Served
 from isthmus.cloud.site_calls import MAX_PAUSED
-from isthmus.edge import remote_span, retry
+from isthmus.edge import retry
 from isthmus.edge.link import Link
 from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.edge.transport import Transport
@@ -471,13 +469,10 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.mark.parametrize(("summed", "backward"), [(False, 10 / 3), (True, 7 / 3)])
-def test_the_strip_carries_what_the_design_says(
-    smol: Served, summed: bool, backward: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_strip_carries_what_the_design_says(smol: Served, summed: bool, backward: float) -> None:
     """Per layer with q and v sites: x down, two deltas up; their gradients down, and dx up for each or for both."""
-    monkeypatch.setattr(remote_span, "SiteCall", functools.partial(SiteCall, summed=summed))
     link = new_link(MemoryTransport(MemoryCloud(smol)))
-    model = adapted(link.load_model(), lora())
+    model = adapted(link.load_model(summed=summed), lora())
     inputs = batch(0, rows=4, length=32)
     hb = 4 * 32 * WIDE * 4
     model(**inputs).loss.backward()  # the list of sites crosses once
@@ -503,13 +498,10 @@ def test_the_strip_carries_what_the_design_says(
     assert trips == back_trips == layers + 1
 
 
-def test_a_summed_gradient_is_one_tensor_for_each_group_and_close(
-    cloud: MemoryCloud, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_summed_gradient_is_one_tensor_for_each_group_and_close(cloud: MemoryCloud, folder: Path) -> None:
     """Sums in another order: every gradient within 1e-5 of the exact one, as norms, at fp32."""
-    monkeypatch.setattr(remote_span, "SiteCall", functools.partial(SiteCall, summed=True))
     gradients = []
-    for model in (new_link(MemoryTransport(cloud)).load_model(), whole(folder)):
+    for model in (new_link(MemoryTransport(cloud)).load_model(summed=True), whole(folder)):
         tuned = adapted(model, lora(EVERY_LINEAR))
         tuned(**batch(0), use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in tuned.named_parameters() if p.requires_grad})
