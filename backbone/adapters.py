@@ -109,7 +109,8 @@ def _without_dead_sites(model: Any) -> Iterator[dict[str, Any] | None]:
     Meanwhile PEFT's configurations name the modules that are left. None where all of it is to be saved.
     """
     base = model.get_base_model()
-    live = None if getattr(base, "isthmus_origin", None) is None else base.span_gate.live_sites
+    gate = None if getattr(base, "isthmus_origin", None) is None else base.span_gate
+    live = None if gate is None or gate.lend_dead else gate.live_sites
     dead = () if live is None else tuple(site.name for site in base.find_sites() if site.name not in live)
     if not dead:
         yield None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.backbone.errors import UnsupportedCallError
 from isthmus.backbone.ladder import LadderSide
 from isthmus.backbone.site_spec import SiteSpec
-from isthmus.backbone.sites import Site, check_adapters, find_sites
+from isthmus.backbone.sites import Site, check_adapters, find_sites, leased
 from isthmus.backbone.skeleton import SkeletonLayer
 
 SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -69,7 +69,8 @@ class SpanGate(SkeletonLayer):
         cloud: Indices of the cloud's layers.
 
     Attributes:
-        live_sites: Names of the sites that act; None for all.
+        live_sites: Names of the sites that are trained; None for all.
+        lend_dead: Whether all others act as well, lent to the cloud as they are; else they do not act.
     """
 
     def __init__(self, real: nn.Module, span: SpanFn, layers: str, path: str, cloud: Iterable[int]) -> None:
@@ -77,6 +78,7 @@ class SpanGate(SkeletonLayer):
         self._held = _Held(span)
         self._layers, self._path, self._cloud = layers, path, tuple(cloud)
         self.live_sites: frozenset[str] | None = None
+        self.lend_dead = False
         self._ladder: tuple[LadderSide, tuple[SiteSpec, ...]] | None = None
         self._sites: tuple[Site, ...] = ()
         self._configs: dict[str, Any] = {}
@@ -175,7 +177,11 @@ class SpanGate(SkeletonLayer):
         if self._checked != self._configs.keys():  # PEFT tells of the first adapter and not of a second
             self.check_adapters(base, self._configs)
         live = self.live_sites
-        self._sites = tuple(site for site in self.find_sites(base) if live is None or site.name in live)
+        every = self.find_sites(base)
+        if self.lend_dead and live is not None:
+            self._sites = tuple(site if site.name in live else leased(site, trained=False) for site in every)
+        else:
+            self._sites = tuple(site for site in every if live is None or site.name in live)
         self._inside = True
 
     def _leave(self, *_: Any) -> None:

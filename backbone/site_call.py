@@ -46,7 +46,7 @@ class SiteCall:
         sites: The sites that are live in this pass.
         specs: What the cloud is told of them and of the taps, in its numbering: sites first.
         parameters: What is trained at them, each once.
-        lease: What is lent for this pass: the weights of leased sites as they are at its beginning.
+        lease: What is lent for this pass: the weights of sites on loan as they are at its beginning.
         lease_key: Tells apart leases of other weights, or of the same after a step.
         turn: Entered around whatever computes here; several passes may be on their way at a time.
         tapped: What has come out of the taps, once the forward is over, `[B, S, h or width]` each.
@@ -66,7 +66,8 @@ class SiteCall:
         self.sites = tuple(sites)
         self.specs = (*(site.spec for site in sites), *taps)
         self.lease = _lease(self.sites)
-        self.lease_key = tuple((id(p), p._version) for p in self._lent())
+        on_loan = (site for site in self.sites if site.spec.on_loan)
+        self.lease_key = tuple((id(p), p._version) for site in on_loan for p in lent_weights(site)[:2])
         self.turn: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.tapped: tuple[Tensor, ...] = ()
         self.parameters = tuple(dict.fromkeys(p for site in self.sites for p in site.parameters))
@@ -169,7 +170,9 @@ class SiteCall:
         kept.asked = True
 
     def _lent(self) -> list[nn.Parameter]:
-        return [parameter for site in self.sites if _is_leased(site) for parameter in lent_weights(site)[:2]]
+        """Of what is lent, what is trained."""
+        trained = (site for site in self.sites if site.spec.placement == Placement.LEASED)
+        return [parameter for site in trained for parameter in lent_weights(site)[:2]]
 
     def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
         before = self._gradients.get(parameter)
@@ -196,13 +199,9 @@ class SiteCall:
         return self.sites[number]
 
 
-def _is_leased(site: Site) -> bool:
-    return site.spec.placement == Placement.LEASED
-
-
 def _lease(sites: Sequence[Site]) -> tuple[Lent, ...]:
     """Copies: a call that is repeated gets what it was begun with."""
-    weights = [lent_weights(site) for site in sites if _is_leased(site)]
+    weights = [lent_weights(site) for site in sites if site.spec.on_loan]
     return tuple(Lent(down.detach().clone(), up.detach().clone(), scale) for down, up, scale in weights)
 
 

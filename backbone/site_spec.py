@@ -21,6 +21,9 @@ class Placement(enum.IntEnum):
     TAP = 4
     """Nowhere: what comes out of the layer goes down as it is, for a network beside the backbone (LST, Sung et al.
     2022)."""
+    LENT = 5
+    """On the cloud, with weights that the edge lends it and does not train: the site adds what it has learned, and
+    nothing comes back."""
 
 
 class Basis(enum.IntEnum):
@@ -59,9 +62,9 @@ class SiteSpec:
         on_layer = not self.part
         wrong = (
             (self.placement == Placement.TAP and not on_layer)
-            or (self.placement in (Placement.LOW_RANK, Placement.LEASED) and on_layer)
+            or ((self.placement == Placement.LOW_RANK or self.on_loan) and on_layer)
             or (self.placement == Placement.LOW_RANK and self.rank < 1)
-            or (self.placement in (Placement.EDGE, Placement.LEASED) and (self.rank or self.seed))
+            or ((self.placement == Placement.EDGE or self.on_loan) and (self.rank or self.seed))
         )
         if wrong:
             raise PlanError(
@@ -73,6 +76,11 @@ class SiteSpec:
     def asks(self) -> bool:
         """Whether a call pauses for it."""
         return self.placement in (Placement.EDGE, Placement.LOW_RANK)
+
+    @property
+    def on_loan(self) -> bool:
+        """Whether the cloud has its weights for a while."""
+        return self.placement in (Placement.LEASED, Placement.LENT)
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.part}" if self.part else f"layer {self.layer}"

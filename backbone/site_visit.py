@@ -89,7 +89,7 @@ class Visit:
     Attributes:
         sites: Where to ask.
         visitor: Whom.
-        leased: The weights of leased sites.
+        leased: The weights of sites on loan.
         again: Whether this repeats a forward whose questions have been answered.
         anchor: A scalar that every contribution depends on: the gradient of an output with respect to it runs the
             backward through all sites, also where the span's own input wants none.

@@ -44,6 +44,8 @@ class Site:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """What is trained here."""
+        if self.spec.placement == Placement.LENT:
+            return ()
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
@@ -132,8 +134,8 @@ def _acts(module: Any) -> bool:
     return not module.disable_adapters and bool(_adapters(module) & set(module.active_adapters))
 
 
-def leased(site: Site) -> Site:
-    """The same site, its weights lent to the cloud instead.
+def leased(site: Site, *, trained: bool = True) -> Site:
+    """The same site, its weights lent to the cloud instead; unless it is `trained`, it has no gradients.
 
     Raises:
         UnsupportedCallError: Its adapter is not a plain LoRA, of which one acts and drops nothing out.
@@ -151,7 +153,8 @@ def leased(site: Site) -> Site:
         )
     if module.lora_A[active[0]].bias is not None or module.lora_B[active[0]].bias is not None:
         raise UnsupportedCallError(f"{site.name} cannot be leased with lora_bias=True: leave the bias out")
-    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, Placement.LEASED), module)
+    placement = Placement.LEASED if trained else Placement.LENT
+    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, placement), module)
 
 
 def lent_weights(site: Site) -> tuple[nn.Parameter, nn.Parameter, float]:

@@ -251,7 +251,7 @@ class Executor:
     def forget_leased(self, session: bytes) -> None:
         """Forget a session's forward states that hold lent weights."""
         for key, entry in list(self._stash.items()):
-            if key[0] == session and any(spec.placement == Placement.LEASED for spec in entry.specs):
+            if key[0] == session and any(spec.on_loan for spec in entry.specs):
                 self._forget(key)
 
     def evict_all(self) -> None:
@@ -277,7 +277,8 @@ class Executor:
             (result,) = torch.autograd.grad(graph.output, hidden, gradient)
             return result, ()
         # What the graph was built with: a lease may have been renewed since.
-        lent = [matrix for _, one in sorted(graph.visit.leased.items()) for matrix in (one.down, one.up)]
+        loans = [one for _, one in sorted(graph.visit.leased.items())]
+        lent = [matrix for one in loans for matrix in (one.down, one.up) if matrix.requires_grad]
         inputs = [hidden if wanted else graph.visit.anchor, *lent]
         # The engine has one thread for each device, and a call that pauses would keep it from all others.
         with visiting(guests.visit()), torch.autograd.set_multithreading_enabled(False):

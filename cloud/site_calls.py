@@ -79,7 +79,7 @@ class SiteCalls:
         sites = self._lists.get(message.sites)
         if sites is None:
             raise LookupError(f"there is no list {message.sites} of sites in this session: send it first")
-        leased = [site for site, spec in enumerate(sites.specs) if spec.placement == Placement.LEASED]
+        leased = [site for site, spec in enumerate(sites.specs) if spec.on_loan]
         if len(leased) != len(message.weights):
             raise ValueError(f"{len(message.weights)} loans for {len(leased)} leased sites: one for each is needed")
         weights = {}
@@ -93,7 +93,8 @@ class SiteCalls:
             down, up = (
                 decode(each, limits=self.limits).to(self.executor.dtype, copy=True) for each in (lent.down, lent.up)
             )
-            weights[site] = LeasedWeights(down.requires_grad_(), up.requires_grad_(), lent.scale)
+            trained = sites.specs[site].placement == Placement.LEASED
+            weights[site] = LeasedWeights(down.requires_grad_(trained), up.requires_grad_(trained), lent.scale)
         self._return_lease()
         self._lease = _Lease(message.number, message.sites, weights)
         return m.Status(m.StatusCode.OK, None, f"{len(weights)} leased sites")
@@ -146,7 +147,7 @@ class SiteCalls:
 
     def _lent(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedWeights]:
         """The weights of the lease that a call names, which its leased sites need."""
-        needs = any(spec.placement == Placement.LEASED for spec in sites.specs)
+        needs = any(spec.on_loan for spec in sites.specs)
         lease = self._lease
         if not needs:
             return {}

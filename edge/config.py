@@ -265,6 +265,11 @@ class TrainConfig(TuningConfig):
     site_computation: float = Field(
         0.195, gt=0, le=1, description="Share of the adapters' computation that a choice of sites may spend."
     )
+    lend_dead: bool = Field(
+        False,
+        description="Whether sites that `kill-revive` leaves out for now act on, lent to the cloud, which sees their "
+        "weights then (plain LoRA without dropout); else what they have learned is dropped.",
+    )
     plugged: bool = Field(
         False, description="Use the adapter that the cloud has plugged in for this edge; to train is to go on from it."
     )
@@ -326,13 +331,20 @@ class TrainConfig(TuningConfig):
         return self
 
     def _check_leased(self) -> None:
-        if self.leased == "none":
+        if self.leased == "none" and not self.lend_dead:
             return
         if self.method != "lora" or self.dropout > 0:
             raise ValueError(
-                f"leased adapters are plain LoRA that the cloud runs, not method {self.method} with dropout "
-                f"{self.dropout}: give leased = none"
+                f"adapters that are lent are plain LoRA that the cloud runs, not method {self.method} with dropout "
+                f"{self.dropout}: give leased = none and lend_dead = false"
             )
+        if self.lend_dead and self.site_policy != "kill-revive":
+            raise ValueError(
+                f"lend_dead is of sites that kill-revive leaves out, and site_policy is {self.site_policy!r}: "
+                "give site_policy = kill-revive, or lend_dead = false"
+            )
+        if self.leased == "none":
+            return
         if self.site_policy != "always":
             raise ValueError(
                 f"site_policy = {self.site_policy!r} chooses among sites by their traffic, and leased ones have none: "

@@ -40,8 +40,8 @@ DECISIONS = "live-sites.jsonl"
 class LiveSites:
     """Lets a policy choose the live sites of each step; a `isthmus.edge.trainer.StepObserver`.
 
-    A dead site's adapter is out of the forward and makes no traffic. Its parameters have no gradient then, so AdamW
-    leaves them and their moments as they are.
+    A dead site's adapter is out of the forward, or lent to the cloud as it is, and makes no traffic. Its parameters
+    have no gradient then, so AdamW leaves them and their moments as they are.
 
     Args:
         gate: The gate of the model.
@@ -185,6 +185,7 @@ def live_sites(
             "none: give --sites"
         )
     costs = site_costs(model, sites.values(), summed=config.summed)
+    gate.lend_dead = config.lend_dead
     return LiveSites(
         gate,
         sites,

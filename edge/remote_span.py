@@ -82,7 +82,7 @@ class RemoteSpan:
         Raises:
             UnsupportedCallError: A site that is to be leased cannot be.
         """
-        placed = [leased(site) if self._leased(site.name) else site for site in sites]
+        placed = [leased(site) if not site.spec.on_loan and self._leased(site.name) else site for site in sites]
         return self._run(hidden, attention_mask, position_ids, placed)
 
     def tapped(

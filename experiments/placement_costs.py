@@ -125,9 +125,11 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, fol
     theirs: list[Step] = []
     ours: list[Step] = theirs if cloud is None else []
     with ExitStack() as stack:
-        turns = [(_start(stack, mode, settings, folder, None, made), theirs)]
+        turns = [(_start(stack, mode, settings, folder, cloud, made), ours)]
         if cloud is not None:
-            turns.append((_start(stack, mode, settings, folder, cloud, made), ours))
+            turns.append((_start(stack, mode, settings, folder, None, made), theirs))
+        for process, _ in turns:
+            process.answer()  # it has its model
         for number in range(made):
             for process, steps in turns[:: 1 if number % 2 else -1]:
                 steps.append(_step(json.loads(process.ask("step"))))
@@ -170,9 +172,7 @@ def _start(
         "split": cloud is not None,
         "everywhere": mode.everywhere,
     }
-    process = stack.enter_context(TurnProcess(f"{mode.name}, {where}", _MODULE, task, settings.threads))
-    process.answer()  # it has its model
-    return process
+    return stack.enter_context(TurnProcess(f"{mode.name}, {where}", _MODULE, task, settings.threads))
 
 
 def _step(told: dict[str, Any]) -> Step:

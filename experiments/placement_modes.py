@@ -11,7 +11,7 @@ from isthmus.backbone.errors import ConfigError
 SINGLE = "single"
 """One process that holds the whole model, with PEFT's LoRA at all layers."""
 
-_OF_SITES = ("sites", "site_policy", "leased", "summed", "span_cache_mib")
+_OF_SITES = ("sites", "site_policy", "leased", "lend_dead", "summed", "span_cache_mib")
 """Options of `edge train` that mean nothing where the whole model is in one process."""
 
 

@@ -61,14 +61,20 @@ def whole(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def train(model: Any, between: Callable[[], None] = lambda: None) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of three AdamW steps, and the trained parameters after them; `between` comes before each backward."""
+def train(
+    model: Any, between: Callable[[], None] = lambda: None, before: Callable[[int], None] = lambda step: None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of three AdamW steps, and the trained parameters after them.
+
+    `before` comes before each step, and `between` before its backward.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, foreach=False)
     losses = []
     for step in range(3):
         ids = torch.randint(3, VOCAB, (2, 8), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
+        before(step)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         between()
         loss.backward()
@@ -95,6 +101,36 @@ def test_leased_lora_equals_one_process_bit_for_bit(folder: Path, cloud: MemoryC
     assert not [name for name, value in trained.items() if not torch.equal(value, expected[name])]
     assert len(messages(cloud, m.Lease)) == 3  # once a step
     assert not messages(cloud, m.SiteAnswer)
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_lent_dead_sites_act_on_and_equal_one_process_bit_for_bit(
+    folder: Path, cloud: MemoryCloud, evict: bool
+) -> None:
+    """Others are live at each step; in one process the dead ones are frozen meanwhile."""
+    link = new_link(cloud)
+    model = adapted(link.load_model())
+    gate = model.get_base_model().span_gate
+    sites = {site.name: site for site in model.get_base_model().find_sites()}
+    turns = [frozenset(sorted(sites)[number::3]) for number in range(3)]
+    gate.lend_dead = True
+    reference = adapted(whole(folder))
+    places = dict(reference.get_base_model().named_modules())
+
+    def live(step: int) -> None:
+        gate.live_sites = turns[step]
+        for name in sites:
+            for parameter in places[name].parameters():
+                if parameter is not places[name].base_layer.weight:
+                    parameter.requires_grad_(name in turns[step])
+
+    forget = cloud.served.executor.evict_all if evict else (lambda: None)
+    expected_losses, expected = train(reference, before=live)
+    losses, trained = train(model, forget, live)
+    assert losses == expected_losses
+    assert not [name for name, value in trained.items() if not torch.equal(value, expected[name])]
+    asked = [site for answer in messages(cloud, m.SiteAnswer) for site in range(len(answer.tensors))]
+    assert len(asked) == (3 if evict else 2) * sum(map(len, turns))  # forward, perhaps again, and backward
 
 
 def test_a_lease_is_overwritten_when_the_session_ends(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,15 @@ from support.runs import Runs, cloud_for_runs
 from support.scoring import task_folder
 
 from isthmus.backbone.errors import IsthmusError
-from isthmus.backbone.sources import resolve
+from isthmus.backbone.sources import load_tokenizer, resolve
+from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.experiments import placement_scores
+from isthmus.experiments.codec_bench import CodecSettings, measure_cosines
 from isthmus.experiments.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
 from isthmus.experiments.placement_modes import MODES, Mode
 from isthmus.experiments.placement_scores import Regime, Scorer
 from isthmus.experiments.table_cells import Cells
-from isthmus.experiments.tasks import Sizes
+from isthmus.experiments.tasks import Sizes, load_task
 
 LAYERS = 6
 
@@ -80,22 +82,38 @@ def test_a_process_that_fails_says_why(settings: CostSettings, tmp_path: Path) -
         measure_cost(MODES["edge"], settings, nobody, tmp_path / "edge")
 
 
-def test_a_run_is_scored_on_held_out_data_and_not_made_again(
-    runs: Runs, cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    regime = Regime(
+def regime_of(folder: Path, **values: Any) -> Regime:
+    settings = Regime(
         task="e2e",
-        data_folder=task_folder(tmp_path / "data"),
+        data_folder=task_folder(folder),
         sizes=Sizes(test=3, validation=2, max_length=32),
         steps=4,
         batch=2,
-        rates=(1e-12, 3e-2),
+        rates=(3e-2,),
         seeds=1,
         precision="fp32",
         cloud_dtype="fp32",
         threads=1,
         shared={"rank": 2},
     )
+    return replace(settings, **values)
+
+
+def test_gradients_over_a_codec_are_compared_with_those_over_fp32(runs: Runs, cloud: Cloud, tmp_path: Path) -> None:
+    regime = regime_of(tmp_path / "data", batch=1)
+    task = load_task("e2e", regime.data_folder, load_tokenizer(runs.model), regime.sizes)
+    settings = CodecSettings(str(runs.model), "1:1", (), regime, probes=3, out=tmp_path)
+    parsed = {text: StripCodecs.parse(text) for text in ("fp32", "bf16", "int4")}
+    found = measure_cosines(cloud, task, settings, parsed)
+    assert found["fp32"] == pytest.approx([1.0] * 3, abs=1e-12)
+    assert all(0.99 < value < 1 for value in found["bf16"])
+    assert all(int4 < bf16 for int4, bf16 in zip(found["int4"], found["bf16"], strict=True))
+
+
+def test_a_run_is_scored_on_held_out_data_and_not_made_again(
+    runs: Runs, cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regime = regime_of(tmp_path / "data", rates=(1e-12, 3e-2))
 
     def scorer() -> Scorer:
         cells = Cells(tmp_path / "cells.jsonl", Console(file=io.StringIO()))

@@ -105,6 +105,8 @@ def test_a_policy_chooses_among_sites_of_our_own_adapters(runs: Runs, tmp_path: 
         ({"sites": "all", "leased": "all", "method": "vera"}, "method vera"),
         ({"sites": "all", "leased": "all", "site_policy": "even"}, "site_policy = 'even'.*leased ones have none"),
         ({"leased": "all"}, "give --sites all"),
+        ({"sites": "all", "lend_dead": True}, "site_policy is 'always'"),
+        ({"sites": "all", "lend_dead": True, "site_policy": "kill-revive", "dropout": 0.1}, "dropout 0.1"),
         ({"sites": "1,2", "leased": "2-3"}, "leased has layer 3"),
         ({"method": "ladder", "sites": "all"}, "method ladder"),
     ],
