@@ -45,6 +45,7 @@ class CostSettings:
         model: As for `--model`.
         edge_layers: The split plan.
         shared: Fields of `TrainConfig` that all modes have: rank, taps and the like.
+        dropout: In front of the adapters, in the modes that can have it.
         batch: Sequences of a step.
         seq: Tokens of a sequence.
         rounds: Steps that count, after an epoch of warming up.
@@ -55,6 +56,7 @@ class CostSettings:
     model: str
     edge_layers: str
     shared: dict[str, Any]
+    dropout: float
     batch: int
     seq: int
     rounds: int
@@ -160,6 +162,7 @@ def _start(
         "learning_rate": 1e-3,
         "save_every": made,
         "threads": settings.threads,
+        "dropout": settings.dropout if mode.drops_out else 0.0,
         **settings.shared,
         **(mode.alone if cloud is None else mode.options),
         "cloud": "-" if cloud is None else cloud.connection,

@@ -44,6 +44,11 @@ class Mode:
         return self.name == SINGLE or "sites" in self.options
 
     @property
+    def drops_out(self) -> bool:
+        """Whether its adapters can have dropout: those that run on the edge, as PEFT's."""
+        return not {"method", "leased"} & self.options.keys()
+
+    @property
     def alone(self) -> dict[str, Any]:
         """The options of the single process with the same trainables."""
         return {name: value for name, value in self.options.items() if name not in _OF_SITES}

@@ -23,6 +23,9 @@ def placements(
     scores: Annotated[bool, typer.Option(help="Whether to train and to score on held-out data.")] = True,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     taps: Annotated[int, typer.Option(min=1, help="Layers that the ladder reads.")] = 4,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, help="In front of the adapters where costs are measured.")
+    ] = 0.1,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step whose cost is measured.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of such a sequence.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Steps that count, of each run whose cost is measured.")] = 7,
@@ -67,7 +70,7 @@ def placements(
     from isthmus.experiments.tasks import Sizes, default_data_folder
 
     shared: dict[str, Any] = {"rank": rank, "taps": taps}
-    cost = CostSettings(model, edge_layers, shared, batch, seq, rounds, steps, threads)
+    cost = CostSettings(model, edge_layers, shared, dropout, batch, seq, rounds, steps, threads)
     sizes = Sizes(test=test, validation=validation, max_length=max_length)
     regime = Regime(
         task=task,

@@ -47,7 +47,7 @@ def cloud(runs: Runs) -> Cloud:
 @pytest.fixture
 def settings(runs: Runs) -> CostSettings:
     shared = {"rank": 2, "taps": 2, "reduction": 2}
-    return CostSettings(str(runs.model), "1:1", shared, batch=2, seq=16, rounds=EPOCH_STEPS, steps=200, threads=1)
+    return CostSettings(str(runs.model), "1:1", shared, 0.1, batch=2, seq=16, rounds=EPOCH_STEPS, steps=200, threads=1)
 
 
 def test_sites_on_the_edge_equal_one_process_bit_for_bit(settings: CostSettings, cloud: Cloud, tmp_path: Path) -> None:
