@@ -54,8 +54,8 @@ def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -
         ConfigError: The package matplotlib is missing.
         DiskError: The disk is full or cannot be written.
     """
-    figure, axes = plotting().subplots(figsize=(7, 6), dpi=144)
     names = sorted({name for decision in decisions for name in decision["live"]}, key=_place)
+    figure, axes = plotting().subplots(figsize=(7, 1.5 + 0.14 * len(names)), dpi=144)
     ends = [decision["step"] for decision in decisions[1:]] + [steps]
     for row, name in enumerate(names):
         lives = [
@@ -66,7 +66,7 @@ def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -
         axes.broken_barh(lives, (row - 0.4, 0.8), color="#1f4e79" if "v_proj" in name else "#f2a33a")
     if decisions:
         axes.axvspan(0, decisions[0]["step"], color="#dddddd")  # the warm-up, in which all take turns
-    axes.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=7)
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=6)
     axes.set(xlim=(0, steps), xlabel="optimizer step", title="live sites (grey: warm-up)")
     save_figure(figure, path)
 

@@ -43,7 +43,8 @@ class Regime:
         steps: Optimizer steps.
         batch: Examples of a step.
         rates: Candidate learning rates, the same for all modes.
-        seeds: Of the modes whose sites a policy chooses, and of always-on; the others have the first one.
+        seeds: Of the modes whose sites a policy chooses, and of always-on or, without it, of the single process; the
+            others have the first one.
         precision: What the edge computes in.
         cloud_dtype: What the cloud computes in.
         threads: Threads of torch on either side.

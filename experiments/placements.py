@@ -8,7 +8,7 @@ machine's speed as it is measured right before it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -171,7 +171,8 @@ def _cost_row(
 def _planner(checkpoint: Checkpoint, cost: CostSettings) -> Callable[[Mode, float], ModeCost]:
     """`isthmus plan`, from this machine's speed as it is now."""
     rank = int(cost.shared["rank"])
-    facts = ModelFacts.of(checkpoint.config, rank, None)
+    targets = cost.shared.get("target_modules")
+    facts = ModelFacts.of(checkpoint.config, rank, targets.split(",") if targets else None)
     speed = measure(checkpoint.config, facts, ProbeSettings(cost.batch, cost.seq, rank, "fp32", cost.threads))
 
     def planned(mode: Mode, live_share: float) -> ModeCost:
@@ -211,16 +212,22 @@ def _add_scores(
             cloud = clouds(stack, checkpoint, folder / "scores", options)
             scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
             zero_shot = scorer.zero_shot()
+            reference = _reference({mode.name for mode in settings.modes})
             for mode in settings.modes:
-                rows[mode.name].update(_score_row(mode, scorer, regime))
+                seeds = regime.seeds if mode.chooses or mode.name == reference else 1
+                rows[mode.name].update(_score_row(mode, scorer, seeds))
     finally:
         torch.set_num_threads(threads)
     return zero_shot
 
 
-def _score_row(mode: Mode, scorer: Scorer, regime: Regime) -> dict[str, Any]:
+def _reference(names: Container[str]) -> str:
+    """What kill-and-revive is held against: always-on, or the single process, which learns the same bit for bit."""
+    return ALWAYS_ON if ALWAYS_ON in names else SINGLE
+
+
+def _score_row(mode: Mode, scorer: Scorer, seeds: int) -> dict[str, Any]:
     rate = scorer.best_rate(mode)
-    seeds = regime.seeds if mode.chooses or mode.name == ALWAYS_ON else 1
     runs = [scorer.run(mode, rate, seed) for seed in range(seeds)]
     means = {metric: statistics.mean(run["scores"][metric] for run in runs) for metric in runs[0]["scores"]}
     row = {
@@ -239,12 +246,13 @@ def _score_row(mode: Mode, scorer: Scorer, regime: Regime) -> dict[str, Any]:
 def _verdict(rows: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, float] | None) -> dict[str, Any] | None:
     """What kill-and-revive has of always-on's gain, beside its yardsticks; None where one of the scores is missing."""
     found = {name: float(row["score"]) for name, row in rows.items() if row.get("score") is not None}
-    if zero_shot is None or ALWAYS_ON not in found or KILL_REVIVE not in found:
+    reference = _reference(found)
+    if zero_shot is None or reference not in found or KILL_REVIVE not in found:
         return None
     start = zero_shot["completion_loss"]
     names = [name for name in (KILL_REVIVE, "random", "even", "u_shape") if name in found]
     return {
-        "gain_shares": {name: (start - found[name]) / (start - found[ALWAYS_ON]) for name in names},
+        "gain_shares": {name: (start - found[name]) / (start - found[reference]) for name in names},
         "less_site_traffic": 1 - rows[KILL_REVIVE]["site_traffic_share"],
         "less_adapter_computation": 1 - rows[KILL_REVIVE]["site_computation_share"],
     }

@@ -22,6 +22,9 @@ def placements(
     costs: Annotated[bool, typer.Option(help="Whether to measure what a step costs, at fp32.")] = True,
     scores: Annotated[bool, typer.Option(help="Whether to train and to score on held-out data.")] = True,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Modules that get adapters, comma-separated; the family's usual ones by default.")
+    ] = None,
     taps: Annotated[int, typer.Option(min=1, help="Layers that the ladder reads.")] = 4,
     dropout: Annotated[
         float, typer.Option(min=0, max=0.99, help="In front of the adapters where costs are measured.")
@@ -38,7 +41,10 @@ def placements(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")] = 256,
     learning_rates: Annotated[str, typer.Option(help="Candidate learning rates, for every mode.")] = "1e-3,3e-3",
     seeds: Annotated[
-        int, typer.Option(min=1, help="Seeds of the modes that choose sites, and of `edge`; one of the others.")
+        int,
+        typer.Option(
+            min=1, help="Seeds of the modes that choose sites, and of `edge` or else `single`; one of the others."
+        ),
     ] = 3,
     test: Annotated[int | None, typer.Option(min=2, help="Held-out documents; by default the task's.")] = None,
     validation: Annotated[int, typer.Option(min=1, help="Training examples that rates are chosen by.")] = 32,
@@ -70,6 +76,8 @@ def placements(
     from isthmus.experiments.tasks import Sizes, default_data_folder
 
     shared: dict[str, Any] = {"rank": rank, "taps": taps}
+    if target_modules is not None:
+        shared["target_modules"] = target_modules
     cost = CostSettings(model, edge_layers, shared, dropout, batch, seq, rounds, steps, threads)
     sizes = Sizes(test=test, validation=validation, max_length=max_length)
     regime = Regime(

@@ -50,6 +50,7 @@ def test_the_verdict_is_of_gains_over_the_model_as_it_is() -> None:
         "less_site_traffic": 0.875,
         "less_adapter_computation": 0.75,
     }
+    assert _verdict({"single": rows.pop("edge")} | rows, {"completion_loss": 3.0}) == verdict
     assert _verdict(rows, None) is None
     assert _verdict(rows | {"kill_revive": {"score": None}}, {"completion_loss": 3.0}) is None
 
