@@ -51,15 +51,17 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench curve --data $(E2E) --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
-# The figures of placements, codecs and slow links. Takes about five hours on two cores; what is finished is kept in STRIP,
+# The figures of placements, codecs and slow links. Takes about six hours on two cores; what is finished is kept in STRIP,
 # and the same command goes on there. The last one makes network namespaces, which needs root. DATA is the folder with
 # e2e/, openbookqa/, arc_easy/, sst2/ and shakespeare/.
-STRIP ?= isthmus-strip
-DATA  ?= ../shared/data
+STRIP  ?= isthmus-strip
+DATA   ?= ../shared/data
+LINEAR := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
 bench-strip: $(STAMP)
-	$(BIN)/isthmus bench placements --data-folder $(DATA) --out $(STRIP) --figure docs/figures/placements.png \
-	  --sites-figure docs/figures/live-sites.png --json
+	$(BIN)/isthmus bench placements --data-folder $(DATA) --seeds 1 --out $(STRIP) --figure docs/figures/placements.png --json
+	$(BIN)/isthmus bench placements --no-costs --modes single,kill_revive,random,even --target-modules $(LINEAR) \
+	  --data-folder $(DATA) --out $(STRIP) --sites-figure docs/figures/live-sites.png --json
 	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(STRIP) --json
 	$(BIN)/isthmus bench link --rate 100mbit --rtt 50ms --json
 
