@@ -50,11 +50,15 @@ def settings(runs: Runs) -> CostSettings:
     return CostSettings(str(runs.model), "1:1", shared, 0.1, batch=2, seq=16, rounds=EPOCH_STEPS, steps=200, threads=1)
 
 
-def test_sites_on_the_edge_equal_one_process_bit_for_bit(settings: CostSettings, cloud: Cloud, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("targets", "groups"), [({}, 1), ({"target_modules": "q_proj,o_proj"}, 2)])
+def test_sites_on_the_edge_equal_one_process_bit_for_bit(
+    targets: dict[str, str], groups: int, settings: CostSettings, cloud: Cloud, tmp_path: Path
+) -> None:
+    settings = replace(settings, shared=settings.shared | targets)
     cost = measure_cost(MODES["edge"], settings, cloud, tmp_path / "edge")
     assert cost.parity == {"bitwise_equal": True, "max_abs_diff": 0.0}
     assert len(cost.steps) == len(cost.alone) == len(cost.first_epoch) == EPOCH_STEPS
-    assert cost.per_step("round_trips") == 2 + 2 * (LAYERS - 2)
+    assert cost.per_step("round_trips") == 2 + 2 * groups * (LAYERS - 2)
     assert cost.ratio > 0
     assert cost.shares == {}
 
