@@ -45,6 +45,8 @@ from isthmus.protocol.session import CloudSession, Received
 
 HANDSHAKE_SECONDS = 10.0
 MAX_HALF_OPEN = 64
+GOODBYE_SECONDS = 2.0
+"""For sessions to leave in a drain, once all calls are answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,10 @@ class StripServer:
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
         self._draining = False
         self._never = asyncio.Event()
-        self._idle = asyncio.Event()
+        self._idle = asyncio.Event()  # no call is in flight
         self._idle.set()
+        self._empty = asyncio.Event()  # no session is open
+        self._empty.set()
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._started = time.time()
@@ -190,8 +194,11 @@ class StripServer:
             finished = True
         except TimeoutError:
             finished = False
-        await self._server.stop(grace=2.0 if finished else 0.0)
-        self._compute.shutdown(wait=finished, cancel_futures=True)
+        await self._server.stop(grace=GOODBYE_SECONDS if finished else 0.0)
+        if finished:  # the compute thread ends the calls that have paused, as their sessions leave
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), GOODBYE_SECONDS)
+        self._compute.shutdown(wait=finished, cancel_futures=not finished)
         log("stopped", all_answered=finished)
         return finished
 
@@ -287,6 +294,7 @@ class StripServer:
                 f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
             )
         self._open[session.id] = session
+        self._empty.clear()
         self.metrics.sessions.set(len(self._open))
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
@@ -314,6 +322,8 @@ class StripServer:
             # that was cut short there is no thread any more, and no need.
             with contextlib.suppress(RuntimeError):
                 self._compute.submit(work.close)
+            if not self._open:
+                self._empty.set()
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     async def _answer(self, stream: SealedStream, work: TenantSession, tenant: Tenant, received: Received) -> None:

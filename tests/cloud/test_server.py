@@ -33,6 +33,7 @@ from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import logs, pausing, server as server_module
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
+from isthmus.cloud.stream import SealedStream
 from isthmus.cloud.worker import EdgesFile
 from isthmus.edge.channel import Channel, Traffic
 from isthmus.edge.transport import GrpcTransport, Tls
@@ -489,6 +490,25 @@ def test_a_drain_does_not_wait_for_an_edge_that_has_been_asked(
     with pytest.raises(ConnectionLostError, match="draining"):
         waiting.ask(m.SiteAnswer(question.id, ()), 5)
     eventually(lambda: free.acquire(blocking=False))
+    server._stop_loop()
+
+
+def test_a_drain_ends_what_has_paused_though_its_session_is_slow_to_leave(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 1)
+    monkeypatch.setattr(server_module, "GOODBYE_SECONDS", 0.1)
+    send = SealedStream.send
+
+    async def slowly(stream: SealedStream, message: m.Message) -> None:
+        await asyncio.sleep(60 if isinstance(message, m.Goodbye) else 0)
+        await send(stream, message)
+
+    monkeypatch.setattr(SealedStream, "send", slowly)
+    server = ThreadServer(cloud, home).start()
+    assert isinstance(begin(channel(server)), m.SiteQuestion)
+    assert server.drain(20)
+    eventually(lambda: server.server._call_threads._free.acquire(blocking=False))
     server._stop_loop()
 
 

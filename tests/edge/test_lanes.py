@@ -302,7 +302,7 @@ def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
     assert next(results) == 0
     with pytest.raises(UnreachableError, match="away"):
         next(results)
-    assert begun[:2] == [0, 1]
+    assert set(begun[:2]) == {0, 1}
     assert len(begun) <= 3  # the lane of item 0 may have begun another before the failure was known
     assert torch.equal(torch.get_rng_state(), expected)
     assert list(lanes.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free

@@ -13,8 +13,9 @@ from support.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.experiments import emulator_commands, table
+from isthmus.experiments import table
 from isthmus.experiments.emulator_commands import app
+from isthmus.experiments.flags import INTERRUPTED
 
 RUNNER = CliRunner()
 
@@ -54,7 +55,7 @@ def test_an_interrupted_command_ends_with_130_and_says_how_to_go_on(
 
     monkeypatch.setattr(table.Lab, "run", stop)
     done = RUNNER.invoke(app, ["table", *arguments(tmp_path)])
-    assert done.exit_code == emulator_commands.INTERRUPTED
+    assert done.exit_code == INTERRUPTED
     assert "repeat the command to go on" in done.stderr
 
 
