@@ -67,7 +67,8 @@ def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -
     if decisions:
         axes.axvspan(0, decisions[0]["step"], color="#dddddd")  # the warm-up, in which all take turns
     axes.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=6)
-    axes.set(xlim=(0, steps), xlabel="optimizer step", title="live sites (grey: warm-up)")
+    title = "live sites of kill-and-revive (grey: warm-up with all; blue: v_proj)"
+    axes.set(xlim=(0, steps), ylim=(-1, len(names)), xlabel="optimizer step", title=title)
     save_figure(figure, path)
 
 
