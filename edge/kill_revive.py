@@ -91,9 +91,8 @@ class KillReviveOptions:
 class Plan:
     """What is fixed before a run of `steps` steps, whatever the scores will be.
 
-    `decisions` are the counts of applied steps at which the
-    live sites may change; `trials` those of them at which sites are revived, and `settled` the last one that may kill.
-    `extra` is, by step, the load above the base level.
+    `decisions` are the counts of applied steps at which the live sites may change; `trials` those of them at which
+    sites are revived, and `settled` the last one that may kill. `extra` is, by step, the load above the base level.
     """
 
     steps: int
