@@ -39,8 +39,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures of docs/results.md. Takes about half an hour on two cores. E2E is where the E2E data set's train.csv lies.
-E2E ?= ../shared/data/e2e/train.csv
+# The figures of docs/results.md. Takes about an hour on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
+# sst2/ and shakespeare/.
+DATA ?= ../shared/data
 
 bench: $(STAMP)
 	$(BIN)/isthmus bench parity --model smollm2-135m --steps 10 --json
@@ -48,14 +49,13 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
 	$(BIN)/isthmus bench step --model smollm2-135m --codec int8 --json
 	$(BIN)/isthmus bench faults --json
-	$(BIN)/isthmus bench curve --data $(E2E) --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
+	$(BIN)/isthmus bench quantize --data-folder $(DATA) --json
+	$(BIN)/isthmus bench curve --data $(DATA)/e2e/train.csv --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
 # The figures of placements, codecs and slow links. Takes about six hours on two cores; what is finished is kept in STRIP,
-# and the same command goes on there. The last one makes network namespaces, which needs root. DATA is the folder with
-# e2e/, openbookqa/, arc_easy/, sst2/ and shakespeare/.
+# and the same command goes on there. The last one makes network namespaces, which needs root.
 STRIP  ?= isthmus-strip
-DATA   ?= ../shared/data
 LINEAR := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
 bench-strip: $(STAMP)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 EDGE_FILE = "edge.safetensors"
+SPAN_FILE = "span.safetensors"
 WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -42,7 +43,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def tensor_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the checkpoint in `folder`: a whole model's, or an edge's parts'.
+    """The safetensors files that make up the checkpoint in `folder`: a whole model's, an edge's parts', or a span's.
 
     Raises:
         CheckpointError: there is none, or the index names a file outside the folder.
@@ -55,7 +56,7 @@ def tensor_files(folder: Path) -> tuple[Path, ...]:
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{folder / INDEX_FILE} names files outside its folder; fetch the checkpoint again")
         return tuple(folder / name for name in names)
-    for name in (WHOLE_FILE, EDGE_FILE):
+    for name in (WHOLE_FILE, EDGE_FILE, SPAN_FILE):
         if (folder / name).is_file():
             return (folder / name,)
     raise CheckpointError(f"{folder} has no {WHOLE_FILE}; save the model as safetensors (save_pretrained does)")

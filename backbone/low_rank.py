@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.files import new_folder
+from isthmus.backbone.quantize import weight_of
 
 LOW_RANK = "low_rank"
 """The name of a `LowRankSite` inside the linear that it adapts, and of the method."""
@@ -122,8 +123,7 @@ def site_basis(name: str, linear: nn.Module, *, rank: int, seed: int, init: str)
         ConfigError: The rank does not fit the site.
     """
     if init == "svd":
-        weight = cast(Tensor, linear.weight)
-        return svd_basis(weight.T if isinstance(linear, Conv1D) else weight, rank)
+        return svd_basis(weight_of(linear), rank)
     return low_rank_basis(name, *_features(linear), rank, seed)
 
 

@@ -117,7 +117,7 @@ class SiteHost:
         }
 
     def _placed(self, matrix: Tensor) -> Tensor:
-        return matrix.to(next(self.span.parameters()))
+        return matrix.to(self.span.device, self.span.dtype)
 
     def _features(self, layer: int, part: str) -> tuple[int, int]:
         linear: Any = self._linear(layer, part)
@@ -141,10 +141,10 @@ class SiteHost:
     def _find_groups(self) -> list[tuple[nn.Module, ...]]:
         """Which linears read the same tensor: one pass over two positions tells."""
         seen = Spotter()
-        parameter = next(self.span.parameters())
-        hidden = torch.zeros(1, 2, self.span.hidden_size, dtype=parameter.dtype, device=parameter.device)
+        device = self.span.device
+        hidden = torch.zeros(1, 2, self.span.hidden_size, dtype=self.span.dtype, device=device)
         # A mask of four dimensions is taken as it is; on the meta device none could be made from another.
-        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=parameter.device)
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
         with torch.no_grad(), visiting(seen):
             self.span(hidden, mask)
         return [tuple(members) for _, members in seen.inputs]
@@ -160,5 +160,5 @@ def linear_groups(config: Any) -> tuple[tuple[str, ...], ...]:
     """
     # Eager attention looks at no values of the mask, which the meta device has not; it reads the same inputs.
     base = empty_layers(config, (0,), dtype=torch.float32, attn_implementation="eager").to("meta")
-    span = FrozenSpan(base, Span(0, 1), config, config.hidden_size)
+    span = FrozenSpan(base, Span(0, 1), config, config.hidden_size, torch.float32)
     return tuple(tuple(name for _, name in group) for group in SiteHost(span).groups)

@@ -15,7 +15,11 @@ from isthmus.backbone.checkpoint import TensorReader
 from isthmus.backbone.errors import PlanError
 from isthmus.backbone.families import Family, family_of
 from isthmus.backbone.plan import Span, SplitPlan
+from isthmus.backbone.quantize import QuantizedLinear, Quantizer, quantize_linears
 from isthmus.backbone.sources import Checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a span computes in, by the names that options have."""
 
 
 class FrozenSpan(nn.Module):
@@ -29,27 +33,29 @@ class FrozenSpan(nn.Module):
         layer_span: The layers, by their indices in the whole model.
         config: Configuration of the whole model.
         hidden_size: Width `h` of the hidden states.
-        n_params: Number of weights held.
+        dtype: Floating point dtype that it computes in, and that its weights have unless they are quantized.
     """
 
-    def __init__(self, base: nn.Module, layer_span: Span, config: Any, hidden_size: int) -> None:
+    def __init__(self, base: nn.Module, layer_span: Span, config: Any, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.base = base
         self.layer_span = layer_span
         self.config = config
         self.hidden_size = hidden_size
+        self.dtype = dtype
         self.requires_grad_(False)
         self.train(False)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating point dtype of the weights."""
-        return next(self.parameters()).dtype
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def n_params(self) -> int:
-        """Number of weights held."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of weights held; a quantized one counts as one."""
+        packed = (m.in_features * m.out_features for m in self.modules() if isinstance(m, QuantizedLinear))
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(packed)
 
     def train(self, _mode: bool = True) -> Self:
         """Stay in eval mode."""
@@ -86,6 +92,7 @@ def load_span(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> FrozenSpan:
     """Load a run of layers from a checkpoint; no other tensor is read.
 
@@ -94,6 +101,8 @@ def load_span(
         span: The layers, or a plan, whose cloud layers are meant.
         dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default. Both sides must use the same.
+        quantizer: Quantizes each layer's linears before the next layer is read, so that at no time more than one layer
+            is there in full precision; None leaves them as they are.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or does not fit its configuration.
@@ -105,8 +114,10 @@ def load_span(
     config = checkpoint.config
     family_of(config)
     layer_span = _layers_of(span, config.num_hidden_layers)
-    base = load_layers(checkpoint, tuple(layer_span), dtype=dtype, attn_implementation=attn_implementation)
-    return FrozenSpan(base, layer_span, config, config.hidden_size)
+    base = load_layers(
+        checkpoint, tuple(layer_span), dtype=dtype, attn_implementation=attn_implementation, quantizer=quantizer
+    )
+    return FrozenSpan(base, layer_span, config, config.hidden_size, dtype)
 
 
 def load_layers(
@@ -115,6 +126,7 @@ def load_layers(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> nn.Module:
     """transformers' base model with these layers of a checkpoint and nothing else; `run_layers` runs it.
 
@@ -124,6 +136,7 @@ def load_layers(
             several times.
         dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default.
+        quantizer: As for `load_span`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or does not fit its configuration.
@@ -138,6 +151,8 @@ def load_layers(
     reader = TensorReader(checkpoint.folder, prefix=f"{base.base_model_prefix}.")
     for index, layer in distinct_layers(base, layers).items():
         load_parameters(layer, f"{family.layers_path}.{index}.", reader)
+        if quantizer is not None:
+            quantize_linears(layer, quantizer)
     check_materialised(base)
     return base
 

@@ -1,4 +1,4 @@
-"""The commands of the model owner: `isthmus cloud keygen | enroll | serve | status`."""
+"""The commands of the model owner: `isthmus cloud keygen | enroll | quantize | serve | status`."""
 
 from __future__ import annotations
 
@@ -67,11 +67,16 @@ def enroll(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A name (smollm2-135m), a local folder, a GGUF file, a hub id, or what `isthmus cloud quantize` wrote."
+        ),
+    ],
     home: Home = DEFAULT_HOME,
     edge_layers: Annotated[
-        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
-    ] = "2:2",
+        str | None, typer.Option(help="How many of the first and of the last layers the edge holds; by default 2:2.")
+    ] = None,
     listen: Annotated[
         str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")
     ] = "127.0.0.1:7443",
@@ -81,7 +86,10 @@ def serve(
     metrics: Annotated[
         str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")
     ] = "127.0.0.1:9464",
-    dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str | None, typer.Option(help="What the span computes in: fp32 or bf16; by default fp32.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="How the span's weights are held: none, int8 or nf4; by default none.")
+    ] = None,
     stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
     threads: Annotated[
@@ -125,6 +133,7 @@ def serve(
         advertise=advertise,
         metrics=metrics,
         dtype=dtype,
+        quantize=quantize,
         stash_bytes=parse_size(stash_bytes),
         max_tokens=max_tokens,
         threads=threads,
@@ -142,6 +151,52 @@ def serve(
 
 
 UNANSWERED = 60  # documented in docs/exit-codes.md
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; what `serve --model` is then given.")],
+    to: Annotated[str, typer.Option("--quantize", help="How the span's weights are held: int8 or nf4.")] = "nf4",
+    edge_layers: Annotated[
+        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
+    ] = "2:2",
+    dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a model's middle layers in fewer bits, with the edge's parts: all that `serve` needs of the model.
+
+    Example: isthmus cloud quantize --model smollm2-135m --quantize nf4 --out smollm2-nf4
+    """
+    from isthmus.backbone.errors import ConfigError
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.backbone.quantize import quantizer_of
+    from isthmus.backbone.saved_span import save_span
+    from isthmus.backbone.sources import resolve
+    from isthmus.backbone.span import DTYPES
+
+    quantizer = quantizer_of(to)
+    if quantizer is None:
+        raise ConfigError("--quantize none leaves nothing to write: serve the model itself, or choose int8 or nf4")
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    checkpoint = resolve(model)
+    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    size, dense = save_span(checkpoint, plan, out.expanduser(), dtype=dtype, quantizer=quantizer)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    **{"out": str(out), "model": checkpoint.name, "plan": str(plan), "dtype": dtype, "quantize": to},
+                    **{"span_bytes": size, "dense_bytes": dense},
+                }
+            )
+        )
+        return
+    typer.echo(
+        f"{out}: layers {plan.cloud} of {checkpoint.name} as {to}, {size / 2**20:.1f} MiB of memory instead of "
+        f"{dense / 2**20:.1f} in {dtype}"
+    )
 
 
 @app.command()

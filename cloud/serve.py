@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.files import locked, write_atomic
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.quantize import NONE, quantizer_of
+from isthmus.backbone.saved_span import PARTS, SpanInfo, is_saved_span, read_info
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
+from isthmus.backbone.span import DTYPES
 from isthmus.cloud.state import clear_state, write_state
-from isthmus.cloud.worker import DTYPES, Worker, WorkerSpec
+from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.package import check_package_fits, open_package
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
@@ -34,6 +38,7 @@ from isthmus.protocol.keys import WorkerIdentity, load_worker
 
 NAMESPACE = "isthmus"
 MAX_PORT = 65535
+DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
 POLL_SECONDS = 10.0
 DEAD_POLLS = 3
 
@@ -134,11 +139,12 @@ def serve(
     model: str,
     *,
     home: Path,
-    edge_layers: str = "2:2",
+    edge_layers: str | None = None,
     listen: str = "127.0.0.1:7443",
     advertise: str | None = None,
     metrics: str = "",
-    dtype: str = "fp32",
+    dtype: str | None = None,
+    quantize: str | None = None,
     stash_bytes: int = 2 << 30,
     max_tokens: int = 1 << 16,
     threads: int | None = None,
@@ -161,18 +167,18 @@ def serve(
         IsthmusError: the model, an address or a key cannot be used.
     """
     console = Console(stderr=True)
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     identity = load_worker(home)
     if (home / "authorized_edges").exists():
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
-    checkpoint = resolve(model, console=console)
-    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    backbone = _backbone(model, edge_layers, dtype, quantize, console)
+    checkpoint, plan = backbone.checkpoint, backbone.plan
     spec = WorkerSpec(
         checkpoint=str(checkpoint.folder),
         model=checkpoint.name,
         plan=str(plan),
-        dtype=dtype,
+        dtype=backbone.dtype,
+        quantize=backbone.quantize,
+        saved_span=backbone.saved_span,
         parts=str(_prepare_parts(checkpoint, plan)),
         home=str(home.absolute()),
         listen=_claim(listen),
@@ -223,11 +229,63 @@ def _wait(stop: threading.Event, is_dead: Callable[[], bool], poll: float = POLL
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Backbone:
+    """What is served, and in which form."""
+
+    checkpoint: Checkpoint
+    plan: SplitPlan
+    dtype: str
+    quantize: str
+    saved_span: str = ""
+
+
+def _backbone(
+    model: str, edge_layers: str | None, dtype: str | None, quantize: str | None, console: Console
+) -> _Backbone:
+    """A model with the options that were given, and the defaults of the others.
+
+    Raises:
+        ConfigError: an option does not make sense, or is not what a saved span was made with.
+        IsthmusError: the model cannot be used.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    folder = Path(model).expanduser()
+    if is_saved_span(folder):
+        info = read_info(folder)
+        _check_as_saved(folder, info, edge_layers, dtype, quantize)
+        quantizer_of(info.quantize)
+        checkpoint = Checkpoint((folder / PARTS).absolute(), info.model)
+        plan = SplitPlan.parse(info.plan, checkpoint.config.num_hidden_layers)
+        return _Backbone(checkpoint, plan, info.dtype, info.quantize, str(folder.absolute()))
+    quantizer_of(quantize or NONE)  # told here, before anything is started
+    checkpoint = resolve(model, console=console)
+    plan = SplitPlan.parse(edge_layers or DEFAULT_PLAN, checkpoint.config.num_hidden_layers)
+    return _Backbone(checkpoint, plan, dtype or DEFAULT_DTYPE, quantize or NONE)
+
+
+def _check_as_saved(
+    folder: Path, info: SpanInfo, edge_layers: str | None, dtype: str | None, quantize: str | None
+) -> None:
+    given = {"edge-layers": edge_layers, "dtype": dtype, "quantize": quantize}
+    made = {"edge-layers": info.plan, "dtype": info.dtype, "quantize": info.quantize}
+    for option, saved in made.items():
+        wanted = given[option]
+        if wanted not in (None, saved):
+            raise ConfigError(
+                f"{folder} was written with --{option} {saved}, not {wanted}: leave the option out, or write another "
+                "folder with `isthmus cloud quantize`"
+            )
+
+
 def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
     """The edge's parts of this model and plan, made once and kept in the cache.
 
     The folder's name has a hash of the tokenizer's files too: they may change where the weights do not.
     """
+    if checkpoint.is_edge_parts:
+        return checkpoint.folder
     small = hashlib.sha256()
     for file in files_beside_the_weights(checkpoint.folder):
         small.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())

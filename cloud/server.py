@@ -25,6 +25,7 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
@@ -141,6 +142,7 @@ class StripServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._started = time.time()
+        self._span_bytes = bytes_of(served.executor.host.span)
 
     async def start(self, listen: str, tls: ServerTls | None) -> int:
         """Listen on `host:port` and return the port. Raises PortInUseError."""
@@ -210,6 +212,7 @@ class StripServer:
             "model": info.model,
             "plan": info.plan,
             "span_dtype": info.span_dtype,
+            "span_bytes": self._span_bytes,
             "uptime_s": time.time() - self._started,
             "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,

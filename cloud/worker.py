@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.quantize import NONE, quantizer_of
+from isthmus.backbone.saved_span import load_saved_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
-from isthmus.backbone.span import load_span
+from isthmus.backbone.span import DTYPES, load_span
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
@@ -42,14 +42,12 @@ REBINDS = 5
 REBIND_PAUSE = 1.0  # seconds
 RESTART_PAUSE = 5.0  # seconds
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """All that a worker needs to start, and to start again. Paths, not secrets: Ray keeps this in its control store."""
 
-    checkpoint: str  # folder
+    checkpoint: str  # folder: the whole model, or the edge's parts beside a saved span
     model: str  # the name that edges are told
     plan: str
     dtype: str
@@ -66,6 +64,13 @@ class WorkerSpec:
     tls_client_ca: str = ""
     emulator: str = ""  # folder of the package that is offered; "" for none
     sites: bool = True
+    quantize: str = NONE
+    saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
+
+    @property
+    def span_dtype(self) -> str:
+        """What edges are told that the span computes in: dtype, and how its weights are held where they are not."""
+        return self.dtype if self.quantize == NONE else f"{self.dtype}+{self.quantize}"
 
 
 class Worker:
@@ -177,7 +182,10 @@ def served_by(spec: WorkerSpec) -> Served:
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
     dtype = DTYPES[spec.dtype]
-    span = load_span(checkpoint, plan, dtype=dtype)
+    if spec.saved_span:
+        span = load_saved_span(Path(spec.saved_span))
+    else:
+        span = load_span(checkpoint, plan, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span)
     info = SessionInfo(
         session_id="",
@@ -188,7 +196,7 @@ def served_by(spec: WorkerSpec) -> Served:
         plan=str(plan),
         hidden_size=span.hidden_size,
         attn_implementation=family_of(config).attention(None),
-        span_dtype=spec.dtype,
+        span_dtype=spec.span_dtype,
         codecs=ACTIVATION_CODECS,
         limits=SpanLimits(
             spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), spec.stash_bytes

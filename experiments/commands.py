@@ -11,11 +11,13 @@ import typer
 from isthmus.experiments.codec_bench_command import codecs
 from isthmus.experiments.link_bench_command import link
 from isthmus.experiments.placements_command import placements
+from isthmus.experiments.quantize_bench_command import quantize
 
 bench = typer.Typer(help="Measure; every figure in the documents comes from one of these.", no_args_is_help=True)
 bench.command()(link)
 bench.command()(placements)
 bench.command()(codecs)
+bench.command()(quantize)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
@@ -96,6 +98,7 @@ def step(
     edge_layers: EdgeLayers = "2:2",
     codec: Annotated[str, typer.Option(help="Codec of the wire, as for `edge train`.")] = "fp32",
     cloud_dtype: Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")] = "fp32",
+    quantize: Annotated[str, typer.Option(help="How the cloud holds its weights: none, int8 or nf4.")] = "none",
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
     pairs: Annotated[int, typer.Option(min=5, help="Steps of either kind, in turns.")] = 9,
@@ -110,7 +113,7 @@ def step(
     from isthmus.experiments.harness import working_folder
     from isthmus.experiments.step import StepSettings, run_step
 
-    settings = StepSettings(model, edge_layers, codec, cloud_dtype, batch, seq, pairs, threads)
+    settings = StepSettings(model, edge_layers, codec, cloud_dtype, batch, seq, pairs, threads, quantize)
     with working_folder(keep) as folder:
         _print(run_step(settings, folder), as_json)
 

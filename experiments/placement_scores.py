@@ -1,8 +1,8 @@
 """How well each mode learns: runs of `isthmus edge train` against a real cloud, scored on held-out data.
 
 Every mode is trained at each candidate rate on the first seed; the rate with the least loss on a validation slice is
-kept for the other seeds. Scores are of the saved adapter on the whole model, on the test data. Each run is a cell on
-the disk, so an interrupted benchmark goes on, and several processes may share the work.
+kept for the other seeds. Scores are of the saved adapter on the whole model, or on another that the caller has, on the
+test data. Each run is a cell on the disk: an interrupted benchmark goes on, and several processes may share the work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Scorer:
         cells: Where finished runs are.
         folder: For data and runs.
         cloud: A started cloud with a plan.
+        model: What is scored with the adapter in it; by default the whole model.
 
     Attributes:
         task: What is trained and scored on.
@@ -87,6 +89,7 @@ class Scorer:
         cells: Cells,
         folder: Path,
         cloud: Callable[[str], Endpoint],
+        model: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._edge_layers = edge_layers
@@ -94,13 +97,14 @@ class Scorer:
         self._cells = cells
         self._folder = folder
         self._cloud = cloud
+        self._model = model or (lambda: nullcontext(whole(checkpoint)))
         self._tokenizer = load_tokenizer(checkpoint.folder)
         self.task: Task = load_task(regime.task, regime.data_folder, self._tokenizer, regime.sizes)
         self._digest = checkpoint.digest()
 
-    def zero_shot(self) -> dict[str, float]:
+    def zero_shot(self, name: str = "zero-shot") -> dict[str, float]:
         """The model's scores as it is, by metric."""
-        return self._cells.get("zero-shot", self.settings, lambda: self._score(None))
+        return self._cells.get(name, self.settings, lambda: self._score(None))
 
     def best_rate(self, mode: Mode) -> float:
         """The rate with the least validation loss on the first seed."""
@@ -180,11 +184,10 @@ class Scorer:
         return paths[0], paths[1]
 
     def _score(self, adapter: Path | None) -> dict[str, float]:
-        model = whole(self._checkpoint)
-        if adapter is not None:
-            model = load_adapter(model, adapter, digest=self._digest)
-        precision = self._regime.precision
-        scores = score_task(model, self._tokenizer, self.task, batch=SCORE_BATCH, precision=precision)
+        with self._model() as model:
+            adapted = model if adapter is None else load_adapter(model, adapter, digest=self._digest)
+            precision = self._regime.precision
+            scores = score_task(adapted, self._tokenizer, self.task, batch=SCORE_BATCH, precision=precision)
         return {metric: score.value for metric, score in scores.items()}
 
 

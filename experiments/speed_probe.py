@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.ladder import LadderSide
-from isthmus.backbone.span import empty_layers, run_layers
+from isthmus.backbone.span import DTYPES, empty_layers, run_layers
 from isthmus.experiments.model_facts import ModelFacts
 from isthmus.experiments.speed_profile import ProbeSettings, SpeedProfile
 from isthmus.experiments.wire_probe import measure_wire
@@ -32,7 +32,6 @@ ROUNDS = 7
 LAYERS = 2  # one alone might stay in a cache
 ADAPTERS = 16
 RUNGS = 4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Piece = Callable[[], dict[str, float]]
 """One run of a piece of work: seconds per FLOP, per tensor or per number, by name."""

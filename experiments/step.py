@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from isthmus.backbone.quantize import NONE
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.link import connect
 from isthmus.edge.methods import build_peft, trained
@@ -36,6 +37,7 @@ class StepSettings:
     seq: int = 128
     pairs: int = 9
     threads: int = 2
+    quantize: str = NONE
 
 
 class _Stepper:
@@ -72,6 +74,8 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
         settings.cloud_dtype,
         "--threads",
         str(settings.threads),
+        "--quantize",
+        settings.quantize,
     )
     with (
         LocalCloud(folder, settings.model, *options) as cloud,
@@ -97,6 +101,7 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
                 ratios.append(split_s[-1] / whole_s[-1])
                 advance()
         spent = link.totals() - before
+        span_bytes = cloud.status()["span_bytes"]
     ratios, split_s, whole_s = ratios[WARM_UP:], split_s[WARM_UP:], whole_s[WARM_UP:]
     total, positions = sum(split_s), settings.pairs * tokens.numel()
     return {
@@ -110,6 +115,7 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
         "bytes_per_token_up": spent.bytes_up / positions,
         "bytes_per_token_down": spent.bytes_down / positions,
         "bytes_per_token_over_hidden": (spent.bytes_up + spent.bytes_down) / positions / whole.config.hidden_size,
+        "span_bytes": span_bytes,
         "split_step_s": statistics.median(split_s),
         "whole_step_s": statistics.median(whole_s),
         **asdict(settings),

@@ -399,7 +399,8 @@ class SessionInfo:
         plan: the split plan, for example "2:2".
         hidden_size: width of the hidden states.
         attn_implementation: the attention implementation that both sides use.
-        span_dtype: the dtype that the span computes in, "fp32" or "bf16".
+        span_dtype: the dtype that the span computes in, "fp32" or "bf16", and how its weights are held where they are
+            quantized, as in "bf16+nf4".
         codecs: names of the codecs that the cloud accepts and sends.
         limits: what the cloud accepts of this edge.
         server_version: the cloud's version of Isthmus.

@@ -34,6 +34,8 @@ def served(
     max_tokens: int = 4096,
     home: Path | None = None,
     emulator: Path | None = None,
+    quantize: str = "none",
+    saved_span: Path | None = None,
 ) -> Served:
     """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet.
 
@@ -56,6 +58,8 @@ def served(
         threads=1,
         log_file="",
         emulator="" if emulator is None else str(emulator),
+        quantize=quantize,
+        saved_span="" if saved_span is None else str(saved_span),
     )
     return served_by(spec)
 

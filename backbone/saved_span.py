@@ -1,0 +1,131 @@
+"""A span in a folder of its own, quantized, with the edge's parts beside it: all that a cloud needs to serve a model.
+
+span.safetensors    the cloud's layers, as they lie in memory, under their names in the whole model
+isthmus_span.json   what they were cut from, and how they are held
+parts/              what edges may fetch, as `export_edge_parts` writes it
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from isthmus.backbone.assembly import check_materialised, load_parameters
+from isthmus.backbone.checkpoint import SPAN_FILE, TensorReader, read_json, write_json
+from isthmus.backbone.errors import CheckpointError
+from isthmus.backbone.families import family_of
+from isthmus.backbone.files import disk_errors, new_folder
+from isthmus.backbone.parts import export_edge_parts
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.quantize import Quantizer, bytes_of, empty_linears, quantizer_of
+from isthmus.backbone.sources import Checkpoint
+from isthmus.backbone.span import DTYPES, FrozenSpan, distinct_layers, empty_layers, load_span
+
+INFO_FILE = "isthmus_span.json"
+PARTS = "parts"
+
+
+@dataclass(frozen=True, slots=True)
+class SpanInfo:
+    """What a saved span is.
+
+    Attributes:
+        model: The name of the model that it was cut from.
+        digest: That of the whole model.
+        plan: The split plan.
+        dtype: What it computes in, `fp32` or `bf16`.
+        quantize: How its linears are held.
+    """
+
+    model: str
+    digest: str
+    plan: str
+    dtype: str
+    quantize: str
+
+
+def is_saved_span(folder: Path) -> bool:
+    """Whether `save_span` wrote the folder."""
+    return (folder / INFO_FILE).is_file()
+
+
+def save_span(
+    checkpoint: Checkpoint, plan: SplitPlan, folder: Path, *, dtype: str, quantizer: Quantizer
+) -> tuple[int, int]:
+    """Quantize a model's middle layers and write them with the edge's parts. The folder appears whole or not at all.
+
+    Args:
+        checkpoint: The whole model.
+        plan: Who holds which layers.
+        folder: Where to write; an old one is replaced.
+        dtype: What the span computes in, `fp32` or `bf16`.
+        quantizer: How linears are held.
+
+    Returns:
+        Bytes of the span in memory, and those that it would have in `dtype`.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or incomplete.
+        DiskError: The disk is full or cannot be written.
+        PlanError: The plan is for another number of layers.
+        UnsupportedFamilyError: The architecture cannot be cut.
+    """
+    span = load_span(checkpoint, plan, dtype=DTYPES[dtype], quantizer=quantizer)
+    path = family_of(span.config).layers_path
+    tensors = {
+        f"{path}.{index}.{name}": tensor.contiguous()
+        for index, layer in distinct_layers(span.base, tuple(plan.cloud)).items()
+        for name, tensor in layer.state_dict().items()
+    }
+    info = SpanInfo(checkpoint.name, checkpoint.digest(), str(plan), dtype, quantizer.name)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as new:
+        export_edge_parts(checkpoint, plan, new / PARTS)
+        save_file(tensors, new / SPAN_FILE, metadata={"format": "pt"})
+        write_json(new / INFO_FILE, asdict(info))
+    return bytes_of(span), span.n_params * DTYPES[dtype].itemsize
+
+
+def read_info(folder: Path) -> SpanInfo:
+    """What a folder's span is.
+
+    Raises:
+        CheckpointError: The folder's description is damaged.
+    """
+    values = read_json(folder / INFO_FILE)
+    names = set(SpanInfo.__dataclass_fields__)
+    if set(values) != names or not all(isinstance(value, str) for value in values.values()):
+        raise CheckpointError(
+            f"{folder / INFO_FILE} needs the texts {', '.join(sorted(names))}, and holds {json.dumps(values)[:200]}; "
+            "write it anew with `isthmus cloud quantize`"
+        )
+    info = SpanInfo(**values)
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{folder / INFO_FILE} has the dtype {info.dtype!r}; write it anew")
+    return info
+
+
+def load_saved_span(folder: Path) -> FrozenSpan:
+    """Read a span as it was saved; nothing is there in full precision at any time.
+
+    Raises:
+        CheckpointError: The folder is damaged or incomplete.
+        ConfigError: The package that its quantization needs is not installed.
+    """
+    info = read_info(folder)
+    config = Checkpoint(folder / PARTS, info.model).config
+    plan = SplitPlan.parse(info.plan, config.num_hidden_layers)
+    quantizer = quantizer_of(info.quantize)
+    layers = tuple(plan.cloud)
+    base = empty_layers(config, layers, dtype=DTYPES[info.dtype], attn_implementation=None)
+    reader = TensorReader(folder)
+    for index, layer in distinct_layers(base, layers).items():
+        if quantizer is not None:
+            empty_linears(layer, quantizer)
+        load_parameters(layer, f"{family_of(config).layers_path}.{index}.", reader)
+    check_materialised(base)
+    return FrozenSpan(base, plan.cloud, config, config.hidden_size, DTYPES[info.dtype])

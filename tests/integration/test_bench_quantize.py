@@ -1,0 +1,63 @@
+"""The benchmark of quantized backbones: real clouds, real training, and finished pieces that are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scoring import task_folder
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.experiments import quantize_bench
+from isthmus.experiments.placement_scores import Regime
+from isthmus.experiments.quantize_bench import QuantizeSettings, run_quantize
+from isthmus.experiments.step import StepSettings
+from isthmus.experiments.tasks import Sizes
+
+pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed: pip install 'isthmus[quantize]'")
+
+
+def settings_of(folder: Path, *forms: str) -> QuantizeSettings:
+    regime = Regime(
+        task="e2e",
+        data_folder=folder / "data",
+        sizes=Sizes(test=3, validation=2, max_length=32),
+        steps=3,
+        batch=2,
+        rates=(3e-2,),
+        seeds=1,
+        precision="fp32",
+        cloud_dtype="fp32",
+        threads=1,
+        shared={"rank": 2},
+    )
+    step = StepSettings(str(folder / "model"), "1:1", batch=2, seq=8, pairs=5, threads=1)
+    return QuantizeSettings(forms, step, regime, folder / "out")
+
+
+@pytest.mark.server
+def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    tiny_checkpoint("llama", tmp_path / "model")
+    task_folder(tmp_path / "data")
+    settings = settings_of(tmp_path, "nf4")
+    result = run_quantize(settings)
+    (row,) = result["runs"]
+    assert (row["quantize"], row["cloud_dtype"]) == ("nf4", "bf16")
+    assert 0 < row["span_bytes"] < 4 * 4 * 12_000
+    assert row["step_ratio"] > 0
+    assert row["held_out_loss"] != row["zero_shot_loss"]
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a finished piece was made again")
+
+    monkeypatch.setattr(quantize_bench, "run_step", refuse)
+    monkeypatch.setattr(quantize_bench, "clouds", lambda *_: refuse)
+    assert run_quantize(settings)["runs"] == result["runs"]
+
+
+def test_a_form_that_does_not_exist_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'int2'.*none, bf16, int8, nf4"):
+        run_quantize(settings_of(tmp_path, "int2"))
