@@ -51,16 +51,22 @@ def enroll(
     max_bytes_in_flight: Annotated[
         str, typer.Option(help="Bytes of calls that the tenant may have in flight.")
     ] = "1GiB",
+    weight: Annotated[
+        int, typer.Option(min=1, help="The tenant's share of the computing against the others', where all want more.")
+    ] = 1,
+    max_tokens_per_second: Annotated[
+        int | None, typer.Option(min=1, help="Token positions that the tenant may have computed, on average.")
+    ] = None,
 ) -> None:
     """Let an edge in: add its public key to `authorized_edges`. A running cloud notices by itself.
 
-    Example: isthmus cloud enroll alice.pub --name alice --max-sessions 2
+    Example: isthmus cloud enroll alice.pub --name alice --max-sessions 2 --weight 3
     """
     from isthmus.protocol.enrolment import Quota, add_line, parse_size
     from isthmus.protocol.keyfiles import read_text
 
     line = read_text(public_key.expanduser(), "ask the data owner for the .pub file that `isthmus edge keygen` made")
-    quota = Quota(max_sessions, parse_size(max_bytes_in_flight))
+    quota = Quota(max_sessions, parse_size(max_bytes_in_flight), weight, max_tokens_per_second)
     tenant = add_line(home.expanduser() / "authorized_edges", line, name, quota)
     typer.echo(f"enrolled {tenant.name} {tenant.fingerprint}")
 

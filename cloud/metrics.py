@@ -31,6 +31,9 @@ class Metrics:
         )
         self.bytes = Counter("isthmus_bytes", "Bytes of sealed frames.", ["direction"], registry=self.registry)
         self.seconds = Histogram("isthmus_call_seconds", "Computation per call.", ["operation"], registry=self.registry)
+        self.waited = Histogram(
+            "isthmus_wait_seconds", "Time that a call waited for its turns.", ["priority"], registry=self.registry
+        )
         self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
         self.evictions = Gauge(
             "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry

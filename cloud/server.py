@@ -1,8 +1,8 @@
 """The worker's data plane: a grpc.aio server whose streams carry sealed sessions.
 
 One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a
-compute thread, so the health service answers all the while. Ray is not mentioned here: the worker actor starts this
-server, and tests start it without one.
+compute thread, in the scheduler's order, so the health service answers all the while. Ray is not mentioned here: the
+worker actor starts this server, and tests start it without one.
 
 Draining: no new session is admitted, the calls in flight are answered, then every stream gets a `Goodbye` and ends.
 """
@@ -16,21 +16,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.dispatch import Dispatcher
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
+from isthmus.cloud.scheduler import Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.stream import SealedStream
@@ -43,6 +45,8 @@ from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.sealing import wipe
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
 from isthmus.protocol.session import CloudSession, Received
+
+R = TypeVar("R")
 
 HANDSHAKE_SECONDS = 10.0
 MAX_HALF_OPEN = 64
@@ -99,8 +103,15 @@ class _Open:
     id: bytes
     tenant: Tenant
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
+    interactive: bool
     ending: str = "connection lost"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def share(self) -> Share:
+        """Of the compute thread's time."""
+        quota = self.tenant.quota
+        return Share(quota.weight, quota.max_tokens_per_second)
 
     def end(self, why: str) -> None:
         """Ask the session to end after the call in flight."""
@@ -125,8 +136,7 @@ class StripServer:
         self._served = served
         self._identity = identity
         self._edges = edges
-        # set_num_threads speaks of the calling thread's OpenMP team, so it is called on the thread that computes.
-        self._compute = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
+        self._compute = Dispatcher(threads)
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
         self._half_open = 0
@@ -200,7 +210,7 @@ class StripServer:
         if finished:  # the compute thread ends the calls that have paused, as their sessions leave
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), GOODBYE_SECONDS)
-        self._compute.shutdown(wait=finished, cancel_futures=not finished)
+        self._compute.shutdown(cancel=not finished)
         log("stopped", all_answered=finished)
         return finished
 
@@ -216,6 +226,7 @@ class StripServer:
             "uptime_s": time.time() - self._started,
             "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,
+            "waiting": dict(self._compute.waiting()),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -266,7 +277,8 @@ class StripServer:
                     return None
                 if not isinstance(attach.message, m.Attach):
                     raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
-                session = _Open(bytes.fromhex(protocol.info.session_id), protocol.tenant, attach.message.link)
+                opened = bytes.fromhex(protocol.info.session_id)
+                session = _Open(opened, protocol.tenant, attach.message.link, attach.message.interactive)
                 refusal = self._enter(session)
                 if refusal is not None:
                     outcome = "refused"
@@ -317,27 +329,28 @@ class StripServer:
                 if isinstance(received.message, m.Goodbye):
                     session.ending = "goodbye"
                     return
-                await self._answer(stream, work, session.tenant, received)
+                await self._answer(stream, work, session, received)
         finally:
             del self._open[session.id]
             self.metrics.sessions.set(len(self._open))
             # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain
             # that was cut short there is no thread any more, and no need.
+            self._compute.cancel(session.id)
             with contextlib.suppress(RuntimeError):
-                self._compute.submit(work.close)
+                self._turn(session, work.close)
             if not self._open:
                 self._empty.set()
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
-    async def _answer(self, stream: SealedStream, work: TenantSession, tenant: Tenant, received: Received) -> None:
+    async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
         crypto_ns = stream.take_crypto_ns()
-        message, size = received.message, len(received.body)
+        message, size, tenant = received.message, len(received.body), session.tenant
         operation = type(message).__name__.lower()
         allowed = tenant.quota.max_inflight_bytes
         if size > allowed:
             wipe(received.body)
             if isinstance(message, m.SiteAnswer):
-                await asyncio.wrap_future(self._compute.submit(work.calls.drop, message.id.call))
+                await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, message.id.call)))
             text = f"a call of {size} bytes is over the {allowed} that {tenant.name} may have: send smaller batches"
             await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
             return
@@ -346,14 +359,15 @@ class StripServer:
         try:
             start = time.perf_counter_ns()
             async with self._room_for(tenant, size, received.body):
-                reply = await asyncio.wrap_future(self._submit(work, received))
+                reply = await asyncio.wrap_future(self._submit(work, session, received))
             elapsed = time.perf_counter_ns() - start
             if isinstance(reply, m.Timed):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
                 if isinstance(message, m.Forward | m.Backward):
-                    sent = message.hidden if isinstance(message, m.Forward) else message.gradient
-                    self.metrics.tokens.labels(operation).inc(sent.shape[0] * sent.shape[1])
+                    self.metrics.tokens.labels(operation).inc(_positions(message))
                 queue_ns = max(0, elapsed - reply.compute_ns)
+                priority = "interactive" if session.interactive else "training"
+                self.metrics.waited.labels(priority).observe(queue_ns / 1e9)
                 reply = dataclasses.replace(reply, crypto_ns=crypto_ns, queue_ns=queue_ns)
             elif isinstance(reply, m.Status):
                 self.metrics.refused.labels(reply.code.name).inc()
@@ -388,10 +402,22 @@ class StripServer:
                 if not turn.done():
                     turn.set_result(None)
 
-    def _submit(self, work: TenantSession, received: Received) -> Future[m.Message | None]:
+    def _turn(self, session: _Open, run: Callable[[], R], positions: int = 0) -> Future[R]:
+        """Have something done by the compute thread when it is the tenant's turn."""
+        return self._compute.submit(
+            run,
+            tenant=session.tenant.name,
+            owner=session.id,
+            share=session.share,
+            interactive=session.interactive,
+            positions=positions,
+        )
+
+    def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
+        message = received.message
         try:
-            running = self._compute.submit(work.handle, received.message)
+            running = self._turn(session, partial(work.handle, message), _positions(message))
         except RuntimeError:  # a drain was cut short
             wipe(received.body)
             raise
@@ -412,3 +438,11 @@ class StripServer:
 
     def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         return dataclasses.replace(self._served.info, session_id=session_id.hex())
+
+
+def _positions(message: m.Message) -> int:
+    """Token positions that a message wants computed."""
+    if not isinstance(message, m.Forward | m.Backward):
+        return 0
+    sent = message.hidden if isinstance(message, m.Forward) else message.gradient
+    return sent.shape[0] * sent.shape[1]

@@ -67,6 +67,7 @@ class Channel:
         traffic: the meter to count in.
         observer: told of the phases, for tests and benchmarks of faults.
         check: raises when nobody wants to wait any more; called a few times a second.
+        interactive: whether somebody waits for the calls, which then come before training.
 
     Raises:
         ConnectionLostError: the stream broke.
@@ -82,6 +83,8 @@ class Channel:
         traffic: Traffic,
         observer: Observer,
         check: Check = lambda: None,
+        *,
+        interactive: bool = False,
     ) -> None:
         self._stream = stream
         self._check = check
@@ -90,7 +93,7 @@ class Channel:
         self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
         try:
             self.info = self._handshake()
-            self._attach(link)
+            self._attach(link, interactive)
         except BaseException:
             self.abandon()
             raise
@@ -162,8 +165,8 @@ class Channel:
                 case _:
                     raise RemoteProtocolError("the cloud left the handshake's order")
 
-    def _attach(self, link: bytes) -> None:
-        status = self.ask(m.Attach(link), HANDSHAKE_SECONDS)
+    def _attach(self, link: bytes, interactive: bool) -> None:
+        status = self.ask(m.Attach(link, interactive), HANDSHAKE_SECONDS)
         if not isinstance(status, m.Status):
             raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
         if status.code == m.StatusCode.OVER_QUOTA:

@@ -116,7 +116,7 @@ def generate(
     from isthmus.edge.run import run_generation
     from isthmus.edge.strip import open_link
 
-    with open_link(settings) as link:
+    with open_link(settings, interactive=True) as link:
         text = run_generation(
             link,
             adapter,

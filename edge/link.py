@@ -45,6 +45,7 @@ def connect(
     connect_timeout: float = 10.0,
     give_up_after: float = 600.0,
     call_timeout: float = 600.0,
+    interactive: bool = False,
 ) -> Link:
     """Connect to a cloud.
 
@@ -57,6 +58,8 @@ def connect(
         connect_timeout: seconds to wait for the cloud at first.
         give_up_after: seconds that a cloud may stay away later.
         call_timeout: seconds that one call may take before the connection counts as lost.
+        interactive: whether somebody waits for the calls, as in generation; the cloud then computes them before those
+            of training, within the edge's share.
 
     Returns:
         An open link; use it as a context manager.
@@ -79,6 +82,7 @@ def connect(
         codecs=StripCodecs.parse(codec),
         give_up_after=give_up_after,
         call_timeout=call_timeout,
+        interactive=interactive,
     )
     link.open(connect_timeout)
     return link

@@ -56,6 +56,7 @@ class LastingLink:
         give_up_after: seconds that the cloud may stay away.
         call_timeout: seconds that one call may take.
         observer: told of each phase of each question; for tests and benchmarks.
+        interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LastingLink:
         give_up_after: float = 600.0,
         call_timeout: float = 600.0,
         observer: Observer = lambda question, phase: None,
+        interactive: bool = False,
     ) -> None:
         self.traffic = Traffic()
         self.observer = observer
@@ -79,6 +81,7 @@ class LastingLink:
         self.codecs = codecs or StripCodecs()
         self._give_up_after = give_up_after
         self._call_timeout = call_timeout
+        self._interactive = interactive
         self._link_id = os.urandom(16)
         self._channel: Channel | None = None
         self._info: m.SessionInfo | None = None
@@ -243,8 +246,9 @@ class LastingLink:
         try:
             stream = self._transport.open()
             channel = Channel(
-                stream, self._pin, self._key, self._link_id, self.traffic, self._observe, self._still_wanted
-            )
+                stream, self._pin, self._key, self._link_id, self.traffic, self._observe, self._still_wanted,
+                interactive=self._interactive,
+            )  # fmt: skip
         except RefusedError as error:
             if self._info is None:
                 raise

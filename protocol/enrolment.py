@@ -33,14 +33,24 @@ _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one edge may use at a time: sessions, and bytes of messages that are being served."""
+    """What one edge may use.
+
+    Attributes:
+        max_sessions: Sessions at a time.
+        max_inflight_bytes: Bytes of messages that are being served at a time.
+        weight: Its share of the computing against the other tenants', where all want more than there is.
+        max_tokens_per_second: Token positions, on average; None for no limit.
+    """
 
     max_sessions: int = 4
     max_inflight_bytes: int = GIB
+    weight: int = 1
+    max_tokens_per_second: int | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if getattr(self, entry.name) < 1:
+            value = getattr(self, entry.name)
+            if value is not None and value < 1:
                 raise ConfigError(
                     f"a quota of {entry.name} = {getattr(self, entry.name)} serves nothing: at least 1 is needed"
                 )
@@ -57,7 +67,7 @@ class Quota:
             name, _, value = option.partition("=")
             entry = _OPTIONS.get(name)
             if entry is None:
-                raise ConfigError(f"unknown option {name!r}: {' and '.join(_OPTIONS)} are known")
+                raise ConfigError(f"unknown option {name!r}: {', '.join(_OPTIONS)} are known")
             key, read = entry
             if key in found:
                 raise ConfigError(f"option {name} is given twice")
@@ -66,12 +76,9 @@ class Quota:
 
     def format(self) -> str:
         """Write the options that differ from the defaults; an empty text if none does."""
-        options = []
-        if self.max_sessions != Quota().max_sessions:
-            options.append(f"max-sessions={self.max_sessions}")
-        if self.max_inflight_bytes != Quota().max_inflight_bytes:
-            options.append(f"max-bytes-in-flight={self.max_inflight_bytes}")
-        return ",".join(options)
+        values = {name: getattr(self, entry) for name, (entry, _) in _OPTIONS.items()}
+        usual = {name: getattr(Quota(), entry) for name, (entry, _) in _OPTIONS.items()}
+        return ",".join(f"{name}={value}" for name, value in values.items() if value != usual[name])
 
 
 def _count(text: str) -> int:
@@ -95,6 +102,8 @@ def parse_size(text: str) -> int:
 _OPTIONS: dict[str, tuple[str, Callable[[str], int]]] = {
     "max-sessions": ("max_sessions", _count),
     "max-bytes-in-flight": ("max_inflight_bytes", parse_size),
+    "weight": ("weight", _count),
+    "max-tokens-per-second": ("max_tokens_per_second", _count),
 }
 
 

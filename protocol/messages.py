@@ -276,10 +276,12 @@ class Attach:
     """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
 
     The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
+    `interactive`: whether somebody waits for the session's calls, which then come before training.
     """
 
     op: ClassVar[int] = 13
     link: bytes
+    interactive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,7 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
     return message
 
 
+_INTERACTIVE = 1
 _MAX_FILES = (1 << 16) - 1
 
 
@@ -216,6 +217,11 @@ def _read_status(r: Reader) -> Status:
     return Status(StatusCode(code), r.call() if flags else None, r.text(MAX_TEXT))
 
 
+def _write_attach(w: Writer, m: Attach) -> None:
+    w.number(U8, _INTERACTIVE if m.interactive else 0)
+    w.fixed(m.link, LINK_BYTES)
+
+
 def _write_pong(w: Writer, m: Pong) -> None:
     w.number(U64, m.nonce)
     w.number(U64, m.peak_bytes)
@@ -236,7 +242,7 @@ _WRITERS: dict[int, Callable[..., None]] = {
     Ping.op: lambda w, m: w.number(U64, m.nonce),
     Pong.op: _write_pong,
     Goodbye.op: lambda w, m: w.text(m.reason, MAX_TEXT),
-    Attach.op: lambda w, m: w.fixed(m.link, LINK_BYTES),
+    Attach.op: _write_attach,
     Put.op: _write_piece,
     PutReply.op: _write_put_reply,
     PlugIn.op: _write_entries,
@@ -255,7 +261,7 @@ _READERS: dict[int, Callable[[Reader], Message]] = {
     Ping.op: lambda r: Ping(r.number(U64)),
     Pong.op: lambda r: Pong(r.number(U64), r.number(U64)),
     Goodbye.op: lambda r: Goodbye(r.text(MAX_TEXT)),
-    Attach.op: lambda r: Attach(r.raw(LINK_BYTES)),
+    Attach.op: lambda r: Attach(interactive=bool(r.flags(_INTERACTIVE)), link=r.raw(LINK_BYTES)),
     Put.op: _read_put,
     PutReply.op: lambda r: PutReply(r.text(MAX_NAME), r.raw(DIGEST_BYTES), r.number(U64)),
     PlugIn.op: lambda r: PlugIn(r.entries(MAX_PUT_FILES)),

@@ -426,6 +426,70 @@ def _swallow(link: Any) -> None:
     link.close()
 
 
+# Whose turn it is -----------------------------------------------------------------------------------------------------
+
+
+def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud: Served, home: Home) -> None:
+    home.new_edge("bob")
+    keys = {"alice": home.key_file, "bob": home.key_file.parent / "bob"}
+    order: list[str] = []
+    original = type(cloud.executor).forward
+    with ThreadServer(cloud, home) as server, contextlib.ExitStack() as stack:
+
+        def opened(tenant: str, **options: Any) -> Any:
+            link = stack.enter_context(server.link(keys[tenant], **options))
+            link.open(5)
+            return link
+
+        with call_in_flight(server, cloud) as held:
+            links = {
+                "alice 1": opened("alice"),
+                "alice 2": opened("alice"),
+                "alice 3": opened("alice"),
+                "bob": opened("bob"),
+                "bob, chat": opened("bob", interactive=True),
+            }
+            threads = []
+            for rows, (name, link) in enumerate(links.items(), start=1):
+                calls = server.server.status()["waiting"]
+
+                def call(link: Any = link, rows: int = rows) -> None:
+                    link.forward_span(hidden(rows, 3), None, None, keep=False)
+
+                threads.append(threading.Thread(target=call, name=name))
+                threads[-1].start()
+                eventually(lambda calls=calls: server.server.status()["waiting"] != calls)
+            assert server.server.status()["waiting"] == {"alice": 3, "bob": 2}
+            names = dict(enumerate(links, start=1))
+
+            def noted(self: Any, session: bytes, number: int, inputs: Any, **options: Any) -> Any:
+                order.append(names[len(inputs.hidden)])
+                return original(self, session, number, inputs, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(cloud.executor), "forward", noted)
+                held.release.set()
+                for thread in threads:
+                    thread.join(10)
+    assert order[0] == "bob, chat"
+    assert order.index("bob") < order.index("alice 2")
+    assert [name for name in order if name.startswith("alice")] == ["alice 1", "alice 2", "alice 3"]
+
+
+def test_a_tenant_over_its_rate_waits_and_what_nobody_waits_for_is_not_made(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_tokens_per_second=1))
+    with ThreadServer(cloud, home) as server, server.link() as link:
+        link.open(5)
+        link.forward_span(hidden(2, 33), None, None, keep=False)
+        calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
+        calling.start()
+        eventually(lambda: server.server.status()["waiting"] == {"alice": 1})
+        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        eventually(lambda: server.server.status()["waiting"] == {})
+        eventually(lambda: server.server.status()["in_flight"] == 0)
+        link._closed = True
+
+
 # Calls that have paused -----------------------------------------------------------------------------------------------
 
 

@@ -204,7 +204,7 @@ edge_messages = st.one_of(
     backwards(),
     st.builds(m.Fetch, shelves, names, u64),
     st.builds(m.FetchList, shelves),
-    st.builds(m.Attach, st.binary(min_size=16, max_size=16)),
+    st.builds(m.Attach, st.binary(min_size=16, max_size=16), st.booleans()),
     st.builds(m.Ping, u64),
     puts(),
     st.builds(m.PlugIn, lists_of_files(1, 8)),

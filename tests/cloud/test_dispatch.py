@@ -1,0 +1,116 @@
+"""The compute thread: order, results, errors, and an end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.cloud.dispatch import Dispatcher
+from isthmus.cloud.scheduler import Share
+
+
+@pytest.fixture
+def dispatcher() -> Iterator[Dispatcher]:
+    made = Dispatcher(1)
+    yield made
+    made.shutdown(cancel=True)
+
+
+def submit(dispatcher: Dispatcher, run: Callable[[], Any], tenant: str = "a", **values: Any) -> Future[Any]:
+    return dispatcher.submit(run, tenant=tenant, owner=tenant.encode(), share=Share(), **values)
+
+
+class Gate:
+    """Holds the compute thread."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._open, self._in = threading.Event(), threading.Event()
+        self.future = submit(dispatcher, self._wait, "gate")
+        assert self._in.wait(10)
+
+    def _wait(self) -> None:
+        self._in.set()
+        assert self._open.wait(10)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_work_is_done_on_one_thread_with_its_number_of_torch_threads(dispatcher: Dispatcher) -> None:
+    names = {submit(dispatcher, lambda: threading.current_thread().name).result(10) for _ in range(3)}
+    assert names == {"compute"}
+    assert submit(dispatcher, torch.get_num_threads).result(10) == 1
+
+
+def test_errors_come_to_who_waits_and_the_thread_goes_on(dispatcher: Dispatcher) -> None:
+    with pytest.raises(ZeroDivisionError):
+        submit(dispatcher, lambda: 1 // 0).result(10)
+    assert submit(dispatcher, lambda: "after").result(10) == "after"
+
+
+def test_the_order_is_the_schedulers(dispatcher: Dispatcher) -> None:
+    gate, order = Gate(dispatcher), []
+    for number in range(3):
+        submit(dispatcher, lambda number=number: order.append(f"flood {number}"), "flood")
+    last = submit(dispatcher, lambda: order.append("other"), "other")
+    submit(dispatcher, lambda: order.append("chat"), "chat", interactive=True)
+    assert dispatcher.waiting() == {"flood": 3, "other": 1, "chat": 1}
+    gate.open()
+    last.result(10)
+    submit(dispatcher, lambda: None, "flood").result(10)
+    assert order[0] == "chat"
+    assert order.index("other") < order.index("flood 1")
+    assert [entry for entry in order if entry.startswith("flood")] == ["flood 0", "flood 1", "flood 2"]
+
+
+def test_what_a_session_has_waiting_is_cancelled_with_it(dispatcher: Dispatcher) -> None:
+    gate, order = Gate(dispatcher), []
+    gone = submit(dispatcher, lambda: order.append("gone"), "gone")
+    stays = submit(dispatcher, lambda: order.append("stays"), "stays")
+    dispatcher.cancel(b"gone")
+    gate.open()
+    stays.result(10)
+    assert gone.cancelled()
+    assert order == ["stays"]
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_an_end_does_what_waits_or_cancels_it(cancel: bool) -> None:
+    dispatcher = Dispatcher(1)
+    gate = Gate(dispatcher)
+    waiting = submit(dispatcher, lambda: "done")
+    threading.Timer(0.05, gate.open).start()
+    dispatcher.shutdown(cancel=cancel)
+    if cancel:
+        with pytest.raises(CancelledError):
+            waiting.result(10)
+    else:
+        assert waiting.result(0) == "done"
+    with pytest.raises(RuntimeError, match="no more work"):
+        submit(dispatcher, lambda: None)
+
+
+def test_nothing_of_a_piece_is_kept_while_the_next_one_is_waited_for(dispatcher: Dispatcher) -> None:
+    class Thing:
+        pass
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    submit(dispatcher, lambda thing=thing: thing).result(10)
+    submit(dispatcher, lambda: None).result(10)
+    del thing
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_limited_tenant_waits_and_then_goes_on(dispatcher: Dispatcher) -> None:
+    share = Share(1.0, 1000.0)
+    done = [dispatcher.submit(lambda: "done", tenant="a", owner=b"a", share=share, positions=1010) for _ in range(3)]
+    assert [future.result(10) for future in done] == ["done"] * 3
