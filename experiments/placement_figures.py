@@ -1,4 +1,4 @@
-"""The figures of `isthmus bench placements`: held-out loss against bytes, and which sites were live when."""
+"""The figures of `isthmus bench placements`: held-out loss against bytes, and budgets, and which sites were live."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.figures import plotting, save_figure
+from isthmus.experiments.placement_modes import SINGLE, policy_of
 
 
 def draw_losses(result: Mapping[str, Any], path: Path) -> None:
@@ -32,6 +33,31 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
         title=result["settings"]["model"],
     )
     axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the held-out loss of each policy over the share of always-on's site traffic that it had.
+
+    Raises:
+        ConfigError: The package matplotlib is missing.
+        DiskError: The disk is full or cannot be written.
+    """
+    figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in result["runs"]:
+        if row["score"] is not None and row["site_traffic_share"]:
+            curves.setdefault(policy_of(row["mode"]), []).append((row["site_traffic_share"], row["score"]))
+    for name, points in curves.items():
+        shares, scores = zip(*sorted(points), strict=True)
+        axes.plot([100 * share for share in shares], scores, marker="o", label=name)
+    for row in result["runs"]:
+        if row["mode"] in (SINGLE, "edge", "u_shape") and row["score"] is not None:
+            axes.axhline(row["score"], color="gray", linewidth=1, linestyle="--")
+            axes.annotate(row["mode"], (0, row["score"]), textcoords="offset points", xytext=(2, 3), fontsize=8)
+    axes.set(xlabel="site traffic, % of always-on", ylabel="held-out loss", title=result["settings"]["model"])
+    axes.grid(alpha=0.3)
+    axes.legend()
     save_figure(figure, path)
 
 

@@ -52,6 +52,7 @@ def placements(
     cloud_dtype: Annotated[str, typer.Option(help="What its cloud computes in: fp32 or bf16.")] = "bf16",
     threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
     figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against bytes.")] = None,
+    budget_figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against site traffic.")] = None,
     sites_figure: Annotated[Path | None, typer.Option(help="PNG of kill-and-revive's live sites over time.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for finished pieces; the same command goes on there.")] = Path(
         "isthmus-placements"
@@ -60,8 +61,9 @@ def placements(
 ) -> None:
     """Compare every way of training: bytes, round trips, memory, step time and held-out loss, beside a single process.
 
-    The modes are single, u_shape, tail_cache, taps, edge, kill_revive, random, even, low_rank and leased. An
-    interrupted benchmark goes on when the same command is repeated.
+    The modes are single, u_shape, tail_cache, taps, edge, kill_revive, random, even, low_rank and leased;
+    kill_revive@0.05 has 5 % of always-on's site traffic. An interrupted benchmark goes on when the same command is
+    repeated.
 
     Example: isthmus bench placements --json
 
@@ -69,7 +71,7 @@ def placements(
     """
     from isthmus.backbone.figures import plotting
     from isthmus.experiments.placement_costs import CostSettings
-    from isthmus.experiments.placement_figures import draw_losses, draw_sites
+    from isthmus.experiments.placement_figures import draw_budgets, draw_losses, draw_sites
     from isthmus.experiments.placement_modes import modes_of
     from isthmus.experiments.placement_scores import Regime
     from isthmus.experiments.placements import PlacementSettings, run_placements
@@ -96,11 +98,13 @@ def placements(
     settings = PlacementSettings(
         model, edge_layers, tuple(modes_of(modes)), cost if costs else None, regime if scores else None, out
     )
-    if figure is not None or sites_figure is not None:
+    if figure or budget_figure or sites_figure:
         plotting()  # a missing package is told before the long run, not after it
     result = to_its_end(lambda: run_placements(settings))
     if figure is not None:
         draw_losses(result, figure)
+    if budget_figure is not None:
+        draw_budgets(result, budget_figure)
     if sites_figure is not None and result["decisions"]:
         draw_sites(result["decisions"], steps, sites_figure)
     if as_json:

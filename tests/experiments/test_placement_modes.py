@@ -10,7 +10,7 @@ import pytest
 from isthmus.backbone.errors import ConfigError
 from isthmus.edge.config import TrainConfig
 from isthmus.experiments.cost_model import MODES as PLANNED
-from isthmus.experiments.placement_figures import bytes_of, draw_losses, draw_sites, short_name
+from isthmus.experiments.placement_figures import bytes_of, draw_budgets, draw_losses, draw_sites, short_name
 from isthmus.experiments.placement_modes import MODES, modes_of
 from isthmus.experiments.placements import _verdict
 
@@ -35,6 +35,28 @@ def test_modes_are_read_in_the_order_given_and_once() -> None:
     assert [mode.name for mode in modes_of("")] == list(MODES)
     with pytest.raises(ConfigError, match=r"'lease' is no mode.*leased"):
         modes_of("lease")
+
+
+def test_a_policy_can_have_another_budget() -> None:
+    usual, small = modes_of("random, random@0.05")
+    config = TrainConfig(cloud="-", data="-", **small.options)
+    assert (small.name, config.site_policy, config.site_traffic) == ("random@0.05", "random", 0.05)
+    assert config.site_computation == pytest.approx(0.195 * 0.05 / 0.145)
+    assert "site_traffic" not in usual.options
+    for wrong in ("edge@0.1", "random@", "random@2", "random@x"):
+        with pytest.raises(ConfigError, match=rf"'{wrong}' is no mode.*kill_revive, random, even"):
+            modes_of(wrong)
+
+
+def test_losses_are_drawn_over_budgets(tmp_path: Path) -> None:
+    runs = [
+        {"mode": "single", "score": 1.0, "site_traffic_share": None},
+        {"mode": "kill_revive", "score": 1.2, "site_traffic_share": 0.145},
+        {"mode": "kill_revive@0.05", "score": 1.4, "site_traffic_share": 0.05},
+        {"mode": "random", "score": None, "site_traffic_share": None},
+    ]
+    draw_budgets({"runs": runs, "settings": {"model": "tiny"}}, tmp_path / "budgets.png")
+    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_verdict_is_of_gains_over_the_model_as_it_is() -> None:
