@@ -59,7 +59,9 @@ STRIP  ?= isthmus-strip
 LINEAR := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
 bench-strip: $(STAMP)
-	$(BIN)/isthmus bench placements --data-folder $(DATA) --seeds 1 --out $(STRIP) --figure docs/figures/placements.png --json
+	$(BIN)/isthmus bench placements --no-scores --out $(STRIP) --json
+	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --out $(STRIP) \
+	  --figure docs/figures/placements.png --json
 	$(BIN)/isthmus bench placements --no-costs --modes single,kill_revive,random,even --target-modules $(LINEAR) \
 	  --data-folder $(DATA) --out $(STRIP) --sites-figure docs/figures/live-sites.png --json
 	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(STRIP) --json

@@ -13,7 +13,8 @@ from isthmus.experiments.placement_modes import SINGLE, policy_of
 def draw_losses(result: Mapping[str, Any], path: Path) -> None:
     """Draw each mode's held-out loss over the bytes that it moves for a token; nothing for a mode without both.
 
-    Where nothing crosses after the first epoch, the bytes are the first one's.
+    Where nothing crosses after the first epoch, the bytes are the first one's; where a policy chooses sites, they are
+    those of its share of always-on's site traffic over a whole run.
 
     Raises:
         ConfigError: The package matplotlib is missing.
@@ -21,7 +22,7 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
     """
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
     for row in result["runs"]:
-        moved = bytes_of(row)
+        moved = bytes_of(row, {other["mode"]: other for other in result["runs"]})
         if row["score"] is None or not moved:
             continue
         axes.plot(moved, row["score"], marker="o", color="#1f4e79")
@@ -61,8 +62,17 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def bytes_of(row: Mapping[str, Any]) -> float:
-    """Bytes per token and step in both directions, of the first epoch where later ones are cheaper; 0 if unknown."""
+def bytes_of(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]] | None = None) -> float:
+    """Bytes per token and step in both directions, of the first epoch where later ones are cheaper; 0 if unknown.
+
+    Args:
+        row: A mode's row.
+        rows: All of them, by mode: with those of `edge` and `u_shape` a policy's bytes are those of a whole run.
+    """
+    share = row.get("site_traffic_share")
+    if share and rows and {"edge", "u_shape"} <= rows.keys():
+        always, never = bytes_of(rows["edge"]), bytes_of(rows["u_shape"])
+        return never + share * (always - never)
     if row["first_epoch_bytes_per_token"]:
         return float(row["first_epoch_bytes_per_token"])
     return float((row["bytes_per_token_up"] or 0) + (row["bytes_per_token_down"] or 0))

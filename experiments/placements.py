@@ -131,11 +131,12 @@ def _costs(
             planned = _planner(checkpoint, cost)
             return _cost_row(mode, measure_cost(mode, cost, own, folder / "costs" / mode.name), planned, cost)
 
-        told = asdict(cost) | {"model": checkpoint.digest()}
-        return {
-            mode.name: cells.get(f"{mode.name} cost", told | {"mode": asdict(mode)}, partial(make, mode))
-            for mode in settings.modes
-        }
+        def told(mode: Mode) -> dict[str, Any]:
+            """What a mode's costs depend on: the length of a run only where a policy plans for it."""
+            known = asdict(cost) | {"model": checkpoint.digest(), "mode": asdict(mode)}
+            return known if mode.chooses else {name: value for name, value in known.items() if name != "steps"}
+
+        return {mode.name: cells.get(f"{mode.name} cost", told(mode), partial(make, mode)) for mode in settings.modes}
 
 
 def _cost_row(

@@ -96,6 +96,10 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
         row("x", None, 1),
     ]
     assert [bytes_of(each) for each in rows] == [9216.0, 4608.0, 0.0, 2.0]
+    policy = row("random", 1.6, 5000.0) | {"site_traffic_share": 0.25}
+    always = row("edge", 1.3, 50_000.0)
+    assert bytes_of(policy, {"u_shape": rows[0], "edge": always}) == 9216 + 0.25 * (100_000 - 9216)
+    assert bytes_of(policy, {"u_shape": rows[0]}) == 10_000.0
     draw_losses({"runs": rows, "settings": {"model": "tiny"}}, tmp_path / "losses.png")
     names = ["model.layers.3.self_attn.v_proj", "model.layers.11.self_attn.q_proj"]
     assert short_name(names[1]) == "11 q_proj"
