@@ -69,7 +69,7 @@ def bytes_of(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]] | Non
         row: A mode's row.
         rows: All of them, by mode: with those of `edge` and `u_shape` a policy's bytes are those of a whole run.
     """
-    share = row.get("site_traffic_share")
+    share = float(row.get("site_traffic_share") or 0)
     if share and rows and {"edge", "u_shape"} <= rows.keys():
         always, never = bytes_of(rows["edge"]), bytes_of(rows["u_shape"])
         return never + share * (always - never)
