@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.backbone.interrupt import interruptible
 from isthmus.edge.config import DEFAULT_KEY, TrainConfig, TuneConfig, load_config
-from isthmus.edge.options import INTERRUPTED, ConfigFile, run_to_its_end, with_flags
+from isthmus.edge.options import ConfigFile, run_to_its_end, with_flags
 
 if TYPE_CHECKING:
     from isthmus.edge.link import Link
@@ -102,9 +103,5 @@ def _session(cloud: str, key: Path, tls_ca: Path | None, tls_cert: Path | None, 
     settings = load_config(None, {"cloud": cloud, "key": key, "data": "-", **tls}, TrainConfig)
     from isthmus.edge.strip import open_link
 
-    try:
-        with open_link(settings) as link:
-            yield link
-    except KeyboardInterrupt:
-        typer.echo("isthmus: stopped; the same command goes on from here", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible("stopped; the same command goes on from here"), open_link(settings) as link:
+        yield link

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.backbone.interrupt import interruptible
 from isthmus.edge.config import TuningConfig, field_names
 
 if TYPE_CHECKING:
     from isthmus.edge.report import Report
 
-INTERRUPTED = 130  # as shells say it
 
 Command = Callable[..., None]
 ConfigFile = Annotated[
@@ -47,11 +47,8 @@ def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> No
         out: Its folder.
         as_json: Whether to print JSON.
     """
-    try:
+    with interruptible():
         report = run()
-    except KeyboardInterrupt as stop:
-        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
     typer.echo(report.to_json() if as_json else report.lines(out))
 
 

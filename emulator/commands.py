@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from isthmus.backbone.interrupt import interruptible
 
 if TYPE_CHECKING:
     from isthmus.emulator.package import Package
@@ -18,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-INTERRUPTED = 130  # as shells say it
 DEFAULT_HOME = Path("~/.isthmus/cloud")
 _LAST_DATE = 253_402_300_799  # the year 9999
 
@@ -64,7 +63,7 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
     whole = load_whole(checkpoint).to(place)
     tokenizer = load_tokenizer(checkpoint.folder)
-    with _interruptible():
+    with interruptible():
         n_texts = write_sample(out, whole, tokenizer, tokens, seed=seed, batch=batch, length=length)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "texts": n_texts}))
@@ -159,7 +158,7 @@ def build(
         figure=figure,
         device=device,
     )
-    with _interruptible():
+    with interruptible():
         package = build_package(checkpoint, config)
     _show(package, as_json)
 
@@ -246,16 +245,6 @@ def plug(
             f"{out} has the adapter and names {checkpoint.name}: "
             f"{summary.method} is no part of the architecture, so it cannot be put into the weights"
         )
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the command with what the work says about going on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
+from isthmus.backbone.interrupt import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-INTERRUPTED = 130  # as shells say it
 
 
 def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
@@ -51,8 +49,5 @@ def numbers_of(text: str, flag: str) -> tuple[float, ...]:
 
 def to_its_end(work: Callable[[], Any]) -> Any:
     """The result of long work; Ctrl-C ends the command as shells expect it."""
-    try:
+    with interruptible():
         return work()
-    except KeyboardInterrupt as stop:
-        typer.echo(f"isthmus: {stop or 'stopped'}", err=True)
-        raise typer.Exit(INTERRUPTED) from None

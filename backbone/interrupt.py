@@ -1,0 +1,38 @@
+"""How a command that is told to stop ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+
+@contextmanager
+def interruptible(otherwise: str = "stopped") -> Iterator[None]:
+    """Let Ctrl-C end the command with what the work says about going on, or with `otherwise`.
+
+    SIGTERM, which `kill` and service managers send, becomes the same, unless there is a handler for it: what the work
+    has started, other processes say, is ended with it.
+    """
+    outermost = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if outermost else None
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"isthmus: {str(stop) or otherwise}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _as_interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,54 @@
+"""Commands that are told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from isthmus.backbone.interrupt import INTERRUPTED, interruptible
+
+
+@pytest.mark.parametrize(("error", "said"), [(KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("at 7"), "at 7")])
+def test_an_interrupt_ends_the_command_with_what_the_work_says(
+    error: KeyboardInterrupt, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, interruptible():
+        raise error
+    assert end.value.code == INTERRUPTED
+    assert capsys.readouterr().err == f"isthmus: {said}\n"
+
+
+def test_sigterm_does_the_same_and_what_was_open_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    closed: list[bool] = []
+    stack = ExitStack()
+    stack.callback(closed.append, True)
+    with pytest.raises(SystemExit) as end, interruptible("go on with it"), stack:
+        _wait_for(signal.SIGTERM)
+    assert (end.value.code, closed) == (INTERRUPTED, [True])
+    assert capsys.readouterr().err == "isthmus: go on with it\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def _wait_for(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+
+def test_a_handler_of_the_works_own_stays() -> None:
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ValueError, match="other"), interruptible():
+        raise ValueError("other")
