@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,8 +160,7 @@ class Scorer:
         else:
             cloud = self._cloud(mode.edge_layers(self._edge_layers))
             options |= {"cloud": str(cloud.connection), "key": str(cloud.edge_key), **mode.options}
-            flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
-            run_command(isthmus("edge", "train", *flags, "--json"))
+            run_command(isthmus("edge", "train", *_flags(options), "--json"))
         report = json.loads((out / "report.json").read_text())
         result = {"validation": report["loss_after"], "scores": self._score(out / "adapter"), "report": report}
         if mode.chooses:
@@ -189,6 +188,18 @@ class Scorer:
             precision = self._regime.precision
             scores = score_task(adapted, self._tokenizer, self.task, batch=SCORE_BATCH, precision=precision)
         return {metric: score.value for metric, score in scores.items()}
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Fields of `TrainConfig` as `edge train` has them."""
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
 
 
 def _line(question: Question) -> str:
