@@ -13,9 +13,9 @@ from support.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.interrupt import INTERRUPTED
 from isthmus.experiments import table
 from isthmus.experiments.emulator_commands import app
-from isthmus.experiments.flags import INTERRUPTED
 
 RUNNER = CliRunner()
 
