@@ -60,10 +60,14 @@ LINEAR := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
 bench-strip: $(STAMP)
 	$(BIN)/isthmus bench placements --no-scores --out $(STRIP) --json
-	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --out $(STRIP) \
+	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --learning-rates 3e-3 --out $(STRIP) \
 	  --figure docs/figures/placements.png --json
-	$(BIN)/isthmus bench placements --no-costs --modes single,kill_revive,random,even --target-modules $(LINEAR) \
-	  --data-folder $(DATA) --out $(STRIP) --sites-figure docs/figures/live-sites.png --json
+	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(STRIP) \
+	  --modes single,kill_revive,random,even,kill_revive@0.083,random@0.083 \
+	  --sites-figure docs/figures/live-sites.png --json
+	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(STRIP) \
+	  --modes single,kill_revive@0.05,random@0.05,kill_revive@0.083,random@0.083,kill_revive,random,even \
+	  --seeds 1 --learning-rates 3e-3 --budget-figure docs/figures/budgets.png --json
 	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(STRIP) --json
 	$(BIN)/isthmus bench link --rate 100mbit --rtt 50ms --json
 

@@ -26,7 +26,7 @@ from isthmus.experiments.harness import LocalCloud, working_folder
 from isthmus.experiments.link_spec import LOCAL, LinkSpec
 from isthmus.experiments.model_facts import ModelFacts
 from isthmus.experiments.placement_costs import Cost, CostSettings, measure_cost
-from isthmus.experiments.placement_modes import SINGLE, Mode
+from isthmus.experiments.placement_modes import SINGLE, Mode, policy_of
 from isthmus.experiments.placement_scores import Regime, Scorer
 from isthmus.experiments.speed_probe import measure
 from isthmus.experiments.speed_profile import ProbeSettings
@@ -251,7 +251,7 @@ def _verdict(rows: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, floa
     if zero_shot is None or reference not in found or KILL_REVIVE not in found:
         return None
     start = zero_shot["completion_loss"]
-    names = [name for name in (KILL_REVIVE, "random", "even", "u_shape") if name in found]
+    names = [name for name in found if policy_of(name) in (KILL_REVIVE, "random", "even", "u_shape")]
     return {
         "gain_shares": {name: (start - found[name]) / (start - found[reference]) for name in names},
         "less_site_traffic": 1 - rows[KILL_REVIVE]["site_traffic_share"],

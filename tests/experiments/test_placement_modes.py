@@ -65,10 +65,11 @@ def test_the_verdict_is_of_gains_over_the_model_as_it_is() -> None:
         "kill_revive": {"score": 1.1, "site_traffic_share": 0.125, "site_computation_share": 0.25},
         "random": {"score": 1.5},
         "even": {"score": None},
+        "random@0.05": {"score": 1.8},
     }
     verdict = _verdict(rows, {"completion_loss": 3.0})
     assert verdict == {
-        "gain_shares": {"kill_revive": pytest.approx(0.95), "random": 0.75},
+        "gain_shares": {"kill_revive": pytest.approx(0.95), "random": 0.75, "random@0.05": pytest.approx(0.6)},
         "less_site_traffic": 0.875,
         "less_adapter_computation": 0.75,
     }
