@@ -55,7 +55,8 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
     for row in result["runs"]:
         if row["mode"] in (SINGLE, "edge", "u_shape") and row["score"] is not None:
             axes.axhline(row["score"], color="gray", linewidth=1, linestyle="--")
-            axes.annotate(row["mode"], (0, row["score"]), textcoords="offset points", xytext=(2, 3), fontsize=8)
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(row["mode"], (0, row["score"]), xytext=(4, 3), fontsize=8, **place)
     axes.set(xlabel="site traffic, % of always-on", ylabel="held-out loss", title=result["settings"]["model"])
     axes.grid(alpha=0.3)
     axes.legend()
