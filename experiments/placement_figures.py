@@ -21,12 +21,14 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
         DiskError: The disk is full or cannot be written.
     """
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
-    for row in result["runs"]:
-        moved = bytes_of(row, {other["mode"]: other for other in result["runs"]})
-        if row["score"] is None or not moved:
-            continue
-        axes.plot(moved, row["score"], marker="o", color="#1f4e79")
-        axes.annotate(row["mode"], (moved, row["score"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    rows = {row["mode"]: row for row in result["runs"]}
+    points = [(bytes_of(row, rows), row["score"], name) for name, row in rows.items()]
+    drawn = sorted(point for point in points if point[0] and point[1] is not None)
+    for number, (moved, score, name) in enumerate(drawn):
+        axes.plot(moved, score, marker="o", color="#1f4e79")
+        below = 12 * (number % 2)  # neighbours' names lie on either side
+        axes.annotate(name, (moved, score), textcoords="offset points", xytext=(5, 4 - below), fontsize=8)
+    axes.margins(0.12)
     axes.set(
         xscale="log",
         xlabel="bytes over the strip per token and step, up and down",
