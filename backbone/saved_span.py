@@ -34,14 +34,12 @@ class SpanInfo:
 
     Attributes:
         model: The name of the model that it was cut from.
-        digest: That of the whole model.
         plan: The split plan.
         dtype: What it computes in, `fp32` or `bf16`.
         quantize: How its linears are held.
     """
 
     model: str
-    digest: str
     plan: str
     dtype: str
     quantize: str
@@ -80,7 +78,7 @@ def save_span(
         for index, layer in distinct_layers(span.base, tuple(plan.cloud)).items()
         for name, tensor in layer.state_dict().items()
     }
-    info = SpanInfo(checkpoint.name, checkpoint.digest(), str(plan), dtype, quantizer.name)
+    info = SpanInfo(checkpoint.name, str(plan), dtype, quantizer.name)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:

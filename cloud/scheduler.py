@@ -47,7 +47,6 @@ class Job(Generic[T]):
         interactive: Whether somebody waits for it.
         positions: Token positions that it is charged with; 0 for what computes none.
         work: What the caller wants back.
-        at: When it came.
     """
 
     tenant: str
@@ -55,7 +54,6 @@ class Job(Generic[T]):
     interactive: bool
     positions: int
     work: T
-    at: float
 
 
 @dataclass(slots=True)
@@ -126,7 +124,7 @@ class Scheduler(Generic[T]):
         account.share = share
         if not len(account) and not account.running:
             account.used = max(account.used, self._present)
-        job = Job(tenant, owner, interactive, positions, work, now)
+        job = Job(tenant, owner, interactive, positions, work)
         account.waiting[0 if interactive else 1].append(job)
         return job
 
@@ -150,7 +148,8 @@ class Scheduler(Generic[T]):
             raise RuntimeError("a tenant without work had its turn")
         account.waiting[0 if job.interactive else 1].remove(job)
         account.running += 1
-        account.budget -= job.positions
+        if account.share.positions_per_second is not None:
+            account.budget -= job.positions
         self._present = max(self._present, lowest)
         return job
 

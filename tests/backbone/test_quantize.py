@@ -184,7 +184,7 @@ def test_a_saved_span_is_the_same_bit_for_bit(
     for found, expected in zip(through(loaded, torch_dtype), through(fresh, torch_dtype), strict=True):
         assert torch.equal(found, expected)
     assert is_saved_span(folder)
-    assert read_info(folder).digest == checkpoint.digest() == Checkpoint(folder / PARTS, "tiny").digest()
+    assert Checkpoint(folder / PARTS, "tiny").digest() == checkpoint.digest()
 
 
 def test_a_saved_span_holds_no_layer_of_the_edge_and_the_parts_none_of_the_cloud(
@@ -213,7 +213,7 @@ def test_damaged_folders_are_told_by_name(checkpoints: Checkpoints, tmp_path: Pa
     with pytest.raises(CheckpointError, match=SPAN_FILE):
         load_saved_span(folder)
     for wrong in ({}, {"dtype": 3}, {"dtype": "fp8"}):
-        whole = {"model": "tiny", "digest": "0", "plan": "1:1", "dtype": "fp32", "quantize": "nf4"}
+        whole = {"model": "tiny", "plan": "1:1", "dtype": "fp32", "quantize": "nf4"}
         write_json(folder / INFO_FILE, whole | wrong if wrong else {})
         with pytest.raises(CheckpointError, match=INFO_FILE):
             read_info(folder)

@@ -171,6 +171,14 @@ def test_a_limited_tenant_leaves_the_worker_to_others_and_what_has_begun_goes_on
     assert worker.scheduler.waiting() == {"limited": 1}
 
 
+def test_a_limit_that_comes_later_counts_from_then_on() -> None:
+    worker = Worker()
+    worker.add("a", "before", positions=1_000_000)
+    worker.turn(0.1)
+    worker.add("a", "after", share=Share(1.0, 10.0), positions=1)
+    assert worker.turn(0.1) == "a"
+
+
 def test_what_is_cancelled_has_no_turn() -> None:
     worker = Worker()
     for tenant, owner in (("a", "x"), ("a", "y"), ("b", "x")):
