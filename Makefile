@@ -8,6 +8,7 @@ PIP_FLAGS ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
+TEST_PROCESSES ?= 2
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
 .PHONY: setup demo test lint format bench bench-strip bench-emulators clean
@@ -27,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/isthmus demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

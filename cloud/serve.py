@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,45 +173,48 @@ def serve(
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
-    spec = WorkerSpec(
-        checkpoint=str(checkpoint.folder),
-        model=checkpoint.name,
-        plan=str(plan),
-        dtype=backbone.dtype,
-        quantize=backbone.quantize,
-        saved_span=backbone.saved_span,
-        parts=str(_prepare_parts(checkpoint, plan)),
-        home=str(home.absolute()),
-        listen=_claim(listen),
-        metrics=_claim(metrics, "--metrics") if metrics else "",
-        stash_bytes=stash_bytes,
-        max_tokens=max_tokens,
-        threads=threads or os.cpu_count() or 1,
-        log_file=str((home / "worker.log").absolute()),
-        emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
-        sites=sites,
-        **({} if tls is None else _tls_paths(*tls)),
-    )
-    stop = threading.Event()
-    with console.status("starting Ray and the worker"):
-        serving = Serving(spec, address, home)
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        host = advertise or spec.listen.rpartition(":")[0]
-        connection = str(ConnectionString(host.strip("[]"), serving.port, identity.pin, tls is not None))
-        if connection_file is not None:
-            write_atomic(connection_file, f"{connection}\n".encode())
-        write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
-        ports = ", ".join(map(str, serving.ray_ports()))
-        console.print(f"Ray listens on every interface, ports {ports}: keep them behind a firewall", highlight=False)
-        ready(connection)
-        _wait(stop, serving.is_dead)
-        with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
-            return serving.drain(grace)
-    finally:
-        clear_state(home)
-        serving.close()
+    with ExitStack() as held:
+        spec = WorkerSpec(
+            checkpoint=str(checkpoint.folder),
+            model=checkpoint.name,
+            plan=str(plan),
+            dtype=backbone.dtype,
+            quantize=backbone.quantize,
+            saved_span=backbone.saved_span,
+            parts=str(_prepare_parts(checkpoint, plan)),
+            home=str(home.absolute()),
+            listen=_claim(listen, held),
+            metrics=_claim(metrics, held, "--metrics") if metrics else "",
+            stash_bytes=stash_bytes,
+            max_tokens=max_tokens,
+            threads=threads or os.cpu_count() or 1,
+            log_file=str((home / "worker.log").absolute()),
+            emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
+            sites=sites,
+            **({} if tls is None else _tls_paths(*tls)),
+        )
+        stop = threading.Event()
+        with console.status("starting Ray and the worker"):
+            serving = Serving(spec, address, home)
+        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            host = advertise or spec.listen.rpartition(":")[0]
+            connection = str(ConnectionString(host.strip("[]"), serving.port, identity.pin, tls is not None))
+            if connection_file is not None:
+                write_atomic(connection_file, f"{connection}\n".encode())
+            write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
+            ports = ", ".join(map(str, serving.ray_ports()))
+            console.print(
+                f"Ray listens on every interface, ports {ports}: keep them behind a firewall", highlight=False
+            )
+            ready(connection)
+            _wait(stop, serving.is_dead)
+            with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
+                return serving.drain(grace)
+        finally:
+            clear_state(home)
+            serving.close()
 
 
 def _wait(stop: threading.Event, is_dead: Callable[[], bool], poll: float = POLL_SECONDS) -> None:
@@ -309,8 +313,12 @@ def _checked_package(folder: Path, identity: WorkerIdentity, checkpoint: Checkpo
     return str(folder.absolute())
 
 
-def _claim(listen: str, option: str = "--listen") -> str:
+def _claim(listen: str, held: ExitStack, option: str = "--listen") -> str:
     """`host:port` with a free port, fixed now: a restarted worker must come back on the same one.
+
+    A socket that is bound to it and does not listen goes to `held`. The worker may listen beside it, as both allow the
+    reuse of addresses; but the kernel gives the port to nobody who asks for any free one, as Ray does many times before
+    the worker is up.
 
     Raises:
         ConfigError: the address does not parse.
@@ -324,10 +332,10 @@ def _claim(listen: str, option: str = "--listen") -> str:
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, int(port), type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((bare, int(port)))
-            return f"{host}:{probe.getsockname()[1]}"
+        probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((bare, int(port)))
+        return f"{host}:{probe.getsockname()[1]}"
     except socket.gaierror:
         raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
     except OSError as error:

@@ -11,6 +11,7 @@ once in a session:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -30,11 +31,15 @@ ROOT = Path(__file__).parents[1]
 
 _own_cache = pytest.StashKey[Path]()
 _before = pytest.StashKey[str | None]()
-_users_cache = default_cache()
+_USERS_CACHE = "ISTHMUS_TESTS_USERS_CACHE"  # tells the processes that tests are spread over
+_users_cache = Path(os.environ.get(_USERS_CACHE) or default_cache())
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run a cache of its own, inherited by every process that a test starts."""
+    """Give the run a cache of its own, inherited by every process that a test starts, and by those it is spread over."""
+    if _USERS_CACHE in os.environ:
+        return
+    os.environ[_USERS_CACHE] = str(_users_cache)
     config.stash[_before] = os.environ.get("ISTHMUS_CACHE")
     config.stash[_own_cache] = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
     os.environ["ISTHMUS_CACHE"] = str(config.stash[_own_cache])
@@ -42,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Take it away again; the real model is only linked from there, and stays."""
+    if _own_cache not in config.stash:
+        return
+    os.environ.pop(_USERS_CACHE)
     before = config.stash.get(_before, None)
     if before is None:
         os.environ.pop("ISTHMUS_CACHE", None)
@@ -100,7 +108,7 @@ def _no_real_model() -> str | None:
     except IsthmusError as error:
         return str(error)
     link = default_cache() / BUILT_IN
-    if not link.exists():
+    with contextlib.suppress(FileExistsError):
         link.symlink_to(found.folder.resolve(), target_is_directory=True)
     return None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +78,21 @@ def test_serve_goes_on_while_the_worker_is_restarted() -> None:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
 def test_a_port_that_is_none_is_refused(listen: str) -> None:
-    with pytest.raises(ConfigError, match="address to listen on"):
-        _claim(listen)
+    with ExitStack() as held, pytest.raises(ConfigError, match="address to listen on"):
+        _claim(listen, held)
+
+
+def test_a_claimed_port_is_kept_for_the_worker() -> None:
+    with ExitStack() as held:
+        host, _, port = _claim("127.0.0.1:0", held).rpartition(":")
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((host, int(port)))
+        for _ in range(2):  # the second time as a worker that was restarted
+            socket.create_server((host, int(port))).close()
+        with socket.create_server((host, int(port))), pytest.raises(PortInUseError, match=port):
+            _claim(f"{host}:{port}", held)
+    with socket.socket() as stranger:
+        stranger.bind((host, int(port)))
 
 
 def test_a_changed_tokenizer_makes_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +164,7 @@ def test_a_package_is_looked_at_before_anything_is_started(
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(serve_module, "Serving", lambda *_: pytest.fail("Ray was started"))
-    monkeypatch.setattr(serve_module, "_claim", lambda listen, option="--listen": listen)
+    monkeypatch.setattr(serve_module, "_claim", lambda listen, held, option="--listen": listen)
     with pytest.raises(PackageError, match=r"split plan 2:2, but --edge-layers is 1:2"):
         serving(package, keys, edge_layers="1:2")
     other = tiny_checkpoint("llama", tmp_path / "other", seed=3)
