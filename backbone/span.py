@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,30 @@ from isthmus.backbone.sources import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a span computes in, by the names that options have."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanInput:
+    """What a span is a function of.
+
+    Shape: hidden [batch, sequence, hidden size]; attention_mask [batch, sequence] or None; position_ids [batch or 1,
+    sequence] or None.
+    """
+
+    hidden: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """Token positions."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors together."""
+        tensors = (self.hidden, self.attention_mask, self.position_ids)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 class FrozenSpan(nn.Module):

@@ -24,7 +24,8 @@ from isthmus.backbone.checkpoint import EDGE_FILE
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.files import disk_errors, locked, new_folder
 from isthmus.backbone.plan import SplitPlan
-from isthmus.cloud.executor import Executor, SpanInput
+from isthmus.backbone.span import SpanInput
+from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.shelf import FileShelf
 from isthmus.emulator.errors import AdapterError

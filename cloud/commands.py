@@ -112,6 +112,9 @@ def serve(
     sites: Annotated[
         bool, typer.Option(help="Let edges put adapters inside the layers served, which shows them what is inside.")
     ] = True,
+    batching: Annotated[
+        bool, typer.Option(help="Compute the calls of several edges in one pass; the results are the same.")
+    ] = True,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -148,6 +151,7 @@ def serve(
         connection_file=connection_file,
         emulator=emulator,
         sites=sites,
+        batching=batching,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
         ready=typer.echo,
     )

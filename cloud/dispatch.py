@@ -1,4 +1,4 @@
-"""The compute thread: takes work in the scheduler's order, one piece at a time, and hands the results out as futures.
+"""The compute thread: takes work in the scheduler's order, batch by batch, and hands the results out as futures.
 
 torch's number of threads belongs to the thread that sets it, and the executor to the one that computes, so everything
 that touches the span or the stash runs here.
@@ -8,32 +8,60 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from isthmus.cloud.scheduler import Job, Scheduler, Share
+from isthmus.cloud.scheduler import Batching, Job, Kind, Scheduler, Share
 
 R = TypeVar("R")
+
+
+I = TypeVar("I")  # noqa: E741
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Generic[I, R]):
+    """Work that may be done together with other work of its kind.
+
+    Attributes:
+        kind: What it may be done together with.
+        item: What it is about.
+        together: Does it for several items; returns as many results, in the same order.
+    """
+
+    kind: Kind
+    item: I
+    together: Callable[[Sequence[I]], Sequence[R]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Work(Generic[R]):
     run: Callable[[], R]
+    shared: Shared[Any, R] | None
     future: Future[R]
 
-    def do(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            result = self.run()
-        except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
-            self.future.set_exception(error)
+
+def _do(batch: Sequence[_Work[Any]]) -> None:
+    """Do work together, or one piece alone, and hand out what comes of it."""
+    wanted = [work for work in batch if work.future.set_running_or_notify_cancel()]
+    if not wanted:
+        return
+    shared = wanted[0].shared
+    try:
+        if shared is None or len(wanted) == 1:
+            results = [wanted[0].run()]
         else:
-            self.future.set_result(result)
+            results = list(shared.together([work.shared.item for work in wanted if work.shared is not None]))
+    except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
+        for work in wanted:
+            work.future.set_exception(error)
+    else:
+        for work, result in zip(wanted, results, strict=True):
+            work.future.set_result(result)
 
 
 class Dispatcher:
@@ -41,10 +69,12 @@ class Dispatcher:
 
     Args:
         threads: torch threads.
+        batching: what may be done together; None for nothing.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic)
+    def __init__(self, threads: int, batching: Batching | None = None) -> None:
+        self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
+        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching)
         self._changed = threading.Condition()
         self._ending = False
         self._thread = threading.Thread(target=self._run, args=(threads,), name="compute", daemon=True)
@@ -59,19 +89,22 @@ class Dispatcher:
         share: Share,
         interactive: bool = False,
         positions: int = 0,
+        shared: Shared[Any, R] | None = None,
     ) -> Future[R]:
-        """Have `run` called on the compute thread when its turn comes; the arguments are `Scheduler.add`'s.
+        """Have `run` called on the compute thread when its turn comes, or what `shared` says in a batch.
+
+        The other arguments are `Scheduler.add`'s.
 
         Raises:
             RuntimeError: The thread is ending.
         """
-        work = _Work(run, Future[R]())
+        work = _Work(run, shared, Future[R]())
         with self._changed:
             if self._ending:
                 raise RuntimeError("the compute thread takes no more work")
             self._scheduler.add(
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
-                positions=positions,
+                positions=positions, kind=None if shared is None else shared.kind,
             )  # fmt: skip
             self._changed.notify()
         return work.future
@@ -87,6 +120,12 @@ class Dispatcher:
         """How much of each tenant's work waits."""
         with self._changed:
             return self._scheduler.waiting()
+
+    @property
+    def calls_per_pass(self) -> float:
+        """How many calls have shared a pass on average, of those that may; 0 before the first."""
+        with self._changed:
+            return self._shared / self._passes if self._passes else 0.0
 
     def shutdown(self, *, cancel: bool) -> None:
         """Take no more work, and end once what waits is done, or, with `cancel`, cancelled."""
@@ -105,24 +144,26 @@ class Dispatcher:
             pass
 
     def _turn(self) -> bool:
-        """Do one piece; nothing of it stays here while the next one is waited for. False at the end."""
-        job = self._take()
-        if job is None:
+        """Do one batch; nothing of it stays here while the next one is waited for. False at the end."""
+        batch = self._take()
+        if not batch:
             return False
         start = time.perf_counter()
-        job.work.do()
+        _do([job.work for job in batch])
+        seconds = time.perf_counter() - start
         with self._changed:
-            self._scheduler.finished(job, time.perf_counter() - start)
+            if batch[0].kind is not None:
+                self._shared += len(batch)
+                self._passes += 1
+            self._scheduler.finished(batch, seconds)
         return True
 
-    def _take(self) -> Job[_Work[Any]] | None:
-        """Wait for the next piece; None at the end."""
+    def _take(self) -> list[Job[_Work[Any]]]:
+        """Wait for the next batch; empty at the end."""
         with self._changed:
             while True:
-                job = self._scheduler.next()
-                if job is not None:
-                    return job
-                if self._ending and not len(self._scheduler):
-                    return None
+                batch = self._scheduler.next()
+                if batch or (self._ending and not len(self._scheduler)):
+                    return batch
                 ready = self._scheduler.ready_at()
                 self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)

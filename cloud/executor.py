@@ -9,20 +9,27 @@ time: whatever it has forgotten is computed again, and the answer has the same b
 
 All of it lives within one budget of bytes, over all sessions of the worker. Over budget, the oldest graphs shrink to
 their inputs first; if that is not enough, the oldest inputs go.
+
+Calls of several sessions may share a pass (`isthmus.backbone.packing`), and then a graph. Their backwards share one too
+where they come together. One that comes alone takes the shared graph, with nothing for the others, or computes its own
+forward again, whichever is less work; the bits are the same.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from isthmus.backbone.packing import Packer
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.site_visit import BoundSites, LeasedWeights, Visit, Visitor, visiting
+from isthmus.backbone.span import SpanInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +72,37 @@ class StashLost(Exception):  # noqa: N818 - a signal between the executor and th
     """The forward state of this call is gone and its input with it; the edge has to send the input again."""
 
 
-@dataclass(frozen=True, slots=True)
-class SpanInput:
-    """What a span is a function of.
+Key = tuple[bytes, int]  # (session id, call)
 
-    Shape: hidden [batch, sequence, hidden size]; attention_mask [batch, sequence] or None; position_ids [batch or 1,
-    sequence] or None.
+
+@dataclass(frozen=True, slots=True)
+class BackwardCall:
+    """A backward without sites.
+
+    Attributes:
+        key: Whose.
+        gradient: That of the output, `[B, S, h]`.
+        replay: The forward's input, where it was sent again.
     """
 
-    hidden: Tensor
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three tensors together."""
-        tensors = (self.hidden, self.attention_mask, self.position_ids)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    key: Key
+    gradient: Tensor
+    replay: SpanInput | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Graph:
-    output: Tensor
-    visit: Visit | None  # the pass that it was built in; None without sites
+    outputs: dict[Key, Tensor]  # of the calls whose backward is yet to come
+    positions: int  # of all calls that it was built for
+    nbytes: int
+    visit: Visit | None = None  # the pass that it was built in; None without sites
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     inputs: SpanInput  # the executor's own copy, in the span's dtype; its hidden states are the root of the graph
-    graph: _Graph | None  # None after eviction
-    graph_bytes: int
-    specs: tuple[SiteSpec, ...]  # the sites that the forward has visited
-
-    @property
-    def nbytes(self) -> int:
-        return self.inputs.nbytes + (self.graph_bytes if self.graph is not None else 0)
+    specs: tuple[SiteSpec, ...] = ()  # the sites that the forward has visited
+    graph: _Graph | None = None  # None after eviction
 
     def wipe(self) -> None:
         """Overwrite the activations that crossed the strip.
@@ -108,6 +111,20 @@ class _Entry:
         """
         self.graph = None
         self.inputs.hidden.detach().zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A backward that has begun: its entry is the executor's no more."""
+
+    key: Key
+    entry: _Entry
+    graph: _Graph | None
+    output: Tensor | None
+
+    @property
+    def positions(self) -> int:
+        return self.entry.inputs.positions
 
 
 @dataclass(slots=True)
@@ -121,8 +138,6 @@ class StashCounters:
 
 MAX_SHAPES = 256
 """Of so many shapes, the last used ones, the size of the graph is remembered."""
-
-Key = tuple[bytes, int]  # (session id, call)
 
 
 @dataclass(slots=True)
@@ -145,6 +160,10 @@ class Executor:
     _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
     _graph_bytes: OrderedDict[tuple[object, ...], int] = field(default_factory=OrderedDict)
     _used: int = 0
+    _packer: Packer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._packer = Packer(self.host.span)
 
     @property
     def used_bytes(self) -> int:
@@ -178,19 +197,34 @@ class Executor:
         if not keep:
             try:
                 with torch.inference_mode():
-                    return _forwarded(self._span(own, guests, again=False))
+                    output, visit = self._span(own, guests, again=False)
+                    return _forwarded(output, visit)
             finally:
                 own.hidden.zero_()
-        try:
-            graph, graph_bytes = self._run(own, guests, again=False)
-        except BaseException:
-            own.hidden.detach().zero_()
-            raise
-        self._forget((session, call))
-        entry = self._stash[session, call] = _Entry(own, graph, graph_bytes, _specs(guests))
-        self._used += entry.nbytes
-        self._shrink()
-        return _forwarded(graph)
+        key = (session, call)
+        graph = self._keep({key: _Entry(own, _specs(guests))}, guests)
+        return _forwarded(graph.outputs[key], graph.visit)
+
+    def forward_together(self, calls: Mapping[Key, SpanInput], *, keep: bool) -> list[Forwarded]:
+        """Run the span for several calls without sites in one pass; what `forward` does for each.
+
+        Args:
+            calls: the span's inputs.
+            keep: as for `forward`, for all of them.
+
+        Returns:
+            What `forward` returns, in the calls' order.
+        """
+        own = {key: self._own(inputs, wanted=keep) for key, inputs in calls.items()}
+        if not keep:
+            try:
+                with torch.inference_mode():
+                    return [Forwarded(output) for output in self._packer(list(own.values()))]
+            finally:
+                for each in own.values():
+                    each.hidden.zero_()
+        graph = self._keep({key: _Entry(each) for key, each in own.items()}, None)
+        return [Forwarded(graph.outputs[key].detach()) for key in calls]
 
     def backward(
         self,
@@ -216,27 +250,45 @@ class Executor:
             StashLost: nothing is known of the call and `replay` is None.
             ValueError: the gradients are others than those that the forward was told of; nothing is lost.
         """
-        kept = self._stash.get((session, call))
-        if kept is not None and (kept.specs != _specs(guests) or (wanted and not kept.inputs.hidden.requires_grad)):
-            raise ValueError("a backward names the sites of its forward, and wants no gradient that this did not want")
-        entry = self._take((session, call))
-        if entry is None:
-            if replay is None:
-                raise StashLost
-            entry = _Entry(self._own(replay, wanted=wanted), None, 0, _specs(guests))
+        due = self._begin((session, call), replay, _specs(guests), wanted=wanted)
         # What comes in a message is overwritten at the first pause, and autograd may hold the gradient until the last.
         given = gradient.to(self.dtype, copy=guests is not None)
         try:
-            recomputed = entry.graph is None
-            if entry.graph is None:
+            if guests is None:
+                return self._differentiate([due], [given])[0]
+            graph, output = due.graph, due.output
+            if graph is None or output is None:
                 self.counters.recomputed += 1
-                entry.graph, _ = self._run(entry.inputs, guests, again=True)
-            hidden, lent = self._differentiate(entry.inputs.hidden, entry.graph, given, guests, wanted=wanted)
-            return Gradients(hidden, lent, recomputed)
+                graph = self._compute({due.key: due.entry}, guests, again=True)
+                output = graph.outputs[due.key]
+            hidden, lent = _through_sites(due.entry.inputs.hidden, output, graph.visit, given, guests, wanted=wanted)
+            return Gradients(hidden, lent, due.graph is None)
         finally:
-            entry.wipe()
+            due.entry.wipe()
             if guests is not None:
                 given.zero_()
+
+    def backward_together(self, calls: Sequence[BackwardCall]) -> list[Gradients | Exception]:
+        """What `backward` does for each of several calls without sites, in as few passes as that takes.
+
+        Returns:
+            For each call its gradients, or the error that `backward` would raise.
+        """
+        outcomes: list[Gradients | Exception | None] = [None] * len(calls)
+        due: dict[int, _Due] = {}
+        try:
+            for at, call in enumerate(calls):
+                try:
+                    due[at] = self._begin(call.key, call.replay, (), wanted=True)
+                except (StashLost, ValueError) as error:
+                    outcomes[at] = error
+            given = [calls[at].gradient.to(self.dtype) for at in due]
+            for at, gradients in zip(due, self._differentiate(list(due.values()), given), strict=True):
+                outcomes[at] = gradients
+        finally:
+            for each in due.values():
+                each.entry.wipe()
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def shape_of(self, session: bytes, call: int) -> torch.Size | None:
         """Shape of the kept forward's input, or None where nothing is kept."""
@@ -257,56 +309,117 @@ class Executor:
     def evict_all(self) -> None:
         """Forget every forward state, as a budget that is used up would."""
         for key, entry in list(self._stash.items()):
-            self.counters.graphs_evicted += entry.graph is not None
+            if entry.graph is not None:
+                self._drop(entry.graph)
             self.counters.inputs_evicted += 1
             self._forget(key)
 
-    def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> _Graph:
+    def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[Tensor, Visit | None]:
         span = self.host.span
         arguments = (inputs.hidden, inputs.attention_mask, inputs.position_ids)
         if guests is None:
-            return _Graph(span(*arguments), None)
+            return span(*arguments), None
         visit = guests.visit(again=again)
         with visiting(visit):
-            return _Graph(span(*arguments), visit)
+            return span(*arguments), visit
 
-    def _differentiate(
-        self, hidden: Tensor, graph: _Graph, gradient: Tensor, guests: Guests | None, *, wanted: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        if guests is None or graph.visit is None:
-            (result,) = torch.autograd.grad(graph.output, hidden, gradient)
-            return result, ()
-        # What the graph was built with: a lease may have been renewed since.
-        loans = [one for _, one in sorted(graph.visit.leased.items())]
-        lent = [matrix for one in loans for matrix in (one.down, one.up) if matrix.requires_grad]
-        inputs = [hidden if wanted else graph.visit.anchor, *lent]
-        # The engine has one thread for each device, and a call that pauses would keep it from all others.
-        with visiting(guests.visit()), torch.autograd.set_multithreading_enabled(False):
-            result, *gradients = torch.autograd.grad(graph.output, inputs, gradient, allow_unused=True)
-        back = tuple(
-            torch.zeros_like(matrix) if found is None else found for matrix, found in zip(lent, gradients, strict=True)
-        )
-        return result if wanted else None, back
+    def _begin(self, key: Key, replay: SpanInput | None, specs: tuple[SiteSpec, ...], *, wanted: bool) -> _Due:
+        """Take what a backward needs out of the stash. Raises what `backward` raises."""
+        kept = self._stash.get(key)
+        if kept is not None and (kept.specs != specs or (wanted and not kept.inputs.hidden.requires_grad)):
+            raise ValueError("a backward names the sites of its forward, and wants no gradient that this did not want")
+        graph = None if kept is None else kept.graph
+        output = None if graph is None else graph.outputs[key]
+        entry = self._take(key)
+        if entry is None:
+            if replay is None:
+                raise StashLost
+            entry = _Entry(self._own(replay, wanted=wanted), specs)
+        return _Due(key, entry, graph, output)
+
+    def _differentiate(self, due: Sequence[_Due], given: Sequence[Tensor]) -> list[Gradients]:
+        """Backwards without sites. Those of one graph go through it together.
+
+        Where some of a graph's calls are not among them, a pass through all of it costs as much as with them; a new
+        forward and backward of those that are here costs two passes of their own.
+        """
+        gradients: dict[Key, Tensor] = {}
+        upstream = {each.key: gradient for each, gradient in zip(due, given, strict=True)}
+
+        def run(members: Sequence[_Due], graph: _Graph, outputs: Sequence[Tensor]) -> None:
+            leaves = [each.entry.inputs.hidden for each in members]
+            found = torch.autograd.grad(
+                outputs, leaves, [upstream[each.key] for each in members], retain_graph=bool(graph.outputs)
+            )
+            gradients.update(zip((each.key for each in members), found, strict=True))
+
+        graphs = {id(each.graph): each.graph for each in due if each.graph is not None}
+        again = [each for each in due if each.graph is None]
+        for graph in graphs.values():
+            members = [each for each in due if each.graph is graph]
+            if graph.positions > 2 * sum(each.positions for each in members):
+                again += members
+            else:
+                run(members, graph, [each.output for each in members if each.output is not None])
+        if again:
+            self.counters.recomputed += len(again)
+            graph = self._compute({each.key: each.entry for each in again}, None, again=True)
+            outputs = [graph.outputs.pop(each.key) for each in again]
+            run(again, graph, outputs)
+        return [Gradients(gradients[each.key], (), each in again) for each in due]
 
     def _own(self, inputs: SpanInput, *, wanted: bool) -> SpanInput:
         """A copy that lives longer than the message it came in; a leaf of the graph if its gradient is wanted."""
         hidden = inputs.hidden.to(self.dtype, copy=True).requires_grad_(wanted)
         return SpanInput(hidden, inputs.attention_mask, inputs.position_ids)
 
-    def _run(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[_Graph, int]:
-        leaf, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
+    def _keep(self, entries: Mapping[Key, _Entry], guests: Guests | None) -> _Graph:
+        """Compute a forward of several calls, and put all into the stash."""
+        try:
+            graph = self._compute(entries, guests, again=False)
+        except BaseException:
+            for entry in entries.values():
+                entry.wipe()
+            raise
+        kept = _Graph(dict(graph.outputs), graph.positions, graph.nbytes, graph.visit)
+        for key, entry in entries.items():
+            self._forget(key)
+            entry.graph = graph
+            self._stash[key] = entry
+            self._used += entry.inputs.nbytes
+        self._used += graph.nbytes
+        self._shrink()
+        return kept
+
+    def _compute(self, entries: Mapping[Key, _Entry], guests: Guests | None, *, again: bool) -> _Graph:
+        """The graph of a forward: of several calls, or of one, with sites or without."""
+        inputs = [entry.inputs for entry in entries.values()]
         places = [(spec.layer, spec.part) for spec in _specs(guests) if spec.placement != Placement.TAP]
-        if not leaf.requires_grad and not places:
+        if not all(each.hidden.requires_grad for each in inputs) and not places:
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
+
+        def run() -> tuple[list[Tensor], Visit | None]:
+            if len(inputs) > 1:
+                return self._packer(inputs), None
+            output, visit = self._span(inputs[0], guests, again=again)
+            return [output], visit
+
         # The size of a graph depends on shapes, on whether a mask is needed at all, and on where it begins, so it is
         # measured once for each. Sites add next to nothing to it: what they keep lies on the edge.
-        dense = mask is None or bool(mask.all())
-        begins = None if leaf.requires_grad else min(places)
-        key = (tuple(leaf.shape), dense, None if positions is None else tuple(positions.shape), begins)
-        known = self._graph_bytes.get(key)
-        if known is not None:
+        key = tuple((*_shape(each), None if each.hidden.requires_grad else min(places)) for each in inputs)
+        size = self._graph_bytes.get(key)
+        if size is None:
+            (outputs, visit), size = self._measured(run)
+            self._graph_bytes[key] = size
+            if len(self._graph_bytes) > MAX_SHAPES:
+                self._graph_bytes.popitem(last=False)
+        else:
             self._graph_bytes.move_to_end(key)
-            return self._span(inputs, guests, again=again), known
+            outputs, visit = run()
+        return _Graph(dict(zip(entries, outputs, strict=True)), sum(each.positions for each in inputs), size, visit)
+
+    def _measured(self, run: Callable[[], tuple[list[Tensor], Visit | None]]) -> tuple[Any, int]:
+        """What `run` gives, and the bytes that its graph holds."""
         span = self.host.span
         weights = {p.untyped_storage().data_ptr() for p in (*span.parameters(), *span.buffers())}
         sizes: dict[int, int] = {}
@@ -318,30 +431,37 @@ class Executor:
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            graph = self._span(inputs, guests, again=again)
-        output = graph.output
-        self._graph_bytes[key] = sum(sizes.values()) + output.numel() * output.element_size()
-        if len(self._graph_bytes) > MAX_SHAPES:
-            self._graph_bytes.popitem(last=False)
-        return graph, self._graph_bytes[key]
+            result = run()
+        return result, sum(sizes.values()) + sum(each.numel() * each.element_size() for each in result[0])
 
     def _shrink(self) -> None:
         for entry in self._stash.values():
             if self._used <= self.stash_bytes:
                 return
             if entry.graph is not None:
-                self._used -= entry.graph_bytes
-                entry.graph = None
-                self.counters.graphs_evicted += 1
+                self._drop(entry.graph)
         while self._stash and self._used > self.stash_bytes:
             self._forget(next(iter(self._stash)))
             self.counters.inputs_evicted += 1
 
+    def _drop(self, graph: _Graph) -> None:
+        """Evict a graph, for all calls that it was kept for."""
+        self._used -= graph.nbytes
+        self.counters.graphs_evicted += len(graph.outputs)
+        for key in graph.outputs:
+            self._stash[key].graph = None
+        graph.outputs.clear()
+
     def _take(self, key: Key) -> _Entry | None:
-        """An entry, which is the caller's from now on."""
+        """An entry, which is the caller's from now on; a graph is counted until the last of its calls is gone."""
         entry = self._stash.pop(key, None)
-        if entry is not None:
-            self._used -= entry.nbytes
+        if entry is None:
+            return None
+        self._used -= entry.inputs.nbytes
+        if entry.graph is not None:
+            del entry.graph.outputs[key]
+            if not entry.graph.outputs:
+                self._used -= entry.graph.nbytes
         return entry
 
     def _forget(self, key: Key) -> None:
@@ -354,6 +474,32 @@ def _specs(guests: Guests | None) -> tuple[SiteSpec, ...]:
     return () if guests is None else guests.sites.specs
 
 
-def _forwarded(graph: _Graph) -> Forwarded:
-    tapped = {} if graph.visit is None else graph.visit.tapped
-    return Forwarded(graph.output.detach(), tuple(tapped[number] for number in sorted(tapped)))
+def _shape(inputs: SpanInput) -> tuple[object, ...]:
+    """What the size of a graph depends on."""
+    mask, positions = inputs.attention_mask, inputs.position_ids
+    dense = mask is None or bool(mask.all())
+    return tuple(inputs.hidden.shape), dense, None if positions is None else tuple(positions.shape)
+
+
+def _through_sites(
+    hidden: Tensor, output: Tensor, visit: Visit | None, gradient: Tensor, guests: Guests, *, wanted: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The gradients of a span's input, where they are wanted, and of what was lent."""
+    if visit is None:
+        raise RuntimeError("a graph with sites was built without a visit")
+    # What the graph was built with: a lease may have been renewed since.
+    loans = [one for _, one in sorted(visit.leased.items())]
+    lent = [matrix for one in loans for matrix in (one.down, one.up) if matrix.requires_grad]
+    inputs = [hidden if wanted else visit.anchor, *lent]
+    # The engine has one thread for each device, and a call that pauses would keep it from all others.
+    with visiting(guests.visit()), torch.autograd.set_multithreading_enabled(False):
+        result, *gradients = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
+    back = tuple(
+        torch.zeros_like(matrix) if found is None else found for matrix, found in zip(lent, gradients, strict=True)
+    )
+    return result if wanted else None, back
+
+
+def _forwarded(output: Tensor, visit: Visit | None) -> Forwarded:
+    tapped = {} if visit is None else visit.tapped
+    return Forwarded(output.detach(), tuple(tapped[number] for number in sorted(tapped)))

@@ -9,6 +9,10 @@ account stood at the last turn, as in start-time fair queueing (Goyal et al. 199
 Interactive work comes before training, as long as its tenant is not more than `LEAD_SECONDS` ahead of its share: nobody
 gets more by calling everything interactive. A tenant whose token positions per second are limited begins nothing new
 while its budget is overdrawn.
+
+Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
+that is ahead of its share brings less. Training waits a little for company: for sessions that have just been answered
+and whose next piece is of that kind, no longer than the batch itself would take, and no longer than `Batching.window`.
 """
 
 from __future__ import annotations
@@ -37,6 +41,33 @@ class Share:
     positions_per_second: float | None = None
 
 
+PATIENCE_SECONDS = 1.0
+"""How long after its last answer a session counts as one that will soon ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """What may be done together.
+
+    Attributes:
+        positions: Token positions of a batch at most.
+        smallest: Token positions of a piece that may be in one, at least.
+        window: Seconds that the first piece waits for company at most.
+    """
+
+    positions: int = 2048
+    smallest: int = 1
+    window: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What pieces may be done together, and of what kind the same session's next piece will be."""
+
+    name: str
+    then: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(Generic[T]):
     """A piece of work.
@@ -47,6 +78,8 @@ class Job(Generic[T]):
         interactive: Whether somebody waits for it.
         positions: Token positions that it is charged with; 0 for what computes none.
         work: What the caller wants back.
+        kind: What it may be done together with; None for nothing.
+        since: When it came.
     """
 
     tenant: str
@@ -54,6 +87,8 @@ class Job(Generic[T]):
     interactive: bool
     positions: int
     work: T
+    kind: Kind | None = None
+    since: float = 0.0
 
 
 @dataclass(slots=True)
@@ -81,12 +116,17 @@ class _Account(Generic[T]):
         rate = self.share.positions_per_second
         return 0.0 if rate is None or self.budget >= 0 else -self.budget / rate
 
+    def heads(self, interactive: bool) -> Iterator[Job[T]]:
+        """The first piece of each session, of those that may go on now, in their order."""
+        sessions = set()
+        for job in self.waiting[0 if interactive else 1]:
+            if job.owner not in sessions and not (job.positions and self.overdrawn):
+                yield job
+            sessions.add(job.owner)
+
     def head(self, interactive: bool) -> Job[T] | None:
         """The first piece that may go on now."""
-        queue = self.waiting[0 if interactive else 1]
-        if not self.overdrawn:
-            return queue[0] if queue else None
-        return next((job for job in queue if not job.positions), None)
+        return next(self.heads(interactive), None)
 
 
 class Scheduler(Generic[T]):
@@ -94,12 +134,17 @@ class Scheduler(Generic[T]):
 
     Args:
         clock: Monotonic seconds.
+        batching: What may be done together; None for nothing.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], batching: Batching | None = None) -> None:
         self._clock = clock
+        self._batching = batching
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
+        self._per_position = 0.0  # seconds, as last seen
+        self._answered: dict[bytes, tuple[str, float]] = {}  # session -> the kind of its next piece, since when
+        self._ripe_at: float | None = None  # when what waits for company has waited long enough
 
     def __len__(self) -> int:
         return sum(map(len, self._accounts.values()))
@@ -113,9 +158,17 @@ class Scheduler(Generic[T]):
         return {name: account.used for name, account in self._accounts.items()}
 
     def add(
-        self, work: T, *, tenant: str, owner: bytes, share: Share, interactive: bool = False, positions: int = 0
+        self,
+        work: T,
+        *,
+        tenant: str,
+        owner: bytes,
+        share: Share,
+        interactive: bool = False,
+        positions: int = 0,
+        kind: Kind | None = None,
     ) -> Job[T]:
-        """Let a piece of work wait. A tenant's own pieces keep their order, interactive ones among themselves."""
+        """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves."""
         now = self._clock()
         account = self._accounts.get(tenant)
         if account is None:
@@ -124,51 +177,125 @@ class Scheduler(Generic[T]):
         account.share = share
         if not len(account) and not account.running:
             account.used = max(account.used, self._present)
-        job = Job(tenant, owner, interactive, positions, work)
+        if self._batching is None or positions < self._batching.smallest:
+            kind = None
+        job = Job(tenant, owner, interactive, positions, work, kind, now)
         account.waiting[0 if interactive else 1].append(job)
+        self._answered.pop(owner, None)
         return job
 
-    def next(self) -> Job[T] | None:
-        """Take the piece whose turn it is; None where there is none, or all that wait have used up their budgets.
+    def next(self) -> list[Job[T]]:
+        """Take the batch whose turn it is; empty where there is none, or all that wait have to wait longer.
 
         The caller says `finished` afterwards.
         """
         now = self._clock()
+        self._ripe_at = None
         for account in self._accounts.values():
             account.refill(now)
-        eager = [account for account in self._accounts.values() if account.head(True)]
-        patient = [account for account in self._accounts.values() if account.head(False)]
-        if not eager and not patient:
-            return None
-        lowest = min(account.used for account in (*eager, *patient))
-        leading = [account for account in eager if account.used <= lowest + LEAD_SECONDS]
-        account = min(leading or patient or eager, key=lambda each: each.used)
-        job = account.head(bool(leading) or not patient)
-        if job is None:
-            raise RuntimeError("a tenant without work had its turn")
-        account.waiting[0 if job.interactive else 1].remove(job)
-        account.running += 1
-        if account.share.positions_per_second is not None:
-            account.budget -= job.positions
-        self._present = max(self._present, lowest)
-        return job
+        leads = self._leads()
+        lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
+        for lead in leads:
+            batch = self._batch(lead)
+            ripe = self._ripe(batch, now)
+            if ripe > now:
+                self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
+                continue
+            for job in batch:
+                account = self._accounts[job.tenant]
+                account.waiting[0 if job.interactive else 1].remove(job)
+                account.running += 1
+                if account.share.positions_per_second is not None:
+                    account.budget -= job.positions
+            self._present = max(self._present, lowest)
+            return batch
+        return []
+
+    def _leads(self) -> list[Job[T]]:
+        """The pieces that may begin a batch, the one whose turn it is first."""
+        by_account = sorted(self._accounts.values(), key=lambda account: account.used)
+        eager = [(account, job) for account in by_account if (job := account.head(True))]
+        patient = [(account, job) for account in by_account if (job := account.head(False))]
+        lowest = min((account.used for account, _ in (*eager, *patient)), default=0.0)
+        leading = [job for account, job in eager if account.used <= lowest + LEAD_SECONDS]
+        behind = [job for _, job in eager if job not in leading]
+        return [*leading, *(job for _, job in patient), *behind]
+
+    def _batch(self, lead: Job[T]) -> list[Job[T]]:
+        """What is done together with a piece.
+
+        A tenant adds pieces as long as its account, with them, is not ahead of the others that want something: one it
+        may add as long as it is not `LEAD_SECONDS` ahead.
+        """
+        batch = [lead]
+        if self._batching is None or lead.kind is None:
+            return batch
+        waiting = {name: account for name, account in self._accounts.items() if len(account)}
+        used = {name: account.used for name, account in waiting.items()}
+        self._charge(used, lead)
+        room = self._batching.positions - lead.positions
+        pool = [
+            job
+            for account in waiting.values()
+            for job in account.heads(lead.interactive)
+            if job.kind == lead.kind and job.owner != lead.owner
+        ]
+        while pool:
+            job = min(pool, key=lambda each: (used[each.tenant], each.since))
+            pool.remove(job)
+            lowest = min((seconds for name, seconds in used.items() if name != job.tenant), default=used[job.tenant])
+            ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
+            if job.positions <= room and used[job.tenant] <= lowest + ahead:
+                batch.append(job)
+                room -= job.positions
+                self._charge(used, job)
+        return batch
+
+    def _charge(self, used: dict[str, float], job: Job[T]) -> None:
+        used[job.tenant] += job.positions * self._per_position / self._accounts[job.tenant].share.weight
+
+    def _ripe(self, batch: list[Job[T]], now: float) -> float:
+        """When a batch has waited long enough."""
+        lead = batch[0]
+        if self._batching is None or lead.kind is None or lead.interactive:
+            return now
+        positions = sum(job.positions for job in batch)
+        coming = any(
+            kind == lead.kind.name and now - since <= PATIENCE_SECONDS for kind, since in self._answered.values()
+        )
+        if not coming or positions >= self._batching.positions:
+            return now
+        patience = min(self._batching.window, positions * self._per_position)
+        return min(job.since for job in batch) + patience
 
     def ready_at(self) -> float | None:
-        """When `next` may have something, if it has nothing now; None where nothing waits."""
+        """When `next` may have something, if it had nothing just now; None where nothing waits."""
         now = self._clock()
-        times = [now + account.overdrawn for account in self._accounts.values() if len(account)]
-        return min(times, default=None)
+        times = [now + account.overdrawn for account in self._accounts.values() if account.overdrawn and len(account)]
+        if self._ripe_at is not None:
+            times.append(self._ripe_at)
+        return min(times, default=now if len(self) else None)
 
-    def finished(self, job: Job[T], seconds: float) -> None:
-        """Charge a piece that `next` gave, with the time that it has computed."""
-        account = self._accounts[job.tenant]
-        account.running -= 1
-        account.used += seconds / account.share.weight
+    def finished(self, batch: list[Job[T]], seconds: float) -> None:
+        """Charge a batch that `next` gave, with the time that it has computed, by token positions."""
+        now = self._clock()
+        positions = sum(job.positions for job in batch)
+        if positions and batch[0].kind is not None:
+            self._per_position = seconds / positions
+        for job in batch:
+            account = self._accounts[job.tenant]
+            account.running -= 1
+            account.used += (
+                seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
+            )
+            if job.kind is not None and not job.interactive:
+                self._answered[job.owner] = (job.kind.then, now)
         if not any(len(each) or each.running for each in self._accounts.values()):
-            self._present = max(self._present, account.used)
+            self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 
     def cancel(self, owner: bytes) -> Iterator[Job[T]]:
-        """Take out what waits of one session."""
+        """Take out what waits of one session, which is over."""
+        self._answered.pop(owner, None)
         for account in self._accounts.values():
             for queue in account.waiting:
                 gone = [job for job in queue if job.owner == owner]

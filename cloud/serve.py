@@ -154,6 +154,7 @@ def serve(
     connection_file: Path | None = None,
     emulator: Path | None = None,
     sites: bool = True,
+    batching: bool = True,
     tls: tuple[Path, Path, Path | None] | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
@@ -191,6 +192,7 @@ def serve(
             log_file=str((home / "worker.log").absolute()),
             emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
             sites=sites,
+            batching=batching,
             **({} if tls is None else _tls_paths(*tls)),
         )
         stop = threading.Event()

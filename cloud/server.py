@@ -25,18 +25,19 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.dispatch import Dispatcher
+from isthmus.cloud.dispatch import Dispatcher, Shared
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.scheduler import Share
+from isthmus.cloud.scheduler import Batching, Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.stream import SealedStream
-from isthmus.cloud.tenant import TenantSession
+from isthmus.cloud.tenant import TenantSession, handle_together, kind_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError, RemoteProtocolError, VersionError
@@ -127,16 +128,24 @@ class StripServer:
         identity: the worker's key and its certificate, signed by the root key (which is not here).
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads of the compute thread.
+        batching: whether calls of several sessions may share a pass.
     """
 
     def __init__(
-        self, served: Served, identity: WorkerIdentity, edges: Callable[[], AuthorizedEdges], threads: int
+        self,
+        served: Served,
+        identity: WorkerIdentity,
+        edges: Callable[[], AuthorizedEdges],
+        threads: int,
+        *,
+        batching: bool = True,
     ) -> None:
         self.metrics = Metrics()
         self._served = served
         self._identity = identity
         self._edges = edges
-        self._compute = Dispatcher(threads)
+        smallest = ROWS_PER_THREAD * threads  # below it, a shared pass could have other bits
+        self._compute = Dispatcher(threads, Batching(smallest=smallest) if batching else None)
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
         self._half_open = 0
@@ -227,6 +236,7 @@ class StripServer:
             "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,
             "waiting": dict(self._compute.waiting()),
+            "calls_per_pass": self._compute.calls_per_pass,
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -402,7 +412,9 @@ class StripServer:
                 if not turn.done():
                     turn.set_result(None)
 
-    def _turn(self, session: _Open, run: Callable[[], R], positions: int = 0) -> Future[R]:
+    def _turn(
+        self, session: _Open, run: Callable[[], R], positions: int = 0, shared: Shared[Any, R] | None = None
+    ) -> Future[R]:
         """Have something done by the compute thread when it is the tenant's turn."""
         return self._compute.submit(
             run,
@@ -411,13 +423,17 @@ class StripServer:
             share=session.share,
             interactive=session.interactive,
             positions=positions,
+            shared=shared,
         )
 
     def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
-        message = received.message
+        message, kind = received.message, kind_of(received.message)
+        shared: Shared[Any, m.Message | None] | None = None
+        if kind is not None:
+            shared = Shared(kind, (work, message), handle_together)
         try:
-            running = self._turn(session, partial(work.handle, message), _positions(message))
+            running = self._turn(session, partial(work.handle, message), _positions(message), shared)
         except RuntimeError:  # a drain was cut short
             wipe(received.body)
             raise

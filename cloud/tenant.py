@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, PlanError
+from isthmus.backbone.span import SpanInput
 from isthmus.cloud.adapters import TenantAdapters
-from isthmus.cloud.executor import Executor, Guests, SpanInput, StashLost
+from isthmus.cloud.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
 from isthmus.cloud.logs import log
+from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.protocol import messages as m
@@ -29,6 +32,23 @@ _EMPTY = {
     m.Shelf.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
     m.Shelf.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A call that can be computed.
+
+    Attributes:
+        key: Whose.
+        call: What the executor takes.
+        positions: Token positions.
+        reply: Makes the answer, of the executor's result and the nanoseconds that it took.
+    """
+
+    key: Key
+    call: SpanInput | BackwardCall
+    positions: int
+    reply: Callable[[Any, int], m.Message]
 
 
 @dataclass(slots=True)
@@ -61,20 +81,11 @@ class TenantSession:
         Bad requests and evicted stashes become a `Status`; the session goes on after it.
         """
         match message:
-            case m.Forward():
-                return self._guard(
-                    "forward", message.id, lambda: self.calls.begin(message, partial(self._forward, message))
-                )
-            case m.Backward():
-                return self._guard(
-                    "backward", message.id, lambda: self.calls.begin(message, partial(self._backward, message))
-                )
-            case m.SiteAnswer():
-                return self._guard("site answer", message.id, lambda: self.calls.answer(message))
-            case m.Sites():
-                return self._guard("sites", None, lambda: self.calls.bind(message))
-            case m.Lease():
-                return self._guard("lease", None, lambda: self.calls.lease(message))
+            case m.Forward() | m.Backward() | m.SiteAnswer() | m.Sites() | m.Lease():
+                try:
+                    return self._computed(message)
+                except Exception as error:  # noqa: BLE001  # what is no refusal is raised again
+                    return self.refusal(message, error)
             case m.FetchList():
                 shelf = self._shelf(message.shelf)
                 return shelf if isinstance(shelf, m.Status) else shelf.listing()
@@ -101,22 +112,51 @@ class TenantSession:
         shelf = self.adapters.shelf() if which == m.Shelf.ADAPTER else self.shelves.get(which)
         return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if shelf is None else shelf
 
-    def _guard(self, operation: str, call: m.CallId | None, work: Callable[[], m.Message]) -> m.Message:
-        try:
-            return work()
-        except StashLost:
-            return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
-        except NonFiniteError as error:
-            return m.Status.saying(m.StatusCode.NON_FINITE, call, str(error))
-        except (ValueError, LookupError, ConfigError, PlanError) as error:
-            return m.Status.saying(m.StatusCode.BAD_REQUEST, call, str(error))
-        except RuntimeError as error:  # torch's own, out of memory for one; its text could quote values
-            log("call_failed", logging.ERROR, error=type(error).__name__, operation=operation)
-            return m.Status(
-                m.StatusCode.INTERNAL,
-                call,
-                f"the span failed ({type(error).__name__}); the cloud's owner has a log of it",
-            )
+    def _computed(self, message: m.Forward | m.Backward | m.SiteAnswer | m.Sites | m.Lease) -> m.Message:
+        match message:
+            case m.Forward():
+                return self.calls.begin(message, partial(self._forward, message))
+            case m.Backward():
+                return self.calls.begin(message, partial(self._backward, message))
+            case m.SiteAnswer():
+                return self.calls.answer(message)
+            case m.Sites():
+                return self.calls.bind(message)
+            case m.Lease():
+                return self.calls.lease(message)
+
+    def begin(self, message: m.Forward | m.Backward) -> Begun:
+        """Check a call without sites, and have it ready for the executor.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        if isinstance(message, m.Forward):
+            inputs = self._inputs(message.inputs)
+            key = (self.session_id, message.id.call)
+            return Begun(key, inputs, inputs.positions, partial(self._forward_reply, message))
+        call = self._backward_call(message)
+        batch, sequence = message.gradient.shape[:2]
+        return Begun(call.key, call, batch * sequence, partial(self._backward_reply, message))
+
+    def refusal(self, message: m.Message, error: Exception) -> m.Status:
+        """What an edge is told of an error. Raises it where it is nothing for an edge."""
+        call = message.id if isinstance(message, m.Forward | m.Backward | m.SiteAnswer) else None
+        match error:
+            case StashLost():
+                return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
+            case NonFiniteError():
+                return m.Status.saying(m.StatusCode.NON_FINITE, call, str(error))
+            case ValueError() | LookupError() | ConfigError() | PlanError():
+                return m.Status.saying(m.StatusCode.BAD_REQUEST, call, str(error))
+            case RuntimeError():  # torch's own, out of memory for one; its text could quote values
+                log("call_failed", logging.ERROR, error=type(error).__name__, operation=type(message).__name__)
+                return m.Status(
+                    m.StatusCode.INTERNAL,
+                    call,
+                    f"the span failed ({type(error).__name__}); the cloud's owner has a log of it",
+                )
+        raise error
 
     def _forward(self, message: m.Forward, guests: Guests | None) -> m.ForwardReply:
         inputs = self._inputs(message.inputs)
@@ -124,12 +164,20 @@ class TenantSession:
         result = self.executor.forward(
             self.session_id, message.id.call, inputs, keep=message.keep, guests=guests, wanted=message.wanted
         )
-        compute = time.perf_counter_ns() - start
+        return self._forward_reply(message, result, time.perf_counter_ns() - start)
+
+    def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
         codec = codec_by_id(message.reply_codec).name
         hidden, *taps = (encode(each, codec, Role.ACTIVATION) for each in (result.hidden, *result.taps))
-        return m.ForwardReply(message.id, hidden, compute, 0, 0, tuple(taps))
+        return m.ForwardReply(message.id, hidden, compute_ns, 0, 0, tuple(taps))
 
     def _backward(self, message: m.Backward, guests: Guests | None) -> m.BackwardReply:
+        call = self._backward_call(message)
+        start = time.perf_counter_ns()
+        result = self.executor.backward(*call.key, call.gradient, call.replay, guests=guests, wanted=message.wanted)
+        return self._backward_reply(message, result, time.perf_counter_ns() - start)
+
+    def _backward_call(self, message: m.Backward) -> BackwardCall:
         gradient = decode(message.gradient, limits=self.limits)
         replay = None if message.replay is None else self._inputs(message.replay)
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
@@ -138,15 +186,13 @@ class TenantSession:
             raise ValueError(
                 f"a gradient of shape {list(gradient.shape)} does not fit a forward of shape {list(expected)}"
             )
-        start = time.perf_counter_ns()
-        result = self.executor.backward(
-            self.session_id, message.id.call, gradient, replay, guests=guests, wanted=message.wanted
-        )
-        compute = time.perf_counter_ns() - start
+        return BackwardCall((self.session_id, message.id.call), gradient, replay)
+
+    def _backward_reply(self, message: m.Backward, result: Gradients, compute_ns: int) -> m.BackwardReply:
         codec = codec_by_id(message.reply_codec).name
         payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT)
         lent = tuple(encode(each, "fp32", Role.GRADIENT) for each in result.lent)
-        return m.BackwardReply(message.id, payload, compute, 0, 0, result.recomputed, lent)
+        return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, lent)
 
     def _inputs(self, sent: m.SpanInputs) -> SpanInput:
         hidden = decode(sent.hidden, limits=self.limits)
@@ -169,3 +215,56 @@ class TenantSession:
         ):
             raise ValueError(f"position ids of shape {list(positions.shape)} do not fit {batch} x {sequence} tokens")
         return SpanInput(hidden, mask, positions)
+
+
+# Calls of several sessions in one pass --------------------------------------------------------------------------------
+
+FORWARD = Kind("forward", "forward")
+"""Forwards that nothing is kept of: another one follows."""
+KEPT_FORWARD, BACKWARD = Kind("kept forward", "backward"), Kind("backward", "kept forward")
+
+
+def kind_of(message: m.Message) -> Kind | None:
+    """What a message may share a pass with: calls of its kind that pause nowhere. None for nothing."""
+    if isinstance(message, m.Forward) and not message.sites and message.wanted:
+        return KEPT_FORWARD if message.keep else FORWARD
+    return BACKWARD if isinstance(message, m.Backward) and not message.sites and message.wanted else None
+
+
+Asked = tuple[TenantSession, m.Forward | m.Backward]
+
+
+def handle_together(asked: Sequence[Asked]) -> list[m.Message]:
+    """What `TenantSession.handle` answers to each of several messages of one kind, computed in one pass."""
+    answers: dict[int, m.Message] = {}
+    begun: dict[int, Begun] = {}
+    for at, (session, message) in enumerate(asked):
+        try:
+            begun[at] = session.begin(message)
+        except Exception as error:  # noqa: BLE001  # `refusal` raises what is none
+            answers[at] = session.refusal(message, error)
+    start = time.perf_counter_ns()
+    results = _computed(asked, list(begun.values()))
+    spent = time.perf_counter_ns() - start
+    positions = sum(each.positions for each in begun.values())
+    for (at, each), result in zip(begun.items(), results, strict=True):
+        session, message = asked[at]
+        try:
+            if isinstance(result, Exception):
+                raise result
+            answers[at] = each.reply(result, spent * each.positions // positions)
+        except Exception as error:  # noqa: BLE001  # as above
+            answers[at] = session.refusal(message, error)
+    return [answers[at] for at in range(len(asked))]
+
+
+def _computed(asked: Sequence[Asked], begun: Sequence[Begun]) -> Sequence[Forwarded | Gradients | Exception]:
+    """What comes of calls of one kind, each its own error where there is one."""
+    session, message = asked[0]
+    try:
+        if isinstance(message, m.Forward):
+            inputs = {each.key: each.call for each in begun if isinstance(each.call, SpanInput)}
+            return session.executor.forward_together(inputs, keep=message.keep) if inputs else []
+        return session.executor.backward_together([each.call for each in begun if isinstance(each.call, BackwardCall)])
+    except Exception as error:  # noqa: BLE001  # handed to `refusal` for each
+        return [error] * len(begun)

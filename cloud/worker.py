@@ -66,6 +66,7 @@ class WorkerSpec:
     sites: bool = True
     quantize: str = NONE
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
+    batching: bool = True  # whether calls of several sessions may share a pass
 
     @property
     def span_dtype(self) -> str:
@@ -92,7 +93,11 @@ class Worker:
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
         log_to(Path(spec.log_file) if spec.log_file else None)
         self._server = StripServer(
-            served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads
+            served_by(spec),
+            load_worker(Path(spec.home)),
+            EdgesFile(Path(spec.home)),
+            spec.threads,
+            batching=spec.batching,
         )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()

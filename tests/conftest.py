@@ -36,7 +36,7 @@ _users_cache = Path(os.environ.get(_USERS_CACHE) or default_cache())
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run a cache of its own, inherited by every process that a test starts, and by those it is spread over."""
+    """Give the run a cache of its own, inherited by every process that a test starts or that tests are spread over."""
     if _USERS_CACHE in os.environ:
         return
     os.environ[_USERS_CACHE] = str(_users_cache)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import pytest
 import torch
 
-from isthmus.cloud.dispatch import Dispatcher
-from isthmus.cloud.scheduler import Share
+from isthmus.cloud.dispatch import Dispatcher, Shared
+from isthmus.cloud.scheduler import Batching, Kind, Share
 
 
 @pytest.fixture
@@ -114,3 +114,42 @@ def test_a_limited_tenant_waits_and_then_goes_on(dispatcher: Dispatcher) -> None
     share = Share(1.0, 1000.0)
     done = [dispatcher.submit(lambda: "done", tenant="a", owner=b"a", share=share, positions=1010) for _ in range(3)]
     assert [future.result(10) for future in done] == ["done"] * 3
+
+
+def test_pieces_of_one_kind_are_done_in_one_call() -> None:
+    dispatcher = Dispatcher(1, Batching())
+    calls = []
+
+    def together(items: Sequence[int]) -> list[int]:
+        calls.append(list(items))
+        if 13 in items:
+            raise ZeroDivisionError
+        return [10 * item for item in items]
+
+    def ask(item: int) -> Future[int]:
+        kind = Kind("odd" if item % 2 else "even", "")
+        shared = Shared(kind, item, together)
+        name = f"tenant {item}"
+        return dispatcher.submit(
+            lambda: -item, tenant=name, owner=name.encode(), share=Share(), positions=1, shared=shared
+        )
+
+    gate = Gate(dispatcher)
+    even = [ask(item) for item in (2, 4, 6)]
+    gate.open()
+    assert [future.result(10) for future in even] == [20, 40, 60]
+    assert ask(8).result(10) == -8  # alone
+    gate = Gate(dispatcher)
+    gone, left = ask(10), ask(12)
+    assert gone.cancel()
+    gate.open()
+    assert left.result(10) == -12
+    gate = Gate(dispatcher)
+    odd = [ask(item) for item in (11, 13)]
+    gate.open()
+    for future in odd:
+        with pytest.raises(ZeroDivisionError):
+            future.result(10)
+    assert calls == [[2, 4, 6], [11, 13]]
+    assert dispatcher.calls_per_pass == pytest.approx((3 + 1 + 2 + 2) / 4)
+    dispatcher.shutdown(cancel=True)

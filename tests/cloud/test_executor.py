@@ -11,8 +11,8 @@ from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.site_host import SiteHost
-from isthmus.backbone.span import FrozenSpan, load_span
-from isthmus.cloud.executor import Executor, SpanInput, StashLost
+from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
+from isthmus.cloud.executor import BackwardCall, Executor, Gradients, StashLost
 
 A, B = b"session a", b"session b"
 BIG = 1 << 30
@@ -127,6 +127,13 @@ def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
     assert torch.equal(executor.backward(A, 2, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
+def counted(executor: Executor) -> int:
+    """What the stash holds: inputs, and each graph once."""
+    entries = executor._stash.values()
+    graphs = {id(entry.graph): entry.graph.nbytes for entry in entries if entry.graph is not None}
+    return sum(entry.inputs.nbytes for entry in entries) + sum(graphs.values())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0, 1.7, 3.2])
 def test_the_budget_is_never_exceeded(span: FrozenSpan, share: float) -> None:
     executor = Executor(SiteHost(span), torch.float32, int(share * one_call_bytes(span)))
@@ -134,7 +141,7 @@ def test_the_budget_is_never_exceeded(span: FrozenSpan, share: float) -> None:
         rows, length = 1 + call % 3, 4 + 3 * (call % 4)
         executor.forward((A, B)[call % 2], call, inputs(call, rows, length), keep=True)
         assert executor.used_bytes <= executor.stash_bytes
-        assert executor.used_bytes == sum(entry.nbytes for entry in executor._stash.values())
+        assert executor.used_bytes == counted(executor)
         if call % 5 == 4:
             executor.release(A)
     executor.release(A)
@@ -230,4 +237,96 @@ def test_the_graph_sizes_of_the_last_used_shapes_alone_are_remembered(
     executor = Executor(SiteHost(span), torch.float32, BIG)
     for call, length in enumerate((2, 3, 2, 4)):
         executor.forward(A, call, inputs(length=length), keep=True)
-    assert [key[0] for key in executor._graph_bytes] == [(2, 2, HIDDEN), (2, 4, HIDDEN)]
+    assert [key[0][0] for key in executor._graph_bytes] == [(2, 2, HIDDEN), (2, 4, HIDDEN)]
+
+
+# Calls of several sessions in one pass --------------------------------------------------------------------------------
+
+SHAPES = ((2, 12), (1, 19), (3, 7), (2, 12), (1, 16))
+
+
+def several(masked: bool = True) -> dict[tuple[bytes, int], SpanInput]:
+    """Calls of two sessions, of different lengths, some with padding."""
+    return {
+        ((A, B)[number % 2], number): inputs(number, rows, length, masked=masked and number % 2 == 0)
+        for number, (rows, length) in enumerate(SHAPES)
+    }
+
+
+def gradient_of(given: SpanInput) -> torch.Tensor:
+    return upstream(9, *given.hidden.shape[:2])
+
+
+def check_backward(
+    executor: Executor, span: FrozenSpan, calls: dict[tuple[bytes, int], SpanInput], *, recomputed: bool
+) -> None:
+    """Have the backward of `calls` done together; the gradients are those of a pass of each."""
+    asked = [BackwardCall(key, gradient_of(given)) for key, given in calls.items()]
+    for given, outcome in zip(calls.values(), executor.backward_together(asked), strict=True):
+        assert isinstance(outcome, Gradients)
+        assert outcome.hidden is not None
+        assert torch.equal(outcome.hidden, direct(span, given, gradient_of(given))[1])
+        assert outcome.recomputed == recomputed
+
+
+def test_calls_that_share_a_pass_have_the_bits_of_their_own(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    for keep in (False, True):
+        outputs = executor.forward_together(calls, keep=keep)
+        for given, output in zip(calls.values(), outputs, strict=True):
+            assert torch.equal(output.hidden, direct(span, given, gradient_of(given))[0])
+    assert executor.used_bytes == counted(executor)
+    check_backward(executor, span, calls, recomputed=False)
+    assert executor.used_bytes == 0
+
+
+def test_a_backward_in_other_company_has_the_same_bits(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    executor.forward_together(calls, keep=True)
+    extra = {(B, 9): inputs(9, 2, 9)}
+    executor.forward(B, 9, extra[B, 9], keep=True)
+    keys = list(calls)
+    most = {key: calls[key] for key in keys[1:]}
+    check_backward(
+        executor, span, {**most, **extra}, recomputed=False
+    )  # most of the shared graph: taken, for all of it
+    assert executor.used_bytes == counted(executor) > 0
+    check_backward(executor, span, {keys[0]: calls[keys[0]]}, recomputed=True)  # a small part: less work anew
+    assert executor.used_bytes == 0
+
+
+def test_what_is_evicted_is_computed_again_together(span: FrozenSpan) -> None:
+    calls = several()
+    all_inputs = sum(given.nbytes for given in calls.values())
+    executor = Executor(SiteHost(span), torch.float32, all_inputs)
+    executor.forward_together(calls, keep=True)
+    assert executor.counters.graphs_evicted == len(calls)
+    assert executor.used_bytes == counted(executor) == all_inputs
+    check_backward(executor, span, calls, recomputed=True)
+
+
+def test_one_bad_call_among_several_keeps_the_others_whole(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    executor.forward_together(calls, keep=True)
+    executor.forward(B, 50, inputs(), keep=True, wanted=True)
+    executor.release(A)
+    asked = [BackwardCall(key, gradient_of(given)) for key, given in calls.items()]
+    for (session, _), given, outcome in zip(calls, calls.values(), executor.backward_together(asked), strict=True):
+        if session == A:
+            assert isinstance(outcome, StashLost)
+        else:
+            assert isinstance(outcome, Gradients)
+            assert outcome.hidden is not None
+            assert torch.equal(outcome.hidden, direct(span, given, gradient_of(given))[1])
+
+
+def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    executor.forward_together(calls, keep=True)
+    kept = [executor._stash[key].inputs.hidden for key in calls]
+    check_backward(executor, span, calls, recomputed=False)
+    assert not any(hidden.any() for hidden in kept)

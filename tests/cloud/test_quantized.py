@@ -21,8 +21,8 @@ from isthmus.backbone.quantize import QUANTIZERS
 from isthmus.backbone.saved_span import PARTS, save_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
-from isthmus.backbone.span import load_span
-from isthmus.cloud.executor import Executor, SpanInput
+from isthmus.backbone.span import SpanInput, load_span
+from isthmus.cloud.executor import Executor
 from isthmus.cloud.serve import _backbone, _prepare_parts
 from isthmus.edge import connect
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.scheduler import LEAD_SECONDS, Job, Scheduler, Share
+from isthmus.cloud.scheduler import LEAD_SECONDS, PATIENCE_SECONDS, Batching, Job, Kind, Scheduler, Share
 
 EQUAL = Share()
 
@@ -35,11 +36,12 @@ class Worker:
 
     def turn(self, seconds: float = 1.0) -> str | None:
         """Do the next piece, which takes so long; returns whose it was."""
-        job = self.scheduler.next()
-        if job is None:
+        batch = self.scheduler.next()
+        if not batch:
             return None
+        (job,) = batch
         self.now += seconds
-        self.scheduler.finished(job, seconds)
+        self.scheduler.finished(batch, seconds)
         self.seconds[job.tenant] += seconds
         self.done.append(job)
         return job.tenant
@@ -56,7 +58,7 @@ def jain(shares: Iterable[float]) -> float:
 
 def test_nothing_waits() -> None:
     worker = Worker()
-    assert worker.scheduler.next() is None
+    assert worker.scheduler.next() == []
     assert worker.scheduler.ready_at() is None
     assert len(worker.scheduler) == 0
 
@@ -206,8 +208,8 @@ def test_everything_is_done_once_and_the_worker_never_idles_while_something_may_
         lengths[str(number)] = seconds
     unlimited = sum(tenant != "c" for tenant, *_ in pieces)
     for _ in range(10 * len(pieces)):
-        job = worker.scheduler.next()
-        if job is None:
+        batch = worker.scheduler.next()
+        if not batch:
             if not len(worker.scheduler):
                 break
             assert worker.scheduler.waiting().keys() == {"c"}
@@ -215,9 +217,10 @@ def test_everything_is_done_once_and_the_worker_never_idles_while_something_may_
             assert ready is not None
             worker.now = max(worker.now, ready) + 1e-6
             continue
+        (job,) = batch
         worker.done.append(job)
         worker.now += lengths[job.work]
-        worker.scheduler.finished(job, lengths[job.work])
+        worker.scheduler.finished(batch, lengths[job.work])
     assert sorted(int(job.work) for job in worker.done) == list(range(len(pieces)))
     assert sum(job.tenant != "c" for job in worker.done) == unlimited
 
@@ -235,3 +238,208 @@ def test_two_tenants_that_always_want_more_are_never_further_apart_than_a_piece(
     for _, seconds in pieces:
         worker.turn(seconds)
         assert abs(worker.seconds["a"] - worker.seconds["b"]) <= longest + 1e-9
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+FORWARD, BACKWARD = Kind("forward", "backward"), Kind("backward", "forward")
+
+
+@dataclass
+class Together:
+    """A worker that does batches; a session is a tenant's name and a number."""
+
+    batching: Batching = field(default_factory=lambda: Batching(positions=100, smallest=5, window=0.5))
+    now: float = 0.0
+    scheduler: Scheduler[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(lambda: self.now, self.batching)
+
+    def add(self, session: str, kind: Kind | None = FORWARD, positions: int = 10, **options: Any) -> None:
+        values = {"tenant": session.rstrip("0123456789"), "owner": session.encode(), "share": EQUAL, **options}
+        self.scheduler.add(session, positions=positions, kind=kind, **values)
+
+    def turn(self, per_position: float = 0.01) -> list[str]:
+        """Do the next batch; returns whose pieces it had."""
+        batch = self.scheduler.next()
+        seconds = per_position * sum(job.positions for job in batch)
+        self.now += seconds
+        if batch:
+            self.scheduler.finished(batch, seconds)
+        return [job.work for job in batch]
+
+
+def test_pieces_of_one_kind_are_done_together() -> None:
+    worker = Together()
+    for session in ("a", "b", "c"):
+        worker.add(session)
+    worker.add("d", BACKWARD)
+    worker.add("e", None)
+    worker.add("f", positions=4)  # too small
+    batches = [worker.turn() for _ in range(4)]
+    assert sorted(map(sorted, batches)) == [["a", "b", "c"], ["d"], ["e"], ["f"]]
+
+
+def test_without_batching_every_piece_is_alone() -> None:
+    worker = Together()
+    worker.scheduler = Scheduler(lambda: worker.now)
+    for session in ("a", "b"):
+        worker.add(session)
+    assert [worker.turn(), worker.turn()] == [["a"], ["b"]]
+
+
+def test_a_batch_is_bounded_by_its_positions() -> None:
+    worker = Together()
+    for session, positions in (("a", 60), ("b", 50), ("c", 40), ("d", 200)):
+        worker.add(session, positions=positions)
+    assert [worker.turn() for _ in range(3)] == [["a", "c"], ["b"], ["d"]]
+
+
+def test_a_sessions_pieces_are_never_in_one_batch() -> None:
+    worker = Together()
+    worker.add("a")
+    worker.add("a")
+    worker.add("a1")
+    assert [sorted(worker.turn()), worker.turn()] == [["a", "a1"], ["a"]]
+
+
+def test_a_tenant_that_floods_adds_no_more_than_its_share() -> None:
+    worker = Together()
+    for number in range(10):
+        worker.add(f"flood{number}")
+    for tenant in ("a", "b", "c"):
+        worker.add(tenant)
+    worker.add("x", None)
+    worker.turn()
+    first = Counter(name.rstrip("0123456789") for name in worker.turn())
+    assert all(first[tenant] == 1 for tenant in ("a", "b", "c"))
+    assert first["flood"] <= 2
+    while len(worker.scheduler):
+        assert worker.turn()  # the rest of it, once nobody else wants anything
+    assert worker.scheduler.used()["flood"] == pytest.approx(1.0)
+
+
+def test_a_tenant_alone_has_its_sessions_in_one_batch() -> None:
+    worker = Together()
+    for number in range(4):
+        worker.add(f"a{number}")
+    assert len(worker.turn()) == 4
+
+
+def test_the_time_of_a_batch_is_charged_by_positions() -> None:
+    worker = Together()
+    worker.add("a", positions=30)
+    worker.add("b", positions=10)
+    worker.turn(0.1)
+    assert worker.scheduler.used() == pytest.approx({"a": 3.0, "b": 1.0})
+
+
+def test_training_waits_for_those_who_have_just_been_answered() -> None:
+    worker = Together()
+    for session in ("a", "b"):
+        worker.add(session)
+    assert worker.turn() == ["a", "b"]
+    worker.add("a", BACKWARD)
+    assert worker.turn() == []  # the backward of b will come
+    ready = worker.scheduler.ready_at()
+    assert ready == pytest.approx(worker.now + 10 * 0.01)  # no longer than the batch would take
+    worker.add("b", BACKWARD)
+    assert worker.turn() == ["a", "b"]
+    worker.add("a")
+    assert worker.turn() == []
+    assert ready is not None
+    worker.now += 10 * 0.01
+    assert worker.turn() == ["a"]  # b has not come in time
+
+
+def test_the_window_bounds_the_wait_and_a_full_batch_does_not_wait() -> None:
+    worker = Together()
+    for session in ("a", "b"):
+        worker.add(session, positions=50)
+    worker.turn(0.1)
+    worker.add("a", BACKWARD, positions=50)
+    assert worker.turn() == []
+    assert worker.scheduler.ready_at() == pytest.approx(worker.now + 0.5)
+    worker.add("c", BACKWARD, positions=50)
+    assert worker.turn() == ["a", "c"]
+
+
+@pytest.mark.parametrize("why", ["gone", "late", "another kind", "interactive"])
+def test_nobody_waits_in_vain(why: str) -> None:
+    worker = Together()
+    for session in ("a", "b"):
+        worker.add(session)
+    worker.turn()
+    if why == "gone":
+        list(worker.scheduler.cancel(b"b"))
+    elif why == "late":
+        worker.now += PATIENCE_SECONDS + 0.1
+    worker.add("a", FORWARD if why == "another kind" else BACKWARD, interactive=why == "interactive")
+    assert worker.turn() == ["a"]
+
+
+def test_while_one_kind_waits_for_company_another_is_done() -> None:
+    worker = Together()
+    for session in ("a", "b"):
+        worker.add(session)
+    worker.turn()
+    worker.add("a", BACKWARD)
+    worker.add("c", None)
+    assert worker.turn() == ["c"]
+
+
+def test_interactive_and_training_do_not_share_a_batch() -> None:
+    worker = Together()
+    worker.add("a")
+    worker.add("b", interactive=True)
+    worker.add("c", interactive=True)
+    assert [worker.turn(), worker.turn()] == [["b", "c"], ["a"]]
+
+
+def test_a_limited_tenant_joins_no_batch_while_its_budget_is_overdrawn() -> None:
+    worker = Together()
+    limited = Share(1.0, 10.0)
+    worker.add("limited1", positions=50, share=limited)
+    worker.turn(0.001)
+    worker.add("limited2", positions=50, share=limited)
+    worker.add("a")
+    assert worker.turn(0.001) == ["a"]
+    assert worker.turn() == []
+    ready = worker.scheduler.ready_at()
+    assert ready is not None
+    worker.now = ready + 1e-6
+    assert worker.turn() == ["limited2"]
+
+
+@given(
+    st.lists(
+        st.tuples(TENANTS, st.integers(0, 3), st.sampled_from([FORWARD, BACKWARD, None]), st.integers(0, 60)),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_everything_is_done_once_in_the_order_of_its_session(pieces: list[tuple[str, int, Kind | None, int]]) -> None:
+    worker = Together()
+    expected: dict[str, list[int]] = {}
+    for number, (tenant, session, kind, positions) in enumerate(pieces):
+        name = f"{tenant}{session}"
+        expected.setdefault(name, []).append(number)
+        worker.scheduler.add(
+            str(number), tenant=tenant, owner=name.encode(), share=EQUAL, positions=positions, kind=kind
+        )
+    done: dict[str, list[int]] = {}
+    while len(worker.scheduler):
+        batch = worker.scheduler.next()
+        if not batch:
+            ready = worker.scheduler.ready_at()
+            assert ready is not None
+            worker.now = max(worker.now, ready) + 1e-6
+            continue
+        assert len({job.owner for job in batch}) == len(batch)
+        assert len(batch) == 1 or sum(job.positions for job in batch) <= worker.batching.positions
+        for job in batch:
+            done.setdefault(job.owner.decode(), []).append(int(job.work))
+        worker.now += 0.1
+        worker.scheduler.finished(batch, 0.1)
+    assert done == expected

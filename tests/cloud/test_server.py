@@ -434,7 +434,7 @@ def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud:
     keys = {"alice": home.key_file, "bob": home.key_file.parent / "bob"}
     order: list[str] = []
     original = type(cloud.executor).forward
-    with ThreadServer(cloud, home) as server, contextlib.ExitStack() as stack:
+    with ThreadServer(cloud, home, batching=False) as server, contextlib.ExitStack() as stack:
 
         def opened(tenant: str, **options: Any) -> Any:
             link = stack.enter_context(server.link(keys[tenant], **options))
@@ -474,6 +474,42 @@ def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud:
     assert order[0] == "bob, chat"
     assert order.index("bob") < order.index("alice 2")
     assert [name for name in order if name.startswith("alice")] == ["alice 1", "alice 2", "alice 3"]
+
+
+@pytest.mark.parametrize("batching", [True, False])
+def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
+    cloud: Served, home: Home, batching: bool
+) -> None:
+    for name in ("carol", "dave"):
+        home.new_edge(name)
+    keys = [home.key_file, *(home.key_file.parent / name for name in ("carol", "dave"))]
+    inputs = [hidden(rows, length) for rows, length in ((2, 6), (1, 16), (3, 12))]
+    gradients = [torch.randn(each.shape) for each in inputs]
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with ThreadServer(cloud, home, batching=batching) as server, contextlib.ExitStack() as stack:
+        links = [stack.enter_context(server.link(key)) for key in keys]
+        for link in links:
+            link.open(5)
+
+        def step(number: int) -> None:
+            output, call = links[number].forward_span(inputs[number], None, None, keep=True)[:2]
+            results[number] = (output, links[number].backward_span(call, gradients[number], inputs[number], None, None))
+
+        with call_in_flight(server, cloud) as held:
+            threads = [threading.Thread(target=step, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            eventually(lambda: len(server.server.status()["waiting"]) == 3)
+            held.release.set()
+            for thread in threads:
+                thread.join(10)
+        shared = server.server.status()["calls_per_pass"]
+    assert shared > 1.5 if batching else shared == 0
+    for number, (output, gradient) in results.items():
+        leaf = inputs[number].clone().requires_grad_()
+        expected = cloud.executor.host.span(leaf)
+        assert torch.equal(output, expected)
+        assert torch.equal(gradient, *torch.autograd.grad(expected, leaf, gradients[number]))
 
 
 def test_a_tenant_over_its_rate_waits_and_what_nobody_waits_for_is_not_made(cloud: Served, tmp_path: Path) -> None:

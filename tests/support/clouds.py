@@ -92,14 +92,23 @@ class Home:
 class ThreadServer:
     """`StripServer` on an event loop of its own thread; a context manager."""
 
-    def __init__(self, cloud: Served, home: Home, tls: ServerTls | None = None, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        cloud: Served,
+        home: Home,
+        tls: ServerTls | None = None,
+        listen: str = "127.0.0.1:0",
+        batching: bool = True,
+    ) -> None:
         self.served = cloud
         self.home = home
         self._tls = tls
         self._listen = listen
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-server", daemon=True)
-        self.server = StripServer(cloud, load_worker(home.folder, now=lambda: 0.0), EdgesFile(home.folder), 1)
+        self.server = StripServer(
+            cloud, load_worker(home.folder, now=lambda: 0.0), EdgesFile(home.folder), 1, batching=batching
+        )
         self.port = 0
 
     @property
