@@ -12,12 +12,14 @@ from isthmus.experiments.codec_bench_command import codecs
 from isthmus.experiments.link_bench_command import link
 from isthmus.experiments.placements_command import placements
 from isthmus.experiments.quantize_bench_command import quantize
+from isthmus.experiments.tenants_command import tenants
 
 bench = typer.Typer(help="Measure; every figure in the documents comes from one of these.", no_args_is_help=True)
 bench.command()(link)
 bench.command()(placements)
 bench.command()(codecs)
 bench.command()(quantize)
+bench.command()(tenants)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]

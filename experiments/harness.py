@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
+from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.errors import UnreachableError
 from isthmus.protocol.keys import generate_edge, generate_root, issue_worker
 
@@ -76,11 +77,9 @@ class LocalCloud:
         """The connection string."""
         return self.connection_file.read_text().strip()
 
-    def enroll(self, name: str, key: Path) -> None:
+    def enroll(self, name: str, key: Path, quota: Quota | None = None) -> None:
         """Make a key and enrol it."""
-        from isthmus.protocol.enrolment import add_line
-
-        add_line(self.home / "authorized_edges", generate_edge(key, name), name)
+        add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota or Quota())
 
     def start(self) -> None:
         """Start and wait until the worker answers. Raises UnreachableError with the end of its output if it does

@@ -51,14 +51,23 @@ class TurnProcess:
         self._process.communicate()
         self._errors.close()
 
-    def ask(self, what: str) -> str:
-        """Ask it something; returns its answer. Raises what `answer` raises."""
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        return self._process.pid
+
+    def tell(self, what: str) -> None:
+        """Tell it something, and do not wait for the answer."""
         assert self._process.stdin is not None  # noqa: S101  # it is a pipe
         try:
             self._process.stdin.write(f"{what}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # its answer will say why
+
+    def ask(self, what: str) -> str:
+        """Ask it something; returns its answer. Raises what `answer` raises."""
+        self.tell(what)
         return self.answer()
 
     def answer(self) -> str:
