@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-UNITS = sorted((Path(__file__).parents[1] / "deploy" / "systemd").glob("*.service"))
+UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
 
 
 def _values(unit: Path, name: str) -> list[str]:

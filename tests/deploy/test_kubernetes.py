@@ -1,0 +1,214 @@
+"""The Kubernetes manifests: an API server takes them, their parts fit together, nothing is too open."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.manifests import DEPLOY, containers, crd_problems, manifests, problems, ray_cluster, templates
+
+from isthmus.cloud.worker import EdgesFile
+from isthmus.protocol.enrolment import add_line
+from isthmus.protocol.keys import generate_edge, generate_root, issue_worker, load_edge, load_worker
+
+FOLDER = DEPLOY / "kubernetes"
+CRD = os.environ.get("ISTHMUS_KUBERAY_CRD", "")
+
+
+def _named(kind: str) -> dict[str, dict[str, Any]]:
+    return {thing["metadata"]["name"]: thing for thing in manifests() if thing["kind"] == kind}
+
+
+def _volumes(kind: str) -> list[dict[str, Any]]:
+    return [v[kind] for template in templates(ray_cluster()) for v in template["spec"]["volumes"] if kind in v]
+
+
+@pytest.mark.parametrize("thing", manifests(), ids=lambda thing: f"{thing['kind']}-{thing['metadata']['name']}")
+def test_kubernetes_takes_the_object(thing: dict[str, Any]) -> None:
+    assert problems(thing) == []
+
+
+def _cloud(cluster: dict[str, Any]) -> dict[str, Any]:
+    pod = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    (container,) = pod["containers"]
+    return {"container": container, "pod": pod}
+
+
+def _rename(where: dict[str, Any], old: str, new: str) -> None:
+    where[new] = where.pop(old)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda c: _rename(c["spec"], "headGroupSpec", "headGroup"), "headGroup"),
+        (lambda c: c["spec"].update(suspend="no"), "is not of type 'boolean'"),
+        (lambda c: c["spec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "is not of type 'string'"),
+        (lambda c: c["spec"]["workerGroupSpecs"][0].pop("groupName"), "groupName"),
+        (lambda c: c["spec"]["workerGroupSpecs"][0].update(replicas="1"), "is not of type 'integer'"),
+        (lambda c: _rename(_cloud(c)["container"], "livenessProbe", "livelinessProbe"), "livelinessProbe"),
+        (lambda c: _cloud(c)["container"]["readinessProbe"]["grpc"].pop("port"), "port"),
+        (lambda c: _cloud(c)["container"]["resources"]["limits"].update(memory="12Gibibytes"), "12Gibibytes"),
+        (lambda c: _cloud(c)["pod"]["volumes"][0]["emptyDir"].update(sizeLimit="4 GiB"), "4 GiB"),
+        (lambda c: _cloud(c)["pod"]["volumes"][0].update(emptydir={}), "emptydir"),
+    ],
+)
+def test_a_spoilt_cluster_is_refused(spoil: Callable[[dict[str, Any]], object], complaint: str) -> None:
+    cluster = copy.deepcopy(ray_cluster())
+    spoil(cluster)
+    assert complaint in str(problems(cluster))
+
+
+def test_a_spoilt_policy_and_service_are_refused() -> None:
+    policy = copy.deepcopy(_named("NetworkPolicy")["isthmus-data-plane"])
+    _rename(policy["spec"]["ingress"][0], "from", "form")
+    assert "form" in str(problems(policy))
+    service = copy.deepcopy(_named("Service")["isthmus"])
+    service["spec"]["ports"][0]["port"] = "7443"
+    assert "7443" in str(problems(service))
+
+
+@pytest.mark.skipif(not CRD, reason="$ISTHMUS_KUBERAY_CRD is not the file of KubeRay's definition of RayCluster")
+def test_kuberays_own_schema_takes_the_cluster() -> None:
+    assert crd_problems(yaml.safe_load(Path(CRD).read_text()), ray_cluster()) == []
+
+
+def test_a_definition_is_read_strictly() -> None:
+    spec = {"type": "object", "properties": {"suspend": {"type": "boolean"}}, "required": ["suspend"]}
+    schema = {"type": "object", "properties": {"apiVersion": {}, "kind": {}, "metadata": {}, "spec": spec}}
+    crd = {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]}}
+    thing = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "a"}, "spec": {"suspend": True}}
+    assert crd_problems(copy.deepcopy(crd), thing) == []
+    assert len(crd_problems(crd, {**thing, "spec": {"suspend": "no", "suspended": True}})) == 2
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on this machine")
+def test_kustomize_builds_every_object() -> None:
+    done = subprocess.run(["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = list(yaml.safe_load_all(done.stdout))
+    assert sorted(thing["kind"] for thing in built) == sorted(thing["kind"] for thing in manifests())
+    assert [problems(thing) for thing in built] == [[] for _ in built]
+
+
+def test_every_container_is_confined() -> None:
+    for template in templates(ray_cluster()):
+        pod = template["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]  # noqa: S108
+    assert all(volume.get("sizeLimit") for volume in _volumes("emptyDir"))
+    for container in containers(ray_cluster()):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for kind in ("requests", "limits"):
+            assert set(container["resources"][kind]) == {"cpu", "memory"}
+
+
+def test_the_user_is_that_of_the_image() -> None:
+    (user,) = set(re.findall(r"^USER (\d+):\d+$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE))
+    assert {t["spec"]["securityContext"]["runAsUser"] for t in templates(ray_cluster())} == {int(user)}
+
+
+def test_ray_asks_every_process_for_a_token_from_a_secret() -> None:
+    for template in templates(ray_cluster()):
+        env = {entry["name"]: entry for entry in template["spec"]["containers"][0]["env"]}
+        assert env["RAY_AUTH_MODE"]["value"] == "token"
+        assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "isthmus-ray", "key": "auth_token"}
+
+
+def test_the_readme_makes_every_secret_and_the_root_key_is_in_none() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    used = {"isthmus-ray", *(volume["secretName"] for volume in _volumes("secret"))}
+    assert set(re.findall(r"create secret generic (\S+)", text)) == used
+    assert "root_key" not in "".join(file.read_text() for file in FOLDER.rglob("*.yaml"))
+    assert not [thing for thing in manifests() if thing["kind"] == "Secret"]
+
+
+def test_claims_are_declared() -> None:
+    assert {volume["claimName"] for volume in _volumes("persistentVolumeClaim")} == set(_named("PersistentVolumeClaim"))
+
+
+def test_the_service_leads_to_the_probed_port_of_the_data_plane() -> None:
+    service, cluster = _named("Service")["isthmus"], ray_cluster()
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    container = _cloud(cluster)["container"]
+    # KubeRay labels its pods with the cluster's and the group's name.
+    labels = {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/group": group["groupName"]}
+    assert service["spec"]["selector"] == labels
+    (port,) = container["ports"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"] == {"port": port["containerPort"]}
+    assert f"--listen 0.0.0.0:{port['containerPort']}" in container["args"][0]
+    assert "--tls" not in container["args"][0]  # the kubelet's gRPC probes speak no TLS
+
+
+def test_only_the_data_plane_is_open_to_others() -> None:
+    cluster, policies = ray_cluster(), _named("NetworkPolicy")
+    ours = {"ray.io/cluster": cluster["metadata"]["name"]}
+    ray, data_plane = policies["isthmus-ray"]["spec"], policies["isthmus-data-plane"]["spec"]
+    assert ray["podSelector"]["matchLabels"] == ours
+    assert ray["policyTypes"] == ["Ingress", "Egress"]
+    assert ray["ingress"] == [{"from": [{"podSelector": {"matchLabels": ours}}]}]
+    assert data_plane["podSelector"]["matchLabels"] == _named("Service")["isthmus"]["spec"]["selector"]
+    assert [port["port"] for rule in data_plane["ingress"] for port in rule["ports"]] == ["data-plane"]
+    assert all(rule["from"] for rule in data_plane["ingress"])
+
+
+def test_threads_and_drain_fit_the_pod() -> None:
+    pod, container = _cloud(ray_cluster())["pod"], _cloud(ray_cluster())["container"]
+    (threads,) = re.findall(r"--threads (\d+)", container["args"][0])
+    (grace,) = re.findall(r"--grace (\d+)", container["args"][0])
+    assert threads == container["resources"]["limits"]["cpu"]
+    assert pod["terminationGracePeriodSeconds"] > int(grace)
+
+
+def test_the_keys_arrive_as_the_project_wants_them(tmp_path: Path) -> None:
+    """The first container's own script, on folders like those that a Secret's volume gives."""
+    made = tmp_path / "made"
+    generate_root(made)
+    issue_worker(made)
+    for name, keys in (("worker", ("worker_key", "worker_cert")), ("edges", ("authorized_edges",))):
+        version = tmp_path / "run" / "secrets" / name / "..2026"  # a Secret's files are links into such a folder
+        version.mkdir(parents=True)
+        (version.parent / "..data").symlink_to(version.name)
+        for key in keys:
+            source = made / key
+            (version / key).write_bytes(source.read_bytes() if source.exists() else b"")
+            (version / key).chmod(0o440)
+            (version.parent / key).symlink_to(f"..data/{key}")
+    home = tmp_path / "var" / "lib" / "isthmus" / "cloud"
+    home.parent.mkdir(parents=True)
+    (tmp_path / "run" / "isthmus").mkdir()
+    (first,) = _cloud(ray_cluster())["pod"]["initContainers"]
+    script = re.sub(r"(?<![\w/])/(run|var)/", rf"{tmp_path}/\1/", first["args"][0])
+    for _ in range(2):  # the pod starts anew on the same volume
+        subprocess.run(["/bin/sh", "-euc", script], check=True)
+    assert (home / "worker_key").stat().st_mode & 0o777 == 0o600
+    assert load_worker(home).pin == load_worker(made).pin
+    edges = EdgesFile(home)
+    assert len(edges()) == 0
+    enrolled = made / "authorized_edges"
+    add_line(enrolled, generate_edge(tmp_path / "id", "alice"))
+    public = load_edge(tmp_path / "id").public_key().public_bytes_raw()
+    # The kubelet's way to change a Secret under a running pod.
+    newer = tmp_path / "run" / "secrets" / "edges" / "..2027"
+    newer.mkdir()
+    shutil.copy(enrolled, newer / "authorized_edges")
+    swap = newer.parent / "..data_tmp"
+    swap.symlink_to(newer.name)
+    swap.replace(newer.parent / "..data")
+    assert edges().require(public).name == "alice"
