@@ -1,0 +1,72 @@
+"""What is made of the moments of many processes, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny import tiny_checkpoint
+from typer.testing import CliRunner
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.cli.main import app
+from isthmus.experiments.tenants_bench import Crowd, Seen, TenantSettings, jain, loss_difference
+
+
+def steps(begun: float, seconds: float, count: int) -> Seen:
+    return Seen(tuple(begun + seconds * number for number in range(count + 1)), cpu_s=0.5 * count)
+
+
+def test_what_counts_is_the_time_in_which_all_are_at_work() -> None:
+    crowd = Crowd([steps(0.0, 1.0, 10), steps(2.5, 0.5, 10)], [8, 4], [1, 1], 0)
+    assert crowd.steps == pytest.approx([5.0, 10.0])  # from 2.5 to 7.5
+    assert crowd.throughput == pytest.approx((5 * 8 + 10 * 4) / 5)
+    assert crowd.cpu_per_round == pytest.approx(1.0)
+
+
+def test_the_99th_percentile_is_of_the_tenants_asked_for() -> None:
+    slow = Seen((0.0, 1.0, 2.0, 5.0), 0.0)
+    crowd = Crowd([slow, steps(0.0, 1.0, 100)], [1, 1], [1, 1], 0)
+    assert crowd.p99([0]) == pytest.approx(3.0)
+    assert crowd.p99([1]) == pytest.approx(1.0)
+    assert crowd.p99([0, 1]) == pytest.approx(1.0)  # one of 103
+
+
+def test_jains_index() -> None:
+    assert jain([2.0, 2.0, 2.0]) == pytest.approx(1.0)
+    assert jain([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
+    for name, losses in (("a", (2.0, 1.0)), ("b", (2.0, 1.25))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "losses.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    assert loss_difference(tmp_path / "a", tmp_path / "a") == 0
+    assert loss_difference(tmp_path / "a", tmp_path / "b") == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("values", [{"n": 1}, {"tokens": 4}])
+def test_settings_that_say_nothing_are_refused(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="at least 2 of 16"):
+        TenantSettings("tiny", **values)
+
+
+@pytest.mark.server
+def test_a_whole_run(tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    options = ["--n", "2", "--tokens", "32", "--steps", "3", "--edge-layers", "1:1", "--threads", "1", "--json"]
+    result = CliRunner().invoke(app, ["bench", "tenants", "--model", str(model), *options])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["max_loss_diff"] == 0
+    assert figures["backbone_copies"] == 1
+    assert 0 < figures["edge_share"] < 1
+    assert figures["throughput_bound"] == pytest.approx(
+        1 / (figures["edge_share"] + (1 - figures["edge_share"]) / figures["span_batching_gain"])
+    )
+    ratio = figures["tokens_per_s"] / figures["single_tokens_per_s"]
+    assert figures["throughput_ratio"] == pytest.approx(ratio)
+    assert figures["jain"] > 0.5
+    assert figures["flood_p99_ratio"] > 0
+    assert figures["throughput_ratio_bf16_cloud"] > 0
