@@ -124,10 +124,6 @@ class _Account(Generic[T]):
                 yield job
             sessions.add(job.owner)
 
-    def head(self, interactive: bool) -> Job[T] | None:
-        """The first piece that may go on now."""
-        return next(self.heads(interactive), None)
-
 
 class Scheduler(Generic[T]):
     """Holds work until its turn comes.
@@ -214,8 +210,8 @@ class Scheduler(Generic[T]):
     def _leads(self) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
         by_account = sorted(self._accounts.values(), key=lambda account: account.used)
-        eager = [(account, job) for account in by_account if (job := account.head(True))]
-        patient = [(account, job) for account in by_account if (job := account.head(False))]
+        eager = [(account, job) for account in by_account for job in account.heads(True)]
+        patient = [(account, job) for account in by_account for job in account.heads(False)]
         lowest = min((account.used for account, _ in (*eager, *patient)), default=0.0)
         leading = [job for account, job in eager if account.used <= lowest + LEAD_SECONDS]
         behind = [job for _, job in eager if job not in leading]

@@ -389,6 +389,16 @@ def test_while_one_kind_waits_for_company_another_is_done() -> None:
     assert worker.turn() == ["c"]
 
 
+def test_what_waits_for_company_holds_back_no_other_session_of_its_tenant() -> None:
+    worker = Together()
+    for session in ("a1", "b"):
+        worker.add(session)
+    worker.turn()
+    worker.add("a1", BACKWARD)
+    worker.add("a2", None)
+    assert worker.turn() == ["a2"]
+
+
 def test_interactive_and_training_do_not_share_a_batch() -> None:
     worker = Together()
     worker.add("a")
