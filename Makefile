@@ -63,6 +63,8 @@ bench-strip: $(STAMP)
 	$(BIN)/isthmus bench placements --no-scores --out $(STRIP) --json
 	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --learning-rates 3e-3 --out $(STRIP) \
 	  --figure docs/figures/placements.png --json
+	$(BIN)/isthmus bench placements --no-costs --task openbookqa --data-folder $(DATA) --steps 100 --seeds 1 \
+	  --learning-rates 3e-3 --out $(STRIP) --json
 	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(STRIP) \
 	  --modes single,kill_revive,random,even,kill_revive@0.083,random@0.083 \
 	  --sites-figure docs/figures/live-sites.png --json
