@@ -23,6 +23,10 @@ R = TypeVar("R")
 I = TypeVar("I")  # noqa: E741
 
 
+class TooLate(Exception):  # noqa: N818 - tells the server what to answer, is never shown to anybody
+    """Work could not be done within its deadline, and was not begun."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shared(Generic[I, R]):
     """Work that may be done together with other work of its kind.
@@ -90,10 +94,11 @@ class Dispatcher:
         interactive: bool = False,
         positions: int = 0,
         shared: Shared[Any, R] | None = None,
+        deadline: float | None = None,
     ) -> Future[R]:
         """Have `run` called on the compute thread when its turn comes, or what `shared` says in a batch.
 
-        The other arguments are `Scheduler.add`'s.
+        The other arguments are `Scheduler.add`'s. The future raises `TooLate` where the deadline cannot be kept.
 
         Raises:
             RuntimeError: The thread is ending.
@@ -104,7 +109,7 @@ class Dispatcher:
                 raise RuntimeError("the compute thread takes no more work")
             self._scheduler.add(
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
-                positions=positions, kind=None if shared is None else shared.kind,
+                positions=positions, kind=None if shared is None else shared.kind, deadline=deadline,
             )  # fmt: skip
             self._changed.notify()
         return work.future
@@ -163,6 +168,9 @@ class Dispatcher:
         with self._changed:
             while True:
                 batch = self._scheduler.next()
+                for job in self._scheduler.take_late():
+                    if job.work.future.set_running_or_notify_cancel():
+                        job.work.future.set_exception(TooLate())
                 if batch or (self._ending and not len(self._scheduler)):
                     return batch
                 ready = self._scheduler.ready_at()

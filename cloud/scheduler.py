@@ -13,10 +13,15 @@ while its budget is overdrawn.
 Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
 that is ahead of its share brings less. Training waits a little for company: for sessions that have just been answered
 and whose next piece is of that kind, no longer than the batch itself would take, and no longer than `Batching.window`.
+
+A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
+token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
+to it in any case, so that a bad guess keeps nobody out.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +48,10 @@ class Share:
 
 PATIENCE_SECONDS = 1.0
 """How long after its last answer a session counts as one that will soon ask again."""
+
+
+NOVELTY = 0.3
+"""Weight of the last batch in the average of how long a token position takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,7 @@ class Job(Generic[T]):
         work: What the caller wants back.
         kind: What it may be done together with; None for nothing.
         since: When it came.
+        until: When it has to be done; None for whenever.
     """
 
     tenant: str
@@ -89,6 +99,7 @@ class Job(Generic[T]):
     work: T
     kind: Kind | None = None
     since: float = 0.0
+    until: float | None = None
 
 
 @dataclass(slots=True)
@@ -138,9 +149,10 @@ class Scheduler(Generic[T]):
         self._batching = batching
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
-        self._per_position = 0.0  # seconds, as last seen
+        self._per_position = 0.0  # seconds, a moving average
         self._answered: dict[bytes, tuple[str, float]] = {}  # session -> the kind of its next piece, since when
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
+        self._late: list[Job[T]] = []
 
     def __len__(self) -> int:
         return sum(map(len, self._accounts.values()))
@@ -163,8 +175,12 @@ class Scheduler(Generic[T]):
         interactive: bool = False,
         positions: int = 0,
         kind: Kind | None = None,
+        deadline: float | None = None,
     ) -> Job[T]:
-        """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves."""
+        """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves.
+
+        With a `deadline`, in seconds from now, it is begun in time to be done by then, or not at all.
+        """
         now = self._clock()
         account = self._accounts.get(tenant)
         if account is None:
@@ -175,7 +191,8 @@ class Scheduler(Generic[T]):
             account.used = max(account.used, self._present)
         if self._batching is None or positions < self._batching.smallest:
             kind = None
-        job = Job(tenant, owner, interactive, positions, work, kind, now)
+        until = None if deadline is None else now + deadline
+        job = Job(tenant, owner, interactive, positions, work, kind, now, until)
         account.waiting[0 if interactive else 1].append(job)
         self._answered.pop(owner, None)
         return job
@@ -189,6 +206,7 @@ class Scheduler(Generic[T]):
         self._ripe_at = None
         for account in self._accounts.values():
             account.refill(now)
+            self._give_up(account, now)
         leads = self._leads()
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         for lead in leads:
@@ -206,6 +224,24 @@ class Scheduler(Generic[T]):
             self._present = max(self._present, lowest)
             return batch
         return []
+
+    def take_late(self) -> list[Job[T]]:
+        """What cannot keep its deadline any more, and does not wait any longer; each once."""
+        late, self._late = self._late, []
+        return late
+
+    def _give_up(self, account: _Account[T], now: float) -> None:
+        for queue in account.waiting:
+            late = [job for job in queue if self._latest_start(job) < now]
+            for job in late:
+                queue.remove(job)
+            self._late += late
+
+    def _latest_start(self, job: Job[T]) -> float:
+        """When a piece has to begin so that it keeps its deadline."""
+        if job.until is None:
+            return math.inf
+        return max(job.until - job.positions * self._per_position, (job.since + job.until) / 2)
 
     def _leads(self) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
@@ -270,6 +306,8 @@ class Scheduler(Generic[T]):
         times = [now + account.overdrawn for account in self._accounts.values() if account.overdrawn and len(account)]
         if self._ripe_at is not None:
             times.append(self._ripe_at)
+        jobs = (job for account in self._accounts.values() for queue in account.waiting for job in queue)
+        times += [start for job in jobs if (start := self._latest_start(job)) < math.inf]
         return min(times, default=now if len(self) else None)
 
     def finished(self, batch: list[Job[T]], seconds: float) -> None:
@@ -277,7 +315,8 @@ class Scheduler(Generic[T]):
         now = self._clock()
         positions = sum(job.positions for job in batch)
         if positions and batch[0].kind is not None:
-            self._per_position = seconds / positions
+            last = seconds / positions
+            self._per_position += (last - self._per_position) * (NOVELTY if self._per_position else 1.0)
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1

@@ -28,7 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.dispatch import Dispatcher, Shared
+from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
@@ -105,6 +105,7 @@ class _Open:
     tenant: Tenant
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
+    deadline: float | None  # seconds
     ending: str = "connection lost"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -288,7 +289,9 @@ class StripServer:
                 if not isinstance(attach.message, m.Attach):
                     raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
                 opened = bytes.fromhex(protocol.info.session_id)
-                session = _Open(opened, protocol.tenant, attach.message.link, attach.message.interactive)
+                asked = attach.message
+                deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
+                session = _Open(opened, protocol.tenant, asked.link, asked.interactive, deadline)
                 refusal = self._enter(session)
                 if refusal is not None:
                     outcome = "refused"
@@ -369,7 +372,10 @@ class StripServer:
         try:
             start = time.perf_counter_ns()
             async with self._room_for(tenant, size, received.body):
-                reply = await asyncio.wrap_future(self._submit(work, session, received))
+                try:
+                    reply = await asyncio.wrap_future(self._submit(work, session, received))
+                except TooLate:
+                    reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
             elapsed = time.perf_counter_ns() - start
             if isinstance(reply, m.Timed):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
@@ -413,7 +419,12 @@ class StripServer:
                     turn.set_result(None)
 
     def _turn(
-        self, session: _Open, run: Callable[[], R], positions: int = 0, shared: Shared[Any, R] | None = None
+        self,
+        session: _Open,
+        run: Callable[[], R],
+        positions: int = 0,
+        shared: Shared[Any, R] | None = None,
+        deadline: float | None = None,
     ) -> Future[R]:
         """Have something done by the compute thread when it is the tenant's turn."""
         return self._compute.submit(
@@ -424,6 +435,7 @@ class StripServer:
             interactive=session.interactive,
             positions=positions,
             shared=shared,
+            deadline=deadline,
         )
 
     def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
@@ -433,7 +445,13 @@ class StripServer:
         if kind is not None:
             shared = Shared(kind, (work, message), handle_together)
         try:
-            running = self._turn(session, partial(work.handle, message), _positions(message), shared)
+            running = self._turn(
+                session,
+                partial(work.handle, message),
+                _positions(message),
+                shared,
+                None if kind is None else session.deadline,
+            )
         except RuntimeError:  # a drain was cut short
             wipe(received.body)
             raise
@@ -454,6 +472,12 @@ class StripServer:
 
     def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         return dataclasses.replace(self._served.info, session_id=session_id.hex())
+
+
+def _too_late(session: _Open) -> str:
+    return (
+        f"it could not be computed within {session.deadline} s: ask again when fewer others do, or allow it more time"
+    )
 
 
 def _positions(message: m.Message) -> int:

@@ -68,6 +68,7 @@ class Channel:
         observer: told of the phases, for tests and benchmarks of faults.
         check: raises when nobody wants to wait any more; called a few times a second.
         interactive: whether somebody waits for the calls, which then come before training.
+        deadline: seconds within which a call has to be computed; None for no deadline.
 
     Raises:
         ConnectionLostError: the stream broke.
@@ -85,6 +86,7 @@ class Channel:
         check: Check = lambda: None,
         *,
         interactive: bool = False,
+        deadline: float | None = None,
     ) -> None:
         self._stream = stream
         self._check = check
@@ -93,7 +95,7 @@ class Channel:
         self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
         try:
             self.info = self._handshake()
-            self._attach(link, interactive)
+            self._attach(m.Attach(link, interactive, 0 if deadline is None else max(1, round(deadline * 1000))))
         except BaseException:
             self.abandon()
             raise
@@ -165,8 +167,8 @@ class Channel:
                 case _:
                     raise RemoteProtocolError("the cloud left the handshake's order")
 
-    def _attach(self, link: bytes, interactive: bool) -> None:
-        status = self.ask(m.Attach(link, interactive), HANDSHAKE_SECONDS)
+    def _attach(self, attach: m.Attach) -> None:
+        status = self.ask(attach, HANDSHAKE_SECONDS)
         if not isinstance(status, m.Status):
             raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
         if status.code == m.StatusCode.OVER_QUOTA:

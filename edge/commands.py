@@ -92,6 +92,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
     codec: Annotated[str, typer.Option(help="How activations cross the strip, as for `train`.")] = "fp32",
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds that the cloud may take for a token; if it cannot, the command ends.")
+    ] = None,
     tls_ca: Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")] = None,
@@ -116,7 +119,7 @@ def generate(
     from isthmus.edge.run import run_generation
     from isthmus.edge.strip import open_link
 
-    with open_link(settings, interactive=True) as link:
+    with open_link(settings, interactive=True, deadline=deadline) as link:
         text = run_generation(
             link,
             adapter,

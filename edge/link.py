@@ -46,6 +46,7 @@ def connect(
     give_up_after: float = 600.0,
     call_timeout: float = 600.0,
     interactive: bool = False,
+    deadline: float | None = None,
 ) -> Link:
     """Connect to a cloud.
 
@@ -60,12 +61,14 @@ def connect(
         call_timeout: seconds that one call may take before the connection counts as lost.
         interactive: whether somebody waits for the calls, as in generation; the cloud then computes them before those
             of training, within the edge's share.
+        deadline: seconds within which the cloud has to compute a call without sites, once it has come in; one that
+            cannot make it is refused before it is begun (`TooLateError`). None for no deadline.
 
     Returns:
         An open link; use it as a context manager.
 
     Raises:
-        ConfigError: the address or the codec does not make sense.
+        ConfigError: the address, the codec or the deadline does not make sense.
         KeyFileError: there is no usable key.
         FingerprintError: the server is not the pinned one.
         NotEnrolledError: the cloud does not know the key.
@@ -83,6 +86,7 @@ def connect(
         give_up_after=give_up_after,
         call_timeout=call_timeout,
         interactive=interactive,
+        deadline=deadline,
     )
     link.open(connect_timeout)
     return link

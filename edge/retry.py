@@ -29,6 +29,7 @@ from isthmus.protocol.errors import (
     OverQuotaError,
     RefusedError,
     RemoteProtocolError,
+    TooLateError,
     UnreachableError,
     VersionError,
     printable,
@@ -39,6 +40,7 @@ BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.1, 1.7, 5.0  # seconds
 PROTOCOL_FAULTS = 5  # in a row: bad luck ends, an attacker or a defect does not
 
 MAX_ATTEMPT = (1 << 16) - 1
+MAX_DEADLINE = 86_400  # seconds
 
 R = TypeVar("R", bound=m.Message)
 T = TypeVar("T")
@@ -57,6 +59,10 @@ class LastingLink:
         call_timeout: seconds that one call may take.
         observer: told of each phase of each question; for tests and benchmarks.
         interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
+        deadline: seconds within which the cloud has to compute a call, or else not to begin it; None for no deadline.
+
+    Raises:
+        ConfigError: The deadline is no length of time.
     """
 
     def __init__(
@@ -71,7 +77,12 @@ class LastingLink:
         call_timeout: float = 600.0,
         observer: Observer = lambda question, phase: None,
         interactive: bool = False,
+        deadline: float | None = None,
     ) -> None:
+        if deadline is not None and not 0 < deadline <= MAX_DEADLINE:
+            raise ConfigError(
+                f"a deadline of {deadline} s does not make sense: give more than 0 and at most {MAX_DEADLINE}"
+            )
         self.traffic = Traffic()
         self.observer = observer
         self._transport = transport
@@ -82,6 +93,7 @@ class LastingLink:
         self._give_up_after = give_up_after
         self._call_timeout = call_timeout
         self._interactive = interactive
+        self._deadline = deadline
         self._link_id = os.urandom(16)
         self._channel: Channel | None = None
         self._info: m.SessionInfo | None = None
@@ -247,7 +259,7 @@ class LastingLink:
             stream = self._transport.open()
             channel = Channel(
                 stream, self._pin, self._key, self._link_id, self.traffic, self._observe, self._still_wanted,
-                interactive=self._interactive,
+                interactive=self._interactive, deadline=self._deadline,
             )  # fmt: skip
         except RefusedError as error:
             if self._info is None:
@@ -309,5 +321,7 @@ def _error(status: m.Status) -> Exception:
             return ConnectionLostError(said)
         case m.StatusCode.OVER_QUOTA:
             return OverQuotaError(f"the cloud refused the call (over quota): {said}")
+        case m.StatusCode.TOO_LATE:
+            return TooLateError(f"the cloud refused the call (too late): {said}")
         case _:
             return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")

@@ -32,10 +32,10 @@ CACHE_FOLDER = "span-cache"
 _MIB = 1 << 20
 
 
-def open_link(config: TrainConfig, *, interactive: bool = False) -> Link:
+def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
     """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises.
 
-    Codecs that are yet to be chosen are fp32. `interactive` is `connect`'s.
+    Codecs that are yet to be chosen are fp32. `interactive` and `deadline` are `connect`'s.
     """
     no_core_files()
     codec = config.codec
@@ -54,6 +54,7 @@ def open_link(config: TrainConfig, *, interactive: bool = False) -> Link:
         give_up_after=config.give_up_after,
         call_timeout=config.call_timeout,
         interactive=interactive,
+        deadline=deadline,
     )
 
 

@@ -100,6 +100,10 @@ class OverQuotaError(RefusedError):
     """The edge has as many sessions, or bytes in flight, as its quota allows."""
 
 
+class TooLateError(RefusedError):
+    """The cloud could not compute a call within the deadline that was asked for, and did not begin it."""
+
+
 class ConnectionLostError(IsthmusError, ConnectionError):
     """The stream broke. The edge reconnects and repeats the call."""
 

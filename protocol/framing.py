@@ -18,7 +18,7 @@ from isthmus.protocol.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer
 
 MAGIC = b"ISTH"
-VERSION = 4
+VERSION = 5
 TAG = 16
 KEY_BYTES = 32
 

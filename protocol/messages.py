@@ -85,6 +85,8 @@ class StatusCode(enum.IntEnum):
     """The span's output or gradient has NaN or infinite values."""
     INTERNAL = 7
     NOT_ENROLLED = 8
+    TOO_LATE = 9
+    """The call could not be computed within the session's deadline, and was not begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,12 +278,14 @@ class Attach:
     """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
 
     The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
-    `interactive`: whether somebody waits for the session's calls, which then come before training.
+    `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
+    within how many milliseconds a call without sites has to be computed, or else not to be begun; 0 for no deadline.
     """
 
     op: ClassVar[int] = 13
     link: bytes
     interactive: bool = False
+    deadline_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

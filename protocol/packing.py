@@ -219,6 +219,7 @@ def _read_status(r: Reader) -> Status:
 
 def _write_attach(w: Writer, m: Attach) -> None:
     w.number(U8, _INTERACTIVE if m.interactive else 0)
+    w.number(U32, m.deadline_ms)
     w.fixed(m.link, LINK_BYTES)
 
 
@@ -261,7 +262,9 @@ _READERS: dict[int, Callable[[Reader], Message]] = {
     Ping.op: lambda r: Ping(r.number(U64)),
     Pong.op: lambda r: Pong(r.number(U64), r.number(U64)),
     Goodbye.op: lambda r: Goodbye(r.text(MAX_TEXT)),
-    Attach.op: lambda r: Attach(interactive=bool(r.flags(_INTERACTIVE)), link=r.raw(LINK_BYTES)),
+    Attach.op: lambda r: Attach(
+        interactive=bool(r.flags(_INTERACTIVE)), deadline_ms=r.number(U32), link=r.raw(LINK_BYTES)
+    ),
     Put.op: _read_put,
     PutReply.op: lambda r: PutReply(r.text(MAX_NAME), r.raw(DIGEST_BYTES), r.number(U64)),
     PlugIn.op: lambda r: PlugIn(r.entries(MAX_PUT_FILES)),

@@ -399,6 +399,44 @@ def test_what_waits_for_company_holds_back_no_other_session_of_its_tenant() -> N
     assert worker.turn() == ["a2"]
 
 
+def test_what_cannot_keep_its_deadline_any_more_is_given_up() -> None:
+    worker = Together()
+    worker.add("a")
+    worker.turn(0.1)  # a position takes 0.1 s, ten of them 1.0
+    worker.add("chat", None, interactive=True)
+    for session, deadline in (("b", 1.9), ("c", 2.1)):
+        worker.add(session, deadline=deadline)
+    worker.add("d")
+    assert worker.turn(0.1) == ["chat"]
+    assert sorted(worker.turn(0.1)) == ["c", "d"]
+    assert [job.work for job in worker.scheduler.take_late()] == ["b"]
+    assert worker.scheduler.take_late() == []
+    assert len(worker.scheduler) == 0
+
+
+def test_a_bad_guess_keeps_nobody_out() -> None:
+    worker = Together()
+    worker.add("a")
+    worker.turn(100.0)  # something held the worker up
+    worker.add("b", deadline=1.0)
+    assert worker.turn(0.01) == ["b"]
+
+
+def test_who_waits_for_a_budget_is_told_in_time() -> None:
+    worker = Together()
+    limited = Share(1.0, 1.0)
+    worker.add("limited1", positions=50, share=limited)
+    worker.turn(0.01)
+    worker.add("limited2", positions=50, share=limited, deadline=5.0)
+    assert worker.turn() == []
+    ready = worker.scheduler.ready_at()
+    assert ready == pytest.approx(worker.now + 5.0 - 50 * 0.01)
+    assert ready is not None
+    worker.now = ready + 1e-6
+    assert worker.turn() == []
+    assert [job.work for job in worker.scheduler.take_late()] == ["limited2"]
+
+
 def test_interactive_and_training_do_not_share_a_batch() -> None:
     worker = Together()
     worker.add("a")

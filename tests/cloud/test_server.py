@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
+from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import logs, pausing, server as server_module
 from isthmus.cloud.metrics import serve_metrics
@@ -47,6 +48,7 @@ from isthmus.protocol.errors import (
     NotEnrolledError,
     OverQuotaError,
     PortInUseError,
+    TooLateError,
     UnreachableError,
 )
 from isthmus.protocol.keys import Fingerprint, load_edge, load_worker
@@ -512,18 +514,51 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
         assert torch.equal(gradient, *torch.autograd.grad(expected, leaf, gradients[number]))
 
 
+def test_a_call_that_cannot_keep_its_deadline_is_refused_and_the_session_goes_on(cloud: Served, home: Home) -> None:
+    home.new_edge("erin")
+    with ThreadServer(cloud, home) as server:
+        with server.link(home.key_file.parent / "erin", deadline=0.2) as link:
+            link.open(5)
+            with call_in_flight(server, cloud) as held:
+                threading.Timer(0.5, held.release.set).start()
+                with pytest.raises(TooLateError, match=r"within 0\.2 s"):
+                    link.forward_span(hidden(), None, None, keep=False)
+            assert len(link.forward_span(hidden(), None, None, keep=False)[0]) == len(hidden())
+        assert refusals(server, "TOO_LATE") == 1
+
+
+def test_a_deadline_that_is_none_is_refused(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home) as server:
+        for deadline in (0.0, -1.0, 1e9, float("nan")):
+            with pytest.raises(ConfigError, match="deadline"):
+                server.link(deadline=deadline)
+
+
+def refusals(server: ThreadServer, status: str) -> float:
+    value = server.server.metrics.registry.get_sample_value("isthmus_refused_total", {"status": status})
+    return value or 0.0
+
+
 def test_a_tenant_over_its_rate_waits_and_what_nobody_waits_for_is_not_made(cloud: Served, tmp_path: Path) -> None:
     home = Home(tmp_path, quota=Quota(max_tokens_per_second=1))
     with ThreadServer(cloud, home) as server, server.link() as link:
         link.open(5)
         link.forward_span(hidden(2, 33), None, None, keep=False)
+        enough = threading.Event()
+
+        def look() -> None:
+            if enough.is_set():
+                raise UnreachableError("nobody waits any more")
+
+        link.watch(look)
         calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
         calling.start()
         eventually(lambda: server.server.status()["waiting"] == {"alice": 1})
         link._channel.abandon()  # type: ignore[union-attr]  # it is open
         eventually(lambda: server.server.status()["waiting"] == {})
         eventually(lambda: server.server.status()["in_flight"] == 0)
-        link._closed = True
+        enough.set()
+        calling.join(10)
 
 
 # Calls that have paused -----------------------------------------------------------------------------------------------

@@ -68,8 +68,9 @@ def test_codecs_that_are_yet_to_be_chosen_are_fp32(monkeypatch: pytest.MonkeyPat
     assert (opener.options[0]["codec"], opener.options[0]["call_timeout"]) == (asked, 7.0)
     assert opener.options[0]["give_up_after"] == 8.0
     assert not opener.options[0]["interactive"]
-    open_link(config(), interactive=True)
+    open_link(config(), interactive=True, deadline=2.5)
     assert opener.options[1]["interactive"]
+    assert opener.options[1]["deadline"] == 2.5
 
 
 @pytest.mark.parametrize("text", ["auto:2", "auto:no", "auto:"])
