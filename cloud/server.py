@@ -30,6 +30,7 @@ from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
+from isthmus.cloud.fault_points import reached
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
@@ -356,6 +357,7 @@ class StripServer:
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
+        reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, size, tenant = received.message, len(received.body), session.tenant
         operation = type(message).__name__.lower()
@@ -390,6 +392,7 @@ class StripServer:
             self._observe_stash()
             if reply is not None:
                 await stream.send(reply)
+            reached("reply_sent")
             self.metrics.calls.labels(operation).inc()
         finally:
             self._in_flight -= 1
@@ -457,6 +460,7 @@ class StripServer:
             raise
         # What is needed longer, the executor has copied.
         running.add_done_callback(lambda _: wipe(received.body))
+        reached("queued")
         return running
 
     def _observe_stash(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from isthmus.cloud.fault_points import reached
 from isthmus.cloud.metrics import Metrics
 from isthmus.protocol.messages import Message
 from isthmus.protocol.session import CloudSession, Established, Received, Refused
@@ -60,6 +61,7 @@ class SealedStream:
                 frame = arrival.result() if arrival.done() else None
                 if frame is None or unless.is_set():
                     return None
+                reached("received")
                 start = time.perf_counter_ns()
                 event = self._session.receive(frame)
                 self._crypto_ns += time.perf_counter_ns() - start

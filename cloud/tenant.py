@@ -18,6 +18,7 @@ from isthmus.backbone.errors import ConfigError, NonFiniteError, PlanError
 from isthmus.backbone.span import SpanInput
 from isthmus.cloud.adapters import TenantAdapters
 from isthmus.cloud.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
+from isthmus.cloud.fault_points import reached
 from isthmus.cloud.logs import log
 from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.shelf import FileShelf
@@ -168,6 +169,7 @@ class TenantSession:
 
     def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
         codec = codec_by_id(message.reply_codec).name
+        reached("forward_done")
         hidden, *taps = (encode(each, codec, Role.ACTIVATION) for each in (result.hidden, *result.taps))
         return m.ForwardReply(message.id, hidden, compute_ns, 0, 0, tuple(taps))
 
@@ -190,6 +192,7 @@ class TenantSession:
 
     def _backward_reply(self, message: m.Backward, result: Gradients, compute_ns: int) -> m.BackwardReply:
         codec = codec_by_id(message.reply_codec).name
+        reached("backward_done")
         payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT)
         lent = tuple(encode(each, "fp32", Role.GRADIENT) for each in result.lent)
         return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, lent)

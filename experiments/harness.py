@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
-from isthmus.protocol.enrolment import Quota, add_line
+from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
 from isthmus.protocol.errors import UnreachableError
 from isthmus.protocol.keys import generate_edge, generate_root, issue_worker
 
@@ -51,9 +51,10 @@ class LocalCloud:
         folder: where keys, logs and the connection file go.
         model: as for `--model`.
         options: further options of `serve`.
+        environment: variables that it gets besides those of this process.
     """
 
-    def __init__(self, folder: Path, model: str, *options: str) -> None:
+    def __init__(self, folder: Path, model: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
         self.home = folder / "cloud"
         self.edge_key = folder / "edge" / "id_ed25519"
         self.connection_file = folder / "connection"
@@ -64,6 +65,8 @@ class LocalCloud:
             *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
             *options,
         ]
+        self._environment = {**os.environ, **(environment or {})}
+        self._same_address: tuple[str, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
@@ -79,16 +82,19 @@ class LocalCloud:
 
     def enroll(self, name: str, key: Path, quota: Quota | None = None) -> None:
         """Make a key and enrol it."""
-        add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota or Quota())
+        add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
 
     def start(self) -> None:
-        """Start and wait until the worker answers. Raises UnreachableError with the end of its output if it does
-        not."""
+        """Start and wait until the worker answers; one that has run before gets its old address.
+
+        Raises:
+            UnreachableError: it does not answer; the message has the end of its output.
+        """
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                isthmus(*self._arguments, *self._same_address), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=self._environment,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while not self.connection_file.exists():
@@ -99,6 +105,8 @@ class LocalCloud:
                     f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
                 )
             time.sleep(0.1)
+        where = ConnectionString.parse(self.connection)
+        self._same_address = ("--listen", where.address)
 
     def status(self) -> dict[str, Any]:
         """The worker's status, `pid` among it."""
@@ -114,6 +122,19 @@ class LocalCloud:
             raise IsthmusError("the cloud was not started")
         process.send_signal(signal.SIGTERM)
         return process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of it, those of Ray too, as when a machine loses its power."""
+        process, self._process = self._process, None
+        if process is None:
+            raise IsthmusError("the cloud was not started")
+        while alive := _of_session(process.pid):  # Ray may start further ones meanwhile
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.01)
+        process.wait()
 
     def stop(self) -> None:
         """End it, gracefully where that works."""
@@ -133,6 +154,17 @@ class LocalCloud:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _of_session(leader: int) -> list[int]:
+    """Processes of a session, by the process that began it; those that only wait to be looked after do not count."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it is gone, or no process
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(entry.name))
+    return found
 
 
 @contextlib.contextmanager

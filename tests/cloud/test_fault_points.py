@@ -1,0 +1,141 @@
+"""Faults at named points of a worker: what an instruction does, and that a training does not mind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.mortal import MortalWorker
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.cloud import fault_points
+from isthmus.cloud.fault_points import POINTS, InjectedFaultError, Point, arm, is_armed, reached
+from isthmus.edge.config import TrainConfig, load_config
+from isthmus.edge.run import train_over
+from isthmus.edge.strip import open_link
+from isthmus.experiments.faults import compare_runs
+
+EVERY = 2
+STEPS = EVERY * (len(POINTS) + 1)
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(fault_points.ENVIRONMENT, str(tmp_path))
+    return tmp_path
+
+
+def test_nothing_happens_where_nobody_has_asked_for_it(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached("queued")  # nothing is armed
+    arm(points, "queued", "kill")
+    reached("opened")
+    monkeypatch.delenv(fault_points.ENVIRONMENT)
+    reached("queued")
+    assert is_armed(points, "queued")
+
+
+def test_a_fault_falls_once(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(fault_points.time, "sleep", done.append)
+    monkeypatch.setattr(fault_points.os, "kill", lambda *what: done.append(what))
+    arm(points, "opened", "raise")
+    with pytest.raises(InjectedFaultError, match="opened"):
+        reached("opened")
+    arm(points, "queued", "wait 1.5")
+    arm(points, "reply_sent", "kill")
+    for _ in range(2):
+        for point in POINTS:
+            reached(point)
+    assert done == [1.5, (os.getpid(), signal.SIGKILL), 0.0]
+    assert not any(is_armed(points, point) for point in POINTS)
+
+
+@pytest.mark.parametrize("instruction", ["", "explode", "wait", "wait long", "wait -1", "wait 1.2.3", "kill 3"])
+def test_an_instruction_that_makes_no_sense_is_refused(points: Path, instruction: str) -> None:
+    with pytest.raises(ConfigError, match="is no instruction"):
+        arm(points, "opened", instruction)
+    with pytest.raises(ConfigError, match=r"no fault point 'lunch'.*reply_sent"):
+        arm(points, "lunch", "kill")  # type: ignore[arg-type]  # there is none of that name
+    assert not list(points.iterdir())
+
+
+class Arming:
+    """Arms one point after the other, each at a step of its own."""
+
+    def __init__(self, folder: Path, instruction: str) -> None:
+        self._folder, self._instruction = folder, instruction
+        self._left = list(POINTS)
+
+    def before_step(self, step: int) -> None:
+        if step % EVERY == 0 and self._left:
+            arm(self._folder, self._left.pop(0), self._instruction)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def points(self) -> Mapping[str, float]:
+        return {}
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def train(worker: MortalWorker, out: Path, instruction: str | None = None) -> int:
+    """One training; returns how often its link has asked again."""
+    data = out.parent / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": f"Ticket {n}: the card was charged {n + 2} times"}) + "\n" for n in range(20))
+    )
+    config: TrainConfig = load_config(
+        None,
+        {
+            "cloud": worker.connection,
+            "key": str(worker.home.key_file),
+            "data": str(data),
+            "validation_split": 0.0,
+            "out": str(out),
+            "steps": STEPS,
+            "batch": 2,
+            "learning_rate": 1e-2,
+            "dropout": 0.1,
+            "threads": 1,
+            "connect_timeout": 60.0,
+        },
+    )
+    with open_link(config) as link:
+        opened = link.traffic.retries  # a worker that begins is waited for
+        train_over(link, config, () if instruction is None else (Arming(worker.points, instruction),))
+        return link.traffic.retries - opened
+
+
+@pytest.mark.server
+def test_a_worker_that_dies_or_fails_at_any_point_costs_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    with MortalWorker(tiny_checkpoint("llama", tmp_path / "model"), tmp_path / "worker") as worker:
+        assert train(worker, tmp_path / "calm") == 0
+        for instruction, lives in (("raise", 1), ("kill", 1 + len(POINTS))):
+            retries = train(worker, tmp_path / instruction, instruction)
+            assert retries >= len(POINTS)
+            assert worker.lives == lives
+            assert not list(worker.points.iterdir())
+            compared = compare_runs(STEPS, tmp_path / "calm", tmp_path / instruction)
+            assert (compared["steps_lost"], compared["steps_doubled"]) == (0, 0)
+            assert compared["adapter_identical"]
+            assert compared["losses_identical"]
+            assert compared["lora_b_max_abs"] > 0
+
+
+def test_a_point_that_stands_still_delays_and_does_no_more(tmp_path: Path, points: Path) -> None:
+    point: Point = "forward_done"
+    arm(points, point, "wait 0.01")
+    reached(point)
+    assert not is_armed(points, point)
