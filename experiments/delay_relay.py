@@ -6,8 +6,9 @@ nothing through for a while: what `tc netem` does, on kernels that lack it. What
 
     python -m isthmus.experiments.delay_relay '{"ends": [5, 6], "conditions": {"rtt_s": 0.05}}'
 
-`ends` are inherited descriptors of TUN devices (without packet information). The relay ends when its standard input
-does, so it never outlives who started it.
+`ends` are inherited descriptors of TUN devices (without packet information). A line of JSON on standard input, like
+`conditions`, changes what the way does from then on, and is answered by an empty line. The relay ends when its standard
+input does, so it never outlives who started it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from isthmus.backbone.errors import ConfigError
 
 REORDER_SECONDS = 0.005  # a reordered packet is held so much longer: some 40 packets of 1500 bytes at 100 Mbit/s
 LARGEST_PACKET = 1 << 16
+LARGEST_COMMAND = 1 << 16
 AT_ONCE = 64  # packets read from one end before due ones are delivered, so that a flood delays nobody
 PRIORITY = 1  # of the real-time scheduler: a wire is punctual however busy the machine is
 
@@ -42,7 +44,7 @@ class Conditions:
         loss: probability that a packet is lost.
         duplicate: probability that it arrives twice.
         reorder: probability that it is held for `REORDER_SECONDS` more, so that later ones overtake it.
-        silences: times during which every packet sent is lost: (start, length) in seconds since the relay started.
+        silences: times during which every packet sent is lost: (start, length) in seconds since the conditions began.
         seed: of the random draws; the n-th packet of a direction always has the same fate.
 
     Raises:
@@ -80,12 +82,16 @@ class PacketSchedule:
     """
 
     def __init__(self, conditions: Conditions, clock: Callable[[], float] = time.monotonic) -> None:
-        self._conditions = conditions
         self._clock = clock
-        self._start = clock()
-        self._draws = tuple(random.Random(f"{conditions.seed}/{end}") for end in (0, 1))  # noqa: S311 - no secret
         self._held: list[tuple[float, int, int, bytes]] = []  # when, order of arrival, end to leave at, packet
         self._numbers = itertools.count()
+        self.change(conditions)
+
+    def change(self, conditions: Conditions) -> None:
+        """Treat packets otherwise from now on; those that are on their way arrive as they would have."""
+        self._conditions = conditions
+        self._start = self._clock()
+        self._draws = tuple(random.Random(f"{conditions.seed}/{end}") for end in (0, 1))  # noqa: S311 - no secret
 
     def add(self, end: int, packet: bytes) -> None:
         """A packet came in at `end` (0 or 1), now."""
@@ -115,20 +121,31 @@ class PacketSchedule:
         return any(start <= now - self._start < start + length for start, length in self._conditions.silences)
 
 
-def relay(ends: tuple[int, int], schedule: PacketSchedule, stop: int) -> None:
-    """Relay packets until `stop` becomes readable or ends.
+def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answers: int) -> None:
+    """Relay packets until `commands` ends.
 
     Args:
         ends: descriptors of which each read and each write is one packet.
         schedule: decides.
-        stop: a descriptor.
+        commands: a descriptor; each line from it is the JSON of new conditions.
+        answers: a descriptor; an empty line goes to it when conditions have begun.
+
+    Raises:
+        ConfigError: the conditions of a command make no sense.
     """
     for end in ends:
         os.set_blocking(end, False)
+    begun = b""
     while True:
-        readable, _, _ = select.select([stop, *ends], [], [], schedule.wait())
-        if stop in readable:
-            return
+        readable, _, _ = select.select([commands, *ends], [], [], schedule.wait())
+        if commands in readable:
+            told = os.read(commands, LARGEST_COMMAND)
+            if not told:
+                return
+            *lines, begun = (begun + told).split(b"\n")
+            for line in lines:
+                schedule.change(Conditions.from_json(json.loads(line)))
+                os.write(answers, b"\n")
         for number, end in enumerate(ends):
             if end in readable:
                 for packet in _packets(end):
@@ -148,7 +165,8 @@ def main(task: dict[str, Any]) -> None:
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
     first, second = task["ends"]
-    relay((first, second), PacketSchedule(Conditions.from_json(task["conditions"])), sys.stdin.fileno())
+    schedule = PacketSchedule(Conditions.from_json(task["conditions"]))
+    relay((first, second), schedule, sys.stdin.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class NetSpace:
 
     Args:
         rate: bits per second in each direction, headers of IP and TCP included; None for no limit.
-        conditions: delay, loss and the like.
+        conditions: delay, loss and the like, until `change` is called.
 
     Raises:
         ConfigError: on entering, where the machine cannot do it; the message says why.
@@ -112,6 +112,7 @@ class NetSpace:
         self._rate = rate
         self._conditions = conditions
         self._namespaces: dict[Side, int] = {}
+        self._relay: subprocess.Popen[bytes] | None = None
         self._stack = contextlib.ExitStack()
 
     @contextlib.contextmanager
@@ -127,6 +128,21 @@ class NetSpace:
         finally:
             _enter(own)
             os.close(own)
+
+    def change(self, conditions: Conditions) -> None:
+        """Let the way treat packets otherwise from now on; returns when it does.
+
+        Raises:
+            IsthmusError: the relay is gone.
+        """
+        relay = self._relay
+        if relay is None or relay.stdin is None or relay.stdout is None:
+            raise IsthmusError("the way's conditions can be changed only inside `with`: there is no relay yet")
+        with contextlib.suppress(BrokenPipeError):
+            relay.stdin.write(json.dumps(dataclasses.asdict(conditions)).encode() + b"\n")
+            relay.stdin.flush()
+        if not relay.stdout.readline():
+            raise IsthmusError("the relay between the namespaces has ended: its own message is above")
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -185,20 +201,25 @@ class NetSpace:
         relay = subprocess.Popen(
             [sys.executable, "-m", "isthmus.experiments.delay_relay", json.dumps(task)],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             pass_fds=devices,
             start_new_session=True,  # Ctrl-C at the terminal ends it when everything else has ended, not before
         )
         stack.callback(_stop_relay, relay)
+        self._relay = relay
 
 
 def _stop_relay(relay: subprocess.Popen[bytes]) -> None:
     if relay.stdin is not None:
-        relay.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died with a command unread
+            relay.stdin.close()
     try:
         code = relay.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         relay.kill()
         code = relay.wait()
+    if relay.stdout is not None:
+        relay.stdout.close()
     if code:
         raise IsthmusError(
             f"the relay between the namespaces ended with exit code {code}: what was measured meanwhile counts for "

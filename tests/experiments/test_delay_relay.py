@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import socket
+import struct
+import termios
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, strategies as st
@@ -137,27 +143,94 @@ def test_conditions_survive_json() -> None:
     assert Conditions.from_json({"rtt_s": 0.05}) == Conditions(0.05)
 
 
-def test_the_loop_carries_packets_both_ways_until_it_is_stopped() -> None:
+def test_conditions_may_change_and_what_is_on_its_way_does_not_notice() -> None:
+    made, clock = schedule(rtt_s=0.5)
+    made.add(EDGE, b"before")
+    made.change(Conditions(loss=1.0))
+    made.add(EDGE, b"lost")
+    made.change(Conditions(rtt_s=0.0))
+    made.add(EDGE, b"overtaking")
+    assert list(made.due()) == [(CLOUD, b"overtaking")]
+    clock.now += 0.25
+    assert list(made.due()) == [(CLOUD, b"before")]
+
+
+def test_a_silence_begins_with_its_conditions_and_ends_by_itself() -> None:
+    made, clock = schedule()
+    clock.now += 100.0
+    made.change(Conditions(silences=((0.0, 30.0),)))
+    for second in (0.0, 29.9, 30.0):
+        clock.now = 1100.0 + second
+        made.add(CLOUD, str(second).encode())
+    assert list(made.due()) == [(EDGE, b"30.0")]
+
+
+def test_new_conditions_draw_anew_by_their_seed() -> None:
+    made, clock = schedule()
+    fates = []
+    for seed in (3, 4, 3):
+        made.change(Conditions(loss=0.5, seed=seed))
+        for number in range(100):
+            made.add(EDGE, b"%d" % number)
+        clock.now += 1.0
+        fates.append([packet for _, packet in made.due()])
+    assert fates[0] == fates[2] != fates[1]
+
+
+@contextlib.contextmanager
+def loop(conditions: Conditions) -> Iterator[tuple[socket.socket, socket.socket, Callable[[bytes], None]]]:
+    """The loop between two sockets, whose outer ends are given, and a function that sends a command and has it done."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
-    read, write = os.pipe()
     (edge, near), (far, cloud) = pairs
-    made = PacketSchedule(Conditions(rtt_s=0.002))
-    thread = threading.Thread(target=relay, args=((near.fileno(), far.fileno()), made, read))
+    for end in (edge, cloud):
+        end.settimeout(20)
+    commands, answers = os.pipe(), os.pipe()
+    made = PacketSchedule(conditions)
+    thread = threading.Thread(target=relay, args=((near.fileno(), far.fileno()), made, commands[0], answers[1]))
     thread.start()
+
+    def command(line: bytes) -> None:
+        os.write(commands[1], line)
+        assert os.read(answers[0], 10) == b"\n"
+
     try:
-        for end in (edge, cloud):
-            end.settimeout(20)
+        yield edge, cloud, command
+        assert thread.is_alive()
+    finally:
+        os.close(commands[1])
+        thread.join(20)
+        for descriptor in (commands[0], *answers):
+            os.close(descriptor)
+        for pair in pairs:
+            for end in pair:
+                end.close()
+    assert not thread.is_alive()
+
+
+def test_the_loop_carries_packets_both_ways_until_it_is_stopped() -> None:
+    with loop(Conditions(rtt_s=0.002)) as (edge, cloud, _):
         for number in range(150):  # more than are read at once
             edge.send(b"up %d" % number)
             cloud.send(b"down %d" % number)
             assert cloud.recv(100) == b"up %d" % number
             assert edge.recv(100) == b"down %d" % number
-        assert thread.is_alive()
-    finally:
-        os.close(write)
-        thread.join(20)
-        os.close(read)
-        for pair in pairs:
-            for end in pair:
-                end.close()
-    assert not thread.is_alive()
+
+
+def test_the_loop_takes_commands_while_it_runs() -> None:
+    with loop(Conditions()) as (edge, cloud, command):
+        edge.send(b"first")
+        assert cloud.recv(100) == b"first"
+        command(b'{"loss": 1.0}\n')
+        edge.send(b"lost")
+        eventually_empty(edge)  # of a packet and a command that it finds at once, the loop takes the command first
+        command(b'{"duplicate": 1.0}\n')
+        edge.send(b"twice")
+        assert [cloud.recv(100), cloud.recv(100)] == [b"twice", b"twice"]
+
+
+def eventually_empty(end: socket.socket) -> None:
+    """Wait until what was sent has been read: a datagram socket takes no answer to tell it."""
+    deadline = time.monotonic() + 20
+    while struct.unpack("i", fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)))[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -100,6 +100,41 @@ def test_bytes_pass_unharmed_both_ways(conditions: Conditions) -> None:
 
 
 @namespaces
+def test_the_way_can_be_changed_while_it_is_used() -> None:
+    with NetSpace(None, Conditions()) as space, space.connection() as (edge, cloud):
+        edge.sendall(b"before")
+        assert _read(cloud, 6) == b"before"
+        space.change(Conditions(silences=((0.0, 0.3),)))
+        edge.sendall(b"during")  # TCP sends it again until it has passed
+        assert _read(cloud, 6) == b"during"
+        space.change(Conditions(0.002, loss=1.0))
+        cloud.settimeout(0.3)
+        edge.sendall(b"lost")
+        with pytest.raises(TimeoutError):
+            cloud.recv(1)
+        space.change(Conditions(0.002))
+        cloud.settimeout(20)
+        assert _read(cloud, 4) == b"lost"
+
+
+@namespaces
+def test_a_way_that_is_gone_cannot_be_changed() -> None:
+    space = _space()
+    with pytest.raises(IsthmusError, match="there is no relay yet"):
+        space.change(Conditions())
+
+    def lose_the_relay() -> None:
+        with space:
+            (relay,) = _relays()
+            os.kill(relay, signal.SIGKILL)
+            with pytest.raises(IsthmusError, match="has ended"):
+                space.change(Conditions())
+
+    with pytest.raises(IsthmusError, match="exit code -9"):
+        lose_the_relay()
+
+
+@namespaces
 def test_each_side_has_its_device_and_its_limit_and_nothing_else() -> None:
     own = Path(HERE).readlink()
     with _space() as space:
