@@ -149,7 +149,11 @@ class LocalCloud:
             process.wait()
 
     def __enter__(self) -> LocalCloud:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C, say, while it starts
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
