@@ -9,9 +9,13 @@ import json
 import logging
 import sys
 import time
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 LOGGER = logging.getLogger("isthmus.cloud")
+
+LOG_BYTES = 64 << 20
+"""Of a log file; the one before is kept beside it. Strangers cause lines too, and must not fill the disk."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -32,7 +36,9 @@ class JsonFormatter(logging.Formatter):
 
 def log_to(path: Path | None) -> None:
     """Send the cloud's log to a file, or to standard error where `path` is None."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr) if path is None else logging.FileHandler(path)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if path is not None:
+        handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(JsonFormatter())
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)

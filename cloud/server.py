@@ -52,6 +52,11 @@ R = TypeVar("R")
 
 HANDSHAKE_SECONDS = 10.0
 MAX_HALF_OPEN = 64
+MAX_STREAMS = 256
+"""Of one connection: a proxy may have many edges on it."""
+IDLE_MS = 60_000
+ANSWER_SECONDS = 600.0
+"""That an edge may take for its answer to a question in the middle of a call, which holds a thread and memory."""
 GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
 
@@ -150,7 +155,7 @@ class StripServer:
         self._compute = Dispatcher(threads, Batching(smallest=smallest) if batching else None)
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
-        self._half_open = 0
+        self._half_open: dict[asyncio.Timeout, None] = {}  # in the order in which the handshakes began
         self._in_flight = 0
         self._in_flight_bytes: Counter[str] = Counter()
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
@@ -175,6 +180,9 @@ class StripServer:
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
             ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.server_handshake_timeout_ms", KEEPALIVE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
         ]
         server = grpc.aio.server(options=options)
         # No serializers: a gRPC message is a frame, and a frame is bytes.
@@ -248,20 +256,11 @@ class StripServer:
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
         """One stream: the handshake, then calls until either side ends it."""
-        if self._half_open >= MAX_HALF_OPEN:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many handshakes at once; try again in a moment"
-            )
-        self._half_open += 1  # before anything is awaited: others come in meanwhile
         limits = Limits(max_message_bytes=self._served.info.limits.max_message_bytes)
         protocol = CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
         stream = SealedStream(protocol, frames, context, self.metrics)
         try:
-            try:
-                await context.send_initial_metadata(())  # tells the edge that the stream is taken
-                session = await self._admit(protocol, stream)
-            finally:
-                self._half_open -= 1
+            session = await self._admit(protocol, stream, context)
             if session is not None:
                 await self._converse(stream, session, limits)
         except (RemoteProtocolError, VersionError) as error:
@@ -275,11 +274,14 @@ class StripServer:
         finally:
             protocol.close()
 
-    async def _admit(self, protocol: CloudSession, stream: SealedStream) -> _Open | None:
-        """Handshake and `Attach`, in limited time; None where the edge is not admitted."""
+    async def _admit(self, protocol: CloudSession, stream: SealedStream, context: Any) -> _Open | None:
+        """Handshake and `Attach`, in limited time and number; None where the edge is not admitted."""
         outcome = "failed"
+        limit = asyncio.timeout(HANDSHAKE_SECONDS)
         try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
+            async with limit:
+                self._make_room(limit)  # before anything is awaited: others come in meanwhile
+                await context.send_initial_metadata(())  # tells the edge that the stream is taken
                 outcome = await stream.handshake()
                 if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
                     return None
@@ -304,9 +306,22 @@ class StripServer:
             outcome = "timed out"
             return None
         finally:
+            self._half_open.pop(limit, None)
             self.metrics.handshakes.labels(outcome).inc()
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
+
+    def _make_room(self, limit: asyncio.Timeout) -> None:
+        """Count a handshake that begins. Where there are too many, the oldest gives way.
+
+        An honest one takes a few round trips, so that who leaves many half open locks nobody out.
+        """
+        if len(self._half_open) >= MAX_HALF_OPEN:
+            oldest = next(iter(self._half_open))
+            del self._half_open[oldest]
+            if not oldest.expired():
+                oldest.reschedule(asyncio.get_running_loop().time())
+        self._half_open[limit] = None
 
     def _enter(self, session: _Open) -> m.Status | None:
         """Fence the link's older session, then count; a status where the tenant has too many sessions."""
@@ -334,7 +349,7 @@ class StripServer:
             if self._draining:
                 session.end("draining")
             while True:
-                received = await stream.receive(session.ended)
+                received = await stream.receive(session.ended, ANSWER_SECONDS if work.calls.paused else None)
                 if received is None and session.ended.is_set():
                     await stream.send(m.Goodbye(session.ending))
                     return

@@ -52,6 +52,11 @@ class SiteCalls:
     _lease: _Lease | None = None
     _paused: dict[int, PausingCall[m.SiteQuestion, m.SiteAnswer, m.Message]] = field(default_factory=dict)
 
+    @property
+    def paused(self) -> bool:
+        """Whether a call waits for the edge. The event loop may ask."""
+        return bool(self._paused)
+
     def bind(self, message: m.Sites) -> m.Status:
         """Remember a list of sites; the oldest goes if there are too many.
 

@@ -12,8 +12,16 @@ from typing import Any
 
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.metrics import Metrics
+from isthmus.protocol.errors import RemoteProtocolError
 from isthmus.protocol.messages import Message
 from isthmus.protocol.session import CloudSession, Established, Received, Refused
+
+STALL_SECONDS = 120.0
+"""That an edge may take for a frame, of about 1 MiB, in the middle of a message or of the answer to it."""
+
+
+class StalledError(RemoteProtocolError):
+    """An edge neither goes on nor ends: what is held for it would be held for ever."""
 
 
 class SealedStream:
@@ -46,18 +54,24 @@ class SealedStream:
             if isinstance(event, Established):
                 return "accepted"
 
-    async def receive(self, unless: asyncio.Event) -> Received | None:
-        """Wait for the next whole message.
+    async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | None:
+        """Wait for the next whole message, `patience` seconds for its beginning (None for as long as it takes).
 
         None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
         no further call, even one that has just arrived. The edge repeats it elsewhere.
+
+        Raises:
+            StalledError: the edge sends nothing.
         """
         stop = asyncio.ensure_future(unless.wait())
         arrival: asyncio.Future[bytes | None] | None = None
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
-                await asyncio.wait({arrival, stop}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({arrival, stop}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    raise StalledError(f"nothing came for {patience:.0f} s where something was due")
+                patience = STALL_SECONDS  # for the rest of the message
                 frame = arrival.result() if arrival.done() else None
                 if frame is None or unless.is_set():
                     return None
@@ -100,4 +114,8 @@ class SealedStream:
     async def _write(self, frames: Sequence[bytes]) -> None:
         for frame in frames:
             self._metrics.bytes.labels("out").inc(len(frame))
-            await self._context.write(frame)
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    await self._context.write(frame)
+            except TimeoutError:
+                raise StalledError(f"a frame was not taken within {STALL_SECONDS:.0f} s") from None

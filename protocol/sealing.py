@@ -273,9 +273,11 @@ class Opener:
         """Overwrite the secrets and an unfinished message. Every later call raises LocalProtocolError."""
         self._dead = True
         self._keys.wipe()
-        if self._message is not None:
-            wipe(self._message.header, self._message.body)
-            self._message = None
+        message, self._message = self._message, None
+        if message is not None:
+            # Of a body that never came whole, what never came is not written to: that would make it take memory.
+            with memoryview(message.body) as body:
+                wipe(message.header, body[: message.chunk * self._limits.chunk_bytes])
 
     def open(self, frame: Buffer) -> Opened | None:
         """Open the next frame.

@@ -8,6 +8,7 @@ import datetime
 import io
 import ipaddress
 import json
+import queue
 import socket
 import threading
 import time
@@ -31,7 +32,7 @@ from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.site_spec import SiteSpec
-from isthmus.cloud import logs, pausing, server as server_module
+from isthmus.cloud import logs, pausing, server as server_module, stream as stream_module
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.stream import SealedStream
@@ -92,10 +93,10 @@ def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:
     return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
         time.sleep(0.01)
 
 
@@ -299,51 +300,115 @@ def test_a_handshake_that_stalls_is_ended(cloud: Served, home: Home, monkeypatch
         late.receive(5)  # the server's hello; the edge never answers it
         with pytest.raises(ConnectionLostError, match="closed the stream"):
             late.receive(10)
-        assert server.server._half_open == 0
+        assert not server.server._half_open
         stalled.close()
         late.close()
 
 
-def test_half_open_handshakes_are_limited(cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
+    monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 600.0)
     with ThreadServer(cloud, home) as server:
-        waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(2)]
-        eventually(lambda: server.server._half_open == 2)
-        third = GrpcTransport(f"127.0.0.1:{server.port}").open()
-        with pytest.raises(ConnectionLostError, match="too many handshakes"):
-            third.receive(5)
-        for stream in (*waiting, third):
-            stream.close()
-        eventually(lambda: server.server._half_open == 0)
-        with server.link() as link:
+        waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(4)]
+        for stream in waiting[:2]:
+            with pytest.raises(ConnectionLostError, match="closed the stream"):
+                stream.receive(20)
+        assert len(server.server._half_open) == 2
+        with server.link() as link:  # whoever leaves handshakes half open keeps nobody out
             link.open(5)
+            assert link.traffic.retries == 0
+        for stream in waiting:
+            stream.close()
+        eventually(lambda: not server.server._half_open)
 
 
 def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
     cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
-    refused: list[object] = []
+    counts: list[int] = []
 
     class Context:
         async def send_initial_metadata(self, _: object) -> None:
+            counts.append(len(plane._half_open))
             await asyncio.sleep(0.01)
-
-        async def abort(self, code: object, _text: str) -> None:
-            refused.append(code)
-            raise grpc.aio.AbortError
+            counts.append(len(plane._half_open))
 
     async def frames() -> AsyncIterator[bytes]:
         return
         yield b""  # makes it a generator
 
     async def come() -> None:
-        plane = StripServer(cloud, load_worker(home.folder), EdgesFile(home.folder), 1)
-        await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)), return_exceptions=True)
-        assert plane._half_open == 0
+        await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)))
 
+    plane = StripServer(cloud, load_worker(home.folder), EdgesFile(home.folder), 1)
     asyncio.run(come())
-    assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
+    assert counts[:5] == [1, 2, 2, 2, 2]
+    assert len(counts) == 5 + 2  # three were ended in the middle
+    assert not plane._half_open
+
+
+def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(
+    server: ThreadServer, cloud: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "STALL_SECONDS", 0.2)
+    slow = channel(server)
+    payload = encode(torch.zeros(4, 4096, HIDDEN), "fp32", Role.ACTIVATION)  # two chunks
+    frames = list(slow._session.send(m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))))
+    slow._stream.send(frames[0])
+    with pytest.raises(ConnectionLostError, match="rules were broken"):
+        slow._stream.receive(20)
+    eventually(lambda: server.server.status()["sessions"] == {})
+    slow.abandon()
+
+
+def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go(
+    server: ThreadServer, cloud: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "STALL_SECONDS", 0.5)
+    with raw(server) as plain:
+        asked = hasty(plain, server.home, 64)  # of 512 KiB each, and nobody reads the answers
+        with server.link() as witness:
+            witness.open(5)
+            expected = witness.forward_span(hidden(), None, None, keep=False)[0]
+            eventually(lambda: server.server.status()["sessions"] == {"alice": 1}, 30)
+            assert torch.equal(witness.forward_span(hidden(), None, None, keep=False)[0], expected)
+            assert witness.traffic.sessions == 1
+        eventually(lambda: server.server.status()["in_flight"] == 0)
+        eventually(lambda: cloud.executor.used_bytes == 0)
+        asked.cancel()
+
+
+def hasty(plain: grpc.Channel, home: Home, calls: int) -> Any:
+    """Attach to a cloud, send calls, and read no answer."""
+    outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    stream = plain.stream_stream(METHOD)(iter(outgoing.get, b""))
+    edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+    outgoing.put(edge.start())
+    outgoing.put(edge.receive(next(stream)).frames[0])
+    edge.receive(next(stream))
+    payload = encode(torch.zeros(1, 4096, HIDDEN), "fp32", Role.ACTIVATION)
+    forwards = (m.Forward(m.CallId(1, n), False, payload, None, None, codec_id("fp32")) for n in range(calls))
+    for message in (m.Attach(b"h" * 16), *forwards):
+        for frame in edge.send(message):
+            outgoing.put(frame)
+    return stream
+
+
+def test_an_edge_that_does_not_answer_a_question_is_ended(
+    one_call: ThreadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.2)
+    silent, other = channel(one_call), channel(one_call, b"m" * 16)
+    assert isinstance(begin(silent), m.SiteQuestion)
+    with pytest.raises(ConnectionLostError, match="rules were broken"):
+        silent._stream.receive(20)
+    eventually(lambda: one_call.server.status()["sessions"] == {"alice": 1})
+    eventually(lambda: isinstance(begin(other), m.SiteQuestion))  # its thread is free again
+    silent.abandon()
+    other.abandon()
 
 
 @pytest.mark.parametrize("frame", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n", bytes(75), b"\xff" * 4096])
