@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.experiments.chaos_command import chaos
 from isthmus.experiments.codec_bench_command import codecs
 from isthmus.experiments.link_bench_command import link
 from isthmus.experiments.placements_command import placements
@@ -20,6 +21,7 @@ bench.command()(placements)
 bench.command()(codecs)
 bench.command()(quantize)
 bench.command()(tenants)
+bench.command()(chaos)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]

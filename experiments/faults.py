@@ -83,7 +83,7 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
     unknown = sorted(set(settings.phases) - set(PHASES))
     if unknown or not settings.phases:
         raise ConfigError(f"unknown phases {', '.join(unknown) or '(none given)'}: choose of {', '.join(PHASES)}")
-    _write_texts(folder / "tickets.jsonl", 4 * settings.steps)
+    write_texts(folder / "tickets.jsonl", 4 * settings.steps)
     started = time.monotonic()
     with _Clouds(settings, folder) as clouds:
         task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
@@ -284,7 +284,7 @@ class _DisturbedRun:
         self._relay.wait_passed("up", self._asked[0] + size, PASSED_SECONDS)
 
 
-def _write_texts(path: Path, count: int) -> None:
+def write_texts(path: Path, count: int) -> None:
     """Tickets as plain text: every token has a label, so that even the shortest `seq` leaves something to learn."""
     texts = (ticket.prompt + ticket.completion for ticket in make_tickets(count))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,0 +1,149 @@
+"""What a run of `isthmus bench chaos` has seen, and what is printed of it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.errors import IsthmusError
+from isthmus.experiments.chaos_plan import percentile_95, pooled_slope, warmed_up
+from isthmus.experiments.chaos_tenant import Tenant
+
+SAMPLE_SECONDS = 0.5
+SOAK_WINDOW = 0.1  # share of the time, after the warm-up and at the end, over which resident size is a median
+
+Life = Sequence[tuple[float, float]]
+"""Of a process: (second, resident bytes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fallen:
+    """A fault that fell.
+
+    Attributes:
+        kind: Of `isthmus.experiments.chaos_plan.KINDS`.
+        at_s: Seconds since the first could fall.
+        hit: Tenants that were at a step.
+        recovery_s: Seconds until the last of them went on; None where it was to hit nobody, or there was none.
+    """
+
+    kind: str
+    at_s: float
+    hit: int
+    recovery_s: float | None
+
+
+class WorkerMemory:
+    """Looks at the worker's resident size now and then, from a thread of its own; a context manager.
+
+    Args:
+        pid: finds the worker's process.
+    """
+
+    def __init__(self, pid: Callable[[], int | None]) -> None:
+        self.lives: dict[int, list[tuple[float, float]]] = {}  # (seconds, bytes) by process
+        self._pid = pid
+        self._begun = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
+
+    def mark(self) -> None:
+        """What was seen until now belongs to the trainings that nobody disturbs."""
+        self._begun = time.monotonic()
+
+    def since_mark(self) -> list[list[tuple[float, float]]]:
+        """The points of each life since then."""
+        lives = ([point for point in life if point[0] >= self._begun] for life in self.lives.values())
+        return [life for life in lives if life]
+
+    def __enter__(self) -> WorkerMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        pid: int | None = None
+        while not self._ended.wait(SAMPLE_SECONDS):
+            size = None if pid is None else _resident_bytes(pid)
+            if pid is None or size is None:
+                pid = self._pid()
+                continue
+            self.lives.setdefault(pid, []).append((time.monotonic(), float(size)))
+
+
+def _resident_bytes(pid: int) -> int | None:
+    """A process's resident size; None where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") or None
+    except (OSError, IndexError):
+        return None
+
+
+def figures(
+    faults: Sequence[Fallen], tenants: Sequence[Tenant], memory: WorkerMemory, warm_up_s: float, *, soak: bool
+) -> dict[str, Any]:
+    """What is printed.
+
+    `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
+    tenants that were at a step has finished one for which the cloud has answered since. `rss_slope_bytes_per_s` is one
+    slope, by least squares, of the worker's resident size over time, with an intercept for each life of its process, as
+    a kill starts a new one; the first `warm_up_s` of each life do not count. None where no life was longer.
+    """
+    rounds = [one for tenant in tenants for one in tenant.rounds]
+    recovered = [fault.recovery_s for fault in faults if fault.recovery_s is not None]
+    by_kind: dict[str, list[float]] = {}
+    for fault in faults:
+        if fault.recovery_s is not None:
+            by_kind.setdefault(fault.kind, []).append(fault.recovery_s)
+    lives = memory.since_mark()
+    counted = [warmed_up(life, warm_up_s) for life in lives]
+    slope = pooled_slope(counted)
+    found = {
+        "faults": len(faults),
+        "faults_by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),
+        "trainings": len(rounds),
+        "steps_finished": sum(len(tenant.finished) for tenant in tenants),
+        "steps_lost": sum(one["steps_lost"] for one in rounds),
+        "steps_doubled": sum(one["steps_doubled"] for one in rounds),
+        "adapters_identical": bool(rounds) and all(one["adapter_identical"] for one in rounds),
+        "losses_identical": bool(rounds) and all(one["losses_identical"] for one in rounds),
+        "retries": sum(tenant.retries for tenant in tenants),
+        "recovery_p95_s": percentile_95(recovered),
+        "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in sorted(by_kind.items())},
+        "rss_slope_bytes_per_s": None if slope is None else round(slope),
+        "rss_lives": len(lives),
+        "rss_seconds": round(sum(life[-1][0] - life[0][0] for life in counted if life), 1),
+        "rss_most_bytes": round(max((size for life in lives for _, size in life), default=0)),
+    }
+    return {**found, **soaked(counted)} if soak else found
+
+
+def soaked(lives: Sequence[Life]) -> dict[str, Any]:
+    """Resident size after the warm-up and at the end, each a median over `SOAK_WINDOW` of the time.
+
+    Args:
+        lives: what was seen of each, without the warm-up.
+
+    Raises:
+        IsthmusError: the worker did not live through it, or not for longer than the warm-up.
+    """
+    if len(lives) != 1 or not lives[0]:
+        raise IsthmusError(
+            f"a soak is one life of the worker, longer than its warm-up, and not {len(lives)} lives of "
+            f"{[len(life) for life in lives]} points: give more --seconds, and look into worker.log if it died"
+        )
+    (life,) = lives
+    window = SOAK_WINDOW * (life[-1][0] - life[0][0])
+    before = statistics.median(size for moment, size in life if moment <= life[0][0] + window)
+    after = statistics.median(size for moment, size in life if moment >= life[-1][0] - window)
+    return {"rss_after_warm_up_bytes": round(before), "rss_end_bytes": round(after), "rss_growth": after / before}

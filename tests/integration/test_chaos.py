@@ -1,0 +1,82 @@
+"""The benchmark of chaos: real processes, a few faults, and nothing that stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.commands import Shell, ended, wait_for
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.experiments import chaos_bench
+from isthmus.experiments.chaos_bench import ChaosSettings, run_chaos
+from isthmus.experiments.harness import _of_session
+
+KINDS = ("worker_killed_queued", "connection_cut", "garbage")
+
+
+@pytest.mark.server
+def test_what_breaks_changes_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = ChaosSettings(
+        str(model), tenants=1, seconds=2.0, steps=150, kinds=KINDS, bad_s=0.5, stash_bytes=1 << 23, warm_up_s=0.0
+    )
+    figures = run_chaos(settings, folder)
+    assert figures["faults"] == sum(figures["faults_by_kind"].values()) == len(_lines(folder / "faults.jsonl"))
+    assert figures["faults"] >= 1
+    assert (figures["steps_lost"], figures["steps_doubled"]) == (0, 0)
+    assert figures["adapters_identical"]
+    assert figures["losses_identical"]
+    assert figures["trainings"] >= 1
+    assert figures["steps_finished"] >= 2 * 150  # in peace and disturbed
+    assert figures["rss_most_bytes"] > 1 << 24
+    assert (figures["network"], figures["seed"]) == ("not broken", 0)
+
+
+@pytest.mark.server
+def test_it_ends_when_it_is_told_to_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    process = Shell(tmp_path).start(
+        "bench", "chaos", "--model", model, "--tenants", 1, "--keep", tmp_path / "run", "--soak"
+    )
+    wait_for(lambda: bool(_serving(tmp_path)), process)
+    (cloud,) = _serving(tmp_path)
+    done = ended(process, signal.SIGTERM)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("isthmus: ")
+    deadline = time.monotonic() + 60
+    while alive := _of_session(cloud):
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+def test_what_cannot_be_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos_bench, "missing", lambda: "network namespaces need root: run as root")
+    with pytest.raises(ConfigError, match=r"can be made here: network namespaces need root"):
+        run_chaos(ChaosSettings("unused", kinds=("silence", "packets_lost")), tmp_path)
+    with pytest.raises(ConfigError, match="no fault 'meteor'"):
+        run_chaos(ChaosSettings("unused", kinds=("meteor",)), tmp_path)
+
+
+def _lines(path: Path) -> list[object]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _serving(folder: Path) -> list[int]:
+    """Processes of clouds whose files are in a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it is gone, or no process
+            line = (entry / "cmdline").read_bytes().decode(errors="replace")
+            if "\0serve\0" in line and f"{folder}/run" in line:
+                found.append(int(entry.name))
+    return found
