@@ -38,8 +38,7 @@ from isthmus.experiments.net_space import ADDRESSES, NetSpace, Side, missing
 from isthmus.experiments.relay import Relay
 from isthmus.protocol.enrolment import ConnectionString, Quota
 
-RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover
-REACHED_SECONDS = 120.0  # an armed point is reached within this time
+RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover, nor a worker that does not answer
 STALL_SECONDS = 3.0
 LOOK_SECONDS = 0.02
 AS_URGENT = {"RAY_worker_niceness": "0"}
@@ -124,7 +123,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         chaos.finish()
     return {
         **figures(chaos.faults, chaos.tenants, chaos.memory, settings.warm_up_s, soak=settings.soak),
-        "network": "not broken" if space is None and reason is None else reason or "network namespaces",
+        "network": "network namespaces" if space is not None else reason or "not broken",
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
     }
@@ -204,6 +203,7 @@ class _Chaos:
         for tenant in self.tenants:
             tenant.last_round()
         self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds", None)
+        self._look_after_tenants()
 
     def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
         """Wait for something, and look after the tenants meanwhile.
@@ -213,12 +213,16 @@ class _Chaos:
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while not happened():
-            for tenant in self.tenants:
-                if tenant.error is not None:
-                    raise tenant.error
+            self._look_after_tenants()
             if deadline is not None and time.monotonic() > deadline:
                 raise IsthmusError(f"{what} did not come within {seconds:.0f} s: look into the logs (--keep)")
             time.sleep(LOOK_SECONDS)
+
+    def _look_after_tenants(self) -> None:
+        """Raise what has ended one, if something has."""
+        for tenant in self.tenants:
+            if tenant.error is not None:
+                raise tenant.error
 
     def _go(self) -> None:
         self.memory.mark()
@@ -253,12 +257,7 @@ class _Chaos:
             case "worker_stalled":
                 return self._at(fall.point, f"wait {STALL_SECONDS}")
             case "worker_killed":
-                pid = self._pid()
-                if pid is None:
-                    return fell, []  # it is dead already, of the fault before
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                fell = time.monotonic()
+                fell = self._kill_worker()
             case "cloud_killed":
                 self._cloud.kill()
                 fell = time.monotonic()
@@ -282,6 +281,16 @@ class _Chaos:
                 self._hostile.do(deed, self._settings.bad_s)
         return fell, hit
 
+    def _kill_worker(self) -> float:
+        """SIGKILL to the worker's process, once there is one; returns when it died."""
+        while True:
+            self.wait_for(lambda: self._pid() is not None, "a worker", RECOVERY_SECONDS)
+            pid = self._pid()
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return time.monotonic()
+
     def _from(self, number: int) -> list[int]:
         """The tenants' numbers, from one on."""
         return [*range(number, len(self.tenants)), *range(number)]
@@ -289,7 +298,7 @@ class _Chaos:
     def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:
         """Arm a point, and wait until a worker has got there."""
         arm(self._points, point, instruction)
-        self.wait_for(lambda: not is_armed(self._points, point), f"a worker at {point}", REACHED_SECONDS)
+        self.wait_for(lambda: not is_armed(self._points, point), f"a worker at {point}", RECOVERY_SECONDS)
         return time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
 
     def _way(self, conditions: Conditions) -> None:
