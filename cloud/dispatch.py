@@ -34,12 +34,12 @@ class Shared(Generic[I, R]):
     Attributes:
         kind: What it may be done together with.
         item: What it is about.
-        together: Does it for several items; returns as many results, in the same order.
+        together: Does it for several items; returns as many results, in the same order, an error where one raises.
     """
 
     kind: Kind
     item: I
-    together: Callable[[Sequence[I]], Sequence[R]]
+    together: Callable[[Sequence[I]], Sequence[R | Exception]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,10 @@ def _do(batch: Sequence[_Work[Any]]) -> None:
             work.future.set_exception(error)
     else:
         for work, result in zip(wanted, results, strict=True):
-            work.future.set_result(result)
+            if isinstance(result, Exception):
+                work.future.set_exception(result)
+            else:
+                work.future.set_result(result)
 
 
 class Dispatcher:

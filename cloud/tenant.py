@@ -237,15 +237,15 @@ def kind_of(message: m.Message) -> Kind | None:
 Asked = tuple[TenantSession, m.Forward | m.Backward]
 
 
-def handle_together(asked: Sequence[Asked]) -> list[m.Message]:
-    """What `TenantSession.handle` answers to each of several messages of one kind, computed in one pass."""
-    answers: dict[int, m.Message] = {}
+def handle_together(asked: Sequence[Asked]) -> list[m.Message | Exception]:
+    """What `TenantSession.handle` answers to each of several messages of one kind, or raises, computed in one pass."""
+    answers: dict[int, m.Message | Exception] = {}
     begun: dict[int, Begun] = {}
     for at, (session, message) in enumerate(asked):
         try:
             begun[at] = session.begin(message)
-        except Exception as error:  # noqa: BLE001  # `refusal` raises what is none
-            answers[at] = session.refusal(message, error)
+        except Exception as error:  # noqa: BLE001  # it is this session's, and no other's
+            answers[at] = _refused(session, message, error)
     start = time.perf_counter_ns()
     results = _computed(asked, list(begun.values()))
     spent = time.perf_counter_ns() - start
@@ -257,8 +257,15 @@ def handle_together(asked: Sequence[Asked]) -> list[m.Message]:
                 raise result
             answers[at] = each.reply(result, spent * each.positions // positions)
         except Exception as error:  # noqa: BLE001  # as above
-            answers[at] = session.refusal(message, error)
+            answers[at] = _refused(session, message, error)
     return [answers[at] for at in range(len(asked))]
+
+
+def _refused(session: TenantSession, message: m.Message, error: Exception) -> m.Message | Exception:
+    try:
+        return session.refusal(message, error)
+    except Exception as unknown:  # noqa: BLE001  # raised again where the session waits
+        return unknown
 
 
 def _computed(asked: Sequence[Asked], begun: Sequence[Begun]) -> Sequence[Forwarded | Gradients | Exception]:
@@ -269,5 +276,5 @@ def _computed(asked: Sequence[Asked], begun: Sequence[Begun]) -> Sequence[Forwar
             inputs = {each.key: each.call for each in begun if isinstance(each.call, SpanInput)}
             return session.executor.forward_together(inputs, keep=message.keep) if inputs else []
         return session.executor.backward_together([each.call for each in begun if isinstance(each.call, BackwardCall)])
-    except Exception as error:  # noqa: BLE001  # handed to `refusal` for each
+    except Exception as error:  # noqa: BLE001  # as above, for each of them
         return [error] * len(begun)

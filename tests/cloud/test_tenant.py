@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from support.wire import TENANT
 from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.server import Served
 from isthmus.cloud.shelf import FileShelf
-from isthmus.cloud.tenant import TenantSession
+from isthmus.cloud.tenant import TenantSession, handle_together, kind_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, decode, encode, encode_mask, encode_positions
 from isthmus.protocol.errors import MessageError
@@ -61,7 +63,7 @@ def backward(shape: tuple[int, ...], *, call: int = 1, replay: m.SpanInputs | No
     return m.Backward(m.CallId(1, call, 3), encode(hidden(*shape), "fp32", Role.GRADIENT), replay, FP32)
 
 
-def refusal(answer: m.Message | None, code: m.StatusCode = m.StatusCode.BAD_REQUEST) -> str:
+def refusal(answer: m.Message | Exception | None, code: m.StatusCode = m.StatusCode.BAD_REQUEST) -> str:
     assert isinstance(answer, m.Status)
     assert answer.code == code
     return answer.message
@@ -251,3 +253,74 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "sub").mkdir()
     assert [entry.name for entry in FileShelf(folder, m.Shelf.PARTS).listing().entries] == ["config.json"]
+
+
+# Several sessions in one pass -----------------------------------------------------------------------------------------
+
+
+def test_messages_that_are_handled_together_are_answered_as_alone(cloud: Served) -> None:
+    cloud.executor.evict_all()
+    sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(4)]
+    good = span_inputs(mask=(2, 6))
+    asked = [
+        (sessions[0], forward(span_inputs())),
+        (sessions[1], forward(span_inputs((2, 6, HIDDEN + 1)))),
+        (sessions[2], forward(good, codec=codec_id("int8"))),
+        (sessions[3], forward(span_inputs((9, 8, HIDDEN)))),
+    ]
+    answers = handle_together(asked)
+    assert [answer.id for answer in answers if isinstance(answer, m.ForwardReply)] == [m.CallId(1, 1)] * 2
+    assert "do not fit" in refusal(answers[1])
+    assert "at most 64" in refusal(answers[3])
+    for at in (0, 2):
+        alone = cloud.session(b"x" * 16, TENANT, THREADS).handle(asked[at][1])
+        assert isinstance(alone, m.ForwardReply)
+        assert isinstance(answers[at], m.ForwardReply)
+        assert torch.equal(decode(answers[at].hidden), decode(alone.hidden))
+    backs = handle_together(
+        [
+            (sessions[0], backward((2, 6, HIDDEN))),
+            (sessions[1], backward((2, 6, HIDDEN))),
+            (sessions[2], backward((2, 5, HIDDEN))),
+        ]
+    )
+    assert isinstance(backs[0], m.BackwardReply)
+    assert "evicted" in refusal(backs[1], m.StatusCode.STASH_LOST)
+    assert "does not fit" in refusal(backs[2])
+    again = handle_together(
+        [(sessions[1], backward((2, 6, HIDDEN), replay=span_inputs())), (sessions[2], backward((2, 6, HIDDEN)))]
+    )
+    assert [answer.recomputed for answer in again if isinstance(answer, m.BackwardReply)] == [True, False]
+
+
+def test_a_failure_of_one_message_is_no_other_sessions(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud.executor.evict_all()
+    sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(3)]
+    original = TenantSession._forward_reply
+
+    def failing(self: TenantSession, *args: Any) -> m.ForwardReply:
+        if self is sessions[1]:
+            raise ZeroDivisionError
+        return original(self, *args)
+
+    monkeypatch.setattr(TenantSession, "_forward_reply", failing)
+    answers = handle_together([(session, forward(span_inputs())) for session in sessions])
+    assert [type(answer) for answer in answers] == [m.ForwardReply, ZeroDivisionError, m.ForwardReply]
+    monkeypatch.undo()
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory: 1.2345")
+
+    monkeypatch.setattr(type(cloud.executor), "forward_together", exhausted)
+    for answer in handle_together([(session, forward(span_inputs())) for session in sessions]):
+        assert "1.2345" not in refusal(answer, m.StatusCode.INTERNAL)  # its text could quote values
+
+
+def test_what_may_share_a_pass() -> None:
+    kept, passing = forward(span_inputs()), forward(span_inputs(), keep=False)
+    kinds = [kind_of(message) for message in (kept, passing, backward((2, 6, HIDDEN)))]
+    assert None not in kinds
+    assert len(set(kinds)) == 3
+    assert kind_of(dataclasses.replace(kept, sites=1)) is None
+    assert kind_of(dataclasses.replace(kept, wanted=False)) is None
+    assert kind_of(m.Ping(1)) is None
