@@ -12,6 +12,7 @@ from isthmus.experiments.chaos_command import chaos
 from isthmus.experiments.codec_bench_command import codecs
 from isthmus.experiments.link_bench_command import link
 from isthmus.experiments.placements_command import placements
+from isthmus.experiments.qos_command import qos
 from isthmus.experiments.quantize_bench_command import quantize
 from isthmus.experiments.tenants_command import tenants
 
@@ -21,6 +22,7 @@ bench.command()(placements)
 bench.command()(codecs)
 bench.command()(quantize)
 bench.command()(tenants)
+bench.command()(qos)
 bench.command()(chaos)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
