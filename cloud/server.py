@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
 from isthmus.cloud.dispatch import Dispatcher
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
@@ -52,6 +53,8 @@ HANDSHAKE_SECONDS = 10.0
 MAX_HALF_OPEN = 64
 GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
+NEWS_SECONDS = 2.0
+"""For the next word of the other workers, whose sessions count against a tenant's quota."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ class _Open:
     tenant: Tenant
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
+    opened: float = field(default_factory=time.time)
     ending: str = "connection lost"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -112,6 +116,11 @@ class _Open:
         """Of the compute thread's time."""
         quota = self.tenant.quota
         return Share(quota.weight, quota.max_tokens_per_second)
+
+    @property
+    def seat(self) -> Seat:
+        """What other workers are told of it."""
+        return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
     def end(self, why: str) -> None:
         """Ask the session to end after the call in flight."""
@@ -144,6 +153,10 @@ class StripServer:
         self._in_flight_bytes: Counter[str] = Counter()
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
         self._draining = False
+        self._address = ""  # what edges are told; empty for a worker that has no peers
+        self._peers: tuple[Peer, ...] = ()
+        self._sent: Counter[str] = Counter()  # edges that were sent to a peer since it was heard of
+        self._news = asyncio.Event()  # replaced at every word of the peers
         self._never = asyncio.Event()
         self._idle = asyncio.Event()  # no call is in flight
         self._idle.set()
@@ -189,6 +202,31 @@ class StripServer:
         log("serving", listen=listen, port=port, model=self._served.info.model, plan=self._served.info.plan)
         return int(port)
 
+    def hear(self, address: str, peers: Sequence[Peer]) -> None:
+        """Take word of the cloud's other workers. For the server's event loop alone.
+
+        Args:
+            address: where edges find this worker.
+            peers: the others.
+        """
+        self._address, self._peers = address, tuple(peers)
+        self._sent.clear()
+        for session in self._open.values():
+            if newer_elsewhere(session.seat, peers):
+                session.end("fenced")
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def shed(self, count: int) -> None:
+        """End the newest sessions: their edges go on at workers with fewer. For the server's event loop alone."""
+        settled = [session for session in self._open.values() if not session.ended.is_set()]
+        for session in settled[len(settled) - count :]:
+            session.end("another worker has fewer sessions")
+
+    def seats(self) -> tuple[Seat, ...]:
+        """The sessions that are open. May be called from any thread."""
+        return tuple(session.seat for session in self._open.copy().values() if not session.ended.is_set())
+
     async def drain(self, grace: float) -> bool:
         """Stop admitting sessions, answer the calls in flight, say goodbye.
 
@@ -217,6 +255,7 @@ class StripServer:
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows. May be called from any thread."""
         info, executor = self._served.info, self._served.executor
+        waiting = self._compute.waiting()
         return {
             "state": "draining" if self._draining else "serving",
             "model": info.model,
@@ -226,7 +265,8 @@ class StripServer:
             "uptime_s": time.time() - self._started,
             "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,
-            "waiting": dict(self._compute.waiting()),
+            "waiting": dict(waiting),
+            "queue_depth": sum(waiting.values()),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -279,12 +319,19 @@ class StripServer:
                     raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
                 opened = bytes.fromhex(protocol.info.session_id)
                 session = _Open(opened, protocol.tenant, attach.message.link, attach.message.interactive)
-                refusal = self._enter(session)
+                known = (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
+                elsewhere = None if attach.message.settled else self._better_place(session)
+                if elsewhere is not None:
+                    outcome = "sent elsewhere"
+                    await stream.send(m.Workers(known, elsewhere))
+                    return None
+                refusal = await self._enter(session)
                 if refusal is not None:
                     outcome = "refused"
                     await stream.send(refusal)
                     return None
-                await stream.send(m.Status(m.StatusCode.OK, None, "attached"))
+                attached = m.Workers(known) if self._peers else m.Status(m.StatusCode.OK, None, "attached")
+                await stream.send(attached)
                 return session
         except TimeoutError:
             outcome = "timed out"
@@ -294,20 +341,35 @@ class StripServer:
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
 
-    def _enter(self, session: _Open) -> m.Status | None:
+    def _better_place(self, session: _Open) -> str | None:
+        """The address of a worker with fewer sessions than this one has without the newcomer."""
+        own = sum(seat.link != session.link.hex() for seat in self.seats())
+        address = better_place(own, self._peers, self._sent)
+        if address is not None:
+            self._sent[address] += 1
+        return address
+
+    async def _enter(self, session: _Open) -> m.Status | None:
         """Fence the link's older session, then count; a status where the tenant has too many sessions."""
-        mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
-        for other in mine:
-            if other.link == session.link:
-                other.end("fenced")
-        count = sum(other.ending != "fenced" for other in mine)
-        allowed = session.tenant.quota.max_sessions
-        if count >= allowed:
-            return m.Status.saying(
-                m.StatusCode.OVER_QUOTA,
-                None,
-                f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
-            )
+        seat, allowed = session.seat, session.tenant.quota.max_sessions
+        for tries_left in (2, 1, 0):
+            mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
+            for other in mine:
+                if other.link == session.link:
+                    other.end("fenced")
+            here = sum(other.ending != "fenced" for other in mine)
+            count = here + seats_elsewhere(seat.tenant, seat.link, self._peers)
+            if count < allowed:
+                break
+            if here >= allowed or not tries_left:
+                return m.Status.saying(
+                    m.StatusCode.OVER_QUOTA,
+                    None,
+                    f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
+                )
+            # What a peer has said is not the last word: a session may have ended there since.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), NEWS_SECONDS)
         self._open[session.id] = session
         self._empty.clear()
         self.metrics.sessions.set(len(self._open))

@@ -15,7 +15,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
@@ -26,9 +25,9 @@ from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import DTYPES, load_span
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.directory import Peer, Report, Word
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
-from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.shelf import FileShelf
 from isthmus.emulator.package import open_package
@@ -54,7 +53,6 @@ class WorkerSpec:
     parts: str  # folder with the edge's parts
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    metrics: str  # host:port, or "" for none
     stash_bytes: int
     max_tokens: int
     threads: int
@@ -66,6 +64,8 @@ class WorkerSpec:
     sites: bool = True
     quantize: str = NONE
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
+    number: int = 0  # of the worker, from 0 on
+    address: str = ""  # host:port that edges are told
 
     @property
     def span_dtype(self) -> str:
@@ -90,17 +90,15 @@ class Worker:
                 os._exit(1)  # Ray tries again
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
+        self._spec, self._restarts = spec, 0
         log_to(Path(spec.log_file) if spec.log_file else None)
-        self._server = StripServer(
-            served_by(spec), load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads
-        )
+        served = served_by(spec)
+        self._span = str(served.executor.host.span.layer_span)
+        self._server = StripServer(served, load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
         self._port = self._listen(spec.listen, tls, rebinds)
-        if spec.metrics:
-            host, _, port = spec.metrics.rpartition(":")
-            serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
 
     def _listen(self, listen: str, tls: ServerTls | None, rebinds: int) -> int:
         """Bind; a restarted worker tries again, as the process before it may hold the port for a moment more."""
@@ -123,10 +121,31 @@ class Worker:
             raise self._failure
         return self._port
 
-    def status(self) -> dict[str, Any]:
-        """The server's status, with the process's id and memory."""
+    def exchange(self, word: Word) -> Report:
+        """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
+        self.port()
+        self._restarts = word.restarts
+        self._loop.call_soon_threadsafe(self._server.hear, self._spec.address, word.peers)
+        if word.shed:
+            self._loop.call_soon_threadsafe(self._server.shed, word.shed)
+        status = self._server.status()
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        return {**self._server.status(), "pid": os.getpid(), "peak_bytes": usage.ru_maxrss * 1024}
+        own = {
+            "worker": self._spec.number,
+            "address": self._spec.address,
+            "span": self._span,
+            **status,
+            "positions": self._server.metrics.positions(),
+            "restarts": self._restarts,
+            "pid": os.getpid(),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        return Report(own, Peer(self._spec.address, str(status["state"]), self._server.seats()))
+
+    def metrics(self) -> bytes:
+        """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""
+        self.port()
+        return self._server.metrics.text()
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight and stop listening."""

@@ -73,9 +73,12 @@ def connect(
     """
     where = ConnectionString.parse(address)
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
-    transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
+
+    def reach(address: str) -> GrpcTransport:
+        return GrpcTransport(address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
+
     link = Link(
-        transport,
+        reach(where.address),
         where.pin,
         private,
         name=where.address,
@@ -83,6 +86,7 @@ def connect(
         give_up_after=give_up_after,
         call_timeout=call_timeout,
         interactive=interactive,
+        reach=reach,
     )
     link.open(connect_timeout)
     return link

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +18,15 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import serve as serve_module, worker as worker_module
-from isthmus.cloud.serve import Serving, _claim, _prepare_parts, _wait
+from isthmus.cloud.cluster import Serving
+from isthmus.cloud.serve import Ports, _bounds, _prepare_parts, _wait
 from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import load_worker
 
-SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", "", 1, 1, 1, "")
+SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", 1, 1, 1, "")
 
 
 class ActorError(Exception):
@@ -49,7 +51,8 @@ def dead_serving() -> Serving:
     )
     serving._ray = SimpleNamespace(get=get, exceptions=errors)  # type: ignore[assignment]  # stands for the module
     method = SimpleNamespace(remote=lambda *_: None)
-    serving._worker = SimpleNamespace(drain=method, port=method)
+    serving._workers = {0: SimpleNamespace(drain=method, port=method)}
+    serving._ending = {}
     return serving
 
 
@@ -77,7 +80,42 @@ def test_serve_goes_on_while_the_worker_is_restarted() -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
 def test_a_port_that_is_none_is_refused(listen: str) -> None:
     with pytest.raises(ConfigError, match="address to listen on"):
-        _claim(listen)
+        Ports().take(listen)
+
+
+def test_ports_are_kept_until_their_workers_listen() -> None:
+    ports = Ports()
+    try:
+        first, second = ports.take_several("127.0.0.1:0", 2)
+        assert first != second
+        host, _, port = first.rpartition(":")
+        with socket.socket() as worker:  # as gRPC binds it
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            worker.bind((host, int(port)))
+            worker.listen()
+            with pytest.raises(PortInUseError, match=first):
+                Ports().take(first)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((host, int(port)))
+    finally:
+        ports.close()
+    start = int(port)
+    given = Ports()
+    try:
+        assert given.take(f"127.0.0.1:{start}") == f"127.0.0.1:{start}"
+    finally:
+        given.close()
+
+
+@pytest.mark.parametrize(("workers", "bounds"), [("1", (1, 1)), ("3", (3, 3)), ("1:4", (1, 4)), ("2:2", (2, 2))])
+def test_a_number_of_workers_is_one_or_two_numbers(workers: str, bounds: tuple[int, int]) -> None:
+    assert _bounds(workers) == bounds
+
+
+@pytest.mark.parametrize("workers", ["0", "4:2", "1:2:3", "two", "-1", "1:", "129"])
+def test_a_number_of_workers_that_is_none_is_refused(workers: str) -> None:
+    with pytest.raises(ConfigError, match=r"MIN:MAX"):
+        _bounds(workers)
 
 
 def test_a_changed_tokenizer_makes_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +178,7 @@ def package(tmp_path_factory: pytest.TempPathFactory, keys: Home) -> Package:
 
 def serving(package: Package, keys: Home, **changes: Any) -> None:
     """Call `serve` up to the point where it has looked at everything."""
-    options = {"home": keys.folder, "edge_layers": "2:2", "listen": "127.0.0.1:99999", "emulator": package.folder}
+    options = {"home": keys.folder, "edge_layers": "2:2", "listen": "127.0.0.1:0", "emulator": package.folder}
     serve_module.serve(changes.pop("model", str(package.folder.parent / "model")), **{**options, **changes})
 
 
@@ -148,8 +186,7 @@ def test_a_package_is_looked_at_before_anything_is_started(
     package: Package, keys: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(serve_module, "Serving", lambda *_: pytest.fail("Ray was started"))
-    monkeypatch.setattr(serve_module, "_claim", lambda listen, option="--listen": listen)
+    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: pytest.fail("Ray was started"))
     with pytest.raises(PackageError, match=r"split plan 2:2, but --edge-layers is 1:2"):
         serving(package, keys, edge_layers="1:2")
     other = tiny_checkpoint("llama", tmp_path / "other", seed=3)

@@ -52,7 +52,6 @@ def served(
         parts=str(parts),
         home=str(home or parts.parent / "home"),
         listen="",
-        metrics="",
         stash_bytes=stash_bytes,
         max_tokens=max_tokens,
         threads=1,
