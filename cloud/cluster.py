@@ -121,8 +121,17 @@ class Serving:
             self._ending[change.number] = self._workers[change.number].drain.remote(self._grace)
 
     def drain(self, grace: float) -> bool:
-        """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
-        answers = [worker.drain.remote(grace) for worker in self._workers.values()]
+        """Finish the calls in flight, for at most `grace` seconds; True if all were answered.
+
+        The stages of a pipeline end one after the other: the first one's calls need those behind it.
+        """
+        inner = [number for number in self._workers if self._specs[number].edges]
+        turns = [[number for number in self._workers if number not in inner], *([number] for number in inner)]
+        finished = [self._drained(turn, grace) for turn in turns]  # the last one too, whatever the first one says
+        return all(finished)
+
+    def _drained(self, numbers: Sequence[int], grace: float) -> bool:
+        answers = [self._workers[number].drain.remote(grace) for number in numbers]
         finished = True
         for answer in answers:
             try:

@@ -106,6 +106,9 @@ def serve(
         str,
         typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the calls that wait make needful."),
     ] = "1",
+    pipeline: Annotated[
+        int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
+    ] = 1,
     address: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")
     ] = None,
@@ -149,6 +152,7 @@ def serve(
         max_tokens=max_tokens,
         threads=threads,
         workers=workers,
+        pipeline=pipeline,
         address=address,
         grace=grace,
         connection_file=connection_file,

@@ -75,8 +75,7 @@ class Roster:
 
     def words(self) -> dict[int, Word]:
         """What each worker is to be told next."""
-        serving = {number: report for number, report in self._reports().items() if report.peer.serving}
-        move = surplus({number: len(report.peer.seats) for number, report in serving.items()})
+        move = surplus({number: len(peer.seats) for number, (peer, _) in self._serving().items()})
         now = self._clock()
         self._uneven_since = None if move is None else _since(self._uneven_since, now)
         shed: dict[int, int] = {}
@@ -88,11 +87,9 @@ class Roster:
         }
 
     def loads(self) -> dict[int, Load]:
-        """What the workers that serve have to do."""
+        """What the workers that serve edges have to do."""
         return {
-            number: Load(report.status["queue_depth"], len(report.peer.seats))
-            for number, report in self._reports().items()
-            if report.peer.serving
+            number: Load(status["queue_depth"], len(peer.seats)) for number, (peer, status) in self._serving().items()
         }
 
     def status(self) -> dict[str, Any]:
@@ -102,25 +99,28 @@ class Roster:
             known = {} if entry.report is None else entry.report.status
             if entry.answering:
                 own = {key: value for key, value in known.items() if key != "positions"}
-                workers.append({**own, "restarts": entry.restarts, "tokens_per_s": round(entry.tokens_per_s, 1)})
+                front = entry.report is not None and entry.report.peer is not None
+                workers.append(
+                    {**own, "front": front, "restarts": entry.restarts, "tokens_per_s": round(entry.tokens_per_s, 1)}
+                )
             else:
                 kept = {key: known[key] for key in ("address", "span") if key in known}
                 workers.append({"worker": number, **kept, "state": "restarting", "restarts": entry.restarts})
         return cloud_status(workers)
 
-    def _reports(self) -> dict[int, Report]:
+    def _serving(self) -> dict[int, tuple[Peer, Mapping[str, Any]]]:
         return {
-            number: entry.report
+            number: (peer, entry.report.status)
             for number, entry in self._entries.items()
-            if entry.answering and entry.report is not None
+            if entry.answering and entry.report is not None and (peer := entry.report.peer) is not None and peer.serving
         }
 
     def _peers_of(self, number: int) -> tuple[Peer, ...]:
         """The others that edges may go to, those that do not answer at present as well: they come back."""
         return tuple(
-            entry.report.peer if entry.answering else Peer(entry.report.peer.address, "restarting")
+            peer if entry.answering else Peer(peer.address, "restarting")
             for other, entry in sorted(self._entries.items())
-            if other != number and entry.report is not None
+            if other != number and entry.report is not None and (peer := entry.report.peer) is not None
         )
 
 

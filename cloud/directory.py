@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SUMMED = (
-    *("in_flight", "queue_depth", "tokens_per_s", "restarts", "span_bytes"),
-    *("stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed"),
-)
+SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed")
 """Keys of a worker's status that add up to the cloud's."""
+SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "tokens_per_s")
+"""Those of which a pipeline's first stage knows all: what goes on to the next one is the same work."""
 COUNTED = ("sessions", "waiting")
-"""Those by tenant that do."""
+"""The same, by tenant."""
 MODEL = ("model", "plan", "span_dtype")
 
 
@@ -59,10 +58,13 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a worker tells the controller: what `isthmus cloud status` shows of it, and what the others are told."""
+    """What a worker tells the controller: what `isthmus cloud status` shows of it, and what the others are told.
+
+    `peer` is None for a stage inside a pipeline, which edges do not talk to.
+    """
 
     status: Mapping[str, Any]
-    peer: Peer
+    peer: Peer | None
 
 
 def better_place(own: int, peers: Sequence[Peer], sent: Mapping[str, int]) -> str | None:
@@ -111,17 +113,21 @@ def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The status of a cloud from those of its workers: what is the same for all, sums, and the workers' own.
 
     Args:
-        workers: in their order; one that does not answer has its number, its address and its state.
+        workers: in their order. `front` says of each whether edges talk to it; one that does not answer has its number,
+            its state and its restarts, and no model.
     """
     answering = [worker for worker in workers if "model" in worker]
+    front = [worker for worker in answering if worker["front"]]
     states = {str(worker["state"]) for worker in workers}
     state = next((each for each in ("serving", "draining") if each in states), "restarting")
     status: dict[str, Any] = {"state": state}
     if answering:
         status |= {key: answering[0][key] for key in MODEL}
         status["uptime_s"] = max(worker["uptime_s"] for worker in answering)
-        status |= {key: dict(sum((Counter(worker[key]) for worker in answering), Counter())) for key in COUNTED}
-        status |= {key: sum(worker[key] for worker in answering) for key in SUMMED}
+    status |= {key: dict(sum((Counter(worker[key]) for worker in front), Counter())) for key in COUNTED}
+    status |= {key: sum(worker[key] for worker in front) for key in SUMMED_AT_THE_FRONT}
+    status |= {key: sum(worker[key] for worker in answering) for key in SUMMED}
+    status["restarts"] = sum(worker["restarts"] for worker in workers)
     return {**status, "workers": list(workers)}
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from isthmus.backbone.saved_span import PARTS, SpanInfo, is_saved_span, read_inf
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.backbone.span import DTYPES
 from isthmus.cloud.cluster import Serving
+from isthmus.cloud.pipeline import stages_of
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.package import check_package_fits, open_package
-from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
+from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line
 from isthmus.protocol.errors import PortInUseError, UnreachableError
-from isthmus.protocol.keys import WorkerIdentity, load_worker
+from isthmus.protocol.keys import WorkerIdentity, generate_edge, load_worker
 from isthmus.protocol.messages import MAX_WORKERS
 
 MAX_PORT = 65535
@@ -116,6 +118,7 @@ def serve(
     max_tokens: int = 1 << 16,
     threads: int | None = None,
     workers: str = "1",
+    pipeline: int = 1,
     address: str | None = None,
     grace: float = 30.0,
     connection_file: Path | None = None,
@@ -141,7 +144,8 @@ def serve(
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
     least, most = _bounds(workers)
-    with contextlib.closing(Ports()) as ports:
+    _check_pipeline(pipeline, plan, most, emulator)
+    with contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
         addresses = ports.take_several(listen, most)
         operator = ports.take(metrics, "--metrics") if metrics else ""
         spec = WorkerSpec(
@@ -167,9 +171,11 @@ def serve(
             dataclasses.replace(spec, number=number, listen=own, address=_told(host, own))
             for number, own in enumerate(addresses)
         ]
+        if pipeline > 1:
+            specs = stack.enter_context(_stages(specs[0], plan, pipeline, ports))
         stop = threading.Event()
         with console.status("starting Ray and the workers"):
-            serving = Serving(specs, address, home, least=least, metrics=operator, grace=grace)
+            serving = Serving(specs, address, home, least=max(least, pipeline), metrics=operator, grace=grace)
         for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
             signal.signal(number, lambda *_: stop.set())
         try:
@@ -207,6 +213,53 @@ def _bounds(workers: str) -> tuple[int, int]:
             f"--workers {workers!r} is no number of workers: write N, or MIN:MAX, from 1 to {MAX_WORKERS}"
         )
     return least, most
+
+
+def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path | None) -> None:
+    if not 1 <= stages <= len(plan.cloud):
+        raise ConfigError(
+            f"--pipeline {stages} does not fit: the cloud holds {len(plan.cloud)} layers, so it has 1 to "
+            f"{len(plan.cloud)} stages"
+        )
+    if stages > 1 and workers > 1:
+        raise ConfigError(
+            f"--pipeline {stages} and --workers {workers} exclude each other: a pipeline is one worker in several "
+            "stages; serve twice, on two addresses, for more"
+        )
+    if stages > 1 and emulator is not None:
+        raise ConfigError(
+            f"--pipeline {stages} and --emulator exclude each other, as returned adapters are tried on the whole span: "
+            "leave one of them out"
+        )
+
+
+@contextlib.contextmanager
+def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Iterator[list[WorkerSpec]]:
+    """What each stage of a pipeline serves. Each has a key that the next one has enrolled, for as long as this lasts.
+
+    Only the first stage is for edges; the others listen on the loopback, as they are on this node.
+    """
+    folder = Path(first.home) / "pipeline"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 60)
+    specs: list[WorkerSpec] = []
+    try:
+        for number, layers in enumerate(stages_of(plan.cloud, count)):
+            stage = dataclasses.replace(first, number=number, layers=str(layers), sites=False)
+            if number:
+                enrolled = folder / str(number)
+                key = enrolled / "id_ed25519"
+                add_line(enrolled / "authorized_edges", generate_edge(key, f"stage-{number - 1}"), quota=quota)
+                listen = ports.take("127.0.0.1:0")
+                stage = dataclasses.replace(
+                    stage, listen=listen, address=listen, edges=str(enrolled), tls_cert="", tls_key="", tls_client_ca=""
+                )
+                specs[-1] = dataclasses.replace(specs[-1], next_stage=listen, next_key=str(key))
+            specs.append(stage)
+        yield specs
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _told(host: str, listen: str) -> str:

@@ -33,6 +33,7 @@ from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
+from isthmus.cloud.pipeline import NextStage, StageSession
 from isthmus.cloud.scheduler import Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
@@ -108,6 +109,7 @@ class _Open:
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
     opened: float = field(default_factory=time.time)
+    stage: StageSession | None = None  # with the pipeline's next stage, where there is one
     ending: str = "connection lost"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -136,15 +138,22 @@ class StripServer:
         identity: the worker's key and its certificate, signed by the root key (which is not here).
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads of the compute thread.
+        next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
     """
 
     def __init__(
-        self, served: Served, identity: WorkerIdentity, edges: Callable[[], AuthorizedEdges], threads: int
+        self,
+        served: Served,
+        identity: WorkerIdentity,
+        edges: Callable[[], AuthorizedEdges],
+        threads: int,
+        next_stage: NextStage | None = None,
     ) -> None:
         self.metrics = Metrics()
         self._served = served
         self._identity = identity
         self._edges = edges
+        self._next_stage = next_stage
         self._compute = Dispatcher(threads)
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
@@ -290,8 +299,11 @@ class StripServer:
                 session = await self._admit(protocol, stream)
             finally:
                 self._half_open -= 1
-            if session is not None:
+            if session is not None and self._next_stage is None:
                 await self._converse(stream, session, limits)
+            elif session is not None and self._next_stage is not None:
+                async with self._next_stage.session(interactive=session.interactive) as session.stage:
+                    await self._converse(stream, session, limits)
         except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
@@ -421,7 +433,7 @@ class StripServer:
         try:
             start = time.perf_counter_ns()
             async with self._room_for(tenant, size, received.body):
-                reply = await asyncio.wrap_future(self._submit(work, session, received))
+                reply = await self._reply(work, session, received)
             elapsed = time.perf_counter_ns() - start
             if isinstance(reply, m.Timed):
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
@@ -441,6 +453,18 @@ class StripServer:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+
+    async def _reply(self, work: TenantSession, session: _Open, received: Received) -> m.Message | None:
+        """Have a message answered by this worker, and by the stages behind it where there are any."""
+        if session.stage is None:
+            return await asyncio.wrap_future(self._submit(work, session, received))
+        try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
+            return await session.stage.answer(
+                received.message,
+                lambda message: asyncio.wrap_future(self._submit(work, session, Received(message, bytearray()))),
+            )
+        finally:
+            wipe(received.body)
 
     @contextlib.asynccontextmanager
     async def _room_for(self, tenant: Tenant, size: int, body: bytearray) -> AsyncIterator[None]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
-from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import NONE, quantizer_of
 from isthmus.backbone.saved_span import load_saved_span
 from isthmus.backbone.site_host import SiteHost
@@ -28,13 +28,14 @@ from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.directory import Peer, Report, Word
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
+from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.shelf import FileShelf
 from isthmus.emulator.package import open_package
 from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.errors import KeyFileError, PortInUseError
-from isthmus.protocol.keys import load_worker
+from isthmus.protocol.keys import load_edge, load_worker
 from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
 
 REBINDS = 5
@@ -66,6 +67,10 @@ class WorkerSpec:
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
     number: int = 0  # of the worker, from 0 on
     address: str = ""  # host:port that edges are told
+    layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
+    edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
+    next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
+    next_key: str = ""  # file with the key that the next stage has enrolled
 
     @property
     def span_dtype(self) -> str:
@@ -124,15 +129,15 @@ class Worker:
     def exchange(self, word: Word) -> Report:
         """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
         self.port()
-        self._restarts = word.restarts
-        self._loop.call_soon_threadsafe(self._server.hear, self._spec.address, word.peers)
+        spec, self._restarts = self._spec, word.restarts
+        self._loop.call_soon_threadsafe(self._server.hear, spec.address, word.peers)
         if word.shed:
             self._loop.call_soon_threadsafe(self._server.shed, word.shed)
         status = self._server.status()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         own = {
-            "worker": self._spec.number,
-            "address": self._spec.address,
+            "worker": spec.number,
+            "address": spec.address,
             "span": self._span,
             **status,
             "positions": self._server.metrics.positions(),
@@ -140,7 +145,9 @@ class Worker:
             "pid": os.getpid(),
             "peak_bytes": usage.ru_maxrss * 1024,
         }
-        return Report(own, Peer(self._spec.address, str(status["state"]), self._server.seats()))
+        if spec.edges:  # a stage inside a pipeline is none of the edges' business
+            return Report(own, None)
+        return Report(own, Peer(spec.address, str(status["state"]), self._server.seats()))
 
     def metrics(self) -> bytes:
         """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""
@@ -201,10 +208,11 @@ def served_by(spec: WorkerSpec) -> Served:
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
     dtype = DTYPES[spec.dtype]
+    layers = Span(*map(int, spec.layers.split(":"))) if spec.layers else plan.cloud
     if spec.saved_span:
-        span = load_saved_span(Path(spec.saved_span))
+        span = load_saved_span(Path(spec.saved_span), layers)
     else:
-        span = load_span(checkpoint, plan, dtype=dtype, quantizer=quantizer_of(spec.quantize))
+        span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span)
     info = SessionInfo(
         session_id="",
@@ -242,6 +250,18 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
+
+
+def next_stage_of(spec: WorkerSpec) -> NextStage | None:
+    """Where the calls of a pipeline's stage go on; None for the last one, and for a worker that has the whole span.
+
+    Raises:
+        KeyFileError: the stage's key is missing.
+    """
+    if not spec.next_stage:
+        return None
+    pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
+    return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
 
 
 def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
