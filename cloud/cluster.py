@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from isthmus.protocol.errors import UnreachableError
 
 NAMESPACE = "isthmus"
 ANSWER_SECONDS = 10.0
+CONNECT_SECONDS = 1.0
+SILENT_LOOKS, SILENT_LOOKS_AT_OTHERS = 3, 15  # another's cluster may come back, and is not ours to start
+LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
 # slower), and idle OpenMP threads of one process spin on the cores that the other needs.
@@ -33,6 +37,10 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
     "OMP_WAIT_POLICY": "passive",
 }
+
+
+class ControlStoreLostError(Exception):
+    """Ray's control store does not answer any more; never shown to anybody."""
 
 
 class Serving:
@@ -55,27 +63,71 @@ class Serving:
         import ray
 
         self._ray = ray
-        self._specs, self._grace = specs, grace
+        self._specs, self._address, self._grace = specs, address, grace
+        self._least, self._metrics = least, metrics
+        log_to(Path(specs[0].log_file) if specs[0].log_file else None)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start or join Ray, and start the actors."""
         self._starting: dict[int, Any] = {}  # workers that were started later, and the answer that says that they run
         self._ending: dict[int, Any] = {}  # those that drain, and their answer
+        self._workers: dict[int, Any] = {}
+        self._controllers: list[Any] = []  # the one, once it is started
+        self._silent = 0  # looks in a row at which the control store did not answer
         # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
         alone = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
-        options = {"address": address} if address else alone
+        options = {"address": self._address} if self._address else alone
         try:
-            ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
+            self._ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
         except ConnectionError as error:
             raise UnreachableError(
-                f"no Ray cluster answers at {address}: check --address and the cluster ({error})"
+                f"no Ray cluster answers at {self._address}: check --address and the cluster ({error})"
             ) from None
+        host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
+        self._control = (host.strip("[]"), int(port))
         prefix = f"cloud-{secrets.token_hex(8)}"  # others may serve in the same cluster
-        self._names = [f"{prefix}-worker-{spec.number}" for spec in specs]
-        self._workers = {number: self._start(number) for number in range(least)}
+        self._names = [f"{prefix}-worker-{spec.number}" for spec in self._specs]
+        self._workers = {number: self._start(number) for number in range(self._least)}
         for worker in self._workers.values():
             self._get(worker.port.remote())
-        told = ControllerSpec(tuple(self._names), NAMESPACE, least, metrics, specs[0].log_file)
-        self._controller = self._actor(Controller, f"{prefix}-controller", {"OMP_NUM_THREADS": "1"}).remote(told)
-        self._get(self._controller.ready.remote())
-        log_to(Path(specs[0].log_file) if specs[0].log_file else None)
+        told = ControllerSpec(tuple(self._names), NAMESPACE, self._least, self._metrics, self._specs[0].log_file)
+        controller = self._actor(Controller, f"{prefix}-controller", {"OMP_NUM_THREADS": "1"}).remote(told)
+        self._controllers = [controller]
+        self._get(controller.ready.remote())
+
+    def tend(self) -> None:
+        """Look after the cluster and the number of workers; to be called every second or two.
+
+        Raises:
+            ControlStoreLostError: Ray's control store is gone. Without it Ray ends all its processes within a minute.
+        """
+        self._silent = 0 if _answers(self._control) else self._silent + 1
+        if self._silent >= (SILENT_LOOKS if self._address is None else SILENT_LOOKS_AT_OTHERS):
+            raise ControlStoreLostError
+        if self._least < len(self._specs):
+            self._scale()
+
+    def restart(self) -> None:
+        """Start the cluster again after its control store was lost.
+
+        Raises:
+            UnreachableError: it is not ours to start.
+        """
+        log("control_store_lost", logging.ERROR)
+        if self._address is not None:
+            raise UnreachableError(
+                f"the control store of the Ray cluster at {self._address} is gone: start the cluster again, and then "
+                "`isthmus cloud serve`"
+            )
+        self._workers, self._controllers = {}, []
+        self._ray.shutdown()  # and not `close`, which would speak with the control store
+        deadline = time.monotonic() + LEAVE_SECONDS  # the workers' processes end when they notice that Ray has
+        listening = [spec.listen for spec in self._specs] + ([self._metrics] if self._metrics else [])
+        while any(_answers(_split(listen)) for listen in listening) and time.monotonic() < deadline:
+            time.sleep(LEAVE_PAUSE)
+        self._begin()
+        log("cluster_started_again")
 
     def ray_ports(self) -> list[int]:
         """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
@@ -89,7 +141,7 @@ class Serving:
         }
         return sorted(ports - {0})
 
-    def scale(self) -> None:
+    def _scale(self) -> None:
         """Start or drain a worker where the controller says so, and go on with what was begun. Returns soon."""
         for number, started in list(self._starting.items()):
             if not self._ray.wait([started], timeout=0)[0]:
@@ -109,7 +161,7 @@ class Serving:
         if self._starting or self._ending:
             return  # one thing at a time
         try:
-            change: Change | None = self._ray.get(self._controller.change.remote(), timeout=ANSWER_SECONDS)
+            change: Change | None = self._ray.get(self._controllers[0].change.remote(), timeout=ANSWER_SECONDS)
         except (self._ray.exceptions.RayError, TimeoutError):
             return  # the controller is being restarted
         if change is None:
@@ -157,7 +209,7 @@ class Serving:
 
     def close(self) -> None:
         """End the actors, and Ray where it was started here."""
-        for actor in (self._controller, *self._workers.values()):
+        for actor in (*self._controllers, *self._workers.values()):
             self._ray.kill(actor)
         self._ray.shutdown()
 
@@ -189,6 +241,20 @@ class Serving:
             raise error.cause from None
         except self._ray.exceptions.ActorDiedError as error:
             raise ConfigError(f"the worker could not start: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _split(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    return {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]")), int(port)  # noqa: S104 - compared only
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection(address, CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ray_environment(home: Path) -> dict[str, str]:

@@ -100,7 +100,7 @@ def serve(
     stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of each worker's computation; by default all cores.")
+        int | None, typer.Option(min=1, help="Threads of each worker's computation; by default its share of the cores.")
     ] = None,
     workers: Annotated[
         str,

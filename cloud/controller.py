@@ -176,7 +176,7 @@ class Controller:
         """What `isthmus cloud status` shows, as of now."""
         self._look()
         with self._lock:
-            return self._roster.status()
+            return {**self._roster.status(), "controller_pid": os.getpid()}
 
     def metrics(self) -> bytes:
         """The metrics of the workers that answer, in Prometheus' text format."""

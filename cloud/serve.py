@@ -27,7 +27,7 @@ from isthmus.backbone.quantize import NONE, quantizer_of
 from isthmus.backbone.saved_span import PARTS, SpanInfo, is_saved_span, read_info
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.backbone.span import DTYPES
-from isthmus.cloud.cluster import Serving
+from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.pipeline import stages_of
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import WorkerSpec
@@ -40,9 +40,8 @@ from isthmus.protocol.messages import MAX_WORKERS
 
 MAX_PORT = 65535
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
-POLL_SECONDS = 10.0
-SCALE_SECONDS = 1.0
-DEAD_POLLS = 3
+POLL_SECONDS = 2.0
+DEAD_POLLS = 15
 
 
 class Ports:
@@ -160,7 +159,7 @@ def serve(
             listen="",
             stash_bytes=stash_bytes,
             max_tokens=max_tokens,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or max(1, (os.cpu_count() or 1) // least),
             log_file=str((home / "worker.log").absolute()),
             emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
             sites=sites,
@@ -176,8 +175,7 @@ def serve(
         stop = threading.Event()
         with console.status("starting Ray and the workers"):
             serving = Serving(specs, address, home, least=max(least, pipeline), metrics=operator, grace=grace)
-        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
-            signal.signal(number, lambda *_: stop.set())
+        _stop_on_signals(stop)
         try:
             connection = str(ConnectionString(host, _parsed(addresses[0])[1], identity.pin, tls is not None))
             if connection_file is not None:
@@ -188,10 +186,7 @@ def serve(
                 f"Ray listens on every interface, ports {open_ports}: keep them behind a firewall", highlight=False
             )
             ready(connection)
-            if least == most:
-                _wait(stop, serving.is_dead)
-            else:
-                _wait(stop, serving.is_dead, serving.scale, poll=SCALE_SECONDS)
+            _supervise(stop, serving, console)
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
                 return serving.drain(grace)
         finally:
@@ -266,6 +261,24 @@ def _told(host: str, listen: str) -> str:
     """The address that edges are told of a worker."""
     port = _parsed(listen)[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """To be called after `ray.init`, which sets handlers of its own."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _supervise(stop: threading.Event, serving: Serving, console: Console) -> None:
+    """Wait to be told to stop; start Ray and the workers again where its control store dies. Raises as `_wait`."""
+    while True:
+        try:
+            _wait(stop, serving.is_dead, serving.tend)
+            return
+        except ControlStoreLostError:
+            console.print("Ray's control store is gone; starting Ray and the workers again", highlight=False)
+            serving.restart()
+            _stop_on_signals(stop)
 
 
 def _wait(

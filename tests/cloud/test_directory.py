@@ -131,6 +131,19 @@ def test_the_clouds_status_adds_up_its_workers() -> None:
     assert "positions" not in status["workers"][0]
 
 
+def test_a_stage_inside_a_pipeline_is_nobodys_peer_and_its_work_counts_once() -> None:
+    roster = Roster(Clock())
+    roster.took(0, report(0, 2))
+    inner = report(1, 2)
+    roster.took(1, Report(inner.status, None))
+    assert roster.words()[0].peers == ()
+    assert list(roster.loads()) == [0]
+    status = roster.status()
+    assert (status["sessions"], status["in_flight"], status["queue_depth"]) == ({"alice": 2}, 2, 1)
+    assert (status["span_bytes"], status["recomputed"]) == (20, 2)
+    assert [worker["front"] for worker in status["workers"]] == [True, False]
+
+
 def test_metrics_of_several_workers_have_a_label_and_those_of_one_do_not() -> None:
     first, second = Metrics(), Metrics()
     first.tokens.labels("forward").inc(3)

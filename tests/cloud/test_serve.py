@@ -18,7 +18,8 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import serve as serve_module, worker as worker_module
-from isthmus.cloud.cluster import Serving
+from isthmus.cloud.cluster import ControlStoreLostError, Serving
+from isthmus.cloud.scaling import Change
 from isthmus.cloud.serve import Ports, _bounds, _prepare_parts, _wait
 from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
@@ -53,7 +54,88 @@ def dead_serving() -> Serving:
     method = SimpleNamespace(remote=lambda *_: None)
     serving._workers = {0: SimpleNamespace(drain=method, port=method)}
     serving._ending = {}
+    serving._specs = [SPEC]
     return serving
+
+
+class FakeActor:
+    """An actor whose calls are answered at once, and noted."""
+
+    def __init__(self, log: list[str], name: str, answers: dict[str, Any]) -> None:
+        self.log, self.name, self.answers = log, name, answers
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*_: Any) -> Any:
+            self.log.append(f"{self.name}.{method}")
+            return self.answers.get(method)
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_worker_is_started_and_drained_as_the_controller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    serving = dead_serving()
+    changes = [Change(1, start=True), None, Change(1, start=False), None]
+    controller = FakeActor(log, "controller", {})
+    controller.answers = {"change": changes}
+
+    def get(reference: Any, timeout: float | None = None) -> Any:
+        return changes.pop(0) if reference is changes else reference
+
+    def start(number: int) -> FakeActor:
+        return FakeActor(log, f"worker-{number}", {"port": 7444, "drain": True})
+
+    monkeypatch.setattr(serving, "_start", start)
+    serving._ray = SimpleNamespace(
+        get=get,
+        wait=lambda refs, timeout: (refs, []),
+        kill=lambda actor: log.append(f"kill {actor.name}"),
+        exceptions=serving._ray.exceptions,
+    )  # type: ignore[assignment]  # stands for the module
+    serving._workers, serving._controllers, serving._starting = {0: start(0)}, [controller], {}
+    serving._grace = 1.0
+    for _ in range(5):
+        serving._scale()
+        if not changes:
+            break
+    asked = ["controller.change"]
+    assert log == [*asked, "worker-1.port", *asked, *asked, "worker-1.drain", "kill worker-1", *asked]
+    assert list(serving._workers) == [0]
+
+
+def test_a_control_store_that_is_gone_is_told_after_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = dead_serving()
+    serving._silent, serving._address, serving._least, serving._specs = 0, None, 1, [SPEC]
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        serving._control = store.getsockname()
+        for _ in range(5):
+            serving.tend()
+    serving.tend()
+    serving.tend()
+    with pytest.raises(ControlStoreLostError):
+        serving.tend()
+    serving._address = "ray://elsewhere"
+    with pytest.raises(UnreachableError, match="elsewhere"):
+        serving.restart()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pipeline": 3}, "2 layers, so it has 1 to 2 stages"),
+        ({"pipeline": 2, "workers": "2"}, "--pipeline 2 and --workers 2 exclude each other"),
+        ({"pipeline": 2, "emulator": Path("package")}, "--pipeline 2 and --emulator exclude each other"),
+    ],
+)
+def test_a_pipeline_that_does_not_fit_is_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: pytest.fail("Ray was started"))
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    with pytest.raises(ConfigError, match=message):
+        serve_module.serve(str(model), home=Home(tmp_path).folder, listen="127.0.0.1:0", **arguments)
 
 
 def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:
