@@ -237,7 +237,7 @@ def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Ite
     folder = Path(first.home) / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
-    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 60)
+    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
     specs: list[WorkerSpec] = []
     try:
         for number, layers in enumerate(stages_of(plan.cloud, count)):

@@ -17,7 +17,9 @@ def view(status: Mapping[str, Any]) -> RenderableType:
     for name, value in status.items():
         if name != "workers":
             facts.add_row(name.replace("_", " "), _tenants(value) if isinstance(value, dict) else str(value))
-    workers = Table("worker", "state", "address", "span", "sessions", "tokens/s", "waiting", "stash MiB", "restarts")
+    workers = Table()
+    for name in ("worker", "state", "address", "span", "sessions", "tokens/s", "waiting", "stash MiB", "restarts"):
+        workers.add_column(name, no_wrap=name in ("state", "address", "span"))  # the others may be folded
     for worker in status["workers"]:
         stash = ""
         if "stash_bytes" in worker:
