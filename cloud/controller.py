@@ -82,7 +82,7 @@ class Roster:
         if move is not None and self._uneven_since is not None and now - self._uneven_since >= SPREAD_SECONDS:
             shed, self._uneven_since = dict([move]), None
         return {
-            number: Word(self._peers_of(number), shed.get(number, 0), entry.restarts)
+            number: Word(self._peers_of(number), shed.get(number, 0), None if entry.report is None else entry.restarts)
             for number, entry in self._entries.items()
         }
 

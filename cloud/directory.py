@@ -48,12 +48,13 @@ class Peer:
 class Word:
     """What the controller tells a worker: who the others are, and how many sessions to end for their sake.
 
-    `restarts`: how often the worker was started again. It tells that back, so that a new controller knows it too.
+    `restarts`: how often the worker was started again; None where the controller does not know yet. The worker tells it
+    back, so that a new controller knows it too.
     """
 
     peers: tuple[Peer, ...] = ()
     shed: int = 0
-    restarts: int = 0
+    restarts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ class Worker:
         log_to(Path(spec.log_file) if spec.log_file else None)
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
-        self._server = StripServer(served, load_worker(Path(spec.home)), EdgesFile(Path(spec.home)), spec.threads)
+        identity, edges = load_worker(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
+        self._server = StripServer(served, identity, edges, spec.threads, next_stage_of(spec))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
@@ -129,7 +130,9 @@ class Worker:
     def exchange(self, word: Word) -> Report:
         """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
         self.port()
-        spec, self._restarts = self._spec, word.restarts
+        spec = self._spec
+        if word.restarts is not None:
+            self._restarts = word.restarts
         self._loop.call_soon_threadsafe(self._server.hear, spec.address, word.peers)
         if word.shed:
             self._loop.call_soon_threadsafe(self._server.shed, word.shed)

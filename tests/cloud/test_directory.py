@@ -87,6 +87,8 @@ def test_restarts_are_counted_and_a_new_controller_asks_for_the_count() -> None:
     roster.took(0, report(0, 0, pid=11))
     assert roster.words()[0].restarts == 1
     successor = Roster(Clock())
+    successor.missed(0)
+    assert successor.words()[0].restarts is None
     successor.took(0, report(0, 0, pid=11, restarts=1))
     assert successor.status()["restarts"] == 1
 
