@@ -184,7 +184,8 @@ class Controller:
 
         with self._lock:
             questions = {str(number): actor.metrics.remote() for number, actor in self._actors.items()}
-        ray.wait(list(questions.values()), num_returns=len(questions), timeout=ANSWER_SECONDS) if questions else None
+        if questions:
+            ray.wait(list(questions.values()), num_returns=len(questions), timeout=ANSWER_SECONDS)
         texts = {}
         for number, question in questions.items():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):

@@ -229,7 +229,7 @@ class StripServer:
     def shed(self, count: int) -> None:
         """End the newest sessions: their edges go on at workers with fewer. For the server's event loop alone."""
         settled = [session for session in self._open.values() if not session.ended.is_set()]
-        for session in settled[len(settled) - count :]:
+        for session in settled[max(0, len(settled) - count) :]:
             session.end("another worker has fewer sessions")
 
     def seats(self) -> tuple[Seat, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +13,19 @@ import torch
 from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
-from isthmus.backbone.plan import Span
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.site_spec import SiteSpec
+from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.directory import Word
+from isthmus.cloud.logs import LOGGER
 from isthmus.cloud.pipeline import NextStage, stages_of
+from isthmus.cloud.serve import Ports, _stages
 from isthmus.cloud.server import Served
-from isthmus.edge.link import Link
+from isthmus.cloud.worker import Worker, WorkerSpec
+from isthmus.edge.link import Link, connect
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.errors import RefusedError
+from isthmus.protocol.enrolment import ConnectionString, Tenant
+from isthmus.protocol.errors import NotEnrolledError, RefusedError
 from isthmus.protocol.keys import load_edge
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -156,6 +163,58 @@ def test_a_stage_that_is_started_anew_is_found_again(pipeline: Pipeline, number:
         assert back is not None
         assert torch.equal(back, gradient)
         check_pass(link, pipeline.whole, 3)
+
+
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """Workers decide where the log goes."""
+    handlers, level, propagate = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    yield
+    LOGGER.handlers[:], LOGGER.propagate = handlers, propagate
+    LOGGER.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_the_workers_of_serve_are_a_pipeline(model: Path, tmp_path: Path) -> None:
+    whole = served(model, tmp_path / "parts")
+    home = Home(tmp_path / "home")
+    checkpoint = Checkpoint(model, "tiny")
+    plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
+    with contextlib.closing(Ports()) as ports:
+        listen = ports.take("127.0.0.1:0")
+        spec = WorkerSpec(
+            checkpoint=str(model),
+            model="tiny",
+            plan="2:2",
+            dtype="fp32",
+            parts=str(tmp_path / "parts"),
+            home=str(home.folder),
+            listen=listen,
+            stash_bytes=1 << 26,
+            max_tokens=4096,
+            threads=1,
+            log_file="",
+            address=listen,
+        )
+        with _stages(spec, plan, 2, ports) as specs:
+            workers = [Worker(each) for each in specs]
+            try:
+                key = home.folder / "pipeline" / "1" / "id_ed25519"
+                assert stat.S_IMODE(key.stat().st_mode) == 0o600
+                with connect(
+                    str(ConnectionString("127.0.0.1", workers[0].port(), home.pin)), key=home.key_file
+                ) as link:
+                    check_pass(link, whole, 1)
+                    reports = [worker.exchange(Word()) for worker in workers]
+                stranger = ConnectionString("127.0.0.1", workers[1].port(), home.pin)
+                with pytest.raises(NotEnrolledError):  # an edge has no business inside
+                    connect(str(stranger), key=home.key_file)
+            finally:
+                assert [worker.drain(5.0) for worker in workers] == [True, True]
+        assert not key.exists()
+    assert [(report.status["span"], report.peer is None) for report in reports] == [("2:3", False), ("3:5", True)]
+    assert [report.status["sessions"] for report in reports] == [{"alice": 1}, {"stage-0": 1}]
+    assert all(report.status["positions"] > 0 for report in reports)
 
 
 def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> None:
