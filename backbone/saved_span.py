@@ -19,7 +19,7 @@ from isthmus.backbone.errors import CheckpointError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.parts import export_edge_parts
-from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import Quantizer, bytes_of, empty_linears, quantizer_of
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import DTYPES, FrozenSpan, distinct_layers, empty_layers, load_span
@@ -107,8 +107,12 @@ def read_info(folder: Path) -> SpanInfo:
     return info
 
 
-def load_saved_span(folder: Path) -> FrozenSpan:
+def load_saved_span(folder: Path, layers: Span | None = None) -> FrozenSpan:
     """Read a span as it was saved; nothing is there in full precision at any time.
+
+    Args:
+        folder: What `save_span` wrote.
+        layers: Those of the span to read; None for all.
 
     Raises:
         CheckpointError: The folder is damaged or incomplete.
@@ -118,12 +122,14 @@ def load_saved_span(folder: Path) -> FrozenSpan:
     config = Checkpoint(folder / PARTS, info.model).config
     plan = SplitPlan.parse(info.plan, config.num_hidden_layers)
     quantizer = quantizer_of(info.quantize)
-    layers = tuple(plan.cloud)
-    base = empty_layers(config, layers, dtype=DTYPES[info.dtype], attn_implementation=None)
+    wanted = plan.cloud if layers is None else layers
+    if not all(layer in plan.cloud for layer in wanted):
+        raise CheckpointError(f"{folder} holds layers {plan.cloud}, and not {wanted}: write it anew")
+    base = empty_layers(config, tuple(wanted), dtype=DTYPES[info.dtype], attn_implementation=None)
     reader = TensorReader(folder)
-    for index, layer in distinct_layers(base, layers).items():
+    for index, layer in distinct_layers(base, tuple(wanted)).items():
         if quantizer is not None:
             empty_linears(layer, quantizer)
         load_parameters(layer, f"{family_of(config).layers_path}.{index}.", reader)
     check_materialised(base)
-    return FrozenSpan(base, plan.cloud, config, config.hidden_size, DTYPES[info.dtype])
+    return FrozenSpan(base, wanted, config, config.hidden_size, DTYPES[info.dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -99,8 +100,15 @@ def serve(
     stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the computation; by default all cores.")
+        int | None, typer.Option(min=1, help="Threads of each worker's computation; by default its share of the cores.")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the calls that wait make needful."),
+    ] = "1",
+    pipeline: Annotated[
+        int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
+    ] = 1,
     address: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")
     ] = None,
@@ -146,6 +154,8 @@ def serve(
         stash_bytes=parse_size(stash_bytes),
         max_tokens=max_tokens,
         threads=threads,
+        workers=workers,
+        pipeline=pipeline,
         address=address,
         grace=grace,
         connection_file=connection_file,
@@ -212,22 +222,33 @@ def quantize(
 @app.command()
 def status(
     home: Home = DEFAULT_HOME,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds from one look to the next, with --watch.")] = 1.0,
 ) -> None:
-    """Show what the cloud on this machine serves: model, plan, sessions by tenant, stash, memory.
+    """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
 
-    Example: isthmus cloud status --json
+    Example: isthmus cloud status --watch
     """
     from isthmus.cloud.state import read_status
 
-    current = read_status(home.expanduser())
+    folder = home.expanduser()
     if as_json:
-        typer.echo(json.dumps(current))
+        typer.echo(json.dumps(read_status(folder)))
+        while watch:
+            time.sleep(every)
+            typer.echo(json.dumps(read_status(folder)))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.live import Live
 
-    table = Table("", "", show_header=False)
-    for name, value in current.items():
-        table.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else str(value))
-    Console().print(table)
+    from isthmus.cloud.status_view import view
+
+    shown = view(read_status(folder))
+    if not watch:
+        Console().print(shown)
+        return
+    with Live(shown, auto_refresh=False) as live:
+        while True:
+            time.sleep(every)
+            live.update(view(read_status(folder)), refresh=True)

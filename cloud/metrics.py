@@ -1,4 +1,4 @@
-"""What a worker tells its operator: Prometheus metrics and a JSON status, on a port of their own.
+"""What a cloud tells its operator: Prometheus metrics and a JSON status, on a port of their own.
 
 Counts and times, never content.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from isthmus.protocol.errors import PortInUseError
 
@@ -40,18 +43,51 @@ class Metrics:
         )
         self.recomputed = Gauge("isthmus_recomputed", "Forwards computed again for a backward.", registry=self.registry)
 
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def positions(self) -> float:
+        """Token positions computed since the worker's start, forward and backward."""
+        labels = ({"operation": operation} for operation in ("forward", "backward"))
+        return sum(self.registry.get_sample_value("isthmus_tokens_total", each) or 0.0 for each in labels)
+
+
+class _Merged(Collector):
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        for worker, text in self._texts.items():
+            for family in text_string_to_metric_families(text.decode()):
+                metric = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    metric.samples.append(sample._replace(labels={**sample.labels, "worker": worker}))
+        return found.values()
+
+
+def merged(texts: Mapping[str, bytes]) -> bytes:
+    """The metrics of several workers as one text, each sample with the label `worker`; of one worker as they are."""
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    registry = CollectorRegistry()
+    registry.register(_Merged(texts))
+    return generate_latest(registry)
+
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Requests of a scraper are not worth a line each."""
 
 
-def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], dict[str, Any]]) -> WSGIServer:
+def serve_metrics(
+    host: str, port: int, metrics: Callable[[], bytes], status: Callable[[], dict[str, Any]]
+) -> WSGIServer:
     """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`.
 
     Raises PortInUseError.
     """
-    prometheus: WSGIApplication = make_wsgi_app(metrics.registry)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
@@ -59,7 +95,8 @@ def serve_metrics(host: str, port: int, metrics: Metrics, status: Callable[[], d
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(status()).encode()]
         if path == "/metrics":
-            return prometheus(environ, start_response)
+            start_response("200 OK", [("Content-Type", CONTENT_TYPE_LATEST)])
+            return [metrics()]
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [b"there are /metrics and /status\n"]
 

@@ -1,20 +1,18 @@
-"""`isthmus cloud serve`: prepares the model, starts or joins Ray, starts the worker, and stops it gracefully.
-
-Ray is a trust domain of its own. Its ports listen on every interface whatever it is told, so token authentication is
-always on, with a token that only this user can read, and the ports are printed for the firewall's sake.
-"""
+"""`isthmus cloud serve`: prepares model and addresses, starts the workers, looks after them, stops them gracefully."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
-import secrets
+import re
+import shutil
 import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,111 +27,80 @@ from isthmus.backbone.quantize import NONE, quantizer_of
 from isthmus.backbone.saved_span import PARTS, SpanInfo, is_saved_span, read_info
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.backbone.span import DTYPES
+from isthmus.cloud.cluster import ControlStoreLostError, Serving
+from isthmus.cloud.pipeline import stages_of
 from isthmus.cloud.state import clear_state, write_state
-from isthmus.cloud.worker import Worker, WorkerSpec
+from isthmus.cloud.worker import WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.package import check_package_fits, open_package
-from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
+from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line
 from isthmus.protocol.errors import PortInUseError, UnreachableError
-from isthmus.protocol.keys import WorkerIdentity, load_worker
+from isthmus.protocol.keys import WorkerIdentity, generate_edge, load_worker
+from isthmus.protocol.messages import MAX_WORKERS
 
-NAMESPACE = "isthmus"
 MAX_PORT = 65535
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
-POLL_SECONDS = 10.0
-DEAD_POLLS = 3
-
-# glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
-# slower), and idle OpenMP threads of one process spin on the cores that the other needs.
-WORKER_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "OMP_WAIT_POLICY": "passive",
-}
+POLL_SECONDS = 2.0
+DEAD_POLLS = 15
 
 
-class Serving:
-    """A running worker and the Ray that it runs in.
+class Ports:
+    """Addresses to listen on, taken now and kept: a restarted worker must come back on the same one.
 
-    Args:
-        spec: what the worker serves; its `listen` has a fixed port.
-        address: address of an existing Ray cluster, or None to start Ray on this machine.
-        home: the cloud's folder.
+    Nobody listens on a port between its choice and its worker's start, and Ray's own processes look for free ones just
+    then. So the sockets that have found the ports stay bound, without listening, until `close`.
     """
 
-    def __init__(self, spec: WorkerSpec, address: str | None, home: Path) -> None:
-        if address is None:  # an existing cluster has its own rules, and its owner has set this environment for them
-            os.environ.update(_ray_environment(home))
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def __init__(self) -> None:
+        self._held: list[socket.socket] = []
 
-        self._ray = ray
-        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
-        alone = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
-        options = {"address": address} if address else alone
+    def take(self, listen: str, option: str = "--listen") -> str:
+        """`host:port` with a port of its own, a free one in the place of 0.
+
+        Raises:
+            ConfigError: the address does not parse.
+            PortInUseError: somebody listens there already.
+        """
+        host, port = _parsed(listen)
+        bare = host.strip("[]")
         try:
-            ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
-        except ConnectionError as error:
-            raise UnreachableError(
-                f"no Ray cluster answers at {address}: check --address and the cluster ({error})"
+            family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]
+            with contextlib.ExitStack() as unless_taken:
+                holder = unless_taken.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                holder.bind((bare, port))
+                unless_taken.pop_all()
+            self._held.append(holder)
+            return f"{host}:{holder.getsockname()[1]}"
+        except socket.gaierror:
+            raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
+        except OSError as error:
+            raise PortInUseError(
+                f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another {option}"
             ) from None
-        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
-        # The worker's files and port are this node's, so it stays here in a cluster of several.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(
-            max_restarts=-1,
-            max_concurrency=4,
-            num_cpus=0,
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=here,
-        )(Worker)
-        self._worker = actor.remote(spec)
-        self.port: int = self._get(self._worker.port.remote())
 
-    def ray_ports(self) -> list[int]:
-        """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
-        node = next(
-            node for node in self._ray.nodes() if node["NodeID"] == self._ray.get_runtime_context().get_node_id()
-        )
-        control = self._ray.get_runtime_context().gcs_address.rpartition(":")[2]
-        ports = {
-            int(control),
-            *(node.get(name, 0) for name in ("NodeManagerPort", "ObjectManagerPort", "RuntimeEnvAgentPort")),
-        }
-        return sorted(ports - {0})
+    def take_several(self, listen: str, count: int) -> list[str]:
+        """So many addresses: the given port and those after it, or any free ones in the place of 0.
 
-    def drain(self, grace: float) -> bool:
-        """Finish the calls in flight, for at most `grace` seconds; True if all were answered."""
-        try:
-            return bool(self._ray.get(self._worker.drain.remote(grace)))
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except self._ray.exceptions.RayActorError:
-            return False  # the worker is dead or being restarted, and its calls with it
-
-    def is_dead(self) -> bool:
-        """Whether the worker is dead now. One that Ray restarts or that is busy is not, or not for long."""
-        try:
-            self._ray.get(self._worker.port.remote(), timeout=POLL_SECONDS)
-        except self._ray.exceptions.ActorDiedError:
-            return True
-        except (self._ray.exceptions.RayError, TimeoutError):
-            return False
-        return False
+        Raises what `take` raises.
+        """
+        host, port = _parsed(listen)
+        return [self.take(f"{host}:{port + number if port else 0}") for number in range(count)]
 
     def close(self) -> None:
-        """End the worker, and Ray where it was started here."""
-        self._ray.kill(self._worker)
-        self._ray.shutdown()
+        """Let go of them."""
+        for holder in self._held:
+            holder.close()
+        self._held.clear()
 
-    def _get(self, reference: Any) -> Any:
-        try:
-            return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except self._ray.exceptions.ActorDiedError as error:
-            raise ConfigError(f"the worker could not start: {str(error).strip().splitlines()[-1]}") from None
+
+def _parsed(listen: str) -> tuple[str, int]:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not port.isdecimal() or len(port) > 9:
+        raise ConfigError(f"{listen!r} is no address to listen on: write host:port, for example 127.0.0.1:7443")
+    if int(port) > MAX_PORT:
+        raise ConfigError(f"{listen!r} is no address to listen on: a port is a number from 0 to {MAX_PORT}")
+    return host, int(port)
 
 
 def serve(
@@ -149,6 +116,8 @@ def serve(
     stash_bytes: int = 2 << 30,
     max_tokens: int = 1 << 16,
     threads: int | None = None,
+    workers: str = "1",
+    pipeline: int = 1,
     address: str | None = None,
     grace: float = 30.0,
     connection_file: Path | None = None,
@@ -174,7 +143,11 @@ def serve(
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
-    with ExitStack() as held:
+    least, most = _bounds(workers)
+    _check_pipeline(pipeline, plan, most, emulator)
+    with contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
+        addresses = ports.take_several(listen, most)
+        operator = ports.take(metrics, "--metrics") if metrics else ""
         spec = WorkerSpec(
             checkpoint=str(checkpoint.folder),
             model=checkpoint.name,
@@ -184,34 +157,38 @@ def serve(
             saved_span=backbone.saved_span,
             parts=str(_prepare_parts(checkpoint, plan)),
             home=str(home.absolute()),
-            listen=_claim(listen, held),
-            metrics=_claim(metrics, held, "--metrics") if metrics else "",
+            listen="",
             stash_bytes=stash_bytes,
             max_tokens=max_tokens,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or max(1, (os.cpu_count() or 1) // least),
             log_file=str((home / "worker.log").absolute()),
             emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
             sites=sites,
             batching=batching,
             **({} if tls is None else _tls_paths(*tls)),
         )
+        host = (advertise or _parsed(listen)[0]).strip("[]")
+        specs = [
+            dataclasses.replace(spec, number=number, listen=own, address=_told(host, own))
+            for number, own in enumerate(addresses)
+        ]
+        if pipeline > 1:
+            specs = stack.enter_context(_stages(specs[0], plan, pipeline, ports))
         stop = threading.Event()
-        with console.status("starting Ray and the worker"):
-            serving = Serving(spec, address, home)
-        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets handlers of its own
-            signal.signal(number, lambda *_: stop.set())
+        with console.status("starting Ray and the workers"):
+            serving = Serving(specs, address, home, least=max(least, pipeline), metrics=operator, grace=grace)
+        _stop_on_signals(stop)
         try:
-            host = advertise or spec.listen.rpartition(":")[0]
-            connection = str(ConnectionString(host.strip("[]"), serving.port, identity.pin, tls is not None))
+            connection = str(ConnectionString(host, _parsed(addresses[0])[1], identity.pin, tls is not None))
             if connection_file is not None:
                 write_atomic(connection_file, f"{connection}\n".encode())
-            write_state(home, {"connection": connection, "metrics": spec.metrics, "pid": os.getpid()})
-            ports = ", ".join(map(str, serving.ray_ports()))
+            write_state(home, {"connection": connection, "metrics": operator, "pid": os.getpid()})
+            open_ports = ", ".join(map(str, serving.ray_ports()))
             console.print(
-                f"Ray listens on every interface, ports {ports}: keep them behind a firewall", highlight=False
+                f"Ray listens on every interface, ports {open_ports}: keep them behind a firewall", highlight=False
             )
             ready(connection)
-            _wait(stop, serving.is_dead)
+            _supervise(stop, serving, console)
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
                 return serving.drain(grace)
         finally:
@@ -219,11 +196,103 @@ def serve(
             serving.close()
 
 
-def _wait(stop: threading.Event, is_dead: Callable[[], bool], poll: float = POLL_SECONDS) -> None:
-    """Wait to be told to stop, and look after the worker meanwhile.
+def _bounds(workers: str) -> tuple[int, int]:
+    """The least and the largest number of workers, of `N` or `MIN:MAX`.
 
     Raises:
-        UnreachableError: the worker is dead, `DEAD_POLLS` times in a row: Ray does not start it again.
+        ConfigError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", workers)
+    least = int(match[1]) if match else 0
+    most = int(match[2]) if match and match[2] else least
+    if not 1 <= least <= most <= MAX_WORKERS:
+        raise ConfigError(
+            f"--workers {workers!r} is no number of workers: write N, or MIN:MAX, from 1 to {MAX_WORKERS}"
+        )
+    return least, most
+
+
+def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path | None) -> None:
+    if not 1 <= stages <= len(plan.cloud):
+        raise ConfigError(
+            f"--pipeline {stages} does not fit: the cloud holds {len(plan.cloud)} layers, so it has 1 to "
+            f"{len(plan.cloud)} stages"
+        )
+    if stages > 1 and workers > 1:
+        raise ConfigError(
+            f"--pipeline {stages} and --workers {workers} exclude each other: a pipeline is one worker in several "
+            "stages; serve twice, on two addresses, for more"
+        )
+    if stages > 1 and emulator is not None:
+        raise ConfigError(
+            f"--pipeline {stages} and --emulator exclude each other, as returned adapters are tried on the whole span: "
+            "leave one of them out"
+        )
+
+
+@contextlib.contextmanager
+def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Iterator[list[WorkerSpec]]:
+    """What each stage of a pipeline serves. Each has a key that the next one has enrolled, for as long as this lasts.
+
+    Only the first stage is for edges; the others listen on the loopback, as they are on this node.
+    """
+    folder = Path(first.home) / "pipeline"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
+    specs: list[WorkerSpec] = []
+    try:
+        for number, layers in enumerate(stages_of(plan.cloud, count)):
+            stage = dataclasses.replace(first, number=number, layers=str(layers), sites=False)
+            if number:
+                enrolled = folder / str(number)
+                key = enrolled / "id_ed25519"
+                add_line(enrolled / "authorized_edges", generate_edge(key, f"stage-{number - 1}"), quota=quota)
+                listen = ports.take("127.0.0.1:0")
+                stage = dataclasses.replace(
+                    stage, listen=listen, address=listen, edges=str(enrolled), tls_cert="", tls_key="", tls_client_ca=""
+                )
+                specs[-1] = dataclasses.replace(specs[-1], next_stage=listen, next_key=str(key))
+            specs.append(stage)
+        yield specs
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _told(host: str, listen: str) -> str:
+    """The address that edges are told of a worker."""
+    port = _parsed(listen)[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """To be called after `ray.init`, which sets handlers of its own."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _supervise(stop: threading.Event, serving: Serving, console: Console) -> None:
+    """Wait to be told to stop; start Ray and the workers again where its control store dies. Raises as `_wait`."""
+    while True:
+        try:
+            _wait(stop, serving.is_dead, serving.tend)
+            return
+        except ControlStoreLostError:
+            console.print("Ray's control store is gone; starting Ray and the workers again", highlight=False)
+            serving.restart()
+            _stop_on_signals(stop)
+
+
+def _wait(
+    stop: threading.Event,
+    is_dead: Callable[[], bool],
+    tend: Callable[[], None] = lambda: None,
+    poll: float = POLL_SECONDS,
+) -> None:
+    """Wait to be told to stop, and look after the workers meanwhile.
+
+    Raises:
+        UnreachableError: a worker is dead, `DEAD_POLLS` times in a row: Ray does not start it again.
     """
     dead = 0
     while not stop.wait(poll):
@@ -233,6 +302,7 @@ def _wait(stop: threading.Event, is_dead: Callable[[], bool], poll: float = POLL
                 "the worker is gone and Ray does not start it again: look into worker.log, then run "
                 "`isthmus cloud serve` anew"
             )
+        tend()
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,38 +385,7 @@ def _checked_package(folder: Path, identity: WorkerIdentity, checkpoint: Checkpo
     return str(folder.absolute())
 
 
-def _claim(listen: str, held: ExitStack, option: str = "--listen") -> str:
-    """`host:port` with a free port, fixed now: a restarted worker must come back on the same one.
-
-    A socket that is bound to it and does not listen goes to `held`. The worker may listen beside it, as both allow the
-    reuse of addresses; but the kernel gives the port to nobody who asks for any free one, as Ray does many times before
-    the worker is up.
-
-    Raises:
-        ConfigError: the address does not parse.
-        PortInUseError: somebody listens there already.
-    """
-    host, separator, port = listen.rpartition(":")
-    if not separator or not port.isdecimal() or len(port) > 9:
-        raise ConfigError(f"{listen!r} is no address to listen on: write host:port, for example 127.0.0.1:7443")
-    if int(port) > MAX_PORT:
-        raise ConfigError(f"{listen!r} is no address to listen on: a port is a number from 0 to {MAX_PORT}")
-    bare = host.strip("[]")
-    try:
-        family = socket.getaddrinfo(bare, int(port), type=socket.SOCK_STREAM)[0][0]
-        probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((bare, int(port)))
-        return f"{host}:{probe.getsockname()[1]}"
-    except socket.gaierror:
-        raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
-    except OSError as error:
-        raise PortInUseError(
-            f"cannot listen on {listen} ({error.strerror}): stop what uses it, or choose another {option}"
-        ) from None
-
-
-def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, str]:
+def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, Any]:
     for path in (cert, key, client_ca):
         if path is not None and not path.is_file():
             raise ConfigError(f"the TLS file {path} does not exist: check the path")
@@ -363,17 +402,3 @@ def _tls_paths(cert: Path, key: Path, client_ca: Path | None) -> dict[str, str]:
         "tls_key": str(key.absolute()),
         "tls_client_ca": "" if client_ca is None else str(client_ca.absolute()),
     }
-
-
-def _ray_environment(home: Path) -> dict[str, str]:
-    """Token authentication with a token file of mode 0600, no usage reports, and a worker as urgent as anything else.
-
-    Ray gives its workers niceness 15, so that whatever else runs on the machine would come before the edges' calls.
-    """
-    environment = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    if "RAY_AUTH_TOKEN_PATH" in os.environ:  # a cluster's own token, given by whoever started it
-        return environment
-    token = home / "ray_token"
-    if not token.exists():
-        write_atomic(token, secrets.token_hex(32).encode(), 0o600)
-    return {**environment, "RAY_AUTH_TOKEN_PATH": str(token.absolute())}

@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
 from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
+from isthmus.cloud.pipeline import NextStage, StageSession
 from isthmus.cloud.scheduler import Batching, Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
@@ -59,6 +61,8 @@ ANSWER_SECONDS = 600.0
 """That an edge may take for its answer to a question in the middle of a call, which holds a thread and memory."""
 GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
+NEWS_SECONDS = 2.0
+"""For the next word of the other workers, whose sessions count against a tenant's quota."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class _Open:
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
     deadline: float | None  # seconds
+    opened: float = field(default_factory=time.time)
+    stage: StageSession | None = None  # with the pipeline's next stage, where there is one
     ending: str = "connection lost"
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -120,6 +126,11 @@ class _Open:
         """Of the compute thread's time."""
         quota = self.tenant.quota
         return Share(quota.weight, quota.max_tokens_per_second)
+
+    @property
+    def seat(self) -> Seat:
+        """What other workers are told of it."""
+        return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
     def end(self, why: str) -> None:
         """Ask the session to end after the call in flight."""
@@ -136,6 +147,7 @@ class StripServer:
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads of the compute thread.
         batching: whether calls of several sessions may share a pass.
+        next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
     """
 
     def __init__(
@@ -144,6 +156,7 @@ class StripServer:
         identity: WorkerIdentity,
         edges: Callable[[], AuthorizedEdges],
         threads: int,
+        next_stage: NextStage | None = None,
         *,
         batching: bool = True,
     ) -> None:
@@ -151,6 +164,7 @@ class StripServer:
         self._served = served
         self._identity = identity
         self._edges = edges
+        self._next_stage = next_stage
         smallest = ROWS_PER_THREAD * threads  # below it, a shared pass could have other bits
         self._compute = Dispatcher(threads, Batching(smallest=smallest) if batching else None)
         self._call_threads = CallThreads(threads)
@@ -160,6 +174,10 @@ class StripServer:
         self._in_flight_bytes: Counter[str] = Counter()
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
         self._draining = False
+        self._address = ""  # what edges are told; empty for a worker that has no peers
+        self._peers: tuple[Peer, ...] = ()
+        self._sent: Counter[str] = Counter()  # edges that were sent to a peer since it was heard of
+        self._news = asyncio.Event()  # replaced at every word of the peers
         self._never = asyncio.Event()
         self._idle = asyncio.Event()  # no call is in flight
         self._idle.set()
@@ -208,6 +226,31 @@ class StripServer:
         log("serving", listen=listen, port=port, model=self._served.info.model, plan=self._served.info.plan)
         return int(port)
 
+    def hear(self, address: str, peers: Sequence[Peer]) -> None:
+        """Take word of the cloud's other workers. For the server's event loop alone.
+
+        Args:
+            address: where edges find this worker.
+            peers: the others.
+        """
+        self._address, self._peers = address, tuple(peers)
+        self._sent.clear()
+        for session in self._open.values():
+            if newer_elsewhere(session.seat, peers):
+                session.end("fenced")
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def shed(self, count: int) -> None:
+        """End the newest sessions: their edges go on at workers with fewer. For the server's event loop alone."""
+        settled = [session for session in self._open.values() if not session.ended.is_set()]
+        for session in settled[max(0, len(settled) - count) :]:
+            session.end("another worker has fewer sessions")
+
+    def seats(self) -> tuple[Seat, ...]:
+        """The sessions that are open. May be called from any thread."""
+        return tuple(session.seat for session in self._open.copy().values() if not session.ended.is_set())
+
     async def drain(self, grace: float) -> bool:
         """Stop admitting sessions, answer the calls in flight, say goodbye.
 
@@ -236,6 +279,7 @@ class StripServer:
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows. May be called from any thread."""
         info, executor = self._served.info, self._served.executor
+        waiting = self._compute.waiting()
         return {
             "state": "draining" if self._draining else "serving",
             "model": info.model,
@@ -245,8 +289,9 @@ class StripServer:
             "uptime_s": time.time() - self._started,
             "sessions": dict(Counter(session.tenant.name for session in self._open.copy().values())),
             "in_flight": self._in_flight,
-            "waiting": dict(self._compute.waiting()),
+            "waiting": dict(waiting),
             "calls_per_pass": self._compute.calls_per_pass,
+            "queue_depth": sum(waiting.values()),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -261,8 +306,11 @@ class StripServer:
         stream = SealedStream(protocol, frames, context, self.metrics)
         try:
             session = await self._admit(protocol, stream, context)
-            if session is not None:
+            if session is not None and self._next_stage is None:
                 await self._converse(stream, session, limits)
+            elif session is not None and self._next_stage is not None:
+                async with self._next_stage.session(interactive=session.interactive) as session.stage:
+                    await self._converse(stream, session, limits)
         except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
@@ -295,12 +343,19 @@ class StripServer:
                 asked = attach.message
                 deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
                 session = _Open(opened, protocol.tenant, asked.link, asked.interactive, deadline)
-                refusal = self._enter(session)
+                known = (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
+                elsewhere = None if asked.settled else self._better_place(session)
+                if elsewhere is not None:
+                    outcome = "sent elsewhere"
+                    await stream.send(m.Workers(known, elsewhere))
+                    return None
+                refusal = await self._enter(session)
                 if refusal is not None:
                     outcome = "refused"
                     await stream.send(refusal)
                     return None
-                await stream.send(m.Status(m.StatusCode.OK, None, "attached"))
+                attached = m.Workers(known) if self._peers else m.Status(m.StatusCode.OK, None, "attached")
+                await stream.send(attached)
                 return session
         except TimeoutError:
             outcome = "timed out"
@@ -323,20 +378,35 @@ class StripServer:
                 oldest.reschedule(asyncio.get_running_loop().time())
         self._half_open[limit] = None
 
-    def _enter(self, session: _Open) -> m.Status | None:
+    def _better_place(self, session: _Open) -> str | None:
+        """The address of a worker with fewer sessions than this one has without the newcomer."""
+        own = sum(seat.link != session.link.hex() for seat in self.seats())
+        address = better_place(own, self._peers, self._sent)
+        if address is not None:
+            self._sent[address] += 1
+        return address
+
+    async def _enter(self, session: _Open) -> m.Status | None:
         """Fence the link's older session, then count; a status where the tenant has too many sessions."""
-        mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
-        for other in mine:
-            if other.link == session.link:
-                other.end("fenced")
-        count = sum(other.ending != "fenced" for other in mine)
-        allowed = session.tenant.quota.max_sessions
-        if count >= allowed:
-            return m.Status.saying(
-                m.StatusCode.OVER_QUOTA,
-                None,
-                f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
-            )
+        seat, allowed = session.seat, session.tenant.quota.max_sessions
+        for tries_left in (2, 1, 0):
+            mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
+            for other in mine:
+                if other.link == session.link:
+                    other.end("fenced")
+            here = sum(other.ending != "fenced" for other in mine)
+            count = here + seats_elsewhere(seat.tenant, seat.link, self._peers)
+            if count < allowed:
+                break
+            if here >= allowed or not tries_left:
+                return m.Status.saying(
+                    m.StatusCode.OVER_QUOTA,
+                    None,
+                    f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
+                )
+            # What a peer has said is not the last word: a session may have ended there since.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), NEWS_SECONDS)
         self._open[session.id] = session
         self._empty.clear()
         self.metrics.sessions.set(len(self._open))
@@ -390,7 +460,7 @@ class StripServer:
             start = time.perf_counter_ns()
             async with self._room_for(tenant, size, received.body):
                 try:
-                    reply = await asyncio.wrap_future(self._submit(work, session, received))
+                    reply = await self._reply(work, session, received)
                 except TooLate:
                     reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
             elapsed = time.perf_counter_ns() - start
@@ -413,6 +483,18 @@ class StripServer:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+
+    async def _reply(self, work: TenantSession, session: _Open, received: Received) -> m.Message | None:
+        """Have a message answered by this worker, and by the stages behind it where there are any."""
+        if session.stage is None:
+            return await asyncio.wrap_future(self._submit(work, session, received))
+        try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
+            return await session.stage.answer(
+                received.message,
+                lambda message: asyncio.wrap_future(self._submit(work, session, Received(message, bytearray()))),
+            )
+        finally:
+            wipe(received.body)
 
     @contextlib.asynccontextmanager
     async def _room_for(self, tenant: Tenant, size: int, body: bytearray) -> AsyncIterator[None]:

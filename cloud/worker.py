@@ -15,27 +15,27 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.families import family_of
-from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import NONE, quantizer_of
 from isthmus.backbone.saved_span import load_saved_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import DTYPES, load_span
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.directory import Peer, Report, Word
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log, log_to
-from isthmus.cloud.metrics import serve_metrics
+from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.shelf import FileShelf
 from isthmus.emulator.package import open_package
 from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.errors import KeyFileError, PortInUseError
-from isthmus.protocol.keys import load_worker
+from isthmus.protocol.keys import load_edge, load_worker
 from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
 
 REBINDS = 5
@@ -54,7 +54,6 @@ class WorkerSpec:
     parts: str  # folder with the edge's parts
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    metrics: str  # host:port, or "" for none
     stash_bytes: int
     max_tokens: int
     threads: int
@@ -67,6 +66,12 @@ class WorkerSpec:
     quantize: str = NONE
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
     batching: bool = True  # whether calls of several sessions may share a pass
+    number: int = 0  # of the worker, from 0 on
+    address: str = ""  # host:port that edges are told
+    layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
+    edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
+    next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
+    next_key: str = ""  # file with the key that the next stage has enrolled
 
     @property
     def span_dtype(self) -> str:
@@ -91,21 +96,16 @@ class Worker:
                 os._exit(1)  # Ray tries again
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
+        self._spec, self._restarts = spec, 0
         log_to(Path(spec.log_file) if spec.log_file else None)
-        self._server = StripServer(
-            served_by(spec),
-            load_worker(Path(spec.home)),
-            EdgesFile(Path(spec.home)),
-            spec.threads,
-            batching=spec.batching,
-        )
+        served = served_by(spec)
+        self._span = str(served.executor.host.span.layer_span)
+        identity, edges = load_worker(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
+        self._server = StripServer(served, identity, edges, spec.threads, next_stage_of(spec), batching=spec.batching)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         tls = _tls(spec)
         self._port = self._listen(spec.listen, tls, rebinds)
-        if spec.metrics:
-            host, _, port = spec.metrics.rpartition(":")
-            serve_metrics(host.strip("[]"), int(port), self._server.metrics, self.status)
 
     def _listen(self, listen: str, tls: ServerTls | None, rebinds: int) -> int:
         """Bind; a restarted worker tries again, as the process before it may hold the port for a moment more."""
@@ -128,10 +128,35 @@ class Worker:
             raise self._failure
         return self._port
 
-    def status(self) -> dict[str, Any]:
-        """The server's status, with the process's id and memory."""
+    def exchange(self, word: Word) -> Report:
+        """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
+        self.port()
+        spec = self._spec
+        if word.restarts is not None:
+            self._restarts = word.restarts
+        self._loop.call_soon_threadsafe(self._server.hear, spec.address, word.peers)
+        if word.shed:
+            self._loop.call_soon_threadsafe(self._server.shed, word.shed)
+        status = self._server.status()
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        return {**self._server.status(), "pid": os.getpid(), "peak_bytes": usage.ru_maxrss * 1024}
+        own = {
+            "worker": spec.number,
+            "address": spec.address,
+            "span": self._span,
+            **status,
+            "positions": self._server.metrics.positions(),
+            "restarts": self._restarts,
+            "pid": os.getpid(),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        if spec.edges:  # a stage inside a pipeline is none of the edges' business
+            return Report(own, None)
+        return Report(own, Peer(spec.address, str(status["state"]), self._server.seats()))
+
+    def metrics(self) -> bytes:
+        """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""
+        self.port()
+        return self._server.metrics.text()
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight and stop listening."""
@@ -187,10 +212,11 @@ def served_by(spec: WorkerSpec) -> Served:
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
     dtype = DTYPES[spec.dtype]
+    layers = Span(*map(int, spec.layers.split(":"))) if spec.layers else plan.cloud
     if spec.saved_span:
-        span = load_saved_span(Path(spec.saved_span))
+        span = load_saved_span(Path(spec.saved_span), layers)
     else:
-        span = load_span(checkpoint, plan, dtype=dtype, quantizer=quantizer_of(spec.quantize))
+        span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span)
     info = SessionInfo(
         session_id="",
@@ -228,6 +254,18 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
+
+
+def next_stage_of(spec: WorkerSpec) -> NextStage | None:
+    """Where the calls of a pipeline's stage go on; None for the last one, and for a worker that has the whole span.
+
+    Raises:
+        KeyFileError: the stage's key is missing.
+    """
+    if not spec.next_stage:
+        return None
+    pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
+    return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
 
 
 def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:

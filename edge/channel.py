@@ -56,6 +56,14 @@ Observer = Callable[[str, str], None]
 Check = Callable[[], None]
 
 
+class RedirectedError(Exception):
+    """A worker sends the edge to another one; `workers` says where. Never shown to anybody."""
+
+    def __init__(self, workers: m.Workers) -> None:
+        super().__init__(workers.go_to)
+        self.workers = workers
+
+
 class Channel:
     """An established session.
 
@@ -69,8 +77,14 @@ class Channel:
         check: raises when nobody wants to wait any more; called a few times a second.
         interactive: whether somebody waits for the calls, which then come before training.
         deadline: seconds within which a call has to be computed; None for no deadline.
+        settled: whether the worker must not send this edge to another one.
+
+    Attributes:
+        info: what the cloud said of the session.
+        workers: the addresses of the cloud's workers; empty where it has one and does not say.
 
     Raises:
+        RedirectedError: the session is to be opened with another worker.
         ConnectionLostError: the stream broke.
         FingerprintError, NotEnrolledError, RefusedError, VersionError, RemoteProtocolError: see `EdgeSession.receive`.
     """
@@ -87,6 +101,7 @@ class Channel:
         *,
         interactive: bool = False,
         deadline: float | None = None,
+        settled: bool = False,
     ) -> None:
         self._stream = stream
         self._check = check
@@ -95,7 +110,8 @@ class Channel:
         self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
         try:
             self.info = self._handshake()
-            self._attach(m.Attach(link, interactive, 0 if deadline is None else max(1, round(deadline * 1000))))
+            milliseconds = 0 if deadline is None else max(1, round(deadline * 1000))
+            self.workers = self._attach(m.Attach(link, interactive, milliseconds, settled))
         except BaseException:
             self.abandon()
             raise
@@ -167,14 +183,19 @@ class Channel:
                 case _:
                     raise RemoteProtocolError("the cloud left the handshake's order")
 
-    def _attach(self, attach: m.Attach) -> None:
+    def _attach(self, attach: m.Attach) -> tuple[str, ...]:
         status = self.ask(attach, HANDSHAKE_SECONDS)
+        if isinstance(status, m.Workers):
+            if status.go_to:
+                raise RedirectedError(status)
+            return status.addresses
         if not isinstance(status, m.Status):
             raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
         if status.code == m.StatusCode.OVER_QUOTA:
             raise OverQuotaError(status.message)
         if status.code != m.StatusCode.OK:
             raise RefusedError(status.message)
+        return ()
 
     def _send(self, frame: bytes, timeout: float) -> None:
         self._patiently(timeout, lambda left: self._stream.send(frame))

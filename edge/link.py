@@ -76,9 +76,12 @@ def connect(
     """
     where = ConnectionString.parse(address)
     private = load_edge(Path(key or DEFAULT_KEY).expanduser())
-    transport = GrpcTransport(where.address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
+
+    def reach(address: str) -> GrpcTransport:
+        return GrpcTransport(address, (tls or Tls()) if where.tls else None, min(connect_timeout, 5.0))
+
     link = Link(
-        transport,
+        reach(where.address),
         where.pin,
         private,
         name=where.address,
@@ -87,6 +90,7 @@ def connect(
         call_timeout=call_timeout,
         interactive=interactive,
         deadline=deadline,
+        reach=reach,
     )
     link.open(connect_timeout)
     return link

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.backbone.stopping import Interrupted
-from isthmus.edge.channel import LOOK_SECONDS, Channel, Check, Observer, Traffic
+from isthmus.edge.channel import LOOK_SECONDS, Channel, Check, Observer, RedirectedError, Traffic
+from isthmus.edge.route import Route
 from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.edge.transport import Transport
 from isthmus.protocol import messages as m
@@ -60,6 +61,7 @@ class LastingLink:
         observer: told of each phase of each question; for tests and benchmarks.
         interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
         deadline: seconds within which the cloud has to compute a call, or else not to begin it; None for no deadline.
+        reach: makes a transport to another worker of the cloud; None stays with the one of `transport`.
 
     Raises:
         ConfigError: The deadline is no length of time.
@@ -78,6 +80,7 @@ class LastingLink:
         observer: Observer = lambda question, phase: None,
         interactive: bool = False,
         deadline: float | None = None,
+        reach: Callable[[str], Transport] | None = None,
     ) -> None:
         if deadline is not None and not 0 < deadline <= MAX_DEADLINE:
             raise ConfigError(
@@ -85,7 +88,7 @@ class LastingLink:
             )
         self.traffic = Traffic()
         self.observer = observer
-        self._transport = transport
+        self._route = Route(transport, name, reach)
         self._pin = pin
         self._key = key
         self._name = name
@@ -127,7 +130,7 @@ class LastingLink:
             if self._channel is not None:
                 self._channel.close()
                 self._channel = None
-            self._transport.close()
+            self._route.close()
             self._closed = True
 
     def __enter__(self) -> Self:
@@ -256,17 +259,20 @@ class LastingLink:
         if self._channel is not None:
             return self._channel
         try:
-            stream = self._transport.open()
-            channel = Channel(
-                stream, self._pin, self._key, self._link_id, self.traffic, self._observe, self._still_wanted,
-                interactive=self._interactive, deadline=self._deadline,
-            )  # fmt: skip
+            channel = self._opened()
         except RefusedError as error:
+            self._route.failed()
             if self._info is None:
                 raise
             raise ConnectionLostError(
                 str(error)
             ) from None  # it took us before, and may again: a worker that drains, say
+        except (ConnectionLostError, FingerprintError):
+            self._route.failed()
+            raise
+        self._route.attached()
+        if channel.workers:
+            self._route.learn(channel.workers)
         if self._info is not None and _identity(channel.info) != _identity(self._info):
             channel.close()
             raise CheckpointError(
@@ -281,6 +287,21 @@ class LastingLink:
         self._info = channel.info
         self._channel = channel
         return channel
+
+    def _opened(self) -> Channel:
+        """A new channel, to the worker of the route or to where that one sends us."""
+        while True:
+            try:
+                return Channel(
+                    self._route.open(), self._pin, self._key, self._link_id, self.traffic, self._observe,
+                    self._still_wanted, interactive=self._interactive, deadline=self._deadline,
+                    settled=self._route.settled,
+                )  # fmt: skip
+            except RedirectedError as sent:
+                if self._route.settled:
+                    raise RemoteProtocolError("the cloud sends the edge on from where it has sent it") from None
+                self._route.learn(sent.workers.addresses)
+                self._route.send_to(sent.workers.go_to)
 
     def _still_wanted(self) -> None:
         self._check()  # looked up each time, as the observer is

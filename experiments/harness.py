@@ -109,7 +109,14 @@ class LocalCloud:
         self._same_address = ("--listen", where.address)
 
     def status(self) -> dict[str, Any]:
-        """The worker's status, `pid` among it."""
+        """The first worker's status, `pid` among it. Raises UnreachableError where that one does not answer."""
+        first: dict[str, Any] = self.cloud_status()["workers"][0]
+        if "pid" not in first:
+            raise UnreachableError(f"the first worker of {self.home} is {first['state']}: ask again in a moment")
+        return first
+
+    def cloud_status(self) -> dict[str, Any]:
+        """What `isthmus cloud status` shows: of the cloud, and in `workers` of each."""
         state = json.loads((self.home / "serving.json").read_text())
         with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
             status: dict[str, Any] = json.load(response)

@@ -13,6 +13,7 @@ from isthmus.protocol.messages import (
     MAX_PIECE,
     MAX_PUT_FILES,
     MAX_SITES,
+    MAX_WORKERS,
     Backward,
     BackwardReply,
     Blob,
@@ -31,9 +32,11 @@ from isthmus.protocol.messages import (
     SiteQuestion,
     Sites,
     SpanInputs,
+    Workers,
 )
 
 _PART = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_ADDRESS = re.compile(r"([A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?\]):[0-9]{1,5}")
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
 
 
@@ -87,6 +90,21 @@ def check(message: Message) -> None:
                     f"an adapter of {len(message.entries)} files is refused: 1 to {MAX_PUT_FILES} are accepted"
                 )
             _check_files(message.entries)
+        case Workers():
+            _check_workers(message)
+
+
+def _check_workers(message: Workers) -> None:
+    addresses = message.addresses
+    if not 1 <= len(addresses) <= MAX_WORKERS or len(set(addresses)) != len(addresses):
+        raise MessageError(
+            f"a list of {len(addresses)} workers is refused: 1 to {MAX_WORKERS} different ones are accepted"
+        )
+    for address in addresses:
+        if not _ADDRESS.fullmatch(address):
+            raise MessageError(f"the worker's address {address[:MAX_NAME]!r} is refused: host:port is needed")
+    if message.go_to and message.go_to not in addresses:
+        raise MessageError(f"{message.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
 
 
 def _check_sites(message: Sites) -> None:

@@ -14,7 +14,7 @@ Theory of operation
     10  Ping          edge   -                                        Pong
     11  Pong          cloud  -
     12  Goodbye       both   -
-    13  Attach        edge   -                                        Status
+    13  Attach        edge   -                                        Status or Workers
     14  Put           edge   bytes of a file                          PutReply or Status
     15  PutReply      cloud  -
     16  PlugIn        edge   -                                        Status
@@ -22,6 +22,7 @@ Theory of operation
     18  SiteQuestion  cloud  tensors                                  SiteAnswer
     19  SiteAnswer    edge   tensors                                  as the call that it goes on with, or SiteQuestion
     20  Lease         edge   matrices                                 Status
+    21  Workers       cloud  -
 
     Files lie on shelves. An edge reads those of a shelf piece by piece (FetchList, then Fetch until it has all), and
     brings an adapter the same way (Put until the cloud holds all, then PlugIn with the list of its files). Both go on
@@ -31,6 +32,9 @@ Theory of operation
     that list in its calls. Such a call may pause: instead of its reply the cloud sends a SiteQuestion, and goes on when
     it has the SiteAnswer. Whatever an adapter's placement, a pause has this one form. What is lent goes before the call
     (Lease), and its gradients come with the BackwardReply; what is tapped comes with the ForwardReply.
+
+    A cloud of several workers answers Attach with their addresses (Workers), and may send the edge to one of them. The
+    edge's pin stays the same, so that can only be a worker of the same root key.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
     call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.packing`.
@@ -67,6 +71,8 @@ MAX_PIECE = 8 << 20
 """Most bytes of a file in one message."""
 MAX_PUT_FILES = 8
 """Most files of an adapter."""
+MAX_WORKERS = 128
+"""Most workers of a cloud."""
 LINK_BYTES = 16
 DIGEST_BYTES = 32
 
@@ -280,12 +286,27 @@ class Attach:
     The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
     `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
     within how many milliseconds a call without sites has to be computed, or else not to be begun; 0 for no deadline.
+    `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere.
     """
 
     op: ClassVar[int] = 13
     link: bytes
     interactive: bool = False
     deadline_ms: int = 0
+    settled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The workers of this cloud, `host:port` each, any of which may take the edge's sessions.
+
+    `go_to`: the one to go to instead, as it has fewer sessions; the session ends. Empty where the edge is
+    attached here.
+    """
+
+    op: ClassVar[int] = 21
+    addresses: tuple[str, ...]
+    go_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +363,7 @@ Message = (
     | SiteQuestion
     | SiteAnswer
     | Lease
+    | Workers
 )
 
 Timed = ForwardReply | BackwardReply | SiteQuestion
@@ -371,6 +393,7 @@ CLOUD_SENDS: tuple[type[Message], ...] = (
     Goodbye,
     PutReply,
     SiteQuestion,
+    Workers,
 )
 
 

@@ -28,6 +28,7 @@ from isthmus.protocol.messages import (
     MAX_NAME,
     MAX_PUT_FILES,
     MAX_TEXT,
+    MAX_WORKERS,
     Attach,
     Backward,
     BackwardReply,
@@ -47,6 +48,7 @@ from isthmus.protocol.messages import (
     SpanInputs,
     Status,
     StatusCode,
+    Workers,
 )
 from isthmus.protocol.site_messages import MAX_SITES
 from isthmus.protocol.site_packing import SITE_READERS, SITE_WRITERS
@@ -88,7 +90,7 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
     return message
 
 
-_INTERACTIVE = 1
+_INTERACTIVE, _SETTLED = 1, 2
 _MAX_FILES = (1 << 16) - 1
 
 
@@ -218,9 +220,27 @@ def _read_status(r: Reader) -> Status:
 
 
 def _write_attach(w: Writer, m: Attach) -> None:
-    w.number(U8, _INTERACTIVE if m.interactive else 0)
+    w.number(U8, (_INTERACTIVE if m.interactive else 0) | (_SETTLED if m.settled else 0))
     w.number(U32, m.deadline_ms)
     w.fixed(m.link, LINK_BYTES)
+
+
+def _read_attach(r: Reader) -> Attach:
+    flags, deadline_ms = r.flags(_INTERACTIVE | _SETTLED), r.number(U32)
+    return Attach(r.raw(LINK_BYTES), bool(flags & _INTERACTIVE), deadline_ms, bool(flags & _SETTLED))
+
+
+def _write_workers(w: Writer, m: Workers) -> None:
+    w.number(U8, len(m.addresses))
+    for address in (*m.addresses, m.go_to):
+        w.text(address, MAX_NAME)
+
+
+def _read_workers(r: Reader) -> Workers:
+    count = r.number(U8)
+    if count > MAX_WORKERS:
+        raise MessageError(f"a list of {count} workers is refused: {MAX_WORKERS} are accepted")
+    return Workers(tuple(r.text(MAX_NAME) for _ in range(count)), r.text(MAX_NAME))
 
 
 def _write_pong(w: Writer, m: Pong) -> None:
@@ -247,6 +267,7 @@ _WRITERS: dict[int, Callable[..., None]] = {
     Put.op: _write_piece,
     PutReply.op: _write_put_reply,
     PlugIn.op: _write_entries,
+    Workers.op: _write_workers,
     **SITE_WRITERS,
 }
 _READERS: dict[int, Callable[[Reader], Message]] = {
@@ -262,11 +283,10 @@ _READERS: dict[int, Callable[[Reader], Message]] = {
     Ping.op: lambda r: Ping(r.number(U64)),
     Pong.op: lambda r: Pong(r.number(U64), r.number(U64)),
     Goodbye.op: lambda r: Goodbye(r.text(MAX_TEXT)),
-    Attach.op: lambda r: Attach(
-        interactive=bool(r.flags(_INTERACTIVE)), deadline_ms=r.number(U32), link=r.raw(LINK_BYTES)
-    ),
+    Attach.op: _read_attach,
     Put.op: _read_put,
     PutReply.op: lambda r: PutReply(r.text(MAX_NAME), r.raw(DIGEST_BYTES), r.number(U64)),
     PlugIn.op: lambda r: PlugIn(r.entries(MAX_PUT_FILES)),
+    Workers.op: _read_workers,
     **SITE_READERS,
 }

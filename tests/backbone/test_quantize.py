@@ -15,7 +15,7 @@ from torch import nn
 from isthmus.backbone import span as span_module
 from isthmus.backbone.checkpoint import SPAN_FILE, write_json
 from isthmus.backbone.errors import CheckpointError, ConfigError
-from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import (
     NONE,
     QUANTIZERS,
@@ -185,6 +185,18 @@ def test_a_saved_span_is_the_same_bit_for_bit(
         assert torch.equal(found, expected)
     assert is_saved_span(folder)
     assert Checkpoint(folder / PARTS, "tiny").digest() == checkpoint.digest()
+
+
+def test_a_part_of_a_saved_span_is_that_part_of_the_whole(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    save_span(Checkpoint(checkpoints("llama"), "tiny"), PLAN, folder, dtype="fp32", quantizer=QUANTIZERS["nf4"])
+    cut = PLAN.cloud.start + 1
+    whole = load_saved_span(folder)
+    first, second = (load_saved_span(folder, Span(*ends)) for ends in ((PLAN.cloud.start, cut), (cut, PLAN.cloud.stop)))
+    assert max(bytes_of(first), bytes_of(second)) < bytes_of(whole)
+    assert torch.equal(second(first(hidden_states())), whole(hidden_states()))
+    with pytest.raises(CheckpointError, match=f"holds layers {PLAN.cloud}"):
+        load_saved_span(folder, Span(0, 1))
 
 
 def test_a_saved_span_holds_no_layer_of_the_edge_and_the_parts_none_of_the_cloud(

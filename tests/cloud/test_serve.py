@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +18,16 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import serve as serve_module, worker as worker_module
-from isthmus.cloud.serve import Serving, _claim, _prepare_parts, _wait
+from isthmus.cloud.cluster import ControlStoreLostError, Serving
+from isthmus.cloud.scaling import Change
+from isthmus.cloud.serve import Ports, _bounds, _prepare_parts, _wait
 from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import load_worker
 
-SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", "", 1, 1, 1, "")
+SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", 1, 1, 1, "")
 
 
 class ActorError(Exception):
@@ -51,8 +52,90 @@ def dead_serving() -> Serving:
     )
     serving._ray = SimpleNamespace(get=get, exceptions=errors)  # type: ignore[assignment]  # stands for the module
     method = SimpleNamespace(remote=lambda *_: None)
-    serving._worker = SimpleNamespace(drain=method, port=method)
+    serving._workers = {0: SimpleNamespace(drain=method, port=method)}
+    serving._ending = {}
+    serving._specs = [SPEC]
     return serving
+
+
+class FakeActor:
+    """An actor whose calls are answered at once, and noted."""
+
+    def __init__(self, log: list[str], name: str, answers: dict[str, Any]) -> None:
+        self.log, self.name, self.answers = log, name, answers
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*_: Any) -> Any:
+            self.log.append(f"{self.name}.{method}")
+            return self.answers.get(method)
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_worker_is_started_and_drained_as_the_controller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    serving = dead_serving()
+    changes = [Change(1, start=True), None, Change(1, start=False), None]
+    controller = FakeActor(log, "controller", {})
+    controller.answers = {"change": changes}
+
+    def get(reference: Any, timeout: float | None = None) -> Any:
+        return changes.pop(0) if reference is changes else reference
+
+    def start(number: int) -> FakeActor:
+        return FakeActor(log, f"worker-{number}", {"port": 7444, "drain": True})
+
+    monkeypatch.setattr(serving, "_start", start)
+    serving._ray = SimpleNamespace(
+        get=get,
+        wait=lambda refs, timeout: (refs, []),
+        kill=lambda actor: log.append(f"kill {actor.name}"),
+        exceptions=serving._ray.exceptions,
+    )  # type: ignore[assignment]  # stands for the module
+    serving._workers, serving._controllers, serving._starting = {0: start(0)}, [controller], {}
+    serving._grace = 1.0
+    for _ in range(5):
+        serving._scale()
+        if not changes:
+            break
+    asked = ["controller.change"]
+    assert log == [*asked, "worker-1.port", *asked, *asked, "worker-1.drain", "kill worker-1", *asked]
+    assert list(serving._workers) == [0]
+
+
+def test_a_control_store_that_is_gone_is_told_after_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = dead_serving()
+    serving._silent, serving._address, serving._least, serving._specs = 0, None, 1, [SPEC]
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        serving._control = store.getsockname()
+        for _ in range(5):
+            serving.tend()
+    serving.tend()
+    serving.tend()
+    with pytest.raises(ControlStoreLostError):
+        serving.tend()
+    serving._address = "ray://elsewhere"
+    with pytest.raises(UnreachableError, match="elsewhere"):
+        serving.restart()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pipeline": 3}, "2 layers, so it has 1 to 2 stages"),
+        ({"pipeline": 2, "workers": "2"}, "--pipeline 2 and --workers 2 exclude each other"),
+        ({"pipeline": 2, "emulator": Path("package")}, "--pipeline 2 and --emulator exclude each other"),
+    ],
+)
+def test_a_pipeline_that_does_not_fit_is_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: pytest.fail("Ray was started"))
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    with pytest.raises(ConfigError, match=message):
+        serve_module.serve(str(model), home=Home(tmp_path).folder, listen="127.0.0.1:0", **arguments)
 
 
 def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:
@@ -78,21 +161,43 @@ def test_serve_goes_on_while_the_worker_is_restarted() -> None:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
 def test_a_port_that_is_none_is_refused(listen: str) -> None:
-    with ExitStack() as held, pytest.raises(ConfigError, match="address to listen on"):
-        _claim(listen, held)
+    with pytest.raises(ConfigError, match="address to listen on"):
+        Ports().take(listen)
 
 
-def test_a_claimed_port_is_kept_for_the_worker() -> None:
-    with ExitStack() as held:
-        host, _, port = _claim("127.0.0.1:0", held).rpartition(":")
+def test_ports_are_kept_until_their_workers_listen() -> None:
+    ports = Ports()
+    try:
+        first, second = ports.take_several("127.0.0.1:0", 2)
+        assert first != second
+        host, _, port = first.rpartition(":")
+        with socket.socket() as worker:  # as gRPC binds it
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            worker.bind((host, int(port)))
+            worker.listen()
+            with pytest.raises(PortInUseError, match=first):
+                Ports().take(first)
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind((host, int(port)))
-        for _ in range(2):  # the second time as a worker that was restarted
-            socket.create_server((host, int(port))).close()
-        with socket.create_server((host, int(port))), pytest.raises(PortInUseError, match=port):
-            _claim(f"{host}:{port}", held)
-    with socket.socket() as stranger:
-        stranger.bind((host, int(port)))
+    finally:
+        ports.close()
+    start = int(port)
+    given = Ports()
+    try:
+        assert given.take(f"127.0.0.1:{start}") == f"127.0.0.1:{start}"
+    finally:
+        given.close()
+
+
+@pytest.mark.parametrize(("workers", "bounds"), [("1", (1, 1)), ("3", (3, 3)), ("1:4", (1, 4)), ("2:2", (2, 2))])
+def test_a_number_of_workers_is_one_or_two_numbers(workers: str, bounds: tuple[int, int]) -> None:
+    assert _bounds(workers) == bounds
+
+
+@pytest.mark.parametrize("workers", ["0", "4:2", "1:2:3", "two", "-1", "1:", "129"])
+def test_a_number_of_workers_that_is_none_is_refused(workers: str) -> None:
+    with pytest.raises(ConfigError, match=r"MIN:MAX"):
+        _bounds(workers)
 
 
 def test_a_changed_tokenizer_makes_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +260,7 @@ def package(tmp_path_factory: pytest.TempPathFactory, keys: Home) -> Package:
 
 def serving(package: Package, keys: Home, **changes: Any) -> None:
     """Call `serve` up to the point where it has looked at everything."""
-    options = {"home": keys.folder, "edge_layers": "2:2", "listen": "127.0.0.1:99999", "emulator": package.folder}
+    options = {"home": keys.folder, "edge_layers": "2:2", "listen": "127.0.0.1:0", "emulator": package.folder}
     serve_module.serve(changes.pop("model", str(package.folder.parent / "model")), **{**options, **changes})
 
 
@@ -163,8 +268,7 @@ def test_a_package_is_looked_at_before_anything_is_started(
     package: Package, keys: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(serve_module, "Serving", lambda *_: pytest.fail("Ray was started"))
-    monkeypatch.setattr(serve_module, "_claim", lambda listen, held, option="--listen": listen)
+    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: pytest.fail("Ray was started"))
     with pytest.raises(PackageError, match=r"split plan 2:2, but --edge-layers is 1:2"):
         serving(package, keys, edge_layers="1:2")
     other = tiny_checkpoint("llama", tmp_path / "other", seed=3)

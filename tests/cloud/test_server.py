@@ -820,7 +820,7 @@ def test_health_is_served_and_nothing_else(server: ThreadServer) -> None:
 
 
 def test_metrics_and_status_count_and_hold_no_content(server: ThreadServer) -> None:
-    endpoint = serve_metrics("127.0.0.1", 0, server.server.metrics, server.server.status)
+    endpoint = serve_metrics("127.0.0.1", 0, server.server.metrics.text, server.server.status)
     base = f"http://127.0.0.1:{endpoint.server_port}"
     try:
         with server.link() as link:
@@ -883,7 +883,7 @@ def test_a_port_in_use_has_its_own_error(server: ThreadServer, cloud: Served, tm
         with pytest.raises(PortInUseError, match=address), second:
             pass
         with pytest.raises(PortInUseError, match=address):
-            serve_metrics("127.0.0.1", taken.getsockname()[1], server.server.metrics, dict)
+            serve_metrics("127.0.0.1", taken.getsockname()[1], server.server.metrics.text, dict)
 
 
 # The outer layer ------------------------------------------------------------------------------------------------------

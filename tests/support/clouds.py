@@ -14,6 +14,7 @@ from typing import Any, Self
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.worker import EdgesFile, WorkerSpec, served_by
 from isthmus.edge.link import Link
@@ -36,6 +37,7 @@ def served(
     emulator: Path | None = None,
     quantize: str = "none",
     saved_span: Path | None = None,
+    layers: str = "",
 ) -> Served:
     """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet.
 
@@ -52,7 +54,6 @@ def served(
         parts=str(parts),
         home=str(home or parts.parent / "home"),
         listen="",
-        metrics="",
         stash_bytes=stash_bytes,
         max_tokens=max_tokens,
         threads=1,
@@ -60,6 +61,7 @@ def served(
         emulator="" if emulator is None else str(emulator),
         quantize=quantize,
         saved_span="" if saved_span is None else str(saved_span),
+        layers=layers,
     )
     return served_by(spec)
 
@@ -98,6 +100,7 @@ class ThreadServer:
         home: Home,
         tls: ServerTls | None = None,
         listen: str = "127.0.0.1:0",
+        next_stage: NextStage | None = None,
         batching: bool = True,
     ) -> None:
         self.served = cloud
@@ -107,7 +110,12 @@ class ThreadServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-server", daemon=True)
         self.server = StripServer(
-            cloud, load_worker(home.folder, now=lambda: 0.0), EdgesFile(home.folder), 1, batching=batching
+            cloud,
+            load_worker(home.folder, now=lambda: 0.0),
+            EdgesFile(home.folder),
+            1,
+            next_stage,
+            batching=batching,
         )
         self.port = 0
 

@@ -199,12 +199,21 @@ def lists_of_files(least: int, most: int) -> st.SearchStrategy[tuple[m.FileEntry
     return st.lists(entries, min_size=least, max_size=most, unique_by=lambda entry: entry.name).map(tuple)
 
 
+addresses = st.from_regex(r"([a-z0-9.\-]{1,20}|\[[0-9a-f:]{1,20}\]):[0-9]{1,5}", fullmatch=True)
+
+
+@st.composite
+def lists_of_workers(draw: st.DrawFn) -> m.Workers:
+    known = tuple(draw(st.lists(addresses, min_size=1, max_size=5, unique=True)))
+    return m.Workers(known, draw(st.sampled_from(["", *known])))
+
+
 edge_messages = st.one_of(
     forwards(),
     backwards(),
     st.builds(m.Fetch, shelves, names, u64),
     st.builds(m.FetchList, shelves),
-    st.builds(m.Attach, st.binary(min_size=16, max_size=16), st.booleans()),
+    st.builds(m.Attach, st.binary(min_size=16, max_size=16), st.booleans(), st.integers(0, 2**32 - 1), st.booleans()),
     st.builds(m.Ping, u64),
     puts(),
     st.builds(m.PlugIn, lists_of_files(1, 8)),
@@ -221,6 +230,7 @@ cloud_messages = st.one_of(
     st.builds(m.PutReply, names, digests, u64),
     st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
     st.builds(m.Pong, u64, u64),
+    lists_of_workers(),
     goodbyes,
 )
 

@@ -1,0 +1,191 @@
+"""Clouds of several workers, in processes of their own: whoever is killed, the adapter is the undisturbed run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.clouds import Home, ThreadServer, served
+from support.tiny import tiny_checkpoint
+
+from isthmus.edge.config import TrainConfig
+from isthmus.edge.link import Link, connect
+from isthmus.edge.run import train_over
+from isthmus.experiments.harness import LocalCloud
+
+pytestmark = pytest.mark.server
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("workers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISTHMUS_CACHE", str(folder / "cache"))
+        tiny_checkpoint("llama", folder / "model", num_hidden_layers=7)
+        rows = (json.dumps({"text": f"case {n}: " + "ab" * (n % 7)}) + "\n" for n in range(20))
+        (folder / "texts.jsonl").write_text("".join(rows))
+        yield folder
+
+
+def train(
+    place: Path, name: str, address: str, key: Path, watch: Callable[[Link], Any] = lambda link: None
+) -> dict[str, torch.Tensor]:
+    """Train with dropout over a cloud; returns the adapter."""
+    config = TrainConfig.model_validate(
+        {
+            **{"cloud": address, "key": key, "data": str(place / "texts.jsonl"), "out": place / name, "steps": STEPS},
+            **{"batch": 2, "dropout": 0.1, "learning_rate": 1e-2, "threads": 1},
+        }
+    )
+    with connect(address, key=key) as link:
+        watch(link)
+        train_over(link, config)
+    return load_file(place / name / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[str, torch.Tensor]:
+    """The adapter of a run over one server that nobody disturbs."""
+    home = Home(place / "undisturbed")
+    with ThreadServer(served(place / "model", place / "parts"), home) as server:
+        adapter = train(place, "run-undisturbed", server.address, home.key_file)
+    assert max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0
+    return adapter
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Killer:
+    """Kills what a test names in the middle of every other call of a kind, so many times."""
+
+    def __init__(self, question: str, kill: Callable[[], None], times: int) -> None:
+        self._question, self._kill, self._times = question, kill, times
+        self._seen = 0
+        self.kills = 0
+
+    def watch(self, link: Link) -> None:
+        """Look at what a link does."""
+        link.observer = self.observe
+
+    def observe(self, question: str, phase: str) -> None:
+        """See `isthmus.edge.channel.Observer`."""
+        if (question, phase) != (self._question, "waiting"):
+            return
+        self._seen += 1
+        if self._seen % 2 and self.kills < self._times:
+            self._kill()
+            self.kills += 1
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> Iterator[LocalCloud]:
+    with LocalCloud(place / "two", str(place / "model"), "--threads", "1", "--workers", "2") as cloud:
+        yield cloud
+
+
+def test_workers_that_are_killed_in_turn_change_nothing(
+    place: Path, two: LocalCloud, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    def kill_mine() -> None:
+        busy = [worker for worker in two.cloud_status()["workers"] if worker.get("sessions")]
+        assert len(busy) == 1
+        os.kill(busy[0]["pid"], signal.SIGKILL)
+
+    killer = Killer("backward", kill_mine, 4)
+    adapter = train(place, "run-killed", two.connection, two.edge_key, killer.watch)
+    assert killer.kills == 4
+    assert same(adapter, undisturbed)
+
+    deadline = time.monotonic() + 120
+    while two.cloud_status()["restarts"] < killer.kills:  # the last ones are still being started again
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    controller = two.cloud_status()["controller_pid"]
+    os.kill(controller, signal.SIGKILL)  # what it knew, it asks for
+    while ask(two).get("controller_pid", controller) == controller:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    command = [sys.executable, "-m", "isthmus.cli.main", "cloud", "status", "--home", str(two.home)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert [worker["worker"] for worker in status["workers"]] == [0, 1]
+    assert len({worker["address"] for worker in status["workers"]}) == 2
+    assert status["restarts"] == sum(worker["restarts"] for worker in status["workers"]) == 4
+    assert all(worker["address"] in shown for worker in status["workers"])
+
+
+def ask(cloud: LocalCloud) -> dict[str, Any]:
+    """The cloud's status; nothing while its controller is away, or has not asked all workers."""
+    try:
+        status = cloud.cloud_status()
+    except OSError:
+        return {}
+    return status if all("pid" in worker for worker in status["workers"]) else {}
+
+
+def test_a_cluster_without_its_control_store_is_started_again(
+    place: Path, two: LocalCloud, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    before = {worker["pid"] for worker in two.cloud_status()["workers"]}
+    serve = json.loads((two.home / "serving.json").read_text())["pid"]
+
+    def kill_the_control_store() -> None:
+        stores = [pid for pid in children(serve) if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(stores) == 1
+        os.kill(stores[0], signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while any(Path(f"/proc/{pid}").exists() for pid in before):  # the workers go when the supervisor ends Ray
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    killer = Killer("backward", kill_the_control_store, 1)
+    adapter = train(place, "run-store", two.connection, two.edge_key, killer.watch)
+    assert killer.kills == 1
+    assert same(adapter, undisturbed)
+    deadline = time.monotonic() + 120
+    while not (status := ask(two)):  # the workers are there before the controller
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert not before & {worker["pid"] for worker in status["workers"]}
+    events = [json.loads(line)["event"] for line in (two.home / "worker.log").read_text().splitlines()]
+    assert "control_store_lost" in events
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    # The stash holds inputs and no graph: every backward computes its forward again.
+    options = ("--threads", "1", "--pipeline", "2", "--stash-bytes", "16KiB")
+    with LocalCloud(place / "stages", str(place / "model"), *options) as cloud:
+        stages = iter((1, 0))
+
+        def kill_next() -> None:
+            os.kill(cloud.cloud_status()["workers"][next(stages)]["pid"], signal.SIGKILL)
+
+        killer = Killer("backward", kill_next, 2)
+        adapter = train(place, "run-stages", cloud.connection, cloud.edge_key, killer.watch)
+        assert killer.kills == 2
+        assert same(adapter, undisturbed)
+        status = cloud.cloud_status()
+        assert [(worker["span"], worker["front"]) for worker in status["workers"]] == [("2:3", True), ("3:5", False)]
+        assert all(worker["recomputed"] > 0 for worker in status["workers"])
+        assert stat.S_IMODE((cloud.home / "pipeline" / "1" / "id_ed25519").stat().st_mode) == 0o600
+        assert cloud.terminate() == 0
+    assert not (cloud.home / "pipeline").exists()
