@@ -116,7 +116,13 @@ class Roster:
         }
 
     def _peers_of(self, number: int) -> tuple[Peer, ...]:
-        """The others that edges may go to, those that do not answer at present as well: they come back."""
+        """The others that edges may go to, those that do not answer at present as well: they come back.
+
+        None for a stage that edges do not talk to: who talks to it has nowhere else to go.
+        """
+        own = self._entries[number].report
+        if own is None or own.peer is None:
+            return ()
         return tuple(
             peer if entry.answering else Peer(peer.address, "restarting")
             for other, entry in sorted(self._entries.items())

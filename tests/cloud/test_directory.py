@@ -139,6 +139,7 @@ def test_a_stage_inside_a_pipeline_is_nobodys_peer_and_its_work_counts_once() ->
     inner = report(1, 2)
     roster.took(1, Report(inner.status, None))
     assert roster.words()[0].peers == ()
+    assert roster.words()[1].peers == ()  # nor has it any: the stage before it is nowhere to go to
     assert list(roster.loads()) == [0]
     status = roster.status()
     assert (status["sessions"], status["in_flight"], status["queue_depth"]) == ({"alice": 2}, 2, 1)
