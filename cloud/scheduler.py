@@ -11,8 +11,8 @@ gets more by calling everything interactive. A tenant whose token positions per 
 while its budget is overdrawn.
 
 Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
-that is ahead of its share brings less. Training waits a little for company: for sessions that have just been answered
-and whose next piece is of that kind, no longer than the batch itself would take, and no longer than `Batching.window`.
+that is ahead of its share brings less. Training waits for company: for sessions whose next piece is of that kind and
+due soon, going by how long they took before, no longer than the batch with them would take, and than `Batching.window`.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -46,12 +46,14 @@ class Share:
     positions_per_second: float | None = None
 
 
-PATIENCE_SECONDS = 1.0
-"""How long after its last answer a session counts as one that will soon ask again."""
+THINK_SECONDS = 0.25
+"""How long a session that nothing is known of yet counts as one that will ask again at any moment."""
+OVERDUE = 2.0
+"""A session that has taken so many times longer than before is not waited for."""
 
 
 NOVELTY = 0.3
-"""Weight of the last batch in the average of how long a token position takes."""
+"""Weight of the last one in the averages of how long a token position takes, and a session until it asks again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Batching:
 
     positions: int = 2048
     smallest: int = 1
-    window: float = 0.25
+    window: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Scheduler(Generic[T]):
         self._present = 0.0
         self._per_position = 0.0  # seconds, a moving average
         self._answered: dict[bytes, tuple[str, float]] = {}  # session -> the kind of its next piece, since when
+        self._thinks: dict[tuple[bytes, str], float] = {}  # session and kind -> seconds until it asks, on average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
 
@@ -194,7 +197,10 @@ class Scheduler(Generic[T]):
         until = None if deadline is None else now + deadline
         job = Job(tenant, owner, interactive, positions, work, kind, now, until)
         account.waiting[0 if interactive else 1].append(job)
-        self._answered.pop(owner, None)
+        kind_due, since = self._answered.pop(owner, ("", now))
+        if kind_due:
+            before = self._thinks.get((owner, kind_due), now - since)
+            self._thinks[owner, kind_due] = before + (now - since - before) * NOVELTY
         return job
 
     def next(self) -> list[Job[T]]:
@@ -292,13 +298,20 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        coming = any(
-            kind == lead.kind.name and now - since <= PATIENCE_SECONDS for kind, since in self._answered.values()
-        )
-        if not coming or positions >= self._batching.positions:
+        due = [self._due(owner, now) for owner, (kind, _) in self._answered.items() if kind == lead.kind.name]
+        if positions >= self._batching.positions:
             return now
-        patience = min(self._batching.window, positions * self._per_position)
-        return min(job.since for job in batch) + patience
+        full = positions * (1 + len(due) / len(batch)) * self._per_position
+        until = min(job.since for job in batch) + min(self._batching.window, full)
+        return until if any(moment <= until for moment in due) else now
+
+    def _due(self, owner: bytes, now: float) -> float:
+        """When a session that was answered is expected to ask again; infinity where it is long overdue."""
+        kind, since = self._answered[owner]
+        think = self._thinks.get((owner, kind))
+        if think is None:
+            return now if now <= since + THINK_SECONDS else math.inf
+        return since + think if now <= since + OVERDUE * think else math.inf
 
     def ready_at(self) -> float | None:
         """When `next` may have something, if it had nothing just now; None where nothing waits."""
@@ -331,6 +344,7 @@ class Scheduler(Generic[T]):
     def cancel(self, owner: bytes) -> Iterator[Job[T]]:
         """Take out what waits of one session, which is over."""
         self._answered.pop(owner, None)
+        self._thinks = {each: seconds for each, seconds in self._thinks.items() if each[0] != owner}
         for account in self._accounts.values():
             for queue in account.waiting:
                 gone = [job for job in queue if job.owner == owner]

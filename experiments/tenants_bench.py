@@ -44,7 +44,7 @@ from isthmus.experiments.single import train_in_one_process
 from isthmus.experiments.turns import TurnProcess
 from isthmus.protocol.enrolment import Quota
 
-METHODS: Final = ("lora", "dora", "ia3", "vera", "adalora", "bottleneck", "bitfit", "lora")
+METHODS: Final = ("lora", "dora", "ia3", "vera", "adalora", "bottleneck", "lora", "dora")
 LENGTHS: Final = (1.0, 0.75, 1.25, 1.0, 0.5, 1.5, 0.75, 1.25)
 """Of the tenants' sequences, over `TenantSettings.tokens`: 1 on average."""
 WARM_UP = 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.scheduler import LEAD_SECONDS, PATIENCE_SECONDS, Batching, Job, Kind, Scheduler, Share
+from isthmus.cloud.scheduler import LEAD_SECONDS, THINK_SECONDS, Batching, Job, Kind, Scheduler, Share
 
 EQUAL = Share()
 
@@ -343,13 +343,13 @@ def test_training_waits_for_those_who_have_just_been_answered() -> None:
     worker.add("a", BACKWARD)
     assert worker.turn() == []  # the backward of b will come
     ready = worker.scheduler.ready_at()
-    assert ready == pytest.approx(worker.now + 10 * 0.01)  # no longer than the batch would take
+    assert ready == pytest.approx(worker.now + 20 * 0.01)  # no longer than the batch with both would take
     worker.add("b", BACKWARD)
     assert worker.turn() == ["a", "b"]
     worker.add("a")
     assert worker.turn() == []
     assert ready is not None
-    worker.now += 10 * 0.01
+    worker.now += 20 * 0.01
     assert worker.turn() == ["a"]  # b has not come in time
 
 
@@ -365,6 +365,21 @@ def test_the_window_bounds_the_wait_and_a_full_batch_does_not_wait() -> None:
     assert worker.turn() == ["a", "c"]
 
 
+def test_who_takes_long_each_time_is_not_waited_for() -> None:
+    worker = Together()
+    for kind in (FORWARD, BACKWARD, FORWARD, BACKWARD):
+        worker.add("slow", kind)
+        assert worker.turn() == ["slow"]
+        worker.now += 10.0  # that is how long it thinks
+    worker.add("slow")
+    worker.add("quick")
+    assert sorted(worker.turn()) == ["quick", "slow"]
+    worker.add("quick", BACKWARD)
+    assert worker.turn() == ["quick"]
+    worker.add("quick")
+    assert worker.turn() == ["quick"]
+
+
 @pytest.mark.parametrize("why", ["gone", "late", "another kind", "interactive"])
 def test_nobody_waits_in_vain(why: str) -> None:
     worker = Together()
@@ -374,7 +389,7 @@ def test_nobody_waits_in_vain(why: str) -> None:
     if why == "gone":
         list(worker.scheduler.cancel(b"b"))
     elif why == "late":
-        worker.now += PATIENCE_SECONDS + 0.1
+        worker.now += 2 * THINK_SECONDS + 0.1
     worker.add("a", FORWARD if why == "another kind" else BACKWARD, interactive=why == "interactive")
     assert worker.turn() == ["a"]
 
