@@ -296,8 +296,11 @@ class Executor:
         return None if entry is None else entry.inputs.hidden.shape
 
     def release(self, session: bytes) -> None:
-        """Forget a session's forward states."""
+        """Forget a session's forward states, and graphs that it shares: they hold what it has sent."""
         for key in [key for key in self._stash if key[0] == session]:
+            graph = self._stash[key].graph
+            if graph is not None and len(graph.outputs) > 1:
+                self._drop(graph)
             self._forget(key)
 
     def forget_leased(self, session: bytes) -> None:

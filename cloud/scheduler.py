@@ -48,6 +48,10 @@ class Share:
 
 THINK_SECONDS = 0.25
 """How long a session that nothing is known of yet counts as one that will ask again at any moment."""
+MARGIN_SECONDS = 0.01
+"""Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
+REFUSED_SHARE = 0.01
+"""A batch that took less than this share of the average time for its positions has computed none of them."""
 OVERDUE = 2.0
 """A session that has taken so many times longer than before is not waited for."""
 
@@ -92,6 +96,7 @@ class Job(Generic[T]):
         kind: What it may be done together with; None for nothing.
         since: When it came.
         until: When it has to be done; None for whenever.
+        computes: Whether all of its time is computing for its positions.
     """
 
     tenant: str
@@ -102,6 +107,16 @@ class Job(Generic[T]):
     kind: Kind | None = None
     since: float = 0.0
     until: float | None = None
+    computes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What is known of a session that was answered: the kind of its next piece, since when, and the last one's size."""
+
+    then: str
+    since: float
+    positions: int
 
 
 @dataclass(slots=True)
@@ -152,7 +167,7 @@ class Scheduler(Generic[T]):
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
         self._per_position = 0.0  # seconds, a moving average
-        self._answered: dict[bytes, tuple[str, float]] = {}  # session -> the kind of its next piece, since when
+        self._answered: dict[bytes, _Answered] = {}  # by session
         self._thinks: dict[tuple[bytes, str], float] = {}  # session and kind -> seconds until it asks, on average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
@@ -192,15 +207,17 @@ class Scheduler(Generic[T]):
         account.share = share
         if not len(account) and not account.running:
             account.used = max(account.used, self._present)
+        computes = kind is not None
         if self._batching is None or positions < self._batching.smallest:
             kind = None
         until = None if deadline is None else now + deadline
-        job = Job(tenant, owner, interactive, positions, work, kind, now, until)
+        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes)
         account.waiting[0 if interactive else 1].append(job)
-        kind_due, since = self._answered.pop(owner, ("", now))
-        if kind_due:
-            before = self._thinks.get((owner, kind_due), now - since)
-            self._thinks[owner, kind_due] = before + (now - since - before) * NOVELTY
+        last = self._answered.pop(owner, None)
+        if last is not None:
+            took = now - last.since
+            before = self._thinks.get((owner, last.then), took)
+            self._thinks[owner, last.then] = before + (took - before) * NOVELTY
         return job
 
     def next(self) -> list[Job[T]]:
@@ -216,7 +233,7 @@ class Scheduler(Generic[T]):
         leads = self._leads()
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         for lead in leads:
-            batch = self._batch(lead)
+            batch = self._batch(lead, now)
             ripe = self._ripe(batch, now)
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
@@ -244,10 +261,12 @@ class Scheduler(Generic[T]):
             self._late += late
 
     def _latest_start(self, job: Job[T]) -> float:
+        """When a piece is given up unless it has begun."""
+        return math.inf if job.until is None else max(self._begin_by(job), (job.since + job.until) / 2)
+
+    def _begin_by(self, job: Job[T]) -> float:
         """When a piece has to begin so that it keeps its deadline."""
-        if job.until is None:
-            return math.inf
-        return max(job.until - job.positions * self._per_position, (job.since + job.until) / 2)
+        return math.inf if job.until is None else job.until - job.positions * self._per_position
 
     def _leads(self) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
@@ -259,8 +278,8 @@ class Scheduler(Generic[T]):
         behind = [job for _, job in eager if job not in leading]
         return [*leading, *(job for _, job in patient), *behind]
 
-    def _batch(self, lead: Job[T]) -> list[Job[T]]:
-        """What is done together with a piece.
+    def _batch(self, lead: Job[T], now: float) -> list[Job[T]]:
+        """What is done together with a piece, so that all keep their deadlines.
 
         A tenant adds pieces as long as its account, with them, is not ahead of the others that want something: one it
         may add as long as it is not `LEAD_SECONDS` ahead.
@@ -283,7 +302,10 @@ class Scheduler(Generic[T]):
             pool.remove(job)
             lowest = min((seconds for name, seconds in used.items() if name != job.tenant), default=used[job.tenant])
             ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
-            if job.positions <= room and used[job.tenant] <= lowest + ahead:
+            taken = self._batching.positions - room + job.positions
+            soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
+            in_time = now + taken * self._per_position <= soonest
+            if job.positions <= room and used[job.tenant] <= lowest + ahead and in_time:
                 batch.append(job)
                 room -= job.positions
                 self._charge(used, job)
@@ -298,20 +320,25 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        due = [self._due(owner, now) for owner, (kind, _) in self._answered.items() if kind == lead.kind.name]
+        coming = [
+            (moment, last.positions)
+            for owner, last in self._answered.items()
+            if last.then == lead.kind.name and (moment := self._due(owner, now)) < math.inf
+        ]
         if positions >= self._batching.positions:
             return now
-        full = positions * (1 + len(due) / len(batch)) * self._per_position
+        full = (positions + sum(more for _, more in coming)) * self._per_position
         until = min(job.since for job in batch) + min(self._batching.window, full)
-        return until if any(moment <= until for moment in due) else now
+        until = min(until, *(self._begin_by(job) - MARGIN_SECONDS for job in batch))
+        return until if any(moment <= until for moment, _ in coming) else now
 
     def _due(self, owner: bytes, now: float) -> float:
         """When a session that was answered is expected to ask again; infinity where it is long overdue."""
-        kind, since = self._answered[owner]
-        think = self._thinks.get((owner, kind))
+        last = self._answered[owner]
+        think = self._thinks.get((owner, last.then))
         if think is None:
-            return now if now <= since + THINK_SECONDS else math.inf
-        return since + think if now <= since + OVERDUE * think else math.inf
+            return now if now <= last.since + THINK_SECONDS else math.inf
+        return last.since + think if now <= last.since + OVERDUE * think else math.inf
 
     def ready_at(self) -> float | None:
         """When `next` may have something, if it had nothing just now; None where nothing waits."""
@@ -327,8 +354,8 @@ class Scheduler(Generic[T]):
         """Charge a batch that `next` gave, with the time that it has computed, by token positions."""
         now = self._clock()
         positions = sum(job.positions for job in batch)
-        if positions and batch[0].kind is not None:
-            last = seconds / positions
+        last = seconds / positions if positions and batch[0].computes else 0.0
+        if last > self._per_position * REFUSED_SHARE:
             self._per_position += (last - self._per_position) * (NOVELTY if self._per_position else 1.0)
         for job in batch:
             account = self._accounts[job.tenant]
@@ -337,7 +364,7 @@ class Scheduler(Generic[T]):
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )
             if job.kind is not None and not job.interactive:
-                self._answered[job.owner] = (job.kind.then, now)
+                self._answered[job.owner] = _Answered(job.kind.then, now, job.positions)
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 

@@ -355,7 +355,11 @@ class StripServer:
                     await stream.send(refusal)
                     return None
                 attached = m.Workers(known) if self._peers else m.Status(m.StatusCode.OK, None, "attached")
-                await stream.send(attached)
+                try:
+                    await stream.send(attached)
+                except BaseException:
+                    self._leave(session)
+                    raise
                 return session
         except TimeoutError:
             outcome = "timed out"
@@ -413,6 +417,12 @@ class StripServer:
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
 
+    def _leave(self, session: _Open) -> None:
+        del self._open[session.id]
+        self.metrics.sessions.set(len(self._open))
+        if not self._open:
+            self._empty.set()
+
     async def _converse(self, stream: SealedStream, session: _Open, limits: Limits) -> None:
         work = self._served.session(session.id, session.tenant, self._call_threads, limits)
         try:
@@ -430,15 +440,13 @@ class StripServer:
                     return
                 await self._answer(stream, work, session, received)
         finally:
-            del self._open[session.id]
-            self.metrics.sessions.set(len(self._open))
+            self._leave(session)
             # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain
             # that was cut short there is no thread any more, and no need.
             self._compute.cancel(session.id)
             with contextlib.suppress(RuntimeError):
-                self._turn(session, work.close)
-            if not self._open:
-                self._empty.set()
+                # A call in flight counts as answered when it ends: only then nothing of the session is left to forget.
+                self._turn(session, work.close).add_done_callback(lambda _: self._compute.cancel(session.id))
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
@@ -550,7 +558,7 @@ class StripServer:
                 partial(work.handle, message),
                 _positions(message),
                 shared,
-                None if kind is None else session.deadline,
+                None if kind is None or session.stage is not None else session.deadline,
             )
         except RuntimeError:  # a drain was cut short
             wipe(received.body)

@@ -262,11 +262,10 @@ class LastingLink:
             channel = self._opened()
         except RefusedError as error:
             self._route.failed()
-            if self._info is None:
+            if self._info is None and not self._route.settled:
                 raise
-            raise ConnectionLostError(
-                str(error)
-            ) from None  # it took us before, and may again: a worker that drains, say
+            # It took us before, and may again: a worker that drains, say. Or another one has sent us there.
+            raise ConnectionLostError(str(error)) from None
         except (ConnectionLostError, FingerprintError):
             self._route.failed()
             raise

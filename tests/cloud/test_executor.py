@@ -323,6 +323,16 @@ def test_one_bad_call_among_several_keeps_the_others_whole(span: FrozenSpan) -> 
             assert torch.equal(outcome.hidden, direct(span, given, gradient_of(given))[1])
 
 
+def test_a_session_that_ends_leaves_nothing_in_a_shared_graph(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    executor.forward_together(calls, keep=True)
+    executor.release(A)
+    left = {key: given for key, given in calls.items() if key[0] == B}
+    assert executor.used_bytes == counted(executor) == sum(given.nbytes for given in left.values())
+    check_backward(executor, span, left, recomputed=True)
+
+
 def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     calls = several()
