@@ -49,11 +49,11 @@ class _Work(Generic[R]):
     future: Future[R]
 
 
-def _do(batch: Sequence[_Work[Any]]) -> None:
-    """Do work together, or one piece alone, and hand out what comes of it."""
+def _do(batch: Sequence[_Work[Any]]) -> list[Any]:
+    """Do work together, or one piece alone; hand out what comes of it, errors too, and return it."""
     wanted = [work for work in batch if work.future.set_running_or_notify_cancel()]
     if not wanted:
-        return
+        return []
     shared = wanted[0].shared
     try:
         if shared is None or len(wanted) == 1:
@@ -63,12 +63,14 @@ def _do(batch: Sequence[_Work[Any]]) -> None:
     except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
         for work in wanted:
             work.future.set_exception(error)
+        return [error] * len(wanted)
     else:
         for work, result in zip(wanted, results, strict=True):
             if isinstance(result, Exception):
                 work.future.set_exception(result)
             else:
                 work.future.set_result(result)
+        return results
 
 
 class Dispatcher:
@@ -77,9 +79,16 @@ class Dispatcher:
     Args:
         threads: torch threads.
         batching: what may be done together; None for nothing.
+        computed: whether a result was computed, and not refused.
     """
 
-    def __init__(self, threads: int, batching: Batching | None = None) -> None:
+    def __init__(
+        self,
+        threads: int,
+        batching: Batching | None = None,
+        computed: Callable[[Any], bool] = lambda result: not isinstance(result, BaseException),
+    ) -> None:
+        self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
         self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching)
         self._changed = threading.Condition()
@@ -157,13 +166,14 @@ class Dispatcher:
         if not batch:
             return False
         start = time.perf_counter()
-        _do([job.work for job in batch])
+        # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
+        computed = all(self._computed(result) for result in _do([job.work for job in batch]))
         seconds = time.perf_counter() - start
         with self._changed:
             if batch[0].kind is not None:
                 self._shared += len(batch)
                 self._passes += 1
-            self._scheduler.finished(batch, seconds)
+            self._scheduler.finished(batch, seconds, computed=computed)
         return True
 
     def _take(self) -> list[Job[_Work[Any]]]:

@@ -50,8 +50,6 @@ THINK_SECONDS = 0.25
 """How long a session that nothing is known of yet counts as one that will ask again at any moment."""
 MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
-REFUSED_SHARE = 0.01
-"""A batch that took less than this share of the average time for its positions has computed none of them."""
 OVERDUE = 2.0
 """A session that has taken so many times longer than before is not waited for."""
 
@@ -350,12 +348,15 @@ class Scheduler(Generic[T]):
         times += [start for job in jobs if (start := self._latest_start(job)) < math.inf]
         return min(times, default=now if len(self) else None)
 
-    def finished(self, batch: list[Job[T]], seconds: float) -> None:
-        """Charge a batch that `next` gave, with the time that it has computed, by token positions."""
+    def finished(self, batch: list[Job[T]], seconds: float, *, computed: bool = True) -> None:
+        """Charge a batch that `next` gave, with the time that it has taken, by token positions.
+
+        One of which not all was `computed` says nothing of how long a token position takes.
+        """
         now = self._clock()
         positions = sum(job.positions for job in batch)
-        last = seconds / positions if positions and batch[0].computes else 0.0
-        if last > self._per_position * REFUSED_SHARE:
+        if positions and batch[0].computes and computed:
+            last = seconds / positions
             self._per_position += (last - self._per_position) * (NOVELTY if self._per_position else 1.0)
         for job in batch:
             account = self._accounts[job.tenant]

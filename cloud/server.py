@@ -166,7 +166,9 @@ class StripServer:
         self._edges = edges
         self._next_stage = next_stage
         smallest = ROWS_PER_THREAD * threads  # below it, a shared pass could have other bits
-        self._compute = Dispatcher(threads, Batching(smallest=smallest) if batching else None)
+        self._compute = Dispatcher(
+            threads, Batching(smallest=smallest) if batching else None, lambda reply: isinstance(reply, m.Timed)
+        )
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}
         self._half_open: dict[asyncio.Timeout, None] = {}  # in the order in which the handshakes began

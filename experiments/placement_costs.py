@@ -30,7 +30,7 @@ from isthmus.experiments.harness import Endpoint
 from isthmus.experiments.placement_modes import SINGLE, Mode
 from isthmus.experiments.prose import write_long_texts
 from isthmus.experiments.single import train_in_one_process
-from isthmus.experiments.turns import TurnProcess, resident_bytes
+from isthmus.experiments.turns import StepWatch, TurnProcess, resident_bytes
 
 EPOCH_STEPS = 3
 """Steps of an epoch. The first one is for warming up."""
@@ -206,7 +206,7 @@ def _shares(out: Path) -> dict[str, float]:
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
-class Turns:
+class Turns(StepWatch):
     """Makes a step when it is its turn: a `isthmus.edge.trainer.StepObserver` that waits for a line before each.
 
     Args:
@@ -232,20 +232,6 @@ class Turns:
             seconds, spent = time.perf_counter() - self._begun, self._totals() - self._before
             told = {"seconds": seconds, "spent": asdict(spent), "peak": resident_bytes("VmHWM")}
         print(json.dumps(told), flush=True)
-
-    def after_step(self, step: int) -> None:
-        """Nothing: what follows a step is a part of it."""
-
-    def points(self) -> dict[str, float]:
-        """No curves."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing that a next step depends on."""
-        return {}
-
-    def load_state(self, state: Any) -> None:
-        """There is nothing in it."""
 
 
 def _main(task: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from isthmus.edge.strip import open_link
 from isthmus.experiments.harness import LocalCloud, stderr_progress
 from isthmus.experiments.prose import write_long_texts
 from isthmus.experiments.single import train_in_one_process
-from isthmus.experiments.turns import TurnProcess
+from isthmus.experiments.turns import StepWatch, TurnProcess
 from isthmus.protocol.enrolment import Quota
 
 METHODS: Final = ("lora", "dora", "ia3", "vera", "adalora", "bottleneck", "lora", "dora")
@@ -390,7 +390,7 @@ def proportional_bytes(pid: int) -> int:
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
-class Moments:
+class Moments(StepWatch):
     """Notes when steps begin: a `isthmus.edge.trainer.StepObserver` that waits for a line before those that count."""
 
     def __init__(self, steps: int) -> None:
@@ -414,20 +414,6 @@ class Moments:
         print(text, flush=True)
         if not sys.stdin.readline():
             raise SystemExit("nobody is left to measure for")
-
-    def after_step(self, step: int) -> None:
-        """Nothing: what follows a step is a part of it."""
-
-    def points(self) -> dict[str, float]:
-        """No curves."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing that a next step depends on."""
-        return {}
-
-    def load_state(self, state: Any) -> None:
-        """There is nothing in it."""
 
 
 def _main(task: Mapping[str, Any]) -> None:

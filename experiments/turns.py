@@ -86,6 +86,24 @@ class TurnProcess:
         return line.strip()
 
 
+class StepWatch:
+    """What an `isthmus.edge.trainer.StepObserver` that only looks at the beginnings of steps does for the rest."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing: what follows a step is a part of it."""
+
+    def points(self) -> dict[str, float]:
+        """No curves."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing that a next step depends on."""
+        return {}
+
+    def load_state(self, state: Any) -> None:
+        """There is nothing in it."""
+
+
 def resident_bytes(name: str) -> int:
     """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
 

@@ -260,13 +260,13 @@ class Together:
         values = {"tenant": session.rstrip("0123456789"), "owner": session.encode(), "share": EQUAL, **options}
         self.scheduler.add(session, positions=positions, kind=kind, **values)
 
-    def turn(self, per_position: float = 0.01) -> list[str]:
+    def turn(self, per_position: float = 0.01, *, computed: bool = True) -> list[str]:
         """Do the next batch; returns whose pieces it had."""
         batch = self.scheduler.next()
         seconds = per_position * sum(job.positions for job in batch)
         self.now += seconds
         if batch:
-            self.scheduler.finished(batch, seconds)
+            self.scheduler.finished(batch, seconds, computed=computed)
         return [job.work for job in batch]
 
 
@@ -414,13 +414,25 @@ def test_a_batch_takes_nobody_along_who_would_make_a_deadline_be_missed() -> Non
     assert worker.turn(0.01) == ["b"]
 
 
+def test_a_first_batch_that_took_long_is_forgotten() -> None:
+    worker = Together(Batching(positions=100, smallest=5, window=0.0))
+    for per_position in (1000.0, *[0.001] * 60):  # the first one waited for the disk
+        worker.add("a")
+        assert worker.turn(per_position) == ["a"]
+    worker.add("chat", None, positions=0)
+    worker.add("b", positions=20, deadline=1.0)
+    worker.turn()
+    worker.now += 0.9
+    assert worker.turn() == ["b"]
+
+
 def test_what_computed_nothing_teaches_nothing() -> None:
     worker = Together(Batching(positions=100, smallest=5, window=0.0))
     worker.add("a")
     worker.turn(0.1)
     for _ in range(20):
         worker.add("garbage", BACKWARD)
-        worker.turn(0.00001)  # refused
+        worker.turn(0.00001, computed=False)  # refused
     worker.add("chat", None, positions=0)
     worker.add("b", positions=20, deadline=1.0)  # two seconds
     worker.turn()
