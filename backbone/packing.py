@@ -8,24 +8,25 @@ positions: transformers' base model makes the layers' arguments of them, one inp
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.span import FrozenSpan, SpanInput, run_layers
 
-ATTENTION = "isthmus_packed"
-"""Name of the attention implementation that a pass over several inputs has for its duration."""
-
+ATTENTION = "isthmus_packed_"
+"""Begins the names of attention implementations that also take several inputs in a row."""
 
 ROWS_PER_THREAD = 8
 """Token positions of an input for each of torch's threads, from which on a shared pass has the bits of its own.
@@ -74,19 +75,23 @@ class _Recorder(nn.Module):
 
 
 class Packer:
-    """Runs a span over several inputs at once.
+    """Runs a span over several inputs at once; several threads may call it.
 
     Args:
-        span: The span.
+        span: The span, whose layers attend as before, but from now on also to several inputs in a row.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
-        self._span = span
-        self._path = family_of(span.config).layers
-        self._layers: nn.ModuleList = getattr(span.base, self._path)
+        path = family_of(span.config).layers
+        self._layers: nn.ModuleList = getattr(span.base, path)
         self._recorders = [_Recorder(layer) for layer in self._layers]
+        # The same model, with recorders in the place of its layers.
+        self._recording = copy.copy(span.base)
+        self._recording._modules = {**span.base._modules, path: nn.ModuleList(self._recorders)}
+        self._turn = threading.Lock()
         attending = (config for m in self._layers.modules() if (config := getattr(m, "config", None)) is not None)
-        self._configs = list({id(config): config for config in attending}.values())
+        for config in {id(config): config for config in (span.base.config, *attending)}.values():
+            config._attn_implementation = _taking_several(config._attn_implementation)
 
     def __call__(self, inputs: Sequence[SpanInput]) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
@@ -99,24 +104,21 @@ class Packer:
         hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in noted])[None]
         memo: dict[tuple[int, ...], Any] = {}
         shapes = [each.hidden.shape[:2] for each in inputs]
-        with _attention(self._configs) as inner:
-            for number, layer in enumerate(self._layers):
-                together = _merged([each[number] for each in noted], shapes, memo, inner)
-                output = layer(hidden, **together)
-                hidden = output[0] if isinstance(output, tuple) else output
+        for number, layer in enumerate(self._layers):
+            output = layer(hidden, **_merged([each[number] for each in noted], shapes, memo))
+            hidden = output[0] if isinstance(output, tuple) else output
         parts = torch.split(hidden[0], [batch * length for batch, length in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def _arguments(self, each: SpanInput) -> list[dict[str, Any]]:
         """What the base model would call each layer with for an input."""
-        setattr(self._span.base, self._path, nn.ModuleList(self._recorders))
-        try:
-            run_layers(self._span.base, each.hidden, each.attention_mask, each.position_ids)
-            return [recorder.noted for recorder in self._recorders]
-        finally:
-            setattr(self._span.base, self._path, self._layers)
-            for recorder in self._recorders:
-                recorder.noted = {}
+        with self._turn:
+            try:
+                run_layers(self._recording, each.hidden, each.attention_mask, each.position_ids)
+                return [recorder.noted for recorder in self._recorders]
+            finally:
+                for recorder in self._recorders:
+                    recorder.noted = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,24 +126,10 @@ class _Segments:
     """In the place of an attention mask: the inputs' own."""
 
     segments: Sequence[_Segment]
-    inner: str  # the implementation that each is attended with
-
-
-@contextmanager
-def _attention(configs: Sequence[Any]) -> Iterator[str]:
-    """Let the layers attend segment by segment; gives the implementation that they have otherwise."""
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = ATTENTION
-    try:
-        yield before[0]
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
 
 
 def _merged(
-    noted: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any], inner: str
+    noted: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any]
 ) -> dict[str, Any]:
     """One layer's arguments for all inputs; layers that share theirs share what is made of them."""
     result = {}
@@ -151,20 +139,20 @@ def _merged(
         values = [each[name] for each in noted]
         key = (len(name), *map(id, values))
         if key not in memo:
-            memo[key] = _together(name, values, shapes, inner)
+            memo[key] = _together(name, values, shapes)
         result[name] = memo[key]
     return result
 
 
-def _together(name: str, values: Sequence[Any], shapes: Sequence[torch.Size], inner: str) -> Any:
+def _together(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> Any:
     if name == "attention_mask":
         each = [_Segment(shape[0], shape[1], mask) for shape, mask in zip(shapes, values, strict=True)]
-        return _Segments(list(_joined(each)), inner)
+        return _Segments(list(_joined(each)))
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat([_row(value, shape) for value, shape in zip(values, shapes, strict=True)])[None]
     if isinstance(first, tuple):
-        return tuple(_together(name, part, shapes, inner) for part in zip(*values, strict=True))
+        return tuple(_together(name, part, shapes) for part in zip(*values, strict=True))
     if any(isinstance(value, Tensor) or value != first for value in values):
         raise ValueError(f"the layers' argument {name} differs between inputs, so they cannot share a pass")
     return first
@@ -184,20 +172,40 @@ def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
             yield _Segment(sum(each.batch for each in run), length, None)
 
 
+def _taking_several(inner: str) -> str:
+    """The name of the attention implementation that does what `inner` does, and also takes several inputs in a row."""
+    if inner.startswith(ATTENTION):
+        return inner
+    name = ATTENTION + inner
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            plain: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+            if not isinstance(attention_mask, _Segments):
+                return plain(module, query, key, value, attention_mask, **options)
+            return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
+
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
+
+
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Segments, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention `[1, T, heads, d]` of `[1, heads, T, d]`, each segment by itself."""
-    segments = attention_mask.segments
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.inner, eager)
+    plain: Callable[..., Any],
+    module: nn.Module,
+    states: tuple[Tensor, ...],
+    segments: Sequence[_Segment],
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention `[1, T, heads, d]` of query, key and value `[1, heads, T, d]`, each segment by itself."""
     sizes = [segment.positions for segment in segments]
-    parts = (torch.split(each.transpose(1, 2)[0], sizes) for each in (query, key, value))
+    parts = (torch.split(each.transpose(1, 2)[0], sizes) for each in states)
     outputs = []
     for segment, *rows in zip(segments, *parts, strict=True):
         heads = (each.unflatten(0, (segment.batch, segment.length)).transpose(1, 2) for each in rows)
-        outputs.append(attend(module, *heads, segment.mask, **options)[0].flatten(0, 1))
-    return torch.cat(outputs)[None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        outputs.append(plain(module, *heads, segment.mask, **options)[0].flatten(0, 1))
+    return torch.cat(outputs)[None]

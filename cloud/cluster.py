@@ -260,9 +260,17 @@ def _answers(address: tuple[str, int]) -> bool:
 def _ray_environment(home: Path) -> dict[str, str]:
     """Token authentication with a token file of mode 0600, no usage reports, and workers as urgent as `serve` itself.
 
-    By default Ray makes its workers nice (15), so that others come first; here they are what others wait for.
+    By default Ray makes its workers nice (15), so that others come first; here they are what others wait for. A worker's
+    forward states are made by one thread and freed by another: glibc gives each thread an arena of its own, and keeps
+    what is freed there, unless it is told to have one arena, and to give back what is free at its end.
     """
-    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
+    }
     if "RAY_AUTH_TOKEN_PATH" in os.environ:  # a cluster's own token, given by whoever started it
         return settings
     token = home / "ray_token"

@@ -6,6 +6,7 @@ that touches the span or the stash runs here.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +74,12 @@ def _do(batch: Sequence[_Work[Any]]) -> list[Any]:
         return results
 
 
+LANES = 2
+"""Threads that compute, where there are several sessions at work and torch's threads can be divided among them."""
+
+
 class Dispatcher:
-    """One thread that computes for all sessions.
+    """The threads that compute for all sessions.
 
     Args:
         threads: torch threads.
@@ -87,14 +92,21 @@ class Dispatcher:
         threads: int,
         batching: Batching | None = None,
         computed: Callable[[Any], bool] = lambda result: not isinstance(result, BaseException),
+        room: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
-        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching)
+        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room)
+        self._threads = threads
         self._changed = threading.Condition()
         self._ending = False
-        self._thread = threading.Thread(target=self._run, args=(threads,), name="compute", daemon=True)
-        self._thread.start()
+        lanes = 1 if batching is None else min(LANES, threads)
+        self._lanes = [
+            threading.Thread(target=self._run, args=(lane,), name=f"compute {lane}", daemon=True)
+            for lane in range(lanes)
+        ]
+        for lane in self._lanes:
+            lane.start()
 
     def submit(
         self,
@@ -123,7 +135,7 @@ class Dispatcher:
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
                 positions=positions, kind=None if shared is None else shared.kind, deadline=deadline,
             )  # fmt: skip
-            self._changed.notify()
+            self._changed.notify_all()
         return work.future
 
     def cancel(self, owner: bytes) -> None:
@@ -149,22 +161,23 @@ class Dispatcher:
         with self._changed:
             self._ending = True
             gone = list(self._scheduler.clear()) if cancel else []
-            self._changed.notify()
+            self._changed.notify_all()
         for job in gone:
             job.work.future.cancel()
         if not cancel:
-            self._thread.join()
+            for lane in self._lanes:
+                lane.join()
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        while self._turn():
+    def _run(self, lane: int) -> None:
+        while self._turn(lane):
             pass
 
-    def _turn(self) -> bool:
+    def _turn(self, lane: int) -> bool:
         """Do one batch; nothing of it stays here while the next one is waited for. False at the end."""
-        batch = self._take()
+        batch, threads = self._take(lane)
         if not batch:
             return False
+        torch.set_num_threads(threads)
         start = time.perf_counter()
         # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
         computed = all(self._computed(result) for result in _do([job.work for job in batch]))
@@ -174,17 +187,19 @@ class Dispatcher:
                 self._shared += len(batch)
                 self._passes += 1
             self._scheduler.finished(batch, seconds, computed=computed)
+            self._changed.notify_all()
         return True
 
-    def _take(self) -> list[Job[_Work[Any]]]:
-        """Wait for the next batch; empty at the end."""
+    def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
+        """Wait for the next batch, and for how many threads; empty at the end."""
         with self._changed:
             while True:
-                batch = self._scheduler.next()
+                batch = self._scheduler.next(computing=lane > 0)
                 for job in self._scheduler.take_late():
                     if job.work.future.set_running_or_notify_cancel():
                         job.work.future.set_exception(TooLate())
                 if batch or (self._ending and not len(self._scheduler)):
-                    return batch
+                    alone = not batch or batch[0].kind is None or not self._scheduler.crowded
+                    return batch, self._threads if alone else max(1, self._threads // len(self._lanes))
                 ready = self._scheduler.ready_at()
                 self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)

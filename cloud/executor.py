@@ -17,14 +17,16 @@ forward again, whichever is less work; the bits are the same.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from isthmus.backbone.graph_memory import keeping_little, storages_of
 from isthmus.backbone.packing import Packer
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
@@ -92,10 +94,12 @@ class BackwardCall:
 
 @dataclass(slots=True, eq=False)
 class _Graph:
-    outputs: dict[Key, Tensor]  # of the calls whose backward is yet to come
+    outputs: dict[Key, Tensor]  # of the calls whose backward is yet to begin
+    left: set[Key]  # the calls whose backward has not gone through it, and may yet
     positions: int  # of all calls that it was built for
     nbytes: int
     visit: Visit | None = None  # the pass that it was built in; None without sites
+    turn: threading.Lock = field(default_factory=threading.Lock)  # one backward goes through it at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -136,13 +140,13 @@ class StashCounters:
     recomputed: int = 0
 
 
-MAX_SHAPES = 256
-"""Of so many shapes, the last used ones, the size of the graph is remembered."""
+STATE_SHARE = 0.6
+"""Forward states of several calls should not take more than so much of what the span's weights take."""
 
 
 @dataclass(slots=True)
 class Executor:
-    """Runs one frozen span for many sessions.
+    """Runs one frozen span for many sessions, on several threads where there are several.
 
     A call with sites may pause between its layers, and others run meanwhile: what a call needs is its own from its
     beginning to its end.
@@ -158,16 +162,26 @@ class Executor:
     stash_bytes: int
     counters: StashCounters = field(default_factory=StashCounters)
     _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
-    _graph_bytes: OrderedDict[tuple[object, ...], int] = field(default_factory=OrderedDict)
     _used: int = 0
     _packer: Packer = field(init=False)
+    _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
+    _span_bytes: int = field(init=False)
+    _per_position: float = 0.0  # bytes that the last graph has taken for a token position
+    _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.host.span)
+        self._weights = storages_of(self.host.span)
+        self._span_bytes = sum(self._weights.values())
+
+    @property
+    def room(self) -> float:
+        """Token positions whose forward states take `STATE_SHARE` of the memory that the span's weights take."""
+        return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that the stash holds now. Other threads may ask; all else is for the one that computes."""
+        """Bytes that the stash holds now."""
         return self._used
 
     def forward(
@@ -258,7 +272,7 @@ class Executor:
                 return self._differentiate([due], [given])[0]
             graph, output = due.graph, due.output
             if graph is None or output is None:
-                self.counters.recomputed += 1
+                self._count_recomputed(1)
                 graph = self._compute({due.key: due.entry}, guests, again=True)
                 output = graph.outputs[due.key]
             hidden, lent = _through_sites(due.entry.inputs.hidden, output, graph.visit, given, guests, wanted=wanted)
@@ -292,30 +306,38 @@ class Executor:
 
     def shape_of(self, session: bytes, call: int) -> torch.Size | None:
         """Shape of the kept forward's input, or None where nothing is kept."""
-        entry = self._stash.get((session, call))
-        return None if entry is None else entry.inputs.hidden.shape
+        with self._books:
+            entry = self._stash.get((session, call))
+            return None if entry is None else entry.inputs.hidden.shape
 
     def release(self, session: bytes) -> None:
         """Forget a session's forward states, and graphs that it shares: they hold what it has sent."""
-        for key in [key for key in self._stash if key[0] == session]:
-            graph = self._stash[key].graph
-            if graph is not None and len(graph.outputs) > 1:
-                self._drop(graph)
-            self._forget(key)
+        with self._books:
+            for key in [key for key in self._stash if key[0] == session]:
+                graph = self._stash[key].graph
+                if graph is not None and len(graph.outputs) > 1:
+                    self._drop(graph)
+                self._forget(key)
 
     def forget_leased(self, session: bytes) -> None:
         """Forget a session's forward states that hold lent weights."""
-        for key, entry in list(self._stash.items()):
-            if key[0] == session and any(spec.on_loan for spec in entry.specs):
-                self._forget(key)
+        with self._books:
+            for key, entry in list(self._stash.items()):
+                if key[0] == session and any(spec.on_loan for spec in entry.specs):
+                    self._forget(key)
 
     def evict_all(self) -> None:
         """Forget every forward state, as a budget that is used up would."""
-        for key, entry in list(self._stash.items()):
-            if entry.graph is not None:
-                self._drop(entry.graph)
-            self.counters.inputs_evicted += 1
-            self._forget(key)
+        with self._books:
+            for key, entry in list(self._stash.items()):
+                if entry.graph is not None:
+                    self._drop(entry.graph)
+                self.counters.inputs_evicted += 1
+                self._forget(key)
+
+    def _count_recomputed(self, calls: int) -> None:
+        with self._books:
+            self.counters.recomputed += calls
 
     def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[Tensor, Visit | None]:
         span = self.host.span
@@ -328,12 +350,15 @@ class Executor:
 
     def _begin(self, key: Key, replay: SpanInput | None, specs: tuple[SiteSpec, ...], *, wanted: bool) -> _Due:
         """Take what a backward needs out of the stash. Raises what `backward` raises."""
-        kept = self._stash.get(key)
-        if kept is not None and (kept.specs != specs or (wanted and not kept.inputs.hidden.requires_grad)):
-            raise ValueError("a backward names the sites of its forward, and wants no gradient that this did not want")
-        graph = None if kept is None else kept.graph
-        output = None if graph is None else graph.outputs[key]
-        entry = self._take(key)
+        with self._books:
+            kept = self._stash.get(key)
+            if kept is not None and (kept.specs != specs or (wanted and not kept.inputs.hidden.requires_grad)):
+                raise ValueError(
+                    "a backward names the sites of its forward, and wants no gradient that this did not want"
+                )
+            graph = None if kept is None else kept.graph
+            output = None if graph is None else graph.outputs[key]
+            entry = self._take(key)
         if entry is None:
             if replay is None:
                 raise StashLost
@@ -351,9 +376,10 @@ class Executor:
 
         def run(members: Sequence[_Due], graph: _Graph, outputs: Sequence[Tensor]) -> None:
             leaves = [each.entry.inputs.hidden for each in members]
-            found = torch.autograd.grad(
-                outputs, leaves, [upstream[each.key] for each in members], retain_graph=bool(graph.outputs)
-            )
+            with graph.turn:
+                found = torch.autograd.grad(
+                    outputs, leaves, [upstream[each.key] for each in members], retain_graph=self._leave(graph, members)
+                )
             gradients.update(zip((each.key for each in members), found, strict=True))
 
         graphs = {id(each.graph): each.graph for each in due if each.graph is not None}
@@ -361,15 +387,22 @@ class Executor:
         for graph in graphs.values():
             members = [each for each in due if each.graph is graph]
             if graph.positions > 2 * sum(each.positions for each in members):
+                self._leave(graph, members)
                 again += members
             else:
                 run(members, graph, [each.output for each in members if each.output is not None])
         if again:
-            self.counters.recomputed += len(again)
+            self._count_recomputed(len(again))
             graph = self._compute({each.key: each.entry for each in again}, None, again=True)
             outputs = [graph.outputs.pop(each.key) for each in again]
             run(again, graph, outputs)
         return [Gradients(gradients[each.key], (), each in again) for each in due]
+
+    def _leave(self, graph: _Graph, members: Sequence[_Due]) -> bool:
+        """Some of a graph's calls need it no more once this backward is done; whether others may."""
+        with self._books:
+            graph.left.difference_update(each.key for each in members)
+            return bool(graph.left)
 
     def _own(self, inputs: SpanInput, *, wanted: bool) -> SpanInput:
         """A copy that lives longer than the message it came in; a leaf of the graph if its gradient is wanted."""
@@ -384,21 +417,22 @@ class Executor:
             for entry in entries.values():
                 entry.wipe()
             raise
-        kept = _Graph(dict(graph.outputs), graph.positions, graph.nbytes, graph.visit)
-        for key, entry in entries.items():
-            self._forget(key)
-            entry.graph = graph
-            self._stash[key] = entry
-            self._used += entry.inputs.nbytes
-        self._used += graph.nbytes
-        self._shrink()
+        kept = _Graph(dict(graph.outputs), set(), graph.positions, graph.nbytes, graph.visit)
+        with self._books:
+            for key, entry in entries.items():
+                self._forget(key)
+                entry.graph = graph
+                self._stash[key] = entry
+                self._used += entry.inputs.nbytes
+            self._used += graph.nbytes
+            self._shrink()
         return kept
 
     def _compute(self, entries: Mapping[Key, _Entry], guests: Guests | None, *, again: bool) -> _Graph:
         """The graph of a forward: of several calls, or of one, with sites or without."""
         inputs = [entry.inputs for entry in entries.values()]
-        places = [(spec.layer, spec.part) for spec in _specs(guests) if spec.placement != Placement.TAP]
-        if not all(each.hidden.requires_grad for each in inputs) and not places:
+        sites = any(spec.placement != Placement.TAP for spec in _specs(guests))
+        if not sites and not all(each.hidden.requires_grad for each in inputs):
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
 
         def run() -> tuple[list[Tensor], Visit | None]:
@@ -407,35 +441,13 @@ class Executor:
             output, visit = self._span(inputs[0], guests, again=again)
             return [output], visit
 
-        # The size of a graph depends on shapes, on whether a mask is needed at all, and on where it begins, so it is
-        # measured once for each. Sites add next to nothing to it: what they keep lies on the edge.
-        key = tuple((*_shape(each), None if each.hidden.requires_grad else min(places)) for each in inputs)
-        size = self._graph_bytes.get(key)
-        if size is None:
-            (outputs, visit), size = self._measured(run)
-            self._graph_bytes[key] = size
-            if len(self._graph_bytes) > MAX_SHAPES:
-                self._graph_bytes.popitem(last=False)
-        else:
-            self._graph_bytes.move_to_end(key)
+        with keeping_little(self._weights) as kept:
             outputs, visit = run()
-        return _Graph(dict(zip(entries, outputs, strict=True)), sum(each.positions for each in inputs), size, visit)
-
-    def _measured(self, run: Callable[[], tuple[list[Tensor], Visit | None]]) -> tuple[Any, int]:
-        """What `run` gives, and the bytes that its graph holds."""
-        span = self.host.span
-        weights = {p.untyped_storage().data_ptr() for p in (*span.parameters(), *span.buffers())}
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:  # the weights are shared by all calls
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = run()
-        return result, sum(sizes.values()) + sum(each.numel() * each.element_size() for each in result[0])
+        for output in outputs:
+            kept.add(output)
+        positions = sum(each.positions for each in inputs)
+        self._per_position = kept.total / positions
+        return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, kept.total, visit)
 
     def _shrink(self) -> None:
         for entry in self._stash.values():
@@ -453,6 +465,7 @@ class Executor:
         self.counters.graphs_evicted += len(graph.outputs)
         for key in graph.outputs:
             self._stash[key].graph = None
+        graph.left.difference_update(graph.outputs)
         graph.outputs.clear()
 
     def _take(self, key: Key) -> _Entry | None:
@@ -468,20 +481,17 @@ class Executor:
         return entry
 
     def _forget(self, key: Key) -> None:
-        entry = self._take(key)
-        if entry is not None:
-            entry.wipe()
+        with self._books:
+            entry = self._take(key)
+            if entry is None:
+                return
+            if entry.graph is not None:
+                entry.graph.left.discard(key)
+        entry.wipe()
 
 
 def _specs(guests: Guests | None) -> tuple[SiteSpec, ...]:
     return () if guests is None else guests.sites.specs
-
-
-def _shape(inputs: SpanInput) -> tuple[object, ...]:
-    """What the size of a graph depends on."""
-    mask, positions = inputs.attention_mask, inputs.position_ids
-    dense = mask is None or bool(mask.all())
-    return tuple(inputs.hidden.shape), dense, None if positions is None else tuple(positions.shape)
 
 
 def _through_sites(

@@ -11,8 +11,13 @@ gets more by calling everything interactive. A tenant whose token positions per 
 while its budget is overdrawn.
 
 Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
-that is ahead of its share brings less. Training waits for company: for sessions whose next piece is of that kind and
-due soon, going by how long they took before, no longer than the batch with them would take, and than `Batching.window`.
+that is ahead of its share brings less, and while others are at work, of each tenant there is one batch at a time.
+Training waits for company: for sessions whose next piece is of that kind and due soon, going by how long they took
+before, no longer than the batch with them would take, and than `Batching.window`.
+
+A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state a
+backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. Half of
+the room is for one batch, so that one opens while another closes. Pieces that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -23,9 +28,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from isthmus.cloud.company import NOVELTY, Answered, Company, Open
 
 T = TypeVar("T")
 
@@ -46,16 +53,10 @@ class Share:
     positions_per_second: float | None = None
 
 
-THINK_SECONDS = 0.25
-"""How long a session that nothing is known of yet counts as one that will ask again at any moment."""
 MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
-OVERDUE = 2.0
-"""A session that has taken so many times longer than before is not waited for."""
-
-
-NOVELTY = 0.3
-"""Weight of the last one in the averages of how long a token position takes, and a session until it asks again."""
+RETHINK_SECONDS = 0.02
+"""How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +67,30 @@ class Batching:
         positions: Token positions of a batch at most.
         smallest: Token positions of a piece that may be in one, at least.
         window: Seconds that the first piece waits for company at most.
+        open_calls: So many things may be open at a time, whatever there is room for.
     """
 
     positions: int = 2048
     smallest: int = 1
     window: float = 2.0
+    open_calls: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What pieces may be done together, and of what kind the same session's next piece will be."""
+    """What pieces may be done together, and of what kind the same session's next piece will be.
+
+    Attributes:
+        name: Its name.
+        then: The next one's name.
+        opens: Whether it leaves something in memory for a piece that closes it.
+        closes: Whether it takes that out.
+    """
 
     name: str
     then: str
+    opens: bool = False
+    closes: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,15 +120,6 @@ class Job(Generic[T]):
     computes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """What is known of a session that was answered: the kind of its next piece, since when, and the last one's size."""
-
-    then: str
-    since: float
-    positions: int
-
-
 @dataclass(slots=True)
 class _Account(Generic[T]):
     share: Share
@@ -142,9 +145,9 @@ class _Account(Generic[T]):
         rate = self.share.positions_per_second
         return 0.0 if rate is None or self.budget >= 0 else -self.budget / rate
 
-    def heads(self, interactive: bool) -> Iterator[Job[T]]:
+    def heads(self, interactive: bool, running: Collection[bytes]) -> Iterator[Job[T]]:
         """The first piece of each session, of those that may go on now, in their order."""
-        sessions = set()
+        sessions = set(running)
         for job in self.waiting[0 if interactive else 1]:
             if job.owner not in sessions and not (job.positions and self.overdrawn):
                 yield job
@@ -157,16 +160,24 @@ class Scheduler(Generic[T]):
     Args:
         clock: Monotonic seconds.
         batching: What may be done together; None for nothing.
+        room: For how many token positions' worth of what pieces open there is room.
     """
 
-    def __init__(self, clock: Callable[[], float], batching: Batching | None = None) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        batching: Batching | None = None,
+        room: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self._clock = clock
         self._batching = batching
+        self._room = room
+        self._running: dict[bytes, str] = {}  # session -> tenant
+        self._company = Company()
+        self._open = Open()
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
         self._per_position = 0.0  # seconds, a moving average
-        self._answered: dict[bytes, _Answered] = {}  # by session
-        self._thinks: dict[tuple[bytes, str], float] = {}  # session and kind -> seconds until it asks, on average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
 
@@ -211,24 +222,34 @@ class Scheduler(Generic[T]):
         until = None if deadline is None else now + deadline
         job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes)
         account.waiting[0 if interactive else 1].append(job)
-        last = self._answered.pop(owner, None)
-        if last is not None:
-            took = now - last.since
-            before = self._thinks.get((owner, last.then), took)
-            self._thinks[owner, last.then] = before + (took - before) * NOVELTY
+        self._company.asks(owner, now)
         return job
 
-    def next(self) -> list[Job[T]]:
+    @property
+    def crowded(self) -> bool:
+        """Whether more than one session is at work: has something waiting or running, or is expected back."""
+        now = self._clock()
+        waiting = {job.owner for job in self._jobs()}
+        return len(waiting | self._running.keys() | self._company.expected(now).keys()) > 1
+
+    def _jobs(self) -> Iterator[Job[T]]:
+        return (job for account in self._accounts.values() for queue in account.waiting for job in queue)
+
+    def next(self, *, computing: bool = False) -> list[Job[T]]:
         """Take the batch whose turn it is; empty where there is none, or all that wait have to wait longer.
 
-        The caller says `finished` afterwards.
+        Several may be taken, one after the other: of a session there is one piece at a time, and of a tenant one batch,
+        as long as others are at work. The caller says `finished` afterwards.
+
+        Args:
+            computing: Whether to take only what computes.
         """
         now = self._clock()
         self._ripe_at = None
         for account in self._accounts.values():
             account.refill(now)
             self._give_up(account, now)
-        leads = self._leads()
+        leads = self._leads(now, computing=computing)
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         for lead in leads:
             batch = self._batch(lead, now)
@@ -236,10 +257,15 @@ class Scheduler(Generic[T]):
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
                 continue
+            if lead.kind is not None and lead.kind.opens:
+                self._company.together(job.owner for job in batch)
             for job in batch:
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
                 account.running += 1
+                self._running[job.owner] = job.tenant
+                if job.kind is not None and job.kind.opens:
+                    self._open.add(job.owner, job.positions)
                 if account.share.positions_per_second is not None:
                     account.budget -= job.positions
             self._present = max(self._present, lowest)
@@ -266,11 +292,20 @@ class Scheduler(Generic[T]):
         """When a piece has to begin so that it keeps its deadline."""
         return math.inf if job.until is None else job.until - job.positions * self._per_position
 
-    def _leads(self) -> list[Job[T]]:
+    def _leads(self, now: float, *, computing: bool) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
-        by_account = sorted(self._accounts.values(), key=lambda account: account.used)
-        eager = [(account, job) for account in by_account for job in account.heads(True)]
-        patient = [(account, job) for account in by_account for job in account.heads(False)]
+        by_account = sorted(self._accounts.items(), key=lambda item: item[1].used)
+        at_work = self._at_work(now)
+        free = [account for name, account in by_account if not account.running or at_work <= {name}]
+        eager, patient = (
+            [
+                (account, job)
+                for account in free
+                for job in account.heads(interactive, self._running)
+                if (job.computes or not computing) and self._fits(job, [], now)
+            ]
+            for interactive in (True, False)
+        )
         lowest = min((account.used for account, _ in (*eager, *patient)), default=0.0)
         leading = [job for account, job in eager if account.used <= lowest + LEAD_SECONDS]
         behind = [job for _, job in eager if job not in leading]
@@ -288,26 +323,62 @@ class Scheduler(Generic[T]):
         waiting = {name: account for name, account in self._accounts.items() if len(account)}
         used = {name: account.used for name, account in waiting.items()}
         self._charge(used, lead)
-        room = self._batching.positions - lead.positions
+        room = self._largest(lead) - lead.positions
+        at_work = self._at_work(now)
         pool = [
             job
             for account in waiting.values()
-            for job in account.heads(lead.interactive)
+            for job in account.heads(lead.interactive, self._running)
             if job.kind == lead.kind and job.owner != lead.owner
         ]
+        if lead.kind.closes:
+            mates = self._company.mates([lead.owner])
+            pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
             pool.remove(job)
-            lowest = min((seconds for name, seconds in used.items() if name != job.tenant), default=used[job.tenant])
+            others = [self._accounts[name].used if name not in used else used[name] for name in at_work - {job.tenant}]
+            lowest = min(others, default=used[job.tenant])
             ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
-            taken = self._batching.positions - room + job.positions
+            taken = sum(each.positions for each in batch) + job.positions
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
             in_time = now + taken * self._per_position <= soonest
-            if job.positions <= room and used[job.tenant] <= lowest + ahead and in_time:
+            fair = used[job.tenant] <= lowest + ahead
+            if job.positions <= room and fair and in_time and self._fits(job, batch, now):
                 batch.append(job)
                 room -= job.positions
                 self._charge(used, job)
         return batch
+
+    def _is_whole(self, job: Job[T], now: float) -> bool:
+        """Whether all have come that a piece was opened together with, or are not expected."""
+        return not self._company.expected(now).keys() & self._company.mates([job.owner])
+
+    def _at_work(self, now: float) -> set[str]:
+        """The tenants that have something waiting or running, or are expected back."""
+        here = {name for name, account in self._accounts.items() if len(account) or account.running}
+        return here | set(self._company.expected(now).values())
+
+    def _largest(self, lead: Job[T]) -> float:
+        """Token positions of a batch at most."""
+        if self._batching is None or lead.kind is None:
+            return math.inf
+        return min(self._batching.positions, self._room() / 2) if lead.kind.opens else self._batching.positions
+
+    def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
+        """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
+
+        It does not wait for those that are not expected within `Batching.window`.
+        """
+        if self._batching is None or job.kind is None or not job.kind.opens:
+            return True
+        others = self._open.beside(job.owner)
+        sizes = [size for each in others.values() for size in each] + [each.positions for each in batch]
+        if len(sizes) < self._batching.open_calls or sum(sizes) + job.positions <= self._room():
+            return True
+        until = job.since + self._batching.window
+        busy = {each.owner for each in self._jobs()} | self._running.keys()
+        return now >= until or not any(owner in busy or self._company.due(owner, now) <= until for owner in others)
 
     def _charge(self, used: dict[str, float], job: Job[T]) -> None:
         used[job.tenant] += job.positions * self._per_position / self._accounts[job.tenant].share.weight
@@ -318,25 +389,29 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        coming = [
-            (moment, last.positions)
-            for owner, last in self._answered.items()
-            if last.then == lead.kind.name and (moment := self._due(owner, now)) < math.inf
-        ]
-        if positions >= self._batching.positions:
+        if positions >= self._largest(lead):
             return now
+        mates = self._company.mates(job.owner for job in batch) if lead.kind.closes else None
+        coming = self._company.coming(lead.kind.name, now, mates)
+        if lead.kind.opens:
+            coming += [(now, job.positions) for job in self._without_room(batch, now)]
         full = (positions + sum(more for _, more in coming)) * self._per_position
         until = min(job.since for job in batch) + min(self._batching.window, full)
         until = min(until, *(self._begin_by(job) - MARGIN_SECONDS for job in batch))
         return until if any(moment <= until for moment, _ in coming) else now
 
-    def _due(self, owner: bytes, now: float) -> float:
-        """When a session that was answered is expected to ask again; infinity where it is long overdue."""
-        last = self._answered[owner]
-        think = self._thinks.get((owner, last.then))
-        if think is None:
-            return now if now <= last.since + THINK_SECONDS else math.inf
-        return last.since + think if now <= last.since + OVERDUE * think else math.inf
+    def _without_room(self, batch: list[Job[T]], now: float) -> list[Job[T]]:
+        """What would be in a batch if there were room in memory."""
+        positions, lead = sum(job.positions for job in batch), batch[0]
+        return [
+            job
+            for account in self._accounts.values()
+            for job in account.heads(lead.interactive, self._running)
+            if job.kind == lead.kind
+            and job not in batch
+            and positions + job.positions <= self._largest(lead)
+            and not self._fits(job, batch, now)
+        ]
 
     def ready_at(self) -> float | None:
         """When `next` may have something, if it had nothing just now; None where nothing waits."""
@@ -344,9 +419,10 @@ class Scheduler(Generic[T]):
         times = [now + account.overdrawn for account in self._accounts.values() if account.overdrawn and len(account)]
         if self._ripe_at is not None:
             times.append(self._ripe_at)
-        jobs = (job for account in self._accounts.values() for queue in account.waiting for job in queue)
-        times += [start for job in jobs if (start := self._latest_start(job)) < math.inf]
-        return min(times, default=now if len(self) else None)
+        times += [start for job in self._jobs() if (start := self._latest_start(job)) < math.inf]
+        if any(not self._fits(job, [], now) for job in self._jobs()):
+            times.append(now + RETHINK_SECONDS)
+        return min(times, default=now if len(self) and not self._running else None)
 
     def finished(self, batch: list[Job[T]], seconds: float, *, computed: bool = True) -> None:
         """Charge a batch that `next` gave, with the time that it has taken, by token positions.
@@ -361,18 +437,21 @@ class Scheduler(Generic[T]):
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
+            self._running.pop(job.owner, None)
+            if job.kind is not None and job.kind.closes:
+                self._open.remove(job.owner)
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )
             if job.kind is not None and not job.interactive:
-                self._answered[job.owner] = _Answered(job.kind.then, now, job.positions)
+                self._company.answered(job.owner, Answered(job.tenant, job.kind.then, now, job.positions))
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 
     def cancel(self, owner: bytes) -> Iterator[Job[T]]:
         """Take out what waits of one session, which is over."""
-        self._answered.pop(owner, None)
-        self._thinks = {each: seconds for each, seconds in self._thinks.items() if each[0] != owner}
+        self._company.forget(owner)
+        self._open.forget(owner)
         for account in self._accounts.values():
             for queue in account.waiting:
                 gone = [job for job in queue if job.owner == owner]

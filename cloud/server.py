@@ -167,7 +167,10 @@ class StripServer:
         self._next_stage = next_stage
         smallest = ROWS_PER_THREAD * threads  # below it, a shared pass could have other bits
         self._compute = Dispatcher(
-            threads, Batching(smallest=smallest) if batching else None, lambda reply: isinstance(reply, m.Timed)
+            threads,
+            Batching(smallest=smallest) if batching else None,
+            computed=lambda reply: isinstance(reply, m.Timed),
+            room=lambda: served.executor.room,
         )
         self._call_threads = CallThreads(threads)
         self._open: dict[bytes, _Open] = {}

@@ -224,7 +224,7 @@ class TenantSession:
 
 FORWARD = Kind("forward", "forward")
 """Forwards that nothing is kept of: another one follows."""
-KEPT_FORWARD, BACKWARD = Kind("kept forward", "backward"), Kind("backward", "kept forward")
+KEPT_FORWARD, BACKWARD = Kind("kept forward", "backward", opens=True), Kind("backward", "kept forward", closes=True)
 
 
 def kind_of(message: m.Message) -> Kind | None:

@@ -188,16 +188,21 @@ def test_evict_all_forgets_everything(span: FrozenSpan) -> None:
         executor.backward(A, 1, upstream())
 
 
-def test_the_measured_graph_is_what_autograd_saves(span: FrozenSpan) -> None:
+def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation_functions(span: FrozenSpan) -> None:
     """Counted independently: every storage that the graph keeps alive, weights left out."""
     given = inputs()
     weights = {p.untyped_storage().data_ptr() for p in [*span.parameters(), *span.buffers()]}
     kept: dict[int, int] = {}
+    activated = 0
     alive = []  # so that no address is used twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal activated
         alive.append(tensor.detach())
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.grad_fn is not None and tensor.grad_fn.name() == "SiluBackward0":
+            activated += tensor.nbytes
+        else:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -206,8 +211,9 @@ def test_the_measured_graph_is_what_autograd_saves(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, given, keep=True)
     graph = executor.used_bytes - given.nbytes
+    assert activated > given.hidden.nbytes
     assert expected > 5 * given.hidden.nbytes
-    assert 0.9 * expected <= graph <= 1.1 * expected
+    assert 0.95 * expected <= graph <= 1.05 * expected
 
 
 def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
@@ -229,18 +235,6 @@ def test_a_bf16_span_takes_fp32_and_answers_in_bf16(load: Callable[[torch.dtype]
     assert torch.equal(output, expected)
     assert torch.equal(result, gradient)
 
-
-def test_the_graph_sizes_of_the_last_used_shapes_alone_are_remembered(
-    span: FrozenSpan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("isthmus.cloud.executor.MAX_SHAPES", 2)
-    executor = Executor(SiteHost(span), torch.float32, BIG)
-    for call, length in enumerate((2, 3, 2, 4)):
-        executor.forward(A, call, inputs(length=length), keep=True)
-    assert [key[0][0] for key in executor._graph_bytes] == [(2, 2, HIDDEN), (2, 4, HIDDEN)]
-
-
-# Calls of several sessions in one pass --------------------------------------------------------------------------------
 
 SHAPES = ((2, 12), (1, 19), (3, 7), (2, 12), (1, 16))
 

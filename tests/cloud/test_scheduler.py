@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.scheduler import LEAD_SECONDS, THINK_SECONDS, Batching, Job, Kind, Scheduler, Share
+from isthmus.cloud.company import THINK_SECONDS
+from isthmus.cloud.scheduler import LEAD_SECONDS, Batching, Job, Kind, Scheduler, Share
 
 EQUAL = Share()
 

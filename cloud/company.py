@@ -1,0 +1,107 @@
+"""What sessions are at work, when they are expected to ask again, and what they have left in memory meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+NOVELTY = 0.3
+"""Weight of the last one in the averages of how long a token position takes, and a session until it asks again."""
+THINK_SECONDS = 0.25
+"""How long a session that nothing is known of yet counts as one that will ask again at any moment."""
+OVERDUE = 2.0
+"""A session that has taken so many times longer than before is not waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A session that was answered: of which tenant, the kind of its next piece, since when, and the last one's size."""
+
+    tenant: str
+    then: str
+    since: float
+    positions: int
+
+
+@dataclass(slots=True)
+class Company:
+    """Who else is at work. Sessions are expected back after the time that they took before."""
+
+    _answered: dict[bytes, Answered] = field(default_factory=dict)
+    _thinks: dict[tuple[bytes, str], float] = field(default_factory=dict)  # session and kind -> seconds, on average
+    _mates: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
+
+    def answered(self, owner: bytes, answered: Answered) -> None:
+        """A session was answered."""
+        self._answered[owner] = answered
+
+    def asks(self, owner: bytes, now: float) -> None:
+        """A session asks again."""
+        last = self._answered.pop(owner, None)
+        if last is not None:
+            took = now - last.since
+            before = self._thinks.get((owner, last.then), took)
+            self._thinks[owner, last.then] = before + (took - before) * NOVELTY
+
+    def forget(self, owner: bytes) -> None:
+        """A session is over."""
+        self._answered.pop(owner, None)
+        self._mates.pop(owner, None)
+        self._thinks = {each: seconds for each, seconds in self._thinks.items() if each[0] != owner}
+
+    def due(self, owner: bytes, now: float) -> float:
+        """When a session is expected to ask again; infinity where it was not answered, or is long overdue."""
+        last = self._answered.get(owner)
+        if last is None:
+            return math.inf
+        think = self._thinks.get((owner, last.then))
+        if think is None:
+            return now if now <= last.since + THINK_SECONDS else math.inf
+        return last.since + think if now <= last.since + OVERDUE * think else math.inf
+
+    def coming(self, kind: str, now: float, among: Collection[bytes] | None = None) -> list[tuple[float, int]]:
+        """When the sessions whose next piece is of a kind are expected, and the sizes of their last ones."""
+        return [
+            (moment, last.positions)
+            for owner, last in self._answered.items()
+            if last.then == kind and (among is None or owner in among) and (moment := self.due(owner, now)) < math.inf
+        ]
+
+    def expected(self, now: float) -> dict[bytes, str]:
+        """The sessions that are expected back, and their tenants."""
+        return {owner: last.tenant for owner, last in self._answered.items() if self.due(owner, now) < math.inf}
+
+    def together(self, owners: Iterable[bytes]) -> None:
+        """These sessions' pieces are done together, and so had better be those that follow from them."""
+        mates = frozenset(owners)
+        self._mates.update(dict.fromkeys(mates, mates))
+
+    def mates(self, owners: Iterable[bytes]) -> set[bytes]:
+        """The sessions whose last pieces were done together with those of any of these."""
+        return {mate for owner in owners for mate in self._mates.get(owner, ())}
+
+
+@dataclass(slots=True)
+class Open:
+    """What pieces have left in memory, for a piece of the same session that takes it out."""
+
+    _sizes: defaultdict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, owner: bytes, positions: int) -> None:
+        """A session's piece leaves something there."""
+        self._sizes[owner].append(positions)
+
+    def remove(self, owner: bytes) -> None:
+        """A session's piece has taken something out."""
+        if self._sizes.get(owner):
+            self._sizes[owner].pop()
+
+    def forget(self, owner: bytes) -> None:
+        """A session is over."""
+        self._sizes.pop(owner, None)
+
+    def beside(self, owner: bytes) -> dict[bytes, list[int]]:
+        """What others have left, by session, in token positions."""
+        return {each: sizes for each, sizes in self._sizes.items() if each != owner and sizes}
