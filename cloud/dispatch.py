@@ -107,6 +107,7 @@ class Dispatcher:
         positions: int = 0,
         shared: Shared[Any, R] | None = None,
         deadline: float | None = None,
+        continues: bool = False,
     ) -> Future[R]:
         """Have `run` called on the compute thread when its turn comes, or what `shared` says in a batch.
 
@@ -122,6 +123,7 @@ class Dispatcher:
             self._scheduler.add(
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
                 positions=positions, kind=None if shared is None else shared.kind, deadline=deadline,
+                continues=continues,
             )  # fmt: skip
             self._changed.notify()
         return work.future

@@ -75,10 +75,17 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What pieces may be done together, and of what kind the same session's next piece will be."""
+    """What pieces may be done together: those of one name.
+
+    Attributes:
+        name: The kind's own.
+        then: That of the kind of the same session's next piece.
+        pace: Names kinds whose token positions take equally long.
+    """
 
     name: str
     then: str
+    pace: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +102,8 @@ class Job(Generic[T]):
         since: When it came.
         until: When it has to be done; None for whenever.
         computes: Whether all of its time is computing for its positions.
+        pace: Its kind's, also where it is done alone.
+        continues: Whether its positions count already against what the tenant may have a second.
     """
 
     tenant: str
@@ -106,6 +115,8 @@ class Job(Generic[T]):
     since: float = 0.0
     until: float | None = None
     computes: bool = False
+    pace: str = ""
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +157,7 @@ class _Account(Generic[T]):
         """The first piece of each session, of those that may go on now, in their order."""
         sessions = set()
         for job in self.waiting[0 if interactive else 1]:
-            if job.owner not in sessions and not (job.positions and self.overdrawn):
+            if job.owner not in sessions and (job.continues or not (job.positions and self.overdrawn)):
                 yield job
             sessions.add(job.owner)
 
@@ -164,7 +175,7 @@ class Scheduler(Generic[T]):
         self._batching = batching
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
-        self._per_position = 0.0  # seconds, a moving average
+        self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
         self._answered: dict[bytes, _Answered] = {}  # by session
         self._thinks: dict[tuple[bytes, str], float] = {}  # session and kind -> seconds until it asks, on average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
@@ -192,6 +203,7 @@ class Scheduler(Generic[T]):
         positions: int = 0,
         kind: Kind | None = None,
         deadline: float | None = None,
+        continues: bool = False,
     ) -> Job[T]:
         """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves.
 
@@ -205,11 +217,11 @@ class Scheduler(Generic[T]):
         account.share = share
         if not len(account) and not account.running:
             account.used = max(account.used, self._present)
-        computes = kind is not None
+        computes, pace = kind is not None, "" if kind is None else kind.pace
         if self._batching is None or positions < self._batching.smallest:
             kind = None
         until = None if deadline is None else now + deadline
-        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes)
+        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes, pace, continues)
         account.waiting[0 if interactive else 1].append(job)
         last = self._answered.pop(owner, None)
         if last is not None:
@@ -240,7 +252,7 @@ class Scheduler(Generic[T]):
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
                 account.running += 1
-                if account.share.positions_per_second is not None:
+                if account.share.positions_per_second is not None and not job.continues:
                     account.budget -= job.positions
             self._present = max(self._present, lowest)
             return batch
@@ -264,7 +276,7 @@ class Scheduler(Generic[T]):
 
     def _begin_by(self, job: Job[T]) -> float:
         """When a piece has to begin so that it keeps its deadline."""
-        return math.inf if job.until is None else job.until - job.positions * self._per_position
+        return math.inf if job.until is None else job.until - self._seconds(job.positions, job)
 
     def _leads(self) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
@@ -293,7 +305,7 @@ class Scheduler(Generic[T]):
             job
             for account in waiting.values()
             for job in account.heads(lead.interactive)
-            if job.kind == lead.kind and job.owner != lead.owner
+            if job.kind is not None and job.kind.name == lead.kind.name and job.owner != lead.owner
         ]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
@@ -302,15 +314,19 @@ class Scheduler(Generic[T]):
             ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
             taken = self._batching.positions - room + job.positions
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
-            in_time = now + taken * self._per_position <= soonest
+            in_time = now + self._seconds(taken, lead) <= soonest
             if job.positions <= room and used[job.tenant] <= lowest + ahead and in_time:
                 batch.append(job)
                 room -= job.positions
                 self._charge(used, job)
         return batch
 
+    def _seconds(self, positions: int, job: Job[T]) -> float:
+        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
+        return positions * self._per_position.get(job.pace, 0.0)
+
     def _charge(self, used: dict[str, float], job: Job[T]) -> None:
-        used[job.tenant] += job.positions * self._per_position / self._accounts[job.tenant].share.weight
+        used[job.tenant] += self._seconds(job.positions, job) / self._accounts[job.tenant].share.weight
 
     def _ripe(self, batch: list[Job[T]], now: float) -> float:
         """When a batch has waited long enough."""
@@ -325,7 +341,7 @@ class Scheduler(Generic[T]):
         ]
         if positions >= self._batching.positions:
             return now
-        full = (positions + sum(more for _, more in coming)) * self._per_position
+        full = self._seconds(positions + sum(more for _, more in coming), lead)
         until = min(job.since for job in batch) + min(self._batching.window, full)
         until = min(until, *(self._begin_by(job) - MARGIN_SECONDS for job in batch))
         return until if any(moment <= until for moment, _ in coming) else now
@@ -356,8 +372,9 @@ class Scheduler(Generic[T]):
         now = self._clock()
         positions = sum(job.positions for job in batch)
         if positions and batch[0].computes and computed:
-            last = seconds / positions
-            self._per_position += (last - self._per_position) * (NOVELTY if self._per_position else 1.0)
+            last, pace = seconds / positions, batch[0].pace
+            before = self._per_position.get(pace, last)
+            self._per_position[pace] = before + (last - before) * NOVELTY
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
