@@ -1,7 +1,8 @@
 """One tenant's session above the protocol: a message comes in, a message goes out. No sockets and no threads.
 
 `TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread. A call with sites
-runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pausing`).
+runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pausing`); several may go on together
+(`isthmus.cloud.together`).
 """
 
 from __future__ import annotations
