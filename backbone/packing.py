@@ -183,7 +183,7 @@ def _taking_several(inner: str) -> str:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            plain: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+            plain: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
             if not isinstance(attention_mask, _Segments):
                 return plain(module, query, key, value, attention_mask, **options)
             return _attend(plain, module, (query, key, value), attention_mask.segments, options), None

@@ -17,6 +17,7 @@ from isthmus.backbone.errors import PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.ladder import tap_projection
 from isthmus.backbone.low_rank import site_basis
+from isthmus.backbone.meeting import Meetings
 from isthmus.backbone.plan import Span
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.site_visit import AskingLayer, AskingLinear, BoundSites, Group, Spotter, make_able, visiting
@@ -31,6 +32,9 @@ class SiteHost:
 
     Args:
         span: The span; its modules get classes of their own, which compute the same where nobody visits.
+
+    Attributes:
+        meetings: Where passes that run beside each other compute the linears' products.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
@@ -48,6 +52,7 @@ class SiteHost:
         for layer in self._layers.values():
             make_able(layer, AskingLayer)
         self._groups = self._find_groups()
+        self.meetings = Meetings()
 
     @property
     def groups(self) -> tuple[tuple[tuple[int, str], ...], ...]:
@@ -93,11 +98,18 @@ class SiteHost:
             else:
                 (taps if spec.placement == Placement.TAP else blocks)[self._layer(spec)] = number
         groups: dict[nn.Module, Group] = {}
-        for members in self._groups:
+        for number, members in enumerate(self._groups):
             found = {i: sites[member] for i, member in enumerate(members) if member in sites}
-            if found:
-                groups |= dict.fromkeys(members, Group(members, found))
-        return BoundSites(tuple(specs), groups, blocks, taps, self._bases(specs), self._projections(specs))
+            groups |= dict.fromkeys(members, Group(number, members, found))
+        bases, projections, pauses = self._bases(specs), self._projections(specs), self._pauses(specs)
+        return BoundSites(tuple(specs), groups, blocks, taps, bases, projections, pauses)
+
+    def _pauses(self, specs: Sequence[SiteSpec]) -> dict[int, int]:
+        """Where a pass pauses for each site that asks: before its group, or behind the last group of its layer."""
+        at = {place: number for number, group in enumerate(self.groups) for place in group}
+        last = {layer: number for (layer, _), number in at.items()}
+        asking = ((site, spec) for site, spec in enumerate(specs) if spec.asks)
+        return {site: 2 * at[spec.layer, spec.part] if spec.part else 2 * last[spec.layer] + 1 for site, spec in asking}
 
     def _bases(self, specs: Sequence[SiteSpec]) -> dict[int, tuple[Tensor, Tensor]]:
         bases = {}
@@ -138,7 +150,7 @@ class SiteHost:
             )
         return self._linears[layer, part]
 
-    def _find_groups(self) -> list[tuple[nn.Module, ...]]:
+    def _find_groups(self) -> list[tuple[AskingLinear, ...]]:
         """Which linears read the same tensor: one pass over two positions tells."""
         seen = Spotter()
         device = self.span.device

@@ -3,6 +3,10 @@
 Bit for bit: a single process with PEFT adds up the gradients of a shared input in the reverse order of the modules, an
 adapter's before its linear's. The graph that is built here has the same nodes in the same order, and one node more
 behind each group, which waits for all its gradients before it asks.
+
+A pass that may run beside others (`isthmus.backbone.meeting`) has a node of its own for each frozen linear, in the
+place of torch's. The products of a group may be computed at one time, on the way back by the node behind the group;
+each linear's node hands on its own, so that gradients add up one linear at a time, in the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from isthmus.backbone.meeting import Company, product_back
 from isthmus.backbone.site_spec import Placement, SiteSpec
 
 
@@ -42,9 +47,16 @@ class Visitor(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Linears that read one input, in running order, and which of them are sites: place among them -> site."""
+    """Linears that read one input, in running order.
 
-    members: tuple[nn.Module, ...]
+    Attributes:
+        number: The group's own, in the running order of the span's groups.
+        members: The linears.
+        sites: Which of them are sites: place among them -> site.
+    """
+
+    number: int
+    members: tuple[AskingLinear, ...]
     sites: Mapping[int, int]
 
 
@@ -54,11 +66,13 @@ class BoundSites:
 
     Attributes:
         specs: What was asked for.
-        groups: Linear -> its group; those of groups without a site are not among them.
+        groups: Linear -> its group.
         blocks: Layer -> the site behind it.
         taps: Layer -> the tap behind it.
         bases: Low-rank site -> its `A` `[r, in]` and `B` `[out, r]`.
         projections: Tap -> what makes it narrower, `[width, h]`.
+        pauses: Site that asks -> where a pass pauses for it, a number that grows in running order; sites that are asked
+            about together have the same.
     """
 
     specs: tuple[SiteSpec, ...]
@@ -67,6 +81,7 @@ class BoundSites:
     taps: Mapping[nn.Module, int]
     bases: Mapping[int, tuple[Tensor, Tensor]]
     projections: Mapping[int, Tensor]
+    pauses: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +106,7 @@ class Visit:
         visitor: Whom.
         leased: The weights of sites on loan.
         again: Whether this repeats a forward whose questions have been answered.
+        company: Where it may meet others that run beside it; None for a pass that never does.
         anchor: A scalar that every contribution depends on: the gradient of an output with respect to it runs the
             backward through all sites, also where the span's own input wants none.
         tapped: What has come out of the taps so far.
@@ -100,6 +116,7 @@ class Visit:
     visitor: Visitor
     leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
     again: bool = False
+    company: Company | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     tapped: dict[int, Tensor] = field(default_factory=dict)
     _ready: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -107,7 +124,7 @@ class Visit:
     def linear(self, module: AskingLinear, x: Tensor) -> Tensor:
         """The output of a linear, with what its site adds."""
         group = self.sites.groups.get(module)
-        if group is None:
+        if group is None or (self.company is None and not group.sites):
             return module.plain(x)
         if module not in self._ready:
             self._ready.update(zip(group.members, self._outputs(group, x), strict=True))
@@ -124,7 +141,7 @@ class Visit:
         if site is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        exchange = _Exchange((site,), hidden.requires_grad)
+        exchange = _Exchange(None, (site,), hidden.requires_grad)
         (answer,) = self._answers(exchange, [hidden])
         contribution = self._contribution(hidden, answer, exchange, 0).to(hidden.dtype)
         (result,) = self._joined(exchange, [hidden + contribution], (0,))
@@ -133,12 +150,14 @@ class Visit:
     def _outputs(self, group: Group, x: Tensor) -> list[Tensor]:
         """The outputs of all linears of a group, in the order in which a single process computes them."""
         asked = {place: site for place, site in group.sites.items() if self.sites.specs[site].asks}
-        exchange = _Exchange(tuple(asked.values()), x.requires_grad)
+        exchange = _Exchange(group, tuple(asked.values()), x.requires_grad)
         inputs = [self._input(site, x) for site in exchange.sites]
         answers = self._answers(exchange, inputs) if asked else ()
+        if self.company is not None and self.company.present:
+            exchange.products = dict(enumerate(self.company.forward(group.number, group.members, x)))
         outputs = []
         for place, member in enumerate(group.members):
-            output = cast(AskingLinear, member).plain(x)
+            output = member.plain(x) if self.company is None else _frozen(x, exchange, place)
             site = group.sites.get(place)
             if site is not None and site in self.leased:
                 output = output + self.leased[site](x)
@@ -149,7 +168,8 @@ class Visit:
                     added = functional.linear(added.to(output.dtype), self.sites.bases[site][1])
                 output = (output + added).to(output.dtype)  # as PEFT does: the sum is rounded, and not what is added
             outputs.append(output)
-        return self._joined(exchange, outputs, tuple(asked)) if asked else outputs
+        together = self.company is not None and len(outputs) > 1
+        return self._joined(exchange, outputs, tuple(asked)) if asked or together else outputs
 
     def _is_low(self, site: int) -> bool:
         return self.sites.specs[site].placement == Placement.LOW_RANK
@@ -169,6 +189,16 @@ class Visit:
             return outputs
         return list(_Joined.apply(exchange, places, *outputs))  # type: ignore[no-untyped-call]  # torch
 
+    def products_back(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What the `gradients` of a group's plain outputs give its input, by place, where others run beside this pass.
+
+        Without company the linears compute for themselves.
+        """
+        group = exchange.group
+        if group is None or self.company is None or not self.company.present:
+            return {}
+        return dict(enumerate(self.company.backward(group.number, group.members, gradients)))
+
     def gradients(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Ask for what the `gradients` of the outputs of the asked linears give their inputs."""
         given = [
@@ -180,11 +210,13 @@ class Visit:
 
 @dataclass(slots=True, eq=False)
 class _Exchange:
-    """What a group's two nodes share on the way back."""
+    """What a group's nodes share."""
 
+    group: Group | None  # None for the place behind a layer
     sites: tuple[int, ...]
     wanted: bool  # whether the input's gradient leads anywhere
     gradients: list[Tensor | None] = field(default_factory=list)
+    products: dict[int, Tensor] = field(default_factory=dict)  # of linears, by place, that wait for their nodes
 
 
 class _Contribution(torch.autograd.Function):
@@ -201,8 +233,42 @@ class _Contribution(torch.autograd.Function):
         return None, answered[ctx.at] if answered else None, None, None, None
 
 
+class _Frozen(torch.autograd.Function):
+    """The plain output of a linear `[..., out]` of its input `[..., in]`. Keeps nothing but the linear's place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange, place: int) -> Tensor:
+        ctx.exchange, ctx.place = exchange, place
+        found = exchange.products.pop(place, None)
+        return _member(exchange, place).plain(x) if found is None else found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        exchange, place = ctx.exchange, ctx.place
+        if place not in exchange.products and len(exchange.group.members) == 1:
+            visit: Visit = _thread.visit  # the present call's
+            exchange.products = visit.products_back(exchange, [gradient])
+        found = exchange.products.pop(place, None)
+        return product_back(_member(exchange, place), gradient) if found is None else found, None, None
+
+
+def _frozen(x: Tensor, exchange: _Exchange, place: int) -> Tensor:
+    result: Tensor = _Frozen.apply(x, exchange, place)  # type: ignore[no-untyped-call]  # torch
+    return result
+
+
+def _member(exchange: _Exchange, place: int) -> AskingLinear:
+    if exchange.group is None:
+        raise RuntimeError("there is no linear behind a layer")
+    return exchange.group.members[place]
+
+
 class _Joined(torch.autograd.Function):
-    """The outputs of a group as they are. On the way back it asks, once all their gradients are there."""
+    """The outputs of a group as they are.
+
+    On the way back, once all their gradients are there, it asks, and has the linears' products computed where several
+    passes do that together.
+    """
 
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, places: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -213,8 +279,11 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         visit: Visit = _thread.visit  # the present call's: it may be another than the forward's
-        asked = [gradients[place].detach() for place in ctx.places]
-        ctx.exchange.gradients = visit.gradients(ctx.exchange, asked)
+        if ctx.places:
+            asked = [gradients[place].detach() for place in ctx.places]
+            ctx.exchange.gradients = visit.gradients(ctx.exchange, asked)
+        if ctx.exchange.wanted:
+            ctx.exchange.products = visit.products_back(ctx.exchange, gradients)
         return None, None, *gradients
 
 
@@ -238,7 +307,7 @@ class Spotter:
     """Takes down which linears read which input, instead of asking."""
 
     def __init__(self) -> None:
-        self.inputs: list[tuple[Tensor, list[nn.Module]]] = []  # the tensors stay alive, so that they stay different
+        self.inputs: list[tuple[Tensor, list[AskingLinear]]] = []  # the tensors stay alive, so that they stay different
 
     def linear(self, module: AskingLinear, x: Tensor) -> Tensor:
         """The plain output."""

@@ -260,9 +260,10 @@ def _answers(address: tuple[str, int]) -> bool:
 def _ray_environment(home: Path) -> dict[str, str]:
     """Token authentication with a token file of mode 0600, no usage reports, and workers as urgent as `serve` itself.
 
-    By default Ray makes its workers nice (15), so that others come first; here they are what others wait for. A worker's
-    forward states are made by one thread and freed by another: glibc gives each thread an arena of its own, and keeps
-    what is freed there, unless it is told to have one arena, and to give back what is free at its end.
+    By default Ray makes its workers nice (15), so that others come first; here they are what others wait for.
+
+    A worker's forward states are made by one thread and freed by another: glibc gives each thread an arena of its own,
+    and keeps what is freed there, unless it is told to have one arena, and to give back what is free at its end.
     """
     settings = {
         "RAY_AUTH_MODE": "token",

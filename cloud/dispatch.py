@@ -119,6 +119,7 @@ class Dispatcher:
         positions: int = 0,
         shared: Shared[Any, R] | None = None,
         deadline: float | None = None,
+        continues: bool = False,
     ) -> Future[R]:
         """Have `run` called on the compute thread when its turn comes, or what `shared` says in a batch.
 
@@ -134,6 +135,7 @@ class Dispatcher:
             self._scheduler.add(
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
                 positions=positions, kind=None if shared is None else shared.kind, deadline=deadline,
+                continues=continues,
             )  # fmt: skip
             self._changed.notify_all()
         return work.future
@@ -194,7 +196,7 @@ class Dispatcher:
         """Wait for the next batch, and for how many threads; empty at the end."""
         with self._changed:
             while True:
-                batch = self._scheduler.next(computing=lane > 0)
+                batch = self._scheduler.next(anywhere=lane > 0)
                 for job in self._scheduler.take_late():
                     if job.work.future.set_running_or_notify_cancel():
                         job.work.future.set_exception(TooLate())

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.graph_memory import keeping_little, storages_of
+from isthmus.backbone.meeting import Company
 from isthmus.backbone.packing import Packer
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
@@ -36,15 +37,16 @@ from isthmus.backbone.span import SpanInput
 
 @dataclass(frozen=True, slots=True)
 class Guests:
-    """The edge's sites inside the span that a call visits, who answers for them, and what was lent for it."""
+    """The edge's sites inside the span that a call visits, who answers for them, what was lent, and who runs beside."""
 
     sites: BoundSites
     visitor: Visitor
     leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
+    company: Company | None = None
 
     def visit(self, *, again: bool = False) -> Visit:
         """A pass with them."""
-        return Visit(self.sites, self.visitor, self.leased, again)
+        return Visit(self.sites, self.visitor, self.leased, again, self.company)
 
 
 @dataclass(frozen=True, slots=True)

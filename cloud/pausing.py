@@ -74,8 +74,11 @@ class PausingCall(Generic[Q, A, R]):
     def __init__(self, work: Callable[[Callable[[Q], A]], R], threads: CallThreads) -> None:
         self.busy_ns = 0
         self._threads = threads
-        self._turn = threading.Semaphore(0)  # the call may go on
-        self._back = threading.Semaphore(0)  # the call has paused or ended
+        # Locks, which are released by another thread than took them: the quickest way of handing a turn over.
+        self._turn = threading.Lock()  # free when the call may go on
+        self._back = threading.Lock()  # free when the call has paused or ended
+        self._turn.acquire()
+        self._back.acquire()
         self._question: Q | None = None
         self._answer: A | None = None
         self._result: R | None = None
@@ -116,7 +119,7 @@ class PausingCall(Generic[Q, A, R]):
         self._turn.acquire()
         try:
             if not self._abandoned:
-                self._result = work(self._ask)
+                self._result = work(self.ask)
         except Abandoned:
             pass
         except BaseException as error:  # noqa: BLE001  # raised again by `resume`
@@ -125,7 +128,12 @@ class PausingCall(Generic[Q, A, R]):
             self._threads.ended()
             self._back.release()
 
-    def _ask(self, question: Q) -> A:
+    def ask(self, question: Q) -> A:
+        """Pause, on the call's own thread, until the answer is there; what the computation is given.
+
+        Raises:
+            Abandoned: the call is over.
+        """
         self._question = question
         self._back.release()
         self._turn.acquire()

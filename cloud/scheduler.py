@@ -15,8 +15,8 @@ that is ahead of its share brings less, and while others are at work, of each te
 Training waits for company: for sessions whose next piece is of that kind and due soon, going by how long they took
 before, no longer than the batch with them would take, and than `Batching.window`.
 
-A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state a
-backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. Half of
+A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
+a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. Half of
 the room is for one batch, so that one opens while another closes. Pieces that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from isthmus.cloud.company import NOVELTY, Answered, Company, Open
+from isthmus.cloud.attendance import NOVELTY, Answered, Attendance, Open
 
 T = TypeVar("T")
 
@@ -78,19 +78,23 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What pieces may be done together, and of what kind the same session's next piece will be.
+    """What pieces may be done together: those of one name.
 
     Attributes:
-        name: Its name.
-        then: The next one's name.
+        name: The kind's own.
+        then: That of the kind of the same session's next piece.
+        pace: Names kinds whose token positions take equally long.
         opens: Whether it leaves something in memory for a piece that closes it.
         closes: Whether it takes that out.
+        anywhere: Whether it may be done beside whatever else is done.
     """
 
     name: str
     then: str
+    pace: str = ""
     opens: bool = False
     closes: bool = False
+    anywhere: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +111,9 @@ class Job(Generic[T]):
         since: When it came.
         until: When it has to be done; None for whenever.
         computes: Whether all of its time is computing for its positions.
+        anywhere: Whether it may be done beside whatever else is done.
+        pace: Its kind's, also where it is done alone.
+        continues: Whether its positions count already against what the tenant may have a second.
     """
 
     tenant: str
@@ -118,6 +125,9 @@ class Job(Generic[T]):
     since: float = 0.0
     until: float | None = None
     computes: bool = False
+    anywhere: bool = False
+    pace: str = ""
+    continues: bool = False
 
 
 @dataclass(slots=True)
@@ -149,7 +159,7 @@ class _Account(Generic[T]):
         """The first piece of each session, of those that may go on now, in their order."""
         sessions = set(running)
         for job in self.waiting[0 if interactive else 1]:
-            if job.owner not in sessions and not (job.positions and self.overdrawn):
+            if job.owner not in sessions and (job.continues or not (job.positions and self.overdrawn)):
                 yield job
             sessions.add(job.owner)
 
@@ -173,11 +183,11 @@ class Scheduler(Generic[T]):
         self._batching = batching
         self._room = room
         self._running: dict[bytes, str] = {}  # session -> tenant
-        self._company = Company()
+        self._sessions = Attendance()
         self._open = Open()
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
-        self._per_position = 0.0  # seconds, a moving average
+        self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
 
@@ -203,6 +213,7 @@ class Scheduler(Generic[T]):
         positions: int = 0,
         kind: Kind | None = None,
         deadline: float | None = None,
+        continues: bool = False,
     ) -> Job[T]:
         """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves.
 
@@ -216,13 +227,14 @@ class Scheduler(Generic[T]):
         account.share = share
         if not len(account) and not account.running:
             account.used = max(account.used, self._present)
-        computes = kind is not None
+        computes, pace = kind is not None, "" if kind is None else kind.pace
+        anywhere = kind is not None and kind.anywhere
         if self._batching is None or positions < self._batching.smallest:
             kind = None
         until = None if deadline is None else now + deadline
-        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes)
+        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes, anywhere, pace, continues)
         account.waiting[0 if interactive else 1].append(job)
-        self._company.asks(owner, now)
+        self._sessions.asks(owner, now)
         return job
 
     @property
@@ -230,26 +242,26 @@ class Scheduler(Generic[T]):
         """Whether more than one session is at work: has something waiting or running, or is expected back."""
         now = self._clock()
         waiting = {job.owner for job in self._jobs()}
-        return len(waiting | self._running.keys() | self._company.expected(now).keys()) > 1
+        return len(waiting | self._running.keys() | self._sessions.expected(now).keys()) > 1
 
     def _jobs(self) -> Iterator[Job[T]]:
         return (job for account in self._accounts.values() for queue in account.waiting for job in queue)
 
-    def next(self, *, computing: bool = False) -> list[Job[T]]:
+    def next(self, *, anywhere: bool = False) -> list[Job[T]]:
         """Take the batch whose turn it is; empty where there is none, or all that wait have to wait longer.
 
         Several may be taken, one after the other: of a session there is one piece at a time, and of a tenant one batch,
         as long as others are at work. The caller says `finished` afterwards.
 
         Args:
-            computing: Whether to take only what computes.
+            anywhere: Whether to take only what may be done beside whatever else is done.
         """
         now = self._clock()
         self._ripe_at = None
         for account in self._accounts.values():
             account.refill(now)
             self._give_up(account, now)
-        leads = self._leads(now, computing=computing)
+        leads = self._leads(now, anywhere=anywhere)
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         for lead in leads:
             batch = self._batch(lead, now)
@@ -258,7 +270,7 @@ class Scheduler(Generic[T]):
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
                 continue
             if lead.kind is not None and lead.kind.opens:
-                self._company.together(job.owner for job in batch)
+                self._sessions.together(job.owner for job in batch)
             for job in batch:
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
@@ -266,7 +278,7 @@ class Scheduler(Generic[T]):
                 self._running[job.owner] = job.tenant
                 if job.kind is not None and job.kind.opens:
                     self._open.add(job.owner, job.positions)
-                if account.share.positions_per_second is not None:
+                if account.share.positions_per_second is not None and not job.continues:
                     account.budget -= job.positions
             self._present = max(self._present, lowest)
             return batch
@@ -290,9 +302,9 @@ class Scheduler(Generic[T]):
 
     def _begin_by(self, job: Job[T]) -> float:
         """When a piece has to begin so that it keeps its deadline."""
-        return math.inf if job.until is None else job.until - job.positions * self._per_position
+        return math.inf if job.until is None else job.until - self._seconds(job.positions, job)
 
-    def _leads(self, now: float, *, computing: bool) -> list[Job[T]]:
+    def _leads(self, now: float, *, anywhere: bool) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
         by_account = sorted(self._accounts.items(), key=lambda item: item[1].used)
         at_work = self._at_work(now)
@@ -302,7 +314,7 @@ class Scheduler(Generic[T]):
                 (account, job)
                 for account in free
                 for job in account.heads(interactive, self._running)
-                if (job.computes or not computing) and self._fits(job, [], now)
+                if (job.anywhere or not anywhere) and self._fits(job, [], now)
             ]
             for interactive in (True, False)
         )
@@ -325,14 +337,9 @@ class Scheduler(Generic[T]):
         self._charge(used, lead)
         room = self._largest(lead) - lead.positions
         at_work = self._at_work(now)
-        pool = [
-            job
-            for account in waiting.values()
-            for job in account.heads(lead.interactive, self._running)
-            if job.kind == lead.kind and job.owner != lead.owner
-        ]
+        pool = self._alike(lead)
         if lead.kind.closes:
-            mates = self._company.mates([lead.owner])
+            mates = self._sessions.mates([lead.owner])
             pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
@@ -342,7 +349,7 @@ class Scheduler(Generic[T]):
             ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
             taken = sum(each.positions for each in batch) + job.positions
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
-            in_time = now + taken * self._per_position <= soonest
+            in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
             if job.positions <= room and fair and in_time and self._fits(job, batch, now):
                 batch.append(job)
@@ -350,14 +357,26 @@ class Scheduler(Generic[T]):
                 self._charge(used, job)
         return batch
 
+    def _alike(self, lead: Job[T]) -> list[Job[T]]:
+        """What may be done together with a piece, as far as its kind goes: the first of each other session."""
+        return [
+            job
+            for account in self._accounts.values()
+            for job in account.heads(lead.interactive, self._running)
+            if job.kind is not None
+            and lead.kind is not None
+            and job.kind.name == lead.kind.name
+            and job.owner != lead.owner
+        ]
+
     def _is_whole(self, job: Job[T], now: float) -> bool:
         """Whether all have come that a piece was opened together with, or are not expected."""
-        return not self._company.expected(now).keys() & self._company.mates([job.owner])
+        return not self._sessions.expected(now).keys() & self._sessions.mates([job.owner])
 
     def _at_work(self, now: float) -> set[str]:
         """The tenants that have something waiting or running, or are expected back."""
         here = {name for name, account in self._accounts.items() if len(account) or account.running}
-        return here | set(self._company.expected(now).values())
+        return here | set(self._sessions.expected(now).values())
 
     def _largest(self, lead: Job[T]) -> float:
         """Token positions of a batch at most."""
@@ -378,10 +397,14 @@ class Scheduler(Generic[T]):
             return True
         until = job.since + self._batching.window
         busy = {each.owner for each in self._jobs()} | self._running.keys()
-        return now >= until or not any(owner in busy or self._company.due(owner, now) <= until for owner in others)
+        return now >= until or not any(owner in busy or self._sessions.due(owner, now) <= until for owner in others)
+
+    def _seconds(self, positions: int, job: Job[T]) -> float:
+        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
+        return positions * self._per_position.get(job.pace, 0.0)
 
     def _charge(self, used: dict[str, float], job: Job[T]) -> None:
-        used[job.tenant] += job.positions * self._per_position / self._accounts[job.tenant].share.weight
+        used[job.tenant] += self._seconds(job.positions, job) / self._accounts[job.tenant].share.weight
 
     def _ripe(self, batch: list[Job[T]], now: float) -> float:
         """When a batch has waited long enough."""
@@ -391,11 +414,11 @@ class Scheduler(Generic[T]):
         positions = sum(job.positions for job in batch)
         if positions >= self._largest(lead):
             return now
-        mates = self._company.mates(job.owner for job in batch) if lead.kind.closes else None
-        coming = self._company.coming(lead.kind.name, now, mates)
+        mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
+        coming = self._sessions.coming(lead.kind.name, now, mates)
         if lead.kind.opens:
             coming += [(now, job.positions) for job in self._without_room(batch, now)]
-        full = (positions + sum(more for _, more in coming)) * self._per_position
+        full = self._seconds(positions + sum(more for _, more in coming), lead)
         until = min(job.since for job in batch) + min(self._batching.window, full)
         until = min(until, *(self._begin_by(job) - MARGIN_SECONDS for job in batch))
         return until if any(moment <= until for moment, _ in coming) else now
@@ -405,12 +428,8 @@ class Scheduler(Generic[T]):
         positions, lead = sum(job.positions for job in batch), batch[0]
         return [
             job
-            for account in self._accounts.values()
-            for job in account.heads(lead.interactive, self._running)
-            if job.kind == lead.kind
-            and job not in batch
-            and positions + job.positions <= self._largest(lead)
-            and not self._fits(job, batch, now)
+            for job in self._alike(lead)
+            if job not in batch and positions + job.positions <= self._largest(lead) and not self._fits(job, batch, now)
         ]
 
     def ready_at(self) -> float | None:
@@ -432,8 +451,9 @@ class Scheduler(Generic[T]):
         now = self._clock()
         positions = sum(job.positions for job in batch)
         if positions and batch[0].computes and computed:
-            last = seconds / positions
-            self._per_position += (last - self._per_position) * (NOVELTY if self._per_position else 1.0)
+            last, pace = seconds / positions, batch[0].pace
+            before = self._per_position.get(pace, last)
+            self._per_position[pace] = before + (last - before) * NOVELTY
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
@@ -444,13 +464,13 @@ class Scheduler(Generic[T]):
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )
             if job.kind is not None and not job.interactive:
-                self._company.answered(job.owner, Answered(job.tenant, job.kind.then, now, job.positions))
+                self._sessions.answered(job.owner, Answered(job.tenant, job.kind.then, now, job.positions))
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 
     def cancel(self, owner: bytes) -> Iterator[Job[T]]:
         """Take out what waits of one session, which is over."""
-        self._company.forget(owner)
+        self._sessions.forget(owner)
         self._open.forget(owner)
         for account in self._accounts.values():
             for queue in account.waiting:

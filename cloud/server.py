@@ -40,7 +40,7 @@ from isthmus.cloud.scheduler import Batching, Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.stream import SealedStream
-from isthmus.cloud.tenant import TenantSession, handle_together, kind_of
+from isthmus.cloud.tenant import TenantSession, handle_together, kind_of, step_together
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 from isthmus.protocol.errors import DrainingError, MessageError, PortInUseError, RemoteProtocolError, VersionError
@@ -89,7 +89,13 @@ class Served:
     sites: bool = True  # whether edges may have adapters inside the span
 
     def session(
-        self, session_id: bytes, tenant: Tenant, threads: CallThreads, limits: Limits = DEFAULT_LIMITS
+        self,
+        session_id: bytes,
+        tenant: Tenant,
+        threads: CallThreads,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        batching: bool = True,
     ) -> TenantSession:
         """What answers the messages of one session; `threads` is where calls run that may pause."""
         shelves = {m.Shelf.PARTS: self.parts}
@@ -100,7 +106,7 @@ class Served:
             self.executor,
             shelves,
             self.adapters.of(tenant),
-            SiteCalls(session_id, self.executor, threads, limits, self.sites),
+            SiteCalls(session_id, self.executor, threads, limits, self.sites, batching),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,
@@ -173,6 +179,7 @@ class StripServer:
             room=lambda: served.executor.room,
         )
         self._call_threads = CallThreads(threads)
+        self._batching = batching
         self._open: dict[bytes, _Open] = {}
         self._half_open: dict[asyncio.Timeout, None] = {}  # in the order in which the handshakes began
         self._in_flight = 0
@@ -296,6 +303,7 @@ class StripServer:
             "in_flight": self._in_flight,
             "waiting": dict(waiting),
             "calls_per_pass": self._compute.calls_per_pass,
+            "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
@@ -429,7 +437,7 @@ class StripServer:
             self._empty.set()
 
     async def _converse(self, stream: SealedStream, session: _Open, limits: Limits) -> None:
-        work = self._served.session(session.id, session.tenant, self._call_threads, limits)
+        work = self._served.session(session.id, session.tenant, self._call_threads, limits, batching=self._batching)
         try:
             if self._draining:
                 session.end("draining")
@@ -538,6 +546,8 @@ class StripServer:
         positions: int = 0,
         shared: Shared[Any, R] | None = None,
         deadline: float | None = None,
+        *,
+        continues: bool = False,
     ) -> Future[R]:
         """Have something done by the compute thread when it is the tenant's turn."""
         return self._compute.submit(
@@ -549,21 +559,23 @@ class StripServer:
             positions=positions,
             shared=shared,
             deadline=deadline,
+            continues=continues,
         )
 
     def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
-        message, kind = received.message, kind_of(received.message)
+        message, kind, in_pass = received.message, work.kind_of(received.message), kind_of(received.message) is not None
         shared: Shared[Any, m.Message | None] | None = None
         if kind is not None:
-            shared = Shared(kind, (work, message), handle_together)
+            shared = Shared(kind, (work, message), handle_together if in_pass else step_together)
         try:
             running = self._turn(
                 session,
                 partial(work.handle, message),
-                _positions(message),
+                work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message),
                 shared,
-                None if kind is None or session.stage is not None else session.deadline,
+                session.deadline if in_pass and session.stage is None else None,
+                continues=isinstance(message, m.SiteAnswer),
             )
         except RuntimeError:  # a drain was cut short
             wipe(received.body)

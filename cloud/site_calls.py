@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from isthmus.backbone.meeting import Company, Enlisted, Products
 from isthmus.backbone.site_spec import Placement
 from isthmus.backbone.site_visit import BoundSites, LeasedWeights
 from isthmus.cloud.executor import Executor, Guests
 from isthmus.cloud.pausing import CallThreads, Pause, PausingCall
+from isthmus.cloud.scheduler import Kind
+from isthmus.cloud.together import Asked, Outcome, SitedCall, Step, first_kind, next_kind
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.limits import Limits
@@ -20,8 +24,9 @@ from isthmus.protocol.limits import Limits
 MAX_PAUSED = 8
 """Calls of one session that may have paused at a time."""
 
-Ask = Callable[[m.SiteQuestion], m.SiteAnswer]
-Work = Callable[[Guests | None], m.Message]
+Call = m.Forward | m.Backward
+Ask = Callable[[m.SiteQuestion], Any]
+Work = Callable[[Guests], m.Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,26 @@ class _Lease:
     number: int
     sites: int  # the number of their list
     weights: Mapping[int, LeasedWeights]
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A call that has begun: where it will pause, and what it has asked last."""
+
+    message: Call
+    call: SitedCall
+    company: Company | None
+    pauses: Mapping[int, int]  # see `BoundSites`
+    asked: tuple[m.SitePhase, int] | None = None  # the phase, and the first site
+
+    @property
+    def kind(self) -> Kind:
+        """That of its next step."""
+        places = sorted(set(self.pauses.values()))
+        if self.asked is None:
+            return first_kind(self.message, places)
+        phase, site = self.asked
+        return next_kind(self.message, places, phase, self.pauses[site])
 
 
 @dataclass(slots=True)
@@ -41,6 +66,7 @@ class SiteCalls:
         threads: where calls run that may pause.
         limits: what the session accepts.
         allowed: whether there may be sites at all.
+        batching: whether calls may be computed together with those of other sessions.
     """
 
     session_id: bytes
@@ -48,14 +74,15 @@ class SiteCalls:
     threads: CallThreads
     limits: Limits
     allowed: bool = True
+    batching: bool = True
     _lists: dict[int, BoundSites] = field(default_factory=dict)
     _lease: _Lease | None = None
-    _paused: dict[int, PausingCall[m.SiteQuestion, m.SiteAnswer, m.Message]] = field(default_factory=dict)
+    _begun: dict[int, _Begun] = field(default_factory=dict)
 
     @property
     def paused(self) -> bool:
         """Whether a call waits for the edge. The event loop may ask."""
-        return bool(self._paused)
+        return bool(self._begun)
 
     def bind(self, message: m.Sites) -> m.Status:
         """Remember a list of sites; the oldest goes if there are too many.
@@ -104,53 +131,95 @@ class SiteCalls:
         self._lease = _Lease(message.number, message.sites, weights)
         return m.Status(m.StatusCode.OK, None, f"{len(weights)} leased sites")
 
-    def begin(self, message: m.Forward | m.Backward, work: Work) -> m.Message:
-        """Do a call's work, up to its end or its first question. One without sites has no question to ask.
+    def kind(self, message: Call | m.SiteAnswer) -> Kind | None:
+        """What the step that a message leads to is taken together with; None for nothing. The event loop may ask."""
+        if not self.batching:
+            return None
+        if isinstance(message, m.SiteAnswer):
+            begun = self._begun.get(message.id.call)
+            return None if begun is None else begun.kind
+        sites = self._lists.get(message.sites)
+        return None if sites is None else first_kind(message, sorted(set(sites.pauses.values())))
+
+    def positions(self, message: m.SiteAnswer) -> int:
+        """Token positions of the call that an answer lets go on; 0 if it has not asked. The event loop may ask."""
+        begun = self._begun.get(message.id.call)
+        return 0 if begun is None else _shape(begun.message)[:2].numel()
+
+    def begin(self, message: Call, work: Work) -> Step:
+        """Have the first step of a call with sites ready.
 
         Raises:
-            LookupError: the session has no such list of sites.
+            LookupError: the session has no such list of sites, or no such lease.
             ValueError: too many calls have paused.
         """
-        if not message.sites:
-            return work(None)
         sites = self._lists.get(message.sites)
         if sites is None:
             raise LookupError(f"there is no list {message.sites} of sites in this session: send it first")
-        if message.id.call in self._paused or len(self._paused) >= MAX_PAUSED:
-            raise ValueError(f"call {message.id.call} cannot begin: {len(self._paused)} have paused, answer them first")
-
+        if message.id.call in self._begun or len(self._begun) >= MAX_PAUSED:
+            raise ValueError(f"call {message.id.call} cannot begin: {len(self._begun)} have paused, answer them first")
         leased = self._lent(message, sites)
 
-        def run(ask: Ask) -> m.Message:
-            return work(Guests(sites, _Edge(self.executor, sites, message, self.limits, ask), leased))
+        def run(ask: Callable[[Asked], Any]) -> m.Message:
+            return work(Guests(sites, _Edge(self.executor, sites, message, self.limits, ask), leased, company))
 
-        self._paused[message.id.call] = PausingCall(run, self.threads)
-        return self._advance(message.id.call, None)
+        call: SitedCall = PausingCall(run, self.threads)
+        company = Company(cast("Callable[[Enlisted], Products | RuntimeError]", call.ask)) if self.batching else None
+        self._begun[message.id.call] = _Begun(message, call, company, sites.pauses)
+        return self._step(message.id.call, None)
 
-    def answer(self, message: m.SiteAnswer) -> m.Message:
-        """Go on with a call that has paused.
+    def answer(self, message: m.SiteAnswer) -> Step:
+        """Have the next step of a call that has asked ready.
 
         Raises:
             LookupError: it has not.
+        """
+        if message.id.call not in self._begun:
+            raise LookupError(f"call {message.id.call} has not asked anything")
+        return self._step(message.id.call, message)
+
+    def take(self, step: Step) -> m.Message:
+        """Take a step of this session alone: the question at its end, or what came of the call.
+
+        Raises:
             ValueError: the answer does not fit the question.
         """
-        if message.id.call not in self._paused:
-            raise LookupError(f"call {message.id.call} has not asked anything")
-        return self._advance(message.id.call, message)
+        try:
+            outcome = step.resume(step.answer, beside=False)
+        except BaseException:
+            self.ended(step)
+            raise
+        return self.settle(step, outcome)
+
+    def settle(self, step: Step, outcome: Outcome) -> m.Message:
+        """Note what came of a step; returns it, with the time that the step took."""
+        spent = step.call.busy_ns - step.since_ns
+        if not isinstance(outcome, Pause):
+            self.ended(step)
+            return dataclasses.replace(outcome, compute_ns=spent) if isinstance(outcome, m.Timed) else outcome
+        question = outcome.question
+        if not isinstance(question, m.SiteQuestion):
+            raise RuntimeError("a step cannot end where its call waits for others")
+        self._begun[step.number].asked = question.phase, question.sites[0]
+        return dataclasses.replace(question, compute_ns=spent)
+
+    def ended(self, step: Step) -> None:
+        """Forget a call that is over."""
+        del self._begun[step.number]
 
     def drop(self, number: int) -> None:
         """End a call, if it has paused: its answer will not come."""
-        call = self._paused.pop(number, None)
-        if call is not None:
-            call.abandon()
+        begun = self._begun.pop(number, None)
+        if begun is not None:
+            begun.call.abandon()
 
     def close(self) -> None:
         """End what has paused, and overwrite what was lent."""
-        for number in list(self._paused):
+        for number in list(self._begun):
             self.drop(number)
         self._return_lease()
 
-    def _lent(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedWeights]:
+    def _lent(self, message: Call, sites: BoundSites) -> Mapping[int, LeasedWeights]:
         """The weights of the lease that a call names, which its leased sites need."""
         needs = any(spec.on_loan for spec in sites.specs)
         lease = self._lease
@@ -170,19 +239,9 @@ class SiteCalls:
             lent.up.detach().zero_()
         self._lease = None
 
-    def _advance(self, number: int, answer: m.SiteAnswer | None) -> m.Message:
-        call = self._paused[number]
-        before = call.busy_ns
-        try:
-            outcome = call.resume(answer)
-        except BaseException:
-            del self._paused[number]
-            raise
-        spent = call.busy_ns - before
-        if isinstance(outcome, Pause):
-            return dataclasses.replace(outcome.question, compute_ns=spent)
-        del self._paused[number]
-        return dataclasses.replace(outcome, compute_ns=spent) if isinstance(outcome, m.Timed) else outcome
+    def _step(self, number: int, answer: m.SiteAnswer | None) -> Step:
+        begun = self._begun[number]
+        return Step(number, begun.call, begun.company, answer, begun.call.busy_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +250,7 @@ class _Edge:
 
     executor: Executor
     sites: BoundSites
-    message: m.Forward | m.Backward
+    message: Call
     limits: Limits
     ask: Ask
 
@@ -238,13 +297,14 @@ class _Edge:
         return [decode(each, limits=self.limits).to(dtype, copy=True) for each in answer.tensors]
 
     def _check(self, answer: Tensor, site: int, width: int) -> None:
-        hidden = self._shape()
+        hidden = _shape(self.message)
         if answer.shape != (*hidden[:2], width):
             raise ValueError(
                 f"an answer of shape {list(answer.shape)} does not fit site {self.sites.specs[site]}: "
                 f"{[*hidden[:2], width]} is needed"
             )
 
-    def _shape(self) -> tuple[int, ...]:
-        sent = self.message.hidden if isinstance(self.message, m.Forward) else self.message.gradient
-        return torch.Size(sent.shape)
+
+def _shape(message: Call) -> torch.Size:
+    """That of the hidden states that go through the span, `[B, S, h]`."""
+    return torch.Size((message.hidden if isinstance(message, m.Forward) else message.gradient).shape)

@@ -1,7 +1,8 @@
 """One tenant's session above the protocol: a message comes in, a message goes out. No sockets and no threads.
 
 `TenantSession.handle` may take as long as a forward takes; the server runs it on the compute thread. A call with sites
-runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pausing`).
+runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pausing`); several may go on together
+(`isthmus.cloud.together`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from isthmus.cloud.logs import log
 from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
+from isthmus.cloud.together import Step, take_steps
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
 from isthmus.protocol.errors import MessageError
@@ -115,16 +117,37 @@ class TenantSession:
 
     def _computed(self, message: m.Forward | m.Backward | m.SiteAnswer | m.Sites | m.Lease) -> m.Message:
         match message:
+            case m.Sites():
+                return self.calls.bind(message)
+            case m.Lease():
+                return self.calls.lease(message)
+            case m.Forward() if not message.sites:
+                return self._forward(message, None)
+            case m.Backward() if not message.sites:
+                return self._backward(message, None)
+            case _:
+                return self.calls.take(self.step(message))
+
+    def step(self, message: m.Forward | m.Backward | m.SiteAnswer) -> Step:
+        """Have ready what a message wants of a call with sites: its first step, or the one after an answer.
+
+        Raises:
+            LookupError: There is no such list of sites, lease, or question.
+            ValueError: Too many calls have paused.
+        """
+        match message:
             case m.Forward():
                 return self.calls.begin(message, partial(self._forward, message))
             case m.Backward():
                 return self.calls.begin(message, partial(self._backward, message))
             case m.SiteAnswer():
                 return self.calls.answer(message)
-            case m.Sites():
-                return self.calls.bind(message)
-            case m.Lease():
-                return self.calls.lease(message)
+
+    def kind_of(self, message: m.Message) -> Kind | None:
+        """What a message may be answered together with; None for nothing. The event loop may ask."""
+        if isinstance(message, m.SiteAnswer) or (isinstance(message, m.Forward | m.Backward) and message.sites):
+            return self.calls.kind(message)
+        return kind_of(message)
 
     def begin(self, message: m.Forward | m.Backward) -> Begun:
         """Check a call without sites, and have it ready for the executor.
@@ -222,19 +245,44 @@ class TenantSession:
 
 # Calls of several sessions in one pass --------------------------------------------------------------------------------
 
-FORWARD = Kind("forward", "forward")
+FORWARD = Kind("forward", "forward", anywhere=True)
 """Forwards that nothing is kept of: another one follows."""
-KEPT_FORWARD, BACKWARD = Kind("kept forward", "backward", opens=True), Kind("backward", "kept forward", closes=True)
+KEPT_FORWARD = Kind("kept forward", "backward", opens=True, anywhere=True)
+BACKWARD = Kind("backward", "kept forward", closes=True, anywhere=True)
 
 
 def kind_of(message: m.Message) -> Kind | None:
-    """What a message may share a pass with: calls of its kind that pause nowhere. None for nothing."""
+    """What a message may share a pass with: calls of its kind without sites. None for nothing."""
     if isinstance(message, m.Forward) and not message.sites and message.wanted:
         return KEPT_FORWARD if message.keep else FORWARD
     return BACKWARD if isinstance(message, m.Backward) and not message.sites and message.wanted else None
 
 
 Asked = tuple[TenantSession, m.Forward | m.Backward]
+Stepping = tuple[TenantSession, m.Forward | m.Backward | m.SiteAnswer]
+
+
+def step_together(asked: Sequence[Stepping]) -> list[m.Message | Exception]:
+    """What `TenantSession.handle` answers to each of several messages of calls with sites, or raises.
+
+    The calls, which are of different sessions, go on together.
+    """
+    answers: dict[int, m.Message | Exception] = {}
+    steps: dict[int, Step] = {}
+    for at, (session, message) in enumerate(asked):
+        try:
+            steps[at] = session.step(message)
+        except Exception as error:  # noqa: BLE001  # it is this session's, and no other's
+            answers[at] = _refused(session, message, error)
+    outcomes = take_steps(list(steps.values()), asked[0][0].executor.host.meetings)
+    for (at, step), outcome in zip(steps.items(), outcomes, strict=True):
+        session, message = asked[at]
+        if isinstance(outcome, Exception):
+            session.calls.ended(step)
+            answers[at] = _refused(session, message, outcome)
+        else:
+            answers[at] = session.calls.settle(step, outcome)
+    return [answers[at] for at in range(len(asked))]
 
 
 def handle_together(asked: Sequence[Asked]) -> list[m.Message | Exception]:

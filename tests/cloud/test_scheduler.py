@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.company import THINK_SECONDS
+from isthmus.cloud.attendance import THINK_SECONDS
 from isthmus.cloud.scheduler import LEAD_SECONDS, Batching, Job, Kind, Scheduler, Share
 
 EQUAL = Share()
@@ -174,6 +174,20 @@ def test_a_limited_tenant_leaves_the_worker_to_others_and_what_has_begun_goes_on
     assert worker.scheduler.waiting() == {"limited": 1}
 
 
+def test_what_continues_counts_once_against_the_limit_and_is_charged_its_time() -> None:
+    worker = Worker()
+    limited = Share(1.0, 10.0)
+    for continues in (False, True, True):
+        worker.scheduler.add("step", tenant="limited", owner=b"s", share=limited, positions=40, continues=continues)
+    assert worker.turns(3, 0.1) == ["limited"] * 3
+    assert worker.scheduler.used()["limited"] == pytest.approx(0.3)
+    worker.add("limited", "new", share=limited, positions=1)
+    assert worker.turn() is None
+    ready = worker.scheduler.ready_at()
+    assert ready is not None
+    assert ready <= worker.now + 4.0  # forty less the ten of the first second, at ten a second
+
+
 def test_a_limit_that_comes_later_counts_from_then_on() -> None:
     worker = Worker()
     worker.add("a", "before", positions=1_000_000)
@@ -280,6 +294,48 @@ def test_pieces_of_one_kind_are_done_together() -> None:
     worker.add("f", positions=4)  # too small
     batches = [worker.turn() for _ in range(4)]
     assert sorted(map(sorted, batches)) == [["a", "b", "c"], ["d"], ["e"], ["f"]]
+
+
+def test_kinds_of_one_name_go_together_whatever_comes_after() -> None:
+    worker = Together()
+    worker.add("a", Kind("at 3", "at 4"))
+    worker.add("b", Kind("at 3", "at 5"))
+    worker.add("c", Kind("at 4", "at 5"))
+    assert [worker.turn(), worker.turn()] == [["a", "b"], ["c"]]
+
+
+def test_each_waits_for_those_who_come_to_its_own_place() -> None:
+    worker = Together()
+    worker.add("a", Kind("at 3", "at 4", pace="at 3"))
+    worker.add("b", Kind("at 3", "at 5", pace="at 3"))
+    worker.turn()
+    worker.add("a", Kind("at 4", "at 5", pace="at 4"))
+    assert worker.turn() == ["a"]  # b goes on somewhere else
+
+
+def test_who_is_late_with_an_answer_holds_up_nobody_after_the_wait() -> None:
+    """A step is as long as its own kind takes, and so is the wait for company at it."""
+    worker = Together()
+    at = [Kind(f"at {place}", f"at {place + 1}", pace=f"at {place}") for place in range(6)]
+    for session in ("a", "late"):
+        worker.add(session, Kind("forward", "at 0"))
+    worker.turn(0.1)  # a whole pass
+    for place in range(3):
+        for session in ("a", "late"):
+            worker.add(session, at[place])
+        assert worker.turn(0.001) == ["a", "late"]
+    worker.add("a", at[3])
+    assert worker.turn(0.001) == ["a"]  # nothing is known of this place yet
+    worker.add("late", at[3])
+    assert worker.turn(0.001) == ["late"]
+    worker.add("late", at[2])
+    worker.add("b", at[2])
+    assert sorted(worker.turn(0.001)) == ["b", "late"]
+    worker.add("b", at[3])
+    assert worker.turn(0.001) == []
+    assert worker.scheduler.ready_at() == pytest.approx(worker.now + 20 * 0.001)
+    worker.now += 20 * 0.001
+    assert worker.turn(0.001) == ["b"]
 
 
 def test_without_batching_every_piece_is_alone() -> None:

@@ -26,7 +26,7 @@ class Answered:
 
 
 @dataclass(slots=True)
-class Company:
+class Attendance:
     """Who else is at work. Sessions are expected back after the time that they took before."""
 
     _answered: dict[bytes, Answered] = field(default_factory=dict)
