@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench chaos --seconds 300 --steps 20 --seed 2 --json
 	$(BIN)/isthmus bench tenants --n 8 --steps 8 --json
 	$(BIN)/isthmus bench qos --json
+	$(BIN)/isthmus bench kernels --json
 	$(BIN)/isthmus bench quantize --data-folder $(DATA) --json
 	$(BIN)/isthmus bench curve --data $(DATA)/e2e/train.csv --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json

@@ -10,6 +10,7 @@ import typer
 
 from isthmus.experiments.chaos_command import chaos
 from isthmus.experiments.codec_bench_command import codecs
+from isthmus.experiments.kernels_command import kernels
 from isthmus.experiments.link_bench_command import link
 from isthmus.experiments.placements_command import placements
 from isthmus.experiments.qos_command import qos
@@ -20,6 +21,7 @@ bench = typer.Typer(help="Measure; every figure in the documents comes from one 
 bench.command()(link)
 bench.command()(placements)
 bench.command()(codecs)
+bench.command()(kernels)
 bench.command()(quantize)
 bench.command()(tenants)
 bench.command()(qos)

@@ -5,6 +5,9 @@ channels that are hundreds of times larger than the others (Dettmers et al., 202
 
 With four bits that is not enough. `quantize_int4` rotates each block by a Hadamard matrix first, which spreads what is
 large over the whole block, so that the steps between two values suit all of them (Ashkboos et al., 2024, "QuaRot").
+
+Everything here is plain torch, on any device. The four functions of the wire (`quantize_int8`, `quantize_int4` and
+their inverses) turn to `isthmus.kernels.blockwise_triton` for a tensor on a GPU, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from isthmus.kernels.dispatch import runs_triton
+
 BLOCK = 64
 QMAX = 127
 
@@ -24,10 +29,10 @@ INT4_MAX_SCALE = 2.0**120
 """Up to this scale no sum over a block of 4-bit values overflows fp32."""
 
 # A scale is a hair under absmax / 127, so that 127 * scale never rounds to infinity for the largest finite fp32 value.
-_SCALE_FACTOR = (1.0 - 2.0**-22) / QMAX
+SCALE_FACTOR = (1.0 - 2.0**-22) / QMAX
 # The smallest normal fp32: it keeps the division of zero blocks finite, and of subnormal ones exact enough for the
 # bound.
-_MIN_SCALE = torch.finfo(torch.float32).tiny
+MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
 def quantize_int8(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -45,13 +50,17 @@ def quantize_int8(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         q: int8 `[..., n]`, values in -127..127.
         scale: fp32 `[..., ceil(n / block)]`, positive.
     """
+    if runs_triton(x):
+        from isthmus.kernels import blockwise_triton
+
+        return blockwise_triton.quantize_int8(x, block)
     n = x.shape[-1]
     blocks = -(-n // block)
     values = x.detach().to(torch.float32)
     if blocks * block != n:
         values = pad(values, (0, blocks * block - n))
     values = values.reshape(-1, block)  # [rows * blocks, block]
-    scale = values.abs().amax(-1, keepdim=True).mul_(_SCALE_FACTOR).clamp_(min=_MIN_SCALE)
+    scale = values.abs().amax(-1, keepdim=True).mul_(SCALE_FACTOR).clamp_(min=MIN_SCALE)
     # The division is out of place: `values` may share the caller's memory.
     q = values.div(scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
     q = q.view(*x.shape[:-1], blocks * block)[..., :n]
@@ -69,6 +78,10 @@ def dequantize_int8(q: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     Returns:
         fp32 `[..., n]`, newly allocated.
     """
+    if runs_triton(scale):
+        from isthmus.kernels import blockwise_triton
+
+        return blockwise_triton.dequantize_int8(q, scale, block)
     n = q.shape[-1]
     blocks = -(-n // block)
     if blocks * block != n:
@@ -99,7 +112,7 @@ def quantize_weight(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, T
     blocks = -(-n // block)
     limit = 2 ** (bits - 1) - 1
     values = pad(x.detach().to(torch.float32), (0, blocks * block - n)).reshape(-1, block)  # [rows * blocks, block]
-    scale = values.abs().amax(-1, keepdim=True).div_(limit).clamp_(min=_MIN_SCALE).to(torch.bfloat16)
+    scale = values.abs().amax(-1, keepdim=True).div_(limit).clamp_(min=MIN_SCALE).to(torch.bfloat16)
     rounded = values.div(scale.float()).round_().clamp_(-limit, limit).to(torch.int8)
     q = rounded.view(*x.shape[:-1], blocks * block)[..., :n]
     scale = scale.view(*x.shape[:-1], blocks)
@@ -135,12 +148,16 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     or infinite.
 
     Args:
-        x: floating CPU tensor `[..., n]`, n >= 1.
+        x: floating tensor `[..., n]`, n >= 1.
 
     Returns:
         q: uint8 `[..., blocks * INT4_BYTES]`, blocks = ceil(n / 64), packed as by `quantize_weight`.
         scale: bf16 `[..., blocks]`, positive.
     """
+    if runs_triton(x):
+        from isthmus.kernels import blockwise_triton
+
+        return blockwise_triton.quantize_int4(x)
     n = x.shape[-1]
     return quantize_weight(_rotate(pad(x.detach().to(torch.float32), (0, -n % BLOCK))), 4)
 
@@ -156,6 +173,10 @@ def dequantize_int4(q: Tensor, scale: Tensor, n: int) -> Tensor:
     Returns:
         fp32 `[..., n]`, finite, newly allocated.
     """
+    if runs_triton(scale):
+        from isthmus.kernels import blockwise_triton
+
+        return blockwise_triton.dequantize_int4(q, scale, n)
     return _rotate(dequantize_weight(q, scale, q.shape[-1] * 2, 4))[..., :n].contiguous()
 
 
@@ -164,8 +185,8 @@ def _rotate(x: Tensor) -> Tensor:
 
     A trainer's autocast would multiply in half precision.
     """
-    with torch.autocast("cpu", enabled=False):
-        return (x.reshape(-1, BLOCK) @ _hadamard()).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.reshape(-1, BLOCK) @ _hadamard().to(x.device)).view(x.shape)
 
 
 @cache
