@@ -61,6 +61,10 @@ class Attendance:
             return now if now <= last.since + THINK_SECONDS else math.inf
         return last.since + think if now <= last.since + OVERDUE * think else math.inf
 
+    def is_away(self, owner: bytes) -> bool:
+        """Whether a session was answered and has not asked again."""
+        return owner in self._answered
+
     def coming(self, kind: str, now: float, among: Collection[bytes] | None = None) -> list[tuple[float, int]]:
         """When the sessions whose next piece is of a kind are expected, and the sizes of their last ones."""
         return [
@@ -102,6 +106,10 @@ class Open:
         """A session is over."""
         self._sizes.pop(owner, None)
 
-    def beside(self, owner: bytes) -> dict[bytes, list[int]]:
-        """What others have left, by session, in token positions."""
-        return {each: sizes for each, sizes in self._sizes.items() if each != owner and sizes}
+    def beside(self, owner: bytes) -> list[bytes]:
+        """The other sessions that have left something."""
+        return [each for each, sizes in self._sizes.items() if each != owner and sizes]
+
+    def positions(self, owners: Iterable[bytes]) -> int:
+        """The token positions of what sessions have left."""
+        return sum(sum(self._sizes.get(owner, ())) for owner in owners)

@@ -30,8 +30,10 @@ SILENT_LOOKS, SILENT_LOOKS_AT_OTHERS = 3, 15  # another's cluster may come back,
 LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
-# slower), and idle OpenMP threads of one process spin on the cores that the other needs.
+# slower). It gives each thread an arena of its own, and what one thread makes and another frees would lie idle in each.
+# Idle OpenMP threads of one process spin on the cores that the other needs.
 WORKER_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -261,17 +263,8 @@ def _ray_environment(home: Path) -> dict[str, str]:
     """Token authentication with a token file of mode 0600, no usage reports, and workers as urgent as `serve` itself.
 
     By default Ray makes its workers nice (15), so that others come first; here they are what others wait for.
-
-    A worker's forward states are made by one thread and freed by another: glibc gives each thread an arena of its own,
-    and keeps what is freed there, unless it is told to have one arena, and to give back what is free at its end.
     """
-    settings = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
-    }
+    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     if "RAY_AUTH_TOKEN_PATH" in os.environ:  # a cluster's own token, given by whoever started it
         return settings
     token = home / "ray_token"

@@ -6,6 +6,7 @@ that touches the span or the stash runs here.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import time
@@ -78,6 +79,19 @@ LANES = 2
 """Threads that compute, where there are several sessions at work and torch's threads can be divided among them."""
 
 
+IDLE_SECONDS = 1.0
+"""After so long without work, memory that is free goes back to the system."""
+TIDY_SECONDS = 0.25
+"""While several sessions are at work, it goes back so often: pieces of all sizes would leave holes for ever."""
+
+
+def give_memory_back() -> None:
+    """Have glibc return what is free in its heap, where it is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Dispatcher:
     """The threads that compute for all sessions.
 
@@ -96,11 +110,13 @@ class Dispatcher:
     ) -> None:
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
-        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room)
+        lanes = 1 if batching is None else min(LANES, threads)
+        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room, lanes)
         self._threads = threads
         self._changed = threading.Condition()
         self._ending = False
-        lanes = 1 if batching is None else min(LANES, threads)
+        self._tidy = True  # nothing was computed since memory was given back
+        self._tidied = 0.0  # when it was
         self._lanes = [
             threading.Thread(target=self._run, args=(lane,), name=f"compute {lane}", daemon=True)
             for lane in range(lanes)
@@ -185,12 +201,21 @@ class Dispatcher:
         computed = all(self._computed(result) for result in _do([job.work for job in batch]))
         seconds = time.perf_counter() - start
         with self._changed:
+            crowded, self._tidy = self._scheduler.crowded, False
+        kind = batch[0].kind
+        if crowded and kind is not None and kind.closes and time.monotonic() > self._tidied + TIDY_SECONDS:
+            self._give_back()
+        with self._changed:
             if batch[0].kind is not None:
                 self._shared += len(batch)
                 self._passes += 1
             self._scheduler.finished(batch, seconds, computed=computed)
             self._changed.notify_all()
         return True
+
+    def _give_back(self) -> None:
+        self._tidied, self._tidy = time.monotonic(), True
+        give_memory_back()
 
     def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
         """Wait for the next batch, and for how many threads; empty at the end."""
@@ -204,4 +229,7 @@ class Dispatcher:
                     alone = not batch or batch[0].kind is None or not self._scheduler.crowded
                     return batch, self._threads if alone else max(1, self._threads // len(self._lanes))
                 ready = self._scheduler.ready_at()
-                self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)
+                wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
+                idle = wait is None and not self._tidy and not self._scheduler.busy
+                if not self._changed.wait(IDLE_SECONDS if idle else wait) and idle:
+                    self._give_back()

@@ -13,11 +13,14 @@ while its budget is overdrawn.
 Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
 that is ahead of its share brings less, and while others are at work, of each tenant there is one batch at a time.
 Training waits for company: for sessions whose next piece is of that kind and due soon, going by how long they took
-before, no longer than the batch with them would take, and than `Batching.window`.
+before, no longer than the batch with them would take, and than `Batching.window`. Where
+several batches may run at a time, a tenant with several sessions rests after each piece, while others are at work, for
+as long as keeps it at its share of the time.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
-a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. Half of
-the room is for one batch, so that one opens while another closes. Pieces that were opened together close together.
+a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. One
+batch leaves room, so that one opens while another closes, and a tenant with several sessions has its share of the room
+while others are at work. Pieces that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -55,6 +58,8 @@ class Share:
 
 MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
+CLOSING_SHARE = 0.4
+"""Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
 RETHINK_SECONDS = 0.02
 """How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
 
@@ -138,6 +143,7 @@ class _Account(Generic[T]):
     seen: float = 0.0  # when the budget was last brought up to date
     waiting: tuple[deque[Job[T]], deque[Job[T]]] = field(default_factory=lambda: (deque(), deque()))
     running: int = 0
+    rests_until: float = 0.0  # when it has had no more than its share of the time
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting))
@@ -171,6 +177,7 @@ class Scheduler(Generic[T]):
         clock: Monotonic seconds.
         batching: What may be done together; None for nothing.
         room: For how many token positions' worth of what pieces open there is room.
+        lanes: How many batches may run at a time.
     """
 
     def __init__(
@@ -178,13 +185,16 @@ class Scheduler(Generic[T]):
         clock: Callable[[], float],
         batching: Batching | None = None,
         room: Callable[[], float] = lambda: math.inf,
+        lanes: int = 1,
     ) -> None:
         self._clock = clock
+        self._lanes = lanes
         self._batching = batching
         self._room = room
         self._running: dict[bytes, str] = {}  # session -> tenant
         self._sessions = Attendance()
         self._open = Open()
+        self._closing: set[bytes] = set()  # the sessions whose pieces that close something are running
         self._accounts: dict[str, _Account[T]] = {}
         self._present = 0.0
         self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
@@ -238,6 +248,11 @@ class Scheduler(Generic[T]):
         return job
 
     @property
+    def busy(self) -> bool:
+        """Whether something is running."""
+        return bool(self._running)
+
+    @property
     def crowded(self) -> bool:
         """Whether more than one session is at work: has something waiting or running, or is expected back."""
         now = self._clock()
@@ -278,6 +293,8 @@ class Scheduler(Generic[T]):
                 self._running[job.owner] = job.tenant
                 if job.kind is not None and job.kind.opens:
                     self._open.add(job.owner, job.positions)
+                elif job.kind is not None and job.kind.closes:
+                    self._closing.add(job.owner)
                 if account.share.positions_per_second is not None and not job.continues:
                     account.budget -= job.positions
             self._present = max(self._present, lowest)
@@ -308,13 +325,13 @@ class Scheduler(Generic[T]):
         """The pieces that may begin a batch, the one whose turn it is first."""
         by_account = sorted(self._accounts.items(), key=lambda item: item[1].used)
         at_work = self._at_work(now)
-        free = [account for name, account in by_account if not account.running or at_work <= {name}]
+        free = [account for name, account in by_account if at_work.keys() <= {name} or not account.running]
         eager, patient = (
             [
                 (account, job)
                 for account in free
                 for job in account.heads(interactive, self._running)
-                if (job.anywhere or not anywhere) and self._fits(job, [], now)
+                if (job.anywhere or not anywhere) and self._has_share(job, at_work, now) and self._fits(job, [], now)
             ]
             for interactive in (True, False)
         )
@@ -337,28 +354,32 @@ class Scheduler(Generic[T]):
         self._charge(used, lead)
         room = self._largest(lead) - lead.positions
         at_work = self._at_work(now)
-        pool = self._alike(lead)
+        pool = self._alike(lead, now)
         if lead.kind.closes:
             mates = self._sessions.mates([lead.owner])
             pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
             pool.remove(job)
-            others = [self._accounts[name].used if name not in used else used[name] for name in at_work - {job.tenant}]
+            others = [
+                self._accounts[name].used if name not in used else used[name] for name in at_work.keys() - {job.tenant}
+            ]
             lowest = min(others, default=used[job.tenant])
             ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
             taken = sum(each.positions for each in batch) + job.positions
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
-            if job.positions <= room and fair and in_time and self._fits(job, batch, now):
+            large = job.positions > room and not (lead.kind.opens and len(batch) < self._batching.open_calls // 2)
+            if not large and fair and in_time and self._fits(job, batch, now):
                 batch.append(job)
                 room -= job.positions
                 self._charge(used, job)
         return batch
 
-    def _alike(self, lead: Job[T]) -> list[Job[T]]:
-        """What may be done together with a piece, as far as its kind goes: the first of each other session."""
+    def _alike(self, lead: Job[T], now: float) -> list[Job[T]]:
+        """What may be done together with a piece, as far as its kind and shares go: the first of each other session."""
+        at_work = self._at_work(now)
         return [
             job
             for account in self._accounts.values()
@@ -367,37 +388,58 @@ class Scheduler(Generic[T]):
             and lead.kind is not None
             and job.kind.name == lead.kind.name
             and job.owner != lead.owner
+            and self._has_share(job, at_work, now)
         ]
 
     def _is_whole(self, job: Job[T], now: float) -> bool:
         """Whether all have come that a piece was opened together with, or are not expected."""
         return not self._sessions.expected(now).keys() & self._sessions.mates([job.owner])
 
-    def _at_work(self, now: float) -> set[str]:
-        """The tenants that have something waiting or running, or are expected back."""
-        here = {name for name, account in self._accounts.items() if len(account) or account.running}
-        return here | set(self._sessions.expected(now).values())
+    def _at_work(self, now: float) -> dict[str, set[bytes]]:
+        """The tenants' sessions that have something waiting or running, or are expected back."""
+        sessions: dict[str, set[bytes]] = {}
+        here = {job.owner: job.tenant for job in self._jobs()}
+        for owner, tenant in {**here, **self._running, **self._sessions.expected(now)}.items():
+            sessions.setdefault(tenant, set()).add(owner)
+        return sessions
+
+    def _has_share(self, job: Job[T], at_work: Mapping[str, set[bytes]], now: float) -> bool:
+        """Whether a piece's tenant, if it has several sessions, with others at work, has time and room left for it."""
+        sessions = at_work.get(job.tenant, set())
+        if len(sessions) < 2 or len(at_work) < 2:
+            return True
+        if self._accounts[job.tenant].rests_until > now:
+            return False
+        opened = self._open.positions(sessions - {job.owner}) if job.kind is not None and job.kind.opens else 0
+        return not opened or opened + job.positions <= self._room() / len(at_work)
 
     def _largest(self, lead: Job[T]) -> float:
         """Token positions of a batch at most."""
         if self._batching is None or lead.kind is None:
             return math.inf
-        return min(self._batching.positions, self._room() / 2) if lead.kind.opens else self._batching.positions
+        share = self._room() / (1 + CLOSING_SHARE)
+        return min(self._batching.positions, share) if lead.kind.opens else self._batching.positions
 
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
 
-        It does not wait for those that are not expected within `Batching.window`.
+        It waits no longer than all that would take, and `Batching.window`, and only for those that are expected by then.
         """
         if self._batching is None or job.kind is None or not job.kind.opens:
             return True
+        at_work = self._at_work(now)
         others = self._open.beside(job.owner)
-        sizes = [size for each in others.values() for size in each] + [each.positions for each in batch]
-        if len(sizes) < self._batching.open_calls or sum(sizes) + job.positions <= self._room():
+        taken = sum(each.positions for each in batch) + sum(
+            self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1) for owner in others
+        )
+        if len(others) + len(batch) < self._batching.open_calls or taken + job.positions <= self._room():
             return True
-        until = job.since + self._batching.window
-        busy = {each.owner for each in self._jobs()} | self._running.keys()
-        return now >= until or not any(owner in busy or self._sessions.due(owner, now) <= until for owner in others)
+        until = job.since + min(self._batching.window, self._seconds(round(taken) + job.positions, job))
+        here = set().union(*at_work.values())
+        return now >= until or not any(
+            owner in here and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
+            for owner in others
+        )
 
     def _seconds(self, positions: int, job: Job[T]) -> float:
         """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
@@ -416,9 +458,9 @@ class Scheduler(Generic[T]):
             return now
         mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
         coming = self._sessions.coming(lead.kind.name, now, mates)
-        if lead.kind.opens:
-            coming += [(now, job.positions) for job in self._without_room(batch, now)]
         full = self._seconds(positions + sum(more for _, more in coming), lead)
+        if lead.kind.opens and self._without_room(batch, now):
+            coming, full = [(now, 0)], math.inf
         until = min(job.since for job in batch) + min(self._batching.window, full)
         until = min(until, *(self._begin_by(job) - MARGIN_SECONDS for job in batch))
         return until if any(moment <= until for moment, _ in coming) else now
@@ -428,7 +470,7 @@ class Scheduler(Generic[T]):
         positions, lead = sum(job.positions for job in batch), batch[0]
         return [
             job
-            for job in self._alike(lead)
+            for job in self._alike(lead, now)
             if job not in batch and positions + job.positions <= self._largest(lead) and not self._fits(job, batch, now)
         ]
 
@@ -441,6 +483,7 @@ class Scheduler(Generic[T]):
         times += [start for job in self._jobs() if (start := self._latest_start(job)) < math.inf]
         if any(not self._fits(job, [], now) for job in self._jobs()):
             times.append(now + RETHINK_SECONDS)
+        times += [each.rests_until for each in self._accounts.values() if len(each) and each.rests_until > now]
         return min(times, default=now if len(self) and not self._running else None)
 
     def finished(self, batch: list[Job[T]], seconds: float, *, computed: bool = True) -> None:
@@ -454,11 +497,18 @@ class Scheduler(Generic[T]):
             last, pace = seconds / positions, batch[0].pace
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
+        at_work = self._at_work(now)
+        everybody = sum(self._accounts[name].share.weight for name in at_work)
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
+            if positions and self._lanes > 1:
+                share = account.share.weight * self._lanes / everybody
+                took = seconds * job.positions / positions
+                account.rests_until = max(account.rests_until, now) + took * max(0.0, 1 / share - 1)
             self._running.pop(job.owner, None)
             if job.kind is not None and job.kind.closes:
+                self._closing.discard(job.owner)
                 self._open.remove(job.owner)
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight

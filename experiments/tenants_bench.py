@@ -3,7 +3,9 @@
 Every tenant is an edge in a process of its own, with a PEFT method and a length of sequences of its own. All begin
 their counted steps together, and what counts is the time in which all of them are at work. The best possible gain is
 `1 / (e + (1 - e) / b)`: of all work the share `e` is the edges' and is done once for each tenant; the rest is the
-span's, which a pass over all tenants' calls does in `1 / b` of the time. Both are measured in the same run.
+span's, which a pass over all tenants' calls does in `1 / b` of the time. Both are measured in the same run, in seconds
+of a processor and with one torch thread, which is what the single processes have: with more, small products by
+themselves take longer, and `b` would be larger than what there is to gain over the single processes.
 
 python -m isthmus.experiments.tenants_bench '{…}' is one of the processes.
 """
@@ -50,6 +52,7 @@ LENGTHS: Final = (1.0, 0.75, 1.25, 1.0, 0.5, 1.5, 0.75, 1.25)
 WARM_UP = 2
 FLOOD_SESSIONS = 10
 GAIN_ROUNDS = 5
+LOOK_SECONDS = 0.1
 _MODULE = "isthmus.experiments.tenants_bench"
 
 
@@ -112,7 +115,7 @@ class Crowd:
         seen: Of each.
         tokens: Of a step of each.
         memory: PSS of each at the end, in bytes, all of them there.
-        cloud_memory: PSS of the cloud's worker then; 0 without one.
+        cloud_memory: The most PSS that the cloud's worker had in the counted steps; 0 without one.
     """
 
     seen: Sequence[Seen]
@@ -156,7 +159,8 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         `throughput_ratio`: Tokens per second of all edges over those of as many single processes.
         `throughput_bound`: What is possible, of `edge_share` and `span_batching_gain`.
         `throughput_ratio_bf16_cloud`: The same ratio where the cloud computes in bf16.
-        `cloud_growth_share`: What the cloud's worker has grown by from one tenant to all, over the span's bytes.
+        `cloud_growth_share`: What the cloud's worker has grown by from one tenant to all, at most and at work, over the
+            span's bytes.
         `backbone_copies`: 1, and one more for each whole span that it has grown by.
         `memory_ratio`: PSS of the cloud and all edges over that of the single processes.
         `jain`: Jain's index of the steps that each tenant has done.
@@ -270,7 +274,7 @@ def span_gain(settings: TenantSettings) -> tuple[float, float, int]:
         The time of forward and backward of all, each in a pass of its own, over that in one pass; the processor seconds
         of the former; the bytes of the span's weights.
     """
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     checkpoint = resolve(settings.model)
     plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
     span = load_span(checkpoint, plan)
@@ -291,17 +295,15 @@ def span_gain(settings: TenantSettings) -> tuple[float, float, int]:
         executor.backward_together(gradients)
 
     seconds: dict[Callable[[], None], list[float]] = {apart: [], together: []}
-    cpu = []
     for turn in range(GAIN_ROUNDS + 1):
         for way in (apart, together):
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start = time.process_time()
             way()
             if turn:  # the first one is for warming up
-                seconds[way].append(time.perf_counter() - start)
-                if way is apart:
-                    cpu.append(time.process_time() - cpu_start)
+                seconds[way].append(time.process_time() - start)
     weights = sum(each.numel() * each.element_size() for each in (*span.parameters(), *span.buffers()))
-    return statistics.median(seconds[apart]) / statistics.median(seconds[together]), statistics.median(cpu), weights
+    cpu = statistics.median(seconds[apart])
+    return cpu / statistics.median(seconds[together]), cpu, weights
 
 
 @contextlib.contextmanager
@@ -332,14 +334,34 @@ def _crowd(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, ten
             process.answer()  # it is warm
         for process in processes:
             process.tell("begin")
-        seen = [Seen(**json.loads(process.answer())) for process in processes]
+        with _watching(None if cloud is None else cloud.status()["pid"]) as most:
+            seen = [Seen(**json.loads(process.answer())) for process in processes]
         memory = [proportional_bytes(process.pid) for process in processes]
-        worker = 0 if cloud is None else proportional_bytes(cloud.status()["pid"])
+        worker = max(most, default=0)
         for process in processes:
             process.tell("end")
         for process in processes:
             process.answer()
     return Crowd(seen, [settings.length(tenant) for tenant in tenants], memory, worker)
+
+
+@contextlib.contextmanager
+def _watching(pid: int | None) -> Iterator[list[int]]:
+    """Look at a process's PSS ten times a second; the bytes are in what is given, at the end."""
+    seen: list[int] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while pid is not None and not over.wait(LOOK_SECONDS):
+            seen.append(proportional_bytes(pid))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def _process(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int) -> TurnProcess:

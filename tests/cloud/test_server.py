@@ -571,7 +571,7 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
             for thread in threads:
                 thread.join(10)
         shared = server.server.status()["calls_per_pass"]
-    assert shared > 1.2 if batching else shared == 0
+    assert shared > 1 if batching else shared == 0
     for number, (output, gradient) in results.items():
         leaf = inputs[number].clone().requires_grad_()
         expected = cloud.executor.host.span(leaf)
