@@ -142,7 +142,7 @@ class StashCounters:
     recomputed: int = 0
 
 
-STATE_SHARE = 0.6
+STATE_SHARE = 0.65
 """Forward states of several calls should not take more than so much of what the span's weights take."""
 
 

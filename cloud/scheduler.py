@@ -60,6 +60,8 @@ MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
 CLOSING_SHARE = 0.4
 """Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
+PATIENCE = 2.0
+"""How many times as long as computing it and what is open would take, a piece waits for room in memory at most."""
 RETHINK_SECONDS = 0.02
 """How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
 
@@ -423,7 +425,8 @@ class Scheduler(Generic[T]):
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
 
-        It waits no longer than all that would take, and `Batching.window`, and only for those that are expected by then.
+        It waits no longer than `PATIENCE` times what all that would take, and than `Batching.window`, and only as long
+        as they are expected by then.
         """
         if self._batching is None or job.kind is None or not job.kind.opens:
             return True
@@ -434,7 +437,8 @@ class Scheduler(Generic[T]):
         )
         if len(others) + len(batch) < self._batching.open_calls or taken + job.positions <= self._room():
             return True
-        until = job.since + min(self._batching.window, self._seconds(round(taken) + job.positions, job))
+        seconds = self._seconds(round(taken) + job.positions, job) or math.inf
+        until = job.since + min(self._batching.window, PATIENCE * seconds)
         here = set().union(*at_work.values())
         return now >= until or not any(
             owner in here and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
@@ -497,7 +501,7 @@ class Scheduler(Generic[T]):
             last, pace = seconds / positions, batch[0].pace
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
-        at_work = self._at_work(now)
+        at_work, here = self._at_work(now), {job.owner for job in self._jobs()}
         everybody = sum(self._accounts[name].share.weight for name in at_work)
         for job in batch:
             account = self._accounts[job.tenant]
@@ -513,7 +517,7 @@ class Scheduler(Generic[T]):
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )
-            if job.kind is not None and not job.interactive:
+            if job.kind is not None and not job.interactive and job.owner not in here:
                 self._sessions.answered(job.owner, Answered(job.tenant, job.kind.then, now, job.positions))
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))

@@ -155,3 +155,40 @@ def test_pieces_of_one_kind_are_done_in_one_call() -> None:
     assert calls == [[2, 4, 6], [11, 13]]
     assert dispatcher.calls_per_pass == pytest.approx((3 + 1 + 2 + 2) / 4)
     dispatcher.shutdown(cancel=True)
+
+
+def test_two_sessions_are_computed_for_at_the_same_time_with_half_of_the_threads_each() -> None:
+    dispatcher = Dispatcher(2, Batching())
+    meet = threading.Barrier(2, timeout=10)
+
+    def run() -> int:
+        meet.wait()
+        return torch.get_num_threads()
+
+    kinds = [Kind(name, name, anywhere=True) for name in ("a", "b")]
+    gates = [Gate(dispatcher)]
+    asked = [
+        dispatcher.submit(
+            run,
+            tenant=kind.name,
+            owner=kind.name.encode(),
+            share=Share(),
+            positions=10,
+            shared=Shared(kind, None, list),
+        )
+        for kind in kinds
+    ]
+    gates[0].open()
+    assert [each.result(10) for each in asked] == [1, 1]
+    dispatcher.shutdown(cancel=False)
+
+
+def test_one_session_has_all_threads() -> None:
+    dispatcher = Dispatcher(2, Batching())
+    shared = Shared(Kind("a", "a", anywhere=True), None, list)
+    for _ in range(3):
+        asked = dispatcher.submit(
+            torch.get_num_threads, tenant="a", owner=b"a", share=Share(), positions=10, shared=shared
+        )
+        assert asked.result(10) == 2
+    dispatcher.shutdown(cancel=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +337,22 @@ def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenS
     kept = [executor._stash[key].inputs.hidden for key in calls]
     check_backward(executor, span, calls, recomputed=False)
     assert not any(hidden.any() for hidden in kept)
+
+
+def test_backwards_through_one_graph_on_two_threads_have_the_bits_of_their_own(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = {(name, 1): inputs(number, 2, 12, masked=False) for number, name in enumerate((A, B))}
+    start = threading.Barrier(2, timeout=10)
+
+    def backward(key: tuple[bytes, int]) -> Any:
+        start.wait()
+        return executor.backward(*key, gradient_of(calls[key])).hidden
+
+    for _ in range(5):
+        executor.forward_together(calls, keep=True)
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(backward, calls))
+        for (_, given), result in zip(calls.items(), results, strict=True):
+            _, expected = direct(span, given, gradient_of(given))
+            assert torch.equal(result, expected)
+        assert executor.used_bytes == 0

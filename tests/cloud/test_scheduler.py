@@ -625,3 +625,131 @@ def test_everything_is_done_once_in_the_order_of_its_session(pieces: list[tuple[
         worker.now += 0.1
         worker.scheduler.finished(batch, 0.1)
     assert done == expected
+
+
+# Several batches at a time -------------------------------------------------------------------------------------------
+
+OPENING = Kind("open", "close", opens=True, anywhere=True)
+CLOSING = Kind("close", "open", closes=True, anywhere=True)
+
+
+@dataclass
+class Lanes(Together):
+    """A worker with two lanes, and memory for so many token positions; what begins ends when it is told."""
+
+    room: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(lambda: self.now, self.batching, lambda: self.room, 2)
+
+    def begin(self, **options: bool) -> list[Job[str]]:
+        return self.scheduler.next(**options)
+
+    def end(self, batch: list[Job[str]], seconds: float = 0.1) -> None:
+        self.now += seconds
+        self.scheduler.finished(batch, seconds)
+
+
+def names(batch: list[Job[str]]) -> list[str]:
+    return sorted(job.work for job in batch)
+
+
+def test_of_a_session_one_piece_runs_at_a_time() -> None:
+    worker = Lanes()
+    worker.add("a")
+    worker.add("a", BACKWARD)
+    batch = worker.begin()
+    assert names(batch) == ["a"]
+    assert worker.begin() == []
+    assert worker.scheduler.ready_at() is None  # until something ends
+    worker.end(batch)
+    assert names(worker.begin()) == ["a"]
+
+
+def test_the_other_lanes_take_only_what_may_be_done_beside_anything() -> None:
+    worker = Lanes()
+    worker.add("a", None)
+    worker.add("b", OPENING)
+    assert names(worker.begin(anywhere=True)) == ["b"]
+    assert worker.begin(anywhere=True) == []
+    assert names(worker.begin()) == ["a"]
+
+
+def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> None:
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session in ("a", "b", "c"):
+        worker.add(session, OPENING, positions=30)
+    first, second = worker.begin(), worker.begin()
+    assert names(first + second) == ["a", "b"]  # each by itself: a batch leaves room for closing
+    assert worker.begin() == []  # 60 are open
+    worker.end(first)
+    worker.end(second)
+    assert worker.begin() == []  # a and b will close soon
+    for session in ("a", "b"):
+        worker.add(session, CLOSING, positions=30)
+    assert names(worker.begin()) == ["a", "b"]
+    assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.4 + 30 < 60
+
+    patient = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session in ("a", "b"):
+        patient.add(session, OPENING, positions=30)
+    for batch in (patient.begin(), patient.begin()):
+        patient.end(batch)
+    patient.add("c", OPENING, positions=30)
+    assert patient.begin() == []
+    patient.now += THINK_SECONDS + 0.01  # nobody knows a and b, which are not expected any more
+    assert names(patient.begin()) == ["c"]
+
+
+def test_what_was_opened_together_closes_together() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b"):
+        worker.add(session, OPENING)
+    together = worker.begin()
+    worker.add("c", OPENING)
+    alone = worker.begin()
+    worker.end(together, 0.01)
+    worker.end(alone, 0.01)
+    worker.add("a", CLOSING)
+    worker.add("c", CLOSING)
+    assert names(worker.begin()) == ["c"]  # a waits for b, which it shares a graph with
+    worker.add("b", CLOSING)
+    assert names(worker.begin()) == ["a", "b"]
+
+
+def test_a_tenant_with_several_sessions_has_its_share_of_the_time_and_of_the_room() -> None:
+    worker = Lanes(room=100.0)
+    worker.add("first", OPENING)
+    worker.end(worker.begin())  # ten positions take 0.1 s
+    worker.scheduler.cancel(b"first")
+    for tenant in ("a", "b", "c"):
+        worker.add(tenant, OPENING)
+    for session in range(5):
+        worker.add(f"flood{session}", OPENING)
+    batch = worker.begin()
+    assert names(batch) == ["a", "b", "c", "flood0"]
+    worker.end(batch, 0.4)  # 0.1 for each of them; with half of a lane's time as its share, the flood rests as long
+    for session in ("a", "b", "c", "flood0"):
+        worker.add(session, CLOSING)
+    assert names(worker.begin()) == ["a", "b", "c"]
+    assert worker.begin() == []
+    ready = worker.scheduler.ready_at()
+    assert ready is not None
+    assert ready <= worker.now + 0.1 + 1e-9
+    worker.now += 0.1 + 1e-9
+    assert len(worker.begin()) == 1  # 10 are open, and 15 more is a quarter of the room
+    for tenant in ("a", "b", "c"):
+        worker.scheduler.cancel(tenant.encode())
+
+
+def test_one_session_at_work_is_no_crowd() -> None:
+    worker = Lanes()
+    assert not worker.scheduler.crowded
+    worker.add("a", OPENING)
+    assert not worker.scheduler.crowded
+    worker.add("b", OPENING)
+    assert worker.scheduler.crowded
+    worker.end(worker.begin())
+    assert worker.scheduler.crowded  # both will be back
+    worker.now += 10
+    assert not worker.scheduler.crowded
