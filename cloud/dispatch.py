@@ -1,7 +1,8 @@
-"""The compute thread: takes work in the scheduler's order, batch by batch, and hands the results out as futures.
+"""The compute threads: they take work in the scheduler's order, batch by batch, and hand the results out as futures.
 
-torch's number of threads belongs to the thread that sets it, and the executor to the one that computes, so everything
-that touches the span or the stash runs here.
+There are two *lanes*, so that two passes are computed side by side, each with half of torch's threads, whose number
+belongs to the thread that sets it. A session that is alone at work has all of them. Everything that touches the span or
+the stash runs here, and all but passes of calls without sites in the first lane.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ class Dispatcher:
     """The threads that compute for all sessions.
 
     Args:
-        threads: torch threads.
-        batching: what may be done together; None for nothing.
+        threads: torch threads, of all lanes together.
+        batching: what may be done together; None for nothing, and for one lane.
         computed: whether a result was computed, and not refused.
+        room: `Scheduler`'s.
     """
 
     def __init__(

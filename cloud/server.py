@@ -151,7 +151,7 @@ class StripServer:
         served: the span and what belongs to it.
         identity: the worker's key and its certificate, signed by the root key (which is not here).
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
-        threads: torch threads of the compute thread.
+        threads: torch threads for computing.
         batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
     """
