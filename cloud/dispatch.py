@@ -80,6 +80,8 @@ LANES = 2
 """Threads that compute, where there are several sessions at work and torch's threads can be divided among them."""
 
 
+LOOK_SECONDS = 0.05
+"""What waits is looked at so often, where nothing else happens."""
 IDLE_SECONDS = 1.0
 """After so long without work, memory that is free goes back to the system."""
 TIDY_SECONDS = 0.25
@@ -101,6 +103,7 @@ class Dispatcher:
         batching: what may be done together; None for nothing, and for one lane.
         computed: whether a result was computed, and not refused.
         room: `Scheduler`'s.
+        lanes: How many batches may run at a time, at most.
     """
 
     def __init__(
@@ -109,10 +112,11 @@ class Dispatcher:
         batching: Batching | None = None,
         computed: Callable[[Any], bool] = lambda result: not isinstance(result, BaseException),
         room: Callable[[], float] = lambda: math.inf,
+        lanes: int = LANES,
     ) -> None:
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
-        lanes = 1 if batching is None else min(LANES, threads)
+        lanes = 1 if batching is None else min(lanes, threads)
         self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room, lanes)
         self._threads = threads
         self._changed = threading.Condition()
@@ -197,22 +201,21 @@ class Dispatcher:
         batch, threads = self._take(lane)
         if not batch:
             return False
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
-        computed = all(self._computed(result) for result in _do([job.work for job in batch]))
-        seconds = time.perf_counter() - start
-        with self._changed:
-            crowded, self._tidy = self._scheduler.crowded, False
-        kind = batch[0].kind
+        start, computed, kind = time.perf_counter(), False, batch[0].kind
+        try:
+            torch.set_num_threads(threads)
+            # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
+            computed = all(self._computed(result) for result in _do([job.work for job in batch]))
+        finally:
+            with self._changed:
+                if kind is not None:
+                    self._shared += len(batch)
+                    self._passes += 1
+                self._scheduler.finished(batch, time.perf_counter() - start, computed=computed)
+                crowded, self._tidy = self._scheduler.crowded, False
+                self._changed.notify_all()
         if crowded and kind is not None and kind.closes and time.monotonic() > self._tidied + TIDY_SECONDS:
             self._give_back()
-        with self._changed:
-            if batch[0].kind is not None:
-                self._shared += len(batch)
-                self._passes += 1
-            self._scheduler.finished(batch, seconds, computed=computed)
-            self._changed.notify_all()
         return True
 
     def _give_back(self) -> None:
@@ -232,6 +235,8 @@ class Dispatcher:
                     return batch, self._threads if alone else max(1, self._threads // len(self._lanes))
                 ready = self._scheduler.ready_at()
                 wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
+                if len(self._scheduler):  # who is expected, and so who has to wait, changes with time alone
+                    wait = min(wait or LOOK_SECONDS, LOOK_SECONDS)
                 idle = wait is None and not self._tidy and not self._scheduler.busy
                 if not self._changed.wait(IDLE_SECONDS if idle else wait) and idle:
                     self._give_back()

@@ -177,6 +177,15 @@ class Executor:
         self._span_bytes = sum(self._weights.values())
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether passes of several threads leave each other alone.
+
+        The rotary embeddings of type longrope write their frequencies anew in each pass, for its length.
+        """
+        rope = getattr(self.host.span.config, "rope_parameters", None)
+        return not (isinstance(rope, dict) and rope.get("rope_type") == "longrope")
+
+    @property
     def room(self) -> float:
         """Token positions whose forward states take `STATE_SHARE` of the memory that the span's weights take."""
         return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
@@ -264,9 +273,10 @@ class Executor:
 
         Raises:
             StashLost: nothing is known of the call and `replay` is None.
-            ValueError: the gradients are others than those that the forward was told of; nothing is lost.
+            ValueError: the gradients are others than those that the forward was told of, or the gradient's shape is
+                another than the forward's; nothing is lost.
         """
-        due = self._begin((session, call), replay, _specs(guests), wanted=wanted)
+        due = self._begin((session, call), gradient.shape, replay, _specs(guests), wanted=wanted)
         # What comes in a message is overwritten at the first pause, and autograd may hold the gradient until the last.
         given = gradient.to(self.dtype, copy=guests is not None)
         try:
@@ -295,7 +305,7 @@ class Executor:
         try:
             for at, call in enumerate(calls):
                 try:
-                    due[at] = self._begin(call.key, call.replay, (), wanted=True)
+                    due[at] = self._begin(call.key, call.gradient.shape, call.replay, (), wanted=True)
                 except (StashLost, ValueError) as error:
                     outcomes[at] = error
             given = [calls[at].gradient.to(self.dtype) for at in due]
@@ -350,10 +360,17 @@ class Executor:
         with visiting(visit):
             return span(*arguments), visit
 
-    def _begin(self, key: Key, replay: SpanInput | None, specs: tuple[SiteSpec, ...], *, wanted: bool) -> _Due:
+    def _begin(
+        self, key: Key, shape: torch.Size, replay: SpanInput | None, specs: tuple[SiteSpec, ...], *, wanted: bool
+    ) -> _Due:
         """Take what a backward needs out of the stash. Raises what `backward` raises."""
         with self._books:
             kept = self._stash.get(key)
+            inputs = replay if kept is None else kept.inputs
+            if inputs is not None and inputs.hidden.shape != shape:
+                raise ValueError(
+                    f"a gradient of shape {list(shape)} does not fit a forward of shape {list(inputs.hidden.shape)}"
+                )
             if kept is not None and (kept.specs != specs or (wanted and not kept.inputs.hidden.requires_grad)):
                 raise ValueError(
                     "a backward names the sites of its forward, and wants no gradient that this did not want"

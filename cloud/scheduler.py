@@ -408,12 +408,13 @@ class Scheduler(Generic[T]):
     def _has_share(self, job: Job[T], at_work: Mapping[str, set[bytes]], now: float) -> bool:
         """Whether a piece's tenant, if it has several sessions, with others at work, has time and room left for it."""
         sessions = at_work.get(job.tenant, set())
-        if len(sessions) < 2 or len(at_work) < 2:
+        if self._batching is None or not job.positions or len(sessions) < 2 or len(at_work) < 2:
             return True
         if self._accounts[job.tenant].rests_until > now:
             return False
         opened = self._open.positions(sessions - {job.owner}) if job.kind is not None and job.kind.opens else 0
-        return not opened or opened + job.positions <= self._room() / len(at_work)
+        late = now >= job.since + self._batching.window
+        return not opened or late or opened + job.positions <= self._room() / len(at_work)
 
     def _largest(self, lead: Job[T]) -> float:
         """Token positions of a batch at most."""
@@ -488,7 +489,7 @@ class Scheduler(Generic[T]):
         if any(not self._fits(job, [], now) for job in self._jobs()):
             times.append(now + RETHINK_SECONDS)
         times += [each.rests_until for each in self._accounts.values() if len(each) and each.rests_until > now]
-        return min(times, default=now if len(self) and not self._running else None)
+        return min(times, default=now + RETHINK_SECONDS if len(self) and not self._running else None)
 
     def finished(self, batch: list[Job[T]], seconds: float, *, computed: bool = True) -> None:
         """Charge a batch that `next` gave, with the time that it has taken, by token positions.
@@ -501,17 +502,18 @@ class Scheduler(Generic[T]):
             last, pace = seconds / positions, batch[0].pace
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
-        at_work, here = self._at_work(now), {job.owner for job in self._jobs()}
+        here = {job.owner for job in self._jobs()}
+        at_work = self._at_work(now)
         everybody = sum(self._accounts[name].share.weight for name in at_work)
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
-            if positions and self._lanes > 1:
-                share = account.share.weight * self._lanes / everybody
-                took = seconds * job.positions / positions
-                account.rests_until = max(account.rests_until, now) + took * max(0.0, 1 / share - 1)
+            if self._batching is not None and positions and self._lanes > 1 and len(at_work.get(job.tenant, ())) > 1:
+                share = min(1.0, account.share.weight * self._lanes / everybody)
+                rest = seconds * job.positions / positions * (1 / share - 1)
+                account.rests_until = min(max(account.rests_until, now) + rest, now + self._batching.window)
             self._running.pop(job.owner, None)
-            if job.kind is not None and job.kind.closes:
+            if job.kind is not None and (job.kind.closes or (job.kind.opens and not computed)):
                 self._closing.discard(job.owner)
                 self._open.remove(job.owner)
             account.used += (

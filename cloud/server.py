@@ -29,7 +29,7 @@ from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
-from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
+from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.logs import log
@@ -177,6 +177,7 @@ class StripServer:
             Batching(smallest=smallest) if batching else None,
             computed=lambda reply: isinstance(reply, m.Timed),
             room=lambda: served.executor.room,
+            lanes=LANES if served.executor.side_by_side else 1,
         )
         self._call_threads = CallThreads(threads)
         self._batching = batching
