@@ -36,7 +36,9 @@ ARRIVALS: Final[tuple[Arrivals, ...]] = ("poisson", "bursty")
 Policy = Literal["scheduler", "fifo"]
 POLICIES: Final[tuple[Policy, ...]] = ("scheduler", "fifo")
 BURST_SHAPE = 0.25  # of the gamma distribution: gaps with twice the variation of a Poisson process
-INTERACTIVE, FORWARD, BACKWARD = Kind("interactive", ""), Kind("forward", "backward"), Kind("backward", "forward")
+INTERACTIVE = Kind("interactive", "", anywhere=True)
+FORWARD = Kind("forward", "backward", opens=True, anywhere=True)
+BACKWARD = Kind("backward", "forward", closes=True, anywhere=True)
 DRAIN_SECONDS = 30.0
 
 
@@ -179,7 +181,7 @@ class _Lab:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
         batching = Batching(smallest=ROWS_PER_THREAD * settings.threads) if policy == "scheduler" else None
-        dispatcher = Dispatcher(settings.threads, batching)
+        dispatcher = Dispatcher(settings.threads, batching, room=lambda: self._executor.room)
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
 
