@@ -13,9 +13,9 @@ while its budget is overdrawn.
 Pieces of one kind may be done together, in a *batch*. Whose turn it is brings along what others have waiting; a tenant
 that is ahead of its share brings less, and while others are at work, of each tenant there is one batch at a time.
 Training waits for company: for sessions whose next piece is of that kind and due soon, going by how long they took
-before, no longer than the batch with them would take, and than `Batching.window`. Where
-several batches may run at a time, a tenant with several sessions rests after each piece, while others are at work, for
-as long as keeps it at its share of the time.
+before, no longer than the batch with them would take, and than `Batching.window`. Where several batches may run at a
+time, a tenant with several sessions rests after each piece, while others are at work, for as long as keeps it at its
+share of the time.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
 a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. One

@@ -352,8 +352,10 @@ def _watching(pid: int | None) -> Iterator[list[int]]:
     over = threading.Event()
 
     def look() -> None:
-        while pid is not None and not over.wait(LOOK_SECONDS):
-            seen.append(proportional_bytes(pid))
+        ended = False
+        while pid is not None and not ended:
+            ended = over.wait(LOOK_SECONDS)
+            seen.append(proportional_bytes(pid))  # at the end, too: it may come before the first look
 
     thread = threading.Thread(target=look)
     thread.start()

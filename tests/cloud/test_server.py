@@ -545,8 +545,9 @@ def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud:
 
 @pytest.mark.parametrize("batching", [True, False])
 def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
-    cloud: Served, home: Home, batching: bool
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch, batching: bool
 ) -> None:
+    monkeypatch.setattr("isthmus.cloud.executor.STATE_SHARE", 1e6)  # a tiny span is less than a call's forward state
     for name in ("carol", "dave"):
         home.new_edge(name)
     keys = [home.key_file, *(home.key_file.parent / name for name in ("carol", "dave"))]
@@ -571,7 +572,7 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
             for thread in threads:
                 thread.join(10)
         shared = server.server.status()["calls_per_pass"]
-    assert shared > 1 if batching else shared == 0
+    assert shared > 1.5 if batching else shared == 0
     for number, (output, gradient) in results.items():
         leaf = inputs[number].clone().requires_grad_()
         expected = cloud.executor.host.span(leaf)

@@ -17,7 +17,7 @@ from support.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from isthmus.cloud.scheduler import Share
+from isthmus.cloud.scheduler import Scheduler, Share
 
 EDGES = {"q and v": ["q_proj", "v_proj"], "all": "all-linear", "leased": ["q_proj", "v_proj"]}
 
@@ -56,6 +56,9 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: bool
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    # Steps of a tiny model take less than a busy machine lets an edge wait: time enough to meet, in any case.
+    monkeypatch.setattr(Scheduler, "_seconds", lambda _self, _positions, _job: 0.1)
+    monkeypatch.setattr("isthmus.cloud.attendance.OVERDUE", 1e6)
     torch.set_num_threads(1)
     folder = tiny_checkpoint("llama", tmp_path / "model")
     cloud, home = served(folder, tmp_path / "parts"), Home(tmp_path)
@@ -81,7 +84,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
         for thread in threads:
             thread.join(60)
         status = server.server.status()
-    assert (status["calls_per_meeting"] >= 1) is batching  # how many meet is up to the clock
+    assert (status["calls_per_meeting"] > 1) is batching
     assert (status["calls_per_pass"] > 1) is batching
     for name in EDGES:
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from support.tiny import tiny_checkpoint
+from support.tiny import N_LAYERS, tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.span import load_span
 from isthmus.cli.main import app
 from isthmus.experiments.tenants_bench import Crowd, Seen, TenantSettings, jain, loss_difference
 
@@ -61,7 +63,10 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures["max_loss_diff"] == 0
-    # The span has a few kilobytes here, next to which anything is large.
+    # The span has a few kilobytes, next to which anything is large: what the worker grows by is looked at in bytes.
+    plan = SplitPlan.parse("1:1", N_LAYERS)
+    span = sum(each.nbytes for each in load_span(model, plan).parameters())
+    assert figures["cloud_growth_share"] * span < 64 << 20
     assert figures["backbone_copies"] == 1 + max(0, math.floor(figures["cloud_growth_share"]))
     assert 0 < figures["edge_share"] < 1
     assert figures["throughput_bound"] == pytest.approx(
