@@ -84,7 +84,7 @@ LOOK_SECONDS = 0.05
 """What waits is looked at so often, where nothing else happens."""
 IDLE_SECONDS = 1.0
 """After so long without work, memory that is free goes back to the system."""
-TIDY_SECONDS = 0.25
+TIDY_SECONDS = 0.2
 """While several sessions are at work, it goes back so often: pieces of all sizes would leave holes for ever."""
 
 
@@ -121,14 +121,15 @@ class Dispatcher:
         self._threads = threads
         self._changed = threading.Condition()
         self._ending = False
-        self._tidy = True  # nothing was computed since memory was given back
-        self._tidied = 0.0  # when it was
+        self._worked = 0.0  # when something was done last
+        self._untidy = threading.Event()  # something was done since memory was given back for the last time
+        self._ended = threading.Event()
         self._lanes = [
             threading.Thread(target=self._run, args=(lane,), name=f"compute {lane}", daemon=True)
             for lane in range(lanes)
         ]
-        for lane in self._lanes:
-            lane.start()
+        for thread in (*self._lanes, threading.Thread(target=self._keep_tidy, name="tidy", daemon=True)):
+            thread.start()
 
     def submit(
         self,
@@ -182,6 +183,8 @@ class Dispatcher:
 
     def shutdown(self, *, cancel: bool) -> None:
         """Take no more work, and end once what waits is done, or, with `cancel`, cancelled."""
+        self._ended.set()
+        self._untidy.set()
         with self._changed:
             self._ending = True
             gone = list(self._scheduler.clear()) if cancel else []
@@ -212,15 +215,25 @@ class Dispatcher:
                     self._shared += len(batch)
                     self._passes += 1
                 self._scheduler.finished(batch, time.perf_counter() - start, computed=computed)
-                crowded, self._tidy = self._scheduler.crowded, False
+                self._worked = time.monotonic()
                 self._changed.notify_all()
-        if crowded and kind is not None and kind.closes and time.monotonic() > self._tidied + TIDY_SECONDS:
-            self._give_back()
+        self._untidy.set()
         return True
 
-    def _give_back(self) -> None:
-        self._tidied, self._tidy = time.monotonic(), True
-        give_memory_back()
+    def _keep_tidy(self) -> None:
+        """Give memory back while several sessions are at work, and once after they have been.
+
+        A pass takes memory while another gives it up. Left to itself, the heap gives what is new a place that the
+        system has to fill with pages, while those that came free wait for something of their size.
+        """
+        while self._untidy.wait() and not self._ended.wait(TIDY_SECONDS):
+            with self._changed:
+                crowded = self._scheduler.crowded
+                idle = not self._scheduler.busy and time.monotonic() > self._worked + IDLE_SECONDS
+                if idle:
+                    self._untidy.clear()
+            if crowded or idle:
+                give_memory_back()
 
     def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
         """Wait for the next batch, and for how many threads; empty at the end."""
@@ -237,6 +250,4 @@ class Dispatcher:
                 wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
                 if len(self._scheduler):  # who is expected, and so who has to wait, changes with time alone
                     wait = min(wait or LOOK_SECONDS, LOOK_SECONDS)
-                idle = wait is None and not self._tidy and not self._scheduler.busy
-                if not self._changed.wait(IDLE_SECONDS if idle else wait) and idle:
-                    self._give_back()
+                self._changed.wait(wait)

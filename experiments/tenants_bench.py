@@ -52,7 +52,6 @@ LENGTHS: Final = (1.0, 0.75, 1.25, 1.0, 0.5, 1.5, 0.75, 1.25)
 WARM_UP = 2
 FLOOD_SESSIONS = 10
 GAIN_ROUNDS = 5
-LOOK_SECONDS = 0.1
 _MODULE = "isthmus.experiments.tenants_bench"
 
 
@@ -334,36 +333,17 @@ def _crowd(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, ten
             process.answer()  # it is warm
         for process in processes:
             process.tell("begin")
-        with _watching(None if cloud is None else cloud.status()["pid"]) as most:
-            seen = [Seen(**json.loads(process.answer())) for process in processes]
+        worker = None if cloud is None else cloud.status()["pid"]
+        if worker is not None:
+            forget_peak(worker)
+        seen = [Seen(**json.loads(process.answer())) for process in processes]
         memory = [proportional_bytes(process.pid) for process in processes]
-        worker = max(most, default=0)
+        most = 0 if worker is None else peak_bytes(worker)
         for process in processes:
             process.tell("end")
         for process in processes:
             process.answer()
-    return Crowd(seen, [settings.length(tenant) for tenant in tenants], memory, worker)
-
-
-@contextlib.contextmanager
-def _watching(pid: int | None) -> Iterator[list[int]]:
-    """Look at a process's PSS ten times a second; the bytes are in what is given, at the end."""
-    seen: list[int] = []
-    over = threading.Event()
-
-    def look() -> None:
-        ended = False
-        while pid is not None and not ended:
-            ended = over.wait(LOOK_SECONDS)
-            seen.append(proportional_bytes(pid))  # at the end, too: it may come before the first look
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        over.set()
-        thread.join()
+    return Crowd(seen, [settings.length(tenant) for tenant in tenants], memory, most)
 
 
 def _process(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int) -> TurnProcess:
@@ -403,12 +383,42 @@ def proportional_bytes(pid: int) -> int:
     Raises:
         IsthmusError: This system does not tell.
     """
-    path = Path(f"/proc/{pid}/smaps_rollup")
+    return _told(pid, "smaps_rollup", "Pss")
+
+
+def forget_peak(pid: int) -> None:
+    """Let the most that a process has had in memory count from now on.
+
+    Raises:
+        IsthmusError: This system does not let us.
+    """
+    path = Path(f"/proc/{pid}/clear_refs")
+    try:
+        path.write_text("5")
+    except OSError as error:
+        raise IsthmusError(f"cannot write {path} ({error.strerror}), which the figures of memory need") from None
+
+
+def peak_bytes(pid: int) -> int:
+    """The most PSS that a process has had since `forget_peak`.
+
+    The kernel keeps the peak of the resident size, at no cost; looking at PSS again and again would take the time of
+    which the figures are. What is shared with others is taken to be the same at the peak as it is now.
+
+    Raises:
+        IsthmusError: This system does not tell.
+    """
+    return proportional_bytes(pid) + _told(pid, "status", "VmHWM") - _told(pid, "status", "VmRSS")
+
+
+def _told(pid: int, file: str, name: str) -> int:
+    """A size in bytes from a file of /proc."""
+    path = Path(f"/proc/{pid}/{file}")
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise IsthmusError(f"cannot read {path} ({error.strerror}), which the figures of memory need") from None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 # Inside one of the processes ------------------------------------------------------------------------------------------
