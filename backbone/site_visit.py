@@ -4,9 +4,9 @@ Bit for bit: a single process with PEFT adds up the gradients of a shared input 
 adapter's before its linear's. The graph that is built here has the same nodes in the same order, and one node more
 behind each group, which waits for all its gradients before it asks.
 
-A pass that may run beside others (`isthmus.backbone.meeting`) has a node of its own for each frozen linear, in the
-place of torch's. The products of a group may be computed at one time, on the way back by the node behind the group;
-each linear's node hands on its own, so that gradients add up one linear at a time, in the same order.
+A pass that may run beside others (`isthmus.backbone.meeting`) has nodes of its own for each frozen linear and for what
+is lent there, in the place of torch's. The products of a group may be computed at one time, on the way back by the node
+behind the group; each node hands on its own, so that gradients add up one linear at a time, in the same order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isthmus.backbone.meeting import Company, product_back
+from isthmus.backbone.loans import LeasedWeights, LoanGradients, loan_gradients
+from isthmus.backbone.meeting import Company, Product, product_back, rows_of
 from isthmus.backbone.site_spec import Placement, SiteSpec
 
 
@@ -84,19 +85,6 @@ class BoundSites:
     pauses: Mapping[int, int]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LeasedWeights:
-    """A LoRA that was lent: `scale · B A x`, with `A` `[r, in]` and `B` `[out, r]` leaves of the graph."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The contribution `[B, S, out]`, in PEFT's order of operations."""
-        return functional.linear(functional.linear(x, self.down), self.up) * self.scale
-
-
 @dataclass(slots=True, eq=False)
 class Visit:
     """A pass with a visitor.
@@ -150,17 +138,21 @@ class Visit:
     def _outputs(self, group: Group, x: Tensor) -> list[Tensor]:
         """The outputs of all linears of a group, in the order in which a single process computes them."""
         asked = {place: site for place, site in group.sites.items() if self.sites.specs[site].asks}
-        exchange = _Exchange(group, tuple(asked.values()), x.requires_grad)
+        loans = tuple(self.leased.get(group.sites.get(place, -1)) for place in range(len(group.members)))
+        exchange = _Exchange(group, tuple(asked.values()), x.requires_grad, loans)
         inputs = [self._input(site, x) for site in exchange.sites]
         answers = self._answers(exchange, inputs) if asked else ()
         if self.company is not None and self.company.present:
-            exchange.products = dict(enumerate(self.company.forward(group.number, group.members, x)))
+            exchange.products = dict(enumerate(self.company.forward(group.number, group.members, loans, x)))
+        if self.company is not None and any(loans) and x.requires_grad:
+            exchange.x = x.detach()
         outputs = []
         for place, member in enumerate(group.members):
             output = member.plain(x) if self.company is None else _frozen(x, exchange, place)
             site = group.sites.get(place)
-            if site is not None and site in self.leased:
-                output = output + self.leased[site](x)
+            loan = loans[place]
+            if loan is not None:
+                output = output + (loan(x) if self.company is None else _lent(x, loan, exchange, place))
             elif site is not None:
                 at = exchange.sites.index(site)
                 added = self._contribution(inputs[at], answers[at], exchange, at)
@@ -168,6 +160,7 @@ class Visit:
                     added = functional.linear(added.to(output.dtype), self.sites.bases[site][1])
                 output = (output + added).to(output.dtype)  # as PEFT does: the sum is rounded, and not what is added
             outputs.append(output)
+        exchange.products = {}
         together = self.company is not None and len(outputs) > 1
         return self._joined(exchange, outputs, tuple(asked)) if asked or together else outputs
 
@@ -189,15 +182,16 @@ class Visit:
             return outputs
         return list(_Joined.apply(exchange, places, *outputs))  # type: ignore[no-untyped-call]  # torch
 
-    def products_back(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> dict[int, Tensor]:
-        """What the `gradients` of a group's plain outputs give its input, by place, where others run beside this pass.
+    def products_back(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> dict[int, Product]:
+        """What the `gradients` of a group's outputs give its input, by place, where others run beside this pass.
 
         Without company the linears compute for themselves.
         """
         group = exchange.group
         if group is None or self.company is None or not self.company.present:
             return {}
-        return dict(enumerate(self.company.backward(group.number, group.members, gradients)))
+        x, exchange.x = exchange.x, None
+        return dict(enumerate(self.company.backward(group.number, group.members, exchange.loans, x, gradients)))
 
     def gradients(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Ask for what the `gradients` of the outputs of the asked linears give their inputs."""
@@ -215,8 +209,10 @@ class _Exchange:
     group: Group | None  # None for the place behind a layer
     sites: tuple[int, ...]
     wanted: bool  # whether the input's gradient leads anywhere
+    loans: tuple[LeasedWeights | None, ...] = ()  # by place
+    x: Tensor | None = None  # the group's input, where a meeting on the way back will need it
     gradients: list[Tensor | None] = field(default_factory=list)
-    products: dict[int, Tensor] = field(default_factory=dict)  # of linears, by place, that wait for their nodes
+    products: dict[int, Product] = field(default_factory=dict)  # by place, as long as their nodes need them
 
 
 class _Contribution(torch.autograd.Function):
@@ -239,22 +235,59 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _Exchange, place: int) -> Tensor:
         ctx.exchange, ctx.place = exchange, place
-        found = exchange.products.pop(place, None)
-        return _member(exchange, place).plain(x) if found is None else found
+        found = exchange.products.get(place)
+        return _member(exchange, place).plain(x) if found is None else found.plain.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         exchange, place = ctx.exchange, ctx.place
-        if place not in exchange.products and len(exchange.group.members) == 1:
-            visit: Visit = _thread.visit  # the present call's
-            exchange.products = visit.products_back(exchange, [gradient])
-        found = exchange.products.pop(place, None)
-        return product_back(_member(exchange, place), gradient) if found is None else found, None, None
+        _meet_alone(exchange, gradient)
+        found = exchange.products.pop(place, None)  # what is lent here has had its turn
+        if found is None:
+            return product_back(_member(exchange, place), gradient), None, None
+        return found.plain.view(*gradient.shape[:-1], -1), None, None
 
 
 def _frozen(x: Tensor, exchange: _Exchange, place: int) -> Tensor:
     result: Tensor = _Frozen.apply(x, exchange, place)  # type: ignore[no-untyped-call]  # torch
     return result
+
+
+class _Lent(torch.autograd.Function):
+    """What is added `[..., out]` by what is lent at a linear, of the linear's input `[..., in]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, scale: float, exchange: _Exchange, place: int) -> Tensor:
+        ctx.exchange, ctx.place, ctx.scale = exchange, place, scale
+        ctx.save_for_backward(x, down, up)
+        found = exchange.products.get(place)
+        if found is None or not isinstance(found.lent, Tensor):
+            return LeasedWeights(down, up, scale)(x)
+        return found.lent.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        exchange, place = ctx.exchange, ctx.place
+        x, down, up = ctx.saved_tensors
+        if exchange.wanted:
+            _meet_alone(exchange, gradient)
+        product = exchange.products.get(place)
+        found = None if product is None else product.lent
+        if not isinstance(found, LoanGradients):
+            (found,) = loan_gradients([LeasedWeights(down, up, ctx.scale)], [rows_of(x)], [rows_of(gradient)])
+        return found.x.view(x.shape) if ctx.needs_input_grad[0] else None, found.down, found.up, None, None, None
+
+
+def _lent(x: Tensor, loan: LeasedWeights, exchange: _Exchange, place: int) -> Tensor:
+    result: Tensor = _Lent.apply(x, loan.down, loan.up, loan.scale, exchange, place)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _meet_alone(exchange: _Exchange, gradient: Tensor) -> None:
+    """On the way back, have the products of a group of one linear computed: no node stands behind it that does."""
+    if not exchange.products and len(exchange.loans) == 1:
+        visit: Visit = _thread.visit  # the present call's
+        exchange.products = visit.products_back(exchange, [gradient])
 
 
 def _member(exchange: _Exchange, place: int) -> AskingLinear:

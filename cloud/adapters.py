@@ -116,7 +116,7 @@ class AdapterStore:
                 f"{self._max_tokens} in a call: tune a shorter prompt"
             )
         output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False).hidden
-        return output.to(hidden.dtype)
+        return output.to(hidden.device, hidden.dtype)
 
 
 class TenantAdapters:

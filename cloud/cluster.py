@@ -18,9 +18,10 @@ from typing import Any
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.files import write_atomic
 from isthmus.cloud.controller import Controller, ControllerSpec
+from isthmus.cloud.gpus import Gpus
 from isthmus.cloud.logs import log, log_to
 from isthmus.cloud.scaling import Change
-from isthmus.cloud.worker import Worker, WorkerSpec
+from isthmus.cloud.worker import CUDA, Worker, WorkerSpec
 from isthmus.protocol.errors import UnreachableError
 
 NAMESPACE = "isthmus"
@@ -90,6 +91,10 @@ class Serving:
         self._control = (host.strip("[]"), int(port))
         prefix = f"cloud-{secrets.token_hex(8)}"  # others may serve in the same cluster
         self._names = [f"{prefix}-worker-{spec.number}" for spec in self._specs]
+        self._gpus = Gpus()
+        on_gpus = [number for number in range(self._least) if self._specs[number].device == CUDA]
+        if on_gpus:
+            self._gpus.reserve(on_gpus)
         self._workers = {number: self._start(number) for number in range(self._least)}
         for worker in self._workers.values():
             self._get(worker.port.remote())
@@ -169,10 +174,19 @@ class Serving:
         if change is None:
             return
         if change.start and change.number not in self._workers:
-            self._workers[change.number] = self._start(change.number)
-            self._starting[change.number] = self._workers[change.number].port.remote()
+            self._add(change.number)
         elif not change.start and change.number in self._workers:
             self._ending[change.number] = self._workers[change.number].drain.remote(self._grace)
+
+    def _add(self, number: int) -> None:
+        if self._specs[number].device == CUDA:
+            try:
+                self._gpus.reserve([number], seconds=ANSWER_SECONDS)
+            except ConfigError as error:
+                log("worker_not_added", logging.ERROR, worker=number, error=str(error))
+                return
+        self._workers[number] = self._start(number)
+        self._starting[number] = self._workers[number].port.remote()
 
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight, for at most `grace` seconds; True if all were answered.
@@ -218,12 +232,13 @@ class Serving:
     def _start(self, number: int) -> Any:
         spec = self._specs[number]
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.threads)}
-        return self._actor(Worker, self._names[number], environment).remote(spec)
+        return self._actor(Worker, self._names[number], environment, **self._gpus.options(number)).remote(spec)
 
     def _end(self, number: int) -> None:
         self._ray.kill(self._workers.pop(number))
+        self._gpus.give_back(number)
 
-    def _actor(self, kind: type, name: str, environment: dict[str, str]) -> Any:
+    def _actor(self, kind: type, name: str, environment: dict[str, str], **options: Any) -> Any:
         """An actor class that stays on this node: its files and its port are this node's."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -233,7 +248,7 @@ class Serving:
             max_concurrency=4,
             num_cpus=0,
             runtime_env={"env_vars": environment},
-            scheduling_strategy=here,
+            **{"scheduling_strategy": here, **options},
         )(kind).options(name=name)
 
     def _get(self, reference: Any) -> Any:

@@ -123,6 +123,9 @@ def serve(
     batching: Annotated[
         bool, typer.Option(help="Compute the calls of several edges in one pass; the results are the same.")
     ] = True,
+    device: Annotated[
+        str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
+    ] = "cpu",
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     tls_client_ca: Annotated[
@@ -162,6 +165,7 @@ def serve(
         emulator=emulator,
         sites=sites,
         batching=batching,
+        device=device,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
         ready=typer.echo,
     )

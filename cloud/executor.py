@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.graph_memory import keeping_little, storages_of
+from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company
 from isthmus.backbone.packing import Packer
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
-from isthmus.backbone.site_visit import BoundSites, LeasedWeights, Visit, Visitor, visiting
+from isthmus.backbone.site_visit import BoundSites, Visit, Visitor, visiting
 from isthmus.backbone.span import SpanInput
 
 
@@ -177,6 +178,11 @@ class Executor:
         self._span_bytes = sum(self._weights.values())
 
     @property
+    def device(self) -> torch.device:
+        """Where the span computes. What comes in may be anywhere; what goes out is there."""
+        return self.host.span.device
+
+    @property
     def side_by_side(self) -> bool:
         """Whether passes of several threads leave each other alone.
 
@@ -278,7 +284,7 @@ class Executor:
         """
         due = self._begin((session, call), gradient.shape, replay, _specs(guests), wanted=wanted)
         # What comes in a message is overwritten at the first pause, and autograd may hold the gradient until the last.
-        given = gradient.to(self.dtype, copy=guests is not None)
+        given = gradient.to(self.device, self.dtype, copy=guests is not None)
         try:
             if guests is None:
                 return self._differentiate([due], [given])[0]
@@ -308,7 +314,7 @@ class Executor:
                     due[at] = self._begin(call.key, call.gradient.shape, call.replay, (), wanted=True)
                 except (StashLost, ValueError) as error:
                     outcomes[at] = error
-            given = [calls[at].gradient.to(self.dtype) for at in due]
+            given = [calls[at].gradient.to(self.device, self.dtype) for at in due]
             for at, gradients in zip(due, self._differentiate(list(due.values()), given), strict=True):
                 outcomes[at] = gradients
         finally:
@@ -425,8 +431,13 @@ class Executor:
 
     def _own(self, inputs: SpanInput, *, wanted: bool) -> SpanInput:
         """A copy that lives longer than the message it came in; a leaf of the graph if its gradient is wanted."""
-        hidden = inputs.hidden.to(self.dtype, copy=True).requires_grad_(wanted)
-        return SpanInput(hidden, inputs.attention_mask, inputs.position_ids)
+        hidden = inputs.hidden.to(self.device, self.dtype, copy=True).requires_grad_(wanted)
+        mask, positions = inputs.attention_mask, inputs.position_ids
+        return SpanInput(
+            hidden,
+            None if mask is None else mask.to(self.device),
+            None if positions is None else positions.to(self.device),
+        )
 
     def _keep(self, entries: Mapping[Key, _Entry], guests: Guests | None) -> _Graph:
         """Compute a forward of several calls, and put all into the stash."""

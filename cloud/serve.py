@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
@@ -30,7 +31,7 @@ from isthmus.backbone.span import DTYPES
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.pipeline import stages_of
 from isthmus.cloud.state import clear_state, write_state
-from isthmus.cloud.worker import WorkerSpec
+from isthmus.cloud.worker import CPU, DEVICES, WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.package import check_package_fits, open_package
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line
@@ -124,6 +125,7 @@ def serve(
     emulator: Path | None = None,
     sites: bool = True,
     batching: bool = True,
+    device: str = CPU,
     tls: tuple[Path, Path, Path | None] | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
@@ -143,6 +145,7 @@ def serve(
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
+    _check_device(device)
     least, most = _bounds(workers)
     _check_pipeline(pipeline, plan, most, emulator)
     with contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
@@ -165,6 +168,7 @@ def serve(
             emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
             sites=sites,
             batching=batching,
+            device=device,
             **({} if tls is None else _tls_paths(*tls)),
         )
         host = (advertise or _parsed(listen)[0]).strip("[]")
@@ -210,6 +214,16 @@ def _bounds(workers: str) -> tuple[int, int]:
             f"--workers {workers!r} is no number of workers: write N, or MIN:MAX, from 1 to {MAX_WORKERS}"
         )
     return least, most
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    if device != CPU and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device {device} needs a GPU that torch finds, and it finds none: check the driver and that torch is "
+            "built with CUDA, or leave the option out"
+        )
 
 
 def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path | None) -> None:

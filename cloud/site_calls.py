@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company, Enlisted, Products
 from isthmus.backbone.site_spec import Placement
-from isthmus.backbone.site_visit import BoundSites, LeasedWeights
+from isthmus.backbone.site_visit import BoundSites
 from isthmus.cloud.executor import Executor, Guests
 from isthmus.cloud.pausing import CallThreads, Pause, PausingCall
 from isthmus.cloud.scheduler import Kind
@@ -123,7 +124,8 @@ class SiteCalls:
                     f"{sites.specs[site]}: [r, {n_in}] and [{n_out}, r] are needed"
                 )
             down, up = (
-                decode(each, limits=self.limits).to(self.executor.dtype, copy=True) for each in (lent.down, lent.up)
+                decode(each, limits=self.limits).to(self.executor.device, self.executor.dtype, copy=True)
+                for each in (lent.down, lent.up)
             )
             trained = sites.specs[site].placement == Placement.LEASED
             weights[site] = LeasedWeights(down.requires_grad_(trained), up.requires_grad_(trained), lent.scale)
@@ -294,7 +296,8 @@ class _Edge:
         # Contributions are rounded to the span's dtype once they are added. Copies: the message's own bytes are
         # overwritten when its turn is over.
         dtype = torch.float32 if role == Role.ACTIVATION else self.executor.dtype
-        return [decode(each, limits=self.limits).to(dtype, copy=True) for each in answer.tensors]
+        device = self.executor.device
+        return [decode(each, limits=self.limits).to(device, dtype, copy=True) for each in answer.tensors]
 
     def _check(self, answer: Tensor, site: int, width: int) -> None:
         hidden = _shape(self.message)

@@ -38,6 +38,8 @@ from isthmus.protocol.errors import KeyFileError, PortInUseError
 from isthmus.protocol.keys import load_edge, load_worker
 from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
 
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
 REBINDS = 5
 REBIND_PAUSE = 1.0  # seconds
 RESTART_PAUSE = 5.0  # seconds
@@ -66,6 +68,7 @@ class WorkerSpec:
     quantize: str = NONE
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
     batching: bool = True  # whether calls of several sessions may share a pass
+    device: str = CPU  # where the span computes, one of `DEVICES`
     number: int = 0  # of the worker, from 0 on
     address: str = ""  # host:port that edges are told
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
@@ -217,7 +220,7 @@ def served_by(spec: WorkerSpec) -> Served:
         span = load_saved_span(Path(spec.saved_span), layers)
     else:
         span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
-    host = SiteHost(span)
+    host = SiteHost(span.to(spec.device))
     info = SessionInfo(
         session_id="",
         model=spec.model,

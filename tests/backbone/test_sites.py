@@ -13,12 +13,13 @@ from torch import Tensor
 
 from isthmus.backbone.errors import UnsupportedCallError
 from isthmus.backbone.ladder import add_ladder
+from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.low_rank import add_low_rank
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.site_call import SiteCall
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
-from isthmus.backbone.site_visit import LeasedWeights, Visit, visiting
+from isthmus.backbone.site_visit import Visit, visiting
 from isthmus.backbone.sites import Site
 from isthmus.backbone.span import load_span
 from isthmus.edge.remote_span import RemoteSpan

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.tiny import CONFIGS, tiny_checkpoint
 from torch import Tensor
 
+from isthmus.backbone import loans
 from isthmus.backbone.meeting import Meetings
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.quantize import quantizer_of
@@ -89,8 +91,9 @@ class Edge:
             weights = []
             for number, spec in enumerate(lent):
                 n_in, n_out = host.widths(spec)
+                rank = RANK + self.seed // 1000  # each edge has one of its own
                 down, up = (
-                    0.2 * random_tensor(*shape, seed=self.seed + number) for shape in ((RANK, n_in), (n_out, RANK))
+                    0.2 * random_tensor(*shape, seed=self.seed + number) for shape in ((rank, n_in), (n_out, rank))
                 )
                 weights.append(m.LentWeights(on_wire(down, Role.ACTIVATION), on_wire(up, Role.ACTIVATION), 0.5))
             self.session.handle(m.Lease(1, 1, tuple(weights)))
@@ -308,6 +311,21 @@ def test_calls_alike_meet_at_every_group_both_ways(llama: SiteHost, monkeypatch:
     assert llama.meetings.calls_per_meeting == 3
 
 
+def test_what_is_lent_by_several_is_one_product_both_ways(llama: SiteHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different ranks, and beside a call that lends nothing."""
+    ranks: list[list[int]] = []
+    real = loans.grouped_low_rank
+
+    def noted(x: Tensor, sizes: Sequence[int], downs: Sequence[Tensor], *rest: Any) -> Tensor:
+        ranks.append([len(down) for down in downs])
+        return real(x, sizes, downs, *rest)
+
+    monkeypatch.setattr(loans, "grouped_low_rank", noted)
+    executor, tenants = Executor(llama, torch.float32, BIG), tenants_of(llama)
+    play([edge(executor, tenants[at], number) for number, at in enumerate((3, 3, 5))])
+    assert ranks == [[RANK, RANK + 1]] * (2 * len(tenants[3].sites))
+
+
 def test_calls_that_ask_at_different_layers_meet_again(llama: SiteHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is behind catches up as far as the other stands, if both go on at a time."""
     met = products(llama, monkeypatch)
@@ -333,13 +351,15 @@ def test_a_call_alone_computes_without_a_meeting(llama: SiteHost, monkeypatch: p
 def test_nobody_holds_memory_of_another(llama: SiteHost) -> None:
     """A graph that was built beside others is as large as one that was built alone."""
     executor, tenant = Executor(llama, torch.float32, BIG), tenants_of(llama)[3]
+    own = 0
+    for number in range(3):
+        only = edge(executor, tenant, number)
+        only.session.handle(only.forward())
+        own += executor.used_bytes
+        only.session.close()
     edges = [edge(executor, tenant, number) for number in range(3)]
-    edges[0].session.handle(edges[0].forward())
-    own = executor.used_bytes
-    edges[0].session.close()
-    edges[0] = edge(executor, tenant, 0)
     step_together([(each.session, each.forward()) for each in edges])
-    assert executor.used_bytes == 3 * own
+    assert executor.used_bytes == own
     for each in edges:
         each.session.close()
 
