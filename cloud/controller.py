@@ -89,7 +89,8 @@ class Roster:
     def loads(self) -> dict[int, Load]:
         """What the workers that serve edges have to do."""
         return {
-            number: Load(status["queue_depth"], len(peer.seats)) for number, (peer, status) in self._serving().items()
+            number: Load(status["queue_depth"], status["overdue"], len(peer.seats))
+            for number, (peer, status) in self._serving().items()
         }
 
     def status(self) -> dict[str, Any]:

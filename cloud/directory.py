@@ -14,7 +14,7 @@ from typing import Any
 
 SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed")
 """Keys of a worker's status that add up to the cloud's."""
-SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "tokens_per_s")
+SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "overdue", "tokens_per_s")
 """Those of which a pipeline's first stage knows all: what goes on to the next one is the same work."""
 COUNTED = ("sessions", "waiting")
 """The same, by tenant."""

@@ -175,6 +175,11 @@ class Dispatcher:
         with self._changed:
             return self._scheduler.waiting()
 
+    def overdue(self) -> int:
+        """How much has waited for longer than for company or for room."""
+        with self._changed:
+            return self._scheduler.overdue()
+
     @property
     def calls_per_pass(self) -> float:
         """How many calls have shared a pass on average, of those that may; 0 before the first."""

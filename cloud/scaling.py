@@ -1,7 +1,7 @@
 """How many workers there should be, by how many calls wait. Pure, with an injected clock.
 
-A worker is added when calls have waited for a while, and one goes when for a longer while none has. Growing is quick
-and shrinking slow, so that a load that comes and goes does not start and stop workers all the time.
+A worker is added when calls have been overdue for a while, and one goes when for a longer while none has waited.
+Growing is quick and shrinking slow, so that a load that comes and goes does not start and stop workers all the time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 GROW_DEPTH = 1.0
-"""Waiting calls per worker from which on there are too few workers."""
+"""Overdue calls per worker from which on there are too few workers."""
 GROW_SECONDS = 5.0
 SHRINK_SECONDS = 60.0
 PAUSE_SECONDS = 15.0
@@ -19,9 +19,10 @@ PAUSE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a worker has to do: calls that wait, and sessions that are open."""
+    """What a worker has to do: calls that wait, those of them that wait for longer than for company, open sessions."""
 
     waiting: int
+    overdue: int
     sessions: int
 
 
@@ -56,9 +57,8 @@ class Scaler:
         now = self._clock()
         if self._least == self._most or not loads:
             return None
-        waiting = sum(load.waiting for load in loads.values())
-        busy = waiting >= GROW_DEPTH * len(loads)
-        calm = waiting == 0
+        busy = sum(load.overdue for load in loads.values()) >= GROW_DEPTH * len(loads)
+        calm = not any(load.waiting for load in loads.values())
         self._busy_since = _since(self._busy_since, now) if busy else None
         self._calm_since = _since(self._calm_since, now) if calm else None
         if now < self._rest_until:

@@ -210,6 +210,17 @@ class Scheduler(Generic[T]):
         """How much of each tenant's work waits."""
         return Counter({name: len(account) for name, account in self._accounts.items() if len(account)})
 
+    def overdue(self) -> int:
+        """How many pieces have waited for longer than for company or for room: because there is too much work.
+
+        Those of a tenant that is over what it may have a second are not among them.
+        """
+        now = self._clock()
+        patience = 0.0 if self._batching is None else self._batching.window
+        for account in self._accounts.values():
+            account.refill(now)
+        return sum(now - job.since > patience for job in self._jobs() if not self._accounts[job.tenant].overdrawn)
+
     def used(self) -> Mapping[str, float]:
         """Each tenant's account: seconds of computing over its weight, lifted where it was away."""
         return {name: account.used for name, account in self._accounts.items()}

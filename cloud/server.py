@@ -306,6 +306,7 @@ class StripServer:
             "calls_per_pass": self._compute.calls_per_pass,
             "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
+            "overdue": self._compute.overdue(),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,

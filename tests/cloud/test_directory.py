@@ -29,8 +29,9 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
     status: dict[str, Any] = {
         **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
         **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
-        **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}, "queue_depth": 1},
-        **{"in_flight": 2, "span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
+        **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
+        **{"queue_depth": 1, "overdue": 0, "in_flight": 2},
+        **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
         **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
     }
     return Report(status, Peer(f"h:{number}", state, seats(sessions)))

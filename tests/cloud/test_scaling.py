@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from isthmus.cloud.scaling import GROW_SECONDS, PAUSE_SECONDS, SHRINK_SECONDS, Change, Load, Scaler
 
-BUSY, CALM = Load(3, 2), Load(0, 1)
+BUSY, CALM, COMPANY = Load(4, 3, 2), Load(0, 0, 1), Load(4, 0, 4)
 
 
 class Run:
@@ -38,9 +38,15 @@ def test_a_queue_that_empties_in_between_brings_none() -> None:
     assert run.after(GROW_SECONDS - 1, {0: BUSY}) is None
 
 
+def test_calls_that_wait_for_company_bring_no_worker_and_end_none() -> None:
+    run = Run(1, 3)
+    run.after(0, {0: COMPANY, 1: COMPANY})
+    assert run.after(10 * SHRINK_SECONDS, {0: COMPANY, 1: COMPANY}) is None
+
+
 def test_a_long_calm_ends_the_spare_worker_with_the_fewest_sessions() -> None:
     run = Run(1, 4)
-    loads = {0: Load(0, 0), 1: Load(0, 5), 2: Load(0, 1), 3: Load(0, 1)}
+    loads = {0: Load(0, 0, 0), 1: Load(0, 0, 5), 2: Load(0, 0, 1), 3: Load(0, 0, 1)}
     assert run.after(0, loads) is None
     assert run.after(SHRINK_SECONDS - 1, loads) is None
     assert run.after(1, loads) == Change(3, start=False)

@@ -422,6 +422,29 @@ def test_the_window_bounds_the_wait_and_a_full_batch_does_not_wait() -> None:
     assert worker.turn() == ["a", "c"]
 
 
+def test_overdue_is_what_has_waited_for_longer_than_for_company_and_may_go_on() -> None:
+    worker = Together()
+    worker.add("a", None)
+    worker.add("limited1", None, share=Share(positions_per_second=10.0), positions=25)
+    worker.add("limited2", None, share=Share(positions_per_second=10.0), positions=25)
+    assert worker.turn() == ["a"]
+    assert worker.turn() == ["limited1"]
+    worker.add("a", None)
+    worker.now += 0.5
+    assert worker.scheduler.overdue() == 0
+    worker.now += 0.1
+    assert worker.scheduler.overdue() == 1, "the limited tenant has had what it may have"
+    worker.now += 2.0
+    assert worker.scheduler.overdue() == 2
+
+
+def test_without_batching_what_waits_is_overdue() -> None:
+    worker = Worker()
+    worker.add("a")
+    worker.now += 0.1
+    assert worker.scheduler.overdue() == 1
+
+
 def test_who_takes_long_each_time_is_not_waited_for() -> None:
     worker = Together()
     for kind in (FORWARD, BACKWARD, FORWARD, BACKWARD):
