@@ -128,12 +128,6 @@ class _Open:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def share(self) -> Share:
-        """Of the compute thread's time."""
-        quota = self.tenant.quota
-        return Share(quota.weight, quota.max_tokens_per_second)
-
-    @property
     def seat(self) -> Seat:
         """What other workers are told of it."""
         return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
@@ -524,7 +518,7 @@ class StripServer:
         """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside."""
         name, allowed = tenant.name, tenant.quota.max_inflight_bytes
         try:
-            while self._in_flight_bytes[name] + size > allowed:
+            while (beside := self._in_flight_bytes[name]) and beside + size > allowed * self._part(tenant):
                 turn = asyncio.get_running_loop().create_future()
                 self._turns.append(turn)
                 await turn
@@ -541,6 +535,16 @@ class StripServer:
                 if not turn.done():
                     turn.set_result(None)
 
+    def _part(self, tenant: Tenant) -> float:
+        """The part of a tenant's quotas that is this worker's to give: that of its sessions which are here."""
+        here = sum(other.tenant.fingerprint == tenant.fingerprint for other in self._open.values())
+        return here / (here + seats_elsewhere(str(tenant.fingerprint), "", self._peers)) if here else 1.0
+
+    def _share(self, tenant: Tenant) -> Share:
+        """Of the compute threads' time."""
+        rate = tenant.quota.max_tokens_per_second
+        return Share(tenant.quota.weight, None if rate is None else rate * self._part(tenant))
+
     def _turn(
         self,
         session: _Open,
@@ -556,7 +560,7 @@ class StripServer:
             run,
             tenant=session.tenant.name,
             owner=session.id,
-            share=session.share,
+            share=self._share(session.tenant),
             interactive=session.interactive,
             positions=positions,
             shared=shared,

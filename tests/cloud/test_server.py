@@ -33,6 +33,7 @@ from support.tiny import HIDDEN, tiny_checkpoint
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import logs, pausing, server as server_module, stream as stream_module
+from isthmus.cloud.directory import Peer, Seat
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.stream import SealedStream
@@ -227,6 +228,40 @@ def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
             thread.join(10)
     assert len(answers) == 2
     assert torch.equal(answers[0], answers[1])
+
+
+def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        release.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(cloud.executor), "forward", slow)
+    quota = Quota(max_inflight_bytes=5 * hidden().nbytes // 2, max_tokens_per_second=900)  # two calls at a time
+    with ThreadServer(cloud, Home(tmp_path, quota=quota)) as server, server.link() as first, server.link() as second:
+        for link in (first, second):
+            link.open(5)
+        tenant = next(iter(server.server._open.values())).tenant
+        assert server.server._share(tenant).positions_per_second == 900
+        seats = (Seat(str(tenant.fingerprint), "a link", 1.0), Seat("somebody else's", "another", 2.0))
+        server.server.hear("here:1", (Peer("there:1", "serving", seats), Peer("gone:1", "draining")))
+        assert server.server._share(tenant).positions_per_second == pytest.approx(600)
+        threads = [
+            threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
+            for link in (first, second)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.server.status()["in_flight"] == 2)
+        eventually(lambda: len(server.server._turns) == 1)  # five thirds of a call are this worker's part
+        release.set()
+        for thread in threads:
+            thread.join(20)
+        eventually(lambda: server.server.status()["in_flight"] == 0)
 
 
 def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
