@@ -8,8 +8,10 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.link import Link, connect
 from isthmus.edge.run import train_over
 from isthmus.experiments.harness import LocalCloud
+from isthmus.protocol.enrolment import Quota
 
 pytestmark = pytest.mark.server
 STEPS = 10
@@ -168,6 +171,38 @@ def test_a_cluster_without_its_control_store_is_started_again(
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Path) -> None:
+    with LocalCloud(place / "growing", str(place / "model"), "--threads", "1", "--workers", "1:2", "--no-batching") as cloud:
+        key = cloud.home.parent / "many" / "id_ed25519"
+        key.parent.mkdir(mode=0o700)
+        cloud.enroll("many", key, Quota(max_sessions=8))
+        assert len(cloud.cloud_status()["workers"]) == 1
+        enough, outputs = threading.Event(), [torch.empty(0)] * 6
+        hidden = torch.randn(64, 128, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+        def want(number: int) -> None:
+            """Nobody waits for company here: what waits is overdue."""
+            with connect(cloud.connection, key=key) as link:
+                outputs[number] = link.forward_span(hidden, None, None, keep=False)[0]
+                while not enough.is_set():
+                    assert torch.equal(link.forward_span(hidden, None, None, keep=False)[0], outputs[number])
+
+        with ThreadPoolExecutor(len(outputs)) as pool:
+            asking = [pool.submit(want, number) for number in range(len(outputs))]
+            try:
+                deadline = time.monotonic() + 120
+                while len(status := ask(cloud).get("workers", [])) < 2 or not all(each["sessions"] for each in status):
+                    assert time.monotonic() < deadline, status
+                    time.sleep(0.2)
+            finally:
+                enough.set()
+            for each in asking:
+                each.result()
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+        events = [json.loads(line)["event"] for line in (cloud.home / "worker.log").read_text().splitlines()]
+        assert "worker_added" in events
 
 
 def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[str, torch.Tensor]) -> None:
