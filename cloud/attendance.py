@@ -77,6 +77,10 @@ class Attendance:
         """The sessions that are expected back, and their tenants."""
         return {owner: last.tenant for owner, last in self._answered.items() if self.due(owner, now) < math.inf}
 
+    def sizes(self, now: float) -> dict[bytes, int]:
+        """The sessions that are expected back, and the sizes of their last pieces."""
+        return {owner: self._answered[owner].positions for owner in self.expected(now)}
+
     def together(self, owners: Iterable[bytes]) -> None:
         """These sessions' pieces are done together, and so had better be those that follow from them."""
         mates = frozenset(owners)

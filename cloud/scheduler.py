@@ -14,7 +14,8 @@ Pieces of one kind may be done together, in a *batch*. Whose turn it is brings a
 that is ahead of its share brings less, and while others are at work, of each tenant there is one batch at a time.
 Training waits for company: for sessions whose next piece is of that kind and due soon, going by how long they took
 before, no longer than the batch with them would take, and than `Batching.window`. Where several batches may run at a
-time, a tenant with several sessions rests after each piece, while others are at work, for as long as keeps it at its
+time, each has an even part of all that is at work, or little more, so that none waits for company where there is a lane
+for each; and a tenant with several sessions rests after each piece, while others are at work, for as long as keeps it at its
 share of the time.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
@@ -60,6 +61,8 @@ MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
 CLOSING_SHARE = 0.4
 """Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
+LANE_SLACK = 1.15
+"""A batch may be so much larger than an even part, for each lane, of all that is at work."""
 PATIENCE = 2.0
 """How many times as long as computing it and what is open would take, a piece waits for room in memory at most."""
 RETHINK_SECONDS = 0.02
@@ -193,7 +196,7 @@ class Scheduler(Generic[T]):
         self._lanes = lanes
         self._batching = batching
         self._room = room
-        self._running: dict[bytes, str] = {}  # session -> tenant
+        self._running: dict[bytes, Job[T]] = {}  # session -> its piece
         self._sessions = Attendance()
         self._open = Open()
         self._closing: set[bytes] = set()  # the sessions whose pieces that close something are running
@@ -303,7 +306,7 @@ class Scheduler(Generic[T]):
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
                 account.running += 1
-                self._running[job.owner] = job.tenant
+                self._running[job.owner] = job
                 if job.kind is not None and job.kind.opens:
                     self._open.add(job.owner, job.positions)
                 elif job.kind is not None and job.kind.closes:
@@ -365,11 +368,10 @@ class Scheduler(Generic[T]):
         waiting = {name: account for name, account in self._accounts.items() if len(account)}
         used = {name: account.used for name, account in waiting.items()}
         self._charge(used, lead)
-        room = self._largest(lead) - lead.positions
         at_work = self._at_work(now)
         pool = self._alike(lead, now)
+        mates = self._sessions.mates([lead.owner]) if lead.kind.closes else set()
         if lead.kind.closes:
-            mates = self._sessions.mates([lead.owner])
             pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
@@ -383,10 +385,13 @@ class Scheduler(Generic[T]):
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
-            large = job.positions > room and not (lead.kind.opens and len(batch) < self._batching.open_calls // 2)
-            if not large and fair and in_time and self._fits(job, batch, now):
+            if (
+                (taken <= self._largest(batch) or job.owner in mates)
+                and fair
+                and in_time
+                and self._fits(job, batch, now)
+            ):
                 batch.append(job)
-                room -= job.positions
                 self._charge(used, job)
         return batch
 
@@ -412,7 +417,8 @@ class Scheduler(Generic[T]):
         """The tenants' sessions that have something waiting or running, or are expected back."""
         sessions: dict[str, set[bytes]] = {}
         here = {job.owner: job.tenant for job in self._jobs()}
-        for owner, tenant in {**here, **self._running, **self._sessions.expected(now)}.items():
+        running = {owner: job.tenant for owner, job in self._running.items()}
+        for owner, tenant in {**here, **running, **self._sessions.expected(now)}.items():
             sessions.setdefault(tenant, set()).add(owner)
         return sessions
 
@@ -427,12 +433,23 @@ class Scheduler(Generic[T]):
         late = now >= job.since + self._batching.window
         return not opened or late or opened + job.positions <= self._room() / len(at_work)
 
-    def _largest(self, lead: Job[T]) -> float:
-        """Token positions of a batch at most."""
+    def _largest(self, batch: list[Job[T]]) -> float:
+        """Token positions of a batch at most when one more is added to it."""
+        lead = batch[0]
         if self._batching is None or lead.kind is None:
             return math.inf
-        share = self._room() / (1 + CLOSING_SHARE)
-        return min(self._batching.positions, share) if lead.kind.opens else self._batching.positions
+        largest = float(self._batching.positions)
+        if lead.kind.opens and len(batch) >= self._batching.open_calls // 2:
+            largest = min(largest, self._room() / (1 + CLOSING_SHARE))
+        if self._lanes > 1:
+            largest = min(largest, max(lead.positions, LANE_SLACK * self._positions_at_work() / self._lanes))
+        return largest
+
+    def _positions_at_work(self) -> int:
+        """Token positions of the pieces of all sessions that are at work: of each the one that it is known by."""
+        expected = self._sessions.sizes(self._clock())
+        running = {owner: job.positions for owner, job in self._running.items()}
+        return sum({**expected, **running, **{job.owner: job.positions for job in self._jobs()}}.values())
 
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
@@ -470,10 +487,13 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        if positions >= self._largest(lead):
+        room = self._largest(batch) - positions
+        if room <= 0 and not lead.kind.closes:
             return now
         mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
         coming = self._sessions.coming(lead.kind.name, now, mates)
+        if mates is None:
+            coming = [each for each in coming if each[1] <= room]
         full = self._seconds(positions + sum(more for _, more in coming), lead)
         if lead.kind.opens and self._without_room(batch, now):
             coming, full = [(now, 0)], math.inf
@@ -487,7 +507,9 @@ class Scheduler(Generic[T]):
         return [
             job
             for job in self._alike(lead, now)
-            if job not in batch and positions + job.positions <= self._largest(lead) and not self._fits(job, batch, now)
+            if job not in batch
+            and positions + job.positions <= self._largest(batch)
+            and not self._fits(job, batch, now)
         ]
 
     def ready_at(self) -> float | None:

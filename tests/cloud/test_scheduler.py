@@ -710,7 +710,7 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     assert worker.begin() == []  # a and b will close soon
     for session in ("a", "b"):
         worker.add(session, CLOSING, positions=30)
-    assert names(worker.begin()) == ["a", "b"]
+    assert [names(worker.begin()) for _ in range(2)] == [["a"], ["b"]]  # a lane for each
     assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.4 + 30 < 60
 
     patient = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
@@ -726,18 +726,39 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
 
 def test_what_was_opened_together_closes_together() -> None:
     worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "d"):
+        worker.add(session, OPENING)
+    batches = [worker.begin(), worker.begin()]
+    assert [names(batch) for batch in batches] == [["a", "b"], ["c", "d"]]
+    for batch in batches:
+        worker.end(batch, 0.01)
+    for session in ("a", "c", "d"):
+        worker.add(session, CLOSING)
+    assert names(worker.begin()) == ["c", "d"]  # a waits for b, which it shares a graph with
+    for session in (b"c", b"d"):
+        worker.scheduler.cancel(session)
+    worker.add("b", CLOSING)
+    assert names(worker.begin()) == ["a", "b"]  # also where a lane's part is one of them
+
+
+def test_batches_leave_each_lane_its_part() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "d"):
+        worker.add(session, OPENING)
+    worker.add("e", OPENING, positions=20)
+    assert [names(worker.begin()) for _ in range(2)] == [["a", "b", "c"], ["d", "e"]]  # 30 each, and 15 % more
+
+
+def test_where_there_is_a_lane_for_each_nobody_waits_for_company() -> None:
+    worker = Lanes(room=1000.0)
     for session in ("a", "b"):
         worker.add(session, OPENING)
-    together = worker.begin()
-    worker.add("c", OPENING)
-    alone = worker.begin()
-    worker.end(together, 0.01)
-    worker.end(alone, 0.01)
+    batches = [worker.begin(), worker.begin()]
+    assert [names(batch) for batch in batches] == [["a"], ["b"]]
+    for batch in batches:
+        worker.end(batch, 0.1)
     worker.add("a", CLOSING)
-    worker.add("c", CLOSING)
-    assert names(worker.begin()) == ["c"]  # a waits for b, which it shares a graph with
-    worker.add("b", CLOSING)
-    assert names(worker.begin()) == ["a", "b"]
+    assert names(worker.begin()) == ["a"]  # b comes soon
 
 
 def test_a_tenant_with_several_sessions_has_its_share_of_the_time_and_of_the_room() -> None:
