@@ -50,7 +50,8 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
 	$(BIN)/isthmus bench step --model smollm2-135m --codec int8 --json
 	$(BIN)/isthmus bench faults --json
-	$(BIN)/isthmus bench chaos --seconds 300 --steps 20 --seed 2 --json
+	$(BIN)/isthmus bench chaos --seconds 600 --json
+	$(BIN)/isthmus bench chaos --soak --seconds 1800 --json
 	$(BIN)/isthmus bench tenants --n 8 --steps 12 --figure docs/figures/tenants.png --json
 	$(BIN)/isthmus bench qos --json
 	$(BIN)/isthmus bench kernels --json
