@@ -40,7 +40,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures of docs/results.md. Takes about an hour on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
+# The figures of docs/results.md. Takes about three hours on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
 # sst2/ and shakespeare/.
 DATA ?= ../shared/data
 
