@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,12 @@ KEYS = [(b"a", 1), (b"b", 1)]
 @pytest.fixture(scope="module")
 def two_gpus() -> Iterator[None]:
     """A Ray that says that this machine has two: it counts them, and looks at none."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     ray.init(address="local", num_gpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield
     ray.shutdown()
+    for number, handler in handlers.items():  # Ray has put its own in their place
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -93,13 +93,14 @@ def test_a_worker_is_started_and_drained_as_the_controller_says(monkeypatch: pyt
         exceptions=serving._ray.exceptions,
     )  # type: ignore[assignment]  # stands for the module
     serving._workers, serving._controllers, serving._starting = {0: start(0)}, [controller], {}
-    serving._grace = 1.0
+    serving._grace, serving._specs = 1.0, [SPEC, SPEC]
+    serving._gpus = SimpleNamespace(give_back=lambda number: log.append(f"gpu of {number}"))  # type: ignore[assignment]
     for _ in range(5):
         serving._scale()
         if not changes:
             break
     asked = ["controller.change"]
-    assert log == [*asked, "worker-1.port", *asked, *asked, "worker-1.drain", "kill worker-1", *asked]
+    assert log == [*asked, "worker-1.port", *asked, *asked, "worker-1.drain", "kill worker-1", "gpu of 1", *asked]
     assert list(serving._workers) == [0]
 
 
