@@ -73,13 +73,9 @@ class Attendance:
             if last.then == kind and (among is None or owner in among) and (moment := self.due(owner, now)) < math.inf
         ]
 
-    def expected(self, now: float) -> dict[bytes, str]:
-        """The sessions that are expected back, and their tenants."""
-        return {owner: last.tenant for owner, last in self._answered.items() if self.due(owner, now) < math.inf}
-
-    def sizes(self, now: float) -> dict[bytes, int]:
-        """The sessions that are expected back, and the sizes of their last pieces."""
-        return {owner: self._answered[owner].positions for owner in self.expected(now)}
+    def expected(self, now: float) -> dict[bytes, Answered]:
+        """The sessions that are expected back, and what is known of them."""
+        return {owner: last for owner, last in self._answered.items() if self.due(owner, now) < math.inf}
 
     def together(self, owners: Iterable[bytes]) -> None:
         """These sessions' pieces are done together, and so had better be those that follow from them."""

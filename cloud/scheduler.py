@@ -271,9 +271,7 @@ class Scheduler(Generic[T]):
     @property
     def crowded(self) -> bool:
         """Whether more than one session is at work: has something waiting or running, or is expected back."""
-        now = self._clock()
-        waiting = {job.owner for job in self._jobs()}
-        return len(waiting | self._running.keys() | self._sessions.expected(now).keys()) > 1
+        return len(self._sessions_at(self._clock())) > 1
 
     def _jobs(self) -> Iterator[Job[T]]:
         return (job for account in self._accounts.values() for queue in account.waiting for job in queue)
@@ -369,7 +367,7 @@ class Scheduler(Generic[T]):
         used = {name: account.used for name, account in waiting.items()}
         self._charge(used, lead)
         at_work = self._at_work(now)
-        pool = self._alike(lead, now)
+        pool, part = self._alike(lead, now), self._part(now)
         mates = self._sessions.mates([lead.owner]) if lead.kind.closes else set()
         if lead.kind.closes:
             pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
@@ -385,12 +383,8 @@ class Scheduler(Generic[T]):
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
-            if (
-                (taken <= self._largest(batch) or job.owner in mates)
-                and fair
-                and in_time
-                and self._fits(job, batch, now)
-            ):
+            fitting = taken <= self._largest(batch, part) or job.owner in mates
+            if fitting and fair and in_time and self._fits(job, batch, now):
                 batch.append(job)
                 self._charge(used, job)
         return batch
@@ -416,11 +410,19 @@ class Scheduler(Generic[T]):
     def _at_work(self, now: float) -> dict[str, set[bytes]]:
         """The tenants' sessions that have something waiting or running, or are expected back."""
         sessions: dict[str, set[bytes]] = {}
-        here = {job.owner: job.tenant for job in self._jobs()}
-        running = {owner: job.tenant for owner, job in self._running.items()}
-        for owner, tenant in {**here, **running, **self._sessions.expected(now)}.items():
-            sessions.setdefault(tenant, set()).add(owner)
+        for owner, known in self._sessions_at(now).items():
+            sessions.setdefault(known.tenant, set()).add(owner)
         return sessions
+
+    def _sessions_at(self, now: float) -> dict[bytes, Job[T] | Answered]:
+        """The sessions at work, and of each the piece that waits, or runs, or was answered last."""
+        return {**self._sessions.expected(now), **self._running, **{job.owner: job for job in self._jobs()}}
+
+    def _part(self, now: float) -> float:
+        """Token positions that a batch has at most, so that each lane has its part of all that is at work."""
+        if self._lanes == 1:
+            return math.inf
+        return LANE_SLACK * sum(known.positions for known in self._sessions_at(now).values()) / self._lanes
 
     def _has_share(self, job: Job[T], at_work: Mapping[str, set[bytes]], now: float) -> bool:
         """Whether a piece's tenant, if it has several sessions, with others at work, has time and room left for it."""
@@ -433,23 +435,15 @@ class Scheduler(Generic[T]):
         late = now >= job.since + self._batching.window
         return not opened or late or opened + job.positions <= self._room() / len(at_work)
 
-    def _largest(self, batch: list[Job[T]]) -> float:
-        """Token positions of a batch at most when one more is added to it."""
+    def _largest(self, batch: list[Job[T]], part: float) -> float:
+        """Token positions of a batch at most when one more is added to it, where a lane's `part` is so much."""
         lead = batch[0]
         if self._batching is None or lead.kind is None:
             return math.inf
-        largest = float(self._batching.positions)
+        largest = min(self._batching.positions, max(lead.positions, part))
         if lead.kind.opens and len(batch) >= self._batching.open_calls // 2:
             largest = min(largest, self._room() / (1 + CLOSING_SHARE))
-        if self._lanes > 1:
-            largest = min(largest, max(lead.positions, LANE_SLACK * self._positions_at_work() / self._lanes))
         return largest
-
-    def _positions_at_work(self) -> int:
-        """Token positions of the pieces of all sessions that are at work: of each the one that it is known by."""
-        expected = self._sessions.sizes(self._clock())
-        running = {owner: job.positions for owner, job in self._running.items()}
-        return sum({**expected, **running, **{job.owner: job.positions for job in self._jobs()}}.values())
 
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
@@ -487,7 +481,7 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        room = self._largest(batch) - positions
+        room = self._largest(batch, self._part(now)) - positions
         if room <= 0 and not lead.kind.closes:
             return now
         mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
@@ -503,14 +497,9 @@ class Scheduler(Generic[T]):
 
     def _without_room(self, batch: list[Job[T]], now: float) -> list[Job[T]]:
         """What would be in a batch if there were room in memory."""
-        positions, lead = sum(job.positions for job in batch), batch[0]
-        return [
-            job
-            for job in self._alike(lead, now)
-            if job not in batch
-            and positions + job.positions <= self._largest(batch)
-            and not self._fits(job, batch, now)
-        ]
+        room = self._largest(batch, self._part(now)) - sum(job.positions for job in batch)
+        alike = (job for job in self._alike(batch[0], now) if job not in batch)
+        return [job for job in alike if job.positions <= room and not self._fits(job, batch, now)]
 
     def ready_at(self) -> float | None:
         """When `next` may have something, if it had nothing just now; None where nothing waits."""

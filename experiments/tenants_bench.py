@@ -334,11 +334,11 @@ def _crowd(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, ten
         processes = [stack.enter_context(_process(settings, folder, cloud, tenant)) for tenant in tenants]
         for process in processes:
             process.answer()  # it is warm
-        for process in processes:
-            process.tell("begin")
         worker = None if cloud is None else cloud.status()["pid"]
         if worker is not None:
             forget_peak(worker)
+        for process in processes:
+            process.tell("begin")
         seen = [Seen(**json.loads(process.answer())) for process in processes]
         memory = [proportional_bytes(process.pid) for process in processes]
         most = 0 if worker is None else peak_bytes(worker)

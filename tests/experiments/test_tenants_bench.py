@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny import N_LAYERS, tiny_checkpoint
 from typer.testing import CliRunner
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import load_span
 from isthmus.cli.main import app
-from isthmus.experiments.tenants_bench import Crowd, Seen, TenantSettings, jain, loss_difference
+from isthmus.experiments.tenants_bench import (
+    Crowd,
+    Seen,
+    TenantSettings,
+    forget_peak,
+    jain,
+    loss_difference,
+    peak_bytes,
+    proportional_bytes,
+)
 
 
 def steps(begun: float, seconds: float, count: int) -> Seen:
@@ -77,3 +91,23 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert figures["jain"] > 0.5
     assert figures["flood_p99_ratio"] > 0
     assert figures["throughput_ratio_bf16_cloud"] > 0
+
+
+def test_a_peak_is_what_was_there_since_it_was_forgotten() -> None:
+    size = 64 << 20
+    block = bytearray(os.urandom(1 << 20) * 64)
+    forget_peak(os.getpid())
+    before = peak_bytes(os.getpid())
+    assert len(block) == size
+    del block
+    assert peak_bytes(os.getpid()) >= before - (1 << 20), "what was there is remembered"
+    forget_peak(os.getpid())
+    assert peak_bytes(os.getpid()) < before - size // 2, "and then forgotten"
+
+
+@pytest.mark.parametrize("look", [forget_peak, peak_bytes, proportional_bytes])
+def test_a_process_that_is_gone_has_no_memory(look: Callable[[int], Any]) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    with pytest.raises(IsthmusError, match=f"/proc/{gone.pid}/.*which the figures of memory need"):
+        look(gone.pid)
