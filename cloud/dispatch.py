@@ -166,7 +166,7 @@ class Dispatcher:
     def cancel(self, owner: bytes) -> None:
         """Cancel what waits of a session."""
         with self._changed:
-            gone = list(self._scheduler.cancel(owner))
+            gone = self._scheduler.cancel(owner)
         for job in gone:
             job.work.future.cancel()
 
@@ -192,7 +192,7 @@ class Dispatcher:
         self._untidy.set()
         with self._changed:
             self._ending = True
-            gone = list(self._scheduler.clear()) if cancel else []
+            gone = self._scheduler.clear() if cancel else []
             self._changed.notify_all()
         for job in gone:
             job.work.future.cancel()

@@ -31,6 +31,7 @@ to it in any case, so that a bad guess keeps nobody out.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -419,15 +420,27 @@ class Scheduler(Generic[T]):
         return {**self._sessions.expected(now), **self._running, **{job.owner: job for job in self._jobs()}}
 
     def _part(self, now: float) -> float:
-        """Token positions that a batch has at most, so that each lane has its part of all that is at work."""
+        """Token positions that a batch has at most, so that each lane has its part of all that is at work.
+
+        What a tenant with several sessions has counts up to the median of the tenants', by weight: the others' batches
+        are not to grow with what one that floods has waiting.
+        """
         if self._lanes == 1:
             return math.inf
-        return LANE_SLACK * sum(known.positions for known in self._sessions_at(now).values()) / self._lanes
+        wanted: dict[str, list[int]] = {}
+        for known in self._sessions_at(now).values():
+            wanted.setdefault(known.tenant, []).append(known.positions)
+        weight = {name: self._accounts[name].share.weight for name in wanted}
+        median = statistics.median_low(sum(each) / weight[name] for name, each in wanted.items()) if wanted else 0
+        counted = (min(sum(each), max([*each, weight[name] * median])) for name, each in wanted.items())
+        return LANE_SLACK * sum(counted) / self._lanes
 
     def _has_share(self, job: Job[T], at_work: Mapping[str, set[bytes]], now: float) -> bool:
         """Whether a piece's tenant, if it has several sessions, with others at work, has time and room left for it."""
         sessions = at_work.get(job.tenant, set())
         if self._batching is None or not job.positions or len(sessions) < 2 or len(at_work) < 2:
+            return True
+        if job.kind is not None and job.kind.closes:
             return True
         if self._accounts[job.tenant].rests_until > now:
             return False
@@ -546,20 +559,19 @@ class Scheduler(Generic[T]):
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 
-    def cancel(self, owner: bytes) -> Iterator[Job[T]]:
+    def cancel(self, owner: bytes) -> list[Job[T]]:
         """Take out what waits of one session, which is over."""
         self._sessions.forget(owner)
         self._open.forget(owner)
-        for account in self._accounts.values():
-            for queue in account.waiting:
-                gone = [job for job in queue if job.owner == owner]
-                for job in gone:
-                    queue.remove(job)
-                yield from gone
+        gone = [job for job in self._jobs() if job.owner == owner]
+        for job in gone:
+            self._accounts[job.tenant].waiting[0 if job.interactive else 1].remove(job)
+        return gone
 
-    def clear(self) -> Iterator[Job[T]]:
+    def clear(self) -> list[Job[T]]:
         """Take out everything."""
+        gone = list(self._jobs())
         for account in self._accounts.values():
             for queue in account.waiting:
-                while queue:
-                    yield queue.popleft()
+                queue.clear()
+        return gone

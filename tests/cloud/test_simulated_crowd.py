@@ -1,0 +1,144 @@
+"""Tenants who train on one worker, in simulated time: what each gets, with and without one that floods.
+
+The machine is that of `isthmus bench tenants`: two cores, which the worker's lanes and the tenants' own processes share
+evenly. A pass takes a time of its own and one for each token position, as measured of SmolLM2-135M's span, and its
+forward a third of both; a tenant computes for itself before, between and after its calls.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from isthmus.cloud.scheduler import Batching, Kind, Scheduler, Share
+from isthmus.experiments.tenants_bench import LENGTHS, jain
+
+CORES, LANES = 2, 2
+FORWARD, BACKWARD = (
+    Kind("forward", "backward", "forward", opens=True, anywhere=True),
+    Kind("backward", "forward", "backward", closes=True, anywhere=True),
+)
+PASS_SECONDS, POSITION_SECONDS, OWN_SECONDS = 0.114, 0.0056, 0.0047
+STEPS = 12
+
+Then = Callable[[], object]
+
+
+@dataclass
+class Machine:
+    """Cores that everybody who has something to do shares; a worker; the moments at which tenants have begun a step."""
+
+    seed: int
+    room: float
+    now: float = 0.0
+    worked: float = 0.0  # core seconds
+    began: dict[str, list[float]] = field(default_factory=dict)
+    _tasks: list[tuple[list[float], Then]] = field(default_factory=list)  # seconds left, in a list of one
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._scheduler: Scheduler[Then] = Scheduler(lambda: self.now, Batching(), lambda: self.room, LANES)
+        self._idle = set(range(LANES))
+
+    def compute(self, seconds: float, then: Then) -> None:
+        """Take a core for so long, give or take a twentieth."""
+        self._tasks.append(([seconds * self._random.uniform(0.95, 1.05)], then))
+
+    def call(self, tenant: str, session: int, positions: int, kind: Kind, then: Then) -> None:
+        """Ask the worker."""
+        owner = f"{tenant}/{session}".encode()
+        self._scheduler.add(then, tenant=tenant, owner=owner, share=Share(), positions=positions, kind=kind)
+
+    def train(self, tenant: str, positions: int) -> None:
+        """A tenant's steps, one after the other."""
+        own = OWN_SECONDS * positions
+        self.began.setdefault(tenant, []).append(self.now)
+
+        def after() -> None:
+            self.compute(0.2 * own, lambda: self.train(tenant, positions))
+
+        def between() -> None:
+            self.compute(0.6 * own, lambda: self.call(tenant, 0, positions, BACKWARD, after))
+
+        self.compute(0.2 * own, lambda: self.call(tenant, 0, positions, FORWARD, between))
+
+    def flood(self, tenant: str, session: int, positions: int) -> None:
+        """A session that wants computing all the time."""
+        again = lambda: self.flood(tenant, session, positions)  # noqa: E731
+        close = lambda: self.call(tenant, session, positions, BACKWARD, again)  # noqa: E731
+        self.compute(0.004, lambda: self.call(tenant, session, positions, FORWARD, close))
+
+    def run(self) -> None:
+        """Let time pass until every tenant has made its steps."""
+        while min(map(len, self.began.values())) <= STEPS:
+            self._begin()
+            rate = min(1.0, CORES / max(1, len(self._tasks)))
+            steps = [left[0] / rate for left, _ in self._tasks]
+            if self._idle and (ready := self._scheduler.ready_at()) is not None:
+                steps.append(max(ready - self.now, 0.0) + 1e-3)
+            passed = min(steps)
+            self.now += passed
+            self.worked += passed * rate * len(self._tasks)
+            for left, _ in self._tasks:
+                left[0] -= passed * rate
+            done = [task for task in self._tasks if task[0][0] <= 1e-9]
+            self._tasks = [task for task in self._tasks if task[0][0] > 1e-9]
+            for _, then in done:
+                then()
+
+    def _begin(self) -> None:
+        for lane in sorted(self._idle):
+            batch = self._scheduler.next(anywhere=lane > 0)
+            if not batch:
+                continue
+            assert batch[0].kind is not None
+            seconds = PASS_SECONDS + POSITION_SECONDS * sum(job.positions for job in batch)
+            self._idle.remove(lane)
+
+            def end(lane: int = lane, batch: list = batch, since: float = self.now) -> None:  # type: ignore[type-arg]
+                self._idle.add(lane)
+                self._scheduler.finished(batch, self.now - since)
+                for job in batch:
+                    job.work()
+
+            self.compute(seconds / 3 * (1 if batch[0].kind is FORWARD else 2), end)
+
+    def steps(self) -> list[float]:
+        """Seconds of each counted step of the tenants, the shortest first."""
+        pairs = ((a, b) for began in self.began.values() for a, b in zip(began, began[1 : STEPS + 1], strict=False))
+        return sorted(b - a for a, b in pairs)
+
+
+def crowd(seed: int, room: float, flooding: bool) -> Machine:
+    """Eight tenants, the first of which, where one floods, wants all it can get with ten sessions."""
+    machine = Machine(seed, room)
+    for number, length in enumerate(LENGTHS):
+        if number or not flooding:
+            machine.train(f"tenant {number}", round(64 * length))
+    for session in range(10 if flooding else 0):
+        machine.flood("tenant 0", session, 64)
+    machine.run()
+    return machine
+
+
+@pytest.mark.parametrize("room", [397.0, math.inf])
+def test_whoever_floods_slows_the_others_down_little(room: float) -> None:
+    calm = [step for seed in range(4) for step in crowd(seed, room, flooding=False).steps()]
+    flooded = [step for seed in range(4) for step in crowd(seed, room, flooding=True).steps()]
+    assert sum(flooded) / len(flooded) <= 1.05 * sum(calm) / len(calm)
+    assert sorted(flooded)[-len(flooded) // 100] <= 1.2 * sorted(calm)[-len(calm) // 100]
+
+
+@pytest.mark.parametrize("room", [397.0, math.inf])
+def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
+    machine = crowd(0, room, flooding=False)
+    positions = 64 * sum(LENGTHS)
+    best = (OWN_SECONDS * positions + PASS_SECONDS + POSITION_SECONDS * positions) / CORES  # all calls in one pass
+    rounds = sum(map(len, machine.began.values())) / len(LENGTHS)
+    assert machine.now / rounds <= best / 0.95
+    assert machine.worked / machine.now >= 0.95 * CORES
+    assert jain([len(each) for each in machine.began.values()]) > 0.99
