@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -40,7 +41,7 @@ class Machine:
     _tasks: list[tuple[list[float], Then]] = field(default_factory=list)  # seconds left, in a list of one
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+        self._random = random.Random(self.seed)  # noqa: S311  # a simulation
         self._scheduler: Scheduler[Then] = Scheduler(lambda: self.now, Batching(), lambda: self.room, LANES)
         self._idle = set(range(LANES))
 
@@ -109,7 +110,7 @@ class Machine:
 
     def steps(self) -> list[float]:
         """Seconds of each counted step of the tenants, the shortest first."""
-        pairs = ((a, b) for began in self.began.values() for a, b in zip(began, began[1 : STEPS + 1], strict=False))
+        pairs = ((a, b) for began in self.began.values() for a, b in pairwise(began[: STEPS + 1]))
         return sorted(b - a for a, b in pairs)
 
 
