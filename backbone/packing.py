@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -92,7 +91,7 @@ class Packer:
         self._turn = threading.Lock()
         attending = (config for m in self._layers.modules() if (config := getattr(m, "config", None)) is not None)
         for config in {id(config): config for config in (span.base.config, *attending)}.values():
-            config._attn_implementation = taking_several(config._attn_implementation)
+            config._attn_implementation = _taking_several(config._attn_implementation)
 
     def __call__(self, inputs: Sequence[SpanInput]) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
@@ -173,7 +172,7 @@ def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
             yield _Segment(sum(each.batch for each in run), length, None)
 
 
-def taking_several(inner: str) -> str:
+def _taking_several(inner: str) -> str:
     """The name of the attention implementation that does what `inner` does, and also takes several inputs in a row."""
     if inner.startswith(ATTENTION):
         return inner
@@ -185,8 +184,6 @@ def taking_several(inner: str) -> str:
         ) -> tuple[Tensor, Tensor | None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             plain: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-            if inner == "sdpa" and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-                plain = partial(_in_fp32, plain)
             if not isinstance(attention_mask, _Segments):
                 return plain(module, query, key, value, attention_mask, **options)
             return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
@@ -195,41 +192,6 @@ def taking_several(inner: str) -> str:
         if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name
-
-
-def _in_fp32(
-    plain: Callable[..., tuple[Tensor, Tensor | None]],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention in bf16 by way of fp32, where torch's backward takes less than half as long on a CPU."""
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    attend = lambda *states: plain(module, *states, mask, **options)[0]  # noqa: E731
-    return _ByWayOfFp32.apply(attend, query, key, value), None  # type: ignore[no-untyped-call]  # torch
-
-
-class _ByWayOfFp32(torch.autograd.Function):
-    """Keeps no more than its inputs, as they are, and computes the forward once more in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, attend: Callable[..., Tensor], *states: Tensor) -> Tensor:
-        """`attend` of the states in fp32, in their own dtype."""
-        ctx.attend = attend
-        ctx.save_for_backward(*states)
-        return attend(*(each.float() for each in states)).to(states[0].dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """None, and the gradients of the states."""
-        with torch.enable_grad():
-            states = [each.float().requires_grad_() for each in ctx.saved_tensors]
-            output = ctx.attend(*states)
-        return None, *(each.to(gradient.dtype) for each in torch.autograd.grad(output, states, gradient.float()))
 
 
 def _attend(

@@ -84,7 +84,7 @@ LOOK_SECONDS = 0.05
 """What waits is looked at so often, where nothing else happens."""
 IDLE_SECONDS = 1.0
 """After so long without work, memory that is free goes back to the system."""
-TIDY_SECONDS = 0.3
+TIDY_SECONDS = 0.2
 """While several sessions are at work, it goes back so often: pieces of all sizes would leave holes for ever."""
 
 

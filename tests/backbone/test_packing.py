@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny import CONFIGS, tiny_checkpoint
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from isthmus.backbone.packing import Packer, taking_several
+from isthmus.backbone.packing import Packer
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
@@ -53,27 +50,6 @@ def test_every_family_has_the_bits_of_passes_of_their_own(name: str, dtype: torc
         expected = span(alone, each.attention_mask, each.position_ids)
         assert torch.equal(output, expected)
         assert torch.equal(found, *torch.autograd.grad(expected, alone, gradient))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_bf16_is_computed_in_fp32_and_keeps_its_inputs_only(masked: bool) -> None:
-    module = nn.Module()
-    states = [torch.randn(2, 4, 9, 16).to(torch.bfloat16).requires_grad_() for _ in range(3)]
-    mask = torch.randn(2, 1, 9, 9).to(torch.bfloat16) if masked else None
-    attend = ALL_ATTENTION_FUNCTIONS[taking_several("sdpa")]
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        output = attend(module, *states, mask)[0]
-    assert sorted(each.data_ptr() for each in kept) == sorted(each.data_ptr() for each in states)
-    exact = [each.detach().float().requires_grad_() for each in states]
-    expected = functional.scaled_dot_product_attention(
-        *exact, attn_mask=None if mask is None else mask.float(), is_causal=not masked
-    ).transpose(1, 2)
-    assert torch.equal(output, expected.to(torch.bfloat16))
-    upstream = torch.randn(output.shape).to(torch.bfloat16)
-    gradients = torch.autograd.grad(output, states, upstream)
-    for found, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.float()), strict=True):
-        assert torch.equal(found, wanted.to(torch.bfloat16))
 
 
 def test_the_span_is_as_it_was_afterwards(tmp_path: Path) -> None:
