@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -52,11 +54,21 @@ class _Work(Generic[R]):
     future: Future[R]
 
 
+_CANCELLED = CancelledError()
+
+
 def _do(batch: Sequence[_Work[Any]]) -> list[Any]:
-    """Do work together, or one piece alone; hand out what comes of it, errors too, and return it."""
+    """Do work together, or one piece alone; hand out what comes of it, errors too, and return it.
+
+    Of what was cancelled comes a `CancelledError`.
+    """
     wanted = [work for work in batch if work.future.set_running_or_notify_cancel()]
-    if not wanted:
-        return []
+    came: dict[int, Any] = dict(zip(map(id, wanted), _results(wanted), strict=True)) if wanted else {}
+    return [came.get(id(work), _CANCELLED) for work in batch]
+
+
+def _results(wanted: Sequence[_Work[Any]]) -> list[Any]:
+    """Do work that was not cancelled."""
     shared = wanted[0].shared
     try:
         if shared is None or len(wanted) == 1:
@@ -85,7 +97,7 @@ LOOK_SECONDS = 0.05
 IDLE_SECONDS = 1.0
 """After so long without work, memory that is free goes back to the system."""
 TIDY_SECONDS = 0.2
-"""While several sessions are at work, it goes back so often: pieces of all sizes would leave holes for ever."""
+"""While several sessions are at work, the size of the process is looked at so often."""
 
 
 def give_memory_back() -> None:
@@ -93,6 +105,14 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory; 0 where the system does not tell as Linux does."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 class Dispatcher:
@@ -104,6 +124,7 @@ class Dispatcher:
         computed: whether a result was computed, and not refused.
         room: `Scheduler`'s.
         lanes: How many batches may run at a time, at most.
+        growth: By so many bytes the process may grow at work before free memory goes back to the system.
     """
 
     def __init__(
@@ -113,7 +134,10 @@ class Dispatcher:
         computed: Callable[[Any], bool] = lambda result: not isinstance(result, BaseException),
         room: Callable[[], float] = lambda: math.inf,
         lanes: int = LANES,
+        growth: float = 0.0,
     ) -> None:
+        self._growth = growth
+        self._idle_bytes = resident_bytes()  # of the process when nothing is at work
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
         lanes = 1 if batching is None else min(lanes, threads)
@@ -209,27 +233,29 @@ class Dispatcher:
         batch, threads = self._take(lane)
         if not batch:
             return False
-        start, computed, kind = time.perf_counter(), False, batch[0].kind
+        start, failed, kind = time.perf_counter(), batch, batch[0].kind
         try:
             torch.set_num_threads(threads)
             # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
-            computed = all(self._computed(result) for result in _do([job.work for job in batch]))
+            done = [self._computed(result) for result in _do([job.work for job in batch])]
+            failed = [job for job, computed in zip(batch, done, strict=True) if not computed]
         finally:
             with self._changed:
                 if kind is not None:
                     self._shared += len(batch)
                     self._passes += 1
-                self._scheduler.finished(batch, time.perf_counter() - start, computed=computed)
+                self._scheduler.finished(batch, time.perf_counter() - start, failed)
                 self._worked = time.monotonic()
                 self._changed.notify_all()
         self._untidy.set()
         return True
 
     def _keep_tidy(self) -> None:
-        """Give memory back while several sessions are at work, and once after they have been.
+        """Give memory back where several sessions at work make the process large, and once after they have been.
 
         A pass takes memory while another gives it up. Left to itself, the heap gives what is new a place that the
-        system has to fill with pages, while those that came free wait for something of their size.
+        system has to fill with pages, while those that came free wait for something of their size. But what is given
+        back has to be filled again, too, which takes a tenth of the time if it is done five times a second.
         """
         while self._untidy.wait() and not self._ended.wait(TIDY_SECONDS):
             with self._changed:
@@ -237,8 +263,10 @@ class Dispatcher:
                 idle = not self._scheduler.busy and time.monotonic() > self._worked + IDLE_SECONDS
                 if idle:
                     self._untidy.clear()
-            if crowded or idle:
+            if idle or (crowded and resident_bytes() > self._idle_bytes + self._growth):
                 give_memory_back()
+            if idle:
+                self._idle_bytes = resident_bytes()
 
     def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
         """Wait for the next batch, and for how many threads; empty at the end."""

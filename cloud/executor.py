@@ -145,6 +145,8 @@ class StashCounters:
 
 STATE_SHARE = 0.65
 """Forward states of several calls should not take more than so much of what the span's weights take."""
+WORKING_SHARE = 0.5
+"""From so much of that on, in all, what is free in the heap goes back to the system."""
 
 
 @dataclass(slots=True)
@@ -195,6 +197,11 @@ class Executor:
     def room(self) -> float:
         """Token positions whose forward states take `STATE_SHARE` of the memory that the span's weights take."""
         return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
+
+    @property
+    def working_bytes(self) -> float:
+        """By how much passes of several sessions may make the process grow before its heap is trimmed."""
+        return WORKING_SHARE * self._span_bytes
 
     @property
     def used_bytes(self) -> int:

@@ -375,32 +375,42 @@ class Scheduler(Generic[T]):
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
             pool.remove(job)
+            more = any(other.tenant == job.tenant for other in batch)
             others = [
-                self._accounts[name].used if name not in used else used[name] for name in at_work.keys() - {job.tenant}
+                used[name] if name in used else self._standing(name, lifted=not more)
+                for name in at_work.keys() - {job.tenant}
             ]
             lowest = min(others, default=used[job.tenant])
-            ahead = 0.0 if any(other.tenant == job.tenant for other in batch) else LEAD_SECONDS
+            ahead = 0.0 if more else LEAD_SECONDS
             taken = sum(each.positions for each in batch) + job.positions
             soonest = min((each.until for each in (*batch, job) if each.until is not None), default=math.inf)
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
             fitting = taken <= self._largest(batch, part) or job.owner in mates
-            if fitting and fair and in_time and self._fits(job, batch, now):
+            if fitting and (fair or job.owner in mates) and in_time and self._fits(job, batch, now):
                 batch.append(job)
                 self._charge(used, job)
         return batch
 
+    def _standing(self, name: str, *, lifted: bool) -> float:
+        """A tenant's account; `lifted`, where it would be if a tenant that is away came back now."""
+        account = self._accounts[name]
+        away = not len(account) and not account.running
+        return max(account.used, self._present) if lifted and away else account.used
+
     def _alike(self, lead: Job[T], now: float) -> list[Job[T]]:
         """What may be done together with a piece, as far as its kind and shares go: the first of each other session."""
         at_work = self._at_work(now)
+        mates = self._sessions.mates([lead.owner])
         return [
             job
-            for account in self._accounts.values()
+            for name, account in self._accounts.items()
             for job in account.heads(lead.interactive, self._running)
             if job.kind is not None
             and lead.kind is not None
             and job.kind.name == lead.kind.name
             and job.owner != lead.owner
+            and (not account.running or at_work.keys() <= {name} or (lead.kind.closes and job.owner in mates))
             and self._has_share(job, at_work, now)
         ]
 
@@ -440,9 +450,9 @@ class Scheduler(Generic[T]):
         sessions = at_work.get(job.tenant, set())
         if self._batching is None or not job.positions or len(sessions) < 2 or len(at_work) < 2:
             return True
-        if job.kind is not None and job.kind.closes:
+        if job.kind is not None and job.kind.closes and self._open.positions([job.owner]):
             return True
-        if self._accounts[job.tenant].rests_until > now:
+        if self._accounts[job.tenant].rests_until > now and not job.interactive:
             return False
         opened = self._open.positions(sessions - {job.owner}) if job.kind is not None and job.kind.opens else 0
         late = now >= job.since + self._batching.window
@@ -526,14 +536,15 @@ class Scheduler(Generic[T]):
         times += [each.rests_until for each in self._accounts.values() if len(each) and each.rests_until > now]
         return min(times, default=now + RETHINK_SECONDS if len(self) and not self._running else None)
 
-    def finished(self, batch: list[Job[T]], seconds: float, *, computed: bool = True) -> None:
+    def finished(self, batch: list[Job[T]], seconds: float, failed: Collection[Job[T]] = ()) -> None:
         """Charge a batch that `next` gave, with the time that it has taken, by token positions.
 
-        One of which not all was `computed` says nothing of how long a token position takes.
+        A piece that has `failed`, or was refused or cancelled, has opened and closed nothing, and its batch says
+        nothing of how long a token position takes.
         """
         now = self._clock()
         positions = sum(job.positions for job in batch)
-        if positions and batch[0].computes and computed:
+        if positions and batch[0].computes and not failed:
             last, pace = seconds / positions, batch[0].pace
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
@@ -548,8 +559,8 @@ class Scheduler(Generic[T]):
                 rest = seconds * job.positions / positions * (1 / share - 1)
                 account.rests_until = min(max(account.rests_until, now) + rest, now + self._batching.window)
             self._running.pop(job.owner, None)
-            if job.kind is not None and (job.kind.closes or (job.kind.opens and not computed)):
-                self._closing.discard(job.owner)
+            self._closing.discard(job.owner)
+            if job.kind is not None and (job.kind.opens if job in failed else job.kind.closes):
                 self._open.remove(job.owner)
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight

@@ -172,6 +172,7 @@ class StripServer:
             computed=lambda reply: isinstance(reply, m.Timed),
             room=lambda: served.executor.room,
             lanes=LANES if served.executor.side_by_side else 1,
+            growth=served.executor.working_bytes,
         )
         self._call_threads = CallThreads(threads)
         self._batching = batching

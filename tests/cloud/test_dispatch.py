@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.cloud import dispatch
 from isthmus.cloud.dispatch import Dispatcher, Shared
 from isthmus.cloud.scheduler import Batching, Kind, Share
 
@@ -192,3 +194,30 @@ def test_one_session_has_all_threads() -> None:
         )
         assert asked.result(10) == 2
     dispatcher.shutdown(cancel=False)
+
+
+def test_memory_goes_back_where_a_crowd_makes_the_process_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, given = [100], threading.Event()
+    monkeypatch.setattr(dispatch, "resident_bytes", lambda: size[0])
+    monkeypatch.setattr(dispatch, "give_memory_back", given.set)
+    dispatcher = Dispatcher(2, Batching(), growth=50)
+    submit(dispatcher, lambda: None).result(10)
+    gate = Gate(dispatcher)
+    waits = submit(dispatcher, lambda: None)  # two sessions are at work until the gate is open
+    size[0] = 150
+    assert not given.wait(5 * dispatch.TIDY_SECONDS)
+    size[0] = 151
+    assert given.wait(10)
+    given.clear()
+    size[0] = 150
+    gate.open()
+    waits.result(10)
+    assert given.wait(10)  # once more, after a while without work
+    dispatcher.shutdown(cancel=False)
+
+
+def test_what_this_process_has_in_memory() -> None:
+    with mmap.mmap(-1, 8 << 20) as block:
+        before = dispatch.resident_bytes()
+        block.write(bytes(8 << 20))
+        assert dispatch.resident_bytes() - before >= 6 << 20

@@ -281,7 +281,7 @@ class Together:
         seconds = per_position * sum(job.positions for job in batch)
         self.now += seconds
         if batch:
-            self.scheduler.finished(batch, seconds, computed=computed)
+            self.scheduler.finished(batch, seconds, () if computed else batch)
         return [job.work for job in batch]
 
 
@@ -785,6 +785,73 @@ def test_a_tenant_with_several_sessions_has_its_share_of_the_time_and_of_the_roo
     assert ready == pytest.approx(worker.now - 0.02 + 0.1 + 0.01)
     worker.now = ready + 1e-9
     assert len(worker.begin()) == 1
+
+
+def test_who_rests_is_there_for_somebody_who_waits() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "flood1", "flood2"):
+        worker.add(session, OPENING)
+    while batch := worker.begin():
+        worker.end(batch, 0.1)
+    assert [*worker.scheduler.waiting()] == ["flood"]  # flood2 rests
+    worker.add("flood3", CLOSING)
+    assert worker.begin() == []  # so does flood3, which has opened nothing: it replays
+    for session in ("a", "b", "c", "flood1"):
+        worker.add(session, CLOSING)
+    batches = [worker.begin(), worker.begin()]
+    assert "flood1" in {name for batch in batches for name in names(batch)}
+    for batch in batches:
+        worker.end(batch, 0.1)
+    worker.add("flood4", OPENING, interactive=True)
+    assert names(worker.begin()) == ["flood4"]
+
+
+def test_what_was_opened_together_closes_together_whoever_is_ahead() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a1", "b1", "c1", "a2", "b2", "c2"):
+        worker.add(session, OPENING)
+    batches = []
+    while batch := worker.begin():
+        batches.append(names(batch))
+        worker.end(batch, 0.01)
+    twice, together = next((t, each) for each in batches for t in "abc" if {f"{t}1", f"{t}2"} <= set(each))
+    worker.add(f"{twice}3", None)
+    batch = worker.begin()
+    for session in together:
+        worker.add(session, CLOSING)
+    worker.end(batch, 1.0)  # now this tenant is ahead
+    assert names(worker.begin()) == together
+
+
+def test_what_failed_has_opened_nothing_and_what_was_beside_it_has() -> None:
+    worker = Lanes(room=40.0, batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session, positions in (("a", 13), ("b", 13), ("c", 15), ("d", 15)):
+        worker.add(session, OPENING, positions=positions)
+    batch = worker.begin()
+    assert names(batch) == ["a", "b"]
+    worker.now += 0.1
+    worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b"])
+    assert names(worker.begin()) == ["c"]  # 13 are open
+    assert worker.begin() == []  # 28 are
+
+
+def test_who_comes_seldom_does_not_keep_the_others_apart() -> None:
+    worker = Together()
+    for _ in range(2):
+        worker.add("seldom")
+        worker.turn()
+        worker.now += 20
+    worker.add("seldom")
+    worker.turn()  # and is expected back in 20 seconds
+    for session in ("a", "b"):
+        worker.add(session)
+    for _ in range(60):
+        now = worker.now
+        assert sorted(worker.turn(per_position=0.01)) == ["a", "b"]
+        assert worker.now - now < 1
+        for session in ("a", "b"):
+            worker.add(session)
+    assert worker.scheduler.used()["a"] > LEAD_SECONDS
 
 
 def test_one_session_at_work_is_no_crowd() -> None:
