@@ -16,7 +16,8 @@ Training waits for company: for sessions whose next piece is of that kind and du
 before, no longer than the batch with them would take, and than `Batching.window`. Where several batches may run at a
 time, each has an even part of all that is at work, or little more, so that none waits for company where there is a lane
 for each; and a tenant with several sessions rests after each piece, while others are at work, for as long as keeps it
-at its share of the time.
+at its share of the time, and `Batching.window` at most. It does not rest before what somebody waits for, nor before it
+closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
 a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. One
