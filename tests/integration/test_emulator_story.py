@@ -68,7 +68,7 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
     text, label = "Ticket {}: the card of customer {} was charged twice.\nTriage:", " [high] billing / duplicate"
     tickets = [Ticket(text.format(n, 71 * n % 100), label) for n in range(40)]
     write_tickets(edge.folder / "tickets.jsonl", tickets[:28])
-    write_tickets(edge.folder / "held-out.jsonl", tickets[28:])
+    write_tickets(edge.folder / "held-out.jsonl", tickets[36:])
     offer = ("--edge-layers", "2:2", "--emulator", str(owner.folder / "package"), "--threads", "2")
     cloud = LocalCloud(roomy / "keys", BUILT_IN, *offer)
     here = ("--cloud", cloud.connection_file, "--key", cloud.edge_key)
