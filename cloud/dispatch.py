@@ -13,7 +13,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -54,21 +54,11 @@ class _Work(Generic[R]):
     future: Future[R]
 
 
-_CANCELLED = CancelledError()
-
-
-def _do(batch: Sequence[_Work[Any]]) -> list[Any]:
-    """Do work together, or one piece alone; hand out what comes of it, errors too, and return it.
-
-    Of what was cancelled comes a `CancelledError`.
-    """
+def _do(batch: Sequence[_Work[Any]]) -> None:
+    """Do work together, or one piece alone, and hand out what comes of it, errors too."""
     wanted = [work for work in batch if work.future.set_running_or_notify_cancel()]
-    came: dict[int, Any] = dict(zip(map(id, wanted), _results(wanted), strict=True)) if wanted else {}
-    return [came.get(id(work), _CANCELLED) for work in batch]
-
-
-def _results(wanted: Sequence[_Work[Any]]) -> list[Any]:
-    """Do work that was not cancelled."""
+    if not wanted:
+        return
     shared = wanted[0].shared
     try:
         if shared is None or len(wanted) == 1:
@@ -78,14 +68,12 @@ def _results(wanted: Sequence[_Work[Any]]) -> list[Any]:
     except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
         for work in wanted:
             work.future.set_exception(error)
-        return [error] * len(wanted)
     else:
         for work, result in zip(wanted, results, strict=True):
             if isinstance(result, Exception):
                 work.future.set_exception(result)
             else:
                 work.future.set_result(result)
-        return results
 
 
 LANES = 2
@@ -131,7 +119,7 @@ class Dispatcher:
         self,
         threads: int,
         batching: Batching | None = None,
-        computed: Callable[[Any], bool] = lambda result: not isinstance(result, BaseException),
+        computed: Callable[[Any], bool] = lambda _: True,
         room: Callable[[], float] = lambda: math.inf,
         lanes: int = LANES,
         growth: float = 0.0,
@@ -236,9 +224,8 @@ class Dispatcher:
         start, failed, kind = time.perf_counter(), batch, batch[0].kind
         try:
             torch.set_num_threads(threads)
-            # Of the results no more is kept than this: nothing of a batch stays here while the next one is waited for.
-            done = [self._computed(result) for result in _do([job.work for job in batch])]
-            failed = [job for job, computed in zip(batch, done, strict=True) if not computed]
+            _do([job.work for job in batch])
+            failed = [job for job in batch if not self._is_computed(job.work.future)]
         finally:
             with self._changed:
                 if kind is not None:
@@ -250,12 +237,15 @@ class Dispatcher:
         self._untidy.set()
         return True
 
+    def _is_computed(self, future: Future[Any]) -> bool:
+        return not future.cancelled() and future.exception() is None and self._computed(future.result())
+
     def _keep_tidy(self) -> None:
         """Give memory back where several sessions at work make the process large, and once after they have been.
 
         A pass takes memory while another gives it up. Left to itself, the heap gives what is new a place that the
         system has to fill with pages, while those that came free wait for something of their size. But what is given
-        back has to be filled again, too, which takes a tenth of the time if it is done five times a second.
+        back has to be filled again, too, so it is given back only where that is called for.
         """
         while self._untidy.wait() and not self._ended.wait(TIDY_SECONDS):
             with self._changed:

@@ -1,8 +1,9 @@
 """Tenants who train on one worker, in simulated time: what each gets, with and without one that floods.
 
 The machine is that of `isthmus bench tenants`: two cores, which the worker's lanes and the tenants' own processes share
-evenly. A pass takes a time of its own and one for each token position, as measured of SmolLM2-135M's span, and its
-forward a third of both; a tenant computes for itself before, between and after its calls.
+evenly. A pass takes a time of its own and one for each token position, and its forward a third of both; a tenant
+computes for itself before, between and after its calls. The seconds are such that a pass over all calls gains 1.27 and
+0.39 of all work is the tenants', as that command has measured. Memory and the wire take no time.
 """
 
 from __future__ import annotations
