@@ -61,7 +61,7 @@ def placements(
 ) -> None:
     """Compare every way of training: bytes, round trips, memory, step time and held-out loss, beside a single process.
 
-    The modes are single, u_shape, tail_cache, taps, edge, kill_revive, random, even, low_rank and leased;
+    The modes are single, u_shape, tail_cache, taps, edge, edge_summed, kill_revive, random, even, low_rank and leased;
     kill_revive@0.05 has 5 % of always-on's site traffic. An interrupted benchmark goes on when the same command is
     repeated.
 
