@@ -89,27 +89,35 @@ class Attendance:
 
 @dataclass(slots=True)
 class Open:
-    """What pieces have left in memory, for a piece of the same session that takes it out."""
+    """What pieces have left in memory, for a piece of the same session that takes it out.
 
-    _sizes: defaultdict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
+    A session that leaves more there before it has taken out the last may never do so: nothing that it has left counts, so
+    that nobody waits for it, until it takes something out.
+    """
+
+    _sizes: dict[bytes, int] = field(default_factory=dict)
+    _hoarding: set[bytes] = field(default_factory=set)
 
     def add(self, owner: bytes, positions: int) -> None:
         """A session's piece leaves something there."""
-        self._sizes[owner].append(positions)
+        if owner in self._hoarding or self._sizes.pop(owner, None) is not None:
+            self._hoarding.add(owner)
+        else:
+            self._sizes[owner] = positions
 
     def remove(self, owner: bytes) -> None:
-        """A session's piece has taken something out."""
-        if self._sizes.get(owner):
-            self._sizes[owner].pop()
+        """A session's piece has taken something out, or has left nothing after all."""
+        self.forget(owner)
 
     def forget(self, owner: bytes) -> None:
         """A session is over."""
         self._sizes.pop(owner, None)
+        self._hoarding.discard(owner)
 
     def beside(self, owner: bytes) -> list[bytes]:
         """The other sessions that have left something."""
-        return [each for each, sizes in self._sizes.items() if each != owner and sizes]
+        return [each for each in self._sizes if each != owner]
 
     def positions(self, owners: Iterable[bytes]) -> int:
         """The token positions of what sessions have left."""
-        return sum(sum(self._sizes.get(owner, ())) for owner in owners)
+        return sum(self._sizes.get(owner, 0) for owner in owners)
