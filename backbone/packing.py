@@ -28,12 +28,6 @@ from isthmus.backbone.span import FrozenSpan, SpanInput, run_layers
 ATTENTION = "isthmus_packed_"
 """Begins the names of attention implementations that also take several inputs in a row."""
 
-ROWS_PER_THREAD = 8
-"""Token positions of an input for each of torch's threads, from which on a shared pass has the bits of its own.
-
-Measured: in fp32, one thread needs 5 and two need 12; in bf16 there is no limit.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
@@ -97,8 +91,7 @@ class Packer:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
 
         Outputs and gradients have the bits of a pass of each input by itself, where products of matrices add up a row
-        in the same order whatever the number of rows. On a CPU that is from `ROWS_PER_THREAD` positions for each of
-        torch's threads on.
+        in the same order whatever the number of rows: see `batch_invariance.py`.
         """
         noted = [self._arguments(each) for each in inputs]
         hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in noted])[None]

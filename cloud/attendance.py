@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -91,8 +90,8 @@ class Attendance:
 class Open:
     """What pieces have left in memory, for a piece of the same session that takes it out.
 
-    A session that leaves more there before it has taken out the last may never do so: nothing that it has left counts, so
-    that nobody waits for it, until it takes something out.
+    A session that leaves more there before it has taken out the last may never do so: until it takes something out,
+    nothing that it has left counts, so that nobody waits for it.
     """
 
     _sizes: dict[bytes, int] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """The compute threads: they take work in the scheduler's order, batch by batch, and hand the results out as futures.
 
 There are two *lanes*, so that two passes are computed side by side, each with half of torch's threads, whose number
-belongs to the thread that sets it. A session that is alone at work has all of them. Everything that touches the span or
+belongs to the thread that sets it. A session that is alone at work has all of them, where its bits do not depend on
+that. Everything that touches the span or
 the stash runs here, and all but passes of calls without sites in the first lane.
 """
 
@@ -113,6 +114,8 @@ class Dispatcher:
         room: `Scheduler`'s.
         lanes: How many batches may run at a time, at most.
         growth: By so many bytes the process may grow at work before free memory goes back to the system.
+        all_threads_from: What has fewer token positions and may share a pass is computed with a lane's threads, also
+            where a session is alone at work.
     """
 
     def __init__(
@@ -123,8 +126,10 @@ class Dispatcher:
         room: Callable[[], float] = lambda: math.inf,
         lanes: int = LANES,
         growth: float = 0.0,
+        all_threads_from: float = 0.0,
     ) -> None:
         self._growth = growth
+        self._all_threads_from = all_threads_from
         self._idle_bytes = resident_bytes()  # of the process when nothing is at work
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
@@ -258,6 +263,13 @@ class Dispatcher:
             if idle:
                 self._idle_bytes = resident_bytes()
 
+    def _threads_for(self, batch: Sequence[Job[_Work[Any]]]) -> int:
+        if not batch or batch[0].kind is None:
+            return self._threads
+        least = min(job.positions for job in batch)
+        alone = not self._scheduler.crowded and least >= self._all_threads_from
+        return self._threads if alone else max(1, self._threads // len(self._lanes))
+
     def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
         """Wait for the next batch, and for how many threads; empty at the end."""
         with self._changed:
@@ -267,8 +279,7 @@ class Dispatcher:
                     if job.work.future.set_running_or_notify_cancel():
                         job.work.future.set_exception(TooLate())
                 if batch or (self._ending and not len(self._scheduler)):
-                    alone = not batch or batch[0].kind is None or not self._scheduler.crowded
-                    return batch, self._threads if alone else max(1, self._threads // len(self._lanes))
+                    return batch, self._threads_for(batch)
                 ready = self._scheduler.ready_at()
                 wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
                 if len(self._scheduler):  # who is expected, and so who has to wait, changes with time alone

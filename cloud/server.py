@@ -25,7 +25,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from isthmus.backbone.packing import ROWS_PER_THREAD
+from isthmus.backbone.batch_invariance import measure_batch_invariance
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
@@ -165,14 +165,17 @@ class StripServer:
         self._identity = identity
         self._edges = edges
         self._next_stage = next_stage
-        smallest = ROWS_PER_THREAD * threads  # below it, a shared pass could have other bits
+        lanes = min(LANES if served.executor.side_by_side and batching else 1, threads)
+        span = served.executor.host.span
+        self._invariance = measure_batch_invariance(span, threads, threads // lanes) if batching else None
         self._compute = Dispatcher(
             threads,
-            Batching(smallest=smallest) if batching else None,
+            None if self._invariance is None else Batching(smallest=self._invariance.rows or 1),
             computed=lambda reply: isinstance(reply, m.Timed),
             room=lambda: served.executor.room,
-            lanes=LANES if served.executor.side_by_side else 1,
+            lanes=lanes,
             growth=served.executor.working_bytes,
+            all_threads_from=0 if self._invariance is None else self._invariance.all_threads_from,
         )
         self._call_threads = CallThreads(threads)
         self._batching = batching
@@ -299,6 +302,7 @@ class StripServer:
             "in_flight": self._in_flight,
             "waiting": dict(waiting),
             "calls_per_pass": self._compute.calls_per_pass,
+            "same_bits_from": 0 if self._invariance is None else self._invariance.rows,
             "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
             "overdue": self._compute.overdue(),

@@ -8,12 +8,13 @@ import pytest
 import torch
 from support.tiny import CONFIGS, tiny_checkpoint
 
+from isthmus.backbone.batch_invariance import measure_batch_invariance
 from isthmus.backbone.packing import Packer
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
 
-SHAPES = ((2, 7), (1, 12), (3, 7), (1, 5), (2, 9), (2, 9))
+SHAPES = ((4, 7), (1, 24), (5, 7), (1, 5), (3, 9), (3, 9))
 
 
 def span_of(name: str, folder: Path, dtype: torch.dtype) -> FrozenSpan:
@@ -41,6 +42,10 @@ def inputs(span: FrozenSpan) -> list[SpanInput]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_has_the_bits_of_passes_of_their_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     span = span_of(name, tmp_path, dtype)
+    threads = torch.get_num_threads()
+    rows = measure_batch_invariance(span, threads, threads).rows
+    assert rows is not None, "products so small have the same bits on any processor"
+    assert rows <= 24
     given = inputs(span)
     outputs = Packer(span)(given)
     upstream = [torch.randn(output.shape).to(dtype) for output in outputs]
@@ -48,8 +53,12 @@ def test_every_family_has_the_bits_of_passes_of_their_own(name: str, dtype: torc
     for each, output, gradient, found in zip(given, outputs, upstream, gradients, strict=True):
         alone = each.hidden.detach().clone().requires_grad_()
         expected = span(alone, each.attention_mask, each.position_ids)
-        assert torch.equal(output, expected)
-        assert torch.equal(found, *torch.autograd.grad(expected, alone, gradient))
+        wanted = torch.autograd.grad(expected, alone, gradient)[0]
+        if each.positions >= rows:
+            assert torch.equal(output, expected)
+            assert torch.equal(found, wanted)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_the_span_is_as_it_was_afterwards(tmp_path: Path) -> None:

@@ -196,6 +196,20 @@ def test_one_session_has_all_threads() -> None:
     dispatcher.shutdown(cancel=False)
 
 
+def test_what_depends_on_the_number_of_threads_has_those_of_a_lane_also_alone() -> None:
+    dispatcher = Dispatcher(2, Batching(), all_threads_from=200)
+    shared = Shared(Kind("a", "a", anywhere=True), None, list)
+
+    def threads(positions: int, shared: Shared[None, int] | None) -> int:
+        return dispatcher.submit(
+            torch.get_num_threads, tenant="a", owner=b"a", share=Share(), positions=positions, shared=shared
+        ).result(10)
+
+    assert [threads(positions, shared) for positions in (199, 200)] == [1, 2]
+    assert threads(199, None) == 2
+    dispatcher.shutdown(cancel=False)
+
+
 def test_memory_goes_back_where_a_crowd_makes_the_process_large(monkeypatch: pytest.MonkeyPatch) -> None:
     size, given = [100], threading.Event()
     monkeypatch.setattr(dispatch, "resident_bytes", lambda: size[0])
