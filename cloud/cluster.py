@@ -157,6 +157,8 @@ class Serving:
             try:
                 self._get(started)
                 log("worker_added", worker=number)
+            except self._ray.exceptions.RayActorError:  # it died while it loaded, and Ray starts it again
+                self._starting[number] = self._workers[number].port.remote()
             except IsthmusError as error:
                 log("worker_not_added", logging.ERROR, worker=number, error=str(error))
                 self._end(number)
@@ -191,28 +193,35 @@ class Serving:
     def drain(self, grace: float) -> bool:
         """Finish the calls in flight, for at most `grace` seconds; True if all were answered.
 
-        The stages of a pipeline end one after the other: the first one's calls need those behind it.
+        The stages of a pipeline end one after the other: the first one's calls need those behind it. Workers that are
+        still starting have no calls.
         """
-        inner = [number for number in self._workers if self._specs[number].edges]
-        turns = [[number for number in self._workers if number not in inner], *([number] for number in inner)]
+        running = [number for number in self._workers if number not in self._starting]
+        inner = [number for number in running if self._specs[number].edges]
+        turns = [[number for number in running if number not in inner], *([number] for number in inner)]
         finished = [self._drained(turn, grace) for turn in turns]  # the last one too, whatever the first one says
         return all(finished)
 
     def _drained(self, numbers: Sequence[int], grace: float) -> bool:
         answers = [self._workers[number].drain.remote(grace) for number in numbers]
+        deadline = time.monotonic() + grace + ANSWER_SECONDS
         finished = True
         for answer in answers:
             try:
-                finished = bool(self._ray.get(answer)) and finished
+                finished = bool(self._ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))) and finished
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except self._ray.exceptions.RayActorError:
-                finished = False  # the worker is dead or being restarted, and its calls with it
+            except (self._ray.exceptions.RayActorError, TimeoutError):
+                finished = False  # the worker is dead, being restarted or stuck, and its calls with it
         return finished
 
     def is_dead(self) -> bool:
-        """Whether a worker is dead now. One that Ray restarts or that is busy is not, or not for long."""
-        questions = [worker.port.remote() for number, worker in self._workers.items() if number not in self._ending]
+        """Whether a worker is dead now. One that Ray restarts or that is busy is not, or not for long.
+
+        Those that were started later are asked by `tend` until they run, those that end not any more.
+        """
+        others = {*self._starting, *self._ending}
+        questions = [worker.port.remote() for number, worker in self._workers.items() if number not in others]
         deadline = time.monotonic() + ANSWER_SECONDS
         for question in questions:
             try:
@@ -257,7 +266,11 @@ class Serving:
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except self._ray.exceptions.ActorDiedError as error:
-            raise ConfigError(f"the worker could not start: {str(error).strip().splitlines()[-1]}") from None
+            # What a worker knows to be wrong it tells by `port`; this is anything else, such as too little GPU memory.
+            raise IsthmusError(
+                f"the worker could not start: {str(error).strip().splitlines()[-1]} (free memory if there was too "
+                "little of it, and serve again; if it was not that, report it)"
+            ) from None
 
 
 def _split(listen: str) -> tuple[str, int]:

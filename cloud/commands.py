@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -227,7 +227,7 @@ def quantize(
 def status(
     home: Home = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, also while the cloud is away.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds from one look to the next, with --watch.")] = 1.0,
 ) -> None:
     """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
@@ -241,7 +241,7 @@ def status(
         typer.echo(json.dumps(read_status(folder)))
         while watch:
             time.sleep(every)
-            typer.echo(json.dumps(read_status(folder)))
+            typer.echo(json.dumps(_next_status(folder)))
         return
     from rich.console import Console
     from rich.live import Live
@@ -255,4 +255,15 @@ def status(
     with Live(shown, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(view(read_status(folder)), refresh=True)
+            live.update(view(_next_status(folder)), refresh=True)
+
+
+def _next_status(home: Path) -> dict[str, Any]:
+    """The status of a cloud that has answered before: where it does not now, that and why."""
+    from isthmus.cloud.state import read_status
+    from isthmus.protocol.errors import UnreachableError
+
+    try:
+        return read_status(home)
+    except UnreachableError as error:
+        return {"state": "unreachable", "error": str(error), "workers": []}

@@ -6,8 +6,10 @@ Counts and times, never content.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -18,6 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from isthmus.protocol.errors import PortInUseError
+
+MAX_CONNECTIONS = 32
+SILENT_SECONDS = 10.0
+"""What a connection may take to send its request's next bytes, or to take its answer's."""
 
 
 class Metrics:
@@ -77,14 +83,46 @@ def merged(texts: Mapping[str, bytes]) -> bytes:
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = SILENT_SECONDS
+
     def log_message(self, format: str, *args: object) -> None:
         """Requests of a scraper are not worth a line each."""
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, so that one that says nothing keeps no other waiting.
+
+    Those beyond `MAX_CONNECTIONS` are closed.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._room = threading.Semaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke or fell silent is its client's business; anything else gets its traceback."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def serve_metrics(
     host: str, port: int, metrics: Callable[[], bytes], status: Callable[[], dict[str, Any]]
 ) -> WSGIServer:
-    """Serve `/metrics` (Prometheus) and `/status` (JSON) on a daemon thread; close with `shutdown()`.
+    """Serve `/metrics` (Prometheus) and `/status` (JSON) on daemon threads; close with `shutdown()`.
 
     Raises PortInUseError.
     """
@@ -101,7 +139,7 @@ def serve_metrics(
         return [b"there are /metrics and /status\n"]
 
     try:
-        server = make_server(host, port, app, handler_class=_QuietHandler)
+        server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
     except OSError as error:
         raise PortInUseError(
             f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another --metrics"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def read_status(home: Path) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
             return {"connection": state["connection"], **json.load(response)}
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise UnreachableError(
             f"the cloud (process {state['pid']}) does not answer at {state['metrics']} ({error}): "
             "it is starting, restarting or gone"

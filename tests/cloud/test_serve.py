@@ -14,7 +14,7 @@ from support.clouds import Home, served
 from support.packages import tiny_package
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import serve as serve_module, worker as worker_module
@@ -53,7 +53,7 @@ def dead_serving() -> Serving:
     serving._ray = SimpleNamespace(get=get, exceptions=errors)  # type: ignore[assignment]  # stands for the module
     method = SimpleNamespace(remote=lambda *_: None)
     serving._workers = {0: SimpleNamespace(drain=method, port=method)}
-    serving._ending = {}
+    serving._starting, serving._ending = {}, {}
     serving._specs = [SPEC]
     return serving
 
@@ -104,6 +104,40 @@ def test_a_worker_is_started_and_drained_as_the_controller_says(monkeypatch: pyt
     assert list(serving._workers) == [0]
 
 
+def test_a_worker_that_dies_while_it_loads_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    serving = dead_serving()
+
+    def get(reference: Any, timeout: float | None = None) -> Any:
+        if reference == "lost":
+            raise ActorError("the actor is restarting")
+        return reference
+
+    monkeypatch.setattr(serving._ray, "get", get)
+    monkeypatch.setattr(serving._ray, "wait", lambda refs, timeout: (refs, []), raising=False)
+    first, later = FakeActor(log, "worker-0", {}), FakeActor(log, "worker-1", {"port": "answer"})
+    controller = FakeActor(log, "controller", {})
+    serving._workers, serving._controllers, serving._starting = {0: first, 1: later}, [controller], {1: "lost"}
+    serving._scale()
+    assert (serving._starting, log) == ({1: "answer"}, ["worker-1.port"])
+    serving._scale()
+    assert (serving._starting, log[1:]) == ({}, ["controller.change"])
+    assert serving._workers == {0: first, 1: later}
+
+
+def test_a_worker_that_still_loads_is_neither_asked_nor_drained() -> None:
+    serving = dead_serving()
+    serving._starting = {0: "answer"}
+    assert not serving.is_dead()
+    assert serving.drain(1.0) is True
+
+
+def test_a_worker_that_cannot_start_for_an_unknown_reason_is_no_mistake_of_the_configuration() -> None:
+    with pytest.raises(IsthmusError, match="the actor died") as failure:
+        dead_serving()._get("answer")
+    assert failure.value.exit_code == 1
+
+
 def test_a_control_store_that_is_gone_is_told_after_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     serving = dead_serving()
     serving._silent, serving._address, serving._least, serving._specs = 0, None, 1, [SPEC]
@@ -141,6 +175,18 @@ def test_a_pipeline_that_does_not_fit_is_refused(
 
 def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:
     assert dead_serving().drain(1.0) is False
+
+
+def test_a_worker_that_is_stuck_is_not_waited_for_at_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = dead_serving()
+
+    def get(_reference: Any, timeout: float | None = None) -> Any:
+        assert timeout is not None
+        assert timeout > 1.0  # a drain that takes all of its grace is answered
+        raise TimeoutError
+
+    monkeypatch.setattr(serving._ray, "get", get)
+    assert serving.drain(1.0) is False
 
 
 def test_serve_ends_when_the_worker_is_gone_for_good() -> None:

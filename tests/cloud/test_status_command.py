@@ -1,14 +1,17 @@
-"""`isthmus cloud status --watch`, with a cloud and a clock of the test's own."""
+"""`isthmus cloud status`, with a cloud and a clock of the test's own."""
 
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isthmus.cloud import commands, state
+from isthmus.protocol.errors import UnreachableError
 
 
 def test_watching_goes_on_until_ctrl_c(
@@ -35,3 +38,49 @@ def test_watching_goes_on_until_ctrl_c(
     with pytest.raises(KeyboardInterrupt):
         commands.status(tmp_path, as_json=False, watch=True, every=1.0)
     assert "serving" in capsys.readouterr().out
+
+
+def test_watching_outlasts_a_cloud_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[bool] = []  # whether the cloud is there
+
+    def read(_home: Path) -> dict[str, Any]:
+        if not looks:
+            raise KeyboardInterrupt
+        if not looks.pop(0):
+            raise UnreachableError("it is restarting")
+        return {"state": "serving", "workers": []}
+
+    monkeypatch.setattr(state, "read_status", read)
+    monkeypatch.setattr(commands.time, "sleep", lambda _seconds: None)
+    for as_json in (True, False):
+        looks[:] = [True, False, True]
+        with pytest.raises(KeyboardInterrupt):
+            commands.status(tmp_path, as_json=as_json, watch=True, every=1.0)
+        told = capsys.readouterr().out
+        if as_json:
+            lines = [json.loads(line) for line in told.splitlines()]
+            assert [line["state"] for line in lines] == ["serving", "unreachable", "serving"]
+            assert (lines[1]["error"], lines[1]["workers"]) == ("it is restarting", [])
+        looks[:] = [False]
+        with pytest.raises(UnreachableError):
+            commands.status(tmp_path, as_json=as_json, watch=True, every=1.0)
+
+
+def test_an_answer_that_is_cut_off_is_none(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b'HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{"state"')
+
+        metrics = f"127.0.0.1:{listener.getsockname()[1]}"
+        state.write_state(tmp_path, {"connection": "isthmus://h:7443", "metrics": metrics, "pid": 1})
+        cloud = threading.Thread(target=answer)
+        cloud.start()
+        with pytest.raises(UnreachableError, match="does not answer"):
+            state.read_status(tmp_path)
+        cloud.join()
