@@ -32,6 +32,7 @@ from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, s
 from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
+from isthmus.cloud.half_open import gives_way, host_of
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
@@ -177,7 +178,8 @@ class StripServer:
         self._call_threads = CallThreads(threads)
         self._batching = batching
         self._open: dict[bytes, _Open] = {}
-        self._half_open: dict[asyncio.Timeout, None] = {}  # in the order in which the handshakes began
+        # In the order in which the handshakes began, with the host that each is from.
+        self._half_open: dict[asyncio.Timeout, tuple[str, CloudSession]] = {}
         self._in_flight = 0
         self._in_flight_bytes: Counter[str] = Counter()
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
@@ -338,7 +340,8 @@ class StripServer:
         limit = asyncio.timeout(HANDSHAKE_SECONDS)
         try:
             async with limit:
-                self._make_room(limit)  # before anything is awaited: others come in meanwhile
+                self._make_room()  # before anything is awaited: others come in meanwhile
+                self._half_open[limit] = host_of(context.peer()), protocol
                 await context.send_initial_metadata(())  # tells the edge that the stream is taken
                 outcome = await stream.handshake()
                 if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
@@ -380,17 +383,15 @@ class StripServer:
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
 
-    def _make_room(self, limit: asyncio.Timeout) -> None:
-        """Count a handshake that begins. Where there are too many, the oldest gives way.
-
-        An honest one takes a few round trips, so that who leaves many half open locks nobody out.
-        """
-        if len(self._half_open) >= MAX_HALF_OPEN:
-            oldest = next(iter(self._half_open))
-            del self._half_open[oldest]
-            if not oldest.expired():
-                oldest.reschedule(asyncio.get_running_loop().time())
-        self._half_open[limit] = None
+    def _make_room(self) -> None:
+        """For a handshake that begins: where as many are half open as may be, one gives way."""
+        if len(self._half_open) < MAX_HALF_OPEN:
+            return
+        chosen = gives_way([(host, protocol.greeted) for host, protocol in self._half_open.values()])
+        limit = list(self._half_open)[chosen]
+        del self._half_open[limit]
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def _better_place(self, session: _Open) -> str | None:
         """The address of a worker with fewer sessions than this one has without the newcomer."""

@@ -332,6 +332,11 @@ class CloudSession(_Session):
         self._tenant: Tenant | None = None
 
     @property
+    def greeted(self) -> bool:
+        """Whether the edge's hello has come, and was a valid one."""
+        return self._greeted
+
+    @property
     def tenant(self) -> Tenant | None:
         """Whose session it is, once it stands."""
         return self._tenant

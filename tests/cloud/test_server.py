@@ -55,7 +55,7 @@ from isthmus.protocol.errors import (
 )
 from isthmus.protocol.keys import Fingerprint, load_edge, load_worker
 from isthmus.protocol.service import METHOD, SERVICE
-from isthmus.protocol.session import EdgeSession
+from isthmus.protocol.session import EdgeSession, Established
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +359,24 @@ def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(
         eventually(lambda: not server.server._half_open)
 
 
+def test_a_handshake_under_way_outlasts_streams_that_say_nothing(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
+    monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 600.0)
+    with ThreadServer(cloud, home) as server:
+        slow = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+        slow.send(edge.start())
+        answer = edge.receive(slow.receive(20))
+        silent = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(10)]
+        for frame in answer.frames:
+            slow.send(frame)
+        assert isinstance(edge.receive(slow.receive(20)), Established)
+        for stream in (slow, *silent):
+            stream.close()
+
+
 def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
     cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +388,9 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
             counts.append(len(plane._half_open))
             await asyncio.sleep(0.01)
             counts.append(len(plane._half_open))
+
+        def peer(self) -> str:
+            return "ipv4:10.0.0.1:5000"
 
     async def frames() -> AsyncIterator[bytes]:
         return
