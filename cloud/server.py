@@ -49,7 +49,7 @@ from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.sealing import wipe
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
-from isthmus.protocol.session import CloudSession, Received
+from isthmus.protocol.session import CloudSession, Oversized, Received
 
 R = TypeVar("R")
 
@@ -350,10 +350,10 @@ class StripServer:
                 if attach is None:
                     outcome = "abandoned"
                     return None
-                if not isinstance(attach.message, m.Attach):
-                    raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
+                asked = attach.message if isinstance(attach, Received) else attach
+                if not isinstance(asked, m.Attach):
+                    raise MessageError(f"a session opens with Attach, not with {type(asked).__name__}")
                 opened = bytes.fromhex(protocol.info.session_id)
-                asked = attach.message
                 deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
                 session = _Open(opened, protocol.tenant, asked.link, asked.interactive, deadline)
                 known = (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
@@ -446,6 +446,9 @@ class StripServer:
                     return
                 if received is None:
                     return
+                if isinstance(received, Oversized):
+                    await self._refuse(stream, work, session, received)
+                    continue
                 if isinstance(received.message, m.Goodbye):
                     session.ending = "goodbye"
                     return
@@ -460,19 +463,20 @@ class StripServer:
                 self._turn(session, work.close).add_done_callback(lambda _: self._compute.cancel(session.id))
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
+    async def _refuse(self, stream: SealedStream, work: TenantSession, session: _Open, refused: Oversized) -> None:
+        """Say that a message is over its tenant's bytes in flight. A paused call whose answer it was is over."""
+        stream.take_crypto_ns()  # counted for no call
+        name, allowed = session.tenant.name, session.tenant.quota.max_inflight_bytes
+        if refused.kind is m.SiteAnswer and refused.id is not None:
+            await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, refused.id.call)))
+        text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
+        await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
+
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
         reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, size, tenant = received.message, len(received.body), session.tenant
         operation = type(message).__name__.lower()
-        allowed = tenant.quota.max_inflight_bytes
-        if size > allowed:
-            wipe(received.body)
-            if isinstance(message, m.SiteAnswer):
-                await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, message.id.call)))
-            text = f"a call of {size} bytes is over the {allowed} that {tenant.name} may have: send smaller batches"
-            await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
-            return
         self._in_flight += 1
         self._idle.clear()
         try:
