@@ -32,6 +32,7 @@ from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, s
 from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
+from isthmus.cloud.half_open import gives_way, host_of
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
@@ -48,7 +49,7 @@ from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.sealing import wipe
 from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
-from isthmus.protocol.session import CloudSession, Received
+from isthmus.protocol.session import CloudSession, Oversized, Received
 
 R = TypeVar("R")
 
@@ -180,7 +181,8 @@ class StripServer:
         self._call_threads = CallThreads(threads)
         self._batching = batching
         self._open: dict[bytes, _Open] = {}
-        self._half_open: dict[asyncio.Timeout, None] = {}  # in the order in which the handshakes began
+        # In the order in which the handshakes began, with the host that each is from.
+        self._half_open: dict[asyncio.Timeout, tuple[str, CloudSession]] = {}
         self._in_flight = 0
         self._in_flight_bytes: Counter[str] = Counter()
         self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
@@ -342,7 +344,8 @@ class StripServer:
         limit = asyncio.timeout(HANDSHAKE_SECONDS)
         try:
             async with limit:
-                self._make_room(limit)  # before anything is awaited: others come in meanwhile
+                self._make_room()  # before anything is awaited: others come in meanwhile
+                self._half_open[limit] = host_of(context.peer()), protocol
                 await context.send_initial_metadata(())  # tells the edge that the stream is taken
                 outcome = await stream.handshake()
                 if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
@@ -351,10 +354,10 @@ class StripServer:
                 if attach is None:
                     outcome = "abandoned"
                     return None
-                if not isinstance(attach.message, m.Attach):
-                    raise MessageError(f"a session opens with Attach, not with {type(attach.message).__name__}")
+                asked = attach.message if isinstance(attach, Received) else attach
+                if not isinstance(asked, m.Attach):
+                    raise MessageError(f"a session opens with Attach, not with {type(asked).__name__}")
                 opened = bytes.fromhex(protocol.info.session_id)
-                asked = attach.message
                 deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
                 session = _Open(opened, protocol.tenant, asked.link, asked.interactive, deadline)
                 known = (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
@@ -384,17 +387,15 @@ class StripServer:
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
 
-    def _make_room(self, limit: asyncio.Timeout) -> None:
-        """Count a handshake that begins. Where there are too many, the oldest gives way.
-
-        An honest one takes a few round trips, so that who leaves many half open locks nobody out.
-        """
-        if len(self._half_open) >= MAX_HALF_OPEN:
-            oldest = next(iter(self._half_open))
-            del self._half_open[oldest]
-            if not oldest.expired():
-                oldest.reschedule(asyncio.get_running_loop().time())
-        self._half_open[limit] = None
+    def _make_room(self) -> None:
+        """For a handshake that begins: where as many are half open as may be, one gives way."""
+        if len(self._half_open) < MAX_HALF_OPEN:
+            return
+        chosen = gives_way([(host, protocol.greeted) for host, protocol in self._half_open.values()])
+        limit = list(self._half_open)[chosen]
+        del self._half_open[limit]
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def _better_place(self, session: _Open) -> str | None:
         """The address of a worker with fewer sessions than this one has without the newcomer."""
@@ -449,6 +450,9 @@ class StripServer:
                     return
                 if received is None:
                     return
+                if isinstance(received, Oversized):
+                    await self._refuse(stream, work, session, received)
+                    continue
                 if isinstance(received.message, m.Goodbye):
                     session.ending = "goodbye"
                     return
@@ -463,19 +467,20 @@ class StripServer:
                 self._turn(session, work.close).add_done_callback(lambda _: self._compute.cancel(session.id))
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
+    async def _refuse(self, stream: SealedStream, work: TenantSession, session: _Open, refused: Oversized) -> None:
+        """Say that a message is over its tenant's bytes in flight. A paused call whose answer it was is over."""
+        stream.take_crypto_ns()  # counted for no call
+        name, allowed = session.tenant.name, session.tenant.quota.max_inflight_bytes
+        if refused.kind is m.SiteAnswer and refused.id is not None:
+            await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, refused.id.call)))
+        text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
+        await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
+
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
         reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, size, tenant = received.message, len(received.body), session.tenant
         operation = type(message).__name__.lower()
-        allowed = tenant.quota.max_inflight_bytes
-        if size > allowed:
-            wipe(received.body)
-            if isinstance(message, m.SiteAnswer):
-                await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, message.id.call)))
-            text = f"a call of {size} bytes is over the {allowed} that {tenant.name} may have: send smaller batches"
-            await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, getattr(message, "id", None), text))
-            return
         self._in_flight += 1
         self._idle.clear()
         try:

@@ -14,7 +14,7 @@ from isthmus.cloud.fault_points import reached
 from isthmus.cloud.metrics import Metrics
 from isthmus.protocol.errors import RemoteProtocolError
 from isthmus.protocol.messages import Message
-from isthmus.protocol.session import CloudSession, Established, Received, Refused
+from isthmus.protocol.session import CloudSession, Established, Oversized, Received, Refused
 
 STALL_SECONDS = 120.0
 """That an edge may take for a frame, of about 1 MiB, in the middle of a message or of the answer to it."""
@@ -54,7 +54,7 @@ class SealedStream:
             if isinstance(event, Established):
                 return "accepted"
 
-    async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | None:
+    async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | Oversized | None:
         """Wait for the next whole message, `patience` seconds for its beginning (None for as long as it takes).
 
         None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
@@ -79,7 +79,7 @@ class SealedStream:
                 start = time.perf_counter_ns()
                 event = self._session.receive(frame)
                 self._crypto_ns += time.perf_counter_ns() - start
-                if isinstance(event, Received):
+                if isinstance(event, Received | Oversized):
                     return event
         finally:
             stop.cancel()

@@ -33,6 +33,7 @@ from isthmus.protocol.messages import (
     Backward,
     BackwardReply,
     Blob,
+    CallId,
     Fetch,
     FetchList,
     FileList,
@@ -45,6 +46,7 @@ from isthmus.protocol.messages import (
     Pong,
     Put,
     PutReply,
+    SiteAnswer,
     SpanInputs,
     Status,
     StatusCode,
@@ -88,6 +90,21 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
     reader.finish()
     check(message)
     return message
+
+
+def peek(header: Buffer) -> tuple[int, CallId | None]:
+    """The operation of an edge's message whose body was dropped, and the call that it names, where it names one.
+
+    Raises:
+        MessageError: the header is too short.
+    """
+    reader = Reader(header, b"", DEFAULT_LIMITS)
+    op = reader.number(U8)
+    if op in (Forward.op, Backward.op):
+        reader.number(U8)  # flags
+    elif op != SiteAnswer.op:
+        return op, None
+    return op, reader.call()
 
 
 _INTERACTIVE, _SETTLED = 1, 2

@@ -6,7 +6,8 @@ Rules
        with every piece and never restarts, not even with a new epoch.
     2. The opener knows which counter, epoch, chunk and length must come next and takes nothing else: what is replayed,
        reordered, dropped, reflected, cut, extended, or of another session is refused.
-    3. Sizes are compared with the limits before anything is allocated for them.
+    3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
+       authenticated chunk by chunk, as any other, and nothing is allocated for the whole of it.
     4. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
        plaintext behind when it refuses; so on any failure the message's buffer is overwritten with zeros, and the
        opener is dead.
@@ -63,10 +64,14 @@ __all__ = ["Opened", "Opener", "Sealer", "wipe"]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A whole message: its header, and its body in a buffer that the receiver owns (and may `wipe`)."""
+    """A whole message: its header, and its body in a buffer that the receiver owns (and may `wipe`).
+
+    `size`: bytes that the body has; one of more than the opener keeps was authenticated and dropped, and is empty here.
+    """
 
     header: bytearray
     body: bytearray
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +259,19 @@ class Opener:
         session_id: 16 bytes, the same on both sides.
         direction: who sends.
         limits: what is accepted.
+        keep: the most bytes of a body that are kept; None for all that is accepted.
     """
 
     def __init__(
-        self, secret: bytearray, session_id: bytes, direction: Direction, limits: Limits = DEFAULT_LIMITS
+        self,
+        secret: bytearray,
+        session_id: bytes,
+        direction: Direction,
+        limits: Limits = DEFAULT_LIMITS,
+        keep: int | None = None,
     ) -> None:
         self._limits = limits
+        self._keep = limits.max_message_bytes if keep is None else keep
         self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
         self._dead = False
         self._message: _Partial | None = None
@@ -339,18 +351,20 @@ class Opener:
             sealed = frame[PREFIX.size : PREFIX.size + first]
             self._decrypt(sealed, keys.aad(Piece.HEADER, prefix), memoryview(message.header))
             message.header_hash = sha256(message.header).digest()
-            message.body = bytearray(total)
+            message.body = bytearray(total if total <= self._keep else 0)
             self._message = message
         if size:
-            start = chunk * self._limits.chunk_bytes
+            start = chunk * self._limits.chunk_bytes if message.body else 0
             aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
-            with memoryview(message.body) as body:
-                self._decrypt(frame[PREFIX.size + first :], aad, body[start : start + size])
+            with memoryview(message.body or bytearray(size)) as room:
+                self._decrypt(frame[PREFIX.size + first :], aad, room[start : start + size])
+                if not message.body:
+                    wipe(room)
         message.chunk += 1
         if message.chunk < message.chunks:
             return None
         self._message = None
-        return Opened(message.header, message.body)
+        return Opened(message.header, message.body, total)
 
     def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
         if self._message is not None:

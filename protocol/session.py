@@ -14,6 +14,8 @@ Theory of operation
              receive(SERVER_DONE) -> Established           receive(CLIENT_AUTH) -> Established, or Refused
              then send(message) -> frames, receive(frame) -> Received or Incomplete, on both sides alike
 
+    Of a message of more bytes than its tenant may have in flight, the cloud keeps none: it gets Oversized.
+
     The edge raises what a refusal means: NotEnrolledError or RefusedError, with the cloud's text.
 """
 
@@ -56,12 +58,13 @@ from isthmus.protocol.messages import (
     EDGE_SENDS,
     MAX_INFO,
     MAX_TEXT,
+    CallId,
     Message,
     SessionInfo,
     StatusCode,
 )
-from isthmus.protocol.packing import pack, unpack
-from isthmus.protocol.sealing import Opener, Sealer
+from isthmus.protocol.packing import pack, peek, unpack
+from isthmus.protocol.sealing import Opened, Opener, Sealer
 
 NO_SESSION = bytes(SESSION_ID_BYTES)
 
@@ -100,6 +103,16 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Oversized:
+    """(cloud) A whole message of more bytes than its tenant may have in flight: it was authenticated and dropped."""
+
+    kind: type[Message]
+    id: CallId | None  # the call that it names, where it names one
+    size: int
+    frames: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Incomplete:
     """The frame was good and the message is not complete, or the key was changed."""
 
@@ -114,7 +127,7 @@ class Refused:
     frames: tuple[bytes, ...]
 
 
-Event = NeedSend | Established | Received | Incomplete | Refused
+Event = NeedSend | Established | Received | Oversized | Incomplete | Refused
 
 
 class _Session:
@@ -197,6 +210,8 @@ class _Session:
             opened = self._opener.open(frame)
             if opened is None:
                 return Incomplete()
+            if opened.size > len(opened.body):
+                return self._oversized(opened)
             message = unpack(opened.header, opened.body, self._limits)
             if not isinstance(message, self._takes):
                 raise MessageError(f"{type(message).__name__} is not a message that the other side may send")
@@ -205,17 +220,26 @@ class _Session:
             self._close(str(error))
             raise
 
+    def _oversized(self, opened: Opened) -> Oversized:
+        op, call = peek(opened.header)
+        kind = next((kind for kind in self._takes if kind.op == op), None)
+        if kind is None:
+            raise MessageError(f"operation {op} is not one that the other side may send")
+        return Oversized(kind, call, opened.size)
+
     def _handshake(self, frame: Buffer) -> Event:
         raise NotImplementedError
 
-    def _start_traffic(self, secrets: Secrets, session_id: bytes, sending: Limits | None = None) -> None:
+    def _start_traffic(
+        self, secrets: Secrets, session_id: bytes, sending: Limits | None = None, keep: int | None = None
+    ) -> None:
         limits, up, down = self._limits, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
         if self._up:
             self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, sending or limits, self._clock)
-            self._opener = Opener(secrets.cloud_to_edge, session_id, down, limits)
+            self._opener = Opener(secrets.cloud_to_edge, session_id, down, limits, keep)
         else:
             self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, sending or limits, self._clock)
-            self._opener = Opener(secrets.edge_to_cloud, session_id, up, limits)
+            self._opener = Opener(secrets.edge_to_cloud, session_id, up, limits, keep)
 
     def _close(self, reason: str) -> None:
         if not self._closed:
@@ -332,6 +356,11 @@ class CloudSession(_Session):
         self._tenant: Tenant | None = None
 
     @property
+    def greeted(self) -> bool:
+        """Whether the edge's hello has come, and was a valid one."""
+        return self._greeted
+
+    @property
     def tenant(self) -> Tenant | None:
         """Whose session it is, once it stands."""
         return self._tenant
@@ -359,7 +388,7 @@ class CloudSession(_Session):
         if secrets is None:
             raise LocalProtocolError("an accepted handshake has no secrets")
         self._info, self._tenant = info, tenant
-        self._start_traffic(secrets, session_id)
+        self._start_traffic(secrets, session_id, keep=tenant.quota.max_inflight_bytes)
         return Established(info, (reply,))
 
     def _refuse(self, error: NotEnrolledError | RefusedError) -> Refused:

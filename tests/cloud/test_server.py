@@ -54,8 +54,9 @@ from isthmus.protocol.errors import (
     UnreachableError,
 )
 from isthmus.protocol.keys import Fingerprint, load_edge, load_worker
+from isthmus.protocol.sealing import Opener
 from isthmus.protocol.service import METHOD, SERVICE
-from isthmus.protocol.session import EdgeSession
+from isthmus.protocol.session import EdgeSession, Established, Received
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,53 @@ def test_a_call_over_the_byte_quota_is_refused_and_the_session_goes_on(cloud: Se
             link.forward_span(hidden(4, 20), None, None, keep=False)
         assert link.forward_span(hidden(1, 4), None, None, keep=False)[0].shape == (1, 4, HIDDEN)
         assert link.traffic.sessions == 1
+
+
+def test_of_a_call_over_the_byte_quota_nothing_is_kept_while_it_comes(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openers: list[Opener] = []
+    create = Opener.__init__
+
+    def record(opener: Opener, *args: Any) -> None:
+        create(opener, *args)
+        if threading.current_thread().name == "test-server":
+            openers.append(opener)
+
+    with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(Opener, "__init__", record)
+            edge = channel(server)
+        (opener,) = openers
+        payload = encode(torch.zeros(8, 4096, HIDDEN), "fp32", Role.ACTIVATION)  # four chunks
+        large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+        *first, last = edge._session.send(large)
+        for count, frame in enumerate(first, 1):
+            edge._stream.send(frame)
+            eventually(lambda count=count: (under_way := opener._message) is not None and under_way.chunk == count)
+            assert opener._message is not None
+            assert len(opener._message.body) <= 2000
+        edge._stream.send(last)
+        said = edge._session.receive(edge._stream.receive(20))
+        assert isinstance(said, Received)
+        assert isinstance(said.message, m.Status)
+        assert (said.message.code, said.message.id) == (m.StatusCode.OVER_QUOTA, large.id)
+        small = encode(torch.zeros(1, 4, HIDDEN), "fp32", Role.ACTIVATION)
+        answer = edge.ask(m.Forward(m.CallId(1, 2), False, small, None, None, codec_id("fp32")), 20)
+        assert isinstance(answer, m.ForwardReply)
+        edge.close()
+
+
+def test_a_session_that_opens_with_more_than_the_byte_quota_is_ended(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = encode(hidden(4, 20), "fp32", Role.ACTIVATION)
+    large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+    monkeypatch.setattr(Channel, "_attach", lambda edge, _: edge.ask(large, 20))
+    with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            channel(server)
+        assert server.server.status()["sessions"] == {}
 
 
 def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
@@ -359,6 +407,24 @@ def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(
         eventually(lambda: not server.server._half_open)
 
 
+def test_a_handshake_under_way_outlasts_streams_that_say_nothing(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_HALF_OPEN", 2)
+    monkeypatch.setattr(server_module, "HANDSHAKE_SECONDS", 600.0)
+    with ThreadServer(cloud, home) as server:
+        slow = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+        slow.send(edge.start())
+        answer = edge.receive(slow.receive(20))
+        silent = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(10)]
+        for frame in answer.frames:
+            slow.send(frame)
+        assert isinstance(edge.receive(slow.receive(20)), Established)
+        for stream in (slow, *silent):
+            stream.close()
+
+
 def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
     cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +436,9 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
             counts.append(len(plane._half_open))
             await asyncio.sleep(0.01)
             counts.append(len(plane._half_open))
+
+        def peer(self) -> str:
+            return "ipv4:10.0.0.1:5000"
 
     async def frames() -> AsyncIterator[bytes]:
         return

@@ -16,7 +16,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Payload, Role, decode, encode, encode_mask
 from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.packing import pack, unpack
+from isthmus.protocol.packing import pack, peek, unpack
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -31,6 +31,12 @@ def packed(message: m.Message) -> tuple[bytes, bytearray]:
 def test_any_message_round_trips(message: m.Message) -> None:
     header, body = packed(message)
     assert unpack(header, body) == message
+
+
+@QUICK
+@given(edge_messages)
+def test_what_an_edge_asks_for_is_read_without_a_body(message: m.Message) -> None:
+    assert peek(pack(message)[0]) == (message.op, getattr(message, "id", None))
 
 
 @QUICK

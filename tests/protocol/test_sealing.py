@@ -12,10 +12,21 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings, strategies as st
-from support.wire import SMALL, cloud_messages, edge_messages, forward, new_pair
+from support.wire import (
+    SMALL,
+    TENANT,
+    cloud_messages,
+    edge_messages,
+    finish_established,
+    forward,
+    new_cloud,
+    new_edge,
+    new_pair,
+)
 
 from isthmus.protocol import framing, messages as m, sealing
 from isthmus.protocol.codecs import decode
+from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.errors import (
     FrameError,
     LimitError,
@@ -28,7 +39,7 @@ from isthmus.protocol.framing import PREFIX, TAG, VERSION, Direction, Kind
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 from isthmus.protocol.packing import pack
 from isthmus.protocol.sealing import Opener, Sealer, wipe
-from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
+from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Oversized, Received
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 SESSION = bytes(range(16))
@@ -309,6 +320,71 @@ def test_the_receiver_keeps_its_own_limit() -> None:
         both_ends(replace(SMALL, max_message_bytes=199))[0].seal(b"h", [bytes(200)])
     with pytest.raises(LocalProtocolError, match="header"):
         both_ends(replace(SMALL, max_header_bytes=3))[0].seal(b"four", [])
+
+
+def test_of_a_body_that_is_more_than_is_kept_every_chunk_is_authenticated_and_dropped() -> None:
+    sealer = both_ends()[0]
+    opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, SMALL, keep=199)
+    frames = list(sealer.seal(b"large", [bytes(200)]))
+    for frame in frames[:-1]:
+        assert opener.open(frame) is None
+        assert opener._message is not None
+        assert opener._message.body == b""
+    opened = opener.open(frames[-1])
+    assert opened is not None
+    assert (bytes(opened.header), bytes(opened.body), opened.size) == (b"large", b"", 200)
+    whole = [opener.open(frame) for frame in sealer.seal(b"kept", [bytes((7,)) * 199])][-1]
+    assert whole is not None
+    assert (bytes(whole.header), bytes(whole.body), whole.size) == (b"kept", bytes((7,)) * 199, 199)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_forged_chunk_is_refused_also_where_it_would_be_dropped(index: int) -> None:
+    frames = list(both_ends()[0].seal(b"large", [bytes(200)]))
+    opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, SMALL, keep=10)
+    for frame in frames[:index]:
+        opener.open(frame)
+    with pytest.raises(FrameError, match="not authentic"):
+        opener.open(frames[index][:-1] + bytes((frames[index][-1] ^ 1,)))
+
+
+def test_what_is_dropped_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    wiped: list[bytes] = []
+
+    def record(*buffers: bytearray | memoryview) -> None:
+        wiped.extend(bytes(buffer) for buffer in buffers)
+        wipe(*buffers)
+
+    text = b"a letter of forty-two bytes, or nearly so."
+    opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, SMALL, keep=10)
+    (frame,) = both_ends()[0].seal(b"h", [text])
+    monkeypatch.setattr(sealing, "wipe", record)
+    opener.open(frame)
+    assert wiped == [text]
+
+
+def test_a_cloud_keeps_nothing_of_a_message_over_its_tenants_quota() -> None:
+    tenant = replace(TENANT, quota=Quota(max_inflight_bytes=250))
+    edge, cloud = new_edge(), new_cloud(authorize=lambda key: tenant)
+    finish_established(edge, cloud)
+    large, body = forward((2, 4, 8)), 256 + 16  # the hidden states and the mask
+    piece = m.Put("adapter", 0, 251, bytes(32), bytes(251))
+    answer = m.SiteAnswer(m.CallId(3, 2, 1), (large.hidden,))
+    expected = [Oversized(m.Forward, large.id, body), Oversized(m.Put, None, 251)]
+    expected.append(Oversized(m.SiteAnswer, answer.id, 256))
+    for message, event in zip((large, piece, answer), expected, strict=True):
+        assert [cloud.receive(frame) for frame in edge.send(message)] == [event]
+    assert deliver(list(edge.send(m.Ping(1))), cloud) == [m.Ping(1)]
+
+
+def test_a_message_that_is_dropped_is_one_that_the_other_side_may_send() -> None:
+    edge, cloud = new_edge(), new_cloud(authorize=lambda key: replace(TENANT, quota=Quota(max_inflight_bytes=9)))
+    finish_established(edge, cloud)
+    assert edge._sealer is not None
+    (frame,) = edge._sealer.seal(bytes((m.Blob.op,)), [bytes(10)])
+    with pytest.raises(MessageError, match="operation 6"):
+        cloud.receive(frame)
+    assert cloud.closed
 
 
 def test_a_forged_chunk_leaves_no_plaintext_behind() -> None:
