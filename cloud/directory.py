@@ -8,7 +8,7 @@ again at another worker.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,25 @@ def newer_elsewhere(mine: Seat, peers: Sequence[Peer]) -> bool:
         for peer in peers
         for seat in peer.seats
     )
+
+
+def ranks(seats: Iterable[Seat]) -> dict[tuple[str, str], int]:
+    """Of each tenant and link, how many links of the tenant were opened before it.
+
+    A link that has moved may still be seen where it was: it counts once, as of its newest session.
+
+    Args:
+        seats: the sessions of all workers.
+    """
+    newest: dict[tuple[str, str], float] = {}
+    for seat in seats:
+        newest[seat.tenant, seat.link] = max(seat.opened, newest.get((seat.tenant, seat.link), seat.opened))
+    before: Counter[str] = Counter()
+    ranked: dict[tuple[str, str], int] = {}
+    for tenant, link in sorted(newest, key=lambda each: (newest[each], each[1])):
+        ranked[tenant, link] = before[tenant]
+        before[tenant] += 1
+    return ranked
 
 
 def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
+from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, ranks, seats_elsewhere
 from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
@@ -63,6 +63,11 @@ GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
 NEWS_SECONDS = 2.0
 """For the next word of the other workers, whose sessions count against a tenant's quota."""
+WORDS = 3
+"""Of the other workers since a session was opened, before it may be ended as one too many.
+
+What the third one tells was asked after the first had come, so it was open beside the session.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,9 @@ class _Open:
     deadline: float | None  # seconds
     opened: float = field(default_factory=time.time)
     stage: StageSession | None = None  # with the pipeline's next stage, where there is one
+    words: int = 0  # of the other workers that were heard since
     ending: str = "connection lost"
+    farewell: m.Message | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -132,9 +139,9 @@ class _Open:
         """What other workers are told of it."""
         return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
-    def end(self, why: str) -> None:
-        """Ask the session to end after the call in flight."""
-        self.ending = why
+    def end(self, why: str, status: m.Status | None = None) -> None:
+        """Ask the session to end after the call in flight. Its edge is told the status, or else why."""
+        self.ending, self.farewell = why, status or m.Goodbye(why)
         self.ended.set()
 
 
@@ -244,10 +251,22 @@ class StripServer:
         self._address, self._peers = address, tuple(peers)
         self._sent.clear()
         for session in self._open.values():
+            session.words += 1
             if newer_elsewhere(session.seat, peers):
                 session.end("fenced")
+        self._keep_quotas()
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    def _keep_quotas(self) -> None:
+        """End the newest sessions of tenants that have opened too many at several workers at once."""
+        rank = ranks([*self.seats(), *(seat for peer in self._peers for seat in peer.seats)])
+        for session in self._open.values():
+            seat = session.seat
+            if session.words < WORDS or session.ended.is_set():
+                continue
+            if rank[seat.tenant, seat.link] >= session.tenant.quota.max_sessions:
+                session.end("over quota", _over_quota(session.tenant, rank[seat.tenant, seat.link]))
 
     def shed(self, count: int) -> None:
         """End the newest sessions: their edges go on at workers with fewer. For the server's event loop alone."""
@@ -413,11 +432,7 @@ class StripServer:
             if count < allowed:
                 break
             if here >= allowed or not tries_left:
-                return m.Status.saying(
-                    m.StatusCode.OVER_QUOTA,
-                    None,
-                    f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
-                )
+                return _over_quota(session.tenant, count)
             # What a peer has said is not the last word: a session may have ended there since.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), NEWS_SECONDS)
@@ -440,8 +455,8 @@ class StripServer:
                 session.end("draining")
             while True:
                 received = await stream.receive(session.ended, ANSWER_SECONDS if work.calls.paused else None)
-                if received is None and session.ended.is_set():
-                    await stream.send(m.Goodbye(session.ending))
+                if received is None and session.farewell is not None:
+                    await stream.send(session.farewell)
                     return
                 if received is None:
                     return
@@ -605,6 +620,13 @@ class StripServer:
 
     def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         return dataclasses.replace(self._served.info, session_id=session_id.hex())
+
+
+def _over_quota(tenant: Tenant, others: int) -> m.Status:
+    """Why there is no place for a session of a tenant beside his others."""
+    allowed = tenant.quota.max_sessions
+    text = f"{others} sessions of {tenant.name} are open, {allowed} are allowed: close one"
+    return m.Status.saying(m.StatusCode.OVER_QUOTA, None, text)
 
 
 def _too_late(session: _Open) -> str:

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from isthmus.cloud.controller import SPREAD_SECONDS, Roster
-from isthmus.cloud.directory import Peer, Rate, Report, Seat, better_place, newer_elsewhere, seats_elsewhere, surplus
+from isthmus.cloud.directory import (
+    Peer,
+    Rate,
+    Report,
+    Seat,
+    better_place,
+    newer_elsewhere,
+    ranks,
+    seats_elsewhere,
+    surplus,
+)
 from isthmus.cloud.metrics import Metrics, merged
 
 
@@ -58,6 +68,14 @@ def test_a_session_whose_link_was_opened_anew_elsewhere_is_over() -> None:
     assert newer_elsewhere(Seat("alice", "x", 4.0), peers)
     assert not newer_elsewhere(Seat("alice", "x", 6.0), peers)  # that one is the old one
     assert not newer_elsewhere(Seat("bob", "x", 4.0), peers)
+
+
+def test_a_tenants_links_are_ranked_by_age_and_one_that_has_moved_counts_once() -> None:
+    moved = (Seat("alice", "x", 1.0), Seat("alice", "x", 9.0))
+    others = (Seat("alice", "z", 5.0), Seat("alice", "y", 5.0), Seat("bob", "x", 7.0))
+    expected = {("alice", "y"): 0, ("alice", "z"): 1, ("alice", "x"): 2, ("bob", "x"): 0}
+    assert ranks((*moved, *others)) == ranks((*others, *moved[::-1])) == expected
+    assert ranks(()) == {}
 
 
 @pytest.mark.parametrize(
