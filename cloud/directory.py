@@ -16,8 +16,8 @@ SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "
 """Keys of a worker's status that add up to the cloud's."""
 SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "overdue", "tokens_per_s")
 """Those of which a pipeline's first stage knows all: what goes on to the next one is the same work."""
-COUNTED = ("sessions", "waiting")
-"""The same, by tenant."""
+COUNTED = ("sessions", "waiting", "deadlines")
+"""The same, by tenant or outcome."""
 MODEL = ("model", "plan", "span_dtype")
 
 
@@ -129,6 +129,12 @@ def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:
     return (most, excess) if excess else None
 
 
+def missed(deadlines: Mapping[str, int]) -> float:
+    """The share of the calls with a deadline that missed it, of their counts by outcome; 0 before the first."""
+    calls = sum(deadlines.values())
+    return round(1 - deadlines.get("met", 0) / calls, 4) if calls else 0.0
+
+
 def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The status of a cloud from those of its workers: what is the same for all, sums, and the workers' own.
 
@@ -147,6 +153,7 @@ def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     status |= {key: dict(sum((Counter(worker[key]) for worker in front), Counter())) for key in COUNTED}
     status |= {key: sum(worker[key] for worker in front) for key in SUMMED_AT_THE_FRONT}
     status |= {key: sum(worker[key] for worker in answering) for key in SUMMED}
+    status["deadlines_missed"] = missed(status["deadlines"])
     status["restarts"] = sum(worker["restarts"] for worker in workers)
     return {**status, "workers": list(workers)}
 

@@ -155,6 +155,7 @@ class StripServer:
         threads: torch threads for computing.
         batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
+        clock: seconds that never go back, by which deadlines are kept.
     """
 
     def __init__(
@@ -166,8 +167,10 @@ class StripServer:
         next_stage: NextStage | None = None,
         *,
         batching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = Metrics()
+        self._clock = clock
         self._served = served
         self._identity = identity
         self._edges = edges
@@ -321,6 +324,7 @@ class StripServer:
             "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
             "overdue": self._compute.overdue(),
+            "deadlines": self.metrics.outcomes(),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -475,6 +479,7 @@ class StripServer:
             log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
+        due = self._due(session, received.message)
         reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, size, tenant = received.message, len(received.body), session.tenant
@@ -491,13 +496,16 @@ class StripServer:
         self._idle.clear()
         try:
             start = time.perf_counter_ns()
-            async with self._room_for(tenant, size, received.body):
-                try:
-                    reply = await self._reply(work, session, received)
-                except TooLate:
-                    reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
+            try:
+                async with self._room_for(tenant, size, received.body, due):
+                    reply = await self._reply(work, session, received, due)
+            except TooLate:
+                self.metrics.deadlines.labels("refused").inc()
+                reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
             elapsed = time.perf_counter_ns() - start
             if isinstance(reply, m.Timed):
+                if due is not None:
+                    self.metrics.deadlines.labels("met" if self._clock() <= due else "late").inc()
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
                 if isinstance(message, m.Forward | m.Backward):
                     self.metrics.tokens.labels(operation).inc(_positions(message))
@@ -517,10 +525,18 @@ class StripServer:
             if not self._in_flight:
                 self._idle.set()
 
-    async def _reply(self, work: TenantSession, session: _Open, received: Received) -> m.Message | None:
+    def _due(self, session: _Open, message: m.Message) -> float | None:
+        """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
+        if session.deadline is None or session.stage is not None or kind_of(message) is None:
+            return None
+        return self._clock() + session.deadline
+
+    async def _reply(
+        self, work: TenantSession, session: _Open, received: Received, due: float | None
+    ) -> m.Message | None:
         """Have a message answered by this worker, and by the stages behind it where there are any."""
         if session.stage is None:
-            return await asyncio.wrap_future(self._submit(work, session, received))
+            return await asyncio.wrap_future(self._submit(work, session, received, due))
         try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
             return await session.stage.answer(
                 received.message,
@@ -530,14 +546,21 @@ class StripServer:
             wipe(received.body)
 
     @contextlib.asynccontextmanager
-    async def _room_for(self, tenant: Tenant, size: int, body: bytearray) -> AsyncIterator[None]:
-        """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside."""
+    async def _room_for(self, tenant: Tenant, size: int, body: bytearray, due: float | None) -> AsyncIterator[None]:
+        """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside.
+
+        Raises TooLate where that lasts until it is due.
+        """
         name, allowed = tenant.name, tenant.quota.max_inflight_bytes
         try:
-            while (beside := self._in_flight_bytes[name]) and beside + size > allowed * self._part(tenant):
-                turn = asyncio.get_running_loop().create_future()
-                self._turns.append(turn)
-                await turn
+            async with asyncio.timeout(None if due is None else due - self._clock()):
+                while (beside := self._in_flight_bytes[name]) and beside + size > allowed * self._part(tenant):
+                    turn = asyncio.get_running_loop().create_future()
+                    self._turns.append(turn)
+                    await turn
+        except TimeoutError:
+            wipe(body)
+            raise TooLate from None
         except asyncio.CancelledError:  # the edge is gone
             wipe(body)
             raise
@@ -584,7 +607,9 @@ class StripServer:
             continues=continues,
         )
 
-    def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
+    def _submit(
+        self, work: TenantSession, session: _Open, received: Received, due: float | None = None
+    ) -> Future[m.Message | None]:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
         message, kind, in_pass = received.message, work.kind_of(received.message), kind_of(received.message) is not None
         shared: Shared[Any, m.Message | None] | None = None
@@ -596,7 +621,7 @@ class StripServer:
                 partial(work.handle, message),
                 work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message),
                 shared,
-                session.deadline if in_pass and session.stage is None else None,
+                None if due is None else due - self._clock(),
                 continues=isinstance(message, m.SiteAnswer),
             )
         except RuntimeError:  # a drain was cut short

@@ -40,7 +40,7 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
         **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
         **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
         **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
-        **{"queue_depth": 1, "overdue": 0, "in_flight": 2},
+        **{"queue_depth": 1, "overdue": 0, "in_flight": 2, "deadlines": {"met": 5, "late": number, "refused": 2}},
         **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
         **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
     }
@@ -100,6 +100,7 @@ def test_restarts_are_counted_and_a_new_controller_asks_for_the_count() -> None:
     roster.took(0, report(0, 0, pid=10))
     roster.missed(0)
     assert roster.status()["state"] == "restarting"
+    assert roster.status()["deadlines_missed"] == 0.0
     assert roster.status()["workers"][0] == {
         **{"worker": 0, "address": "h:0", "span": "2:4", "state": "restarting", "restarts": 0}
     }
@@ -147,6 +148,7 @@ def test_the_clouds_status_adds_up_its_workers() -> None:
     assert (status["state"], status["model"], status["plan"]) == ("serving", "tiny", "2:2")
     assert (status["sessions"], status["waiting"]) == ({"alice": 3}, {"alice": 2})
     assert (status["queue_depth"], status["in_flight"], status["restarts"]) == (2, 4, 3)
+    assert (status["deadlines"], status["deadlines_missed"]) == ({"met": 10, "late": 1, "refused": 4}, 0.3333)
     assert (status["stash_budget_bytes"], status["uptime_s"]) == (100, 4.0)
     assert [worker["state"] for worker in status["workers"]] == ["serving", "draining"]
     assert "positions" not in status["workers"][0]
