@@ -8,7 +8,7 @@ again at another worker.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "
 """Keys of a worker's status that add up to the cloud's."""
 SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "overdue", "tokens_per_s")
 """Those of which a pipeline's first stage knows all: what goes on to the next one is the same work."""
-COUNTED = ("sessions", "waiting")
-"""The same, by tenant."""
+COUNTED = ("sessions", "waiting", "deadlines")
+"""The same, by tenant or outcome."""
 MODEL = ("model", "plan", "span_dtype")
 
 
@@ -97,6 +97,25 @@ def newer_elsewhere(mine: Seat, peers: Sequence[Peer]) -> bool:
     )
 
 
+def ranks(seats: Iterable[Seat]) -> dict[tuple[str, str], int]:
+    """Of each tenant and link, how many links of the tenant were opened before it.
+
+    A link that has moved may still be seen where it was: it counts once, as of its newest session.
+
+    Args:
+        seats: the sessions of all workers.
+    """
+    newest: dict[tuple[str, str], float] = {}
+    for seat in seats:
+        newest[seat.tenant, seat.link] = max(seat.opened, newest.get((seat.tenant, seat.link), seat.opened))
+    before: Counter[str] = Counter()
+    ranked: dict[tuple[str, str], int] = {}
+    for tenant, link in sorted(newest, key=lambda each: (newest[each], each[1])):
+        ranked[tenant, link] = before[tenant]
+        before[tenant] += 1
+    return ranked
+
+
 def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:
     """Which worker has sessions that another one should have, and how many; None where they are spread evenly.
 
@@ -108,6 +127,12 @@ def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:
     most = max(sessions, key=lambda each: sessions[each])
     excess = (sessions[most] - min(sessions.values())) // 2
     return (most, excess) if excess else None
+
+
+def missed(deadlines: Mapping[str, int]) -> float:
+    """The share of the calls with a deadline that missed it, of their counts by outcome; 0 before the first."""
+    calls = sum(deadlines.values())
+    return round(1 - deadlines.get("met", 0) / calls, 4) if calls else 0.0
 
 
 def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,6 +153,7 @@ def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     status |= {key: dict(sum((Counter(worker[key]) for worker in front), Counter())) for key in COUNTED}
     status |= {key: sum(worker[key] for worker in front) for key in SUMMED_AT_THE_FRONT}
     status |= {key: sum(worker[key] for worker in answering) for key in SUMMED}
+    status["deadlines_missed"] = missed(status["deadlines"])
     status["restarts"] = sum(worker["restarts"] for worker in workers)
     return {**status, "workers": list(workers)}
 

@@ -24,6 +24,8 @@ from isthmus.protocol.errors import PortInUseError
 MAX_CONNECTIONS = 32
 SILENT_SECONDS = 10.0
 """What a connection may take to send its request's next bytes, or to take its answer's."""
+OUTCOMES = ("met", "late", "refused")
+"""Of a deadline: the call was computed within it, or later, or was not begun as it could not be in time."""
 
 
 class Metrics:
@@ -38,6 +40,11 @@ class Metrics:
         self.refused = Counter(
             "isthmus_refused", "Calls answered with a status instead.", ["status"], registry=self.registry
         )
+        self.deadlines = Counter(
+            "isthmus_deadline_calls", "Calls that had a deadline.", ["outcome"], registry=self.registry
+        )
+        for outcome in OUTCOMES:
+            self.deadlines.labels(outcome)  # a rate needs those that are zero
         self.bytes = Counter("isthmus_bytes", "Bytes of sealed frames.", ["direction"], registry=self.registry)
         self.seconds = Histogram("isthmus_call_seconds", "Computation per call.", ["operation"], registry=self.registry)
         self.waited = Histogram(
@@ -52,6 +59,11 @@ class Metrics:
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def outcomes(self) -> dict[str, int]:
+        """How many calls had a deadline since the worker's start, by what became of it."""
+        value = self.registry.get_sample_value
+        return {each: int(value("isthmus_deadline_calls_total", {"outcome": each}) or 0) for each in OUTCOMES}
 
     def positions(self) -> float:
         """Token positions computed since the worker's start, forward and backward."""

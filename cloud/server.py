@@ -28,7 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from isthmus.backbone.batch_invariance import measure_batch_invariance
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, seats_elsewhere
+from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, ranks, seats_elsewhere
 from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
@@ -64,6 +64,11 @@ GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
 NEWS_SECONDS = 2.0
 """For the next word of the other workers, whose sessions count against a tenant's quota."""
+WORDS = 3
+"""Of the other workers since a session was opened, before it may be ended as one too many.
+
+What the third one tells was asked after the first had come, so it was open beside the session.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,9 @@ class _Open:
     deadline: float | None  # seconds
     opened: float = field(default_factory=time.time)
     stage: StageSession | None = None  # with the pipeline's next stage, where there is one
+    words: int = 0  # of the other workers that were heard since
     ending: str = "connection lost"
+    farewell: m.Message | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -133,9 +140,9 @@ class _Open:
         """What other workers are told of it."""
         return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
-    def end(self, why: str) -> None:
-        """Ask the session to end after the call in flight."""
-        self.ending = why
+    def end(self, why: str, status: m.Status | None = None) -> None:
+        """Ask the session to end after the call in flight. Its edge is told the status, or else why."""
+        self.ending, self.farewell = why, status or m.Goodbye(why)
         self.ended.set()
 
 
@@ -149,6 +156,7 @@ class StripServer:
         threads: torch threads for computing.
         batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
+        clock: seconds that never go back, by which deadlines are kept.
     """
 
     def __init__(
@@ -160,8 +168,10 @@ class StripServer:
         next_stage: NextStage | None = None,
         *,
         batching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = Metrics()
+        self._clock = clock
         self._served = served
         self._identity = identity
         self._edges = edges
@@ -249,10 +259,22 @@ class StripServer:
         self._address, self._peers = address, tuple(peers)
         self._sent.clear()
         for session in self._open.values():
+            session.words += 1
             if newer_elsewhere(session.seat, peers):
                 session.end("fenced")
+        self._keep_quotas()
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    def _keep_quotas(self) -> None:
+        """End the newest sessions of tenants that have opened too many at several workers at once."""
+        rank = ranks([*self.seats(), *(seat for peer in self._peers for seat in peer.seats)])
+        for session in self._open.values():
+            seat = session.seat
+            if session.words < WORDS or session.ended.is_set():
+                continue
+            if rank[seat.tenant, seat.link] >= session.tenant.quota.max_sessions:
+                session.end("over quota", _over_quota(session.tenant, rank[seat.tenant, seat.link]))
 
     def shed(self, count: int) -> None:
         """End the newest sessions: their edges go on at workers with fewer. For the server's event loop alone."""
@@ -308,6 +330,7 @@ class StripServer:
             "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
             "overdue": self._compute.overdue(),
+            "deadlines": self.metrics.outcomes(),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
             "graphs_evicted": executor.counters.graphs_evicted,
@@ -418,11 +441,7 @@ class StripServer:
             if count < allowed:
                 break
             if here >= allowed or not tries_left:
-                return m.Status.saying(
-                    m.StatusCode.OVER_QUOTA,
-                    None,
-                    f"{count} sessions of {session.tenant.name} are open, {allowed} are allowed: close one",
-                )
+                return _over_quota(session.tenant, count)
             # What a peer has said is not the last word: a session may have ended there since.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), NEWS_SECONDS)
@@ -445,8 +464,8 @@ class StripServer:
                 session.end("draining")
             while True:
                 received = await stream.receive(session.ended, ANSWER_SECONDS if work.calls.paused else None)
-                if received is None and session.ended.is_set():
-                    await stream.send(m.Goodbye(session.ending))
+                if received is None and session.farewell is not None:
+                    await stream.send(session.farewell)
                     return
                 if received is None:
                     return
@@ -477,6 +496,7 @@ class StripServer:
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
 
     async def _answer(self, stream: SealedStream, work: TenantSession, session: _Open, received: Received) -> None:
+        due = self._due(session, received.message)
         reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, size, tenant = received.message, len(received.body), session.tenant
@@ -485,13 +505,16 @@ class StripServer:
         self._idle.clear()
         try:
             start = time.perf_counter_ns()
-            async with self._room_for(tenant, size, received.body):
-                try:
-                    reply = await self._reply(work, session, received)
-                except TooLate:
-                    reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
+            try:
+                async with self._room_for(tenant, size, received.body, due):
+                    reply = await self._reply(work, session, received, due)
+            except TooLate:
+                self.metrics.deadlines.labels("refused").inc()
+                reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
             elapsed = time.perf_counter_ns() - start
             if isinstance(reply, m.Timed):
+                if due is not None:
+                    self.metrics.deadlines.labels("met" if self._clock() <= due else "late").inc()
                 self.metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
                 if isinstance(message, m.Forward | m.Backward):
                     self.metrics.tokens.labels(operation).inc(_positions(message))
@@ -511,10 +534,18 @@ class StripServer:
             if not self._in_flight:
                 self._idle.set()
 
-    async def _reply(self, work: TenantSession, session: _Open, received: Received) -> m.Message | None:
+    def _due(self, session: _Open, message: m.Message) -> float | None:
+        """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
+        if session.deadline is None or session.stage is not None or kind_of(message) is None:
+            return None
+        return self._clock() + session.deadline
+
+    async def _reply(
+        self, work: TenantSession, session: _Open, received: Received, due: float | None
+    ) -> m.Message | None:
         """Have a message answered by this worker, and by the stages behind it where there are any."""
         if session.stage is None:
-            return await asyncio.wrap_future(self._submit(work, session, received))
+            return await asyncio.wrap_future(self._submit(work, session, received, due))
         try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
             return await session.stage.answer(
                 received.message,
@@ -524,14 +555,21 @@ class StripServer:
             wipe(received.body)
 
     @contextlib.asynccontextmanager
-    async def _room_for(self, tenant: Tenant, size: int, body: bytearray) -> AsyncIterator[None]:
-        """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside."""
+    async def _room_for(self, tenant: Tenant, size: int, body: bytearray, due: float | None) -> AsyncIterator[None]:
+        """Count a call against the tenant's bytes in flight, after the calls that it does not fit beside.
+
+        Raises TooLate where that lasts until it is due.
+        """
         name, allowed = tenant.name, tenant.quota.max_inflight_bytes
         try:
-            while (beside := self._in_flight_bytes[name]) and beside + size > allowed * self._part(tenant):
-                turn = asyncio.get_running_loop().create_future()
-                self._turns.append(turn)
-                await turn
+            async with asyncio.timeout(None if due is None else due - self._clock()):
+                while (beside := self._in_flight_bytes[name]) and beside + size > allowed * self._part(tenant):
+                    turn = asyncio.get_running_loop().create_future()
+                    self._turns.append(turn)
+                    await turn
+        except TimeoutError:
+            wipe(body)
+            raise TooLate from None
         except asyncio.CancelledError:  # the edge is gone
             wipe(body)
             raise
@@ -578,7 +616,9 @@ class StripServer:
             continues=continues,
         )
 
-    def _submit(self, work: TenantSession, session: _Open, received: Received) -> Future[m.Message | None]:
+    def _submit(
+        self, work: TenantSession, session: _Open, received: Received, due: float | None = None
+    ) -> Future[m.Message | None]:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
         message, kind, in_pass = received.message, work.kind_of(received.message), kind_of(received.message) is not None
         shared: Shared[Any, m.Message | None] | None = None
@@ -590,7 +630,7 @@ class StripServer:
                 partial(work.handle, message),
                 work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message),
                 shared,
-                session.deadline if in_pass and session.stage is None else None,
+                None if due is None else due - self._clock(),
                 continues=isinstance(message, m.SiteAnswer),
             )
         except RuntimeError:  # a drain was cut short
@@ -614,6 +654,13 @@ class StripServer:
 
     def _describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         return dataclasses.replace(self._served.info, session_id=session_id.hex())
+
+
+def _over_quota(tenant: Tenant, others: int) -> m.Status:
+    """Why there is no place for a session of a tenant beside his others."""
+    allowed = tenant.quota.max_sessions
+    text = f"{others} sessions of {tenant.name} are open, {allowed} are allowed: close one"
+    return m.Status.saying(m.StatusCode.OVER_QUOTA, None, text)
 
 
 def _too_late(session: _Open) -> str:

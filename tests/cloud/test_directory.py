@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from isthmus.cloud.controller import SPREAD_SECONDS, Roster
-from isthmus.cloud.directory import Peer, Rate, Report, Seat, better_place, newer_elsewhere, seats_elsewhere, surplus
+from isthmus.cloud.directory import (
+    Peer,
+    Rate,
+    Report,
+    Seat,
+    better_place,
+    newer_elsewhere,
+    ranks,
+    seats_elsewhere,
+    surplus,
+)
 from isthmus.cloud.metrics import Metrics, merged
 
 
@@ -30,7 +40,7 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
         **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
         **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
         **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
-        **{"queue_depth": 1, "overdue": 0, "in_flight": 2},
+        **{"queue_depth": 1, "overdue": 0, "in_flight": 2, "deadlines": {"met": 5, "late": number, "refused": 2}},
         **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
         **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
     }
@@ -60,6 +70,14 @@ def test_a_session_whose_link_was_opened_anew_elsewhere_is_over() -> None:
     assert not newer_elsewhere(Seat("bob", "x", 4.0), peers)
 
 
+def test_a_tenants_links_are_ranked_by_age_and_one_that_has_moved_counts_once() -> None:
+    moved = (Seat("alice", "x", 1.0), Seat("alice", "x", 9.0))
+    others = (Seat("alice", "z", 5.0), Seat("alice", "y", 5.0), Seat("bob", "x", 7.0))
+    expected = {("alice", "y"): 0, ("alice", "z"): 1, ("alice", "x"): 2, ("bob", "x"): 0}
+    assert ranks((*moved, *others)) == ranks((*others, *moved[::-1])) == expected
+    assert ranks(()) == {}
+
+
 @pytest.mark.parametrize(
     ("sessions", "move"),
     [({}, None), ({0: 3}, None), ({0: 1, 1: 0}, None), ({0: 2, 1: 0}, (0, 1)), ({0: 1, 1: 6, 2: 2}, (1, 2))],
@@ -82,6 +100,7 @@ def test_restarts_are_counted_and_a_new_controller_asks_for_the_count() -> None:
     roster.took(0, report(0, 0, pid=10))
     roster.missed(0)
     assert roster.status()["state"] == "restarting"
+    assert roster.status()["deadlines_missed"] == 0.0
     assert roster.status()["workers"][0] == {
         **{"worker": 0, "address": "h:0", "span": "2:4", "state": "restarting", "restarts": 0}
     }
@@ -129,6 +148,7 @@ def test_the_clouds_status_adds_up_its_workers() -> None:
     assert (status["state"], status["model"], status["plan"]) == ("serving", "tiny", "2:2")
     assert (status["sessions"], status["waiting"]) == ({"alice": 3}, {"alice": 2})
     assert (status["queue_depth"], status["in_flight"], status["restarts"]) == (2, 4, 3)
+    assert (status["deadlines"], status["deadlines_missed"]) == ({"met": 10, "late": 1, "refused": 4}, 0.3333)
     assert (status["stash_budget_bytes"], status["uptime_s"]) == (100, 4.0)
     assert [worker["state"] for worker in status["workers"]] == ["serving", "draining"]
     assert "positions" not in status["workers"][0]

@@ -695,6 +695,79 @@ def test_a_call_that_cannot_keep_its_deadline_is_refused_and_the_session_goes_on
                     link.forward_span(hidden(), None, None, keep=False)
             assert len(link.forward_span(hidden(), None, None, keep=False)[0]) == len(hidden())
         assert refusals(server, "TOO_LATE") == 1
+        assert server.server.status()["deadlines"]["refused"] == 1
+
+
+def test_a_call_that_is_computed_after_its_deadline_counts_as_late(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> Any:
+        now[0] += 31.0
+        return original(*args, **options)
+
+    with (
+        ThreadServer(cloud, home, clock=lambda: now[0]) as server,
+        server.link(deadline=30.0) as link,
+        server.link() as patient,
+    ):
+        for each in (link, patient):
+            each.open(5)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(cloud.executor), "forward", slow)  # no pace is known yet, so it is begun
+            for each in (link, patient):
+                each.forward_span(hidden(), None, None, keep=False)
+        assert server.server.status()["deadlines"] == {"met": 0, "late": 1, "refused": 0}
+        for _ in range(3):
+            link.forward_span(hidden(), None, None, keep=False)
+        assert link.cloud_peak_bytes()  # no computing, so no deadline
+        assert server.server.status()["deadlines"] == {"met": 3, "late": 1, "refused": 0}
+        assert 'isthmus_deadline_calls_total{outcome="late"} 1.0' in server.server.metrics.text().decode()
+
+
+def test_a_call_that_waits_beside_others_until_its_deadline_is_refused(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))  # one call at a time
+    with ThreadServer(cloud, home) as server, server.link(deadline=0.2) as link:
+        link.open(5)
+        with call_in_flight(server, cloud):
+            bodies: list[bytearray] = []
+            monkeypatch.setattr(server_module, "wipe", bodies.append)
+            with pytest.raises(TooLateError, match=r"within 0\.2 s"):
+                link.forward_span(hidden(), None, None, keep=False)
+            eventually(lambda: server.server.status()["in_flight"] == 1)  # the other one goes on
+            assert len(bodies) == 1
+            assert server.server.status()["deadlines"] == {"met": 0, "late": 0, "refused": 1}
+        assert link.cloud_peak_bytes()
+        assert link.traffic.sessions == 1
+
+
+def test_the_wait_beside_others_is_taken_off_the_deadline(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    left: list[float | None] = []
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))
+    with ThreadServer(cloud, home, clock=lambda: now[0]) as server, server.link(deadline=30.0) as link:
+        link.open(5)
+        submit = server.server._compute.submit
+
+        def noted(*args: Any, deadline: float | None = None, **options: Any) -> Any:
+            left.append(deadline)
+            return submit(*args, deadline=deadline, **options)
+
+        with call_in_flight(server, cloud) as held:
+            monkeypatch.setattr(server.server._compute, "submit", noted)
+            calling = threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
+            calling.start()
+            eventually(lambda: len(server.server._turns) == 1)
+            now[0] += 10.0
+            held.release.set()
+            calling.join(10)
+    assert left[0] == 20.0
 
 
 def test_a_deadline_that_is_none_is_refused(cloud: Served, home: Home) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
+from isthmus.cloud.server import WORDS
 from isthmus.edge.link import Link, connect
 from isthmus.edge.route import Route
 from isthmus.edge.transport import Stream
@@ -110,12 +112,24 @@ class Pair:
         return connect(self.both[0].address, key=self.both[0].home.key_file)
 
 
+@contextlib.contextmanager
+def two_servers(model: tuple[Path, Path], folder: Path, max_sessions: int) -> Iterator[Pair]:
+    home = Home(folder, quota=Quota(max_sessions))
+    with ThreadServer(served(*model), home) as first, ThreadServer(served(*model), home) as second:
+        yield Pair(first, second)
+
+
 @pytest.fixture
 def pair(model: tuple[Path, Path], tmp_path: Path) -> Iterator[Pair]:
-    home = Home(tmp_path, quota=Quota(2))
-    with ThreadServer(served(*model), home) as first, ThreadServer(served(*model), home) as second:
-        two = Pair(first, second)
+    with two_servers(model, tmp_path, 2) as two:
         two.introduce()
+        yield two
+
+
+@pytest.fixture
+def strangers(model: tuple[Path, Path], tmp_path: Path) -> Iterator[Pair]:
+    """Two servers that have not heard of each other, of a tenant that may have one session."""
+    with two_servers(model, tmp_path, 1) as two:
         yield two
 
 
@@ -190,3 +204,47 @@ def test_a_link_that_was_opened_anew_elsewhere_fences_the_older_session(pair: Pa
             assert pair.sessions() == [1, 1]
             pair.introduce()
             eventually(lambda: pair.sessions() == [0, 1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_the_sessions_that_two_workers_took_at_once_the_oldest_stay(strangers: Pair, first: int) -> None:
+    with strangers.both[first].link() as older, strangers.both[1 - first].link() as newer:
+        for link in (older, newer):
+            link.open(5)
+        assert strangers.sessions() == [1, 1]
+        for _ in range(WORDS):
+            strangers.introduce()
+        assert strangers.sessions() == [1 - first, first]
+        with pytest.raises(OverQuotaError, match="1 sessions of alice are open, 1 are allowed: close one"):
+            newer.forward_span(hidden(), None, None, keep=False)
+        older.forward_span(hidden(), None, None, keep=False)
+        assert older.traffic.sessions == 1
+
+
+def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) -> None:
+    with strangers.both[0].link() as link, strangers.both[1].link() as moved:
+        link.open(5)
+        moved._link_id = link._link_id
+        moved.open(5)
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.seats())
+        for _ in range(2 * WORDS):  # the worker that it has left says for long that it is there
+            strangers.both[1].run(strangers.call(1, before))
+        assert strangers.sessions() == [1, 1]
+        strangers.introduce()
+        assert strangers.sessions() == [0, 1]
+        moved.forward_span(hidden(), None, None, keep=False)
+
+
+def test_a_session_is_not_ended_for_one_that_had_left_before_it_came(strangers: Pair) -> None:
+    with strangers.both[0].link() as gone, strangers.both[1].link() as link:
+        gone.open(5)
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.seats())
+        gone.close()
+        link.open(5)
+        for _ in range(WORDS - 1):  # two words may tell of the time before
+            strangers.both[1].run(strangers.call(1, before))
+        eventually(lambda: strangers.sessions() == [0, 1])
+        for _ in range(WORDS):
+            strangers.introduce()
+        assert strangers.sessions() == [0, 1]
+        link.forward_span(hidden(), None, None, keep=False)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,6 +104,7 @@ class ThreadServer:
         listen: str = "127.0.0.1:0",
         next_stage: NextStage | None = None,
         batching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.served = cloud
         self.home = home
@@ -116,6 +119,7 @@ class ThreadServer:
             1,
             next_stage,
             batching=batching,
+            clock=clock,
         )
         self.port = 0
 
