@@ -9,6 +9,9 @@ Theory of operation
     and gradients cross as they are computed: the result has the bits of one worker with the whole span. The gradient
     from the edge, and the last stage's output, are passed on in the edge's own codecs.
 
+    A session with the next stage carries the edge's tenant and weight, so that turns are shared out among tenants in
+    every stage. A stage believes that of the key that it has enrolled as a stage's, and of no other.
+
     A stage that has lost the forward says so, and so does every stage before it: the edge sends the input again, and
     each stage computes its output anew for the next one. That is also what happens when a stage was killed: a new
     session begins with an empty stash.
@@ -157,9 +160,9 @@ class NextStage:
     codec: str
 
     @asynccontextmanager
-    async def session(self, *, interactive: bool) -> AsyncIterator[StageSession]:
-        """A session with it, opened when it is needed and again when it has broken."""
-        session = StageSession(self, interactive=interactive)
+    async def session(self, account: m.Account, *, interactive: bool) -> AsyncIterator[StageSession]:
+        """A session with it for a tenant, opened when it is needed and again when it has broken."""
+        session = StageSession(self, account, interactive=interactive)
         try:
             yield session
         finally:
@@ -169,9 +172,9 @@ class NextStage:
 class StageSession:
     """One session with the next stage. One question at a time."""
 
-    def __init__(self, stage: NextStage, *, interactive: bool) -> None:
+    def __init__(self, stage: NextStage, account: m.Account, *, interactive: bool) -> None:
         self._stage = stage
-        self._attach = m.Attach(os.urandom(m.LINK_BYTES), interactive)
+        self._attach = m.Attach(os.urandom(m.LINK_BYTES), interactive, account=account)
         self._stream: _Stream | None = None
         self._body = bytearray()  # of the last answer, whose tensors are views of it
 

@@ -261,7 +261,8 @@ def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Ite
             if number:
                 enrolled = folder / str(number)
                 key = enrolled / "id_ed25519"
-                add_line(enrolled / "authorized_edges", generate_edge(key, f"stage-{number - 1}"), quota=quota)
+                line = generate_edge(key, f"stage-{number - 1}")
+                add_line(enrolled / "authorized_edges", line, quota=quota, stage=True)
                 listen = ports.take("127.0.0.1:0")
                 stage = dataclasses.replace(
                     stage, listen=listen, address=listen, edges=str(enrolled), tls_cert="", tls_key="", tls_client_ca=""

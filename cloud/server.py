@@ -124,7 +124,7 @@ class _Open:
     """One admitted session, and how it is told to end."""
 
     id: bytes
-    tenant: Tenant
+    tenant: Tenant  # of a stage's key, with the name and weight of the tenant that the stage attaches for
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
     deadline: float | None  # seconds
@@ -348,7 +348,8 @@ class StripServer:
             if session is not None and self._next_stage is None:
                 await self._converse(stream, session, limits)
             elif session is not None and self._next_stage is not None:
-                async with self._next_stage.session(interactive=session.interactive) as session.stage:
+                account = m.Account(session.tenant.name, session.tenant.quota.weight)
+                async with self._next_stage.session(account, interactive=session.interactive) as session.stage:
                     await self._converse(stream, session, limits)
         except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
@@ -381,8 +382,13 @@ class StripServer:
                 if not isinstance(asked, m.Attach):
                     raise MessageError(f"a session opens with Attach, not with {type(asked).__name__}")
                 opened = bytes.fromhex(protocol.info.session_id)
+                if asked.account is not None and not protocol.tenant.stage:
+                    outcome = "refused"
+                    await stream.send(m.Status(m.StatusCode.BAD_REQUEST, None, _NO_STAGE))
+                    return None
                 deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
-                session = _Open(opened, protocol.tenant, asked.link, asked.interactive, deadline)
+                tenant = _served_for(protocol.tenant, asked.account)
+                session = _Open(opened, tenant, asked.link, asked.interactive, deadline)
                 known = (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
                 elsewhere = None if asked.settled else self._better_place(session)
                 if elsewhere is not None:
@@ -661,6 +667,20 @@ def _over_quota(tenant: Tenant, others: int) -> m.Status:
     allowed = tenant.quota.max_sessions
     text = f"{others} sessions of {tenant.name} are open, {allowed} are allowed: close one"
     return m.Status.saying(m.StatusCode.OVER_QUOTA, None, text)
+
+
+_NO_STAGE = (
+    "only a stage of a pipeline, with the key that `isthmus cloud serve` made for it, may attach for another tenant: "
+    "attach without an account"
+)
+
+
+def _served_for(tenant: Tenant, account: m.Account | None) -> Tenant:
+    """Whose turns a session takes: those of the tenant that a stage attaches for, within the stage's own quota."""
+    if account is None:
+        return tenant
+    quota = dataclasses.replace(tenant.quota, weight=account.weight)
+    return dataclasses.replace(tenant, name=account.tenant, quota=quota)
 
 
 def _too_late(session: _Open) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 
 from isthmus.protocol.codecs import CODECS, Payload, Role, codec_by_id
+from isthmus.protocol.enrolment import TENANT_NAME
 from isthmus.protocol.errors import MessageError
 from isthmus.protocol.messages import (
     MAX_GROUP,
@@ -14,6 +15,8 @@ from isthmus.protocol.messages import (
     MAX_PUT_FILES,
     MAX_SITES,
     MAX_WORKERS,
+    Account,
+    Attach,
     Backward,
     BackwardReply,
     Blob,
@@ -92,6 +95,12 @@ def check(message: Message) -> None:
             _check_files(message.entries)
         case Workers():
             _check_workers(message)
+        case Attach(account=Account(tenant, weight)):
+            if not TENANT_NAME.fullmatch(tenant) or weight < 1:
+                raise MessageError(
+                    f"the account of {tenant!r} with weight {weight} is refused: a tenant's name and a weight of 1 or "
+                    "more are needed"
+                )
 
 
 def _check_workers(message: Workers) -> None:

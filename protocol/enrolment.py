@@ -2,9 +2,10 @@
 
 Rules
     1. `authorized_edges` is a text file as in SSH: one line per edge, `#` begins a comment, an unknown option is an
-       error. A
-       malformed line stops the whole file: a cloud must not run with a quota that nobody meant.
+       error. A malformed line stops the whole file: a cloud must not run with a quota that nobody meant.
     2. A key and a name stand for one edge each; neither may come twice.
+    3. The option `stage`, before all others, is for the key of a pipeline's stage, which may attach for other tenants.
+       Only `serve` writes it.
 
 Theory of operation
     max-sessions=2,max-bytes-in-flight=64MiB ssh-ed25519 AAAAC3... hospital-a
@@ -25,9 +26,10 @@ from isthmus.protocol.keyfiles import locked_folder, read_text, replace_file
 from isthmus.protocol.keys import Fingerprint, format_public_key, parse_public_key
 from isthmus.protocol.limits import GIB, KIB, MIB
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
+TENANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB|)")
 _UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+_STAGE = "stage"
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 
 
@@ -109,11 +111,12 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """One enrolled edge."""
+    """One enrolled edge, or `stage`, a stage of a pipeline, whose sessions are other tenants'."""
 
     name: str
     fingerprint: Fingerprint
     quota: Quota = field(default_factory=Quota)
+    stage: bool = False
 
 
 class AuthorizedEdges:
@@ -177,7 +180,9 @@ class AuthorizedEdges:
         return len(self._tenants)
 
 
-def add_line(path: Path, pub_line: str, name: str | None = None, quota: Quota | None = None) -> Tenant:
+def add_line(
+    path: Path, pub_line: str, name: str | None = None, quota: Quota | None = None, *, stage: bool = False
+) -> Tenant:
     """Enrol an edge: append a line to `authorized_edges`, atomically. The file is made where there is none.
 
     Args:
@@ -185,6 +190,7 @@ def add_line(path: Path, pub_line: str, name: str | None = None, quota: Quota | 
         pub_line: the edge's public key, `ssh-ed25519 AAAA... comment`.
         name: the tenant's name; by default the key's comment.
         quota: what it may use.
+        stage: whether it is a stage of a pipeline.
 
     Raises:
         ConfigError: the key or the name is malformed or enrolled already.
@@ -192,9 +198,9 @@ def add_line(path: Path, pub_line: str, name: str | None = None, quota: Quota | 
     """
     key, comment = parse_public_key(pub_line.strip())
     chosen = name or comment
-    if not _NAME.fullmatch(chosen):
+    if not TENANT_NAME.fullmatch(chosen):
         raise ConfigError(f"{chosen!r} cannot name an edge: 1 to 64 letters, digits and ._@+- are needed; give a name")
-    options = (quota or Quota()).format()
+    options = ",".join(filter(None, (_STAGE if stage else "", (quota or Quota()).format())))
     line = f"{options} {format_public_key(key, chosen)}".strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(path.parent):
@@ -212,14 +218,16 @@ def add_line(path: Path, pub_line: str, name: str | None = None, quota: Quota | 
 
 def _parse_line(line: str) -> tuple[bytes, Tenant]:
     words = line.strip()
-    quota = Quota()
+    quota, stage = Quota(), False
     if not words.startswith("ssh-"):
         options, _, words = words.partition(" ")
-        quota = Quota.parse(options)
+        first, _, rest = options.partition(",")
+        stage = first == _STAGE
+        quota = Quota() if options == _STAGE else Quota.parse(rest if stage else options)
     key, name = parse_public_key(words)
-    if not _NAME.fullmatch(name):
+    if not TENANT_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} cannot name an edge: 1 to 64 letters, digits and ._@+- are needed behind the key")
-    return key, Tenant(name, Fingerprint.of(key), quota)
+    return key, Tenant(name, Fingerprint.of(key), quota, stage)
 
 
 @dataclass(frozen=True, slots=True)

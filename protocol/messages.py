@@ -280,13 +280,22 @@ class Goodbye:
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """Whose work a pipeline's stage passes on: the edge's tenant, and its weight against the others', 1 or more."""
+
+    tenant: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Attach:
     """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
 
     The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
     `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
     within how many milliseconds a call without sites has to be computed, or else not to be begun; 0 for no deadline.
-    `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere.
+    `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere. `account`:
+    the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
     """
 
     op: ClassVar[int] = 13
@@ -294,6 +303,7 @@ class Attach:
     interactive: bool = False
     deadline_ms: int = 0
     settled: bool = False
+    account: Account | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from isthmus.protocol.messages import (
     MAX_PUT_FILES,
     MAX_TEXT,
     MAX_WORKERS,
+    Account,
     Attach,
     Backward,
     BackwardReply,
@@ -107,7 +108,7 @@ def peek(header: Buffer) -> tuple[int, CallId | None]:
     return op, reader.call()
 
 
-_INTERACTIVE, _SETTLED = 1, 2
+_INTERACTIVE, _SETTLED, _HAS_ACCOUNT = 1, 2, 4
 _MAX_FILES = (1 << 16) - 1
 
 
@@ -237,14 +238,20 @@ def _read_status(r: Reader) -> Status:
 
 
 def _write_attach(w: Writer, m: Attach) -> None:
-    w.number(U8, (_INTERACTIVE if m.interactive else 0) | (_SETTLED if m.settled else 0))
+    flags = (_INTERACTIVE if m.interactive else 0) | (_SETTLED if m.settled else 0)
+    w.number(U8, flags | (_HAS_ACCOUNT if m.account is not None else 0))
     w.number(U32, m.deadline_ms)
     w.fixed(m.link, LINK_BYTES)
+    if m.account is not None:
+        w.text(m.account.tenant, MAX_NAME)
+        w.number(U32, m.account.weight)
 
 
 def _read_attach(r: Reader) -> Attach:
-    flags, deadline_ms = r.flags(_INTERACTIVE | _SETTLED), r.number(U32)
-    return Attach(r.raw(LINK_BYTES), bool(flags & _INTERACTIVE), deadline_ms, bool(flags & _SETTLED))
+    flags, deadline_ms = r.flags(_INTERACTIVE | _SETTLED | _HAS_ACCOUNT), r.number(U32)
+    link = r.raw(LINK_BYTES)
+    account = Account(r.text(MAX_NAME), r.number(U32)) if flags & _HAS_ACCOUNT else None
+    return Attach(link, bool(flags & _INTERACTIVE), deadline_ms, bool(flags & _SETTLED), account)
 
 
 def _write_workers(w: Writer, m: Workers) -> None:

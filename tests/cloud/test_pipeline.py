@@ -19,12 +19,13 @@ from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.directory import Word
 from isthmus.cloud.logs import LOGGER
 from isthmus.cloud.pipeline import NextStage, stages_of
+from isthmus.cloud.scheduler import Share
 from isthmus.cloud.serve import Ports, _stages
 from isthmus.cloud.server import Served
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.edge.link import Link, connect
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import ConnectionString, Tenant
+from isthmus.protocol.enrolment import ConnectionString, Quota, Tenant
 from isthmus.protocol.errors import NotEnrolledError, RefusedError
 from isthmus.protocol.keys import load_edge
 
@@ -66,7 +67,9 @@ class Pipeline:
             home = self.homes[number]
             server = ThreadServer(self.parts[number], home, next_stage=behind).start()
             self.servers.insert(0, server)
-            behind = NextStage(f"127.0.0.1:{server.port}", home.pin, load_edge(home.key_file), self.dtype)
+            if number:
+                key = load_edge(home.new_edge("stage", stage=True))
+                behind = NextStage(f"127.0.0.1:{server.port}", home.pin, key, self.dtype)
 
     def restart(self, number: int) -> None:
         """End a stage's server and everything that it remembers, and start one at the same port."""
@@ -213,8 +216,21 @@ def test_the_workers_of_serve_are_a_pipeline(model: Path, tmp_path: Path) -> Non
                 assert [worker.drain(5.0) for worker in workers] == [True, True]
         assert not key.exists()
     assert [(report.status["span"], report.peer is None) for report in reports] == [("2:3", False), ("3:5", True)]
-    assert [report.status["sessions"] for report in reports] == [{"alice": 1}, {"stage-0": 1}]
+    assert [report.status["sessions"] for report in reports] == [{"alice": 1}, {"alice": 1}]
     assert all(report.status["positions"] > 0 for report in reports)
+
+
+def test_every_stage_shares_its_time_out_among_the_edges_tenants(pipeline: Pipeline) -> None:
+    bob = pipeline.homes[0].new_edge("bob", quota=Quota(weight=3))
+    with pipeline.link() as first, pipeline.servers[0].link(bob, interactive=True) as second:
+        second.open(5)
+        check_pass(first, pipeline.whole, 1)
+        check_pass(second, pipeline.whole, 2)
+        for server in pipeline.servers:
+            assert server.server.status()["sessions"] == {"alice": 1, "bob": 1}
+            accounts = server.server._compute._scheduler._accounts
+            assert {name: account.share for name, account in accounts.items()} == {"alice": Share(1), "bob": Share(3)}
+            assert all(account.used > 0 for account in accounts.values())
 
 
 def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> None:

@@ -35,11 +35,12 @@ from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import logs, pausing, server as server_module, stream as stream_module
 from isthmus.cloud.directory import Peer, Seat
 from isthmus.cloud.metrics import serve_metrics
+from isthmus.cloud.scheduler import Share
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.stream import SealedStream
 from isthmus.cloud.worker import EdgesFile
 from isthmus.edge.channel import Channel, Traffic
-from isthmus.edge.transport import GrpcTransport, Tls
+from isthmus.edge.transport import GrpcTransport, Stream, Tls
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, encode
 from isthmus.protocol.enrolment import Quota
@@ -546,21 +547,65 @@ def test_garbage_in_a_session_ends_that_session_alone(server: ThreadServer, plac
         assert witness.traffic.sessions == 1
 
 
-def test_a_session_that_does_not_open_with_attach_is_ended(
-    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
-) -> None:
+def established(server: ThreadServer, key: Path) -> tuple[Stream, EdgeSession]:
+    """A session that has said nothing yet."""
     stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
-    edge = EdgeSession(pin=server.home.pin, edge_key=load_edge(server.home.key_file))
+    edge = EdgeSession(pin=server.home.pin, edge_key=load_edge(key))
     stream.send(edge.start())
     stream.send(edge.receive(stream.receive(5)).frames[0])
     edge.receive(stream.receive(5))
-    for frame in edge.send(m.Ping(1)):
+    return stream, edge
+
+
+def told(stream: Stream, edge: EdgeSession, message: m.Message) -> m.Message:
+    """The answer to a message."""
+    for frame in edge.send(message):
         stream.send(frame)
+    received = edge.receive(stream.receive(5))
+    assert isinstance(received, Received)
+    return received.message
+
+
+def test_a_session_that_does_not_open_with_attach_is_ended(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    stream, edge = established(server, server.home.key_file)
     with pytest.raises(ConnectionLostError, match="rules were broken"):
-        stream.receive(5)
+        told(stream, edge, m.Ping(1))
     stream.close()
     eventually(lambda: any("opens with Attach, not with Ping" in line.get("error", "") for line in log()))
     assert server.server.status()["sessions"] == {}
+
+
+def test_a_stage_attaches_for_the_tenants_that_it_names(server: ThreadServer) -> None:
+    key = server.home.new_edge("stage-0", quota=Quota(max_sessions=9), stage=True)
+    streams = []
+    for number, account in enumerate((m.Account("bob", 3), m.Account("carol", 1), m.Account("bob", 3), None)):
+        stream, edge = established(server, key)
+        streams.append(stream)
+        attached = told(stream, edge, m.Attach(bytes((number,)) * m.LINK_BYTES, account=account))
+        assert attached == m.Status(m.StatusCode.OK, None, "attached")
+        assert isinstance(told(stream, edge, m.Ping(1)), m.Pong)
+    assert server.server.status()["sessions"] == {"bob": 2, "carol": 1, "stage-0": 1}
+    accounts = server.server._compute._scheduler._accounts
+    shares = {name: account.share for name, account in accounts.items()}
+    assert shares == {"bob": Share(3), "carol": Share(1), "stage-0": Share(1)}
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("name", ["bob", "alice"])
+def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, name: str) -> None:
+    stream, edge = established(server, server.home.key_file)
+    refusal = told(stream, edge, m.Attach(b"l" * m.LINK_BYTES, account=m.Account(name, 9)))
+    assert isinstance(refusal, m.Status)
+    assert refusal.code == m.StatusCode.BAD_REQUEST
+    assert "only a stage of a pipeline" in refusal.message
+    with pytest.raises(ConnectionLostError):
+        stream.receive(5)
+    stream.close()
+    assert server.server.status()["sessions"] == {}
+    assert server.server._compute._scheduler.used() == {}
 
 
 def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadServer, cloud: Served) -> None:

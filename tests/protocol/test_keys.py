@@ -216,10 +216,12 @@ def test_authorized_edges() -> None:
             "  max-sessions=2,max-bytes-in-flight=64MiB " + line(2, "hospital-b"),
             "max-sessions=9 " + line(3, "c@d") + "\r",
             "weight=3,max-tokens-per-second=500 " + line(6, "f"),
+            "stage " + line(7, "g"),
+            "stage,max-sessions=9 " + line(8, "h"),
         ]
     )
     edges = AuthorizedEdges.parse(text)
-    assert len(edges) == 4
+    assert len(edges) == 6
     tenant = edges.find(raw(line(1, "x")))
     assert tenant is not None
     assert (tenant.name, tenant.quota) == ("hospital-a", Quota())
@@ -227,6 +229,8 @@ def test_authorized_edges() -> None:
     assert edges.require(raw(line(2, "x"))).quota == Quota(2, 64 << 20)
     assert edges.require(raw(line(3, "x"))).quota == Quota(9, 1 << 30)
     assert edges.require(raw(line(6, "x"))).quota == Quota(weight=3, max_tokens_per_second=500)
+    assert [edges.require(raw(line(number, "x"))).stage for number in (1, 6, 7, 8)] == [False, False, True, True]
+    assert [edges.require(raw(line(number, "x"))).quota for number in (7, 8)] == [Quota(), Quota(9)]
     assert Quota.parse(Quota(2, 5, 3, 500).format()) == Quota(2, 5, 3, 500)
     assert Quota().format() == ""
     assert edges.find(raw(line(4, "x"))) is None
@@ -252,6 +256,10 @@ def test_authorized_edges() -> None:
         ("max-sessions=1,max-sessions=2 " + line(5, "e"), "twice"),
         ("max-bytes-in-flight=64MB " + line(5, "e"), "not a size"),
         ("command=ls " + line(5, "e"), "unknown option 'command'"),
+        ("stage=1 " + line(5, "e"), "unknown option 'stage'"),
+        ("stage, " + line(5, "e"), "unknown option ''"),
+        ("stage,stage " + line(5, "e"), "unknown option 'stage'"),
+        ("max-sessions=9,stage " + line(5, "e"), "unknown option 'stage'"),
         (line(1, "other"), "already on line 1"),
         (line(5, "hospital-a"), "already on line 1"),
     ],
@@ -287,6 +295,15 @@ def test_enrolment_appends_and_refuses_what_is_there(tmp_path: Path) -> None:
         add_line(path, line(3, "c"))
     with pytest.raises(KeyFileError, match="isthmus cloud enroll"):
         AuthorizedEdges.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("quota", [None, Quota(9, 64 << 20)])
+def test_a_stage_is_enrolled_as_one(tmp_path: Path, quota: Quota | None) -> None:
+    path = tmp_path / "authorized_edges"
+    stage = add_line(path, line(1, "stage-0"), quota=quota, stage=True)
+    edge = add_line(path, line(2, "hospital-a"), quota=quota)
+    assert (stage.stage, stage.quota, edge.stage) == (True, quota or Quota(), False)
+    assert [AuthorizedEdges.load(path).find(raw(line(number, "x"))) for number in (1, 2)] == [stage, edge]
 
 
 def test_sizes() -> None:

@@ -205,6 +205,8 @@ CALL = m.CallId(1, 1)
         m.FileList((m.FileEntry("a", 1, bytes(32)), m.FileEntry("a", 2, bytes(32)))),
         m.Status(m.StatusCode.INTERNAL, None, "x" * 1025),
         m.Attach(b"short"),
+        *(m.Attach(b"l" * 16, account=m.Account(name, 1)) for name in ("", "-a", "two words", "a\n", "ä", "x" * 65)),
+        *(m.Attach(b"l" * 16, account=m.Account("alice", weight)) for weight in (-1, 0, 1 << 32)),
         m.Forward(CALL, True, HIDDEN, None, None, 1, sites=-1),
         m.Forward(CALL, True, HIDDEN, None, None, 1, sites=1 << 32),
         m.Backward(CALL, GRADIENT, None, 1, sites=1 << 32),
@@ -269,6 +271,16 @@ def test_calls_without_sites_want_the_gradient_of_their_input() -> None:
     read = unpack(*packed(m.Forward(CALL, True, HIDDEN, None, None, 1)))
     assert isinstance(read, m.Forward)
     assert (read.sites, read.wanted) == (0, True)
+
+
+def test_an_account_comes_behind_the_rest_of_attach_and_is_checked() -> None:
+    plain, _ = packed(m.Attach(b"l" * 16, interactive=True))
+    assert plain == bytes((m.Attach.op, 1)) + bytes(4) + b"l" * 16
+    header, _ = packed(m.Attach(b"l" * 16, account=m.Account("alice", 3)))
+    assert header == bytes((m.Attach.op, 4)) + bytes(4) + b"l" * 16 + b"\0\5alice" + bytes((0, 0, 0, 3))
+    for bad in (header[:-1] + b"\0", header.replace(b"alice", b"al/ce")):
+        with pytest.raises(MessageError, match="account"):
+            unpack(bad, b"")
 
 
 def test_a_status_is_cut_by_bytes_and_not_within_a_character() -> None:

@@ -84,12 +84,12 @@ class Home:
         issue_worker(self.folder, days)
         add_line(self.folder / "authorized_edges", generate_edge(self.key_file, "alice"), "alice", quota)
 
-    def new_edge(self, name: str, *, enrolled: bool = True) -> Path:
-        """Make a further edge's key."""
+    def new_edge(self, name: str, *, enrolled: bool = True, quota: Quota | None = None, stage: bool = False) -> Path:
+        """Make a further edge's key, or a stage's."""
         path = self.folder.parent / name
         line = generate_edge(path, name)
         if enrolled:
-            add_line(self.folder / "authorized_edges", line, name)
+            add_line(self.folder / "authorized_edges", line, name, quota, stage=stage)
         return path
 
 

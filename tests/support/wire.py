@@ -208,12 +208,22 @@ def lists_of_workers(draw: st.DrawFn) -> m.Workers:
     return m.Workers(known, draw(st.sampled_from(["", *known])))
 
 
+accounts = st.builds(
+    m.Account, st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}", fullmatch=True), st.integers(1, 2**32 - 1)
+)
 edge_messages = st.one_of(
     forwards(),
     backwards(),
     st.builds(m.Fetch, shelves, names, u64),
     st.builds(m.FetchList, shelves),
-    st.builds(m.Attach, st.binary(min_size=16, max_size=16), st.booleans(), st.integers(0, 2**32 - 1), st.booleans()),
+    st.builds(
+        m.Attach,
+        st.binary(min_size=16, max_size=16),
+        st.booleans(),
+        st.integers(0, 2**32 - 1),
+        st.booleans(),
+        st.none() | accounts,
+    ),
     st.builds(m.Ping, u64),
     puts(),
     st.builds(m.PlugIn, lists_of_files(1, 8)),
