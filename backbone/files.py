@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,6 +81,23 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path, ours: Callable[[Path], bool], what: str) -> None:
+    """Make sure that `new_folder` may make a folder, or replace one, without a loss.
+
+    Args:
+        path: The folder.
+        ours: Whether a folder that is there is one that may be replaced.
+        what: What such a folder is.
+
+    Raises:
+        ConfigError: Something else is there, if only a link to such a folder; or the path ends in no name.
+    """
+    if path.name in ("", ".."):
+        raise ConfigError(f"{path} is no name of a folder to make or to replace: give another --out")
+    if path.is_symlink() or (path.exists() and not ours(path)):
+        raise ConfigError(f"{path} exists and is no {what}: move it away, or give another --out")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from isthmus.backbone.assembly import check_materialised, load_parameters
 from isthmus.backbone.checkpoint import SPAN_FILE, TensorReader, read_json, write_json
 from isthmus.backbone.errors import CheckpointError
 from isthmus.backbone.families import family_of
-from isthmus.backbone.files import disk_errors, new_folder
+from isthmus.backbone.files import check_replaceable, disk_errors, new_folder
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import Quantizer, bytes_of, empty_linears, quantizer_of
@@ -58,7 +58,7 @@ def save_span(
     Args:
         checkpoint: The whole model.
         plan: Who holds which layers.
-        folder: Where to write; an old one is replaced.
+        folder: Where to write; an older saved span is replaced.
         dtype: What the span computes in, `fp32` or `bf16`.
         quantizer: How linears are held.
 
@@ -67,10 +67,12 @@ def save_span(
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
+        ConfigError: Something else than a saved span is in the folder's place.
         DiskError: The disk is full or cannot be written.
         PlanError: The plan is for another number of layers.
         UnsupportedFamilyError: The architecture cannot be cut.
     """
+    check_replaceable(folder, is_saved_span, "saved span")
     span = load_span(checkpoint, plan, dtype=DTYPES[dtype], quantizer=quantizer)
     path = family_of(span.config).layers_path
     tensors = {

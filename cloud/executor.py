@@ -170,14 +170,14 @@ class Executor:
     _used: int = 0
     _packer: Packer = field(init=False)
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
-    _span_bytes: int = field(init=False)
+    _span_bytes: int = field(init=False)  # of its weights, were they not quantized
     _per_position: float = 0.0  # bytes that the last graph has taken for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.host.span)
         self._weights = storages_of(self.host.span)
-        self._span_bytes = sum(self._weights.values())
+        self._span_bytes = self.host.span.n_params * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +195,7 @@ class Executor:
 
     @property
     def room(self) -> float:
-        """Token positions whose forward states take `STATE_SHARE` of the memory that the span's weights take."""
+        """Token positions whose forward states take `STATE_SHARE` of what the weights take, or would unquantized."""
         return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
 
     @property

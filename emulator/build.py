@@ -11,7 +11,7 @@ from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.figures import plotting
-from isthmus.backbone.files import remove_folder
+from isthmus.backbone.files import check_replaceable, remove_folder
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, load_tokenizer
 from isthmus.emulator.distill import DistillConfig, distill
@@ -118,10 +118,7 @@ def check_free(out: Path) -> None:
     Raises:
         ConfigError: Something else is there, if only a link to a package; or the path ends in no name.
     """
-    if out.name in ("", ".."):
-        raise ConfigError(f"{out} is no name of a folder to make or to replace: give another --out")
-    if out.is_symlink() or (out.exists() and not is_package(out)):
-        raise ConfigError(f"{out} exists and is no package: move it away, or give another --out")
+    check_replaceable(out, is_package, "package")
 
 
 def pick_device(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,21 @@ def test_a_saved_span_is_the_same_bit_for_bit(
         assert torch.equal(found, expected)
     assert is_saved_span(folder)
     assert Checkpoint(folder / PARTS, "tiny").digest() == checkpoint.digest()
+
+
+def test_nothing_but_an_older_saved_span_is_replaced(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoints("llama"), tmp_path / "model"))
+    checkpoint, quantizer = Checkpoint(model, "tiny"), QUANTIZERS["int8"]
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "saved")
+    for folder in (model, tmp_path, Path(), link):
+        with pytest.raises(ConfigError, match="give another --out"):
+            save_span(checkpoint, PLAN, folder, dtype="fp32", quantizer=quantizer)
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    for _ in range(2):
+        save_span(checkpoint, PLAN, tmp_path / "saved", dtype="fp32", quantizer=quantizer)
+    assert is_saved_span(tmp_path / "saved")
 
 
 def test_a_part_of_a_saved_span_is_that_part_of_the_whole(checkpoints: Checkpoints, tmp_path: Path) -> None:

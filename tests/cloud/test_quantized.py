@@ -126,3 +126,15 @@ def test_the_command_writes_what_serve_takes(folder: Path, tmp_path: Path, capsy
     refused(in_process(capsys, *own, "--quantize", "int3", "--out", place), 10, "'int3'")
     refused(in_process(capsys, *own, "--dtype", "fp8", "--out", place), 10, "'fp8'")
     refused(in_process(capsys, *own[:2], "--model", folder, "--edge-layers", "3:3", "--out", place), 22, "3:3")
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_there_is_as_much_room_for_forward_states_as_without(folder: Path, name: str) -> None:
+    room, working = set(), set()
+    for quantizer in (None, QUANTIZERS[name]):
+        host = SiteHost(load_span(folder, PLAN, quantizer=quantizer))
+        executor = Executor(host, torch.float32, 1 << 30)
+        executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
+        room.add(executor.room * executor.used_bytes)
+        working.add(executor.working_bytes)
+    assert len(room) == len(working) == 1
