@@ -12,7 +12,7 @@ import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-LOGGER = logging.getLogger("isthmus.cloud")
+LOGGER = logging.getLogger("isthmus")  # of all folders: the kernels say what they do without
 
 LOG_BYTES = 64 << 20
 """Of a log file; the one before is kept beside it. Strangers cause lines too, and must not fill the disk."""

@@ -32,7 +32,6 @@ def keygen(
     from isthmus.protocol.keys import generate_edge
 
     path = out.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = generate_edge(path, comment or getpass.getuser())
     typer.echo(f"private key  {path}")
     typer.echo(f"public key   {path}.pub (send it to the cloud's owner)")

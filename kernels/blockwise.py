@@ -7,7 +7,7 @@ With four bits that is not enough. `quantize_int4` rotates each block by a Hadam
 large over the whole block, so that the steps between two values suit all of them (Ashkboos et al., 2024, "QuaRot").
 
 Everything here is plain torch, on any device. The four functions of the wire (`quantize_int8`, `quantize_int4` and
-their inverses) turn to `isthmus.kernels.blockwise_triton` for a tensor on a GPU, where Triton is installed.
+their inverses) turn to `isthmus.kernels.blockwise_triton` for a tensor on a GPU, where Triton runs.
 """
 
 from __future__ import annotations

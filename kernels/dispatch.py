@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
+
+LOGGER = logging.getLogger("isthmus.kernels")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,8 +21,8 @@ _torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether `x` lies on a GPU, has a dtype that the kernels know, and Triton is installed (the extra `kernels`)."""
-    return x.is_cuda and x.dtype in DTYPES and not _torch_only.get() and _installed()
+    """Whether `x` lies on a GPU where a kernel starts, and has a dtype that the kernels know."""
+    return x.is_cuda and x.dtype in DTYPES and not _torch_only.get() and _starts(x.device)
 
 
 @contextmanager
@@ -38,5 +42,28 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
 
 
 @cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def _starts(device: torch.device) -> bool:
+    """Whether a kernel starts on a device, which is tried once. Where Triton is there and none starts, the log says so.
+
+    At its first start Triton builds a module of its own, for which it needs a C compiler, Python's headers, the
+    driver's library, and a folder for its cache (`TRITON_CACHE_DIR`, by default below `~`) that can be written.
+    """
+    if find_spec("triton") is None:
+        return False
+    x = torch.zeros(2, 128, device=device)
+    try:
+        from triton.errors import TritonError
+
+        from isthmus.kernels import blockwise_triton
+    except (ImportError, OSError) as error:
+        return _without(device, error)
+    try:
+        blockwise_triton.quantize_int8(x, 64)
+    except (AssertionError, ImportError, OSError, RuntimeError, SubprocessError, TritonError) as error:
+        return _without(device, error)
+    return True
+
+
+def _without(device: torch.device, error: Exception) -> bool:
+    LOGGER.warning("Triton starts no kernel on %s, so torch computes: %s: %s", device, type(error).__name__, error)
+    return False

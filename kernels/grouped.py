@@ -6,7 +6,7 @@ product of its own (Chen et al., 2023, "Punica"; Sheng et al., 2023, "S-LoRA").
 On a CPU it is a loop over the groups, two `linear`s each, in PEFT's order of operations, so that a tenant's rows and
 gradients have the bits that it would get by itself. `torch.nn.functional.grouped_mm` and `torch.bmm` need ranks (and
 bmm rows) padded to the largest; in fp32 that gives other bits, and in either dtype it is slower where ranks differ and
-groups have more than a few rows. docs/results.md has the figures. On a GPU with Triton installed it is
+groups have more than a few rows. docs/results.md has the figures. On a GPU where Triton runs it is
 `isthmus.kernels.grouped_triton`, which adds up in another order.
 """
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import KeyFileError, NotEnrolledError
-from isthmus.protocol.keyfiles import locked_folder, read_text, replace_file
+from isthmus.protocol.keyfiles import locked_folder, make_folder, read_text, replace_file
 from isthmus.protocol.keys import Fingerprint, format_public_key, parse_public_key
 from isthmus.protocol.limits import GIB, KIB, MIB
 
@@ -202,7 +202,7 @@ def add_line(
         raise ConfigError(f"{chosen!r} cannot name an edge: 1 to 64 letters, digits and ._@+- are needed; give a name")
     options = ",".join(filter(None, (_STAGE if stage else "", (quota or Quota()).format())))
     line = f"{options} {format_public_key(key, chosen)}".strip()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with locked_folder(path.parent):
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -17,6 +17,19 @@ from isthmus.protocol.errors import KeyFileError
 MAX_FILE = 1 << 22
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for keys, mode 0700, and those above it. One that is there stays as it is.
+
+    Raises:
+        KeyFileError: it cannot be made.
+        DiskError: the disk is full.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _failed(folder, error) from error
+
+
 def create_file(path: Path, data: bytes, mode: int) -> None:
     """Write a new file with a mode, from its first moment on.
 

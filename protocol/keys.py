@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import FingerprintError, KeyFileError
-from isthmus.protocol.keyfiles import create_file, read_private, read_text, replace_file
+from isthmus.protocol.keyfiles import create_file, make_folder, read_private, read_text, replace_file
 
 ALGORITHM = b"ssh-ed25519"
 ROOT_KEY, ROOT_PUB, WORKER_KEY, WORKER_CERT = "root_key", "root_key.pub", "worker_key", "worker_cert"
@@ -201,11 +201,11 @@ def generate_root(folder: Path) -> Fingerprint:
     """Make the root key in `folder` (`root_key`, `root_key.pub`) and return its fingerprint.
 
     Raises:
-        KeyFileError: there is a root key already.
+        KeyFileError: there is a root key already, or it cannot be written.
     """
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     create_file(folder / ROOT_KEY, _pem(key), mode=0o600)
     replace_file(folder / ROOT_PUB, (format_public_key(public, "isthmus-root") + "\n").encode(), mode=0o644)
     return Fingerprint.of(public)
@@ -253,11 +253,11 @@ def generate_edge(path: Path, comment: str) -> str:
     """Make an edge's key at `path` and its public key beside it (`path.pub`); return the public line for enrolment.
 
     Raises:
-        KeyFileError: there is a key already.
+        KeyFileError: there is a key already, or it cannot be written.
     """
     key = Ed25519PrivateKey.generate()
     line = format_public_key(key.public_key().public_bytes_raw(), comment)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path.parent)
     create_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=0o600)
     replace_file(path.with_name(path.name + ".pub"), (line + "\n").encode(), mode=0o644)
     return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.quantized import noting
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 from torch import nn
 
@@ -120,6 +122,19 @@ def test_a_graph_keeps_no_weight(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         small(x)
     assert sum(tensor.numel() for tensor in kept) < small.weight.numel()
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_result_keeps_no_weight_in_any_other_way(name: str) -> None:
+    """What a function puts into its context by itself passes no hook."""
+    small = quantized(linear(), name)
+    small.quantizer, weights = noting(small.quantizer)
+    y = small(torch.randn(1, 2, 128, requires_grad=True))
+    gc.collect()
+    assert [weight() for weight in weights] == [None]
+    y.sum().backward()
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "phi3", "qwen2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,10 @@ def test_a_log_grows_no_further_than_its_bound_whatever_strangers_do(
     assert files == ["worker.log", "worker.log.1"]
     assert all((tmp_path / name).stat().st_size <= 4096 for name in files)
     assert json.loads((tmp_path / "worker.log").read_text().splitlines()[-1])["number"] == 999
+
+
+def test_what_other_folders_warn_of_is_in_the_log(tmp_path: Path) -> None:
+    logs.log_to(tmp_path / "worker.log")
+    logging.getLogger("isthmus.kernels").warning("torch computes on %s", "cuda:0")
+    (line,) = map(json.loads, (tmp_path / "worker.log").read_text().splitlines())
+    assert (line["level"], line["event"]) == ("warning", "torch computes on cuda:0")

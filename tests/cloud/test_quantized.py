@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from support.clouds import Home, ThreadServer, served
 from support.commands import in_process, refused
+from support.quantized import noting
 from support.tiny import N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
@@ -83,12 +85,17 @@ def test_an_edge_computes_what_one_process_with_the_quantized_layers_computes(
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_waiting_call_keeps_no_weights(folder: Path, name: str) -> None:
     kept = {}
-    for quantizer in (None, QUANTIZERS[name]):
+    noted, weights = noting(QUANTIZERS[name])
+    for quantizer in (None, noted):
         host = SiteHost(load_span(folder, PLAN, quantizer=quantizer))
         executor = Executor(host, torch.float32, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
         kept[quantizer] = executor.used_bytes
-    assert kept[QUANTIZERS[name]] <= kept[None]
+    assert kept[noted] <= kept[None]
+    assert executor.used_bytes > 0
+    gc.collect()
+    assert weights
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_saved_span_is_served_as_it_was_made(folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def _commands() -> Iterator[tuple[str, list[str]]]:
         script = re.sub(r"\\\n", " ", container["args"][0])
         for line in re.findall(r"^(?:exec )?isthmus (.*)$", script, re.MULTILINE):
             yield container["name"], _with_values(line, values)
+    yield from (("README.md", words) for words in _shown((DEPLOY / "README.md").read_text()))
+
+
+def _shown(text: str) -> Iterator[list[str]]:
+    """The commands in a document's shell code: alone, behind a command that runs others, or behind an image's name."""
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            found = re.search(r"(?:^|\s-- )(?:/opt/isthmus/bin/)?isthmus (.*)|\sisthmus-\w+:[\d.]+ +(\w.*)", line)
+            if found:
+                yield shlex.split(found[1] or found[2], comments=True)
 
 
 COMMANDS = list(_commands())
@@ -62,7 +72,14 @@ def test_both_sides_are_started_from_every_kind_of_file() -> None:
         "isthmus-edge-train@.service",
         "Containerfile",
         "cloud",
+        "README.md",
     }
+
+
+def test_the_readmes_commands_are_found() -> None:
+    shown = [tuple(words[:2]) for place, words in COMMANDS if place == "README.md"]
+    expected = [("cloud", "keygen"), ("cloud", "enroll"), ("edge", "keygen"), ("edge", "train"), ("cloud", "status")]
+    assert shown == expected
 
 
 @pytest.mark.parametrize(("place", "words"), COMMANDS)

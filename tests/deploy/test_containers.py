@@ -74,6 +74,19 @@ def test_the_entry_point_is_the_command_that_the_package_installs() -> None:
     assert (Path(sys.executable).parent / "isthmus").exists()
 
 
+def test_login_shells_find_both_commands() -> None:
+    """Debian's /etc/profile sets PATH anew, to folders that exist in any image."""
+    (linked,) = [rest for word, rest in _stages()["runtime"] if word == "RUN" and "ln -s" in rest]
+    assert re.search(r"ln -s /opt/isthmus/bin/isthmus /opt/isthmus/bin/ray /usr/local/bin/$", linked)
+
+
+def test_caches_are_where_the_image_may_write() -> None:
+    (env,) = [rest for word, rest in _stages()["runtime"] if word == "ENV"]
+    places = dict(pair.split("=", 1) for pair in env.split())
+    for name in ("ISTHMUS_CACHE", "HF_HOME", "TRITON_CACHE_DIR"):
+        assert places[name].startswith("/var/lib/isthmus/")
+
+
 def test_only_what_the_wheel_is_built_from_gets_in() -> None:
     """`.dockerignore` begins with everything and lets in what it names."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]

@@ -137,6 +137,39 @@ def test_the_readme_makes_every_secret_and_the_root_key_is_in_none() -> None:
     assert not [thing for thing in manifests() if thing["kind"] == "Secret"]
 
 
+def _loader() -> dict[str, Any]:
+    (pod,) = manifests(FOLDER / "loader")
+    return pod
+
+
+def test_the_model_is_there_before_the_cloud() -> None:
+    """A volume that one node may write cannot be filled beside the cloud's pod, which mounts it read-only."""
+    text = (DEPLOY / "README.md").read_text()
+    name = _loader()["metadata"]["name"]
+    steps = [
+        text.index("kubectl apply -f deploy/kubernetes/namespace.yaml"),
+        text.index("-f deploy/kubernetes/volumes.yaml -f deploy/kubernetes/loader/pod.yaml"),
+        text.index(f"wait --for=condition=Ready --timeout=10m pod/{name}"),
+        text.index(f"cp MODEL {name}:/models/backbone"),
+        text.index(f"delete pod {name}"),
+        text.index("apply -k deploy/kubernetes"),
+    ]
+    assert steps == sorted(steps)
+    assert "--model /models/backbone" in _cloud(ray_cluster())["container"]["args"][0]
+
+
+def test_the_loader_is_confined_as_the_cloud_is_and_may_write_the_model() -> None:
+    pod, cloud = _loader()["spec"], _cloud(ray_cluster())
+    assert problems(_loader()) == []
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"] == cloud["pod"]["securityContext"]
+    (container,) = pod["containers"]
+    for name in ("image", "securityContext"):
+        assert container[name] == cloud["container"][name]
+    assert container["volumeMounts"] == [{"name": "model", "mountPath": "/models"}]
+    assert pod["volumes"] == [{"name": "model", "persistentVolumeClaim": {"claimName": "isthmus-model"}}]
+
+
 def test_claims_are_declared() -> None:
     assert {volume["claimName"] for volume in _volumes("persistentVolumeClaim")} == set(_named("PersistentVolumeClaim"))
 

@@ -37,6 +37,42 @@ def test_a_core_file_is_never_written(unit: Path) -> None:
     assert _values(unit, "LimitCORE") == ["0"]
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_the_unit_can_be_enabled(unit: Path) -> None:
+    assert _values(unit, "WantedBy") == ["multi-user.target"]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_gpu_is_not_closed(unit: Path) -> None:
+    """systemd before 253 closes with ProtectClock= all devices that DeviceAllow= does not name."""
+    assert _values(unit, "PrivateDevices") == []
+    assert _values(unit, "ProtectClock") == [] or _values(unit, "DeviceAllow") != []
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_caches_are_where_the_unit_may_write(unit: Path) -> None:
+    (state,) = _values(unit, "StateDirectory")
+    folders = re.findall(r"(\w+)=(\S+)", " ".join(line for line in _values(unit, "Environment") if "%S" in line))
+    assert {"ISTHMUS_CACHE", "HF_HOME"} <= dict(folders).keys()
+    assert ("TRITON_CACHE_DIR" in dict(folders)) == ("cloud" in unit.name)  # kernels run in the cloud alone
+    assert all(folder.startswith(f"%S/{state}/") for _, folder in folders)
+
+
+def test_the_readme_makes_the_user_and_the_state_folder_before_the_keys() -> None:
+    text = (UNITS[0].parents[1] / "README.md").read_text()
+    (user,), (state,) = ({*_values(UNITS[0], name), *_values(UNITS[1], name)} for name in ("User", "StateDirectory"))
+    made = [
+        text.index(f"useradd --system --user-group --home-dir /var/lib/{state} --shell /usr/sbin/nologin {user}\n"),
+        text.index(f"install -d -o {user} -g {user} -m 0700 /var/lib/{state}\n"),
+        text.index(f"runuser -u {user} -- /opt/isthmus/bin/isthmus cloud keygen"),
+    ]
+    assert made == sorted(made)
+    section = text[: text.index("## Containers")]
+    assert re.findall(r"^isthmus ", section, re.MULTILINE) == []  # it is not on the PATH
+    assert "systemctl enable --now isthmus-edge-train@NAME" in section
+    assert "systemctl disable isthmus-edge-train@NAME" in section
+
+
 def test_a_drain_has_time_to_end() -> None:
     (cloud, _) = UNITS
     (grace,) = re.findall(r"--grace (\d+)", _values(cloud, "ExecStart")[0])

@@ -46,6 +46,27 @@ def test_the_kernels_on_a_gpu(tmp_path: Path) -> None:
     _passes("triton_checks.py", tmp_path)
 
 
+@needs_triton
+def test_without_a_compiler_no_kernel_starts_and_nothing_fails(tmp_path: Path) -> None:
+    program = (
+        "import torch\n"
+        "from triton.backends import backends\n"
+        "from isthmus.kernels.dispatch import _starts\n"
+        "backends['nvidia'].driver.is_active = lambda: True\n"  # as on a machine with a GPU
+        "print(_starts(torch.device('cpu')))"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=kept | {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+    assert "torch computes: RuntimeError: Failed to find C compiler" in done.stderr
+
+
 def test_nothing_imports_triton_before_it_is_needed() -> None:
     program = (
         "import sys, torch\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from isthmus.kernels import blockwise, blockwise_triton, grouped, grouped_triton
-from isthmus.kernels.dispatch import runs_triton, torch_only
+from isthmus.kernels.dispatch import _starts, runs_triton, torch_only
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -204,6 +204,10 @@ def test_a_non_finite_value_shows_in_its_scale(bad: float) -> None:
     x[1, 70] = bad
     assert blockwise_triton.quantize_int8(x, 64)[1].isfinite().tolist() == [[True, True], [True, False]]
     assert blockwise_triton.quantize_int4(x)[1].isfinite().tolist() == [[True, True], [True, False]]
+
+
+def test_the_kernel_that_is_tried_first_starts() -> None:
+    assert _starts(torch.device(DEVICE))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a tensor on a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import shutil
 import stat
@@ -15,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from hypothesis import given, settings, strategies as st
+from support.commands import in_process, refused
 from support.wire import NOW, PIN, ROOT, identity
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.cloud.commands import keygen
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line, parse_size
 from isthmus.protocol.errors import FingerprintError, KeyFileError, NotEnrolledError
 from isthmus.protocol.keys import (
@@ -71,6 +74,40 @@ def test_private_files_are_private_and_never_overwritten(tmp_path: Path) -> None
         generate_edge(tmp_path / "edge", "me")
     issue_worker(tmp_path)
     assert [path.read_bytes() for path in private] == before
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "home"
+    public = generate_edge(tmp_path / "edge", "me")
+    for make in (
+        lambda: generate_root(below),
+        lambda: generate_edge(below / "id_ed25519", "me"),
+        lambda: add_line(below / "authorized_edges", public),
+    ):
+        with pytest.raises(KeyFileError, match=r"file/home cannot be written \(Not a directory\): check the folder"):
+            make()
+    generate_edge(tmp_path / "new" / "id_ed25519", "me")
+    assert mode(tmp_path / "new") == 0o700
+
+
+@pytest.mark.parametrize("words", [("cloud", "keygen", "--home"), ("edge", "keygen", "--out")])
+def test_the_commands_tell_it_too(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    refused(in_process(capsys, *words, tmp_path / "file" / "home" / "key"), 30, "file/home", "check the folder")
+
+
+def test_a_place_where_the_user_may_not_look_is_told(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # permissions do not bind root
+    try:
+        with pytest.raises(KeyFileError, match=r"locked/cloud cannot be written \(Permission denied\)"):
+            keygen(locked / "cloud", 1)
+    finally:
+        os.seteuid(user)
 
 
 def test_renewal_keeps_the_worker_key_and_moves_the_expiry(tmp_path: Path) -> None:
