@@ -286,7 +286,21 @@ def step_together(asked: Sequence[Stepping]) -> list[m.Message | Exception]:
 
 
 def handle_together(asked: Sequence[Asked]) -> list[m.Message | Exception]:
-    """What `TenantSession.handle` answers to each of several messages of one kind, or raises, computed in one pass."""
+    """What `TenantSession.handle` answers to each of several messages of one kind, or raises, computed in one pass.
+
+    Where the pass fails, each is computed by itself, so that only the one at fault hears of it. A backward whose
+    forward state the pass has used up is answered that it is lost.
+    """
+    try:
+        return _in_one_pass(asked)
+    except Exception as error:  # noqa: BLE001  # whose it is shows below
+        log("pass_failed", logging.WARNING, error=type(error).__name__, calls=len(asked))
+    # Not above: as long as there is the error, it holds the frames that it passed, and so the pass's tensors.
+    return [_by_itself(session, message) for session, message in asked]
+
+
+def _in_one_pass(asked: Sequence[Asked]) -> list[m.Message | Exception]:
+    """See `handle_together`. Raises what the pass raises."""
     answers: dict[int, m.Message | Exception] = {}
     begun: dict[int, Begun] = {}
     for at, (session, message) in enumerate(asked):
@@ -295,7 +309,7 @@ def handle_together(asked: Sequence[Asked]) -> list[m.Message | Exception]:
         except Exception as error:  # noqa: BLE001  # it is this session's, and no other's
             answers[at] = _refused(session, message, error)
     start = time.perf_counter_ns()
-    results = _computed(asked, list(begun.values()))
+    results = _computed_together(asked[0], list(begun.values()))
     spent = time.perf_counter_ns() - start
     positions = sum(each.positions for each in begun.values())
     for (at, each), result in zip(begun.items(), results, strict=True):
@@ -316,13 +330,17 @@ def _refused(session: TenantSession, message: m.Message, error: Exception) -> m.
         return unknown
 
 
-def _computed(asked: Sequence[Asked], begun: Sequence[Begun]) -> Sequence[Forwarded | Gradients | Exception]:
-    """What comes of calls of one kind, each its own error where there is one."""
-    session, message = asked[0]
+def _by_itself(session: TenantSession, message: m.Forward | m.Backward) -> m.Message | Exception:
     try:
-        if isinstance(message, m.Forward):
-            inputs = {each.key: each.call for each in begun if isinstance(each.call, SpanInput)}
-            return session.executor.forward_together(inputs, keep=message.keep) if inputs else []
-        return session.executor.backward_together([each.call for each in begun if isinstance(each.call, BackwardCall)])
-    except Exception as error:  # noqa: BLE001  # as above, for each of them
-        return [error] * len(begun)
+        return session._computed(message)
+    except Exception as error:  # noqa: BLE001  # as above
+        return _refused(session, message, error.with_traceback(None))  # whose frames hold memory that others need
+
+
+def _computed_together(first: Asked, begun: Sequence[Begun]) -> Sequence[Forwarded | Gradients | Exception]:
+    """What comes of calls of one kind, that of `first`; a backward's own error where there is one."""
+    session, message = first
+    if isinstance(message, m.Forward):
+        inputs = {each.key: each.call for each in begun if isinstance(each.call, SpanInput)}
+        return session.executor.forward_together(inputs, keep=message.keep) if inputs else []
+    return session.executor.backward_together([each.call for each in begun if isinstance(each.call, BackwardCall)])

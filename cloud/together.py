@@ -3,8 +3,8 @@
 A call's *step* is what it computes between two pauses. In a batch the steps of all calls begin together. Whenever each
 has enlisted for the products of a group of linears (`isthmus.backbone.meeting`), has asked, or has ended, the place
 that is furthest behind holds its meeting, and the calls that were there go on. So calls that are behind catch up, and
-all go through a layer together where they can. A call that fails leaves, and the others do not notice. The last one
-that is left computes for itself.
+all go through a layer together where they can. A call that fails leaves, and the others do not notice; a meeting that
+fails is held again for each of its calls. The last one that is left computes for itself.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _outcome(step: Step, answer: Answered | None, *, beside: bool) -> Outcome | 
     try:
         return step.resume(answer, beside=beside)
     except Exception as error:  # noqa: BLE001  # it is this call's, and no other's
-        return error
+        return error.with_traceback(None)  # whose frames hold its tensors, while the others need the memory
     except BaseException as error:  # noqa: BLE001  # the others have begun, and go on
         return RuntimeError(f"a call ended with {type(error).__name__}")
 
@@ -82,15 +82,22 @@ def _meeting(steps: Sequence[Step], enlisted: dict[int, Enlisted], meetings: Mee
     here = [at for at, each in enlisted.items() if each.place == place]
     parties = [enlisted.pop(at) for at in here]
     start = time.perf_counter_ns()
-    try:
-        products = meetings.hold(parties)
-    except RuntimeError as error:  # out of memory for one; each call ends with an error of its own
-        return {at: RuntimeError(f"a product of {len(here)} calls failed: {error}") for at in here}
+    products = _products(parties, meetings)
     spent = time.perf_counter_ns() - start
     rows = [party.count for party in parties]
     for at, count in zip(here, rows, strict=True):
         steps[at].call.busy_ns += spent * count // sum(rows)
     return dict(zip(here, products, strict=True))
+
+
+def _products(parties: Sequence[Enlisted], meetings: Meetings) -> Sequence[Products | RuntimeError]:
+    """What each party gets: of a meeting of all, or, where that fails, of one for itself, which may fail again."""
+    try:
+        return meetings.hold(parties)
+    except RuntimeError as error:  # out of memory for one
+        if len(parties) == 1:
+            return [RuntimeError(f"a product failed: {error}")]
+    return [_products([party], meetings)[0] for party in parties]  # here, as the error would hold the meeting's tensors
 
 
 # Which steps are taken together ---------------------------------------------------------------------------------------

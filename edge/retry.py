@@ -1,8 +1,9 @@
 """What makes a link last: sessions that come and go, and questions that are asked again until there is an answer.
 
 A broken stream, a draining worker, a frame that was changed on its way: each ends one session. The next one has new
-keys, and the same question goes out with a higher attempt. What cannot be helped by asking again (a refusal, another
-model behind the same address, a server that is not the pinned one) is raised.
+keys, and the same question goes out with a higher attempt. So it does, a few times, where the cloud says that it
+failed. What cannot be helped by asking again (a refusal, another model behind the same address, a server that is not
+the pinned one) is raised.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.edge.transport import Transport
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import (
+    CloudFailedError,
     ConnectionLostError,
     FingerprintError,
     LocalProtocolError,
@@ -221,7 +223,7 @@ class LastingLink:
             except ConnectionLostError as error:
                 reason = str(error)
                 faults = 0
-            except (RemoteProtocolError, FingerprintError, VersionError) as error:
+            except (RemoteProtocolError, FingerprintError, VersionError, CloudFailedError) as error:
                 # Once a cloud has been reached, a hello that does not fit may as well be one that was changed on its
                 # way; before, it is most likely another server's, or of another version.
                 if self._info is None and not isinstance(error, RemoteProtocolError):
@@ -343,5 +345,6 @@ def _error(status: m.Status) -> Exception:
             return OverQuotaError(f"the cloud refused the call (over quota): {said}")
         case m.StatusCode.TOO_LATE:
             return TooLateError(f"the cloud refused the call (too late): {said}")
-        case _:
-            return RefusedError(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")
+        case code:
+            kind = CloudFailedError if code == m.StatusCode.INTERNAL else RefusedError
+            return kind(f"the cloud refused the call ({code.name.lower().replace('_', ' ')}): {said}")

@@ -14,7 +14,8 @@
     ├── PortInUseError           41   the address to listen on is taken
     ├── RefusedError             42   the cloud declined: a bad request, or one of
     │   ├── DrainingError             the worker stops; another one, or the same one later, serves the edge
-    │   └── OverQuotaError            the edge has used up its quota
+    │   ├── OverQuotaError            the edge has used up its quota
+    │   └── CloudFailedError          the cloud failed at the request, for want of memory say
     └── ConnectionLostError      43   the stream broke; the edge retries these before anybody sees them
 
 `LocalProtocolError` is a defect of this side, `RemoteProtocolError` one of the peer (or an attack): the
@@ -102,6 +103,10 @@ class OverQuotaError(RefusedError):
 
 class TooLateError(RefusedError):
     """The cloud could not compute a call within the deadline that was asked for, and did not begin it."""
+
+
+class CloudFailedError(RefusedError):
+    """The cloud failed at the request. Another moment or worker may have what this one lacked: memory, say."""
 
 
 class ConnectionLostError(IsthmusError, ConnectionError):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from support.wire import TENANT
 from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.server import Served
 from isthmus.cloud.shelf import FileShelf
-from isthmus.cloud.tenant import TenantSession, handle_together, kind_of
+from isthmus.cloud.tenant import Asked, TenantSession, handle_together, kind_of
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, decode, encode, encode_mask, encode_positions
 from isthmus.protocol.errors import MessageError
@@ -306,14 +310,108 @@ def test_a_failure_of_one_message_is_no_other_sessions(cloud: Served, monkeypatc
     monkeypatch.setattr(TenantSession, "_forward_reply", failing)
     answers = handle_together([(session, forward(span_inputs())) for session in sessions])
     assert [type(answer) for answer in answers] == [m.ForwardReply, ZeroDivisionError, m.ForwardReply]
-    monkeypatch.undo()
 
-    def exhausted(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of memory: 1.2345")
 
-    monkeypatch.setattr(type(cloud.executor), "forward_together", exhausted)
-    for answer in handle_together([(session, forward(span_inputs())) for session in sessions]):
-        assert "1.2345" not in refusal(answer, m.StatusCode.INTERNAL)  # its text could quote values
+SHAPES = ((2, 6, HIDDEN), (5, 8, HIDDEN), (3, 6, HIDDEN))
+"""Of three calls, 70 positions together."""
+
+
+@pytest.fixture
+def several(cloud: Served) -> Iterator[list[TenantSession]]:
+    cloud.executor.evict_all()
+    sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(len(SHAPES))]
+    yield sessions
+    for session in sessions:
+        session.close()
+    assert cloud.executor.used_bytes == 0
+
+
+def forwards(sessions: Sequence[TenantSession], *, keep: bool = True) -> list[Asked]:
+    return [(each, forward(span_inputs(shape), keep=keep)) for each, shape in zip(sessions, SHAPES, strict=True)]
+
+
+def backwards(sessions: Sequence[TenantSession], *, replay: bool = False) -> list[Asked]:
+    pairs = zip(sessions, SHAPES, strict=True)
+    return [(each, backward(shape, replay=span_inputs(shape) if replay else None)) for each, shape in pairs]
+
+
+def numbers(answer: m.Message | Exception | None) -> torch.Tensor:
+    if isinstance(answer, m.ForwardReply):
+        return decode(answer.hidden)
+    assert isinstance(answer, m.BackwardReply)
+    assert answer.gradient is not None
+    return decode(answer.gradient)
+
+
+@contextmanager
+def memory_for(
+    cloud: Served, positions: int, error: type[Exception] = RuntimeError
+) -> Iterator[list[weakref.ref[torch.Tensor]]]:
+    """Have passes of more positions fail in the second layer; gives what was there of them, weakly."""
+    failed: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert not any(each() is not None for each in failed), "a pass that has failed still holds memory"
+        if args[0].shape[:2].numel() > positions:
+            failed.append(weakref.ref(args[0]))
+            raise error("out of memory: 1.2345")
+
+    hook = cloud.executor.host.span.base.layers[1].register_forward_pre_hook(allocate)
+    gc.disable()  # whose help is not to be needed
+    try:
+        yield failed
+    finally:
+        gc.enable()
+        hook.remove()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_pass_that_fails_is_computed_call_by_call(cloud: Served, several: list[TenantSession], keep: bool) -> None:
+    alone = [numbers(session.handle(message)) for session, message in forwards(several, keep=keep)]
+    with memory_for(cloud, 69) as failed:
+        answers = handle_together(forwards(several, keep=keep))
+    assert len(failed) == 1
+    for answer, expected in zip(answers, alone, strict=True):
+        assert torch.equal(numbers(answer), expected)
+    with memory_for(cloud, 39) as failed:
+        small, large, other = handle_together(forwards(several, keep=keep))
+    assert len(failed) == 2
+    assert "1.2345" not in refusal(large, m.StatusCode.INTERNAL)  # its text could quote values
+    assert torch.equal(numbers(small), alone[0])
+    assert torch.equal(numbers(other), alone[2])
+
+
+def test_backwards_of_a_pass_that_fails_want_their_inputs_again(
+    cloud: Served, several: list[TenantSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for session, message in forwards(several):
+        session.handle(message)
+    alone = [numbers(session.handle(message)) for session, message in backwards(several)]
+    handle_together(forwards(several))
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", exhausted)
+        for answer in handle_together(backwards(several)):
+            refusal(answer, m.StatusCode.STASH_LOST)
+    assert cloud.executor.used_bytes == 0
+    with memory_for(cloud, 39) as failed:
+        small, large, other = handle_together(backwards(several, replay=True))
+    assert len(failed) == 2
+    refusal(large, m.StatusCode.INTERNAL)
+    assert torch.equal(numbers(small), alone[0])
+    assert torch.equal(numbers(other), alone[2])
+    for answer, expected in zip(handle_together(backwards(several, replay=True)), alone, strict=True):
+        assert torch.equal(numbers(answer), expected)
+
+
+def test_an_unknown_failure_of_a_pass_ends_one_session_only(cloud: Served, several: list[TenantSession]) -> None:
+    with memory_for(cloud, 39, MemoryError) as failed:
+        answers = handle_together(forwards(several))
+    assert len(failed) == 2
+    assert [type(answer) for answer in answers] == [m.ForwardReply, MemoryError, m.ForwardReply]
 
 
 def test_what_may_share_a_pass() -> None:

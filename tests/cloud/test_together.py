@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from support.tiny import CONFIGS, tiny_checkpoint
 from torch import Tensor
 
 from isthmus.backbone import loans
-from isthmus.backbone.meeting import Meetings
+from isthmus.backbone.meeting import Enlisted, Meetings, Products
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.quantize import quantizer_of
 from isthmus.backbone.site_host import SiteHost
@@ -427,6 +429,66 @@ def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, mo
         message = edges[2].next(edges[2].session.handle(message))
     assert edges[2].heard == expected
     assert executor.used_bytes == 0
+
+
+def test_a_meeting_that_fails_is_held_again_for_each_of_its_calls(
+    llama: SiteHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, tenants = Executor(llama, torch.float32, BIG), tenants_of(llama)[:4]
+    expected = [alone(executor, tenant, number) for number, tenant in enumerate(tenants)]
+    edges = [edge(executor, tenant, number) for number, tenant in enumerate(tenants)]
+    hold = Meetings.hold
+    failed: list[weakref.ref[Tensor]] = []
+    large = tenants[2].shape[0] * tenants[2].shape[1]
+    limit = 10_000
+
+    def limited(self: Meetings, parties: Sequence[Enlisted]) -> list[Products]:
+        assert not any(each() is not None for each in failed), "a meeting that has failed still holds memory"
+        rows = torch.empty(sum(party.count for party in parties))
+        if len(parties) > 1 or len(rows) > limit:
+            failed.append(weakref.ref(rows))
+            raise RuntimeError("out of memory: 1.2345")
+        return hold(self, parties)
+
+    monkeypatch.setattr(Meetings, "hold", limited)
+    play(edges)
+    assert failed
+    assert [mine.heard for mine in edges] == expected
+    limit = large - 1  # the others are smaller
+    edges = [edge(executor, tenant, number) for number, tenant in enumerate(tenants)]
+    play(edges)
+    for number, (mine, theirs) in enumerate(zip(edges, expected, strict=True)):
+        if number != 2:
+            assert mine.heard == theirs
+    (said,) = edges[2].heard[-1]
+    assert isinstance(said, m.Status)
+    assert said.code == m.StatusCode.INTERNAL
+    assert "1.2345" not in said.message
+    assert executor.used_bytes == 0
+
+
+def test_a_call_that_fails_holds_no_memory_while_others_go_on(llama: SiteHost) -> None:
+    executor, tenant = Executor(llama, torch.float32, BIG), Tenant((SiteSpec(4, llama.groups[0][0][1]),))
+    edges = [edge(executor, tenant, number) for number in range(2)]
+    failed: list[weakref.ref[Tensor]] = []
+
+    def allocate(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not failed:
+            failed.append(weakref.ref(args[0]))
+            raise RuntimeError("out of memory")
+        assert failed[0]() is None
+
+    hook = llama.span.base.layers[1].register_forward_pre_hook(allocate)
+    gc.disable()  # whose help is not to be needed
+    try:
+        bad, good = step_together([(each.session, each.forward()) for each in edges])
+    finally:
+        gc.enable()
+        hook.remove()
+    assert isinstance(bad, m.Status)
+    assert bad.code == m.StatusCode.INTERNAL
+    assert isinstance(good, m.SiteQuestion)
+    edges[1].session.close()
 
 
 # Kinds ----------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, decode, encode
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.errors import (
+    CloudFailedError,
     DrainingError,
     FingerprintError,
     LocalProtocolError,
@@ -410,7 +411,6 @@ def test_a_value_that_is_no_number_is_not_sent(cloud: MemoryCloud, value: float)
     [
         (m.StatusCode.NON_FINITE, NonFiniteError),
         (m.StatusCode.BAD_REQUEST, RefusedError),
-        (m.StatusCode.INTERNAL, RefusedError),
         (m.StatusCode.OVER_QUOTA, OverQuotaError),
     ],
 )
@@ -422,6 +422,29 @@ def test_a_refused_call_is_not_repeated(cloud: MemoryCloud, code: m.StatusCode, 
     with pytest.raises(error, match=r"because\?\[2J"):  # a terminal takes nothing from it
         link.forward_span(hidden(), None, None, keep=False)
     assert len(messages(cloud, m.Forward)) == 1
+
+
+def test_a_cloud_that_fails_is_asked_a_few_times(cloud: MemoryCloud, undisturbed: list[torch.Tensor]) -> None:
+    failures = dict.fromkeys((m.Forward, m.Backward), retry.PROTOCOL_FAULTS - 1)
+
+    def failing(message: Any) -> m.Message | None:
+        if not failures.get(type(message)):
+            return None
+        failures[type(message)] -= 1
+        return m.Status(m.StatusCode.INTERNAL, message.id, "the span failed")
+
+    link = new_link(MemoryTransport(cloud))
+    cloud.answer = failing
+    results = three_calls(link)
+    assert not any(failures.values())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, undisturbed, strict=True))
+    assert link.traffic.retries == 2 * (retry.PROTOCOL_FAULTS - 1)
+    failures[m.Forward] = 99
+    with pytest.raises(CloudFailedError, match=r"refused the call \(internal\): the span failed"):
+        link.forward_span(hidden(), None, None, keep=False)
+    assert 99 - failures[m.Forward] == retry.PROTOCOL_FAULTS
+    failures.clear()
+    link.forward_span(hidden(), None, None, keep=False)
 
 
 def test_too_many_tokens_are_refused_before_they_are_sent(cloud: MemoryCloud) -> None:
