@@ -94,7 +94,7 @@ def _products(parties: Sequence[Enlisted], meetings: Meetings) -> Sequence[Produ
     """What each party gets: of a meeting of all, or, where that fails, of one for itself, which may fail again."""
     try:
         return meetings.hold(parties)
-    except RuntimeError as error:  # out of memory for one
+    except Exception as error:  # noqa: BLE001  # out of memory, or whatever a kernel raises; each party gets its own
         if len(parties) == 1:
             return [RuntimeError(f"a product failed: {error}")]
     return [_products([party], meetings)[0] for party in parties]  # here, as the error would hold the meeting's tensors
