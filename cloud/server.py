@@ -25,11 +25,11 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from isthmus.backbone.batch_invariance import measure_batch_invariance
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.computing import compute_threads
 from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, ranks, seats_elsewhere
-from isthmus.cloud.dispatch import LANES, Dispatcher, Shared, TooLate
+from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.half_open import gives_way, host_of
@@ -37,7 +37,7 @@ from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.pipeline import NextStage, StageSession
-from isthmus.cloud.scheduler import Batching, Share
+from isthmus.cloud.scheduler import Share
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.stream import SealedStream
@@ -176,17 +176,8 @@ class StripServer:
         self._identity = identity
         self._edges = edges
         self._next_stage = next_stage
-        lanes = min(LANES if served.executor.side_by_side and batching else 1, threads)
-        span = served.executor.host.span
-        self._invariance = measure_batch_invariance(span, threads, threads // lanes) if batching else None
-        self._compute = Dispatcher(
-            threads,
-            None if self._invariance is None else Batching(smallest=self._invariance.rows or 1),
-            computed=lambda reply: isinstance(reply, m.Timed),
-            room=lambda: served.executor.room,
-            lanes=lanes,
-            growth=served.executor.working_bytes,
-            all_threads_from=0 if self._invariance is None else self._invariance.all_threads_from,
+        self._compute, self._invariance = compute_threads(
+            served.executor, threads, batching=batching, computed=lambda reply: isinstance(reply, m.Timed)
         )
         self._call_threads = CallThreads(threads)
         self._batching = batching

@@ -21,14 +21,14 @@ from typing import Any, Final, Literal
 import torch
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.packing import ROWS_PER_THREAD
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import resolve
 from isthmus.backbone.span import SpanInput, load_span
-from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
+from isthmus.cloud.computing import compute_threads
+from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.executor import BackwardCall, Executor, Key
-from isthmus.cloud.scheduler import Batching, Kind, Share
+from isthmus.cloud.scheduler import Kind, Share
 from isthmus.experiments.harness import stderr_progress
 
 Arrivals = Literal["poisson", "bursty"]
@@ -180,8 +180,7 @@ class _Lab:
     def run(self, policy: Policy, calls: Sequence[Arrival]) -> Outcome:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
-        batching = Batching(smallest=ROWS_PER_THREAD * settings.threads) if policy == "scheduler" else None
-        dispatcher = Dispatcher(settings.threads, batching, room=lambda: self._executor.room)
+        dispatcher, _ = compute_threads(self._executor, settings.threads, batching=policy == "scheduler")
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
 

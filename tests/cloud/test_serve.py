@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +21,10 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import serve as serve_module, worker as worker_module
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
+from isthmus.cloud.loading import EdgesFile
 from isthmus.cloud.scaling import Change
 from isthmus.cloud.serve import Ports, _bounds, _prepare_parts, _wait
-from isthmus.cloud.worker import EdgesFile, Worker, WorkerSpec
+from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
 from isthmus.protocol.errors import PortInUseError, UnreachableError
@@ -354,3 +357,9 @@ def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pyte
     monkeypatch.setattr(worker_module.os, "_exit", codes.append)
     Worker(SPEC)
     assert codes == [1]
+
+
+def test_a_process_that_only_has_handles_of_workers_needs_no_torch() -> None:
+    asked = "import sys, isthmus.cloud.controller, isthmus.cloud.worker; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

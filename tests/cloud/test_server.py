@@ -34,11 +34,11 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import logs, pausing, server as server_module, stream as stream_module
 from isthmus.cloud.directory import Peer, Seat
+from isthmus.cloud.loading import EdgesFile
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.scheduler import Share
 from isthmus.cloud.server import Served, ServerTls, StripServer
 from isthmus.cloud.stream import SealedStream
-from isthmus.cloud.worker import EdgesFile
 from isthmus.edge.channel import Channel, Traffic
 from isthmus.edge.transport import GrpcTransport, Stream, Tls
 from isthmus.protocol import messages as m

@@ -16,9 +16,10 @@ from typing import Any, Self
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.loading import EdgesFile, served_by
 from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.server import Served, ServerTls, StripServer
-from isthmus.cloud.worker import EdgesFile, WorkerSpec, served_by
+from isthmus.cloud.worker import WorkerSpec
 from isthmus.edge.link import Link
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol.enrolment import ConnectionString, Quota, add_line

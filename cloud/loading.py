@@ -1,0 +1,143 @@
+"""What a worker serves, made of its specification: span, keys, enrolled edges, packages, a pipeline's next stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import Span, SplitPlan
+from isthmus.backbone.quantize import NONE, quantizer_of
+from isthmus.backbone.saved_span import load_saved_span
+from isthmus.backbone.site_host import SiteHost
+from isthmus.backbone.sources import Checkpoint
+from isthmus.backbone.span import DTYPES, load_span
+from isthmus.cloud.adapters import AdapterStore
+from isthmus.cloud.executor import Executor
+from isthmus.cloud.logs import log
+from isthmus.cloud.pipeline import NextStage
+from isthmus.cloud.server import Served, ServerTls
+from isthmus.cloud.shelf import FileShelf
+from isthmus.cloud.worker import WorkerSpec
+from isthmus.emulator.package import open_package
+from isthmus.protocol.codecs import ACTIVATION_CODECS
+from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.errors import KeyFileError
+from isthmus.protocol.keys import load_edge, load_worker
+from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
+
+
+class EdgesFile:
+    """`authorized_edges`, read again whenever it has changed.
+
+    Raises:
+        ConfigError: The file is malformed at the start, when there is no good list to fall back on.
+        KeyFileError: It cannot be read.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "authorized_edges"
+        self._stamp: tuple[int, int] | None = None
+        self._edges = AuthorizedEdges.parse("")
+        if self._path.exists():  # where nobody is enrolled yet, there is none
+            self._edges = AuthorizedEdges.load(self._path)
+
+    def __call__(self) -> AuthorizedEdges:
+        """Who is enrolled now: nobody where there is no file, the last good list where it is malformed."""
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return AuthorizedEdges.parse("")
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if stamp != self._stamp:
+            try:
+                self._edges = AuthorizedEdges.load(self._path)
+            except (ConfigError, KeyFileError) as error:
+                # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
+                log("authorized_edges_unreadable", error=str(error))
+            self._stamp = stamp
+        return self._edges
+
+
+def served_by(spec: WorkerSpec) -> Served:
+    """Load what a worker serves.
+
+    Raises:
+        IsthmusError: the model, the edge's parts or the package cannot be served.
+    """
+    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
+    config = checkpoint.config
+    plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
+    dtype = DTYPES[spec.dtype]
+    layers = Span(*map(int, spec.layers.split(":"))) if spec.layers else plan.cloud
+    if spec.saved_span:
+        span = load_saved_span(Path(spec.saved_span), layers)
+    else:
+        span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
+    host = SiteHost(span.to(spec.device))
+    info = SessionInfo(
+        session_id="",
+        model=spec.model,
+        digest=checkpoint.digest(),
+        family=config.model_type,
+        n_layers=config.num_hidden_layers,
+        plan=str(plan),
+        hidden_size=span.hidden_size,
+        attn_implementation=family_of(config).attention(None),
+        span_dtype=spec.dtype if spec.quantize == NONE else f"{spec.dtype}+{spec.quantize}",
+        codecs=ACTIVATION_CODECS,
+        limits=SpanLimits(
+            spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), spec.stash_bytes
+        ),
+        server_version=importlib.metadata.version("isthmus"),
+    )
+    executor = Executor(host, dtype, spec.stash_bytes)
+    package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
+    adapters = AdapterStore(
+        Path(spec.home) / "adapters",
+        Path(spec.parts),
+        info.digest,
+        plan,
+        executor,
+        max_tokens=spec.max_tokens,
+        attn_implementation=info.attn_implementation,
+        package=package,
+    )
+    return Served(
+        info,
+        executor,
+        FileShelf(Path(spec.parts), Shelf.PARTS),
+        adapters,
+        None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+        spec.sites,
+    )
+
+
+def next_stage_of(spec: WorkerSpec) -> NextStage | None:
+    """Where the calls of a pipeline's stage go on; None for the last one, and for a worker that has the whole span.
+
+    Raises:
+        KeyFileError: the stage's key is missing.
+    """
+    if not spec.next_stage:
+        return None
+    pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
+    return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
+
+
+def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
+    """The largest message of a session.
+
+    A backward call with its replay (two fp32 tensors, a mask, position ids), what a group of sites sends or is sent, or
+    a piece of a file, and 1 MiB to spare.
+    """
+    return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_PIECE) + (1 << 20)
+
+
+def tls_of(spec: WorkerSpec) -> ServerTls | None:
+    """The certificate that the worker shows, or None without one."""
+    if not spec.tls_cert:
+        return None
+    client_ca = Path(spec.tls_client_ca).read_bytes() if spec.tls_client_ca else None
+    return ServerTls(Path(spec.tls_key).read_bytes(), Path(spec.tls_cert).read_bytes(), client_ca)
