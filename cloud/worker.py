@@ -12,6 +12,7 @@ import os
 import resource
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,4 +158,6 @@ def _restarted() -> bool:
     """Whether this process takes the place of a worker that died."""
     import ray
 
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray itself calls there what it has deprecated
+        return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
