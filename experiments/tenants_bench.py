@@ -223,16 +223,20 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
 
 
 def run_growth(settings: TenantSettings, counts: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Tokens per second of so many tenants, and of as many single processes: `n`, `tenants` and `single` each."""
+    """Tokens per second of so many tenants, and of as many single processes: `n`, `tenants` and `single` each.
+
+    A machine's speed drifts in minutes, so the single processes run before and after.
+    """
     settings = replace(settings, model=str(resolve(settings.model).folder))
     rows = []
-    with stderr_progress("tenants", 2 * len(counts)) as advance, _cloud(settings, folder / "cloud", "fp32") as cloud:
+    with stderr_progress("tenants", 3 * len(counts)) as advance, _cloud(settings, folder / "cloud", "fp32") as cloud:
         for n in counts:
-            row: dict[str, Any] = {"n": n}
-            for name, over in (("tenants", cloud), ("single", None)):
-                row[name] = _crowd(settings, folder / f"{name}-{n}", over, range(n)).throughput
+            throughput = []
+            for turn, over in enumerate((None, cloud, None)):
+                throughput.append(_crowd(settings, folder / f"{n}-{turn}", over, range(n)).throughput)
                 advance()
-            rows.append(row)
+            before, tenants, after = throughput
+            rows.append({"n": n, "tenants": tenants, "single": statistics.mean((before, after))})
     return rows
 
 
