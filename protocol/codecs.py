@@ -121,8 +121,8 @@ def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
     """Encode a tensor.
 
     Args:
-        tensor: rank 1 to 4, no empty dimension, on any device; it is detached and copied to the CPU where it is not
-            there already.
+        tensor: rank 1 to 4, no empty dimension, on any device, where it is encoded; what comes of it is copied to the
+            CPU.
         codec: a name of `CODECS`.
         role: what the tensor is for.
 
@@ -143,8 +143,7 @@ def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
         raise UnsupportedCallError(
             f"a tensor of shape {list(shape)} cannot be sent: rank 1 to 4 and no empty dimension is needed"
         )
-    data = tensor.detach().to("cpu").contiguous()
-    return Payload(codec=entry.id, role=role, shape=shape, buffers=entry.encode(data, role))
+    return Payload(codec=entry.id, role=role, shape=shape, buffers=entry.encode(tensor.detach().contiguous(), role))
 
 
 def decode(payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS) -> Tensor:
@@ -229,8 +228,8 @@ def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple
 
 
 def _view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied; the view keeps the tensor's memory alive."""
-    flat: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    """The bytes of a contiguous tensor, not copied from a CPU; the view keeps the tensor's memory alive."""
+    flat: npt.NDArray[np.uint8] = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
     return flat.data
 
 
@@ -356,7 +355,7 @@ def _mask_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
         raise UnsupportedCallError(
             "an attention mask may hold zeros and ones only; pass a 2-D mask of tokens, not an additive mask"
         )
-    return (np.packbits(bits.numpy().reshape(-1)).tobytes(),)
+    return (np.packbits(bits.cpu().numpy().reshape(-1)).tobytes(),)
 
 
 def _mask_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:

@@ -197,3 +197,17 @@ def test_names_and_numbers() -> None:
         codec_id("mask")
     with pytest.raises(MessageError, match="99"):
         codec_by_id(99)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "int8"])
+def test_a_tensor_on_a_gpu_has_the_same_bytes(codec: str) -> None:
+    tensor = torch.randn(3, 5, 130, generator=torch.Generator().manual_seed(0))
+    assert encode(tensor.cuda(), codec, Role.ACTIVATION) == encode(tensor, codec, Role.ACTIVATION)
+
+
+@pytest.mark.gpu
+def test_masks_and_positions_on_a_gpu_have_the_same_bytes() -> None:
+    mask, positions = torch.tensor([[1, 1, 0]]), torch.arange(3)[None]
+    assert encode_mask(mask.cuda()) == encode_mask(mask)
+    assert encode_positions(positions.cuda()) == encode_positions(positions)
