@@ -1,13 +1,14 @@
 """Chaos: several tenants train at the same time while whatever can break breaks, and each gets its undisturbed adapter.
 
 Each tenant trains once in peace, then the same again and again. Faults fall in a seeded order
-(`isthmus.experiments.chaos_plan`), some before the last one is recovered from: the worker is killed at named points and
-at any time, fails or stands still; the whole cloud is killed and started anew; edges are killed and resumed;
-connections are cut; a further tenant sends garbage, floods, holds sessions, reads and writes slowly, and has the
-others' forward states evicted. Where the machine can make network namespaces, edges and cloud have a way between them
-that loses, delays, doubles and reorders packets, or carries nothing for a while.
+(`isthmus.experiments.chaos_plan`), some before the last one is recovered from: a worker is killed at named points and
+at any time, fails or stands still; the controller is killed, or Ray's control store, without which the cluster is
+started again; the whole cloud is killed and started anew; edges are killed and resumed; connections are cut; a further
+tenant sends garbage, floods, holds sessions, reads and writes slowly, and has the others' forward states evicted, and
+their steps meanwhile are compared with those in peace. Where the machine can make network namespaces, edges and cloud
+have a way between them that loses, delays, doubles and reorders packets, or carries nothing for a while.
 
-With `soak`, nothing breaks: tenants come and go, and what is measured is the worker's memory.
+With `soak`, nothing breaks: tenants come and go, and what is measured is the workers' memory.
 """
 
 from __future__ import annotations
@@ -17,22 +18,32 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.sources import resolve
 from isthmus.cloud.fault_points import ENVIRONMENT, Point, arm, is_armed
-from isthmus.experiments.chaos_figures import Fallen, WorkerMemory, figures
-from isthmus.experiments.chaos_plan import AT_POINT, KINDS, NEED_NAMESPACES, NETWORK, NOBODY_FEELS, ChaosPlan, Fall
+from isthmus.experiments.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
+from isthmus.experiments.chaos_plan import (
+    AT_POINT,
+    KINDS,
+    NEED_NAMESPACES,
+    NETWORK,
+    NOBODY_FEELS,
+    ChaosPlan,
+    Fall,
+    common,
+)
 from isthmus.experiments.chaos_tenant import Tenant
 from isthmus.experiments.delay_relay import Conditions
 from isthmus.experiments.faults import write_texts
-from isthmus.experiments.harness import LocalCloud
+from isthmus.experiments.harness import LocalCloud, free_ports
 from isthmus.experiments.hostile import DEEDS, HostileProcess
 from isthmus.experiments.net_space import ADDRESSES, NetSpace, Side, missing
 from isthmus.experiments.relay import Relay
@@ -43,7 +54,10 @@ STALL_SECONDS = 3.0
 LOOK_SECONDS = 0.02
 AS_URGENT = {"RAY_worker_niceness": "0"}
 """Ray gives its workers what the machine's other processes leave, and the edges are such processes here."""
-SESSIONS = 8  # of a tenant: those of killed edges are open until the cloud notices
+SESSIONS = 8  # of a tenant at each worker: those of killed edges are open until the cloud notices
+OUTSIDE = "127.0.0.2"
+"""Where the edges find the workers, at the ports that they have: the relays listen there, so that every connection can
+be cut wherever the cloud sends an edge."""
 PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, at its start too
 
 
@@ -55,6 +69,7 @@ class ChaosSettings:
         model: As for `--model`.
         edge_layers: The split plan.
         tenants: That train at the same time.
+        workers: Of the cloud.
         seconds: During which faults fall; trainings that have begun are finished then.
         steps: Optimizer steps of a training.
         batch: Examples per step.
@@ -64,7 +79,7 @@ class ChaosSettings:
         bad_s: Seconds for which a tenant misbehaves or a way is bad.
         silence_s: Seconds for which a way carries nothing.
         stash_bytes: The cloud's budget for forward states.
-        warm_up_s: Seconds of each life of the worker whose memory does not count.
+        warm_up_s: Seconds of each life of a worker whose memory does not count.
         save_every: Steps between an edge's checkpoints.
         threads: torch threads on either side.
         soak: Whether nothing breaks.
@@ -73,6 +88,7 @@ class ChaosSettings:
     model: str
     edge_layers: str = "2:2"
     tenants: int = 3
+    workers: int = 2
     seconds: float = 600.0
     steps: int = 30
     batch: int = 1
@@ -122,7 +138,15 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
             chaos.disturb(plan)
         chaos.finish()
     return {
-        **figures(chaos.faults, chaos.tenants, chaos.memory, settings.warm_up_s, soak=settings.soak),
+        **figures(
+            chaos.faults,
+            chaos.tenants,
+            chaos.quiet,
+            chaos.memory,
+            workers=settings.workers,
+            warm_up_s=settings.warm_up_s,
+            soak=settings.soak,
+        ),
         "network": "network namespaces" if space is not None else reason or "not broken",
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
@@ -137,38 +161,39 @@ class _Chaos:
     ) -> None:
         self.faults: list[Fallen] = []
         self.tenants: list[Tenant] = []
+        self.quiet = Quiet([])
         self._settings = settings
         self._record = folder / "faults.jsonl"
         self._space = space
         self._points = folder / "points"
         self._points.mkdir()
+        host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
+        with self._inside("cloud"):
+            ports = free_ports(host, settings.workers)
         self._cloud = LocalCloud(
             folder,
             model,
             *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
-            *("--stash-bytes", str(settings.stash_bytes)),
-            *(() if space is None else ("--listen", f"{ADDRESSES['cloud']}:0")),
+            *("--stash-bytes", str(settings.stash_bytes), "--workers", str(settings.workers)),
+            *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
             environment={ENVIRONMENT: str(self._points.absolute()), **AS_URGENT},
         )
         with self._inside("cloud"):
             stack.enter_context(self._cloud)
-        self.memory = stack.enter_context(WorkerMemory(self._pid))
+        self.memory = stack.enter_context(WorkerMemory(self._pids, settings.workers))
         where = ConnectionString.parse(self._cloud.connection)
-        self._relays: list[Relay] = []
+        with self._inside("edge"):
+            self._relays = [stack.enter_context(Relay(host, port, (OUTSIDE, port))) for port in ports]
         for number in range(settings.tenants):
-            with self._inside("edge"):
-                relay = stack.enter_context(Relay(where.host, where.port))
-            self._relays.append(relay)
             key = self._enroll(f"tenant-{number}", folder)
-            address = ConnectionString("127.0.0.1", relay.port, where.pin)
-            task = _task(settings, number, folder / "tickets.jsonl", address, key)
+            task = _task(settings, number, folder / "tickets.jsonl", where, key)
             self.tenants.append(
                 stack.enter_context(Tenant(f"tenant-{number}", task, folder, lambda: self._inside("edge")))
             )
         self._hostile: HostileProcess | None = None
         if not settings.soak and any(kind in DEEDS for kind in settings.kinds):
             deeds = {
-                "cloud": str(where),
+                "workers": [str(ConnectionString(host, port, where.pin)) for port in ports],
                 "key": str(self._enroll("hostile", folder)),
                 "batch": 2 * settings.batch,
                 "seq": settings.seq,
@@ -186,6 +211,7 @@ class _Chaos:
     def disturb(self, plan: ChaosPlan) -> None:
         """Break things, until the time is over."""
         self._go()
+        self._wait_for_a_step()
         started = time.monotonic()
         pending: list[tuple[Fall, float, list[Tenant]]] = []
         while time.monotonic() < started + self._settings.seconds:
@@ -193,17 +219,18 @@ class _Chaos:
             if fall.recovered:
                 self._recover(pending, started)
             self._pause(fall.gap_s)
-            self.wait_for(lambda: any(tenant.training for tenant in self.tenants), "a step", RECOVERY_SECONDS)
+            self._wait_for_a_step()
             fell, hit = self._inject(fall)
             pending.append((fall, fell, hit))
         self._recover(pending, started)
 
     def finish(self) -> None:
-        """Wait until every tenant has trained to the end of its round."""
+        """Wait until every tenant has trained to the end of its round, and the cloud is whole again."""
         for tenant in self.tenants:
             tenant.last_round()
         self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds", None)
         self._look_after_tenants()
+        self._all_workers()
 
     def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
         """Wait for something, and look after the tenants meanwhile.
@@ -225,6 +252,7 @@ class _Chaos:
                 raise tenant.error
 
     def _go(self) -> None:
+        self.quiet.calm.extend(common([tenant.steps for tenant in self.tenants]))
         self.memory.mark()
         for tenant in self.tenants:
             tenant.disturb()
@@ -257,7 +285,11 @@ class _Chaos:
             case "worker_stalled":
                 return self._at(fall.point, f"wait {STALL_SECONDS}")
             case "worker_killed":
-                fell = self._kill_worker()
+                fell = self._kill(lambda: _one_of(self._pids(), fall.seed), "a worker")
+            case "controller_killed":
+                fell = self._kill(self._controller, "the controller")
+            case "control_store_killed":
+                return self._end_cluster()
             case "cloud_killed":
                 self._cloud.kill()
                 fell = time.monotonic()
@@ -267,8 +299,9 @@ class _Chaos:
                 hit = [tenant for tenant in hit if tenant is self.tenants[number]]
                 self.tenants[number].kill_edge()
             case "connection_cut":
-                hit = [tenant for tenant in hit if tenant is self.tenants[number]]
-                self._relays[number].cut()
+                for relay in self._relays:
+                    relay.cut()
+                fell = time.monotonic()
             case "silence":
                 self._way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
                 self._pause(self._settings.silence_s)
@@ -278,18 +311,45 @@ class _Chaos:
                 self._pause(self._settings.bad_s)
                 self._way(Conditions())
             case deed if self._hostile is not None:
-                self._hostile.do(deed, self._settings.bad_s)
+                return self._misbehave(deed, self._hostile)
         return fell, hit
 
-    def _kill_worker(self) -> float:
-        """SIGKILL to the worker's process, once there is one; returns when it died."""
-        while True:
-            self.wait_for(lambda: self._pid() is not None, "a worker", RECOVERY_SECONDS)
-            pid = self._pid()
+    def _kill(self, find: Callable[[], int | None], what: str) -> float:
+        """SIGKILL to a process, once it is found; returns when it died."""
+        killed: list[float] = []
+
+        def kill() -> bool:
+            pid = find()
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    return time.monotonic()
+                    killed.append(time.monotonic())
+            return bool(killed)
+
+        self.wait_for(kill, what, RECOVERY_SECONDS)
+        return killed[0]
+
+    def _end_cluster(self) -> tuple[float, list[Tenant]]:
+        """SIGKILL to Ray's control store, and wait for the end of the workers, which work on at first."""
+        workers = self._all_workers()
+        self._wait_for_a_step()
+        hit = [tenant for tenant in self.tenants if tenant.training]
+        self._kill(self._cloud.control_store, "Ray's control store")
+        self.wait_for(lambda: not any(map(resident_bytes, workers)), "the workers' end", RECOVERY_SECONDS)
+        return time.monotonic(), hit
+
+    def _misbehave(self, deed: str, hostile: HostileProcess) -> tuple[float, list[Tenant]]:
+        """Have the hostile tenant do something in a whole cloud, while all others train, and not all to their end."""
+        self._all_workers()
+        self.wait_for(
+            lambda: all(tenant.training for tenant in self.tenants) and any(tenant.early for tenant in self.tenants),
+            "a step of all tenants",
+            RECOVERY_SECONDS,
+        )
+        fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
+        hostile.do(deed, self._settings.bad_s)
+        self.quiet.deeds.setdefault(deed, []).append((fell, time.monotonic()))
+        return fell, hit
 
     def _from(self, number: int) -> list[int]:
         """The tenants' numbers, from one on."""
@@ -308,17 +368,45 @@ class _Chaos:
     def _inside(self, side: Side) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._space is None else self._space.inside(side)
 
-    def _pid(self) -> int | None:
-        """The worker's process; None while there is none that answers."""
-        with self._inside("cloud"), contextlib.suppress(OSError, ValueError):
-            return int(self._cloud.status()["pid"])
-        return None
+    def _wait_for_a_step(self) -> None:
+        self.wait_for(lambda: any(tenant.training for tenant in self.tenants), "a step", RECOVERY_SECONDS)
+
+    def _all_workers(self) -> list[int]:
+        """The processes of all workers, once all answer."""
+        pids: list[int] = []
+
+        def answer() -> bool:
+            pids[:] = self._pids()
+            return len(pids) == self._settings.workers
+
+        self.wait_for(answer, "an answer of all workers", RECOVERY_SECONDS)
+        return pids
+
+    def _pids(self) -> list[int]:
+        """The processes of the workers that answer; none while the controller does not."""
+        return [worker["pid"] for worker in self._status().get("workers", ()) if "pid" in worker]
+
+    def _controller(self) -> int | None:
+        """The controller's process; None while it does not answer."""
+        pid: int | None = self._status().get("controller_pid")
+        return pid
+
+    def _status(self) -> dict[str, Any]:
+        """The cloud's; nothing while the controller does not answer, or dies in the middle of it."""
+        with self._inside("cloud"), contextlib.suppress(OSError, ValueError, HTTPException):
+            return self._cloud.cloud_status()
+        return {}
 
     def _enroll(self, name: str, folder: Path) -> Path:
         key = folder / "keys" / name
         key.parent.mkdir(mode=0o700, exist_ok=True)
-        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS))
+        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self._settings.workers))
         return key
+
+
+def _one_of(processes: Sequence[int], seed: int) -> int | None:
+    """Any of them; None of none."""
+    return processes[seed % len(processes)] if processes else None
 
 
 def _recovered(tenants: list[Tenant], fault: float) -> bool:

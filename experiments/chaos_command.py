@@ -20,6 +20,9 @@ def chaos(
         str, typer.Option(help="How many of the first and of the last layers the edge holds.")
     ] = "2:2",
     tenants: Annotated[int, typer.Option(min=1, help="That train at the same time.")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of the cloud, about 1 GB each of smollm2-135m; 2, or 1 in a soak.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of a training.")] = 30,
     batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 1,
     seq: Annotated[int, typer.Option(min=32, help="Tokens per example at most.")] = 64,
@@ -29,7 +32,7 @@ def chaos(
     stash_bytes: Annotated[str, typer.Option(help="The cloud's budget for forward states.")] = "1GiB",
     warm_up: Annotated[
         float | None,
-        typer.Option(min=0, help="Of the worker's life, whose memory does not count; 15, or a quarter of a soak."),
+        typer.Option(min=0, help="Of a worker's life, whose memory does not count; 15, or a quarter of a soak."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
     soak: Annotated[bool, typer.Option("--soak", help="Break nothing: tenants come and go.")] = False,
@@ -38,10 +41,11 @@ def chaos(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Let several tenants train while workers, the cloud, edges, connections and the network break at random.
+    """Let several tenants train while workers, controller, cluster, edges, connections and the network break at random.
 
-    Each tenant's adapter is compared, bit for bit, with that of its undisturbed training. Faults of the network need
-    root, for network namespaces; without it the others fall.
+    Each tenant's adapter is compared, bit for bit, with that of its undisturbed training. `felt` says how much longer
+    the tenants' steps take while somebody misbehaves. Faults of the network need root, for network namespaces; without
+    it the others fall.
 
     Example: isthmus bench chaos --seconds 600 --json
 
@@ -54,10 +58,13 @@ def chaos(
 
     if warm_up is None:
         warm_up = seconds / 4 if soak else 15.0
+    if workers is None:
+        workers = 1 if soak else 2
     settings = ChaosSettings(
         model,
         edge_layers,
         tenants,
+        workers,
         seconds,
         steps,
         batch,

@@ -8,12 +8,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.errors import IsthmusError
-from isthmus.experiments.chaos_plan import percentile_95, pooled_slope, warmed_up
+from isthmus.experiments.chaos_plan import Span, felt, percentile_95, pooled_slope, warmed_up
 from isthmus.experiments.chaos_tenant import Tenant
 
 SAMPLE_SECONDS = 0.5
@@ -40,16 +40,31 @@ class Fallen:
     recovery_s: float | None
 
 
-class WorkerMemory:
-    """Looks at the worker's resident size now and then, from a thread of its own; a context manager.
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """When tenants trained while nothing fell.
 
-    Args:
-        pid: finds the worker's process.
+    Attributes:
+        calm: When nobody misbehaved: in the undisturbed trainings, while all made steps.
+        deeds: When somebody did, by what he did.
     """
 
-    def __init__(self, pid: Callable[[], int | None]) -> None:
+    calm: list[Span]
+    deeds: dict[str, list[Span]] = field(default_factory=dict)
+
+
+class WorkerMemory:
+    """Looks at the workers' resident sizes now and then, from a thread of its own; a context manager.
+
+    Args:
+        pids: finds the processes of the workers that answer.
+        workers: how many there are when all do.
+    """
+
+    def __init__(self, pids: Callable[[], Sequence[int]], workers: int) -> None:
         self.lives: dict[int, list[tuple[float, float]]] = {}  # (seconds, bytes) by process
-        self._pid = pid
+        self._pids = pids
+        self._workers = workers
         self._begun = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
@@ -72,16 +87,19 @@ class WorkerMemory:
         self._thread.join()
 
     def _look(self) -> None:
-        pid: int | None = None
+        pids: set[int] = set()
         while not self._ended.wait(SAMPLE_SECONDS):
-            size = None if pid is None else _resident_bytes(pid)
-            if pid is None or size is None:
-                pid = self._pid()
-                continue
-            self.lives.setdefault(pid, []).append((time.monotonic(), float(size)))
+            for pid in tuple(pids):
+                size = resident_bytes(pid)
+                if size is None:
+                    pids.remove(pid)
+                else:
+                    self.lives.setdefault(pid, []).append((time.monotonic(), float(size)))
+            if len(pids) < self._workers:
+                pids.update(self._pids())
 
 
-def _resident_bytes(pid: int) -> int | None:
+def resident_bytes(pid: int) -> int | None:
     """A process's resident size; None where it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") or None
@@ -90,14 +108,23 @@ def _resident_bytes(pid: int) -> int | None:
 
 
 def figures(
-    faults: Sequence[Fallen], tenants: Sequence[Tenant], memory: WorkerMemory, warm_up_s: float, *, soak: bool
+    faults: Sequence[Fallen],
+    tenants: Sequence[Tenant],
+    quiet: Quiet,
+    memory: WorkerMemory,
+    *,
+    workers: int,
+    warm_up_s: float,
+    soak: bool,
 ) -> dict[str, Any]:
     """What is printed.
 
     `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
-    tenants that were at a step has finished one for which the cloud has answered since. `rss_slope_bytes_per_s` is one
-    slope, by least squares, of the worker's resident size over time, with an intercept for each life of its process, as
-    a kill starts a new one; the first `warm_up_s` of each life do not count. None where no life was longer.
+    tenants that were at a step has finished one for which the cloud has answered since. `felt` has, for each deed of
+    the hostile tenant, how much longer the others' steps took meanwhile than in calm, over all times that it was done;
+    1 where nobody felt it. `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
+    time, with an intercept for each life of each worker's process, as a kill starts a new one; the first `warm_up_s` of
+    each life do not count. None where no life was longer.
     """
     rounds = [one for tenant in tenants for one in tenant.rounds]
     recovered = [fault.recovery_s for fault in faults if fault.recovery_s is not None]
@@ -108,6 +135,8 @@ def figures(
     lives = memory.since_mark()
     counted = [warmed_up(life, warm_up_s) for life in lives]
     slope = pooled_slope(counted)
+    steps = [tenant.steps for tenant in tenants]
+    ratios = {deed: felt(steps, quiet.calm, spans) for deed, spans in sorted(quiet.deeds.items())}
     found = {
         "faults": len(faults),
         "faults_by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),
@@ -120,30 +149,33 @@ def figures(
         "retries": sum(tenant.retries for tenant in tenants),
         "recovery_p95_s": percentile_95(recovered),
         "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in sorted(by_kind.items())},
+        "felt": {deed: None if ratio is None else round(ratio, 2) for deed, ratio in ratios.items()},
         "rss_slope_bytes_per_s": None if slope is None else round(slope),
         "rss_lives": len(lives),
         "rss_seconds": round(sum(life[-1][0] - life[0][0] for life in counted if life), 1),
         "rss_most_bytes": round(max((size for life in lives for _, size in life), default=0)),
     }
-    return {**found, **soaked(counted)} if soak else found
+    return {**found, **soaked(counted, workers)} if soak else found
 
 
-def soaked(lives: Sequence[Life]) -> dict[str, Any]:
-    """Resident size after the warm-up and at the end, each a median over `SOAK_WINDOW` of the time.
+def soaked(lives: Sequence[Life], workers: int) -> dict[str, Any]:
+    """Resident size of all workers after the warm-up and at the end, a median over `SOAK_WINDOW` of the time for each.
 
     Args:
         lives: what was seen of each, without the warm-up.
+        workers: how many there are.
 
     Raises:
-        IsthmusError: the worker did not live through it, or not for longer than the warm-up.
+        IsthmusError: a worker did not live through it, or not for longer than the warm-up.
     """
-    if len(lives) != 1 or not lives[0]:
+    if len(lives) != workers or not all(lives):
         raise IsthmusError(
-            f"a soak is one life of the worker, longer than its warm-up, and not {len(lives)} lives of "
-            f"{[len(life) for life in lives]} points: give more --seconds, and look into worker.log if it died"
+            f"a soak is one life of each of {workers} workers, longer than its warm-up, and not {len(lives)} lives of "
+            f"{[len(life) for life in lives]} points: give more --seconds, and look into worker.log if one died"
         )
-    (life,) = lives
-    window = SOAK_WINDOW * (life[-1][0] - life[0][0])
-    before = statistics.median(size for moment, size in life if moment <= life[0][0] + window)
-    after = statistics.median(size for moment, size in life if moment >= life[-1][0] - window)
+    before = after = 0.0
+    for life in lives:
+        window = SOAK_WINDOW * (life[-1][0] - life[0][0])
+        before += statistics.median(size for moment, size in life if moment <= life[0][0] + window)
+        after += statistics.median(size for moment, size in life if moment >= life[-1][0] - window)
     return {"rss_after_warm_up_bytes": round(before), "rss_end_bytes": round(after), "rss_growth": after / before}

@@ -29,6 +29,8 @@ KINDS: Final = (
     "worker_killed",
     "worker_failed",
     "worker_stalled",
+    "controller_killed",
+    "control_store_killed",
     "cloud_killed",
     "edge_killed",
     "connection_cut",
@@ -38,10 +40,14 @@ KINDS: Final = (
 )
 NEED_NAMESPACES: Final = (*NETWORK, "silence")
 NOBODY_FEELS: Final = tuple(deed for deed in DEEDS if deed != "stash_evicted")
-"""Nobody is to be hit by these, so that there is nothing to recover from."""
+"""Nobody is to be hit by these, so that there is nothing to recover from; `felt` says whether that is so."""
+
+Span = tuple[float, float]
+"""The seconds at which something begins and ends."""
 
 PATIENT = 0.75  # how often a fault is recovered from before the next one may fall
 MEAN_GAP_SECONDS = 1.0
+WARM_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,11 @@ class Fall:
     Attributes:
         kind: of `KINDS`.
         gap_s: seconds to wait before it.
-        recovered: whether whatever fell before must have been recovered from.
+        recovered: whether whatever fell before must have been recovered from; always where a tenant misbehaves, so that
+            nothing else can be felt then.
         point: where a worker fails or stands still.
         victim: number of the tenant that is hit, where it is a single one.
-        seed: of what the fault itself draws.
+        seed: of what the fault itself draws, and of which worker it hits.
     """
 
     kind: str
@@ -90,11 +97,11 @@ class ChaosPlan:
         """The fault that falls next."""
         if not self._left:
             self._left = self._draw.sample(self._kinds, len(self._kinds))
-        draw = self._draw
+        draw, kind = self._draw, self._left.pop()
         return Fall(
-            self._left.pop(),
+            kind,
             draw.expovariate(1 / MEAN_GAP_SECONDS),
-            draw.random() < PATIENT,
+            draw.random() < PATIENT or kind in DEEDS,
             draw.choice(POINTS),
             draw.randrange(self._tenants),
             draw.randrange(1 << 30),
@@ -131,3 +138,42 @@ def pooled_slope(lives: Iterable[Sequence[tuple[float, float]]]) -> float | None
 def warmed_up(life: Sequence[tuple[float, float]], seconds: float) -> Sequence[tuple[float, float]]:
     """The points (time, value) of a life without its first `seconds`."""
     return [point for point in life if point[0] - life[0][0] >= seconds]
+
+
+def common(tenants: Sequence[Sequence[Span]]) -> list[Span]:
+    """The time in which all tenants make steps at once, without their first ones, which are slower; none is possible.
+
+    Args:
+        tenants: the steps of each.
+    """
+    if not tenants or any(len(steps) <= WARM_STEPS for steps in tenants):
+        return []
+    begin, end = max(steps[WARM_STEPS][0] for steps in tenants), min(steps[-1][1] for steps in tenants)
+    return [(begin, end)] if begin < end else []
+
+
+def felt(tenants: Iterable[Sequence[Span]], calm: Sequence[Span], deeds: Sequence[Span]) -> float | None:
+    """How much longer a step takes while somebody misbehaves: 1 where nobody feels it.
+
+    Only the part of a step counts that lies in a deed: all these parts' seconds, over those that the same parts take in
+    calm, as parts of the mean of the tenant's steps that lie wholly in calm times.
+
+    Args:
+        tenants: the steps of each.
+        calm: when nothing fell and nobody misbehaved.
+        deeds: when somebody misbehaved; they do not overlap.
+
+    Returns:
+        None where no tenant has made steps in both.
+    """
+    took = usual = 0.0
+    for steps in tenants:
+        peaceful = [end - begin for begin, end in steps if any(one <= begin and end <= other for one, other in calm)]
+        if not peaceful:
+            continue
+        mean = statistics.fmean(peaceful)
+        for begin, end in steps:
+            within = sum(max(0.0, min(end, other) - max(begin, one)) for one, other in deeds)
+            took += within
+            usual += mean * within / (end - begin) if within else 0.0
+    return took / usual if usual else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.experiments.chaos_plan import Span
 from isthmus.experiments.fault_edge import Edge
 from isthmus.experiments.faults import compare_runs
 
@@ -54,6 +55,8 @@ class Tenant:
         self._folder = folder / name
         self._inside = inside
         self._finished: list[Finished] = []
+        self._steps: list[Span] = []
+        self._begun = 0.0  # when the step did that the edge is at
         self._answered = 0.0  # when the cloud last did
         self._step = 0  # that the edge is at; 0 while it only begins or ends
         self._edge: Edge | None = None
@@ -68,6 +71,12 @@ class Tenant:
         return self._step > 0
 
     @property
+    def early(self) -> bool:
+        """Whether it is in the middle of a step of a training's first half."""
+        half: int = self._config["steps"] // 2
+        return 0 < self._step <= half
+
+    @property
     def done(self) -> bool:
         """Whether it has trained for the last time."""
         return not self._thread.is_alive()
@@ -76,6 +85,11 @@ class Tenant:
     def finished(self) -> list[Finished]:
         """The steps so far; those that a killed edge had to make again, too."""
         return self._finished.copy()
+
+    @property
+    def steps(self) -> list[Span]:
+        """When the steps were that another one of the same edge followed: the last one ends with the edge's process."""
+        return self._steps.copy()
 
     def recovered_at(self, fault: float) -> float | None:
         """When it finished the first step for which the cloud has answered something after a fault; None if not yet."""
@@ -139,8 +153,12 @@ class Tenant:
             try:
                 for moment in edge.moments():
                     retries = moment.retries
-                    if self._step and moment.step > self._step:
-                        self._note_step()
+                    if moment.step > self._step:
+                        now = time.monotonic()
+                        if self._step:
+                            self._steps.append((self._begun, now))
+                            self._note_step()
+                        self._begun = now
                     self._step = moment.step
                     if moment.phase == "idle":
                         self._answered = time.monotonic()

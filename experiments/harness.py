@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
-from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
-from isthmus.protocol.errors import UnreachableError
+from isthmus.cloud.serve import Ports
+from isthmus.protocol.enrolment import Quota, add_line
+from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import generate_edge, generate_root, issue_worker
 
 START_SECONDS = 180.0
+FIRST_PORT, PORT_TRIES = 10_000, 20
 
 
 def isthmus(*arguments: str) -> list[str]:
@@ -66,7 +69,6 @@ class LocalCloud:
             *options,
         ]
         self._environment = {**os.environ, **(environment or {})}
-        self._same_address: tuple[str, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
@@ -85,7 +87,7 @@ class LocalCloud:
         add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
 
     def start(self) -> None:
-        """Start and wait until the worker answers; one that has run before gets its old address.
+        """Start and wait until the workers answer; again at the same addresses only where `--listen` names a port.
 
         Raises:
             UnreachableError: it does not answer; the message has the end of its output.
@@ -93,7 +95,7 @@ class LocalCloud:
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                isthmus(*self._arguments, *self._same_address), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, env=self._environment,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
@@ -105,8 +107,6 @@ class LocalCloud:
                     f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
                 )
             time.sleep(0.1)
-        where = ConnectionString.parse(self.connection)
-        self._same_address = ("--listen", where.address)
 
     def status(self) -> dict[str, Any]:
         """The first worker's status, `pid` among it. Raises UnreachableError where that one does not answer."""
@@ -121,6 +121,15 @@ class LocalCloud:
         with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
             status: dict[str, Any] = json.load(response)
         return status
+
+    def control_store(self) -> int | None:
+        """The process of Ray's control store; None while there is none."""
+        for pid in () if self._process is None else _of_session(self._process.pid):
+            with contextlib.suppress(OSError):  # it has ended
+                program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+                if program.endswith(b"gcs_server"):
+                    return pid
+        return None
 
     def terminate(self) -> int:
         """SIGTERM, and the exit code after the graceful drain."""
@@ -165,6 +174,20 @@ class LocalCloud:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports one after the other on which nobody listens, below those that the kernel gives away by itself.
+
+    Raises:
+        PortInUseError: there are none.
+    """
+    for _ in range(PORT_TRIES):
+        first = FIRST_PORT + secrets.randbelow(FIRST_PORT)  # others may look at the same time
+        with contextlib.suppress(PortInUseError), contextlib.closing(Ports()) as ports:
+            ports.take_several(f"{host}:{first}", count)
+            return list(range(first, first + count))
+    raise PortInUseError(f"{host} has no {count} free ports in a row above {FIRST_PORT}: ask for fewer workers")
 
 
 def _of_session(leader: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Tenants that misbehave, and a stranger who is none: what they do to a cloud, in a process of its own.
 
-    python -m isthmus.experiments.hostile '{"cloud": "isthmus://…", "key": "…", "batch": 2, "seq": 64}'
+    python -m isthmus.experiments.hostile '{"workers": ["isthmus://…"], "key": "…", "batch": 2, "seq": 64}'
 
-Each line of standard input is `NAME SECONDS`, a name of `DEEDS`; it is answered by an empty line when it is done. What
-the cloud does to defend itself (it ends sessions, say) is no error here.
+Each line of standard input is `NAME SECONDS`, a name of `DEEDS`; it is done to all workers at once, and answered by an
+empty line when it is done. What the cloud does to defend itself (it ends sessions, say) is no error here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,7 @@ class _Session:
         if isinstance(flight, NeedSend):
             self.stream.send(flight.frames[0])
         self._edge.receive(self.stream.receive(WAIT_SECONDS))
-        self.send(m.Attach(os.urandom(16)))
+        self.send(m.Attach(os.urandom(16), settled=True))
         self.receive()
 
     @property
@@ -80,7 +81,7 @@ class Hostile:
     """Does what it is told to.
 
     Args:
-        cloud: the connection string.
+        cloud: the connection string of the worker that it does it to.
         key: the key of an enrolled edge.
         batch: sequences of a call.
         seq: their tokens.
@@ -210,7 +211,7 @@ class HostileProcess:
     """The process; a context manager.
 
     Args:
-        task: the arguments of `Hostile`, by name.
+        task: the arguments of `Hostile` by name, and for `cloud`, in `workers`, all workers' connection strings.
         log: file for its output.
     """
 
@@ -247,14 +248,21 @@ class HostileProcess:
 def main(task: dict[str, Any]) -> None:
     """Do what the lines of standard input say; see the module."""
     torch.set_num_threads(1)
-    hostile = Hostile(task["cloud"], Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
-    for line in sys.stdin:
-        deed, seconds = line.split()
-        if deed not in DEEDS:
-            raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS)}")
+    rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
+    tenants = [Hostile(worker, *rest) for worker in task["workers"]]
+
+    def do(tenant: Hostile, deed: str, seconds: float) -> None:
         with contextlib.suppress(ConnectionLostError, RefusedError):
-            getattr(hostile, deed)(float(seconds))
-        print(flush=True)
+            getattr(tenant, deed)(seconds)
+
+    with ThreadPoolExecutor(len(tenants)) as pool:
+        for line in sys.stdin:
+            deed, seconds = line.split()
+            if deed not in DEEDS:
+                raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS)}")
+            for done in [pool.submit(do, tenant, deed, float(seconds)) for tenant in tenants]:
+                done.result()
+            print(flush=True)
 
 
 if __name__ == "__main__":

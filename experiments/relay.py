@@ -28,15 +28,16 @@ T = TypeVar("T")
 
 
 class Relay:
-    """Relays 127.0.0.1:`port` to a target.
+    """Relays an address of this machine to a target.
 
     Args:
         host: the target's host.
         port: the target's port.
+        listen: host and port of its own; port 0 is any free one.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
+    def __init__(self, host: str, port: int, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self._target, self._listen = (host, port), listen
         self._budget: dict[Direction, int | None] = {"up": None, "down": None}  # bytes until a cut
         self._allowed: dict[Direction, int | None] = {"up": None, "down": None}  # bytes until nothing passes
         self._released = asyncio.Event()
@@ -104,7 +105,7 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        self._server = self._wait(asyncio.start_server(self._accept, "127.0.0.1", 0, limit=PIECE))
+        self._server = self._wait(asyncio.start_server(self._accept, *self._listen, limit=PIECE))
         self._port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -214,6 +214,17 @@ def test_a_target_that_is_not_there_resets_and_another_one_takes_over(peer: Peer
             assert read(edge, 7) == b"welcome"
 
 
+def test_it_listens_where_it_is_told_to(peer: Peer) -> None:
+    with (
+        Relay(*peer.address, ("127.0.0.2", peer.address[1])) as relay,
+        socket.create_connection(("127.0.0.2", peer.address[1]), TIMEOUT) as edge,
+        peer.accept() as cloud,
+    ):
+        assert relay.port == peer.address[1]
+        cloud.sendall(b"welcome")
+        assert read(edge, 7) == b"welcome"
+
+
 def test_leaving_the_relay_breaks_what_is_open(peer: Peer) -> None:
     with Relay(*peer.address) as relay:
         edge = socket.create_connection(("127.0.0.1", relay.port), TIMEOUT)
