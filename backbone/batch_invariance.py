@@ -9,8 +9,7 @@ oneDNN makes in bf16 with AMX are hardly ever. No library promises it, so it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isthmus.backbone.span import FrozenSpan
+from isthmus.backbone.threads import torch_threads
 
 SIZES = (5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Numbers of rows that are tried."""
@@ -56,12 +56,12 @@ def measure_batch_invariance(span: FrozenSpan, threads: int, threads_of_a_pass: 
     linears = {_shape(each): each for each in span.modules() if isinstance(each, (nn.Linear, Conv1D))}
     generator = torch.Generator().manual_seed(0)
     probes = [_Probe.of(each, span, generator) for each in linears.values()]
-    with _torch_threads(threads_of_a_pass):
+    with torch_threads(threads_of_a_pass):
         wanted = [probe.run(slice(ROWS)) for probe in probes]
         rows = _smallest(lambda size: _agree(probes, wanted, size))
     if threads == threads_of_a_pass or rows is None:
         return BatchInvariance(rows, rows)
-    with _torch_threads(threads):
+    with torch_threads(threads):
         return BatchInvariance(rows, _smallest(lambda size: _agree(probes, wanted, size)))
 
 
@@ -108,13 +108,3 @@ def _shape(linear: nn.Linear | Conv1D) -> tuple[type, int, int]:
     if isinstance(linear, Conv1D):  # GPT-2's kind of linear
         return type(linear), linear.nx, linear.nf
     return type(linear), linear.in_features, linear.out_features
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from isthmus.backbone.sources import resolve
+from isthmus.backbone.threads import torch_threads
 from isthmus.edge.codec_choice import cosine
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batch, Batches
@@ -80,21 +81,16 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     cells.expect(len(parsed) + 1)
     checkpoint, regime = resolve(settings.model), settings.regime
-    before = torch.get_num_threads()
-    torch.set_num_threads(regime.threads)
-    try:
-        with working_folder() as folder, ExitStack() as stack:
-            options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
-            cloud = clouds(stack, checkpoint, folder, options)
-            scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
-            cosines = cells.get(
-                "codec cosines",
-                scorer.settings | {"plan": settings.edge_layers, "codecs": list(parsed), "probes": settings.probes},
-                lambda: measure_cosines(cloud(settings.edge_layers), scorer.task, settings, parsed),
-            )
-            runs = {text: scorer.run(_mode(text), regime.rates[0], 0) for text in parsed}
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(regime.threads), working_folder() as folder, ExitStack() as stack:
+        options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
+        cloud = clouds(stack, checkpoint, folder, options)
+        scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
+        cosines = cells.get(
+            "codec cosines",
+            scorer.settings | {"plan": settings.edge_layers, "codecs": list(parsed), "probes": settings.probes},
+            lambda: measure_cosines(cloud(settings.edge_layers), scorer.task, settings, parsed),
+        )
+        runs = {text: scorer.run(_mode(text), regime.rates[0], 0) for text in parsed}
     baseline = runs[BASELINE]["scores"]["completion_loss"]
     return {
         "runs": [_row(text, codecs, runs[text], cosines[text], baseline) for text, codecs in parsed.items()],

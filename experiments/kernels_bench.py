@@ -12,7 +12,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.threads import torch_threads
 from isthmus.kernels.blockwise import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from isthmus.kernels.dispatch import runs_triton, torch_only
 from isthmus.kernels.grouped import grouped_low_rank
@@ -83,7 +83,7 @@ def run_kernels(settings: KernelSettings) -> dict[str, Any]:
         raise ConfigError("torch finds no CUDA device: leave --device out, or use --device cpu")
     bitsandbytes = _bitsandbytes()
     generator = torch.Generator().manual_seed(1)
-    with _threads(settings.threads):
+    with torch_threads(settings.threads):
         grouped = [
             _grouped_row(settings, dtype, width, rows, generator)
             for dtype in DTYPES
@@ -111,16 +111,6 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise ConfigError("this benchmark compares with bitsandbytes: pip install 'isthmus[quantize]'") from error
     return bitsandbytes.functional
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _grouped_row(

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, resolve
+from isthmus.backbone.threads import torch_threads
 from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.experiments.cost_model import ModeCost, PlanSettings, predict
 from isthmus.experiments.harness import LocalCloud, working_folder
@@ -205,20 +205,15 @@ def _add_scores(
     folder: Path,
     rows: Mapping[str, dict[str, Any]],
 ) -> dict[str, float]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(regime.threads)
-    try:
-        with ExitStack() as stack:
-            options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
-            cloud = clouds(stack, checkpoint, folder / "scores", options)
-            scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
-            zero_shot = scorer.zero_shot()
-            reference = _reference({mode.name for mode in settings.modes})
-            for mode in settings.modes:
-                seeds = regime.seeds if mode.chooses or mode.name == reference else 1
-                rows[mode.name].update(_score_row(mode, scorer, seeds))
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(regime.threads), ExitStack() as stack:
+        options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
+        cloud = clouds(stack, checkpoint, folder / "scores", options)
+        scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
+        zero_shot = scorer.zero_shot()
+        reference = _reference({mode.name for mode in settings.modes})
+        for mode in settings.modes:
+            seeds = regime.seeds if mode.chooses or mode.name == reference else 1
+            rows[mode.name].update(_score_row(mode, scorer, seeds))
     return zero_shot
 
 

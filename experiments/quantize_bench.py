@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.quantize import NONE, QUANTIZERS, quantizer_of
 from isthmus.backbone.sources import resolve
+from isthmus.backbone.threads import torch_threads
 from isthmus.edge.link import connect
 from isthmus.experiments.harness import working_folder
 from isthmus.experiments.placement_modes import Mode
@@ -79,14 +79,11 @@ def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
 def _row(form: str, settings: QuantizeSettings, cells: Cells) -> dict[str, Any]:
     dtype, quantize = FORMS[form]
     timed = replace(settings.step, cloud_dtype=dtype, quantize=quantize)
-    before = torch.get_num_threads()
     with working_folder() as folder:
-        try:
+        with torch_threads(timed.threads):
             step = cells.get(f"step {form}", asdict(timed), lambda: run_step(timed, folder / "step"))
-            torch.set_num_threads(settings.regime.threads)
+        with torch_threads(settings.regime.threads):
             scores, zero_shot = _scores(form, settings, cells, folder)
-        finally:
-            torch.set_num_threads(before)
     return {
         "quantize": form,
         "cloud_dtype": dtype,

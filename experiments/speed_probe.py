@@ -10,8 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy, linear
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.ladder import LadderSide
 from isthmus.backbone.span import DTYPES, empty_layers, run_layers
+from isthmus.backbone.threads import torch_threads
 from isthmus.experiments.model_facts import ModelFacts
 from isthmus.experiments.speed_profile import ProbeSettings, SpeedProfile
 from isthmus.experiments.wire_probe import measure_wire
@@ -54,7 +54,7 @@ def measure(
     if settings.dtype not in DTYPES:
         raise ConfigError(f"dtype {settings.dtype!r} cannot be measured; use {' or '.join(DTYPES)}")
     process, memory = _memory("/proc/self/status", "VmRSS"), _memory("/proc/meminfo", "MemAvailable")
-    with _threads(settings.threads):
+    with torch_threads(settings.threads):
         layers, kept = _layers(config, facts, settings)
         codecs = [_codec(codec, facts.hidden, settings) for codec in ACTIVATION_CODECS]
         others = [_head(facts, settings), _adapters(facts, settings), _ladder(facts, settings)]
@@ -217,16 +217,6 @@ def _codec(codec: str, hidden: int, settings: ProbeSettings) -> Piece:
         return {codec: (time.perf_counter() - start) / tensor.numel()}
 
     return piece
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _memory(path: str, name: str) -> int:
