@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
 .PHONY: setup demo test lint format bench bench-strip bench-emulators clean
@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/isthmus demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
