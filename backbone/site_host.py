@@ -7,7 +7,7 @@ visitor gets its answers, over a network for one, is its own business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,16 @@ from isthmus.backbone.low_rank import site_basis
 from isthmus.backbone.meeting import Meetings
 from isthmus.backbone.plan import Span
 from isthmus.backbone.site_spec import Placement, SiteSpec
-from isthmus.backbone.site_visit import AskingLayer, AskingLinear, BoundSites, Group, Spotter, make_able, visiting
+from isthmus.backbone.site_visit import (
+    AskingLayer,
+    AskingLinear,
+    BoundSites,
+    Group,
+    SiteMatrices,
+    Spotter,
+    make_able,
+    visiting,
+)
 from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.span import FrozenSpan, empty_layers
 
@@ -78,8 +87,39 @@ class SiteHost:
             return self.span.hidden_size, self.span.hidden_size
         return self._features(spec.layer, spec.part)
 
-    def bind(self, specs: Sequence[SiteSpec]) -> BoundSites:
-        """Find the modules of sites, and make the matrices that are the cloud's.
+    def matrix_bytes(self, spec: SiteSpec) -> int:
+        """Bytes of what `matrices` makes for a site, by its shape.
+
+        Raises:
+            PlanError: The span has no such module.
+        """
+        numbers = 0
+        if spec.placement == Placement.LOW_RANK:
+            n_in, n_out = self._features(spec.layer, spec.part)
+            numbers = min(spec.rank, n_in, n_out) * (n_in + n_out)  # a higher rank is refused
+        elif spec.placement == Placement.TAP:
+            numbers = min(spec.rank, self.span.hidden_size) * self.span.hidden_size
+        return numbers * self.span.dtype.itemsize
+
+    def matrices(self, spec: SiteSpec) -> SiteMatrices | None:
+        """Make the matrices of a site that are the cloud's; None where there are none.
+
+        Raises:
+            ConfigError: A rank or a width does not fit.
+            PlanError: The span has no such module.
+        """
+        if spec.placement == Placement.LOW_RANK:
+            linear = self._linear(spec.layer, spec.part)
+            name, init = f"{self._path}.{spec.layer}.{spec.part}", spec.basis.name.lower()
+            made: tuple[Tensor, ...] = site_basis(name, linear, rank=spec.rank, seed=spec.seed, init=init)
+        elif spec.placement == Placement.TAP and spec.rank:
+            made = (tap_projection(spec.layer, self.span.hidden_size, spec.rank, spec.seed),)
+        else:
+            return None
+        return SiteMatrices(tuple(each.to(self.span.device, self.span.dtype) for each in made))
+
+    def bind(self, specs: Sequence[SiteSpec], made: Mapping[SiteSpec, SiteMatrices] | None = None) -> BoundSites:
+        """Find the modules of sites, and make those matrices that are the cloud's and not `made` yet.
 
         Raises:
             ConfigError: A rank or a width does not fit.
@@ -101,8 +141,10 @@ class SiteHost:
         for number, members in enumerate(self._groups):
             found = {i: sites[member] for i, member in enumerate(members) if member in sites}
             groups |= dict.fromkeys(members, Group(number, members, found))
-        bases, projections, pauses = self._bases(specs), self._projections(specs), self._pauses(specs)
-        return BoundSites(tuple(specs), groups, blocks, taps, bases, projections, pauses)
+        known = made or {}
+        found_or_made = {number: known.get(spec) or self.matrices(spec) for number, spec in enumerate(specs)}
+        matrices = {number: each for number, each in found_or_made.items() if each is not None}
+        return BoundSites(tuple(specs), groups, blocks, taps, matrices, self._pauses(specs))
 
     def _pauses(self, specs: Sequence[SiteSpec]) -> dict[int, int]:
         """Where a pass pauses for each site that asks: before its group, or behind the last group of its layer."""
@@ -110,26 +152,6 @@ class SiteHost:
         last = {layer: number for (layer, _), number in at.items()}
         asking = ((site, spec) for site, spec in enumerate(specs) if spec.asks)
         return {site: 2 * at[spec.layer, spec.part] if spec.part else 2 * last[spec.layer] + 1 for site, spec in asking}
-
-    def _bases(self, specs: Sequence[SiteSpec]) -> dict[int, tuple[Tensor, Tensor]]:
-        bases = {}
-        for number, spec in enumerate(specs):
-            if spec.placement == Placement.LOW_RANK:
-                linear = self._linear(spec.layer, spec.part)
-                name, init = f"{self._path}.{spec.layer}.{spec.part}", spec.basis.name.lower()
-                down, up = site_basis(name, linear, rank=spec.rank, seed=spec.seed, init=init)
-                bases[number] = (self._placed(down), self._placed(up))
-        return bases
-
-    def _projections(self, specs: Sequence[SiteSpec]) -> dict[int, Tensor]:
-        return {
-            number: self._placed(tap_projection(spec.layer, self.span.hidden_size, spec.rank, spec.seed))
-            for number, spec in enumerate(specs)
-            if spec.placement == Placement.TAP and spec.rank
-        }
-
-    def _placed(self, matrix: Tensor) -> Tensor:
-        return matrix.to(self.span.device, self.span.dtype)
 
     def _features(self, layer: int, part: str) -> tuple[int, int]:
         linear: Any = self._linear(layer, part)

@@ -61,6 +61,17 @@ class Group:
     sites: Mapping[int, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class SiteMatrices:
+    """What the cloud has of a site.
+
+    Attributes:
+        each: Of a low-rank one its `A` `[r, in]` and `B` `[out, r]`; of a tap what makes it narrower, `[width, h]`.
+    """
+
+    each: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundSites:
     """Sites that a span knows the modules of.
@@ -70,8 +81,7 @@ class BoundSites:
         groups: Linear -> its group.
         blocks: Layer -> the site behind it.
         taps: Layer -> the tap behind it.
-        bases: Low-rank site -> its `A` `[r, in]` and `B` `[out, r]`.
-        projections: Tap -> what makes it narrower, `[width, h]`.
+        matrices: Site -> what the cloud has of it, where that is anything.
         pauses: Site that asks -> where a pass pauses for it, a number that grows in running order; sites that are asked
             about together have the same.
     """
@@ -80,8 +90,7 @@ class BoundSites:
     groups: Mapping[nn.Module, Group]
     blocks: Mapping[nn.Module, int]
     taps: Mapping[nn.Module, int]
-    bases: Mapping[int, tuple[Tensor, Tensor]]
-    projections: Mapping[int, Tensor]
+    matrices: Mapping[int, SiteMatrices]
     pauses: Mapping[int, int]
 
 
@@ -123,8 +132,8 @@ class Visit:
         if module in self.sites.taps:
             tap = self.sites.taps[module]
             hidden = (output[0] if isinstance(output, tuple) else output).detach()
-            projection = self.sites.projections.get(tap)
-            self.tapped[tap] = hidden if projection is None else functional.linear(hidden, projection)
+            made = self.sites.matrices.get(tap)
+            self.tapped[tap] = hidden if made is None else functional.linear(hidden, made.each[0])
         site = self.sites.blocks.get(module)
         if site is None:
             return output
@@ -157,7 +166,7 @@ class Visit:
                 at = exchange.sites.index(site)
                 added = self._contribution(inputs[at], answers[at], exchange, at)
                 if self._is_low(site):
-                    added = functional.linear(added.to(output.dtype), self.sites.bases[site][1])
+                    added = functional.linear(added.to(output.dtype), self.sites.matrices[site].each[1])
                 output = (output + added).to(output.dtype)  # as PEFT does: the sum is rounded, and not what is added
             outputs.append(output)
         exchange.products = {}
@@ -168,7 +177,7 @@ class Visit:
         return self.sites.specs[site].placement == Placement.LOW_RANK
 
     def _input(self, site: int, x: Tensor) -> Tensor:
-        return functional.linear(x, self.sites.bases[site][0]) if self._is_low(site) else x
+        return functional.linear(x, self.sites.matrices[site].each[0]) if self._is_low(site) else x
 
     def _answers(self, exchange: _Exchange, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.visitor.forward(exchange.sites, None if self.again else inputs)
@@ -196,7 +205,7 @@ class Visit:
     def gradients(self, exchange: _Exchange, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Ask for what the `gradients` of the outputs of the asked linears give their inputs."""
         given = [
-            functional.linear(gradient, self.sites.bases[site][1].T) if self._is_low(site) else gradient
+            functional.linear(gradient, self.sites.matrices[site].each[1].T) if self._is_low(site) else gradient
             for site, gradient in zip(exchange.sites, gradients, strict=True)
         ]
         return list(self.visitor.backward(exchange.sites, given, wanted=exchange.wanted))

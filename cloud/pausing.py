@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -27,8 +28,33 @@ class Abandoned(BaseException):
     """Raised inside a call whose session is over."""
 
 
+class CallThread:
+    """A thread for one call of a tenant, from when it is claimed until it is given back, which has to be done once.
+
+    Attributes:
+        tenant: Whose.
+        ready: Done when the thread is there.
+    """
+
+    def __init__(self, threads: CallThreads, tenant: str) -> None:
+        self.tenant = tenant
+        self.ready = Future[None]()
+        self._threads = threads
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing and gives the thread back at its end."""
+        self._threads.run(work)
+
+    def give_back(self) -> None:
+        """Leave the thread to others, or wait for it no longer."""
+        self._threads.take_back(self)
+
+
 class CallThreads:
-    """Threads for calls that pause.
+    """Threads for calls that pause, of which a tenant has no more than it leaves free.
+
+    So there is one for a tenant that comes later, however long the calls of those before it last. All may be asked from
+    any thread.
 
     Args:
         threads: torch threads of each, the same as the compute thread has, as bits depend on it.
@@ -36,21 +62,42 @@ class CallThreads:
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
-        self._free = threading.BoundedSemaphore(MAX_CALLS)
+        self._books = threading.Lock()
+        self._free = MAX_CALLS
+        self._held: Counter[str] = Counter()  # by tenant
+        self._waiting: list[CallThread] = []
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Run `work`, which raises nothing and says `ended` at its end, on a thread of its own.
+    def claim(self, tenant: str) -> CallThread:
+        """A thread, which is there at once or after those that were claimed before it and can be had."""
+        thread = CallThread(self, tenant)
+        with self._books:
+            self._waiting.append(thread)
+            self._hand_out()
+        return thread
 
-        Raises:
-            ValueError: so many calls have paused that no thread is left; waiting for one could last for ever.
-        """
-        if not self._free.acquire(blocking=False):
-            raise ValueError(f"{MAX_CALLS} calls wait for their edges: try again in a moment")
+    def take_back(self, thread: CallThread) -> None:
+        """See `CallThread.give_back`."""
+        with self._books:
+            if not thread.ready.cancel():
+                self._free += 1
+                self._held[thread.tenant] -= 1
+            self._hand_out()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """See `CallThread.start`."""
         self._pool.submit(work)
 
-    def ended(self) -> None:
-        """A thread that `start` gave away is free again."""
-        self._free.release()
+    def _hand_out(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for thread in waiting:
+            if thread.ready.cancelled():
+                continue
+            if self._held[thread.tenant] >= self._free:
+                self._waiting.append(thread)
+            elif thread.ready.set_running_or_notify_cancel():
+                self._free -= 1
+                self._held[thread.tenant] += 1
+                thread.ready.set_result(None)
 
 
 class Pause(Generic[Q]):
@@ -65,15 +112,15 @@ class PausingCall(Generic[Q, A, R]):
 
     Args:
         work: The computation; it is given a function that asks a question and returns the answer.
-        threads: Where it runs.
+        thread: Where it runs; it is there already, and is given back at the end.
 
     Attributes:
         busy_ns: How long it has computed so far, its pauses not counted.
     """
 
-    def __init__(self, work: Callable[[Callable[[Q], A]], R], threads: CallThreads) -> None:
+    def __init__(self, work: Callable[[Callable[[Q], A]], R], thread: CallThread) -> None:
         self.busy_ns = 0
-        self._threads = threads
+        self._thread = thread
         # Locks, which are released by another thread than took them: the quickest way of handing a turn over.
         self._turn = threading.Lock()  # free when the call may go on
         self._back = threading.Lock()  # free when the call has paused or ended
@@ -84,7 +131,7 @@ class PausingCall(Generic[Q, A, R]):
         self._result: R | None = None
         self._error: BaseException | None = None
         self._abandoned = False
-        threads.start(lambda: self._run(work))
+        thread.start(lambda: self._run(work))
 
     def resume(self, answer: A | None = None) -> Pause[Q] | R:
         """Let it go on, with the answer to its question if it has asked one; wait until it asks or ends.
@@ -125,7 +172,7 @@ class PausingCall(Generic[Q, A, R]):
         except BaseException as error:  # noqa: BLE001  # raised again by `resume`
             self._error = error
         finally:
-            self._threads.ended()
+            self._thread.give_back()
             self._back.release()
 
     def ask(self, question: Q) -> A:

@@ -112,7 +112,7 @@ class Served:
             self.executor,
             shelves,
             self.adapters.of(tenant),
-            SiteCalls(session_id, self.executor, threads, limits, self.sites, batching),
+            SiteCalls(session_id, tenant, self.executor, threads, limits, self.sites, batching),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,
@@ -502,6 +502,7 @@ class StripServer:
         self._idle.clear()
         try:
             start = time.perf_counter_ns()
+            await self._thread_for(work, session, received)
             try:
                 async with self._room_for(tenant, size, received.body, due):
                     reply = await self._reply(work, session, received, due)
@@ -541,6 +542,9 @@ class StripServer:
         self, work: TenantSession, session: _Open, received: Received, due: float | None
     ) -> m.Message | None:
         """Have a message answered by this worker, and by the stages behind it where there are any."""
+        if session.stage is None and isinstance(received.message, m.Sites):
+            wipe(received.body)
+            return await self._bind(work, session, received.message)
         if session.stage is None:
             return await asyncio.wrap_future(self._submit(work, session, received, due))
         try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
@@ -550,6 +554,29 @@ class StripServer:
             )
         finally:
             wipe(received.body)
+
+    async def _bind(self, work: TenantSession, session: _Open, message: m.Sites) -> m.Message | None:
+        """Have a list of sites answered, which holds no tensors, in pieces, between which others have their turns."""
+        pieces = work.bind(message)
+        answer: m.Message | None = None
+        while answer is None:
+            answer = await asyncio.wrap_future(self._turn(session, partial(next, pieces)))
+        return answer
+
+    async def _thread_for(self, work: TenantSession, session: _Open, received: Received) -> None:
+        """Have a call with sites that begins wait until there is a thread for it, after those that came before it.
+
+        One whose session has paused calls does not wait: others wait for the threads of these.
+        """
+        message = received.message
+        sited = isinstance(message, m.Forward | m.Backward) and message.sites and session.stage is None
+        if not sited or work.calls.paused:
+            return
+        try:
+            await asyncio.wrap_future(work.calls.claim().ready)
+        except asyncio.CancelledError:  # the edge is gone; the thread is given back with its session
+            wipe(received.body)
+            raise
 
     @contextlib.asynccontextmanager
     async def _room_for(self, tenant: Tenant, size: int, body: bytearray, due: float | None) -> AsyncIterator[None]:

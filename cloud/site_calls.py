@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company, Enlisted, Products
-from isthmus.backbone.site_spec import Placement
-from isthmus.backbone.site_visit import BoundSites
+from isthmus.backbone.site_spec import Placement, SiteSpec
+from isthmus.backbone.site_visit import BoundSites, SiteMatrices
 from isthmus.cloud.executor import Executor, Guests
-from isthmus.cloud.pausing import CallThreads, Pause, PausingCall
+from isthmus.cloud.pausing import CallThread, CallThreads, Pause, PausingCall
 from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.together import Asked, Outcome, SitedCall, Step, first_kind, next_kind
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode
+from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
 
 MAX_PAUSED = 8
@@ -63,6 +65,7 @@ class SiteCalls:
 
     Args:
         session_id: the session's id, which keys its entries in the stash.
+        tenant: whose session it is.
         executor: the span.
         threads: where calls run that may pause.
         limits: what the session accepts.
@@ -71,12 +74,16 @@ class SiteCalls:
     """
 
     session_id: bytes
+    tenant: Tenant
     executor: Executor
     threads: CallThreads
     limits: Limits
     allowed: bool = True
     batching: bool = True
     _lists: dict[int, BoundSites] = field(default_factory=dict)
+    # As long as anything holds them: a list, a call that has paused, or a forward state.
+    _matrices: WeakValueDictionary[SiteSpec, SiteMatrices] = field(default_factory=WeakValueDictionary)
+    _thread: CallThread | None = None  # claimed for a call that has not begun yet
     _lease: _Lease | None = None
     _begun: dict[int, _Begun] = field(default_factory=dict)
 
@@ -85,10 +92,14 @@ class SiteCalls:
         """Whether a call waits for the edge. The event loop may ask."""
         return bool(self._begun)
 
-    def bind(self, message: m.Sites) -> m.Status:
+    def bind(self, message: m.Sites) -> Iterator[m.Status | None]:
         """Remember a list of sites; the oldest goes if there are too many.
 
+        It is done in pieces: each makes the matrices of one site and gives None, the last gives the answer. Sites of
+        other lists that are the same have the same matrices.
+
         Raises:
+            ConfigError: a rank or a width does not fit.
             PlanError: the span has no such site.
             ValueError: the cloud's owner wants none.
         """
@@ -96,11 +107,27 @@ class SiteCalls:
             raise ValueError(
                 "this cloud takes no adapters inside its layers (`serve --no-sites`): adapt the edge's own layers"
             )
-        bound = self.executor.host.bind(message.entries)
+        host, most = self.executor.host, self.tenant.quota.max_inflight_bytes
+        nbytes = sum(map(host.matrix_bytes, {*self._matrices, *message.entries}))
+        if nbytes > most:
+            text = (
+                f"the matrices of the session's low-rank sites and taps would take {nbytes} bytes, over the {most} "
+                f"that {self.tenant.name} may have in flight: use a lower rank or fewer sites, or ask the cloud's "
+                "owner for a larger max-bytes-in-flight"
+            )
+            yield m.Status.saying(m.StatusCode.OVER_QUOTA, None, text)
+            return
+        made = dict(self._matrices.items())
+        for spec in message.entries:
+            matrices = None if spec in made else host.matrices(spec)
+            if matrices is not None:
+                made[spec] = self._matrices[spec] = matrices
+                yield None
+        bound = host.bind(message.entries, made)
         if message.number not in self._lists and len(self._lists) >= m.MAX_LISTS:
             del self._lists[next(iter(self._lists))]
         self._lists[message.number] = bound
-        return m.Status(m.StatusCode.OK, None, f"{len(message.entries)} sites")
+        yield m.Status(m.StatusCode.OK, None, f"{len(message.entries)} sites")
 
     def lease(self, message: m.Lease) -> m.Status:
         """Take weights on loan, in the place of those before.
@@ -148,24 +175,38 @@ class SiteCalls:
         begun = self._begun.get(message.id.call)
         return 0 if begun is None else _shape(begun.message)[:2].numel()
 
+    def claim(self) -> CallThread:
+        """The thread of the call that begins next, which may wait for it. The event loop may ask.
+
+        A session whose calls have paused does not wait: they hold threads that others wait for.
+        """
+        if self._thread is None:
+            self._thread = self.threads.claim(self.tenant.name)
+        return self._thread
+
     def begin(self, message: Call, work: Work) -> Step:
         """Have the first step of a call with sites ready.
 
         Raises:
             LookupError: the session has no such list of sites, or no such lease.
-            ValueError: too many calls have paused.
+            ValueError: too many calls have paused, or no thread is there.
         """
-        sites = self._lists.get(message.sites)
-        if sites is None:
-            raise LookupError(f"there is no list {message.sites} of sites in this session: send it first")
-        if message.id.call in self._begun or len(self._begun) >= MAX_PAUSED:
-            raise ValueError(f"call {message.id.call} cannot begin: {len(self._begun)} have paused, answer them first")
-        leased = self._lent(message, sites)
+        thread, self._thread = self.claim(), None
+        try:
+            sites, leased = self._needed(message)
+            if not thread.ready.done():
+                raise ValueError(
+                    f"call {message.id.call} cannot begin: no thread is free, and {len(self._begun)} have paused, "
+                    "answer them first"
+                )
+        except (LookupError, ValueError):
+            thread.give_back()
+            raise
 
         def run(ask: Callable[[Asked], Any]) -> m.Message:
             return work(Guests(sites, _Edge(self.executor, sites, message, self.limits, ask), leased, company))
 
-        call: SitedCall = PausingCall(run, self.threads)
+        call: SitedCall = PausingCall(run, thread)
         company = Company(cast("Callable[[Enlisted], Products | RuntimeError]", call.ask)) if self.batching else None
         self._begun[message.id.call] = _Begun(message, call, company, sites.pauses)
         return self._step(message.id.call, None)
@@ -216,10 +257,22 @@ class SiteCalls:
             begun.call.abandon()
 
     def close(self) -> None:
-        """End what has paused, and overwrite what was lent."""
+        """End what has paused, claim no thread any longer, and overwrite what was lent."""
+        if self._thread is not None:
+            self._thread.give_back()
+            self._thread = None
         for number in list(self._begun):
             self.drop(number)
         self._return_lease()
+
+    def _needed(self, message: Call) -> tuple[BoundSites, Mapping[int, LeasedWeights]]:
+        """The list of sites of a call that begins, and what is lent for it. Raises what `begin` raises."""
+        sites = self._lists.get(message.sites)
+        if sites is None:
+            raise LookupError(f"there is no list {message.sites} of sites in this session: send it first")
+        if message.id.call in self._begun or len(self._begun) >= MAX_PAUSED:
+            raise ValueError(f"call {message.id.call} cannot begin: {len(self._begun)} have paused, answer them first")
+        return sites, self._lent(message, sites)
 
     def _lent(self, message: Call, sites: BoundSites) -> Mapping[int, LeasedWeights]:
         """The weights of the lease that a call names, which its leased sites need."""

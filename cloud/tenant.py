@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +84,10 @@ class TenantSession:
         Bad requests and evicted stashes become a `Status`; the session goes on after it.
         """
         match message:
-            case m.Forward() | m.Backward() | m.SiteAnswer() | m.Sites() | m.Lease():
+            case m.Sites():
+                *_, answer = self.bind(message)
+                return answer
+            case m.Forward() | m.Backward() | m.SiteAnswer() | m.Lease():
                 try:
                     return self._computed(message)
                 except Exception as error:  # noqa: BLE001  # what is no refusal is raised again
@@ -106,6 +109,13 @@ class TenantSession:
             case _:
                 raise MessageError(f"an edge may not send {type(message).__name__}")
 
+    def bind(self, message: m.Sites) -> Iterator[m.Message | None]:
+        """Answer a list of sites in pieces: each gives None, the last the answer."""
+        try:
+            yield from self.calls.bind(message)
+        except Exception as error:  # noqa: BLE001  # what is no refusal is raised again
+            yield self.refusal(message, error)
+
     def close(self) -> None:
         """Forget the session's forward states, and end what has paused."""
         self.calls.close()
@@ -115,10 +125,8 @@ class TenantSession:
         shelf = self.adapters.shelf() if which == m.Shelf.ADAPTER else self.shelves.get(which)
         return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if shelf is None else shelf
 
-    def _computed(self, message: m.Forward | m.Backward | m.SiteAnswer | m.Sites | m.Lease) -> m.Message:
+    def _computed(self, message: m.Forward | m.Backward | m.SiteAnswer | m.Lease) -> m.Message:
         match message:
-            case m.Sites():
-                return self.calls.bind(message)
             case m.Lease():
                 return self.calls.lease(message)
             case m.Forward() if not message.sites:
@@ -133,7 +141,7 @@ class TenantSession:
 
         Raises:
             LookupError: There is no such list of sites, lease, or question.
-            ValueError: Too many calls have paused.
+            ValueError: Too many calls have paused, or no thread is there.
         """
         match message:
             case m.Forward():

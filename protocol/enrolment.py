@@ -39,7 +39,8 @@ class Quota:
 
     Attributes:
         max_sessions: Sessions at a time.
-        max_inflight_bytes: Bytes of messages that are being served at a time.
+        max_inflight_bytes: Bytes of messages that are being served at a time; as many again for each session may be
+            held of what the cloud makes for its sites.
         weight: Its share of the computing against the other tenants', where all want more than there is.
         max_tokens_per_second: Token positions, on average; None for no limit.
     """

@@ -38,20 +38,20 @@ def question(outcome: Any) -> str:
 
 
 def test_a_call_that_asks_nothing_ends_in_its_first_turn(threads: CallThreads) -> None:
-    call: Call = PausingCall(lambda ask: threading.current_thread().name, threads)
+    call: Call = PausingCall(lambda ask: threading.current_thread().name, threads.claim("a"))
     assert str(call.resume()).startswith("call")
 
 
 def test_nothing_runs_before_its_first_turn(threads: CallThreads) -> None:
     done: list[int] = []
-    call: Call = PausingCall(lambda ask: done.append(1), threads)
+    call: Call = PausingCall(lambda ask: done.append(1), threads.claim("a"))
     assert not done
     call.resume()
     assert done == [1]
 
 
 def test_a_call_asks_as_often_as_it_likes_and_gets_the_answers_in_order(threads: CallThreads) -> None:
-    call: Call = PausingCall(lambda ask: [ask(f"question {n}") for n in range(3)], threads)
+    call: Call = PausingCall(lambda ask: [ask(f"question {n}") for n in range(3)], threads.claim("a"))
     outcome = call.resume()
     for n in range(3):
         assert question(outcome) == f"question {n}"
@@ -60,12 +60,12 @@ def test_a_call_asks_as_often_as_it_likes_and_gets_the_answers_in_order(threads:
 
 
 def test_none_is_a_result(threads: CallThreads) -> None:
-    call: Call = PausingCall(lambda ask: None, threads)
+    call: Call = PausingCall(lambda ask: None, threads.claim("a"))
     assert call.resume() is None
 
 
 def test_a_call_runs_with_the_torch_threads_that_it_was_told(threads: CallThreads) -> None:
-    call: Call = PausingCall(lambda ask: torch.get_num_threads(), threads)
+    call: Call = PausingCall(lambda ask: torch.get_num_threads(), threads.claim("a"))
     assert call.resume() == 1
 
 
@@ -79,7 +79,7 @@ def test_what_a_call_raises_reaches_the_one_that_resumes_it(
             ask("?")
         raise error
 
-    call: Call = PausingCall(work, threads)
+    call: Call = PausingCall(work, threads.claim("a"))
     for _ in range(pauses):
         assert question(call.resume()) == "?"
     with pytest.raises(type(error)) as raised:
@@ -88,7 +88,7 @@ def test_what_a_call_raises_reaches_the_one_that_resumes_it(
 
 
 def test_going_on_without_an_answer_is_an_error_of_the_call(threads: CallThreads) -> None:
-    call: Call = PausingCall(lambda ask: ask("?"), threads)
+    call: Call = PausingCall(lambda ask: ask("?"), threads.claim("a"))
     call.resume()
     with pytest.raises(RuntimeError, match="without an answer"):
         call.resume()
@@ -104,7 +104,7 @@ def test_an_abandoned_call_unwinds_on_its_own_thread(threads: CallThreads) -> No
         finally:
             seen.append(threading.current_thread().name)
 
-    call: Call = PausingCall(work, threads)
+    call: Call = PausingCall(work, threads.claim("a"))
     call.resume()
     call.abandon()
     assert len(seen) == 1
@@ -113,7 +113,7 @@ def test_an_abandoned_call_unwinds_on_its_own_thread(threads: CallThreads) -> No
 
 def test_a_call_that_is_abandoned_before_its_first_turn_never_runs(threads: CallThreads) -> None:
     done: list[int] = []
-    call: Call = PausingCall(lambda ask: done.append(1), threads)
+    call: Call = PausingCall(lambda ask: done.append(1), threads.claim("a"))
     call.abandon()
     assert not done
 
@@ -131,7 +131,7 @@ def test_a_call_that_is_over_holds_nothing(threads: CallThreads, no_collector: N
             raise ValueError(f"{answer} {activations.shape}")
         return answer
 
-    call: Call = PausingCall(work, threads)
+    call: Call = PausingCall(work, threads.claim("a"))
     call.resume()
     assert held[0]() is not None
     if ending == "abandoned":
@@ -155,8 +155,8 @@ def test_two_calls_take_turns(threads: CallThreads) -> None:
 
         return run
 
-    a: Call = PausingCall(work("a"), threads)
-    b: Call = PausingCall(work("b"), threads)
+    a: Call = PausingCall(work("a"), threads.claim("a"))
+    b: Call = PausingCall(work("b"), threads.claim("a"))
     assert question(a.resume()) == "a"
     assert question(b.resume()) == "b"
     assert question(b.resume(20)) == "b"
@@ -183,7 +183,7 @@ def test_one_computes_at_a_time(threads: CallThreads) -> None:
             total += ask("?")
         return total
 
-    open_calls: list[tuple[Call, bool]] = [(PausingCall(work, threads), False) for _ in range(12)]
+    open_calls: list[tuple[Call, bool]] = [(PausingCall(work, threads.claim("a")), False) for _ in range(12)]
     results = []
     while open_calls:
         number = int(torch.randint(len(open_calls), (), generator=order))
@@ -197,28 +197,45 @@ def test_one_computes_at_a_time(threads: CallThreads) -> None:
     assert results == [4 * sum(range(500)) + 4] * 12
 
 
-def test_no_more_calls_begin_than_there_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_calls_begin_than_there_are_threads_and_the_others_wait_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pausing, "MAX_CALLS", 2)
     threads = CallThreads(1)
 
     def work(ask: Ask) -> int:
         return ask("?")
 
-    calls: list[Call] = [PausingCall(work, threads) for _ in range(2)]
-    for call in calls:
-        call.resume()
-    with pytest.raises(ValueError, match="2 calls wait for their edges"):
-        PausingCall(work, threads)
-    assert calls.pop().resume(1) == 1  # a slot is free at once, however the call ends
-    calls.append(PausingCall(work, threads))
-    calls[0].abandon()
-    calls[0] = PausingCall(work, threads)
+    calls: list[Call] = [PausingCall(work, threads.claim(tenant)) for tenant in ("a", "b")]
     for call in calls:
         assert question(call.resume()) == "?"
-        with pytest.raises(ValueError, match="2 calls wait"):
-            PausingCall(work, threads)
-    for call in calls:
+    third, fourth, fifth = (threads.claim(tenant) for tenant in ("c", "d", "e"))
+    assert not third.ready.done()
+    assert calls[0].resume(1) == 1  # its thread is another call's at once, however it ends
+    assert third.ready.done()
+    assert not fourth.ready.done()
+    fourth.give_back()  # nobody waits for it any more
+    calls[1].abandon()
+    assert fifth.ready.done()
+    assert not threads.claim("f").ready.done()
+    for thread in (third, fifth):
+        call = PausingCall(work, thread)
+        assert question(call.resume()) == "?"
         call.abandon()
+
+
+def test_a_tenant_has_no_more_threads_than_it_leaves_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 4)
+    threads = CallThreads(1)
+    many = [threads.claim("many") for _ in range(4)]
+    assert [each.ready.done() for each in many] == [True, True, False, False]
+    few = threads.claim("few")
+    assert few.ready.done()  # though others wait
+    many[0].give_back()
+    assert [each.ready.done() for each in many[2:]] == [True, False]
+    few.give_back()
+    many[1].give_back()
+    assert many[3].ready.done()
 
 
 def test_its_pauses_are_not_counted_as_its_time(threads: CallThreads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +251,7 @@ def test_its_pauses_are_not_counted_as_its_time(threads: CallThreads, monkeypatc
         compute(5)
         compute(ask("?"))
 
-    call: Call = PausingCall(work, threads)
+    call: Call = PausingCall(work, threads.claim("a"))
     call.resume()
     assert call.busy_ns == 5
     compute(1000)

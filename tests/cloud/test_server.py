@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.site_spec import SiteSpec
+from isthmus.backbone.site_call import SiteCall
+from isthmus.backbone.site_host import SiteHost
+from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.sites import Site
 from isthmus.cloud import logs, pausing, server as server_module, stream as stream_module
 from isthmus.cloud.directory import Peer, Seat
 from isthmus.cloud.loading import EdgesFile
@@ -868,19 +872,168 @@ def begin(open_channel: Channel, call: int = 1, parts: tuple[str, ...] = ("mlp.d
     return open_channel.ask(m.Forward(m.CallId(1, call), True, payload, None, None, codec_id("fp32"), sites=1), 5)
 
 
+def answered(open_channel: Channel, question: m.Message) -> m.Message:
+    """Answer the question of `begin` with nothing added; returns what came of the call."""
+    assert isinstance(question, m.SiteQuestion)
+    nothing = encode(torch.zeros(2, 6, HIDDEN), "fp32", Role.ACTIVATION)
+    return open_channel.ask(m.SiteAnswer(question.id, (nothing,)), 5)
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], Any]) -> Iterator[Future[Any]]:
+    """Something that is done on a thread of its own meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(work)
+
+
+def claimed(server: ThreadServer) -> int:
+    """Calls that wait for a thread."""
+    return len(server.server._call_threads._waiting)
+
+
 def test_an_edge_that_vanishes_at_a_question_leaves_nothing_behind(one_call: ThreadServer, cloud: Served) -> None:
     first, second = channel(one_call), channel(one_call, b"m" * 16)
     assert isinstance(begin(first), m.SiteQuestion)
-    refused = begin(second)
-    assert isinstance(refused, m.Status)
-    assert "1 calls wait for their edges" in refused.message
-    first.abandon()
-    eventually(lambda: one_call.server.status()["sessions"] == {"alice": 1})
-    eventually(lambda: isinstance(begin(second), m.SiteQuestion))
+    with beside(lambda: begin(second)) as waiting:
+        eventually(lambda: claimed(one_call) == 1)
+        assert not waiting.done()
+        first.abandon()
+        assert isinstance(waiting.result(10), m.SiteQuestion)
+    assert one_call.server.status()["sessions"] == {"alice": 1}
     eventually(lambda: one_call.server.status()["in_flight"] == 0)  # a pause is the edge's time
     second.abandon()
     eventually(lambda: one_call.server.status()["sessions"] == {})
     eventually(lambda: cloud.executor.used_bytes == 0)
+
+
+def test_a_call_with_sites_waits_for_a_thread_and_is_answered_like_any_other(
+    one_call: ThreadServer, cloud: Served
+) -> None:
+    first, bob = channel(one_call), one_call.home.new_edge("bob")
+    site = Site("model.layers.3.mlp.down_proj", SiteSpec(3, "mlp.down_proj"), torch.nn.Linear(64, HIDDEN))
+    torch.nn.init.zeros_(site.module.weight)
+    torch.nn.init.zeros_(site.module.bias)
+    question = begin(first)
+    with one_call.link(bob) as second:
+        second.open(5)
+        call = SiteCall([site], keep=False)
+        with beside(lambda: second.forward_span(hidden(), None, None, keep=False, sites=call)) as waiting:
+            eventually(lambda: claimed(one_call) == 1)
+            assert not waiting.done()
+            assert isinstance(answered(first, question), m.ForwardReply)
+            output, _ = waiting.result(10)
+        assert torch.equal(output, cloud.executor.host.span(hidden()))
+        assert second.traffic.retries == 0
+    first.abandon()
+
+
+def test_a_call_that_waits_for_a_thread_ends_with_its_session(one_call: ThreadServer) -> None:
+    first, second, third = (channel(one_call, name * 16) for name in (b"l", b"m", b"n"))
+    question = begin(first)
+    with beside(lambda: begin(second)) as gone:
+        eventually(lambda: claimed(one_call) == 1)
+        second.abandon()
+        with pytest.raises(ConnectionLostError):
+            gone.result(10)
+    eventually(lambda: claimed(one_call) == 0)
+    with beside(lambda: begin(third)) as waiting:
+        eventually(lambda: claimed(one_call) == 1)
+        assert isinstance(answered(first, question), m.ForwardReply)
+        assert isinstance(waiting.result(10), m.SiteQuestion)
+    for each in (first, third):
+        each.abandon()
+
+
+def test_a_session_whose_calls_have_paused_does_not_wait_for_a_thread(one_call: ThreadServer) -> None:
+    """Else sessions that hold all threads could wait for each other's."""
+    only = channel(one_call)
+    question = begin(only)
+    refused = begin(only, 2)
+    assert isinstance(refused, m.Status)
+    assert "no thread is free, and 1 have paused" in refused.message
+    assert isinstance(answered(only, question), m.ForwardReply)
+    assert isinstance(begin(only, 2), m.SiteQuestion)
+    only.abandon()
+
+
+def test_a_refused_call_keeps_no_thread(one_call: ThreadServer) -> None:
+    first, second = channel(one_call), channel(one_call, b"m" * 16)
+    payload = encode(hidden(), "fp32", Role.ACTIVATION)
+    refused = first.ask(m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"), sites=9), 5)
+    assert isinstance(refused, m.Status)
+    assert isinstance(begin(second), m.SiteQuestion)
+    for each in (first, second):
+        each.abandon()
+
+
+def test_a_tenant_with_many_calls_leaves_threads_to_the_others(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 2)
+    bob = home.new_edge("bob")
+    with ThreadServer(cloud, home) as server:
+        first, second, other = channel(server), channel(server, b"m" * 16), channel(server, b"n" * 16, bob)
+        question = begin(first)
+        with beside(lambda: begin(second)) as waiting:
+            eventually(lambda: claimed(server) == 1)
+            assert isinstance(answered(other, begin(other)), m.ForwardReply)
+            assert not waiting.done()
+            assert isinstance(answered(first, question), m.ForwardReply)
+            assert isinstance(waiting.result(10), m.SiteQuestion)
+        for each in (first, second, other):
+            each.abandon()
+
+
+def test_a_drain_answers_a_call_that_waits_for_a_thread(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "MAX_CALLS", 1)
+    server = ThreadServer(cloud, home).start()
+    first, second = channel(server), channel(server, b"m" * 16)
+    begin(first)
+    with beside(lambda: begin(second)) as waiting:
+        eventually(lambda: claimed(server) == 1)
+        assert server.drain(20)
+        assert isinstance(waiting.result(10), m.SiteQuestion)
+    server._stop_loop()
+
+
+def test_others_have_their_turns_between_the_matrices_of_a_list(
+    server: ThreadServer, cloud: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = channel(server), channel(server, b"m" * 16)
+    order: list[str] = []
+    begun, asked = threading.Event(), threading.Event()
+    matrices, forward = SiteHost.matrices, type(cloud.executor).forward
+
+    def slow(host: SiteHost, spec: SiteSpec) -> Any:
+        order.append(spec.part)
+        begun.set()
+        assert asked.wait(10)
+        return matrices(host, spec)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        order.append("another's call")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(SiteHost, "matrices", slow)
+    monkeypatch.setattr(type(cloud.executor), "forward", noted)
+    parts = ("self_attn.q_proj", "self_attn.k_proj")
+    specs = tuple(SiteSpec(3, part, Placement.LOW_RANK, 16, basis=Basis.SVD) for part in parts)
+    payload = encode(hidden(), "fp32", Role.ACTIVATION)
+    plain = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+    with beside(lambda: first.ask(m.Sites(1, specs), 20)) as binding:
+        assert begun.wait(10)
+        with beside(lambda: second.ask(plain, 20)) as calling:
+            eventually(lambda: server.server.status()["waiting"] == {"alice": 1})
+            asked.set()
+            assert isinstance(calling.result(10), m.ForwardReply)
+        said = binding.result(10)
+    assert isinstance(said, m.Status)
+    assert said.code == m.StatusCode.OK
+    assert order == [parts[0], "another's call", parts[1]]
+    for each in (first, second):
+        each.abandon()
 
 
 def test_a_call_whose_answer_is_over_the_quota_is_over(
@@ -907,12 +1060,12 @@ def test_a_drain_does_not_wait_for_an_edge_that_has_been_asked(
     waiting = channel(server)
     question = begin(waiting)
     assert isinstance(question, m.SiteQuestion)
-    free = server.server._call_threads._free
-    assert not free.acquire(blocking=False)
+    threads = server.server._call_threads
+    assert not threads._free
     assert server.drain(20)
     with pytest.raises(ConnectionLostError, match="draining"):
         waiting.ask(m.SiteAnswer(question.id, ()), 5)
-    eventually(lambda: free.acquire(blocking=False))
+    eventually(lambda: threads._free == 1)
     server._stop_loop()
 
 
@@ -931,7 +1084,7 @@ def test_a_drain_ends_what_has_paused_though_its_session_is_slow_to_leave(
     server = ThreadServer(cloud, home).start()
     assert isinstance(begin(channel(server)), m.SiteQuestion)
     assert server.drain(20)
-    eventually(lambda: server.server._call_threads._free.acquire(blocking=False))
+    eventually(lambda: server.server._call_threads._free == 1)
     server._stop_loop()
 
 

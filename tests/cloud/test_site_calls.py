@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -14,7 +15,8 @@ from support.wire import TENANT
 from torch import Tensor, nn
 
 from isthmus.backbone.site_call import SiteCall
-from isthmus.backbone.site_spec import SiteSpec
+from isthmus.backbone.site_host import SiteHost
+from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
 from isthmus.backbone.sites import Site
 from isthmus.cloud import pausing
 from isthmus.cloud.pausing import CallThreads
@@ -23,6 +25,7 @@ from isthmus.cloud.site_calls import MAX_PAUSED
 from isthmus.cloud.tenant import TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Payload, Role, codec_id, decode, encode
+from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.errors import MessageError
 
 FP32 = codec_id("fp32")
@@ -177,6 +180,99 @@ def test_of_too_many_lists_the_oldest_is_forgotten(tenant: TenantSession, monkey
     for call, number in enumerate((2, 3, 4)):
         assert isinstance(tenant.handle(forward(call=call, sites=number)), m.SiteQuestion)
     tenant.close()
+
+
+# What lists take ------------------------------------------------------------------------------------------------------
+
+
+def full_rank(cloud: Served, seed: int, basis: Basis = Basis.SEEDED) -> tuple[SiteSpec, ...]:
+    """Every linear of a layer at the highest rank that fits it, and the layer's tap."""
+    parts = [part for group in cloud.executor.host.groups for layer, part in group if layer == 3]
+    shapes = {part: cloud.executor.host.widths(SiteSpec(3, part)) for part in parts}
+    low = [SiteSpec(3, part, Placement.LOW_RANK, min(shape), seed, basis) for part, shape in shapes.items()]
+    return (*low, SiteSpec(3, "", Placement.TAP, HIDDEN, seed))
+
+
+def bytes_of(cloud: Served, specs: Sequence[SiteSpec]) -> int:
+    return sum(map(cloud.executor.host.matrix_bytes, specs))
+
+
+def held_bytes(tenant: TenantSession) -> int:
+    """What there is of the session's matrices."""
+    return sum(each.untyped_storage().nbytes() for one in tenant.calls._matrices.values() for each in one.each)
+
+
+def with_quota(cloud: Served, nbytes: int) -> TenantSession:
+    return cloud.session(b"s" * 16, replace(TENANT, quota=Quota(max_inflight_bytes=nbytes)), THREADS)
+
+
+def over_quota(said: m.Message | None) -> str:
+    assert isinstance(said, m.Status)
+    assert said.code == m.StatusCode.OVER_QUOTA
+    return said.message
+
+
+@pytest.mark.parametrize("basis", Basis)
+@pytest.mark.parametrize("lower", [0, 5])
+def test_bytes_of_matrices_are_known_before_they_are_made(cloud: Served, basis: Basis, lower: int) -> None:
+    host = cloud.executor.host
+    for spec in full_rank(cloud, 1, basis):
+        made = host.matrices(replace(spec, rank=spec.rank - lower))
+        assert made is not None
+        nbytes = sum(each.untyped_storage().nbytes() for each in made.each)
+        assert host.matrix_bytes(replace(spec, rank=spec.rank - lower)) == nbytes
+    for spec in (SiteSpec(3, "mlp.down_proj"), SiteSpec(3, "", Placement.TAP)):
+        assert host.matrices(spec) is None
+        assert host.matrix_bytes(spec) == 0
+
+
+@pytest.mark.parametrize("basis", Basis)
+def test_lists_that_take_more_than_the_tenant_may_have_are_refused_before_anything_is_made(
+    cloud: Served, basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = bytes_of(cloud, full_rank(cloud, 1, basis))
+    tenant = with_quota(cloud, 2 * one + one // 2)
+    for number in (1, 2):
+        tenant.handle(m.Sites(number, full_rank(cloud, number, basis)))
+    assert held_bytes(tenant) == 2 * one
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteHost, "matrices", lambda *_: pytest.fail("it was made"))
+        said = over_quota(tenant.handle(m.Sites(3, full_rank(cloud, 3, basis))))
+        assert f"{3 * one} bytes, over the {2 * one + one // 2}" in said
+        assert "max-bytes-in-flight" in said
+        assert "lower rank" in said
+        assert "no list 3" in refusal(tenant.handle(forward(sites=3)))
+        again = tenant.handle(m.Sites(3, full_rank(cloud, 2, basis)[:3]))  # what is there is not made twice
+    assert isinstance(again, m.Status)
+    assert again.code == m.StatusCode.OK
+    assert held_bytes(tenant) == 2 * one
+    assert asked(tenant.handle(forward(sites=3))).sites
+    tenant.close()
+
+
+def test_matrices_of_a_list_that_is_gone_count_as_long_as_a_call_holds_them(cloud: Served) -> None:
+    one = bytes_of(cloud, full_rank(cloud, 1))
+    tenant = with_quota(cloud, 2 * one)
+    for call in (1, 2):
+        tenant.handle(m.Sites(1, full_rank(cloud, call)))
+        asked(tenant.handle(forward(call=call)))
+    over_quota(tenant.handle(m.Sites(1, full_rank(cloud, 3))))
+    assert held_bytes(tenant) == 2 * one
+    tenant.calls.drop(1)
+    deadline = time.monotonic() + 10
+    while held_bytes(tenant) > one:  # its thread is about to leave
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    said = tenant.handle(m.Sites(1, full_rank(cloud, 3)))
+    assert isinstance(said, m.Status)
+    assert said.code == m.StatusCode.OK
+    tenant.close()
+
+
+def test_a_rank_that_does_not_fit_is_refused(tenant: TenantSession) -> None:
+    too_high = SiteSpec(3, "self_attn.v_proj", Placement.LOW_RANK, 17)
+    assert "rank 17 does not fit" in refusal(tenant.handle(m.Sites(1, (too_high,))))
+    assert held_bytes(tenant) == 0
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -502,7 +598,7 @@ def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(
         asked(session.handle(backward()))
     else:
         asked(session.handle(forward()))
-    assert "1 calls wait" in refusal(other.handle(forward(keep=False)))
+    assert "no thread is free" in refusal(other.handle(forward(keep=False)))
     session.close()
     assert cloud.executor.used_bytes == 0
     assert "has not asked" in refusal(session.handle(m.SiteAnswer(m.CallId(1, 1), ())))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import CONFIGS, tiny_checkpoint
+from support.wire import TENANT
 from torch import Tensor
 
 from isthmus.backbone import loans
@@ -163,7 +164,7 @@ class Edge:
 
 def edge(executor: Executor, tenant: Tenant, number: int, *, batching: bool = True) -> Edge:
     session_id = bytes([number, batching]) * 8
-    calls = SiteCalls(session_id, executor, THREADS, DEFAULT_LIMITS, batching=batching)
+    calls = SiteCalls(session_id, TENANT, executor, THREADS, DEFAULT_LIMITS, batching=batching)
     session = TenantSession(session_id, executor, {}, None, calls, executor.host.span.hidden_size, 4096)
     return Edge(tenant, session, 1000 * number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from support.clouds import served
 from support.memory import MemoryCloud, MemoryTransport, messages
 from support.tiny import VOCAB, tiny_checkpoint
-from support.wire import EDGE, PIN
+from support.wire import EDGE, PIN, TENANT
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,8 @@ from isthmus.backbone.plan import Span
 from isthmus.cloud.server import Served
 from isthmus.edge.link import Link
 from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+from isthmus.protocol.errors import RefusedError
 
 SITES = [f"model.layers.{layer}.self_attn.{part}" for layer in (2, 3) for part in ("q_proj", "v_proj")]
 RANK = 3
@@ -174,6 +177,14 @@ def test_low_rank_sites_equal_one_process_and_send_r_numbers(
     sent = [tensor for answer in messages(cloud, m.SiteAnswer) for tensor in answer.tensors]
     assert sent
     assert all(tensor.shape == (2, 8, RANK) for tensor in sent)
+
+
+def test_low_rank_sites_over_the_tenants_quota_are_refused_with_the_remedy(cloud: MemoryCloud) -> None:
+    cloud.authorize = lambda key: replace(TENANT, quota=Quota(max_inflight_bytes=1000))
+    model = new_link(cloud).load_model()
+    add_low_rank(model, SITES, RANK, alpha=6.0, seed=5)
+    with pytest.raises(RefusedError, match="over the 1000 that hospital-a may have in flight: use a lower rank"):
+        model(input_ids=torch.ones(1, 6, dtype=torch.long), use_cache=False)
 
 
 @pytest.mark.parametrize("width", [None, 8])
