@@ -34,5 +34,28 @@ def interruptible(otherwise: str = "stopped") -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM wait for the end of the block, which would lose what it has made: a process, say.
+
+    Does nothing outside the main thread, which alone is interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: late.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for number in late[:1]:
+            signal.raise_signal(number)
+
+
 def _as_interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt

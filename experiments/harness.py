@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.interrupt import uninterrupted
 from isthmus.cloud.serve import Ports
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.errors import PortInUseError, UnreachableError
@@ -93,7 +94,7 @@ class LocalCloud:
             UnreachableError: it does not answer; the message has the end of its output.
         """
         self.connection_file.unlink(missing_ok=True)
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, uninterrupted():
             self._process = subprocess.Popen(
                 isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, env=self._environment,

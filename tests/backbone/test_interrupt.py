@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from isthmus.backbone.interrupt import INTERRUPTED, interruptible
+from isthmus.backbone.interrupt import INTERRUPTED, interruptible, uninterrupted
 
 
 @pytest.mark.parametrize(("error", "said"), [(KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("at 7"), "at 7")])
@@ -52,3 +52,21 @@ def test_a_handler_of_the_works_own_stays() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(ValueError, match="other"), interruptible():
         raise ValueError("other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted(number: signal.Signals) -> None:
+    done = []
+    with pytest.raises(SystemExit) as end, interruptible():
+        with uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append("all of it")
+        done.append("and no more")
+    assert (end.value.code, done) == (INTERRUPTED, ["all of it"])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_ends_the_process_at_once_still_does() -> None:
+    with uninterrupted():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
