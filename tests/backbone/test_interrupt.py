@@ -57,11 +57,15 @@ def test_other_errors_pass() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_end_of_what_must_not_be_interrupted(number: signal.Signals) -> None:
     done = []
-    with pytest.raises(SystemExit) as end, interruptible():
+
+    def work() -> None:
         with uninterrupted():
             os.kill(os.getpid(), number)
             done.append("all of it")
         done.append("and no more")
+
+    with pytest.raises(SystemExit) as end, interruptible():
+        work()
     assert (end.value.code, done) == (INTERRUPTED, ["all of it"])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
