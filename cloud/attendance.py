@@ -94,29 +94,28 @@ class Open:
     nothing that it has left counts, so that nobody waits for it.
     """
 
-    _sizes: dict[bytes, int] = field(default_factory=dict)
-    _hoarding: set[bytes] = field(default_factory=set)
+    _left: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # of each: positions of the first, and how many
 
     def add(self, owner: bytes, positions: int) -> None:
         """A session's piece leaves something there."""
-        if owner in self._hoarding or self._sizes.pop(owner, None) is not None:
-            self._hoarding.add(owner)
-        else:
-            self._sizes[owner] = positions
+        first, count = self._left.get(owner, (positions, 0))
+        self._left[owner] = first, count + 1
 
-    def remove(self, owner: bytes) -> None:
-        """A session's piece has taken something out, or has left nothing after all."""
-        self.forget(owner)
+    def withdraw(self, owner: bytes) -> None:
+        """A session's last piece has left nothing after all."""
+        first, count = self._left.pop(owner, (0, 0))
+        if count > 1:
+            self._left[owner] = first, count - 1
 
     def forget(self, owner: bytes) -> None:
-        """A session is over."""
-        self._sizes.pop(owner, None)
-        self._hoarding.discard(owner)
+        """A session's piece has taken something out, or the session is over."""
+        self._left.pop(owner, None)
 
     def beside(self, owner: bytes) -> list[bytes]:
         """The other sessions that have left something."""
-        return [each for each in self._sizes if each != owner]
+        return [each for each, (_, count) in self._left.items() if each != owner and count == 1]
 
     def positions(self, owners: Iterable[bytes]) -> int:
         """The token positions of what sessions have left."""
-        return sum(self._sizes.get(owner, 0) for owner in owners)
+        left = (self._left.get(owner, (0, 0)) for owner in owners)
+        return sum(first for first, count in left if count == 1)

@@ -196,7 +196,8 @@ class Serving:
         The stages of a pipeline end one after the other: the first one's calls need those behind it. Workers that are
         still starting have no calls.
         """
-        running = [number for number in self._workers if number not in self._starting]
+        loading = [number for number, started in self._starting.items() if not self._ray.wait([started], timeout=0)[0]]
+        running = [number for number in self._workers if number not in loading]
         inner = [number for number in running if self._specs[number].edges]
         turns = [[number for number in running if number not in inner], *([number] for number in inner)]
         finished = [self._drained(turn, grace) for turn in turns]  # the last one too, whatever the first one says

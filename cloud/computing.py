@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from isthmus.backbone.batch_invariance import BatchInvariance, measure_batch_invariance
@@ -11,9 +12,25 @@ from isthmus.cloud.executor import Executor
 from isthmus.cloud.scheduler import Batching
 
 
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """What computes for an executor.
+
+    Attributes:
+        dispatcher: The compute threads.
+        invariance: What was measured of the span's products; None without batching.
+        threads_of_a_call: torch threads of a call that computes on a thread of its own, as it may pause: those of a
+            lane where bits depend on it.
+    """
+
+    dispatcher: Dispatcher
+    invariance: BatchInvariance | None
+    threads_of_a_call: int
+
+
 def compute_threads(
     executor: Executor, threads: int, *, batching: bool, computed: Callable[[Any], bool] = lambda _: True
-) -> tuple[Dispatcher, BatchInvariance | None]:
+) -> Computing:
     """Start what computes for an executor.
 
     Args:
@@ -21,12 +38,9 @@ def compute_threads(
         threads: torch threads, of all lanes together.
         batching: Whether calls of several sessions may share a pass.
         computed: `Dispatcher`'s.
-
-    Returns:
-        It, and what was measured of the span's products; None without batching.
     """
     if not batching:
-        return Dispatcher(threads, computed=computed), None
+        return Computing(Dispatcher(threads, computed=computed, growth=executor.working_bytes), None, threads)
     lanes = min(LANES if executor.side_by_side else 1, threads)
     invariance = measure_batch_invariance(executor.host.span, threads, threads // lanes)
     dispatcher = Dispatcher(
@@ -38,4 +52,5 @@ def compute_threads(
         growth=executor.working_bytes,
         all_threads_from=invariance.all_threads_from,
     )
-    return dispatcher, invariance
+    same = invariance.all_threads_from <= (invariance.rows or 0)
+    return Computing(dispatcher, invariance, threads if same else threads // lanes)

@@ -57,7 +57,7 @@ class CallThreads:
     any thread.
 
     Args:
-        threads: torch threads of each, the same as the compute thread has, as bits depend on it.
+        threads: torch threads of each, as bits depend on it.
     """
 
     def __init__(self, threads: int) -> None:

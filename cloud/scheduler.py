@@ -561,8 +561,10 @@ class Scheduler(Generic[T]):
                 account.rests_until = min(max(account.rests_until, now) + rest, now + self._batching.window)
             self._running.pop(job.owner, None)
             self._closing.discard(job.owner)
-            if job.kind is not None and (job.kind.opens if job in failed else job.kind.closes):
-                self._open.remove(job.owner)
+            if job.kind is not None and job.kind.opens and job in failed:
+                self._open.withdraw(job.owner)
+            elif job.kind is not None and job.kind.closes and job not in failed:
+                self._open.forget(job.owner)
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )

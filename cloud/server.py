@@ -176,10 +176,11 @@ class StripServer:
         self._identity = identity
         self._edges = edges
         self._next_stage = next_stage
-        self._compute, self._invariance = compute_threads(
+        computing = compute_threads(
             served.executor, threads, batching=batching, computed=lambda reply: isinstance(reply, m.Timed)
         )
-        self._call_threads = CallThreads(threads)
+        self._compute, self._invariance = computing.dispatcher, computing.invariance
+        self._call_threads = CallThreads(computing.threads_of_a_call)
         self._batching = batching
         self._open: dict[bytes, _Open] = {}
         # In the order in which the handshakes began, with the host that each is from.
@@ -460,7 +461,9 @@ class StripServer:
             if self._draining:
                 session.end("draining")
             while True:
-                received = await stream.receive(session.ended, ANSWER_SECONDS if work.calls.paused else None)
+                asked_at = work.calls.asked_at
+                patience = None if asked_at is None else max(0.0, asked_at + ANSWER_SECONDS - time.monotonic())
+                received = await stream.receive(session.ended, patience)
                 if received is None and session.farewell is not None:
                     await stream.send(session.farewell)
                     return
@@ -489,6 +492,7 @@ class StripServer:
         name, allowed = session.tenant.name, session.tenant.quota.max_inflight_bytes
         if refused.kind is m.SiteAnswer and refused.id is not None:
             await asyncio.wrap_future(self._turn(session, partial(work.calls.drop, refused.id.call)))
+        self.metrics.refused.labels(m.StatusCode.OVER_QUOTA.name).inc()
         text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
 

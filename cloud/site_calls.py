@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -48,6 +49,7 @@ class _Begun:
     company: Company | None
     pauses: Mapping[int, int]  # see `BoundSites`
     asked: tuple[m.SitePhase, int] | None = None  # the phase, and the first site
+    asked_at: float | None = None  # monotonic
 
     @property
     def kind(self) -> Kind:
@@ -91,6 +93,14 @@ class SiteCalls:
     def paused(self) -> bool:
         """Whether a call waits for the edge. The event loop may ask."""
         return bool(self._begun)
+
+    @property
+    def asked_at(self) -> float | None:
+        """Since when, by the monotonic clock, the edge has owed its oldest answer; None where it owes none.
+
+        The event loop may ask while no call of the session is computed.
+        """
+        return min((at for begun in self._begun.values() if (at := begun.asked_at) is not None), default=None)
 
     def bind(self, message: m.Sites) -> Iterator[m.Status | None]:
         """Remember a list of sites; the oldest goes if there are too many.
@@ -243,7 +253,8 @@ class SiteCalls:
         question = outcome.question
         if not isinstance(question, m.SiteQuestion):
             raise RuntimeError("a step cannot end where its call waits for others")
-        self._begun[step.number].asked = question.phase, question.sites[0]
+        begun = self._begun[step.number]
+        begun.asked, begun.asked_at = (question.phase, question.sites[0]), time.monotonic()
         return dataclasses.replace(question, compute_ns=spent)
 
     def ended(self, step: Step) -> None:

@@ -70,7 +70,7 @@ class SealedStream:
                 arrival = asyncio.ensure_future(self._next())
                 done, _ = await asyncio.wait({arrival, stop}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    raise StalledError(f"nothing came for {patience:.0f} s where something was due")
+                    raise StalledError("nothing came in time where something was due")
                 patience = STALL_SECONDS  # for the rest of the message
                 frame = arrival.result() if arrival.done() else None
                 if frame is None or unless.is_set():

@@ -180,7 +180,7 @@ class _Lab:
     def run(self, policy: Policy, calls: Sequence[Arrival]) -> Outcome:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
-        dispatcher, _ = compute_threads(self._executor, settings.threads, batching=policy == "scheduler")
+        dispatcher = compute_threads(self._executor, settings.threads, batching=policy == "scheduler").dispatcher
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
 

@@ -53,7 +53,8 @@ def dead_serving() -> Serving:
     errors = SimpleNamespace(
         RayTaskError=TaskError, RayActorError=ActorError, ActorDiedError=DiedError, RayError=ActorError
     )
-    serving._ray = SimpleNamespace(get=get, exceptions=errors)  # type: ignore[assignment]  # stands for the module
+    wait = lambda references, timeout: ([each for each in references if each == "answered"], [])  # noqa: E731
+    serving._ray = SimpleNamespace(get=get, wait=wait, exceptions=errors)  # type: ignore[assignment]  # for the module
     method = SimpleNamespace(remote=lambda *_: None)
     serving._workers = {0: SimpleNamespace(drain=method, port=method)}
     serving._starting, serving._ending = {}, {}
@@ -133,6 +134,12 @@ def test_a_worker_that_still_loads_is_neither_asked_nor_drained() -> None:
     serving._starting = {0: "answer"}
     assert not serving.is_dead()
     assert serving.drain(1.0) is True
+
+
+def test_a_worker_that_has_loaded_is_drained_before_anybody_has_looked() -> None:
+    serving = dead_serving()
+    serving._starting = {0: "answered"}
+    assert serving.drain(1.0) is False  # it was asked, and its death is a call unanswered
 
 
 def test_a_worker_that_cannot_start_for_an_unknown_reason_is_no_mistake_of_the_configuration() -> None:

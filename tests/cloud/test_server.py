@@ -233,6 +233,7 @@ def test_of_a_call_over_the_byte_quota_nothing_is_kept_while_it_comes(
         answer = edge.ask(m.Forward(m.CallId(1, 2), False, small, None, None, codec_id("fp32")), 20)
         assert isinstance(answer, m.ForwardReply)
         edge.close()
+        assert b'isthmus_refused_total{status="OVER_QUOTA"} 1.0' in server.server.metrics.text()
 
 
 def test_a_session_that_opens_with_more_than_the_byte_quota_is_ended(
@@ -518,6 +519,24 @@ def test_an_edge_that_does_not_answer_a_question_is_ended(
     eventually(lambda: isinstance(begin(other), m.SiteQuestion))  # its thread is free again
     silent.abandon()
     other.abandon()
+
+
+def test_an_edge_that_says_something_else_than_the_answer_is_ended_as_well(
+    one_call: ThreadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.5)
+    chatty = channel(one_call)
+    assert isinstance(begin(chatty), m.SiteQuestion)
+
+    def chat() -> None:
+        for nonce in range(100):
+            chatty.ask(m.Ping(nonce), 20)
+            time.sleep(0.1)
+
+    with pytest.raises(ConnectionLostError):
+        chat()
+    eventually(lambda: one_call.server.status()["sessions"] == {})
+    chatty.abandon()
 
 
 @pytest.mark.parametrize("frame", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n", bytes(75), b"\xff" * 4096])
