@@ -162,8 +162,10 @@ class Tenant:
                     self._step = moment.step
                     if moment.phase == "idle":
                         self._answered = time.monotonic()
-                if self._killed:
-                    return False
+                with self._lock:
+                    if self._killed:
+                        return False
+                    self._edge = None  # from here on it only ends
                 edge.finish()
                 self._note_step()
                 return True

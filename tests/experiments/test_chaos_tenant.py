@@ -50,3 +50,15 @@ def test_a_step_lasts_until_the_next_one_begins(tmp_path: Path, monkeypatch: pyt
     assert edge.seen == [(False, False), *[(True, True)] * 2, *[(True, False)] * 4]
     assert tenant.steps == [(102.0, 104.0), (104.0, 106.0)]  # the last one ended somewhere before the process did
     assert [step.at for step in tenant.finished] == [104.0, 106.0, 157.0]
+
+
+def test_an_edge_that_has_trained_to_the_end_is_not_killed_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge, killed = Edge({}, tmp_path), []
+    monkeypatch.setattr(chaos_tenant, "Edge", lambda task, log: edge)
+    monkeypatch.setattr(edge, "kill", lambda: killed.append(True), raising=False)
+    edge.tenant = tenant = Tenant("tenant", {"steps": 3}, tmp_path, contextlib.nullcontext)
+    monkeypatch.setattr(edge, "finish", tenant.kill_edge)
+    assert tenant._one_life({})
+    assert killed == []
