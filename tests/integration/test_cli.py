@@ -20,6 +20,7 @@ from safetensors import safe_open
 from support.clouds import Home, ThreadServer, served
 from support.commands import in_process, refused
 from support.tiny import tiny_checkpoint
+from support.warm import warm
 
 from isthmus.cli.main import app
 
@@ -46,16 +47,7 @@ class Place:
         return str(self.folder / "alice")
 
     def run(self, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return warm().run(tuple(map(str, arguments)), self.environment, self.folder, timeout)
 
     def good(self, *arguments: object) -> str:
         done = self.run(*arguments)

@@ -34,7 +34,7 @@ def link(cloud: LocalCloud) -> Iterator[Link]:
 
 def test_parity_is_bitwise_and_its_control_is_caught(real_model: Checkpoint) -> None:
     done = subprocess.run(
-        isthmus("bench", "parity", "--model", BUILT_IN, "--steps", "4", "--seq", "64", "--json"),
+        isthmus("bench", "parity", "--model", BUILT_IN, "--steps", "6", "--seq", "64", "--json"),
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.warm import warm
 
 from isthmus.cli.main import main
 
@@ -55,6 +56,9 @@ class Shell:
 
     def run(self, *words: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
+        if not prefix:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return warm().run(tuple(map(str, words)), environment, self.folder, 240)
         process = self.start(*words, prefix=prefix)
         try:
             return ended(process)
