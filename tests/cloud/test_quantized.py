@@ -143,6 +143,6 @@ def test_there_is_as_much_room_for_forward_states_as_in_fp32(folder: Path, name:
         host = SiteHost(load_span(folder, PLAN, dtype=dtype, quantizer=quantizer))
         executor = Executor(host, dtype, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
-        room.add(round(executor.room * executor._per_position))
+        room.add(round(executor.room * executor.used_bytes))
         working.add(executor.working_bytes)
     assert len(room) == len(working) == 1
