@@ -144,8 +144,7 @@ class StashCounters:
 
 
 STATE_SHARE = 0.65
-"""Forward states of several calls should not take more than so much of what the span's weights take in fp32,
-whatever they are in: states do not shrink as the weights do."""
+"""Forward states of several calls should not take more than so much of what the span's weights take."""
 WORKING_SHARE = 0.55
 """From so much of that on, in all, what is free in the heap goes back to the system."""
 
@@ -171,14 +170,14 @@ class Executor:
     _used: int = 0
     _packer: Packer = field(init=False)
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
-    _fp32_bytes: int = field(init=False)  # of the weights
+    _span_bytes: int = field(init=False)  # of its weights, were they not quantized
     _per_position: float = 0.0  # bytes that the last graph has taken for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.host.span)
         self._weights = storages_of(self.host.span)
-        self._fp32_bytes = self.host.span.n_params * torch.float32.itemsize
+        self._span_bytes = self.host.span.n_params * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -196,13 +195,13 @@ class Executor:
 
     @property
     def room(self) -> float:
-        """Token positions whose forward states take `STATE_SHARE` of what the span's weights take in fp32."""
-        return STATE_SHARE * self._fp32_bytes / self._per_position if self._per_position else math.inf
+        """Token positions whose forward states take `STATE_SHARE` of what the weights take, or would unquantized."""
+        return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
 
     @property
     def working_bytes(self) -> float:
         """By how much passes of several sessions may make the process grow before its heap is trimmed."""
-        return WORKING_SHARE * self._fp32_bytes
+        return WORKING_SHARE * self._span_bytes
 
     @property
     def used_bytes(self) -> int:

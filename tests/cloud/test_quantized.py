@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -137,12 +136,12 @@ def test_the_command_writes_what_serve_takes(folder: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_there_is_as_much_room_for_forward_states_as_in_fp32(folder: Path, name: str) -> None:
+def test_there_is_as_much_room_for_forward_states_as_without(folder: Path, name: str) -> None:
     room, working = set(), set()
-    for dtype, quantizer in itertools.product((torch.float32, torch.bfloat16), (None, QUANTIZERS[name])):
-        host = SiteHost(load_span(folder, PLAN, dtype=dtype, quantizer=quantizer))
-        executor = Executor(host, dtype, 1 << 30)
+    for quantizer in (None, QUANTIZERS[name]):
+        host = SiteHost(load_span(folder, PLAN, quantizer=quantizer))
+        executor = Executor(host, torch.float32, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
-        room.add(round(executor.room * executor.used_bytes))
+        room.add(executor.room * executor.used_bytes)
         working.add(executor.working_bytes)
     assert len(room) == len(working) == 1
