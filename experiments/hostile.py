@@ -247,6 +247,7 @@ class HostileProcess:
 
 def main(task: dict[str, Any]) -> None:
     """Do what the lines of standard input say; see the module."""
+    os.nice(19)  # on a machine of its own it would take none of these cores: what it makes the cloud do is what counts
     torch.set_num_threads(1)
     rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
     tenants = [Hostile(worker, *rest) for worker in task["workers"]]
