@@ -319,6 +319,7 @@ class StripServer:
             "waiting": dict(waiting),
             "calls_per_pass": self._compute.calls_per_pass,
             "same_bits_from": 0 if self._invariance is None else self._invariance.rows,
+            "all_threads_from": 0 if self._invariance is None else self._invariance.threads,
             "calls_per_meeting": executor.host.meetings.calls_per_meeting,
             "queue_depth": sum(waiting.values()),
             "overdue": self._compute.overdue(),
