@@ -17,7 +17,8 @@ from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.logs import log
 from isthmus.cloud.pipeline import NextStage
-from isthmus.cloud.server import Served, ServerTls
+from isthmus.cloud.served import Served
+from isthmus.cloud.server import ServerTls
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.worker import WorkerSpec
 from isthmus.emulator.package import open_package

@@ -125,9 +125,9 @@ class Worker:
         spec = self._spec
         if word.restarts is not None:
             self._restarts = word.restarts
-        self._loop.call_soon_threadsafe(self._server.hear, spec.address, word.peers)
+        self._loop.call_soon_threadsafe(self._server.sessions.hear, spec.address, word.peers)
         if word.shed:
-            self._loop.call_soon_threadsafe(self._server.shed, word.shed)
+            self._loop.call_soon_threadsafe(self._server.sessions.shed, word.shed)
         status = self._server.status()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         own = {
@@ -142,7 +142,7 @@ class Worker:
         }
         if spec.edges:  # a stage inside a pipeline is none of the edges' business
             return Report(own, None)
-        return Report(own, Peer(spec.address, str(status["state"]), self._server.seats()))
+        return Report(own, Peer(spec.address, str(status["state"]), self._server.sessions.seats()))
 
     def metrics(self) -> bytes:
         """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""

@@ -21,7 +21,7 @@ from isthmus.cloud.logs import LOGGER
 from isthmus.cloud.pipeline import NextStage, stages_of
 from isthmus.cloud.scheduler import Share
 from isthmus.cloud.serve import Ports, _stages
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.edge.link import Link, connect
 from isthmus.protocol import messages as m
@@ -228,7 +228,7 @@ def test_every_stage_shares_its_time_out_among_the_edges_tenants(pipeline: Pipel
         check_pass(second, pipeline.whole, 2)
         for server in pipeline.servers:
             assert server.server.status()["sessions"] == {"alice": 1, "bob": 1}
-            accounts = server.server._compute._scheduler._accounts
+            accounts = server.server._calls._compute._scheduler._accounts
             assert {name: account.share for name, account in accounts.items()} == {"alice": Share(1), "bob": Share(3)}
             assert all(account.used > 0 for account in accounts.values())
 
@@ -245,15 +245,14 @@ def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> Non
 
 
 def test_a_stage_inside_takes_no_edge(pipeline: Pipeline) -> None:
-    tenant: Tenant | None = (
-        pipeline.servers[1].server._edges().find(load_edge(pipeline.homes[0].key_file).public_key().public_bytes_raw())
-    )
+    edges = pipeline.servers[1].server._admission._edges()
+    tenant: Tenant | None = edges.find(load_edge(pipeline.homes[0].key_file).public_key().public_bytes_raw())
     assert tenant is None
 
 
 def test_an_edge_that_leaves_leaves_no_session_behind(pipeline: Pipeline) -> None:
     with pipeline.link() as link:
         check_pass(link, pipeline.whole, 1)
-        assert [len(server.server.seats()) for server in pipeline.servers] == [1, 1, 1]
+        assert [len(server.server.sessions.seats()) for server in pipeline.servers] == [1, 1, 1]
     for server in pipeline.servers:
-        server.run(server.server._empty.wait())
+        server.run(server.server.sessions.all_left())

@@ -20,7 +20,7 @@ from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
 from isthmus.backbone.sites import Site
 from isthmus.cloud import pausing
 from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.site_calls import MAX_PAUSED
 from isthmus.cloud.tenant import TenantSession
 from isthmus.protocol import messages as m

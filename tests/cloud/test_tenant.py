@@ -19,7 +19,7 @@ from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
 from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.tenant import Asked, TenantSession, handle_together, kind_of
 from isthmus.protocol import messages as m

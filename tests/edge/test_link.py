@@ -22,7 +22,7 @@ from support.wire import EDGE, PIN
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from isthmus.backbone.sources import default_cache
 from isthmus.backbone.stopping import Interrupted
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.edge import retry
 from isthmus.edge.link import Link
 from isthmus.edge.strip_codecs import StripCodecs

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from isthmus.backbone.ladder import add_ladder
 from isthmus.backbone.low_rank import add_low_rank
 from isthmus.backbone.plan import Span
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.edge.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.clouds import Home, ThreadServer, served
+from support.sessions import eventually
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
-from isthmus.cloud.server import WORDS
+from isthmus.cloud.sessions import WORDS
 from isthmus.edge.link import Link, connect
 from isthmus.edge.route import Route
 from isthmus.edge.transport import Stream
@@ -99,14 +99,15 @@ class Pair:
 
     def introduce(self) -> None:
         for me, other in ((0, 1), (1, 0)):
-            peer = Peer(self.address(other), self.both[other].server.status()["state"], self.both[other].server.seats())
+            server = self.both[other].server
+            peer = Peer(self.address(other), server.status()["state"], server.sessions.seats())
             self.both[me].run(self.call(me, peer))
 
     async def call(self, which: int, *peers: Peer) -> None:
-        self.both[which].server.hear(self.address(which), peers)
+        self.both[which].server.sessions.hear(self.address(which), peers)
 
     def sessions(self) -> list[int]:
-        return [len(server.server.seats()) for server in self.both]
+        return [len(server.server.sessions.seats()) for server in self.both]
 
     def link(self) -> Link:
         return connect(self.both[0].address, key=self.both[0].home.key_file)
@@ -131,13 +132,6 @@ def strangers(model: tuple[Path, Path], tmp_path: Path) -> Iterator[Pair]:
     """Two servers that have not heard of each other, of a tenant that may have one session."""
     with two_servers(model, tmp_path, 1) as two:
         yield two
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def hidden() -> torch.Tensor:
@@ -180,10 +174,10 @@ def test_a_step_goes_on_at_the_other_worker_when_its_own_drains(pair: Pair) -> N
 
 
 def test_a_worker_that_sheds_a_session_sees_it_go_to_the_other(pair: Pair) -> None:
-    server = pair.both[0].server
+    sessions = pair.both[0].server.sessions
 
     async def shed() -> None:
-        server.shed(1)
+        sessions.shed(1)
 
     pair.both[0].run(pair.call(0))  # alone, it keeps whoever comes
     with pair.link() as link, pair.link() as other:
@@ -226,7 +220,7 @@ def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) 
         link.open(5)
         moved._link_id = link._link_id
         moved.open(5)
-        before = Peer(strangers.address(0), "serving", strangers.both[0].server.seats())
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.seats())
         for _ in range(2 * WORDS):  # the worker that it has left says for long that it is there
             strangers.both[1].run(strangers.call(1, before))
         assert strangers.sessions() == [1, 1]
@@ -238,7 +232,7 @@ def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) 
 def test_a_session_is_not_ended_for_one_that_had_left_before_it_came(strangers: Pair) -> None:
     with strangers.both[0].link() as gone, strangers.both[1].link() as link:
         gone.open(5)
-        before = Peer(strangers.address(0), "serving", strangers.both[0].server.seats())
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.seats())
         gone.close()
         link.open(5)
         for _ in range(WORDS - 1):  # two words may tell of the time before

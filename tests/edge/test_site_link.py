@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.backbone.own_adapters import add_bottlenecks
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.site_calls import MAX_PAUSED
 from isthmus.edge import retry
 from isthmus.edge.link import Link

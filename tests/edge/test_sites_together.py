@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import peft
 import pytest
 import torch
 from support.clouds import Home, ThreadServer, served
+from support.sessions import eventually
 from support.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,13 +19,6 @@ from transformers import AutoModelForCausalLM
 from isthmus.cloud.scheduler import Scheduler, Share
 
 EDGES = {"q and v": ["q_proj", "v_proj"], "all": "all-linear", "leased": ["q_proj", "v_proj"]}
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def adapted(model: Any, name: str) -> Any:
@@ -71,7 +63,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
             link.open(5)
             models[name] = adapted(link.load_model(leased=lambda _, name=name: name == "leased"), name)
         first = threading.Event()  # the compute thread has something else to do until all have asked
-        compute = server.server._compute
+        compute = server.server._calls._compute
         compute.submit(lambda: first.wait(20), tenant="first", owner=b"first", share=Share())
         threads = [
             threading.Thread(target=lambda name=name, model=model: runs.update({name: train(model, name)}))
@@ -79,7 +71,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
         ]
         for thread in threads:
             thread.start()
-        eventually(lambda: len(server.server.status()["waiting"]) == 3)
+        eventually(lambda: len(server.server.status()["waiting"]) == 3, 20)
         first.set()
         for thread in threads:
             thread.join(60)

@@ -18,7 +18,8 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.loading import EdgesFile, served_by
 from isthmus.cloud.pipeline import NextStage
-from isthmus.cloud.server import Served, ServerTls, StripServer
+from isthmus.cloud.served import Served
+from isthmus.cloud.server import ServerTls, StripServer
 from isthmus.cloud.worker import WorkerSpec
 from isthmus.edge.link import Link
 from isthmus.edge.transport import GrpcTransport, Tls
@@ -153,14 +154,15 @@ class ThreadServer:
         try:
             return self.start()
         except BaseException:
-            self._stop_loop()
+            self.stop_loop()
             raise
 
     def __exit__(self, *_: object) -> None:
         self.drain(0.5)
-        self._stop_loop()
+        self.stop_loop()
 
-    def _stop_loop(self) -> None:
+    def stop_loop(self) -> None:
+        """End the thread; what has not been drained is cut off."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()

@@ -15,7 +15,7 @@ from typing import Any
 from support.wire import NOW, TENANT, identity
 
 from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.tenant import TenantSession
 from isthmus.edge.transport import Stream, Transport
 from isthmus.protocol import messages as m

@@ -14,7 +14,7 @@ from isthmus.backbone.adapters import save_adapter
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.server import Served
+from isthmus.cloud.served import Served
 from isthmus.cloud.shelf import FileShelf
 from isthmus.edge.config import TuneConfig
 from isthmus.edge.methods import build_peft, trained

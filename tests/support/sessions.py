@@ -1,0 +1,92 @@
+"""Sessions with a `ThreadServer`, and calls of theirs that are held in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.clouds import ThreadServer
+from support.tiny import HIDDEN
+
+from isthmus.cloud.served import Served
+from isthmus.edge.channel import Channel, Traffic
+from isthmus.edge.transport import GrpcTransport
+from isthmus.protocol.errors import UnreachableError
+from isthmus.protocol.keys import load_edge
+
+
+def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:
+    """Hidden states for a call, the same ones every time."""
+    return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
+        time.sleep(0.01)
+
+
+def channel(server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = None) -> Channel:
+    """An open session without what a `Link` does for it."""
+    transport = GrpcTransport(f"127.0.0.1:{server.port}")
+    private = load_edge(key or server.home.key_file)
+    return Channel(transport.open(), server.home.pin, private, link, Traffic(), lambda *_: None)
+
+
+@contextlib.contextmanager
+def channels(server: ThreadServer, count: int, key: Path | None = None) -> Iterator[list[Channel]]:
+    """Open sessions of one edge over links of their own, which are abandoned at the end."""
+    opened = [channel(server, bytes((number,)) * 16, key) for number in range(count)]
+    try:
+        yield opened
+    finally:
+        for each in opened:
+            each.abandon()
+
+
+@dataclass
+class Held:
+    """A call in flight, and what it led to."""
+
+    release: threading.Event
+    result: list[Any]
+    thread: threading.Thread
+
+
+@contextlib.contextmanager
+def call_in_flight(server: ThreadServer, cloud: Served) -> Iterator[Held]:
+    """A call of alice's that is being computed until it is released."""
+    link = server.link(give_up_after=0.1)
+    link.open(5)
+    entered, held = threading.Event(), Held(threading.Event(), [], threading.Thread())
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        entered.set()
+        held.release.wait(20)
+        return original(*args, **options)
+
+    def call() -> None:
+        try:
+            held.result.append(link.forward_span(hidden(), None, None, keep=False)[0])
+        except UnreachableError as error:
+            held.result.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cloud.executor), "forward", slow)
+        held.thread = threading.Thread(target=call)
+        held.thread.start()
+        assert entered.wait(10)
+        yield held
+        held.release.set()
+        held.thread.join(10)
+    link.close()
