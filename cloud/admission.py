@@ -83,8 +83,9 @@ class Admission:
                 self._make_room()  # before anything is awaited: others come in meanwhile
                 self._half_open[limit] = host_of(context.peer()), protocol
                 await context.send_initial_metadata(())  # tells the edge that the stream is taken
-                outcome = await stream.handshake()
-                if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
+                shaken = await stream.handshake()
+                if shaken != "accepted" or protocol.info is None or protocol.tenant is None:
+                    outcome = shaken
                     return None
                 attach = await stream.receive(self._never)
                 if attach is None:
@@ -118,6 +119,7 @@ class Admission:
                 except BaseException:
                     self._sessions.leave(session)
                     raise
+                outcome = "accepted"
                 return session
         except TimeoutError:
             outcome = "timed out"

@@ -78,7 +78,7 @@ class Calls:
         self._compute, self._invariance = computing.dispatcher, computing.invariance
         self._call_threads = CallThreads(computing.threads_of_a_call)
 
-    def of(self, session: OpenSession, limits: Limits, stage: StageSession | None = None) -> SessionCalls:
+    def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
         """What answers the messages of one session.
 
         Args:
@@ -202,7 +202,7 @@ class SessionCalls:
                 priority = "interactive" if self._session.interactive else "training"
                 metrics.waited.labels(priority).observe(queue_ns / 1e9)
                 reply = dataclasses.replace(reply, crypto_ns=crypto_ns, queue_ns=queue_ns)
-            elif isinstance(reply, m.Status):
+            elif isinstance(reply, m.Status) and reply.code != m.StatusCode.OK:
                 metrics.refused.labels(reply.code.name).inc()
             self._calls.observe_stash()
             if reply is not None:

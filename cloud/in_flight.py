@@ -25,7 +25,8 @@ class InFlight:
         self._idle = asyncio.Event()
         self._idle.set()
         self._bytes: Counter[str] = Counter()
-        self._turns: list[asyncio.Future[None]] = []  # calls that wait until fewer bytes are in flight
+        self._turns: list[asyncio.Future[None]] = []  # of calls that wait until fewer bytes are in flight
+        self._queues: dict[str, list[object]] = {}  # calls of each tenant that want room, in their order
 
     @property
     def calls(self) -> int:
@@ -52,6 +53,8 @@ class InFlight:
     async def room_for(self, tenant: Tenant, body: bytearray, patience: float | None) -> AsyncIterator[None]:
         """Count a call's bytes against the tenant's, after the calls that they do not fit beside.
 
+        A tenant's calls have room in the order in which they came, so that a small one does not keep a large one out.
+
         Args:
             tenant: whose call it is.
             body: its bytes, which are overwritten where the call is given up.
@@ -60,10 +63,12 @@ class InFlight:
         Raises:
             TooLate: it has waited for longer.
         """
-        name, allowed, size = tenant.name, tenant.quota.max_inflight_bytes, len(body)
+        name, size, call = tenant.name, len(body), object()
+        queue = self._queues.setdefault(name, [])
+        queue.append(call)
         try:
             async with asyncio.timeout(patience):
-                while (beside := self._bytes[name]) and beside + size > allowed * self._part(tenant):
+                while queue[0] is not call or not self._fits(tenant, size):
                     turn = asyncio.get_running_loop().create_future()
                     self._turns.append(turn)
                     await turn
@@ -73,12 +78,25 @@ class InFlight:
         except asyncio.CancelledError:  # the edge is gone
             wipe(body)
             raise
+        finally:
+            queue.remove(call)
+            if not queue:
+                del self._queues[name]
+            self._wake()
         self._bytes[name] += size
         try:
             yield
         finally:
             self._bytes[name] -= size
-            turns, self._turns = self._turns, []
-            for turn in turns:
-                if not turn.done():
-                    turn.set_result(None)
+            self._wake()
+
+    def _fits(self, tenant: Tenant, size: int) -> bool:
+        beside = self._bytes[tenant.name]
+        return not beside or beside + size <= tenant.quota.max_inflight_bytes * self._part(tenant)
+
+    def _wake(self) -> None:
+        """Have those that wait look again."""
+        turns, self._turns = self._turns, []
+        for turn in turns:
+            if not turn.done():
+                turn.set_result(None)

@@ -178,12 +178,12 @@ class StripServer:
         stream = SealedStream(protocol, frames, context, self.metrics)
         try:
             session = await self._admission.admit(protocol, stream, context)
-            if session is not None and self._next_stage is None:
-                await self._converse(stream, session, limits)
-            elif session is not None and self._next_stage is not None:
-                account = m.Account(session.tenant.name, session.tenant.quota.weight)
-                async with self._next_stage.session(account, interactive=session.interactive) as stage:
-                    await self._converse(stream, session, limits, stage)
+            if session is not None:
+                try:
+                    async with self._stage_of(session) as stage:
+                        await self._converse(stream, session, limits, stage)
+                finally:
+                    self.sessions.leave(session)
         except (RemoteProtocolError, VersionError) as error:
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
@@ -195,8 +195,18 @@ class StripServer:
         finally:
             protocol.close()
 
+    @contextlib.asynccontextmanager
+    async def _stage_of(self, session: OpenSession) -> AsyncIterator[StageSession | None]:
+        """With the pipeline's next stage, where there is one."""
+        if self._next_stage is None:
+            yield None
+            return
+        account = m.Account(session.tenant.name, session.tenant.quota.weight)
+        async with self._next_stage.session(account, interactive=session.interactive) as stage:
+            yield stage
+
     async def _converse(
-        self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None = None
+        self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
     ) -> None:
         calls = self._calls.of(session, limits, stage)
         try:
@@ -217,6 +227,4 @@ class StripServer:
                     return
                 await calls.answer(stream, received)
         finally:
-            self.sessions.leave(session)
             calls.close()
-            log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)

@@ -49,7 +49,9 @@ class OpenSession:
         return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
     def end(self, why: str, status: m.Status | None = None) -> None:
-        """Ask the session to end after the call in flight. Its edge is told the status, or else why."""
+        """Ask the session to end after the call in flight. Its edge is told the status, or else why: the first one."""
+        if self.ended.is_set():
+            return
         self.ending, self.farewell = why, status or m.Goodbye(why)
         self.ended.set()
 
@@ -121,7 +123,7 @@ class Sessions:
             for other in mine:
                 if other.link == session.link:
                     other.end("fenced")
-            here = sum(other.ending != "fenced" for other in mine)
+            here = sum(not other.ended.is_set() for other in mine)
             count = here + seats_elsewhere(seat.tenant, seat.link, self._peers)
             if count < allowed:
                 break
@@ -142,6 +144,7 @@ class Sessions:
         self._metrics.sessions.set(len(self._open))
         if not self._open:
             self._empty.set()
+        log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     def shed(self, count: int) -> None:
         """End the newest ones: their edges go on at workers with fewer."""

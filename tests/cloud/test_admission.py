@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from support.clouds import Home, ThreadServer
 from support.sessions import channel, eventually, hidden
+from support.wire import TENANT
 
 from isthmus.cloud import admission
 from isthmus.cloud.loading import EdgesFile
 from isthmus.cloud.scheduler import Share
 from isthmus.cloud.served import Served
 from isthmus.cloud.server import StripServer
+from isthmus.cloud.sessions import OpenSession
 from isthmus.edge.channel import Channel
 from isthmus.edge.transport import GrpcTransport, Stream
 from isthmus.protocol import messages as m
@@ -238,6 +240,7 @@ def test_a_session_that_does_not_open_with_attach_is_ended(
         told(stream, edge, m.Ping(1))
     stream.close()
     eventually(lambda: any("opens with Attach, not with Ping" in line.get("error", "") for line in log()))
+    assert [line["outcome"] for line in log() if line["event"] == "session_refused"] == ["failed"]
     assert server.server.status()["sessions"] == {}
 
 
@@ -282,3 +285,11 @@ def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, na
     stream.close()
     assert server.server.status()["sessions"] == {}
     assert server.server._calls._compute._scheduler.used() == {}
+
+
+def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
+    session = OpenSession(b"s" * 16, TENANT, b"l" * m.LINK_BYTES, interactive=False, deadline=None)
+    status = m.Status(m.StatusCode.OVER_QUOTA, None, "close one")
+    session.end("over quota", status)
+    session.end("draining")
+    assert (session.ending, session.farewell) == ("over quota", status)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.clouds import Home, ThreadServer, served
-from support.sessions import call_in_flight, channel, eventually, hidden
+from support.sessions import call_in_flight, channel, channels, eventually, hidden
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.site_spec import SiteSpec
 from isthmus.cloud import calls as calls_module, in_flight
 from isthmus.cloud.directory import Peer, Seat
 from isthmus.cloud.served import Served
@@ -71,6 +72,14 @@ def test_of_a_call_over_the_byte_quota_nothing_is_kept_while_it_comes(
         assert isinstance(answer, m.ForwardReply)
         edge.close()
         assert b'isthmus_refused_total{status="OVER_QUOTA"} 1.0' in server.server.metrics.text()
+
+
+def test_what_is_granted_is_no_refusal(server: ThreadServer) -> None:
+    with channels(server, 1) as (edge,):
+        answer = edge.ask(m.Sites(1, (SiteSpec(3, "mlp.down_proj"),)), 5)
+        assert isinstance(answer, m.Status)
+        assert answer.code == m.StatusCode.OK
+    assert refusals(server, "OK") == 0
 
 
 def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
