@@ -18,7 +18,7 @@ from typing import Any
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.files import write_atomic
 from isthmus.cloud.controller import Controller, ControllerSpec
-from isthmus.cloud.gpus import Gpus
+from isthmus.cloud.gpus import Gpus, no_gpu
 from isthmus.cloud.logs import log, log_to
 from isthmus.cloud.scaling import Change
 from isthmus.cloud.worker import CUDA, Worker, WorkerSpec
@@ -94,6 +94,8 @@ class Serving:
         self._gpus = Gpus()
         on_gpus = [number for number in range(self._least) if self._specs[number].device == CUDA]
         if on_gpus:
+            if self._address is None and not self._ray.cluster_resources().get("GPU"):
+                raise no_gpu(CUDA)
             self._gpus.reserve(on_gpus)
         self._workers = {number: self._start(number) for number in range(self._least)}
         for worker in self._workers.values():
