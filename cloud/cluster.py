@@ -78,8 +78,9 @@ class Serving:
         self._workers: dict[int, Any] = {}
         self._controllers: list[Any] = []  # the one, once it is started
         self._silent = 0  # looks in a row at which the control store did not answer
-        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
-        alone = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
+        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine. Our
+        # actors ask for no CPU, and for each one that Ray counts it would start a process that waits for tasks.
+        alone = {"address": "local", "include_dashboard": False, "num_cpus": 0}
         options = {"address": self._address} if self._address else alone
         try:
             self._ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)

@@ -179,11 +179,12 @@ def test_status_tells_what_is_served(place: Place) -> None:
     assert "serving" in place.good("cloud", "status", "--home", place.folder / "cloud")
 
 
-def test_the_process_of_serve_loads_no_torch(place: Place) -> None:
+def test_the_process_of_serve_loads_no_torch_and_ray_starts_no_idle_ones(place: Place) -> None:
     assert place.serving is not None
     status = json.loads(place.good("cloud", "status", "--home", place.folder / "cloud", "--json"))
     loaded = {pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in _of_session(place.serving.pid)}
     assert [pid for pid, torch in loaded.items() if torch] == [worker["pid"] for worker in status["workers"]]
+    assert not [pid for pid in loaded if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::IDLE")]
 
 
 def test_the_workers_log_has_no_content(place: Place, trained: dict[str, Any]) -> None:
