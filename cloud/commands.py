@@ -206,7 +206,7 @@ def quantize(
         raise ConfigError("--quantize none leaves nothing to write: serve the model itself, or choose int8 or nf4")
     check_dtype(dtype)
     checkpoint = resolve(model)
-    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    plan = SplitPlan.parse(edge_layers, checkpoint.n_layers)
     size, dense = save_span(checkpoint, plan, out.expanduser(), dtype=dtype, quantizer=quantizer)
     if as_json:
         typer.echo(

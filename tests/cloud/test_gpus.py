@@ -30,7 +30,8 @@ KEYS = [(b"a", 1), (b"b", 1)]
 def two_gpus() -> Iterator[None]:
     """A Ray that says that this machine has two: it counts them, and looks at none."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ray.init(address="local", num_gpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    counted = {"num_cpus": 0, "num_gpus": 2}
+    ray.init(address="local", **counted, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield
     ray.shutdown()
     for number, handler in handlers.items():  # Ray has put its own in their place
