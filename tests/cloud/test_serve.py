@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 import subprocess
@@ -146,6 +147,16 @@ def test_a_worker_that_cannot_start_for_an_unknown_reason_is_no_mistake_of_the_c
     with pytest.raises(IsthmusError, match="the actor died") as failure:
         dead_serving()._get("answer")
     assert failure.value.exit_code == 1
+
+
+def test_a_machine_on_which_ray_finds_no_gpu_is_told_before_workers_are_started() -> None:
+    serving = dead_serving()
+    serving._ray.init = lambda **_: None
+    serving._ray.get_runtime_context = lambda: SimpleNamespace(gcs_address="127.0.0.1:1")
+    serving._ray.cluster_resources = lambda: {"memory": 1.0}
+    serving._specs, serving._address, serving._least = [dataclasses.replace(SPEC, device="cuda")], None, 1
+    with pytest.raises(ConfigError, match=r"^--device cuda needs a GPU that torch finds, and it finds none"):
+        serving._begin()
 
 
 def test_a_control_store_that_is_gone_is_told_after_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
