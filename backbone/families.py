@@ -26,6 +26,7 @@ class Family:
         positions: Name of the learned position embedding, whose output is added to the token embedding; None with
             rotary ones.
         projections: Names of further modules around the layers that may be None (OPT's `project_in` and `project_out`).
+        count: Name of the number of decoder layers in `config.json`.
         attentions: Attention implementations that the architecture computes exactly; the first is what both sides use
             unless told otherwise.
     """
@@ -37,6 +38,7 @@ class Family:
     norm: str = "norm"
     positions: str | None = None
     projections: tuple[str, ...] = ()
+    count: str = "num_hidden_layers"
     attentions: tuple[str, ...] = ("sdpa", "eager")
 
     @property
@@ -67,7 +69,7 @@ _FAMILIES = {
         Family("phi3"),
         Family("gemma2", attentions=("eager",)),  # its attention soft-caps the scores, which sdpa cannot
         Family("gemma3_text"),
-        Family("gpt2", base="transformer", layers="h", embedding="wte", norm="ln_f", positions="wpe"),
+        Family("gpt2", base="transformer", layers="h", embedding="wte", norm="ln_f", positions="wpe", count="n_layer"),
         Family(
             "opt",
             base="model.decoder",
@@ -81,6 +83,20 @@ _FAMILIES = {
 SUPPORTED: tuple[str, ...] = tuple(sorted(_FAMILIES))
 
 
+def family_named(model_type: object) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        UnsupportedFamilyError: it is not one of `SUPPORTED`.
+    """
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedFamilyError(
+            f"models of type {model_type!r} cannot be cut; supported are {', '.join(SUPPORTED)}"
+        )
+    return family
+
+
 def family_of(config: Any) -> Family:
     """The family of a transformers configuration.
 
@@ -91,12 +107,11 @@ def family_of(config: Any) -> Family:
         UnsupportedFamilyError: the architecture is not one of `SUPPORTED`, or the configuration turns on a part of it
             whose result would depend on more than the span's input.
     """
-    name = getattr(config, "model_type", None)
-    family = _FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        raise UnsupportedFamilyError(f"models of type {name!r} cannot be cut; supported are {', '.join(SUPPORTED)}")
+    family = family_named(getattr(config, "model_type", None))
     if getattr(config, "add_cross_attention", False):
-        raise UnsupportedFamilyError(f"{name} with cross-attention cannot be cut; use a decoder-only configuration")
+        raise UnsupportedFamilyError(
+            f"{family.name} with cross-attention cannot be cut; use a decoder-only configuration"
+        )
     if getattr(config, "layerdrop", 0.0):
         # The base model would skip the whole cloud at random.
         raise UnsupportedFamilyError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from isthmus.backbone.errors import PlanError
 
@@ -23,6 +24,17 @@ class Span:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop:
             raise PlanError(f"a span of layers {self.start}:{self.stop} runs backwards; use 0 <= start <= stop")
+
+    def cut(self, count: int) -> list[Span]:
+        """So many runs of layers, whose lengths differ by one at most.
+
+        Raises:
+            ValueError: There are fewer layers.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(f"{len(self)} layers cannot be cut into {count} stages: choose 1 to {len(self)}")
+        cuts = [self.start + len(self) * number // count for number in range(count + 1)]
+        return [Span(start, stop) for start, stop in pairwise(cuts)]
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -12,7 +12,6 @@ long as a call waits for its backward. Norms, biases, embeddings and the head st
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.skeleton import named_linears
+from isthmus.backbone.span_form import NONE, check_quantizer
 
-NONE = "none"
 _NF4_BLOCK, _SCALE_BLOCK = 64, 256
 
 Tensors = dict[str, Tensor]
@@ -174,13 +172,8 @@ def quantizer_of(name: str) -> Quantizer | None:
     Raises:
         ConfigError: There is none of this name, or bitsandbytes is not installed.
     """
-    if name == NONE:
-        return None
-    if name not in QUANTIZERS:
-        raise ConfigError(f"unknown quantization {name!r}: choose one of {', '.join((NONE, *QUANTIZERS))}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"--quantize {name} needs the package bitsandbytes: pip install 'isthmus[quantize]'")
-    return QUANTIZERS[name]
+    check_quantizer(name)
+    return None if name == NONE else QUANTIZERS[name]
 
 
 def quantize_linears(layer: nn.Module, quantizer: Quantizer) -> None:

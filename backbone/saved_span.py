@@ -7,14 +7,13 @@ parts/              what edges may fetch, as `export_edge_parts` writes it
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from isthmus.backbone.assembly import check_materialised, load_parameters
-from isthmus.backbone.checkpoint import SPAN_FILE, TensorReader, read_json, write_json
+from isthmus.backbone.checkpoint import SPAN_FILE, TensorReader, write_json
 from isthmus.backbone.errors import CheckpointError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import check_replaceable, disk_errors, new_folder
@@ -23,31 +22,7 @@ from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import Quantizer, bytes_of, empty_linears, quantizer_of
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import DTYPES, FrozenSpan, distinct_layers, empty_layers, load_span
-
-INFO_FILE = "isthmus_span.json"
-PARTS = "parts"
-
-
-@dataclass(frozen=True, slots=True)
-class SpanInfo:
-    """What a saved span is.
-
-    Attributes:
-        model: The name of the model that it was cut from.
-        plan: The split plan.
-        dtype: What it computes in, `fp32` or `bf16`.
-        quantize: How its linears are held.
-    """
-
-    model: str
-    plan: str
-    dtype: str
-    quantize: str
-
-
-def is_saved_span(folder: Path) -> bool:
-    """Whether `save_span` wrote the folder."""
-    return (folder / INFO_FILE).is_file()
+from isthmus.backbone.span_form import INFO_FILE, PARTS, SpanInfo, is_saved_span, read_info
 
 
 def save_span(
@@ -88,25 +63,6 @@ def save_span(
         save_file(tensors, new / SPAN_FILE, metadata={"format": "pt"})
         write_json(new / INFO_FILE, asdict(info))
     return bytes_of(span), span.n_params * DTYPES[dtype].itemsize
-
-
-def read_info(folder: Path) -> SpanInfo:
-    """What a folder's span is.
-
-    Raises:
-        CheckpointError: The folder's description is damaged.
-    """
-    values = read_json(folder / INFO_FILE)
-    names = set(SpanInfo.__dataclass_fields__)
-    if set(values) != names or not all(isinstance(value, str) for value in values.values()):
-        raise CheckpointError(
-            f"{folder / INFO_FILE} needs the texts {', '.join(sorted(names))}, and holds {json.dumps(values)[:200]}; "
-            "write it anew with `isthmus cloud quantize`"
-        )
-    info = SpanInfo(**values)
-    if info.dtype not in DTYPES:
-        raise CheckpointError(f"{folder / INFO_FILE} has the dtype {info.dtype!r}; write it anew")
-    return info
 
 
 def load_saved_span(folder: Path, layers: Span | None = None) -> FrozenSpan:

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, read_json, write_json
-from isthmus.backbone.errors import CheckpointError, UnknownModelError, UnsupportedFamilyError
-from isthmus.backbone.families import SUPPORTED
+from isthmus.backbone.errors import CheckpointError, UnknownModelError
+from isthmus.backbone.families import SUPPORTED, family_named
 from isthmus.backbone.files import locked, new_folder
 
 BUILT_IN = "smollm2-135m"
@@ -71,22 +71,33 @@ class Checkpoint:
 
         Raises:
             CheckpointError: `config.json` is missing or malformed.
-            UnsupportedFamilyError: transformers does not know this type of model.
+            UnsupportedFamilyError: models of this type cannot be cut.
         """
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import CONFIG_MAPPING, AutoConfig
+        from transformers import AutoConfig
 
-        model_type = read_json(self.folder / "config.json").get("model_type")
-        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-            raise UnsupportedFamilyError(
-                f"models of type {model_type!r} cannot be cut; supported are {', '.join(SUPPORTED)}"
-            )
+        family_named(read_json(self.folder / "config.json").get("model_type"))
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again"
             ) from error
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers of the whole model. Loads no torch where `config.json` has it.
+
+        Raises:
+            CheckpointError: `config.json` is missing or malformed.
+            UnsupportedFamilyError: models of this type cannot be cut.
+        """
+        values = read_json(self.folder / "config.json")
+        count = values.get(family_named(values.get("model_type")).count)
+        if type(count) is int and count > 0:
+            return count
+        n_layers: int = self.config.num_hidden_layers  # transformers knows what is left out, and says what is wrong
+        return n_layers
 
     @property
     def is_edge_parts(self) -> bool:

@@ -18,8 +18,9 @@ from isthmus.backbone.families import Family, family_of
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import QuantizedLinear, Quantizer, quantize_linears
 from isthmus.backbone.sources import Checkpoint
+from isthmus.backbone.span_form import DTYPE_NAMES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.bfloat16), strict=True))
 """What a span computes in, by the names that options have."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.files import write_atomic
 from isthmus.cloud.controller import Controller, ControllerSpec
-from isthmus.cloud.gpus import Gpus
+from isthmus.cloud.gpus import Gpus, no_gpu
 from isthmus.cloud.logs import log, log_to
 from isthmus.cloud.scaling import Change
 from isthmus.cloud.worker import CUDA, Worker, WorkerSpec
@@ -78,8 +78,9 @@ class Serving:
         self._workers: dict[int, Any] = {}
         self._controllers: list[Any] = []  # the one, once it is started
         self._silent = 0  # looks in a row at which the control store did not answer
-        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine.
-        alone = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
+        # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine. Our
+        # actors ask for no CPU, and for each one that Ray counts it would start a process that waits for tasks.
+        alone = {"address": "local", "include_dashboard": False, "num_cpus": 0}
         options = {"address": self._address} if self._address else alone
         try:
             self._ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
@@ -94,6 +95,8 @@ class Serving:
         self._gpus = Gpus()
         on_gpus = [number for number in range(self._least) if self._specs[number].device == CUDA]
         if on_gpus:
+            if self._address is None and not self._ray.cluster_resources().get("GPU"):
+                raise no_gpu(CUDA)
             self._gpus.reserve(on_gpus)
         self._workers = {number: self._start(number) for number in range(self._least)}
         for worker in self._workers.values():

@@ -199,15 +199,14 @@ def quantize(
     from isthmus.backbone.quantize import quantizer_of
     from isthmus.backbone.saved_span import save_span
     from isthmus.backbone.sources import resolve
-    from isthmus.backbone.span import DTYPES
+    from isthmus.backbone.span_form import check_dtype
 
     quantizer = quantizer_of(to)
     if quantizer is None:
         raise ConfigError("--quantize none leaves nothing to write: serve the model itself, or choose int8 or nf4")
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     checkpoint = resolve(model)
-    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    plan = SplitPlan.parse(edge_layers, checkpoint.n_layers)
     size, dense = save_span(checkpoint, plan, out.expanduser(), dtype=dtype, quantizer=quantizer)
     if as_json:
         typer.echo(

@@ -16,6 +16,14 @@ _THIS_NODE = 0.001
 """Of the resource that each node has one of, and that is named after it: it keeps a bundle there."""
 
 
+def no_gpu(device: str) -> ConfigError:
+    """The error of a machine without one."""
+    return ConfigError(
+        f"--device {device} needs a GPU that torch finds, and it finds none: check the driver and that torch is "
+        "built with CUDA, or leave the option out"
+    )
+
+
 class Gpus:
     """Reserves GPUs of the node that this process is on, in the cluster that it has joined."""
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+import torch
+
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
+from isthmus.backbone.files import locked
+from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import Span, SplitPlan
-from isthmus.backbone.quantize import NONE, quantizer_of
+from isthmus.backbone.quantize import quantizer_of
 from isthmus.backbone.saved_span import load_saved_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import DTYPES, load_span
+from isthmus.backbone.span_form import NONE
 from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
+from isthmus.cloud.gpus import no_gpu
 from isthmus.cloud.logs import log
 from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.served import Served
 from isthmus.cloud.server import ServerTls
 from isthmus.cloud.shelf import FileShelf
-from isthmus.cloud.worker import WorkerSpec
+from isthmus.cloud.worker import CPU, WorkerSpec
 from isthmus.emulator.package import open_package
 from isthmus.protocol.codecs import ACTIVATION_CODECS
 from isthmus.protocol.enrolment import AuthorizedEdges
@@ -65,11 +71,14 @@ def served_by(spec: WorkerSpec) -> Served:
     """Load what a worker serves.
 
     Raises:
-        IsthmusError: the model, the edge's parts or the package cannot be served.
+        IsthmusError: the device is not there, or the model, the edge's parts or the package cannot be served.
     """
+    if spec.device != CPU and not torch.cuda.is_available():
+        raise no_gpu(spec.device)
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
     config = checkpoint.config
     plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
+    make_parts(checkpoint, plan, Path(spec.parts))
     dtype = DTYPES[spec.dtype]
     layers = Span(*map(int, spec.layers.split(":"))) if spec.layers else plan.cloud
     if spec.saved_span:
@@ -113,6 +122,19 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
+
+
+def make_parts(checkpoint: Checkpoint, plan: SplitPlan, folder: Path) -> None:
+    """Make the edge's parts of a model where they are not there yet: by one of the workers, and the others wait.
+
+    Raises:
+        IsthmusError: they cannot be cut, or written.
+    """
+    if folder.exists():
+        return
+    with locked(folder):
+        if not folder.exists():
+            export_edge_parts(checkpoint, plan, folder)
 
 
 def next_stage_of(spec: WorkerSpec) -> NextStage | None:

@@ -27,14 +27,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import grpc
 import grpc.aio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from isthmus.backbone.plan import Span
 from isthmus.cloud.logs import log
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import codec_id
@@ -74,18 +72,6 @@ _NO_ADAPTERS = (
     "this cloud runs its layers in several stages (`serve --pipeline`) and plugs no adapter in: ask its owner to serve "
     "without --pipeline"
 )
-
-
-def stages_of(span: Span, count: int) -> list[Span]:
-    """Cut a span into runs of layers whose lengths differ by one at most.
-
-    Raises:
-        ValueError: it has fewer layers.
-    """
-    if not 1 <= count <= len(span):
-        raise ValueError(f"{len(span)} layers cannot be cut into {count} stages: choose 1 to {len(span)}")
-    cuts = [span.start + len(span) * number // count for number in range(count + 1)]
-    return [Span(start, stop) for start, stop in pairwise(cuts)]
 
 
 async def answer(message: m.Message, run: Run, ask: Ask, codec: str) -> m.Message | None:

@@ -17,27 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.files import locked, write_atomic
-from isthmus.backbone.parts import export_edge_parts
+from isthmus.backbone.files import write_atomic
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.quantize import NONE, quantizer_of
-from isthmus.backbone.saved_span import PARTS, SpanInfo, is_saved_span, read_info
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
-from isthmus.backbone.span import DTYPES
+from isthmus.backbone.span_form import (
+    NONE,
+    PARTS,
+    SpanInfo,
+    check_dtype,
+    check_quantizer,
+    is_saved_span,
+    read_info,
+)
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
-from isthmus.cloud.pipeline import stages_of
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import CPU, DEVICES, WorkerSpec
 from isthmus.emulator.errors import PackageError
-from isthmus.emulator.package import check_package_fits, open_package
+from isthmus.emulator.verification import check_package_fits, verified
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import WorkerIdentity, generate_edge, load_worker
-from isthmus.protocol.messages import MAX_WORKERS
+from isthmus.protocol.limits import MAX_WORKERS
 
 MAX_PORT = 65535
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
@@ -145,7 +148,8 @@ def serve(
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
-    _check_device(device)
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     least, most = _bounds(workers)
     _check_pipeline(pipeline, plan, most, emulator)
     with contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
@@ -158,7 +162,7 @@ def serve(
             dtype=backbone.dtype,
             quantize=backbone.quantize,
             saved_span=backbone.saved_span,
-            parts=str(_prepare_parts(checkpoint, plan)),
+            parts=str(_parts_folder(checkpoint, plan)),
             home=str(home.absolute()),
             listen="",
             stash_bytes=stash_bytes,
@@ -216,16 +220,6 @@ def _bounds(workers: str) -> tuple[int, int]:
     return least, most
 
 
-def _check_device(device: str) -> None:
-    if device not in DEVICES:
-        raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
-    if device != CPU and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {device} needs a GPU that torch finds, and it finds none: check the driver and that torch is "
-            "built with CUDA, or leave the option out"
-        )
-
-
 def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path | None) -> None:
     if not 1 <= stages <= len(plan.cloud):
         raise ConfigError(
@@ -256,7 +250,7 @@ def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Ite
     quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
     specs: list[WorkerSpec] = []
     try:
-        for number, layers in enumerate(stages_of(plan.cloud, count)):
+        for number, layers in enumerate(plan.cloud.cut(count)):
             stage = dataclasses.replace(first, number=number, layers=str(layers), sites=False)
             if number:
                 enrolled = folder / str(number)
@@ -340,19 +334,18 @@ def _backbone(
         ConfigError: an option does not make sense, or is not what a saved span was made with.
         IsthmusError: the model cannot be used.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_dtype(dtype or DEFAULT_DTYPE)
     folder = Path(model).expanduser()
     if is_saved_span(folder):
         info = read_info(folder)
         _check_as_saved(folder, info, edge_layers, dtype, quantize)
-        quantizer_of(info.quantize)
+        check_quantizer(info.quantize)
         checkpoint = Checkpoint((folder / PARTS).absolute(), info.model)
-        plan = SplitPlan.parse(info.plan, checkpoint.config.num_hidden_layers)
+        plan = SplitPlan.parse(info.plan, checkpoint.n_layers)
         return _Backbone(checkpoint, plan, info.dtype, info.quantize, str(folder.absolute()))
-    quantizer_of(quantize or NONE)  # told here, before anything is started
+    check_quantizer(quantize or NONE)  # told here, before anything is started
     checkpoint = resolve(model, console=console)
-    plan = SplitPlan.parse(edge_layers or DEFAULT_PLAN, checkpoint.config.num_hidden_layers)
+    plan = SplitPlan.parse(edge_layers or DEFAULT_PLAN, checkpoint.n_layers)
     return _Backbone(checkpoint, plan, dtype or DEFAULT_DTYPE, quantize or NONE)
 
 
@@ -370,8 +363,8 @@ def _check_as_saved(
             )
 
 
-def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
-    """The edge's parts of this model and plan, made once and kept in the cache.
+def _parts_folder(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
+    """Where the edge's parts of this model and plan are kept in the cache, once a worker has made them.
 
     The folder's name has a hash of the tokenizer's files too: they may change where the weights do not.
     """
@@ -381,21 +374,18 @@ def _prepare_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Path:
     for file in files_beside_the_weights(checkpoint.folder):
         small.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     name = f"{checkpoint.digest()[:16]}-{plan.bottom}-{plan.top}-{small.hexdigest()[:16]}"
-    folder = default_cache() / "edge-parts" / name
-    with locked(folder):
-        if not folder.exists():
-            export_edge_parts(checkpoint, plan, folder)
-    return folder
+    return default_cache().absolute() / "edge-parts" / name
 
 
 def _checked_package(folder: Path, identity: WorkerIdentity, checkpoint: Checkpoint, plan: SplitPlan) -> str:
     """The path of a package that edges of this cloud can use."""
-    package = open_package(folder, signer=identity.pin)
-    check_package_fits(package, checkpoint)
-    if package.plan != plan:
+    manifest, _, _ = verified(folder, identity.pin)
+    check_package_fits(manifest, checkpoint)
+    made_for = manifest.split_plan
+    if made_for != plan:
         raise PackageError(
-            f"{folder} was made for the split plan {package.plan}, but --edge-layers is {plan}: serve with "
-            f"--edge-layers {package.plan}, or build a package for {plan}"
+            f"{folder} was made for the split plan {made_for}, but --edge-layers is {plan}: serve with "
+            f"--edge-layers {made_for}, or build a package for {plan}"
         )
     return str(folder.absolute())
 

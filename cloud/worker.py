@@ -40,7 +40,7 @@ class WorkerSpec:
     model: str  # the name that edges are told
     plan: str
     dtype: str
-    parts: str  # folder with the edge's parts
+    parts: str  # folder of the edge's parts, which the first worker makes
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
     stash_bytes: int

@@ -220,14 +220,15 @@ def plug(
     from isthmus.backbone.errors import ConfigError
     from isthmus.backbone.sources import resolve
     from isthmus.backbone.span import load_span
-    from isthmus.emulator.package import check_package_fits, open_package
+    from isthmus.emulator.package import open_package
     from isthmus.emulator.plug import check_adapter, export_plugged, plug_in
+    from isthmus.emulator.verification import check_package_fits
 
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists and is not overwritten: move it away, or give another --out")
     opened = open_package(package)
     checkpoint = resolve(model)
-    check_package_fits(opened, checkpoint)
+    check_package_fits(opened.manifest, checkpoint)
     summary = check_adapter(adapter, opened, opened.folder, opened.plan)
     attention = opened.manifest.attn_implementation
     span = load_span(checkpoint, opened.plan, attn_implementation=attention)

@@ -35,7 +35,7 @@ from isthmus.emulator.recipe import Recipe
 from isthmus.protocol.errors import FingerprintError
 from isthmus.protocol.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE, EMULATOR_FILE, EMULATOR_INFO = "manifest.json", "emulator.safetensors", "emulator.json"
 MAX_MANIFEST = 64 << 10
 MAX_LICENCE = 4096
 FORMAT = 1

@@ -38,14 +38,12 @@ from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import distinct_layers, empty_layers, load_layers, run_layers
 from isthmus.emulator.bridges import add_bridges, bridge_places, fit_bridges
 from isthmus.emulator.lowrank import replace_linears
+from isthmus.emulator.manifest import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.measure import measure
 from isthmus.emulator.quantize import from_stored, quantized_names, round_weight, stored_forms, to_stored
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures, select_layers
 from isthmus.emulator.text import fingerprint
-
-EMULATOR_FILE = "emulator.safetensors"
-EMULATOR_INFO = "emulator.json"
 
 _FORMAT = 1
 _DTYPES = {

@@ -11,9 +11,6 @@ by the files of a folder what it loads.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,22 +28,20 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder, sweep, write_atomic
 from isthmus.backbone.parts import export_edge_parts, load_edge_parts
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import Checkpoint, is_part, load_tokenizer
-from isthmus.emulator.errors import PackageError
+from isthmus.backbone.sources import Checkpoint, load_tokenizer
 from isthmus.emulator.manifest import (
+    EMULATOR_FILE,
+    EMULATOR_INFO,
     MANIFEST_FILE,
-    MAX_MANIFEST,
     Distilled,
     FileInfo,
     Manifest,
     protection_rows,
     sign,
-    verify,
 )
-from isthmus.emulator.model import EMULATOR_FILE, EMULATOR_INFO, Emulator, load_emulator, save_emulator
+from isthmus.emulator.model import Emulator, load_emulator, save_emulator
+from isthmus.emulator.verification import sha256_of, verified
 from isthmus.protocol.keys import Fingerprint, WorkerIdentity
-
-_AGAIN = "fetch the package again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +162,9 @@ def write_package(
     with new_folder(folder) as new:
         export_edge_parts(checkpoint, plan, new)
         save_emulator(emulator, new)
-        files = {file.name: FileInfo(size=file.stat().st_size, sha256=_sha256(file)) for file in sorted(new.iterdir())}
+        files = {
+            file.name: FileInfo(size=file.stat().st_size, sha256=sha256_of(file)) for file in sorted(new.iterdir())
+        }
         try:
             manifest = Manifest(
                 model=checkpoint.name,
@@ -213,50 +210,12 @@ def open_package(folder: Path, *, signer: Fingerprint | None = None) -> Package:
         PackageError: The folder is no package; a file is missing, changed, a link, or not named by the manifest.
         SignerError: The package is not signed, or by somebody else.
     """
-    manifest, identity, root = verify(_read_manifest(folder), signer)
-    try:
-        there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
-    except OSError as error:
-        raise PackageError(f"{folder} cannot be read ({error.strerror}): check the folder's rights") from error
-    for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST_FILE}):
-        raise PackageError(f"{folder} holds {name!r}, which does not belong to the package: remove it, or {_AGAIN}")
-    for name, info in sorted(manifest.files.items()):
-        if not (is_part(name) or name in (EMULATOR_FILE, EMULATOR_INFO)):
-            raise PackageError(f"{MANIFEST_FILE} names {name}, which is no file of a package; {_AGAIN}")
-        if name not in there:
-            raise PackageError(f"{folder} lacks {name}: {_AGAIN}")
-        if not stat.S_ISREG(there[name].st_mode):
-            raise PackageError(f"{folder / name} is not a plain file; {_AGAIN}")
-        if there[name].st_size != info.size:
-            raise PackageError(
-                f"{folder / name} has {there[name].st_size} bytes, the manifest says {info.size}; {_AGAIN}"
-            )
-    for name in (EDGE_FILE, EMULATOR_FILE, EMULATOR_INFO):
-        if name not in manifest.files:
-            raise PackageError(f"{MANIFEST_FILE} names no {name}; {_AGAIN}")
-    for name, info in sorted(manifest.files.items()):
-        if _sha256(folder / name) != info.sha256:
-            raise PackageError(f"{folder / name} was changed: its SHA-256 is not the manifest's; {_AGAIN}")
-    return Package(folder, manifest, identity, root)
+    return Package(folder, *verified(folder, signer))
 
 
 def is_package(folder: Path) -> bool:
     """Whether the folder looks like a package, verified or not."""
     return (folder / MANIFEST_FILE).is_file() and (folder / EMULATOR_INFO).is_file()
-
-
-def check_package_fits(package: Package, checkpoint: Checkpoint) -> None:
-    """Make sure that a package was made of this model.
-
-    Raises:
-        PackageError: It was made of another one.
-    """
-    digest = checkpoint.digest()
-    if digest != package.digest:
-        raise PackageError(
-            f"the package was made of {package.model} with the digest {package.digest[:16]}, but {checkpoint.name} has "
-            f"{digest[:16]}: name the model that it was made of, or build a package of this one"
-        )
 
 
 def sign_package(
@@ -298,24 +257,6 @@ def sign_package(
     return open_package(folder, signer=signer.pin)
 
 
-def _read_manifest(folder: Path) -> bytes:
-    """The bytes of `manifest.json`, which must be a plain file of a bounded size."""
-    path = folder / MANIFEST_FILE
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123  # a descriptor
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise PackageError(f"{path} is not a plain file; {_AGAIN}")
-            data = file.read(MAX_MANIFEST + 1)
-    except OSError as error:
-        raise PackageError(
-            f"{folder} is not a package ({MANIFEST_FILE}: {error.strerror}); name a folder that "
-            "`isthmus emulator build` or `fetch` wrote"
-        ) from error
-    if len(data) > MAX_MANIFEST:
-        raise PackageError(f"{path} is larger than {MAX_MANIFEST} bytes; {_AGAIN}")
-    return data
-
-
 def _middle(checkpoint: Checkpoint, plan: SplitPlan) -> tuple[int, int]:
     """Number of weights of the plan's middle, and their bytes in the checkpoint."""
     config = checkpoint.config
@@ -337,11 +278,3 @@ def _params_in(path: Path) -> int:
             return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); write the package again") from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise PackageError(f"{path} cannot be read ({error.strerror}): check the file's rights") from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from isthmus.backbone.sources import is_part
 from isthmus.emulator.intake import ADAPTER_FILES
-from isthmus.emulator.manifest import MANIFEST_FILE
-from isthmus.emulator.model import EMULATOR_FILE, EMULATOR_INFO
+from isthmus.emulator.manifest import EMULATOR_FILE, EMULATOR_INFO, MANIFEST_FILE
 from isthmus.protocol.messages import Shelf
 
 

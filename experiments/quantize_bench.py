@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.quantize import NONE, QUANTIZERS, quantizer_of
+from isthmus.backbone.quantize import QUANTIZERS, quantizer_of
 from isthmus.backbone.sources import resolve
+from isthmus.backbone.span_form import NONE
 from isthmus.backbone.threads import torch_threads
 from isthmus.edge.link import connect
 from isthmus.experiments.harness import working_folder

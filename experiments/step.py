@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from isthmus.backbone.quantize import NONE
+from isthmus.backbone.span_form import NONE
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.link import connect
 from isthmus.edge.methods import build_peft, trained

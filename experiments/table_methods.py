@@ -17,8 +17,9 @@ from isthmus.backbone.files import locked, new_folder, remove_folder, write_atom
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
 from isthmus.emulator.distill import DistillConfig, distill
+from isthmus.emulator.manifest import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.measure import measure
-from isthmus.emulator.model import EMULATOR_FILE, EMULATOR_INFO, Emulator, build_emulator, load_emulator, save_emulator
+from isthmus.emulator.model import Emulator, build_emulator, load_emulator, save_emulator
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.select import Measures
 from isthmus.emulator.text import fingerprint, load_blocks

@@ -8,13 +8,13 @@ import re
 from isthmus.protocol.codecs import CODECS, Payload, Role, codec_by_id
 from isthmus.protocol.enrolment import TENANT_NAME
 from isthmus.protocol.errors import MessageError
+from isthmus.protocol.limits import MAX_WORKERS
 from isthmus.protocol.messages import (
     MAX_GROUP,
     MAX_NAME,
     MAX_PIECE,
     MAX_PUT_FILES,
     MAX_SITES,
-    MAX_WORKERS,
     Account,
     Attach,
     Backward,

@@ -11,6 +11,9 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
+MAX_WORKERS = 128
+"""Most workers of a cloud."""
+
 Buffer = bytes | bytearray | memoryview
 
 

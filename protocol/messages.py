@@ -71,8 +71,6 @@ MAX_PIECE = 8 << 20
 """Most bytes of a file in one message."""
 MAX_PUT_FILES = 8
 """Most files of an adapter."""
-MAX_WORKERS = 128
-"""Most workers of a cloud."""
 LINK_BYTES = 16
 DIGEST_BYTES = 32
 

@@ -21,14 +21,13 @@ from collections.abc import Callable
 from isthmus.protocol.checks import check
 from isthmus.protocol.errors import LocalProtocolError, MessageError
 from isthmus.protocol.fields import HAS_MASK, HAS_POSITIONS, TIMES, U8, U16, U32, U64, Reader, Writer
-from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.limits import DEFAULT_LIMITS, MAX_WORKERS, Buffer, Limits
 from isthmus.protocol.messages import (
     DIGEST_BYTES,
     LINK_BYTES,
     MAX_NAME,
     MAX_PUT_FILES,
     MAX_TEXT,
-    MAX_WORKERS,
     Account,
     Attach,
     Backward,

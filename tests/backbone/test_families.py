@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from support.tiny import tiny_config
+from support.tiny import CONFIGS, N_LAYERS, tiny_config
 from transformers import AutoConfig
 
-from isthmus.backbone.errors import ConfigError, UnsupportedFamilyError
-from isthmus.backbone.families import SUPPORTED, family_of
+from isthmus.backbone.checkpoint import write_json
+from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedFamilyError
+from isthmus.backbone.families import SUPPORTED, family_named, family_of
+from isthmus.backbone.sources import Checkpoint
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "bert", "mixtral"])
@@ -19,6 +24,28 @@ def test_an_unsupported_architecture_is_refused_with_the_list_of_the_supported(m
 def test_every_supported_name_is_an_architecture_of_transformers() -> None:
     for name in SUPPORTED:
         assert family_of(AutoConfig.for_model(name)).name == name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_number_of_layers_is_where_the_family_says(family: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    checkpoint = Checkpoint(tmp_path, "tiny")
+    assert values[family_named(values["model_type"]).count] == checkpoint.n_layers == N_LAYERS
+
+
+@pytest.mark.parametrize(("model_type", "count"), [("llama", 32), ("gpt2", 12)])
+def test_a_number_of_layers_that_is_left_out_is_the_one_of_transformers(
+    model_type: str, count: int, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "config.json", {"model_type": model_type})
+    assert Checkpoint(tmp_path, "tiny").n_layers == count
+
+
+def test_a_number_of_layers_that_is_none_is_told(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "llama", "num_hidden_layers": "six"})
+    with pytest.raises(CheckpointError, match="does not make sense"):
+        _ = Checkpoint(tmp_path, "tiny").n_layers
 
 
 @pytest.mark.parametrize(

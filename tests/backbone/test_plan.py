@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -35,6 +36,19 @@ def test_negative_numbers_and_backward_spans_are_refused() -> None:
         SplitPlan(4, -1, 0)
     with pytest.raises(PlanError, match="3:2"):
         Span(3, 2)
+
+
+@pytest.mark.parametrize(("layers", "count"), [(3, 1), (3, 2), (3, 3), (26, 4)])
+def test_stages_are_all_layers_once_and_about_as_long(layers: int, count: int) -> None:
+    stages = Span(2, 2 + layers).cut(count)
+    assert list(itertools.chain(*stages)) == list(range(2, 2 + layers))
+    assert max(map(len, stages)) - min(map(len, stages)) <= 1
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_more_stages_than_layers_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="choose 1 to 3"):
+        Span(2, 5).cut(count)
 
 
 def test_a_span_behaves_like_a_run_of_layers() -> None:

@@ -20,7 +20,6 @@ from isthmus.backbone.checkpoint import SPAN_FILE, write_json
 from isthmus.backbone.errors import CheckpointError, ConfigError
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.quantize import (
-    NONE,
     QUANTIZERS,
     QuantizedLinear,
     bytes_of,
@@ -28,11 +27,12 @@ from isthmus.backbone.quantize import (
     quantizer_of,
     weight_of,
 )
-from isthmus.backbone.saved_span import INFO_FILE, PARTS, is_saved_span, load_saved_span, read_info, save_span
+from isthmus.backbone.saved_span import load_saved_span, save_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import FrozenSpan, load_span
+from isthmus.backbone.span_form import INFO_FILE, NONE, PARTS, QUANTIZER_NAMES, is_saved_span, read_info
 
 from .conftest import Checkpoints
 
@@ -271,6 +271,7 @@ def test_sites_find_their_linears_in_a_quantized_span(checkpoints: Checkpoints, 
 
 
 def test_what_cannot_be_quantized_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(QUANTIZERS) == QUANTIZER_NAMES
     assert quantizer_of(NONE) is None
     with pytest.raises(ConfigError, match=r"int4.*none, int8, nf4"):
         quantizer_of("int4")

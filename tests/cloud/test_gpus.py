@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from support.clouds import Home
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.errors import ConfigError
@@ -18,7 +19,9 @@ from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.span import SpanInput, load_span
 from isthmus.cloud.executor import BackwardCall, Executor
 from isthmus.cloud.gpus import Gpus
+from isthmus.cloud.loading import served_by
 from isthmus.cloud.serve import serve
+from isthmus.cloud.worker import WorkerSpec
 
 KEYS = [(b"a", 1), (b"b", 1)]
 
@@ -27,7 +30,8 @@ KEYS = [(b"a", 1), (b"b", 1)]
 def two_gpus() -> Iterator[None]:
     """A Ray that says that this machine has two: it counts them, and looks at none."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ray.init(address="local", num_gpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    counted = {"num_cpus": 0, "num_gpus": 2}
+    ray.init(address="local", **counted, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield
     ray.shutdown()
     for number, handler in handlers.items():  # Ray has put its own in their place
@@ -58,21 +62,16 @@ def test_each_worker_has_a_gpu_of_its_own_and_all_of_a_group_or_none_has_one() -
     assert gpus.options(2)["num_gpus"] == 1
 
 
-@pytest.mark.parametrize(
-    ("device", "words"),
-    [("tpu", "unknown device 'tpu': choose one of cpu, cuda"), ("cuda", "--device cuda needs a GPU that torch finds")],
-)
-def test_a_device_that_is_not_there_is_refused(
-    device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from isthmus.protocol.keys import generate_root, issue_worker
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    generate_root(tmp_path / "home")
-    issue_worker(tmp_path / "home", 1)
+def test_a_device_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
-    with pytest.raises(ConfigError, match=words):
-        serve(str(model), home=tmp_path / "home", device=device)
+    with pytest.raises(ConfigError, match="unknown device 'tpu': choose one of cpu, cuda"):
+        serve(str(model), home=Home(tmp_path).folder, device="tpu")
+
+
+def test_a_worker_whose_torch_finds_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^--device cuda needs a GPU that torch finds"):
+        served_by(WorkerSpec("", "tiny", "2:2", "fp32", "", "", "", 1, 1, 1, "", device="cuda"))
 
 
 def _everything(folder: Path, family: str, device: str, *, masked: bool) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from isthmus.backbone.site_spec import SiteSpec
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.directory import Word
 from isthmus.cloud.logs import LOGGER
-from isthmus.cloud.pipeline import NextStage, stages_of
+from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.scheduler import Share
 from isthmus.cloud.serve import Ports, _stages
 from isthmus.cloud.served import Served
@@ -35,19 +34,6 @@ POSITIONS = torch.arange(6)[None]
 
 def hidden(seed: int) -> torch.Tensor:
     return torch.randn(2, 6, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize(("layers", "count"), [(3, 1), (3, 2), (3, 3), (26, 4)])
-def test_stages_are_all_layers_once_and_about_as_long(layers: int, count: int) -> None:
-    stages = stages_of(Span(2, 2 + layers), count)
-    assert list(itertools.chain(*stages)) == list(range(2, 2 + layers))
-    assert max(map(len, stages)) - min(map(len, stages)) <= 1
-
-
-@pytest.mark.parametrize("count", [0, 4])
-def test_more_stages_than_layers_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match="choose 1 to 3"):
-        stages_of(Span(2, 5), count)
 
 
 class Pipeline:

@@ -20,12 +20,13 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.quantize import QUANTIZERS
-from isthmus.backbone.saved_span import PARTS, save_span
+from isthmus.backbone.saved_span import save_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import SpanInput, load_span
+from isthmus.backbone.span_form import PARTS
 from isthmus.cloud.executor import Executor
-from isthmus.cloud.serve import _backbone, _prepare_parts
+from isthmus.cloud.serve import _backbone, _parts_folder
 from isthmus.edge import connect
 
 pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed: pip install 'isthmus[quantize]'")
@@ -104,7 +105,7 @@ def test_a_saved_span_is_served_as_it_was_made(folder: Path, tmp_path: Path) -> 
     found = _backbone(str(place), None, None, None, Console(quiet=True))
     assert (found.checkpoint.name, str(found.plan), found.dtype, found.quantize) == ("tiny", "2:2", "bf16", "nf4")
     assert found.saved_span == str(place)
-    assert _prepare_parts(found.checkpoint, found.plan) == place / PARTS
+    assert _parts_folder(found.checkpoint, found.plan) == place / PARTS
     assert _backbone(str(place), "2:2", "bf16", "nf4", Console(quiet=True)) == found
     for given, told in ((("1:1", None, None), "edge-layers 2:2"), ((None, "fp32", None), "dtype bf16"),
                         ((None, None, "none"), "quantize nf4")):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 import subprocess
@@ -19,11 +20,11 @@ from support.tiny import tiny_checkpoint
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
-from isthmus.cloud import serve as serve_module, worker as worker_module
+from isthmus.cloud import loading, serve as serve_module, worker as worker_module
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
-from isthmus.cloud.loading import EdgesFile
+from isthmus.cloud.loading import EdgesFile, make_parts
 from isthmus.cloud.scaling import Change
-from isthmus.cloud.serve import Ports, _bounds, _prepare_parts, _wait
+from isthmus.cloud.serve import Ports, _bounds, _parts_folder, _wait
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
@@ -148,6 +149,16 @@ def test_a_worker_that_cannot_start_for_an_unknown_reason_is_no_mistake_of_the_c
     assert failure.value.exit_code == 1
 
 
+def test_a_machine_on_which_ray_finds_no_gpu_is_told_before_workers_are_started() -> None:
+    serving = dead_serving()
+    serving._ray.init = lambda **_: None
+    serving._ray.get_runtime_context = lambda: SimpleNamespace(gcs_address="127.0.0.1:1")
+    serving._ray.cluster_resources = lambda: {"memory": 1.0}
+    serving._specs, serving._address, serving._least = [dataclasses.replace(SPEC, device="cuda")], None, 1
+    with pytest.raises(ConfigError, match=r"^--device cuda needs a GPU that torch finds, and it finds none"):
+        serving._begin()
+
+
 def test_a_control_store_that_is_gone_is_told_after_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     serving = dead_serving()
     serving._silent, serving._address, serving._least, serving._specs = 0, None, 1, [SPEC]
@@ -262,16 +273,17 @@ def test_a_changed_tokenizer_makes_other_parts(tmp_path: Path, monkeypatch: pyte
     model = tiny_checkpoint("llama", tmp_path / "model")
     checkpoint = Checkpoint(model, "tiny")
     plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
-    first = _prepare_parts(checkpoint, plan)
-    assert _prepare_parts(checkpoint, plan) == first
+    first = _parts_folder(checkpoint, plan)
+    assert _parts_folder(checkpoint, plan) == first
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    second = _prepare_parts(checkpoint, plan)
+    second = _parts_folder(checkpoint, plan)
     assert second != first
+    make_parts(checkpoint, plan, second)
+    assert not first.exists()
     assert (second / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
-def test_two_serves_export_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+def test_two_workers_make_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("llama", tmp_path / "model"), "tiny")
     plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
     exports = []
@@ -282,8 +294,9 @@ def test_two_serves_export_the_parts_once(tmp_path: Path, monkeypatch: pytest.Mo
         both.wait(0.2)
         folder.mkdir()
 
-    monkeypatch.setattr(serve_module, "export_edge_parts", export)
-    threads = [threading.Thread(target=_prepare_parts, args=(checkpoint, plan)) for _ in range(2)]
+    monkeypatch.setattr(loading, "export_edge_parts", export)
+    arguments = (checkpoint, plan, tmp_path / "parts")
+    threads = [threading.Thread(target=make_parts, args=arguments) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -366,7 +379,8 @@ def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pyte
     assert codes == [1]
 
 
-def test_a_process_that_only_has_handles_of_workers_needs_no_torch() -> None:
-    asked = "import sys, isthmus.cloud.controller, isthmus.cloud.worker; print('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["controller", "worker", "cluster", "serve"])
+def test_a_process_that_only_has_handles_of_workers_needs_no_torch(module: str) -> None:
+    asked = f"import sys, isthmus.cloud.{module}; print({{'torch', 'transformers', 'grpc'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"

@@ -16,8 +16,9 @@ from isthmus.emulator import package as packages
 from isthmus.emulator.build import check_free
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.model import build_emulator
-from isthmus.emulator.package import Package, check_package_fits, is_package, open_package, sign_package, write_package
+from isthmus.emulator.package import Package, is_package, open_package, sign_package, write_package
 from isthmus.emulator.recipe import Recipe
+from isthmus.emulator.verification import check_package_fits
 from isthmus.protocol.errors import FingerprintError
 from isthmus.protocol.keys import WorkerIdentity, generate_root, issue_worker, load_worker
 
@@ -198,13 +199,13 @@ def test_an_unsigned_package_is_refused(folder: Path) -> None:
 def test_a_package_of_another_model_is_told_by_both_digests(original: Package, tmp_path: Path) -> None:
     other = Checkpoint(tiny_checkpoint("llama", tmp_path / "m", seed=1), "other")
     with pytest.raises(PackageError) as caught:
-        check_package_fits(original, other)
+        check_package_fits(original.manifest, other)
     assert other.digest()[:16] in str(caught.value)
     assert original.digest[:16] in str(caught.value)
 
 
 def test_a_package_of_this_model_fits(original: Package, checkpoint: Checkpoint) -> None:
-    check_package_fits(original, checkpoint)  # does not raise
+    check_package_fits(original.manifest, checkpoint)  # does not raise
     assert original.digest == checkpoint.digest()
 
 

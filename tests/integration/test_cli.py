@@ -23,6 +23,7 @@ from support.tiny import tiny_checkpoint
 from support.warm import warm
 
 from isthmus.cli.main import app
+from isthmus.experiments.harness import _of_session
 
 pytestmark = pytest.mark.server
 
@@ -178,6 +179,14 @@ def test_status_tells_what_is_served(place: Place) -> None:
     assert "serving" in place.good("cloud", "status", "--home", place.folder / "cloud")
 
 
+def test_the_process_of_serve_loads_no_torch_and_ray_starts_no_idle_ones(place: Place) -> None:
+    assert place.serving is not None
+    status = json.loads(place.good("cloud", "status", "--home", place.folder / "cloud", "--json"))
+    loaded = {pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in _of_session(place.serving.pid)}
+    assert [pid for pid, torch in loaded.items() if torch] == [worker["pid"] for worker in status["workers"]]
+    assert not [pid for pid in loaded if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::IDLE")]
+
+
 def test_the_workers_log_has_no_content(place: Place, trained: dict[str, Any]) -> None:
     text = (place.folder / "cloud" / "worker.log").read_text()
     events = [json.loads(line)["event"] for line in text.splitlines()]
@@ -240,6 +249,32 @@ def test_a_model_or_a_plan_that_does_not_fit(
     finally:
         place.environment = environment
     refused(done, code, *texts)
+
+
+def test_what_only_a_worker_finds_out_is_told_as_the_rest_and_nothing_stays(place: Place, tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "damaged") / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    own = ("--model", model.parent, "--home", Home(tmp_path).folder, "--listen", "127.0.0.1:0", "--metrics", "")
+    command = [sys.executable, "-m", "isthmus.cli.main", "cloud", "serve", *map(str, own)]
+    serving = subprocess.Popen(
+        [*command, "--connection-file", str(tmp_path / "connection")],
+        env={**place.environment, "ISTHMUS_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, errors = serving.communicate(timeout=120)
+    refused(subprocess.CompletedProcess(command, serving.returncode, out, errors), 23, str(model), "is damaged")
+    assert not out
+    assert not (tmp_path / "connection").exists()
+    assert not (tmp_path / "cloud" / "serving.json").exists()
+    assert not [path for path in (tmp_path / "cache" / "edge-parts").iterdir() if path.is_dir()]
+    deadline = time.monotonic() + 30
+    while _of_session(serving.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_port_in_use(place: Place) -> None:

@@ -13,9 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from isthmus.backbone.parts import export_edge_parts
-from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.loading import EdgesFile, served_by
 from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.served import Served
@@ -43,13 +40,10 @@ def served(
     saved_span: Path | None = None,
     layers: str = "",
 ) -> Served:
-    """Load the span of a checkpoint, and write the edge's parts to `parts` where they are not there yet.
+    """Load the span of a checkpoint; the edge's parts are written to `parts` where they are not there yet.
 
     The tenants' adapters lie in `home`, by default beside the parts; a package needs a `home` with the signer's key.
     """
-    checkpoint = Checkpoint(model, "tiny")
-    if not parts.exists():
-        export_edge_parts(checkpoint, SplitPlan.parse(plan, checkpoint.config.num_hidden_layers), parts)
     spec = WorkerSpec(
         checkpoint=str(model),
         model="tiny",
