@@ -1,4 +1,4 @@
-"""Who may enter: handshakes, in limited time and number, and what an edge says as it attaches."""
+"""Who may enter: handshakes, in limited time, number and rate, and what an edge says as it attaches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from isthmus.cloud.half_open import gives_way, host_of
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.penalties import Penalties
 from isthmus.cloud.sessions import OpenSession, Sessions
 from isthmus.cloud.stream import SealedStream
 from isthmus.protocol import messages as m
@@ -32,6 +33,7 @@ class Admission:
         edges: returns the current `authorized_edges`; called at every handshake.
         sessions: those that are open.
         metrics: where handshakes are counted.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class Admission:
         edges: Callable[[], AuthorizedEdges],
         sessions: Sessions,
         metrics: Metrics,
+        clock: Callable[[], float],
     ) -> None:
         self._info = info
         self._identity = identity
         self._edges = edges
         self._sessions = sessions
         self._metrics = metrics
+        self._penalties = Penalties(clock)
         # In the order in which the handshakes began, with the host that each is from.
         self._half_open: dict[asyncio.Timeout, tuple[str, CloudSession]] = {}
         self._never = asyncio.Event()
@@ -83,10 +87,14 @@ class Admission:
                 self._make_room()  # before anything is awaited: others come in meanwhile
                 self._half_open[limit] = host_of(context.peer()), protocol
                 await context.send_initial_metadata(())  # tells the edge that the stream is taken
+                await asyncio.sleep(self._penalties.pause(host_of(context.peer())))
                 shaken = await stream.handshake()
+                if shaken == "refused":
+                    self.offended(protocol, context)
                 if shaken != "accepted" or protocol.info is None or protocol.tenant is None:
                     outcome = shaken
                     return None
+                await asyncio.sleep(self._penalties.pause(str(protocol.tenant.fingerprint)))
                 attach = await stream.receive(self._never)
                 if attach is None:
                     outcome = "abandoned"
@@ -129,6 +137,11 @@ class Admission:
             self._metrics.handshakes.labels(outcome).inc()
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
+
+    def offended(self, protocol: CloudSession, context: Any) -> None:
+        """The rules were broken in a stream: by its tenant where it has said who it is, else by somebody at its host."""
+        tenant = protocol.tenant
+        self._penalties.offended(host_of(context.peer()) if tenant is None else str(tenant.fingerprint))
 
     def _make_room(self) -> None:
         """For a handshake that begins: where as many are half open as may be, one gives way."""

@@ -89,7 +89,7 @@ class StripServer:
         self.sessions = Sessions(self.metrics)
         self._info = served.info
         self._next_stage = next_stage
-        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics)
+        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, clock)
         self._calls = Calls(served, threads, self.sessions.part_of, self.metrics, batching=batching, clock=clock)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
@@ -185,6 +185,7 @@ class StripServer:
                 finally:
                     self.sessions.leave(session)
         except (RemoteProtocolError, VersionError) as error:
+            self._admission.offended(protocol, context)
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
         except grpc.aio.BaseError as error:  # the stream broke while it was written to

@@ -293,3 +293,32 @@ def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
     session.end("over quota", status)
     session.end("draining")
     assert (session.ending, session.farewell) == ("over quota", status)
+
+
+# Penalties ------------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_breaks_the_rules_again_and_again_waits_to_be_admitted(server: ThreadServer) -> None:
+    penalties, bob = server.server._admission._penalties, server.home.new_edge("bob")
+    host, mallory = "ipv4:127.0.0.1", str(Fingerprint.of(load_edge(bob).public_key().public_bytes_raw()))
+    with server.link() as link:
+        link.open(5)
+        for _ in range(7):
+            stream, edge = established(server, bob)
+            with pytest.raises(ConnectionLostError, match="rules were broken"):
+                told(stream, edge, m.Ping(1))
+            stream.close()
+        assert penalties.pause(mallory) > 1
+        assert penalties.pause(host) == 0.0  # it is known who it was
+        for _ in range(7):
+            with contextlib.closing(GrpcTransport(f"127.0.0.1:{server.port}")) as transport:
+                stream = transport.open()
+                stream.send(b"noise")
+                with pytest.raises(ConnectionLostError, match="rules were broken"):
+                    stream.receive(20)
+        assert penalties.pause(host) > 1
+        link.forward_span(hidden(), None, None, keep=False)
+        assert link.traffic.retries == 0
+        assert penalties.pause(host) > 0  # so nobody who is open waited for it
+    with server.link() as again:
+        again.open(20)
