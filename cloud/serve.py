@@ -188,9 +188,9 @@ def serve(
         _stop_on_signals(stop)
         try:
             connection = str(ConnectionString(host, _parsed(addresses[0])[1], identity.pin, tls is not None))
+            write_state(home, {"connection": connection, "metrics": operator, "pid": os.getpid()})
             if connection_file is not None:
                 write_atomic(connection_file, f"{connection}\n".encode())
-            write_state(home, {"connection": connection, "metrics": operator, "pid": os.getpid()})
             open_ports = ", ".join(map(str, serving.ray_ports()))
             console.print(
                 f"Ray listens on every interface, ports {open_ports}: keep them behind a firewall", highlight=False
