@@ -104,9 +104,11 @@ def test_workers_that_are_killed_in_turn_change_nothing(
     place: Path, two: LocalCloud, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     def kill_mine() -> None:
-        busy = [worker for worker in two.cloud_status()["workers"] if worker.get("sessions")]
-        assert len(busy) == 1
-        os.kill(busy[0]["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while len(pids := busy(two)) != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(pids[0], signal.SIGKILL)
 
     killer = Killer("backward", kill_mine, 4)
     adapter = train(place, "run-killed", two.connection, two.edge_key, killer.watch)
@@ -129,6 +131,12 @@ def test_workers_that_are_killed_in_turn_change_nothing(
     assert len({worker["address"] for worker in status["workers"]}) == 2
     assert status["restarts"] == sum(worker["restarts"] for worker in status["workers"]) == 4
     assert all(worker["address"] in shown for worker in status["workers"])
+
+
+def busy(cloud: LocalCloud) -> list[int]:
+    """The processes of the workers that have sessions, as far as the controller, which asks now and then, has heard."""
+    pids = [worker["pid"] for worker in cloud.cloud_status()["workers"] if worker.get("sessions")]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def ask(cloud: LocalCloud) -> dict[str, Any]:
@@ -214,7 +222,11 @@ def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[st
         stages = iter((1, 0))
 
         def kill_next() -> None:
-            os.kill(cloud.cloud_status()["workers"][next(stages)]["pid"], signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            while not (status := ask(cloud)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.kill(status["workers"][next(stages)]["pid"], signal.SIGKILL)
 
         killer = Killer("backward", kill_next, 2)
         adapter = train(place, "run-stages", cloud.connection, cloud.edge_key, killer.watch)
