@@ -44,7 +44,7 @@ from isthmus.experiments.chaos_tenant import Tenant
 from isthmus.experiments.delay_relay import Conditions
 from isthmus.experiments.faults import write_texts
 from isthmus.experiments.harness import LocalCloud, free_ports
-from isthmus.experiments.hostile import DEEDS, HostileProcess
+from isthmus.experiments.hostile import CONTROL, DEEDS, HostileProcess
 from isthmus.experiments.net_space import ADDRESSES, NetSpace, Side, missing
 from isthmus.experiments.relay import Relay
 from isthmus.protocol.enrolment import ConnectionString, Quota
@@ -262,6 +262,8 @@ class _Chaos:
         for fall, fell, hit in pending:
             what = f"a step of {len(hit)} tenants after {fall.kind}"
             self.wait_for(partial(_recovered, hit, fell), what, RECOVERY_SECONDS)
+            if fall.kind == CONTROL:
+                continue
             steps = [moment for tenant in hit if (moment := tenant.recovered_at(fell)) is not None]
             recovery = max(steps) - fell if steps and fall.kind not in NOBODY_FEELS else None
             self.faults.append(Fallen(fall.kind, round(fell - started, 2), len(hit), recovery))

@@ -122,7 +122,8 @@ def figures(
     `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
     tenants that were at a step has finished one for which the cloud has answered since. `felt` has, for each deed of
     the hostile tenant, how much longer the others' steps took meanwhile than in calm, over all times that it was done;
-    1 where nobody felt it. `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
+    1 where nobody felt it; of `further_tenant`, which is no fault, what there is to feel of one more that behaves.
+    `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
     time, with an intercept for each life of each worker's process, as a kill starts a new one; the first `warm_up_s` of
     each life do not count. None where no life was longer.
     """

@@ -36,6 +36,7 @@ from isthmus.protocol.session import EdgeSession, NeedSend, Received
 WAIT_SECONDS = 20.0
 HALF_OPEN = 96  # more than a cloud allows
 SESSIONS = 4  # what a tenant may have by default
+LOWEST = 19  # priority
 AHEAD = 8  # calls that a flooding session has unanswered
 
 
@@ -158,6 +159,19 @@ class Hostile:
                 session.send(self._forward(session, number))
                 session.receive()
 
+    def further_tenant(self, seconds: float) -> None:
+        """Nothing bad: a forward and its backward, one after the other, as any tenant more would."""
+        end, number = time.monotonic() + seconds, 0
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            gradient = encode(torch.ones(*self._shape, session.hidden_size), "fp32", Role.GRADIENT)
+            while time.monotonic() < end:
+                number += 1
+                forward = self._forward(session, number)
+                session.send(forward)
+                session.receive()
+                session.send(m.Backward(forward.id, gradient, None, forward.reply_codec))
+                session.receive()
+
     def _flood(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
@@ -204,7 +218,9 @@ class Hostile:
             thread.join()
 
 
-DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted")
+CONTROL: Final = "further_tenant"
+"""What a tenant that behaves does: the others feel that there is one more, and of a hostile one not much more than that."""
+DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 
 class HostileProcess:
@@ -245,9 +261,16 @@ class HostileProcess:
         self._process.communicate()
 
 
+def _yield_to_all() -> None:
+    """Take the lowest priority: in this session's group, and of the group where Linux schedules by sessions."""
+    os.nice(LOWEST)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(LOWEST))
+
+
 def main(task: dict[str, Any]) -> None:
     """Do what the lines of standard input say; see the module."""
-    os.nice(19)  # on a machine of its own it would take none of these cores: what it makes the cloud do is what counts
+    _yield_to_all()  # on a machine of its own it would take none of these cores: what it makes the cloud do is what counts
     torch.set_num_threads(1)
     rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
     tenants = [Hostile(worker, *rest) for worker in task["workers"]]
