@@ -139,7 +139,7 @@ class Admission:
                 log("session_refused", outcome=outcome)
 
     def offended(self, protocol: CloudSession, context: Any) -> None:
-        """The rules were broken in a stream: by its tenant where it has said who it is, else by somebody at its host."""
+        """A stream has broken the rules: its tenant has, where it has said who it is, else somebody at its host."""
         tenant = protocol.tenant
         self._penalties.offended(host_of(context.peer()) if tenant is None else str(tenant.fingerprint))
 

@@ -1,7 +1,7 @@
 """Pauses for those who break the rules again and again, so that what it costs to refuse them is bounded. Pure.
 
-After OpenSSH's `PerSourcePenalties`, but nobody is turned away: addresses are shared, by a proxy's edges or a hospital's,
-so whoever comes from the same one only waits a little longer to be admitted. Sessions that are open feel nothing.
+After OpenSSH's `PerSourcePenalties`, but nobody is turned away: addresses are shared, by a proxy's edges or a
+hospital's, so whoever comes from the same one only waits a little longer to be admitted. Open sessions feel nothing.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ KINDS: Final = (
     "silence",
     *DEEDS,
 )
-"""What falls. Of the deeds, `CONTROL` is no fault, and not counted as one: the others' `felt` is to be read beside its."""
+"""What falls. Of the deeds, `CONTROL` is no fault, and not counted as one: read the others' `felt` beside its."""
 NEED_NAMESPACES: Final = (*NETWORK, "silence")
 NOBODY_FEELS: Final = tuple(deed for deed in DEEDS if deed != "stash_evicted")
 """Nobody is to be hit by these, so that there is nothing to recover from; `felt` says whether that is so."""

@@ -219,7 +219,7 @@ class Hostile:
 
 
 CONTROL: Final = "further_tenant"
-"""What a tenant that behaves does: the others feel that there is one more, and of a hostile one not much more than that."""
+"""What a tenant that behaves does: others feel that there is one more, and of a hostile one not much more than that."""
 DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 
@@ -270,7 +270,7 @@ def _yield_to_all() -> None:
 
 def main(task: dict[str, Any]) -> None:
     """Do what the lines of standard input say; see the module."""
-    _yield_to_all()  # on a machine of its own it would take none of these cores: what it makes the cloud do is what counts
+    _yield_to_all()  # elsewhere it would take none of these cores: what it makes the cloud do is what counts
     torch.set_num_threads(1)
     rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
     tenants = [Hostile(worker, *rest) for worker in task["workers"]]
