@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip $(PIP_FLAGS)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
 	mkdir -p .ns && ln -sfn .. .ns/isthmus
+	$(BIN)/python -m compileall -q $(PACKAGES)
 	touch $(STAMP)
 
 demo: $(STAMP)
