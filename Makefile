@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
 .PHONY: setup demo test lint format bench bench-strip bench-emulators clean
