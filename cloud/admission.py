@@ -89,7 +89,7 @@ class Admission:
                 await context.send_initial_metadata(())  # tells the edge that the stream is taken
                 await asyncio.sleep(self._penalties.pause(host_of(context.peer())))
                 shaken = await stream.handshake()
-                if shaken == "refused":
+                if shaken == "refused" and not self._stopped:  # whoever is told to come back has done nothing wrong
                     self.offended(protocol, context)
                 if shaken != "accepted" or protocol.info is None or protocol.tenant is None:
                     outcome = shaken

@@ -128,11 +128,15 @@ def test_a_handshake_that_stalls_is_ended(cloud: Served, home: Home, monkeypatch
         late.close()
 
 
-def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(
-    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_half_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two handshakes may be half open, for as long as they like."""
     monkeypatch.setattr(admission, "MAX_HALF_OPEN", 2)
     monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 600.0)
+
+
+@pytest.mark.usefixtures("two_half_open")
+def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(cloud: Served, home: Home) -> None:
     with ThreadServer(cloud, home) as server:
         waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(4)]
         for stream in waiting[:2]:
@@ -147,11 +151,8 @@ def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(
         eventually(lambda: not server.server._admission._half_open)
 
 
-def test_a_handshake_under_way_outlasts_streams_that_say_nothing(
-    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admission, "MAX_HALF_OPEN", 2)
-    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 600.0)
+@pytest.mark.usefixtures("two_half_open")
+def test_a_handshake_under_way_outlasts_streams_that_say_nothing(cloud: Served, home: Home) -> None:
     with ThreadServer(cloud, home) as server:
         slow = GrpcTransport(f"127.0.0.1:{server.port}").open()
         edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))

@@ -181,6 +181,7 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(
         assert health == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(DrainingError, match="connect again"):
             Channel(newcomers.open(), home.pin, load_edge(home.key_file), b"n" * 16, Traffic(), lambda *_: None)
+        assert not to_drain.server._admission._penalties._offences  # newcomers have done nothing wrong
         assert not held.result
         held.release.set()
         draining.join(20)
