@@ -1,10 +1,12 @@
 """Many tenants on one backbone, beside as many single processes that time-share the same cores.
 
-Every tenant is an edge in a process of its own, with a PEFT method and a length of sequences of its own. All begin
-their counted steps together, and what counts is the time in which all of them are at work. The best possible gain is
+Every tenant is an edge in a process of its own, with a PEFT method and a length of sequences of its own, and so is
+every single process. A machine's speed drifts within minutes, so they work in turns, a few steps each: single
+processes, tenants, single processes and so on, and a ratio is of what is next to each other. In a turn all begin
+together, and what counts is the time in which all of them are at work. The best possible gain is
 `1 / (e + (1 - e) / b)`: of all work the share `e` is the edges' and is done once for each tenant; the rest is the
-span's, which a pass over all tenants' calls does in `1 / b` of the time. Both are measured in the same run, in seconds
-of a processor and with one torch thread, which is what the single processes have: with more, small products by
+span's, which a pass over all tenants' calls does in `1 / b` of the time. Both are measured between the turns, in
+seconds of a processor and with one torch thread, which is what the single processes have: with more, small products by
 themselves take longer, and `b` would be larger than what there is to gain over the single processes.
 
 python -m isthmus.experiments.tenants_bench '{…}' is one of the processes.
@@ -50,8 +52,12 @@ METHODS: Final = ("lora", "dora", "ia3", "vera", "adalora", "bottleneck", "lora"
 LENGTHS: Final = (1.0, 0.75, 1.25, 1.0, 0.5, 1.5, 0.75, 1.25)
 """Of the tenants' sequences, over `TenantSettings.tokens`: 1 on average."""
 WARM_UP = 2
+ENDLESS = 10_000
+"""Steps that a process would take, were it not told that it is enough."""
+TURNS = 4
 FLOOD_SESSIONS = 10
-GAIN_ROUNDS = 5
+GAIN_ROUNDS = 2
+"""Of each turn."""
 _MODULE = "isthmus.experiments.tenants_bench"
 
 
@@ -64,7 +70,7 @@ class TenantSettings:
         n: Tenants.
         tokens: Tokens of a tenant's step, on average over the tenants.
         edge_layers: The split plan.
-        steps: Steps that count, of each tenant.
+        steps: Steps that count, of each tenant, over all its turns.
         threads: torch threads of the cloud; edges and single processes have one.
         batching: Whether the cloud computes calls of several tenants in one pass.
     """
@@ -73,7 +79,7 @@ class TenantSettings:
     n: int = 8
     tokens: int = 64
     edge_layers: str = "2:2"
-    steps: int = 20
+    steps: int = 24
     threads: int = 2
     batching: bool = True
 
@@ -82,6 +88,11 @@ class TenantSettings:
             raise ConfigError(
                 f"{self.n} tenants of {self.tokens} tokens say nothing about tenants: give at least 2 of 16"
             )
+
+    @property
+    def steps_in_turn(self) -> int:
+        """Steps of each tenant in a turn."""
+        return max(1, self.steps // TURNS)
 
     def length(self, tenant: int) -> int:
         """Tokens of a step of a tenant."""
@@ -107,20 +118,18 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
-    """What came of processes that worked together.
+class Turn:
+    """What came of processes that worked together for some steps.
 
     Attributes:
         seen: Of each.
         tokens: Of a step of each.
-        memory: PSS of each at the end, in bytes, all of them there.
-        cloud_memory: The most PSS that the cloud's worker had in the counted steps; 0 without one.
+        cloud_memory: The most PSS that the cloud's worker had; 0 without one.
     """
 
     seen: Sequence[Seen]
     tokens: Sequence[int]
-    memory: Sequence[int]
-    cloud_memory: int
+    cloud_memory: int = 0
 
     @property
     def steps(self) -> list[float]:
@@ -137,111 +146,224 @@ class Crowd:
         return sum(n * tokens for n, tokens in zip(self.steps, self.tokens, strict=True)) / (until - since)
 
     @property
-    def cpu_per_round(self) -> float:
+    def cpu_per_step(self) -> float:
         """Processor seconds of one step of each."""
         return sum(each.cpu_s / (len(each.moments) - 1) for each in self.seen)
 
-    def p99(self, tenants: Sequence[int]) -> float:
-        """The 99th percentile of these tenants' steps, in seconds."""
-        seconds = sorted(
-            after - before
-            for tenant in tenants
-            for before, after in zip(self.seen[tenant].moments, self.seen[tenant].moments[1:], strict=False)
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A turn of tenants between two of single processes."""
+
+    before: Turn
+    tenants: Turn
+    after: Turn
+
+    @property
+    def single(self) -> float:
+        """Tokens per second of the single processes."""
+        return statistics.mean((self.before.throughput, self.after.throughput))
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per second of the tenants over those of the single processes."""
+        return self.tenants.throughput / self.single
+
+
+def p99(turns: Sequence[Turn], tenants: Sequence[int]) -> float:
+    """The 99th percentile of these tenants' steps, in seconds."""
+    seconds = sorted(
+        after - before
+        for turn in turns
+        for tenant in tenants
+        for before, after in zip(turn.seen[tenant].moments, turn.seen[tenant].moments[1:], strict=False)
+    )
+    return seconds[min(len(seconds) - 1, math.ceil(0.99 * len(seconds)) - 1)]
+
+
+class Crowd:
+    """Processes that have done their first steps and wait for their turn.
+
+    Args:
+        settings: What each does.
+        folder: Of their files; made.
+        cloud: Whose tenants they are; None for single processes.
+        tenants: Their numbers.
+    """
+
+    def __init__(
+        self, settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenants: Sequence[int]
+    ) -> None:
+        folder.mkdir(parents=True)
+        self._settings, self._cloud = settings, cloud
+        with ExitStack() as stack:
+            self._processes = {
+                tenant: stack.enter_context(_process(settings, folder, cloud, tenant)) for tenant in tenants
+            }
+            for process in self._processes.values():
+                process.answer()  # it is warm
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if failure is None:
+                for process in self._processes.values():
+                    process.tell("end")
+                for process in self._processes.values():
+                    process.answer()
+
+    def work(self, steps: int, tenants: Sequence[int] | None = None) -> Turn:
+        """Let all take so many steps, or some of them, and look at what the cloud needs for it.
+
+        Raises:
+            IsthmusError: A process failed.
+        """
+        who = list(self._processes) if tenants is None else tenants
+        worker = None if self._cloud is None else self._cloud.status()["pid"]
+        if worker is not None:
+            forget_peak(worker)
+        for tenant in who:
+            self._processes[tenant].tell(str(steps))
+        seen = [Seen(**json.loads(self._processes[tenant].answer())) for tenant in who]
+        return Turn(
+            seen, [self._settings.length(tenant) for tenant in who], 0 if worker is None else peak_bytes(worker)
         )
-        return seconds[min(len(seconds) - 1, math.ceil(0.99 * len(seconds)) - 1)]
+
+    @property
+    def memory(self) -> list[int]:
+        """PSS of each now, in bytes."""
+        return [proportional_bytes(process.pid) for process in self._processes.values()]
 
 
-def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
+def in_turns(
+    singles: Crowd,
+    crowd: Crowd,
+    turns: int,
+    steps: int,
+    tenants: Sequence[int] | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> list[Beside]:
+    """Let tenants work in so many turns, and single processes before, between and after them."""
+    before, done = singles.work(steps, tenants), []
+    for _ in range(turns):
+        between()
+        of_tenants = crowd.work(steps, tenants)
+        after = singles.work(steps, tenants)
+        done.append(Beside(before, of_tenants, after))
+        before = after
+    return done
+
+
+def run_tenants(settings: TenantSettings, folder: Path, counts: Sequence[int] = ()) -> dict[str, Any]:
     """Measure; see the module.
 
+    Args:
+        settings: What is measured.
+        folder: Of all files.
+        counts: So many of the tenants by themselves are measured, too.
+
     Returns:
-        `throughput_ratio`: Tokens per second of all edges over those of as many single processes, before and after.
+        `throughput_ratio`: Tokens per second of all edges over those of as many single processes, the median of the
+            turns, whose ratios are `turns`.
         `throughput_bound`: What is possible, of `edge_share` and `span_batching_gain`.
         `throughput_ratio_bf16_cloud`: The same ratio where the cloud computes in bf16.
         `cloud_growth_share`: What the cloud's worker has grown by from one tenant to all, at most and at work, over the
             span's bytes.
         `backbone_copies`: 1, and one more for each whole span that it has grown by.
-        `memory_ratio`: PSS of the cloud and all edges over that of the single processes.
+        `memory_ratio`: PSS of the cloud and all edges over that of the single processes, while all of them are there.
         `jain`: Jain's index of the steps that each tenant has done.
         `flood_p99_ratio`: The 99th percentile of the others' steps while one tenant floods with ten sessions that
             want computing all the time, over the same without.
         `max_loss_diff`: The largest relative difference of a loss from the single process's.
+        `growth`: For each of `counts` in `n`, tokens per second of so many `tenants` and of as many `single` processes,
+            and their `ratio`. Only where there are `counts`.
 
     Raises:
         IsthmusError: A process failed.
     """
     tenants = range(settings.n)
-    model = str(resolve(settings.model).folder)
-    settings = replace(settings, model=model)
-    with stderr_progress("phases", 7) as advance:
-        gain, span_cpu, span_bytes = span_gain(settings)
-        advance()
-        alone = _crowd(settings, folder / "alone", None, tenants)
+    settings = replace(settings, model=str(resolve(settings.model).folder))
+    steps = settings.steps_in_turn
+    gain, growth = SpanGain(settings), []
+    with (
+        stderr_progress("phases", 6 + len(counts)) as advance,
+        Crowd(settings, folder / "alone", None, tenants) as singles,
+    ):
         advance()
         with _cloud(settings, folder / "fp32", "fp32") as cloud:
-            first = _crowd(settings, folder / "first", cloud, [max(tenants, key=settings.length)])
+            with Crowd(settings, folder / "first", cloud, [max(tenants, key=settings.length)]) as lone:
+                first = lone.work(settings.steps)
             advance()
-            together = _crowd(settings, folder / "together", cloud, tenants)
-            calls_per_pass = cloud.status()["calls_per_pass"]
-            advance()
-            again = _crowd(settings, folder / "again", None, tenants)  # a machine's speed drifts in minutes
-            advance()
-            with _flood(settings, cloud, folder):
-                flooded = _crowd(settings, folder / "flooded", cloud, tenants[1:])
-            advance()
-        with _cloud(settings, folder / "bf16", "bf16") as cloud:
-            fast = _crowd(settings, folder / "fast", cloud, tenants)
-            advance()
-    share = together.cpu_per_round / (together.cpu_per_round + span_cpu)
-    growth = (together.cloud_memory - first.cloud_memory) / span_bytes
-    bound = 1 / (share + (1 - share) / gain)
-    single = statistics.mean((alone.throughput, again.throughput))
-    ratio = together.throughput / single
+            with Crowd(settings, folder / "together", cloud, tenants) as crowd:
+                advance()
+                done = in_turns(singles, crowd, TURNS, steps, between=gain.measure)
+                calls_per_pass = cloud.status()["calls_per_pass"]
+                memory, single_memory = crowd.memory, singles.memory
+                advance()
+                for n in counts:
+                    growth.append(_growth(n, in_turns(singles, crowd, TURNS // 2, steps, range(n))))
+                    advance()
+                calm, flooded = [], []
+                with _flood(settings, cloud) as flood:
+                    for _ in range(TURNS):
+                        flood.ask("pour")
+                        flooded.append(crowd.work(steps, tenants[1:]))
+                        flood.ask("rest")
+                        calm.append(crowd.work(steps))
+                advance()
+        with (
+            _cloud(settings, folder / "bf16", "bf16") as cloud,
+            Crowd(settings, folder / "fast", cloud, tenants) as crowd,
+        ):
+            fast = in_turns(singles, crowd, TURNS // 2, steps)
+        advance()
+    edges_cpu = statistics.mean(each.tenants.cpu_per_step for each in done)
+    share = edges_cpu / (edges_cpu + gain.apart)
+    cloud_memory = max(each.tenants.cloud_memory for each in done)
+    grown = (cloud_memory - first.cloud_memory) / gain.span_bytes
+    bound = 1 / (share + (1 - share) / gain.gain)
+    ratio = statistics.median(each.ratio for each in done)
     return {
         "throughput_ratio": ratio,
         "throughput_bound": bound,
         "throughput_over_bound": ratio / bound,
-        "throughput_ratio_bf16_cloud": fast.throughput / single,
+        "throughput_ratio_bf16_cloud": statistics.median(each.ratio for each in fast),
         "edge_share": share,
-        "span_batching_gain": gain,
+        "span_batching_gain": gain.gain,
         "calls_per_pass": calls_per_pass,
-        "cloud_growth_share": growth,
-        "backbone_copies": 1 + max(0, math.floor(growth)),
-        "memory_ratio": (together.cloud_memory + sum(together.memory)) / sum(alone.memory),
-        "cloud_bytes": together.cloud_memory,
-        "edge_bytes": statistics.mean(together.memory),
-        "single_bytes": statistics.mean(alone.memory),
-        "jain": jain(together.steps),
-        "flood_p99_ratio": flooded.p99(range(settings.n - 1)) / together.p99(tenants[1:]),
+        "cloud_growth_share": grown,
+        "backbone_copies": 1 + max(0, math.floor(grown)),
+        "memory_ratio": (cloud_memory + sum(memory)) / sum(single_memory),
+        "cloud_bytes": cloud_memory,
+        "edge_bytes": statistics.mean(memory),
+        "single_bytes": statistics.mean(single_memory),
+        "jain": jain([sum(of_one) for of_one in zip(*(each.tenants.steps for each in done), strict=True)]),
+        "flood_p99_ratio": p99(flooded, range(settings.n - 1)) / p99(calm, tenants[1:]),
         "max_loss_diff": max(
             loss_difference(folder / "together" / str(tenant), folder / "alone" / str(tenant)) for tenant in tenants
         ),
-        "tokens_per_s": together.throughput,
-        "single_tokens_per_s": single,
+        "turns": [each.ratio for each in done],
+        "tokens_per_s": statistics.median(each.tenants.throughput for each in done),
+        "single_tokens_per_s": statistics.median(each.single for each in done),
+        **({"growth": growth} if growth else {}),
         **{name: value for name, value in asdict(settings).items() if name != "model"},
     }
 
 
-def run_growth(settings: TenantSettings, counts: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Tokens per second of so many tenants, and of as many single processes: `n`, `tenants` and `single` each.
-
-    A machine's speed drifts in minutes, so the single processes run before and after.
-    """
-    settings = replace(settings, model=str(resolve(settings.model).folder))
-    rows = []
-    with stderr_progress("tenants", 3 * len(counts)) as advance, _cloud(settings, folder / "cloud", "fp32") as cloud:
-        for n in counts:
-            throughput = []
-            for turn, over in enumerate((None, cloud, None)):
-                throughput.append(_crowd(settings, folder / f"{n}-{turn}", over, range(n)).throughput)
-                advance()
-            before, tenants, after = throughput
-            rows.append({"n": n, "tenants": tenants, "single": statistics.mean((before, after))})
-    return rows
+def _growth(n: int, turns: Sequence[Beside]) -> dict[str, float]:
+    return {
+        "n": n,
+        "tenants": statistics.mean(each.tenants.throughput for each in turns),
+        "single": statistics.mean(each.single for each in turns),
+        "ratio": statistics.mean(each.ratio for each in turns),
+    }
 
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw what `run_growth` returns.
+    """Draw the `growth` that `run_tenants` returns.
 
     Raises:
         ConfigError: The package matplotlib is missing.
@@ -264,8 +386,8 @@ def jain(values: Sequence[float]) -> float:
 
 
 def loss_difference(ours: Path, theirs: Path) -> float:
-    """The largest relative difference of two runs' losses, step by step."""
-    pairs = zip(_losses(ours), _losses(theirs), strict=True)
+    """The largest relative difference of two runs' losses, step by step, as far as both have come."""
+    pairs = zip(_losses(ours), _losses(theirs), strict=False)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
@@ -273,43 +395,51 @@ def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()]
 
 
-def span_gain(settings: TenantSettings) -> tuple[float, float, int]:
-    """What a pass over all tenants' calls gains.
+class SpanGain:
+    """What a pass over all tenants' calls gains, with one thread and in seconds of a processor."""
 
-    Returns:
-        The time of forward and backward of all, each in a pass of its own, over that in one pass; the processor seconds
-        of the former; the bytes of the span's weights. Times are the least of several: what disturbs only adds to them.
-    """
-    torch.set_num_threads(1)
-    checkpoint = resolve(settings.model)
-    plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
-    span = load_span(checkpoint, plan)
-    executor = Executor(SiteHost(span), torch.float32, 1 << 40)
-    calls = {
-        (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
-        for tenant in range(settings.n)
-    }
-    gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in calls.items()]
-
-    def apart() -> None:
-        for (key, given), gradient in zip(calls.items(), gradients, strict=True):
-            executor.forward(*key, given, keep=True)
-            executor.backward(*key, gradient.gradient)
-
-    def together() -> None:
-        executor.forward_together(calls, keep=True)
-        executor.backward_together(gradients)
-
-    seconds: dict[Callable[[], None], list[float]] = {apart: [], together: []}
-    for turn in range(GAIN_ROUNDS + 1):
-        for way in (apart, together):
-            start = time.process_time()
+    def __init__(self, settings: TenantSettings) -> None:
+        torch.set_num_threads(1)
+        checkpoint = resolve(settings.model)
+        plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
+        span = load_span(checkpoint, plan)
+        self.span_bytes = sum(each.numel() * each.element_size() for each in (*span.parameters(), *span.buffers()))
+        self._executor = Executor(SiteHost(span), torch.float32, 1 << 40)
+        self._calls = {
+            (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
+            for tenant in range(settings.n)
+        }
+        self._gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in self._calls.items()]
+        self._seconds: dict[Callable[[], None], list[float]] = {self._apart: [], self._together: []}
+        for way in self._seconds:  # for warming up
             way()
-            if turn:  # the first one is for warming up
-                seconds[way].append(time.process_time() - start)
-    weights = sum(each.numel() * each.element_size() for each in (*span.parameters(), *span.buffers()))
-    cpu = min(seconds[apart])
-    return cpu / min(seconds[together]), cpu, weights
+
+    def measure(self) -> None:
+        """Compute everything in passes of one call and in one pass, in turns."""
+        for _ in range(GAIN_ROUNDS):
+            for way, seconds in self._seconds.items():
+                start = time.process_time()
+                way()
+                seconds.append(time.process_time() - start)
+
+    @property
+    def apart(self) -> float:
+        """Seconds of forward and backward of all, each in a pass of its own."""
+        return statistics.median(self._seconds[self._apart])
+
+    @property
+    def gain(self) -> float:
+        """That over the seconds of one pass over all."""
+        return self.apart / statistics.median(self._seconds[self._together])
+
+    def _apart(self) -> None:
+        for (key, given), gradient in zip(self._calls.items(), self._gradients, strict=True):
+            self._executor.forward(*key, given, keep=True)
+            self._executor.backward(*key, gradient.gradient)
+
+    def _together(self) -> None:
+        self._executor.forward_together(self._calls, keep=True)
+        self._executor.backward_together(self._gradients)
 
 
 @contextlib.contextmanager
@@ -331,57 +461,35 @@ def _key(cloud: LocalCloud, tenant: int) -> Path:
     return key
 
 
-def _crowd(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenants: Sequence[int]) -> Crowd:
-    """Let tenants work together; without a cloud, each in a single process."""
-    folder.mkdir(parents=True)
-    with ExitStack() as stack:
-        processes = [stack.enter_context(_process(settings, folder, cloud, tenant)) for tenant in tenants]
-        for process in processes:
-            process.answer()  # it is warm
-        worker = None if cloud is None else cloud.status()["pid"]
-        if worker is not None:
-            forget_peak(worker)
-        for process in processes:
-            process.tell("begin")
-        seen = [Seen(**json.loads(process.answer())) for process in processes]
-        memory = [proportional_bytes(process.pid) for process in processes]
-        most = 0 if worker is None else peak_bytes(worker)
-        for process in processes:
-            process.tell("end")
-        for process in processes:
-            process.answer()
-    return Crowd(seen, [settings.length(tenant) for tenant in tenants], memory, most)
-
-
 def _process(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int) -> TurnProcess:
     texts = folder / f"{tenant}.jsonl"
-    write_long_texts(texts, WARM_UP + settings.steps + 1, settings.length(tenant))
+    write_long_texts(texts, WARM_UP + settings.steps, settings.length(tenant))
     config = {
         "data": str(texts),
         "validation_split": 0.0,
         "out": str(folder / str(tenant)),
-        "steps": WARM_UP + settings.steps + 1,
+        "steps": ENDLESS,
         "batch": 1,
         "max_length": settings.length(tenant),
         "learning_rate": 1e-3,
-        "save_every": 10 * settings.steps,
+        "save_every": ENDLESS,
         "method": METHODS[tenant % len(METHODS)],
         "seed": tenant,
         "threads": 1,
         "cloud": "-" if cloud is None else cloud.connection,
         "key": None if cloud is None else str(_key(cloud, tenant)),
     }
-    task = {"model": settings.model, "edge_layers": settings.edge_layers, "config": config, "steps": settings.steps}
+    task = {"model": settings.model, "edge_layers": settings.edge_layers, "config": config}
     return TurnProcess(f"tenant {tenant}", _MODULE, task, 1)
 
 
 @contextlib.contextmanager
-def _flood(settings: TenantSettings, cloud: LocalCloud, folder: Path) -> Iterator[None]:
-    """A tenant with ten sessions, of which each wants computing all the time, in a process of its own."""
+def _flood(settings: TenantSettings, cloud: LocalCloud) -> Iterator[TurnProcess]:
+    """A tenant with ten sessions in a process of its own; each wants computing all the time, from `pour` to `rest`."""
     task = {"flood": cloud.connection, "key": str(_key(cloud, 0)), "tokens": settings.length(0)}
     with TurnProcess("the flood", _MODULE, task, 1) as process:
         process.answer()
-        yield
+        yield process
 
 
 def proportional_bytes(pid: int) -> int:
@@ -431,61 +539,96 @@ def _told(pid: int, file: str, name: str) -> int:
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
-class Moments(StepWatch):
-    """Notes when steps begin: a `isthmus.edge.trainer.StepObserver` that waits for a line before those that count."""
+class Enough(Exception):  # noqa: N818 - nothing went wrong
+    """There are no further turns."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+
+class Moments(StepWatch):
+    """Notes when steps begin: a `isthmus.edge.trainer.StepObserver` that waits between turns for what to do next."""
+
+    def __init__(self) -> None:
         self._moments: list[float] = []
-        self._made = 0
-        self._cpu = 0.0
+        self._made, self._steps, self._cpu = 0, 0, 0.0
 
     def before_step(self, step: int) -> None:
-        """Note it; wait before the first step that counts, and after the last."""
+        """Note it; wait before the first step after warming up, and after the last one of each turn."""
         self._made += 1
+        if self._made <= WARM_UP:
+            return
         if self._made == WARM_UP + 1:
-            self._say("warm")
-            self._cpu = time.process_time()
-        if self._made > WARM_UP:
-            self._moments.append(time.monotonic())
-        if len(self._moments) == self._steps + 1:
-            self._say(json.dumps({"moments": self._moments, "cpu_s": time.process_time() - self._cpu}))
+            self._wait("warm")
+        self._moments.append(time.monotonic())
+        if len(self._moments) > self._steps:
+            self._wait(json.dumps({"moments": self._moments, "cpu_s": time.process_time() - self._cpu}))
+            self._moments = [time.monotonic()]
 
-    def _say(self, text: str) -> None:
+    def _wait(self, text: str) -> None:
         print(text, flush=True)
-        if not sys.stdin.readline():
-            raise SystemExit("nobody is left to measure for")
+        told = sys.stdin.readline().strip()
+        if not told.isdigit():
+            raise Enough
+        self._steps, self._cpu = int(told), time.process_time()
 
 
 def _main(task: Mapping[str, Any]) -> None:
     if "flood" in task:
         _pour(task)
         return
-    config, moments = load_config(None, task["config"]), Moments(task["steps"])
-    if config.key is None:
-        train_in_one_process(task["model"], task["edge_layers"], config, watchers=[moments])
-    else:
-        with open_link(config) as link:
-            train_over(link, config, [moments])
+    config = load_config(None, task["config"])
+    with contextlib.suppress(Enough):
+        if config.key is None:
+            train_in_one_process(task["model"], task["edge_layers"], config, watchers=[Moments()])
+        else:
+            with open_link(config) as link:
+                train_over(link, config, [Moments()])
     print("done", flush=True)
 
 
-def _pour(task: Mapping[str, Any]) -> None:
-    def session() -> None:
-        with connect(task["flood"], key=task["key"]) as link:
-            hidden = torch.randn(1, task["tokens"], link.info.hidden_size)
-            begun.release()
+class _Flood:
+    """Sessions that call again and again, all of them or none."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        self._task = task
+        self._changed = threading.Condition()
+        self._pouring = False
+        self._working = FLOOD_SESSIONS  # sessions that have something to do: at first, to connect
+        for _ in range(FLOOD_SESSIONS):
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def turn(self, *, pouring: bool) -> None:
+        """Have all sessions call, or wait until none does."""
+        with self._changed:
+            self._pouring = pouring
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: pouring or not self._working)
+
+    def _run(self) -> None:
+        try:
+            self._session()
+        except BaseException as error:  # noqa: BLE001  # else whoever waits for the session would wait for ever
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _session(self) -> None:
+        with connect(self._task["flood"], key=self._task["key"]) as link:
+            hidden = torch.randn(1, self._task["tokens"], link.info.hidden_size)
             while True:
+                with self._changed:
+                    self._working -= 1
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._pouring)
+                    self._working += 1
                 _, kept = link.forward_span(hidden, None, None, keep=True)
                 link.backward_span(kept, _gradient(hidden), hidden, None, None)
 
-    begun = threading.Semaphore(0)
-    for _ in range(FLOOD_SESSIONS):
-        threading.Thread(target=session, daemon=True).start()
-    for _ in range(FLOOD_SESSIONS):
-        begun.acquire()
-    print("pouring", flush=True)
-    sys.stdin.readline()
+
+def _pour(task: Mapping[str, Any]) -> None:
+    flood = _Flood(task)
+    flood.turn(pouring=False)
+    print("connected", flush=True)
+    for line in sys.stdin:
+        flood.turn(pouring=line.strip() == "pour")
+        print("done", flush=True)
     os._exit(0)  # the sessions never end by themselves
 
 

@@ -21,7 +21,7 @@ def tenants(
     edge_layers: Annotated[
         str, typer.Option(help="How many of the first and of the last layers the edge holds.")
     ] = "2:2",
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each tenant that count.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each tenant that count.")] = 24,
     threads: Annotated[
         int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores.")
     ] = None,
@@ -38,14 +38,13 @@ def tenants(
     Example: isthmus bench tenants --n 8 --json
     """
     from isthmus.experiments.harness import working_folder
-    from isthmus.experiments.tenants_bench import TenantSettings, draw_growth, run_growth, run_tenants
+    from isthmus.experiments.tenants_bench import TenantSettings, draw_growth, run_tenants
 
     settings = TenantSettings(model, n, tokens, edge_layers, steps, threads or os.cpu_count() or 1, batching)
+    counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)})
     with working_folder() as folder:
-        result = to_its_end(lambda: run_tenants(settings, folder))
+        result = to_its_end(lambda: run_tenants(settings, folder, () if figure is None else counts))
         if figure is not None:
-            counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)})
-            result["growth"] = to_its_end(lambda: run_growth(settings, counts, folder / "growth"))
             draw_growth(result["growth"], figure)
     if as_json:
         typer.echo(json.dumps(result))

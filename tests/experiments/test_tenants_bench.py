@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,17 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import load_span
 from isthmus.cli.main import app
 from isthmus.experiments.tenants_bench import (
-    Crowd,
+    Beside,
+    Enough,
+    Moments,
     Seen,
     TenantSettings,
+    Turn,
     forget_peak,
+    in_turns,
     jain,
     loss_difference,
+    p99,
     peak_bytes,
     proportional_bytes,
 )
@@ -37,18 +44,63 @@ def steps(begun: float, seconds: float, count: int) -> Seen:
 
 
 def test_what_counts_is_the_time_in_which_all_are_at_work() -> None:
-    crowd = Crowd([steps(0.0, 1.0, 10), steps(2.5, 0.5, 10)], [8, 4], [1, 1], 0)
-    assert crowd.steps == pytest.approx([5.0, 10.0])  # from 2.5 to 7.5
-    assert crowd.throughput == pytest.approx((5 * 8 + 10 * 4) / 5)
-    assert crowd.cpu_per_round == pytest.approx(1.0)
+    turn = Turn([steps(0.0, 1.0, 10), steps(2.5, 0.5, 10)], [8, 4])
+    assert turn.steps == pytest.approx([5.0, 10.0])  # from 2.5 to 7.5
+    assert turn.throughput == pytest.approx((5 * 8 + 10 * 4) / 5)
+    assert turn.cpu_per_step == pytest.approx(1.0)
 
 
-def test_the_99th_percentile_is_of_the_tenants_asked_for() -> None:
+def test_the_99th_percentile_is_of_the_tenants_asked_for_in_all_turns() -> None:
     slow = Seen((0.0, 1.0, 2.0, 5.0), 0.0)
-    crowd = Crowd([slow, steps(0.0, 1.0, 100)], [1, 1], [1, 1], 0)
-    assert crowd.p99([0]) == pytest.approx(3.0)
-    assert crowd.p99([1]) == pytest.approx(1.0)
-    assert crowd.p99([0, 1]) == pytest.approx(1.0)  # one of 103
+    turn = Turn([slow, steps(0.0, 1.0, 100)], [1, 1])
+    assert p99([turn], [0]) == pytest.approx(3.0)
+    assert p99([turn], [1]) == pytest.approx(1.0)
+    assert p99([turn], [0, 1]) == pytest.approx(1.0)  # one of 103
+    assert p99([Turn([steps(0.0, 2.0, 3)], [1]), Turn([steps(0.0, 1.0, 3)], [1])], [0]) == pytest.approx(2.0)
+
+
+class Logged:
+    """A crowd that computes nothing: each of its turns takes so many seconds a step."""
+
+    def __init__(self, name: str, log: list[Any], seconds: Sequence[float]) -> None:
+        self.name, self.log, self._seconds = name, log, iter(seconds)
+
+    def work(self, count: int, tenants: Sequence[int] | None) -> Turn:
+        self.log.append((self.name, count, tenants))
+        return Turn([steps(0.0, next(self._seconds), count)], [10])
+
+
+def test_tenants_are_compared_with_the_single_processes_before_and_after_them() -> None:
+    log: list[Any] = []
+    singles: Any = Logged("singles", log, [1.0, 2.0, 4.0])
+    crowd: Any = Logged("tenants", log, [1.0, 1.0])
+    done = in_turns(singles, crowd, 2, 3, range(1), lambda: log.append("between"))
+    one, all_ = ("singles", 3, range(1)), ("tenants", 3, range(1))
+    assert log == [one, "between", all_, one, "between", all_, one]
+    assert [each.single for each in done] == pytest.approx([(10 + 5) / 2, (5 + 2.5) / 2])
+    assert [each.ratio for each in done] == pytest.approx([10 / 7.5, 10 / 3.75])
+    assert isinstance(done[0], Beside)
+    assert done[0].after is done[1].before
+
+
+def test_a_process_waits_when_it_is_warm_and_after_each_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("2\n1\nend\n"))
+    moments = Moments()
+    said = []
+    for step in range(1, 6):
+        moments.before_step(step)
+        said.append(capsys.readouterr().out.splitlines())
+    with pytest.raises(Enough):
+        moments.before_step(6)
+    said.append(capsys.readouterr().out.splitlines())
+    assert said[:4] == [[], [], ["warm"], []]
+    first, second = (json.loads(line) for line in (*said[4], *said[5]))
+    assert len(first["moments"]) == 3
+    assert len(second["moments"]) == 2
+    assert second["moments"][0] >= first["moments"][-1]
+    assert min(first["cpu_s"], second["cpu_s"]) >= 0
 
 
 def test_jains_index() -> None:
@@ -72,8 +124,11 @@ def test_settings_that_say_nothing_are_refused(values: dict[str, int]) -> None:
 
 @pytest.mark.server
 def test_a_whole_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     model = tiny_checkpoint("llama", tmp_path / "model")
-    options = ["--n", "2", "--tokens", "32", "--steps", "3", "--edge-layers", "1:1", "--threads", "1", "--json"]
+    figure = tmp_path / "tenants.png"
+    options = ["--n", "2", "--tokens", "32", "--steps", "8", "--edge-layers", "1:1", "--threads", "1", "--json"]
+    options += ["--figure", str(figure)]
     result = CliRunner().invoke(app, ["bench", "tenants", "--model", str(model), *options])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
@@ -87,8 +142,12 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert figures["throughput_bound"] == pytest.approx(
         1 / (figures["edge_share"] + (1 - figures["edge_share"]) / figures["span_batching_gain"])
     )
-    ratio = figures["tokens_per_s"] / figures["single_tokens_per_s"]
-    assert figures["throughput_ratio"] == pytest.approx(ratio)
+    assert len(figures["turns"]) == 4
+    assert figures["throughput_ratio"] == pytest.approx(statistics.median(figures["turns"]))
+    assert figures["throughput_over_bound"] == pytest.approx(figures["throughput_ratio"] / figures["throughput_bound"])
+    assert [row["n"] for row in figures["growth"]] == [1, 2]
+    assert min(row["ratio"] for row in figures["growth"]) > 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
     assert figures["jain"] > 0.5
     assert figures["flood_p99_ratio"] > 0
     assert figures["throughput_ratio_bf16_cloud"] > 0
