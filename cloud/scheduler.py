@@ -61,7 +61,7 @@ class Share:
 
 MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
-CLOSING_SHARE = 0.4
+CLOSING_SHARE = 0.5
 """Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
 LANE_SLACK = 1.15
 """A batch may be so much larger than an even part, for each lane, of all that is at work."""

@@ -711,7 +711,7 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     for session in ("a", "b"):
         worker.add(session, CLOSING, positions=30)
     assert [names(worker.begin()) for _ in range(2)] == [["a"], ["b"]]  # a lane for each
-    assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.4 + 30 < 60
+    assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.5 + 30 = 60
 
     patient = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
     for session in ("a", "b"):

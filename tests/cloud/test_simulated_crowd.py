@@ -27,6 +27,7 @@ FORWARD, BACKWARD = (
 )
 PASS_SECONDS, POSITION_SECONDS, OWN_SECONDS = 0.114, 0.0056, 0.0047
 STEPS = 12
+ROOM = 287.0  # of SmolLM2-135M's span in fp32
 
 Then = Callable[[], object]
 
@@ -142,7 +143,7 @@ def calm_steps(room: float) -> list[float]:
         pytest.param(1, [FORWARD], id="one that closes nothing"),
     ],
 )
-@pytest.mark.parametrize("room", [397.0, math.inf])
+@pytest.mark.parametrize("room", [ROOM, math.inf])
 def test_whoever_floods_slows_the_others_down_little(room: float, sessions: int, kinds: Sequence[Kind]) -> None:
     calm = calm_steps(room)
     flooded = [step for seed in range(4) for step in crowd(seed, room, sessions, kinds).steps()]
@@ -150,7 +151,7 @@ def test_whoever_floods_slows_the_others_down_little(room: float, sessions: int,
     assert sorted(flooded)[-len(flooded) // 100] <= 1.2 * sorted(calm)[-len(calm) // 100]
 
 
-@pytest.mark.parametrize("room", [397.0, math.inf])
+@pytest.mark.parametrize("room", [ROOM, math.inf])
 def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
     machine = crowd(0, room)
     positions = 64 * sum(LENGTHS)
