@@ -343,7 +343,8 @@ def run_tenants(settings: TenantSettings, folder: Path, counts: Sequence[int] = 
         "jain": jain([sum(of_one) for of_one in zip(*(each.tenants.steps for each in done), strict=True)]),
         "flood_p99_ratio": p99(flooded, range(settings.n - 1)) / p99(calm, tenants[1:]),
         "max_loss_diff": max(
-            loss_difference(folder / "together" / str(tenant), folder / "alone" / str(tenant)) for tenant in tenants
+            loss_difference(folder / "together" / str(tenant), folder / "alone" / str(tenant), WARM_UP + TURNS * steps)
+            for tenant in tenants
         ),
         "turns": [each.ratio for each in done],
         "tokens_per_s": statistics.median(each.tenants.throughput for each in done),
@@ -385,14 +386,21 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
-def loss_difference(ours: Path, theirs: Path) -> float:
-    """The largest relative difference of two runs' losses, step by step, as far as both have come."""
-    pairs = zip(_losses(ours), _losses(theirs), strict=False)
+def loss_difference(ours: Path, theirs: Path, steps: int) -> float:
+    """The largest relative difference of two runs' losses in their first steps.
+
+    Raises:
+        IsthmusError: One of them has come less far.
+    """
+    pairs = zip(_losses(ours, steps), _losses(theirs, steps), strict=True)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
-def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()]
+def _losses(run: Path, steps: int) -> list[float]:
+    losses = [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()[:steps]]
+    if len(losses) < steps:
+        raise IsthmusError(f"the run in {run} has {len(losses)} losses, and {steps} are to be compared")
+    return losses
 
 
 class SpanGain:

@@ -112,8 +112,11 @@ def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
     for name, losses in (("a", (2.0, 1.0)), ("b", (2.0, 1.25))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "losses.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
-    assert loss_difference(tmp_path / "a", tmp_path / "a") == 0
-    assert loss_difference(tmp_path / "a", tmp_path / "b") == pytest.approx(0.2)
+    assert loss_difference(tmp_path / "a", tmp_path / "a", 2) == 0
+    assert loss_difference(tmp_path / "a", tmp_path / "b", 2) == pytest.approx(0.2)
+    assert loss_difference(tmp_path / "a", tmp_path / "b", 1) == 0
+    with pytest.raises(IsthmusError, match="has 2 losses, and 3 are to be compared"):
+        loss_difference(tmp_path / "a", tmp_path / "b", 3)
 
 
 @pytest.mark.parametrize("values", [{"n": 1}, {"tokens": 4}])
