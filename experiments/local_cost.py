@@ -29,8 +29,9 @@ from isthmus.emulator.model import build_emulator, load_emulator, save_emulator
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.text import load_blocks
 from isthmus.experiments.harness import stderr_progress
+from isthmus.experiments.process_memory import own_bytes
 from isthmus.experiments.scoring import whole
-from isthmus.experiments.turns import TurnProcess, resident_bytes
+from isthmus.experiments.turns import TurnProcess
 
 WARM_UP = 2
 _MODULE = "isthmus.experiments.local_cost"
@@ -138,14 +139,14 @@ def _serve(task: dict[str, Any]) -> None:
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
     settings = CostSettings(**task)
     torch.set_num_threads(settings.threads)
-    before = resident_bytes("VmRSS")
+    before = own_bytes("VmRSS")
     step = _stepper(_model(kind, settings, emulator), settings)
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "step":
             print(step(), flush=True)
         else:
-            peak = resident_bytes("VmHWM")
+            peak = own_bytes("VmHWM")
             print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
 
 

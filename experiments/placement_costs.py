@@ -28,9 +28,10 @@ from isthmus.edge.strip import open_link
 from isthmus.experiments.demo import parity_of
 from isthmus.experiments.harness import Endpoint
 from isthmus.experiments.placement_modes import SINGLE, Mode
+from isthmus.experiments.process_memory import own_bytes
 from isthmus.experiments.prose import write_long_texts
 from isthmus.experiments.single import train_in_one_process
-from isthmus.experiments.turns import StepWatch, TurnProcess, resident_bytes
+from isthmus.experiments.turns import StepWatch, TurnProcess
 
 EPOCH_STEPS = 3
 """Steps of an epoch. The first one is for warming up."""
@@ -230,7 +231,7 @@ class Turns(StepWatch):
         told = None
         if self._begun is not None:
             seconds, spent = time.perf_counter() - self._begun, self._totals() - self._before
-            told = {"seconds": seconds, "spent": asdict(spent), "peak": resident_bytes("VmHWM")}
+            told = {"seconds": seconds, "spent": asdict(spent), "peak": own_bytes("VmHWM")}
         print(json.dumps(told), flush=True)
 
 

@@ -38,12 +38,14 @@ def tenants(
     Example: isthmus bench tenants --n 8 --json
     """
     from isthmus.experiments.harness import working_folder
-    from isthmus.experiments.tenants_bench import TenantSettings, draw_growth, run_tenants
+    from isthmus.experiments.tenants_bench import draw_growth, run_tenants
+    from isthmus.experiments.tenants_crowd import TenantSettings
 
-    settings = TenantSettings(model, n, tokens, edge_layers, steps, threads or os.cpu_count() or 1, batching)
-    counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)})
+    counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)}) if figure else ()
+    threads = threads or os.cpu_count() or 1
+    settings = TenantSettings(model, n, tokens, edge_layers, steps, threads, batching, tuple(counts))
     with working_folder() as folder:
-        result = to_its_end(lambda: run_tenants(settings, folder, () if figure is None else counts))
+        result = to_its_end(lambda: run_tenants(settings, folder))
         if figure is not None:
             draw_growth(result["growth"], figure)
     if as_json:

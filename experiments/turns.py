@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.errors import IsthmusError
@@ -102,18 +101,3 @@ class StepWatch:
 
     def load_state(self, state: Any) -> None:
         """There is nothing in it."""
-
-
-def resident_bytes(name: str) -> int:
-    """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
-
-    Not getrusage's, which begins with the parent's.
-
-    Raises:
-        IsthmusError: This system does not tell.
-    """
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise IsthmusError(f"this system does not say {name} of a process, which the figures of memory need")

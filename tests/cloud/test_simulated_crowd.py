@@ -18,7 +18,8 @@ from itertools import pairwise
 import pytest
 
 from isthmus.cloud.scheduler import Batching, Kind, Scheduler, Share
-from isthmus.experiments.tenants_bench import LENGTHS, jain
+from isthmus.experiments.tenants_bench import jain
+from isthmus.experiments.tenants_crowd import LENGTHS
 
 CORES, LANES = 2, 2
 FORWARD, BACKWARD = (

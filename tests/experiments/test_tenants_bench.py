@@ -15,28 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import N_LAYERS, tiny_checkpoint
+from support.tiny import N_LAYERS, tiny_checkpoint, tiny_config
+from support.training import config
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import load_span
 from isthmus.cli.main import app
-from isthmus.experiments.tenants_bench import (
-    Beside,
-    Enough,
-    Moments,
-    Seen,
-    TenantSettings,
-    Turn,
-    forget_peak,
-    in_turns,
-    jain,
-    loss_difference,
-    p99,
-    peak_bytes,
-    proportional_bytes,
-)
+from isthmus.edge.methods import build_peft
+from isthmus.experiments.process_memory import forget_peak, peak_bytes, proportional_bytes
+from isthmus.experiments.tenants_bench import jain, loss_difference
+from isthmus.experiments.tenants_crowd import Beside, Seen, TenantSettings, Turn, in_turns, p99
+from isthmus.experiments.tenants_process import WARM_UP, Enough, Moments
 
 
 def steps(begun: float, seconds: float, count: int) -> Seen:
@@ -123,6 +115,18 @@ def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
 def test_settings_that_say_nothing_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 2 of 16"):
         TenantSettings("tiny", **values)
+
+
+@pytest.mark.parametrize("counts", [(), (1, 2, 4, 8)])
+def test_adalora_prunes_within_the_steps_whose_losses_are_compared(tmp_path: Path, counts: tuple[int, ...]) -> None:
+    settings = TenantSettings("tiny", counts=counts)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    tuned = build_peft(model, config(tmp_path, method="adalora", steps=settings.steps_at_most))
+    schedule = tuned.base_model.rankallocator
+    schedule.set_total_step(settings.steps_at_most)
+    compared = WARM_UP + settings.steps
+    budgets = [schedule.budget_schedule(step)[0] for step in (0, compared)]
+    assert budgets[0] > budgets[1] > schedule.target_bgt
 
 
 @pytest.mark.server
