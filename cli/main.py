@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from isthmus.backbone.errors import DiskError, IsthmusError
+from isthmus.cli.ending import run_to_end
 from isthmus.cloud.commands import app as cloud
 from isthmus.edge.commands import app as edge
 from isthmus.edge.emulator_commands import app as tuning
@@ -59,7 +60,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command that this process was started with. Raises SystemExit."""
     try:
         app()
     except IsthmusError as error:
@@ -88,5 +89,10 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def console() -> None:
+    """Entry point of the console script."""
+    run_to_end(main)
+
+
 if __name__ == "__main__":
-    main()
+    console()
