@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -81,9 +82,15 @@ def _commands(text: str) -> Iterator[list[str]]:
         yield shlex.split(line, comments=True)[1:]
 
 
+@functools.cache
+def _tree() -> Any:
+    """All commands."""
+    return typer.main.get_command(app)
+
+
 def _check_command(words: list[str]) -> None:
     """Follow the words down the command tree, and look up every flag of the command that they end in."""
-    command: Any = typer.main.get_command(app)
+    command = _tree()
     rest = list(words)
     while rest and hasattr(command, "commands") and not rest[0].startswith("-"):
         if rest[0] in {"…", "..."}:
@@ -104,7 +111,7 @@ def test_every_command_and_flag_that_a_document_shows_exists(document: Path) -> 
 
 def test_the_readme_shows_every_command_of_the_parties() -> None:
     shown = {tuple(words[:2]) for words in _commands((ROOT / "README.md").read_text())}
-    tree: Any = typer.main.get_command(app)
+    tree = _tree()
     for party in ("cloud", "edge", "emulator"):
         assert {(party, name) for name in tree.commands[party].commands} <= shown
 
@@ -117,7 +124,7 @@ def test_every_flag_between_backticks_is_one_of_some_command(document: Path) -> 
         own = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         return own.union(*(flags(sub) for sub in getattr(command, "commands", {}).values()))
 
-    known = flags(typer.main.get_command(app)) | {"--help"}
+    known = flags(_tree()) | {"--help"}
     named = set(re.findall(r"`(--[a-z][a-z-]*)", _BLOCK.sub("", document.read_text())))
     assert named - known == set()
 

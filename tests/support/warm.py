@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -71,6 +72,8 @@ def _main() -> None:
 
     if threading.active_count() > 1:
         raise RuntimeError("a process with several threads must not fork")
+    gc.collect()
+    gc.freeze()  # else each fork looks through everything, and so copies it
     for line in sys.stdin:
         words, environment, folder, out, errors = json.loads(line)
         pid = os.fork()
