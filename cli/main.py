@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.errors import DiskError, IsthmusError
-from isthmus.cli.ending import run_to_end
 from isthmus.cloud.commands import app as cloud
 from isthmus.edge.commands import app as edge
 from isthmus.edge.emulator_commands import app as tuning

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.errors import IsthmusError
 from isthmus.edge.config import load_config
 from isthmus.edge.link import Link
@@ -127,8 +128,12 @@ def main(task: dict[str, Any]) -> None:
             link.observer = lambda question, phase: None
 
 
-if __name__ == "__main__":
+def _process() -> None:
     try:
         main(json.loads(sys.argv[1]))
     except IsthmusError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    run_to_end(_process)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.sources import resolve
 from isthmus.edge.link import Link
@@ -288,4 +289,4 @@ def _main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    run_to_end(lambda: _main(Path(sys.argv[1])))

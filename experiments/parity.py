@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.errors import ConfigError, DataError, IsthmusError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -272,4 +273,4 @@ def _perturb(model: Any, plan: SplitPlan) -> None:
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    run_to_end(lambda: _main(json.loads(sys.argv[1])))

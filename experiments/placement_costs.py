@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.config import load_config
 from isthmus.edge.report import StripTotals
@@ -249,4 +250,4 @@ def _main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    run_to_end(lambda: _main(json.loads(sys.argv[1])))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.sources import resolve
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig, load_config
@@ -51,6 +52,10 @@ def train_in_one_process(
     return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
 
 
-if __name__ == "__main__":
+def _process() -> None:
     options = load_config(None, {"cloud": "-", **json.loads(sys.argv[3])})
     train_in_one_process(sys.argv[1], sys.argv[2], options, everywhere="everywhere" in sys.argv[4:])
+
+
+if __name__ == "__main__":
+    run_to_end(_process)

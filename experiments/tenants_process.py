@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from isthmus.backbone.ending import run_to_end
 from isthmus.edge.config import load_config
 from isthmus.edge.link import connect
 from isthmus.edge.run import train_over
@@ -128,4 +129,4 @@ def _gradient(hidden: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    run_to_end(lambda: _main(json.loads(sys.argv[1])))

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from support import training
 from support.sited import Sited
 from support.tiny import tiny_checkpoint
 from support.training import Strip, config, data, trainer
+from support.warm import warm
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
@@ -380,10 +380,9 @@ def test_a_cloud_that_stays_away(model_folder: Path, undisturbed: Path, tmp_path
 def test_a_killed_edge_goes_on_as_if_nothing_had_been(
     model_folder: Path, undisturbed: Path, tmp_path: Path, *, moment: str, step: int, left: list[str]
 ) -> None:
-    command = [sys.executable, training.__file__, str(model_folder), str(tmp_path), moment, str(step)]
-    paths = [str(Path(training.__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    words = (str(model_folder), str(tmp_path), moment, str(step))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = warm().run(words, environment, tmp_path, 240, program=training.__file__)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint_names(tmp_path) == left
     trainer(model_folder, config(tmp_path, resume=True), Strip()).fit()

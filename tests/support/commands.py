@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.warm import warm
+from support.warm import Forked, warm
 
 from isthmus.cli.main import main
 
@@ -29,6 +29,10 @@ with socket.socket() as probe:
 print("the probe says", errno.errorcode.get(result, "connected"), file=sys.stderr, flush=True)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Shell:
@@ -42,30 +46,13 @@ class Shell:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *words: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """Start a command; `prefix` is what starts it instead of this interpreter."""
-        return subprocess.Popen(
-            [*(prefix or (sys.executable,)), "-m", "isthmus.cli.main", *map(str, words)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *words: object) -> Forked:
+        """Start a command."""
+        return warm().start(tuple(map(str, words)), _environment(), self.folder)
 
-    def run(self, *words: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        if not prefix:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            return warm().run(tuple(map(str, words)), environment, self.folder, 240)
-        process = self.start(*words, prefix=prefix)
-        try:
-            return ended(process)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        return warm().run(tuple(map(str, words)), _environment(), self.folder, 240)
 
     def good(self, *words: object) -> str:
         """What a command that succeeds prints."""
@@ -82,14 +69,23 @@ class Shell:
 
         Before the command starts, and in its process, a connection to `port` of 127.0.0.1 fails.
         """
-        prefix = (*namespace(), sys.executable, "-c", PROBE, str(port))
-        done = self.run(*words, prefix=prefix)
+        command = [*namespace(), sys.executable, "-c", PROBE, str(port), "-m", "isthmus.cli.main", *map(str, words)]
+        done = subprocess.run(
+            command,
+            env=_environment(),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines()[0] == "the probe says ENETUNREACH"
         return done.stdout
 
 
-def ended(process: subprocess.Popen[str], number: signal.Signals | None = None) -> subprocess.CompletedProcess[str]:
+def ended(process: Forked, number: signal.Signals | None = None) -> subprocess.CompletedProcess[str]:
     """Wait for the end of a command, which a signal may hasten."""
     if number is not None:
         process.send_signal(number)
@@ -97,7 +93,7 @@ def ended(process: subprocess.Popen[str], number: signal.Signals | None = None) 
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(happened: Callable[[], bool], process: Forked) -> None:
     """Wait until something happens while a command runs; the command is killed if it does not."""
     deadline = time.monotonic() + 120
     while not happened():

@@ -15,7 +15,7 @@ import pytest
 def run(body: str, stdout: IO[str] | int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     program = textwrap.dedent("""
         import atexit, sys, threading, time
-        from isthmus.cli.ending import run_to_end
+        from isthmus.backbone.ending import run_to_end
 
         class Apart:
             def __del__(self):

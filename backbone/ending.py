@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 
 def run_to_end(main: Callable[[], None]) -> None:
-    """Run what ends with `SystemExit`, and have this process end with its code as soon as all that must happen has.
+    """Run all that a process is for, and have it end as soon as all that must happen has.
 
-    Threads that are no daemons come to their end first, whatever has been registered with `atexit` since is called,
-    and what was printed is written. Any other exception goes on as if this were not here.
+    It ends with the code of `SystemExit`, or 0. Threads that are no daemons come to their end first, whatever has been
+    registered with `atexit` since is called, and what was printed is written. Any other exception goes on as if this
+    were not here.
     """
     code = 0
 
