@@ -53,7 +53,7 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench faults --json
 	$(BIN)/isthmus bench chaos --seconds 600 --json
 	$(BIN)/isthmus bench chaos --soak --seconds 1800 --json
-	$(BIN)/isthmus bench tenants --n 8 --steps 12 --figure docs/figures/tenants.png --json
+	$(BIN)/isthmus bench tenants --n 8 --figure docs/figures/tenants.png --json
 	$(BIN)/isthmus bench qos --json
 	$(BIN)/isthmus bench kernels --json
 	$(BIN)/isthmus bench quantize --data-folder $(DATA) --json
