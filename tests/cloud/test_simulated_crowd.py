@@ -28,7 +28,7 @@ FORWARD, BACKWARD = (
 )
 PASS_SECONDS, POSITION_SECONDS, OWN_SECONDS = 0.114, 0.0056, 0.0047
 STEPS = 12
-ROOM = 232.0  # of SmolLM2-135M's span in fp32
+ROOM = 287.0  # of SmolLM2-135M's span in fp32
 
 Then = Callable[[], object]
 
@@ -160,4 +160,4 @@ def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
     rounds = sum(len(each) - 1 for each in machine.began.values()) / len(LENGTHS)
     assert machine.now / rounds <= best / 0.95
     assert machine.worked / machine.now >= 0.95 * CORES
-    assert jain([len(each) for each in machine.began.values()]) > (0.975 if room == ROOM else 0.99)  # 0.95 is asked
+    assert jain([len(each) for each in machine.began.values()]) > 0.99
