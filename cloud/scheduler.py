@@ -20,9 +20,10 @@ at its share of the time, and `Batching.window` at most. It does not rest before
 closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
-a backward needs. Where there is no room for more, opening waits for closing, no longer than the window either. One
-batch leaves room, so that one opens while another closes, and a tenant with several sessions has its share of the room
-while others are at work. Pieces that were opened together close together.
+a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what all that
+is open takes to compute. One batch leaves room, so that one opens while another closes. A tenant with several sessions
+has its share of the room while others are at work, and what it has opened beyond that keeps nobody else waiting. Pieces
+that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -65,7 +66,7 @@ CLOSING_SHARE = 0.5
 """Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
 LANE_SLACK = 1.15
 """A batch may be so much larger than an even part, for each lane, of all that is at work."""
-PATIENCE = 2.0
+PATIENCE = 4.0
 """How many times as long as computing it and what is open would take, a piece waits for room in memory at most."""
 RETHINK_SECONDS = 0.02
 """How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
@@ -216,7 +217,7 @@ class Scheduler(Generic[T]):
         return Counter({name: len(account) for name, account in self._accounts.items() if len(account)})
 
     def overdue(self) -> int:
-        """How many pieces have waited for longer than for company or for room: because there is too much work.
+        """How many pieces have waited for longer than for company, and not for room: because there is too much work.
 
         Those of a tenant that is over what it may have a second are not among them.
         """
@@ -224,7 +225,8 @@ class Scheduler(Generic[T]):
         patience = 0.0 if self._batching is None else self._batching.window
         for account in self._accounts.values():
             account.refill(now)
-        return sum(now - job.since > patience for job in self._jobs() if not self._accounts[job.tenant].overdrawn)
+        late = (job for job in self._jobs() if now - job.since > patience and not self._accounts[job.tenant].overdrawn)
+        return sum(self._fits(job, [], now) for job in late)
 
     def used(self) -> Mapping[str, float]:
         """Each tenant's account: seconds of computing over its weight, lifted where it was away."""
@@ -472,25 +474,38 @@ class Scheduler(Generic[T]):
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
 
-        It waits no longer than `PATIENCE` times what all that would take, and than `Batching.window`, and only as long
-        as they are expected by then.
+        It waits no longer than `PATIENCE` times what all that would take, and than its deadline leaves, and only as
+        long as they are expected by then.
         """
         if self._batching is None or job.kind is None or not job.kind.opens:
             return True
-        at_work = self._at_work(now)
         others = self._open.beside(job.owner)
-        taken = sum(each.positions for each in batch) + sum(
-            self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1) for owner in others
-        )
-        if len(others) + len(batch) < self._batching.open_calls or taken + job.positions <= self._room():
+        if len(others) + len(batch) < self._batching.open_calls:
             return True
-        seconds = self._seconds(round(taken) + job.positions, job) or math.inf
-        until = job.since + min(self._batching.window, PATIENCE * seconds)
+        at_work = self._at_work(now)
+        taken = sum(each.positions for each in batch) + self._taken_beside(job, at_work)
+        if taken + job.positions <= self._room():
+            return True
+        seconds = PATIENCE * self._seconds(round(taken) + job.positions, job) or self._batching.window
+        until = min(job.since + seconds, self._begin_by(job) - MARGIN_SECONDS)
         here = set().union(*at_work.values())
         return now >= until or not any(
             owner in here and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
             for owner in others
         )
+
+    def _taken_beside(self, job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
+        """The room that others have taken; of what a tenant with several sessions has, its share at most."""
+        left = {
+            owner: self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1)
+            for owner in self._open.beside(job.owner)
+        }
+        share = self._room() / max(1, len(at_work))
+        excess = 0.0
+        for tenant, sessions in at_work.items():
+            if tenant != job.tenant and len(sessions) > 1:
+                excess += max(0.0, sum(left.get(owner, 0.0) for owner in sessions) - share)
+        return sum(left.values()) - excess
 
     def _seconds(self, positions: int, job: Job[T]) -> float:
         """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from isthmus.cloud.attendance import THINK_SECONDS
-from isthmus.cloud.scheduler import LEAD_SECONDS, Batching, Job, Kind, Scheduler, Share
+from isthmus.cloud.scheduler import LEAD_SECONDS, RETHINK_SECONDS, Batching, Job, Kind, Scheduler, Share
 
 EQUAL = Share()
 
@@ -722,6 +722,42 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     assert patient.begin() == []
     patient.now += THINK_SECONDS + 0.01  # nobody knows a and b, which are not expected any more
     assert names(patient.begin()) == ["c"]
+
+
+def holding(*sessions: str) -> Lanes:
+    """A worker whose whole room these sessions have taken, which close what they have opened after two seconds."""
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for kind in (OPENING, CLOSING, OPENING):
+        for session in sessions:
+            worker.add(session, kind, positions=30)
+        batches = [worker.begin() for _ in sessions]
+        assert sorted(name for batch in batches for name in names(batch)) == [*sessions]
+        worker.now += 1.0
+        for batch in batches:
+            worker.scheduler.finished(batch, 1.0)
+        worker.now += 2.0
+    worker.now -= 2.0
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("sessions", "deadline", "seconds"),
+    [
+        pytest.param(("a", "b"), None, 4.0, id="until the others are overdue, whatever the window"),
+        pytest.param(("a", "b"), 3.5, 2.5, id="as long as the deadline allows"),
+        pytest.param(("a1", "a2"), None, 0.0, id="not for what a tenant has beyond its share"),
+    ],
+)
+def test_who_wants_room_waits(sessions: tuple[str, ...], deadline: float | None, seconds: float) -> None:
+    worker = holding(*sessions)
+    since = worker.now
+    worker.add("newcomer", OPENING, positions=30, deadline=deadline)
+    while not (batch := worker.begin()):
+        assert worker.scheduler.overdue() == 0, "it waits for room, and not because there is too much work"
+        worker.now += RETHINK_SECONDS
+        assert worker.now < since + 10
+    assert names(batch) == ["newcomer"]
+    assert worker.now - since == pytest.approx(seconds, abs=2 * RETHINK_SECONDS)
 
 
 def test_what_was_opened_together_closes_together() -> None:

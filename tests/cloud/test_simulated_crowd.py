@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -154,10 +155,14 @@ def test_whoever_floods_slows_the_others_down_little(room: float, sessions: int,
 
 @pytest.mark.parametrize("room", [ROOM, math.inf])
 def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
-    machine = crowd(0, room)
     positions = 64 * sum(LENGTHS)
     best = (OWN_SECONDS * positions + PASS_SECONDS + POSITION_SECONDS * positions) / CORES  # all calls in one pass
-    rounds = sum(len(each) - 1 for each in machine.began.values()) / len(LENGTHS)
-    assert machine.now / rounds <= best / 0.95
-    assert machine.worked / machine.now >= 0.95 * CORES
-    assert jain([len(each) for each in machine.began.values()]) > 0.99
+    efficiency, fairness = [], []
+    for seed in range(4):
+        machine = crowd(seed, room)
+        rounds = sum(len(each) - 1 for each in machine.began.values()) / len(LENGTHS)
+        efficiency.append(best * rounds / machine.now)
+        fairness.append(jain([len(each) for each in machine.began.values()]))
+        assert machine.worked / machine.now >= 0.95 * CORES
+    assert statistics.mean(efficiency) >= 0.95
+    assert statistics.mean(fairness) > 0.99
