@@ -19,10 +19,10 @@ from isthmus.cloud.computing import compute_threads
 from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.in_flight import InFlight
+from isthmus.cloud.jobs import Share
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.pipeline import StageSession
-from isthmus.cloud.scheduler import Share
 from isthmus.cloud.served import Served
 from isthmus.cloud.sessions import OpenSession
 from isthmus.cloud.stream import SealedStream

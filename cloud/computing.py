@@ -9,7 +9,7 @@ from typing import Any
 from isthmus.backbone.batch_invariance import BatchInvariance, measure_batch_invariance
 from isthmus.cloud.dispatch import LANES, Dispatcher
 from isthmus.cloud.executor import Executor
-from isthmus.cloud.scheduler import Batching
+from isthmus.cloud.jobs import Batching
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from isthmus.cloud.scheduler import Batching, Job, Kind, Scheduler, Share
+from isthmus.cloud.jobs import Batching, Job, Kind, Share
+from isthmus.cloud.scheduler import Scheduler
 
 R = TypeVar("R")
 

@@ -17,8 +17,8 @@ from isthmus.backbone.meeting import Company, Enlisted, Products
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.site_visit import BoundSites, SiteMatrices
 from isthmus.cloud.executor import Executor, Guests
+from isthmus.cloud.jobs import Kind
 from isthmus.cloud.pausing import CallThread, CallThreads, Pause, PausingCall
-from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.together import Asked, Outcome, SitedCall, Step, first_kind, next_kind
 from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_by_id, decode, encode

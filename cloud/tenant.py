@@ -20,8 +20,8 @@ from isthmus.backbone.span import SpanInput
 from isthmus.cloud.adapters import TenantAdapters
 from isthmus.cloud.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
 from isthmus.cloud.fault_points import reached
+from isthmus.cloud.jobs import Kind
 from isthmus.cloud.logs import log
-from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.shelf import FileShelf
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.together import Step, take_steps

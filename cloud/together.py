@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.backbone.meeting import Company, Enlisted, Meetings, Products
+from isthmus.cloud.jobs import Kind
 from isthmus.cloud.pausing import Pause, PausingCall
-from isthmus.cloud.scheduler import Kind
 from isthmus.protocol import messages as m
 
 Asked = m.SiteQuestion | Enlisted

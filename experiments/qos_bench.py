@@ -28,7 +28,7 @@ from isthmus.backbone.span import SpanInput, load_span
 from isthmus.cloud.computing import compute_threads
 from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.executor import BackwardCall, Executor, Key
-from isthmus.cloud.scheduler import Kind, Share
+from isthmus.cloud.jobs import Kind, Share
 from isthmus.experiments.harness import stderr_progress
 
 Arrivals = Literal["poisson", "bursty"]

@@ -14,8 +14,8 @@ from support.sessions import channel, eventually, hidden
 from support.wire import TENANT
 
 from isthmus.cloud import admission
+from isthmus.cloud.jobs import Share
 from isthmus.cloud.loading import EdgesFile
-from isthmus.cloud.scheduler import Share
 from isthmus.cloud.served import Served
 from isthmus.cloud.server import StripServer
 from isthmus.cloud.sessions import OpenSession

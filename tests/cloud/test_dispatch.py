@@ -15,7 +15,7 @@ import torch
 
 from isthmus.cloud import dispatch
 from isthmus.cloud.dispatch import Dispatcher, Shared
-from isthmus.cloud.scheduler import Batching, Kind, Share
+from isthmus.cloud.jobs import Batching, Kind, Share
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud.directory import Word
+from isthmus.cloud.jobs import Share
 from isthmus.cloud.logs import LOGGER
 from isthmus.cloud.pipeline import NextStage
-from isthmus.cloud.scheduler import Share
 from isthmus.cloud.serve import Ports, _stages
 from isthmus.cloud.served import Served
 from isthmus.cloud.worker import Worker, WorkerSpec

@@ -18,7 +18,8 @@ from itertools import pairwise
 
 import pytest
 
-from isthmus.cloud.scheduler import Batching, Kind, Scheduler, Share
+from isthmus.cloud.jobs import Batching, Kind, Share
+from isthmus.cloud.scheduler import Scheduler
 from isthmus.experiments.tenants_bench import jain
 from isthmus.experiments.tenants_crowd import LENGTHS
 

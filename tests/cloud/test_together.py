@@ -25,8 +25,8 @@ from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.sources import Checkpoint
 from isthmus.backbone.span import load_span
 from isthmus.cloud.executor import Executor
+from isthmus.cloud.jobs import Kind
 from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.scheduler import Kind
 from isthmus.cloud.site_calls import SiteCalls
 from isthmus.cloud.tenant import Stepping, TenantSession, step_together
 from isthmus.protocol import messages as m

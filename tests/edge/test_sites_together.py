@@ -16,7 +16,8 @@ from support.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from isthmus.cloud.scheduler import Scheduler, Share
+from isthmus.cloud.jobs import Share
+from isthmus.cloud.scheduler import Scheduler
 
 EDGES = {"q and v": ["q_proj", "v_proj"], "all": "all-linear", "leased": ["q_proj", "v_proj"]}
 

@@ -1,0 +1,262 @@
+"""Several batches at a time: what runs beside what, and who waits for room in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from support.scheduled import BACKWARD, Together
+
+from isthmus.cloud.attendance import THINK_SECONDS
+from isthmus.cloud.jobs import Batching, Job, Kind
+from isthmus.cloud.scheduler import LEAD_SECONDS, RETHINK_SECONDS, Scheduler
+
+OPENING = Kind("open", "close", opens=True, anywhere=True)
+CLOSING = Kind("close", "open", closes=True, anywhere=True)
+
+
+@dataclass
+class Lanes(Together):
+    """A worker with two lanes, and memory for so many token positions; what begins ends when it is told."""
+
+    room: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(lambda: self.now, self.batching, lambda: self.room, 2)
+
+    def begin(self, **options: bool) -> list[Job[str]]:
+        return self.scheduler.next(**options)
+
+    def end(self, batch: list[Job[str]], seconds: float = 0.1) -> None:
+        self.now += seconds
+        self.scheduler.finished(batch, seconds)
+
+
+def names(batch: list[Job[str]]) -> list[str]:
+    return sorted(job.work for job in batch)
+
+
+def test_of_a_session_one_piece_runs_at_a_time() -> None:
+    worker = Lanes()
+    worker.add("a")
+    worker.add("a", BACKWARD)
+    batch = worker.begin()
+    assert names(batch) == ["a"]
+    assert worker.begin() == []
+    assert worker.scheduler.ready_at() is None  # until something ends
+    worker.end(batch)
+    assert names(worker.begin()) == ["a"]
+
+
+def test_the_other_lanes_take_only_what_may_be_done_beside_anything() -> None:
+    worker = Lanes()
+    worker.add("a", None)
+    worker.add("b", OPENING)
+    assert names(worker.begin(anywhere=True)) == ["b"]
+    assert worker.begin(anywhere=True) == []
+    assert names(worker.begin()) == ["a"]
+
+
+def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> None:
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session in ("a", "b", "c"):
+        worker.add(session, OPENING, positions=30)
+    first, second = worker.begin(), worker.begin()
+    assert names(first + second) == ["a", "b"]  # each by itself: a batch leaves room for closing
+    assert worker.begin() == []  # 60 are open
+    worker.end(first)
+    worker.end(second)
+    assert worker.begin() == []  # a and b will close soon
+    for session in ("a", "b"):
+        worker.add(session, CLOSING, positions=30)
+    assert [names(worker.begin()) for _ in range(2)] == [["a"], ["b"]]  # a lane for each
+    assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.5 + 30 = 60
+
+    patient = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session in ("a", "b"):
+        patient.add(session, OPENING, positions=30)
+    for batch in (patient.begin(), patient.begin()):
+        patient.end(batch)
+    patient.add("c", OPENING, positions=30)
+    assert patient.begin() == []
+    patient.now += THINK_SECONDS + 0.01  # nobody knows a and b, which are not expected any more
+    assert names(patient.begin()) == ["c"]
+
+
+def holding(*sessions: str) -> Lanes:
+    """A worker whose whole room these sessions have taken, which close what they have opened after two seconds."""
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for kind in (OPENING, CLOSING, OPENING):
+        for session in sessions:
+            worker.add(session, kind, positions=30)
+        batches = [worker.begin() for _ in sessions]
+        assert sorted(name for batch in batches for name in names(batch)) == [*sessions]
+        worker.now += 1.0
+        for batch in batches:
+            worker.scheduler.finished(batch, 1.0)
+        worker.now += 2.0
+    worker.now -= 2.0
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("sessions", "deadline", "seconds"),
+    [
+        pytest.param(("a", "b"), None, 4.0, id="until the others are overdue, whatever the window"),
+        pytest.param(("a", "b"), 3.5, 2.5, id="as long as the deadline allows"),
+        pytest.param(("a1", "a2"), None, 0.0, id="not for what a tenant has beyond its share"),
+    ],
+)
+def test_who_wants_room_waits(sessions: tuple[str, ...], deadline: float | None, seconds: float) -> None:
+    worker = holding(*sessions)
+    since = worker.now
+    worker.add("newcomer", OPENING, positions=30, deadline=deadline)
+    while not (batch := worker.begin()):
+        assert worker.scheduler.overdue() == 0, "it waits for room, and not because there is too much work"
+        worker.now += RETHINK_SECONDS
+        assert worker.now < since + 10
+    assert names(batch) == ["newcomer"]
+    assert worker.now - since == pytest.approx(seconds, abs=2 * RETHINK_SECONDS)
+
+
+def test_what_was_opened_together_closes_together() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "d"):
+        worker.add(session, OPENING)
+    batches = [worker.begin(), worker.begin()]
+    assert [names(batch) for batch in batches] == [["a", "b"], ["c", "d"]]
+    for batch in batches:
+        worker.end(batch, 0.01)
+    for session in ("a", "c", "d"):
+        worker.add(session, CLOSING)
+    assert names(worker.begin()) == ["c", "d"]  # a waits for b, which it shares a graph with
+    for session in (b"c", b"d"):
+        worker.scheduler.cancel(session)
+    worker.add("b", CLOSING)
+    assert names(worker.begin()) == ["a", "b"]  # also where a lane's part is one of them
+
+
+def test_batches_leave_each_lane_its_part() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "d"):
+        worker.add(session, OPENING)
+    worker.add("e", OPENING, positions=20)
+    assert [names(worker.begin()) for _ in range(2)] == [["a", "b", "c"], ["d", "e"]]  # 30 each, and 15 % more
+
+
+def test_where_there_is_a_lane_for_each_nobody_waits_for_company() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b"):
+        worker.add(session, OPENING)
+    batches = [worker.begin(), worker.begin()]
+    assert [names(batch) for batch in batches] == [["a"], ["b"]]
+    for batch in batches:
+        worker.end(batch, 0.1)
+    worker.add("a", CLOSING)
+    assert names(worker.begin()) == ["a"]  # b comes soon
+
+
+def test_a_tenant_with_several_sessions_has_its_share_of_the_time_and_of_the_room() -> None:
+    worker = Lanes(room=100.0)
+    worker.add("first", OPENING)
+    worker.end(worker.begin())  # ten positions take 0.1 s
+    worker.scheduler.cancel(b"first")
+    for tenant in ("a", "b", "c"):
+        worker.add(tenant, OPENING)
+    for session in range(5):
+        worker.add(f"flood{session}", OPENING)
+    for seconds, more in ((0.2, True), (0.02, False)):
+        batches = [worker.begin(), worker.begin()]
+        # What else waits of the flood makes no part larger, and its rest does not keep it from closing.
+        assert [names(batch) for batch in batches] == [["a", "b"], ["c", "flood0"]]
+        worker.now += seconds
+        for batch in batches:
+            worker.scheduler.finished(batch, seconds)
+        for session in ("a", "b", "c", "flood0") if more else ():
+            worker.add(session, CLOSING)
+    assert worker.begin() == []  # with half of a lane's time as its share, the flood rests for as long as it has taken
+    ready = worker.scheduler.ready_at()
+    assert ready is not None
+    assert ready == pytest.approx(worker.now - 0.02 + 0.1 + 0.01)
+    worker.now = ready + 1e-9
+    assert len(worker.begin()) == 1
+
+
+def test_who_rests_is_there_for_somebody_who_waits() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a", "b", "c", "flood1", "flood2"):
+        worker.add(session, OPENING)
+    while batch := worker.begin():
+        worker.end(batch, 0.1)
+    assert [*worker.scheduler.waiting()] == ["flood"]  # flood2 rests
+    worker.add("flood3", CLOSING)
+    assert worker.begin() == []  # so does flood3, which has opened nothing: it replays
+    for session in ("a", "b", "c", "flood1"):
+        worker.add(session, CLOSING)
+    batches = [worker.begin(), worker.begin()]
+    assert "flood1" in {name for batch in batches for name in names(batch)}
+    for batch in batches:
+        worker.end(batch, 0.1)
+    worker.add("flood4", OPENING, interactive=True)
+    assert names(worker.begin()) == ["flood4"]
+
+
+def test_what_was_opened_together_closes_together_whoever_is_ahead() -> None:
+    worker = Lanes(room=1000.0)
+    for session in ("a1", "b1", "c1", "a2", "b2", "c2"):
+        worker.add(session, OPENING)
+    batches = []
+    while batch := worker.begin():
+        batches.append(names(batch))
+        worker.end(batch, 0.01)
+    twice, together = next((t, each) for each in batches for t in "abc" if {f"{t}1", f"{t}2"} <= set(each))
+    worker.add(f"{twice}3", None)
+    batch = worker.begin()
+    for session in together:
+        worker.add(session, CLOSING)
+    worker.end(batch, 1.0)  # now this tenant is ahead
+    assert names(worker.begin()) == together
+
+
+def test_what_failed_has_opened_nothing_and_what_was_beside_it_has() -> None:
+    worker = Lanes(room=40.0, batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
+    for session, positions in (("a", 13), ("b", 13), ("c", 15), ("d", 15)):
+        worker.add(session, OPENING, positions=positions)
+    batch = worker.begin()
+    assert names(batch) == ["a", "b"]
+    worker.now += 0.1
+    worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b"])
+    assert names(worker.begin()) == ["c"]  # 13 are open
+    assert worker.begin() == []  # 28 are
+
+
+def test_who_comes_seldom_does_not_keep_the_others_apart() -> None:
+    worker = Together()
+    for _ in range(2):
+        worker.add("seldom")
+        worker.turn()
+        worker.now += 20
+    worker.add("seldom")
+    worker.turn()  # and is expected back in 20 seconds
+    for session in ("a", "b"):
+        worker.add(session)
+    for _ in range(60):
+        now = worker.now
+        assert sorted(worker.turn(per_position=0.01)) == ["a", "b"]
+        assert worker.now - now < 1
+        for session in ("a", "b"):
+            worker.add(session)
+    assert worker.scheduler.used()["a"] > LEAD_SECONDS
+
+
+def test_one_session_at_work_is_no_crowd() -> None:
+    worker = Lanes()
+    assert not worker.scheduler.crowded
+    worker.add("a", OPENING)
+    assert not worker.scheduler.crowded
+    worker.add("b", OPENING)
+    assert worker.scheduler.crowded
+    worker.end(worker.begin())
+    assert worker.scheduler.crowded  # both will be back
+    worker.now += 10
+    assert not worker.scheduler.crowded
