@@ -338,10 +338,13 @@ def test_a_limited_tenant_joins_no_batch_while_its_budget_is_overdrawn() -> None
     assert worker.turn() == ["limited2"]
 
 
+TENANTS = st.sampled_from(["a", "b", "c"])
+
+
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["a", "b", "c"]),
+            TENANTS,
             st.integers(0, 3),
             st.sampled_from([FORWARD, BACKWARD, None]),
             st.integers(0, 60),
