@@ -1,4 +1,4 @@
-"""The same training in one process that holds the whole model: the baseline that the split run is compared with.
+"""The same training in one process: of the whole model, which the split run is compared with, or of an edge's parts.
 
 python -m isthmus.experiments.single MODEL EDGE_LAYERS '{"data": …, "out": …, …}' [everywhere]
 """
@@ -10,9 +10,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from isthmus.backbone.ending import run_to_end
-from isthmus.backbone.sources import resolve
+from isthmus.backbone.parts import load_edge_parts
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import load_tokenizer, resolve
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig, load_config
 from isthmus.edge.data import load_data
@@ -50,6 +53,32 @@ def train_in_one_process(
     adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=layers, beside=plan)
     identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")
     return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
+
+
+def train_parts_alone(
+    model_name: str, edge_layers: str, config: TrainConfig, *, watchers: Sequence[StepObserver] = ()
+) -> Report:
+    """Run `edge train`'s trainer on an edge's parts, with nothing in the cloud's place: all that an edge must hold.
+
+    Args:
+        model_name: As for `--model`.
+        edge_layers: The split plan.
+        config: The run's options, without those of sites.
+        watchers: Called around every step.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    checkpoint = resolve(model_name)
+    plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
+    model = load_edge_parts(checkpoint, plan, _nothing_between)
+    data = load_data(config, load_tokenizer(checkpoint.folder))
+    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)))
+    identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "parts")
+    return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
+
+
+def _nothing_between(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | None) -> Tensor:
+    return hidden
 
 
 def _process() -> None:

@@ -54,6 +54,8 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
             span's bytes.
         `backbone_copies`: 1, and one more for each whole span that it has grown by.
         `memory_ratio`: PSS of the cloud and all edges over that of the single processes, while all of them are there.
+        `edge_memory_ratio`: The most PSS that an edge has had over that of a process which computes the same parts with
+            nothing in the cloud's place; the largest of all tenants.
         `jain`: Jain's index of the steps that each tenant has done.
         `flood_p99_ratio`: The 99th percentile of the others' steps while one tenant floods with ten sessions that
             want computing all the time, over the same without.
@@ -69,13 +71,16 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
     steps = settings.steps_in_turn
     gain, growth = SpanGain(settings), []
     with (
-        stderr_progress("phases", 6 + len(settings.counts)) as advance,
+        stderr_progress("phases", 7 + len(settings.counts)) as advance,
         Crowd(settings, folder / "alone", None, tenants) as singles,
     ):
         advance()
         with cloud_of(settings, folder / "fp32", "fp32") as cloud:
             with Crowd(settings, folder / "first", cloud, [max(tenants, key=settings.length)]) as lone:
                 first = lone.work(settings.steps)
+            advance()
+            with Crowd(settings, folder / "parts", None, tenants, parts=True) as crowd:
+                parts = crowd.work(steps).memory
             advance()
             with Crowd(settings, folder / "together", cloud, tenants) as crowd:
                 advance()
@@ -117,6 +122,9 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "cloud_growth_share": grown,
         "backbone_copies": 1 + max(0, math.floor(grown)),
         "memory_ratio": (cloud_memory + sum(memory)) / sum(single_memory),
+        "edge_memory_ratio": max(
+            edge / alone for turn in done for edge, alone in zip(turn.tenants.memory, parts, strict=True)
+        ),
         "cloud_bytes": cloud_memory,
         "edge_bytes": statistics.mean(memory),
         "single_bytes": statistics.mean(single_memory),

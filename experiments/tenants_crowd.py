@@ -102,11 +102,13 @@ class Turn:
     Attributes:
         seen: Of each.
         tokens: Of a step of each.
+        memory: The most PSS that each had, in bytes.
         cloud_memory: The most PSS that the cloud's worker had; 0 without one.
     """
 
     seen: Sequence[Seen]
     tokens: Sequence[int]
+    memory: Sequence[int] = ()
     cloud_memory: int = 0
 
     @property
@@ -167,16 +169,24 @@ class Crowd:
         folder: Of their files; made.
         cloud: Whose tenants they are; None for single processes.
         tenants: Their numbers.
+        parts: Whether single processes have an edge's parts only, and not the whole model.
     """
 
     def __init__(
-        self, settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenants: Sequence[int]
+        self,
+        settings: TenantSettings,
+        folder: Path,
+        cloud: LocalCloud | None,
+        tenants: Sequence[int],
+        *,
+        parts: bool = False,
     ) -> None:
         folder.mkdir(parents=True)
         self._settings, self._cloud = settings, cloud
         with ExitStack() as stack:
             self._processes = {
-                tenant: stack.enter_context(_process(settings, folder, cloud, tenant)) for tenant in tenants
+                tenant: stack.enter_context(_process(settings, folder, cloud, tenant, parts=parts))
+                for tenant in tenants
             }
             for process in self._processes.values():
                 process.answer()  # it is warm
@@ -194,21 +204,22 @@ class Crowd:
                     process.answer()
 
     def work(self, steps: int, tenants: Sequence[int] | None = None) -> Turn:
-        """Let all take so many steps, or some of them, and look at what the cloud needs for it.
+        """Let all take so many steps, or some of them, and look at the memory that it takes.
 
         Raises:
             IsthmusError: A process failed.
         """
         who = list(self._processes) if tenants is None else tenants
         worker = None if self._cloud is None else self._cloud.status()["pid"]
-        if worker is not None:
-            forget_peak(worker)
+        looked_at = [self._processes[tenant].pid for tenant in who] + ([] if worker is None else [worker])
+        for pid in looked_at:
+            forget_peak(pid)
         for tenant in who:
             self._processes[tenant].tell(str(steps))
         seen = [Seen(**json.loads(self._processes[tenant].answer())) for tenant in who]
-        return Turn(
-            seen, [self._settings.length(tenant) for tenant in who], 0 if worker is None else peak_bytes(worker)
-        )
+        memory = [peak_bytes(pid) for pid in looked_at]
+        tokens = [self._settings.length(tenant) for tenant in who]
+        return Turn(seen, tokens, memory[: len(who)], 0 if worker is None else memory[-1])
 
     @property
     def memory(self) -> list[int]:
@@ -255,7 +266,9 @@ def _key(cloud: LocalCloud, tenant: int) -> Path:
     return key
 
 
-def _process(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int) -> TurnProcess:
+def _process(
+    settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int, *, parts: bool
+) -> TurnProcess:
     texts = folder / f"{tenant}.jsonl"
     write_long_texts(texts, WARM_UP + settings.steps, settings.length(tenant))
     config = {
@@ -273,7 +286,7 @@ def _process(settings: TenantSettings, folder: Path, cloud: LocalCloud | None, t
         "cloud": "-" if cloud is None else cloud.connection,
         "key": None if cloud is None else str(_key(cloud, tenant)),
     }
-    task = {"model": settings.model, "edge_layers": settings.edge_layers, "config": config}
+    task = {"model": settings.model, "edge_layers": settings.edge_layers, "parts": parts, "config": config}
     return TurnProcess(f"tenant {tenant}", MODULE, task, 1)
 
 

@@ -22,7 +22,7 @@ from isthmus.edge.config import load_config
 from isthmus.edge.link import connect
 from isthmus.edge.run import train_over
 from isthmus.edge.strip import open_link
-from isthmus.experiments.single import train_in_one_process
+from isthmus.experiments.single import train_in_one_process, train_parts_alone
 from isthmus.experiments.turns import StepWatch
 
 MODULE: Final = "isthmus.experiments.tenants_process"
@@ -68,7 +68,9 @@ def _main(task: Mapping[str, Any]) -> None:
         return
     config = load_config(None, task["config"])
     with contextlib.suppress(Enough):
-        if config.key is None:
+        if task["parts"]:
+            train_parts_alone(task["model"], task["edge_layers"], config, watchers=[Moments()])
+        elif config.key is None:
             train_in_one_process(task["model"], task["edge_layers"], config, watchers=[Moments()])
         else:
             with open_link(config) as link:

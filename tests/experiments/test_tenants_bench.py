@@ -145,6 +145,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     span = sum(each.nbytes for each in load_span(model, plan).parameters())
     assert figures["cloud_growth_share"] * span < 64 << 20
     assert figures["backbone_copies"] == 1 + max(0, math.floor(figures["cloud_growth_share"]))
+    assert 0.5 < figures["edge_memory_ratio"] < 1.5
     assert 0 < figures["edge_share"] < 1
     assert figures["throughput_bound"] == pytest.approx(
         1 / (figures["edge_share"] + (1 - figures["edge_share"]) / figures["span_batching_gain"])
