@@ -64,6 +64,10 @@ class Attendance:
         """Whether a session was answered and has not asked again."""
         return owner in self._answered
 
+    def was_answered(self, owner: bytes, since: float) -> bool:
+        """Whether a session that has not asked again was answered after a moment."""
+        return owner in self._answered and self._answered[owner].since >= since
+
     def coming(self, kind: str, now: float, among: Collection[bytes] | None = None) -> list[tuple[float, int]]:
         """When the sessions whose next piece is of a kind are expected, and the sizes of their last ones."""
         return [

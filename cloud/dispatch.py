@@ -194,7 +194,7 @@ class Dispatcher:
             return self._scheduler.waiting()
 
     def overdue(self) -> int:
-        """How much has waited for longer than for company or for room."""
+        """How much has waited for longer than for company, and not for room."""
         with self._changed:
             return self._scheduler.overdue()
 

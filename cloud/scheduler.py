@@ -355,8 +355,9 @@ class Scheduler(Generic[T]):
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
 
-        It waits no longer than `PATIENCE` times what all that would take, and than its deadline leaves, and only as
-        long as they are expected by then.
+        It waits no longer than `PATIENCE` times what it and a full room would take to compute (than `Batching.window`,
+        as long as nothing is known of that), and half of what its deadline leaves, and only as long as others are
+        expected by then. What sessions have open that have been silent for the window keeps nobody waiting.
         """
         if self._batching is None or job.kind is None or not job.kind.opens:
             return True
@@ -364,22 +365,23 @@ class Scheduler(Generic[T]):
         if len(others) + len(batch) < self._batching.open_calls:
             return True
         at_work = self._at_work(now)
-        taken = sum(each.positions for each in batch) + self._taken_beside(job, at_work)
-        if taken + job.positions <= self._room():
-            return True
-        seconds = PATIENCE * self._seconds(round(taken) + job.positions, job) or self._batching.window
-        until = min(job.since + seconds, self._begin_by(job) - MARGIN_SECONDS)
         here = set().union(*at_work.values())
+        lately = now - self._batching.window
+        others = [owner for owner in others if owner in here or self._sessions.was_answered(owner, lately)]
+        taken = sum(each.positions for each in batch) + self._taken(others, job, at_work)
+        if len(others) + len(batch) < self._batching.open_calls or taken + job.positions <= self._room():
+            return True
+        of_all = self._seconds(round(min(taken, self._room())) + job.positions, job)
+        until = job.since + min(PATIENCE * of_all or self._batching.window, (self._begin_by(job) - job.since) / 2)
         return now >= until or not any(
             owner in here and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
             for owner in others
         )
 
-    def _taken_beside(self, job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
-        """The room that others have taken; of what a tenant with several sessions has, its share at most."""
+    def _taken(self, others: Collection[bytes], job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
+        """The room that other sessions have taken; of what a tenant with several has, its share at most."""
         left = {
-            owner: self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1)
-            for owner in self._open.beside(job.owner)
+            owner: self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1) for owner in others
         }
         share = self._room() / max(1, len(at_work))
         excess = 0.0

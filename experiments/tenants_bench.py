@@ -31,7 +31,17 @@ from isthmus.backbone.sources import resolve
 from isthmus.backbone.span import SpanInput, load_span
 from isthmus.cloud.executor import BackwardCall, Executor
 from isthmus.experiments.harness import stderr_progress
-from isthmus.experiments.tenants_crowd import TURNS, Beside, Crowd, TenantSettings, cloud_of, flood_of, in_turns, p99
+from isthmus.experiments.tenants_crowd import (
+    TURNS,
+    Beside,
+    Crowd,
+    TenantSettings,
+    Turn,
+    cloud_of,
+    flood_of,
+    in_turns,
+    p99,
+)
 from isthmus.experiments.tenants_process import WARM_UP
 
 GAIN_ROUNDS: Final = 2
@@ -80,7 +90,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
                 first = lone.work(settings.steps)
             advance()
             with Crowd(settings, folder / "parts", None, tenants, parts=True) as crowd:
-                parts = crowd.work(steps).memory
+                parts = [crowd.work(steps) for _ in range(TURNS)]
             advance()
             with Crowd(settings, folder / "together", cloud, tenants) as crowd:
                 advance()
@@ -123,7 +133,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "backbone_copies": 1 + max(0, math.floor(grown)),
         "memory_ratio": (cloud_memory + sum(memory)) / sum(single_memory),
         "edge_memory_ratio": max(
-            edge / alone for turn in done for edge, alone in zip(turn.tenants.memory, parts, strict=True)
+            edge / alone for edge, alone in zip(most([turn.tenants for turn in done]), most(parts), strict=True)
         ),
         "cloud_bytes": cloud_memory,
         "edge_bytes": statistics.mean(memory),
@@ -140,6 +150,11 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         **({"growth": growth} if growth else {}),
         **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts")},
     }
+
+
+def most(turns: Sequence[Turn]) -> list[int]:
+    """The most memory that each process has had in any of these turns, in bytes."""
+    return [max(of_one) for of_one in zip(*(turn.memory for turn in turns), strict=True)]
 
 
 def _growth(n: int, turns: Sequence[Beside]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from support.scheduled import BACKWARD, EQUAL, FORWARD, Together
 
 from isthmus.cloud.attendance import THINK_SECONDS
 from isthmus.cloud.jobs import Batching, Kind, Share
-from isthmus.cloud.scheduler import Scheduler
+from isthmus.cloud.scheduler import LEAD_SECONDS, Scheduler
 
 
 def test_pieces_of_one_kind_are_done_together() -> None:
@@ -179,6 +179,25 @@ def test_who_takes_long_each_time_is_not_waited_for() -> None:
     assert worker.turn() == ["quick"]
     worker.add("quick")
     assert worker.turn() == ["quick"]
+
+
+def test_who_comes_seldom_does_not_keep_the_others_apart() -> None:
+    worker = Together()
+    for _ in range(2):
+        worker.add("seldom")
+        worker.turn()
+        worker.now += 20
+    worker.add("seldom")
+    worker.turn()  # and is expected back in 20 seconds
+    for session in ("a", "b"):
+        worker.add(session)
+    for _ in range(60):
+        now = worker.now
+        assert sorted(worker.turn(per_position=0.01)) == ["a", "b"]
+        assert worker.now - now < 1
+        for session in ("a", "b"):
+            worker.add(session)
+    assert worker.scheduler.used()["a"] > LEAD_SECONDS
 
 
 def test_the_wait_is_as_long_as_the_pass_with_those_who_come() -> None:

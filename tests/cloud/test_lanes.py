@@ -9,7 +9,7 @@ from support.scheduled import BACKWARD, Together
 
 from isthmus.cloud.attendance import THINK_SECONDS
 from isthmus.cloud.jobs import Batching, Job, Kind
-from isthmus.cloud.scheduler import LEAD_SECONDS, RETHINK_SECONDS, Scheduler
+from isthmus.cloud.scheduler import RETHINK_SECONDS, Scheduler
 
 OPENING = Kind("open", "close", opens=True, anywhere=True)
 CLOSING = Kind("close", "open", closes=True, anywhere=True)
@@ -103,7 +103,8 @@ def holding(*sessions: str) -> Lanes:
     ("sessions", "deadline", "seconds"),
     [
         pytest.param(("a", "b"), None, 4.0, id="until the others are overdue, whatever the window"),
-        pytest.param(("a", "b"), 3.5, 2.5, id="as long as the deadline allows"),
+        pytest.param(("a", "b"), 7.0, 3.0, id="half of what the deadline leaves"),
+        pytest.param(("a", "b"), 3.5, 0.0, id="not where nobody closes in time"),
         pytest.param(("a1", "a2"), None, 0.0, id="not for what a tenant has beyond its share"),
     ],
 )
@@ -113,10 +114,33 @@ def test_who_wants_room_waits(sessions: tuple[str, ...], deadline: float | None,
     worker.add("newcomer", OPENING, positions=30, deadline=deadline)
     while not (batch := worker.begin()):
         assert worker.scheduler.overdue() == 0, "it waits for room, and not because there is too much work"
-        worker.now += RETHINK_SECONDS
+        ready = worker.scheduler.ready_at()
+        assert ready is not None
+        worker.now = ready + 1e-3
         assert worker.now < since + 10
     assert names(batch) == ["newcomer"]
     assert worker.now - since == pytest.approx(seconds, abs=2 * RETHINK_SECONDS)
+
+
+@pytest.mark.parametrize("deadline", [5.01, 5.5, 6.43, 7.77])
+def test_who_waits_for_room_keeps_the_deadline(deadline: float) -> None:
+    worker = holding("a", "b")
+    worker.add("newcomer", OPENING, positions=30, deadline=deadline)
+    while not (batch := worker.begin()):
+        assert worker.scheduler.take_late() == []
+        ready = worker.scheduler.ready_at()
+        assert ready is not None
+        worker.now = ready + 1e-3
+    assert names(batch) == ["newcomer"]
+
+
+def test_nobody_waits_for_the_room_of_a_session_that_is_silent() -> None:
+    worker = holding("a", "b")
+    worker.now += 10
+    for session in ("c", "d", "e"):
+        worker.add(session, OPENING, positions=30)
+    assert [names(worker.begin()) for _ in range(2)] == [["c"], ["d"]]
+    assert worker.begin() == []
 
 
 def test_what_was_opened_together_closes_together() -> None:
@@ -228,25 +252,6 @@ def test_what_failed_has_opened_nothing_and_what_was_beside_it_has() -> None:
     worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b"])
     assert names(worker.begin()) == ["c"]  # 13 are open
     assert worker.begin() == []  # 28 are
-
-
-def test_who_comes_seldom_does_not_keep_the_others_apart() -> None:
-    worker = Together()
-    for _ in range(2):
-        worker.add("seldom")
-        worker.turn()
-        worker.now += 20
-    worker.add("seldom")
-    worker.turn()  # and is expected back in 20 seconds
-    for session in ("a", "b"):
-        worker.add(session)
-    for _ in range(60):
-        now = worker.now
-        assert sorted(worker.turn(per_position=0.01)) == ["a", "b"]
-        assert worker.now - now < 1
-        for session in ("a", "b"):
-            worker.add(session)
-    assert worker.scheduler.used()["a"] > LEAD_SECONDS
 
 
 def test_one_session_at_work_is_no_crowd() -> None:

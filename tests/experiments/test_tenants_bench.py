@@ -26,7 +26,7 @@ from isthmus.backbone.span import load_span
 from isthmus.cli.main import app
 from isthmus.edge.methods import build_peft
 from isthmus.experiments.process_memory import forget_peak, peak_bytes, proportional_bytes
-from isthmus.experiments.tenants_bench import jain, loss_difference
+from isthmus.experiments.tenants_bench import jain, loss_difference, most
 from isthmus.experiments.tenants_crowd import Beside, Seen, TenantSettings, Turn, in_turns, p99
 from isthmus.experiments.tenants_process import WARM_UP, Enough, Moments
 
@@ -49,6 +49,10 @@ def test_the_99th_percentile_is_of_the_tenants_asked_for_in_all_turns() -> None:
     assert p99([turn], [1]) == pytest.approx(1.0)
     assert p99([turn], [0, 1]) == pytest.approx(1.0)  # one of 103
     assert p99([Turn([steps(0.0, 2.0, 3)], [1]), Turn([steps(0.0, 1.0, 3)], [1])], [0]) == pytest.approx(2.0)
+
+
+def test_the_most_memory_of_each_is_of_all_turns() -> None:
+    assert most([Turn([], [], [5, 1]), Turn([], [], [3, 4])]) == [5, 4]
 
 
 class Logged:
