@@ -20,10 +20,10 @@ at its share of the time, and `Batching.window` at most. It does not rest before
 closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
-a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what all that
-is open takes to compute. One batch leaves room, so that one opens while another closes. A tenant with several sessions
-has its share of the room while others are at work, and what it has opened beyond that keeps nobody else waiting. Pieces
-that were opened together close together.
+a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what a full
+room takes to compute. One batch leaves room, so that one opens while another closes. A tenant with several sessions has
+its share of the room while others are at work; what it has opened beyond that, or what a silent session has, keeps
+nobody else waiting. Pieces that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -54,7 +54,7 @@ CLOSING_SHARE = 0.5
 LANE_SLACK = 1.15
 """A batch may be so much larger than an even part, for each lane, of all that is at work."""
 PATIENCE = 4.0
-"""How many times as long as computing it and what is open would take, a piece waits for room in memory at most."""
+"""How many times as long as computing it and a full room would take, a piece waits for room in memory at most."""
 RETHINK_SECONDS = 0.02
 """How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
 

@@ -177,7 +177,8 @@ def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
         efficiency.append(best * rounds / machine.now)
         fairness.append(jain([len(each) for each in machine.began.values()]))
         assert machine.worked / machine.now >= 0.95 * CORES
+    assert efficiency[0] >= 0.95
     assert statistics.mean(efficiency) >= 0.95
     assert statistics.mean(fairness) > 0.99
     assert min(efficiency) > 0.93
-    assert min(fairness) > 0.98
+    assert min(fairness) > (0.98 if room == ROOM else 0.99)
