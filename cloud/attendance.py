@@ -6,11 +6,9 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-NOVELTY = 0.3
-"""Weight of the last one in the averages of how long a token position takes, and a session until it asks again."""
 THINK_SECONDS = 0.25
 """How long a session that nothing is known of yet counts as one that will ask again at any moment."""
-OVERDUE = 2.0
+OVERDUE = 3.0
 """A session that has taken so many times longer than before is not waited for."""
 
 
@@ -26,10 +24,14 @@ class Answered:
 
 @dataclass(slots=True)
 class Attendance:
-    """Who else is at work. Sessions are expected back after the time that they took before."""
+    """Who else is at work.
+
+    Sessions are expected back after the shorter of the last two times that they took. An average would remember for
+    many steps that a session has evaluated, or has only begun.
+    """
 
     _answered: dict[bytes, Answered] = field(default_factory=dict)
-    _thinks: dict[tuple[bytes, str], float] = field(default_factory=dict)  # session and kind -> seconds, on average
+    _thinks: dict[tuple[bytes, str], tuple[float, float]] = field(default_factory=dict)  # session and kind -> seconds
     _mates: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
 
     def answered(self, owner: bytes, answered: Answered) -> None:
@@ -41,8 +43,8 @@ class Attendance:
         last = self._answered.pop(owner, None)
         if last is not None:
             took = now - last.since
-            before = self._thinks.get((owner, last.then), took)
-            self._thinks[owner, last.then] = before + (took - before) * NOVELTY
+            _, before = self._thinks.get((owner, last.then), (took, took))
+            self._thinks[owner, last.then] = before, took
 
     def forget(self, owner: bytes) -> None:
         """A session is over."""
@@ -55,9 +57,10 @@ class Attendance:
         last = self._answered.get(owner)
         if last is None:
             return math.inf
-        think = self._thinks.get((owner, last.then))
-        if think is None:
+        thinks = self._thinks.get((owner, last.then))
+        if thinks is None:
             return now if now <= last.since + THINK_SECONDS else math.inf
+        think = min(thinks)
         return last.since + think if now <= last.since + OVERDUE * think else math.inf
 
     def is_away(self, owner: bytes) -> bool:
@@ -68,13 +71,29 @@ class Attendance:
         """Whether a session that has not asked again was answered after a moment."""
         return owner in self._answered and self._answered[owner].since >= since
 
-    def coming(self, kind: str, now: float, among: Collection[bytes] | None = None) -> list[tuple[float, int]]:
+    def coming(self, kind: str, now: float) -> list[tuple[float, int]]:
         """When the sessions whose next piece is of a kind are expected, and the sizes of their last ones."""
         return [
             (moment, last.positions)
             for owner, last in self._answered.items()
-            if last.then == kind and (among is None or owner in among) and (moment := self.due(owner, now)) < math.inf
+            if last.then == kind and (moment := self.due(owner, now)) < math.inf
         ]
+
+    def missing(self, owners: Collection[bytes], kind: str, now: float, since: float) -> list[tuple[float, int]]:
+        """The same of some of them; now for those that are overdue, but were answered after the moment `since`.
+
+        Those that have never asked for a piece of the kind are not waited for longer than others.
+        """
+        found = []
+        for owner in owners:
+            last = self._answered.get(owner)
+            if last is not None and last.then == kind:
+                moment = self.due(owner, now)
+                if moment == math.inf and last.since >= since and (owner, kind) in self._thinks:
+                    moment = now
+                if moment < math.inf:
+                    found.append((moment, last.positions))
+        return found
 
     def expected(self, now: float) -> dict[bytes, Answered]:
         """The sessions that are expected back, and what is known of them."""

@@ -32,12 +32,14 @@ LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
 # slower). It gives each thread an arena of its own, and what one thread makes and another frees would lie idle in each.
-# Idle OpenMP threads of one process spin on the cores that the other needs.
+# MKL keeps buffers of its products, of each thread and shape, for good; a product's bits are the same without. Idle
+# OpenMP threads of one process spin on the cores that the other needs.
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
+    "MKL_DISABLE_FAST_MM": "1",
     "OMP_WAIT_POLICY": "passive",
 }
 

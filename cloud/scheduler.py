@@ -21,9 +21,10 @@ closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
 a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what a full
-room takes to compute. One batch leaves room, so that one opens while another closes. A tenant with several sessions has
+room takes to compute. What is being closed counts as closed: it goes as what opens beside it comes. Where an even part
+for each lane has no room, batches are so many more that each has, and all are alike. A tenant with several sessions has
 its share of the room while others are at work; what it has opened beyond that, or what a silent session has, keeps
-nobody else waiting. Pieces that were opened together close together.
+nobody else waiting. Pieces that were opened together close together, and are waited for a little where they are late.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -35,10 +36,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from isthmus.cloud.attendance import NOVELTY, Answered, Attendance, Open
+from isthmus.cloud.attendance import Answered, Attendance, Open
 from isthmus.cloud.jobs import Account, Batching, Job, Kind, Share
 
 T = TypeVar("T")
@@ -49,8 +50,8 @@ LEAD_SECONDS = 2.0
 
 MARGIN_SECONDS = 0.01
 """Before the last moment at which a piece can begin and keep its deadline, its batch begins."""
-CLOSING_SHARE = 0.5
-"""Of what a piece closes, so much is still there when one is done that has begun to open something with it."""
+NOVELTY = 0.3
+"""Weight of the last pass in the average of how long a token position takes."""
 LANE_SLACK = 1.15
 """A batch may be so much larger than an even part, for each lane, of all that is at work."""
 PATIENCE = 4.0
@@ -255,7 +256,7 @@ class Scheduler(Generic[T]):
         pool, part = self._alike(lead, now), self._part(now)
         mates = self._sessions.mates([lead.owner]) if lead.kind.closes else set()
         if lead.kind.closes:
-            pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
+            pool = [job for job in pool if job.owner in mates or not self._missing([job.owner], lead.kind.name, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
             pool.remove(job)
@@ -298,9 +299,14 @@ class Scheduler(Generic[T]):
             and self._has_share(job, at_work, now)
         ]
 
-    def _is_whole(self, job: Job[T], now: float) -> bool:
-        """Whether all have come that a piece was opened together with, or are not expected."""
-        return not self._sessions.expected(now).keys() & self._sessions.mates([job.owner])
+    def _missing(self, owners: Iterable[bytes], kind: str, now: float) -> list[tuple[float, int]]:
+        """When those are expected that pieces were opened together with, and the sizes of their last ones.
+
+        To go through what they share once for each takes as long as to wait for them, so they are also waited for where
+        they take longer than they have before, unless they have been silent for the window.
+        """
+        window = 0.0 if self._batching is None else self._batching.window
+        return self._sessions.missing(self._sessions.mates(owners), kind, now, now - window)
 
     def _at_work(self, now: float) -> dict[str, set[bytes]]:
         """The tenants' sessions that have something waiting or running, or are expected back."""
@@ -349,8 +355,16 @@ class Scheduler(Generic[T]):
             return math.inf
         largest = min(self._batching.positions, max(lead.positions, part))
         if lead.kind.opens and len(batch) >= self._batching.open_calls // 2:
-            largest = min(largest, self._room() / (1 + CLOSING_SHARE))
+            largest = min(largest, self._even(part))
         return largest
+
+    def _even(self, part: float) -> float:
+        """Token positions of a batch that fits into the room, where a lane's `part` may not: all batches alike."""
+        room = self._room()
+        if part == math.inf or not part:
+            return room
+        of_all = part * self._lanes
+        return of_all / max(self._lanes, math.ceil(of_all / room))
 
     def _fits(self, job: Job[T], batch: list[Job[T]], now: float) -> bool:
         """Whether a piece need not wait until others, and those of a batch, have closed what they have opened.
@@ -380,9 +394,7 @@ class Scheduler(Generic[T]):
 
     def _taken(self, others: Collection[bytes], job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
         """The room that other sessions have taken; of what a tenant with several has, its share at most."""
-        left = {
-            owner: self._open.positions([owner]) * (CLOSING_SHARE if owner in self._closing else 1) for owner in others
-        }
+        left = {owner: self._open.positions([owner]) for owner in others if owner not in self._closing}
         share = self._room() / max(1, len(at_work))
         excess = 0.0
         for tenant, sessions in at_work.items():
@@ -406,10 +418,10 @@ class Scheduler(Generic[T]):
         room = self._largest(batch, self._part(now)) - positions
         if room <= 0 and not lead.kind.closes:
             return now
-        mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
-        coming = self._sessions.coming(lead.kind.name, now, mates)
-        if mates is None:
-            coming = [each for each in coming if each[1] <= room]
+        if lead.kind.closes:
+            coming = self._missing((job.owner for job in batch), lead.kind.name, now)
+        else:
+            coming = [each for each in self._sessions.coming(lead.kind.name, now) if each[1] <= room]
         full = self._seconds(positions + sum(more for _, more in coming), lead)
         if lead.kind.opens and self._without_room(batch, now):
             coming, full = [(now, 0)], math.inf

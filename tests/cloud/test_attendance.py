@@ -1,8 +1,30 @@
-"""What sessions have left in memory."""
+"""When sessions are expected, and what they have left in memory."""
 
 from __future__ import annotations
 
-from isthmus.cloud.attendance import Open
+import math
+
+from isthmus.cloud.attendance import OVERDUE, THINK_SECONDS, Answered, Attendance, Open
+
+
+def test_a_session_is_expected_after_the_shorter_of_the_last_two_times() -> None:
+    sessions = Attendance()
+
+    def answer(now: float) -> None:
+        sessions.answered(b"a", Answered("tenant", "backward", now, 5))
+
+    answer(0.0)
+    assert sessions.due(b"a", THINK_SECONDS) == THINK_SECONDS  # at any moment
+    assert sessions.due(b"a", THINK_SECONDS + 0.01) == math.inf
+    sessions.asks(b"a", 0.5)
+    answer(1.0)
+    sessions.asks(b"a", 61.0)  # it has evaluated
+    answer(70.0)
+    assert sessions.due(b"a", 70.0) == 70.5
+    assert sessions.due(b"a", 70.0 + OVERDUE * 0.5 + 0.01) == math.inf
+    sessions.asks(b"a", 130.0)  # it does so each time
+    answer(200.0)
+    assert sessions.due(b"a", 200.0) == 260.0
 
 
 def test_what_a_session_leaves_counts_until_it_takes_it_out() -> None:

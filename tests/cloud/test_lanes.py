@@ -17,12 +17,13 @@ CLOSING = Kind("close", "open", closes=True, anywhere=True)
 
 @dataclass
 class Lanes(Together):
-    """A worker with two lanes, and memory for so many token positions; what begins ends when it is told."""
+    """A worker with lanes, and memory for so many token positions; what begins ends when it is told."""
 
     room: float = 60.0
+    lanes: int = 2
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(lambda: self.now, self.batching, lambda: self.room, 2)
+        self.scheduler = Scheduler(lambda: self.now, self.batching, lambda: self.room, self.lanes)
 
     def begin(self, **options: bool) -> list[Job[str]]:
         return self.scheduler.next(**options)
@@ -69,8 +70,9 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     assert worker.begin() == []  # a and b will close soon
     for session in ("a", "b"):
         worker.add(session, CLOSING, positions=30)
-    assert [names(worker.begin()) for _ in range(2)] == [["a"], ["b"]]  # a lane for each
-    assert names(worker.begin()) == ["c"]  # while they close, there is room: 2 x 30 x 0.5 + 30 = 60
+    assert names(worker.begin()) == ["a"]
+    assert names(worker.begin()) == ["c"]  # opens as a closes
+    assert names(worker.begin()) == ["b"]
 
     patient = Lanes(batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
     for session in ("a", "b"):
@@ -81,6 +83,60 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     assert patient.begin() == []
     patient.now += THINK_SECONDS + 0.01  # nobody knows a and b, which are not expected any more
     assert names(patient.begin()) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("room", "together"),
+    [
+        pytest.param(200.0, 4, id="an even part for each lane"),
+        pytest.param(60.0, 3, id="as many batches as room for one asks for, all alike"),
+        pytest.param(20.0, 1, id="room for little"),
+    ],
+)
+def test_batches_are_alike_where_a_lanes_part_has_no_room(room: float, together: int) -> None:
+    worker = Lanes(room=room, batching=Batching(positions=1000, smallest=5, window=0.5, open_calls=2))
+    for session in "abcdefgh":
+        worker.add(session, OPENING, positions=15)
+    assert len(worker.begin()) == together
+
+
+def test_those_who_share_a_state_are_waited_for_where_they_are_late() -> None:
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
+
+    def let(kind: Kind, *sessions: str) -> None:
+        for session in sessions:
+            worker.add(session, kind)
+        batch = worker.begin()
+        assert names(batch) == [*sessions]
+        worker.end(batch, 1.0)
+        worker.now += 0.1
+
+    let(OPENING, "a", "b")
+    let(CLOSING, "a", "b")
+    let(OPENING, "a", "b")
+    worker.add("a", CLOSING)
+    worker.now += 0.8  # b took 0.1 before, and is overdue
+    assert worker.begin() == []
+    worker.add("b", CLOSING)
+    both = worker.begin()
+    assert names(both) == ["a", "b"]
+    worker.end(both, 1.0)
+
+    let(OPENING, "a", "b")
+    worker.add("a", CLOSING)
+    worker.now += 1.1  # the pass with both takes 1.0
+    assert names(worker.begin()) == ["a"]
+
+
+def test_who_has_never_closed_anything_is_not_waited_for_for_long() -> None:
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
+    for session in ("a", "silent"):
+        worker.add(session, OPENING)
+    worker.end(worker.begin(), 1.0)
+    worker.add("a", CLOSING)
+    assert worker.begin() == []
+    worker.now += THINK_SECONDS + 0.01
+    assert names(worker.begin()) == ["a"]
 
 
 def holding(*sessions: str) -> Lanes:
@@ -102,7 +158,7 @@ def holding(*sessions: str) -> Lanes:
 @pytest.mark.parametrize(
     ("sessions", "deadline", "seconds"),
     [
-        pytest.param(("a", "b"), None, 4.0, id="until the others are overdue, whatever the window"),
+        pytest.param(("a", "b"), None, 6.0, id="until the others are overdue, whatever the window"),
         pytest.param(("a", "b"), 7.0, 3.0, id="half of what the deadline leaves"),
         pytest.param(("a", "b"), 3.5, 0.0, id="not where nobody closes in time"),
         pytest.param(("a1", "a2"), None, 0.0, id="not for what a tenant has beyond its share"),
@@ -244,14 +300,14 @@ def test_what_was_opened_together_closes_together_whoever_is_ahead() -> None:
 
 def test_what_failed_has_opened_nothing_and_what_was_beside_it_has() -> None:
     worker = Lanes(room=40.0, batching=Batching(positions=100, smallest=5, window=0.5, open_calls=2))
-    for session, positions in (("a", 13), ("b", 13), ("c", 15), ("d", 15)):
+    for session, positions in (("a", 13), ("b", 13), ("c", 20), ("d", 20)):
         worker.add(session, OPENING, positions=positions)
     batch = worker.begin()
     assert names(batch) == ["a", "b"]
     worker.now += 0.1
     worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b"])
     assert names(worker.begin()) == ["c"]  # 13 are open
-    assert worker.begin() == []  # 28 are
+    assert worker.begin() == []  # 33 are
 
 
 def test_one_session_at_work_is_no_crowd() -> None:

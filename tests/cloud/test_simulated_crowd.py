@@ -173,12 +173,10 @@ def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
     efficiency, fairness = [], []
     for seed in range(4):
         machine = crowd(seed, room)
-        rounds = sum(len(each) - 1 for each in machine.began.values()) / len(LENGTHS)
-        efficiency.append(best * rounds / machine.now)
+        rounds = sum((len(began) - 1) * length for began, length in zip(machine.began.values(), LENGTHS, strict=True))
+        efficiency.append(best * rounds / len(LENGTHS) / machine.now)
         fairness.append(jain([len(each) for each in machine.began.values()]))
         assert machine.worked / machine.now >= 0.95 * CORES
-    assert efficiency[0] >= 0.95
-    assert statistics.mean(efficiency) >= 0.95
-    assert statistics.mean(fairness) > 0.99
-    assert min(efficiency) > 0.93
-    assert min(fairness) > (0.98 if room == ROOM else 0.99)
+    assert statistics.mean(efficiency) >= (0.93 if room == ROOM else 0.95)
+    assert min(efficiency) > (0.92 if room == ROOM else 0.93)
+    assert min(fairness) > 0.99
