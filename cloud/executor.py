@@ -145,7 +145,7 @@ class StashCounters:
 
 STATE_SHARE = 0.47
 """Forward states of several calls should not take more than so much of what the span's weights take."""
-WORKING_SHARE = 0.66
+WORKING_SHARE = 0.63
 """From so much of that on, in all, what is free in the heap goes back to the system."""
 
 
