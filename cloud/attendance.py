@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 THINK_SECONDS = 0.25
 """How long a session that nothing is known of yet counts as one that will ask again at any moment."""
 OVERDUE = 3.0
-"""A session that has taken so many times longer than before is not waited for."""
+"""A session that has taken so many times longer than it is expected to is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,29 +71,13 @@ class Attendance:
         """Whether a session that has not asked again was answered after a moment."""
         return owner in self._answered and self._answered[owner].since >= since
 
-    def coming(self, kind: str, now: float) -> list[tuple[float, int]]:
+    def coming(self, kind: str, now: float, among: Collection[bytes] | None = None) -> list[tuple[float, int]]:
         """When the sessions whose next piece is of a kind are expected, and the sizes of their last ones."""
         return [
             (moment, last.positions)
             for owner, last in self._answered.items()
-            if last.then == kind and (moment := self.due(owner, now)) < math.inf
+            if last.then == kind and (among is None or owner in among) and (moment := self.due(owner, now)) < math.inf
         ]
-
-    def missing(self, owners: Collection[bytes], kind: str, now: float, since: float) -> list[tuple[float, int]]:
-        """The same of some of them; now for those that are overdue, but were answered after the moment `since`.
-
-        Those that have never asked for a piece of the kind are not waited for longer than others.
-        """
-        found = []
-        for owner in owners:
-            last = self._answered.get(owner)
-            if last is not None and last.then == kind:
-                moment = self.due(owner, now)
-                if moment == math.inf and last.since >= since and (owner, kind) in self._thinks:
-                    moment = now
-                if moment < math.inf:
-                    found.append((moment, last.positions))
-        return found
 
     def expected(self, now: float) -> dict[bytes, Answered]:
         """The sessions that are expected back, and what is known of them."""

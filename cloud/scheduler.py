@@ -21,10 +21,10 @@ closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
 a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what a full
-room takes to compute. What is being closed counts as closed: it goes as what opens beside it comes. Where an even part
-for each lane has no room, batches are so many more that each has, and all are alike. A tenant with several sessions has
+room takes to compute. What is being closed counts as closed: it goes as what opens beside it comes. Where a lane's part
+has no room, batches have an even part of all that is at work, so many that each has. A tenant with several sessions has
 its share of the room while others are at work; what it has opened beyond that, or what a silent session has, keeps
-nobody else waiting. Pieces that were opened together close together, and are waited for a little where they are late.
+nobody else waiting. Pieces that were opened together close together.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from isthmus.cloud.attendance import Answered, Attendance, Open
@@ -256,7 +256,7 @@ class Scheduler(Generic[T]):
         pool, part = self._alike(lead, now), self._part(now)
         mates = self._sessions.mates([lead.owner]) if lead.kind.closes else set()
         if lead.kind.closes:
-            pool = [job for job in pool if job.owner in mates or not self._missing([job.owner], lead.kind.name, now)]
+            pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
         while pool:
             job = min(pool, key=lambda each: (used[each.tenant], each.since))
             pool.remove(job)
@@ -299,14 +299,9 @@ class Scheduler(Generic[T]):
             and self._has_share(job, at_work, now)
         ]
 
-    def _missing(self, owners: Iterable[bytes], kind: str, now: float) -> list[tuple[float, int]]:
-        """When those are expected that pieces were opened together with, and the sizes of their last ones.
-
-        To go through what they share once for each takes as long as to wait for them, so they are also waited for where
-        they take longer than they have before, unless they have been silent for the window.
-        """
-        window = 0.0 if self._batching is None else self._batching.window
-        return self._sessions.missing(self._sessions.mates(owners), kind, now, now - window)
+    def _is_whole(self, job: Job[T], now: float) -> bool:
+        """Whether all have come that a piece was opened together with, or are not expected."""
+        return not self._sessions.expected(now).keys() & self._sessions.mates([job.owner])
 
     def _at_work(self, now: float) -> dict[str, set[bytes]]:
         """The tenants' sessions that have something waiting or running, or are expected back."""
@@ -359,8 +354,11 @@ class Scheduler(Generic[T]):
         return largest
 
     def _even(self, part: float) -> float:
-        """Token positions of a batch that fits into the room, where a lane's `part` may not: all batches alike."""
-        room = self._room()
+        """Token positions of a batch for which there is room; where there is none for a lane's `part`, an even part.
+
+        Of as many batches as it takes for each to have room, with its slack.
+        """
+        room = max(1.0, self._room())
         if part == math.inf or not part:
             return room
         of_all = part * self._lanes
@@ -394,13 +392,21 @@ class Scheduler(Generic[T]):
 
     def _taken(self, others: Collection[bytes], job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
         """The room that other sessions have taken; of what a tenant with several has, its share at most."""
-        left = {owner: self._open.positions([owner]) for owner in others if owner not in self._closing}
+        left = {owner: self._open.positions([owner]) for owner in others if not self._is_going(owner)}
         share = self._room() / max(1, len(at_work))
         excess = 0.0
         for tenant, sessions in at_work.items():
             if tenant != job.tenant and len(sessions) > 1:
                 excess += max(0.0, sum(left.get(owner, 0.0) for owner in sessions) - share)
         return sum(left.values()) - excess
+
+    def _is_going(self, owner: bytes) -> bool:
+        """Whether what a session has open is being closed, and by all that it was opened together with.
+
+        Else what they share stays.
+        """
+        mates = self._sessions.mates([owner]) - self._closing
+        return owner in self._closing and not self._open.positions(mates)
 
     def _seconds(self, positions: int, job: Job[T]) -> float:
         """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
@@ -418,10 +424,10 @@ class Scheduler(Generic[T]):
         room = self._largest(batch, self._part(now)) - positions
         if room <= 0 and not lead.kind.closes:
             return now
-        if lead.kind.closes:
-            coming = self._missing((job.owner for job in batch), lead.kind.name, now)
-        else:
-            coming = [each for each in self._sessions.coming(lead.kind.name, now) if each[1] <= room]
+        mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
+        coming = self._sessions.coming(lead.kind.name, now, mates)
+        if mates is None:
+            coming = [each for each in coming if each[1] <= room]
         full = self._seconds(positions + sum(more for _, more in coming), lead)
         if lead.kind.opens and self._without_room(batch, now):
             coming, full = [(now, 0)], math.inf

@@ -63,7 +63,7 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     for session in ("a", "b", "c"):
         worker.add(session, OPENING, positions=30)
     first, second = worker.begin(), worker.begin()
-    assert names(first + second) == ["a", "b"]  # each by itself: a batch leaves room for closing
+    assert names(first + second) == ["a", "b"]  # a lane's part, of three, is less than two have
     assert worker.begin() == []  # 60 are open
     worker.end(first)
     worker.end(second)
@@ -89,54 +89,32 @@ def test_opening_waits_for_closing_where_there_is_no_room_but_not_for_ever() -> 
     ("room", "together"),
     [
         pytest.param(200.0, 4, id="an even part for each lane"),
-        pytest.param(60.0, 3, id="as many batches as room for one asks for, all alike"),
+        pytest.param(60.0, 3, id="so many that each, with its slack, has room"),
         pytest.param(20.0, 1, id="room for little"),
+        pytest.param(0.0, 1, id="no room"),
     ],
 )
-def test_batches_are_alike_where_a_lanes_part_has_no_room(room: float, together: int) -> None:
+def test_a_batch_has_an_even_part_where_a_lanes_part_has_no_room(room: float, together: int) -> None:
     worker = Lanes(room=room, batching=Batching(positions=1000, smallest=5, window=0.5, open_calls=2))
     for session in "abcdefgh":
         worker.add(session, OPENING, positions=15)
     assert len(worker.begin()) == together
 
 
-def test_those_who_share_a_state_are_waited_for_where_they_are_late() -> None:
-    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
-
-    def let(kind: Kind, *sessions: str) -> None:
-        for session in sessions:
-            worker.add(session, kind)
-        batch = worker.begin()
-        assert names(batch) == [*sessions]
-        worker.end(batch, 1.0)
-        worker.now += 0.1
-
-    let(OPENING, "a", "b")
-    let(CLOSING, "a", "b")
-    let(OPENING, "a", "b")
-    worker.add("a", CLOSING)
-    worker.now += 0.8  # b took 0.1 before, and is overdue
-    assert worker.begin() == []
-    worker.add("b", CLOSING)
+def test_what_is_being_closed_counts_until_all_close_that_was_opened_together() -> None:
+    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0, open_calls=2), lanes=1)
+    for session in ("a", "b"):
+        worker.add(session, OPENING, positions=30)
     both = worker.begin()
     assert names(both) == ["a", "b"]
-    worker.end(both, 1.0)
-
-    let(OPENING, "a", "b")
-    worker.add("a", CLOSING)
-    worker.now += 1.1  # the pass with both takes 1.0
+    worker.end(both)
+    worker.now += THINK_SECONDS + 0.01  # b is overdue
+    worker.add("a", CLOSING, positions=30)
     assert names(worker.begin()) == ["a"]
-
-
-def test_who_has_never_closed_anything_is_not_waited_for_for_long() -> None:
-    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
-    for session in ("a", "silent"):
-        worker.add(session, OPENING)
-    worker.end(worker.begin(), 1.0)
-    worker.add("a", CLOSING)
-    assert worker.begin() == []
-    worker.now += THINK_SECONDS + 0.01
-    assert names(worker.begin()) == ["a"]
+    worker.add("c", OPENING, positions=30)
+    assert worker.begin() == []  # what a and b share stays
+    worker.add("b", CLOSING, positions=30)
+    assert [names(worker.begin()) for _ in range(2)] == [["b"], ["c"]]
 
 
 def holding(*sessions: str) -> Lanes:

@@ -44,14 +44,14 @@ def bytes_left_by_products() -> int:
         torch.set_num_threads(1)
         for rows in (32, 64, 96, 160, 192):
             torch.nn.functional.linear(torch.ones(rows, 576), torch.ones(1536, 576))
-        computed.wait()
-        over.wait()
+        computed.wait(60)
+        over.wait(60)
 
     before = bytes_in_use()
     threads = [threading.Thread(target=compute) for _ in range(2)]
     for thread in threads:
         thread.start()
-    computed.wait()
+    computed.wait(60)
     left = bytes_in_use() - before
     over.set()
     for thread in threads:
@@ -63,14 +63,22 @@ def left_with(environment: dict[str, str]) -> int:
     """The same in a process of its own."""
     plain = {name: value for name, value in os.environ.items() if name not in WORKER_ENVIRONMENT}
     done = subprocess.run(
-        [sys.executable, __file__], env={**plain, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, __file__],
+        env={**plain, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     return int(done.stdout)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is glibc's, from 2.33 on")
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
-def test_products_of_matrices_leave_no_buffers_in_a_worker():
+def test_products_of_matrices_leave_no_buffers_in_a_worker() -> None:
+    others = {name: value for name, value in WORKER_ENVIRONMENT.items() if name != "MKL_DISABLE_FAST_MM"}
+    if left_with(others) < LEFT:
+        pytest.skip("this processor's MKL keeps no buffers")
     assert left_with(WORKER_ENVIRONMENT) < LEFT
 
 
