@@ -85,6 +85,7 @@ class Scheduler(Generic[T]):
         self._sessions = Attendance()
         self._open = Open()
         self._closing: set[bytes] = set()  # the sessions whose pieces that close something are running
+        self._over: set[bytes] = set()  # the sessions that were cancelled while their pieces were running
         self._accounts: dict[str, Account[T]] = {}
         self._present = 0.0
         self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
@@ -184,8 +185,6 @@ class Scheduler(Generic[T]):
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
                 continue
-            if lead.kind is not None and lead.kind.opens:
-                self._sessions.together(job.owner for job in batch)
             for job in batch:
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
@@ -484,8 +483,11 @@ class Scheduler(Generic[T]):
             account.used += (
                 seconds * (job.positions / positions if positions else 1 / len(batch)) / account.share.weight
             )
-            if job.kind is not None and not job.interactive and job.owner not in here:
+            if job.kind is not None and not job.interactive and job.owner not in here | self._over:
                 self._sessions.answered(job.owner, Answered(job.tenant, job.kind.then, now, job.positions))
+        if batch[0].kind is not None and batch[0].kind.opens:
+            self._sessions.together(job.owner for job in batch if job not in failed and job.owner not in self._over)
+        self._over.difference_update(job.owner for job in batch)
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
 
@@ -493,6 +495,8 @@ class Scheduler(Generic[T]):
         """Take out what waits of one session, which is over."""
         self._sessions.forget(owner)
         self._open.forget(owner)
+        if owner in self._running:
+            self._over.add(owner)
         gone = [job for job in self._jobs() if job.owner == owner]
         for job in gone:
             self._accounts[job.tenant].waiting[0 if job.interactive else 1].remove(job)
