@@ -21,10 +21,10 @@ closes what it has opened.
 
 A piece may *open* something that stays in memory until a piece of the same session *closes* it: a forward, whose state
 a backward needs. Where there is no room for more, opening waits for closing, no longer than a few times what a full
-room takes to compute. What is being closed counts as closed: it goes as what opens beside it comes. Where a lane's part
-has no room, batches have an even part of all that is at work, so many that each has. A tenant with several sessions has
-its share of the room while others are at work; what it has opened beyond that, or what a silent session has, keeps
-nobody else waiting. Pieces that were opened together close together.
+room takes to compute. Pieces that were opened together close together; while all of them do, they count as closed: what
+is closed goes as what opens beside it comes. Where a lane's part has no room, batches have an even part of all that is
+at work, so many that each has. A tenant with several sessions has its share of the room while others are at work; what
+it has opened beyond that, or what a silent session has, keeps nobody else waiting.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
