@@ -470,7 +470,7 @@ class Scheduler(Generic[T]):
         for job in batch:
             account = self._accounts[job.tenant]
             account.running -= 1
-            if self._batching is not None and positions and self._lanes > 1 and len(at_work.get(job.tenant, ())) > 1:
+            if self._batching is not None and positions and len(at_work.get(job.tenant, ())) > 1:
                 share = min(1.0, account.share.weight * self._lanes / everybody)
                 rest = seconds * job.positions / positions * (1 / share - 1)
                 account.rests_until = min(max(account.rests_until, now) + rest, now + self._batching.window)

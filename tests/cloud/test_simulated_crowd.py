@@ -23,7 +23,7 @@ from isthmus.cloud.scheduler import Scheduler
 from isthmus.experiments.tenants_bench import jain
 from isthmus.experiments.tenants_crowd import LENGTHS
 
-CORES, LANES = 2, 2
+LANES = 2
 FORWARD, BACKWARD = (
     Kind("forward", "backward", "forward", opens=True, anywhere=True),
     Kind("backward", "forward", "backward", closes=True, anywhere=True),
@@ -41,6 +41,7 @@ class Machine:
 
     seed: int
     room: float
+    lanes: int = LANES  # and as many cores
     now: float = 0.0
     worked: float = 0.0  # core seconds
     began: dict[str, list[float]] = field(default_factory=dict)
@@ -48,8 +49,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311  # a simulation
-        self._scheduler: Scheduler[Then] = Scheduler(lambda: self.now, Batching(), lambda: self.room, LANES)
-        self._idle = set(range(LANES))
+        self._scheduler: Scheduler[Then] = Scheduler(lambda: self.now, Batching(), lambda: self.room, self.lanes)
+        self._idle = set(range(self.lanes))
 
     def compute(self, seconds: float, then: Then) -> None:
         """Take a core for so long, give or take a twentieth."""
@@ -87,7 +88,7 @@ class Machine:
         """Let time pass until every tenant has made its steps."""
         while min(map(len, self.began.values())) <= STEPS:
             self._begin()
-            rate = min(1.0, CORES / max(1, len(self._tasks)))
+            rate = min(1.0, self.lanes / max(1, len(self._tasks)))
             steps = [left[0] / rate for left, _ in self._tasks]
             if self._idle and (ready := self._scheduler.ready_at()) is not None:
                 steps.append(max(ready - self.now, 0.0) + 1e-3)
@@ -166,17 +167,39 @@ def test_whoever_floods_slows_the_others_down_little(
     assert sorted(flooded)[-len(flooded) // 100] <= 1.2 * sorted(calm)[-len(calm) // 100]
 
 
+@pytest.mark.parametrize("others", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param([FORWARD, BACKWARD], id="that trains"),
+        pytest.param([FORWARD], id="that closes nothing"),
+        pytest.param([BACKWARD], id="that only replays"),
+    ],
+)
+def test_with_one_lane_a_flood_costs_little_more_than_a_further_tenant(kinds: Sequence[Kind], others: int) -> None:
+    def mean_step(sessions: int, kinds: Sequence[Kind]) -> float:
+        machine = Machine(0, ROOM, lanes=1)
+        for number in range(others):
+            machine.train(f"tenant {number}", 64)
+        for session in range(sessions):
+            machine.flood("flood", session, 64, kinds)
+        machine.run()
+        return statistics.mean(machine.steps())
+
+    assert mean_step(10, kinds) <= 1.1 * mean_step(1, [FORWARD, BACKWARD])
+
+
 @pytest.mark.parametrize("room", [ROOM, math.inf])
 def test_a_crowd_has_nearly_all_that_is_possible(room: float) -> None:
     positions = 64 * sum(LENGTHS)
-    best = (OWN_SECONDS * positions + PASS_SECONDS + POSITION_SECONDS * positions) / CORES  # all calls in one pass
+    best = (OWN_SECONDS * positions + PASS_SECONDS + POSITION_SECONDS * positions) / LANES  # all calls in one pass
     efficiency, fairness = [], []
     for seed in range(4):
         machine = crowd(seed, room)
         rounds = sum((len(began) - 1) * length for began, length in zip(machine.began.values(), LENGTHS, strict=True))
         efficiency.append(best * rounds / len(LENGTHS) / machine.now)
         fairness.append(jain([len(each) for each in machine.began.values()]))
-        assert machine.worked / machine.now >= 0.95 * CORES
+        assert machine.worked / machine.now >= 0.95 * LANES
     assert statistics.mean(efficiency) >= (0.93 if room == ROOM else 0.95)
     assert min(efficiency) > (0.92 if room == ROOM else 0.93)
     assert min(fairness) > 0.99
