@@ -226,9 +226,10 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
     cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch, batching: bool
 ) -> None:
     monkeypatch.setattr("isthmus.cloud.executor.STATE_SHARE", 1e6)  # a tiny span is less than a call's forward state
-    for name in ("carol", "dave"):
+    tenants = ("carol", "dave", "erin")  # who has a call in flight already would rest now
+    for name in tenants:
         home.new_edge(name)
-    keys = [home.key_file, *(home.key_file.parent / name for name in ("carol", "dave"))]
+    keys = [home.key_file.parent / name for name in tenants]
     inputs = [hidden(rows, length) for rows, length in ((2, 6), (1, 16), (3, 12))]
     gradients = [torch.randn(each.shape) for each in inputs]
     results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
