@@ -288,27 +288,18 @@ def test_what_failed_has_opened_nothing_and_what_was_beside_it_has() -> None:
     assert worker.begin() == []  # 33 are
 
 
-def test_nobody_waits_for_what_has_failed() -> None:
+@pytest.mark.parametrize("why", ["failed", "gone while it was computed"])
+def test_nobody_waits_for_who_shares_nothing_after_all(why: str) -> None:
     worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
     for session in ("a", "b"):
         worker.add(session, OPENING)
     batch = worker.begin()
     assert names(batch) == ["a", "b"]
+    if why != "failed":
+        worker.scheduler.cancel(b"b")
     worker.now += 0.1
-    worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b"])
-    worker.add("a", CLOSING)
-    assert names(worker.begin()) == ["a"]
-
-
-def test_nobody_waits_for_who_has_gone_while_computed() -> None:
-    worker = Lanes(batching=Batching(positions=100, smallest=5, window=2.0), lanes=1)
-    for session in ("a", "b"):
-        worker.add(session, OPENING)
-    batch = worker.begin()
-    assert names(batch) == ["a", "b"]
-    worker.scheduler.cancel(b"b")
-    worker.end(batch)
-    assert not worker.scheduler.crowded
+    worker.scheduler.finished(batch, 0.1, [job for job in batch if job.work == "b" and why == "failed"])
+    assert worker.scheduler.crowded == (why == "failed")  # b may try again
     worker.add("a", CLOSING)
     assert names(worker.begin()) == ["a"]
 
