@@ -143,7 +143,8 @@ class TuningConfig(BaseModel):
     )
     precision: Precision = Field(
         "fp32",
-        description="What the forward computes in; weights, optimizer and the saved adapter stay fp32 under bf16.",
+        description="What the forward computes in; under bf16, frozen linears are held in it, and what is trained, its "
+        "optimizer and the saved adapter stay fp32.",
     )
 
     out: Path = Field(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from isthmus.backbone.errors import NonFiniteError
 from isthmus.edge import methods
 from isthmus.edge.config import Precision
 from isthmus.edge.data import Batch, Batches, label_count
+from isthmus.edge.precision import computing_in
 
 
 def evaluate(
@@ -50,13 +50,6 @@ def evaluate(
             f"the validation loss is {mean}: check the model, or use a wider codec or dtype (bf16 or fp32)."
         )
     return mean
-
-
-def computing_in(precision: Precision, model: Any) -> AbstractContextManager[Any]:
-    """Where a forward runs: torch's autocast for bf16, which leaves the weights as they are, and nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
 
 
 def to_device(batch: Batch, model: Any) -> Batch:

@@ -20,6 +20,7 @@ from isthmus.edge.evaluate import evaluate
 from isthmus.edge.link import Link
 from isthmus.edge.live_sites import live_sites
 from isthmus.edge.methods import build_peft, trained
+from isthmus.edge.precision import hold_frozen_linears
 from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import Report, linear_parameters
 from isthmus.edge.schedule import total_steps
@@ -53,6 +54,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
     with strip_of(link, config) as strip:
         model = strip.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
+        hold_frozen_linears(tuned, config)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (
             live_sites(model, config, total, progress.message),

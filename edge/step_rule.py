@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.edge.config import Precision
 from isthmus.edge.data import Batch, label_count
-from isthmus.edge.evaluate import computing_in, to_device
+from isthmus.edge.evaluate import to_device
 from isthmus.edge.lanes import Lanes
+from isthmus.edge.precision import computing_in
 
 _REMEDY = "lower --learning-rate, or use a wider codec or dtype."
 

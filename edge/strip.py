@@ -14,9 +14,10 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.auto_codec import AutoCodec
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batch, Batches, TrainingData
-from isthmus.edge.evaluate import computing_in, to_device
+from isthmus.edge.evaluate import to_device
 from isthmus.edge.lanes import LaneMeter, Lanes
 from isthmus.edge.link import Link, connect
+from isthmus.edge.precision import computing_in
 from isthmus.edge.process import no_core_files
 from isthmus.edge.remote_span import RemoteSpan
 from isthmus.edge.span_cache import CachedSpan, SpanIdentity, cached_span, check_cacheable

@@ -15,6 +15,7 @@ from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TuneConfig
 from isthmus.edge.data import load_data
 from isthmus.edge.methods import build_peft
+from isthmus.edge.precision import hold_frozen_linears
 from isthmus.edge.process import no_core_files
 from isthmus.edge.report import Report
 from isthmus.edge.schedule import total_steps
@@ -44,8 +45,10 @@ def run_tuning(config: TuneConfig) -> Report:
         console.print(f"The package is signed by {package.signer}; --signer insists on it.", soft_wrap=True)
     data = load_data(config, package.load_tokenizer())
     model = package.load_model()
+    tuned = build_peft(model, config, total_steps=total_steps(config, len(data.train)))
+    hold_frozen_linears(tuned, config)
     trainer = Trainer(
-        build_peft(model, config, total_steps=total_steps(config, len(data.train))),
+        tuned,
         data,
         config,
         ModelIdentity(

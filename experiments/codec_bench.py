@@ -23,9 +23,10 @@ from isthmus.backbone.threads import torch_threads
 from isthmus.edge.codec_choice import cosine
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batch, Batches
-from isthmus.edge.evaluate import computing_in, to_device
+from isthmus.edge.evaluate import to_device
 from isthmus.edge.link import connect
 from isthmus.edge.methods import build_peft, trained
+from isthmus.edge.precision import computing_in
 from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.experiments.harness import Endpoint, working_folder
 from isthmus.experiments.placement_modes import Mode

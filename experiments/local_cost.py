@@ -23,8 +23,8 @@ from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import load_tokenizer, resolve
 from isthmus.edge.config import Precision, TuningConfig
-from isthmus.edge.evaluate import computing_in
 from isthmus.edge.methods import build_peft, trained
+from isthmus.edge.precision import computing_in, hold_frozen_linears
 from isthmus.emulator.model import build_emulator, load_emulator, save_emulator
 from isthmus.emulator.recipe import Recipe
 from isthmus.emulator.text import load_blocks
@@ -155,11 +155,15 @@ def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
     if kind == "full_fine_tuning":
         return whole(checkpoint).requires_grad_(True)
     method: Any = "full" if kind == "local_layers" else "lora"
-    config = TuningConfig(data="-", method=method, rank=settings.rank)
+    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=settings.precision)
     if kind == "lora_full":
-        return build_peft(whole(checkpoint), config)
-    plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
-    return build_peft(load_edge_parts(checkpoint, plan, load_emulator(emulator, checkpoint.config)), config)
+        base: Any = whole(checkpoint)
+    else:
+        plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
+        base = load_edge_parts(checkpoint, plan, load_emulator(emulator, checkpoint.config))
+    model = build_peft(base, config)
+    hold_frozen_linears(model, config)
+    return model
 
 
 def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:

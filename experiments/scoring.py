@@ -17,7 +17,8 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.sources import load_tokenizer, resolve
 from isthmus.edge.config import Precision
 from isthmus.edge.data import IGNORED, Encoded, collate
-from isthmus.edge.evaluate import computing_in, to_device
+from isthmus.edge.evaluate import to_device
+from isthmus.edge.precision import computing_in
 from isthmus.emulator.package import open_package
 from isthmus.experiments.likelihood import answer_questions, language_model, require_lm_eval, run_tasks
 from isthmus.experiments.scores import Score

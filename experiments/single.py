@@ -20,6 +20,7 @@ from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig, load_config
 from isthmus.edge.data import load_data
 from isthmus.edge.methods import build_peft
+from isthmus.edge.precision import hold_frozen_linears
 from isthmus.edge.report import Report
 from isthmus.edge.schedule import total_steps
 from isthmus.edge.trainer import StepObserver, Trainer
@@ -51,6 +52,7 @@ def train_in_one_process(
     data = load_data(config, tokenizer)
     layers = range(plan.n_layers) if everywhere else plan.edge_layers
     adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=layers, beside=plan)
+    hold_frozen_linears(adapted, config)
     identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")
     return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
 
@@ -73,6 +75,7 @@ def train_parts_alone(
     model = load_edge_parts(checkpoint, plan, _nothing_between)
     data = load_data(config, load_tokenizer(checkpoint.folder))
     adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)))
+    hold_frozen_linears(adapted, config)
     identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "parts")
     return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
 

@@ -59,7 +59,8 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         `throughput_ratio`: Tokens per second of all edges over those of as many single processes, the median of the
             turns, whose ratios are `turns`.
         `throughput_bound`: What is possible, of `edge_share` and `span_batching_gain`.
-        `throughput_ratio_bf16_cloud`: The same ratio where the cloud computes in bf16.
+        `throughput_ratio_bf16_cloud`: The same ratio where the cloud computes in bf16, and the edges in fp32.
+        `throughput_ratio_bf16`: The same where cloud and edges compute in bf16; the single processes in fp32, as ever.
         `cloud_growth_share`: What the cloud's worker has grown by from one tenant to all, at most and at work, over the
             span's bytes.
         `backbone_copies`: 1, and one more for each whole span that it has grown by.
@@ -81,7 +82,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
     steps = settings.steps_in_turn
     gain, growth = SpanGain(settings), []
     with (
-        stderr_progress("phases", 7 + len(settings.counts)) as advance,
+        stderr_progress("phases", 8 + len(settings.counts)) as advance,
         Crowd(settings, folder / "alone", None, tenants) as singles,
     ):
         advance()
@@ -109,12 +110,13 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
                         flood.ask("rest")
                         calm.append(crowd.work(steps))
                 advance()
-        with (
-            cloud_of(settings, folder / "bf16", "bf16") as cloud,
-            Crowd(settings, folder / "fast", cloud, tenants) as crowd,
-        ):
-            fast = in_turns(singles, crowd, TURNS // 2, steps)
-        advance()
+        fast: dict[str, float] = {}
+        with cloud_of(settings, folder / "bf16", "bf16") as cloud:
+            for precision in ("fp32", "bf16"):
+                with Crowd(settings, folder / f"fast {precision}", cloud, tenants, precision=precision) as crowd:
+                    turns = in_turns(singles, crowd, TURNS // 2, steps)
+                    fast[precision] = statistics.median(each.ratio for each in turns)
+                advance()
     edges_cpu = statistics.mean(each.tenants.cpu_per_step for each in done)
     share = edges_cpu / (edges_cpu + gain.apart)
     cloud_memory = max(each.tenants.cloud_memory for each in done)
@@ -125,7 +127,8 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "throughput_ratio": ratio,
         "throughput_bound": bound,
         "throughput_over_bound": ratio / bound,
-        "throughput_ratio_bf16_cloud": statistics.median(each.ratio for each in fast),
+        "throughput_ratio_bf16_cloud": fast["fp32"],
+        "throughput_ratio_bf16": fast["bf16"],
         "edge_share": share,
         "span_batching_gain": gain.gain,
         "calls_per_pass": calls_per_pass,

@@ -68,7 +68,7 @@ class TenantSettings:
     @property
     def steps_at_most(self) -> int:
         """More steps than any process is told to do: those of AdaLoRA's schedule."""
-        of_singles = TURNS + 1 + (len(self.counts) + 1) * (TURNS // 2 + 1)
+        of_singles = TURNS + 1 + (len(self.counts) + 2) * (TURNS // 2 + 1)
         of_tenants = 3 * TURNS + len(self.counts) * (TURNS // 2)
         return WARM_UP + self.steps_in_turn * max(of_singles, of_tenants) + 1
 
@@ -170,6 +170,7 @@ class Crowd:
         cloud: Whose tenants they are; None for single processes.
         tenants: Their numbers.
         parts: Whether single processes have an edge's parts only, and not the whole model.
+        precision: What they compute in.
     """
 
     def __init__(
@@ -180,12 +181,13 @@ class Crowd:
         tenants: Sequence[int],
         *,
         parts: bool = False,
+        precision: str = "fp32",
     ) -> None:
         folder.mkdir(parents=True)
         self._settings, self._cloud = settings, cloud
         with ExitStack() as stack:
             self._processes = {
-                tenant: stack.enter_context(_process(settings, folder, cloud, tenant, parts=parts))
+                tenant: stack.enter_context(_process(settings, folder, cloud, tenant, parts=parts, precision=precision))
                 for tenant in tenants
             }
             for process in self._processes.values():
@@ -267,7 +269,7 @@ def _key(cloud: LocalCloud, tenant: int) -> Path:
 
 
 def _process(
-    settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int, *, parts: bool
+    settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int, *, parts: bool, precision: str
 ) -> TurnProcess:
     texts = folder / f"{tenant}.jsonl"
     write_long_texts(texts, WARM_UP + settings.steps, settings.length(tenant))
@@ -281,6 +283,7 @@ def _process(
         "learning_rate": 1e-3,
         "save_every": settings.steps_at_most,
         "method": METHODS[tenant % len(METHODS)],
+        "precision": precision,
         "seed": tenant,
         "threads": 1,
         "cloud": "-" if cloud is None else cloud.connection,

@@ -163,6 +163,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert figures["jain"] > 0.5
     assert figures["flood_p99_ratio"] > 0
     assert figures["throughput_ratio_bf16_cloud"] > 0
+    assert figures["throughput_ratio_bf16"] > 0
 
 
 def test_a_peak_is_what_was_there_since_it_was_forgotten() -> None:
