@@ -118,9 +118,9 @@ class Open:
         """A session's piece has taken something out, or the session is over."""
         self._left.pop(owner, None)
 
-    def beside(self, owner: bytes) -> list[bytes]:
-        """The other sessions that have left something."""
-        return [each for each, (_, count) in self._left.items() if each != owner and count == 1]
+    def owners(self) -> list[bytes]:
+        """The sessions that have left something."""
+        return [owner for owner, (_, count) in self._left.items() if count == 1]
 
     def positions(self, owners: Iterable[bytes]) -> int:
         """The token positions of what sessions have left."""

@@ -141,12 +141,14 @@ class Dispatcher:
         self._ending = False
         self._worked = 0.0  # when something was done last
         self._untidy = threading.Event()  # something was done since memory was given back for the last time
+        self._dated = threading.Event()  # something that waits has a deadline
         self._ended = threading.Event()
         self._lanes = [
             threading.Thread(target=self._run, args=(lane,), name=f"compute {lane}", daemon=True)
             for lane in range(lanes)
         ]
-        for thread in (*self._lanes, threading.Thread(target=self._keep_tidy, name="tidy", daemon=True)):
+        others = (("tidy", self._keep_tidy), ("deadlines", self._keep_deadlines))
+        for thread in (*self._lanes, *(threading.Thread(target=run, name=name, daemon=True) for name, run in others)):
             thread.start()
 
     def submit(
@@ -179,6 +181,8 @@ class Dispatcher:
                 continues=continues,
             )  # fmt: skip
             self._changed.notify_all()
+        if deadline is not None:
+            self._dated.set()
         return work.future
 
     def cancel(self, owner: bytes) -> None:
@@ -208,6 +212,7 @@ class Dispatcher:
         """Take no more work, and end once what waits is done, or, with `cancel`, cancelled."""
         self._ended.set()
         self._untidy.set()
+        self._dated.set()
         with self._changed:
             self._ending = True
             gone = self._scheduler.clear() if cancel else []
@@ -264,6 +269,19 @@ class Dispatcher:
             if idle:
                 self._idle_bytes = resident_bytes()
 
+    def _keep_deadlines(self) -> None:
+        """Refuse what has become too late, also while all lanes compute."""
+        while self._dated.wait() and not self._ended.wait(LOOK_SECONDS):
+            with self._changed:
+                self._refuse_late()
+                if not self._scheduler.dated:
+                    self._dated.clear()
+
+    def _refuse_late(self) -> None:
+        for job in self._scheduler.take_late():
+            if job.work.future.set_running_or_notify_cancel():
+                job.work.future.set_exception(TooLate())
+
     def _threads_for(self, batch: Sequence[Job[_Work[Any]]]) -> int:
         if not batch or batch[0].kind is None:
             return self._threads
@@ -276,9 +294,7 @@ class Dispatcher:
         with self._changed:
             while True:
                 batch = self._scheduler.next(anywhere=lane > 0)
-                for job in self._scheduler.take_late():
-                    if job.work.future.set_running_or_notify_cancel():
-                        job.work.future.set_exception(TooLate())
+                self._refuse_late()
                 if batch or (self._ending and not len(self._scheduler)):
                     return batch, self._threads_for(batch)
                 ready = self._scheduler.ready_at()

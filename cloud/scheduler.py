@@ -36,7 +36,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from isthmus.cloud.attendance import Answered, Attendance, Open
@@ -58,6 +59,31 @@ PATIENCE = 4.0
 """How many times as long as computing it and a full room would take, a piece waits for room in memory at most."""
 RETHINK_SECONDS = 0.02
 """How long a piece waits for room in memory until it is looked at again, where nothing else happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How things are at a moment.
+
+    Attributes:
+        at_work: The tenants' sessions that have something waiting or running, or are expected back.
+        here: All of them.
+        part: Token positions that a batch has at most, so that each lane has its part.
+        left: Token positions that sessions have open, of those that are at work or were lately; 0 for what is going.
+        taken: All of that.
+        beyond: What of it is more than a tenant's share, for those that have several sessions at work.
+    """
+
+    at_work: Mapping[str, set[bytes]]
+    here: Collection[bytes]
+    part: float
+    left: Mapping[bytes, int]
+    taken: int
+    beyond: Mapping[str, float]
+
+    def taken_beside(self, tenant: str, own: int) -> float:
+        """The room that other sessions have taken; of what another tenant with several has, its share at most."""
+        return self.taken - own - sum(excess for name, excess in self.beyond.items() if name != tenant)
 
 
 class Scheduler(Generic[T]):
@@ -91,6 +117,7 @@ class Scheduler(Generic[T]):
         self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
+        self._looked: tuple[float, _Look] | None = None  # at a moment, as long as nothing changes
 
     def __len__(self) -> int:
         return sum(map(len, self._accounts.values()))
@@ -148,6 +175,7 @@ class Scheduler(Generic[T]):
         job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes, anywhere, pace, continues)
         account.waiting[0 if interactive else 1].append(job)
         self._sessions.asks(owner, now)
+        self._looked = None
         return job
 
     @property
@@ -159,6 +187,11 @@ class Scheduler(Generic[T]):
     def crowded(self) -> bool:
         """Whether more than one session is at work: has something waiting or running, or is expected back."""
         return len(self._sessions_at(self._clock())) > 1
+
+    @property
+    def dated(self) -> bool:
+        """Whether something that waits has a deadline."""
+        return any(job.until is not None for job in self._jobs())
 
     def _jobs(self) -> Iterator[Job[T]]:
         return (job for account in self._accounts.values() for queue in account.waiting for job in queue)
@@ -176,7 +209,7 @@ class Scheduler(Generic[T]):
         self._ripe_at = None
         for account in self._accounts.values():
             account.refill(now)
-            self._give_up(account, now)
+        self._give_up(now)
         leads = self._leads(now, anywhere=anywhere)
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         for lead in leads:
@@ -197,20 +230,22 @@ class Scheduler(Generic[T]):
                 if account.share.positions_per_second is not None and not job.continues:
                     account.budget -= job.positions
             self._present = max(self._present, lowest)
+            self._looked = None
             return batch
         return []
 
     def take_late(self) -> list[Job[T]]:
         """What cannot keep its deadline any more, and does not wait any longer; each once."""
+        self._give_up(self._clock())
         late, self._late = self._late, []
         return late
 
-    def _give_up(self, account: Account[T], now: float) -> None:
-        for queue in account.waiting:
-            late = [job for job in queue if self._latest_start(job) < now]
-            for job in late:
-                queue.remove(job)
-            self._late += late
+    def _give_up(self, now: float) -> None:
+        late = [job for job in self._jobs() if self._latest_start(job) < now]
+        for job in late:
+            self._accounts[job.tenant].waiting[0 if job.interactive else 1].remove(job)
+        self._late += late
+        self._looked = None
 
     def _latest_start(self, job: Job[T]) -> float:
         """When a piece is given up unless it has begun."""
@@ -223,7 +258,7 @@ class Scheduler(Generic[T]):
     def _leads(self, now: float, *, anywhere: bool) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
         by_account = sorted(self._accounts.items(), key=lambda item: item[1].used)
-        at_work = self._at_work(now)
+        at_work = self._look(now).at_work
         free = [account for name, account in by_account if at_work.keys() <= {name} or not account.running]
         eager, patient = (
             [
@@ -251,8 +286,8 @@ class Scheduler(Generic[T]):
         waiting = {name: account for name, account in self._accounts.items() if len(account)}
         used = {name: account.used for name, account in waiting.items()}
         self._charge(used, lead)
-        at_work = self._at_work(now)
-        pool, part = self._alike(lead, now), self._part(now)
+        at_work = self._look(now).at_work
+        pool, part = self._alike(lead, now), self._look(now).part
         mates = self._sessions.mates([lead.owner]) if lead.kind.closes else set()
         if lead.kind.closes:
             pool = [job for job in pool if job.owner in mates or self._is_whole(job, now)]
@@ -284,7 +319,7 @@ class Scheduler(Generic[T]):
 
     def _alike(self, lead: Job[T], now: float) -> list[Job[T]]:
         """What may be done together with a piece, as far as its kind and shares go: the first of each other session."""
-        at_work = self._at_work(now)
+        at_work = self._look(now).at_work
         mates = self._sessions.mates([lead.owner])
         return [
             job
@@ -302,18 +337,34 @@ class Scheduler(Generic[T]):
         """Whether all have come that a piece was opened together with, or are not expected."""
         return not self._sessions.expected(now).keys() & self._sessions.mates([job.owner])
 
-    def _at_work(self, now: float) -> dict[str, set[bytes]]:
-        """The tenants' sessions that have something waiting or running, or are expected back."""
-        sessions: dict[str, set[bytes]] = {}
-        for owner, known in self._sessions_at(now).items():
-            sessions.setdefault(known.tenant, set()).add(owner)
-        return sessions
+    def _look(self, now: float) -> _Look:
+        """How things are; looked at once as long as nothing changes, as each piece that waits is weighed by it."""
+        if self._looked is None or self._looked[0] != now:
+            sessions_at = self._sessions_at(now)
+            at_work: dict[str, set[bytes]] = {}
+            for owner, known in sessions_at.items():
+                at_work.setdefault(known.tenant, set()).add(owner)
+            lately = now - (0.0 if self._batching is None else self._batching.window)
+            left = {
+                owner: 0 if self._is_going(owner) else self._open.positions([owner])
+                for owner in self._open.owners()
+                if owner in sessions_at or self._sessions.was_answered(owner, lately)
+            }
+            share = self._room() / max(1, len(at_work))
+            beyond = {
+                tenant: max(0.0, sum(left.get(owner, 0) for owner in sessions) - share)
+                for tenant, sessions in at_work.items()
+                if len(sessions) > 1
+            }
+            part = self._part(sessions_at.values())
+            self._looked = now, _Look(at_work, sessions_at.keys(), part, left, sum(left.values()), beyond)
+        return self._looked[1]
 
     def _sessions_at(self, now: float) -> dict[bytes, Job[T] | Answered]:
         """The sessions at work, and of each the piece that waits, or runs, or was answered last."""
         return {**self._sessions.expected(now), **self._running, **{job.owner: job for job in self._jobs()}}
 
-    def _part(self, now: float) -> float:
+    def _part(self, sessions: Iterable[Job[T] | Answered]) -> float:
         """Token positions that a batch has at most, so that each lane has its part of all that is at work.
 
         What a tenant with several sessions has counts up to the median of the tenants', by weight: the others' batches
@@ -322,7 +373,7 @@ class Scheduler(Generic[T]):
         if self._lanes == 1:
             return math.inf
         wanted: dict[str, list[int]] = {}
-        for known in self._sessions_at(now).values():
+        for known in sessions:
             wanted.setdefault(known.tenant, []).append(known.positions)
         weight = {name: self._accounts[name].share.weight for name in wanted}
         median = statistics.median_low(sum(each) / weight[name] for name, each in wanted.items()) if wanted else 0
@@ -372,32 +423,21 @@ class Scheduler(Generic[T]):
         """
         if self._batching is None or job.kind is None or not job.kind.opens:
             return True
-        others = self._open.beside(job.owner)
-        if len(others) + len(batch) < self._batching.open_calls:
+        look = self._look(now)
+        own = look.left.get(job.owner)
+        if len(look.left) - (own is not None) + len(batch) < self._batching.open_calls:
             return True
-        at_work = self._at_work(now)
-        here = set().union(*at_work.values())
-        lately = now - self._batching.window
-        others = [owner for owner in others if owner in here or self._sessions.was_answered(owner, lately)]
-        taken = sum(each.positions for each in batch) + self._taken(others, job, at_work)
-        if len(others) + len(batch) < self._batching.open_calls or taken + job.positions <= self._room():
+        taken = sum(each.positions for each in batch) + look.taken_beside(job.tenant, own or 0)
+        if taken + job.positions <= self._room():
             return True
         of_all = self._seconds(round(min(taken, self._room())) + job.positions, job)
         until = job.since + min(PATIENCE * of_all or self._batching.window, (self._begin_by(job) - job.since) / 2)
         return now >= until or not any(
-            owner in here and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
-            for owner in others
+            owner != job.owner
+            and owner in look.here
+            and (self._sessions.due(owner, now) <= until or not self._sessions.is_away(owner))
+            for owner in look.left
         )
-
-    def _taken(self, others: Collection[bytes], job: Job[T], at_work: Mapping[str, set[bytes]]) -> float:
-        """The room that other sessions have taken; of what a tenant with several has, its share at most."""
-        left = {owner: self._open.positions([owner]) for owner in others if not self._is_going(owner)}
-        share = self._room() / max(1, len(at_work))
-        excess = 0.0
-        for tenant, sessions in at_work.items():
-            if tenant != job.tenant and len(sessions) > 1:
-                excess += max(0.0, sum(left.get(owner, 0.0) for owner in sessions) - share)
-        return sum(left.values()) - excess
 
     def _is_going(self, owner: bytes) -> bool:
         """Whether what a session has open is being closed, and by all that it was opened together with.
@@ -420,7 +460,7 @@ class Scheduler(Generic[T]):
         if self._batching is None or lead.kind is None or lead.interactive:
             return now
         positions = sum(job.positions for job in batch)
-        room = self._largest(batch, self._part(now)) - positions
+        room = self._largest(batch, self._look(now).part) - positions
         if room <= 0 and not lead.kind.closes:
             return now
         mates = self._sessions.mates(job.owner for job in batch) if lead.kind.closes else None
@@ -436,7 +476,7 @@ class Scheduler(Generic[T]):
 
     def _without_room(self, batch: list[Job[T]], now: float) -> list[Job[T]]:
         """What would be in a batch if there were room in memory."""
-        room = self._largest(batch, self._part(now)) - sum(job.positions for job in batch)
+        room = self._largest(batch, self._look(now).part) - sum(job.positions for job in batch)
         alike = (job for job in self._alike(batch[0], now) if job not in batch)
         return [job for job in alike if job.positions <= room and not self._fits(job, batch, now)]
 
@@ -465,7 +505,7 @@ class Scheduler(Generic[T]):
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
         here = {job.owner for job in self._jobs()}
-        at_work = self._at_work(now)
+        at_work = self._look(now).at_work
         everybody = sum(self._accounts[name].share.weight for name in at_work)
         for job in batch:
             account = self._accounts[job.tenant]
@@ -490,6 +530,7 @@ class Scheduler(Generic[T]):
         self._over.difference_update(job.owner for job in batch)
         if not any(len(each) or each.running for each in self._accounts.values()):
             self._present = max(self._present, *(self._accounts[job.tenant].used for job in batch))
+        self._looked = None
 
     def cancel(self, owner: bytes) -> list[Job[T]]:
         """Take out what waits of one session, which is over."""
@@ -500,6 +541,7 @@ class Scheduler(Generic[T]):
         gone = [job for job in self._jobs() if job.owner == owner]
         for job in gone:
             self._accounts[job.tenant].waiting[0 if job.interactive else 1].remove(job)
+        self._looked = None
         return gone
 
     def clear(self) -> list[Job[T]]:
@@ -508,4 +550,5 @@ class Scheduler(Generic[T]):
         for account in self._accounts.values():
             for queue in account.waiting:
                 queue.clear()
+        self._looked = None
         return gone

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from isthmus.cloud import dispatch
-from isthmus.cloud.dispatch import Dispatcher, Shared
+from isthmus.cloud.dispatch import Dispatcher, Shared, TooLate
 from isthmus.cloud.jobs import Batching, Kind, Share
 
 
@@ -81,6 +81,21 @@ def test_what_a_session_has_waiting_is_cancelled_with_it(dispatcher: Dispatcher)
     stays.result(10)
     assert gone.cancelled()
     assert order == ["stays"]
+
+
+def test_what_comes_too_late_is_refused_while_all_lanes_compute(dispatcher: Dispatcher) -> None:
+    gate = Gate(dispatcher)
+    late = [submit(dispatcher, list, f"late {number}", deadline=0.1) for number in range(2)]
+    waits = submit(dispatcher, list, "waits")
+    for each in late:
+        with pytest.raises(TooLate):
+            each.result(10)
+    assert not gate.future.done()
+    again = submit(dispatcher, list, "late 0", deadline=0.1)
+    with pytest.raises(TooLate):
+        again.result(10)
+    gate.open()
+    assert waits.result(10) == []
 
 
 @pytest.mark.parametrize("cancel", [False, True])
