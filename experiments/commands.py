@@ -55,6 +55,7 @@ def parity(
     data: Annotated[
         str, typer.Option(help="A data file as for `edge train`; by default a few sentences of real text.")
     ] = "",
+    pipeline: Annotated[int, typer.Option(min=1, help="Actors of the cloud that its layers are divided among.")] = 1,
     keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +66,9 @@ def parity(
     from isthmus.experiments.harness import working_folder
     from isthmus.experiments.parity import ParitySettings, run_parity
 
-    settings = ParitySettings(model, edge_layers, steps, batch, seq, codec, cloud_dtype, learning_rate, threads, data)
+    settings = ParitySettings(
+        model, edge_layers, steps, batch, seq, codec, cloud_dtype, learning_rate, threads, data, pipeline
+    )
     with working_folder(keep) as folder:
         _print(run_parity(settings, folder), as_json)
 

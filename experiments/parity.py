@@ -51,6 +51,7 @@ class ParitySettings:
         learning_rate: of AdamW; large enough to move the adapter in a few steps.
         threads: torch threads on either side.
         data: a data file, or "" for a few sentences of real text.
+        pipeline: actors of the cloud that the span is cut for.
     """
 
     model: str
@@ -63,6 +64,7 @@ class ParitySettings:
     learning_rate: float = 1e-3
     threads: int = 1
     data: str = ""
+    pipeline: int = 1
 
 
 def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
         settings.dtype,
         "--threads",
         str(settings.threads),
+        "--pipeline",
+        str(settings.pipeline),
     ) as cloud:
         split = _run("split", settings, folder, cloud)
     whole = _run("whole", settings, folder)

@@ -32,9 +32,11 @@ def link(cloud: LocalCloud) -> Iterator[Link]:
         yield opened
 
 
-def test_parity_is_bitwise_and_its_control_is_caught(real_model: Checkpoint) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_parity_is_bitwise_and_its_control_is_caught(real_model: Checkpoint, stages: int) -> None:
+    options = ("--steps", "6", "--seq", "64", "--pipeline", str(stages), "--json")
     done = subprocess.run(
-        isthmus("bench", "parity", "--model", BUILT_IN, "--steps", "6", "--seq", "64", "--json"),
+        isthmus("bench", "parity", "--model", BUILT_IN, *options),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
