@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -396,3 +397,31 @@ def test_everything_is_done_once_in_the_order_of_its_session(pieces: list[tuple[
         worker.now += 0.1
         worker.scheduler.finished(batch, 0.1)
     assert done == expected
+
+
+def test_the_crowd_is_looked_at_as_often_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    sessions_at = Scheduler._sessions_at
+
+    def counted(self: Scheduler[str], now: float) -> Any:
+        nonlocal looks
+        looks += 1
+        return sessions_at(self, now)
+
+    monkeypatch.setattr(Scheduler, "_sessions_at", counted)
+
+    def most_looks(tenants: int) -> int:
+        """While a batch is taken, or nothing more has room."""
+        worker = Together()
+        worker.scheduler = Scheduler(lambda: worker.now, worker.batching, room=lambda: 50.0, lanes=2)
+        for number in range(tenants):
+            worker.add(f"{number}", Kind("open", "close", opens=True), tenant=f"tenant {number}")
+        counts, taken = [], 1
+        while taken:
+            before = looks
+            taken = len(worker.scheduler.next())
+            counts.append(looks - before)
+        assert len(worker.scheduler) > tenants // 2, "most have no room"
+        return max(counts)
+
+    assert most_looks(100) == most_looks(10)
