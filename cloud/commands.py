@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -123,8 +123,8 @@ def serve(
         bool, typer.Option(help="Let edges put adapters inside the layers served, which shows them what is inside.")
     ] = True,
     batching: Annotated[
-        bool, typer.Option(help="Compute the calls of several edges in one pass; the results are the same.")
-    ] = True,
+        Literal["on", "off"], typer.Option(help="Compute the calls of several edges in one pass.")
+    ] = "on",
     device: Annotated[
         str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
     ] = "cpu",
@@ -166,7 +166,7 @@ def serve(
         connection_file=connection_file,
         emulator=emulator,
         sites=sites,
-        batching=batching,
+        batching=batching == "on",
         device=device,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
         ready=typer.echo,

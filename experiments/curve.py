@@ -34,7 +34,7 @@ def run_curve(
     if figure is not None:
         plotting()  # before the long run, not after it
     # Alone in the cloud, so that its calls have as many threads as the single process's, however short they are.
-    serve = ("--edge-layers", edge_layers, "--threads", str(options["threads"]), "--no-batching")
+    serve = ("--edge-layers", edge_layers, "--threads", str(options["threads"]), "--batching", "off")
     with LocalCloud(folder, model, *serve) as cloud:
         flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         edge = ("--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key), "--out", str(folder / "split"))

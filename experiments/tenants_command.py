@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,8 +26,8 @@ def tenants(
         int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores.")
     ] = None,
     batching: Annotated[
-        bool, typer.Option(help="Whether the cloud computes several tenants' calls in one pass.")
-    ] = True,
+        Literal["on", "off"], typer.Option(help="Whether the cloud computes several tenants' calls in one pass.")
+    ] = "on",
     figure: Annotated[
         Path | None, typer.Option(help="PNG of the throughput against the number of tenants; measures 1, 2, 4 … too.")
     ] = None,
@@ -43,7 +43,7 @@ def tenants(
 
     counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)}) if figure else ()
     threads = threads or os.cpu_count() or 1
-    settings = TenantSettings(model, n, tokens, edge_layers, steps, threads, batching, tuple(counts))
+    settings = TenantSettings(model, n, tokens, edge_layers, steps, threads, batching == "on", tuple(counts))
     with working_folder() as folder:
         result = to_its_end(lambda: run_tenants(settings, folder))
         if figure is not None:

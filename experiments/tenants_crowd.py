@@ -253,8 +253,7 @@ def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> Iterator[Loc
     """A cloud in `folder`, which is made, that computes in a dtype."""
     folder.mkdir(parents=True)
     options = ["--edge-layers", settings.edge_layers, "--threads", str(settings.threads), "--dtype", dtype]
-    if not settings.batching:
-        options.append("--no-batching")
+    options += ["--batching", "on" if settings.batching else "off"]
     with LocalCloud(folder, settings.model, *options) as cloud:
         yield cloud
 

@@ -183,7 +183,7 @@ def children(pid: int) -> list[int]:
 
 def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Path) -> None:
     with LocalCloud(
-        place / "growing", str(place / "model"), "--threads", "1", "--workers", "1:2", "--no-batching"
+        place / "growing", str(place / "model"), "--threads", "1", "--workers", "1:2", "--batching", "off"
     ) as cloud:
         key = cloud.home.parent / "many" / "id_ed25519"
         key.parent.mkdir(mode=0o700)
