@@ -59,6 +59,11 @@ def _rename(where: dict[str, Any], old: str, new: str) -> None:
         (lambda c: _cloud(c)["container"]["resources"]["limits"].update(memory="12Gibibytes"), "12Gibibytes"),
         (lambda c: _cloud(c)["pod"]["volumes"][0]["emptyDir"].update(sizeLimit="4 GiB"), "4 GiB"),
         (lambda c: _cloud(c)["pod"]["volumes"][0].update(emptydir={}), "emptydir"),
+        (lambda c: _cloud(c)["pod"].update(hostNetwork=True), "hostNetwork"),
+        (lambda c: _cloud(c)["pod"]["initContainers"][0].pop("name"), "name"),
+        (lambda c: _cloud(c)["pod"]["volumes"].append({"name": "tmp", "emptyDir": {}}), "the same name: ['tmp']"),
+        (lambda c: _cloud(c)["container"]["ports"].append({"containerPort": 7443}), "the same containerPort"),
+        (lambda c: _cloud(c)["container"]["volumeMounts"][1].update(mountPath="/tmp"), "the same mountPath"),  # noqa: S108
     ],
 )
 def test_a_spoilt_cluster_is_refused(spoil: Callable[[dict[str, Any]], object], complaint: str) -> None:

@@ -1,14 +1,14 @@
 """Reading the manifests of `deploy/kubernetes`, and checking them as an API server does.
 
 Kubernetes' own kinds are checked against its published schemas (the package kubernetes-validate ships them). A
-RayCluster is checked in two steps, as KubeRay's own schema is too long to be here: its fields against `RAY_CLUSTER`,
-which names them with their types, and what it takes over from Kubernetes (the pods' templates) against Kubernetes'.
+RayCluster is checked against `RAY_CLUSTER`, which says what KubeRay's definition says of the fields that ours has, as
+the definition itself is too long to be here; and its pods' templates against Kubernetes' schemas, too, which are
+stricter.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,92 @@ def _words(*words: str) -> dict[str, Any]:
     return {"type": "string", "enum": list(words)}
 
 
+def _list(of: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A list, of which no two have the same values of these keys."""
+    return {"type": "array", "items": of, "keys": keys}
+
+
 _BOOL, _INT, _STR, _ANY = {"type": "boolean"}, {"type": "integer"}, {"type": "string"}, {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _LIST = {"type": "array"}
+# Kubernetes' schemas call a quantity a string; what it reads is this.
+_QUANTITY = {
+    "type": ["integer", "string"],
+    "pattern": r"^[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?$",
+}
+_QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
 
-# The fields of RayCluster in ray.io/v1 with their types, written after KubeRay's definition of it
-# (github.com/ray-project/kuberay). `_ANY` and `_LIST` stand for what is Kubernetes' own: `problems` checks the
-# templates, and the rest of it is not used here.
+# What KubeRay's definition of RayCluster in ray.io/v1 says: helm-chart/kuberay-operator/crds/ray.io_rayclusters.yaml of
+# github.com/ray-project/kuberay, at 017710c. Its own fields are all here, but for those that no release has, with
+# `_ANY` and `_LIST` for Kubernetes' types that our cluster does not use. Of the pods' templates there is what our
+# cluster has: for a further field, look up what the definition says of it.
+
+_CONTAINERS = _list(
+    _fields(
+        "name",
+        name=_STR,
+        image=_STR,
+        command=_list(_STR),
+        args=_list(_STR),
+        env=_list(
+            _fields(
+                "name",
+                name=_STR,
+                value=_STR,
+                valueFrom=_fields(secretKeyRef=_fields("key", name=_STR, key=_STR)),
+            ),
+            "name",
+        ),
+        ports=_list(_fields("containerPort", name=_STR, containerPort=_INT), "containerPort", "protocol"),
+        **dict.fromkeys(
+            ("startupProbe", "readinessProbe", "livenessProbe"),
+            _fields(
+                grpc=_fields("port", port=_INT),
+                periodSeconds=_INT,
+                timeoutSeconds=_INT,
+                failureThreshold=_INT,
+            ),
+        ),
+        resources=_fields(requests=_QUANTITIES, limits=_QUANTITIES),
+        securityContext=_fields(
+            allowPrivilegeEscalation=_BOOL,
+            readOnlyRootFilesystem=_BOOL,
+            capabilities=_fields(drop=_list(_STR)),
+        ),
+        volumeMounts=_list(_fields("mountPath name", name=_STR, mountPath=_STR, readOnly=_BOOL), "mountPath"),
+    ),
+    "name",
+)
+
+_TEMPLATE = _fields(
+    metadata=_fields(labels=_STRINGS),
+    spec=_fields(
+        "containers",
+        automountServiceAccountToken=_BOOL,
+        terminationGracePeriodSeconds=_INT,
+        securityContext=_fields(
+            runAsNonRoot=_BOOL,
+            runAsUser=_INT,
+            runAsGroup=_INT,
+            fsGroup=_INT,
+            fsGroupChangePolicy=_STR,
+            seccompProfile=_fields("type", type=_STR),
+        ),
+        initContainers=_CONTAINERS,
+        containers=_CONTAINERS,
+        volumes=_list(
+            _fields(
+                "name",
+                name=_STR,
+                emptyDir=_fields(medium=_STR, sizeLimit=_QUANTITY),
+                secret=_fields(secretName=_STR, defaultMode=_INT),
+                persistentVolumeClaim=_fields("claimName", claimName=_STR, readOnly=_BOOL),
+            ),
+            "name",
+        ),
+    ),
+)
+
 RAY_CLUSTER = _fields(
     "apiVersion kind metadata spec",
     apiVersion=_words("ray.io/v1"),
@@ -70,7 +149,7 @@ RAY_CLUSTER = _fields(
         ),
         headGroupSpec=_fields(
             "template rayStartParams",
-            template=_ANY,
+            template=_TEMPLATE,
             rayStartParams=_STRINGS,
             serviceType=_STR,
             headService=_ANY,
@@ -89,7 +168,7 @@ RAY_CLUSTER = _fields(
                 numOfHosts=_INT,
                 idleTimeoutSeconds=_INT,
                 suspend=_BOOL,
-                template=_ANY,
+                template=_TEMPLATE,
                 rayStartParams=_STRINGS,
                 scaleStrategy=_fields(workersToDelete={"type": "array", "items": _STR}),
                 resources=_STRINGS,
@@ -100,8 +179,16 @@ RAY_CLUSTER = _fields(
 )
 
 
-# Kubernetes' schemas call a quantity a string; what it reads is this.
-QUANTITY = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
+def _no_two_alike(
+    _: Any, keys: Sequence[str], things: list[dict[str, Any]], __: Any
+) -> Iterator[jsonschema.ValidationError]:
+    seen = [[thing.get(key) for key in keys] for thing in things]
+    for number, values in enumerate(seen):
+        if keys and values in seen[:number]:
+            yield jsonschema.ValidationError(f"two of a list have the same {' and '.join(keys)}: {values}")
+
+
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"keys": _no_two_alike})
 
 
 def manifests(folder: Path = DEPLOY / "kubernetes") -> list[dict[str, Any]]:
@@ -133,24 +220,13 @@ def problems(thing: dict[str, Any]) -> list[str]:
     """What is wrong with an object, unknown fields included; empty where nothing is."""
     if thing["kind"] != "RayCluster":
         return _kubernetes_problems(thing)
-    found = [error.message for error in jsonschema.Draft202012Validator(RAY_CLUSTER).iter_errors(thing)]
+    found = [error.message for error in _Validator(RAY_CLUSTER).iter_errors(thing)]
     if not found:
         for template in templates(thing):
             found += _kubernetes_problems(
                 {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template}
             )
-        found += [f"{text!r} is no quantity" for text in _quantities(thing) if not QUANTITY.fullmatch(text)]
     return found
-
-
-def _quantities(cluster: dict[str, Any]) -> Iterator[str]:
-    for container in containers(cluster):
-        for amounts in container["resources"].values():
-            yield from map(str, amounts.values())
-    for template in templates(cluster):
-        for volume in template["spec"].get("volumes", []):
-            if "sizeLimit" in volume.get("emptyDir", {}):
-                yield str(volume["emptyDir"]["sizeLimit"])
 
 
 def _kubernetes_problems(thing: dict[str, Any]) -> list[str]:
