@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isthmus.backbone.graph_memory import keeping_little, storages_of
+from isthmus.backbone.graph_memory import PositionBytes, counting, keep_little, storages_of
 from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company
 from isthmus.backbone.packing import Packer
@@ -171,12 +171,14 @@ class Executor:
     _packer: Packer = field(init=False)
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
     _span_bytes: int = field(init=False)  # of its weights, were they not quantized
+    _known: PositionBytes = field(default_factory=PositionBytes)  # of graphs without sites
     _per_position: float = 0.0  # bytes that the last graph has taken for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.host.span)
         self._weights = storages_of(self.host.span)
+        keep_little(self.host.span)
         self._span_bytes = self.host.span.n_params * self.dtype.itemsize
 
     @property
@@ -478,13 +480,21 @@ class Executor:
             output, visit = self._span(inputs[0], guests, again=again)
             return [output], visit
 
-        with keeping_little(self._weights) as kept:
-            outputs, visit = run()
-        for output in outputs:
-            kept.add(output)
         positions = sum(each.positions for each in inputs)
-        self._per_position = kept.total / positions
-        return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, kept.total, visit)
+        known = None if guests is not None else self._known.expected(inputs)
+        if known is None:
+            with counting(self._weights) as kept:
+                outputs, visit = run()
+            for output in outputs:
+                kept.add(output)
+            known = kept.total / positions
+            if guests is None:
+                self._known.learn(inputs, known)
+        else:
+            outputs, visit = run()
+        self._per_position = known
+        nbytes = round(known * positions)
+        return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, visit)
 
     def _shrink(self) -> None:
         for entry in self._stash.values():

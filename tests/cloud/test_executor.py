@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
+from isthmus.backbone import graph_memory
+from isthmus.backbone.graph_memory import KeptBytes
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
+from isthmus.cloud import executor as executor_module
 from isthmus.cloud.executor import BackwardCall, Executor, Gradients, StashLost
 
 A, B = b"session a", b"session b"
@@ -191,9 +195,11 @@ def test_evict_all_forgets_everything(span: FrozenSpan) -> None:
         executor.backward(A, 1, upstream())
 
 
-def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation_functions(span: FrozenSpan) -> None:
+def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation_functions(
+    load: Callable[[torch.dtype], FrozenSpan],
+) -> None:
     """Counted independently: every storage that the graph keeps alive, weights left out."""
-    given = inputs()
+    span, given = load(torch.float32), inputs()
     weights = {p.untyped_storage().data_ptr() for p in [*span.parameters(), *span.buffers()]}
     kept: dict[int, int] = {}
     activated = 0
@@ -217,6 +223,42 @@ def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation
     assert activated > given.hidden.nbytes
     assert expected > 5 * given.hidden.nbytes
     assert 0.95 * expected <= graph <= 1.05 * expected
+
+
+def test_what_is_known_of_graphs_is_what_counting_says(
+    load: Callable[[torch.dtype], FrozenSpan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted are only graphs with longer sequences, or masks, than any before; the others take as much."""
+    counted = []
+
+    def counting(weights: Collection[int]) -> AbstractContextManager[KeptBytes]:
+        counted.append(None)
+        return graph_memory.counting(weights)
+
+    monkeypatch.setattr(executor_module, "counting", counting)
+
+    def kept(executor: Executor, given: SpanInput) -> tuple[int, int]:
+        counted.clear()
+        executor.forward(A, 1, given, keep=True)
+        nbytes = executor.used_bytes - given.nbytes
+        executor.release(A)
+        return nbytes, len(counted)
+
+    span = load(torch.float32)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    for given, counts in (
+        (inputs(), 1),
+        (inputs(rows=5), 0),
+        (inputs(length=7), 0),
+        (inputs(masked=True), 1),
+        (inputs(masked=True), 0),
+        (inputs(length=30), 1),
+        (inputs(), 0),
+    ):
+        nbytes, times = kept(executor, given)
+        expected, once = kept(Executor(SiteHost(span), torch.float32, BIG), given)
+        assert (times, once) == (counts, 1)
+        assert 0.98 * expected <= nbytes <= 1.05 * expected
 
 
 def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
