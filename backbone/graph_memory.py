@@ -7,12 +7,12 @@ the cheapest piece of selective recomputation (Korthikanti et al. 2022, arXiv 22
 
 autograd's hooks see each tensor that is kept, and each costs Python's lock in the forward and in the backward, which
 threads that compute side by side have to take turns at. So they are there only from an activation function to the end
-of the module that it is part of, and everywhere only while bytes are counted, until it is known what a token position
-takes.
+of the module that calls it, and everywhere only while bytes are counted.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,7 +77,7 @@ def keep_little(module: nn.Module) -> None:
                 activation.register_forward_hook(_enter)
         if activations and parent not in _frugal:
             parent.register_forward_hook(_leave, always_call=True)
-            _frugal.update((parent, *activations))
+        _frugal.update([parent, *activations] if activations else [])
 
 
 @contextmanager
@@ -87,11 +87,14 @@ def counting(weights: Collection[int]) -> Iterator[KeptBytes]:
     Args:
         weights: The addresses of the storages that count as weights.
     """
-    kept = KeptBytes(weights)
+    kept, depth = KeptBytes(weights), len(_here.hooks)
     before, _here.counted = _here.counted, kept
     try:
         with saved_tensors_hooks(_pack, _unpack):
-            yield kept
+            try:
+                yield kept
+            finally:
+                _pop(depth)  # a call that is abandoned ends within a module, and no hook of that is called
     finally:
         _here.counted = before
 
@@ -102,34 +105,61 @@ def storages_of(module: nn.Module) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-@dataclass(slots=True)
-class PositionBytes:
-    """How much a graph keeps of a token position, of what was counted.
+Point = tuple[float, float]  # a sequence's length, and what a position in it takes
 
-    Most of it is the same for all positions. What attention keeps besides may grow with its sequence; so a graph is
-    counted anew where its positions' sequences are longer, on average, than those of all that were counted before.
+
+@dataclass(slots=True)
+class GraphBytes:
+    """How much a graph keeps, going by those that were counted.
+
+    What it keeps of a token position is the same everywhere, or grows with the length of the sequence, as attention may
+    keep a number for each pair of positions. So it is taken to be on a line between the shortest and the longest that
+    were counted. Attention keeps more with a mask than without: there is a line for either. A pass of inputs of both
+    sorts keeps a few percent more than they say, as each sort's keys and values are held with the other's.
     """
 
-    _counted: dict[bool, tuple[float, float]] = field(default_factory=dict)  # whether with masks -> length, bytes
+    _lines: dict[bool, tuple[Point, Point]] = field(default_factory=dict)
 
-    def expected(self, inputs: Sequence[SpanInput]) -> float | None:
-        """Bytes of a position of a graph for these inputs, at most; None where it has to be counted."""
-        length, each = self._counted.get(_masked(inputs), (0.0, 0.0))
-        return each if _length(inputs) <= length else None
+    def expected(self, inputs: Sequence[SpanInput]) -> int | None:
+        """Bytes of a graph for these inputs; None where it has to be counted."""
+        parts = [self._part(alike, masked) for masked, alike in _classes(inputs).items()]
+        known = [part for part in parts if part is not None]
+        return round(sum(known)) if len(known) == len(parts) else None
 
-    def learn(self, inputs: Sequence[SpanInput], each: float) -> None:
-        """A graph for these inputs was counted: what it keeps of a position."""
-        if self.expected(inputs) is None:
-            self._counted[_masked(inputs)] = _length(inputs), each
+    def learn(self, inputs: Sequence[SpanInput], nbytes: int) -> None:
+        """A graph for these inputs was counted."""
+        (masked, *other) = _classes(inputs)
+        if other or self.expected(inputs) is not None:  # of several sorts, nobody can tell what is whose
+            return
+        positions, length = _extent(inputs)
+        point = length, nbytes / positions
+        shortest, longest = self._lines.get(masked, (point, point))
+        self._lines[masked] = min(shortest, point), max(longest, point)
+
+    def _part(self, inputs: Sequence[SpanInput], masked: bool) -> float | None:
+        """What a graph keeps of inputs of one sort."""
+        positions, length = _extent(inputs)
+        (shortest, least), (longest, most) = self._lines.get(masked, ((math.inf, 0.0), (0.0, 0.0)))
+        if not shortest <= length <= longest:
+            return None
+        along = (length - shortest) / (longest - shortest) if longest > shortest else 0.0
+        return positions * (least + along * (most - least))
 
 
-def _masked(inputs: Sequence[SpanInput]) -> bool:
-    return any(each.attention_mask is not None for each in inputs)
+def _classes(inputs: Sequence[SpanInput]) -> dict[bool, list[SpanInput]]:
+    """Those that transformers makes a mask for, and the others."""
+    classes: dict[bool, list[SpanInput]] = {}
+    for each in inputs:
+        mask, places = each.attention_mask, each.position_ids
+        padded = mask is not None and not mask.all()
+        classes.setdefault(padded or (places is not None and bool((places.diff() != 1).any())), []).append(each)
+    return classes
 
 
-def _length(inputs: Sequence[SpanInput]) -> float:
-    """Of the sequence that a position is in, on average."""
-    return sum(each.positions * each.hidden.shape[1] for each in inputs) / sum(each.positions for each in inputs)
+def _extent(inputs: Sequence[SpanInput]) -> tuple[int, float]:
+    """How many positions, and how long the sequence is that one of them is in, on average."""
+    positions = sum(each.positions for each in inputs)
+    return positions, sum(each.positions * each.hidden.shape[1] for each in inputs) / positions
 
 
 def _pack(tensor: Tensor) -> Any:
@@ -153,5 +183,9 @@ def _enter(*_: Any) -> None:
 
 
 def _leave(*_: Any) -> None:
-    while _here.hooks:
+    _pop(0)
+
+
+def _pop(depth: int) -> None:
+    while len(_here.hooks) > depth:
         _here.hooks.pop().__exit__()

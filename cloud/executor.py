@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isthmus.backbone.graph_memory import PositionBytes, counting, keep_little, storages_of
+from isthmus.backbone.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company
 from isthmus.backbone.packing import Packer
@@ -171,8 +171,8 @@ class Executor:
     _packer: Packer = field(init=False)
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
     _span_bytes: int = field(init=False)  # of its weights, were they not quantized
-    _known: PositionBytes = field(default_factory=PositionBytes)  # of graphs without sites
-    _per_position: float = 0.0  # bytes that the last graph has taken for a token position
+    _graph_bytes: GraphBytes = field(default_factory=GraphBytes)  # of graphs without sites
+    _per_position: float = 0.0  # bytes that the last graph takes for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
@@ -481,19 +481,18 @@ class Executor:
             return [output], visit
 
         positions = sum(each.positions for each in inputs)
-        known = None if guests is not None else self._known.expected(inputs)
-        if known is None:
+        nbytes = None if guests is not None else self._graph_bytes.expected(inputs)
+        if nbytes is None:
             with counting(self._weights) as kept:
                 outputs, visit = run()
             for output in outputs:
                 kept.add(output)
-            known = kept.total / positions
+            nbytes = kept.total
             if guests is None:
-                self._known.learn(inputs, known)
+                self._graph_bytes.learn(inputs, nbytes)
         else:
             outputs, visit = run()
-        self._per_position = known
-        nbytes = round(known * positions)
+        self._per_position = nbytes / positions
         return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, visit)
 
     def _shrink(self) -> None:

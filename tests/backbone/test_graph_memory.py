@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
-from torch import Tensor, nn
+from support.tiny import CONFIGS, HIDDEN, N_LAYERS, tiny_checkpoint
+from torch import Tensor, UntypedStorage, nn
 from transformers.activations import ACT2FN
 
-from isthmus.backbone.graph_memory import PositionBytes, counting, keep_little, storages_of
+from isthmus.backbone.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
+from isthmus.cloud.pausing import Abandoned
+
+GATED = [family for family in CONFIGS if not family.startswith(("gpt2", "opt"))]
+"""Those whose MLPs multiply what an activation function gives; with the others, nothing wants it again."""
 
 
 def both(family: str, folder: Path) -> tuple[FrozenSpan, FrozenSpan]:
@@ -24,6 +28,20 @@ def both(family: str, folder: Path) -> tuple[FrozenSpan, FrozenSpan]:
     keep_little(frugal)
     keep_little(frugal)  # once more does nothing
     return plain, frugal
+
+
+def given_by_activations(module: nn.Module) -> list[weakref.ref[UntypedStorage]]:
+    """From now on, the storages of what the activation functions of a module give."""
+    given: list[weakref.ref[UntypedStorage]] = []
+    for each in module.modules():
+        if isinstance(each, (type(ACT2FN["silu"]), type(ACT2FN["gelu"]), type(ACT2FN["gelu_pytorch_tanh"]))):
+            each.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
+    return given
+
+
+def kept_of(given: list[weakref.ref[UntypedStorage]]) -> int:
+    gc.collect()
+    return sum(each() is not None for each in given)
 
 
 def differentiate(span: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +57,7 @@ def kept_bytes(span: nn.Module, hidden: Tensor) -> int:
     return kept.total
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_bits_are_the_same(family: str, tmp_path: Path) -> None:
     plain, frugal = both(family, tmp_path / "model")
     hidden = torch.randn(2, 12, HIDDEN)
@@ -48,20 +66,32 @@ def test_the_bits_are_the_same(family: str, tmp_path: Path) -> None:
         assert all(map(torch.equal, differentiate(frugal, hidden), expected))
 
 
+@pytest.mark.parametrize("family", GATED)
+def test_every_family_with_gated_mlps_keeps_little(family: str, tmp_path: Path) -> None:
+    kept = {}
+    for span, name in zip(both(family, tmp_path / "model"), ("plain", "frugal"), strict=True):
+        given = given_by_activations(span)
+        output = span(torch.randn(2, 12, HIDDEN, requires_grad=True))
+        assert output.requires_grad
+        assert len(given) == N_LAYERS - 4
+        kept[name] = kept_of(given)
+    assert kept == {"plain": N_LAYERS - 4, "frugal": 0}
+
+
 class Gated(nn.Module):
-    """A gated MLP, and a loss of it that keeps nothing."""
+    """A gated MLP."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(3))
         self.act = ACT2FN[name]
-        self.fails = False
+        self.fails: BaseException | None = None
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         gated = self.act(self.gate(x)) * self.up(x)
-        if self.fails:
-            raise ValueError("no")
+        if self.fails is not None:
+            raise self.fails
         return self.down(gated)
 
 
@@ -70,37 +100,40 @@ def test_what_an_activation_function_gives_is_not_kept(name: str) -> None:
     module = Gated(name)
     x = torch.randn(4, 16)
     expected = differentiate(module, x)
-    given: list[weakref.ref[Tensor]] = []
-    module.act.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
-
-    def output() -> Tensor:
-        return module(x.clone().requires_grad_(True))
-
-    kept = output()
-    gc.collect()
-    assert given[-1]() is not None
-    del kept
+    given = given_by_activations(module)
+    kept = module(x.clone().requires_grad_(True))
+    assert kept_of(given) == 1
+    given.clear()
     keep_little(module)
-    kept = output()
-    gc.collect()
-    assert given[-1]() is None
+    kept = module(x.clone().requires_grad_(True))
+    assert (kept_of(given), len(given)) == (0, 1)
     assert kept.requires_grad
     assert all(map(torch.equal, differentiate(module, x), expected))
 
 
+def keeps_all(module: Gated) -> bool:
+    """Whether a module that nobody has told to keep little does not."""
+    given = given_by_activations(module)
+    kept = module(torch.randn(4, 16, requires_grad=True))
+    return kept.requires_grad and kept_of(given) == 1
+
+
 def test_after_a_failure_nothing_of_it_is_left() -> None:
-    module, other = Gated("silu"), Gated("silu")
+    module = Gated("silu")
     keep_little(module)
-    module.fails = True
+    module.fails = ValueError("no")
     with pytest.raises(ValueError, match="no"):
         module(torch.randn(4, 16, requires_grad=True))
-    x = torch.randn(4, 16)
-    given: list[weakref.ref[Tensor]] = []
-    other.act.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
-    kept = other(x.clone().requires_grad_(True))  # which nobody has told to keep little
-    gc.collect()
-    assert given[-1]() is not None
-    assert kept.requires_grad
+    assert keeps_all(Gated("silu"))
+
+
+def test_after_a_call_that_is_abandoned_nothing_of_it_is_left() -> None:
+    module = Gated("silu")
+    keep_little(module)
+    module.fails = Abandoned()
+    with pytest.raises(Abandoned), counting({}):
+        module(torch.randn(4, 16, requires_grad=True))
+    assert keeps_all(Gated("silu"))
 
 
 def test_where_several_share_an_activation_function_each_keeps_little() -> None:
@@ -111,11 +144,9 @@ def test_where_several_share_an_activation_function_each_keeps_little() -> None:
     expected = differentiate(both_of_them, x)
     keep_little(both_of_them)
     assert all(map(torch.equal, differentiate(both_of_them, x), expected))
-    given: list[weakref.ref[Tensor]] = []
-    first.act.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
+    given = given_by_activations(both_of_them)
     kept = both_of_them(x.clone().requires_grad_(True))
-    gc.collect()
-    assert [each() for each in given] == [None, None]
+    assert (kept_of(given), len(given)) == (0, 2)
     assert kept.requires_grad
 
 
@@ -130,17 +161,35 @@ def test_a_graph_is_counted_within_and_not_after(tmp_path: Path) -> None:
     assert counted.total == 0
 
 
-def test_a_position_is_counted_anew_where_sequences_are_longer_or_masked() -> None:
-    def given(rows: int, length: int, *, masked: bool = False) -> SpanInput:
-        return SpanInput(torch.zeros(rows, length, 8), torch.ones(rows, length) if masked else None)
+def given(rows: int, length: int, *, padded: bool = False) -> SpanInput:
+    mask = torch.ones(rows, length, dtype=torch.long)
+    if padded:
+        mask[:, :2] = 0
+    return SpanInput(torch.zeros(rows, length, 8), mask)
 
-    known, mixed = PositionBytes(), [given(1, 10), given(1, 20)]
+
+def test_graphs_with_longer_or_shorter_sequences_are_counted_and_the_others_are_on_a_line() -> None:
+    known, mixed = GraphBytes(), [given(1, 10), given(1, 20)]
     assert known.expected([given(2, 10)]) is None
-    known.learn([given(2, 10)], 100.0)
-    assert known.expected([given(7, 10), given(1, 3)]) == 100.0
-    assert known.expected([given(2, 10, masked=True)]) is None
-    assert known.expected(mixed) is None  # on average, a position is in a sequence of 17
-    known.learn([given(1, 20)], 120.0)
-    assert known.expected(mixed) == 120.0
-    known.learn([given(1, 4)], 10.0)  # by somebody who counts in any case
-    assert known.expected([given(1, 4)]) == 120.0
+    known.learn([given(2, 10)], 2000)
+    assert known.expected([given(7, 10)]) == 7000
+    assert known.expected([given(7, 10), given(1, 3)]) is None
+    assert known.expected(mixed) is None
+    known.learn([given(1, 20)], 2400)
+    assert known.expected(mixed) == 1000 + 2400
+    assert known.expected([given(1, 15)]) == 15 * 110
+    known.learn([given(3, 5)], 15 * 90)
+    assert known.expected([given(1, 10), given(1, 5)]) == 450 + 1000
+
+
+def test_graphs_of_padded_sequences_are_on_a_line_of_their_own() -> None:
+    known, mixed = GraphBytes(), [given(1, 10), given(2, 10, padded=True)]
+    known.learn([given(2, 10)], 2000)
+    assert known.expected([given(2, 10, padded=True)]) is None
+    known.learn(mixed, 4000)  # nobody can tell what of that is whose
+    assert known.expected(mixed) is None
+    known.learn([given(1, 10, padded=True)], 1500)
+    assert known.expected(mixed) == 4000
+    gap = SpanInput(torch.zeros(1, 10, 8), None, torch.cat([torch.arange(4), torch.arange(6)])[None])
+    assert known.expected([gap]) == 1500  # sequences that are packed into one have a mask, too
+    assert known.expected([SpanInput(torch.zeros(1, 10, 8), None, torch.arange(5, 15)[None])]) == 1000

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
+from transformers.activations import SiLUActivation
 
 from isthmus.backbone import graph_memory
 from isthmus.backbone.graph_memory import KeptBytes
@@ -26,13 +30,13 @@ BIG = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], FrozenSpan]:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FrozenSpan]:
     folder: Path = tiny_checkpoint("llama", tmp_path_factory.mktemp("llama") / "model")
-    return lambda dtype: load_span(folder, SplitPlan.parse("2:2", N_LAYERS), dtype=dtype)
+    return lambda dtype, **options: load_span(folder, SplitPlan.parse("2:2", N_LAYERS), dtype=dtype, **options)
 
 
 @pytest.fixture(scope="module")
-def span(load: Callable[[torch.dtype], FrozenSpan]) -> FrozenSpan:
+def span(load: Callable[..., FrozenSpan]) -> FrozenSpan:
     return load(torch.float32)
 
 
@@ -196,7 +200,7 @@ def test_evict_all_forgets_everything(span: FrozenSpan) -> None:
 
 
 def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation_functions(
-    load: Callable[[torch.dtype], FrozenSpan],
+    load: Callable[..., FrozenSpan],
 ) -> None:
     """Counted independently: every storage that the graph keeps alive, weights left out."""
     span, given = load(torch.float32), inputs()
@@ -225,10 +229,10 @@ def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation
     assert 0.95 * expected <= graph <= 1.05 * expected
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_what_is_known_of_graphs_is_what_counting_says(
-    load: Callable[[torch.dtype], FrozenSpan], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., FrozenSpan], monkeypatch: pytest.MonkeyPatch, attention: str
 ) -> None:
-    """Counted are only graphs with longer sequences, or masks, than any before; the others take as much."""
     counted = []
 
     def counting(weights: Collection[int]) -> AbstractContextManager[KeptBytes]:
@@ -237,28 +241,55 @@ def test_what_is_known_of_graphs_is_what_counting_says(
 
     monkeypatch.setattr(executor_module, "counting", counting)
 
-    def kept(executor: Executor, given: SpanInput) -> tuple[int, int]:
+    def kept(executor: Executor, calls: Sequence[SpanInput]) -> tuple[int, int]:
         counted.clear()
-        executor.forward(A, 1, given, keep=True)
-        nbytes = executor.used_bytes - given.nbytes
+        executor.forward_together({(A, number): given for number, given in enumerate(calls)}, keep=True)
+        nbytes = executor.used_bytes - sum(given.nbytes for given in calls)
         executor.release(A)
         return nbytes, len(counted)
 
+    def one(length: int, end: int | None = None) -> SpanInput:
+        """A sequence, or one that ends early."""
+        mask = None if end is None else (torch.arange(length) < end).long()[None]
+        return replace(inputs(rows=1, length=length), attention_mask=mask)
+
+    span = load(torch.float32, attn_implementation=attention)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    for calls, counts in (
+        ([one(24)], 1),
+        ([one(24), one(24)], 0),
+        ([one(6)], 1),
+        ([one(12)], 0),
+        ([one(24), one(6), one(15)], 0),
+        ([one(12, end=9)], 1),
+        ([one(12, end=7)], 0),
+        ([one(12, end=9), one(20)], 0),
+        ([one(40, end=9), one(20)], 1),
+        ([one(40, end=9), one(20)], 1),
+        ([one(40, end=9), one(40, end=20)], 1),
+        ([one(40, end=9), one(20)], 0),
+        ([one(30, end=9)], 0),
+        ([one(40)], 1),
+        ([one(40, end=40)], 0),
+        ([one(9)], 0),
+    ):
+        nbytes, times = kept(executor, calls)
+        expected, once = kept(Executor(SiteHost(span), torch.float32, BIG), calls)
+        assert (times, once) == (counts, 1)
+        assert 0.93 * expected <= nbytes <= 1.03 * expected
+
+
+def test_graphs_keep_little_also_where_they_are_not_counted(load: Callable[..., FrozenSpan]) -> None:
     span = load(torch.float32)
     executor = Executor(SiteHost(span), torch.float32, BIG)
-    for given, counts in (
-        (inputs(), 1),
-        (inputs(rows=5), 0),
-        (inputs(length=7), 0),
-        (inputs(masked=True), 1),
-        (inputs(masked=True), 0),
-        (inputs(length=30), 1),
-        (inputs(), 0),
-    ):
-        nbytes, times = kept(executor, given)
-        expected, once = kept(Executor(SiteHost(span), torch.float32, BIG), given)
-        assert (times, once) == (counts, 1)
-        assert 0.98 * expected <= nbytes <= 1.05 * expected
+    executor.forward(A, 1, inputs(), keep=True)
+    given: list[weakref.ref[torch.UntypedStorage]] = []
+    for each in span.modules():
+        if isinstance(each, SiLUActivation):
+            each.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
+    executor.forward(A, 2, inputs(), keep=True)
+    gc.collect()
+    assert [each() for each in given] == [None] * (N_LAYERS - 4)
 
 
 def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
@@ -268,7 +299,7 @@ def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:
     assert all(p.grad is None and not p.requires_grad for p in span.parameters())
 
 
-def test_a_bf16_span_takes_fp32_and_answers_in_bf16(load: Callable[[torch.dtype], FrozenSpan]) -> None:
+def test_a_bf16_span_takes_fp32_and_answers_in_bf16(load: Callable[..., FrozenSpan]) -> None:
     span = load(torch.bfloat16)
     executor = Executor(SiteHost(span), torch.bfloat16, BIG)
     given = inputs()
