@@ -70,14 +70,15 @@ _frugal: WeakSet[nn.Module] = WeakSet()  # those that have hooks
 
 def keep_little(module: nn.Module) -> None:
     """From now on graphs of this module keep little. Its outputs and gradients have the same bits."""
-    for parent in list(module.modules()):
+    for parent in module.modules():
         activations = [child for child in parent.children() if type(child).__module__ in _ACTIVATIONS]
         for activation in activations:
             if activation not in _frugal:
                 activation.register_forward_hook(_enter)
+                _frugal.add(activation)
         if activations and parent not in _frugal:
             parent.register_forward_hook(_leave, always_call=True)
-        _frugal.update([parent, *activations] if activations else [])
+            _frugal.add(parent)
 
 
 @contextmanager
@@ -87,14 +88,14 @@ def counting(weights: Collection[int]) -> Iterator[KeptBytes]:
     Args:
         weights: The addresses of the storages that count as weights.
     """
-    kept, depth = KeptBytes(weights), len(_here.hooks)
+    kept = KeptBytes(weights)
     before, _here.counted = _here.counted, kept
     try:
         with saved_tensors_hooks(_pack, _unpack):
             try:
                 yield kept
             finally:
-                _pop(depth)  # a call that is abandoned ends within a module, and no hook of that is called
+                _leave()  # a call that is abandoned ends within a module, and no hook of that is called
     finally:
         _here.counted = before
 
@@ -106,6 +107,7 @@ def storages_of(module: nn.Module) -> dict[int, int]:
 
 
 Point = tuple[float, float]  # a sequence's length, and what a position in it takes
+Sort = tuple[bool, bool]  # of an input: whether it has padding or packed sequences, and whether it fills the window
 
 
 @dataclass(slots=True)
@@ -114,46 +116,52 @@ class GraphBytes:
 
     What it keeps of a token position is the same everywhere, or grows with the length of the sequence, as attention may
     keep a number for each pair of positions. So it is taken to be on a line between the shortest and the longest that
-    were counted. Attention keeps more with a mask than without: there is a line for either. A pass of inputs of both
-    sorts keeps a few percent more than they say, as each sort's keys and values are held with the other's.
+    were counted. Attention keeps more where it has a mask, so there is a line for each sort of inputs. A pass of
+    several sorts keeps a few percent more than they say, as each sort's keys and values are held with the others'.
+
+    Attributes:
+        window: Attention's, in positions; None where it sees all.
     """
 
-    _lines: dict[bool, tuple[Point, Point]] = field(default_factory=dict)
+    window: int | None = None
+    _lines: dict[Sort, tuple[Point, Point]] = field(default_factory=dict)
 
     def expected(self, inputs: Sequence[SpanInput]) -> int | None:
         """Bytes of a graph for these inputs; None where it has to be counted."""
-        parts = [self._part(alike, masked) for masked, alike in _classes(inputs).items()]
+        parts = [self._part(alike, sort) for sort, alike in self._sorted(inputs).items()]
         known = [part for part in parts if part is not None]
         return round(sum(known)) if len(known) == len(parts) else None
 
     def learn(self, inputs: Sequence[SpanInput], nbytes: int) -> None:
-        """A graph for these inputs was counted."""
-        (masked, *other) = _classes(inputs)
-        if other or self.expected(inputs) is not None:  # of several sorts, nobody can tell what is whose
+        """A graph for these inputs was counted; where they are of several sorts, nobody can tell what is whose."""
+        sort, *others = self._sorted(inputs)
+        if others or self.expected(inputs) is not None:
             return
         positions, length = _extent(inputs)
         point = length, nbytes / positions
-        shortest, longest = self._lines.get(masked, (point, point))
-        self._lines[masked] = min(shortest, point), max(longest, point)
+        shortest, longest = self._lines.get(sort, (point, point))
+        self._lines[sort] = min(shortest, point), max(longest, point)
 
-    def _part(self, inputs: Sequence[SpanInput], masked: bool) -> float | None:
+    def _part(self, inputs: Sequence[SpanInput], sort: Sort) -> float | None:
         """What a graph keeps of inputs of one sort."""
         positions, length = _extent(inputs)
-        (shortest, least), (longest, most) = self._lines.get(masked, ((math.inf, 0.0), (0.0, 0.0)))
+        (shortest, least), (longest, most) = self._lines.get(sort, ((math.inf, 0.0), (0.0, 0.0)))
         if not shortest <= length <= longest:
             return None
         along = (length - shortest) / (longest - shortest) if longest > shortest else 0.0
         return positions * (least + along * (most - least))
 
-
-def _classes(inputs: Sequence[SpanInput]) -> dict[bool, list[SpanInput]]:
-    """Those that transformers makes a mask for, and the others."""
-    classes: dict[bool, list[SpanInput]] = {}
-    for each in inputs:
-        mask, places = each.attention_mask, each.position_ids
-        padded = mask is not None and not mask.all()
-        classes.setdefault(padded or (places is not None and bool((places.diff() != 1).any())), []).append(each)
-    return classes
+    def _sorted(self, inputs: Sequence[SpanInput]) -> dict[Sort, list[SpanInput]]:
+        sorts: dict[Sort, list[SpanInput]] = {}
+        for each in inputs:
+            mask, places = each.attention_mask, each.position_ids
+            if mask is None:
+                irregular = places is not None and bool((places.diff() != 1).any())
+            else:
+                irregular = not mask.all()
+            fills = self.window is not None and each.hidden.shape[1] >= self.window
+            sorts.setdefault((irregular, fills), []).append(each)
+        return sorts
 
 
 def _extent(inputs: Sequence[SpanInput]) -> tuple[int, float]:
@@ -183,9 +191,5 @@ def _enter(*_: Any) -> None:
 
 
 def _leave(*_: Any) -> None:
-    _pop(0)
-
-
-def _pop(depth: int) -> None:
-    while len(_here.hooks) > depth:
+    while _here.hooks:
         _here.hooks.pop().__exit__()

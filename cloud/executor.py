@@ -171,7 +171,7 @@ class Executor:
     _packer: Packer = field(init=False)
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
     _span_bytes: int = field(init=False)  # of its weights, were they not quantized
-    _graph_bytes: GraphBytes = field(default_factory=GraphBytes)  # of graphs without sites
+    _graph_bytes: GraphBytes = field(init=False)  # of graphs without sites
     _per_position: float = 0.0  # bytes that the last graph takes for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
@@ -179,6 +179,7 @@ class Executor:
         self._packer = Packer(self.host.span)
         self._weights = storages_of(self.host.span)
         keep_little(self.host.span)
+        self._graph_bytes = GraphBytes(getattr(self.host.span.config, "sliding_window", None))
         self._span_bytes = self.host.span.n_params * self.dtype.itemsize
 
     @property
@@ -489,7 +490,8 @@ class Executor:
                 kept.add(output)
             nbytes = kept.total
             if guests is None:
-                self._graph_bytes.learn(inputs, nbytes)
+                with self._books:
+                    self._graph_bytes.learn(inputs, nbytes)
         else:
             outputs, visit = run()
         self._per_position = nbytes / positions

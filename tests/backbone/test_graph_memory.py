@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.activations import count_kept, given_by_activations
 from support.tiny import CONFIGS, HIDDEN, N_LAYERS, tiny_checkpoint
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from isthmus.backbone.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.span import FrozenSpan, SpanInput, load_span
-from isthmus.cloud.pausing import Abandoned
 
 GATED = [family for family in CONFIGS if not family.startswith(("gpt2", "opt"))]
 """Those whose MLPs multiply what an activation function gives; with the others, nothing wants it again."""
@@ -28,20 +27,6 @@ def both(family: str, folder: Path) -> tuple[FrozenSpan, FrozenSpan]:
     keep_little(frugal)
     keep_little(frugal)  # once more does nothing
     return plain, frugal
-
-
-def given_by_activations(module: nn.Module) -> list[weakref.ref[UntypedStorage]]:
-    """From now on, the storages of what the activation functions of a module give."""
-    given: list[weakref.ref[UntypedStorage]] = []
-    for each in module.modules():
-        if isinstance(each, (type(ACT2FN["silu"]), type(ACT2FN["gelu"]), type(ACT2FN["gelu_pytorch_tanh"]))):
-            each.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
-    return given
-
-
-def kept_of(given: list[weakref.ref[UntypedStorage]]) -> int:
-    gc.collect()
-    return sum(each() is not None for each in given)
 
 
 def differentiate(span: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +59,7 @@ def test_every_family_with_gated_mlps_keeps_little(family: str, tmp_path: Path) 
         output = span(torch.randn(2, 12, HIDDEN, requires_grad=True))
         assert output.requires_grad
         assert len(given) == N_LAYERS - 4
-        kept[name] = kept_of(given)
+        kept[name] = count_kept(given)
     assert kept == {"plain": N_LAYERS - 4, "frugal": 0}
 
 
@@ -102,11 +87,11 @@ def test_what_an_activation_function_gives_is_not_kept(name: str) -> None:
     expected = differentiate(module, x)
     given = given_by_activations(module)
     kept = module(x.clone().requires_grad_(True))
-    assert kept_of(given) == 1
+    assert count_kept(given) == 1
     given.clear()
     keep_little(module)
     kept = module(x.clone().requires_grad_(True))
-    assert (kept_of(given), len(given)) == (0, 1)
+    assert (count_kept(given), len(given)) == (0, 1)
     assert kept.requires_grad
     assert all(map(torch.equal, differentiate(module, x), expected))
 
@@ -115,7 +100,7 @@ def keeps_all(module: Gated) -> bool:
     """Whether a module that nobody has told to keep little does not."""
     given = given_by_activations(module)
     kept = module(torch.randn(4, 16, requires_grad=True))
-    return kept.requires_grad and kept_of(given) == 1
+    return kept.requires_grad and count_kept(given) == 1
 
 
 def test_after_a_failure_nothing_of_it_is_left() -> None:
@@ -125,6 +110,10 @@ def test_after_a_failure_nothing_of_it_is_left() -> None:
     with pytest.raises(ValueError, match="no"):
         module(torch.randn(4, 16, requires_grad=True))
     assert keeps_all(Gated("silu"))
+
+
+class Abandoned(BaseException):
+    """What ends a call that pauses: none of its module's hooks is called."""
 
 
 def test_after_a_call_that_is_abandoned_nothing_of_it_is_left() -> None:
@@ -146,7 +135,7 @@ def test_where_several_share_an_activation_function_each_keeps_little() -> None:
     assert all(map(torch.equal, differentiate(both_of_them, x), expected))
     given = given_by_activations(both_of_them)
     kept = both_of_them(x.clone().requires_grad_(True))
-    assert (kept_of(given), len(given)) == (0, 2)
+    assert (count_kept(given), len(given)) == (0, 2)
     assert kept.requires_grad
 
 
@@ -161,7 +150,7 @@ def test_a_graph_is_counted_within_and_not_after(tmp_path: Path) -> None:
     assert counted.total == 0
 
 
-def given(rows: int, length: int, *, padded: bool = False) -> SpanInput:
+def sequences(rows: int, length: int, *, padded: bool = False) -> SpanInput:
     mask = torch.ones(rows, length, dtype=torch.long)
     if padded:
         mask[:, :2] = 0
@@ -169,27 +158,38 @@ def given(rows: int, length: int, *, padded: bool = False) -> SpanInput:
 
 
 def test_graphs_with_longer_or_shorter_sequences_are_counted_and_the_others_are_on_a_line() -> None:
-    known, mixed = GraphBytes(), [given(1, 10), given(1, 20)]
-    assert known.expected([given(2, 10)]) is None
-    known.learn([given(2, 10)], 2000)
-    assert known.expected([given(7, 10)]) == 7000
-    assert known.expected([given(7, 10), given(1, 3)]) is None
+    known, mixed = GraphBytes(), [sequences(1, 10), sequences(1, 20)]
+    assert known.expected([sequences(2, 10)]) is None
+    known.learn([sequences(2, 10)], 2000)
+    assert known.expected([sequences(7, 10)]) == 7000
+    assert known.expected([sequences(7, 10), sequences(1, 3)]) is None
     assert known.expected(mixed) is None
-    known.learn([given(1, 20)], 2400)
+    known.learn([sequences(1, 20)], 2400)
     assert known.expected(mixed) == 1000 + 2400
-    assert known.expected([given(1, 15)]) == 15 * 110
-    known.learn([given(3, 5)], 15 * 90)
-    assert known.expected([given(1, 10), given(1, 5)]) == 450 + 1000
+    assert known.expected([sequences(1, 15)]) == 15 * 110
+    known.learn([sequences(3, 5)], 15 * 90)
+    assert known.expected([sequences(1, 10), sequences(1, 5)]) == 450 + 1000
 
 
 def test_graphs_of_padded_sequences_are_on_a_line_of_their_own() -> None:
-    known, mixed = GraphBytes(), [given(1, 10), given(2, 10, padded=True)]
-    known.learn([given(2, 10)], 2000)
-    assert known.expected([given(2, 10, padded=True)]) is None
+    known, mixed = GraphBytes(), [sequences(1, 10), sequences(2, 10, padded=True)]
+    known.learn([sequences(2, 10)], 2000)
+    assert known.expected([sequences(2, 10, padded=True)]) is None
     known.learn(mixed, 4000)  # nobody can tell what of that is whose
     assert known.expected(mixed) is None
-    known.learn([given(1, 10, padded=True)], 1500)
+    known.learn([sequences(1, 10, padded=True)], 1500)
     assert known.expected(mixed) == 4000
-    gap = SpanInput(torch.zeros(1, 10, 8), None, torch.cat([torch.arange(4), torch.arange(6)])[None])
-    assert known.expected([gap]) == 1500  # sequences that are packed into one have a mask, too
-    assert known.expected([SpanInput(torch.zeros(1, 10, 8), None, torch.arange(5, 15)[None])]) == 1000
+    places = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    packed, shifted = SpanInput(torch.zeros(1, 10, 8), None, places), torch.arange(5, 15)[None]
+    assert known.expected([packed]) == 1500  # has a mask, too
+    assert known.expected([replace(packed, position_ids=shifted)]) == 1000
+    assert known.expected([replace(packed, attention_mask=torch.ones(1, 10))]) == 1000  # is not taken for packed
+
+
+def test_graphs_of_sequences_that_fill_the_window_are_on_a_line_of_their_own() -> None:
+    known = GraphBytes(window=16)
+    known.learn([sequences(1, 15)], 1500)
+    assert known.expected([sequences(1, 16)]) is None
+    known.learn([sequences(1, 16)], 3200)
+    known.learn([sequences(1, 32)], 6400)
+    assert known.expected([sequences(1, 17), sequences(1, 15)]) == 3400 + 1500

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -14,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.activations import count_kept, given_by_activations
 from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
-from transformers.activations import SiLUActivation
 
 from isthmus.backbone import graph_memory
 from isthmus.backbone.graph_memory import KeptBytes
@@ -283,13 +281,9 @@ def test_graphs_keep_little_also_where_they_are_not_counted(load: Callable[..., 
     span = load(torch.float32)
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(), keep=True)
-    given: list[weakref.ref[torch.UntypedStorage]] = []
-    for each in span.modules():
-        if isinstance(each, SiLUActivation):
-            each.register_forward_hook(lambda *args: given.append(weakref.ref(args[2].untyped_storage())))
+    given = given_by_activations(span)
     executor.forward(A, 2, inputs(), keep=True)
-    gc.collect()
-    assert [each() for each in given] == [None] * (N_LAYERS - 4)
+    assert (count_kept(given), len(given)) == (0, N_LAYERS - 4)
 
 
 def test_no_weight_gets_a_gradient(span: FrozenSpan) -> None:

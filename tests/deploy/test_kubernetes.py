@@ -60,7 +60,9 @@ def _rename(where: dict[str, Any], old: str, new: str) -> None:
         (lambda c: _cloud(c)["pod"]["volumes"][0]["emptyDir"].update(sizeLimit="4 GiB"), "4 GiB"),
         (lambda c: _cloud(c)["pod"]["volumes"][0].update(emptydir={}), "emptydir"),
         (lambda c: _cloud(c)["pod"].update(hostNetwork=True), "hostNetwork"),
-        (lambda c: _cloud(c)["pod"]["initContainers"][0].pop("name"), "name"),
+        (lambda c: _cloud(c)["pod"]["initContainers"][0].pop("name"), "'name' is a required property"),
+        (lambda c: _cloud(c)["container"].update(env=None), "None is not of type 'array'"),
+        (lambda c: _cloud(c)["container"].update(volumeMounts=["/tmp"]), "is not of type 'object'"),  # noqa: S108
         (lambda c: _cloud(c)["pod"]["volumes"].append({"name": "tmp", "emptyDir": {}}), "the same name: ['tmp']"),
         (lambda c: _cloud(c)["container"]["ports"].append({"containerPort": 7443}), "the same containerPort"),
         (lambda c: _cloud(c)["container"]["volumeMounts"][1].update(mountPath="/tmp"), "the same mountPath"),  # noqa: S108

@@ -2,8 +2,7 @@
 
 Kubernetes' own kinds are checked against its published schemas (the package kubernetes-validate ships them). A
 RayCluster is checked against `RAY_CLUSTER`, which says what KubeRay's definition says of the fields that ours has, as
-the definition itself is too long to be here; and its pods' templates against Kubernetes' schemas, too, which are
-stricter.
+the definition itself is too long to be here; and its pods' templates against Kubernetes' schemas, too.
 """
 
 from __future__ import annotations
@@ -36,17 +35,19 @@ def _list(of: dict[str, Any], *keys: str) -> dict[str, Any]:
 _BOOL, _INT, _STR, _ANY = {"type": "boolean"}, {"type": "integer"}, {"type": "string"}, {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _LIST = {"type": "array"}
-# Kubernetes' schemas call a quantity a string; what it reads is this.
+# As KubeRay's definition has it. Kubernetes' schemas let any string pass for a quantity.
+_NUMBER = r"\d+(\.\d*)?|\.\d+"
 _QUANTITY = {
     "type": ["integer", "string"],
-    "pattern": r"^[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?$",
+    "pattern": rf"^[+-]?({_NUMBER})([KMGTPE]i|[numkMGTPE]|[eE][+-]?({_NUMBER}))?\Z",
 }
 _QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
 
 # What KubeRay's definition of RayCluster in ray.io/v1 says: helm-chart/kuberay-operator/crds/ray.io_rayclusters.yaml of
-# github.com/ray-project/kuberay, at 017710c. Its own fields are all here, but for those that no release has, with
-# `_ANY` and `_LIST` for Kubernetes' types that our cluster does not use. Of the pods' templates there is what our
-# cluster has: for a further field, look up what the definition says of it.
+# github.com/ray-project/kuberay, at 017710c. Its own fields are all here, but for one that is no more than proposed,
+# with `_ANY` and `_LIST` for Kubernetes' types that our cluster does not use; `rayStartParams` are required as in older
+# releases. Of the pods' templates there is what our cluster has: for a further field, look up what the definition says
+# of it.
 
 _CONTAINERS = _list(
     _fields(
@@ -179,12 +180,12 @@ RAY_CLUSTER = _fields(
 )
 
 
-def _no_two_alike(
-    _: Any, keys: Sequence[str], things: list[dict[str, Any]], __: Any
-) -> Iterator[jsonschema.ValidationError]:
-    seen = [[thing.get(key) for key in keys] for thing in things]
+def _no_two_alike(_: Any, keys: Sequence[str], things: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    if not keys or not isinstance(things, list):  # which is another's complaint
+        return
+    seen = [[thing.get(key) for key in keys] for thing in things if isinstance(thing, dict)]
     for number, values in enumerate(seen):
-        if keys and values in seen[:number]:
+        if values in seen[:number]:
             yield jsonschema.ValidationError(f"two of a list have the same {' and '.join(keys)}: {values}")
 
 
