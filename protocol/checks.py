@@ -1,9 +1,14 @@
-"""Checks: what must be true of a message beyond the form of its single fields, on both sides alike."""
+"""Checks: what must be true of a message beyond the form of its single fields, on both sides alike.
+
+`check` names every message, those too of which nothing more must be true: a new one that it does not name is an error
+of the type checker.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import assert_never
 
 from isthmus.protocol.codecs import CODECS, Payload, Role, codec_by_id
 from isthmus.protocol.enrolment import TENANT_NAME
@@ -21,13 +26,17 @@ from isthmus.protocol.messages import (
     BackwardReply,
     Blob,
     Fetch,
+    FetchList,
     FileEntry,
     FileList,
     Forward,
     ForwardReply,
+    Goodbye,
     Lease,
     Message,
+    Ping,
     PlugIn,
+    Pong,
     Put,
     PutReply,
     SiteAnswer,
@@ -35,6 +44,7 @@ from isthmus.protocol.messages import (
     SiteQuestion,
     Sites,
     SpanInputs,
+    Status,
     Workers,
 )
 
@@ -52,12 +62,13 @@ def check(message: Message) -> None:
     match message:
         case Forward():
             _check_inputs(message.inputs)
-            _check_reply_codec(message.reply_codec)
+            _check_call(message)
         case ForwardReply():
             _check_hidden(message.hidden, Role.ACTIVATION)
+            _check_taps(message)
         case Backward():
             _check_hidden(message.gradient, Role.GRADIENT)
-            _check_reply_codec(message.reply_codec)
+            _check_call(message)
             if message.replay is not None:
                 _check_inputs(message.replay)
                 if message.replay.hidden.shape != message.gradient.shape:
@@ -68,15 +79,18 @@ def check(message: Message) -> None:
         case BackwardReply():
             if message.gradient is not None:
                 _check_hidden(message.gradient, Role.GRADIENT)
+            _check_lent_gradients(message)
         case Sites():
             _check_sites(message)
+        case Lease():
+            _check_lease(message)
         case SiteQuestion():
             _check_question(message)
         case SiteAnswer():
             if len(message.tensors) > MAX_GROUP:
                 raise MessageError(f"an answer of {len(message.tensors)} tensors is refused: {MAX_GROUP} are accepted")
             for tensor in message.tensors:
-                _check_hidden(tensor, tensor.role)
+                _check_hidden(tensor, message.tensors[0].role)
         case Fetch() | PutReply():
             _check_name(message.name)
         case Blob() | Put():
@@ -95,12 +109,28 @@ def check(message: Message) -> None:
             _check_files(message.entries)
         case Workers():
             _check_workers(message)
-        case Attach(account=Account(tenant, weight)):
-            if not TENANT_NAME.fullmatch(tenant) or weight < 1:
-                raise MessageError(
-                    f"the account of {tenant!r} with weight {weight} is refused: a tenant's name and a weight of 1 or "
-                    "more are needed"
-                )
+        case Attach():
+            if message.account is not None:
+                _check_account(message.account)
+        case FetchList() | Status() | Ping() | Pong() | Goodbye():
+            pass  # their fields alone say it all
+        case _:
+            assert_never(message)
+
+
+def _check_call(message: Forward | Backward) -> None:
+    if not codec_by_id(message.reply_codec).activation:
+        raise MessageError(f"codec id {message.reply_codec} is not one for activations")
+    if message.lease and not message.sites:
+        raise MessageError(f"a call with lease {message.lease} and no list of sites is refused: a lease is of a list")
+
+
+def _check_account(account: Account) -> None:
+    if not TENANT_NAME.fullmatch(account.tenant) or account.weight < 1:
+        raise MessageError(
+            f"the account of {account.tenant!r} with weight {account.weight} is refused: a tenant's name and a weight "
+            "of 1 or more are needed"
+        )
 
 
 def _check_workers(message: Workers) -> None:
@@ -128,16 +158,47 @@ def _check_sites(message: Sites) -> None:
 
 
 def _check_lease(message: Lease) -> None:
-    if not message.number or not message.sites or not message.weights:
-        raise MessageError(f"lease {message.number} of list {message.sites} is refused: it needs numbers and weights")
+    if message.number < 1 or message.sites < 1 or not 1 <= len(message.weights) <= MAX_SITES:
+        raise MessageError(
+            f"lease {message.number} of {len(message.weights)} weights for list {message.sites} is refused: 1 to "
+            f"{MAX_SITES} weights and numbers of 1 or more are accepted"
+        )
     for lent in message.weights:
-        down, up = lent.down, lent.up
-        fits = len(down.shape) == len(up.shape) == 2 and up.shape[1] == down.shape[0]
-        plain = all(each.role == Role.ACTIVATION and each.codec == CODECS["fp32"].id for each in (down, up))
-        if not fits or not plain or not math.isfinite(lent.scale):
+        _check_pair(lent.down, lent.up, Role.ACTIVATION)
+        if not math.isfinite(lent.scale):
+            raise MessageError(f"lent matrices with the scale {lent.scale} are refused: a finite one is needed")
+
+
+def _check_lent_gradients(message: BackwardReply) -> None:
+    lent = message.lent
+    if len(lent) > 2 * MAX_SITES or len(lent) % 2:
+        raise MessageError(
+            f"{len(lent)} gradients of lent matrices are refused: two for each of at most {MAX_SITES} sites are "
+            "accepted"
+        )
+    for down, up in zip(lent[::2], lent[1::2], strict=True):
+        _check_pair(down, up, Role.GRADIENT)
+
+
+def _check_pair(down: Payload, up: Payload, role: Role) -> None:
+    """Check the two matrices of a LoRA, or their gradients: `[r, in]` and `[out, r]`."""
+    fits = len(down.shape) == len(up.shape) == 2 and up.shape[1] == down.shape[0]
+    if not fits or not all(each.role == role and each.codec == CODECS["fp32"].id for each in (down, up)):
+        raise MessageError(
+            f"matrices of shapes {list(down.shape)} and {list(up.shape)}, roles {down.role.name} and {up.role.name}, "
+            f"codec ids {down.codec} and {up.codec} are refused: [r, in] and [out, r] of role {role.name} in fp32 are "
+            "needed"
+        )
+
+
+def _check_taps(message: ForwardReply) -> None:
+    if len(message.taps) > MAX_SITES:
+        raise MessageError(f"an answer with {len(message.taps)} taps is refused: {MAX_SITES} are accepted")
+    for tap in message.taps:
+        _check_hidden(tap, Role.ACTIVATION)
+        if tap.shape[:2] != message.hidden.shape[:2]:
             raise MessageError(
-                f"lent matrices of shapes {list(down.shape)} and {list(up.shape)} are refused: [r, in] and [out, r] in "
-                "fp32 are needed, and a finite scale"
+                f"a tap of shape {list(tap.shape)} does not fit hidden states of shape {list(message.hidden.shape)}"
             )
 
 
@@ -171,11 +232,6 @@ def _check_name(name: str) -> None:
         raise MessageError(
             f"file name {name[:MAX_NAME]!r} is refused: 1 to {MAX_NAME} of letters, digits, '_', '-', '.' are accepted"
         )
-
-
-def _check_reply_codec(number: int) -> None:
-    if not codec_by_id(number).activation:
-        raise MessageError(f"codec id {number} is not one for activations")
 
 
 def _check_hidden(payload: Payload, role: Role) -> None:

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable
 
 from isthmus.protocol.checks import check
-from isthmus.protocol.errors import LocalProtocolError, MessageError
+from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError
 from isthmus.protocol.fields import HAS_MASK, HAS_POSITIONS, TIMES, U8, U16, U32, U64, Reader, Writer
 from isthmus.protocol.limits import DEFAULT_LIMITS, MAX_WORKERS, Buffer, Limits
 from isthmus.protocol.messages import (
@@ -69,7 +69,7 @@ def pack(message: Message) -> tuple[bytes, list[Buffer]]:
     try:
         _WRITERS[message.op](writer, message)
         check(message)
-    except (struct.error, MessageError, ValueError) as error:
+    except (struct.error, OverflowError, MessageError, LimitError, ValueError) as error:
         raise LocalProtocolError(f"{type(message).__name__} cannot be sent: {error}") from error
     return bytes(writer.header), writer.body
 
