@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.backbone.errors import NonFiniteError, PlanError
+from isthmus.backbone.finite import is_finite
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.sites import Site, lent_weights
 
@@ -206,7 +207,7 @@ def _lease(sites: Sequence[Site]) -> tuple[Lent, ...]:
 
 
 def _check(tensor: Tensor, site: Site, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise NonFiniteError(
             f"the {what} of {site.name} holds NaN or infinity: lower the learning rate, or look for bad values in the "
             "adapter"

@@ -160,8 +160,9 @@ class SiteCalls:
                     f"lent matrices of shapes {list(lent.down.shape)} and {list(lent.up.shape)} do not fit site "
                     f"{sites.specs[site]}: [r, {n_in}] and [{n_out}, r] are needed"
                 )
+            what = f"a matrix lent to site {sites.specs[site]}"
             down, up = (
-                decode(each, limits=self.limits).to(self.executor.device, self.executor.dtype, copy=True)
+                decode(each, limits=self.limits, what=what).to(self.executor.device, self.executor.dtype, copy=True)
                 for each in (lent.down, lent.up)
             )
             trained = sites.specs[site].placement == Placement.LEASED
@@ -349,7 +350,8 @@ class _Edge:
 
     def _answers(self, phase: m.SitePhase, sites: Sequence[int], tensors: Sequence[Tensor], role: Role) -> list[Tensor]:
         codec = codec_by_id(self.message.reply_codec).name
-        sent = tuple(encode(tensor, codec, role) for tensor in tensors)
+        named = ", ".join(str(self.sites.specs[site]) for site in sites)
+        sent = tuple(encode(tensor, codec, role, f"what goes to sites {named}") for tensor in tensors)
         answer = self.ask(m.SiteQuestion(self.message.id, phase, tuple(sites), sent, 0, 0, 0))
         if answer.id != self.message.id:
             raise ValueError(
@@ -361,7 +363,8 @@ class _Edge:
         # overwritten when its turn is over.
         dtype = torch.float32 if role == Role.ACTIVATION else self.executor.dtype
         device = self.executor.device
-        return [decode(each, limits=self.limits).to(device, dtype, copy=True) for each in answer.tensors]
+        what = f"an answer of sites {named}"
+        return [decode(each, limits=self.limits, what=what).to(device, dtype, copy=True) for each in answer.tensors]
 
     def _check(self, answer: Tensor, site: int, width: int) -> None:
         hidden = _shape(self.message)

@@ -201,7 +201,8 @@ class TenantSession:
     def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
         codec = codec_by_id(message.reply_codec).name
         reached("forward_done")
-        hidden, *taps = (encode(each, codec, Role.ACTIVATION) for each in (result.hidden, *result.taps))
+        hidden = encode(result.hidden, codec, Role.ACTIVATION, "the output of the cloud's layers")
+        taps = (encode(each, codec, Role.ACTIVATION, "the output of a tap") for each in result.taps)
         return m.ForwardReply(message.id, hidden, compute_ns, 0, 0, tuple(taps))
 
     def _backward(self, message: m.Backward, guests: Guests | None) -> m.BackwardReply:
@@ -211,7 +212,7 @@ class TenantSession:
         return self._backward_reply(message, result, time.perf_counter_ns() - start)
 
     def _backward_call(self, message: m.Backward) -> BackwardCall:
-        gradient = decode(message.gradient, limits=self.limits)
+        gradient = decode(message.gradient, limits=self.limits, what="the gradient for the cloud's layers")
         replay = None if message.replay is None else self._inputs(message.replay)
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
         expected = kept if kept is not None or replay is None else replay.hidden.shape
@@ -224,12 +225,13 @@ class TenantSession:
     def _backward_reply(self, message: m.Backward, result: Gradients, compute_ns: int) -> m.BackwardReply:
         codec = codec_by_id(message.reply_codec).name
         reached("backward_done")
-        payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT)
-        lent = tuple(encode(each, "fp32", Role.GRADIENT) for each in result.lent)
+        what = "the gradient from the cloud's layers"
+        payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT, what)
+        lent = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a lent matrix") for each in result.lent)
         return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, lent)
 
     def _inputs(self, sent: m.SpanInputs) -> SpanInput:
-        hidden = decode(sent.hidden, limits=self.limits)
+        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]"

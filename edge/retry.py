@@ -338,7 +338,7 @@ def _error(status: m.Status) -> Exception:
         case m.StatusCode.STASH_LOST:
             return StashLostError()
         case m.StatusCode.NON_FINITE:
-            return NonFiniteError(f"the cloud's layers gave no finite numbers: {said}")
+            return NonFiniteError(f"the cloud refused the call (not finite): {said}")
         case m.StatusCode.DRAINING:
             return ConnectionLostError(said)
         case m.StatusCode.OVER_QUOTA:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.errors import NonFiniteError, PlanError
+from isthmus.backbone.errors import PlanError
 from isthmus.backbone.site_call import Lent, SiteCall
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.edge.channel import Channel
@@ -81,7 +81,8 @@ def _accepted(answer: m.Message) -> None:
 
 
 def _packed(lent: Lent) -> m.LentWeights:
-    down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION) for matrix in (lent.down, lent.up))
+    what = "a matrix lent to the cloud's layers"
+    down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lent.down, lent.up))
     return m.LentWeights(down, up, lent.scale)
 
 
@@ -127,7 +128,8 @@ class SpanCaller(LastingLink):
             )
             if sites is not None:
                 sites.tapped = self._taps(reply, sites, hidden.shape)
-            return self._result(reply.hidden, hidden.shape), KeptCall(call, self.traffic.sessions)
+            output = self._result(reply.hidden, hidden.shape, "the output of the cloud's layers")
+            return output, KeptCall(call, self.traffic.sessions)
 
     def backward_span(
         self,
@@ -141,7 +143,7 @@ class SpanCaller(LastingLink):
         wanted: bool = True,
     ) -> Tensor | None:
         """The gradient of the span's input, None unless it is `wanted`."""
-        sent = encode(_finite(gradient, "the gradient for the cloud's layers"), self.codecs.backward_up, Role.GRADIENT)
+        sent = encode(gradient, self.codecs.backward_up, Role.GRADIENT, "the gradient for the cloud's layers")
         lost = False
 
         def question(attempt: int, number: int, lease: int) -> m.Backward:
@@ -166,7 +168,9 @@ class SpanCaller(LastingLink):
             self._take_back(reply, sites)
             if (reply.gradient is None) == wanted:
                 raise RemoteProtocolError("the cloud answered with a gradient that was not wanted, or with none")
-            return None if reply.gradient is None else self._result(reply.gradient, hidden.shape)
+            if reply.gradient is None:
+                return None
+            return self._result(reply.gradient, hidden.shape, "the gradient from the cloud's layers")
 
     # Below: calls that visit sites ------------------------------------------------------------------------------------
 
@@ -195,9 +199,7 @@ class SpanCaller(LastingLink):
                 "use smaller batches"
             )
         return m.SpanInputs(
-            encode(
-                _finite(hidden, "the hidden states for the cloud's layers"), self.codecs.forward_up, Role.ACTIVATION
-            ),
+            encode(hidden, self.codecs.forward_up, Role.ACTIVATION, "the hidden states for the cloud's layers"),
             None if attention_mask is None else encode_mask(attention_mask),
             None if position_ids is None else encode_positions(position_ids),
         )
@@ -208,22 +210,22 @@ class SpanCaller(LastingLink):
         if len(reply.taps) != len(widths):
             raise RemoteProtocolError(f"the cloud answered with {len(reply.taps)} taps instead of {len(widths)}")
         return tuple(
-            self._result(payload, torch.Size((*shape[:2], width)))
-            for payload, width in zip(reply.taps, widths, strict=True)
+            self._result(payload, torch.Size((*shape[:2], width)), f"the output of tap {tap}")
+            for tap, (payload, width) in enumerate(zip(reply.taps, widths, strict=True))
         )
 
     def _take_back(self, reply: m.BackwardReply, sites: SiteCall | None) -> None:
         """Hand on the gradients of what was lent."""
         limits = edge_limits(self.info)
-        lent = [decode(payload, limits=limits).clone() for payload in reply.lent]
+        lent = [decode(payload, limits=limits, what="the gradient of a lent matrix").clone() for payload in reply.lent]
         try:
             if sites is not None:
                 sites.take_back(lent)
         except PlanError as error:
             raise RemoteProtocolError(f"the cloud answered with other gradients than were lent: {error}") from None
 
-    def _result(self, payload: Payload, expected: torch.Size) -> Tensor:
-        tensor = decode(payload, limits=edge_limits(self.info))
+    def _result(self, payload: Payload, expected: torch.Size, what: str) -> Tensor:
+        tensor = decode(payload, limits=edge_limits(self.info), what=what)
         if tensor.shape != expected:
             raise RemoteProtocolError(f"the cloud answered with shape {list(tensor.shape)} instead of {list(expected)}")
         return tensor
@@ -244,7 +246,11 @@ class SiteAnswers:
             RemoteProtocolError: The cloud asks about what is not there.
         """
         # Copies: a received tensor is a view of its message, and what a site keeps lives longer.
-        tensors = [decode(payload, limits=self.limits).clone() for payload in question.tensors]
+        specs = self.sites.specs
+        named = ", ".join(str(specs[site]) for site in question.sites if site < len(specs))
+        backward = question.phase in (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
+        what = f"the {'gradient' if backward else 'input'} of sites {named}"
+        tensors = [decode(payload, limits=self.limits, what=what).clone() for payload in question.tensors]
         try:
             answers, codec, role = self._answers(question, tensors)
         except PlanError as error:
@@ -272,11 +278,3 @@ class SiteAnswers:
         left = list(tensors)
         shared = None if all(own) else left.pop(own[: own.index(False)].count(True))
         return [left.pop(0) if is_own or shared is None else shared for is_own in own]
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        raise NonFiniteError(
-            f"{what} hold NaN or infinity: lower the learning rate, or look for bad values in the adapter"
-        )
-    return tensor

@@ -182,7 +182,7 @@ class Trainer:
             raise
         except NonFiniteError as error:
             # The same settings would lead to the same end, and other ones are another run.
-            raise NonFiniteError(f"{error} {self._rescue()}; a run with other settings needs another --out.") from error
+            raise type(error)(f"{error} {self._rescue()}; a run with other settings needs another --out.") from error
         except IsthmusError as error:
             raise type(error)(f"{error} {self._rescue()}: repeat the command with --resume to go on.") from error
 

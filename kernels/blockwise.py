@@ -167,11 +167,11 @@ def dequantize_int4(q: Tensor, scale: Tensor, n: int) -> Tensor:
 
     Args:
         q: what `quantize_int4` returned, or any bytes of this shape.
-        scale: bf16 `[..., blocks]`, of at most `INT4_MAX_SCALE`.
+        scale: bf16 `[..., blocks]`, of at most `INT4_MAX_SCALE`; larger ones may give NaN or infinity.
         n: length of the tensor's last dimension.
 
     Returns:
-        fp32 `[..., n]`, finite, newly allocated.
+        fp32 `[..., n]`, newly allocated.
     """
     if runs_triton(scale):
         from isthmus.kernels import blockwise_triton

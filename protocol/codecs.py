@@ -4,10 +4,11 @@ Rules
     1. A payload says what its tensor is for (`Role`), how it is coded, and its shape. Sizes in bytes follow from
        these three, so a receiver compares them, and what the tensor takes in fp32, with its limits, and with the
        bytes that are there, before it allocates anything.
-    2. `encode` does not copy where the tensor's memory already is the encoding (fp32 by `fp32`, bf16 by `bf16`, …):
+    2. Activations and gradients are finite: `encode` sends no NaN and no infinity, and `decode` takes none.
+    3. `encode` does not copy where the tensor's memory already is the encoding (fp32 by `fp32`, bf16 by `bf16`, …):
        the buffers are views of the tensor and keep it alive. `decode` does not copy where the bytes already are a
        tensor of the wanted dtype; the tensor then shares the receiving buffer.
-    3. A new codec is one entry of `CODECS`. An id is never reused.
+    4. A new codec is one entry of `CODECS`. An id is never reused.
 
 Theory of operation
     name    id  buffers (little-endian)                                     exact
@@ -33,7 +34,7 @@ import enum
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
+from isthmus.backbone.finite import is_finite
 from isthmus.kernels.blockwise import (
     BLOCK,
     INT4_BYTES,
@@ -50,7 +52,7 @@ from isthmus.kernels.blockwise import (
     quantize_int4,
     quantize_int8,
 )
-from isthmus.protocol.errors import LimitError, MessageError
+from isthmus.protocol.errors import LimitError, MessageError, ReceivedNonFiniteError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 
 if sys.byteorder != "little":
@@ -81,7 +83,7 @@ class Codec:
         id: the number on the wire.
         activation: whether activations and gradients may use it (the others are for masks and positions).
         sizes: bytes of each buffer for a shape.
-        encode: a contiguous CPU tensor and its role to buffers of exactly these sizes.
+        encode: a contiguous tensor, and what messages call it, to buffers of exactly these sizes.
         decode: buffers of these sizes, a shape and the wanted dtype to a tensor.
     """
 
@@ -89,7 +91,7 @@ class Codec:
     id: int
     activation: bool
     sizes: Callable[[tuple[int, ...]], tuple[int, ...]]
-    encode: Callable[[Tensor, Role], tuple[Buffer, ...]]
+    encode: Callable[[Tensor, str], tuple[Buffer, ...]]
     decode: Callable[[tuple[Buffer, ...], tuple[int, ...]], Tensor]
 
 
@@ -117,7 +119,7 @@ class Payload:
     __hash__ = None  # type: ignore[assignment]  # the standard way to make a class with mutable buffers unhashable
 
 
-def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
+def encode(tensor: Tensor, codec: str, role: Role, what: str = "") -> Payload:
     """Encode a tensor.
 
     Args:
@@ -125,14 +127,14 @@ def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
             CPU.
         codec: a name of `CODECS`.
         role: what the tensor is for.
+        what: what an error calls it; its role by default.
 
     Returns:
         The payload. Its buffers may be views of the tensor: do not change the tensor before they are sent.
 
     Raises:
         ConfigError: there is no such codec.
-        NonFiniteError: the codec cannot carry a value (NaN or infinity by `int8`; these or more than 65504 by `fp16`;
-            these or more than 1e36 by `int4` and `int4-outliers`).
+        NonFiniteError: a value is NaN or infinite, beyond 65504 by `fp16`, or beyond 1e36 by `int4*`.
         UnsupportedCallError: the shape, or a mask's or position's value, cannot be carried.
     """
     entry = CODECS.get(codec)
@@ -143,24 +145,28 @@ def encode(tensor: Tensor, codec: str, role: Role) -> Payload:
         raise UnsupportedCallError(
             f"a tensor of shape {list(shape)} cannot be sent: rank 1 to 4 and no empty dimension is needed"
         )
-    return Payload(codec=entry.id, role=role, shape=shape, buffers=entry.encode(tensor.detach().contiguous(), role))
+    buffers = entry.encode(tensor.detach().contiguous(), what or f"this {role.name.lower()}")
+    return Payload(codec=entry.id, role=role, shape=shape, buffers=buffers)
 
 
-def decode(payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS) -> Tensor:
+def decode(
+    payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS, what: str = ""
+) -> Tensor:
     """Decode a payload to a CPU tensor of its shape.
 
     Args:
         payload: as received or as encoded.
         dtype: the wanted dtype; by default fp32 for activations, int64 for masks and positions.
         limits: what this side accepts.
+        what: what an error calls the tensor; its role by default.
 
     Returns:
         The tensor. Where the bytes already have the wanted dtype it shares the payload's memory: keep the payload's
         buffer unchanged for as long as the tensor is used.
 
     Raises:
-        MessageError: the codec is unknown, or the bytes do not fit the shape.
-        LimitError: the shape is over a limit.
+        MessageError, LimitError: the codec is unknown, the bytes do not fit the shape, or this is over a limit.
+        ReceivedNonFiniteError: an activation or a gradient holds NaN or infinity.
     """
     entry = codec_by_id(payload.codec)
     sizes = checked_sizes(entry, payload.shape, limits)
@@ -168,7 +174,13 @@ def decode(payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits
     if got != sizes:
         raise MessageError(f"a {entry.name} tensor of shape {list(payload.shape)} takes {sizes} bytes, not {got}")
     tensor = entry.decode(payload.buffers, payload.shape)
-    return tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
+    tensor = tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
+    if entry.activation and not is_finite(tensor):
+        raise ReceivedNonFiniteError(
+            f"{what or f'the {payload.role.name.lower()}'} of shape {list(payload.shape)} came with NaN or infinite "
+            "values, which no side of this release sends. Use the same release on both sides, or ask who runs the other"
+        )
+    return tensor
 
 
 def encode_mask(mask: Tensor) -> Payload:
@@ -177,7 +189,7 @@ def encode_mask(mask: Tensor) -> Payload:
 
 
 def encode_positions(position_ids: Tensor) -> Payload:
-    """Encode position ids, 32 bits each."""
+    """Encode position ids."""
     return encode(position_ids, "int32", Role.INDEX)
 
 
@@ -241,30 +253,29 @@ def _tensor(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
 
-def _plain_sizes(itemsize: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
-    return lambda shape: (math.prod(shape) * itemsize,)
-
-
 def _plain(name: str, number: int, dtype: torch.dtype) -> Codec:
     """A codec whose bytes are the tensor's own in one float dtype."""
 
-    def pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
-        return (_view(tensor.to(dtype)),)
+    def pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+        converted = tensor.to(dtype)
+        if not is_finite(converted):
+            raise _cannot_carry(name, what, "NaN or infinite")
+        return (_view(converted),)
 
     def unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
         return _tensor(buffers[0], dtype, shape)
 
-    return Codec(name, number, True, _plain_sizes(dtype.itemsize), pack, unpack)
+    return Codec(name, number, True, lambda shape: (math.prod(shape) * dtype.itemsize,), pack, unpack)
 
 
-def _fp16_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
-    # Checked before the conversion: finding infinities in fp16 takes a CPU many times longer. NaN fails the test, too.
+def _fp16_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    # Checked before the conversion, so that the message can say how large. NaN fails the test, too.
     lowest, highest = torch.aminmax(tensor.to(torch.float32))
     largest = float(torch.maximum(-lowest, highest))
     if not largest < FP16_END:
         raise NonFiniteError(
-            f"fp16 cannot carry this {role.name.lower()}: its largest absolute value is {largest:g}, the format "
-            "ends at 65504. Use the codec bf16 or fp32."
+            f"fp16 cannot carry {what}: the largest absolute value is {largest:g}, the format ends at 65504. Use the "
+            "codec bf16 or fp32."
         )
     return (_view(tensor.to(torch.float16)),)
 
@@ -274,10 +285,10 @@ def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], -(-shape[-1] // BLOCK))
 
 
-def _cannot_carry(codec: str, role: Role, what: str) -> NonFiniteError:
+def _cannot_carry(codec: str, what: str, values: str) -> NonFiniteError:
     return NonFiniteError(
-        f"{codec} cannot carry this {role.name.lower()}: it holds {what} values. Lower the learning rate, or look for "
-        "the first such value with the codec fp32."
+        f"{codec} cannot carry {what} with {values} values: lower the learning rate or the loss scale, look for bad "
+        "values in the adapter, or use a wider codec or dtype"
     )
 
 
@@ -285,17 +296,15 @@ def _int8_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(_scales(shape)) * 4, math.prod(shape))
 
 
-def _int8_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+def _int8_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
     q, scale = quantize_int8(tensor)
     if not bool(scale.isfinite().all()):
-        raise _cannot_carry("int8", role, "NaN or infinite")
+        raise _cannot_carry("int8", what, "NaN or infinite")
     return (_view(scale), _view(q))
 
 
 def _int8_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
     scale = _tensor(buffers[0], torch.float32, _scales(shape))
-    if not bool(scale.isfinite().all()):
-        raise MessageError(f"an int8 tensor of shape {list(shape)} came with NaN or infinite scales")
     return dequantize_int8(_tensor(buffers[1], torch.int8, shape), scale)
 
 
@@ -304,17 +313,15 @@ def _int4_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (blocks * 2, blocks * INT4_BYTES)
 
 
-def _int4_pack(tensor: Tensor, role: Role, name: str = "int4") -> tuple[Buffer, ...]:
+def _int4_pack(tensor: Tensor, what: str, name: str = "int4") -> tuple[Buffer, ...]:
     q, scale = quantize_int4(tensor)
     if not bool((scale <= INT4_MAX_SCALE).all()):  # NaN fails the test, too
-        raise _cannot_carry(name, role, "NaN, infinite or far too large")
+        raise _cannot_carry(name, what, "NaN, infinite or far too large")
     return (_view(scale), _view(q))
 
 
 def _int4_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
     scale = _tensor(buffers[0], torch.bfloat16, _scales(shape))
-    if not bool((scale.abs() <= INT4_MAX_SCALE).all()):
-        raise MessageError(f"an int4 tensor of shape {list(shape)} came with NaN, infinite or far too large scales")
     q = _tensor(buffers[1], torch.uint8, (*shape[:-1], scale.shape[-1] * INT4_BYTES))
     return dequantize_int4(q, scale, shape[-1])
 
@@ -328,13 +335,13 @@ def _outliers_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (count * 4, math.prod(shape[:-1]) * count * 2, *_int4_sizes(shape))
 
 
-def _outliers_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+def _outliers_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
     rows = tensor.to(torch.float32).view(-1, tensor.shape[-1])
     channels = rows.abs().mean(0).topk(_outlier_channels(tensor.shape)).indices.sort().values
     outliers = rows[:, channels].to(torch.bfloat16)
     if not bool(outliers.isfinite().all()):
-        raise _cannot_carry("int4-outliers", role, "NaN, infinite or far too large")
-    rest = _int4_pack(rows.index_fill(1, channels, 0.0), role, "int4-outliers")
+        raise _cannot_carry("int4-outliers", what, "NaN, infinite or far too large")
+    rest = _int4_pack(rows.index_fill(1, channels, 0.0), what, "int4-outliers")
     return (_view(channels.to(torch.int32)), _view(outliers), *rest)
 
 
@@ -344,17 +351,13 @@ def _outliers_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Ten
     if int(channels[0]) < 0 or int(channels[-1]) >= shape[-1] or not bool((channels.diff() > 0).all()):
         raise MessageError(f"the outlier channels of an int4 tensor of shape {list(shape)} do not ascend within it")
     outliers = _tensor(buffers[1], torch.bfloat16, (*shape[:-1], count))
-    if not bool(outliers.isfinite().all()):
-        raise MessageError(f"an int4 tensor of shape {list(shape)} came with NaN or infinite outliers")
     return _int4_unpack(buffers[2:], shape).index_copy_(-1, channels, outliers.to(torch.float32))
 
 
-def _mask_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+def _mask_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
     bits = tensor.to(torch.bool)
     if tensor.dtype != torch.bool and not bool((tensor == bits).all()):
-        raise UnsupportedCallError(
-            "an attention mask may hold zeros and ones only; pass a 2-D mask of tokens, not an additive mask"
-        )
+        raise UnsupportedCallError("an attention mask holds zeros and ones: pass a 2-D mask of tokens, no additive one")
     return (np.packbits(bits.cpu().numpy().reshape(-1)).tobytes(),)
 
 
@@ -366,7 +369,7 @@ def _mask_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=count)).view(shape)
 
 
-def _int32_pack(tensor: Tensor, role: Role) -> tuple[Buffer, ...]:
+def _int32_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
     narrow = tensor.to(torch.int32)
     if not bool((narrow == tensor).all()):
         raise UnsupportedCallError(f"position ids up to {float(tensor.max()):g} do not fit whole numbers of 32 bits")
@@ -377,22 +380,19 @@ def _int32_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor
     return _tensor(buffers[0], torch.int32, shape)
 
 
-_FP16 = _plain("fp16", 3, torch.float16)
-
 CODECS: dict[str, Codec] = {
     entry.name: entry
     for entry in (
         _plain("fp32", 1, torch.float32),
         _plain("bf16", 2, torch.bfloat16),
-        Codec(_FP16.name, _FP16.id, True, _FP16.sizes, _fp16_pack, _FP16.decode),
+        replace(_plain("fp16", 3, torch.float16), encode=_fp16_pack),
         Codec("int8", 4, True, _int8_sizes, _int8_pack, _int8_unpack),
         Codec("mask", 5, False, lambda shape: (-(-math.prod(shape) // 8),), _mask_pack, _mask_unpack),
-        Codec("int32", 6, False, _plain_sizes(4), _int32_pack, _int32_unpack),
+        Codec("int32", 6, False, lambda shape: (math.prod(shape) * 4,), _int32_pack, _int32_unpack),
         Codec("int4", 7, True, _int4_sizes, _int4_pack, _int4_unpack),
         Codec("int4-outliers", 8, True, _outliers_sizes, _outliers_pack, _outliers_unpack),
     )
 }
 _BY_ID = {entry.id: entry for entry in CODECS.values()}
-
 ACTIVATION_CODECS: tuple[str, ...] = tuple(entry.name for entry in CODECS.values() if entry.activation)
 """Names of the codecs that activations and gradients may use."""

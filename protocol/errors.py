@@ -10,6 +10,7 @@
     │   ├── FrameError                a frame is truncated, forged, replayed, reordered, or not of this session
     │   ├── MessageError              a message is malformed
     │   └── LimitError                a size, a rank or a count is over the agreed limit
+    ├── ReceivedNonFiniteError   36   a tensor from the other side is NaN or infinite; also a NonFiniteError
     ├── UnreachableError         40   the cloud cannot be reached, or stayed away too long
     ├── PortInUseError           41   the address to listen on is taken
     ├── RefusedError             42   the cloud declined: a bad request, or one of
@@ -24,7 +25,7 @@ distinction is h11's.
 
 from __future__ import annotations
 
-from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.errors import IsthmusError, NonFiniteError
 
 
 class KeyFileError(IsthmusError, OSError):
@@ -73,6 +74,12 @@ class MessageError(RemoteProtocolError):
 
 class LimitError(RemoteProtocolError):
     """A size, a rank or a count is over the agreed limit. Raised before anything is allocated for it."""
+
+
+class ReceivedNonFiniteError(NonFiniteError):
+    """A tensor from the other side holds NaN or infinity. Asking again would give the same numbers."""
+
+    exit_code = 36
 
 
 class UnreachableError(IsthmusError, ConnectionError):

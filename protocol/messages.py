@@ -86,7 +86,7 @@ class StatusCode(enum.IntEnum):
     BAD_REQUEST = 3
     OVER_QUOTA = 4
     NON_FINITE = 5
-    """The span's output or gradient has NaN or infinite values."""
+    """What the call brought, or the span's output or gradient, has NaN or infinite values."""
     INTERNAL = 7
     NOT_ENROLLED = 8
     TOO_LATE = 9

@@ -527,10 +527,10 @@ def test_an_answer_without_a_question_is_refused(tenant: TenantSession) -> None:
 def test_an_answer_that_is_no_tensor_breaks_the_session_and_leaves_nothing(tenant: TenantSession) -> None:
     bind(tenant, q_and_v())
     question = asked(tenant.handle(forward()))
-    bad = payload(32, codec="int8")
-    scales = torch.full((12,), torch.nan).numpy().tobytes()
-    with pytest.raises(MessageError, match="NaN"):
-        tenant.handle(m.SiteAnswer(question.id, (replace(bad, buffers=(scales, bad.buffers[1])), GOOD_V)))
+    bad = payload(200, codec="int4-outliers")
+    channels = torch.full((2,), -1, dtype=torch.int32).numpy().tobytes()
+    with pytest.raises(MessageError, match="do not ascend"):
+        tenant.handle(m.SiteAnswer(question.id, (replace(bad, buffers=(channels, *bad.buffers[1:])), GOOD_V)))
     assert "has not asked" in refusal(tenant.handle(m.SiteAnswer(question.id, (GOOD_Q, GOOD_V))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.wire import unchecked
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, UnsupportedCallError
 from isthmus.protocol.codecs import (
@@ -19,7 +20,7 @@ from isthmus.protocol.codecs import (
     encode_mask,
     encode_positions,
 )
-from isthmus.protocol.errors import LimitError, MessageError
+from isthmus.protocol.errors import LimitError, MessageError, ReceivedNonFiniteError, RemoteProtocolError
 from isthmus.protocol.limits import Limits
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -37,8 +38,8 @@ def test_fp32_is_exact(shape: tuple[int, ...], seed: int) -> None:
     assert torch.equal(decode(encode(x, "fp32", Role.GRADIENT)), x)
 
 
-def test_fp32_carries_every_bit_pattern() -> None:
-    x = torch.tensor([0x7FC12345, 0x7F800000, -(1 << 31), 1], dtype=torch.int32).view(torch.float32)
+def test_fp32_carries_every_finite_bit_pattern() -> None:
+    x = torch.tensor([0x7F7FFFFF, -(1 << 31), 1, -0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
     assert torch.equal(decode(encode(x, "fp32", Role.ACTIVATION)).view(torch.int32), x.view(torch.int32))
 
 
@@ -112,12 +113,39 @@ def test_gradients_are_detached() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("codec", ["int8", "fp16", "int4", "int4-outliers"])
-def test_non_finite_values_are_refused(codec: str, bad: float) -> None:
+@pytest.mark.parametrize("codec", ACTIVATION_CODECS)
+def test_non_finite_values_are_not_sent(codec: str, bad: float) -> None:
     x = torch.ones(1, 2, 64)
+    encode(x, codec, Role.GRADIENT)
     x[0, 1, 5] = bad
-    with pytest.raises(NonFiniteError, match="gradient"):
+    with pytest.raises(NonFiniteError, match=rf"{codec} cannot carry this gradient"):
         encode(x, codec, Role.GRADIENT)
+    with pytest.raises(NonFiniteError, match=rf"{codec} cannot carry the gradient of a matrix"):
+        encode(x, codec, Role.GRADIENT, "the gradient of a matrix")
+
+
+def test_what_rounds_to_infinity_is_not_sent() -> None:
+    with pytest.raises(NonFiniteError, match="bf16 cannot carry this activation"):
+        encode(torch.full((1, 2, 64), 3.4e38), "bf16", Role.ACTIVATION)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("place", [0, 63, 127])
+def test_non_finite_values_are_not_taken(codec: str, bad: float, place: int) -> None:
+    x = torch.ones(1, 2, 64)
+    assert torch.equal(decode(unchecked(x, codec, Role.GRADIENT)), x)
+    x.view(-1)[place] = bad
+    with pytest.raises(ReceivedNonFiniteError, match=r"the gradient of shape \[1, 2, 64\] came with NaN or infinite"):
+        decode(unchecked(x, codec, Role.GRADIENT))
+    with pytest.raises(ReceivedNonFiniteError, match="the lent matrix of shape"):
+        decode(unchecked(x, codec, Role.GRADIENT), what="the lent matrix")
+
+
+def test_a_non_finite_tensor_has_an_exit_code_of_its_own() -> None:
+    assert ReceivedNonFiniteError.exit_code == 36
+    assert issubclass(ReceivedNonFiniteError, NonFiniteError)  # who catches the one stops at the other, too
+    assert not issubclass(ReceivedNonFiniteError, RemoteProtocolError)  # which a link answers by asking again
 
 
 def test_fp16_names_the_value_and_the_remedy() -> None:
@@ -156,8 +184,11 @@ def test_positions() -> None:
 
 def test_non_finite_scales_are_refused() -> None:
     scale = torch.tensor([float("nan")]).numpy().tobytes()
-    with pytest.raises(MessageError, match="scales"):
+    with pytest.raises(ReceivedNonFiniteError, match="activation of shape"):
         decode(Payload(codec_id("int8"), Role.ACTIVATION, (1, 1, 2), (scale, b"\0\0")))
+    largest = torch.tensor([3.4e38]).numpy().tobytes()
+    with pytest.raises(ReceivedNonFiniteError, match="activation of shape"):
+        decode(Payload(codec_id("int8"), Role.ACTIVATION, (1, 1, 2), (largest, b"\0\2")))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (1, 1, 1, 1, 1)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from isthmus.backbone.errors import NonFiniteError
 from isthmus.protocol.codecs import Payload, Role, checked_sizes, codec_by_id, codec_id, decode, encode
-from isthmus.protocol.errors import LimitError, MessageError
+from isthmus.protocol.errors import LimitError, MessageError, ReceivedNonFiniteError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -95,12 +95,12 @@ def test_what_would_overflow_is_refused(codec: str) -> None:
         encode(torch.full((2, 640), 3e38), codec, Role.GRADIENT)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 2.0**121, -(2.0**121)])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("codec", INT4)
 def test_scales_that_overflow_are_refused(codec: str, scale: float) -> None:
     payload = encode(torch.ones(1, 1, 128), codec, Role.ACTIVATION)
     scales = torch.tensor([1.0, scale]).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    with pytest.raises(MessageError, match="scales"):
+    with pytest.raises(ReceivedNonFiniteError, match="activation of shape"):
         decode(replaced(payload, -2, scales))
 
 
@@ -116,7 +116,7 @@ def test_outlier_channels_that_are_none_are_refused(channels: list[int]) -> None
 def test_non_finite_outliers_are_refused(value: float) -> None:
     payload = encode(torch.ones(1, 1, 2), "int4-outliers", Role.ACTIVATION)
     raw = torch.tensor([value]).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    with pytest.raises(MessageError, match="outliers"):
+    with pytest.raises(ReceivedNonFiniteError, match="activation of shape"):
         decode(replaced(payload, 1, raw))
 
 
@@ -128,7 +128,7 @@ def test_any_bytes_are_decoded_to_finite_values_or_refused(data: st.DataObject, 
     buffers = tuple(data.draw(st.binary(min_size=size, max_size=size)) for size in sizes)
     try:
         x = decode(Payload(codec_id(codec), Role.ACTIVATION, shape, buffers))
-    except MessageError:
+    except (MessageError, ReceivedNonFiniteError):
         return
     assert x.shape == shape
     assert x.isfinite().all()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from support.wire import NOW, TENANT, identity
 
 from isthmus.cloud.pausing import CallThreads
@@ -37,6 +38,7 @@ class MemoryCloud:
     answer: Callable[[m.Message], m.Message | None] = lambda message: (
         None
     )  # a test's own answer instead of the real one
+    spoil: Callable[[m.Message], m.Message] = lambda answer: answer  # what becomes of the real answer
     threads: CallThreads = field(default_factory=lambda: CallThreads(1))
     streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
 
@@ -118,7 +120,9 @@ class _MemoryStream:
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
-        return self._work.handle(message)
+        with torch.enable_grad():  # as on the compute thread; the edge's function is called without
+            answer = self._work.handle(message)
+        return None if answer is None else self._cloud.spoil(answer)
 
 
 def _copied(message: m.Message) -> m.Message:

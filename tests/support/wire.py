@@ -92,6 +92,13 @@ def forward(shape: Sequence[int] = (2, 3, 8), codec: str = "fp32", call: int = 1
     return m.Forward(m.CallId(1, call), True, payload, encode_mask(mask), None, codec_id("fp32"))
 
 
+def unchecked(tensor: torch.Tensor, codec: str, role: Role) -> Payload:
+    """The payload of a side that sends what it should not: NaN and infinity, by fp32, bf16 or fp16."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[codec]
+    raw = tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return Payload(codec_id(codec), role, tuple(tensor.shape), (raw,))
+
+
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 call_ids = st.builds(m.CallId, u32, u64, u16)
 reply_codecs = st.sampled_from([codec_id(name) for name in ACTIVATION_CODECS])
