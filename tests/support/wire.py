@@ -1,4 +1,4 @@
-"""Sessions without a network, and strategies for messages."""
+"""Sessions without a network, and a strategy for each message: `GENERATORS`."""
 
 from __future__ import annotations
 
@@ -134,20 +134,55 @@ def span_inputs(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> m.Span
     return m.SpanInputs(hidden, mask, positions)
 
 
+visits = st.one_of(st.tuples(st.just(0), st.just(0)), st.tuples(u32.filter(bool), u32))
+"""The numbers of a list of sites and of a lease, which belong to it."""
+
+
 @st.composite
 def forwards(draw: st.DrawFn) -> m.Forward:
     inputs = draw(span_inputs())
-    keep, reply, sites, wanted = draw(st.booleans()), draw(reply_codecs), draw(u32), draw(st.booleans())
+    keep, reply, (sites, lease), wanted = draw(st.booleans()), draw(reply_codecs), draw(visits), draw(st.booleans())
     return m.Forward(
-        draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply, sites, wanted
+        draw(call_ids), keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply, sites, wanted, lease
     )
+
+
+@st.composite
+def forward_replies(draw: st.DrawFn) -> m.ForwardReply:
+    hidden = draw(hidden_states())
+    widths = draw(st.lists(st.integers(1, 20), max_size=3))
+    taps = tuple(draw(hidden_states(shape=(*hidden.shape[:2], width))) for width in widths)
+    return m.ForwardReply(draw(call_ids), hidden, draw(u64), draw(u64), draw(u64), taps)
 
 
 @st.composite
 def backwards(draw: st.DrawFn) -> m.Backward:
     gradient = draw(hidden_states(Role.GRADIENT))
     replay = draw(st.none() | span_inputs(shape=gradient.shape))
-    return m.Backward(draw(call_ids), gradient, replay, draw(reply_codecs), draw(u32), draw(st.booleans()))
+    reply, (sites, lease), wanted = draw(reply_codecs), draw(visits), draw(st.booleans())
+    return m.Backward(draw(call_ids), gradient, replay, reply, sites, wanted, lease)
+
+
+@st.composite
+def matrices(draw: st.DrawFn, role: Role) -> tuple[Payload, Payload]:
+    """Those of a LoRA, or their gradients: `[r, in]` and `[out, r]`."""
+    n_in, rank, n_out = (draw(st.integers(1, 9)) for _ in range(3))
+    return payload((rank, n_in), "fp32", role, draw(u32)), payload((n_out, rank), "fp32", role, draw(u32))
+
+
+@st.composite
+def backward_replies(draw: st.DrawFn) -> m.BackwardReply:
+    gradient = draw(st.none() | hidden_states(Role.GRADIENT))
+    lent = [each for pair in draw(st.lists(matrices(Role.GRADIENT), max_size=3)) for each in pair]
+    return m.BackwardReply(draw(call_ids), gradient, draw(u64), draw(u64), draw(u64), draw(st.booleans()), tuple(lent))
+
+
+@st.composite
+def leases(draw: st.DrawFn) -> m.Lease:
+    scales = st.floats(allow_nan=False, allow_infinity=False)
+    pairs = draw(st.lists(matrices(Role.ACTIVATION), min_size=1, max_size=3))
+    weights = tuple(m.LentWeights(down, up, draw(scales)) for down, up in pairs)
+    return m.Lease(draw(u32.filter(bool)), draw(u32.filter(bool)), weights)
 
 
 parts = st.just("") | st.from_regex(r"[A-Za-z0-9_]{1,20}(\.[A-Za-z0-9_]{1,20}){0,3}", fullmatch=True)
@@ -156,7 +191,7 @@ parts = st.just("") | st.from_regex(r"[A-Za-z0-9_]{1,20}(\.[A-Za-z0-9_]{1,20}){0
 @st.composite
 def site_entries(draw: st.DrawFn) -> SiteSpec:
     part = draw(parts)
-    at_linear = [Placement.EDGE, Placement.LOW_RANK, Placement.LEASED]
+    at_linear = [Placement.EDGE, Placement.LOW_RANK, Placement.LEASED, Placement.LENT]
     placement = draw(st.sampled_from(at_linear if part else [Placement.EDGE, Placement.TAP]))
     if placement not in (Placement.LOW_RANK, Placement.TAP):
         return SiteSpec(draw(u32), part, placement)
@@ -197,7 +232,6 @@ def puts(draw: st.DrawFn) -> m.Put:
     return m.Put(piece.name, piece.offset, piece.total, piece.sha256, piece.data)
 
 
-goodbyes = st.builds(m.Goodbye, texts)
 shelves = st.sampled_from(m.Shelf)
 entries = st.builds(m.FileEntry, names, u64, digests)
 
@@ -218,38 +252,35 @@ def lists_of_workers(draw: st.DrawFn) -> m.Workers:
 accounts = st.builds(
     m.Account, st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}", fullmatch=True), st.integers(1, 2**32 - 1)
 )
-edge_messages = st.one_of(
-    forwards(),
-    backwards(),
-    st.builds(m.Fetch, shelves, names, u64),
-    st.builds(m.FetchList, shelves),
-    st.builds(
-        m.Attach,
-        st.binary(min_size=16, max_size=16),
-        st.booleans(),
-        st.integers(0, 2**32 - 1),
-        st.booleans(),
-        st.none() | accounts,
+GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
+    m.Forward: forwards(),
+    m.ForwardReply: forward_replies(),
+    m.Backward: backwards(),
+    m.BackwardReply: backward_replies(),
+    m.Fetch: st.builds(m.Fetch, shelves, names, u64),
+    m.Blob: blobs(),
+    m.FetchList: st.builds(m.FetchList, shelves),
+    m.FileList: st.builds(m.FileList, lists_of_files(0, 5)),
+    m.Status: st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
+    m.Ping: st.builds(m.Ping, u64),
+    m.Pong: st.builds(m.Pong, u64, u64),
+    m.Goodbye: st.builds(m.Goodbye, texts),
+    m.Attach: st.builds(
+        m.Attach, st.binary(min_size=16, max_size=16), st.booleans(), u32, st.booleans(), st.none() | accounts
     ),
-    st.builds(m.Ping, u64),
-    puts(),
-    st.builds(m.PlugIn, lists_of_files(1, 8)),
-    lists_of_sites,
-    site_answers(),
-    goodbyes,
-)
-cloud_messages = st.one_of(
-    st.builds(m.ForwardReply, call_ids, hidden_states(), u64, u64, u64),
-    st.builds(m.BackwardReply, call_ids, st.none() | hidden_states(Role.GRADIENT), u64, u64, u64, st.booleans()),
-    site_questions(),
-    blobs(),
-    st.builds(m.FileList, lists_of_files(0, 5)),
-    st.builds(m.PutReply, names, digests, u64),
-    st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
-    st.builds(m.Pong, u64, u64),
-    lists_of_workers(),
-    goodbyes,
-)
+    m.Put: puts(),
+    m.PutReply: st.builds(m.PutReply, names, digests, u64),
+    m.PlugIn: st.builds(m.PlugIn, lists_of_files(1, 8)),
+    m.Sites: lists_of_sites,
+    m.SiteQuestion: site_questions(),
+    m.SiteAnswer: site_answers(),
+    m.Lease: leases(),
+    m.Workers: lists_of_workers(),
+}
+"""One for each message; a test compares it with the protocol's list."""
+
+edge_messages = st.one_of([GENERATORS[kind] for kind in m.EDGE_SENDS])
+cloud_messages = st.one_of([GENERATORS[kind] for kind in m.CLOUD_SENDS])
 
 SMALL = Limits(chunk_bytes=64)
 """Chunks of 64 bytes, so that small messages take many frames."""
