@@ -11,7 +11,7 @@ STAMP     := $(VENV)/.installed
 TEST_PROCESSES ?= 3
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
-.PHONY: setup demo test lint format bench bench-strip bench-emulators clean
+.PHONY: setup demo test lint format vectors bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The known answers of tests/vectors, for a protocol that is meant to change; see the README there.
+vectors: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m support.make_vectors
 
 # The figures of docs/results.md. Takes about three hours on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
 # sst2/ and shakespeare/.

@@ -194,17 +194,29 @@ class ClientHandshake:
             self._schedule.wipe()
 
 
+def fresh_keys() -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+    """Make the keys of one handshake, from the library's own source of random bytes."""
+    return MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+
+
 class ServerHandshake:
     """The worker's side: `answer` the hello, `identify` the edge, then `finish` with a verdict.
 
     Args:
         identity: the worker's key and certificate.
-        random: a cryptographic source of bytes, for the nonce (the fresh keys come from the library's own source).
+        random: a cryptographic source of bytes, for the nonce.
+        fresh: makes the keys of this handshake.
     """
 
-    def __init__(self, identity: WorkerIdentity, random: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        random: Callable[[int], bytes] = os.urandom,
+        fresh: Callable[[], tuple[MLKEM768PrivateKey, X25519PrivateKey]] = fresh_keys,
+    ) -> None:
         self._identity = identity
         self._random = random
+        self._make_fresh = fresh
         self._hellos: tuple[bytes, bytes] | None = None
         self._th1 = b""
         self._fresh: MLKEM768X25519PrivateKey | None = None
@@ -223,7 +235,7 @@ class ServerHandshake:
             raise VersionError(
                 f"the edge offers cipher suite {suite}; this worker speaks suite {SUITE}. Use the same release."
             )
-        mlkem, x25519 = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+        mlkem, x25519 = self._make_fresh()
         self._fresh = MLKEM768X25519PrivateKey(mlkem, x25519)
         certificate = self._identity.certificate
         fields = _SERVER.pack(
