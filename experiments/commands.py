@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.experiments.abuse.command import abuse
 from isthmus.experiments.chaos_command import chaos
 from isthmus.experiments.codec_bench_command import codecs
 from isthmus.experiments.kernels_command import kernels
@@ -26,6 +27,7 @@ bench.command()(quantize)
 bench.command()(tenants)
 bench.command()(qos)
 bench.command()(chaos)
+bench.command()(abuse)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]

@@ -1,0 +1,15 @@
+"""`isthmus bench abuse`: attacks on a real server, each with ceilings on memory, descriptors and processor time.
+
+| module | what is there |
+|---|---|
+| `ceilings` | what each attack may cost the server at most, fixed before it is run |
+| `attacks` | the attacks, one function each, and the process that runs one |
+| `gauge` | what a process has taken, as the kernel counts it |
+| `honest` | a tenant that behaves, whose latency the attacks are felt by |
+| `bare` | a server without Ray, and servers with a planted weakness |
+| `bench` | the rows of the report |
+| `command` | the command line |
+
+May import `isthmus.cloud`, `isthmus.edge` and what lies below them, and from `isthmus.experiments` the harness and the
+hostile tenants.
+"""

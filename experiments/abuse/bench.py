@@ -1,0 +1,171 @@
+"""The rows of `isthmus bench abuse`.
+
+Each attack is made twice: alone, while the kernel counts what the worker takes, and beside a tenant that behaves, whose
+latency is compared with that before the attack. Then servers with a planted weakness are measured in the same way; a
+measurement that finds nothing wrong with them would be worth nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.sources import resolve
+from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
+from isthmus.experiments.abuse.bare import PLANTED, BareServer
+from isthmus.experiments.abuse.ceilings import CEILINGS, Ceiling
+from isthmus.experiments.abuse.gauge import Gauge, Taken
+from isthmus.experiments.abuse.honest import Honest
+from isthmus.experiments.harness import LocalCloud
+from isthmus.protocol.enrolment import ConnectionString
+
+CALM_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
+"""After an attack, for the worker to let go of what it held, before the next one is measured."""
+ON_PLANTED: Final = "garbage_streams"
+"""The attack that each planted weakness answers to."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbuseSettings:
+    """What is attacked, and how.
+
+    Attributes:
+        model: As for `--model`.
+        edge_layers: The split plan.
+        attacks: Names of `isthmus.experiments.abuse.attacks.ATTACKS`.
+        seconds: For which each attack goes on.
+        threads: torch threads of the worker.
+    """
+
+    model: str
+    edge_layers: str = "2:2"
+    attacks: tuple[str, ...] = tuple(ATTACKS)
+    seconds: float = 5.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.attacks if name not in ATTACKS]
+        if unknown:
+            raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ATTACKS)}")
+
+
+def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Attack a cloud; see the module.
+
+    Args:
+        settings: What is attacked, and how.
+        folder: For keys and logs.
+        advance: Called after each attack and each planted weakness.
+
+    Returns:
+        `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
+        `unit`, `held`, `attempts`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
+        one. `planted`: one row for each planted weakness. `held` and `planted_caught` sum them up.
+
+    Raises:
+        ConfigError: There is no such attack.
+        IsthmusError: The cloud did not start, or an attack could not be made.
+    """
+    log = folder / "attacks.log"
+    checkpoint = resolve(settings.model)
+    cloud = LocalCloud(
+        folder,
+        str(checkpoint.folder),
+        *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
+    )
+    key = folder / "hostile"
+    cloud.enroll("hostile", key)
+    runs: list[dict[str, Any]] = []
+    with cloud:
+        pid = cloud.status()["pid"]
+        with Honest(cloud.connection, cloud.edge_key) as honest:
+            honest.latency_s(time.monotonic())  # the first calls warm both sides up
+        for name in settings.attacks:
+            taken, attempts = attack_alone(name, pid, cloud.connection, key, settings.seconds, log)
+            ratio = _latency_ratio(name, cloud.connection, cloud.edge_key, key, settings.seconds, log)
+            for row in rows(name, taken, attempts):
+                runs.append({**row, "latency_ratio": ratio})
+            advance()
+    planted = []
+    for weakness, _ in PLANTED.items():
+        server = BareServer(checkpoint.folder, folder / "parts", cloud.home, log, weakness=weakness)
+        with server:
+            pin = ConnectionString.parse(cloud.connection).pin
+            where = str(ConnectionString("127.0.0.1", server.port, pin))
+            taken, attempts = attack_alone(ON_PLANTED, server.pid, where, key, settings.seconds, log)
+        found = {row["unit"]: row for row in rows(ON_PLANTED, taken, attempts)}[UNIT_OF[weakness]]
+        planted.append({"weakness": weakness, **found, "caught": not found["held"]})
+        advance()
+    return {
+        "held": all(row["held"] for row in runs),
+        "planted_caught": all(row["caught"] for row in planted),
+        "runs": runs,
+        "planted": planted,
+        "seconds": settings.seconds,
+        "model": settings.model,
+    }
+
+
+UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor ms per attempt"}
+
+
+def rows(attack: str, taken: Taken, attempts: int) -> Sequence[dict[str, Any]]:
+    """What was measured of an attack, against its ceilings."""
+    ceiling: Ceiling = CEILINGS[attack]
+    measured = [
+        ("memory", taken.memory_mib, ceiling.memory_mib),
+        ("descriptors", taken.descriptors, ceiling.descriptors),
+        ("processor", 1000 * taken.processor_s / attempts, ceiling.processor_ms),
+    ]
+    return [
+        {
+            "attack": attack,
+            "by": ATTACKS[attack].by,
+            "measured": round(value, 2),
+            "ceiling": most,
+            "unit": UNIT_OF[kind],
+            "held": value <= most,
+            "attempts": attempts,
+        }
+        for kind, value, most in measured
+        if most is not None
+    ]
+
+
+def attack_alone(name: str, pid: int, where: str, key: Path, seconds: float, log: Path) -> tuple[Taken, int]:
+    """Make an attack while nobody else asks for anything; what the worker took, and how many attempts were made.
+
+    Args:
+        name: Of the attack.
+        pid: The worker's process.
+        where: Its connection string.
+        key: Of the hostile tenant.
+        seconds: How long.
+        log: For the attacker's output.
+
+    Raises:
+        IsthmusError: The attack could not be made, or has ended the worker.
+    """
+    with Attacker(name, where, key, seconds, log) as attacker, Gauge(pid) as gauge:
+        attacker.begin()
+        attempts = attacker.attempts()
+    time.sleep(SETTLE_SECONDS)
+    return gauge.taken, attempts
+
+
+def _latency_ratio(name: str, where: str, honest_key: Path, key: Path, seconds: float, log: Path) -> float:
+    with Honest(where, honest_key) as honest, Attacker(name, where, key, seconds, log) as attacker:
+        begun = time.monotonic()
+        time.sleep(CALM_SECONDS)
+        calm = honest.latency_s(begun)
+        begun = time.monotonic()
+        attacker.begin()
+        attacker.attempts()
+        during = honest.latency_s(begun)
+    time.sleep(SETTLE_SECONDS)
+    return round(during / calm, 2)

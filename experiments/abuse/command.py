@@ -1,0 +1,73 @@
+"""The command `isthmus bench abuse`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.experiments.flags import names_of, to_its_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def abuse(
+    model: Annotated[
+        str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")
+    ] = "smollm2-135m",
+    edge_layers: Annotated[
+        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
+    ] = "2:2",
+    attacks: Annotated[str, typer.Option(help="Attacks, comma-separated; by default all.")] = "",
+    seconds: Annotated[float, typer.Option(min=0.5, help="For which each attack goes on, twice.")] = 5.0,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads of the worker.")] = 1,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for the run's files; by default they are gone afterwards.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Attack a cloud as strangers and tenants would, and hold what that costs it to ceilings fixed beforehand.
+
+    Each attack is made alone, while memory, descriptors and processor time of the worker are counted, and beside a
+    tenant that behaves, whose latency is compared with its calm one. Servers with planted weaknesses are measured last:
+    each must be caught. Exits with 1 where a ceiling is broken or a planted weakness is not caught.
+
+    Example: isthmus bench abuse --json
+    """
+    from isthmus.experiments.abuse.attacks import ATTACKS
+    from isthmus.experiments.abuse.bare import PLANTED
+    from isthmus.experiments.abuse.bench import AbuseSettings, run_abuse
+    from isthmus.experiments.harness import stderr_progress, working_folder
+
+    chosen = names_of(attacks, "attacks") if attacks else tuple(ATTACKS)
+    settings = AbuseSettings(model, edge_layers, chosen, seconds, threads)
+
+    def work() -> dict[str, Any]:
+        steps = len(chosen) + len(PLANTED)
+        with working_folder(keep) as folder, stderr_progress("attacks", steps) as advance:
+            return run_abuse(settings, folder, advance)
+
+    result = to_its_end(work)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _print_tables(result, typer.echo)
+    if not (result["held"] and result["planted_caught"]):
+        raise typer.Exit(1)
+
+
+def _print_tables(result: dict[str, Any], echo: Callable[[str], None]) -> None:
+    """The rows as tables of at most 80 columns."""
+    line = "{:22} {:>10} {:>9} {:24} {:4} {:>6}".format
+    echo(line("attack", "measured", "ceiling", "unit", "held", "slower"))
+    for row in result["runs"]:
+        held = "yes" if row["held"] else "NO"
+        echo(line(row["attack"], row["measured"], row["ceiling"], row["unit"], held, f"{row['latency_ratio']} x"))
+    echo("")
+    echo(line("planted weakness", "measured", "ceiling", "unit", "", "caught"))
+    for row in result["planted"]:
+        caught = "yes" if row["caught"] else "NO"
+        echo(line(row["weakness"], row["measured"], row["ceiling"], row["unit"], "", caught))
