@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from isthmus.cloud.computing import compute_threads
 from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.fault_points import reached
+from isthmus.cloud.history import record
 from isthmus.cloud.in_flight import InFlight
 from isthmus.cloud.jobs import Share
 from isthmus.cloud.metrics import Metrics
@@ -205,10 +206,22 @@ class SessionCalls:
             elif isinstance(reply, m.Status) and reply.code != m.StatusCode.OK:
                 metrics.refused.labels(reply.code.name).inc()
             self._calls.observe_stash()
-            if reply is not None:
+            if reply is not None and not self._session.fenced:  # the edge goes on in a newer session
+                self._record(reply)
                 await stream.send(reply)
             reached("reply_sent")
             metrics.calls.labels(_operation(message)).inc()
+
+    def _record(self, reply: m.Message) -> None:
+        """Have the history show an answer, and of which call it is the result."""
+        result = reply.id if isinstance(reply, m.ForwardReply | m.BackwardReply) else None
+        record(
+            "answered",
+            session=self._session.id.hex(),
+            link=self._session.link.hex(),
+            kind=_operation(reply),
+            call=None if result is None else dataclasses.astuple(result),
+        )
 
     async def refuse(self, stream: SealedStream, refused: Oversized) -> None:
         """Say that a message is over its tenant's bytes in flight. A paused call whose answer it was is over."""

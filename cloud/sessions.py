@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, ranks, seats_elsewhere
+from isthmus.cloud.history import record
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.protocol import messages as m
@@ -21,6 +22,8 @@ from isthmus.protocol.enrolment import Tenant
 
 NEWS_SECONDS = 2.0
 """For the next word of the other workers, whose sessions count against a tenant's quota."""
+FENCED = "fenced"
+"""Why a session ends whose link has opened another one."""
 WORDS = 3
 """Of the other workers since a session was opened, before it may be ended as one too many.
 
@@ -44,6 +47,11 @@ class OpenSession:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def fenced(self) -> bool:
+        """Whether its link has a newer one."""
+        return self.ended.is_set() and self.ending == FENCED
+
+    @property
     def seat(self) -> Seat:
         """What other workers are told of it."""
         return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
@@ -54,6 +62,7 @@ class OpenSession:
             return
         self.ending, self.farewell = why, status or m.Goodbye(why)
         self.ended.set()
+        record("ended", session=self.id.hex(), why=why)
 
 
 class Sessions:
@@ -99,10 +108,11 @@ class Sessions:
         """
         self._address, self._peers = address, tuple(peers)
         self._sent.clear()
+        record("heard")
         for session in self._open.values():
             session.words += 1
             if newer_elsewhere(session.seat, peers):
-                session.end("fenced")
+                session.end(FENCED)
         self._keep_quotas()
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -122,7 +132,7 @@ class Sessions:
             mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
             for other in mine:
                 if other.link == session.link:
-                    other.end("fenced")
+                    other.end(FENCED)
             here = sum(not other.ended.is_set() for other in mine)
             count = here + seats_elsewhere(seat.tenant, seat.link, self._peers)
             if count < allowed:
@@ -135,6 +145,9 @@ class Sessions:
         self._open[session.id] = session
         self._empty.clear()
         self._metrics.sessions.set(len(self._open))
+        record(
+            "opened", session=session.id.hex(), link=session.link.hex(), tenant=seat.tenant, allowed=allowed
+        )
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
 
@@ -144,6 +157,7 @@ class Sessions:
         self._metrics.sessions.set(len(self._open))
         if not self._open:
             self._empty.set()
+        record("closed", session=session.id.hex())
         log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
 
     def shed(self, count: int) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.sources import resolve
+from isthmus.cloud import history
 from isthmus.cloud.fault_points import ENVIRONMENT, Point, arm, is_armed
 from isthmus.experiments.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.chaos_plan import (
@@ -44,6 +45,8 @@ from isthmus.experiments.chaos_tenant import Tenant
 from isthmus.experiments.delay_relay import Conditions
 from isthmus.experiments.faults import write_texts
 from isthmus.experiments.harness import LocalCloud, free_ports
+from isthmus.experiments.histories.events import read_history
+from isthmus.experiments.histories.invariants import violations
 from isthmus.experiments.hostile import CONTROL, DEEDS, HostileProcess
 from isthmus.experiments.net_space import ADDRESSES, NetSpace, Side, missing
 from isthmus.experiments.relay import Relay
@@ -112,7 +115,9 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         folder: for keys, data, logs and all runs' output.
 
     Returns:
-        The figures of `isthmus bench chaos`; see `isthmus.experiments.chaos_figures.figures`.
+        The figures of `isthmus bench chaos`; see `isthmus.experiments.chaos_figures.figures`. Beside them, `invariants`
+        says how often the workers' histories break each of `isthmus.experiments.histories.invariants`, and `violations`
+        where.
 
     Raises:
         ConfigError: there is no such kind of fault, or none that this machine can make.
@@ -137,6 +142,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         else:
             chaos.disturb(plan)
         chaos.finish()
+        found = violations(read_history(folder / "history"))
     return {
         **figures(
             chaos.faults,
@@ -147,6 +153,8 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
             warm_up_s=settings.warm_up_s,
             soak=settings.soak,
         ),
+        "invariants": {name: len(places) for name, places in found.items()},
+        "violations": [place for places in found.values() for place in places],
         "network": "network namespaces" if space is not None else reason or "not broken",
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
@@ -165,8 +173,9 @@ class _Chaos:
         self._settings = settings
         self._record = folder / "faults.jsonl"
         self._space = space
-        self._points = folder / "points"
+        self._points, self._history = folder / "points", folder / "history"
         self._points.mkdir()
+        self._history.mkdir()
         host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
         with self._inside("cloud"):
             ports = free_ports(host, settings.workers)
@@ -176,7 +185,11 @@ class _Chaos:
             *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
             *("--stash-bytes", str(settings.stash_bytes), "--workers", str(settings.workers)),
             *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
-            environment={ENVIRONMENT: str(self._points.absolute()), **AS_URGENT},
+            environment={
+                ENVIRONMENT: str(self._points.absolute()),
+                history.ENVIRONMENT: str(self._history.absolute()),
+                **AS_URGENT,
+            },
         )
         with self._inside("cloud"):
             stack.enter_context(self._cloud)
