@@ -145,9 +145,7 @@ class Sessions:
         self._open[session.id] = session
         self._empty.clear()
         self._metrics.sessions.set(len(self._open))
-        record(
-            "opened", session=session.id.hex(), link=session.link.hex(), tenant=seat.tenant, allowed=allowed
-        )
+        record("opened", session=session.id.hex(), link=session.link.hex(), tenant=seat.tenant, allowed=allowed)
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
 

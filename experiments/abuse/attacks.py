@@ -1,15 +1,14 @@
-"""The attacks on a worker, one function each, and the process that runs one.
+"""The attacks on a worker, one function each, and the process that makes them.
 
-    python -m isthmus.experiments.abuse.attacks '{"attack": "garbage_streams", "connection": "isthmus://…", "key": "…",
-                                                 "seconds": 5}'
+    python -m isthmus.experiments.abuse.attacks KEY
 
-It prints how many attempts were made. What the cloud does to defend itself (it ends streams, say) is no error here.
+Each line of its standard input is `ATTACK SECONDS CONNECTION_STRING`, and is answered by the number of attempts that were made. What the
+cloud does to defend itself (it ends streams, say) is no error here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -34,8 +33,7 @@ STREAMS = 64
 """Opened at once by the attacks that hold streams."""
 CONNECTIONS = 256
 """Opened at once by the attack that holds connections."""
-LEAST_FRAMES = 192
-"""Sent by the attack with noise on a machine however slow, so that a server which keeps them is past its ceiling."""
+HOLD_SECONDS = 1.0
 BATCH, SEQUENCE = 2, 64
 """Of a hostile tenant's calls."""
 
@@ -78,37 +76,21 @@ def health_names(aim: Aim) -> int:
             watch = channel.unary_stream(WATCH, request_serializer=None, response_deserializer=None)
             calls = [watch(name, compression=grpc.Compression.Gzip) for _ in range(16)]
             attempts += len(calls)
-            time.sleep(min(1.0, aim.seconds))
+            time.sleep(HOLD_SECONDS)
             for call in calls:
                 call.cancel()
     return attempts
 
 
 def garbage_streams(aim: Aim) -> int:
-    """Send 1 MiB of noise as the first frame of a stream, then of another one."""
-    attempts = 0
+    """Send 1 MiB of noise as the first frame of many streams at once."""
     noise = os.urandom(1 << 20)
-    with aim.channel() as channel:
-        stream = channel.stream_stream(METHOD, request_serializer=None, response_deserializer=None)
-        for attempts in aim.rounds(LEAST_FRAMES):  # noqa: B007 - their number is the result
-            with contextlib.suppress(grpc.RpcError):
-                for _ in stream(iter([noise]), timeout=20):
-                    pass
-    return attempts
+    return _hold(aim, lambda stream: stream(iter([noise])), least=3)
 
 
 def silent_streams(aim: Aim) -> int:
     """Open streams and say nothing on them."""
-    attempts = 0
-    for _ in aim.rounds():
-        with aim.channel() as channel:
-            stream = channel.stream_stream(METHOD, request_serializer=None, response_deserializer=None)
-            calls = [stream(_nothing(aim.seconds)) for _ in range(STREAMS)]
-            attempts += len(calls)
-            time.sleep(min(1.0, aim.seconds))
-            for call in calls:
-                call.cancel()
-    return attempts
+    return _hold(aim, lambda stream: stream(_nothing(aim.seconds)))
 
 
 def silent_connections(aim: Aim) -> int:
@@ -122,20 +104,25 @@ def silent_connections(aim: Aim) -> int:
                     attempts += 1
                     if number % 2:
                         plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-            time.sleep(min(2.0, aim.seconds))
+            time.sleep(HOLD_SECONDS)
     return attempts
 
 
 def large_headers(aim: Aim) -> int:
     """Open streams with as many bytes of headers as gRPC lets a client send."""
-    attempts = 0
     headers = [(f"x-{number}", "y" * 1000) for number in range(64)]
-    for _ in aim.rounds():
+    return _hold(aim, lambda stream: stream(_nothing(aim.seconds), metadata=headers))
+
+
+def _hold(aim: Aim, begin: Callable[[Any], grpc.Call], least: int = 1) -> int:
+    """Begin `STREAMS` calls on a connection of their own, keep them for a second, and again with another connection."""
+    attempts = 0
+    for _ in aim.rounds(least):
         with aim.channel() as channel:
             stream = channel.stream_stream(METHOD, request_serializer=None, response_deserializer=None)
-            calls = [stream(_nothing(aim.seconds), metadata=headers) for _ in range(STREAMS)]
+            calls = [begin(stream) for _ in range(STREAMS)]
             attempts += len(calls)
-            time.sleep(min(1.0, aim.seconds))
+            time.sleep(HOLD_SECONDS)
             for call in calls:
                 call.cancel()
     return attempts
@@ -196,43 +183,45 @@ def _varint(value: int) -> bytes:
 
 
 class Attacker:
-    """An attack in a process of its own; a context manager, which ends it where it is not done.
+    """A process that makes attacks, one after the other; a context manager, which ends it.
 
     Args:
-        attack: A name of `ATTACKS`.
-        connection: The worker's connection string.
-        key: As in `Aim`.
-        seconds: As in `Aim`.
+        key: The private key of an enrolled edge, for attacks by a tenant.
         log: File for the output of the process.
     """
 
-    def __init__(self, attack: str, connection: str, key: Path, seconds: float, log: Path) -> None:
-        task = {"attack": attack, "connection": connection, "key": str(key), "seconds": seconds}
-        self._attack, self._log = attack, log
+    def __init__(self, key: Path, log: Path) -> None:
+        self._log = log
+        self._attack = "none"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.abuse.attacks", json.dumps(task)],
+                [sys.executable, "-m", "isthmus.experiments.abuse.attacks", str(key)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
             )
-        self._line()  # it has imported what it needs
 
-    def begin(self) -> None:
-        """Let it begin."""
+    def begin(self, attack: str, seconds: float, connection: str) -> None:
+        """Let it make an attack, a name of `ATTACKS`, for so long, on the worker of a connection string."""
+        self._attack = attack
         if self._process.stdin is not None:
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(f"{attack} {seconds} {connection}\n".encode())
             self._process.stdin.flush()
 
     def attempts(self) -> int:
-        """Wait for its end; how many attempts it made. Raises IsthmusError where it made none."""
+        """Wait for the attack's end; how many attempts it made. Raises IsthmusError where it made none."""
         made = int(self._line())
         if not made:
             raise IsthmusError(f"the attack {self._attack!r} got nowhere; its output is in {self._log}")
         return made
 
     def __enter__(self) -> Attacker:
+        try:
+            self._line()  # it has imported what it needs
+        except IsthmusError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,16 +235,17 @@ class Attacker:
         return line
 
 
-def _main(task: dict[str, Any]) -> None:
+def _main(key: Path) -> None:
     yield_to_all()  # an attacker elsewhere would take none of these cores: what the server does is what counts
-    aim = Aim(ConnectionString.parse(task["connection"]), Path(task["key"]), task["seconds"])
     print("ready", flush=True)
-    sys.stdin.readline()
-    made = 0
-    with contextlib.suppress(ConnectionLostError, RefusedError):
-        made = ATTACKS[task["attack"]].run(aim)
-    print(made, flush=True)
+    for line in sys.stdin:
+        attack, seconds, connection = line.split()
+        aim = Aim(ConnectionString.parse(connection), key, float(seconds))
+        made = 0
+        with contextlib.suppress(ConnectionLostError, RefusedError):
+            made = ATTACKS[attack].run(aim)
+        print(made, flush=True)
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    _main(Path(sys.argv[1]))

@@ -16,7 +16,7 @@ from typing import Any, Final
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.sources import resolve
 from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
-from isthmus.experiments.abuse.bare import PLANTED, BareServer
+from isthmus.experiments.abuse.bare import PLANTED, BareServer, Weakness
 from isthmus.experiments.abuse.ceilings import CEILINGS, Ceiling
 from isthmus.experiments.abuse.gauge import Gauge, Taken
 from isthmus.experiments.abuse.honest import Honest
@@ -81,26 +81,24 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
     key = folder / "hostile"
     cloud.enroll("hostile", key)
     runs: list[dict[str, Any]] = []
-    with cloud:
+    with Attacker(key, log) as attacker, cloud:
         pid = cloud.status()["pid"]
         with Honest(cloud.connection, cloud.edge_key) as honest:
             honest.latency_s(time.monotonic())  # the first calls warm both sides up
         for name in settings.attacks:
-            taken, attempts = attack_alone(name, pid, cloud.connection, key, settings.seconds, log)
-            ratio = _latency_ratio(name, cloud.connection, cloud.edge_key, key, settings.seconds, log)
-            for row in rows(name, taken, attempts):
-                runs.append({**row, "latency_ratio": ratio})
+            taken, attempts = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+            time.sleep(SETTLE_SECONDS)
+            ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
+            time.sleep(SETTLE_SECONDS)
+            runs.extend({**row, "latency_ratio": ratio} for row in rows(name, taken, attempts))
             advance()
-    planted = []
-    for weakness, _ in PLANTED.items():
-        server = BareServer(checkpoint.folder, folder / "parts", cloud.home, log, weakness=weakness)
-        with server:
-            pin = ConnectionString.parse(cloud.connection).pin
-            where = str(ConnectionString("127.0.0.1", server.port, pin))
-            taken, attempts = attack_alone(ON_PLANTED, server.pid, where, key, settings.seconds, log)
-        found = {row["unit"]: row for row in rows(ON_PLANTED, taken, attempts)}[UNIT_OF[weakness]]
-        planted.append({"weakness": weakness, **found, "caught": not found["held"]})
-        advance()
+        planted = []
+        for weakness in PLANTED:
+            with BareServer(checkpoint.folder, folder / "parts", cloud.home, log, weakness=weakness) as server:
+                where = str(ConnectionString("127.0.0.1", server.port, ConnectionString.parse(cloud.connection).pin))
+                taken, attempts = attack_alone(attacker, ON_PLANTED, server.pid, where, settings.seconds)
+            planted.append(planted_row(weakness, taken, attempts))
+            advance()
     return {
         "held": all(row["held"] for row in runs),
         "planted_caught": all(row["caught"] for row in planted),
@@ -137,35 +135,39 @@ def rows(attack: str, taken: Taken, attempts: int) -> Sequence[dict[str, Any]]:
     ]
 
 
-def attack_alone(name: str, pid: int, where: str, key: Path, seconds: float, log: Path) -> tuple[Taken, int]:
+def planted_row(weakness: Weakness, taken: Taken, attempts: int) -> dict[str, Any]:
+    """What was measured of a server with a planted weakness: the one row where it must show."""
+    unit = UNIT_OF[weakness]
+    row = next(row for row in rows(ON_PLANTED, taken, attempts) if row["unit"] == unit)
+    return {"weakness": weakness, **row, "caught": not row["held"]}
+
+
+def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> tuple[Taken, int]:
     """Make an attack while nobody else asks for anything; what the worker took, and how many attempts were made.
 
     Args:
+        attacker: Makes it.
         name: Of the attack.
         pid: The worker's process.
         where: Its connection string.
-        key: Of the hostile tenant.
         seconds: How long.
-        log: For the attacker's output.
 
     Raises:
         IsthmusError: The attack could not be made, or has ended the worker.
     """
-    with Attacker(name, where, key, seconds, log) as attacker, Gauge(pid) as gauge:
-        attacker.begin()
+    with Gauge(pid) as gauge:
+        attacker.begin(name, seconds, where)
         attempts = attacker.attempts()
-    time.sleep(SETTLE_SECONDS)
     return gauge.taken, attempts
 
 
-def _latency_ratio(name: str, where: str, honest_key: Path, key: Path, seconds: float, log: Path) -> float:
-    with Honest(where, honest_key) as honest, Attacker(name, where, key, seconds, log) as attacker:
+def _latency_ratio(attacker: Attacker, name: str, cloud: LocalCloud, seconds: float) -> float:
+    """A tenant's median latency during an attack, over that just before."""
+    with Honest(cloud.connection, cloud.edge_key) as honest:
         begun = time.monotonic()
         time.sleep(CALM_SECONDS)
         calm = honest.latency_s(begun)
         begun = time.monotonic()
-        attacker.begin()
+        attacker.begin(name, seconds, cloud.connection)
         attacker.attempts()
-        during = honest.latency_s(begun)
-    time.sleep(SETTLE_SECONDS)
-    return round(during / calm, 2)
+        return round(honest.latency_s(begun) / calm, 2)

@@ -22,9 +22,7 @@ def ended(at: float, process: int, session: str, why: str = "fenced") -> Event:
 
 
 def answered(at: float, session: str, call: tuple[int, int, int], link: str = "a", kind: str = "forwardreply") -> Event:
-    return Event(
-        at, 1, "answered", {"session": session, "link": link, "kind": kind, "call": list(call)}
-    )
+    return Event(at, 1, "answered", {"session": session, "link": link, "kind": kind, "call": list(call)})
 
 
 def heard(process: int, *moments: float) -> list[Event]:
