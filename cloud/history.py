@@ -11,7 +11,9 @@ no keys and no content.
 | `opened` | `session`, `link`, `tenant`, `allowed` | a session was admitted; `allowed` is its tenant's `max-sessions` |
 | `ended` | `session`, `why` | a session was told to end; `fenced` where its link has a newer one |
 | `closed` | `session` | a session is no longer counted |
-| `answered` | `session`, `link`, `kind`, `call` | an answer begins to be sent; `call` is `[step, call, attempt]` where it is the call's result |
+| `answered` | `session`, `link`, `kind`, `call` | an answer begins to be sent |
+
+`call` is `[step, call, attempt]` where the answer is a call's result, else null.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m isthmus.experiments.abuse.attacks KEY
 
-Each line of its standard input is `ATTACK SECONDS CONNECTION_STRING`, and is answered by the number of attempts that were made. What the
-cloud does to defend itself (it ends streams, say) is no error here.
+Each line of its standard input is `ATTACK SECONDS CONNECTION_STRING`, and is answered by the number of attempts that
+were made. What the cloud does to defend itself (it ends streams, say) is no error here.
 """
 
 from __future__ import annotations

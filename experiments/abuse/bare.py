@@ -29,7 +29,7 @@ from isthmus.cloud.worker import WorkerSpec
 from isthmus.protocol.keys import load_worker
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
-HASH_ROUNDS = 500_000
+HASH_ROUNDS = 300_000
 
 _kept: list[object] = []
 

@@ -87,7 +87,7 @@ def _memory(pid: int, name: str) -> int:
 
 def _descriptors(pid: int) -> int:
     try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
     except OSError as error:
         raise _gone(pid, error) from None
 

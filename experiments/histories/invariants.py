@@ -49,8 +49,8 @@ def _two_of_a_link(sessions: Sequence[Session], heard: dict[int, list[float]]) -
             until = _known_to(older, newer, heard)
             if until is not None and older.ended > until:
                 found.append(
-                    f"session {older.id} lived for {older.ended - until:.3f} s although its link had {newer.id} and its "
-                    "worker knew it"
+                    f"session {older.id} lived for {older.ended - until:.3f} s although its link had {newer.id} and "
+                    "its worker knew it"
                 )
     return found
 

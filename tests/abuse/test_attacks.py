@@ -1,4 +1,4 @@
-"""Every attack of `isthmus bench abuse` against a real server on a tiny model, held to the ceilings of the benchmark."""
+"""Every attack of `isthmus bench abuse` against a real server on a tiny model, held to the benchmark's ceilings."""
 
 from __future__ import annotations
 
