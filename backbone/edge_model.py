@@ -18,6 +18,7 @@ from isthmus.backbone.errors import CheckpointError, UnsupportedCallError
 from isthmus.backbone.families import Family
 from isthmus.backbone.files import disk_errors
 from isthmus.backbone.gate import SpanGate
+from isthmus.backbone.peft_checks import PeftChecks
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites import Site
 from isthmus.backbone.sources import Checkpoint
@@ -51,6 +52,7 @@ class EdgeModelMixin:
     """Stands before a transformers class in the edge model's bases; see `load_edge_parts`."""
 
     isthmus_origin: EdgeOrigin
+    isthmus_checks: PeftChecks
 
     @property
     def split_plan(self) -> SplitPlan:
@@ -90,10 +92,20 @@ class EdgeModelMixin:
                 )
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
 
+    def check_adapters(self, *_: Any) -> None:
+        """Make sure that PEFT's adapters compute what they would on the whole model.
+
+        Runs when PEFT has wrapped the model and before each forward; an adapter that has passed is not looked at again.
+
+        Raises:
+            UnsupportedCallError: One would not.
+        """
+        self.isthmus_checks.check(self, getattr(self, "peft_config", {}))
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "peft_config" and isinstance(value, dict):  # PEFT sets it once its layers are in place
-            self.span_gate.check_adapters(self.layered_model, value)
+            self.check_adapters()
 
     def save_pretrained(
         self,

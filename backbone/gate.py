@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.backbone.errors import UnsupportedCallError
 from isthmus.backbone.ladder import LadderSide
 from isthmus.backbone.site_spec import SiteSpec
-from isthmus.backbone.sites import Site, check_adapters, find_sites, leased
+from isthmus.backbone.sites import Site, find_sites, leased
 from isthmus.backbone.skeleton import SkeletonLayer
 
 SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -74,15 +74,13 @@ class SpanGate(SkeletonLayer):
     """
 
     def __init__(self, real: nn.Module, span: SpanFn, layers: str, path: str, cloud: Iterable[int]) -> None:
-        super().__init__(real)
+        super().__init__(real, f"{path}.{next(iter(cloud))}")
         self._held = _Held(span)
         self._layers, self._path, self._cloud = layers, path, tuple(cloud)
         self.live_sites: frozenset[str] | None = None
         self.lend_dead = False
         self._ladder: tuple[LadderSide, tuple[SiteSpec, ...]] | None = None
         self._sites: tuple[Site, ...] = ()
-        self._configs: dict[str, Any] = {}
-        self._checked: frozenset[str] = frozenset()
         self._attention_mask: Tensor | None = None
         self._position_ids: Tensor | None = None
         self._inside = False
@@ -147,19 +145,15 @@ class SpanGate(SkeletonLayer):
         here = [index for index in self._cloud if index < len(layers)]  # a model may be cut behind the gate
         return find_sites(layers, self._path, here)
 
-    def check_adapters(self, base: nn.Module, configs: dict[str, Any]) -> None:
-        """Make sure that the adapters on the cloud's layers can work there; `configs` are PEFT's, by adapter.
+    def check_span(self, base: nn.Module) -> None:
+        """Make sure that the span takes the adapters that are on the cloud's layers.
 
         Raises:
-            UnsupportedCallError: One cannot.
+            UnsupportedCallError: It takes none.
         """
-        self._configs = configs
-        layers = getattr(base, self._layers)
-        check_adapters(layers, self._path, self._cloud, configs)
         if _sited(self.span) is None:
             for site in self.find_sites(base):
                 raise UnsupportedCallError(_no_sites(site.name))
-        self._checked = frozenset(configs)
 
     def attach(self, base: nn.Module) -> None:
         """Put the two hooks on the base model."""
@@ -174,8 +168,6 @@ class SpanGate(SkeletonLayer):
         self._check(base, named)
         self._attention_mask = named.get("attention_mask")
         self._position_ids = named.get("position_ids")
-        if self._checked != self._configs.keys():  # PEFT tells of the first adapter and not of a second
-            self.check_adapters(base, self._configs)
         live = self.live_sites
         every = self.find_sites(base)
         if self.lend_dead and live is not None:
@@ -197,7 +189,12 @@ class SpanGate(SkeletonLayer):
             raise UnsupportedCallError("the split model keeps no key-value cache; pass use_cache=False")
         for name in _REFUSED:
             if named.get(name) is not None:
-                raise UnsupportedCallError(f"{name} does not reach the cloud's layers; leave it out")
+                raise UnsupportedCallError(
+                    f"{name} does not reach the cloud's layers: leave it out, and use prompt tuning in the place of "
+                    "prefix tuning and cartridges, which pass it"
+                    if name in ("cache", "past_key_values")
+                    else f"{name} does not reach the cloud's layers; leave it out"
+                )
         for name in _RECORDED:
             value = named.get(name)
             if getattr(config, name, False) if value is None else value:

@@ -17,6 +17,7 @@ from isthmus.backbone.errors import CheckpointError, PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import SpanFn, SpanGate
+from isthmus.backbone.peft_checks import PeftChecks
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.sources import PARTS_FILE, Checkpoint, files_beside_the_weights
@@ -66,7 +67,7 @@ def load_edge_parts(
 
     gate = SpanGate(layers[plan.bottom], span, family.layers, family.layers_path, plan.cloud)
     for layer in plan.cloud:
-        layers[layer] = gate if layer == plan.bottom else SkeletonLayer(layers[layer])
+        layers[layer] = gate if layer == plan.bottom else SkeletonLayer(layers[layer], f"{family.layers_path}.{layer}")
     gate.attach(base)
 
     names, tied = _load(model, checkpoint)
@@ -74,6 +75,8 @@ def load_edge_parts(
     cls = type(model)
     model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
+    model.isthmus_checks = PeftChecks()
+    base.register_forward_pre_hook(model.check_adapters)  # PEFT tells of the first adapter and not of a second
     return model
 
 

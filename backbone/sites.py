@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from isthmus.backbone.bottleneck import BOTTLENECK, Bottleneck
 from isthmus.backbone.errors import UnsupportedCallError
 from isthmus.backbone.low_rank import LOW_RANK, LowRankSite
-from isthmus.backbone.site_methods import check_method
 from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
 
 
@@ -79,7 +78,7 @@ def find_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> Iterat
     for index in cloud:
         layer = layers[index]
         for part, module in layer.named_modules():
-            if _is_peft_layer(module) and _acts(module):
+            if is_peft_layer(module) and _acts(module):
                 yield Site(f"{path}.{index}.{part}", SiteSpec(index, part), module)
             elif isinstance(module, LowRankSite):
                 linear, basis = part.removesuffix(f".{LOW_RANK}"), Basis[module.init.upper()]
@@ -90,33 +89,8 @@ def find_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> Iterat
             yield Site(f"{path}.{index}", SiteSpec(index, ""), block)
 
 
-def check_adapters(layers: nn.ModuleList, path: str, cloud: Sequence[int], configs: dict[str, Any]) -> None:
-    """Make sure that what PEFT has put on the cloud's layers works there.
-
-    Args:
-        layers: As for `find_sites`.
-        path: As for `find_sites`.
-        cloud: As for `find_sites`.
-        configs: PEFT's configurations by adapter.
-
-    Raises:
-        UnsupportedCallError: A method would be silently wrong, or something else than a linear is wrapped.
-    """
-    for index in cloud:
-        for part, module in layers[index].named_modules():
-            name = f"{path}.{index}.{part}".rstrip(".")
-            if _is_peft_layer(module):
-                for adapter in _adapters(module):
-                    if adapter in configs:
-                        check_method(name, module, configs[adapter])
-            elif type(module).__module__.startswith("peft.utils"):  # modules_to_save and the like
-                raise UnsupportedCallError(
-                    f"{name} is in the cloud and cannot be trained as a whole: name modules of the edge's own layers "
-                    "in modules_to_save"
-                )
-
-
-def _is_peft_layer(module: nn.Module) -> bool:
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped something here with an adapter."""
     if "peft" not in sys.modules:  # nobody has wrapped anything, and the import takes seconds
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -124,14 +98,15 @@ def _is_peft_layer(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
-def _adapters(module: Any) -> set[str]:
+def adapters_of(module: Any) -> set[str]:
+    """Names of the adapters on a layer of PEFT, active or not."""
     return {adapter for part in module.adapter_layer_names for adapter in getattr(module, part)}
 
 
 def _acts(module: Any) -> bool:
     if module.merged:
         raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
-    return not module.disable_adapters and bool(_adapters(module) & set(module.active_adapters))
+    return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))
 
 
 def leased(site: Site, *, trained: bool = True) -> Site:

@@ -1,14 +1,15 @@
-"""Skeletons: what stands on the edge for the linears of a layer that the cloud holds.
+"""Skeletons: what stands on the edge for the modules of a layer that the cloud holds.
 
-They have the names, shapes, dtype and device of the real ones and no weights, so that PEFT wraps them like any other
-module. A skeleton gives zeros: what a wrapped one returns is the adapter's own contribution, which is all that the edge
-adds to a layer that runs elsewhere.
+Every module of the real layer has one, so that PEFT finds the names that it finds in the whole model. None has weights.
+A linear's skeleton has the shape, dtype and device of the real one, so that PEFT wraps it like any other, and gives
+zeros: what a wrapped one returns is the adapter's own contribution, which is all that the edge adds to a layer that
+runs elsewhere. Whatever would train a skeleton's own weights is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.backbone.errors import UnsupportedCallError
 
 ALLOWED = "LoRA, rsLoRA, AdaLoRA, VeRA, LoHa, LoKr"
-"""PEFT methods that work on a linear's input alone; see `isthmus.backbone.site_methods`."""
+"""PEFT methods that work on a linear's input alone; see `isthmus.backbone.peft_checks`."""
 
 # What a tensor without values can be asked for.
 _METADATA = frozenset(
@@ -28,7 +29,6 @@ _METADATA = frozenset(
         Tensor.layout.__get__,  # type: ignore[attr-defined]
         Tensor.ndim.__get__,  # type: ignore[attr-defined]
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__set__,  # type: ignore[attr-defined]  # AdaLoRA freezes what it wraps
         Tensor.is_meta.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
         Tensor.size,
@@ -41,21 +41,49 @@ _METADATA = frozenset(
     }
 )
 
+# What makes a weight trainable, or frozen.
+_SWITCHES = frozenset({Tensor.requires_grad.__set__, Tensor.requires_grad_})  # type: ignore[attr-defined]
+
+
+def _not_here(name: str) -> str:
+    return (
+        f"{name} is in the cloud and cannot be trained as a whole: name modules of the edge's own layers in "
+        "target_modules and modules_to_save, or keep to these with layers_to_transform"
+    )
+
+
+def _name_of(args: tuple[Any, ...]) -> str:
+    """The linear whose weight is among the arguments of a function of torch."""
+    names = (getattr(arg, "linear", None) for arg in args if isinstance(arg, SkeletonWeight))
+    return next((name for name in names if name), "a linear")
+
 
 class SkeletonWeight(Tensor):
-    """The shape, dtype and device of a weight that is not here; whatever asks for its values is refused."""
+    """The shape, dtype and device of a weight that is not here; whatever asks for its values is refused.
+
+    Attributes:
+        linear: The name of its linear in the whole model.
+    """
+
+    linear: str
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _METADATA:
+        if func in _SWITCHES:
+            if (*args[1:], *(kwargs or {}).values()) != (
+                False,
+            ):  # AdaLoRA freezes what it wraps, which changes nothing
+                raise UnsupportedCallError(_not_here(_name_of(args)))
+        elif func not in _METADATA:
             asked = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(
                 func, "__name__", "a function"
             )
             raise UnsupportedCallError(
-                f"the weights of the cloud's layers are not here, and something asks for their values ({asked}): a "
-                f"method on these layers has to work on their input alone ({ALLOWED}); merge on the whole model"
+                f"{_name_of(args)} is in the cloud, and something asks for the values of its weight ({asked}): use a "
+                f"method that works on the input alone ({ALLOWED}), or keep it to the edge's own layers "
+                "(layers_to_transform); merge on the whole model"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -64,13 +92,48 @@ class SkeletonWeight(Tensor):
         return f"SkeletonWeight(shape={list(self.shape)}, dtype={self.dtype})"
 
 
-class _Skeleton(nn.Module):
-    """Common to both kinds. Subclasses say the weight's shape and the numbers of features."""
+class SkeletonPart(nn.Module):
+    """Stands for a module of the cloud that is no linear: a norm, an attention, an activation.
 
+    Args:
+        name: The module's name in the whole model.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezing changes nothing.
+
+        Raises:
+            UnsupportedCallError: It shall be trained.
+        """
+        if requires_grad:
+            raise UnsupportedCallError(_not_here(self.name))
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the adapters inside; the module's own are not here.
+
+        Raises:
+            UnsupportedCallError: There are none, and who asks means the module's own.
+        """
+        inside = list(super().parameters(recurse))
+        if not inside:
+            raise UnsupportedCallError(_not_here(self.name))
+        return iter(inside)
+
+
+class _Skeleton(nn.Module):
+    """Common to both kinds of linear. Subclasses say the weight's shape and the numbers of features."""
+
+    name: str
     placed: Tensor
     n_out: int
 
-    def _place(self, like: Tensor) -> None:
+    def _place(self, name: str, like: Tensor) -> None:
+        self.name = name
         # One element that follows the model from device to device and from dtype to dtype, and never into a file.
         self.register_buffer("placed", torch.zeros((), dtype=like.dtype), persistent=False)
 
@@ -78,15 +141,27 @@ class _Skeleton(nn.Module):
     def weight(self) -> Tensor:
         """Shape, dtype and device of the real weight."""
         shape = self._weight_shape()
-        return self.placed.expand(shape).as_subclass(SkeletonWeight)
+        weight = self.placed.expand(shape).as_subclass(SkeletonWeight)
+        weight.linear = self.name
+        return weight
 
     @property
     def bias(self) -> None:
         """The cloud's too."""
         return None
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of `SkeletonPart`."""
+        if requires_grad:
+            raise UnsupportedCallError(_not_here(self.name))
+        return self
+
     def _weight_shape(self) -> tuple[int, int]:
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Says whose it is, for PEFT's own errors, which print the module."""
+        return f"{self.name}, which the cloud holds"
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros `[..., out]`, whatever `x` `[..., in]` is."""
@@ -96,11 +171,11 @@ class _Skeleton(nn.Module):
 class SkeletonLinear(_Skeleton, nn.Linear):  # type: ignore[misc, override]  # a weight that cannot be set
     """Stands for an `nn.Linear` of the cloud."""
 
-    def __init__(self, real: nn.Linear) -> None:
+    def __init__(self, real: nn.Linear, name: str) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = real.in_features, real.out_features
         self.n_out = real.out_features
-        self._place(real.weight)
+        self._place(name, real.weight)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -109,27 +184,47 @@ class SkeletonLinear(_Skeleton, nn.Linear):  # type: ignore[misc, override]  # a
 class SkeletonConv1D(_Skeleton, Conv1D):  # type: ignore[misc]  # transformers' own class has no types
     """Stands for a `Conv1D` of the cloud: a linear with a transposed weight, GPT-2's."""
 
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, name: str) -> None:
         nn.Module.__init__(self)
         self.nx, self.nf = real.nx, real.nf
         self.n_out = real.nf
-        self._place(real.weight)
+        self._place(name, real.weight)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.nx, self.nf
 
 
 class SkeletonLayer(nn.Module):
-    """A decoder layer of the cloud: passes its input through, and has a place for each linear of the real one."""
+    """A decoder layer of the cloud: passes its input through, and has a place for each module of the real one.
 
-    def __init__(self, real: nn.Module) -> None:
+    Args:
+        real: The layer that it stands for.
+        name: The layer's name in the whole model, such as `model.layers.7`.
+    """
+
+    def __init__(self, real: nn.Module, name: str) -> None:
         super().__init__()
-        for name, module in named_linears(real):
-            _put(self, name, SkeletonLinear(module) if isinstance(module, nn.Linear) else SkeletonConv1D(module))
+        self.name = name
+        for part, module in real.named_modules():  # a parent comes before its children
+            if part:
+                parent, _, leaf = part.rpartition(".")
+                self.get_submodule(parent).add_module(leaf, _skeleton_of(module, f"{name}.{part}"))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of `SkeletonPart`."""
+        if requires_grad:
+            raise UnsupportedCallError(_not_here(self.name))
+        return self
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Return `hidden_states` as they are: the gate has already done the work."""
         return hidden_states
+
+
+def _skeleton_of(real: nn.Module, name: str) -> nn.Module:
+    if isinstance(real, nn.Linear):
+        return SkeletonLinear(real, name)
+    return SkeletonConv1D(real, name) if isinstance(real, Conv1D) else SkeletonPart(name)
 
 
 def named_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,13 +232,3 @@ def named_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Add `module` at a dotted path, with plain containers on the way."""
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(leaf, module)

@@ -1,0 +1,82 @@
+"""Whether what sits on a linear of the cloud adds a function of its input alone.
+
+Over a linear with the weight `W`, a wrapper computes `f_W(x)`. The edge has `W = 0` and the cloud adds `W x`, which is
+right exactly if `f_W(x) - W x = f_0(x)` for every `W`. So a copy of the wrapper is tried over a random one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.sites import find_sites, is_peft_layer
+from isthmus.backbone.skeleton import ALLOWED, SkeletonLinear
+
+_ROWS = 3  # of the input that is tried
+
+
+def check_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> None:
+    """Try one wrapper of each kind: its class, shapes, and the shapes of its parameters.
+
+    Args:
+        layers: The decoder layers of the edge's model.
+        path: Their path in the whole model, such as `model.layers`.
+        cloud: Indices of the layers that the cloud holds.
+
+    Raises:
+        UnsupportedCallError: One looks at the weight.
+    """
+    tried: set[Any] = set()
+    for site in find_sites(layers, path, cloud):
+        wrapper: Any = site.module
+        if not is_peft_layer(wrapper):
+            continue
+        shapes = [(name, tuple(value.shape)) for name, value in wrapper.named_parameters()]
+        kind = (type(wrapper), tuple(wrapper.base_layer.weight.shape), *shapes)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        if not adds_to_its_linear(wrapper):
+            raise UnsupportedCallError(
+                f"the adapter on {site.name}, which the cloud holds, depends on that linear's weight: use a method "
+                f"that works on the input alone ({ALLOWED}), or keep it to the edge's own layers (layers_to_transform)"
+            )
+
+
+def adds_to_its_linear(wrapper: nn.Module) -> bool:
+    """Whether `f_W(x) - W x` equals `f_0(x)` for a random `W`, `x` and random parameters of the wrapper.
+
+    torch's random state is left as it was.
+
+    Args:
+        wrapper: A layer of PEFT over a skeleton; it is left as it is.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        tried: Any = copy.deepcopy(wrapper).to(device="cpu", dtype=torch.float64).eval()
+        for parameter in tried.parameters():
+            parameter.normal_()
+        real = _real_linear(tried.base_layer)
+        x = torch.randn(_ROWS, _in_features(real), dtype=torch.float64)
+        tried.base_layer = real
+        with_weight: Tensor = tried(x) - real(x)
+        real.weight.zero_()
+        alone: Tensor = tried(x)
+        return torch.allclose(with_weight, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()) + 1e-9)
+
+
+def _real_linear(skeleton: Any) -> Any:
+    """A linear of the same shape with a random weight."""
+    if isinstance(skeleton, SkeletonLinear):
+        return nn.Linear(skeleton.in_features, skeleton.out_features, bias=False, dtype=torch.float64)
+    return Conv1D(skeleton.nf, skeleton.nx).to(torch.float64)
+
+
+def _in_features(linear: Any) -> int:
+    return int(linear.nx if isinstance(linear, Conv1D) else linear.in_features)
