@@ -103,8 +103,10 @@ def check_method(name: str, module: nn.Module, config: Any) -> None:
         _refuse(name, method, "put one adapter on a layer, not one over another")
     if "forward" in vars(module):  # X-LoRA puts its own in the place of LoRA's
         _refuse(name, f"{method} with another forward", "use PEFT's own")
-    if getattr(module, "lora_variant", None):  # DoRA, aLoRA and others that change LoRA's own formula
-        _refuse(name, method, "use plain LoRA or rsLoRA there")
+    variants: Any = getattr(module, "lora_variant", None)
+    if variants:  # DoRA, aLoRA and others that change LoRA's own formula
+        kinds = ", ".join(sorted({type(variant).__name__ for variant in variants.values()}))
+        _refuse(name, f"{method} with {kinds}", "use plain LoRA or rsLoRA there")
     bias = getattr(config, "bias", "none")
     if bias not in (None, False, "none"):  # it would train the edge's biases and leave out the cloud's
         _refuse(name, f"{method} with bias={bias!r}", "use bias='none'")

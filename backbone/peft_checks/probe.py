@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.sites import find_sites, is_peft_layer
+from isthmus.backbone.sites import adapters_of, is_peft_layer
 from isthmus.backbone.skeleton import ALLOWED, SkeletonLinear
 
 _ROWS = 3  # of the input that is tried
 
 
 def check_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> None:
-    """Try one wrapper of each kind: its class, shapes, and the shapes of its parameters.
+    """Try one wrapper of each kind, with each of its adapters.
+
+    Wrappers of one class and with the same shapes are of one kind.
 
     Args:
         layers: The decoder layers of the edge's model.
@@ -33,33 +35,39 @@ def check_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> None:
         UnsupportedCallError: One looks at the weight.
     """
     tried: set[Any] = set()
-    for site in find_sites(layers, path, cloud):
-        wrapper: Any = site.module
-        if not is_peft_layer(wrapper):
-            continue
-        shapes = [(name, tuple(value.shape)) for name, value in wrapper.named_parameters()]
-        kind = (type(wrapper), tuple(wrapper.base_layer.weight.shape), *shapes)
-        if kind in tried:
-            continue
-        tried.add(kind)
-        if not adds_to_its_linear(wrapper):
-            raise UnsupportedCallError(
-                f"the adapter on {site.name}, which the cloud holds, depends on that linear's weight: use a method "
-                f"that works on the input alone ({ALLOWED}), or keep it to the edge's own layers (layers_to_transform)"
-            )
+    for index in cloud:
+        for part, module in layers[index].named_modules():
+            if not is_peft_layer(module):
+                continue
+            wrapper: Any = module
+            shapes = [(name, tuple(value.shape)) for name, value in wrapper.named_parameters()]
+            kind = (type(wrapper), tuple(wrapper.base_layer.weight.shape), *shapes)
+            if kind in tried:
+                continue
+            tried.add(kind)
+            for adapter in sorted(adapters_of(wrapper)):
+                if not adds_to_its_linear(wrapper, adapter):
+                    raise UnsupportedCallError(
+                        f"adapter {adapter!r} on {path}.{index}.{part}, which the cloud holds, depends on that "
+                        f"linear's weight: use a method that works on the input alone ({ALLOWED}), or keep it to the "
+                        "edge's own layers (layers_to_transform)"
+                    )
 
 
-def adds_to_its_linear(wrapper: nn.Module) -> bool:
+def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
     """Whether `f_W(x) - W x` equals `f_0(x)` for a random `W`, `x` and random parameters of the wrapper.
 
     torch's random state is left as it was.
 
     Args:
         wrapper: A layer of PEFT over a skeleton; it is left as it is.
+        adapter: The adapter to try.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         tried: Any = copy.deepcopy(wrapper).to(device="cpu", dtype=torch.float64).eval()
+        tried.enable_adapters(True)
+        tried.set_adapter(adapter)
         for parameter in tried.parameters():
             parameter.normal_()
         real = _real_linear(tried.base_layer)

@@ -48,7 +48,7 @@ def check_against_whole(model: Any, adapter: str, config: Any) -> None:
     Raises:
         UnsupportedCallError: They differ, or PEFT cannot wrap the whole model.
     """
-    whole = build_on_meta(model.config, family_of(model.config), model.dtype, None)
+    whole = build_on_meta(model.config, family_of(model.config), torch.float32, None)
     originals = {name for name, _ in whole.named_parameters()}
     exact = _wrap(whole, adapter, config) is None
     if not exact:
@@ -139,8 +139,10 @@ def _original(name: str) -> str:
 
 
 def _differs(name: str, config: Any, here: Any, there: Any) -> str:
-    remedy = "keep it to the edge's own layers (full names, or layers_to_transform), or leave it out"
     asked = _asks_for(name, config)
+    remedy = "keep it to the edge's own layers (full names, or layers_to_transform), or leave it out"
+    if asked.startswith("bias="):
+        remedy = "use bias='none', or the method bitfit, which trains those of the edge's layers"
     if here is None:
         return f"{asked} trains {name} on the whole model, and its module is in the cloud: {remedy}"
     if there is None:

@@ -60,6 +60,10 @@ def whole_model(folder: Path) -> Any:
 
 @pytest.fixture
 def pairs(checkpoints: Checkpoints) -> Pairs:
+    return make_pairs(checkpoints)
+
+
+def make_pairs(checkpoints: Checkpoints) -> Pairs:
     def get(family: str, plan: str = "2:2", **overrides: Any) -> Pair:
         folder = checkpoints(family, **overrides)
         whole = whole_model(folder)
