@@ -3,8 +3,8 @@
 The whole model's skeleton stands on torch's meta device, without memory, and PEFT wraps it with the same configuration.
 What PEFT makes or unfreezes there and not here was dropped: a norm, a bias, a parameter that is named by itself.
 
-A few methods read weights while they wrap, which the meta device has not. These wrap a narrow model of random weights
-with as many layers, of which only the names of the wrapped modules are compared.
+A few methods read weights while they wrap, which the meta device has not. These wrap a narrow model with as many layers
+and random weights in them, of which only the names of the wrapped modules are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.assembly import build_on_meta
 from isthmus.backbone.errors import UnsupportedCallError
@@ -90,7 +89,7 @@ def _wrap(whole: nn.Module, adapter: str, config: Any) -> Exception | None:
 
 
 def _narrow_model(config: Any) -> Any:
-    """A model of random weights with the modules of `config`'s and few features."""
+    """A model with the modules of `config`'s and few features, with random weights in its layers and none elsewhere."""
     narrow = copy.deepcopy(config)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = _HEADS * head
@@ -108,9 +107,14 @@ def _narrow_model(config: Any) -> Any:
             setattr(narrow, field, value)
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         narrow.word_embed_proj_dim = width // 2  # which makes projections
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(narrow, dtype=torch.float32)
+    family = family_of(narrow)
+    model = build_on_meta(narrow, family, torch.float32, None)
+    layers = getattr(model.get_submodule(family.base), family.layers).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return model
 
 
 def _parameters(model: nn.Module, adapter: str, originals: set[str]) -> dict[str, Any]:
