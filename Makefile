@@ -1,29 +1,38 @@
 # `make demo` and `make test` need nothing but Python 3.11 (or newer) and make: the environment makes itself.
 #
-# PIP_FLAGS is passed to pip, for a mirror or for the CPU build of torch, for example
-#   make setup PIP_FLAGS="--extra-index-url <index of torch's CPU builds>"
+# `make setup` takes the versions of lock/requirements.txt, which were tested, and where the index lacks one, what the ranges
+# of pyproject.toml allow. LOCKED=1 makes the environment anew and takes files by the lock's hashes alone, or fails. LOCKED=try
+# takes them by their hashes too, and goes back where the index lacks a version.
+#
+# TORCH_INDEX is the index that torch, and nothing else, comes from: for its CPU build, which is much smaller than the CUDA
+# build. PIP_FLAGS is passed to pip.
 
-PYTHON    ?= python3
-PIP_FLAGS ?=
-VENV      := .venv
-BIN       := $(VENV)/bin
-STAMP     := $(VENV)/.installed
+PYTHON      ?= python3
+PIP_FLAGS   ?=
+TORCH_INDEX ?=
+LOCKED      ?=
+VENV        := .venv
+BIN         := $(VENV)/bin
+# An environment of LOCKED=1 does for everything; another does not for LOCKED=1.
+STAMP       := $(VENV)/.installed$(if $(filter 1,$(LOCKED)),-by-hashes)
+LOWEST      := .venv-lowest
 TEST_PROCESSES ?= 3
-PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
+PACKAGES    := backbone cli cloud edge emulator experiments kernels protocol
+HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test lint format vectors bench bench-strip bench-emulators clean
+.PHONY: setup demo test test-lowest lint format vectors lock audit bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(VENV)/.installed $(VENV)/.installed-by-hashes: pyproject.toml lock/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "isthmus needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip $(PIP_FLAGS)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
+	$(PYTHON) -m venv $(if $(LOCKED),--clear) $(VENV)
+	$(BIN)/python lock/install.py --extras dev $(HASHES) --torch-index="$(TORCH_INDEX)" -- $(PIP_FLAGS)
 	mkdir -p .ns && ln -sfn .. .ns/isthmus
 	$(BIN)/python -m compileall -q $(PACKAGES)
-	touch $(STAMP)
+	rm -f $(VENV)/.installed-by-hashes
+	touch $(VENV)/.installed $@
 
 demo: $(STAMP)
 	$(BIN)/isthmus demo
@@ -31,10 +40,23 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
+# The tests with the lowest versions that pyproject.toml allows of what it names, in an environment of its own.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+
+$(LOWEST)/.installed: pyproject.toml | $(STAMP)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct --python $(LOWEST)/bin/python \
+	  --extra dev --output-file $(LOWEST)/requirements.txt pyproject.toml
+	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd .ns && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml $(foreach p,$(PACKAGES),-p isthmus.$(p))
+	MYPYPATH=lock $(BIN)/mypy --config-file pyproject.toml lock
 	cd .ns && ../$(BIN)/lint-imports ../pyproject.toml
 
 format: $(STAMP)
@@ -44,6 +66,14 @@ format: $(STAMP)
 # The known answers of tests/vectors, for a protocol that is meant to change; see the README there.
 vectors: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m support.make_vectors
+
+# Write lock/requirements.txt anew, with the newest versions that the ranges and lock/tested.txt allow.
+lock: $(STAMP)
+	$(BIN)/python lock/refresh.py
+
+# Look the lock's versions up among the known vulnerabilities.
+audit: $(STAMP)
+	$(BIN)/python lock/audit.py $(AUDIT_FLAGS)
 
 # The figures of docs/results.md. Takes about three hours on two cores. DATA is the folder with e2e/, openbookqa/, arc_easy/,
 # sst2/ and shakespeare/.
@@ -108,4 +138,4 @@ bench-emulators: $(STAMP)
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 
 clean:
-	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

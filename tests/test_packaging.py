@@ -26,10 +26,10 @@ BUILD_NEEDS = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def _folders_with_code() -> set[Path]:
-    """Every folder below the root that holds Python files, tests and hidden folders left out."""
+    """Every folder below the root that holds Python files, but for tests, what installs, and hidden folders."""
     found = set()
     for top in ROOT.iterdir():
-        if top.is_dir() and not top.name.startswith(".") and top.name not in {"tests", "build", "dist"}:
+        if top.is_dir() and not top.name.startswith(".") and top.name not in {"tests", "lock", "build", "dist"}:
             found |= {path.parent.relative_to(ROOT) for path in top.rglob("*.py")}
     return found
 

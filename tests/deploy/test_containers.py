@@ -49,10 +49,16 @@ def test_hadolint_takes_the_file_and_not_a_worse_one() -> None:
 def test_every_stage_comes_from_the_pinned_base_or_from_another_stage() -> None:
     stages = _stages()
     ((_, base),) = stages.pop("")
-    assert re.fullmatch(r"BASE=python:3\.\d+-slim-\w+", base)
+    assert re.fullmatch(r"BASE=python:3\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
     for instructions in stages.values():
         source = instructions[0][1].split(" AS ")[0]
         assert source == "${BASE}" or source in stages
+
+
+def test_packages_come_by_the_locks_hashes() -> None:
+    (run,) = [rest for word, rest in _stages()["install"] if word == "RUN"]
+    assert "lock/install.py --hashes required --no-editable " in run
+    assert not re.search(r"\bpip (install|wheel|download)\b|index-url", TEXT.replace("--torch-index", ""))
 
 
 def test_nothing_is_fetched_or_run_as_root_in_what_is_shipped() -> None:
@@ -87,14 +93,14 @@ def test_caches_are_where_the_image_may_write() -> None:
         assert places[name].startswith("/var/lib/isthmus/")
 
 
-def test_only_what_the_wheel_is_built_from_gets_in() -> None:
+def test_only_what_the_wheel_is_built_and_installed_from_gets_in() -> None:
     """`.dockerignore` begins with everything and lets in what it names."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     let_in = {line[1:] for line in lines if line.startswith("!")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = set(project["tool"]["setuptools"]["package-dir"].values())
-    assert let_in == {"pyproject.toml", "README.md", "LICENSE", *folders}
+    assert let_in == {"pyproject.toml", "README.md", "LICENSE", "lock", *folders}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     sent = [name for name in tracked if name.split("/")[0] in let_in]
     assert sent, "nothing would be built"

@@ -242,10 +242,9 @@ def crd_problems(crd: dict[str, Any], thing: dict[str, Any]) -> list[str]:
     """What is wrong with an object by the schema of its CustomResourceDefinition, unknown fields included."""
     version = thing["apiVersion"].rpartition("/")[2]
     (schema,) = (one["schema"]["openAPIV3Schema"] for one in crd["spec"]["versions"] if one["name"] == version)
-    metadata = schema["properties"].pop("metadata", None)  # Kubernetes' own; a CRD says nothing of it
-    validator = jsonschema.Draft202012Validator(_strict(schema))
-    rest = {name: value for name, value in thing.items() if name != "metadata" or metadata is None}
-    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(rest)]
+    closed = _strict(schema)
+    closed["properties"]["metadata"] = {}  # Kubernetes' own; a definition says nothing of it
+    return [f"{error.json_path}: {error.message}" for error in _Validator(closed).iter_errors(thing)]
 
 
 def _strict(schema: Any) -> Any:
@@ -258,4 +257,6 @@ def _strict(schema: Any) -> Any:
     open_ended = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
     if schema.get("type") == "object" and isinstance(schema.get("properties"), dict) and not open_ended:
         closed["additionalProperties"] = False
+    if isinstance(schema.get("x-kubernetes-list-map-keys"), list):
+        closed["keys"] = schema["x-kubernetes-list-map-keys"]
     return closed
