@@ -23,8 +23,9 @@ from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import loading, serve as serve_module, worker as worker_module
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.loading import EdgesFile, make_parts
+from isthmus.cloud.ports import Ports
 from isthmus.cloud.scaling import Change
-from isthmus.cloud.serve import Ports, _bounds, _parts_folder, _wait
+from isthmus.cloud.serve import _bounds, _parts_folder, _wait
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
@@ -155,6 +156,7 @@ def test_a_machine_on_which_ray_finds_no_gpu_is_told_before_workers_are_started(
     serving._ray.get_runtime_context = lambda: SimpleNamespace(gcs_address="127.0.0.1:1")
     serving._ray.cluster_resources = lambda: {"memory": 1.0}
     serving._specs, serving._address, serving._least = [dataclasses.replace(SPEC, device="cuda")], None, 1
+    serving._ray_folder = Path("ray")
     with pytest.raises(ConfigError, match=r"^--device cuda needs a GPU that torch finds, and it finds none"):
         serving._begin()
 
