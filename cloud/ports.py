@@ -7,6 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import PortInUseError
@@ -107,13 +108,19 @@ def listeners() -> list[Listener]:
     found = []
     for process in (own, *own.children(recursive=True)):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            name = "serve" if process == own else process.name()
+            name = "serve" if process == own else _name(process.name(), process.cmdline())
             found += [
                 Listener(name, process.pid, connection.laddr.ip, connection.laddr.port)
                 for connection in process.net_connections(kind="tcp")
                 if connection.status == psutil.CONN_LISTEN
             ]
     return found
+
+
+def _name(name: str, command: list[str]) -> str:
+    """A process's name; that of its script for Python's."""
+    script = next((word for word in command if word.endswith(".py")), "")
+    return Path(script).stem if script and name.startswith("python") else name
 
 
 class PortWatch:

@@ -35,7 +35,8 @@ from isthmus.backbone.span_form import (
     read_info,
 )
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
-from isthmus.cloud.home.identity import ExpiryWatch, IdentityFiles
+from isthmus.cloud.home.expiry import ExpiryWatch
+from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.home.lock import occupied
 from isthmus.cloud.logs import log_file
 from isthmus.cloud.ports import Ports, PortWatch, parse_address
@@ -253,7 +254,8 @@ def _watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Con
     say = partial(console.print, highlight=False, markup=False)
     announced = [parse_address(each)[1] for each in (*(spec.listen for spec in specs), *filter(None, [metrics]))]
     ports = PortWatch(announced, say)
-    certificate = ExpiryWatch(IdentityFiles(home), say)
+    identity = IdentityFiles(home)
+    certificate = ExpiryWatch(lambda: identity().certificate.not_after, say)
     ports.first()
     certificate.look()
     last = time.monotonic()

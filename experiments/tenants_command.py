@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from isthmus.backbone.cores import usable_cores
+from isthmus.backbone.readable import lines
 from isthmus.experiments.flags import to_its_end
 
 
@@ -51,5 +52,5 @@ def tenants(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):32} {value}")
+    for line in lines(result, 32):
+        typer.echo(line)

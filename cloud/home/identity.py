@@ -1,4 +1,4 @@
-"""The worker's key and certificate, read again when they change, and a warning before the certificate expires."""
+"""The worker's key and certificate, read again when they change."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from isthmus.backbone.readable import date
 from isthmus.cloud.logs import log
 from isthmus.protocol.errors import KeyFileError
-from isthmus.protocol.keys import DAY, WORKER_CERT, WORKER_KEY, WorkerIdentity, load_worker
-
-WARNING_DAYS = 14
-"""Before the certificate expires: time enough to bring the root key from where it is kept."""
+from isthmus.protocol.keys import WORKER_CERT, WORKER_KEY, WorkerIdentity, load_worker
 
 
 class IdentityFiles:
@@ -52,51 +50,11 @@ class IdentityFiles:
             log("worker_identity_unusable", logging.WARNING, error=str(error))
             return self._identity
         self._identity = identity
-        log("worker_identity_renewed", certificate_expires=day(identity.certificate.not_after))
+        log("worker_identity_renewed", not_after=date(identity.certificate.not_after))
         return identity
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(self._home / name) for name in (WORKER_KEY, WORKER_CERT)]
-
-
-class ExpiryWatch:
-    """Says in time that a certificate expires: once a day, from `WARNING_DAYS` before on.
-
-    Args:
-        identity: who the worker is now.
-        say: tells the operator a line.
-        now: Unix seconds.
-    """
-
-    def __init__(
-        self, identity: Callable[[], WorkerIdentity], say: Callable[[str], object], now: Callable[[], float] = time.time
-    ) -> None:
-        self._identity, self._say, self._now = identity, say, now
-        self._warned: tuple[int, float] | None = None  # of which certificate, and when
-
-    def look(self) -> None:
-        """To be called now and then."""
-        not_after, now = self._identity().certificate.not_after, self._now()
-        warned = self._warned is not None and self._warned[0] == not_after and now - self._warned[1] < DAY
-        if warned or not_after - now > WARNING_DAYS * DAY:
-            return
-        self._warned = not_after, now
-        log("certificate_expires", logging.WARNING, certificate_expires=day(not_after))
-        self._say(f"the worker's certificate {expiry(not_after, now)}")
-
-
-def expiry(not_after: float, now: float) -> str:
-    """When a certificate expires, for people, and what to do about it when the time has come. Both in Unix seconds."""
-    left = int((not_after - now) // DAY)
-    if now >= not_after:
-        return f"expired on {day(not_after)}, and edges refuse this cloud: renew it with `isthmus cloud keygen`"
-    text = f"expires on {day(not_after)}, in {left} day{'' if left == 1 else 's'}"
-    return text if left >= WARNING_DAYS else f"{text}: renew it with `isthmus cloud keygen`"
-
-
-def day(when: float) -> str:
-    """A date and a time of Unix seconds, in UTC."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(when))
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
