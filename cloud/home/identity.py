@@ -62,4 +62,4 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns  # the last one is of owner and mode too
