@@ -11,10 +11,8 @@ import shutil
 import signal
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from rich.console import Console
 from isthmus.backbone.cores import threads_each, usable_cores
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.files import disk_errors, write_atomic
+from isthmus.backbone.ownership import intruder
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.backbone.span_form import (
@@ -35,12 +34,11 @@ from isthmus.backbone.span_form import (
     read_info,
 )
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
-from isthmus.cloud.home.expiry import ExpiryWatch
-from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.home.lock import occupied
 from isthmus.cloud.logs import log_file
-from isthmus.cloud.ports import Ports, PortWatch, parse_address
+from isthmus.cloud.ports import Ports, parse_address
 from isthmus.cloud.state import clear_state, write_state
+from isthmus.cloud.watches import watches
 from isthmus.cloud.worker import CPU, DEVICES, WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.verification import check_package_fits, verified
@@ -52,7 +50,6 @@ from isthmus.protocol.limits import MAX_WORKERS
 
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
 POLL_SECONDS = 2.0
-LOOK_SECONDS = 30.0
 DEAD_POLLS = 15
 
 
@@ -108,8 +105,13 @@ def serve(
     checkpoint, plan = backbone.checkpoint, backbone.plan
     if device not in DEVICES:
         raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    for folder in (checkpoint.folder, _parts_folder(checkpoint, plan)):
+        fault = intruder(folder) if folder.exists() else None
+        if fault is not None:
+            console.print(f"another user may change what is served from {folder}: {fault}", highlight=False)
     least, most = _bounds(workers)
     _check_pipeline(pipeline, plan, most, emulator)
+    outer = {} if tls is None else _tls_paths(*tls)
     with occupied(home) as lock, contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
         addresses = ports.take_several(listen, most)
         operator = ports.take(metrics, "--metrics") if metrics else ""
@@ -131,7 +133,7 @@ def serve(
             sites=sites,
             batching=batching,
             device=device,
-            **({} if tls is None else _tls_paths(*tls)),
+            **outer,
         )
         host = (advertise or parse_address(listen)[0]).strip("[]")
         specs = [
@@ -155,7 +157,7 @@ def serve(
             if connection_file is not None:
                 write_atomic(connection_file, f"{connection}\n".encode())
             ready(connection)
-            _supervise(stop, serving, console, _watches(home, specs, operator, console))
+            _supervise(stop, serving, console, watches(home, specs, operator, console))
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
                 return serving.drain(grace)
         finally:
@@ -247,27 +249,6 @@ def _stop_on_signals(stop: threading.Event) -> None:
     """To be called after `ray.init`, which sets handlers of its own."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-
-
-def _watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Console) -> Callable[[], None]:
-    """What is looked at now and then: ports that other machines reach, and the certificate. Tells of both at once."""
-    say = partial(console.print, highlight=False, markup=False)
-    announced = [parse_address(each)[1] for each in (*(spec.listen for spec in specs), *filter(None, [metrics]))]
-    ports = PortWatch(announced, say)
-    identity = IdentityFiles(home)
-    certificate = ExpiryWatch(lambda: identity().certificate.not_after, say)
-    ports.first()
-    certificate.look()
-    last = time.monotonic()
-
-    def look() -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOOK_SECONDS:
-            last = time.monotonic()
-            ports.look()
-            certificate.look()
-
-    return look
 
 
 def _supervise(stop: threading.Event, serving: Serving, console: Console, look: Callable[[], None]) -> None:

@@ -101,6 +101,22 @@ def test_serve_refuses_a_home_that_another_user_may_write(
     assert as_nobody(f"rm {home}/authorized_edges; touch {home}/authorized_edges").returncode == 0  # as they could have
 
 
+@pytest.mark.root
+def test_the_operator_is_told_of_a_model_that_another_user_may_change(
+    place: Path, as_nobody: Attack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: sys.exit(7))
+    home, model = Home(place / "safe").folder, tiny_checkpoint("llama", place / "model")
+    told = []
+    for owner in (os.geteuid(), NOBODY):
+        os.chown(model, owner, -1)
+        with pytest.raises(SystemExit):
+            serve_module.serve(str(model), home=home, listen="127.0.0.1:0")
+        told.append("another user may change what is served" in " ".join(capsys.readouterr().err.split()))
+    assert told == [False, True]
+    assert as_nobody(f"touch {model}/config.json.theirs").returncode == 0
+
+
 def test_a_home_of_ones_own_is_taken_and_so_is_ones_own_link(tmp_path: Path) -> None:
     home = Home(tmp_path).folder
     (tmp_path / "link").symlink_to(home)

@@ -196,6 +196,47 @@ def test_a_pipeline_that_does_not_fit_is_refused(
         serve_module.serve(str(model), home=Home(tmp_path).folder, listen="127.0.0.1:0", **arguments)
 
 
+class StartedError(Exception):
+    """Instead of starting Ray."""
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "line"),
+    [
+        ({}, [8], "the worker computes with 8 threads; this process may use 8 cores"),
+        ({"workers": "1:4"}, [2] * 4, "each of at most 4 workers has 2 threads; this process may use 8 cores"),
+        ({"workers": "3"}, [2] * 3, "each of at most 3 workers has 2 threads; this process may use 8 cores"),
+        ({"pipeline": 2}, [4] * 2, "each of at most 2 workers has 4 threads; this process may use 8 cores"),
+        (
+            {"workers": "1:9"},
+            [1] * 9,
+            "9 workers has 1 thread; this process may use 8 cores, so they will",
+        ),
+        ({"workers": "2", "threads": 8}, [8] * 2, "has 8 threads; this process may use 8 cores, so they will wait"),
+    ],
+)
+def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_told(
+    options: dict[str, Any], threads: list[int], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    started: list[WorkerSpec] = []
+
+    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
+        started.extend(specs)
+        raise StartedError
+
+    monkeypatch.setattr(serve_module, "Serving", start)
+    monkeypatch.setattr(serve_module, "usable_cores", lambda: 8)
+    home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
+    with pytest.raises(StartedError):
+        serve_module.serve(str(model), home=home, listen="127.0.0.1:0", **options)
+    assert [spec.threads for spec in started] == threads
+    assert line in " ".join(capsys.readouterr().err.split())
+    logs = [Path(spec.log_file).name for spec in started]
+    assert logs == ["worker.log", *(f"worker-{number}.log" for number in range(1, len(started)))]
+    assert not (home / "pipeline").exists()
+
+
 def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:
     assert dead_serving().drain(1.0) is False
 
