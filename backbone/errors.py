@@ -11,7 +11,7 @@
     ├── NonFiniteError           50   a loss, an activation or a gradient is NaN or infinite
     ├── DiskError                51   the disk is full or cannot be written
     ├── isthmus.emulator.errors  25-27  packages of the emulator path, and the adapters that come back
-    └── isthmus.protocol.errors  30-49  keys, the handshake, frames, the connection
+    └── isthmus.protocol.errors  30-49  keys, the handshake, frames, the connection; 61, the cloud's home
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -38,10 +40,12 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         DiskError: The disk is full or cannot be written; an older file of that name is unchanged.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     with disk_errors(path):
+        # A new file of a name that nobody knows beforehand: a link that lies in wait for it is not followed.
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
         try:
-            with temporary.open("wb") as file:
+            with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
                 os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
@@ -111,10 +115,19 @@ def locked(path: Path) -> Iterator[None]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / f".{path.name}.lock").open("w")
+        lock = open_lock(path.parent / f".{path.name}.lock")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open the file of a lock, made where there is none. It is neither emptied nor found through a link.
+
+    Raises:
+        OSError: It cannot be made, or a link is in its place.
+    """
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: PTH123  # a descriptor
 
 
 @contextmanager
@@ -127,7 +140,7 @@ def claim(out: Path) -> Iterator[None]:
     """
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock = open_lock(out / ".lock")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,7 +29,7 @@ class Admission:
 
     Args:
         info: what edges are told; the session's id is filled in.
-        identity: the worker's key and its certificate.
+        identity: returns the worker's key and its certificate; called at every handshake.
         edges: returns the current `authorized_edges`; called at every handshake.
         sessions: those that are open.
         metrics: where handshakes are counted.
@@ -39,7 +39,7 @@ class Admission:
     def __init__(
         self,
         info: m.SessionInfo,
-        identity: WorkerIdentity,
+        identity: Callable[[], WorkerIdentity],
         edges: Callable[[], AuthorizedEdges],
         sessions: Sessions,
         metrics: Metrics,
@@ -67,7 +67,7 @@ class Admission:
 
     def protocol(self, limits: Limits) -> CloudSession:
         """The protocol's state of a stream that begins."""
-        return CloudSession(identity=self._identity, authorize=self._authorize, info=self._describe, limits=limits)
+        return CloudSession(identity=self._identity(), authorize=self._authorize, info=self._describe, limits=limits)
 
     async def admit(self, protocol: CloudSession, stream: SealedStream, context: Any) -> OpenSession | None:
         """Handshake and `Attach`, in limited time and number; None where the edge is not admitted.

@@ -1,7 +1,8 @@
 """A cloud's actors, and the Ray that they run in.
 
-Ray is a trust domain of its own. Its ports listen on every interface whatever it is told, so token authentication is
-always on, with a token that only this user can read, and `serve` prints the ports for the firewall's sake.
+Ray is a trust domain of its own. The one that is started here is told to listen on the loopback alone and keeps its
+sockets in a folder that only this user can enter. Token authentication is always on, with a token that only this user
+can read, and `serve` prints the ports that listen (`isthmus.cloud.ports`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.files import write_atomic
 from isthmus.cloud.controller import Controller, ControllerSpec
 from isthmus.cloud.gpus import Gpus, no_gpu
-from isthmus.cloud.logs import log, log_to
+from isthmus.cloud.logs import log, log_file, log_to
 from isthmus.cloud.scaling import Change
 from isthmus.cloud.worker import CUDA, Worker, WorkerSpec
 from isthmus.protocol.errors import UnreachableError
+from isthmus.protocol.keyfiles import read_private
 
 NAMESPACE = "isthmus"
 ANSWER_SECONDS = 10.0
@@ -55,13 +57,22 @@ class Serving:
         specs: what each worker serves, by number; their `listen` have fixed ports.
         address: address of an existing Ray cluster, or None to start Ray on this machine.
         home: the cloud's folder.
+        ray_folder: where a Ray that is started here keeps sockets, logs and what it spills; None with an `address`.
         least: how many of the workers are started at once; the others when they are needed.
         metrics: where the controller serves `/status` and `/metrics`; "" for nowhere.
         grace: seconds that calls in flight get when a worker is ended because it is not needed.
     """
 
     def __init__(
-        self, specs: Sequence[WorkerSpec], address: str | None, home: Path, *, least: int, metrics: str, grace: float
+        self,
+        specs: Sequence[WorkerSpec],
+        address: str | None,
+        home: Path,
+        ray_folder: Path | None,
+        *,
+        least: int,
+        metrics: str,
+        grace: float,
     ) -> None:
         if address is None:  # an existing cluster has its own rules, and its owner has set this environment for them
             os.environ.update(_ray_environment(home))
@@ -69,8 +80,8 @@ class Serving:
 
         self._ray = ray
         self._specs, self._address, self._grace = specs, address, grace
-        self._least, self._metrics = least, metrics
-        log_to(Path(specs[0].log_file) if specs[0].log_file else None)
+        self._least, self._metrics, self._home, self._ray_folder = least, metrics, home, ray_folder
+        log_to(log_file(home, "serve"))
         self._begin()
 
     def _begin(self) -> None:
@@ -82,7 +93,7 @@ class Serving:
         self._silent = 0  # looks in a row at which the control store did not answer
         # "local" is a Ray of its own; without it, Ray would join whichever one somebody else runs on this machine. Our
         # actors ask for no CPU, and for each one that Ray counts it would start a process that waits for tasks.
-        alone = {"address": "local", "include_dashboard": False, "num_cpus": 0}
+        alone = {"address": "local", "include_dashboard": False, "num_cpus": 0, "_temp_dir": str(self._ray_folder)}
         options = {"address": self._address} if self._address else alone
         try:
             self._ray.init(namespace=NAMESPACE, log_to_driver=True, configure_logging=False, **options)
@@ -103,7 +114,9 @@ class Serving:
         self._workers = {number: self._start(number) for number in range(self._least)}
         for worker in self._workers.values():
             self._get(worker.port.remote())
-        told = ControllerSpec(tuple(self._names), NAMESPACE, self._least, self._metrics, self._specs[0].log_file)
+        told = ControllerSpec(
+            tuple(self._names), NAMESPACE, self._least, self._metrics, str(log_file(self._home, "controller"))
+        )
         controller = self._actor(Controller, f"{prefix}-controller", {"OMP_NUM_THREADS": "1"}).remote(told)
         self._controllers = [controller]
         self._get(controller.ready.remote())
@@ -140,18 +153,6 @@ class Serving:
             time.sleep(LEAVE_PAUSE)
         self._begin()
         log("cluster_started_again")
-
-    def ray_ports(self) -> list[int]:
-        """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
-        node = next(
-            node for node in self._ray.nodes() if node["NodeID"] == self._ray.get_runtime_context().get_node_id()
-        )
-        control = self._ray.get_runtime_context().gcs_address.rpartition(":")[2]
-        ports = {
-            int(control),
-            *(node.get(name, 0) for name in ("NodeManagerPort", "ObjectManagerPort", "RuntimeEnvAgentPort")),
-        }
-        return sorted(ports - {0})
 
     def _scale(self) -> None:
         """Start or drain a worker where the controller says so, and go on with what was begun. Returns soon."""
@@ -294,14 +295,25 @@ def _answers(address: tuple[str, int]) -> bool:
 
 
 def _ray_environment(home: Path) -> dict[str, str]:
-    """Token authentication with a token file of mode 0600, no usage reports, and workers as urgent as `serve` itself.
+    """Token authentication, the loopback, no usage reports, and workers as urgent as `serve` itself.
 
-    By default Ray makes its workers nice (15), so that others come first; here they are what others wait for.
+    Ray listens on every interface, whatever address it is given, unless it is told that its cluster has one machine, as
+    it believes by itself on macOS and Windows: hence the variable's name. By default it makes its workers nice (15), so
+    that others come first; here they are what others wait for.
+
+    Raises:
+        KeyFileError: the token in the home is readable by others.
     """
-    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
     if "RAY_AUTH_TOKEN_PATH" in os.environ:  # a cluster's own token, given by whoever started it
         return settings
     token = home / "ray_token"
     if not token.exists():
         write_atomic(token, secrets.token_hex(32).encode(), 0o600)
+    read_private(token, "remove it, and `isthmus cloud serve` makes another")
     return {**settings, "RAY_AUTH_TOKEN_PATH": str(token.absolute())}

@@ -27,11 +27,12 @@ def keygen(
     Example: isthmus cloud keygen
     """
     from isthmus.protocol.errors import KeyFileError
-    from isthmus.protocol.keyfiles import make_folder
+    from isthmus.protocol.keyfiles import check_folder, make_folder
     from isthmus.protocol.keys import generate_root, issue_worker, load_worker
 
     folder = home.expanduser()
     make_folder(folder)  # before anything is looked for in a place where this user may not look
+    check_folder(folder)
     if not (folder / "root_key").exists():
         if (folder / "worker_cert").exists():
             raise KeyFileError(

@@ -150,6 +150,7 @@ def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if answering:
         status |= {key: answering[0][key] for key in MODEL}
         status["uptime_s"] = max(worker["uptime_s"] for worker in answering)
+        status["certificate_not_after"] = min(worker["certificate_not_after"] for worker in answering)
     status |= {key: dict(sum((Counter(worker[key]) for worker in front), Counter())) for key in COUNTED}
     status |= {key: sum(worker[key] for worker in front) for key in SUMMED_AT_THE_FRONT}
     status |= {key: sum(worker[key] for worker in answering) for key in SUMMED}

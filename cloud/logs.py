@@ -1,14 +1,21 @@
 """Structured logs: one JSON object a line, of events and counts.
 
-Activations, texts, keys and tokens have no field to be in.
+Activations, texts, keys and tokens have no field to be in. Each process has a file of its own: one that several rotate
+loses lines, as a process goes on writing to what another has moved away.
+
+    worker.log, worker-1.log, …   the workers', by number
+    controller.log                the controller's
+    serve.log                     the supervisor's
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -16,6 +23,15 @@ LOGGER = logging.getLogger("isthmus")  # of all folders: the kernels say what th
 
 LOG_BYTES = 64 << 20
 """Of a log file; the one before is kept beside it. Strangers cause lines too, and must not fill the disk."""
+
+
+class _PrivateFileHandler(RotatingFileHandler):
+    """Its files are for this user alone, as they name tenants."""
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        os.fchmod(descriptor, 0o600)
+        return open(descriptor, "a", encoding=self.encoding)  # noqa: PTH123  # a descriptor, not a path
 
 
 class JsonFormatter(logging.Formatter):
@@ -34,11 +50,16 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+def log_file(home: Path, process: str, number: int = 0) -> Path:
+    """The log of a process of a cloud with this home; `number` is the worker's."""
+    return home / (f"{process}-{number}.log" if number else f"{process}.log")
+
+
 def log_to(path: Path | None) -> None:
     """Send the cloud's log to a file, or to standard error where `path` is None."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if path is not None:
-        handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+        handler = _PrivateFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(JsonFormatter())
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)

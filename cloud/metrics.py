@@ -50,6 +50,11 @@ class Metrics:
         self.waited = Histogram(
             "isthmus_wait_seconds", "Time that a call waited for its turns.", ["priority"], registry=self.registry
         )
+        self.certificate = Gauge(
+            "isthmus_certificate_not_after_seconds",
+            "When the worker's certificate expires, in Unix seconds.",
+            registry=self.registry,
+        )
         self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
         self.evictions = Gauge(
             "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -19,8 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
+from isthmus.backbone.cores import threads_each, usable_cores
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.files import write_atomic
+from isthmus.backbone.files import disk_errors, write_atomic
+from isthmus.backbone.ownership import intruder
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
 from isthmus.backbone.span_form import (
@@ -33,78 +34,23 @@ from isthmus.backbone.span_form import (
     read_info,
 )
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
+from isthmus.cloud.home.lock import occupied
+from isthmus.cloud.logs import log_file
+from isthmus.cloud.ports import Ports, parse_address
 from isthmus.cloud.state import clear_state, write_state
+from isthmus.cloud.watches import watches
 from isthmus.cloud.worker import CPU, DEVICES, WorkerSpec
 from isthmus.emulator.errors import PackageError
 from isthmus.emulator.verification import check_package_fits, verified
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line
-from isthmus.protocol.errors import PortInUseError, UnreachableError
-from isthmus.protocol.keys import WorkerIdentity, generate_edge, load_worker
+from isthmus.protocol.errors import UnreachableError
+from isthmus.protocol.keyfiles import check_folder
+from isthmus.protocol.keys import ROOT_KEY, WorkerIdentity, generate_edge, load_worker
 from isthmus.protocol.limits import MAX_WORKERS
 
-MAX_PORT = 65535
 DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
 POLL_SECONDS = 2.0
 DEAD_POLLS = 15
-
-
-class Ports:
-    """Addresses to listen on, taken now and kept: a restarted worker must come back on the same one.
-
-    Nobody listens on a port between its choice and its worker's start, and Ray's own processes look for free ones just
-    then. So the sockets that have found the ports stay bound, without listening, until `close`.
-    """
-
-    def __init__(self) -> None:
-        self._held: list[socket.socket] = []
-
-    def take(self, listen: str, option: str = "--listen") -> str:
-        """`host:port` with a port of its own, a free one in the place of 0.
-
-        Raises:
-            ConfigError: the address does not parse.
-            PortInUseError: somebody listens there already.
-        """
-        host, port = _parsed(listen)
-        bare = host.strip("[]")
-        try:
-            family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]
-            with contextlib.ExitStack() as unless_taken:
-                holder = unless_taken.enter_context(socket.socket(family, socket.SOCK_STREAM))
-                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                holder.bind((bare, port))
-                unless_taken.pop_all()
-            self._held.append(holder)
-            return f"{host}:{holder.getsockname()[1]}"
-        except socket.gaierror:
-            raise ConfigError(f"the host of {listen!r} is unknown: check its spelling") from None
-        except OSError as error:
-            raise PortInUseError(
-                f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another {option}"
-            ) from None
-
-    def take_several(self, listen: str, count: int) -> list[str]:
-        """So many addresses: the given port and those after it, or any free ones in the place of 0.
-
-        Raises what `take` raises.
-        """
-        host, port = _parsed(listen)
-        return [self.take(f"{host}:{port + number if port else 0}") for number in range(count)]
-
-    def close(self) -> None:
-        """Let go of them."""
-        for holder in self._held:
-            holder.close()
-        self._held.clear()
-
-
-def _parsed(listen: str) -> tuple[str, int]:
-    host, separator, port = listen.rpartition(":")
-    if not separator or not port.isdecimal() or len(port) > 9:
-        raise ConfigError(f"{listen!r} is no address to listen on: write host:port, for example 127.0.0.1:7443")
-    if int(port) > MAX_PORT:
-        raise ConfigError(f"{listen!r} is no address to listen on: a port is a number from 0 to {MAX_PORT}")
-    return host, int(port)
 
 
 def serve(
@@ -138,21 +84,35 @@ def serve(
         Whether every call in flight was answered before the end.
 
     Raises:
+        HomeInUseError: another process serves with this home.
+        KeyFileError: a key cannot be used, or another user may write the home.
         PackageError: the package of `emulator` is damaged, or of another model or plan.
         SignerError: it was signed under another root key.
         IsthmusError: the model, an address or a key cannot be used.
     """
     console = Console(stderr=True)
+    home = home.resolve()  # a link that leads elsewhere later on changes nothing
     identity = load_worker(home)
+    check_folder(home)
     if (home / "authorized_edges").exists():
         AuthorizedEdges.load(home / "authorized_edges")  # a malformed line is told here, before anything is started
+    if (home / ROOT_KEY).exists():
+        console.print(
+            f"{home / ROOT_KEY} lies here, and no worker needs it: keep it on a machine that is not on the network",
+            highlight=False,
+        )
     backbone = _backbone(model, edge_layers, dtype, quantize, console)
     checkpoint, plan = backbone.checkpoint, backbone.plan
     if device not in DEVICES:
         raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    for folder in (checkpoint.folder, _parts_folder(checkpoint, plan)):
+        fault = intruder(folder) if folder.exists() else None
+        if fault is not None:
+            console.print(f"another user may change what is served from {folder}: {fault}", highlight=False)
     least, most = _bounds(workers)
     _check_pipeline(pipeline, plan, most, emulator)
-    with contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
+    outer = {} if tls is None else _tls_paths(*tls)
+    with occupied(home) as lock, contextlib.closing(Ports()) as ports, contextlib.ExitStack() as stack:
         addresses = ports.take_several(listen, most)
         operator = ports.take(metrics, "--metrics") if metrics else ""
         spec = WorkerSpec(
@@ -163,40 +123,41 @@ def serve(
             quantize=backbone.quantize,
             saved_span=backbone.saved_span,
             parts=str(_parts_folder(checkpoint, plan)),
-            home=str(home.absolute()),
+            home=str(home),
             listen="",
             stash_bytes=stash_bytes,
             max_tokens=max_tokens,
-            threads=threads or max(1, (os.cpu_count() or 1) // least),
-            log_file=str((home / "worker.log").absolute()),
+            threads=threads or threads_each(usable_cores(), max(most, pipeline)),
+            log_file="",
             emulator="" if emulator is None else _checked_package(emulator, identity, checkpoint, plan),
             sites=sites,
             batching=batching,
             device=device,
-            **({} if tls is None else _tls_paths(*tls)),
+            **outer,
         )
-        host = (advertise or _parsed(listen)[0]).strip("[]")
+        host = (advertise or parse_address(listen)[0]).strip("[]")
         specs = [
             dataclasses.replace(spec, number=number, listen=own, address=_told(host, own))
             for number, own in enumerate(addresses)
         ]
         if pipeline > 1:
             specs = stack.enter_context(_stages(specs[0], plan, pipeline, ports))
+        specs = [dataclasses.replace(each, log_file=str(log_file(home, "worker", each.number))) for each in specs]
+        console.print(_threads_line(specs[0].threads, len(specs), usable_cores()), highlight=False)
         stop = threading.Event()
+        ray_folder = None if address else lock.make_ray_folder()
         with console.status("starting Ray and the workers"):
-            serving = Serving(specs, address, home, least=max(least, pipeline), metrics=operator, grace=grace)
+            serving = Serving(
+                specs, address, home, ray_folder, least=max(least, pipeline), metrics=operator, grace=grace
+            )
         _stop_on_signals(stop)
         try:
-            connection = str(ConnectionString(host, _parsed(addresses[0])[1], identity.pin, tls is not None))
+            connection = str(ConnectionString(host, parse_address(addresses[0])[1], identity.pin, tls is not None))
             write_state(home, {"connection": connection, "metrics": operator, "pid": os.getpid()})
             if connection_file is not None:
                 write_atomic(connection_file, f"{connection}\n".encode())
-            open_ports = ", ".join(map(str, serving.ray_ports()))
-            console.print(
-                f"Ray listens on every interface, ports {open_ports}: keep them behind a firewall", highlight=False
-            )
             ready(connection)
-            _supervise(stop, serving, console)
+            _supervise(stop, serving, console, watches(home, specs, operator, console))
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):
                 return serving.drain(grace)
         finally:
@@ -220,6 +181,14 @@ def _bounds(workers: str) -> tuple[int, int]:
     return least, most
 
 
+def _threads_line(threads: int, workers: int, cores: int) -> str:
+    """How the workers' threads fit the cores, for the operator."""
+    each = f"{threads} thread{'' if threads == 1 else 's'}"
+    who = f"the worker computes with {each}" if workers == 1 else f"each of at most {workers} workers has {each}"
+    line = f"{who}; this process may use {cores} core{'' if cores == 1 else 's'}"
+    return line if threads * workers <= cores else f"{line}, so they will wait for each other"
+
+
 def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path | None) -> None:
     if not 1 <= stages <= len(plan.cloud):
         raise ConfigError(
@@ -229,7 +198,7 @@ def _check_pipeline(stages: int, plan: SplitPlan, workers: int, emulator: Path |
     if stages > 1 and workers > 1:
         raise ConfigError(
             f"--pipeline {stages} and --workers {workers} exclude each other: a pipeline is one worker in several "
-            "stages; serve twice, on two addresses, for more"
+            "stages; serve twice, from two homes and on two addresses, for more"
         )
     if stages > 1 and emulator is not None:
         raise ConfigError(
@@ -245,8 +214,10 @@ def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Ite
     Only the first stage is for edges; the others listen on the loopback, as they are on this node.
     """
     folder = Path(first.home) / "pipeline"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    with disk_errors(folder):
+        if folder.exists():  # of a `serve` that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
     quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
     specs: list[WorkerSpec] = []
     try:
@@ -270,7 +241,7 @@ def _stages(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Ite
 
 def _told(host: str, listen: str) -> str:
     """The address that edges are told of a worker."""
-    port = _parsed(listen)[1]
+    port = parse_address(listen)[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -280,11 +251,16 @@ def _stop_on_signals(stop: threading.Event) -> None:
         signal.signal(number, lambda *_: stop.set())
 
 
-def _supervise(stop: threading.Event, serving: Serving, console: Console) -> None:
+def _supervise(stop: threading.Event, serving: Serving, console: Console, look: Callable[[], None]) -> None:
     """Wait to be told to stop; start Ray and the workers again where its control store dies. Raises as `_wait`."""
+
+    def tend() -> None:
+        look()
+        serving.tend()
+
     while True:
         try:
-            _wait(stop, serving.is_dead, serving.tend)
+            _wait(stop, serving.is_dead, tend)
             return
         except ControlStoreLostError:
             console.print("Ray's control store is gone; starting Ray and the workers again", highlight=False)
@@ -308,8 +284,8 @@ def _wait(
         dead = dead + 1 if is_dead() else 0
         if dead >= DEAD_POLLS:
             raise UnreachableError(
-                "the worker is gone and Ray does not start it again: look into worker.log, then run "
-                "`isthmus cloud serve` anew"
+                "the worker is gone and Ray does not start it again: look into its log (worker.log, or worker-N.log), "
+                "then run `isthmus cloud serve` anew"
             )
         tend()
 

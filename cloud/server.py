@@ -62,7 +62,8 @@ class StripServer:
 
     Args:
         served: the span and what belongs to it.
-        identity: the worker's key and its certificate, signed by the root key (which is not here).
+        identity: returns the worker's key and its certificate, signed by the root key (which is not here); called at
+            every handshake, so that a renewed certificate needs no restart.
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads for computing.
         batching: whether calls of several sessions may share a pass.
@@ -77,7 +78,7 @@ class StripServer:
     def __init__(
         self,
         served: Served,
-        identity: WorkerIdentity,
+        identity: Callable[[], WorkerIdentity],
         edges: Callable[[], AuthorizedEdges],
         threads: int,
         next_stage: NextStage | None = None,
@@ -87,6 +88,8 @@ class StripServer:
     ) -> None:
         self.metrics = Metrics()
         self.sessions = Sessions(self.metrics)
+        self.metrics.certificate.set_function(lambda: identity().certificate.not_after)
+        self._identity = identity
         self._info = served.info
         self._next_stage = next_stage
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, clock)
@@ -167,6 +170,7 @@ class StripServer:
             "span_dtype": self._info.span_dtype,
             "span_bytes": self._span_bytes,
             "uptime_s": time.time() - self._started,
+            "certificate_not_after": self._identity().certificate.not_after,
             "sessions": self.sessions.by_tenant(),
             **self._calls.status(),
         }

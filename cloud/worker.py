@@ -84,15 +84,15 @@ class Worker:
                 os._exit(1)  # Ray tries again
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
+        from isthmus.cloud.home.identity import IdentityFiles
         from isthmus.cloud.loading import EdgesFile, next_stage_of, served_by, tls_of
         from isthmus.cloud.server import StripServer
-        from isthmus.protocol.keys import load_worker
 
         self._spec, self._restarts = spec, 0
         log_to(Path(spec.log_file) if spec.log_file else None)
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
-        identity, edges = load_worker(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
+        identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
         self._server = StripServer(served, identity, edges, spec.threads, next_stage_of(spec), batching=spec.batching)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()

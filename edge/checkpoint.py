@@ -7,7 +7,8 @@
         random.safetensors       torch's random state, bytes
         losses.jsonl             the loss log up to this step
         state.json               counters, Python's random state, whose run it is, what is remembered from step to step
-                                 besides tensors, and the SHA-256 of each file above
+                                 besides tensors, the SHA-256 of each file above, and that of itself without this entry;
+                                 older checkpoints have no such entry and are read without
 
 A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
 is whole. A resumed run goes on exactly where the checkpoint was taken: on one machine and with as many threads, its
@@ -37,6 +38,7 @@ from isthmus.edge.report import Spent
 
 _FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OWN_DIGEST = "own_sha256"
 _TENSOR_FILES = ("parameters", "optimizer", "method", "random")
 
 # Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
@@ -198,6 +200,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "observers": [dict(state) for state in checkpoint.observers],
         "sha256": digests,
     }
+    state[_OWN_DIGEST] = _digest_of_state(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -228,6 +231,9 @@ def load(folder: Path) -> Checkpoint:
                 f"{folder} has format {state['format']}, this version reads {_FORMAT}: "
                 "resume with the version that wrote it."
             )
+        recorded = state.pop(_OWN_DIGEST, None)
+        if recorded is not None and recorded != _digest_of_state(state):
+            raise _damaged(folder / "state.json", "its SHA-256 differs from the one in it")
         for name, digest in state["sha256"].items():
             if _digest(folder / name) != digest:
                 raise _damaged(folder / name, "its SHA-256 differs from the recorded one")
@@ -341,6 +347,12 @@ def check_places(checkpoint: Checkpoint, folder: Path, parameters: Mapping[str, 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of_state(state: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries as JSON without layout, with what becomes of Python's tuples and keys in a file."""
+    entries = json.loads(json.dumps(state))
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -164,7 +164,9 @@ class TuningConfig(BaseModel):
     )
 
     threads: int | None = Field(
-        None, ge=1, description="Threads of torch in this process; torch's own choice by default."
+        None,
+        ge=1,
+        description="Threads of torch in this process; by default torch's choice, at most the usable cores.",
     )
 
     @field_validator("target_modules", mode="before")

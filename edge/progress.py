@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from isthmus.backbone.progress import StepProgress
+from isthmus.backbone.readable import size
 from isthmus.edge.report import StripTotals
 
 
@@ -36,12 +37,3 @@ class TrainProgress(StepProgress):
         if strip != StripTotals():
             figures += f"  up {size(strip.bytes_up)}  down {size(strip.bytes_down)}"
         self.show(step, figures)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes for people: 1.2 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"

@@ -13,6 +13,7 @@ from isthmus.backbone.adapters import load_adapter
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.threads import use_threads
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig
 from isthmus.edge.data import Batches, load_data
@@ -43,8 +44,7 @@ def run_training(config: TrainConfig) -> Report:
 
 def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver] = ()) -> Report:
     """Train over a link that is open already, with `watchers` around every step. Raises what `run_training` raises."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     info = link.info
     data = load_data(config, link.load_tokenizer())
     if config.plugged:
@@ -81,8 +81,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
 
 def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
     """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
     with open_link(config) as link:
         data = load_data(whole, link.load_tokenizer())

@@ -27,6 +27,7 @@ from isthmus.backbone.adapters import adapter_digest, save_adapter
 from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError, NonFiniteError
 from isthmus.backbone.files import claim, disk_errors, write_atomic
 from isthmus.backbone.stopping import Interrupted, StopRequest
+from isthmus.backbone.threads import use_threads
 from isthmus.edge import checkpoint as checkpoints, methods
 from isthmus.edge.checkpoint import Checkpoint, ModelIdentity, RandomState
 from isthmus.edge.config import TuningConfig
@@ -154,8 +155,7 @@ class Trainer:
             ConfigError: `out` holds another run and `resume` is not set, or another process trains into it.
             IsthmusError: Whatever the strip raises. Before it rises, the last applied step is saved.
         """
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        use_threads(self.config.threads)
         random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
         with claim(self.config.out):

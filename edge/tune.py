@@ -6,11 +6,11 @@ imports what could open a connection.
 
 from __future__ import annotations
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
+from isthmus.backbone.threads import use_threads
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TuneConfig
 from isthmus.edge.data import load_data
@@ -36,8 +36,7 @@ def run_tuning(config: TuneConfig) -> Report:
     if config.format == "hub" or any((source or "").startswith("hub:") for source in (config.data, config.validation)):
         raise ConfigError("tuning on a package connects to nothing, so it reads no data from a hub: give a local file")
     no_core_files()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     wanted = config.signer_text()
     package = open_package(config.package, signer=None if wanted is None else Fingerprint.parse(wanted))
     if wanted is None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from isthmus.backbone.readable import lines
 from isthmus.experiments.flags import names_of, to_its_end
 
 
@@ -86,5 +87,5 @@ def chaos(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):32} {value}")
+    for line in lines(result, 32):
+        typer.echo(line)

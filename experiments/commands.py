@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.backbone.readable import lines
 from isthmus.experiments.abuse.command import abuse
 from isthmus.experiments.chaos_command import chaos
 from isthmus.experiments.codec_bench_command import codecs
@@ -39,8 +40,8 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):32} {value}")
+    for line in lines(result, 32):
+        typer.echo(line)
 
 
 @bench.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.backbone.readable import lines
 from isthmus.experiments.flags import names_of, numbers_of, precision_of, to_its_end
 
 if TYPE_CHECKING:
@@ -262,8 +263,8 @@ def pretrain(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):24} {value}")
+    for line in lines(result, 24):
+        typer.echo(line)
 
 
 def _settings(given: dict[str, Any]) -> TableSettings:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.interrupt import uninterrupted
-from isthmus.cloud.serve import Ports
+from isthmus.cloud.ports import Ports
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.errors import PortInUseError, UnreachableError
 from isthmus.protocol.keys import generate_edge, generate_root, issue_worker

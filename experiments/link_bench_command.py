@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from isthmus.backbone.readable import lines
+
 
 def link(
     rate: Annotated[str, typer.Option(help="Of the way in each direction: 100mbit, 1gbit, …")] = "100mbit",
@@ -50,5 +52,5 @@ def link(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):32} {value}")
+    for line in lines(result, 32):
+        typer.echo(line)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from isthmus.backbone.readable import lines
+
 if TYPE_CHECKING:
     from isthmus.experiments.model_facts import ModelFacts
     from isthmus.experiments.speed_profile import ProbeSettings, SpeedProfile
@@ -130,5 +132,5 @@ def _print_speed(speed: SpeedProfile, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(speed.to_json()))
         return
-    for name, value in speed.to_json().items():
-        typer.echo(f"{name.replace('_', ' '):20} {value}")
+    for line in lines(speed.to_json(), 20):
+        typer.echo(line)

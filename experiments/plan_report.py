@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from isthmus.edge.progress import size
+from isthmus.backbone.readable import size
 from isthmus.experiments.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
 from isthmus.experiments.link_spec import LOCAL, LinkSpec
 from isthmus.experiments.speed_profile import SpeedProfile

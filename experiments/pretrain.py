@@ -19,6 +19,7 @@ from isthmus.backbone.errors import ConfigError, DataError, NonFiniteError
 from isthmus.backbone.families import SUPPORTED, family_of
 from isthmus.backbone.files import new_folder
 from isthmus.backbone.progress import StepProgress
+from isthmus.backbone.threads import use_threads
 from isthmus.emulator.text import load_blocks
 
 EOS = "<|endoftext|>"
@@ -77,8 +78,7 @@ def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) 
 
     if settings.out.exists():
         raise ConfigError(f"{settings.out} exists and is not overwritten: move it away, or give another --out")
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     model = _model(settings)
     tokenizer = train_tokenizer(settings.text, settings.vocabulary, settings.length)
     blocks = load_blocks(settings.text, tokenizer, settings.length)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Annotated
 
 import typer
 
+from isthmus.backbone.cores import usable_cores
 from isthmus.experiments.flags import numbers_of, to_its_end
 
 
@@ -27,7 +27,9 @@ def qos(
     training_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training call.")] = 64,
     deadline: Annotated[float, typer.Option(min=0.01, help="Of interactive calls, in seconds.")] = 1.0,
     tenants: Annotated[int, typer.Option(min=1, help="Among whom the calls are drawn.")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; by default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads; by default all cores that it may use.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -39,7 +41,7 @@ def qos(
 
     settings = QosSettings(
         model, edge_layers, numbers_of(loads, "loads"), seconds, interactive_share, interactive_tokens,
-        training_tokens, deadline, tenants, threads or os.cpu_count() or 1, seed,
+        training_tokens, deadline, tenants, threads or usable_cores(), seed,
     )  # fmt: skip
     result = to_its_end(lambda: run_qos(settings))
     if as_json:

@@ -9,13 +9,13 @@ import json
 import sys
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import load_tokenizer, resolve
+from isthmus.backbone.threads import use_threads
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.config import TrainConfig, load_config
 from isthmus.edge.data import load_data
@@ -45,8 +45,7 @@ def train_in_one_process(
         everywhere: Put adapters on all layers.
         watchers: Called around every step.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     checkpoint = resolve(model_name)
     model, tokenizer, plan = whole_model(model_name, edge_layers)
     data = load_data(config, tokenizer)
@@ -68,8 +67,7 @@ def train_parts_alone(
         config: The run's options, without those of sites.
         watchers: Called around every step.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     checkpoint = resolve(model_name)
     plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
     model = load_edge_parts(checkpoint, plan, _nothing_between)

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import load_tokenizer, resolve
+from isthmus.backbone.threads import use_threads
 from isthmus.emulator.distill import DistillConfig
 from isthmus.emulator.model import Emulator
 from isthmus.experiments.likelihood import require_lm_eval
@@ -106,8 +106,7 @@ class _Run:
     def __init__(self, settings: TableSettings, console: Console) -> None:
         if settings.seeds < 1:
             raise ConfigError(f"--seeds {settings.seeds} leaves nothing to do; use 1 or more")
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
         self._settings, self._console = settings, console
         checkpoint = resolve(settings.model)
         plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)

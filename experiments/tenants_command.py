@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from isthmus.backbone.cores import usable_cores
+from isthmus.backbone.readable import lines
 from isthmus.experiments.flags import to_its_end
 
 
@@ -23,7 +24,7 @@ def tenants(
     ] = "2:2",
     steps: Annotated[int, typer.Option(min=2, help="Steps of each tenant that count.")] = 24,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores.")
+        int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores that it may use.")
     ] = None,
     batching: Annotated[
         Literal["on", "off"], typer.Option(help="Whether the cloud computes several tenants' calls in one pass.")
@@ -42,7 +43,7 @@ def tenants(
     from isthmus.experiments.tenants_crowd import TenantSettings
 
     counts = sorted({n, *(2**power for power in range(n.bit_length()) if 2**power <= n)}) if figure else ()
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cores()
     settings = TenantSettings(model, n, tokens, edge_layers, steps, threads, batching == "on", tuple(counts))
     with working_folder() as folder:
         result = to_its_end(lambda: run_tenants(settings, folder))
@@ -51,5 +52,5 @@ def tenants(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for name, value in result.items():
-        typer.echo(f"{name.replace('_', ' '):32} {value}")
+    for line in lines(result, 32):
+        typer.echo(line)

@@ -157,7 +157,7 @@ class AuthorizedEdges:
             KeyFileError: it is missing or cannot be read.
             ConfigError: a line is malformed.
         """
-        return cls.parse(read_text(path, "run `isthmus cloud enroll` with an edge's public key"), str(path))
+        return cls.parse(read_text(path, "run `isthmus cloud enroll` with an edge's public key", ours=True), str(path))
 
     def find(self, public_key: bytes) -> Tenant | None:
         """Find the tenant of a raw public key (32 bytes)."""

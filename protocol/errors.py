@@ -17,7 +17,8 @@
     │   ├── DrainingError             the worker stops; another one, or the same one later, serves the edge
     │   ├── OverQuotaError            the edge has used up its quota
     │   └── CloudFailedError          the cloud failed at the request, for want of memory say
-    └── ConnectionLostError      43   the stream broke; the edge retries these before anybody sees them
+    ├── ConnectionLostError      43   the stream broke; the edge retries these before anybody sees them
+    └── HomeInUseError           61   another `serve` holds the cloud's home
 
 `LocalProtocolError` is a defect of this side, `RemoteProtocolError` one of the peer (or an attack): the
 distinction is h11's.
@@ -120,6 +121,12 @@ class ConnectionLostError(IsthmusError, ConnectionError):
     """The stream broke. The edge reconnects and repeats the call."""
 
     exit_code = 43
+
+
+class HomeInUseError(IsthmusError, OSError):
+    """Another process serves with the cloud's home."""
+
+    exit_code = 61
 
 
 def printable(text: str) -> str:

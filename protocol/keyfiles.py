@@ -12,6 +12,7 @@ from pathlib import Path
 
 from isthmus.backbone.errors import DiskError
 from isthmus.backbone.files import write_atomic
+from isthmus.backbone.ownership import intruder, writable_by_others
 from isthmus.protocol.errors import KeyFileError
 
 MAX_FILE = 1 << 22
@@ -28,6 +29,23 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise _failed(folder, error) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that no other user can put keys or enrolments into a folder.
+
+    Raises:
+        KeyFileError: another user owns it or a folder above it, or everybody can write there; or it is not there.
+    """
+    try:
+        fault = intruder(folder)
+    except OSError as error:
+        raise KeyFileError(f"{folder} cannot be entered ({error.strerror}): check path and permissions") from error
+    if fault is not None:
+        raise KeyFileError(
+            f"another user could put keys and enrolments into {folder}, as {fault}: choose a folder of your own, or "
+            f"`chown` it to the user that this runs as and `chmod o-w` it"
+        )
 
 
 def create_file(path: Path, data: bytes, mode: int) -> None:
@@ -70,13 +88,18 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
         raise
 
 
-def read_text(path: Path, remedy: str) -> str:
+def read_text(path: Path, remedy: str, *, ours: bool = False) -> str:
     """Read a small public file of UTF-8 text.
 
+    Args:
+        path: the file.
+        remedy: what to do where there is none.
+        ours: whether it decides whom to trust, so that no other user may write it.
+
     Raises:
-        KeyFileError: it is missing, unreadable, too large or not text.
+        KeyFileError: it is missing, unreadable, too large or not text; or another user may write it, if it is `ours`.
     """
-    return _decode(path, _read(path, remedy, private=False))
+    return _decode(path, _read(path, remedy, ours=ours))
 
 
 def read_private(path: Path, remedy: str) -> bytes:
@@ -85,7 +108,7 @@ def read_private(path: Path, remedy: str) -> bytes:
     Raises:
         KeyFileError: it is missing, unreadable, too large, or others than its owner can read it.
     """
-    return _read(path, remedy, private=True)
+    return _read(path, remedy, private=True, ours=False)  # root may read an owner's key, as ssh does
 
 
 @contextlib.contextmanager
@@ -99,13 +122,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read(path: Path, remedy: str, *, private: bool) -> bytes:
+def _read(path: Path, remedy: str, *, private: bool = False, ours: bool) -> bytes:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 mode = stat.S_IMODE(status.st_mode)
                 raise KeyFileError(f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`")
+            fault = writable_by_others(status) if ours else None
+            if fault is not None:
+                raise KeyFileError(f"{path} says whom to trust, and {fault}: `chown` it to this user, `chmod o-w` it")
             data = file.read(MAX_FILE + 1)
     except FileNotFoundError as error:
         raise KeyFileError(f"{path} does not exist: {remedy}") from error

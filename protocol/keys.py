@@ -238,7 +238,7 @@ def load_worker(folder: Path, now: Callable[[], float] = time.time) -> WorkerIde
     key = _load_pem(folder / WORKER_KEY, _CLOUD_REMEDY)
     path = folder / WORKER_CERT
     try:
-        certificate = WorkerCertificate.from_json(read_text(path, _CLOUD_REMEDY))
+        certificate = WorkerCertificate.from_json(read_text(path, _CLOUD_REMEDY, ours=True))
         certificate.verify(now())
     except (ConfigError, FingerprintError) as error:
         raise KeyFileError(f"{path}: {error}; {_CLOUD_REMEDY} to make it anew") from error

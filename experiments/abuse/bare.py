@@ -23,10 +23,10 @@ import grpc
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.loading import EdgesFile, make_parts, served_by
 from isthmus.cloud.server import StripServer
 from isthmus.cloud.worker import WorkerSpec
-from isthmus.protocol.keys import load_worker
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
 HASH_ROUNDS = 300_000
@@ -132,7 +132,7 @@ async def _serve(task: dict[str, Any]) -> None:
     }
     spec = WorkerSpec(**options)
     kind = StripServer if weakness == "none" else WeakServer
-    server = kind(served_by(spec), load_worker(home), EdgesFile(home), spec.threads)
+    server = kind(served_by(spec), IdentityFiles(home), EdgesFile(home), spec.threads)
     if isinstance(server, WeakServer):
         server.weakness = weakness
     port = await server.start(spec.listen, None)

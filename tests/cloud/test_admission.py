@@ -14,6 +14,7 @@ from support.sessions import channel, eventually, hidden
 from support.wire import TENANT
 
 from isthmus.cloud import admission
+from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.jobs import Share
 from isthmus.cloud.loading import EdgesFile
 from isthmus.cloud.served import Served
@@ -25,7 +26,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import Role, codec_id, encode
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.errors import ConnectionLostError, FingerprintError, NotEnrolledError, OverQuotaError
-from isthmus.protocol.keys import Fingerprint, load_edge, load_worker
+from isthmus.protocol.keys import Fingerprint, load_edge
 from isthmus.protocol.session import EdgeSession, Established, Received
 
 # Enrolled edges -------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(
     async def come() -> None:
         await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)))
 
-    plane = StripServer(cloud, load_worker(home.folder), EdgesFile(home.folder), 1)
+    plane = StripServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1)
     asyncio.run(come())
     assert counts[:5] == [1, 2, 2, 2, 2]
     assert len(counts) == 5 + 2  # three were ended in the middle

@@ -39,6 +39,7 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
     status: dict[str, Any] = {
         **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
         **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
+        "certificate_not_after": 2000 - number,
         **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
         **{"queue_depth": 1, "overdue": 0, "in_flight": 2, "deadlines": {"met": 5, "late": number, "refused": 2}},
         **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
@@ -149,7 +150,7 @@ def test_the_clouds_status_adds_up_its_workers() -> None:
     assert (status["sessions"], status["waiting"]) == ({"alice": 3}, {"alice": 2})
     assert (status["queue_depth"], status["in_flight"], status["restarts"]) == (2, 4, 3)
     assert (status["deadlines"], status["deadlines_missed"]) == ({"met": 10, "late": 1, "refused": 4}, 0.3333)
-    assert (status["stash_budget_bytes"], status["uptime_s"]) == (100, 4.0)
+    assert (status["stash_budget_bytes"], status["uptime_s"], status["certificate_not_after"]) == (100, 4.0, 1999)
     assert [worker["state"] for worker in status["workers"]] == ["serving", "draining"]
     assert "positions" not in status["workers"][0]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +43,25 @@ def test_what_other_folders_warn_of_is_in_the_log(tmp_path: Path) -> None:
     logging.getLogger("isthmus.kernels").warning("torch computes on %s", "cuda:0")
     (line,) = map(json.loads, (tmp_path / "worker.log").read_text().splitlines())
     assert (line["level"], line["event"]) == ("warning", "torch computes on cuda:0")
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from isthmus.cloud import logs
+logs.LOG_BYTES = 4096
+logs.log_to(logs.log_file(Path(sys.argv[1]), "worker", int(sys.argv[2])))
+for number in range(60):
+    logs.log("event", process=int(sys.argv[2]), number=number)
+"""
+
+
+def test_processes_that_rotate_at_once_lose_no_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(number)]) for number in range(3)]
+    assert [process.wait() for process in processes] == [0] * 3
+    for number, name in enumerate(("worker.log", "worker-1.log", "worker-2.log")):
+        files = [tmp_path / f"{name}.1", tmp_path / name]
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        assert [(line["process"], line["number"]) for line in lines] == [(number, each) for each in range(60)]
+        assert [file.stat().st_mode & 0o777 for file in files] == [0o600] * 2

@@ -19,7 +19,8 @@ from isthmus.cloud.directory import Word
 from isthmus.cloud.jobs import Share
 from isthmus.cloud.logs import LOGGER
 from isthmus.cloud.pipeline import NextStage
-from isthmus.cloud.serve import Ports, _stages
+from isthmus.cloud.ports import Ports
+from isthmus.cloud.serve import _stages
 from isthmus.cloud.served import Served
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.edge.link import Link, connect

@@ -23,8 +23,9 @@ from isthmus.backbone.sources import Checkpoint
 from isthmus.cloud import loading, serve as serve_module, worker as worker_module
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.loading import EdgesFile, make_parts
+from isthmus.cloud.ports import Ports
 from isthmus.cloud.scaling import Change
-from isthmus.cloud.serve import Ports, _bounds, _parts_folder, _wait
+from isthmus.cloud.serve import _bounds, _parts_folder, _wait
 from isthmus.cloud.worker import Worker, WorkerSpec
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.package import Package
@@ -155,6 +156,7 @@ def test_a_machine_on_which_ray_finds_no_gpu_is_told_before_workers_are_started(
     serving._ray.get_runtime_context = lambda: SimpleNamespace(gcs_address="127.0.0.1:1")
     serving._ray.cluster_resources = lambda: {"memory": 1.0}
     serving._specs, serving._address, serving._least = [dataclasses.replace(SPEC, device="cuda")], None, 1
+    serving._ray_folder = Path("ray")
     with pytest.raises(ConfigError, match=r"^--device cuda needs a GPU that torch finds, and it finds none"):
         serving._begin()
 
@@ -192,6 +194,47 @@ def test_a_pipeline_that_does_not_fit_is_refused(
     model = tiny_checkpoint("llama", tmp_path / "model")
     with pytest.raises(ConfigError, match=message):
         serve_module.serve(str(model), home=Home(tmp_path).folder, listen="127.0.0.1:0", **arguments)
+
+
+class StartedError(Exception):
+    """Instead of starting Ray."""
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "line"),
+    [
+        ({}, [8], "the worker computes with 8 threads; this process may use 8 cores"),
+        ({"workers": "1:4"}, [2] * 4, "each of at most 4 workers has 2 threads; this process may use 8 cores"),
+        ({"workers": "3"}, [2] * 3, "each of at most 3 workers has 2 threads; this process may use 8 cores"),
+        ({"pipeline": 2}, [4] * 2, "each of at most 2 workers has 4 threads; this process may use 8 cores"),
+        (
+            {"workers": "1:9"},
+            [1] * 9,
+            "9 workers has 1 thread; this process may use 8 cores, so they will",
+        ),
+        ({"workers": "2", "threads": 8}, [8] * 2, "has 8 threads; this process may use 8 cores, so they will wait"),
+    ],
+)
+def test_workers_share_the_cores_at_their_largest_number_and_the_operator_is_told(
+    options: dict[str, Any], threads: list[int], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    started: list[WorkerSpec] = []
+
+    def start(specs: list[WorkerSpec], *_: Any, **__: Any) -> None:
+        started.extend(specs)
+        raise StartedError
+
+    monkeypatch.setattr(serve_module, "Serving", start)
+    monkeypatch.setattr(serve_module, "usable_cores", lambda: 8)
+    home, model = Home(tmp_path).folder, tiny_checkpoint("llama", tmp_path / "model")
+    with pytest.raises(StartedError):
+        serve_module.serve(str(model), home=home, listen="127.0.0.1:0", **options)
+    assert [spec.threads for spec in started] == threads
+    assert line in " ".join(capsys.readouterr().err.split())
+    logs = [Path(spec.log_file).name for spec in started]
+    assert logs == ["worker.log", *(f"worker-{number}.log" for number in range(1, len(started)))]
+    assert not (home / "pipeline").exists()
 
 
 def test_a_worker_that_is_dead_at_the_drain_is_no_error() -> None:

@@ -122,6 +122,33 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
         load(folder)
 
 
+def test_a_state_of_which_a_bit_has_changed_is_refused_or_says_the_same(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    path = folder / "state.json"
+    whole, skip = path.read_bytes(), {"parameters": {}, "optimizer": {}, "method_tensors": {}, "random": None}
+    saved, refused = replace(load(folder), **skip), 0
+    for place in range(0, len(whole), 17):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert replace(load(folder), **skip) == saved
+        except CheckpointError:
+            refused += 1
+    assert refused > len(whole) // 34
+    assert b'"learning_rate": 0.0001' in whole
+    path.write_bytes(whole.replace(b'"learning_rate": 0.0001', b'"learning_rate": 0.0003'))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged \(its SHA-256 differs"):
+        load(folder)
+
+
+def test_a_checkpoint_from_before_states_had_a_digest_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    path = folder / "state.json"
+    tree = json.loads(path.read_text())
+    del tree["own_sha256"]
+    path.write_text(json.dumps(tree, indent=1))
+    assert load(folder).learning_rate == 1e-4
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, state(), keep=1)
     tree = json.loads((folder / "state.json").read_text())

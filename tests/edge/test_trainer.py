@@ -30,12 +30,13 @@ from isthmus.backbone.files import claim
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.progress import duration
+from isthmus.backbone.readable import size
 from isthmus.edge import checkpoint as checkpoints
 from isthmus.edge.checkpoint import ModelIdentity
 from isthmus.edge.data import Batches, Encoded
 from isthmus.edge.evaluate import evaluate
 from isthmus.edge.methods import build_peft, trained
-from isthmus.edge.progress import TrainProgress, size
+from isthmus.edge.progress import TrainProgress
 from isthmus.edge.report import StripTotals, count, linear_parameters
 from isthmus.edge.schedule import learning_rate, total_steps
 from isthmus.protocol.errors import UnreachableError

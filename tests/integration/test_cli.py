@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer.main
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from support.tiny import tiny_checkpoint
 from support.warm import warm
 
 from isthmus.cli.main import app
+from isthmus.cloud.ports import Listener
 from isthmus.experiments.harness import _of_session
 
 pytestmark = pytest.mark.server
@@ -277,9 +279,46 @@ def test_what_only_a_worker_finds_out_is_told_as_the_rest_and_nothing_stays(plac
         time.sleep(0.1)
 
 
+def test_a_home_that_is_served_already(place: Place) -> None:
+    assert place.serving is not None
+    home = place.folder / "cloud"
+    state = (home / "serving.json").read_text()
+    own = ("--model", place.model, "--home", home, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+    for options in ((), ("--pipeline", "2")):  # whatever it would serve
+        done = place.run("cloud", "serve", *own, *options)
+        refused(done, 61, f"process {place.serving.pid} serves with the home {home}", "--home")
+    assert (home / "serving.json").read_text() == state  # the running cloud is still known
+    assert not (home / "pipeline").exists()
+
+
+def test_ray_keeps_to_this_user_and_to_this_machine(place: Place) -> None:
+    assert place.serving is not None
+    told = " ".join((place.folder / "serve.out").read_text().split())
+    assert "the worker computes with 1 thread; this process may use" in told
+    assert "root_key lies here, and no worker needs it" in told
+    assert "other machines can reach" not in told
+    processes = {pid: psutil.Process(pid) for pid in _of_session(place.serving.pid)}
+    listening = [
+        Listener(process.name(), pid, each.laddr.ip, each.laddr.port)
+        for pid, process in processes.items()
+        for each in process.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN
+    ]
+    assert {"raylet", "gcs_server", "ray::Worker", "ray::Controller"} <= {each.process for each in listening}
+    assert not [str(each) for each in listening if not each.private]
+    status = json.loads(place.good("cloud", "status", "--home", place.folder / "cloud", "--json"))
+    announced = {int(status["connection"].partition("#")[0].rpartition(":")[2])}
+    announced |= {int(json.loads((place.folder / "cloud" / "serving.json").read_text())["metrics"].rpartition(":")[2])}
+    assert not [str(each) for each in listening if each.port not in announced and str(each.port) not in told]
+    sockets = [each.laddr for process in processes.values() for each in process.net_connections("unix") if each.laddr]
+    folders = {Path(path).parents[3] for path in sockets if path.endswith(("/raylet", "/plasma_store"))}
+    assert [oct(folder.stat().st_mode & 0o777) for folder in folders] == ["0o700"]
+
+
 def test_a_port_in_use(place: Place) -> None:
     port = Path(place.cloud).read_text().split("#")[0].rpartition(":")[2]
-    home = place.folder / "cloud"
+    home = place.folder / "another"
+    place.good("cloud", "keygen", "--home", home)
     done = place.run("cloud", "serve", "--model", place.model, "--home", home, "--listen", f"127.0.0.1:{port}")
     refused(done, 41, f"127.0.0.1:{port}", "--listen")
     done = place.run(
@@ -295,7 +334,6 @@ def test_a_port_in_use(place: Place) -> None:
         f"127.0.0.1:{port}",
     )
     refused(done, 41, "--metrics")
-    assert (home / "serving.json").exists()  # the running cloud is still known
 
 
 def test_tls_files_that_are_none(place: Place) -> None:
@@ -517,4 +555,6 @@ def test_sigterm_drains_and_ends_cleanly(place: Place) -> None:
     assert events[-1]["event"] == "stopped"
     assert events[-1]["all_answered"] is True
     assert not (place.folder / "cloud" / "serving.json").exists()
+    folders = json.loads((place.folder / "cloud" / "serve.lock").read_text())
+    assert not Path(folders["ray_folder"]).exists()
     refused(place.run("cloud", "status", "--home", place.folder / "cloud"), 40, "no cloud serves")

@@ -172,7 +172,7 @@ def test_a_cluster_without_its_control_store_is_started_again(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not before & {worker["pid"] for worker in status["workers"]}
-    events = [json.loads(line)["event"] for line in (two.home / "worker.log").read_text().splitlines()]
+    events = [json.loads(line)["event"] for line in (two.home / "serve.log").read_text().splitlines()]
     assert "control_store_lost" in events
 
 
@@ -211,7 +211,7 @@ def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Pat
             for each in asking:
                 each.result()
         assert all(torch.equal(output, outputs[0]) for output in outputs)
-        events = [json.loads(line)["event"] for line in (cloud.home / "worker.log").read_text().splitlines()]
+        events = [json.loads(line)["event"] for line in (cloud.home / "serve.log").read_text().splitlines()]
         assert "worker_added" in events
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.loading import EdgesFile, served_by
 from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.served import Served
@@ -21,7 +22,7 @@ from isthmus.cloud.worker import WorkerSpec
 from isthmus.edge.link import Link
 from isthmus.edge.transport import GrpcTransport, Tls
 from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
-from isthmus.protocol.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge, load_worker
+from isthmus.protocol.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge
 
 PLAN = "2:2"
 
@@ -110,7 +111,7 @@ class ThreadServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-server", daemon=True)
         self.server = StripServer(
             cloud,
-            load_worker(home.folder, now=lambda: 0.0),
+            IdentityFiles(home.folder, now=lambda: 0.0),
             EdgesFile(home.folder),
             1,
             next_stage,

@@ -1,0 +1,100 @@
+"""How many cores this process may use: those of its CPU affinity, and no more than its cgroup's quota pays for.
+
+`os.cpu_count()` counts the machine's. In a container, or under `taskset`, more threads than cores would wait for each
+other at every product.
+
+    cgroup v2  `cpu.max`: "<quota> <period>" in microseconds, or "max <period>"
+    cgroup v1  `cpu.cfs_quota_us`, -1 without a limit, and `cpu.cfs_period_us`
+
+A quota of a group above binds as well, so all of them are read, up to the root of the mount. Source: the kernel's
+documentation, admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROC = Path("/proc/self")
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy, at least 1. Part of a core, in a quota, is not counted."""
+    return cores_within(len(os.sched_getaffinity(0)), cpu_quota(_PROC))
+
+
+def cores_within(allowed: int, quota: float | None) -> int:
+    """The lesser of the cores of an affinity and those that a quota, in cores, pays for; at least 1."""
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def threads_each(cores: int, processes: int) -> int:
+    """Threads for each of several processes that share the cores; at least 1."""
+    return max(1, cores // processes)
+
+
+def cpu_quota(proc: Path) -> float | None:
+    """The least CPU quota, in cores, of the cgroups that a process is in; None without one.
+
+    Args:
+        proc: the process's folder in /proc, of which `cgroup` and `mountinfo` are read.
+    """
+    quotas = [quota for group in _groups(proc) for quota in (_quota_v2(group), _quota_v1(group)) if quota is not None]
+    return min(quotas, default=None)
+
+
+def _groups(proc: Path) -> Iterator[Path]:
+    """The folders of the process's groups and of those above, as far as they are mounted."""
+    try:
+        memberships = (proc / "cgroup").read_text().splitlines()
+        mounts = (proc / "mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    paths = dict(_memberships(memberships))
+    for mount in mounts:
+        before, _, after = mount.partition(" - ")
+        fields, (kind, _, options) = before.split(), after.split(" ", 2)
+        controllers = options.split(",")
+        path = paths.get("") if kind == "cgroup2" else paths.get("cpu") if "cpu" in controllers else None
+        if kind not in ("cgroup", "cgroup2") or path is None:
+            continue
+        top, root = Path(fields[4]), fields[3]
+        # In a container the mount's root is the container's own group, and so is the start of the process's path.
+        inside = path.removeprefix(root) if root != "/" else path
+        group = top / inside.lstrip("/")
+        yield top
+        while group != top and group.is_relative_to(top):
+            yield group
+            group = group.parent
+
+
+def _memberships(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """The process's path by controller, of "4:cpu,cpuacct:/path"; "" stands for cgroup v2, "0::/path"."""
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        for name in names.split(","):
+            yield name, path
+
+
+def _quota_v2(group: Path) -> float | None:
+    words = _read(group / "cpu.max").split()
+    return _cores(*words) if len(words) == 2 else None
+
+
+def _quota_v1(group: Path) -> float | None:
+    return _cores(_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us"))
+
+
+def _cores(quota: str, period: str) -> float | None:
+    """Both in microseconds. "max" and -1 are no quota."""
+    if not quota.isdecimal() or not period.isdecimal() or not int(period):
+        return None
+    return int(quota) / int(period)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
