@@ -10,6 +10,7 @@
     ├── UnsupportedCallError     24   the model is asked for something that a split model cannot do exactly
     ├── NonFiniteError           50   a loss, an activation or a gradient is NaN or infinite
     ├── DiskError                51   the disk is full or cannot be written
+    ├── OwnershipError           52   a folder or file is another user's, or others may write to it
     ├── isthmus.emulator.errors  25-27  packages of the emulator path, and the adapters that come back
     └── isthmus.protocol.errors  30-49  keys, the handshake, frames, the connection
 
@@ -80,3 +81,9 @@ class DiskError(IsthmusError, OSError):
     """The disk is full or cannot be written."""
 
     exit_code = 51
+
+
+class OwnershipError(IsthmusError, PermissionError):
+    """A folder or a file that would be trusted is another user's, or others may write to it."""
+
+    exit_code = 52

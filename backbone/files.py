@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError
+from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError, OwnershipError
+from isthmus.backbone.ownership import check_contents, check_owner, private_folder
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"
+_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -41,7 +45,9 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     with disk_errors(path):
         try:
-            with temporary.open("wb") as file:
+            # Never through a link that somebody has put there: what is there goes, or the write fails.
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | _NEW, mode), "wb") as file:  # noqa: PTH123  # a descriptor
                 os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
@@ -108,10 +114,11 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         DiskError: The folder of `path` cannot be made or written.
+        OwnershipError: The file is another user's.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / f".{path.name}.lock").open("w")
+        lock = _open_lock(path.parent / f".{path.name}.lock")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -124,10 +131,11 @@ def claim(out: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process trains into `out`.
         DiskError: `out` cannot be made or written.
+        OwnershipError: `out` or something in it is another user's, or others may write to it.
     """
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        check_contents(private_folder(out))
+        lock = _open_lock(out / ".lock")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,6 +144,23 @@ def claim(out: Path) -> Iterator[None]:
                 f"another process is training into {out}: wait for it or stop it, or give another --out."
             ) from None
         yield
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open the file of a lock, which is made if it is not there; never through a link, and never another user's."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OwnershipError(f"{path} is a link where the file of a lock belongs: remove it") from None
+        raise
+    lock = open(handle, "rb")  # noqa: PTH123, SIM115  # a descriptor; the caller closes it
+    try:
+        check_owner(path, os.fstat(handle))
+    except OwnershipError:
+        lock.close()
+        raise
+    return lock
 
 
 def remove_folder(path: Path) -> None:

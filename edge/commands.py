@@ -94,6 +94,7 @@ def generate(
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that the cloud may take for a token; if it cannot, the command ends.")
     ] = None,
+    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched of a model at most.")] = 64.0,
     tls_ca: Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")] = None,
@@ -110,6 +111,7 @@ def generate(
             "key": key,
             "data": "-",
             "codec": codec,
+            "max_fetch_gib": max_fetch_gib,
             "tls_ca": tls_ca,
             "tls_cert": tls_cert,
             "tls_key": tls_key,
