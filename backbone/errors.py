@@ -8,6 +8,7 @@
     ├── PlanError                22   the split plan does not fit the model
     ├── CheckpointError          23   a checkpoint is damaged, or belongs to another model
     ├── UnsupportedCallError     24   the model is asked for something that a split model cannot do exactly
+    ├── ChatTemplateError        28   a chat template takes more time, memory or room than it may
     ├── NonFiniteError           50   a loss, an activation or a gradient is NaN or infinite
     ├── DiskError                51   the disk is full or cannot be written
     ├── OwnershipError           52   a folder or file is another user's, or others may write to it
@@ -69,6 +70,12 @@ class UnsupportedCallError(IsthmusError, ValueError):
     """The split model is asked for something that it cannot do exactly; refusing is better than a wrong answer."""
 
     exit_code = 24
+
+
+class ChatTemplateError(IsthmusError, ValueError):
+    """A chat template takes more time, memory or room for a conversation than it may."""
+
+    exit_code = 28
 
 
 class NonFiniteError(IsthmusError, ArithmeticError):

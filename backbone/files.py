@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from safetensors import SafetensorError
 
-from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError, OwnershipError
-from isthmus.backbone.ownership import check_contents, check_owner, private_folder
+from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError
+from isthmus.backbone.private import check_contents, check_owner, private_folder
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"
-_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -42,12 +41,12 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         DiskError: The disk is full or cannot be written; an older file of that name is unchanged.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     with disk_errors(path):
+        # A new file of a name that nobody knows beforehand: a link that lies in wait for it is not followed.
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
         try:
-            # Never through a link that somebody has put there: what is there goes, or the write fails.
-            temporary.unlink(missing_ok=True)
-            with open(os.open(temporary, os.O_WRONLY | _NEW, mode), "wb") as file:  # noqa: PTH123  # a descriptor
+            with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
                 os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
@@ -118,10 +117,20 @@ def locked(path: Path) -> Iterator[None]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _open_lock(path.parent / f".{path.name}.lock")
+        lock = open_lock(path.parent / f".{path.name}.lock")
     with lock:
+        check_owner(path, os.fstat(lock.fileno()))
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open the file of a lock, made where there is none. It is neither emptied nor found through a link.
+
+    Raises:
+        OSError: It cannot be made, or a link is in its place.
+    """
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: PTH123  # a descriptor
 
 
 @contextmanager
@@ -135,7 +144,7 @@ def claim(out: Path) -> Iterator[None]:
     """
     with disk_errors(out):
         check_contents(private_folder(out))
-        lock = _open_lock(out / ".lock")
+        lock = open_lock(out / ".lock")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,23 +153,6 @@ def claim(out: Path) -> Iterator[None]:
                 f"another process is training into {out}: wait for it or stop it, or give another --out."
             ) from None
         yield
-
-
-def _open_lock(path: Path) -> BinaryIO:
-    """Open the file of a lock, which is made if it is not there; never through a link, and never another user's."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OwnershipError(f"{path} is a link where the file of a lock belongs: remove it") from None
-        raise
-    lock = open(handle, "rb")  # noqa: PTH123, SIM115  # a descriptor; the caller closes it
-    try:
-        check_owner(path, os.fstat(handle))
-    except OwnershipError:
-        lock.close()
-        raise
-    return lock
 
 
 def remove_folder(path: Path) -> None:

@@ -112,7 +112,12 @@ def export_edge_parts(
     model = load_edge_parts(checkpoint, plan, _no_span, dtype=dtype)
     state = model.state_dict()
     tensors = {name: state[name].contiguous() for name in sorted(model.isthmus_origin.names)}
-    info = {"model": checkpoint.name, "plan": str(plan), "digest": checkpoint.digest()}
+    info = {
+        "model": checkpoint.name,
+        "plan": str(plan),
+        "digest": checkpoint.digest(),
+        "revision": checkpoint.revision,
+    }
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:

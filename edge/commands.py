@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from isthmus.backbone.terminal import shown
 from isthmus.edge.config import DEFAULT_KEY, TrainConfig, load_config
 from isthmus.edge.options import ConfigFile, run_to_its_end, with_flags
 
@@ -134,4 +136,4 @@ def generate(
     if as_json:
         typer.echo(json.dumps({"text": text, "bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}))
     else:
-        typer.echo(text)
+        typer.echo(shown(text, sys.stdout), color=True)  # what goes elsewhere than to a terminal is the text as it is

@@ -53,6 +53,7 @@ def peft_config(settings: Mapping[str, Any], hidden_size: int, plan: SplitPlan) 
         "task_type": lambda value: value == "CAUSAL_LM",
         "peft_version": _is_text,
         "base_model_name_or_path": _is_text,
+        "revision": _is_text,
         "inference_mode": _is_flag,
     }
     layered: dict[str, Callable[[Any], bool]] = {

@@ -26,6 +26,7 @@ distinction is h11's.
 from __future__ import annotations
 
 from isthmus.backbone.errors import IsthmusError, NonFiniteError
+from isthmus.backbone.terminal import printable as printable  # noqa: PLC0414  # exported again
 
 
 class KeyFileError(IsthmusError, OSError):
@@ -120,8 +121,3 @@ class ConnectionLostError(IsthmusError, ConnectionError):
     """The stream broke. The edge reconnects and repeats the call."""
 
     exit_code = 43
-
-
-def printable(text: str) -> str:
-    """The other side's words for this side's terminal, without what could move its cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)

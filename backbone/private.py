@@ -1,4 +1,4 @@
-"""Who may change a file or a folder. What another user of the machine could have put there is refused, not used.
+"""Folders for models and private data. What another user of the machine could have put there is refused, not used.
 
 A folder for models, keys or private data is made with mode 0700. One that is there is taken where it belongs to this
 process's user (or to root, who can do anything anyway), and nobody else may write to it. The same goes for the files in
@@ -13,8 +13,6 @@ import stat
 from pathlib import Path
 
 from isthmus.backbone.errors import OwnershipError
-
-_ROOT = 0
 
 
 def private_folder(folder: Path, *below: str) -> Path:
@@ -81,9 +79,9 @@ def check_owner(path: Path, found: os.stat_result) -> None:
     Raises:
         OwnershipError: It is another user's.
     """
-    me = os.geteuid()
-    if found.st_uid not in (me, _ROOT):
+    # Root has another number in a user namespace: that of the owner of `/`.
+    if found.st_uid not in (os.geteuid(), 0, Path("/").stat().st_uid):
         raise OwnershipError(
-            f"{path} belongs to another user (uid {found.st_uid}, this process is {me}), so it is not used: remove it, "
-            "or choose another place (the cache's is ISTHMUS_CACHE)"
+            f"{path} belongs to another user (uid {found.st_uid}, this process is {os.geteuid()}), so it is not used: "
+            "remove it, or choose another place (the cache's is ISTHMUS_CACHE)"
         )
