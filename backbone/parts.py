@@ -164,7 +164,8 @@ def weigh_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Weights:
 
 
 def _weight(module: Any) -> int:
-    return 4 * sum(tensor.numel() for tensor in module.state_dict(keep_vars=True).values())
+    n_values: int = sum(tensor.numel() for tensor in module.state_dict(keep_vars=True).values())
+    return 4 * n_values
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
@@ -205,7 +206,7 @@ def _settle(model: Any, checkpoint: Checkpoint) -> None:
     if (checkpoint.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             path = checkpoint.folder / "generation_config.json"
             raise CheckpointError(f"{path} does not make sense; fetch the checkpoint again") from error
     model.generation_config.use_cache = False

@@ -123,7 +123,8 @@ def most_adapter_bytes(parts: Path, plan: SplitPlan) -> int:
 
 
 def _most_bytes(model: Any) -> int:
-    return 2 * 4 * sum(parameter.numel() for parameter in model.parameters()) + _SPARE_BYTES
+    n_values: int = sum(parameter.numel() for parameter in model.parameters())
+    return 2 * 4 * n_values + _SPARE_BYTES
 
 
 def _edge_on_meta(checkpoint: Checkpoint, plan: SplitPlan) -> Any:
