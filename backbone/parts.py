@@ -33,6 +33,10 @@ __all__ = [
 ]
 
 
+MAX_COPIES = 64
+"""Most beams, or answers to one prompt, that a checkpoint's generation settings may ask for."""
+
+
 def load_edge_parts(
     source: Checkpoint | Path,
     plan: SplitPlan,
@@ -209,6 +213,13 @@ def _settle(model: Any, checkpoint: Checkpoint) -> None:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             path = checkpoint.folder / "generation_config.json"
             raise CheckpointError(f"{path} does not make sense; fetch the checkpoint again") from error
+        for name in ("num_beams", "num_return_sequences"):  # each is another copy of the whole batch
+            value = getattr(model.generation_config, name, None)
+            if isinstance(value, int) and value > MAX_COPIES:
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'generation_config.json'} has {name} = {value}, more than {MAX_COPIES}: "
+                    "fetch the checkpoint again, or ask its owner"
+                )
     model.generation_config.use_cache = False
     model.config.use_cache = False
     model.config.name_or_path = str(checkpoint.folder)

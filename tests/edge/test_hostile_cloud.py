@@ -300,6 +300,17 @@ def test_json_without_a_bottom_is_one_clear_error(cloud: MemoryCloud, tmp_path: 
         _ = load_edge_parts(folder, plan, lambda x, *_: x) if model_first else load_tokenizer(folder)
 
 
+def test_generation_settings_that_multiply_the_batch_are_refused(cloud: MemoryCloud, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(parts_of(cloud), tmp_path / "parts"))
+    plan = SplitPlan.parse(cloud.served.info.plan, cloud.served.info.n_layers)
+    for beams in (4, 64):
+        (folder / "generation_config.json").write_text(json.dumps({"num_beams": beams}))
+        assert load_edge_parts(folder, plan, lambda x, *_: x).generation_config.num_beams == beams
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 100_000}))
+    with pytest.raises(CheckpointError, match="num_beams = 100000, more than 64"):
+        load_edge_parts(folder, plan, lambda x, *_: x)
+
+
 @pytest.mark.parametrize("header", [1 << 63, 10**9, 200 << 20])
 def test_weights_that_announce_an_absurd_header_are_one_clear_error(tmp_path: Path, header: int) -> None:
     (tmp_path / "edge.safetensors").write_bytes(header.to_bytes(8, "little") + b'{"a":1}')
