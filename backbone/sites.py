@@ -54,9 +54,10 @@ class Site:
             return self.module.down.in_features, self.module.down.in_features
         if isinstance(self.module, LowRankSite):
             return self.module.rank, self.module.rank
-        base: Any = self.module.get_base_layer()  # type: ignore[operator]  # PEFT's
+        module: Any = self.module
+        base = module.get_base_layer() if _is_peft_layer(module) else module
         rows, columns = base.weight.shape
-        return (rows, columns) if hasattr(base, "nf") else (columns, rows)
+        return (rows, columns) if hasattr(base, "nf") else (columns, rows)  # transformers' Conv1D is transposed
 
     @property
     def device(self) -> torch.device:
