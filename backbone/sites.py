@@ -55,7 +55,7 @@ class Site:
         if isinstance(self.module, LowRankSite):
             return self.module.rank, self.module.rank
         module: Any = self.module
-        base = module.get_base_layer() if _is_peft_layer(module) else module
+        base = module.get_base_layer() if is_peft_layer(module) else module
         rows, columns = base.weight.shape
         return (rows, columns) if hasattr(base, "nf") else (columns, rows)  # transformers' Conv1D is transposed
 

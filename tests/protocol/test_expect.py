@@ -11,6 +11,7 @@ from isthmus.protocol.codecs import ACTIVATION_CODECS, Role, encode
 from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.fields import body_bytes
 from isthmus.protocol.packing import pack
+from isthmus.protocol.sealing import MAX_KEY_CHANGES
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
 
 
@@ -76,11 +77,14 @@ def test_the_bytes_of_a_tensor_are_known_beforehand(codec: str, shape: tuple[int
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_a_key_changes_once_between_two_messages(up: bool) -> None:
+def test_a_key_does_not_change_for_ever_without_a_message(up: bool) -> None:
     sender, receiver = new_pair() if up else new_pair()[::-1]
-    assert receiver.receive(sender.rekey()) == Incomplete()
-    deliver(list(sender.send(m.Goodbye("a message"))), receiver)
-    assert receiver.receive(sender.rekey()) == Incomplete()
-    with pytest.raises(FrameError, match="right after another"):
+    for _ in range(2):
+        for _ in range(MAX_KEY_CHANGES):
+            assert receiver.receive(sender.rekey()) == Incomplete()
+        deliver(list(sender.send(m.Goodbye("a message"))), receiver)
+    for _ in range(MAX_KEY_CHANGES):
+        receiver.receive(sender.rekey())
+    with pytest.raises(FrameError, match="after 16 others and no message"):
         receiver.receive(sender.rekey())
     assert receiver.closed
