@@ -97,6 +97,7 @@ def _save_peft(model: Any, folder: Path) -> None:
     if origin is not None:
         for settings in model.peft_config.values():
             settings.base_model_name_or_path = origin.checkpoint.name
+            settings.revision = origin.checkpoint.revision
     with without_known_warnings(), _without_dead_sites(model) as state:
         # PEFT would otherwise ask the hub whether the base model's embedding has grown.
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)

@@ -8,8 +8,10 @@
     ├── PlanError                22   the split plan does not fit the model
     ├── CheckpointError          23   a checkpoint is damaged, or belongs to another model
     ├── UnsupportedCallError     24   the model is asked for something that a split model cannot do exactly
+    ├── ChatTemplateError        28   a chat template takes more time, memory or room than it may
     ├── NonFiniteError           50   a loss, an activation or a gradient is NaN or infinite
     ├── DiskError                51   the disk is full or cannot be written
+    ├── OwnershipError           52   a folder or file is another user's, or others may write to it
     ├── isthmus.emulator.errors  25-27  packages of the emulator path, and the adapters that come back
     └── isthmus.protocol.errors  30-49  keys, the handshake, frames, the connection; 61, the cloud's home
 
@@ -70,6 +72,12 @@ class UnsupportedCallError(IsthmusError, ValueError):
     exit_code = 24
 
 
+class ChatTemplateError(IsthmusError, ValueError):
+    """A chat template takes more time, memory or room for a conversation than it may."""
+
+    exit_code = 28
+
+
 class NonFiniteError(IsthmusError, ArithmeticError):
     """A loss, an activation or a gradient is NaN or infinite."""
 
@@ -80,3 +88,9 @@ class DiskError(IsthmusError, OSError):
     """The disk is full or cannot be written."""
 
     exit_code = 51
+
+
+class OwnershipError(IsthmusError, PermissionError):
+    """A folder or a file that would be trusted is another user's, or others may write to it."""
+
+    exit_code = 52

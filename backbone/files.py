@@ -14,6 +14,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError
+from isthmus.backbone.private import check_contents, check_owner, private_folder
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"
@@ -112,11 +113,13 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         DiskError: The folder of `path` cannot be made or written.
+        OwnershipError: The file is another user's.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path.parent / f".{path.name}.lock")
     with lock:
+        check_owner(path, os.fstat(lock.fileno()))
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -137,9 +140,10 @@ def claim(out: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process trains into `out`.
         DiskError: `out` cannot be made or written.
+        OwnershipError: `out` or something in it is another user's, or others may write to it.
     """
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        check_contents(private_folder(out))
         lock = open_lock(out / ".lock")
     with lock:
         try:

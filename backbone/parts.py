@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from isthmus.backbone.assembly import build_on_meta, check_materialised, load_parameters, rebuild_buffers, tie_or_load
 from isthmus.backbone.checkpoint import EDGE_FILE, TensorReader, read_json, write_json
 from isthmus.backbone.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights
-from isthmus.backbone.errors import CheckpointError, PlanError
+from isthmus.backbone.errors import CheckpointError, IsthmusError, PlanError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import SpanFn, SpanGate
@@ -22,7 +22,19 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.sources import PARTS_FILE, Checkpoint, files_beside_the_weights
 
-__all__ = ["EdgeModelMixin", "SpanFn", "SpanGate", "export_edge_parts", "load_edge_parts", "load_edge_weights"]
+__all__ = [
+    "EdgeModelMixin",
+    "SpanFn",
+    "SpanGate",
+    "export_edge_parts",
+    "load_edge_parts",
+    "load_edge_weights",
+    "weigh_parts",
+]
+
+
+MAX_COPIES = 64
+"""Most beams, or answers to one prompt, that a checkpoint's generation settings may ask for."""
 
 
 def load_edge_parts(
@@ -104,7 +116,12 @@ def export_edge_parts(
     model = load_edge_parts(checkpoint, plan, _no_span, dtype=dtype)
     state = model.state_dict()
     tensors = {name: state[name].contiguous() for name in sorted(model.isthmus_origin.names)}
-    info = {"model": checkpoint.name, "plan": str(plan), "digest": checkpoint.digest()}
+    info = {
+        "model": checkpoint.name,
+        "plan": str(plan),
+        "digest": checkpoint.digest(),
+        "revision": checkpoint.revision,
+    }
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:
@@ -112,6 +129,47 @@ def export_edge_parts(
             shutil.copyfile(file, new / file.name)
         save_file(tensors, new / EDGE_FILE, metadata={"format": "pt"})
         write_json(new / PARTS_FILE, info)
+
+
+class Weights(NamedTuple):
+    """Bytes of weights: those that the edge holds, and the whole model's."""
+
+    edge: int
+    whole: int
+
+
+def weigh_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Weights:
+    """What a model's weights take at fp32, going by `config.json` alone: nothing else has to be there.
+
+    Tensors that are tied count twice, since a checkpoint may have them apart.
+
+    Raises:
+        CheckpointError: the configuration describes no model.
+        PlanError: the plan is for another number of layers.
+        UnsupportedFamilyError: the architecture cannot be cut.
+    """
+    try:
+        config = checkpoint.config
+        if plan.n_layers != config.num_hidden_layers:
+            raise PlanError(
+                f"split plan {plan} is for {plan.n_layers} layers, but the model has {config.num_hidden_layers}"
+            )
+        model = build_on_meta(config, family_of(config), torch.float32, None)
+    except IsthmusError:
+        raise
+    except Exception as error:  # a stranger's numbers: the classes fail at them in ways of their own
+        raise CheckpointError(
+            f"the configuration of {checkpoint.name} describes no model ({type(error).__name__}): fetch it again, or "
+            "ask its owner"
+        ) from error
+    layers = model.get_submodule(family_of(config).layers_path)
+    whole = _weight(model)
+    return Weights(whole - sum(_weight(layers[layer]) for layer in plan.cloud), whole)
+
+
+def _weight(module: Any) -> int:
+    n_values: int = sum(tensor.numel() for tensor in module.state_dict(keep_vars=True).values())
+    return 4 * n_values
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
@@ -152,9 +210,16 @@ def _settle(model: Any, checkpoint: Checkpoint) -> None:
     if (checkpoint.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             path = checkpoint.folder / "generation_config.json"
             raise CheckpointError(f"{path} does not make sense; fetch the checkpoint again") from error
+        for name in ("num_beams", "num_return_sequences"):  # each is another copy of the whole batch
+            value = getattr(model.generation_config, name, None)
+            if isinstance(value, int) and value > MAX_COPIES:
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'generation_config.json'} has {name} = {value}, more than {MAX_COPIES}: "
+                    "fetch the checkpoint again, or ask its owner"
+                )
     model.generation_config.use_cache = False
     model.config.use_cache = False
     model.config.name_or_path = str(checkpoint.folder)

@@ -78,6 +78,12 @@ class SiteCall:
         self._kept: dict[int, _Kept] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
+    @property
+    def lent(self) -> list[nn.Parameter]:
+        """Of what is lent, what is trained: its gradients come back, `A` and `B` of each site in turn."""
+        trained = (site for site in self.sites if site.spec.placement == Placement.LEASED)
+        return [parameter for site in trained for parameter in lent_weights(site)[:2]]
+
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> list[Tensor]:
         """The contributions `[B, S, out]` of `sites` to `inputs` `[B, S, in]`; without them those of before.
 
@@ -117,7 +123,7 @@ class SiteCall:
         Raises:
             PlanError: There are others.
         """
-        lent = self._lent()
+        lent = self.lent
         if [each.shape for each in gradients] != [parameter.shape for parameter in lent]:
             raise PlanError(f"{len(gradients)} gradients came back for {len(lent)} matrices that were lent")
         for parameter, gradient in zip(lent, gradients, strict=True):
@@ -169,11 +175,6 @@ class SiteCall:
         if kept.answer is not None:
             _check(kept.answer, site, "gradient")
         kept.asked = True
-
-    def _lent(self) -> list[nn.Parameter]:
-        """Of what is lent, what is trained."""
-        trained = (site for site in self.sites if site.spec.placement == Placement.LEASED)
-        return [parameter for site in trained for parameter in lent_weights(site)[:2]]
 
     def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
         before = self._gradients.get(parameter)

@@ -48,6 +48,18 @@ class Site:
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of a token that the site is given, and that it adds."""
+        if isinstance(self.module, Bottleneck):
+            return self.module.down.in_features, self.module.down.in_features
+        if isinstance(self.module, LowRankSite):
+            return self.module.rank, self.module.rank
+        module: Any = self.module
+        base = module.get_base_layer() if is_peft_layer(module) else module
+        rows, columns = base.weight.shape
+        return (rows, columns) if hasattr(base, "nf") else (columns, rows)  # transformers' Conv1D is transposed
+
+    @property
     def device(self) -> torch.device:
         """Where the contribution is computed."""
         return next(self.module.parameters()).device

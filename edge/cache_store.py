@@ -95,6 +95,7 @@ class SpanStore:
     Raises:
         ConfigError: Another process uses the folder, or an argument makes no sense.
         DiskError: The folder cannot be made, read or written.
+        OwnershipError: The folder or something in it is another user's, or others may write to it.
     """
 
     def __init__(self, folder: Path, identity: bytes, *, max_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -112,7 +113,6 @@ class SpanStore:
         self._full = self._failed = False
         self._mutex = threading.Lock()
         with disk_errors(folder), ExitStack() as held:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
                 held.enter_context(claim(folder))
             except ConfigError:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.edge.transport import NothingYetError, Stream
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError
+from isthmus.protocol.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError, printable
 from isthmus.protocol.keys import Fingerprint
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
@@ -117,8 +117,13 @@ class Channel:
             raise
         traffic.sessions += 1
 
-    def ask(self, question: m.Message, timeout: float) -> m.Message:
+    def ask(self, question: m.Message, timeout: float, answer_bytes: int | None = None) -> m.Message:
         """Send a message and wait for the answer.
+
+        Args:
+            question: what to send.
+            timeout: seconds for each frame, out or in.
+            answer_bytes: the most bytes of the answer's body; None for all that the session's limits accept.
 
         Raises:
             ConnectionLostError: the stream broke, the cloud ended the session, or `timeout` seconds passed.
@@ -127,6 +132,7 @@ class Channel:
         traffic = self._traffic
         name = type(question).__name__.lower()
         self._observer(name, "sending")
+        self._session.expect(answer_bytes)
         frames = self._session.send(question)
         while True:
             before = time.perf_counter_ns()
@@ -150,7 +156,7 @@ class Channel:
         self._observer(name, "idle")
         traffic.round_trips += 1
         if isinstance(event.message, m.Goodbye):
-            raise ConnectionLostError(f"the cloud ended the session: {event.message.reason}")
+            raise ConnectionLostError(f"the cloud ended the session: {printable(event.message.reason)}")
         return event.message
 
     def close(self) -> None:
@@ -184,7 +190,7 @@ class Channel:
                     raise RemoteProtocolError("the cloud left the handshake's order")
 
     def _attach(self, attach: m.Attach) -> tuple[str, ...]:
-        status = self.ask(attach, HANDSHAKE_SECONDS)
+        status = self.ask(attach, HANDSHAKE_SECONDS, answer_bytes=0)
         if isinstance(status, m.Workers):
             if status.go_to:
                 raise RedirectedError(status)
@@ -192,9 +198,9 @@ class Channel:
         if not isinstance(status, m.Status):
             raise RemoteProtocolError(f"the cloud answered Attach with {type(status).__name__}")
         if status.code == m.StatusCode.OVER_QUOTA:
-            raise OverQuotaError(status.message)
+            raise OverQuotaError(printable(status.message))
         if status.code != m.StatusCode.OK:
-            raise RefusedError(status.message)
+            raise RefusedError(printable(status.message))
         return ()
 
     def _send(self, frame: bytes, timeout: float) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from isthmus.backbone.terminal import shown
 from isthmus.edge.config import DEFAULT_KEY, TrainConfig, load_config
 from isthmus.edge.options import ConfigFile, run_to_its_end, with_flags
 
@@ -94,6 +96,7 @@ def generate(
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that the cloud may take for a token; if it cannot, the command ends.")
     ] = None,
+    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched of a model at most.")] = 64.0,
     tls_ca: Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")] = None,
@@ -110,6 +113,7 @@ def generate(
             "key": key,
             "data": "-",
             "codec": codec,
+            "max_fetch_gib": max_fetch_gib,
             "tls_ca": tls_ca,
             "tls_cert": tls_cert,
             "tls_key": tls_key,
@@ -132,4 +136,4 @@ def generate(
     if as_json:
         typer.echo(json.dumps({"text": text, "bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}))
     else:
-        typer.echo(text)
+        typer.echo(shown(text, sys.stdout), color=True)  # what goes elsewhere than to a terminal is the text as it is

@@ -283,6 +283,12 @@ class TrainConfig(TuningConfig):
     call_timeout: float = Field(
         600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
     )
+    max_fetch_gib: float = Field(
+        64.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB that are fetched of a model at most; a cloud that offers more is refused.",
+    )
     tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
     tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
     tls_key: Path | None = Field(None, description="Private key of --tls-cert.")

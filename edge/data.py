@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.errors import ConfigError, DataError
+from isthmus.backbone.chat_template import ChatTemplate
+from isthmus.backbone.errors import ChatTemplateError, ConfigError, DataError
 from isthmus.edge.config import TuningConfig
 from isthmus.edge.readers import Example, read_examples
 
@@ -124,10 +125,12 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tupl
         The encoded examples, in order, and how many were left out because the cut left no label.
 
     Raises:
+        ChatTemplateError: The tokenizer's chat template takes more time, memory or room than it may.
         DataError: A conversation cannot be rendered by the tokenizer's chat template.
         ConfigError: There are conversations and the tokenizer has no chat template.
     """
-    rows = [_segments(example, tokenizer) for example in examples]
+    with ChatTemplate(tokenizer) as template:
+        rows = [_segments(example, template) for example in examples]
     texts = [text for row in rows for text, _ in row]
     tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     opening, eos = _opening(tokenizer), tokenizer.eos_token_id
@@ -159,14 +162,14 @@ def _opening(tokenizer: Any) -> list[int]:
     return []
 
 
-def _segments(example: Example, tokenizer: Any) -> list[Segment]:
+def _segments(example: Example, template: ChatTemplate) -> list[Segment]:
     if not example.messages:
         return [(example.prompt, False), (example.completion, True)]
     messages = [{"role": role, "content": content} for role, content in example.messages]
-    whole = _render(messages, tokenizer, example.where, prompt=False)
+    whole = _render(messages, template, example.where, prompt=False)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     for wanted in (answers, answers[-1:]):
-        segments = _cut(messages, wanted, whole, tokenizer, example.where)
+        segments = _cut(messages, wanted, whole, template, example.where)
         if segments is not None:
             return segments
     raise DataError(
@@ -176,14 +179,14 @@ def _segments(example: Example, tokenizer: Any) -> list[Segment]:
 
 
 def _cut(
-    messages: list[dict[str, str]], wanted: list[int], whole: str, tokenizer: Any, where: str
+    messages: list[dict[str, str]], wanted: list[int], whole: str, template: ChatTemplate, where: str
 ) -> list[Segment] | None:
     """Cut the rendered conversation around the turns in `wanted`, or `None` where the template does not allow it."""
     segments: list[Segment] = []
     done = 0
     for index in wanted:
-        before = _render(messages[:index], tokenizer, where, prompt=True)
-        after = whole if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer, where, prompt=False)
+        before = _render(messages[:index], template, where, prompt=True)
+        after = whole if index == len(messages) - 1 else _render(messages[: index + 1], template, where, prompt=False)
         if not (done <= len(before) < len(after) and after.startswith(before) and whole.startswith(after)):
             return None
         segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
@@ -191,20 +194,16 @@ def _cut(
     return segments
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Any, where: str, *, prompt: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
+def _render(messages: list[dict[str, str]], template: ChatTemplate, where: str, *, prompt: bool) -> str:
+    if not template.exists:
         raise ConfigError(
             f"{where}: messages need a chat template, and the model's tokenizer has none; "
             "give prompt and completion, or text."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        raise DataError(
-            f"{where}: the model's chat template refuses the conversation ({error}); change its roles."
-        ) from error
+        return template.render(messages, add_generation_prompt=prompt)
+    except (ChatTemplateError, DataError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -32,6 +32,7 @@ def fetch(
     cloud: Cloud,
     out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
     key: Key = DEFAULT_KEY,
+    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched at most.")] = 64.0,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -43,7 +44,7 @@ def fetch(
 
     Example: isthmus emulator fetch --cloud cloud.txt --out package
     """
-    with _session(cloud, key, tls_ca, tls_cert, tls_key) as link:
+    with _session(cloud, key, tls_ca, tls_cert, tls_key, max_fetch_gib) as link:
         package = link.fetch_package(out)
         came = link.totals().bytes_down
     if as_json:
@@ -97,10 +98,18 @@ def give_back(
 
 
 @contextmanager
-def _session(cloud: str, key: Path, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> Iterator[Link]:
+def _session(
+    cloud: str,
+    key: Path,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    max_fetch_gib: float | None = None,
+) -> Iterator[Link]:
     """A link for a command that may be interrupted and repeated."""
     tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
-    settings = load_config(None, {"cloud": cloud, "key": key, "data": "-", **tls}, TrainConfig)
+    flags = {"cloud": cloud, "key": key, "data": "-", "max_fetch_gib": max_fetch_gib, **tls}
+    settings = load_config(None, flags, TrainConfig)
     from isthmus.edge.strip import open_link
 
     with interruptible("stopped; the same command goes on from here"), open_link(settings) as link:

@@ -4,14 +4,18 @@
     emulator   the package, into a folder of the user's, which appears when it is whole and verified
     adapter    the tenant's own plugged-in adapter, into the cache
 
-An interrupted download goes on where it stopped.
+An interrupted download goes on where it stopped. What a folder of the cache has and the cloud does not list is removed:
+transformers decides by the files of a folder what it loads. A folder of the cache belongs to one pin: the digest in its
+name is the cloud's word, and one cloud cannot put a file into a folder of another one's.
+
+How much may come is told in `isthmus.edge.offers`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,57 +24,72 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from isthmus.backbone.checkpoint import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.files import disk_errors, locked, remove_folder, sync
+from isthmus.backbone.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.parts import Weights, weigh_parts
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import default_cache
+from isthmus.backbone.private import check_contents, private_folder
+from isthmus.backbone.sources import Checkpoint, default_cache
+from isthmus.edge.offers import DEFAULT_MAX_BYTES, WEIGHTS, WEIGHTS_HEADER, check_offer, check_room, check_size
 from isthmus.emulator.build import check_free
 from isthmus.emulator.errors import PackageError, SignerError
+from isthmus.emulator.intake import most_adapter_bytes
+from isthmus.emulator.manifest import EMULATOR_FILE
 from isthmus.emulator.package import Package, open_package
 from isthmus.emulator.plug import check_adapter
-from isthmus.emulator.shelves import belongs
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import RemoteProtocolError
 from isthmus.protocol.keys import Fingerprint
 
 R = TypeVar("R", bound=m.Message)
 
-_NAMES = {
-    m.Shelf.PARTS: "an edge's parts",
-    m.Shelf.EMULATOR: "a package's files",
-    m.Shelf.ADAPTER: "an adapter's files",
-}
-
 
 class Call(Protocol):
     """A link's way to ask something: repeats the question until there is an answer of the kind."""
 
-    def __call__(self, kind: type[R], question: Callable[[int], m.Message]) -> R:
-        """Ask."""
+    def __call__(self, kind: type[R], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> R:
+        """Ask; the body of the answer has at most `answer_bytes`."""
 
 
-def fetch_parts(info: m.SessionInfo, call: Call) -> Path:
+Weigh = Callable[[], Mapping[str, int]]
+"""Most bytes of each file of weights, found out from the configuration that has come."""
+
+
+def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:
     """Bring the cache up to date with what the cloud serves.
 
     Args:
-        info: what the cloud said; its digest and plan name the folder.
+        info: what the cloud said; its digest and plan name the folder, below that of the pin.
         call: asks the cloud.
+        pin: fingerprint of the cloud's root key.
+        max_bytes: most bytes of all files.
 
     Returns:
         A folder for `isthmus.backbone.parts.load_edge_parts`.
 
     Raises:
+        CheckpointError: the configuration that came describes no model.
         DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: another user of the machine may write to the cache.
         RemoteProtocolError: the cloud offers a file that belongs to no model's parts, or a file does not have the hash
             that the cloud gave for it.
     """
-    listing = _listing(m.Shelf.PARTS, call)
-    folder = default_cache() / "edge" / _name(info)
+    listing = _listing(m.Shelf.PARTS, call, max_bytes)
+    folder = _cached("edge", pin, _name(info))
+
+    def weigh() -> Mapping[str, int]:
+        return {EDGE_FILE: _weights(folder, info).edge}
+
     with locked(folder):  # two edges of one user would append to the same unfinished files
-        _complete(folder, m.Shelf.PARTS, listing, f"fetching the edge's parts of {info.model}", call)
+        _complete(folder, m.Shelf.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
     return folder
 
 
-def fetch_package(info: m.SessionInfo, call: Call, out: Path, signer: Fingerprint) -> Package:
+def fetch_package(
+    info: m.SessionInfo, call: Call, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Package:
     """Fetch the package that the cloud offers.
 
     Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on.
@@ -80,10 +99,14 @@ def fetch_package(info: m.SessionInfo, call: Call, out: Path, signer: Fingerprin
         call: asks the cloud.
         out: the folder to make; an older package there is replaced.
         signer: fingerprint of the root key that the package must be signed under: the cloud's own.
+        max_bytes: most bytes of all files.
 
     Raises:
+        CheckpointError: the configuration that came describes no model.
         ConfigError: something else than a package is at `out`.
         DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: `<out>.part` is another user's, or others may write to it.
         PackageError: what the cloud offers is no whole package, or one of another model or plan.
         RefusedError: the cloud offers no package.
         RemoteProtocolError: a file's name or hash is wrong.
@@ -91,11 +114,14 @@ def fetch_package(info: m.SessionInfo, call: Call, out: Path, signer: Fingerprin
     """
     check_free(out)
     part = out.with_name(f"{out.name}.part")
-    listing = _listing(m.Shelf.EMULATOR, call)
+    listing = _listing(m.Shelf.EMULATOR, call, max_bytes)
+
+    def weigh() -> Mapping[str, int]:
+        weights = _weights(part, info)  # an emulator is smaller than what it stands for
+        return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
+
     with locked(part):
-        with disk_errors(part):
-            _remove_others(part, listing)
-        _complete(part, m.Shelf.EMULATOR, listing, f"fetching the package of {info.model}", call)
+        _complete(part, m.Shelf.EMULATOR, listing, f"fetching the package of {info.model}", call, weigh)
         try:
             package = open_package(part, signer=signer)
             if (package.digest, str(package.plan)) != (info.digest, info.plan):
@@ -115,7 +141,14 @@ def fetch_package(info: m.SessionInfo, call: Call, out: Path, signer: Fingerprin
     return Package(out, package.manifest, package.id, package.signer)
 
 
-def fetch_adapter(info: m.SessionInfo, call: Call, parts: Path, plan: SplitPlan) -> Path:
+def fetch_adapter(
+    info: m.SessionInfo,
+    call: Call,
+    parts: Path,
+    plan: SplitPlan,
+    pin: Fingerprint,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Path:
     """Fetch the adapter that this tenant has plugged in, and check it as the cloud has.
 
     Args:
@@ -123,6 +156,8 @@ def fetch_adapter(info: m.SessionInfo, call: Call, parts: Path, plan: SplitPlan)
         call: asks the cloud.
         parts: the edge's parts, as `fetch_parts` brings them.
         plan: who holds which layers.
+        pin: fingerprint of the cloud's root key.
+        max_bytes: most bytes of all files.
 
     Returns:
         A folder for `isthmus.backbone.adapters.load_adapter`, named after the adapter's contents.
@@ -130,16 +165,22 @@ def fetch_adapter(info: m.SessionInfo, call: Call, parts: Path, plan: SplitPlan)
     Raises:
         AdapterError: what came is no adapter for this model.
         DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: another user of the machine may write to the cache.
         RefusedError: no adapter is plugged in.
         RemoteProtocolError: a file's name or hash is wrong.
     """
-    listing = _listing(m.Shelf.ADAPTER, call)
+    listing = _listing(m.Shelf.ADAPTER, call, max_bytes)
     contents = hashlib.sha256()
     for entry in sorted(listing.entries, key=lambda entry: entry.name):
         contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
-    folder = default_cache() / "adapters" / _name(info) / contents.hexdigest()[:32]
+    folder = _cached("adapters", pin, _name(info), contents.hexdigest()[:32])
+
+    def weigh() -> Mapping[str, int]:
+        return dict.fromkeys((ADAPTER_WEIGHTS, WHOLE_FILE), most_adapter_bytes(parts, plan))
+
     with locked(folder):
-        _complete(folder, m.Shelf.ADAPTER, listing, "fetching the plugged-in adapter", call)
+        _complete(folder, m.Shelf.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
         check_adapter(folder, None, parts, plan, any_package=True)
     return folder
 
@@ -147,7 +188,8 @@ def fetch_adapter(info: m.SessionInfo, call: Call, parts: Path, plan: SplitPlan)
 @contextmanager
 def transfer_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on standard error; gives what moves it on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    # The text has the cloud's name for its model, which is no markup.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
@@ -157,35 +199,57 @@ def _name(info: m.SessionInfo) -> str:
     return f"{info.digest[:16]}-{info.plan.replace(':', '-')}"
 
 
-def _listing(shelf: m.Shelf, call: Call) -> m.FileList:
+def _cached(kind: str, pin: Fingerprint, *names: str) -> Path:
+    """A folder of the cache that belongs to one cloud, and that nobody else may write to."""
+    root = default_cache()
+    with disk_errors(root):
+        folder = private_folder(root, kind, pin.digest.hex(), *names)
+        check_contents(folder)
+    return folder
+
+
+def _listing(shelf: m.Shelf, call: Call, max_bytes: int) -> m.FileList:
     listing = call(m.FileList, lambda attempt: m.FetchList(shelf))
-    for entry in listing.entries:
-        if not belongs(entry.name, shelf):
-            raise RemoteProtocolError(
-                f"the cloud offers the file {entry.name!r}, which is none of {_NAMES[shelf]}: ask its owner what it is"
-            )
+    check_offer(listing.entries, shelf, max_bytes)
     return listing
 
 
-def _complete(folder: Path, shelf: m.Shelf, listing: m.FileList, what: str, call: Call) -> None:
-    missing = [entry for entry in listing.entries if not _whole(folder / entry.name, entry)]
+def _weights(folder: Path, info: m.SessionInfo) -> Weights:
+    """What the weights may take on the disk, going by the configuration that lies in `folder`."""
+    plan = SplitPlan.parse(info.plan, info.n_layers)
+    weights = weigh_parts(Checkpoint(folder, info.model), plan)
+    return Weights(weights.edge + WEIGHTS_HEADER, weights.whole + WEIGHTS_HEADER)
+
+
+def _complete(folder: Path, shelf: m.Shelf, listing: m.FileList, what: str, call: Call, weigh: Weigh) -> None:
+    """Bring a folder up to what is listed. What is not, is removed."""
+    with disk_errors(folder):
+        check_contents(private_folder(folder))
+        _remove_others(folder, listing)
+        missing = [entry for entry in listing.entries if not _whole(folder / entry.name, entry)]
+        check_room(folder, sum(entry.size - _begun(folder, entry) for entry in missing))
     if not missing:
         return
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with transfer_bar(what, sum(entry.size for entry in missing)) as advance:
-            for entry in missing:
-                _fetch(folder, shelf, entry, call, advance)
+    # The weights come last: how large they may be is in the configuration.
+    missing.sort(key=lambda entry: entry.name in WEIGHTS)
+    most: Mapping[str, int] = {}
+    with disk_errors(folder), transfer_bar(what, sum(entry.size for entry in missing)) as advance:
+        for entry in missing:
+            if entry.name in WEIGHTS:
+                most = most or weigh()
+                check_size(entry, most[entry.name])
+            _fetch(folder, shelf, entry, call, advance)
 
 
 def _fetch(folder: Path, shelf: m.Shelf, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
     unfinished = folder / _unfinished(entry)
-    offset = min(unfinished.stat().st_size, entry.size) if unfinished.exists() else 0
+    offset = _begun(folder, entry)
     advance(offset)
     with unfinished.open("ab") as file:
         file.truncate(offset)
         while offset < entry.size:
-            piece = call(m.Blob, partial(_ask, shelf, entry.name, offset))
+            most = min(m.MAX_PIECE, entry.size - offset)
+            piece = call(m.Blob, partial(_ask, shelf, entry.name, offset), answer_bytes=most)
             came = (piece.name, piece.offset, piece.total, piece.sha256)
             if came != (entry.name, offset, entry.size, entry.sha256) or not len(piece.data):
                 raise RemoteProtocolError(f"the cloud sent another piece of {entry.name} than the one at {offset}")
@@ -203,13 +267,21 @@ def _unfinished(entry: m.FileEntry) -> str:
     return f".{entry.name}.{entry.sha256.hex()[:16]}.part"
 
 
+def _begun(folder: Path, entry: m.FileEntry) -> int:
+    """Bytes of an unfinished file that are there already."""
+    unfinished = folder / _unfinished(entry)
+    return min(unfinished.stat().st_size, entry.size) if unfinished.is_file() else 0
+
+
 def _remove_others(folder: Path, listing: m.FileList) -> None:
-    """Remove what an interrupted download of an older package left: a verified folder has no other files."""
-    if not folder.is_dir():
-        return
+    """Remove what is not listed: what an older listing left, or anybody else."""
     wanted = {name for entry in listing.entries for name in (entry.name, _unfinished(entry))}
     for path in folder.iterdir():
-        if path.name not in wanted:
+        if path.name in wanted and path.is_file() and not path.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
             path.unlink()
 
 

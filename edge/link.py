@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.config import DEFAULT_KEY
 from isthmus.edge.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.giveback import return_adapter
+from isthmus.edge.offers import DEFAULT_MAX_BYTES
 from isthmus.edge.remote_span import RemoteSpan
 from isthmus.edge.report import StripTotals
 from isthmus.edge.span_calls import SpanCaller
@@ -47,6 +48,7 @@ def connect(
     call_timeout: float = 600.0,
     interactive: bool = False,
     deadline: float | None = None,
+    max_fetch_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Link:
     """Connect to a cloud.
 
@@ -63,6 +65,8 @@ def connect(
             of training, within the edge's share.
         deadline: seconds within which the cloud has to compute a call without sites, once it has come in; one that
             cannot make it is refused before it is begun (`TooLateError`). None for no deadline.
+        max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter; a cloud that offers
+            more is refused.
 
     Returns:
         An open link; use it as a context manager.
@@ -91,6 +95,7 @@ def connect(
         interactive=interactive,
         deadline=deadline,
         reach=reach,
+        max_fetch_bytes=max_fetch_bytes,
     )
     link.open(connect_timeout)
     return link
@@ -99,10 +104,17 @@ def connect(
 class Link(SpanCaller):
     """A link to one cloud. Not for several threads at once: calls wait for each other.
 
-    `LastingLink` has the arguments; `connect` makes one from a connection string.
+    `LastingLink` has the arguments, but for `max_fetch_bytes`; `connect` makes one from a connection string.
+
+    Args:
+        max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter.
     """
 
     _parts_folder: Path | None = None
+
+    def __init__(self, *args: Any, max_fetch_bytes: int = DEFAULT_MAX_BYTES, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._max_fetch_bytes = max_fetch_bytes
 
     @property
     def plan(self) -> SplitPlan:
@@ -153,7 +165,7 @@ class Link(SpanCaller):
     def fetch_package(self, out: Path) -> Package:
         """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.fetch`."""
         with self._lock:
-            return fetch_package(self.info, self._call, out, self._pin)
+            return fetch_package(self.info, self._call, out, self._pin, self._max_fetch_bytes)
 
     def return_adapter(self, folder: Path) -> str:
         """Bring an adapter to the cloud and have it plugged in; returns what the cloud says."""
@@ -163,7 +175,7 @@ class Link(SpanCaller):
     def plugged_adapter(self) -> Path:
         """The folder of the adapter that this tenant has plugged in, in the cache: `load_adapter` takes it."""
         with self._lock:
-            return fetch_adapter(self.info, self._call, self._parts(), self.plan)
+            return fetch_adapter(self.info, self._call, self._parts(), self.plan, self._pin, self._max_fetch_bytes)
 
     def begin_step(self, step: int) -> None:
         """Name the optimizer step that the next calls belong to."""
@@ -196,5 +208,5 @@ class Link(SpanCaller):
     def _parts(self) -> Path:
         with self._lock:
             if self._parts_folder is None:
-                self._parts_folder = fetch_parts(self.info, self._call)
+                self._parts_folder = fetch_parts(self.info, self._call, self._pin, self._max_fetch_bytes)
             return self._parts_folder

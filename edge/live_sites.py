@@ -14,7 +14,6 @@ from isthmus.backbone.edge_model import EdgeModelMixin
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.files import write_atomic
 from isthmus.backbone.gate import SpanGate
-from isthmus.backbone.low_rank import LowRankSite
 from isthmus.backbone.site_host import linear_groups
 from isthmus.backbone.sites import Site
 from isthmus.edge.config import TrainConfig
@@ -141,7 +140,7 @@ def site_costs(model: EdgeModelMixin, sites: Iterable[Site], *, summed: bool = F
     group_of = {name: number for number, names in enumerate(linear_groups(config)) for name in names}
     infos = []
     for site in sites:
-        n_in, n_out = _features(site, config.hidden_size)
+        n_in, n_out = site.widths
         infos.append(
             SiteInfo.of_linear(
                 site.name,
@@ -154,17 +153,6 @@ def site_costs(model: EdgeModelMixin, sites: Iterable[Site], *, summed: bool = F
             )
         )
     return Sites(infos)
-
-
-def _features(site: Site, hidden_size: int) -> tuple[int, int]:
-    """Widths of what a site reads and of what it adds."""
-    if not site.part:  # behind a layer
-        return hidden_size, hidden_size
-    if isinstance(site.module, LowRankSite):
-        return site.module.rank, site.module.rank
-    base: Any = site.module.get_base_layer()  # type: ignore[operator]  # PEFT's
-    shape = base.weight.shape
-    return (shape[0], shape[1]) if hasattr(base, "nf") else (shape[1], shape[0])
 
 
 def live_sites(

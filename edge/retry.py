@@ -150,12 +150,15 @@ class LastingLink:
         *,
         prepare: Callable[[Channel], None] = lambda channel: None,
         visit: Callable[[m.SiteQuestion], m.SiteAnswer] | None = None,
+        questions: int = 0,
+        answer_bytes: int = 0,
         patience: float | None = None,
         timeout: float | None = None,
     ) -> R:
         """Ask until there is an answer of this kind.
 
-        Each attempt begins with `prepare`; `visit` answers what the cloud asks in the middle of a call.
+        Each attempt begins with `prepare`; `visit` answers what the cloud asks in the middle of a call, `questions`
+        times at most. The body of an answer, or of a question, has at most `answer_bytes`.
         """
         if timeout is None:
             timeout = self._call_timeout
@@ -166,10 +169,14 @@ class LastingLink:
             channel = self._session()
             prepare(channel)
             asked = question(attempt)
-            answer = channel.ask(asked, timeout)
+            answer = channel.ask(asked, timeout, answer_bytes)
+            left = questions
             while visit is not None and isinstance(answer, m.SiteQuestion) and answer.id == getattr(asked, "id", None):
+                if not left:
+                    raise RemoteProtocolError(f"the cloud asks about sites more than {questions} times in one call")
+                left -= 1
                 self._count(answer)
-                answer = self._answered(answer, visit, channel, timeout)
+                answer = self._answered(answer, visit, channel, timeout, answer_bytes)
             if isinstance(answer, m.Status) and not (kind is m.Status and answer.code == m.StatusCode.OK):
                 raise _error(answer)
             if not isinstance(answer, kind) or getattr(answer, "id", None) != getattr(asked, "id", None):
@@ -191,13 +198,14 @@ class LastingLink:
         visit: Callable[[m.SiteQuestion], m.SiteAnswer],
         channel: Channel,
         timeout: float,
+        answer_bytes: int,
     ) -> m.Message:
         """Answer a question of the cloud; returns what it says then."""
         try:
             before = time.perf_counter_ns()
             answer = visit(question)
             self.traffic.sites_ns += time.perf_counter_ns() - before
-            return channel.ask(answer, timeout)
+            return channel.ask(answer, timeout, answer_bytes)
         except BaseException:
             self._drop()  # the cloud would wait for an answer that does not come
             raise

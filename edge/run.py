@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isthmus.backbone.adapters import load_adapter
+from isthmus.backbone.chat_template import ChatTemplate
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
@@ -116,12 +117,11 @@ def run_generation(
     tokenizer: Any = link.load_tokenizer()
     model: Any = with_adapter(link.load_model(), _chosen(link, adapter, plugged=plugged)).eval()
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with ChatTemplate(tokenizer) as template:
+            if not template.exists:
+                raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
+            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
@@ -129,8 +129,7 @@ def run_generation(
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
         )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Any:

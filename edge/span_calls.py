@@ -17,10 +17,11 @@ from isthmus.backbone.errors import PlanError
 from isthmus.backbone.site_call import Lent, SiteCall
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.edge.channel import Channel
+from isthmus.edge.expected import backward_bytes, forward_bytes, question_count, tap_widths
 from isthmus.edge.retry import LastingLink, StashLostError
 from isthmus.edge.strip_codecs import StripCodecs
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import Payload, Role, codec_id, decode, encode, encode_mask, encode_positions
+from isthmus.protocol.codecs import Payload, Role, codec_by_id, codec_id, decode, encode, encode_mask, encode_positions
 from isthmus.protocol.errors import RefusedError, RemoteProtocolError, printable
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.session import edge_limits
@@ -125,10 +126,13 @@ class SpanCaller(LastingLink):
                     lease,
                 ),
                 sites,
+                forward_bytes(self.codecs.forward_down, hidden.shape, sites),
             )
             if sites is not None:
                 sites.tapped = self._taps(reply, sites, hidden.shape)
-            output = self._result(reply.hidden, hidden.shape, "the output of the cloud's layers")
+            output = self._result(
+                reply.hidden, hidden.shape, self.codecs.forward_down, "the output of the cloud's layers"
+            )
             return output, KeptCall(call, self.traffic.sessions)
 
     def backward_span(
@@ -153,14 +157,15 @@ class SpanCaller(LastingLink):
             call, reply_codec = m.CallId(self._step, kept.call, attempt), codec_id(self.codecs.backward_down)
             return m.Backward(call, sent, replay, reply_codec, number, wanted, lease)
 
+        most = backward_bytes(self.codecs.backward_down, hidden.shape, sites, wanted=wanted)
         with self._lock:
             try:
-                reply = self._visiting(m.BackwardReply, question, sites)
+                reply = self._visiting(m.BackwardReply, question, sites, most)
             except StashLostError:
                 lost = True
                 self.traffic.retries += 1
                 try:
-                    reply = self._visiting(m.BackwardReply, question, sites)
+                    reply = self._visiting(m.BackwardReply, question, sites, most)
                 except StashLostError:
                     raise RemoteProtocolError(
                         "the cloud says that it lost a forward state whose input it was just sent"
@@ -170,14 +175,23 @@ class SpanCaller(LastingLink):
                 raise RemoteProtocolError("the cloud answered with a gradient that was not wanted, or with none")
             if reply.gradient is None:
                 return None
-            return self._result(reply.gradient, hidden.shape, "the gradient from the cloud's layers")
+            return self._result(
+                reply.gradient, hidden.shape, self.codecs.backward_down, "the gradient from the cloud's layers"
+            )
 
     # Below: calls that visit sites ------------------------------------------------------------------------------------
 
-    def _visiting(self, kind: type[R], question: Callable[[int, int, int], m.Message], sites: SiteCall | None) -> R:
+    def _visiting(
+        self,
+        kind: type[R],
+        question: Callable[[int, int, int], m.Message],
+        sites: SiteCall | None,
+        answer_bytes: int,
+    ) -> R:
         """Ask, and answer what the cloud asks about `sites`.
 
-        `question` gets the attempt, and the numbers of the list of sites and of the lease.
+        `question` gets the attempt, and the numbers of the list of sites and of the lease. `answer_bytes`: the most
+        that may come back at once.
         """
         numbers = (0, 0)
 
@@ -185,11 +199,20 @@ class SpanCaller(LastingLink):
             nonlocal numbers
             if sites is not None:
                 numbers = self._told.tell(
-                    sites, self.traffic.sessions, lambda message: channel.ask(message, self._call_timeout)
+                    sites,
+                    self.traffic.sessions,
+                    lambda message: channel.ask(message, self._call_timeout, answer_bytes=0),
                 )
 
         visit = None if sites is None else SiteAnswers(sites, self.codecs, edge_limits(self.info))
-        return self._call(kind, lambda attempt: question(attempt, *numbers), prepare=prepare, visit=visit)
+        return self._call(
+            kind,
+            lambda attempt: question(attempt, *numbers),
+            prepare=prepare,
+            visit=visit,
+            questions=question_count(sites),
+            answer_bytes=answer_bytes,
+        )
 
     def _inputs(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> m.SpanInputs:
         tokens, limit = hidden.shape[0] * hidden.shape[1], self.info.limits.max_tokens_per_call
@@ -206,17 +229,19 @@ class SpanCaller(LastingLink):
 
     def _taps(self, reply: m.ForwardReply, sites: SiteCall, shape: torch.Size) -> tuple[Tensor, ...]:
         """What has come out of the taps."""
-        widths = [spec.rank or shape[-1] for spec in sites.specs if spec.placement == Placement.TAP]
+        widths = tap_widths(sites, shape[-1])
         if len(reply.taps) != len(widths):
             raise RemoteProtocolError(f"the cloud answered with {len(reply.taps)} taps instead of {len(widths)}")
         return tuple(
-            self._result(payload, torch.Size((*shape[:2], width)), f"the output of tap {tap}")
+            self._result(payload, torch.Size((*shape[:2], width)), self.codecs.forward_down, f"the output of tap {tap}")
             for tap, (payload, width) in enumerate(zip(reply.taps, widths, strict=True))
         )
 
     def _take_back(self, reply: m.BackwardReply, sites: SiteCall | None) -> None:
         """Hand on the gradients of what was lent."""
         limits = edge_limits(self.info)
+        for payload in reply.lent:
+            _check_codec(payload, "fp32")
         lent = [decode(payload, limits=limits, what="the gradient of a lent matrix").clone() for payload in reply.lent]
         try:
             if sites is not None:
@@ -224,11 +249,13 @@ class SpanCaller(LastingLink):
         except PlanError as error:
             raise RemoteProtocolError(f"the cloud answered with other gradients than were lent: {error}") from None
 
-    def _result(self, payload: Payload, expected: torch.Size, what: str) -> Tensor:
-        tensor = decode(payload, limits=edge_limits(self.info), what=what)
-        if tensor.shape != expected:
-            raise RemoteProtocolError(f"the cloud answered with shape {list(tensor.shape)} instead of {list(expected)}")
-        return tensor
+    def _result(self, payload: Payload, expected: torch.Size, codec: str, what: str) -> Tensor:
+        if payload.shape != tuple(expected):
+            raise RemoteProtocolError(
+                f"the cloud answered with shape {list(payload.shape)} instead of {list(expected)}"
+            )
+        _check_codec(payload, codec)
+        return decode(payload, limits=edge_limits(self.info), what=what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +272,12 @@ class SiteAnswers:
         Raises:
             RemoteProtocolError: The cloud asks about what is not there.
         """
+        backward = question.phase in (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
+        for payload in question.tensors:
+            _check_codec(payload, self.codecs.backward_down if backward else self.codecs.forward_down)
         # Copies: a received tensor is a view of its message, and what a site keeps lives longer.
         specs = self.sites.specs
         named = ", ".join(str(specs[site]) for site in question.sites if site < len(specs))
-        backward = question.phase in (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
         what = f"the {'gradient' if backward else 'input'} of sites {named}"
         tensors = [decode(payload, limits=self.limits, what=what).clone() for payload in question.tensors]
         try:
@@ -278,3 +307,11 @@ class SiteAnswers:
         left = list(tensors)
         shared = None if all(own) else left.pop(own[: own.index(False)].count(True))
         return [left.pop(0) if is_own or shared is None else shared for is_own in own]
+
+
+def _check_codec(payload: Payload, codec: str) -> None:
+    """Another codec than the one asked for would be coarser without a word, or larger once it is decoded."""
+    if payload.codec != codec_id(codec):
+        raise RemoteProtocolError(
+            f"the cloud answered in the codec {codec_by_id(payload.codec).name} instead of {codec}"
+        )

@@ -24,6 +24,7 @@ from isthmus.edge.span_cache import CachedSpan, SpanIdentity, cached_span, check
 from isthmus.edge.strip_codecs import StripCodecs, auto_target, is_auto
 from isthmus.edge.transport import Tls
 from isthmus.protocol.errors import OverQuotaError
+from isthmus.protocol.limits import GIB
 
 if TYPE_CHECKING:
     from isthmus.edge.report import StripMeter
@@ -56,6 +57,7 @@ def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float
         call_timeout=config.call_timeout,
         interactive=interactive,
         deadline=deadline,
+        max_fetch_bytes=int(config.max_fetch_gib * GIB),
     )
 
 

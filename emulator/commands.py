@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.backbone.interrupt import interruptible
+from isthmus.backbone.terminal import printable
 
 if TYPE_CHECKING:
     from isthmus.emulator.package import Package
@@ -303,10 +304,10 @@ def _show(package: Package, as_json: bool) -> None:
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():
-        typer.echo(f"{name:16} {_printable(str(value))}")
+        typer.echo(f"{name:16} {printable(str(value))}")
     for row in manifest.protection:
         typer.echo(
-            f"{'protection':16} {_printable(row.task)} ({_printable(row.metric)}): plug-in {row.plug_in:.4g}, "
+            f"{'protection':16} {printable(row.task)} ({printable(row.metric)}): plug-in {row.plug_in:.4g}, "
             f"thief {row.thief:.4g}, untuned {row.full_zero_shot:.4g}; recovered {_share(row.plug_in_recovery)} by "
             f"plug-in, {_share(row.thief_recovery)} by a thief (seeds: {row.seeds})"
         )
@@ -314,8 +315,3 @@ def _show(package: Package, as_json: bool) -> None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def _printable(text: str) -> str:
-    """Without what could move a terminal's cursor: the text may be a stranger's."""
-    return "".join(char if char.isprintable() else " " for char in text)

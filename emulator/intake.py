@@ -98,7 +98,7 @@ def check_adapter(
     checkpoint = Checkpoint(parts, parts.name)
     model = _edge_on_meta(checkpoint, plan)
     if max_bytes is None:
-        max_bytes = 2 * 4 * sum(parameter.numel() for parameter in model.parameters()) + _SPARE_BYTES
+        max_bytes = _most_bytes(model)
     info, size = _check_files(folder, max_bytes)
     made_on = _check_origin(folder, package, checkpoint.digest(), plan, any_package)
 
@@ -110,6 +110,21 @@ def check_adapter(
         places = _own_places(model, settings, plan) if info == OWN_INFO else _parts_places(parts)
     n_params = _check_tensors(folder / _KINDS[info], places)
     return AdapterSummary(adapter_method(folder), n_params, size, made_on)
+
+
+def most_adapter_bytes(parts: Path, plan: SplitPlan) -> int:
+    """Most bytes of an adapter's files, unless the model's owner says otherwise: twice the edge's parts, and 64 MiB.
+
+    Raises:
+        CheckpointError: The edge's parts are damaged.
+        PlanError: The plan is for another number of layers.
+    """
+    return _most_bytes(_edge_on_meta(Checkpoint(parts, parts.name), plan))
+
+
+def _most_bytes(model: Any) -> int:
+    n_values: int = sum(parameter.numel() for parameter in model.parameters())
+    return 2 * 4 * n_values + _SPARE_BYTES
 
 
 def _edge_on_meta(checkpoint: Checkpoint, plan: SplitPlan) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from isthmus.backbone.adapters import PEFT_INFO
+from isthmus.backbone.hub import COMMIT
 from isthmus.backbone.plan import SplitPlan
 from isthmus.emulator.errors import AdapterError
 
@@ -53,6 +54,7 @@ def peft_config(settings: Mapping[str, Any], hidden_size: int, plan: SplitPlan) 
         "task_type": lambda value: value == "CAUSAL_LM",
         "peft_version": _is_text,
         "base_model_name_or_path": _is_text,
+        "revision": _is_commit,
         "inference_mode": _is_flag,
     }
     layered: dict[str, Callable[[Any], bool]] = {
@@ -145,6 +147,10 @@ def _is_flag(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return value is None or is_int(value, 0, 1 << 53)
+
+
+def _is_commit(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and COMMIT.fullmatch(value) is not None)
 
 
 def _is_text(value: Any) -> bool:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from torch import Tensor
 
-from isthmus.backbone.errors import ConfigError, NonFiniteError
+from isthmus.backbone.chat_template import ChatTemplate
+from isthmus.backbone.errors import ConfigError, DataError, NonFiniteError
 from isthmus.backbone.files import disk_errors
 from isthmus.backbone.progress import bar
 
@@ -72,6 +72,7 @@ def write_sample(
         The number of texts.
 
     Raises:
+        ChatTemplateError: The chat template takes more time, memory or room than it may.
         KeyboardInterrupt: Ctrl-C; what is in the file by then can be used, and the message says so.
         ConfigError: A number makes no sense, or `length` is more than the model takes.
         DiskError: The file cannot be written.
@@ -177,14 +178,15 @@ def _script(model: Any, tokenizer: Any) -> _Script:
 
 def _template_parts(tokenizer: Any) -> tuple[str, str, str] | None:
     """What a chat template puts before a question, after it, and after the answer; None where it cannot be told."""
-    if not tokenizer.chat_template:
-        return None
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": turn} for role, turn in zip(roles, _TURNS, strict=True)]
-    try:
-        rest = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError):
-        return None
+    with ChatTemplate(tokenizer) as template:
+        if not template.exists:
+            return None
+        try:
+            rest = template.render(messages, add_generation_prompt=False)
+        except DataError:
+            return None
     parts = []
     for turn in _TURNS:
         before, found, rest = rest.partition(turn)

@@ -27,6 +27,7 @@ distinction is h11's.
 from __future__ import annotations
 
 from isthmus.backbone.errors import IsthmusError, NonFiniteError
+from isthmus.backbone.terminal import printable as printable  # noqa: PLC0414  # exported again
 
 
 class KeyFileError(IsthmusError, OSError):
@@ -127,8 +128,3 @@ class HomeInUseError(IsthmusError, OSError):
     """Another process serves with the cloud's home."""
 
     exit_code = 61
-
-
-def printable(text: str) -> str:
-    """The other side's words for this side's terminal, without what could move its cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from isthmus.protocol.codecs import Payload, Role, checked_sizes, codec_by_id
+from isthmus.protocol.codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
 from isthmus.protocol.errors import LimitError, MessageError
 from isthmus.protocol.limits import Buffer, Limits
 from isthmus.protocol.messages import DIGEST_BYTES, MAX_NAME, CallId, FileEntry, Shelf, SpanInputs
@@ -19,6 +19,11 @@ HAS_MASK, HAS_POSITIONS = 1, 2
 _ROLES = frozenset(int(role) for role in Role)
 _SHELVES = frozenset(int(shelf) for shelf in Shelf)
 _UNLIMITED = Limits(max_message_bytes=1 << 62)
+
+
+def body_bytes(codec: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of `shape`, coded by the codec of that name, takes in a message's body, padding included."""
+    return sum(size + -size % ALIGNMENT for size in CODECS[codec].sizes(shape))
 
 
 class Writer:

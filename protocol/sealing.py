@@ -8,7 +8,10 @@ Rules
        reordered, dropped, reflected, cut, extended, or of another session is refused.
     3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
        authenticated chunk by chunk, as any other, and nothing is allocated for the whole of it.
-    4. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
+       The side that asks says how much it has asked for (`expect`), and no message with more is begun.
+    4. A key changes at most `MAX_KEY_CHANGES` times between two messages. An honest sender changes it once, or when
+       it is told to.
+    5. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
        plaintext behind when it refuses; so on any failure the message's buffer is overwritten with zeros, and the
        opener is dead.
 
@@ -59,7 +62,9 @@ from isthmus.protocol.framing import (
 )
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 
-__all__ = ["Opened", "Opener", "Sealer", "wipe"]
+__all__ = ["MAX_KEY_CHANGES", "Opened", "Opener", "Sealer", "wipe"]
+
+MAX_KEY_CHANGES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,11 +280,17 @@ class Opener:
         self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
         self._dead = False
         self._message: _Partial | None = None
+        self._expected: int | None = None
+        self._key_changes = 0  # since the last message
 
     @property
     def epoch(self) -> int:
         """The number of the key in use, from 0."""
         return self._keys.epoch
+
+    def expect(self, body_bytes: int | None) -> None:
+        """Refuse larger bodies than this from the next message on; None for all that the limits accept."""
+        self._expected = body_bytes
 
     def close(self) -> None:
         """Overwrite the secrets and an unfinished message. Every later call raises LocalProtocolError."""
@@ -363,21 +374,26 @@ class Opener:
         message.chunk += 1
         if message.chunk < message.chunks:
             return None
-        self._message = None
+        self._message, self._key_changes = None, 0
         return Opened(message.header, message.body, total)
 
     def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
         if self._message is not None:
             raise FrameError("a key change came within a message")
+        if self._key_changes >= MAX_KEY_CHANGES:  # a peer could keep this side busy for ever without saying anything
+            raise FrameError(f"a key change came after {MAX_KEY_CHANGES} others and no message")
         if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
             raise FrameError("a key change is malformed")
         self._decrypt(frame[PREFIX.size :], self._keys.aad(Piece.REKEY, prefix), memoryview(bytearray()))
         self._keys.ratchet()
+        self._key_changes += 1
 
     def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int, frame_bytes: int) -> _Partial:
         limits = self._limits
         if total > limits.max_message_bytes:
             raise LimitError(f"a message body of {total} bytes is refused: {limits.max_message_bytes} are accepted")
+        if self._expected is not None and total > self._expected:
+            raise LimitError(f"a message body of {total} bytes is refused: at most {self._expected} were asked for")
         if header_bytes > limits.max_header_bytes:
             raise LimitError(
                 f"a message header of {header_bytes} bytes is refused: {limits.max_header_bytes} are accepted"

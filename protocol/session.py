@@ -14,6 +14,7 @@ Theory of operation
              receive(SERVER_DONE) -> Established           receive(CLIENT_AUTH) -> Established, or Refused
              then send(message) -> frames, receive(frame) -> Received or Incomplete, on both sides alike
 
+    The edge says before it waits how large an answer may be (`expect`): as large as what it asked for.
     Of a message of more bytes than its tenant may have in flight, the cloud keeps none: it gets Oversized.
 
     The edge raises what a refusal means: NotEnrolledError or RefusedError, with the cloud's text.
@@ -290,6 +291,22 @@ class EdgeSession(_Session):
             raise LocalProtocolError(f"a session starts once; open a new one{self._why()}")
         self._flights = 1
         return self._exchange.start()
+
+    def expect(self, body_bytes: int | None) -> None:
+        """Say how large the body of an answer may be, from the next message on: what was asked for, and no more.
+
+        A message with a larger body is refused by the first frame's prefix, before anything is allocated for it.
+
+        Args:
+            body_bytes: bytes, 0 for an answer that has no tensors and no piece of a file; None for all that the limits
+                accept, as at the beginning.
+
+        Raises:
+            LocalProtocolError: the session does not stand.
+        """
+        if self._closed or self._opener is None:
+            raise LocalProtocolError(f"nothing can be expected: the session is not open{self._why()}")
+        self._opener.expect(body_bytes)
 
     def _handshake(self, frame: Buffer) -> Event:
         if self._flights == 0:

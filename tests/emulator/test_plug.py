@@ -422,6 +422,8 @@ def test_an_option_that_training_does_not_set_is_refused(llama: Owner, lora: Pat
 
 def test_an_option_that_is_off_does_no_harm(llama: Owner, lora: Path) -> None:
     settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(settings | {"revision": "0123456789" * 4}))
+    assert llama.check(lora).method == "lora"  # a commit of the model, which says where it came from
     (lora / "adapter_config.json").write_text(json.dumps(settings | {"an_option_of_the_future": None}))
     assert llama.check(lora).method == "lora"
 

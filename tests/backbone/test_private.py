@@ -1,0 +1,194 @@
+"""Another user of the same machine: what they put in the way of caches, runs and locks is refused, not used.
+
+The other user is a process with another uid; this process, as root, is the one that is attacked.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone import sources
+from isthmus.backbone.errors import DiskError, OwnershipError
+from isthmus.backbone.files import claim, locked, write_atomic
+from isthmus.backbone.private import check_contents, check_private, private_folder
+from isthmus.edge.cache_store import SpanStore
+from isthmus.protocol.errors import KeyFileError
+from isthmus.protocol.keys import generate_edge, load_edge
+
+NOBODY = 65534
+Attack = Callable[[str], None]
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that everybody may write to and nobody may rename others' files in, as /tmp."""
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
+    folder.chmod(0o1777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def as_nobody(place: Path) -> Attack:
+    """Runs lines of shell as another user, in `place`."""
+
+    def run(lines: str) -> None:
+        command = ["/bin/sh", "-ec", f"umask 0\n{lines}"]
+        subprocess.run(command, cwd=place, user=NOBODY, group=NOBODY, extra_groups=[], check=True)
+
+    return run
+
+
+# What this user alone has ---------------------------------------------------------------------------------------------
+
+
+def test_folders_are_made_for_this_user_alone(place: Path) -> None:
+    folder = private_folder(place / "cache", "edge", "pin")
+    assert folder == place / "cache" / "edge" / "pin"
+    for made in (folder, folder.parent, folder.parent.parent):
+        assert made.stat().st_mode & 0o777 == 0o700
+    assert private_folder(place / "cache", "edge", "pin") == folder
+    (folder / "file").write_text("mine")
+    (folder / "file").chmod(0o666)  # nobody else comes so far
+    check_contents(folder)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o775, 0o777, 0o1777])
+def test_a_folder_that_others_may_write_to_is_refused(place: Path, mode: int) -> None:
+    folder = private_folder(place / "cache")
+    folder.chmod(mode)
+    with pytest.raises(OwnershipError, match=r"others may write to .*cache.*chmod go-w"):
+        private_folder(place / "cache")
+    folder.chmod(0o755)
+    private_folder(place / "cache")
+
+
+def test_a_file_that_others_may_write_to_is_refused_where_they_can_reach_it(place: Path) -> None:
+    folder = private_folder(place / "cache")
+    (folder / "config.json").write_text("{}")
+    (folder / "config.json").chmod(0o664)
+    check_contents(folder)
+    folder.chmod(0o755)
+    with pytest.raises(OwnershipError, match=r"config\.json"):
+        check_contents(folder)
+    (folder / "config.json").chmod(0o644)
+    check_contents(folder)
+
+
+def test_ones_own_link_to_another_disk_is_taken(place: Path) -> None:
+    private_folder(place / "disk")
+    (place / "cache").symlink_to(place / "disk")
+    assert private_folder(place / "cache", "edge").is_dir()
+
+
+# What another user has put there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_cache_that_another_user_has_made_first_is_refused(place: Path, as_nobody: Attack) -> None:
+    as_nobody("mkdir -m 755 -p cache/edge")
+    with pytest.raises(OwnershipError, match=rf"cache belongs to another user \(uid {NOBODY}, this process is"):
+        private_folder(place / "cache", "edge")
+    with pytest.raises(OwnershipError):
+        sources._once(place / "cache" / "model", lambda folder: pytest.fail("it was filled"))
+
+
+@pytest.mark.root
+def test_a_link_that_another_user_has_put_in_the_caches_place_is_refused(place: Path, as_nobody: Attack) -> None:
+    own = private_folder(place / "documents")
+    as_nobody("ln -s documents cache")
+    with pytest.raises(OwnershipError, match=f"uid {NOBODY}"):
+        private_folder(place / "cache", "edge")
+    assert not list(own.iterdir())
+
+
+@pytest.mark.root
+def test_a_file_of_another_user_in_the_cache_is_refused(place: Path, as_nobody: Attack) -> None:
+    target = place / "cache" / "model"
+    found = sources._once(target, lambda folder: tiny_checkpoint("llama", folder))
+    assert sources._once(target, lambda folder: pytest.fail("it was filled again")) == found
+    for folder in (place / "cache", target):
+        folder.chmod(0o777)  # as an older release, or the user, may have left it
+    as_nobody("echo '{{ evil }}' > cache/model/merges.txt")
+    for folder in (place / "cache", target):
+        folder.chmod(0o700)
+    with pytest.raises(OwnershipError, match=r"merges\.txt belongs to another user"):
+        sources._once(target, lambda folder: None)
+
+
+@pytest.mark.root
+def test_a_runs_folder_of_another_user_is_refused(place: Path, as_nobody: Attack) -> None:
+    as_nobody("mkdir run")
+    with pytest.raises(OwnershipError, match="run belongs to another user"), claim(place / "run"):
+        pytest.fail("it was claimed")
+    with claim(place / "own"):
+        assert (place / "own").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.root
+def test_a_span_cache_of_another_user_is_refused(place: Path, as_nobody: Attack) -> None:
+    as_nobody("mkdir rows")
+    with pytest.raises(OwnershipError, match="rows belongs to another user"):
+        SpanStore(place / "rows", bytes(32), max_bytes=1 << 20)
+    folder = private_folder(place / "own")
+    folder.chmod(0o777)
+    as_nobody("echo ISTHROWS > own/000000.rows")
+    folder.chmod(0o700)
+    with pytest.raises(OwnershipError, match=r"000000\.rows belongs to another user"):
+        SpanStore(folder, bytes(32), max_bytes=1 << 20)
+
+
+@pytest.mark.root
+def test_nothing_is_written_through_a_link_of_another_user(place: Path, as_nobody: Attack) -> None:
+    (place / "precious").write_text("mine")
+    as_nobody("ln -s precious .out.lock\nln -s precious .isthmus-tmp-report.json")
+    with pytest.raises(DiskError), locked(place / "out"):
+        pytest.fail("it was locked")
+    write_atomic(place / "report.json", b"{}")
+    assert (place / "precious").read_text() == "mine"
+    assert (place / "report.json").read_text() == "{}"
+
+
+@pytest.mark.root
+def test_a_lock_of_another_user_is_refused(place: Path, as_nobody: Attack) -> None:
+    with locked(place / "out"):
+        pass
+    (place / ".out.lock").unlink()
+    as_nobody("echo > .out.lock")
+    with pytest.raises((OwnershipError, DiskError)), locked(place / "out"):  # the kernel may refuse it first
+        pytest.fail("it was locked")
+
+
+@pytest.mark.root
+def test_a_key_that_another_user_has_put_there_is_not_used(place: Path) -> None:
+    """To an ordinary user: a key that only its owner can read cannot be read, and any other one is refused."""
+    generate_edge(place / "key", "theirs")
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(KeyFileError, match="cannot be read by this user"):
+            load_edge(place / "key")
+        generate_edge(place / "mine", "mine")
+        assert load_edge(place / "mine")
+    finally:
+        os.seteuid(0)
+    (place / "key").chmod(0o644)
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(KeyFileError, match="can be read by others"):
+            load_edge(place / "key")
+    finally:
+        os.seteuid(0)
+
+
+def test_what_is_not_there_is_no_silent_success(place: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        check_private(place / "nothing")
+    assert os.geteuid() == place.stat().st_uid
