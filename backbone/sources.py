@@ -48,6 +48,12 @@ _BESIDE_THE_WEIGHTS = re.compile(
     r"chat_template.*|.*\.jinja"
 )
 
+MAX_LAYERS = 10_000
+"""Most decoder layers of a model: transformers makes lists of this length before anything else is known of it."""
+
+SENSELESS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+"""What transformers and torch may raise of a configuration that makes no sense; they do not check all of it."""
+
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 _HUB_TIMEOUT_S = 2.0
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
@@ -76,13 +82,15 @@ class Checkpoint:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        family_named(read_json(self.folder / "config.json").get("model_type"))
+        path = self.folder / "config.json"
+        values = read_json(path)
+        count = values.get(family_named(values.get("model_type")).count)
+        if isinstance(count, int) and count > MAX_LAYERS:
+            raise CheckpointError(f"{path} names {str(count)[:20]} layers, more than {MAX_LAYERS}; fetch it again")
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again"
-            ) from error
+        except (*SENSELESS, OSError, StrictDataclassError) as error:
+            raise CheckpointError(f"{path} does not make sense: {error}; fetch it again") from error
 
     @property
     def n_layers(self) -> int:
