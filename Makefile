@@ -11,7 +11,7 @@ STAMP     := $(VENV)/.installed
 TEST_PROCESSES ?= 3
 PACKAGES  := backbone cli cloud edge emulator experiments kernels protocol
 
-.PHONY: setup demo test lint format vectors bench bench-strip bench-emulators clean
+.PHONY: setup demo test fuzz lint format vectors bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,16 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+
+# Fuzzes each decoder for FUZZ_SECONDS, FUZZ_JOBS at a time. What is found stays in .fuzz; FUZZ_FLAGS takes names of
+# targets, --json, and --keep, which renews the corpus that `make test` replays.
+FUZZ_SECONDS ?= 60
+FUZZ_JOBS    ?= 2
+
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' \
+	  || { echo "make fuzz needs atheris, which has wheels for Linux on x86-64 only: .venv/bin/pip install atheris"; exit 2; }
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
