@@ -43,7 +43,7 @@ def _lines(name: str, folders: list[str]) -> None:
     target = load(name)
     wanted = lines_of(target.decoders)
     start = lines_reached(target.run, [b""], wanted)
-    inputs = everything(name, target, {folder: Path(folder) for folder in folders})
+    inputs = everything(name, target, *map(Path, folders))
     reached = lines_reached(target.run, inputs, wanted)
     missed = sorted(f"{Path(file).name}:{line}" for file, line in wanted - reached)
     told = {"lines": len(wanted), "empty": len(start), "reached": len(reached), "floor": target.floor, "missed": missed}

@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
@@ -182,9 +182,7 @@ def lines_reached(run: Callable[[bytes], None], inputs: Iterable[bytes], wanted:
     return reached & wanted
 
 
-def everything(name: str, target: Target, more: Mapping[str, Path] | None = None) -> list[bytes]:
+def everything(name: str, target: Target, *folders: Path) -> list[bytes]:
     """A target's seeds and kept inputs, and the files of further folders."""
-    inputs = [*target.seeds(), *(path.read_bytes() for path in kept(name))]
-    for folder in (more or {}).values():
-        inputs += [path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()]
-    return inputs
+    found = (path for folder in folders for path in sorted(folder.glob("*")) if path.is_file())
+    return [*target.seeds(), *(path.read_bytes() for path in (*kept(name), *found))]
