@@ -20,7 +20,7 @@ TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud edge emulator experiments kernels protocol
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-lowest lint format vectors lock audit bench bench-strip bench-emulators clean
+.PHONY: setup demo test test-lowest fuzz lint format vectors lock audit bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,16 @@ $(LOWEST)/.installed: pyproject.toml | $(STAMP)
 	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --requirement $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Fuzzes each decoder for FUZZ_SECONDS, FUZZ_JOBS at a time. What is found stays in .fuzz; FUZZ_FLAGS takes names of
+# targets, --json, and --keep, which renews the corpus that `make test` replays.
+FUZZ_SECONDS ?= 60
+FUZZ_JOBS    ?= 2
+
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' \
+	  || { echo "make fuzz needs atheris, which has wheels for Linux on x86-64 only: .venv/bin/pip install atheris"; exit 2; }
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

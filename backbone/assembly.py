@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from isthmus.backbone.checkpoint import TensorReader
 from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedFamilyError
 from isthmus.backbone.families import Family
+from isthmus.backbone.sources import SENSELESS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +34,7 @@ def build_on_meta(config: Any, family: Family, dtype: torch.dtype, attn_implemen
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
-    except ArithmeticError as error:  # no head at all, for one
+    except SENSELESS as error:  # no head at all, for one
         raise CheckpointError(f"the model's configuration does not make sense ({error}); fetch it again") from error
     return model.eval()
 
@@ -90,6 +91,7 @@ def rebuild_buffers(module: nn.Module) -> None:
     """Compute the buffers that no checkpoint holds: rotary frequencies, and the embedding's scale in Gemma.
 
     Raises:
+        CheckpointError: the configuration describes no rotary embedding.
         UnsupportedFamilyError: the architecture has a buffer of a kind that is not known here.
     """
     for path, part in list(module.named_modules()):
@@ -97,7 +99,12 @@ def rebuild_buffers(module: nn.Module) -> None:
         if not empty:
             continue
         if type(part).__name__.endswith("RotaryEmbedding"):
-            fresh = type(part)(config=part.config)
+            try:
+                fresh = type(part)(config=part.config)
+            except SENSELESS as error:
+                raise CheckpointError(
+                    f"the model's rotary embedding does not make sense ({error}); fetch its configuration again"
+                ) from error
             for name in empty:
                 setattr(part, name, getattr(fresh, name))
         elif empty == ["embed_scale"]:

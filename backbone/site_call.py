@@ -89,7 +89,7 @@ class SiteCall:
 
         Raises:
             NonFiniteError: A contribution has NaN or infinity.
-            PlanError: A site was not answered before, or there is no such site.
+            PlanError: A site was not answered before, there is no such site, or an input has another width.
         """
         given = inputs if inputs is not None else [None] * len(sites)
         with self.turn():
@@ -146,6 +146,10 @@ class SiteCall:
         if x is None:
             raise PlanError(f"site {number} was asked for its contribution again and never gave one")
         site = self._site(number)
+        if x.shape[-1] != (site.n_in or x.shape[-1]):
+            raise PlanError(
+                f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {site.n_in} wide"
+            )
         leaf = x.detach().to(site.device).requires_grad_(self._keep)
         with torch.set_grad_enabled(self._keep):
             contribution = site.contribution(leaf)

@@ -64,6 +64,16 @@ class Site:
         """Where the contribution is computed."""
         return next(self.module.parameters()).device
 
+    @property
+    def n_in(self) -> int | None:
+        """Width of what the contribution is computed of; None where the module does not say."""
+        if isinstance(self.module, Bottleneck):
+            return self.module.down.in_features
+        if isinstance(self.module, LowRankSite):
+            return self.module.rank
+        width = getattr(self.module, "in_features", None)  # PEFT's layers have it, as linears do
+        return width if isinstance(width, int) else None
+
     def contribution(self, x: Tensor) -> Tensor:
         """What is added to the output of the linear whose input is `x` `[B, S, in]`: `[B, S, out]`.
 

@@ -59,6 +59,9 @@ _BESIDE_THE_WEIGHTS = re.compile(
 
 _OTHER_HASH = re.compile(r"DO NOT MATCH THE HASHES.*\bGot\s+([0-9a-f]{64})", re.DOTALL)
 
+SENSELESS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+"""What transformers and torch may raise of a configuration that makes no sense; they do not check all of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -83,19 +86,18 @@ class Checkpoint:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        values = read_json(self.folder / "config.json")
+        path = self.folder / "config.json"
+        values = read_json(path)
         count = values.get(family_named(values.get("model_type")).count)
         if isinstance(count, int) and count > MAX_LAYERS:  # transformers makes lists of that length
             raise CheckpointError(
-                f"{self.folder / 'config.json'} has {count} layers, more than the {MAX_LAYERS} of any model: fetch it "
-                "again, or ask its owner"
+                f"{path} names {str(count)[:20]} layers, more than the {MAX_LAYERS} of any model: fetch it again, or ask "
+                "its owner"
             )
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} does not make sense: {error}; fetch it again"
-            ) from error
+        except (*SENSELESS, OSError, StrictDataclassError) as error:
+            raise CheckpointError(f"{path} does not make sense: {error}; fetch it again") from error
 
     @property
     def n_layers(self) -> int:

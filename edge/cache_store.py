@@ -55,8 +55,8 @@ class CacheStats:
     """What a store has done since it was opened, and what it holds.
 
     `hits` and `misses` count the rows that were asked for, `damaged` those among the misses that were on the disk and
-    did not fit their checksum; `rows` and `bytes` are on the disk now, headers included. `full` says that a row was
-    turned away because the bound is reached, `failed` that the disk could not be written.
+    did not fit their checksum or their shape; `rows` and `bytes` are on the disk now, headers included. `full` says
+    that a row was turned away because the bound is reached, `failed` that the disk could not be written.
     """
 
     hits: int
@@ -142,14 +142,19 @@ class SpanStore:
                 self._hits, self._misses, self._damaged, len(self._index), self._total(), self._full, self._failed
             )
 
-    def get(self, key: bytes) -> Tensor | None:
+    def get(self, key: bytes, shape: tuple[int, int] | None = None) -> Tensor | None:
         """The row of `key`, `[tokens, h]` on the CPU, with the values that `put` was given; None if it is not there.
 
         Its dtype may be narrower than what was put.
+
+        Args:
+            key: 32 bytes.
+            shape: What the row must have, None for any. One that has another counts as damaged.
         """
         with self._mutex:
             place = self._index.get(key)
-            row = None if place is None else self._read(place)
+            fits = place is not None and shape in (None, place.shape)
+            row = self._read(place) if place is not None and fits else None
             if row is None:
                 self._misses += 1
                 if self._index.pop(key, None) is not None:

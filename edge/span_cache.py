@@ -245,7 +245,7 @@ class CachedSpan:
         output = hidden.new_zeros(*hidden.shape[:-1], width)
         missing = []
         for index, (start, stop, key) in enumerate(rows):
-            found = self._store.get(key)
+            found = self._store.get(key, (stop - start, width))
             if found is None:
                 missing.append(index)
             else:

@@ -17,7 +17,6 @@ that is not finite, no name that cannot be printed.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -270,7 +269,7 @@ def verify(data: bytes, pin: Fingerprint | None) -> tuple[Manifest, str, Fingerp
         payload = outer["payload"].encode()
         signature = base64.b64decode(outer["signature"], validate=True)
         certificate = WorkerCertificate.from_json(json.dumps(outer["certificate"]))
-    except (ConfigError, binascii.Error, ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SignerError(f"the package's certificate or signature is malformed; {_AGAIN}") from error
     root = Fingerprint.of(certificate.root)
     if pin is not None and not root.matches(pin):

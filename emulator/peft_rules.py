@@ -116,10 +116,9 @@ def peft_config(settings: Mapping[str, Any], hidden_size: int, plan: SplitPlan) 
         is_default = value == defaults[key] if key in defaults else not value  # a later PEFT's option, turned off
         if not (rule(value) if rule is not None else is_default):
             raise AdapterError(f"{PEFT_INFO} has {key[:60]} = {str(value)[:60]}, which is not taken: {_RETURN}")
-    if settings.get("task_type") is None:
-        raise AdapterError(f"{PEFT_INFO} names no task_type: {_RETURN}")
-    if options.keys() >= layered.keys() and "target_modules" not in settings:
-        raise AdapterError(f"{PEFT_INFO} names no target_modules: {_RETURN}")
+    for key in rules.keys() - settings.keys():
+        if not rules[key](defaults.get(key)):  # PEFT's own value may be out of range, as VeRA's rank of 256 is
+            raise AdapterError(f"{PEFT_INFO} names no {key}: {_RETURN}")
     chosen = {key: settings[key] for key in options if settings.get(key) is not None and key != "rank_pattern"}
     try:
         return cls(task_type="CAUSAL_LM", **chosen)

@@ -20,7 +20,6 @@ Theory of operation
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import json
 import struct
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -50,6 +49,8 @@ DAY = 86_400
 _CERTIFICATE_LABEL = b"isthmus v1 worker certificate\0"
 _CLOUD_REMEDY = "run `isthmus cloud keygen`"
 _EDGE_REMEDY = "run `isthmus edge keygen`"
+# What the library raises on a private key that is none; the last one comes from OpenSSL, on a key of another algorithm.
+_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
 
 
 def ssh_blob(public_key: bytes) -> bytes:
@@ -71,7 +72,7 @@ def parse_public_key(text: str) -> tuple[bytes, str]:
         raise ConfigError(f"{text[:60]!r} is not an Ed25519 public key: `ssh-ed25519 AAAA... name` is needed")
     try:
         blob = base64.b64decode(words[1], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # of base64, or of letters that are not ASCII
         raise ConfigError(f"the public key {words[1][:60]!r} is not base64") from error
     key = blob[-32:]
     if blob != ssh_blob(key):
@@ -105,7 +106,7 @@ class Fingerprint:
         kind, _, encoded = text.strip().partition(":")
         try:
             digest = base64.b64decode(encoded + "=", validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             digest = b""
         if kind != "SHA256" or len(digest) != 32 or str(cls(digest)) != text.strip():
             raise ConfigError(f"{text!r} is not a fingerprint: `SHA256:` and 43 characters of base64 are needed")
@@ -176,7 +177,7 @@ class WorkerCertificate:
                 base64.b64decode(data[name], validate=True) for name in ("root", "worker", "signature")
             )
             not_after = data["not_after"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError("it is not a worker's certificate") from error
         sizes = (len(root), len(worker), len(signature)) == (32, 32, 64)
         if data.get("version") != 1 or not sizes or type(not_after) is not int or not 0 <= not_after < 1 << 63:
@@ -272,7 +273,7 @@ def load_edge(path: Path) -> Ed25519PrivateKey:
     raw = read_private(path, _EDGE_REMEDY)
     try:
         key = load_ssh_private_key(raw, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except _MALFORMED as error:
         raise KeyFileError(
             f"{path} is not a private key in OpenSSH format without a passphrase ({error}); "
             f"{_EDGE_REMEDY} to make one elsewhere"
@@ -290,7 +291,7 @@ def _load_pem(path: Path, remedy: str) -> Ed25519PrivateKey:
     raw = read_private(path, remedy)
     try:
         key = load_pem_private_key(raw, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except _MALFORMED as error:
         raise KeyFileError(
             f"{path} is not a private key in PEM format ({error}); {remedy} in an empty folder"
         ) from error

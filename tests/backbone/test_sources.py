@@ -89,6 +89,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         ('{"model_type": ["llama"]}', UnsupportedFamilyError, "llama"),
         ('{"model_type": "nonsense"}', UnsupportedFamilyError, "'nonsense'.*llama"),
         ('{"model_type": "llama", "hidden_size": "wide"}', CheckpointError, "does not make sense"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', CheckpointError, "does not make sense"),
+        ('{"model_type": "qwen3", "num_hidden_layers": 10001}', CheckpointError, "names 10001 layers"),
     ],
 )
 def test_a_bad_configuration_is_refused(tmp_path: Path, content: str, error: type[Exception], says: str) -> None:

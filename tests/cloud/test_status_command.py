@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from isthmus.backbone.errors import ConfigError
 from isthmus.cloud import commands, state
 from isthmus.protocol.errors import UnreachableError
 
@@ -66,6 +68,39 @@ def test_watching_outlasts_a_cloud_that_is_away(
         looks[:] = [False]
         with pytest.raises(UnreachableError):
             commands.status(tmp_path, as_json=as_json, watch=True, every=1.0)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\xff", b"[]", b"{}", b"[" * 100_000, b'{"connection": "", "metrics": 1, "pid": 1}']
+)
+def test_a_damaged_word_of_the_cloud_is_told(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / state.STATE_FILE).write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"serving\.json is damaged"):
+        state.read_status(tmp_path)
+
+
+def test_a_word_of_the_cloud_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / state.STATE_FILE).mkdir()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        state.read_status(tmp_path)
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"{}", b'{"workers": {}}', b"[" * 100_000, b"\xff"])
+def test_an_answer_that_is_no_status_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
+    state.write_state(tmp_path, {"connection": "isthmus://h:7443", "metrics": "h:1", "pid": 1})
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(raw))
+    with pytest.raises(UnreachableError, match="does not answer"):
+        state.read_status(tmp_path)
+
+
+def test_a_status_without_an_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = b'{"workers": []}'
+    state.write_state(tmp_path, {"connection": "isthmus://h:7443", "metrics": "h:1", "pid": 1})
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(raw))
+    assert state.read_status(tmp_path)["workers"] == []
+    monkeypatch.setattr(state, "MAX_STATUS", len(raw) - 2)
+    with pytest.raises(UnreachableError, match="does not answer"):
+        state.read_status(tmp_path)
 
 
 def test_an_answer_that_is_cut_off_is_none(tmp_path: Path) -> None:

@@ -404,6 +404,7 @@ def test_a_cloud_that_takes_no_sites(cloud: MemoryCloud) -> None:
 
 
 X = encode(torch.ones(2, 8, HIDDEN), "fp32", Role.ACTIVATION)
+NARROW = encode(torch.ones(2, 8, HIDDEN - 1), "fp32", Role.ACTIVATION)
 G = encode(torch.ones(2, 8, HIDDEN), "fp32", Role.GRADIENT)
 FORWARD, AGAIN, BACKWARD = m.SitePhase.FORWARD, m.SitePhase.AGAIN, m.SitePhase.BACKWARD
 
@@ -412,6 +413,7 @@ FORWARD, AGAIN, BACKWARD = m.SitePhase.FORWARD, m.SitePhase.AGAIN, m.SitePhase.B
     ("phase", "sites", "tensors", "call", "text"),
     [
         (FORWARD, (4,), (X,), 1, "no site 4 among 4"),
+        (FORWARD, (0,), (NARROW,), 1, "site 0, whose input is 32 wide"),
         (AGAIN, (0,), (), 1, "site 0 was asked for its contribution again"),
         (BACKWARD, (0,), (G,), 1, "site 0, which has not contributed"),
         (FORWARD, (0,), (X,), 2, "answered Forward with SiteQuestion"),

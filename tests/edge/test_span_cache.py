@@ -73,6 +73,17 @@ def test_the_second_time_nothing_is_asked(store: SpanStore) -> None:
     assert (stats.hits, stats.misses, stats.rows) == (3, 3, 3)
 
 
+def test_a_row_of_another_shape_is_asked_for_again(store: SpanStore) -> None:
+    hidden, asked = numbers(1, 3, WIDTH), Asked()
+    cached = CachedSpan(asked, store)
+    (row,) = cached._rows(hidden, None, None, [])
+    store.put(row.key, numbers(1, WIDTH))  # as a file that something else has written may have it
+    assert torch.equal(cached(hidden, None, None), Asked()(hidden, None, None))
+    assert torch.equal(cached(hidden, None, None), Asked()(hidden, None, None))
+    assert len(asked.calls) == 1
+    assert (cached.stats().damaged, cached.stats().hits) == (1, 1)
+
+
 def test_only_what_is_missing_is_asked_and_without_the_padding_that_it_shares(store: SpanStore) -> None:
     long, middle, short = (numbers(n, WIDTH, seed=n) for n in (9, 4, 2))
     asked = Asked()

@@ -365,6 +365,21 @@ def test_a_truncated_file_is_refused(llama: Owner, lora: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "option"),
+    [("prompt", "num_virtual_tokens"), ("vera", "r"), ("lora", "task_type"), ("lora", "target_modules")],
+)
+def test_an_option_whose_default_is_out_of_range_must_be_there(
+    llama: Owner, tmp_path: Path, method: str, option: str
+) -> None:
+    adapter = Path(shutil.copytree(llama.adapter(method), tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    del settings[option]  # VeRA's rank is 256 then, more than the model is wide
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(AdapterError, match=f"names no {option}"):
+        llama.check(adapter)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"peft_type": "LOKR"},

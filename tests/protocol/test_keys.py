@@ -169,6 +169,16 @@ def test_keys_of_other_kinds_are_refused(tmp_path: Path) -> None:
         issue_worker(tmp_path)
 
 
+def test_a_private_key_with_a_changed_algorithm_is_refused(tmp_path: Path) -> None:
+    generate_root(tmp_path)
+    path = tmp_path / "root_key"
+    good = path.read_text()
+    path.write_text(good.replace("K2Vw", "K2Vv"))  # X448's number in the place of Ed25519's
+    assert path.read_text() != good
+    with pytest.raises(KeyFileError, match="not a private key in PEM"):
+        issue_worker(tmp_path)
+
+
 def test_a_certificate_of_another_key_or_root_is_refused(tmp_path: Path) -> None:
     generate_root(tmp_path)
     issue_worker(tmp_path)
@@ -178,7 +188,8 @@ def test_a_certificate_of_another_key_or_root_is_refused(tmp_path: Path) -> None
     path.write_text(json.dumps({**data, "not_after": data["not_after"] + 1}))
     with pytest.raises(KeyFileError, match="not signed"):
         load_worker(tmp_path)
-    for bad in ("", "{}", "[]", json.dumps({**data, "worker": "AA=="}), json.dumps({**data, "version": 2})):
+    wrong = ({**data, "worker": "AA=="}, {**data, "version": 2})
+    for bad in ("", "{}", "[]", "[" * 100_000, *map(json.dumps, wrong)):
         path.write_text(bad)
         with pytest.raises(KeyFileError, match="not a worker's certificate"):
             load_worker(tmp_path)
@@ -282,6 +293,7 @@ def test_authorized_edges() -> None:
         ("ssh-rsa AAAA name", "not an Ed25519"),
         ("ssh-ed25519", "not an Ed25519"),
         ("ssh-ed25519 !!!! name", "not base64"),
+        ("ssh-ed25519 AAAAé name", "not base64"),
         ("ssh-ed25519 AAAA name", "encoding"),
         (line(5, ""), "cannot name an edge"),
         (line(5, "two words"), "cannot name an edge"),
