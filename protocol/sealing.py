@@ -28,7 +28,8 @@ Theory of operation
     of the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
 
     A rekey frame seals nothing under the old key and announces the next epoch, whose secret is HKDF(old secret). Old
-    secrets are overwritten, so that who takes a key later cannot read what went before.
+    secrets are overwritten, so that who takes a key later cannot read what went before. After `MAX_REKEYS` in a row a
+    message must come, so that a session cannot be kept busy with nothing.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from isthmus.protocol.framing import (
     MAX_CHUNKS,
     MAX_COUNTER,
     MAX_EPOCH,
+    MAX_REKEYS,
     PREFIX,
     TAG,
     VERSION,
@@ -274,6 +276,7 @@ class Opener:
         self._keep = limits.max_message_bytes if keep is None else keep
         self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
         self._dead = False
+        self._rekeys = 0  # since the last message
         self._message: _Partial | None = None
 
     @property
@@ -352,7 +355,7 @@ class Opener:
             self._decrypt(sealed, keys.aad(Piece.HEADER, prefix), memoryview(message.header))
             message.header_hash = sha256(message.header).digest()
             message.body = bytearray(total if total <= self._keep else 0)
-            self._message = message
+            self._message, self._rekeys = message, 0
         if size:
             start = chunk * self._limits.chunk_bytes if message.body else 0
             aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
@@ -369,10 +372,13 @@ class Opener:
     def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
         if self._message is not None:
             raise FrameError("a key change came within a message")
+        if self._rekeys >= MAX_REKEYS:
+            raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
         if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
             raise FrameError("a key change is malformed")
         self._decrypt(frame[PREFIX.size :], self._keys.aad(Piece.REKEY, prefix), memoryview(bytearray()))
         self._keys.ratchet()
+        self._rekeys += 1
 
     def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int, frame_bytes: int) -> _Partial:
         limits = self._limits
