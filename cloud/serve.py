@@ -32,6 +32,7 @@ from isthmus.backbone.span_form import (
     is_saved_span,
     read_info,
 )
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.state import clear_state, write_state
 from isthmus.cloud.worker import CPU, DEVICES, WorkerSpec
@@ -130,6 +131,7 @@ def serve(
     batching: bool = True,
     device: str = CPU,
     tls: tuple[Path, Path, Path | None] | None = None,
+    bounds: Bounds | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT; see `isthmus cloud serve --help` for the arguments.
@@ -173,6 +175,7 @@ def serve(
             sites=sites,
             batching=batching,
             device=device,
+            bounds=bounds or Bounds(),
             **({} if tls is None else _tls_paths(*tls)),
         )
         host = (advertise or _parsed(listen)[0]).strip("[]")
