@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from isthmus.cloud.half_open import gives_way, host_of
+from isthmus.cloud.half_open import HalfOpen, host_of, tell_taken
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.penalties import Penalties
@@ -20,9 +20,6 @@ from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.session import CloudSession, Received
 
-HANDSHAKE_SECONDS = 10.0
-MAX_HALF_OPEN = 64
-
 
 class Admission:
     """Decides which streams become sessions.
@@ -33,6 +30,7 @@ class Admission:
         edges: returns the current `authorized_edges`; called at every handshake.
         sessions: those that are open.
         metrics: where handshakes are counted.
+        half_open: the places of handshakes.
         clock: seconds that never go back.
     """
 
@@ -43,6 +41,7 @@ class Admission:
         edges: Callable[[], AuthorizedEdges],
         sessions: Sessions,
         metrics: Metrics,
+        half_open: HalfOpen,
         clock: Callable[[], float],
     ) -> None:
         self._info = info
@@ -50,9 +49,9 @@ class Admission:
         self._edges = edges
         self._sessions = sessions
         self._metrics = metrics
+        self._clock = clock
         self._penalties = Penalties(clock)
-        # In the order in which the handshakes began, with the host that each is from.
-        self._half_open: dict[asyncio.Timeout, tuple[str, CloudSession]] = {}
+        self._half_open = half_open
         self._never = asyncio.Event()
         self._stopped = False
 
@@ -80,14 +79,11 @@ class Admission:
         Raises:
             RemoteProtocolError: the edge broke the session's rules.
         """
-        outcome = "failed"
-        limit = asyncio.timeout(HANDSHAKE_SECONDS)
+        outcome, host = "failed", host_of(context.peer())
         try:
-            async with limit:
-                self._make_room()  # before anything is awaited: others come in meanwhile
-                self._half_open[limit] = host_of(context.peer()), protocol
-                await context.send_initial_metadata(())  # tells the edge that the stream is taken
-                await asyncio.sleep(self._penalties.pause(host_of(context.peer())))
+            async with self._half_open.place(host, lambda: protocol.greeted):
+                await tell_taken(context)
+                await asyncio.sleep(self._penalties.pause(host))
                 shaken = await stream.handshake()
                 if shaken == "refused" and not self._stopped:  # whoever is told to come back has done nothing wrong
                     self.offended(protocol, context)
@@ -109,7 +105,9 @@ class Admission:
                     return None
                 deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
                 tenant = _served_for(protocol.tenant, asked.account)
-                session = OpenSession(opened, tenant, asked.link, asked.interactive, deadline)
+                session = OpenSession(
+                    opened, tenant, asked.link, asked.interactive, deadline, protocol.tenant, self._clock()
+                )
                 known = self._sessions.addresses
                 elsewhere = None if asked.settled else self._sessions.better_place(session)
                 if elsewhere is not None:
@@ -133,7 +131,6 @@ class Admission:
             outcome = "timed out"
             return None
         finally:
-            self._half_open.pop(limit, None)
             self._metrics.handshakes.labels(outcome).inc()
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
@@ -142,16 +139,6 @@ class Admission:
         """A stream has broken the rules: its tenant has, where it has said who it is, else somebody at its host."""
         tenant = protocol.tenant
         self._penalties.offended(host_of(context.peer()) if tenant is None else str(tenant.fingerprint))
-
-    def _make_room(self) -> None:
-        """For a handshake that begins: where as many are half open as may be, one gives way."""
-        if len(self._half_open) < MAX_HALF_OPEN:
-            return
-        chosen = gives_way([(host, protocol.greeted) for host, protocol in self._half_open.values()])
-        limit = list(self._half_open)[chosen]
-        del self._half_open[limit]
-        if not limit.expired():
-            limit.reschedule(asyncio.get_running_loop().time())
 
     def _authorize(self, public_key: bytes) -> Tenant:
         if self._stopped:

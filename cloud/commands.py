@@ -9,10 +9,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from isthmus.cloud.bounds import Bounds
+from isthmus.protocol.limits import Pace
+
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 
 Home = Annotated[Path, typer.Option("--home", help="Folder of the cloud's keys, enrolments and state.")]
 DEFAULT_HOME = Path("~/.isthmus/cloud")
+BOUNDS = Bounds()
 
 
 @app.command()
@@ -134,6 +138,45 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="CA (PEM) that edges' TLS certificates must come from.")
     ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections that each worker takes; an edge has one for each of its sessions.")
+    ] = BOUNDS.max_connections,
+    max_streams: Annotated[
+        int, typer.Option(min=1, help="gRPC calls that each worker takes at once; a session is one, open or half open.")
+    ] = BOUNDS.max_streams,
+    max_connection_streams: Annotated[
+        int, typer.Option(min=1, help="gRPC calls of one connection: a proxy may put many edges on one.")
+    ] = BOUNDS.max_connection_streams,
+    max_half_open: Annotated[
+        int, typer.Option(min=1, help="gRPC calls whose peer is not authenticated yet; each can hold about 2 MiB.")
+    ] = BOUNDS.max_half_open,
+    max_half_open_per_host: Annotated[
+        int,
+        typer.Option(min=1, help="The same of one host, of IPv6 the first 64 bits; edges may share one."),
+    ] = BOUNDS.max_half_open_per_host,
+    handshake_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a peer must be authenticated.")
+    ] = BOUNDS.handshake_seconds,
+    stream_window: Annotated[
+        str,
+        typer.Option(help="Bytes that an edge may send ahead; more is faster where a round trip is long."),
+    ] = "1MiB",
+    stall_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a message may take beside what its bytes take at --least-rate.")
+    ] = BOUNDS.pace.stall_seconds,
+    least_rate: Annotated[
+        str, typer.Option(help="Bytes a second that an edge must send of a message, and take of an answer.")
+    ] = "16KiB",
+    message_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a message, or taking an answer, may last, whatever its size.")
+    ] = BOUNDS.pace.message_seconds,
+    pings_per_minute: Annotated[
+        int, typer.Option(min=1, help="Pings that a session is answered; an edge sends one at the end of a run.")
+    ] = BOUNDS.pings_per_minute,
+    max_session_age: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds until a session ends, between two calls; the edge opens another."),
+    ] = BOUNDS.max_session_age,
 ) -> None:
     """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
 
@@ -170,6 +213,18 @@ def serve(
         batching=batching == "on",
         device=device,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
+        bounds=Bounds(
+            max_connections=max_connections,
+            max_streams=max_streams,
+            max_connection_streams=max_connection_streams,
+            max_half_open=max_half_open,
+            max_half_open_per_host=max_half_open_per_host,
+            handshake_seconds=handshake_seconds,
+            stream_window=parse_size(stream_window),
+            pace=Pace(stall_seconds, parse_size(least_rate), message_seconds),
+            pings_per_minute=pings_per_minute,
+            max_session_age=max_session_age,
+        ),
         ready=typer.echo,
     )
     if not answered:

@@ -45,7 +45,7 @@ class EdgesFile:
 
     def __init__(self, home: Path) -> None:
         self._path = home / "authorized_edges"
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._edges = AuthorizedEdges.parse("")
         if self._path.exists():  # where nobody is enrolled yet, there is none
             self._edges = AuthorizedEdges.load(self._path)
@@ -56,7 +56,10 @@ class EdgesFile:
             stat = self._path.stat()
         except FileNotFoundError:
             return AuthorizedEdges.parse("")
-        stamp = (stat.st_mtime_ns, stat.st_size)
+        except OSError as error:
+            log("authorized_edges_unreadable", error=str(error))
+            return self._edges
+        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if stamp != self._stamp:
             try:
                 self._edges = AuthorizedEdges.load(self._path)

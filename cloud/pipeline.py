@@ -45,8 +45,9 @@ from isthmus.protocol.errors import (
     VersionError,
 )
 from isthmus.protocol.keys import Fingerprint
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.sealing import wipe
-from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD
+from isthmus.protocol.service import METHOD, stream_options
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
 
 HANDSHAKE_SECONDS = 15.0
@@ -213,10 +214,7 @@ class _Stream:
 
     def __init__(self, stage: NextStage) -> None:
         options = [
-            ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            *stream_options(MIB),
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]

@@ -33,6 +33,7 @@ from isthmus.backbone.span_form import (
     is_saved_span,
     read_info,
 )
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.cluster import ControlStoreLostError, Serving
 from isthmus.cloud.home.lock import occupied
 from isthmus.cloud.logs import log_file
@@ -76,6 +77,7 @@ def serve(
     batching: bool = True,
     device: str = CPU,
     tls: tuple[Path, Path, Path | None] | None = None,
+    bounds: Bounds | None = None,
     ready: Callable[[str], None] = lambda connection: None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT; see `isthmus cloud serve --help` for the arguments.
@@ -133,6 +135,7 @@ def serve(
             sites=sites,
             batching=batching,
             device=device,
+            bounds=bounds or Bounds(),
             **outer,
         )
         host = (advertise or parse_address(listen)[0]).strip("[]")

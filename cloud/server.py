@@ -19,11 +19,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from isthmus.backbone.quantize import bytes_of
 from isthmus.cloud.admission import Admission
+from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
 from isthmus.cloud.calls import Calls
+from isthmus.cloud.half_open import HalfOpen
+from isthmus.cloud.hang_up import HangUp
+from isthmus.cloud.health import Health
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.pipeline import NextStage, StageSession
@@ -32,15 +35,15 @@ from isthmus.cloud.sessions import OpenSession, Sessions
 from isthmus.cloud.stream import SealedStream
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.errors import PortInUseError, RemoteProtocolError, VersionError
+from isthmus.protocol.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
 from isthmus.protocol.keys import WorkerIdentity
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
+from isthmus.protocol.service import KEEPALIVE_MS, METHOD, SERVICE, stream_options
 from isthmus.protocol.session import Oversized
 
-MAX_STREAMS = 256
-"""Of one connection: a proxy may have many edges on it."""
 IDLE_MS = 60_000
+PING_STRIKES = 2
+"""Pings of HTTP/2 that come too soon after another, with nothing sent between, before a connection is closed."""
 GOODBYE_SECONDS = 2.0
 """For sessions to leave in a drain, once all calls are answered."""
 
@@ -66,6 +69,7 @@ class StripServer:
             every handshake, so that a renewed certificate needs no restart.
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads for computing.
+        bounds: what others can make it hold.
         batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
         clock: seconds that never go back, by which deadlines are kept.
@@ -83,6 +87,7 @@ class StripServer:
         threads: int,
         next_stage: NextStage | None = None,
         *,
+        bounds: Bounds | None = None,
         batching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,11 +95,17 @@ class StripServer:
         self.sessions = Sessions(self.metrics)
         self.metrics.certificate.set_function(lambda: identity().certificate.not_after)
         self._identity = identity
+        self._bounds = bounds or Bounds()
+        self._edges = edges
+        self._clock = clock
         self._info = served.info
         self._next_stage = next_stage
-        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, clock)
+        half_open = HalfOpen(self._bounds)
+        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
         self._calls = Calls(served, threads, self.sessions.part_of, self.metrics, batching=batching, clock=clock)
-        self._health = health.aio.HealthServicer()
+        self._hang_up = HangUp(self._bounds.linger_seconds)
+        self._health = Health(half_open, self._hang_up)
+        self._reviewing: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._started = time.time()
         self._span_bytes = bytes_of(served.executor.host.span)
@@ -103,23 +114,21 @@ class StripServer:
         """Listen on `host:port` and return the port. Raises PortInUseError."""
         options = [
             ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
-            ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            *stream_options(self._bounds.stream_window),
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-            ("grpc.http2.max_ping_strikes", 0),
-            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.http2.max_ping_strikes", PING_STRIKES),
+            ("grpc.max_allowed_incoming_connections", self._bounds.max_connections),
+            ("grpc.max_concurrent_streams", self._bounds.max_connection_streams),
             ("grpc.server_handshake_timeout_ms", KEEPALIVE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
         ]
-        server = grpc.aio.server(options=options)
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)
         # No serializers: a gRPC message is a frame, and a frame is bytes.
         session = grpc.stream_stream_rpc_method_handler(self._session)
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})]
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers([self._health.handlers()])
         try:
             if tls is None:
                 port = server.add_insecure_port(listen)
@@ -132,8 +141,8 @@ class StripServer:
             raise PortInUseError(f"cannot listen on {listen}: {error}") from None
         await server.start()
         self._server = server
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.serving()
+        self._reviewing = asyncio.create_task(self._review(), name="review of sessions")
         log("serving", listen=listen, port=port, model=self._info.model, plan=self._info.plan)
         return int(port)
 
@@ -146,7 +155,9 @@ class StripServer:
             return True
         log("draining", in_flight=self._calls.in_flight.calls, sessions=len(self.sessions))
         self._admission.stop()
-        await self._health.enter_graceful_shutdown()
+        await self._health.draining()
+        if self._reviewing is not None:
+            self._reviewing.cancel()
         self.sessions.end_all("draining")
         try:
             await asyncio.wait_for(self._calls.in_flight.all_answered(), grace)
@@ -179,26 +190,51 @@ class StripServer:
         """One stream: the handshake, then calls until either side ends it."""
         limits = Limits(max_message_bytes=self._info.limits.max_message_bytes)
         protocol = self._admission.protocol(limits)
-        stream = SealedStream(protocol, frames, context, self.metrics)
+        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.pace, self._clock)
         try:
             session = await self._admission.admit(protocol, stream, context)
-            if session is not None:
-                try:
-                    async with self._stage_of(session) as stage:
-                        await self._converse(stream, session, limits, stage)
-                finally:
-                    self.sessions.leave(session)
+            if session is not None and not await self._serve(stream, session, limits):
+                await self._hang_up.abort(
+                    context, grpc.StatusCode.PERMISSION_DENIED, f"the session was cut off: {session.ending}"
+                )
         except (RemoteProtocolError, VersionError) as error:
             self._admission.offended(protocol, context)
             log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
+            await self._hang_up.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
+        except grpc.aio.AbortError:
+            raise  # the session was cut off
         except grpc.aio.BaseError as error:  # the stream broke while it was written to
             log("stream_broke", error=type(error).__name__)
         except Exception as error:  # noqa: BLE001  # whatever it is, gRPC would send its text in the clear
             log("session_failed", logging.ERROR, error=type(error).__name__)
-            await context.abort(grpc.StatusCode.INTERNAL, "the session failed; the cloud's owner has a log of it")
+            await self._hang_up.abort(
+                context, grpc.StatusCode.INTERNAL, "the session failed; the cloud's owner has a log of it"
+            )
         finally:
             protocol.close()
+            self._hang_up.when_lingering(context)
+
+    async def _serve(self, stream: SealedStream, session: OpenSession, limits: Limits) -> bool:
+        """Serve a session until it ends; False where it was cut off."""
+        try:
+            async with asyncio.timeout(None) as session.leash, self._stage_of(session) as stage:
+                await self._converse(stream, session, limits, stage)
+        except TimeoutError:
+            if session.leash is None or not session.leash.expired():
+                raise
+            return False
+        finally:
+            self.sessions.leave(session)
+        return True
+
+    async def _review(self) -> None:
+        """Look again and again whose sessions have to end."""
+        edges = before = self._edges()
+        while True:
+            await asyncio.sleep(REVIEW_SECONDS)
+            before, edges = edges, self._edges()
+            if edges == before:  # else it may be in the middle of being written
+                self.sessions.review(edges, self._clock(), self._bounds.max_session_age)
 
     @contextlib.asynccontextmanager
     async def _stage_of(self, session: OpenSession) -> AsyncIterator[StageSession | None]:
@@ -214,6 +250,7 @@ class StripServer:
         self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
     ) -> None:
         calls = self._calls.of(session, limits, stage)
+        pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:
             if self._admission.stopped:
                 session.end("draining")
@@ -230,6 +267,8 @@ class StripServer:
                 if isinstance(received.message, m.Goodbye):
                     session.ending = "goodbye"
                     return
+                if isinstance(received.message, m.Ping) and not pings.take(self._clock()):
+                    raise LimitError(f"more than {self._bounds.pings_per_minute} pings came within a minute")
                 await calls.answer(stream, received)
         finally:
             calls.close()

@@ -18,7 +18,7 @@ from isthmus.cloud.history import record
 from isthmus.cloud.logs import log
 from isthmus.cloud.metrics import Metrics
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 
 NEWS_SECONDS = 2.0
 """For the next word of the other workers, whose sessions count against a tenant's quota."""
@@ -40,11 +40,14 @@ class OpenSession:
     link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
     interactive: bool
     deadline: float | None  # seconds
+    enrolled: Tenant  # the line of `authorized_edges` that let it in
+    since: float = 0.0  # on the server's clock
     opened: float = field(default_factory=time.time)
     words: int = 0  # of the other workers that were heard since
     ending: str = "connection lost"
     farewell: m.Message | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    leash: asyncio.Timeout | None = None  # under which it converses; it ends the session when that is cut off
 
     @property
     def fenced(self) -> bool:
@@ -63,6 +66,11 @@ class OpenSession:
         self.ending, self.farewell = why, status or m.Goodbye(why)
         self.ended.set()
         record("ended", session=self.id.hex(), why=why)
+
+    def cut(self) -> None:
+        """End the session now, with its call in flight. After `end`, which says why."""
+        if self.leash is not None and not self.leash.expired():
+            self.leash.reschedule(asyncio.get_running_loop().time())
 
 
 class Sessions:
@@ -163,6 +171,28 @@ class Sessions:
         settled = [session for session in self._open.values() if not session.ended.is_set()]
         for session in settled[max(0, len(settled) - count) :]:
             session.end("another worker has fewer sessions")
+
+    def review(self, edges: AuthorizedEdges, now: float, max_age: float) -> None:
+        """End those whose edge is no longer enrolled, or otherwise than when it came, and those that are too old.
+
+        They end between two calls, and their edges may open others. Only one whose edge is no longer enrolled is cut
+        off in the middle of a call, at the next review.
+
+        Args:
+            edges: who is enrolled now.
+            now: on the server's clock.
+            max_age: seconds that a session may last.
+        """
+        for session in self._open.values():
+            enrolled = edges.of(session.enrolled.fingerprint)
+            if enrolled is None and session.ended.is_set():
+                session.cut()
+            elif enrolled is None:
+                session.end("this edge is no longer enrolled")
+            elif enrolled != session.enrolled:
+                session.end("the edge's enrolment has changed")
+            elif now - session.since >= max_age:
+                session.end("the session has reached its greatest age")
 
     def end_all(self, why: str) -> None:
         """End all of them."""

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.metrics import Metrics
 from isthmus.protocol.errors import RemoteProtocolError
+from isthmus.protocol.limits import DEFAULT_PACE, Pace
 from isthmus.protocol.messages import Message
 from isthmus.protocol.session import CloudSession, Established, Oversized, Received, Refused
 
-STALL_SECONDS = 120.0
-"""That an edge may take for a frame, of about 1 MiB, in the middle of a message or of the answer to it."""
-
 
 class StalledError(RemoteProtocolError):
-    """An edge neither goes on nor ends: what is held for it would be held for ever."""
+    """An edge sends a message, or takes an answer, too slowly: what is held for it would be held for ever."""
 
 
 class SealedStream:
@@ -32,13 +30,25 @@ class SealedStream:
         frames: what arrives.
         context: the grpc.aio context to write to.
         metrics: where bytes are counted.
+        pace: how slowly the edge may send a message, or take one.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, session: CloudSession, frames: AsyncIterator[bytes], context: Any, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        session: CloudSession,
+        frames: AsyncIterator[bytes],
+        context: Any,
+        metrics: Metrics,
+        pace: Pace = DEFAULT_PACE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._session = session
         self._frames = aiter(frames)
         self._context = context
         self._metrics = metrics
+        self._pace = pace
+        self._clock = clock
         self._crypto_ns = 0
 
     async def handshake(self) -> str:
@@ -48,7 +58,8 @@ class SealedStream:
             if frame is None:
                 return "abandoned"
             event = self._session.receive(frame)
-            await self._write(event.frames)
+            for reply in event.frames:
+                await self._write(reply)
             if isinstance(event, Refused):
                 return "refused"
             if isinstance(event, Established):
@@ -57,24 +68,31 @@ class SealedStream:
     async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | Oversized | None:
         """Wait for the next whole message, `patience` seconds for its beginning (None for as long as it takes).
 
+        From its first frame on, the message keeps to the pace. A key change counts as its first frame: it comes just
+        before a message, so that it gains no time.
+
         None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
         no further call, even one that has just arrived. The edge repeats it elsewhere.
 
         Raises:
-            StalledError: the edge sends nothing.
+            StalledError: the edge sends nothing, or too slowly.
         """
         stop = asyncio.ensure_future(unless.wait())
         arrival: asyncio.Future[bytes | None] | None = None
+        begun, size = self._clock(), 0
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
-                done, _ = await asyncio.wait({arrival, stop}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                left = self._pace.left(self._clock() - begun, size) if size else patience
+                done, _ = await asyncio.wait({arrival, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    raise StalledError("nothing came in time where something was due")
-                patience = STALL_SECONDS  # for the rest of the message
+                    raise StalledError(f"nothing came in time, {size} bytes into a message, where something was due")
                 frame = arrival.result() if arrival.done() else None
                 if frame is None or unless.is_set():
                     return None
+                if not size:
+                    begun = self._clock()
+                size += len(frame)
                 reached("received")
                 start = time.perf_counter_ns()
                 event = self._session.receive(frame)
@@ -87,15 +105,25 @@ class SealedStream:
                 arrival.cancel()  # harmless where it is done
 
     async def send(self, message: Message) -> None:
-        """Seal and write a message, frame by frame: the network carries one while the next is sealed."""
+        """Seal and write a message, frame by frame: the network carries one while the next is sealed.
+
+        Raises:
+            StalledError: the edge takes it too slowly.
+        """
         frames = self._session.send(message)
+        begun, size = self._clock(), 0
         while True:
             start = time.perf_counter_ns()
             frame = next(frames, None)
             self._crypto_ns += time.perf_counter_ns() - start
             if frame is None:
                 return
-            await self._write((frame,))
+            try:
+                async with asyncio.timeout(self._pace.left(self._clock() - begun, size)):
+                    await self._write(frame)
+            except TimeoutError:
+                raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
+            size += len(frame)
 
     def take_crypto_ns(self) -> int:
         """Nanoseconds of sealing and opening since the last call.
@@ -111,11 +139,6 @@ class SealedStream:
             self._metrics.bytes.labels("in").inc(len(frame))
         return frame
 
-    async def _write(self, frames: Sequence[bytes]) -> None:
-        for frame in frames:
-            self._metrics.bytes.labels("out").inc(len(frame))
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    await self._context.write(frame)
-            except TimeoutError:
-                raise StalledError(f"a frame was not taken within {STALL_SECONDS:.0f} s") from None
+    async def _write(self, frame: bytes) -> None:
+        self._metrics.bytes.labels("out").inc(len(frame))
+        await self._context.write(frame)

@@ -13,11 +13,12 @@ import resource
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isthmus.backbone.errors import IsthmusError
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.directory import Peer, Report, Word
 from isthmus.cloud.logs import log, log_to
 from isthmus.protocol.errors import PortInUseError
@@ -62,6 +63,7 @@ class WorkerSpec:
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
     next_key: str = ""  # file with the key that the next stage has enrolled
+    bounds: Bounds = field(default_factory=Bounds)  # what others can make it hold
 
 
 class Worker:
@@ -93,7 +95,9 @@ class Worker:
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
-        self._server = StripServer(served, identity, edges, spec.threads, next_stage_of(spec), batching=spec.batching)
+        self._server = StripServer(
+            served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds, batching=spec.batching
+        )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         self._port = self._listen(spec.listen, tls_of(spec), rebinds)

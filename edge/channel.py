@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from isthmus.edge.transport import NothingYetError, Stream
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError, printable
 from isthmus.protocol.keys import Fingerprint
-from isthmus.protocol.limits import DEFAULT_LIMITS
+from isthmus.protocol.limits import DEFAULT_LIMITS, Pace
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ T = TypeVar("T")
 HANDSHAKE_SECONDS = 15.0
 GOODBYE_SECONDS = 2.0
 LOOK_SECONDS = 0.25  # between two looks at whether a wait is still wanted
+LEAST_RATE = 16 << 10  # bytes a second that a cloud must take of a question, and send of an answer
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class Channel:
         interactive: whether somebody waits for the calls, which then come before training.
         deadline: seconds within which a call has to be computed; None for no deadline.
         settled: whether the worker must not send this edge to another one.
+        clock: seconds that never go back.
 
     Attributes:
         info: what the cloud said of the session.
@@ -102,8 +105,10 @@ class Channel:
         interactive: bool = False,
         deadline: float | None = None,
         settled: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
+        self._clock = clock
         self._check = check
         self._traffic = traffic
         self._observer = observer
@@ -120,34 +125,41 @@ class Channel:
     def ask(self, question: m.Message, timeout: float, answer_bytes: int | None = None) -> m.Message:
         """Send a message and wait for the answer.
 
+        The cloud has `timeout` seconds to take the question, as many until the answer begins, and as many to send it;
+        for question and answer also what their bytes take at `LEAST_RATE`.
+
         Args:
             question: what to send.
-            timeout: seconds for each frame, out or in.
+            timeout: see above.
             answer_bytes: the most bytes of the answer's body; None for all that the session's limits accept.
 
         Raises:
-            ConnectionLostError: the stream broke, the cloud ended the session, or `timeout` seconds passed.
+            ConnectionLostError: the stream broke, the cloud ended the session, or was too slow.
             RemoteProtocolError: a frame did not open, or the cloud broke the protocol.
         """
         traffic = self._traffic
         name = type(question).__name__.lower()
         self._observer(name, "sending")
         self._session.expect(answer_bytes)
+        pace = Pace(timeout, LEAST_RATE, math.inf)
         frames = self._session.send(question)
+        begun, size = self._clock(), 0
         while True:
             before = time.perf_counter_ns()
             frame = next(frames, None)
             traffic.crypto_ns += time.perf_counter_ns() - before
             if frame is None:
                 break
-            self._send(frame, timeout)
+            self._send(frame, pace.left(self._clock() - begun, size))
+            size += len(frame)
         self._observer(name, "waiting")
-        waiting = True
+        begun, size = self._clock(), 0
         while True:
-            frame = self._receive(timeout)
-            if waiting:
-                waiting = False
+            frame = self._receive(pace.left(self._clock() - begun, size))
+            if not size:
+                begun = self._clock()
                 self._observer(name, "receiving")
+            size += len(frame)
             before = time.perf_counter_ns()
             event = self._session.receive(frame)
             traffic.crypto_ns += time.perf_counter_ns() - before
@@ -214,10 +226,10 @@ class Channel:
 
     def _patiently(self, timeout: float, wait: Callable[[float], T]) -> T:
         """Repeat a short wait for `timeout` seconds, as long as it is wanted."""
-        deadline = time.monotonic() + timeout
+        deadline = self._clock() + timeout
         while True:
             self._check()
-            left = deadline - time.monotonic()
+            left = deadline - self._clock()
             try:
                 return wait(min(LOOK_SECONDS, max(0.0, left)))
             except NothingYetError:

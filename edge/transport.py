@@ -18,9 +18,11 @@ import grpc
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.protocol.errors import ConnectionLostError, KeyFileError
-from isthmus.protocol.service import KEEPALIVE_MS, MAX_GRPC_MESSAGE_BYTES, METHOD
+from isthmus.protocol.limits import MIB
+from isthmus.protocol.service import METHOD, stream_options
 
 QUEUED_FRAMES = 16  # on each way; whoever is ahead of the other waits, so that neither fills the edge's memory
+WINDOW_BYTES = MIB  # that the cloud may send before they are asked for
 SEND_SECONDS = 0.5  # one wait for room among the frames that go out
 
 
@@ -107,10 +109,7 @@ class GrpcTransport:
         """Open a new stream and wait until the cloud has taken it."""
         if self._channel is None:
             options = [
-                ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+                *stream_options(WINDOW_BYTES),
                 ("grpc.enable_retries", 0),  # a retry is a new session with a new key: the link does it
                 ("grpc.use_local_subchannel_pool", 1),  # links share no connection and no fault
             ]

@@ -2,8 +2,9 @@
 
     python -m isthmus.experiments.hostile '{"workers": ["isthmus://…"], "key": "…", "batch": 2, "seq": 64}'
 
-Each line of standard input is `NAME SECONDS`, a name of `DEEDS`; it is done to all workers at once, and answered by an
-empty line when it is done. What the cloud does to defend itself (it ends sessions, say) is no error here.
+Each line of standard input is `NAME SECONDS`, a name of `DEEDS` or `ENDED`; it is done to all workers at once, and
+answered by an empty line when it is done. What the cloud does to defend itself (it ends sessions, say) is no error
+here.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class _Session:
     def seal(self, message: m.Message) -> Iterator[bytes]:
         """Its frames."""
         return self._edge.send(message)
+
+    def rekey(self) -> bytes:
+        """The frame that changes the key."""
+        return self._edge.rekey()
 
     def send(self, message: m.Message) -> None:
         """Send it whole. Raises NothingYetError where the cloud takes no more for a while."""
@@ -150,6 +155,24 @@ class Hostile:
                 if time.monotonic() >= end:
                     return
 
+    def rekeys(self, seconds: float) -> None:
+        """Change the key of a session every second, and send nothing else."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            while time.monotonic() < end:
+                session.stream.send(session.rekey())
+                with contextlib.suppress(NothingYetError):
+                    session.stream.receive(min(1.0, max(0.0, end - time.monotonic())))
+
+    def session_pings(self, seconds: float) -> None:
+        """Ping a session as fast as it answers, and ask nothing else."""
+        end, number = time.monotonic() + seconds, 0
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            while time.monotonic() < end:
+                number += 1
+                session.send(m.Ping(number))
+                session.receive()
+
     def stash_evicted(self, seconds: float) -> None:
         """Have one forward state after the other kept, so that those of everybody else must go."""
         end, number = time.monotonic() + seconds, 0
@@ -220,6 +243,8 @@ class Hostile:
 
 CONTROL: Final = "further_tenant"
 """What a tenant that behaves does: others feel that there is one more, and of a hostile one not much more than that."""
+ENDED: Final = ("rekeys", "session_pings")
+"""What a cloud ends at once, so that others feel nothing of it."""
 DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 
@@ -243,7 +268,7 @@ class HostileProcess:
         self._log = log
 
     def do(self, deed: str, seconds: float) -> None:
-        """Have it do one of `DEEDS`; returns when it is done. Raises IsthmusError where it could not."""
+        """Have it do one of `DEEDS` or `ENDED`; returns when it is done. Raises IsthmusError where it could not."""
         process = self._process
         if process.stdin is None or process.stdout is None:
             raise IsthmusError("the process of the hostile tenant has no pipes")
@@ -282,8 +307,8 @@ def main(task: dict[str, Any]) -> None:
     with ThreadPoolExecutor(len(tenants)) as pool:
         for line in sys.stdin:
             deed, seconds = line.split()
-            if deed not in DEEDS:
-                raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS)}")
+            if deed not in DEEDS + ENDED:
+                raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS + ENDED)}")
             for done in [pool.submit(do, tenant, deed, float(seconds)) for tenant in tenants]:
                 done.result()
             print(flush=True)

@@ -23,10 +23,11 @@ from isthmus.backbone.errors import IsthmusError
 from isthmus.edge.transport import GrpcTransport
 from isthmus.protocol.codecs import Role, codec_id, encode
 from isthmus.protocol.framing import KEY_BYTES, Direction
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.messages import Backward, BackwardReply, CallId
 from isthmus.protocol.packing import pack, unpack
 from isthmus.protocol.sealing import Opened, Opener, Sealer
-from isthmus.protocol.service import MAX_GRPC_MESSAGE_BYTES, METHOD, SERVICE
+from isthmus.protocol.service import METHOD, SERVICE, stream_options
 
 LARGE = 1 << 18
 """Numbers of the larger of the two messages: 1 MiB."""
@@ -75,12 +76,7 @@ def _answering() -> Iterator[int]:
     started = threading.Event()
 
     async def serve() -> None:
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
-            ]
-        )
+        server = grpc.aio.server(options=stream_options(MIB))
         handler = grpc.stream_stream_rpc_method_handler(_session)
         name = METHOD.rsplit("/", 1)[1]
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {name: handler})])

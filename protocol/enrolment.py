@@ -125,6 +125,7 @@ class AuthorizedEdges:
 
     def __init__(self, tenants: dict[bytes, Tenant]) -> None:
         self._tenants = dict(tenants)
+        self._by_fingerprint = {tenant.fingerprint: tenant for tenant in tenants.values()}
 
     @classmethod
     def parse(cls, text: str, source: str = "authorized_edges") -> AuthorizedEdges:
@@ -163,6 +164,10 @@ class AuthorizedEdges:
         """Find the tenant of a raw public key (32 bytes)."""
         return self._tenants.get(public_key)
 
+    def of(self, fingerprint: Fingerprint) -> Tenant | None:
+        """Find the tenant of a key's fingerprint."""
+        return self._by_fingerprint.get(fingerprint)
+
     def require(self, public_key: bytes) -> Tenant:
         """Find the tenant of a raw public key (32 bytes).
 
@@ -179,6 +184,11 @@ class AuthorizedEdges:
 
     def __len__(self) -> int:
         return len(self._tenants)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AuthorizedEdges) and self._tenants == other._tenants
+
+    __hash__ = None  # type: ignore[assignment]  # as of every class that says when two are equal
 
 
 def add_line(

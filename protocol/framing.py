@@ -26,6 +26,8 @@ PREFIX = struct.Struct("!4sBBIQIHHQ")
 _NONCE = struct.Struct("!IQ")
 _ZEROS = memoryview(bytes(1 << 16))
 MAX_CHUNKS = (1 << 16) - 1
+MAX_REKEYS = 16
+"""Key changes in a row, without a message between. One would do, as a sender has one before a message at most."""
 MAX_EPOCH = (1 << 32) - 1
 MAX_COUNTER = (1 << 64) - 1
 

@@ -41,3 +41,33 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slowly the other side may send a message, or take one.
+
+    A message of n bytes may take `stall_seconds` + n / `least_rate` seconds, and never more than `message_seconds`. The
+    rule holds at every frame, for the bytes so far: a frame gains the time that its bytes may take, and no more.
+
+    Attributes:
+        stall_seconds: seconds beside those that the bytes take at the least rate.
+        least_rate: bytes per second.
+        message_seconds: the most seconds that any message may take.
+    """
+
+    stall_seconds: float = 120.0
+    least_rate: int = 16 * KIB
+    message_seconds: float = 3600.0
+
+    def left(self, passed: float, done: int) -> float:
+        """Seconds until the next frame is due, 0 where it is overdue.
+
+        Args:
+            passed: seconds since the message began.
+            done: bytes of it that have come, or have been taken.
+        """
+        return max(0.0, min(self.message_seconds, self.stall_seconds + done / self.least_rate) - passed)
+
+
+DEFAULT_PACE = Pace()

@@ -9,8 +9,8 @@ Rules
     3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
        authenticated chunk by chunk, as any other, and nothing is allocated for the whole of it.
        The side that asks says how much it has asked for (`expect`), and no message with more is begun.
-    4. A key changes at most `MAX_KEY_CHANGES` times between two messages. An honest sender changes it once, or when
-       it is told to.
+    4. A key changes at most `MAX_REKEYS` times between two messages. An honest sender changes it once, or when it is
+       told to.
     5. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
        plaintext behind when it refuses; so on any failure the message's buffer is overwritten with zeros, and the
        opener is dead.
@@ -31,7 +31,8 @@ Theory of operation
     of the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
 
     A rekey frame seals nothing under the old key and announces the next epoch, whose secret is HKDF(old secret). Old
-    secrets are overwritten, so that who takes a key later cannot read what went before.
+    secrets are overwritten, so that who takes a key later cannot read what went before. After `MAX_REKEYS` in a row a
+    message must come, so that a session cannot be kept busy with nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from isthmus.protocol.framing import (
     MAX_CHUNKS,
     MAX_COUNTER,
     MAX_EPOCH,
+    MAX_REKEYS,
     PREFIX,
     TAG,
     VERSION,
@@ -62,9 +64,7 @@ from isthmus.protocol.framing import (
 )
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 
-__all__ = ["MAX_KEY_CHANGES", "Opened", "Opener", "Sealer", "wipe"]
-
-MAX_KEY_CHANGES = 16
+__all__ = ["Opened", "Opener", "Sealer", "wipe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +279,9 @@ class Opener:
         self._keep = limits.max_message_bytes if keep is None else keep
         self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
         self._dead = False
+        self._rekeys = 0  # since the last message
         self._message: _Partial | None = None
         self._expected: int | None = None
-        self._key_changes = 0  # since the last message
 
     @property
     def epoch(self) -> int:
@@ -363,7 +363,7 @@ class Opener:
             self._decrypt(sealed, keys.aad(Piece.HEADER, prefix), memoryview(message.header))
             message.header_hash = sha256(message.header).digest()
             message.body = bytearray(total if total <= self._keep else 0)
-            self._message = message
+            self._message, self._rekeys = message, 0
         if size:
             start = chunk * self._limits.chunk_bytes if message.body else 0
             aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
@@ -374,19 +374,19 @@ class Opener:
         message.chunk += 1
         if message.chunk < message.chunks:
             return None
-        self._message, self._key_changes = None, 0
+        self._message = None
         return Opened(message.header, message.body, total)
 
     def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
         if self._message is not None:
             raise FrameError("a key change came within a message")
-        if self._key_changes >= MAX_KEY_CHANGES:  # a peer could keep this side busy for ever without saying anything
-            raise FrameError(f"a key change came after {MAX_KEY_CHANGES} others and no message")
+        if self._rekeys >= MAX_REKEYS:
+            raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
         if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
             raise FrameError("a key change is malformed")
         self._decrypt(frame[PREFIX.size :], self._keys.aad(Piece.REKEY, prefix), memoryview(bytearray()))
         self._keys.ratchet()
-        self._key_changes += 1
+        self._rekeys += 1
 
     def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int, frame_bytes: int) -> _Partial:
         limits = self._limits

@@ -1,12 +1,36 @@
 """The names and sizes that both ends of the gRPC stream agree on. One gRPC message carries one frame of the session,
-as opaque bytes."""
+as opaque bytes.
+
+Neither side compresses, or takes what is compressed: sealed bytes do not shrink, and a compressed message of zeros
+takes a thousand times the memory that it takes of the network.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
+from isthmus.protocol.limits import DEFAULT_LIMITS, KIB
+
 SERVICE: Final = "isthmus.v1.Strip"
 METHOD: Final = f"/{SERVICE}/Session"
 
-MAX_GRPC_MESSAGE_BYTES: Final = 4 << 20  # a frame is about 1 MiB; this ceiling belongs to the outer layer only
+MAX_GRPC_MESSAGE_BYTES: Final = DEFAULT_LIMITS.chunk_bytes + DEFAULT_LIMITS.max_header_bytes + KIB
+"""A frame of the largest header and a whole chunk, with its prefix and tags."""
 KEEPALIVE_MS: Final = 20_000  # a peer that vanished without a word is noticed within two of these
+
+
+def stream_options(window: int) -> list[tuple[str, int]]:
+    """The options of gRPC that both ends have.
+
+    Args:
+        window: bytes that the other side may send on a stream before they are asked for.
+    """
+    return [
+        ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # only the one that changes nothing
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+        ("grpc.http2.lookahead_bytes", window),
+        ("grpc.http2.bdp_probe", 0),  # with it the window grows with the speed of the other side
+    ]

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.clouds import Home, ThreadServer, served
+from support.sessions import eventually
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.backbone.sources import Checkpoint
+from isthmus.cloud import server as server_module
 from isthmus.cloud.directory import Word
 from isthmus.cloud.jobs import Share
 from isthmus.cloud.logs import LOGGER
@@ -243,3 +245,37 @@ def test_an_edge_that_leaves_leaves_no_session_behind(pipeline: Pipeline) -> Non
         assert [len(server.server.sessions.seats()) for server in pipeline.servers] == [1, 1, 1]
     for server in pipeline.servers:
         server.run(server.server.sessions.all_left())
+
+
+def test_an_edge_that_is_revoked_at_the_first_stage_leaves_every_stage(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "REVIEW_SECONDS", 0.02)
+    for number in range(3):
+        pipeline.restart(2 - number)  # so that they look at their enrolments more often
+    first, second, last = pipeline.servers
+    with pipeline.link() as link:
+        check_pass(link, pipeline.whole, 1)
+        assert [each.server.status()["sessions"] for each in pipeline.servers] == [{"alice": 1}] * 3
+        (first.home.folder / "authorized_edges").write_text("# nobody\n")
+        eventually(lambda: all(each.server.status()["sessions"] == {} for each in (first, second, last)))
+        with pytest.raises(NotEnrolledError):
+            check_pass(link, pipeline.whole, 1)
+
+
+def test_a_stage_whose_own_key_is_revoked_has_no_session_and_comes_back_with_the_same_bits(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "REVIEW_SECONDS", 0.02)
+    for number in range(3):
+        pipeline.restart(2 - number)
+    second = pipeline.servers[1]
+    with pipeline.link() as link:
+        check_pass(link, pipeline.whole, 1)
+        path = second.home.folder / "authorized_edges"
+        enrolled = path.read_text()
+        path.write_text("# nobody\n")
+        eventually(lambda: second.server.status()["sessions"] == {})
+        assert pipeline.servers[0].server.status()["sessions"] == {"alice": 1}
+        path.write_text(enrolled)
+        check_pass(link, pipeline.whole, 2)

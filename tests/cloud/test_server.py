@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import ipaddress
@@ -28,7 +29,8 @@ from support.clouds import Home, ThreadServer
 from support.sessions import call_in_flight, channel, eventually, hidden
 from support.tiny import HIDDEN
 
-from isthmus.cloud import calls as calls_module, in_flight, stream as stream_module
+from isthmus.cloud import calls as calls_module, in_flight
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.metrics import serve_metrics
 from isthmus.cloud.served import Served
 from isthmus.cloud.server import ServerTls
@@ -45,6 +47,7 @@ from isthmus.protocol.errors import (
     UnreachableError,
 )
 from isthmus.protocol.keys import load_edge
+from isthmus.protocol.limits import Pace
 from isthmus.protocol.service import METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 
@@ -95,25 +98,21 @@ def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
 # Streams that do not behave -------------------------------------------------------------------------------------------
 
 
-def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(
-    server: ThreadServer, cloud: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream_module, "STALL_SECONDS", 0.2)
-    slow = channel(server)
-    payload = encode(torch.zeros(4, 4096, HIDDEN), "fp32", Role.ACTIVATION)  # two chunks
-    frames = list(slow._session.send(m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))))
-    slow._stream.send(frames[0])
-    with pytest.raises(ConnectionLostError, match="rules were broken"):
-        slow._stream.receive(20)
-    eventually(lambda: server.server.status()["sessions"] == {})
-    slow.abandon()
+def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=Bounds(pace=Pace(0.2, 1 << 30))) as server:
+        slow = channel(server)
+        payload = encode(torch.zeros(4, 4096, HIDDEN), "fp32", Role.ACTIVATION)  # two chunks
+        frames = list(slow._session.send(m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))))
+        slow._stream.send(frames[0])
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            slow._stream.receive(20)
+        eventually(lambda: server.server.status()["sessions"] == {})
+        slow.abandon()
 
 
-def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go(
-    server: ThreadServer, cloud: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream_module, "STALL_SECONDS", 0.5)
-    with raw(server) as plain:
+def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go(cloud: Served, home: Home) -> None:
+    bounds = Bounds(pace=Pace(0.5, 1 << 30), linger_seconds=0.2)
+    with ThreadServer(cloud, home, bounds=bounds) as server, raw(server) as plain:
         asked = hasty(plain, server.home, 64)  # of 512 KiB each, and nobody reads the answers
         with server.link() as witness:
             witness.open(5)
@@ -123,7 +122,17 @@ def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go
             assert witness.traffic.sessions == 1
         eventually(lambda: server.server.status()["in_flight"] == 0)
         eventually(lambda: cloud.executor.used_bytes == 0)
+        eventually(lambda: streams_of(server) == 0, 30)  # though what was sent on it has never been taken
         asked.cancel()
+
+
+def streams_of(server: ThreadServer) -> int:
+    """The gRPC calls that a server has not got rid of."""
+
+    async def count() -> int:
+        return sum(task.get_name().startswith("HandleExceptions") for task in asyncio.all_tasks())
+
+    return int(server.run(count()))
 
 
 def hasty(plain: grpc.Channel, home: Home, calls: int) -> Any:

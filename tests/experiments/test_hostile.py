@@ -11,7 +11,7 @@ from support.mortal import MortalWorker
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.edge.link import connect
-from isthmus.experiments.hostile import DEEDS, Hostile
+from isthmus.experiments.hostile import DEEDS, ENDED, Hostile
 
 CALLS = 12
 
@@ -25,7 +25,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MortalWorker]:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize("deed", DEEDS + ENDED)
 def test_others_get_the_same_answers_whatever_a_tenant_does(worker: MortalWorker, deed: str) -> None:
     mallory = Hostile(worker.connection, worker.home.key_file.parent / "mallory", batch=2, seq=64)
     inputs = torch.randn(2, 16, HIDDEN, generator=torch.Generator().manual_seed(0))

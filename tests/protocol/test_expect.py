@@ -10,8 +10,8 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.codecs import ACTIVATION_CODECS, Role, encode
 from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.fields import body_bytes
+from isthmus.protocol.framing import MAX_REKEYS
 from isthmus.protocol.packing import pack
-from isthmus.protocol.sealing import MAX_KEY_CHANGES
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
 
 
@@ -80,11 +80,11 @@ def test_the_bytes_of_a_tensor_are_known_beforehand(codec: str, shape: tuple[int
 def test_a_key_does_not_change_for_ever_without_a_message(up: bool) -> None:
     sender, receiver = new_pair() if up else new_pair()[::-1]
     for _ in range(2):
-        for _ in range(MAX_KEY_CHANGES):
+        for _ in range(MAX_REKEYS):
             assert receiver.receive(sender.rekey()) == Incomplete()
         deliver(list(sender.send(m.Goodbye("a message"))), receiver)
-    for _ in range(MAX_KEY_CHANGES):
+    for _ in range(MAX_REKEYS):
         receiver.receive(sender.rekey())
-    with pytest.raises(FrameError, match="after 16 others and no message"):
+    with pytest.raises(FrameError, match="more than 16 key changes"):
         receiver.receive(sender.rekey())
     assert receiver.closed

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.loading import EdgesFile, served_by
 from isthmus.cloud.pipeline import NextStage
@@ -102,6 +103,7 @@ class ThreadServer:
         next_stage: NextStage | None = None,
         batching: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        bounds: Bounds | None = None,
     ) -> None:
         self.served = cloud
         self.home = home
@@ -115,6 +117,7 @@ class ThreadServer:
             EdgesFile(home.folder),
             1,
             next_stage,
+            bounds=bounds,
             batching=batching,
             clock=clock,
         )

@@ -18,7 +18,7 @@ from support.tiny import HIDDEN
 from isthmus.cloud.served import Served
 from isthmus.edge.channel import Channel, Traffic
 from isthmus.edge.transport import GrpcTransport
-from isthmus.protocol.errors import UnreachableError
+from isthmus.protocol.errors import NotEnrolledError, UnreachableError
 from isthmus.protocol.keys import load_edge
 
 
@@ -78,7 +78,7 @@ def call_in_flight(server: ThreadServer, cloud: Served) -> Iterator[Held]:
     def call() -> None:
         try:
             held.result.append(link.forward_span(hidden(), None, None, keep=False)[0])
-        except UnreachableError as error:
+        except (UnreachableError, NotEnrolledError) as error:
             held.result.append(error)
 
     with pytest.MonkeyPatch.context() as patch:

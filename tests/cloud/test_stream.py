@@ -1,0 +1,134 @@
+"""How slowly an edge may send a message, or take an answer: on a clock of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from support.clouds import Home, ThreadServer
+from support.sessions import channel
+from support.wire import SMALL, new_pair
+
+from isthmus.cloud.bounds import Allowance, Bounds
+from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.served import Served
+from isthmus.cloud.stream import SealedStream, StalledError
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_id, encode
+from isthmus.protocol.errors import ConnectionLostError, FrameError
+from isthmus.protocol.limits import Pace
+from isthmus.protocol.session import Received
+
+PACE = Pace(stall_seconds=10, least_rate=100, message_seconds=60)
+
+
+def test_a_message_has_the_time_of_its_bytes_and_no_more() -> None:
+    assert PACE.left(0, 0) == 10
+    assert PACE.left(4, 500) == 11
+    assert PACE.left(16, 500) == 0
+    assert PACE.left(0, 1 << 30) == 60  # whatever its size
+    assert PACE.left(61, 1 << 30) == 0
+
+
+def test_a_forward_of_this_size_comes_in_many_frames() -> None:
+    edge, _ = new_pair(limits=SMALL)
+    assert len(list(edge.send(forward()))) > 20
+
+
+def forward() -> m.Forward:
+    payload = encode(torch.zeros(2, 12, 16), "fp32", Role.ACTIVATION)
+    return m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))
+
+
+class Slow:
+    """A clock, frames that come so many seconds apart, and a peer that takes so many seconds for each."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self._seconds = seconds
+
+    def clock(self) -> float:
+        return self.now
+
+    async def frames(self, frames: Iterable[bytes]) -> AsyncIterator[bytes]:
+        for frame in frames:
+            await self._pass()
+            yield frame
+
+    async def write(self, frame: bytes) -> None:
+        await self._pass()
+
+    async def _pass(self) -> None:
+        self.now += self._seconds
+        await asyncio.sleep(0.001)  # what has no time left does not wait at all
+
+
+def received(seconds: float, frames: Callable[[Any], Iterable[bytes]]) -> Any:
+    """What a server gets of an edge's frames that come so many seconds apart."""
+    edge, cloud = new_pair(limits=SMALL)
+    slow = Slow(seconds)
+    stream = SealedStream(cloud, slow.frames(frames(edge)), slow, Metrics(), PACE, slow.clock)
+
+    async def receive() -> Any:
+        return await stream.receive(asyncio.Event())
+
+    return asyncio.run(receive())
+
+
+def test_a_message_whose_frames_come_too_far_apart_is_not_waited_for() -> None:
+    assert isinstance(received(0.5, lambda edge: edge.send(forward())), Received)  # about 130 bytes a frame
+    with pytest.raises(StalledError, match="bytes into a message"):
+        received(5.0, lambda edge: edge.send(forward()))  # none of which stalls for ten seconds
+
+
+def test_key_changes_gain_no_time() -> None:
+    def changes(edge: Any) -> Iterable[bytes]:
+        while True:
+            yield edge.rekey()
+
+    with pytest.raises(FrameError, match="more than 16 key changes"):
+        received(0.1, changes)
+    with pytest.raises(StalledError):
+        received(5.0, changes)
+
+    def one(edge: Any) -> Iterable[bytes]:
+        yield edge.rekey()
+        yield from edge.send(forward())
+
+    assert isinstance(received(0.5, one), Received)
+    with pytest.raises(StalledError):
+        received(5.0, one)
+
+
+def test_an_answer_that_is_taken_too_slowly_is_not_sent_on() -> None:
+    def send(seconds: float) -> None:
+        _, cloud = new_pair(limits=SMALL)
+        slow = Slow(seconds)
+        stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), PACE, slow.clock)
+        forward_reply = m.ForwardReply(m.CallId(1, 1), forward().hidden, 0, 0, 0)
+        asyncio.run(stream.send(forward_reply))
+
+    send(0.5)
+    with pytest.raises(StalledError, match="not taken in time"):
+        send(5.0)
+
+
+def test_an_allowance_comes_back_with_time() -> None:
+    pings = Allowance(3, now=0.0)
+    assert [pings.take(0.0) for _ in range(4)] == [True, True, True, False]
+    assert not pings.take(19.0)
+    assert pings.take(40.0)
+    assert [pings.take(1000.0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_session_that_only_pings_is_ended(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=Bounds(pings_per_minute=3), clock=lambda: 0.0) as server:
+        edge = channel(server)
+        for nonce in range(3):
+            assert isinstance(edge.ask(m.Ping(nonce), 20), m.Pong)
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            edge.ask(m.Ping(3), 20)
+        edge.abandon()
