@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from isthmus.backbone.errors import ConfigError, NonFiniteError, PlanError
+from isthmus.backbone.families import check_positions
 from isthmus.backbone.span import SpanInput
 from isthmus.cloud.adapters import TenantAdapters
 from isthmus.cloud.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
@@ -242,6 +243,7 @@ class TenantSession:
                 f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
                 "send less at a time"
             )
+        check_positions(self.executor.host.span.config, sequence)  # before anything is made for each pair of positions
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         if mask is not None and mask.shape != (batch, sequence):
             raise ValueError(f"an attention mask of shape {list(mask.shape)} does not fit {batch} x {sequence} tokens")
@@ -250,6 +252,7 @@ class TenantSession:
             positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence
         ):
             raise ValueError(f"position ids of shape {list(positions.shape)} do not fit {batch} x {sequence} tokens")
+        check_positions(self.executor.host.span.config, sequence, positions)
         return SpanInput(hidden, mask, positions)
 
 
