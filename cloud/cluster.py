@@ -141,6 +141,11 @@ class Serving:
         self._begin()
         log("cluster_started_again")
 
+    def budgets(self) -> list[str]:
+        """A line on the memory that each worker's forward states and calls may take."""
+        asked = [worker.budgets.remote() for _, worker in sorted(self._workers.items())]
+        return [self._get(line) for line in asked]
+
     def ray_ports(self) -> list[int]:
         """Ports of this node's Ray. They listen on every interface, whatever Ray is told."""
         node = next(

@@ -26,9 +26,9 @@ is closed goes as what opens beside it comes. Where a lane's part has no room, b
 at work, so many that each has. A tenant with several sessions has its share of the room while others are at work; what
 it has opened beyond that, or what a silent session has, keeps nobody else waiting.
 
-What is done at a time is held to a budget of memory. A piece whose turn it is and that does not fit beside what is being
-done waits for that, and those behind it wait with it, so that small ones do not keep a large one out. A lane that may
-not take the piece whose turn it is leaves room for it.
+What is done at a time is held to a budget of memory. A piece whose turn it is and that does not fit beside what is
+being done waits for that, and those behind it wait with it, so that small ones do not keep a large one out. A lane that
+may not take the piece whose turn it is leaves room for it.
 
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
@@ -121,7 +121,7 @@ class Scheduler(Generic[T]):
         self._over: set[bytes] = set()  # the sessions that were cancelled while their pieces were running
         self._accounts: dict[str, Account[T]] = {}
         self._present = 0.0
-        self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
+        self._per_position: dict[str, dict[str, float]] = {}  # pace -> tenant -> seconds, a moving average
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
         self._looked: tuple[float, _Look] | None = None  # at a moment, as long as nothing changes
@@ -473,8 +473,14 @@ class Scheduler(Generic[T]):
         return owner in self._closing and not self._open.positions(mates)
 
     def _seconds(self, positions: int, job: Job[T]) -> float:
-        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
-        return positions * self._per_position.get(job.pace, 0.0)
+        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it.
+
+        Each tenant has its own pace, as longer sequences take longer for each position: what one sends says nothing of
+        how long another's take. Of one that has computed nothing yet, the quickest's is the guess: a guess that is too
+        short refuses nothing.
+        """
+        known = self._per_position.get(job.pace)
+        return positions * (known.get(job.tenant, min(known.values())) if known else 0.0)
 
     def _charge(self, used: dict[str, float], job: Job[T]) -> None:
         used[job.tenant] += self._seconds(job.positions, job) / self._accounts[job.tenant].share.weight
@@ -526,9 +532,10 @@ class Scheduler(Generic[T]):
         now = self._clock()
         positions = sum(job.positions for job in batch)
         if positions and batch[0].computes and not failed:
-            last, pace = seconds / positions, batch[0].pace
-            before = self._per_position.get(pace, last)
-            self._per_position[pace] = before + (last - before) * NOVELTY
+            last, known = seconds / positions, self._per_position.setdefault(batch[0].pace, {})
+            for tenant in {job.tenant for job in batch}:
+                before = known.get(tenant, last)
+                known[tenant] = before + (last - before) * NOVELTY
         here = {job.owner for job in self._jobs()}
         at_work = self._look(now).at_work
         everybody = sum(self._accounts[name].share.weight for name in at_work)

@@ -117,8 +117,9 @@ def serve(
     metrics: str = "",
     dtype: str | None = None,
     quantize: str | None = None,
-    stash_bytes: int = 2 << 30,
-    max_tokens: int = 1 << 16,
+    stash_bytes: int | None = None,
+    compute_bytes: int | None = None,
+    max_tokens: int = 1 << 13,
     threads: int | None = None,
     workers: str = "1",
     pipeline: int = 1,
@@ -166,6 +167,8 @@ def serve(
             home=str(home.absolute()),
             listen="",
             stash_bytes=stash_bytes,
+            compute_bytes=compute_bytes,
+            beside=max(most, pipeline),
             max_tokens=max_tokens,
             threads=threads or max(1, (os.cpu_count() or 1) // least),
             log_file=str((home / "worker.log").absolute()),
@@ -195,6 +198,8 @@ def serve(
             console.print(
                 f"Ray listens on every interface, ports {open_ports}: keep them behind a firewall", highlight=False
             )
+            for line in serving.budgets():
+                console.print(line, highlight=False)
             ready(connection)
             _supervise(stop, serving, console)
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):

@@ -18,7 +18,18 @@ def view(status: Mapping[str, Any]) -> RenderableType:
         if name != "workers":
             facts.add_row(name.replace("_", " "), _tenants(value) if isinstance(value, dict) else str(value))
     workers = Table()
-    for name in ("worker", "state", "address", "span", "sessions", "tokens/s", "waiting", "stash MiB", "restarts"):
+    for name in (
+        "worker",
+        "state",
+        "address",
+        "span",
+        "sessions",
+        "tokens/s",
+        "waiting",
+        "stash MiB",
+        "calls MiB",
+        "restarts",
+    ):
         workers.add_column(name, no_wrap=name in ("state", "address", "span"))  # the others may be folded
     for worker in status["workers"]:
         stash = ""
@@ -33,6 +44,7 @@ def view(status: Mapping[str, Any]) -> RenderableType:
             f"{worker['tokens_per_s']:.0f}" if "tokens_per_s" in worker else "",
             str(worker.get("queue_depth", "")),
             stash,
+            f"{worker['compute_budget_bytes'] / MIB:.0f}" if worker.get("compute_budget_bytes") else "",
             str(worker["restarts"]),
         )
     return Group(facts, workers)
