@@ -135,7 +135,7 @@ class AdapterStore:
                 f"{self._max_tokens} in a call: tune a shorter prompt"
             )
         executor = self._executor
-        nbytes = executor.memory.of(CallShape(*hidden.shape[:2], Pass.FORWARD, masked=True))
+        nbytes = executor.memory.of(CallShape(hidden.shape[0], hidden.shape[1], Pass.FORWARD, masked=True))
         if nbytes > executor.compute_bytes:
             raise AdapterError(
                 f"a text of a few words takes {nbytes} bytes of memory with this adapter, and the cloud computes "

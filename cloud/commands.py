@@ -109,9 +109,9 @@ def serve(
     compute_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Each worker's memory for calls while they are computed, and as much again for calls that have paused; "
-            "a call that needs more by itself is refused, others wait. By default a quarter of what the machine leaves "
-            "beside the weights."
+            help="Each worker's memory for calls while they are computed, and as much again for calls that have "
+            "paused; a call that needs more by itself is refused, others wait. By default a quarter of what the "
+            "machine leaves beside the weights."
         ),
     ] = None,
     max_tokens: Annotated[

@@ -30,9 +30,8 @@ class FileWork:
 
     def __init__(self) -> None:
         # A check computes with the edge's own layers: beside the compute threads, not in their place.
-        one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
-        self._files = ThreadPoolExecutor(FILE_THREADS, "files", **one_core)
-        self._checks = ThreadPoolExecutor(1, "checks", **one_core)
+        self._files = ThreadPoolExecutor(FILE_THREADS, "files")
+        self._checks = ThreadPoolExecutor(1, "checks", initializer=torch.set_num_threads, initargs=(1,))
         self._turns: dict[bytes, tuple[asyncio.Lock, int]] = {}  # by tenant: its turn, and how many want it
 
     async def run(self, tenant: bytes, work: Callable[[], R], over: Callable[[], None], *, check: bool = False) -> R:

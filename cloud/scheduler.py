@@ -121,7 +121,8 @@ class Scheduler(Generic[T]):
         self._over: set[bytes] = set()  # the sessions that were cancelled while their pieces were running
         self._accounts: dict[str, Account[T]] = {}
         self._present = 0.0
-        self._per_position: dict[str, dict[str, float]] = {}  # pace -> tenant -> seconds, a moving average
+        self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
+        self._own_pace: dict[str, dict[str, float]] = {}  # pace -> tenant -> the same of its own
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
         self._looked: tuple[float, _Look] | None = None  # at a moment, as long as nothing changes
@@ -229,7 +230,7 @@ class Scheduler(Generic[T]):
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
                 continue
-            if not self._has_memory(lead.nbytes + elsewhere):
+            if not self._has_memory(lead.nbytes, elsewhere):
                 return []
             for job in batch:
                 account = self._accounts[job.tenant]
@@ -266,7 +267,12 @@ class Scheduler(Generic[T]):
 
     def _begin_by(self, job: Job[T]) -> float:
         """When a piece has to begin so that it keeps its deadline."""
-        return math.inf if job.until is None else job.until - self._seconds(job.positions, job)
+        if job.until is None:
+            return math.inf
+        # By its tenant's own pace: longer sequences take longer for each position, and those of one tenant are not to
+        # have another's calls refused. Of one that has computed nothing yet the quickest's is the guess.
+        known = self._own_pace.get(job.pace)
+        return job.until - job.positions * (known.get(job.tenant, min(known.values())) if known else 0.0)
 
     def _leads(self, now: float, *, anywhere: bool) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
@@ -326,9 +332,9 @@ class Scheduler(Generic[T]):
                 self._charge(used, job)
         return batch
 
-    def _has_memory(self, nbytes: int) -> bool:
-        """Whether so many bytes fit beside what is being done; anything does where that takes none."""
-        taken = sum(job.nbytes for job in self._running.values())
+    def _has_memory(self, nbytes: int, elsewhere: int) -> bool:
+        """Whether so many bytes fit beside what is being done, and `elsewhere`; anything does where these are none."""
+        taken = elsewhere + sum(job.nbytes for job in self._running.values())
         return not taken or taken + nbytes <= self._memory
 
     def _for_first_lane(self, now: float) -> int:
@@ -473,14 +479,8 @@ class Scheduler(Generic[T]):
         return owner in self._closing and not self._open.positions(mates)
 
     def _seconds(self, positions: int, job: Job[T]) -> float:
-        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it.
-
-        Each tenant has its own pace, as longer sequences take longer for each position: what one sends says nothing of
-        how long another's take. Of one that has computed nothing yet, the quickest's is the guess: a guess that is too
-        short refuses nothing.
-        """
-        known = self._per_position.get(job.pace)
-        return positions * (known.get(job.tenant, min(known.values())) if known else 0.0)
+        """How long so many token positions take, at the pace of a piece; 0 as long as nothing is known of it."""
+        return positions * self._per_position.get(job.pace, 0.0)
 
     def _charge(self, used: dict[str, float], job: Job[T]) -> None:
         used[job.tenant] += self._seconds(job.positions, job) / self._accounts[job.tenant].share.weight
@@ -532,7 +532,10 @@ class Scheduler(Generic[T]):
         now = self._clock()
         positions = sum(job.positions for job in batch)
         if positions and batch[0].computes and not failed:
-            last, known = seconds / positions, self._per_position.setdefault(batch[0].pace, {})
+            last, pace = seconds / positions, batch[0].pace
+            before = self._per_position.get(pace, last)
+            self._per_position[pace] = before + (last - before) * NOVELTY
+            known = self._own_pace.setdefault(pace, {})
             for tenant in {job.tenant for job in batch}:
                 before = known.get(tenant, last)
                 known[tenant] = before + (last - before) * NOVELTY
