@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from torch import Tensor, nn
 
 from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.families import check_positions
 from isthmus.backbone.ladder import LadderSide
 from isthmus.backbone.site_spec import SiteSpec
 from isthmus.backbone.sites import Site, find_sites, leased
@@ -204,6 +205,9 @@ class SpanGate(SkeletonLayer):
             if value is not None and not (isinstance(value, Tensor) and value.dim() == 2):
                 got = f"of {value.dim()} dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise UnsupportedCallError(f"{name} is {got}; the split model takes a tensor [batch, sequence]")
+        tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        if isinstance(tokens, Tensor):  # a cloud would refuse it, after the edge's own layers have computed
+            check_positions(config, tokens.shape[1], named.get("position_ids"))
 
 
 def _sited(span: Any) -> SitedSpan | None:

@@ -46,6 +46,11 @@ class Quantizer:
     empty: Callable[[torch.Size], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
 
 
+def largest_weight(module: nn.Module) -> int:
+    """Numbers of the largest quantized weight in a module, which a product needs in full; 0 without any."""
+    return max((m.in_features * m.out_features for m in module.modules() if isinstance(m, QuantizedLinear)), default=0)
+
+
 class QuantizedLinear(nn.Linear):
     """A frozen linear whose weight is held in small tensors, as buffers.
 

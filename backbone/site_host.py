@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class SiteHost:
 
     def __init__(self, span: FrozenSpan) -> None:
         self.span = span
+        self._made: WeakValueDictionary[SiteSpec, SiteMatrices] = WeakValueDictionary()
         config: Any = span.config
         family = family_of(config)
         self._path = family.layers_path
@@ -101,6 +103,10 @@ class SiteHost:
             numbers = min(spec.rank, self.span.hidden_size) * self.span.hidden_size
         return numbers * self.span.dtype.itemsize
 
+    def known_matrices(self, spec: SiteSpec) -> SiteMatrices | None:
+        """The matrices of a site as long as anything holds those that were made for somebody."""
+        return self._made.get(spec)
+
     def matrices(self, spec: SiteSpec) -> SiteMatrices | None:
         """Make the matrices of a site that are the cloud's; None where there are none.
 
@@ -116,7 +122,8 @@ class SiteHost:
             made = (tap_projection(spec.layer, self.span.hidden_size, spec.rank, spec.seed),)
         else:
             return None
-        return SiteMatrices(tuple(each.to(self.span.device, self.span.dtype) for each in made))
+        matrices = self._made[spec] = SiteMatrices(tuple(each.to(self.span.device, self.span.dtype) for each in made))
+        return matrices
 
     def bind(self, specs: Sequence[SiteSpec], made: Mapping[SiteSpec, SiteMatrices] | None = None) -> BoundSites:
         """Find the modules of sites, and make those matrices that are the cloud's and not `made` yet.
@@ -142,7 +149,10 @@ class SiteHost:
             found = {i: sites[member] for i, member in enumerate(members) if member in sites}
             groups |= dict.fromkeys(members, Group(number, members, found))
         known = made or {}
-        found_or_made = {number: known.get(spec) or self.matrices(spec) for number, spec in enumerate(specs)}
+        found_or_made = {
+            number: known.get(spec) or self.known_matrices(spec) or self.matrices(spec)
+            for number, spec in enumerate(specs)
+        }
         matrices = {number: each for number, each in found_or_made.items() if each is not None}
         return BoundSites(tuple(specs), groups, blocks, taps, matrices, self._pauses(specs))
 

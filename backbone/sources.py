@@ -91,8 +91,8 @@ class Checkpoint:
         count = values.get(family_named(values.get("model_type")).count)
         if isinstance(count, int) and count > MAX_LAYERS:  # transformers makes lists of that length
             raise CheckpointError(
-                f"{path} names {str(count)[:20]} layers, more than the {MAX_LAYERS} of any model: fetch it again, or ask "
-                "its owner"
+                f"{path} names {str(count)[:20]} layers, more than the {MAX_LAYERS} of any model: fetch it again, or "
+                "ask its owner"
             )
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)

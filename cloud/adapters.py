@@ -7,19 +7,23 @@ An adapter is hostile until `check_adapter` has let it through. It then has to c
 span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays. (A crash
 between the two renames of `new_folder` can leave none; to return the adapter again mends that.)
 
-All of it runs on the compute thread, as the span does. A lock for each tenant keeps other workers of the same home out.
+It runs on a thread for files (`isthmus.cloud.file_work`); only what the check computes over the span has a turn on a
+compute thread. A lock for each tenant keeps other workers of the same home out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from isthmus.backbone.call_memory import CallShape, Pass
 from isthmus.backbone.checkpoint import EDGE_FILE
 from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.files import disk_errors, locked, new_folder
@@ -35,6 +39,8 @@ from isthmus.emulator.shelves import belongs
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 
+R = TypeVar("R")
+
 SPARE_BYTES = 64 << 20
 MAX_INCOMING = 2 * m.MAX_PUT_FILES
 """Most unfinished files of a tenant: those of two adapters."""
@@ -42,6 +48,18 @@ MAX_INCOMING = 2 * m.MAX_PUT_FILES
 _PROBE = b"probe"
 # What a check or a probe may end in besides a refusal; their texts may have paths or values.
 _FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+class Compute(Protocol):
+    """Has something computed in a tenant's turn: `run`, over so many token positions, within so much memory."""
+
+    def __call__(self, run: Callable[[], R], positions: int, nbytes: int) -> R:
+        """What comes of `run`; raises what it raises."""
+
+
+def at_once(run: Callable[[], R], positions: int, nbytes: int) -> R:
+    """Compute here and now, where nobody else computes."""
+    return run()
 
 
 class AdapterStore:
@@ -85,10 +103,11 @@ class AdapterStore:
         """The adapters of one tenant, and no other's."""
         return TenantAdapters(self, tenant, self._root / tenant.fingerprint.digest.hex())
 
-    def check(self, adapter: Path) -> AdapterSummary:
+    def check(self, adapter: Path, compute: Compute) -> AdapterSummary:
         """Check an adapter, then let it compute over the real span. Raises what both raise."""
         summary = check_adapter(adapter, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
-        plug_in(adapter, self._parts, self._plan, self._span, attn_implementation=self._attn_implementation)
+        span = partial(self._span, compute)
+        plug_in(adapter, self._parts, self._plan, span, attn_implementation=self._attn_implementation)
         return summary
 
     @contextmanager
@@ -108,14 +127,22 @@ class AdapterStore:
             known = self._shelves[folder] = stamp, FileShelf(folder, m.Shelf.ADAPTER)
         return known[1]
 
-    def _span(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         tokens = hidden.shape[0] * hidden.shape[1]
         if tokens > self._max_tokens:
             raise AdapterError(
                 f"a text of a few words becomes {tokens} tokens with this adapter, and the cloud takes "
                 f"{self._max_tokens} in a call: tune a shorter prompt"
             )
-        output = self._executor.forward(_PROBE, 0, SpanInput(hidden, mask, positions), keep=False).hidden
+        executor = self._executor
+        nbytes = executor.memory.of(CallShape(hidden.shape[0], hidden.shape[1], Pass.FORWARD, masked=True))
+        if nbytes > executor.compute_bytes:
+            raise AdapterError(
+                f"a text of a few words takes {nbytes} bytes of memory with this adapter, and the cloud computes "
+                f"within {executor.compute_bytes:.0f}: tune a shorter prompt"
+            )
+        inputs = SpanInput(hidden, mask, positions)
+        output = compute(lambda: executor.forward(_PROBE, 0, inputs, keep=False).hidden, tokens, nbytes)
         return output.to(hidden.device, hidden.dtype)
 
 
@@ -148,10 +175,14 @@ class TenantAdapters:
             return m.Status.saying(m.StatusCode.INTERNAL, None, text)
         return m.PutReply(piece.name, piece.sha256, held)
 
-    def plug_in(self, request: m.PlugIn) -> m.Status:
+    def plug_in(self, request: m.PlugIn, compute: Compute = at_once) -> m.Status:
         """Check the adapter that these files are, and let it take the older one's place.
 
         Asking again is harmless: an adapter that is plugged in already is said to be.
+
+        Args:
+            request: the files.
+            compute: how the check has something computed over the span.
         """
         fault = self._fault(request.entries)
         if fault is not None:
@@ -165,7 +196,7 @@ class TenantAdapters:
                 fault = self._unfinished(request.entries)
                 if fault is not None:
                     return _refused(fault)
-                summary = self._install(request.entries)
+                summary = self._install(request.entries, compute)
         except AdapterError as error:
             log("adapter_refused", logging.WARNING, tenant=self._tenant.name, reason=str(error))
             return _refused(str(error))
@@ -226,12 +257,12 @@ class TenantAdapters:
                 return f"{entry.name} arrived with another hash than was announced: return it again"
         return None
 
-    def _install(self, entries: Sequence[m.FileEntry]) -> AdapterSummary:
+    def _install(self, entries: Sequence[m.FileEntry], compute: Compute) -> AdapterSummary:
         try:
             with new_folder(self._plugged) as new:
                 for entry in entries:
                     (new / entry.name).hardlink_to(self._unfinished_path(entry))
-                summary = self._store.check(new)
+                summary = self._store.check(new, compute)
         except AdapterError:
             self._remove(entries)
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from isthmus.cloud.computing import compute_threads
 from isthmus.cloud.dispatch import Shared, TooLate
 from isthmus.cloud.fault_points import reached
+from isthmus.cloud.file_work import FILE_MESSAGES, FileWork
 from isthmus.cloud.history import record
 from isthmus.cloud.in_flight import InFlight
 from isthmus.cloud.jobs import Share
@@ -53,6 +55,7 @@ class Calls:
 
     Attributes:
         in_flight: the calls that have been taken and not answered.
+        files: the threads that read and write files for edges.
         metrics: see above.
         clock: see above.
     """
@@ -77,7 +80,8 @@ class Calls:
             served.executor, threads, batching=batching, computed=lambda reply: isinstance(reply, m.Timed)
         )
         self._compute, self._invariance = computing.dispatcher, computing.invariance
-        self._call_threads = CallThreads(computing.threads_of_a_call)
+        self._call_threads = CallThreads(computing.threads_of_a_call, served.executor.compute_bytes)
+        self.files = FileWork()
 
     def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
         """What answers the messages of one session.
@@ -99,21 +103,25 @@ class Calls:
         deadline: float | None = None,
         *,
         continues: bool = False,
+        nbytes: int = 0,
+        share: Share | None = None,
     ) -> Future[R]:
         """Have something done by the compute thread when it is the tenant's turn.
 
-        The last arguments are `Dispatcher.submit`'s, as is what is raised.
+        With the tenant's `share` it may be called from any thread. The other arguments are `Dispatcher.submit`'s, as is
+        what is raised.
         """
         return self._compute.submit(
             run,
             tenant=session.tenant.name,
             owner=session.id,
-            share=self._share(session.tenant),
+            share=share or self.share(session.tenant),
             interactive=session.interactive,
             positions=positions,
             shared=shared,
             deadline=deadline,
             continues=continues,
+            nbytes=nbytes,
         )
 
     def cancel(self, session: OpenSession) -> None:
@@ -122,6 +130,7 @@ class Calls:
 
     def shutdown(self, *, cancel: bool) -> None:
         """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
+        self.files.shutdown()
         self._compute.shutdown(cancel=cancel)
 
     def observe_stash(self) -> None:
@@ -147,13 +156,14 @@ class Calls:
             "deadlines": self.metrics.outcomes(),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
+            "compute_budget_bytes": executor.compute_bytes if math.isfinite(executor.compute_bytes) else None,
             "graphs_evicted": executor.counters.graphs_evicted,
             "inputs_evicted": executor.counters.inputs_evicted,
             "recomputed": executor.counters.recomputed,
         }
 
-    def _share(self, tenant: Tenant) -> Share:
-        """Of the compute threads' time."""
+    def share(self, tenant: Tenant) -> Share:
+        """What a tenant may have of the compute threads' time."""
         rate = tenant.quota.max_tokens_per_second
         return Share(tenant.quota.weight, None if rate is None else rate * self._part(tenant))
 
@@ -260,7 +270,7 @@ class SessionCalls:
         if not sited or self._work.calls.paused:
             return
         try:
-            await asyncio.wrap_future(self._work.calls.claim().ready)
+            await asyncio.wrap_future(self._work.calls.claim(self._work.call_bytes(message)).ready)
         except asyncio.CancelledError:  # the edge is gone; the thread is given back with its session
             wipe(received.body)
             raise
@@ -271,13 +281,30 @@ class SessionCalls:
             wipe(received.body)
             return await self._bind(received.message)
         if self._stage is None:
-            return await asyncio.wrap_future(self._submit(received, due))
+            return await self._answered(received, due)
         try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
             return await self._stage.answer(
-                received.message, lambda message: asyncio.wrap_future(self._submit(Received(message, bytearray())))
+                received.message, lambda message: self._answered(Received(message, bytearray()), None)
             )
         finally:
             wipe(received.body)
+
+    async def _answered(self, received: Received, due: float | None) -> m.Message | None:
+        """Have a message handled where it belongs: on a compute thread, or on one for files."""
+        message = received.message
+        if not isinstance(message, FILE_MESSAGES):
+            return await asyncio.wrap_future(self._submit(received, due))
+        share = self._calls.share(self._session.tenant)  # for the event loop alone to ask
+
+        def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
+            return self._calls.turn(self._session, run, positions, nbytes=nbytes, share=share).result()
+
+        return await self._calls.files.run(
+            self._session.tenant.fingerprint.digest,
+            partial(self._work.handle, message, compute),
+            lambda: wipe(received.body),
+            check=isinstance(message, m.PlugIn),
+        )
 
     async def _bind(self, message: m.Sites) -> m.Message | None:
         """Have a list of sites answered, which holds no tensors, in pieces, between which others have their turns."""
@@ -291,6 +318,7 @@ class SessionCalls:
         """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
         message, work = received.message, self._work
         kind, in_pass = work.kind_of(message), kind_of(message) is not None
+        sited = isinstance(message, m.Forward | m.Backward) and bool(message.sites)
         shared: Shared[Any, m.Message | None] | None = None
         if kind is not None:
             shared = Shared(kind, (work, message), handle_together if in_pass else step_together)
@@ -302,6 +330,7 @@ class SessionCalls:
                 shared,
                 None if due is None else due - self._calls.clock(),
                 continues=isinstance(message, m.SiteAnswer),
+                nbytes=0 if sited else work.call_bytes(message),  # with sites, its thread has them until it ends
             )
         except RuntimeError:  # a drain was cut short
             wipe(received.body)

@@ -154,6 +154,11 @@ class Serving:
         self._begin()
         log("cluster_started_again")
 
+    def budgets(self) -> list[str]:
+        """A line on the memory that each worker's forward states and calls may take."""
+        asked = [worker.budgets.remote() for _, worker in sorted(self._workers.items())]
+        return [self._get(line) for line in asked]
+
     def _scale(self) -> None:
         """Start or drain a worker where the controller says so, and go on with what was begun. Returns soon."""
         for number, started in list(self._starting.items()):

@@ -104,8 +104,29 @@ def serve(
     quantize: Annotated[
         str | None, typer.Option(help="How the span's weights are held: none, int8 or nf4; by default none.")
     ] = None,
-    stash_bytes: Annotated[str, typer.Option(help="Memory for forward states that wait for their backward.")] = "2GiB",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Largest batch x sequence of one call.")] = 1 << 16,
+    stash_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Each worker's memory for forward states that wait for their backward; by default a quarter of what "
+            "the machine leaves beside the weights, 2GiB at most."
+        ),
+    ] = None,
+    compute_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Each worker's memory for calls while they are computed, and as much again for calls that have "
+            "paused; a call that needs more by itself is refused, others wait. By default a quarter of what the "
+            "machine leaves beside the weights."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Largest batch x sequence of one call. A call is never interrupted, so the largest one is what other "
+            "tenants may have to wait for.",
+        ),
+    ] = 1 << 13,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each worker's computation; by default its share of the cores.")
     ] = None,
@@ -200,7 +221,8 @@ def serve(
         metrics=metrics,
         dtype=dtype,
         quantize=quantize,
-        stash_bytes=parse_size(stash_bytes),
+        stash_bytes=None if stash_bytes is None else parse_size(stash_bytes),
+        compute_bytes=None if compute_bytes is None else parse_size(compute_bytes),
         max_tokens=max_tokens,
         threads=threads,
         workers=workers,

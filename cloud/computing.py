@@ -40,7 +40,11 @@ def compute_threads(
         computed: `Dispatcher`'s.
     """
     if not batching:
-        return Computing(Dispatcher(threads, computed=computed, growth=executor.working_bytes), None, threads)
+        return Computing(
+            Dispatcher(threads, computed=computed, growth=executor.working_bytes, memory=executor.compute_bytes),
+            None,
+            threads,
+        )
     lanes = min(LANES if executor.side_by_side else 1, threads)
     invariance = measure_batch_invariance(executor.host.span, threads, threads // lanes)
     dispatcher = Dispatcher(
@@ -51,6 +55,7 @@ def compute_threads(
         lanes=lanes,
         growth=executor.working_bytes,
         all_threads_from=invariance.all_threads_from,
+        memory=executor.compute_bytes,
     )
     same = invariance.all_threads_from <= (invariance.rows or 0)
     return Computing(dispatcher, invariance, threads if same else threads // lanes)

@@ -90,6 +90,13 @@ TIDY_SECONDS = 0.2
 """While several sessions are at work, the size of the process is looked at so often."""
 
 
+def _refuse(late: Sequence[Job[_Work[Any]]]) -> None:
+    """Tell those who wait for it that work is too late. Not under the dispatcher's lock: what they do may take long."""
+    for job in late:
+        if job.work.future.set_running_or_notify_cancel():
+            job.work.future.set_exception(TooLate())
+
+
 def give_memory_back() -> None:
     """Have glibc return what is free in its heap, where it is glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -117,6 +124,7 @@ class Dispatcher:
         growth: By so many bytes the process may grow at work before free memory goes back to the system.
         all_threads_from: What has fewer token positions and may share a pass is computed with a lane's threads, also
             where a session is alone at work.
+        memory: `Scheduler`'s.
     """
 
     def __init__(
@@ -128,6 +136,7 @@ class Dispatcher:
         lanes: int = LANES,
         growth: float = 0.0,
         all_threads_from: float = 0.0,
+        memory: float = math.inf,
     ) -> None:
         self._growth = growth
         self._all_threads_from = all_threads_from
@@ -135,7 +144,7 @@ class Dispatcher:
         self._computed = computed
         self._shared, self._passes = 0, 0  # pieces that might have been done together, and in how many batches
         lanes = 1 if batching is None else min(lanes, threads)
-        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room, lanes)
+        self._scheduler: Scheduler[_Work[Any]] = Scheduler(time.monotonic, batching, room, lanes, memory)
         self._threads = threads
         self._changed = threading.Condition()
         self._ending = False
@@ -163,6 +172,7 @@ class Dispatcher:
         shared: Shared[Any, R] | None = None,
         deadline: float | None = None,
         continues: bool = False,
+        nbytes: int = 0,
     ) -> Future[R]:
         """Have `run` called on the compute thread when its turn comes, or what `shared` says in a batch.
 
@@ -178,7 +188,7 @@ class Dispatcher:
             self._scheduler.add(
                 cast("_Work[Any]", work), tenant=tenant, owner=owner, share=share, interactive=interactive,
                 positions=positions, kind=None if shared is None else shared.kind, deadline=deadline,
-                continues=continues,
+                continues=continues, nbytes=nbytes,
             )  # fmt: skip
             self._changed.notify_all()
         if deadline is not None:
@@ -273,14 +283,10 @@ class Dispatcher:
         """Refuse what has become too late, also while all lanes compute."""
         while self._dated.wait() and not self._ended.wait(LOOK_SECONDS):
             with self._changed:
-                self._refuse_late()
+                late = self._scheduler.take_late()
                 if not self._scheduler.dated:
                     self._dated.clear()
-
-    def _refuse_late(self) -> None:
-        for job in self._scheduler.take_late():
-            if job.work.future.set_running_or_notify_cancel():
-                job.work.future.set_exception(TooLate())
+            _refuse(late)
 
     def _threads_for(self, batch: Sequence[Job[_Work[Any]]]) -> int:
         if not batch or batch[0].kind is None:
@@ -291,14 +297,17 @@ class Dispatcher:
 
     def _take(self, lane: int) -> tuple[list[Job[_Work[Any]]], int]:
         """Wait for the next batch, and for how many threads; empty at the end."""
-        with self._changed:
-            while True:
+        while True:
+            with self._changed:
                 batch = self._scheduler.next(anywhere=lane > 0)
-                self._refuse_late()
-                if batch or (self._ending and not len(self._scheduler)):
-                    return batch, self._threads_for(batch)
-                ready = self._scheduler.ready_at()
-                wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
-                if len(self._scheduler):  # who is expected, and so who has to wait, changes with time alone
-                    wait = min(wait or LOOK_SECONDS, LOOK_SECONDS)
-                self._changed.wait(wait)
+                late = self._scheduler.take_late()
+                threads, over = self._threads_for(batch), self._ending and not len(self._scheduler)
+                if not batch and not late and not over:
+                    ready = self._scheduler.ready_at()
+                    wait = None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3
+                    if len(self._scheduler):  # who is expected, and so who has to wait, changes with time alone
+                        wait = min(wait or LOOK_SECONDS, LOOK_SECONDS)
+                    self._changed.wait(wait)
+            _refuse(late)
+            if batch or over:
+                return batch, threads

@@ -26,10 +26,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from isthmus.backbone.call_memory import CallMemory, call_memory
 from isthmus.backbone.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.loans import LeasedWeights
 from isthmus.backbone.meeting import Company
 from isthmus.backbone.packing import Packer
+from isthmus.backbone.quantize import largest_weight
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.site_spec import Placement, SiteSpec
 from isthmus.backbone.site_visit import BoundSites, Visit, Visitor, visiting
@@ -160,11 +162,17 @@ class Executor:
         host: the frozen layers.
         dtype: dtype the span computes in; inputs are cast to it, outputs are returned in it.
         stash_bytes: budget for forward states over all sessions, in bytes.
+        compute_bytes: what all that is computed at a time may take besides, in bytes. Who calls has to keep to it.
+
+    Attributes:
+        memory: estimates what a call takes while it is computed.
     """
 
     host: SiteHost
     dtype: torch.dtype
     stash_bytes: int
+    compute_bytes: float = math.inf
+    memory: CallMemory = field(init=False)
     counters: StashCounters = field(default_factory=StashCounters)
     _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
     _used: int = 0
@@ -172,7 +180,6 @@ class Executor:
     _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
     _span_bytes: int = field(init=False)  # of its weights, were they not quantized
     _graph_bytes: GraphBytes = field(init=False)  # of graphs without sites
-    _per_position: float = 0.0  # bytes that the last graph takes for a token position
     _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
 
     def __post_init__(self) -> None:
@@ -181,6 +188,7 @@ class Executor:
         keep_little(self.host.span)
         self._graph_bytes = GraphBytes(getattr(self.host.span.config, "sliding_window", None))
         self._span_bytes = self.host.span.n_params * self.dtype.itemsize
+        self.memory = call_memory(self.host.span, fixed=largest_weight(self.host.span) * self.dtype.itemsize)
 
     @property
     def device(self) -> torch.device:
@@ -198,8 +206,11 @@ class Executor:
 
     @property
     def room(self) -> float:
-        """Token positions whose forward states take `STATE_SHARE` of what the weights take, or would unquantized."""
-        return STATE_SHARE * self._span_bytes / self._per_position if self._per_position else math.inf
+        """Token positions whose forward states take `STATE_SHARE` of what the weights take, or would unquantized.
+
+        A property of the span: what one tenant sends says nothing of how much room another has.
+        """
+        return STATE_SHARE * self._span_bytes / self.memory.kept_per_position
 
     @property
     def working_bytes(self) -> float:
@@ -338,13 +349,21 @@ class Executor:
             entry = self._stash.get((session, call))
             return None if entry is None else entry.inputs.hidden.shape
 
+    def is_masked(self, session: bytes, call: int) -> bool:
+        """Whether the kept forward's input may need a mask; as if it did where nothing is kept."""
+        with self._books:
+            entry = self._stash.get((session, call))
+            if entry is None:
+                return True
+            return entry.inputs.attention_mask is not None or entry.inputs.position_ids is not None
+
     def release(self, session: bytes) -> None:
-        """Forget a session's forward states, and graphs that it shares: they hold what it has sent."""
+        """Forget a session's forward states. A graph that others share stays until they need it no more.
+
+        It is one graph, and would cost each of them a forward: a tenant that comes and goes would make others pay.
+        """
         with self._books:
             for key in [key for key in self._stash if key[0] == session]:
-                graph = self._stash[key].graph
-                if graph is not None and len(graph.outputs) > 1:
-                    self._drop(graph)
                 self._forget(key)
 
     def forget_leased(self, session: bytes) -> None:
@@ -494,7 +513,6 @@ class Executor:
                     self._graph_bytes.learn(inputs, nbytes)
         else:
             outputs, visit = run()
-        self._per_position = nbytes / positions
         return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, visit)
 
     def _shrink(self) -> None:

@@ -78,6 +78,7 @@ class Job(Generic[T]):
         anywhere: Whether it may be done beside whatever else is done.
         pace: Its kind's, also where it is done alone.
         continues: Whether its positions count already against what the tenant may have a second.
+        nbytes: Memory that it takes while it is done, as far as that is to be held to a budget.
     """
 
     tenant: str
@@ -92,6 +93,7 @@ class Job(Generic[T]):
     anywhere: bool = False
     pace: str = ""
     continues: bool = False
+    nbytes: int = 0
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.files import locked
 from isthmus.backbone.parts import export_edge_parts
 from isthmus.backbone.plan import Span, SplitPlan
-from isthmus.backbone.quantize import quantizer_of
+from isthmus.backbone.quantize import bytes_of, quantizer_of
 from isthmus.backbone.saved_span import load_saved_span
 from isthmus.backbone.site_host import SiteHost
 from isthmus.backbone.sources import Checkpoint
@@ -22,6 +22,7 @@ from isthmus.cloud.adapters import AdapterStore
 from isthmus.cloud.executor import Executor
 from isthmus.cloud.gpus import no_gpu
 from isthmus.cloud.logs import log
+from isthmus.cloud.machine import memory_bytes
 from isthmus.cloud.pipeline import NextStage
 from isthmus.cloud.served import Served
 from isthmus.cloud.server import ServerTls
@@ -89,6 +90,9 @@ def served_by(spec: WorkerSpec) -> Served:
     else:
         span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span.to(spec.device))
+    stash_bytes, compute_bytes = memory_budgets(
+        _memory_of(spec) // spec.beside, bytes_of(span), spec.stash_bytes, spec.compute_bytes
+    )
     info = SessionInfo(
         session_id="",
         model=spec.model,
@@ -100,12 +104,10 @@ def served_by(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype if spec.quantize == NONE else f"{spec.dtype}+{spec.quantize}",
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(
-            spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), spec.stash_bytes
-        ),
+        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
-    executor = Executor(host, dtype, spec.stash_bytes)
+    executor = Executor(host, dtype, stash_bytes, compute_bytes)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
     adapters = AdapterStore(
         Path(spec.home) / "adapters",
@@ -125,6 +127,32 @@ def served_by(spec: WorkerSpec) -> Served:
         None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
+
+
+RESERVE_BYTES = 1 << 29
+"""For Python, its libraries, messages and what the system itself needs, where the machine's memory is shared out."""
+MOST_STASH, LEAST_COMPUTE = 2 << 30, 1 << 26
+
+
+def memory_budgets(machine: int, span: int, stash: int | None, compute: int | None) -> tuple[int, int]:
+    """The bytes of the stash, and those that calls may take together while they are computed.
+
+    What is not given is a quarter of what the machine leaves beside span and reserve: for the stash (2 GiB at most),
+    for calls that are computed, and for those that have paused, which may hold as much again. A quarter stays free.
+
+    Args:
+        machine: Memory of the machine that is this worker's.
+        span: Bytes of the weights.
+        stash: What the operator says, or None.
+        compute: What the operator says, or None.
+    """
+    part = max(LEAST_COMPUTE, (machine - span - RESERVE_BYTES) // 4)
+    return min(MOST_STASH, part) if stash is None else stash, part if compute is None else compute
+
+
+def _memory_of(spec: WorkerSpec) -> int:
+    """Bytes of memory where the span computes."""
+    return memory_bytes() if spec.device == CPU else int(torch.cuda.mem_get_info()[1])
 
 
 def make_parts(checkpoint: Checkpoint, plan: SplitPlan, folder: Path) -> None:

@@ -7,6 +7,7 @@ belongs to the compute thread stays as safe as if there were no other. A call th
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -33,11 +34,12 @@ class CallThread:
 
     Attributes:
         tenant: Whose.
+        nbytes: Memory that the call takes until it ends.
         ready: Done when the thread is there.
     """
 
-    def __init__(self, threads: CallThreads, tenant: str) -> None:
-        self.tenant = tenant
+    def __init__(self, threads: CallThreads, tenant: str, nbytes: int) -> None:
+        self.tenant, self.nbytes = tenant, nbytes
         self.ready = Future[None]()
         self._threads = threads
 
@@ -51,25 +53,34 @@ class CallThread:
 
 
 class CallThreads:
-    """Threads for calls that pause, of which a tenant has no more than it leaves free.
+    """Threads for calls that pause, of which a tenant has no more than it leaves free, and memory likewise.
 
     So there is one for a tenant that comes later, however long the calls of those before it last. All may be asked from
     any thread.
 
     Args:
         threads: torch threads of each, as bits depend on it.
+        nbytes: What all calls that have begun may take together until they end.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, nbytes: float = math.inf) -> None:
+        self._free_bytes, self._most = nbytes, nbytes / 2
+        self._held_bytes: Counter[str] = Counter()  # by tenant
         self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
         self._books = threading.Lock()
         self._free = MAX_CALLS
         self._held: Counter[str] = Counter()  # by tenant
         self._waiting: list[CallThread] = []
 
-    def claim(self, tenant: str) -> CallThread:
-        """A thread, which is there at once or after those that were claimed before it and can be had."""
-        thread = CallThread(self, tenant)
+    def claim(self, tenant: str, nbytes: int = 0) -> CallThread:
+        """A thread, which is there at once or after those that were claimed before it and can be had.
+
+        Args:
+            tenant: Whose.
+            nbytes: What the call takes until it ends. One that takes more than a tenant may have is for who runs it to
+                refuse.
+        """
+        thread = CallThread(self, tenant, nbytes if nbytes <= self._most else 0)
         with self._books:
             self._waiting.append(thread)
             self._hand_out()
@@ -81,6 +92,8 @@ class CallThreads:
             if not thread.ready.cancel():
                 self._free += 1
                 self._held[thread.tenant] -= 1
+                self._free_bytes += thread.nbytes
+                self._held_bytes[thread.tenant] -= thread.nbytes
             self._hand_out()
 
     def run(self, work: Callable[[], None]) -> None:
@@ -92,11 +105,15 @@ class CallThreads:
         for thread in waiting:
             if thread.ready.cancelled():
                 continue
-            if self._held[thread.tenant] >= self._free:
+            beside = self._free_bytes - thread.nbytes  # what it leaves free
+            in_memory = self._held_bytes[thread.tenant] + thread.nbytes <= beside or not thread.nbytes
+            if self._held[thread.tenant] >= self._free or not in_memory:
                 self._waiting.append(thread)
             elif thread.ready.set_running_or_notify_cancel():
                 self._free -= 1
                 self._held[thread.tenant] += 1
+                self._free_bytes -= thread.nbytes
+                self._held_bytes[thread.tenant] += thread.nbytes
                 thread.ready.set_result(None)
 
 

@@ -26,6 +26,10 @@ is closed goes as what opens beside it comes. Where a lane's part has no room, b
 at work, so many that each has. A tenant with several sessions has its share of the room while others are at work; what
 it has opened beyond that, or what a silent session has, keeps nobody else waiting.
 
+What is done at a time is held to a budget of memory. A piece whose turn it is and that does not fit beside what is
+being done waits for that, and those behind it wait with it, so that small ones do not keep a large one out. A lane that
+may not take the piece whose turn it is leaves room for it.
+
 A piece may have a deadline. When it has waited for half of that time, and can no longer be in time, going by how long a
 token position takes, the piece is given up: what it would have taken is left to those that can. The first half is left
 to it in any case, so that a bad guess keeps nobody out.
@@ -94,6 +98,7 @@ class Scheduler(Generic[T]):
         batching: What may be done together; None for nothing.
         room: For how many token positions' worth of what pieces open there is room.
         lanes: How many batches may run at a time.
+        memory: Bytes that everything may take that is done at a time; one piece alone may take more.
     """
 
     def __init__(
@@ -102,8 +107,10 @@ class Scheduler(Generic[T]):
         batching: Batching | None = None,
         room: Callable[[], float] = lambda: math.inf,
         lanes: int = 1,
+        memory: float = math.inf,
     ) -> None:
         self._clock = clock
+        self._memory = memory
         self._lanes = lanes
         self._batching = batching
         self._room = room
@@ -115,6 +122,7 @@ class Scheduler(Generic[T]):
         self._accounts: dict[str, Account[T]] = {}
         self._present = 0.0
         self._per_position: dict[str, float] = {}  # pace -> seconds, a moving average
+        self._own_pace: dict[str, dict[str, float]] = {}  # pace -> tenant -> the same of its own
         self._ripe_at: float | None = None  # when what waits for company has waited long enough
         self._late: list[Job[T]] = []
         self._looked: tuple[float, _Look] | None = None  # at a moment, as long as nothing changes
@@ -154,6 +162,7 @@ class Scheduler(Generic[T]):
         kind: Kind | None = None,
         deadline: float | None = None,
         continues: bool = False,
+        nbytes: int = 0,
     ) -> Job[T]:
         """Let a piece of work wait. A session's pieces keep their order, interactive ones among themselves.
 
@@ -172,7 +181,9 @@ class Scheduler(Generic[T]):
         if self._batching is None or positions < self._batching.smallest:
             kind = None
         until = None if deadline is None else now + deadline
-        job = Job(tenant, owner, interactive, positions, work, kind, now, until, computes, anywhere, pace, continues)
+        job = Job(
+            tenant, owner, interactive, positions, work, kind, now, until, computes, anywhere, pace, continues, nbytes
+        )
         account.waiting[0 if interactive else 1].append(job)
         self._sessions.asks(owner, now)
         self._looked = None
@@ -212,12 +223,15 @@ class Scheduler(Generic[T]):
         self._give_up(now)
         leads = self._leads(now, anywhere=anywhere)
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
+        elsewhere = self._for_first_lane(now) if anywhere else 0
         for lead in leads:
             batch = self._batch(lead, now)
             ripe = self._ripe(batch, now)
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
                 continue
+            if not self._has_memory(lead.nbytes, elsewhere):
+                return []
             for job in batch:
                 account = self._accounts[job.tenant]
                 account.waiting[0 if job.interactive else 1].remove(job)
@@ -253,7 +267,12 @@ class Scheduler(Generic[T]):
 
     def _begin_by(self, job: Job[T]) -> float:
         """When a piece has to begin so that it keeps its deadline."""
-        return math.inf if job.until is None else job.until - self._seconds(job.positions, job)
+        if job.until is None:
+            return math.inf
+        # By its tenant's own pace: longer sequences take longer for each position, and those of one tenant are not to
+        # have another's calls refused. Of one that has computed nothing yet the quickest's is the guess.
+        known = self._own_pace.get(job.pace)
+        return job.until - job.positions * (known.get(job.tenant, min(known.values())) if known else 0.0)
 
     def _leads(self, now: float, *, anywhere: bool) -> list[Job[T]]:
         """The pieces that may begin a batch, the one whose turn it is first."""
@@ -306,10 +325,22 @@ class Scheduler(Generic[T]):
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
             fitting = taken <= self._largest(batch, part) or job.owner in mates
-            if fitting and (fair or job.owner in mates) and in_time and self._fits(job, batch, now):
+            nbytes = sum(each.nbytes for each in (*batch, job, *self._running.values()))
+            in_memory = nbytes <= self._memory
+            if fitting and (fair or job.owner in mates) and in_time and in_memory and self._fits(job, batch, now):
                 batch.append(job)
                 self._charge(used, job)
         return batch
+
+    def _has_memory(self, nbytes: int, elsewhere: int) -> bool:
+        """Whether so many bytes fit beside what is being done, and `elsewhere`; anything does where these are none."""
+        taken = elsewhere + sum(job.nbytes for job in self._running.values())
+        return not taken or taken + nbytes <= self._memory
+
+    def _for_first_lane(self, now: float) -> int:
+        """Bytes of the piece whose turn it is in the first lane, where no other lane may take it."""
+        turn = next((job for job in self._leads(now, anywhere=False) if job.nbytes), None)
+        return 0 if turn is None or turn.anywhere else turn.nbytes
 
     def _standing(self, name: str, *, lifted: bool) -> float:
         """A tenant's account; `lifted`, where it would be if a tenant that is away came back now."""
@@ -504,6 +535,10 @@ class Scheduler(Generic[T]):
             last, pace = seconds / positions, batch[0].pace
             before = self._per_position.get(pace, last)
             self._per_position[pace] = before + (last - before) * NOVELTY
+            known = self._own_pace.setdefault(pace, {})
+            for tenant in {job.tenant for job in batch}:
+                before = known.get(tenant, last)
+                known[tenant] = before + (last - before) * NOVELTY
         here = {job.owner for job in self._jobs()}
         at_work = self._look(now).at_work
         everybody = sum(self._accounts[name].share.weight for name in at_work)

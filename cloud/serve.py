@@ -64,8 +64,9 @@ def serve(
     metrics: str = "",
     dtype: str | None = None,
     quantize: str | None = None,
-    stash_bytes: int = 2 << 30,
-    max_tokens: int = 1 << 16,
+    stash_bytes: int | None = None,
+    compute_bytes: int | None = None,
+    max_tokens: int = 1 << 13,
     threads: int | None = None,
     workers: str = "1",
     pipeline: int = 1,
@@ -128,6 +129,8 @@ def serve(
             home=str(home),
             listen="",
             stash_bytes=stash_bytes,
+            compute_bytes=compute_bytes,
+            beside=max(most, pipeline),
             max_tokens=max_tokens,
             threads=threads or threads_each(usable_cores(), max(most, pipeline)),
             log_file="",
@@ -159,6 +162,8 @@ def serve(
             write_state(home, {"connection": connection, "metrics": operator, "pid": os.getpid()})
             if connection_file is not None:
                 write_atomic(connection_file, f"{connection}\n".encode())
+            for line in serving.budgets():
+                console.print(line, highlight=False)
             ready(connection)
             _supervise(stop, serving, console, watches(home, specs, operator, console))
             with console.status(f"draining: finishing the calls in flight (at most {grace:.0f} s)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -129,10 +130,12 @@ class SiteCalls:
             return
         made = dict(self._matrices.items())
         for spec in message.entries:
-            matrices = None if spec in made else host.matrices(spec)
+            known = host.known_matrices(spec)
+            matrices = None if spec in made else known or host.matrices(spec)
             if matrices is not None:
                 made[spec] = self._matrices[spec] = matrices
-                yield None
+                if known is None:
+                    yield None
         bound = host.bind(message.entries, made)
         if message.number not in self._lists and len(self._lists) >= m.MAX_LISTS:
             del self._lists[next(iter(self._lists))]
@@ -186,29 +189,59 @@ class SiteCalls:
         begun = self._begun.get(message.id.call)
         return 0 if begun is None else _shape(begun.message)[:2].numel()
 
-    def claim(self) -> CallThread:
+    def widths(self, number: int) -> tuple[int, int]:
+        """What the sites of a list have of each token position, for `CallShape`: what is kept, and what passes."""
+        sites = self._lists.get(number)
+        return (0, 0) if sites is None else self._widths_of(sites)
+
+    def _widths_of(self, sites: BoundSites) -> tuple[int, int]:
+        features, host = Counter[int](), self.executor.host
+        kept = 0
+        for number, spec in enumerate(sites.specs):
+            n_in, n_out = host.widths(spec)
+            if spec.asks:
+                features[sites.pauses[number]] += n_in + n_out
+            elif spec.placement != Placement.TAP:
+                kept += n_in  # the gradient of what is lent needs the input
+        tapped = sum(self._taps_of(sites))
+        # A question's tensors, its message, the answers and copies of these: of one group at a time.
+        return kept + tapped, 2 * max(features.values(), default=0) + tapped
+
+    def taps(self, number: int) -> tuple[int, ...]:
+        """The widths of what the taps of a list give."""
+        sites = self._lists.get(number)
+        return () if sites is None else self._taps_of(sites)
+
+    def _taps_of(self, sites: BoundSites) -> tuple[int, ...]:
+        full = self.executor.host.span.hidden_size
+        return tuple(spec.rank or full for spec in sites.specs if spec.placement == Placement.TAP)
+
+    def claim(self, nbytes: int = 0) -> CallThread:
         """The thread of the call that begins next, which may wait for it. The event loop may ask.
 
         A session whose calls have paused does not wait: they hold threads that others wait for.
+
+        Args:
+            nbytes: What the call takes until it ends.
         """
         if self._thread is None:
-            self._thread = self.threads.claim(self.tenant.name)
+            self._thread = self.threads.claim(self.tenant.name, nbytes)
         return self._thread
 
-    def begin(self, message: Call, work: Work) -> Step:
-        """Have the first step of a call with sites ready.
+    def begin(self, message: Call, work: Work, nbytes: int = 0) -> Step:
+        """Have the first step of a call with sites ready, which takes `nbytes` until it ends.
 
         Raises:
             LookupError: the session has no such list of sites, or no such lease.
             ValueError: too many calls have paused, or no thread is there.
         """
-        thread, self._thread = self.claim(), None
+        thread, self._thread = self.claim(nbytes), None
         try:
             sites, leased = self._needed(message)
             if not thread.ready.done():
                 raise ValueError(
-                    f"call {message.id.call} cannot begin: no thread is free, and {len(self._begun)} have paused, "
-                    "answer them first"
+                    f"call {message.id.call} cannot begin: no thread is free, and {len(self._begun)} have "
+                    "paused, answer them first"
                 )
         except (LookupError, ValueError):
             thread.give_back()

@@ -8,16 +8,17 @@ runs on a thread of its own, which takes turns with that one (`isthmus.cloud.pau
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from isthmus.backbone.call_memory import CallShape, Pass
 from isthmus.backbone.errors import ConfigError, NonFiniteError, PlanError
+from isthmus.backbone.families import check_positions
 from isthmus.backbone.span import SpanInput
-from isthmus.cloud.adapters import TenantAdapters
+from isthmus.cloud.adapters import Compute, TenantAdapters, at_once
 from isthmus.cloud.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
 from isthmus.cloud.fault_points import reached
 from isthmus.cloud.jobs import Kind
@@ -67,6 +68,9 @@ class TenantSession:
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch × sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
+
+    Attributes:
+        peak_bytes: the largest estimate of what one of its calls takes while it is computed.
     """
 
     session_id: bytes
@@ -77,11 +81,16 @@ class TenantSession:
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
+    peak_bytes: int = 0
 
-    def handle(self, message: m.Message) -> m.Message | None:
+    def handle(self, message: m.Message, compute: Compute = at_once) -> m.Message | None:
         """Answer one message; None for those that want no answer.
 
         Bad requests and evicted stashes become a `Status`; the session goes on after it.
+
+        Args:
+            message: what came.
+            compute: how a message that is handled elsewhere than on a compute thread has something computed there.
         """
         match message:
             case m.Sites():
@@ -101,9 +110,9 @@ class TenantSession:
             case m.Put():
                 return self.adapters.put(message)
             case m.PlugIn():
-                return self.adapters.plug_in(message)
+                return self.adapters.plug_in(message, compute)
             case m.Ping():
-                return m.Pong(message.nonce, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                return m.Pong(message.nonce, self.peak_bytes)  # the process's own would tell of the other tenants
             case m.Goodbye():
                 return None
             case _:
@@ -145,9 +154,9 @@ class TenantSession:
         """
         match message:
             case m.Forward():
-                return self.calls.begin(message, partial(self._forward, message))
+                return self.calls.begin(message, partial(self._forward, message), self.call_bytes(message))
             case m.Backward():
-                return self.calls.begin(message, partial(self._backward, message))
+                return self.calls.begin(message, partial(self._backward, message), self.call_bytes(message))
             case m.SiteAnswer():
                 return self.calls.answer(message)
 
@@ -157,6 +166,26 @@ class TenantSession:
             return self.calls.kind(message)
         return kind_of(message)
 
+    def call_bytes(self, message: m.Message) -> int:
+        """What a call takes while it is computed; 0 for what is no call, or will be refused. The event loop may ask."""
+        shape = self._call_shape(message)
+        return 0 if shape is None else self.executor.memory.of(shape)
+
+    def _call_shape(self, message: m.Message) -> CallShape | None:
+        """What a call's memory depends on; None for what is no call, or has a shape that does not fit."""
+        if not isinstance(message, m.Forward | m.Backward):
+            return None
+        sent = message.hidden if isinstance(message, m.Forward) else message.gradient
+        if len(sent.shape) != 3 or sent.shape[0] * sent.shape[1] > self.max_tokens:
+            return None
+        if isinstance(message, m.Forward):
+            what, inputs = Pass.KEPT_FORWARD if message.keep else Pass.FORWARD, message.inputs
+            masked = inputs.attention_mask is not None or inputs.position_ids is not None
+        else:
+            what, masked = Pass.BACKWARD, self.executor.is_masked(self.session_id, message.id.call)
+        kept, passing = self.calls.widths(message.sites)
+        return CallShape(sent.shape[0], sent.shape[1], what, masked, kept, passing)
+
     def begin(self, message: m.Forward | m.Backward) -> Begun:
         """Check a call without sites, and have it ready for the executor.
 
@@ -164,7 +193,7 @@ class TenantSession:
             ValueError: It does not fit.
         """
         if isinstance(message, m.Forward):
-            inputs = self._inputs(message.inputs)
+            inputs = self._inputs(message)
             key = (self.session_id, message.id.call)
             return Begun(key, inputs, inputs.positions, partial(self._forward_reply, message))
         call = self._backward_call(message)
@@ -191,7 +220,7 @@ class TenantSession:
         raise error
 
     def _forward(self, message: m.Forward, guests: Guests | None) -> m.ForwardReply:
-        inputs = self._inputs(message.inputs)
+        inputs = self._inputs(message)
         start = time.perf_counter_ns()
         result = self.executor.forward(
             self.session_id, message.id.call, inputs, keep=message.keep, guests=guests, wanted=message.wanted
@@ -212,8 +241,8 @@ class TenantSession:
         return self._backward_reply(message, result, time.perf_counter_ns() - start)
 
     def _backward_call(self, message: m.Backward) -> BackwardCall:
+        replay = None if message.replay is None else self._inputs(message)
         gradient = decode(message.gradient, limits=self.limits, what="the gradient for the cloud's layers")
-        replay = None if message.replay is None else self._inputs(message.replay)
         kept = self.executor.shape_of(self.session_id, message.id.call)  # what is kept comes before a replay
         expected = kept if kept is not None or replay is None else replay.hidden.shape
         if expected is not None and gradient.shape != expected:
@@ -230,18 +259,28 @@ class TenantSession:
         lent = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a lent matrix") for each in result.lent)
         return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, lent)
 
-    def _inputs(self, sent: m.SpanInputs) -> SpanInput:
-        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
-        if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden states of shape {list(hidden.shape)} do not fit [batch, sequence, {self.hidden_size}]"
-            )
-        batch, sequence = hidden.shape[:2]
+    def _inputs(self, message: m.Forward | m.Backward) -> SpanInput:
+        """A call's inputs, or those that a backward has sent again, as far as they fit.
+
+        Raises:
+            ConfigError: The model is not made for so long a sequence, or for the position ids.
+            ValueError: They do not fit otherwise, or the call would take too much memory.
+        """
+        sent = message.inputs if isinstance(message, m.Forward) else message.replay
+        if sent is None:
+            raise RuntimeError("a backward that has sent no inputs again has none")
+        config, shape = self.executor.host.span.config, sent.hidden.shape
+        if len(shape) != 3 or shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden states of shape {list(shape)} do not fit [batch, sequence, {self.hidden_size}]")
+        batch, sequence = shape[:2]
         if batch * sequence > self.max_tokens:
             raise ValueError(
                 f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
                 "send less at a time"
             )
+        check_positions(config, sequence)
+        self._check_memory(message, sent)
+        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         if mask is not None and mask.shape != (batch, sequence):
             raise ValueError(f"an attention mask of shape {list(mask.shape)} does not fit {batch} x {sequence} tokens")
@@ -250,7 +289,35 @@ class TenantSession:
             positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != sequence
         ):
             raise ValueError(f"position ids of shape {list(positions.shape)} do not fit {batch} x {sequence} tokens")
+        check_positions(config, sequence, positions)
         return SpanInput(hidden, mask, positions)
+
+    def _check_memory(self, message: m.Forward | m.Backward, sent: m.SpanInputs) -> None:
+        """Check that a call can be computed within the worker's memory, and its answer be sent.
+
+        A forward that is kept has to leave room for its backward, which takes more. Raises ValueError.
+        """
+        batch, sequence, _ = sent.hidden.shape
+        what = Pass.FORWARD if isinstance(message, m.Forward) and not message.keep else Pass.BACKWARD
+        masked = sent.attention_mask is not None or sent.position_ids is not None
+        needed = self.executor.memory.of(CallShape(batch, sequence, what, masked, *self.calls.widths(message.sites)))
+        self.peak_bytes = max(self.peak_bytes, needed)
+        allowed = self.executor.compute_bytes / (2 if message.sites else 1)
+        if needed > allowed:
+            pausing = ", half of it for one that may pause" if message.sites else ""
+            raise ValueError(
+                f"a call of {batch} x {sequence} tokens takes about {needed} bytes of memory, and this cloud computes "
+                f"within {self.executor.compute_bytes:.0f}{pausing}: send fewer or shorter sequences at a time"
+            )
+        if isinstance(message, m.Forward) and message.sites:
+            codec, widths = codec_by_id(message.reply_codec), (self.hidden_size, *self.calls.taps(message.sites))
+            answer = sum(sum(codec.sizes((batch, sequence, width))) for width in widths)
+            if answer > self.limits.max_message_bytes:
+                raise ValueError(
+                    f"the answer with what {len(widths) - 1} taps give of {batch} x {sequence} tokens takes {answer} "
+                    f"bytes, and a message {self.limits.max_message_bytes}: tap fewer layers, or narrower, or send "
+                    "less at a time"
+                )
 
 
 # Calls of several sessions in one pass --------------------------------------------------------------------------------

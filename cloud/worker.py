@@ -26,6 +26,7 @@ from isthmus.protocol.errors import PortInUseError
 if TYPE_CHECKING:
     from isthmus.cloud.server import ServerTls
 
+MIB = 1 << 20
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
 REBINDS = 5
@@ -44,7 +45,7 @@ class WorkerSpec:
     parts: str  # folder of the edge's parts, which the first worker makes
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    stash_bytes: int
+    stash_bytes: int | None  # None for a part of what the machine has
     max_tokens: int
     threads: int
     log_file: str  # "" for standard error
@@ -62,6 +63,8 @@ class WorkerSpec:
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
+    compute_bytes: int | None = None  # what calls may take together while they are computed; None as for the stash
+    beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
     bounds: Bounds = field(default_factory=Bounds)  # what others can make it hold
 
@@ -122,6 +125,16 @@ class Worker:
         if self._failure is not None:
             raise self._failure
         return self._port
+
+    def budgets(self) -> str:
+        """A line on the memory that forward states and calls may take. Raises IsthmusError where it could not start."""
+        self.port()
+        status = self._server.status()
+        return (
+            f"worker {self._spec.number}: {status['stash_budget_bytes'] / MIB:.0f} MiB for forward states, "
+            f"{status['compute_budget_bytes'] / MIB:.0f} MiB for calls while they are computed and as much for calls "
+            f"that have paused; at most {self._spec.max_tokens} tokens in a call"
+        )
 
     def exchange(self, word: Word) -> Report:
         """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""

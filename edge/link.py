@@ -197,7 +197,10 @@ class Link(SpanCaller):
         )
 
     def cloud_peak_bytes(self) -> int | None:
-        """The worker's largest resident memory so far, in bytes; None where the cloud does not say it soon."""
+        """What the largest call of this session takes there while it is computed, in bytes, as the cloud estimates it.
+
+        None where the cloud does not say it soon.
+        """
         with self._lock:
             try:
                 return self._call(m.Pong, m.Ping, patience=PEAK_SECONDS, timeout=PEAK_SECONDS).peak_bytes

@@ -97,9 +97,9 @@ class Report:
     `seconds`.
 
     `tokens` leaves padding out and `positions` counts it: padding crosses the strip as well, so `bytes_per_position_*`
-    is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_*` is a
-    process's largest resident memory; the cloud's is null where it did not say. `codec` is "none" where nothing
-    crosses.
+    is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_edge` is
+    the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
+    while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
     """
 
     loss_before: float | None

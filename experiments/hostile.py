@@ -41,7 +41,7 @@ LOWEST = 19  # priority
 AHEAD = 8  # calls that a flooding session has unanswered
 
 
-class _Session:
+class Session:
     """A session by hand: whoever has it decides what is read and when."""
 
     def __init__(self, where: ConnectionString, key: Path) -> None:
@@ -61,6 +61,13 @@ class _Session:
         if self._edge.info is None:
             raise IsthmusError("the session has not been established")
         return self._edge.info.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Token positions of a call at most, as the cloud says."""
+        if self._edge.info is None:
+            raise IsthmusError("the session has not been established")
+        return self._edge.info.limits.max_tokens_per_call
 
     def seal(self, message: m.Message) -> Iterator[bytes]:
         """Its frames."""
@@ -205,7 +212,7 @@ class Hostile:
                 if number > AHEAD:
                     session.receive()
 
-    def _forward(self, session: _Session, number: int, rows: int | None = None) -> m.Forward:
+    def _forward(self, session: Session, number: int, rows: int | None = None) -> m.Forward:
         shape = (rows or self._shape[0], self._shape[1], session.hidden_size)
         payload = encode(torch.zeros(shape), "fp32", Role.ACTIVATION)
         return m.Forward(m.CallId(1, number), True, payload, None, None, codec_id("fp32"))
@@ -226,8 +233,8 @@ class Hostile:
             transport.close()
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[_Session]:
-        session = _Session(self._where, self._key)
+    def _session(self) -> Iterator[Session]:
+        session = Session(self._where, self._key)
         try:
             yield session
         finally:

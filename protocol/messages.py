@@ -262,7 +262,11 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """The sign of life, with the ping's number and the answering process's largest resident memory so far, in bytes."""
+    """The sign of life, with the ping's number.
+
+    `peak_bytes`: the cloud's estimate of what the largest call of this session so far takes while it is computed; 0
+    before the first. It says nothing of other tenants.
+    """
 
     op: ClassVar[int] = 11
     nonce: int

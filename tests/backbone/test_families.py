@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny import CONFIGS, N_LAYERS, tiny_config
 from transformers import AutoConfig
 
 from isthmus.backbone.checkpoint import write_json
 from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedFamilyError
-from isthmus.backbone.families import SUPPORTED, family_named, family_of
+from isthmus.backbone.families import SUPPORTED, check_positions, family_named, family_of, longest_sequence
 from isthmus.backbone.sources import Checkpoint
 
 
@@ -67,3 +68,31 @@ def test_the_attention_implementation_is_the_familys_unless_asked() -> None:
     assert (gemma.attention(None), llama.attention(None), llama.attention("eager")) == ("eager", "sdpa", "eager")
     with pytest.raises(ConfigError, match=r"'sdpa' does not fit gemma2; use eager"):
         gemma.attention("sdpa")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_longest_sequence_is_what_the_configuration_says(family: str) -> None:
+    assert longest_sequence(tiny_config(family)) == 128
+
+
+@pytest.mark.parametrize(("rope", "longest"), [(YARN, 512), (LINEAR, 256), (LLAMA3, 128)])
+def test_scaled_rotary_embeddings_make_a_model_longer(rope: dict[str, object], longest: int) -> None:
+    assert longest_sequence(tiny_config("llama", rope_parameters=rope)) == longest
+
+
+def test_a_sequence_or_positions_beyond_the_model_are_refused_with_the_number() -> None:
+    config = tiny_config("llama")
+    check_positions(config, 128, torch.arange(128)[None] - 1)
+    with pytest.raises(ConfigError, match="129 tokens is longer than the 128"):
+        check_positions(config, 129)
+    for wrong, says in ((torch.tensor([[0, 128]]), "0 to 128"), (torch.tensor([[-2, 3]]), "-2 to 3")):
+        with pytest.raises(ConfigError, match=says):
+            check_positions(config, 2, wrong)

@@ -298,7 +298,7 @@ def test_an_adapter_that_computes_nothing_finite_is_refused(lora: Path, mine: Te
 def test_a_failure_of_the_clouds_own_keeps_what_came(
     lora: Path, store: AdapterStore, mine: TenantAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Path) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError(f"out of memory near 0.123 in {tmp_path}")
 
     monkeypatch.setattr(store, "check", fail)

@@ -54,7 +54,7 @@ def test_of_a_call_over_the_byte_quota_nothing_is_kept_while_it_comes(
             patched.setattr(Opener, "__init__", record)
             edge = channel(server)
         (opener,) = openers
-        payload = encode(torch.zeros(8, 4096, HIDDEN), "fp32", Role.ACTIVATION)  # four chunks
+        payload = encode(torch.zeros(256, 128, HIDDEN), "fp32", Role.ACTIVATION)  # four chunks
         large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
         *first, last = edge._session.send(large)
         for count, frame in enumerate(first, 1):
@@ -134,10 +134,10 @@ def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has
         for link in (first, second):
             link.open(5)
         tenant = next(iter(server.server.sessions._open.values())).tenant
-        assert server.server._calls._share(tenant).positions_per_second == 900
+        assert server.server._calls.share(tenant).positions_per_second == 900
         seats = (Seat(str(tenant.fingerprint), "a link", 1.0), Seat("somebody else's", "another", 2.0))
         server.server.sessions.hear("here:1", (Peer("there:1", "serving", seats), Peer("gone:1", "draining")))
-        assert server.server._calls._share(tenant).positions_per_second == pytest.approx(600)
+        assert server.server._calls.share(tenant).positions_per_second == pytest.approx(600)
         threads = [
             threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
             for link in (first, second)
@@ -356,7 +356,7 @@ def test_a_call_that_is_computed_after_its_deadline_counts_as_late(
         assert server.server.status()["deadlines"] == {"met": 0, "late": 1, "refused": 0}
         for _ in range(3):
             link.forward_span(hidden(), None, None, keep=False)
-        assert link.cloud_peak_bytes()  # no computing, so no deadline
+        assert link.cloud_peak_bytes() is not None  # no computing, so no deadline
         assert server.server.status()["deadlines"] == {"met": 3, "late": 1, "refused": 0}
         assert 'isthmus_deadline_calls_total{outcome="late"} 1.0' in server.server.metrics.text().decode()
 
@@ -376,7 +376,7 @@ def test_a_call_that_waits_beside_others_until_its_deadline_is_refused(
             eventually(lambda: server.server.status()["in_flight"] == 1)  # the other one goes on
             assert len(bodies) == 1
             assert server.server.status()["deadlines"] == {"met": 0, "late": 0, "refused": 1}
-        assert link.cloud_peak_bytes()
+        assert link.cloud_peak_bytes() is not None
         assert link.traffic.sessions == 1
 
 

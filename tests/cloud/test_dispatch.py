@@ -250,3 +250,22 @@ def test_what_this_process_has_in_memory() -> None:
         before = dispatch.resident_bytes()
         block.write(bytes(8 << 20))
         assert dispatch.resident_bytes() - before >= 6 << 20
+
+
+def test_who_waits_for_work_that_is_too_late_is_told_outside_the_lock(dispatcher: Dispatcher) -> None:
+    gate, answered = Gate(dispatcher), list[bool]()
+
+    def ask(_: Future[Any]) -> None:
+        # What others do when their work is over may ask the dispatcher something, from any thread.
+        asking = threading.Thread(target=dispatcher.waiting, daemon=True)
+        asking.start()
+        asking.join(2)
+        answered.append(not asking.is_alive())
+
+    late = submit(dispatcher, lambda: None, "b", positions=1, deadline=0.05)
+    late.add_done_callback(ask)
+    with pytest.raises(TooLate):
+        late.result(10)
+    gate.open()
+    dispatcher.shutdown(cancel=False)
+    assert answered == [True]

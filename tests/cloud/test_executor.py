@@ -387,14 +387,28 @@ def test_one_bad_call_among_several_keeps_the_others_whole(span: FrozenSpan) -> 
             assert torch.equal(outcome.hidden, direct(span, given, gradient_of(given))[1])
 
 
-def test_a_session_that_ends_leaves_nothing_in_a_shared_graph(span: FrozenSpan) -> None:
+def test_a_session_that_ends_costs_those_that_share_its_graph_nothing(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     calls = several()
     executor.forward_together(calls, keep=True)
+    gone = next(key for key in calls if key[0] == B)
+    executor.release(B)
+    left = {key: given for key, given in calls.items() if key[0] == A}
+    assert gone not in left
+    assert executor.counters.graphs_evicted == 0
+    assert executor.used_bytes == counted(executor)
+    check_backward(executor, span, left, recomputed=False)
+    assert executor.used_bytes == 0  # the last of them takes the graph with it
+
+
+def test_a_session_that_ends_leaves_no_input_of_its_own(span: FrozenSpan) -> None:
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    calls = several()
+    executor.forward_together(calls, keep=True)
+    entries = {key: executor._stash[key] for key in calls}
     executor.release(A)
-    left = {key: given for key, given in calls.items() if key[0] == B}
-    assert executor.used_bytes == counted(executor) == sum(given.nbytes for given in left.values())
-    check_backward(executor, span, left, recomputed=True)
+    for (session, _), entry in entries.items():
+        assert bool(entry.inputs.hidden.any()) == (session == B)
 
 
 def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenSpan) -> None:

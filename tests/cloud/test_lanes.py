@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from isthmus.cloud.scheduler import RETHINK_SECONDS, Scheduler
 
 OPENING = Kind("open", "close", opens=True, anywhere=True)
 CLOSING = Kind("close", "open", closes=True, anywhere=True)
+BESIDE = Kind("forward", "forward", anywhere=True)
 
 
 @dataclass
@@ -315,3 +317,63 @@ def test_one_session_at_work_is_no_crowd() -> None:
     assert worker.scheduler.crowded  # both will be back
     worker.now += 10
     assert not worker.scheduler.crowded
+
+
+# Memory of what is computed at a time ---------------------------------------------------------------------------------
+
+
+def within(memory: float) -> Lanes:
+    worker = Lanes()
+    worker.scheduler = Scheduler(lambda: worker.now, worker.batching, lambda: worker.room, 2, memory)
+    return worker
+
+
+def test_what_does_not_fit_beside_what_runs_waits_for_it() -> None:
+    worker = within(100)
+    for name in ("a", "b", "c", "d"):
+        worker.add(name, BESIDE, positions=10, nbytes=60)
+    first = worker.begin()
+    assert len(first) == 1, "two may share a pass, and do not fit together"
+    assert worker.begin(anywhere=True) == []
+    worker.end(first, seconds=1.0)
+    assert len(worker.begin(anywhere=True)) == 1
+
+
+def test_without_a_budget_they_share_a_pass() -> None:
+    worker = within(math.inf)
+    for name in ("a", "b", "c", "d"):
+        worker.add(name, BESIDE, positions=10, nbytes=60)
+    assert len(worker.begin()) == 2
+    assert len(worker.begin(anywhere=True)) == 2
+
+
+def test_small_pieces_do_not_keep_a_large_one_out() -> None:
+    worker = within(100)
+    worker.add("a", BESIDE, positions=10, nbytes=60)
+    running = worker.begin()
+    worker.add("large", BESIDE, positions=10, nbytes=90)
+    worker.now += 0.01
+    worker.add("small", BACKWARD, positions=10, nbytes=10)  # would fit beside the first
+    assert worker.begin() == []
+    worker.end(running)
+    assert names(worker.begin()) == ["large"]
+
+
+def test_a_lane_leaves_room_for_what_only_the_first_may_take() -> None:
+    worker = within(100)
+    worker.add("sited", None, positions=10, nbytes=90)
+    worker.add("small", BESIDE, positions=10, nbytes=20)
+    worker.scheduler._accounts["small"].used = -1.0  # whose turn it is in the lane beside
+    worker.scheduler._present = worker.scheduler._accounts["sited"].used = -2.0
+    assert worker.begin(anywhere=True) == []
+    assert names(worker.begin()) == ["sited"]
+    assert worker.begin(anywhere=True) == []
+
+
+def test_what_is_larger_than_the_budget_runs_alone() -> None:
+    worker = within(100)
+    worker.add("a", BESIDE, positions=10, nbytes=500)
+    batch = worker.begin()
+    assert names(batch) == ["a"]
+    worker.add("b", BESIDE, positions=10, nbytes=1)
+    assert worker.begin() == []

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, strategies as st
+from support.scheduled import Together
 
-from isthmus.cloud.jobs import Job, Share
+from isthmus.cloud.jobs import Batching, Job, Share
 from isthmus.cloud.scheduler import LEAD_SECONDS, Scheduler
 
 EQUAL = Share()
@@ -259,3 +260,19 @@ def test_two_tenants_that_always_want_more_are_never_further_apart_than_a_piece(
     for _, seconds in pieces:
         worker.turn(seconds)
         assert abs(worker.seconds["a"] - worker.seconds["b"]) <= longest + 1e-9
+
+
+def test_a_tenant_whose_positions_take_long_has_no_other_s_calls_refused() -> None:
+    worker = Together(Batching(positions=100, smallest=5, window=0.0))
+    worker.add("b", positions=20)
+    worker.turn(0.001)
+    for _ in range(10):
+        worker.add("long", positions=20)  # long sequences: each position takes a hundred times as long
+        worker.turn(0.1)
+    worker.add("b", positions=20, deadline=1.0)
+    worker.now += 0.9  # it takes 0.02 seconds, and not 2
+    assert worker.scheduler.take_late() == []
+    assert worker.turn(0.001) == ["b"]
+    worker.add("long", positions=20, deadline=1.0)
+    worker.now += 0.9
+    assert [job.work for job in worker.scheduler.take_late()] == ["long"]

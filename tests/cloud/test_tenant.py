@@ -18,6 +18,7 @@ from support.clouds import served
 from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
+from isthmus.backbone.call_memory import CallShape, Pass
 from isthmus.cloud.pausing import CallThreads
 from isthmus.cloud.served import Served
 from isthmus.cloud.shelf import FileShelf
@@ -177,7 +178,11 @@ def test_ping_and_goodbye(tenant: TenantSession) -> None:
     pong = tenant.handle(m.Ping(7))
     assert isinstance(pong, m.Pong)
     assert pong.nonce == 7
-    assert pong.peak_bytes > 1 << 20
+    assert pong.peak_bytes == 0, "what the process has tells of other tenants"
+    tenant.handle(forward(span_inputs((2, 6, HIDDEN))))
+    own = tenant.handle(m.Ping(8))
+    assert isinstance(own, m.Pong)
+    assert own.peak_bytes == tenant.executor.memory.of(CallShape(2, 6, Pass.BACKWARD))
     assert tenant.handle(m.Goodbye("done")) is None
 
 

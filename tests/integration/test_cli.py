@@ -147,7 +147,7 @@ def test_train_leaves_an_adapter_a_report_and_a_loss_log(place: Place, trained: 
     assert trained["steps"] == 4
     assert trained["bytes_up"] > 0
     assert trained["bytes_down"] > 0
-    assert trained["peak_bytes_cloud"] > 1 << 20
+    assert trained["peak_bytes_cloud"] > 0
     assert trained["plan"] == "2:2"
     assert [json.loads(line)["step"] for line in (run / "losses.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as file:

@@ -1,0 +1,222 @@
+"""What one call may cost: lengths, positions and memory, refused before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.clouds import served
+from support.memory import MemoryCloud, MemoryTransport, messages
+from support.tiny import HIDDEN, tiny_checkpoint
+from support.wire import EDGE, PIN, TENANT
+
+from isthmus.backbone import site_host
+from isthmus.backbone.call_memory import CallShape, Pass
+from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+from isthmus.cloud.loading import RESERVE_BYTES, memory_budgets
+from isthmus.cloud.machine import memory_bytes
+from isthmus.cloud.pausing import CallThreads
+from isthmus.cloud.served import Served
+from isthmus.cloud.tenant import TenantSession
+from isthmus.edge.link import Link
+from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_id, encode, encode_positions
+from isthmus.protocol.limits import Limits
+
+FP32 = codec_id("fp32")
+LONGEST = 128  # what the tiny model is made for
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("bounds")
+    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=1 << 16)
+
+
+@pytest.fixture
+def tenant(cloud: Served) -> Iterator[TenantSession]:
+    session = cloud.session(b"s" * 16, TENANT, CallThreads(1))
+    yield session
+    session.close()
+    cloud.executor.compute_bytes = 1 << 40
+
+
+@pytest.fixture
+def idle(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The span must not run."""
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("the span runs")
+
+    for name in ("forward", "forward_together", "backward", "backward_together"):
+        monkeypatch.setattr(type(cloud.executor), name, run)
+
+
+def inputs(batch: int, sequence: int, positions: torch.Tensor | None = None) -> m.SpanInputs:
+    hidden = encode(torch.zeros(batch, sequence, HIDDEN), "fp32", Role.ACTIVATION)
+    return m.SpanInputs(hidden, None, None if positions is None else encode_positions(positions))
+
+
+def forward(given: m.SpanInputs, *, keep: bool = True, sites: int = 0) -> m.Forward:
+    return m.Forward(m.CallId(1, 1), keep, given.hidden, given.attention_mask, given.position_ids, FP32, sites)
+
+
+def backward(given: m.SpanInputs) -> m.Backward:
+    gradient = encode(torch.zeros(given.hidden.shape), "fp32", Role.GRADIENT)
+    return m.Backward(m.CallId(1, 1), gradient, given, FP32)
+
+
+def refused(answer: m.Message | None, *says: object) -> None:
+    assert isinstance(answer, m.Status)
+    assert answer.code == m.StatusCode.BAD_REQUEST
+    assert all(str(each) in answer.message for each in says), answer.message
+
+
+# Lengths and positions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_sequence_beyond_the_model_is_refused_before_it_is_computed(tenant: TenantSession) -> None:
+    long = inputs(1, 16384)  # 2 MiB; took 2 GiB and seconds where only batch x sequence was checked
+    refused(tenant.handle(forward(long)), 16384, LONGEST, "cut it")
+    refused(tenant.handle(backward(long)), 16384, LONGEST)
+    short = inputs(1, 2, torch.tensor([[0, LONGEST]]))
+    refused(tenant.handle(forward(short)), f"0 to {LONGEST}")
+    refused(tenant.handle(forward(inputs(1, 2, torch.tensor([[-2, 0]])))), "-2 to 0")
+    assert tenant.call_bytes(m.Ping(1)) == 0
+
+
+def test_what_the_model_is_made_for_is_computed(tenant: TenantSession) -> None:
+    positions = torch.arange(LONGEST)[None] - 1  # as padding on the left is numbered
+    assert isinstance(tenant.handle(forward(inputs(1, LONGEST, positions))), m.ForwardReply)
+
+
+def test_an_edge_refuses_it_before_it_sends_anything(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    there = MemoryCloud(cloud)
+    link = Link(MemoryTransport(there), PIN, EDGE, name="cloud:1")
+    link.open(5)
+    model = link.load_model()
+    with pytest.raises(ConfigError, match=f"{LONGEST + 1} tokens is longer than the {LONGEST}"):
+        model(input_ids=torch.ones(1, LONGEST + 1, dtype=torch.long))
+    with pytest.raises(ConfigError, match="position ids from 0 to 500"):
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[0, 500]]))
+    assert not messages(there, m.Forward)
+    model(input_ids=torch.ones(1, LONGEST, dtype=torch.long))
+    assert len(messages(there, m.Forward)) == 1
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_call_that_takes_more_than_the_budget_is_refused_before_it_is_computed(tenant: TenantSession) -> None:
+    executor = tenant.executor
+    needed = executor.memory.of(CallShape(4, 64, Pass.BACKWARD))
+    executor.compute_bytes = needed - 1
+    refused(tenant.handle(forward(inputs(4, 64))), needed, needed - 1, "4 x 64", "send fewer")
+    refused(tenant.handle(backward(inputs(4, 64))), needed, needed - 1)
+    executor.compute_bytes = needed
+    with pytest.raises(AssertionError, match="the span runs"):
+        tenant.handle(forward(inputs(4, 64)))
+
+
+def test_a_forward_leaves_room_for_its_backward(tenant: TenantSession) -> None:
+    memory = tenant.executor.memory
+    shape = CallShape(4, 64, Pass.KEPT_FORWARD)
+    tenant.executor.compute_bytes = memory.of(shape)
+    assert memory.of(dataclasses.replace(shape, what=Pass.BACKWARD)) > memory.of(shape)
+    refused(tenant.handle(forward(inputs(4, 64))), "4 x 64")
+    assert isinstance(tenant.handle(forward(inputs(4, 64), keep=False)), m.ForwardReply)
+
+
+def test_a_call_that_may_pause_takes_half_of_the_budget_at_most(tenant: TenantSession) -> None:
+    tenant.handle(m.Sites(1, (SiteSpec(2, "self_attn.q_proj"),)))
+    needed = tenant.executor.memory.of(CallShape(2, 8, Pass.FORWARD, passing=2 * (HIDDEN + 32)))
+    tenant.executor.compute_bytes = 2 * needed - 2
+    refused(tenant.handle(forward(inputs(2, 8), keep=False, sites=1)), needed, "half of it")
+    tenant.executor.compute_bytes = 2 * needed
+    assert isinstance(tenant.handle(forward(inputs(2, 8), keep=False, sites=1)), m.SiteQuestion)
+
+
+def test_of_the_memory_of_calls_that_have_begun_a_tenant_has_no_more_than_it_leaves() -> None:
+    threads = CallThreads(1, 100)
+    first = threads.claim("a", 40)
+    assert first.ready.done()
+    second, other = threads.claim("a", 30), threads.claim("b", 30)
+    assert not second.ready.done(), "a would have 70 of 100"
+    assert other.ready.done()
+    first.give_back()
+    assert second.ready.done()
+    for each in (second, other):
+        each.give_back()
+    assert threads.claim("a", 50).ready.done()
+
+
+@pytest.mark.usefixtures("idle")
+def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(cloud: Served) -> None:
+    limits = Limits(max_message_bytes=3 * 4 * 64 * HIDDEN * 4)
+    tenant = cloud.session(b"t" * 16, TENANT, CallThreads(1), limits)
+    taps = tuple(SiteSpec(layer, "", Placement.TAP) for layer in (2, 3))
+    tenant.handle(m.Sites(1, taps))
+    refused(tenant.handle(forward(inputs(8, 64), keep=False, sites=1)), "2 taps", 3 * 8 * 64 * HIDDEN * 4)
+    tenant.close()
+
+
+def test_what_is_left_of_the_machine_is_shared_out() -> None:
+    gib = 1 << 30
+    assert memory_budgets(4 * gib, gib // 2, None, None) == (3 * gib // 4, 3 * gib // 4)
+    stash, compute = memory_budgets(4 * gib, gib // 2, None, None)
+    assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
+    assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
+    assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)
+
+
+def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
+    for version, line, root, name in (
+        (2, "0::/a/b\n", "", "memory.max"),
+        (1, "7:memory:/a/b\n0::/\n", "memory", "memory.limit_in_bytes"),
+    ):
+        proc, groups = tmp_path / f"proc{version}", tmp_path / f"cgroup{version}"
+        (proc / "self").mkdir(parents=True)
+        (proc / "self" / "cgroup").write_text(line)
+        (groups / root / "a" / "b").mkdir(parents=True)
+        (groups / root / "a" / "b" / name).write_text("max\n")
+        everything = memory_bytes(proc, groups)
+        (groups / root / "a" / name).write_text("1048576\n")
+        assert memory_bytes(proc, groups) == 1 << 20 < everything
+
+
+# What others have to do with it ---------------------------------------------------------------------------------------
+
+
+def test_one_tenant_s_calls_say_nothing_of_another_s_room(tenant: TenantSession) -> None:
+    before = tenant.executor.room
+    packed = (torch.arange(LONGEST) % 5)[None]
+    tenant.handle(forward(inputs(1, LONGEST, packed)))  # with a mask, whose state is larger for each position
+    assert tenant.executor.room == before < float("inf")
+
+
+def test_a_basis_from_an_svd_is_computed_once_for_all_sessions(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    original = site_host.site_basis
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        made.append(name)
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(site_host, "site_basis", counted)
+    spec = SiteSpec(2, "self_attn.q_proj", Placement.LOW_RANK, rank=4, basis=Basis.SVD)
+    sessions = [cloud.session(bytes([number]) * 16, TENANT, CallThreads(1)) for number in range(3)]
+    for session in sessions:
+        session.handle(m.Sites(1, (spec,)))
+    assert len(made) == 1
+    matrices = [session.calls._lists[1].matrices[0] for session in sessions]
+    assert all(each is matrices[0] for each in matrices)
