@@ -2,8 +2,10 @@
 
 | module | what is there |
 |---|---|
+| `stranger` | attacks by somebody without a key, who speaks HTTP/2 by hand |
+| `costs` | single expensive things that a tenant asks for |
+| `attacks` | both, and the hostile tenants of the chaos benchmark, in one shape, and the process that makes them |
 | `ceilings` | what each attack may cost the server at most, fixed before it is run |
-| `attacks` | the attacks, one function each, and the process that runs one |
 | `gauge` | what a process has taken, as the kernel counts it |
 | `honest` | a tenant that behaves, whose latency the attacks are felt by |
 | `bare` | a server without Ray, and servers with a planted weakness |

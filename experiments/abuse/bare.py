@@ -1,9 +1,10 @@
-"""A server without Ray in a process of its own, healthy or with a weakness planted in it.
+"""A server without Ray in a process of its own, in which a weakness can be planted.
 
-    python -m isthmus.experiments.abuse.bare '{"model": "…", "parts": "…", "home": "…", "weakness": "memory"}'
+    python -m isthmus.experiments.abuse.bare '{"model": "…", "parts": "…", "home": "…"}'
 
-It prints its port, and ends when its standard input does. The planted weaknesses are the control of the measurement:
-ceilings that such a server keeps would say nothing about another one.
+It prints its port. Each line of its standard input names a weakness, which it has from then on, and is answered by an
+empty line; it ends when its standard input does. The planted weaknesses are the control of the measurement: ceilings
+that such a server keeps would say nothing about another one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from isthmus.cloud.server import StripServer
 from isthmus.cloud.worker import WorkerSpec
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
-HASH_ROUNDS = 300_000
+HASH_ROUNDS = 100_000
 
 _kept: list[object] = []
 
@@ -55,11 +56,14 @@ PLANTED: Final[dict[Weakness, Callable[[bytes], None]]] = {
 
 
 class WeakServer(StripServer):
-    """A server that does for every stranger what none should."""
+    """A server that does for every stranger what none should, once a weakness is planted in it."""
 
-    weakness: Weakness = "memory"
+    weakness: Weakness = "none"
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
+        if self.weakness == "none":
+            await super()._session(frames, context)
+            return
         async for frame in frames:
             PLANTED[self.weakness](frame)
             break
@@ -74,19 +78,17 @@ class BareServer:
         parts: Folder for the edge's parts, made where they are not there yet.
         home: Folder with the worker's key, its certificate and `authorized_edges`.
         log: File for the server's output.
-        weakness: What is planted in it.
         options: Further fields of `WorkerSpec`.
 
     Attributes:
-        port: Where it listens, on the loopback.
+        address: Where it listens, host:port, on the loopback.
+        port: The port of it.
         pid: Its process.
     """
 
-    def __init__(
-        self, model: Path, parts: Path, home: Path, log: Path, *, weakness: Weakness = "none", **options: Any
-    ) -> None:
-        task = {"model": str(model), "parts": str(parts), "home": str(home), "weakness": weakness, "options": options}
-        self.port = 0
+    def __init__(self, model: Path, parts: Path, home: Path, log: Path, **options: Any) -> None:
+        task = {"model": str(model), "parts": str(parts), "home": str(home), "options": options}
+        self.address, self.port = "", 0
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -98,12 +100,24 @@ class BareServer:
             )
         self.pid = self._process.pid
 
-    def __enter__(self) -> BareServer:
+    def plant(self, weakness: Weakness) -> None:
+        """Give it a weakness, instead of the one before."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(f"{weakness}\n".encode())
+            self._process.stdin.flush()
+        self._line()
+
+    def _line(self) -> bytes:
         line = b"" if self._process.stdout is None else self._process.stdout.readline()
         if not line:
             self.__exit__()
-            raise IsthmusError(f"the server did not start; its output is in {self._log}")
+            raise IsthmusError(f"the server has ended; its output is in {self._log}")
+        return line
+
+    def __enter__(self) -> BareServer:
+        line = self._line()
         self.port = int(line)
+        self.address = f"127.0.0.1:{self.port}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +126,7 @@ class BareServer:
 
 
 async def _serve(task: dict[str, Any]) -> None:
-    folder, home, weakness = Path(task["model"]), Path(task["home"]), task["weakness"]
+    folder, home = Path(task["model"]), Path(task["home"])
     checkpoint = Checkpoint(folder, "model")
     plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
     make_parts(checkpoint, plan, Path(task["parts"]))
@@ -131,13 +145,12 @@ async def _serve(task: dict[str, Any]) -> None:
         **task["options"],
     }
     spec = WorkerSpec(**options)
-    kind = StripServer if weakness == "none" else WeakServer
-    server = kind(served_by(spec), IdentityFiles(home), EdgesFile(home), spec.threads)
-    if isinstance(server, WeakServer):
-        server.weakness = weakness
+    server = WeakServer(served_by(spec), IdentityFiles(home), EdgesFile(home), spec.threads)
     port = await server.start(spec.listen, None)
     print(port, flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    while weakness := (await asyncio.to_thread(sys.stdin.readline)).strip():
+        server.weakness = weakness
+        print(flush=True)
 
 
 if __name__ == "__main__":

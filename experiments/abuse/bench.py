@@ -7,27 +7,31 @@ measurement that finds nothing wrong with them would be worth nothing.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import grpc
 
 from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.sources import resolve
 from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.abuse.bare import PLANTED, BareServer, Weakness
-from isthmus.experiments.abuse.ceilings import CEILINGS, Ceiling
+from isthmus.experiments.abuse.ceilings import CEILINGS, PLANTED_CEILING, Ceiling
 from isthmus.experiments.abuse.gauge import Gauge, Taken
 from isthmus.experiments.abuse.honest import Honest
 from isthmus.experiments.harness import LocalCloud
-from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.service import METHOD
 
 CALM_SECONDS = 2.0
 SETTLE_SECONDS = 1.0
 """After an attack, for the worker to let go of what it held, before the next one is measured."""
-ON_PLANTED: Final = "garbage_streams"
-"""The attack that each planted weakness answers to."""
+FRAMES, FRAME_BYTES = 160, 1 << 20
+"""Sent to each server with a planted weakness, which does to every one of them what none should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
 
     Returns:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
-        `unit`, `held`, `attempts`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
+        `unit`, `held`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
         one. `planted`: one row for each planted weakness. `held` and `planted_caught` sum them up.
 
     Raises:
@@ -86,18 +90,18 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
         with Honest(cloud.connection, cloud.edge_key) as honest:
             honest.latency_s(time.monotonic())  # the first calls warm both sides up
         for name in settings.attacks:
-            taken, attempts = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+            taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
             time.sleep(SETTLE_SECONDS)
             ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
             time.sleep(SETTLE_SECONDS)
-            runs.extend({**row, "latency_ratio": ratio} for row in rows(name, taken, attempts))
+            runs.extend(
+                {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
+            )
             advance()
-        planted = []
+    planted = []
+    with BareServer(checkpoint.folder, folder / "parts", cloud.home, log) as server:
         for weakness in PLANTED:
-            with BareServer(checkpoint.folder, folder / "parts", cloud.home, log, weakness=weakness) as server:
-                where = str(ConnectionString("127.0.0.1", server.port, ConnectionString.parse(cloud.connection).pin))
-                taken, attempts = attack_alone(attacker, ON_PLANTED, server.pid, where, settings.seconds)
-            planted.append(planted_row(weakness, taken, attempts))
+            planted.append(planted_row(server, weakness))
             advance()
     return {
         "held": all(row["held"] for row in runs),
@@ -109,41 +113,55 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
     }
 
 
-UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor ms per attempt"}
+UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
 
 
-def rows(attack: str, taken: Taken, attempts: int) -> Sequence[dict[str, Any]]:
-    """What was measured of an attack, against its ceilings."""
-    ceiling: Ceiling = CEILINGS[attack]
+def rows(taken: Taken, ceiling: Ceiling, **about: str) -> list[dict[str, Any]]:
+    """What was measured of an attack, against its ceilings.
+
+    Args:
+        taken: What the worker took.
+        ceiling: What it may take.
+        about: Said in each row.
+    """
     measured = [
         ("memory", taken.memory_mib, ceiling.memory_mib),
         ("descriptors", taken.descriptors, ceiling.descriptors),
-        ("processor", 1000 * taken.processor_s / attempts, ceiling.processor_ms),
+        ("processor", taken.processor_s, ceiling.processor_s),
     ]
     return [
-        {
-            "attack": attack,
-            "by": ATTACKS[attack].by,
-            "measured": round(value, 2),
-            "ceiling": most,
-            "unit": UNIT_OF[kind],
-            "held": value <= most,
-            "attempts": attempts,
-        }
+        {**about, "measured": round(value, 2), "ceiling": most, "unit": UNIT_OF[kind], "held": value <= most}
         for kind, value, most in measured
         if most is not None
     ]
 
 
-def planted_row(weakness: Weakness, taken: Taken, attempts: int) -> dict[str, Any]:
-    """What was measured of a server with a planted weakness: the one row where it must show."""
-    unit = UNIT_OF[weakness]
-    row = next(row for row in rows(ON_PLANTED, taken, attempts) if row["unit"] == unit)
+def attack_planted(pid: int, address: str) -> Taken:
+    """Send `FRAMES` frames of noise, one a stream, to a server with a planted weakness; what it took.
+
+    Args:
+        pid: Its process.
+        address: Where it listens, host:port.
+    """
+    noise = os.urandom(FRAME_BYTES)
+    with Gauge(pid) as gauge, grpc.insecure_channel(address) as channel:
+        session = channel.stream_stream(METHOD)
+        for _ in range(FRAMES):
+            with contextlib.suppress(grpc.RpcError):
+                list(session(iter([noise]), timeout=60))
+    return gauge.taken
+
+
+def planted_row(server: BareServer, weakness: Weakness) -> dict[str, Any]:
+    """Plant a weakness in a server, and measure it; the one row where it must show."""
+    server.plant(weakness)
+    taken = attack_planted(server.pid, server.address)
+    row = next(row for row in rows(taken, PLANTED_CEILING) if row["unit"] == UNIT_OF[weakness])
     return {"weakness": weakness, **row, "caught": not row["held"]}
 
 
-def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> tuple[Taken, int]:
-    """Make an attack while nobody else asks for anything; what the worker took, and how many attempts were made.
+def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> Taken:
+    """Make an attack while nobody else asks for anything; what the worker took.
 
     Args:
         attacker: Makes it.
@@ -156,9 +174,8 @@ def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: f
         IsthmusError: The attack could not be made, or has ended the worker.
     """
     with Gauge(pid) as gauge:
-        attacker.begin(name, seconds, where)
-        attempts = attacker.attempts()
-    return gauge.taken, attempts
+        attacker.attack(name, seconds, where)
+    return gauge.taken
 
 
 def _latency_ratio(attacker: Attacker, name: str, cloud: LocalCloud, seconds: float) -> float:
@@ -168,6 +185,5 @@ def _latency_ratio(attacker: Attacker, name: str, cloud: LocalCloud, seconds: fl
         time.sleep(CALM_SECONDS)
         calm = honest.latency_s(begun)
         begun = time.monotonic()
-        attacker.begin(name, seconds, cloud.connection)
-        attacker.attempts()
+        attacker.attack(name, seconds, cloud.connection)
         return round(honest.latency_s(begun) / calm, 2)

@@ -1,12 +1,18 @@
-"""What each attack may cost a worker at most. Written down before the attacks are run, not after.
+"""What each attack may cost a worker at most: written down before the attacks are run, not after.
 
-`docs/security.md` has a table of what holds each of them back; a test compares the names.
+`docs/security.md` has the table of what holds each of them back; a test compares the names. The attacks of strangers
+are of a fixed size, whatever the seconds for which they are held.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+
+from isthmus.cloud.bounds import Bounds
+from isthmus.experiments.abuse.attacks import ATTACKS
+
+BOUNDS: Final = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,31 +22,36 @@ class Ceiling:
     Attributes:
         memory_mib: Resident size beyond that before the attack, in MiB.
         descriptors: Open descriptors beyond those before the attack.
-        processor_ms: Milliseconds of processor time for each attempt; None where the attack is made of calls of which
-            the scheduler gives a tenant its share, and what counts is how others feel it.
+        processor_s: Seconds of processor time; None where the attack is made of calls, of which the scheduler gives a
+            tenant its share for as long as it asks: what counts then is how the others feel it.
     """
 
     memory_mib: float
     descriptors: int
-    processor_ms: float | None
+    processor_s: float | None
 
 
-STRANGER_MEMORY_MIB = 128.0
-"""Frames of 4 MiB at most for each of the streams that one peer may have before it has said who it is, and as much
-again for what gRPC and malloc keep of them."""
-TENANT_MEMORY_MIB = 512.0
-"""A tenant's bytes in flight, its forward states within the stash, and a pass over them."""
+STRANGER: Final = Ceiling(192.0, BOUNDS.max_half_open + 32, 30.0)
+"""Twice `max_half_open_per_host` windows of a stream (`stream_window`), and half as much again for what gRPC and malloc
+keep: most of it is asked for once and used again."""
+CONNECTIONS: Final = Ceiling(192.0, BOUNDS.max_connections + 32, 30.0)
+"""The same for attacks that hold connections, each of which has a descriptor."""
+TENANT: Final = Ceiling(512.0, 160, None)
+"""A tenant's messages in flight, its forward states within the stash, and a pass over them."""
+NOTHING: Final = Ceiling(64.0, 32, 10.0)
+"""What is refused, or ended, before anything is computed."""
+PLANTED_CEILING: Final = Ceiling(128.0, 32, 3.0)
+"""For the servers with a planted weakness, of which each breaks one."""
+
+_SPECIAL: Final = {
+    "silent_connections": CONNECTIONS,
+    "half_prefaces": CONNECTIONS,
+    "idle_connections": CONNECTIONS,
+    "rekeys": NOTHING,
+    "session_pings": NOTHING,
+    "long_call": NOTHING,
+}
 
 CEILINGS: Final[dict[str, Ceiling]] = {
-    "garbage_streams": Ceiling(STRANGER_MEMORY_MIB, 32, 25.0),
-    "health_names": Ceiling(STRANGER_MEMORY_MIB, 64, 50.0),
-    "silent_streams": Ceiling(STRANGER_MEMORY_MIB, 64, 20.0),
-    "silent_connections": Ceiling(STRANGER_MEMORY_MIB, 288, 20.0),
-    "large_headers": Ceiling(STRANGER_MEMORY_MIB, 64, 20.0),
-    "garbage": Ceiling(STRANGER_MEMORY_MIB, 64, None),
-    "flood": Ceiling(TENANT_MEMORY_MIB, 64, None),
-    "held_sessions": Ceiling(STRANGER_MEMORY_MIB, 160, None),
-    "slow_reader": Ceiling(TENANT_MEMORY_MIB, 64, None),
-    "slow_writer": Ceiling(TENANT_MEMORY_MIB, 64, None),
-    "stash_evicted": Ceiling(TENANT_MEMORY_MIB, 64, None),
+    name: _SPECIAL.get(name, STRANGER if attack.by == "stranger" else TENANT) for name, attack in ATTACKS.items()
 }

