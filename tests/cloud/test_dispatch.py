@@ -253,7 +253,7 @@ def test_what_this_process_has_in_memory() -> None:
 
 
 def test_who_waits_for_work_that_is_too_late_is_told_outside_the_lock(dispatcher: Dispatcher) -> None:
-    gate, answered = Gate(dispatcher), list[bool]()
+    gate, answered, asked = Gate(dispatcher), list[bool](), threading.Event()
 
     def ask(_: Future[Any]) -> None:
         # What others do when their work is over may ask the dispatcher something, from any thread.
@@ -261,11 +261,12 @@ def test_who_waits_for_work_that_is_too_late_is_told_outside_the_lock(dispatcher
         asking.start()
         asking.join(2)
         answered.append(not asking.is_alive())
+        asked.set()
 
     late = submit(dispatcher, lambda: None, "b", positions=1, deadline=0.05)
     late.add_done_callback(ask)
     with pytest.raises(TooLate):
         late.result(10)
     gate.open()
-    dispatcher.shutdown(cancel=False)
+    assert asked.wait(10)
     assert answered == [True]
