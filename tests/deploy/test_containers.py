@@ -99,7 +99,7 @@ def test_only_what_the_wheel_is_built_and_installed_from_gets_in() -> None:
     assert lines[0] == "*"
     let_in = {line[1:] for line in lines if line.startswith("!")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {folder.partition("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
+    folders = {folder.split("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
     assert let_in == {"pyproject.toml", "README.md", "LICENSE", "lock", *folders}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     sent = [name for name in tracked if name.split("/")[0] in let_in]
