@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from fuzz.outcome import Outcome, judged, read_log, table
 from fuzz.target import CORPUS, names
 
 PLANTED = "planted"
+MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of this user's own is made in it
+"""A file system in memory, for decoders that read files."""
 RSS_LIMIT_MB = 2048
 """More memory than any target needs, and less than a length that is believed would take."""
 INPUT_SECONDS = 30
@@ -112,7 +115,10 @@ class Fuzzer:
         command = [sys.executable, "-P", "-m", "fuzz.child", *arguments]
         changes = {"PYTHONPATH": os.pathsep.join(paths), "TRANSFORMERS_VERBOSITY": "error"}
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        # libFuzzer ends a process without any clearing up, so what its decoder's files lie in is made and removed here.
+        memory = MEMORY if MEMORY.is_dir() else None
+        with log.open("wb") as out, tempfile.TemporaryDirectory(prefix="isthmus-fuzz-", dir=memory) as scratch:
+            changes["TMPDIR"] = scratch
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | changes)
             self._running.append(process)
             try:

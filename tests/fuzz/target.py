@@ -66,9 +66,8 @@ def kept(name: str) -> list[Path]:
 
 
 def scratch() -> Path:
-    """A folder of this process for a decoder that reads files; in memory where there is such a file system."""
-    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes a folder of this user's own in it
-    folder = tempfile.mkdtemp(prefix="isthmus-fuzz-", dir=memory if memory.is_dir() else None)
+    """A temporary folder of this process for a decoder that reads files."""
+    folder = tempfile.mkdtemp(prefix="isthmus-fuzz-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
