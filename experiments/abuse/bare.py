@@ -30,7 +30,7 @@ from isthmus.cloud.server import StripServer
 from isthmus.cloud.worker import WorkerSpec
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
-HASH_ROUNDS = 100_000
+HASH_ROUNDS = 200_000
 
 _kept: list[object] = []
 
