@@ -51,6 +51,7 @@ def _unmet(entries: list[Any], python: str, machine: str) -> list[str]:
     return [
         str(one)
         for one in _named()
+        if one.marker is None or one.marker.evaluate(here)
         if len(found := versions.get(canonicalize_name(one.name), [])) != 1 or found[0] not in one.specifier
     ]
 

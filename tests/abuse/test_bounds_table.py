@@ -11,9 +11,7 @@ from isthmus.experiments.abuse.attacks import ATTACKS
 from isthmus.experiments.hostile import CONTROL
 
 ROOT = Path(__file__).parents[2]
-SECTION = re.search(
-    r"^## Bounds\n(.*?)^## ", (ROOT / "docs" / "security.md").read_text(), re.MULTILINE | re.DOTALL
-)
+SECTION = re.search(r"^## Bounds\n(.*?)^## ", (ROOT / "docs" / "security.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def rows() -> list[tuple[Path, str]]:
