@@ -2,7 +2,8 @@
 
 | module | what is there |
 |---|---|
-| `stranger` | attacks by somebody without a key, who speaks HTTP/2 by hand |
+| `http2` | a connection that speaks HTTP/2 by hand |
+| `stranger` | attacks by somebody without a key |
 | `costs` | single expensive things that a tenant asks for |
 | `attacks` | both, and the hostile tenants of the chaos benchmark, in one shape, and the process that makes them |
 | `ceilings` | what each attack may cost the server at most, fixed before it is run |
