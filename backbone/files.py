@@ -14,7 +14,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from isthmus.backbone.errors import ConfigError, DiskError, IsthmusError
-from isthmus.backbone.private import check_contents, check_owner, private_folder
+from isthmus.backbone.ownership import check_contents, check_owner, private_folder
 
 # Folders on their way in or out carry this prefix; nothing ever reads one, and `sweep` removes what a crash left.
 _TEMPORARY = ".isthmus-tmp-"

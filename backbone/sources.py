@@ -36,7 +36,7 @@ from isthmus.backbone.errors import CheckpointError, UnknownModelError
 from isthmus.backbone.families import SUPPORTED, family_named
 from isthmus.backbone.files import disk_errors, locked, new_folder
 from isthmus.backbone.hub import COMMIT, is_hub_name, snapshot as _snapshot, split_name
-from isthmus.backbone.private import check_contents, private_folder
+from isthmus.backbone.ownership import check_contents, private_folder
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

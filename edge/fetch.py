@@ -27,9 +27,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from isthmus.backbone.checkpoint import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.files import disk_errors, locked, remove_folder, sync
 from isthmus.backbone.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.ownership import check_contents, private_folder
 from isthmus.backbone.parts import Weights, weigh_parts
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.private import check_contents, private_folder
 from isthmus.backbone.sources import Checkpoint, default_cache
 from isthmus.edge.offers import DEFAULT_MAX_BYTES, WEIGHTS, WEIGHTS_HEADER, check_offer, check_room, check_size
 from isthmus.emulator.build import check_free

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from isthmus.backbone.errors import DiskError
 from isthmus.backbone.files import write_atomic
-from isthmus.backbone.ownership import intruder, writable_by_others
+from isthmus.backbone.ownership import fault, intruder
 from isthmus.protocol.errors import KeyFileError
 
 MAX_FILE = 1 << 22
@@ -35,16 +35,16 @@ def check_folder(folder: Path) -> None:
     """Make sure that no other user can put keys or enrolments into a folder.
 
     Raises:
-        KeyFileError: another user owns it or a folder above it, or everybody can write there; or it is not there.
+        KeyFileError: another user owns it or a folder above it, or others may write there; or it is not there.
     """
     try:
-        fault = intruder(folder)
+        wrong = intruder(folder)
     except OSError as error:
         raise KeyFileError(f"{folder} cannot be entered ({error.strerror}): check path and permissions") from error
-    if fault is not None:
+    if wrong is not None:
         raise KeyFileError(
-            f"another user could put keys and enrolments into {folder}, as {fault}: choose a folder of your own, or "
-            f"`chown` it to the user that this runs as and `chmod o-w` it"
+            f"another user could put keys and enrolments into {folder}, as {wrong}: choose a folder of your own, or "
+            f"`chown` it to the user that this runs as and `chmod go-w` it"
         )
 
 
@@ -129,9 +129,9 @@ def _read(path: Path, remedy: str, *, private: bool = False, ours: bool) -> byte
             if private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 mode = stat.S_IMODE(status.st_mode)
                 raise KeyFileError(f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`")
-            fault = writable_by_others(status) if ours else None
-            if fault is not None:
-                raise KeyFileError(f"{path} says whom to trust, and {fault}: `chown` it to this user, `chmod o-w` it")
+            wrong = fault(file.fileno(), status) if ours else None
+            if wrong is not None:
+                raise KeyFileError(f"{path} says whom to trust, and {wrong}: `chown` it to this user, `chmod go-w` it")
             data = file.read(MAX_FILE + 1)
     except FileNotFoundError as error:
         raise KeyFileError(f"{path} does not exist: {remedy}") from error

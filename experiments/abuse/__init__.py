@@ -1,11 +1,14 @@
-"""`isthmus bench abuse`: attacks on a real server, each with ceilings on memory, descriptors and processor time.
+"""`isthmus bench abuse`: attacks on a real server and a real edge, held to ceilings on what they cost.
 
 | module | what is there |
 |---|---|
-| `stranger` | attacks by somebody without a key, who speaks HTTP/2 by hand |
+| `http2` | a connection that speaks HTTP/2 by hand |
+| `stranger` | attacks by somebody without a key |
 | `costs` | single expensive things that a tenant asks for |
 | `attacks` | both, and the hostile tenants of the chaos benchmark, in one shape, and the process that makes them |
-| `ceilings` | what each attack may cost the server at most, fixed before it is run |
+| `hostile_cloud` | a cloud that attacks the edges that have pinned it |
+| `edge` | an edge in a process of its own, and what it must answer each attack of a cloud with |
+| `ceilings` | what each attack may cost at most, fixed before it is run |
 | `gauge` | what a process has taken, as the kernel counts it |
 | `honest` | a tenant that behaves, whose latency the attacks are felt by |
 | `bare` | a server without Ray, and servers with a planted weakness |

@@ -1,8 +1,9 @@
 """The rows of `isthmus bench abuse`.
 
-Each attack is made twice: alone, while the kernel counts what the worker takes, and beside a tenant that behaves, whose
-latency is compared with that before the attack. Then servers with a planted weakness are measured in the same way; a
-measurement that finds nothing wrong with them would be worth nothing.
+Each attack on a worker is made twice: alone, while the kernel counts what the worker takes, and beside a tenant that
+behaves, whose latency is compared with that before the attack. An attack of a cloud on an edge is made once, and the
+edge must end it with the error that it documents. Then servers with a planted weakness, and edges without a bound, are
+measured in the same way; a measurement that finds nothing wrong with them would be worth nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +19,28 @@ from typing import Any, Final
 import grpc
 
 from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.sources import resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sources import Checkpoint, resolve
+from isthmus.cloud.loading import make_parts
 from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.abuse.bare import PLANTED, BareServer, Weakness
 from isthmus.experiments.abuse.ceilings import CEILINGS, PLANTED_CEILING, Ceiling
+from isthmus.experiments.abuse.edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.abuse.gauge import Gauge, Taken
 from isthmus.experiments.abuse.honest import Honest
+from isthmus.experiments.abuse.hostile_cloud import HostileCloud
 from isthmus.experiments.harness import LocalCloud
 from isthmus.protocol.service import METHOD
 
+LOG: Final = "attacks.log"
 CALM_SECONDS = 2.0
 SETTLE_SECONDS = 1.0
 """After an attack, for the worker to let go of what it held, before the next one is measured."""
 FRAMES, FRAME_BYTES = 160, 1 << 20
 """Sent to each server with a planted weakness, which does to every one of them what none should."""
+
+ALL: Final = (*ATTACKS, *EDGE_ATTACKS)
+"""The names of all attacks, by strangers, tenants and clouds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +50,25 @@ class AbuseSettings:
     Attributes:
         model: As for `--model`.
         edge_layers: The split plan.
-        attacks: Names of `isthmus.experiments.abuse.attacks.ATTACKS`.
-        seconds: For which each attack goes on.
+        attacks: Names of `ALL`.
+        seconds: For which each attack on a worker goes on.
         threads: torch threads of the worker.
     """
 
     model: str
     edge_layers: str = "2:2"
-    attacks: tuple[str, ...] = tuple(ATTACKS)
+    attacks: tuple[str, ...] = ALL
     seconds: float = 5.0
     threads: int = 1
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.attacks if name not in ATTACKS]
+        unknown = [name for name in self.attacks if name not in ALL]
         if unknown:
-            raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ATTACKS)}")
+            raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
 
 
 def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Attack a cloud; see the module.
+    """Attack a cloud and an edge; see the module.
 
     Args:
         settings: What is attacked, and how.
@@ -69,39 +78,35 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
     Returns:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
         `unit`, `held`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
-        one. `planted`: one row for each planted weakness. `held` and `planted_caught` sum them up.
+        one, and None for an attack on an edge. `planted`: one row for each planted weakness. `held` and
+        `planted_caught` sum them up.
 
     Raises:
         ConfigError: There is no such attack.
-        IsthmusError: The cloud did not start, or an attack could not be made.
+        IsthmusError: The cloud did not start, an attack could not be made, or an edge did not end one as it must.
     """
-    log = folder / "attacks.log"
     checkpoint = resolve(settings.model)
+    parts = folder / "parts"
+    make_parts(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers), parts)
     cloud = LocalCloud(
         folder,
         str(checkpoint.folder),
         *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
     )
-    key = folder / "hostile"
-    cloud.enroll("hostile", key)
-    runs: list[dict[str, Any]] = []
-    with Attacker(key, log) as attacker, cloud:
-        pid = cloud.status()["pid"]
-        with Honest(cloud.connection, cloud.edge_key) as honest:
-            honest.latency_s(time.monotonic())  # the first calls warm both sides up
+    runs = _on_worker(settings, cloud, folder, advance) if set(settings.attacks) & set(ATTACKS) else []
+    planted = _planted(checkpoint, parts, cloud, folder, advance)
+    with (
+        HostileCloud(cloud.home, parts, settings.edge_layers) as hostile,
+        Edge(cloud.edge_key, folder, folder / LOG) as edge,
+    ):
         for name in settings.attacks:
-            taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
-            time.sleep(SETTLE_SECONDS)
-            ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
-            time.sleep(SETTLE_SECONDS)
-            runs.extend(
-                {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
-            )
-            advance()
-    planted = []
-    with BareServer(checkpoint.folder, folder / "parts", cloud.home, log) as server:
-        for weakness in PLANTED:
-            planted.append(planted_row(server, weakness))
+            if name in EDGE_ATTACKS:
+                taken = edge.attacked(name, hostile)
+                about = {"attack": name, "by": "cloud"}
+                runs += [{**row, "latency_ratio": None} for row in rows(taken, CEILINGS[name], **about)]
+                advance()
+        for name in LIFTED:
+            planted.append(lifted_row(edge, hostile, name))
             advance()
     return {
         "held": all(row["held"] for row in runs),
@@ -111,6 +116,43 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
         "seconds": settings.seconds,
         "model": settings.model,
     }
+
+
+def _on_worker(
+    settings: AbuseSettings, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The rows of the attacks on a worker."""
+    key = folder / "hostile"
+    cloud.enroll("hostile", key)
+    runs: list[dict[str, Any]] = []
+    with Attacker(key, folder / LOG) as attacker, cloud:
+        pid = cloud.status()["pid"]
+        with Honest(cloud.connection, cloud.edge_key) as honest:
+            honest.latency_s(time.monotonic())  # the first calls warm both sides up
+        for name in settings.attacks:
+            if name not in ATTACKS:
+                continue
+            taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+            time.sleep(SETTLE_SECONDS)
+            ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
+            time.sleep(SETTLE_SECONDS)
+            runs.extend(
+                {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
+            )
+            advance()
+    return runs
+
+
+def _planted(
+    checkpoint: Checkpoint, parts: Path, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The rows of the servers with a planted weakness."""
+    planted = []
+    with BareServer(checkpoint.folder, parts, cloud.home, folder / LOG) as server:
+        for weakness in PLANTED:
+            planted.append(planted_row(server, weakness))
+            advance()
+    return planted
 
 
 UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
@@ -130,7 +172,7 @@ def rows(taken: Taken, ceiling: Ceiling, **about: str) -> list[dict[str, Any]]:
         ("processor", taken.processor_s, ceiling.processor_s),
     ]
     return [
-        {**about, "measured": round(value, 2), "ceiling": most, "unit": UNIT_OF[kind], "held": value <= most}
+        {**about, "measured": round(value, 2) or 0, "ceiling": most, "unit": UNIT_OF[kind], "held": value <= most}
         for kind, value, most in measured
         if most is not None
     ]
@@ -158,6 +200,13 @@ def planted_row(server: BareServer, weakness: Weakness) -> dict[str, Any]:
     taken = attack_planted(server.pid, server.address)
     row = next(row for row in rows(taken, PLANTED_CEILING) if row["unit"] == UNIT_OF[weakness])
     return {"weakness": weakness, **row, "caught": not row["held"]}
+
+
+def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
+    """Attack an edge without the bound that holds the attack back; the row where it must show."""
+    taken = edge.attacked(name, hostile, lifted=True)
+    row = next(row for row in rows(taken, CEILINGS[name]) if row["unit"] == UNIT_OF["memory"])
+    return {"weakness": f"no bound: {name}", **row, "caught": not row["held"]}
 
 
 def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> Taken:

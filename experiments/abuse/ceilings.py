@@ -1,4 +1,4 @@
-"""What each attack may cost a worker at most: written down before the attacks are run, not after.
+"""What each attack may cost a worker, or an edge, at most: written down before the attacks are run, not after.
 
 `docs/security.md` has the table of what holds each of them back; a test compares the names. The attacks of strangers
 are of a fixed size, whatever the seconds for which they are held.
@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from isthmus.backbone.chat_template import TemplateLimits
 from isthmus.cloud.bounds import Bounds
 from isthmus.experiments.abuse.attacks import ATTACKS
+from isthmus.experiments.abuse.edge import EDGE_ATTACKS
 
 BOUNDS: Final = Bounds()
+TEMPLATE_LIMITS: Final = TemplateLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,15 @@ TENANT: Final = Ceiling(512.0, 160, None)
 """A tenant's messages in flight, its forward states within the stash, and a pass over them."""
 NOTHING: Final = Ceiling(64.0, 32, 10.0)
 """What is refused, or ended, before anything is computed."""
+ANSWER: Final = Ceiling(64.0, 32, 10.0)
+"""Of an answer that is too large, an edge takes no more than the frames of 1 MiB that its queue has room for
+(`QUEUED_FRAMES`, 16) and the window of the stream, in each of its five attempts."""
+OFFER: Final = Ceiling(16.0, 32, 2.0)
+"""A list of files is refused before anything is fetched."""
+QUESTIONS: Final = Ceiling(128.0, 32, 30.0)
+"""An edge answers two questions for each site of a call, in each of its five attempts: that is a step of training."""
+TEMPLATE: Final = Ceiling((TEMPLATE_LIMITS.memory_bytes >> 20) + 192.0, 32, TEMPLATE_LIMITS.cpu_seconds + 10.0)
+"""What one rendering may take, and the process that renders: it imports transformers, without torch."""
 PLANTED_CEILING: Final = Ceiling(128.0, 32, 3.0)
 """For the servers with a planted weakness, of which each breaks one."""
 
@@ -52,6 +64,16 @@ _SPECIAL: Final = {
     "long_call": NOTHING,
 }
 
+_OF_EDGE: Final = {
+    "large_answer": ANSWER,
+    "endless_questions": QUESTIONS,
+    "large_file": OFFER,
+    "many_bytes": OFFER,
+    "endless_template": TEMPLATE,
+    "exploding_template": TEMPLATE,
+}
+
 CEILINGS: Final[dict[str, Ceiling]] = {
-    name: _SPECIAL.get(name, STRANGER if attack.by == "stranger" else TENANT) for name, attack in ATTACKS.items()
+    **{name: _SPECIAL.get(name, STRANGER if attack.by == "stranger" else TENANT) for name, attack in ATTACKS.items()},
+    **{name: _OF_EDGE[name] for name in EDGE_ATTACKS},
 }

@@ -11,8 +11,8 @@ from pathlib import Path
 from isthmus.backbone.errors import IsthmusError
 from isthmus.experiments.process_memory import forget_peak
 
-LOOK_SECONDS = 0.05
-"""Between two looks at the descriptors, of whose peak the kernel keeps no record."""
+LOOK_SECONDS = 0.02
+"""Between two looks at the descriptors, of whose peak the kernel keeps no record, and at the children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,10 @@ class Taken:
     """What a process took between two moments.
 
     Attributes:
-        memory_mib: Largest resident size, over the resident size at the beginning.
+        memory_mib: Largest resident size, over the resident size at the beginning; and of the children that it had
+            meanwhile the largest one's, as far as it was seen at the last look before that one's end.
         descriptors: Most descriptors open at once, over those at the beginning.
-        processor_s: Seconds of processor time, of all threads.
+        processor_s: Seconds of processor time, of all threads and of the children that have ended.
     """
 
     memory_mib: float
@@ -48,7 +49,7 @@ class Gauge:
 
     def __enter__(self) -> Gauge:
         forget_peak(self._pid)
-        self._memory = _memory(self._pid, "VmRSS")
+        self._memory, self._child = _memory(self._pid, "VmRSS"), 0
         self._descriptors = self._most = _descriptors(self._pid)
         self._processor = processor_seconds(self._pid)
         self._thread.start()
@@ -60,7 +61,7 @@ class Gauge:
         if kind is not None:
             return
         self.taken = Taken(
-            (_memory(self._pid, "VmHWM") - self._memory) / 2**20,
+            (_memory(self._pid, "VmHWM") - self._memory + self._child) / 2**20,
             self._most - self._descriptors,
             processor_seconds(self._pid) - self._processor,
         )
@@ -69,12 +70,27 @@ class Gauge:
         while not self._ended.wait(LOOK_SECONDS):
             with contextlib.suppress(IsthmusError):  # told at the end
                 self._most = max(self._most, _descriptors(self._pid))
+                for child in _children(self._pid):
+                    with contextlib.suppress(IsthmusError):  # it has ended meanwhile
+                        self._child = max(self._child, _memory(child, "VmHWM"))
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time that a process has had, user and system, of all threads that it ever had."""
+    """Processor time that a process has had, user and system, with all its threads and the children that have ended."""
     fields = _read(pid, "stat").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError as error:
+        raise _gone(pid, error) from None
+    found = []
+    for thread in threads:
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
 
 
 def _memory(pid: int, name: str) -> int:

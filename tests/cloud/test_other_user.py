@@ -77,7 +77,7 @@ def test_no_key_is_made_in_a_home_that_another_user_has_made_first(
     own = tmp_path / "own"  # to which a link of theirs leads
     own.mkdir(mode=0o700)
     assert as_nobody(attack.format(own=own)).returncode == 0
-    with pytest.raises(KeyFileError, match=f"belongs to another user \\(uid {NOBODY}\\)"):
+    with pytest.raises(KeyFileError, match=f"belongs to another user \\(uid {NOBODY},"):
         commands.keygen(place / "cloud")
     assert not [*own.iterdir(), *(place / "cloud").iterdir()]
 
@@ -120,7 +120,7 @@ def test_the_operator_is_told_of_a_model_that_another_user_may_change(
 def test_a_home_of_ones_own_is_taken_and_so_is_ones_own_link(tmp_path: Path) -> None:
     home = Home(tmp_path).folder
     (tmp_path / "link").symlink_to(home)
-    for mode in (0o700, 0o750, 0o755, 0o775):  # a group is whoever the owner has chosen
+    for mode in (0o700, 0o750, 0o755):
         home.chmod(mode)
         check_folder(home)
         check_folder(tmp_path / "link")
@@ -139,7 +139,7 @@ def test_nobody_else_enrols_an_edge(place: Path, as_nobody: Attack) -> None:
     line = file.read_text()
     file.chmod(0o666)
     assert as_nobody(f"echo '# theirs' >> {file}").returncode == 0
-    with pytest.raises(KeyFileError, match=r"says whom to trust, and it can be written by everybody \(mode 0666\)"):
+    with pytest.raises(KeyFileError, match=r"says whom to trust, and can be written by everybody \(mode 0666\)"):
         AuthorizedEdges.load(file)
     assert len(edges()) == len(good)  # a running worker keeps the last good list
     file.write_text(line)

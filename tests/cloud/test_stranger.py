@@ -23,17 +23,8 @@ from isthmus.cloud.half_open import HalfOpen
 from isthmus.cloud.hang_up import address_of
 from isthmus.cloud.health import MAX_QUESTION_BYTES
 from isthmus.cloud.served import Served
-from isthmus.experiments.abuse.stranger import (
-    ATTACKS,
-    CHECK,
-    METHOD,
-    PING,
-    WATCH,
-    Connection,
-    frame,
-    idle_connections,
-    silent_streams,
-)
+from isthmus.experiments.abuse.http2 import PING, Connection, frame
+from isthmus.experiments.abuse.stranger import ATTACKS, CHECK, METHOD, WATCH, idle_connections, silent_streams
 from isthmus.protocol.limits import Pace
 from isthmus.protocol.service import MAX_GRPC_MESSAGE_BYTES, SERVICE
 

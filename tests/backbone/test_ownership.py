@@ -1,12 +1,15 @@
 """Another user of the same machine: what they put in the way of caches, runs and locks is refused, not used.
 
-The other user is a process with another uid; this process, as root, is the one that is attacked.
+The other user is a process with another uid; this process, as root or as an ordinary user, is the one that is attacked.
 """
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,10 +18,10 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone import sources
+from isthmus.backbone import ownership, sources
 from isthmus.backbone.errors import DiskError, OwnershipError
 from isthmus.backbone.files import claim, locked, write_atomic
-from isthmus.backbone.private import check_contents, check_private, private_folder
+from isthmus.backbone.ownership import check_contents, check_private, fault, intruder, private_folder
 from isthmus.edge.cache_store import SpanStore
 from isthmus.protocol.errors import KeyFileError
 from isthmus.protocol.keys import generate_edge, load_edge
@@ -61,11 +64,11 @@ def test_folders_are_made_for_this_user_alone(place: Path) -> None:
     check_contents(folder)
 
 
-@pytest.mark.parametrize("mode", [0o720, 0o702, 0o775, 0o777, 0o1777])
-def test_a_folder_that_others_may_write_to_is_refused(place: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o702, 0o757, 0o777, 0o1777])
+def test_a_folder_that_everybody_may_write_to_is_refused(place: Path, mode: int) -> None:
     folder = private_folder(place / "cache")
     folder.chmod(mode)
-    with pytest.raises(OwnershipError, match=r"others may write to .*cache.*chmod go-w"):
+    with pytest.raises(OwnershipError, match=r"cache can be written by everybody .*chmod go-w"):
         private_folder(place / "cache")
     folder.chmod(0o755)
     private_folder(place / "cache")
@@ -74,7 +77,7 @@ def test_a_folder_that_others_may_write_to_is_refused(place: Path, mode: int) ->
 def test_a_file_that_others_may_write_to_is_refused_where_they_can_reach_it(place: Path) -> None:
     folder = private_folder(place / "cache")
     (folder / "config.json").write_text("{}")
-    (folder / "config.json").chmod(0o664)
+    (folder / "config.json").chmod(0o646)
     check_contents(folder)
     folder.chmod(0o755)
     with pytest.raises(OwnershipError, match=r"config\.json"):
@@ -87,6 +90,97 @@ def test_ones_own_link_to_another_disk_is_taken(place: Path) -> None:
     private_folder(place / "disk")
     (place / "cache").symlink_to(place / "disk")
     assert private_folder(place / "cache", "edge").is_dir()
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+USER, GROUP, OTHERS = 64_001, 64_001, 64_002
+Group = Callable[..., None]
+
+
+@pytest.fixture
+def ordinary(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
+    """This process as an ordinary user with a umask of 002; the call says what the system knows of its group."""
+
+    def known(name: str | None, *members: str) -> None:
+        def group(gid: int) -> grp.struct_group:
+            if name is None:
+                raise KeyError(gid)
+            return grp.struct_group((name, "x", gid, list(members)))
+
+        user = pwd.struct_passwd(("ann", "x", USER, GROUP, "", "/", "/bin/sh"))
+        monkeypatch.setattr(ownership.grp, "getgrgid", group)
+        monkeypatch.setattr(ownership.pwd, "getpwuid", lambda uid: user)
+
+    mask = os.umask(0o002)
+    os.setegid(GROUP)
+    os.seteuid(USER)
+    yield known
+    os.seteuid(0)
+    os.setegid(0)
+    os.umask(mask)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("known", [("ann",), ("ann", "ann"), (None,)])
+def test_a_users_own_group_may_write(place: Path, ordinary: Group, known: tuple[str, ...]) -> None:
+    ordinary(*known)
+    folder = place / "cache"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert (folder.stat().st_mode & 0o777, (folder / "config.json").stat().st_mode & 0o777) == (0o775, 0o664)
+    check_contents(private_folder(folder))
+    assert intruder(folder) is None
+    with (folder / "config.json").open() as file:
+        assert fault(file.fileno(), os.fstat(file.fileno())) is None
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("known", [("staff",), ("ann", "ann", "bob"), ("ann", "bob"), ("nogroup",)])
+def test_a_group_that_may_have_other_members_may_not_write(
+    place: Path, ordinary: Group, known: tuple[str, ...]
+) -> None:
+    ordinary(*known)
+    folder = place / "cache"
+    folder.mkdir()
+    with pytest.raises(OwnershipError, match=rf"cache can be written by its group {GROUP}.*0775.*chmod go-w"):
+        private_folder(folder)
+    assert "can be written by its group" in str(intruder(folder))
+    (folder / "home").mkdir(mode=0o700)
+    assert str(folder) in str(intruder(folder / "home"))  # they could put another home there
+    folder.chmod(0o755)
+    private_folder(folder)
+    assert intruder(folder / "home") is None
+
+
+@pytest.mark.root
+def test_a_group_that_is_not_ones_primary_one_may_not_write(place: Path, ordinary: Group) -> None:
+    ordinary("ann")
+    folder = place / "cache"
+    folder.mkdir()
+    os.seteuid(0)
+    os.chown(folder, USER, OTHERS)
+    os.seteuid(USER)
+    with pytest.raises(OwnershipError, match=f"its group {OTHERS}"):
+        private_folder(folder)
+
+
+@pytest.mark.root
+def test_an_access_control_list_ends_the_exception(place: Path, ordinary: Group) -> None:
+    ordinary("ann")
+    folder = place / "cache"
+    folder.mkdir()
+    private_folder(folder)
+    # The owner, another user, the group, the mask and everybody else: setfacl -m u:64002:rwx
+    entries = [(1, 7, 0xFFFFFFFF), (2, 7, OTHERS), (4, 5, 0xFFFFFFFF), (16, 7, 0xFFFFFFFF), (32, 5, 0xFFFFFFFF)]
+    raw = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(folder, "system.posix_acl_access", raw)
+    except OSError as error:
+        pytest.skip(f"this file system has no access control lists ({error.strerror})")
+    assert folder.stat().st_mode & 0o777 == 0o775
+    with pytest.raises(OwnershipError, match="can be written by its group"):
+        private_folder(folder)
 
 
 # What another user has put there --------------------------------------------------------------------------------------
