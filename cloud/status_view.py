@@ -31,7 +31,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
     for name, text in _facts(status, time.time() if now is None else now):
         facts.add_row(name, Text(text))  # of an IPv6 address, the brackets would be taken for markup
     workers = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("#", "state", "address", "span", "sessions", "tokens/s", "queue", "stash", "calls", "restarts"):
+    for name in ("#", "state", "address", "span", "sessions", "tokens/s", "queue", "stash", "restarts"):
         workers.add_column(name, no_wrap=name not in FOLDED, overflow="fold")
     for worker in status["workers"]:
         cells = (
@@ -43,7 +43,6 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
             f"{worker['tokens_per_s']:.0f}" if "tokens_per_s" in worker else "",
             str(worker.get("queue_depth", "")),
             size(worker["stash_bytes"]) if "stash_bytes" in worker else "",
-            size(worker["compute_budget_bytes"]) if worker.get("compute_budget_bytes") else "",
             str(worker["restarts"]),
         )
         workers.add_row(*map(Text, cells))

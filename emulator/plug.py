@@ -13,7 +13,7 @@ import torch
 
 from isthmus.backbone.adapters import adapter_method, load_adapter, without_known_warnings
 from isthmus.backbone.checkpoint import write_json
-from isthmus.backbone.errors import CheckpointError, UnsupportedCallError
+from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedCallError
 from isthmus.backbone.files import disk_errors, new_folder
 from isthmus.backbone.gate import SpanFn
 from isthmus.backbone.parts import load_edge_parts
@@ -71,7 +71,7 @@ def plug_in(
     try:
         with torch.no_grad(), without_known_warnings():
             logits = model(input_ids=tokens).logits
-    except (UnsupportedCallError, LookupError) as error:  # of a layer that the edge has not, or a prompt beyond its end
+    except (UnsupportedCallError, ConfigError, LookupError) as error:  # of a layer that the edge has not, say
         raise AdapterError(f"the model cannot run with this adapter: {error}") from error
     if not bool(torch.isfinite(logits).all()):
         raise AdapterError(

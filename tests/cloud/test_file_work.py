@@ -51,9 +51,12 @@ def test_a_download_neither_waits_for_the_compute_thread_nor_keeps_it_waiting(
         busy.join(10)
         monkeypatch.setattr(type(cloud.parts), "read", slow_read)
         piece: list[Any] = []
-        loading = threading.Thread(
-            target=lambda: piece.append(new._call(m.Blob, lambda _: m.Fetch(m.Shelf.PARTS, "config.json"))), daemon=True
-        )
+
+        def load() -> None:
+            question = m.Fetch(m.Shelf.PARTS, "config.json")
+            piece.append(new._call(m.Blob, lambda _: question, answer_bytes=m.MAX_PIECE))
+
+        loading = threading.Thread(target=load, daemon=True)
         loading.start()
         assert reading.wait(10)
         done = threading.Event()

@@ -16,15 +16,19 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, packed
 from support.wire import TENANT, session_info
 
+from isthmus.backbone.errors import IsthmusError
 from isthmus.edge import fetch
-from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import RemoteProtocolError
 from isthmus.protocol.keys import Fingerprint
 from isthmus.protocol.packing import unpack
 
 INFO = session_info(TENANT, bytes(16))
-_PARTS = {"config.json": b"{}", "edge.safetensors": b"weights"}
+_CONFIG = (
+    b'{"model_type":"llama","num_hidden_layers":4,"hidden_size":8,"intermediate_size":16,"num_attention_heads":2,'
+    b'"num_key_value_heads":2,"vocab_size":16}'
+)
+_PARTS = {"config.json": _CONFIG, "edge.safetensors": b"weights"}
 
 
 class _OverError(Exception):
@@ -41,7 +45,7 @@ def _run(data: bytes) -> None:
     shutil.rmtree(_cache(), ignore_errors=True)
     _cache().mkdir()
 
-    def call(kind: type[Any], question: Callable[[int], m.Message]) -> Any:
+    def call(kind: type[Any], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> Any:
         nonlocal came
         question(0)
         if not script:
@@ -55,14 +59,14 @@ def _run(data: bytes) -> None:
 
     package = script.number() & 1
     with (
-        contextlib.suppress(RemoteProtocolError, PackageError, SignerError, _OverError),
+        contextlib.suppress(IsthmusError, _OverError),
         patch.dict(os.environ, ISTHMUS_CACHE=str(_cache())),
         patch.object(fetch, "transfer_bar", lambda *_: contextlib.nullcontext(lambda _: None)),
     ):
         if package:
             fetch.fetch_package(INFO, call, _cache() / "out", Fingerprint(bytes(32)))
         else:
-            fetch.fetch_parts(INFO, call)
+            fetch.fetch_parts(INFO, call, Fingerprint(bytes(32)))
     files = [path for path in _cache().parent.rglob("*") if path.is_file()]
     if sum(path.stat().st_size for path in files) > came:
         raise AssertionError("more bytes are on the disk than came")

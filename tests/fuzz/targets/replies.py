@@ -34,7 +34,7 @@ class _Edge(SpanCaller):
     """A caller whose cloud is a script. It asks once and does not repeat."""
 
     def __init__(self, script: Cursor) -> None:
-        self.traffic, self.codecs, self._lock = Traffic(), StripCodecs(), threading.RLock()
+        self.traffic, self.codecs, self._lock = Traffic(), StripCodecs.parse("bf16"), threading.RLock()
         self._info = session_info(TENANT, bytes(16))
         self._call_timeout = 1.0
         self._script = script
@@ -46,6 +46,8 @@ class _Edge(SpanCaller):
         *,
         prepare: Any = None,
         visit: Callable[[m.SiteQuestion], m.SiteAnswer] | None = None,
+        questions: int = 0,
+        answer_bytes: int = 0,
         patience: float | None = None,
         timeout: float | None = None,
     ) -> Any:

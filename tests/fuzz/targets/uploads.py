@@ -16,7 +16,7 @@ from support.wire import TENANT
 
 from isthmus.backbone.checkpoint import EDGE_FILE
 from isthmus.backbone.plan import SplitPlan
-from isthmus.cloud.adapters import MAX_INCOMING, AdapterStore, TenantAdapters
+from isthmus.cloud.adapters import MAX_INCOMING, AdapterStore, Compute, TenantAdapters, at_once
 from isthmus.emulator.errors import AdapterError
 from isthmus.emulator.plug import AdapterSummary
 from isthmus.protocol import messages as m
@@ -29,7 +29,7 @@ BOUND = 1 << 10
 class _Store(AdapterStore):
     """A store that takes what begins with a brace, so that what is around the check is fuzzed without a model."""
 
-    def check(self, adapter: Path) -> AdapterSummary:
+    def check(self, adapter: Path, compute: Compute = at_once) -> AdapterSummary:
         files = list(adapter.iterdir())
         if not all(path.read_bytes().startswith(b"{") for path in files):
             raise AdapterError("it is no adapter")
