@@ -118,6 +118,28 @@ def test_another_adapter_under_a_known_name_is_looked_at(pairs: Pairs) -> None:
         model(**batch("no_mask"))
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # AdaLoRA names parameters there
+def test_a_second_adalora_loads_with_the_ranks_that_it_was_saved_with(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    options = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1}
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    saved = peft.get_peft_model(pair.whole, config)
+    ranks = {}
+    for name, parameter in saved.named_parameters():
+        if ".lora_E." in name:
+            # Of each layer's four ranks, two have been given up.
+            ranks[name.removeprefix("base_model.model.").replace(".default", "")] = [True, True, False, False]
+            assert len(parameter) == 4
+    saved.base_model.resize_modules_by_rank_pattern({f"{name}.default": kept for name, kept in ranks.items()}, "default")
+    config.rank_pattern = ranks
+    saved.save_pretrained(tmp_path)
+    base, _ = split(pair)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, "second")
+    assert torch.isfinite(model(**batch("no_mask")).loss)
+    assert {len(parameter) for name, parameter in model.named_parameters() if ".lora_E." in name} == {2}
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_saved_adapter_of_the_whole_model_that_would_lose_something_is_refused(
     pairs: Pairs, tmp_path: Path, trainable: bool
