@@ -118,6 +118,31 @@ def test_another_adapter_under_a_known_name_is_looked_at(pairs: Pairs) -> None:
         model(**batch("no_mask"))
 
 
+def test_a_changed_configuration_is_looked_at_when_it_is_used_again(pairs: Pairs) -> None:
+    base, _ = split(pairs("qwen2"))
+    config = edge_lora()
+    unloaded = peft.get_peft_model(base, config).unload()
+    again = peft.get_peft_model(unloaded, config)  # the control: unchanged, it passes again
+    assert torch.isfinite(again(**batch("no_mask")).loss)
+    unloaded = again.unload()
+    config.bias = "all"
+    with pytest.raises(UnsupportedCallError, match="bias='all'"):
+        peft.get_peft_model(unloaded, config)
+
+
+def test_a_changed_configuration_is_looked_at_under_the_same_name(pairs: Pairs) -> None:
+    base, _ = split(pairs("qwen2"))
+    model = peft.get_peft_model(base, edge_lora())
+    config = edge_lora()
+    model.add_adapter("second", config)
+    model(**batch("no_mask"))
+    model.delete_adapter("second")
+    config.bias = "all"
+    model.add_adapter("second", config)
+    with pytest.raises(UnsupportedCallError, match="bias='all'"):
+        model(**batch("no_mask"))
+
+
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # AdaLoRA names parameters there
 def test_a_second_adalora_loads_with_the_ranks_that_it_was_saved_with(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama")
