@@ -65,7 +65,7 @@ def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        tried: Any = copy.deepcopy(wrapper).to(device="cpu", dtype=torch.float64).eval()
+        tried: Any = copy.deepcopy(wrapper)._apply(_off_meta).to(device="cpu", dtype=torch.float64).eval()
         tried.enable_adapters(True)
         tried.set_adapter(adapter)
         for parameter in tried.parameters():
@@ -77,6 +77,11 @@ def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
         real.weight.zero_()
         alone: Tensor = tried(x)
         return torch.allclose(with_weight, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()) + 1e-9)
+
+
+def _off_meta(tensor: Tensor) -> Tensor:
+    """Random numbers for a tensor without memory: `low_cpu_mem_usage` loads an adapter's weights after this check."""
+    return torch.randn(tensor.shape) if tensor.is_meta else tensor
 
 
 def _real_linear(skeleton: Any) -> Any:

@@ -165,6 +165,18 @@ def test_a_second_adalora_loads_with_the_ranks_that_it_was_saved_with(pairs: Pai
     assert {len(parameter) for name, parameter in model.named_parameters() if ".lora_E." in name} == {2}
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_whose_weights_come_last_is_checked(pairs: Pairs, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    pair = pairs("llama")
+    saved = peft.get_peft_model(pair.whole, lora(["q_proj"]))
+    saved.save_pretrained(tmp_path)
+    base, _ = split(pair)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.isfinite(model(**batch("no_mask")).loss)
+    state = peft.get_peft_model_state_dict(saved)
+    assert all(torch.equal(value, state[name]) for name, value in peft.get_peft_model_state_dict(model).items())
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_saved_adapter_of_the_whole_model_that_would_lose_something_is_refused(
     pairs: Pairs, tmp_path: Path, trainable: bool
