@@ -143,7 +143,7 @@ def claim(out: Path) -> Iterator[None]:
         OwnershipError: `out` or something in it is another user's, or others may write to it.
     """
     with disk_errors(out):
-        check_contents(private_folder(out))
+        private_folder(out)
         lock = open_lock(out / ".lock")
     with lock:
         try:
@@ -152,6 +152,8 @@ def claim(out: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process is training into {out}: wait for it or stop it, or give another --out."
             ) from None
+        with disk_errors(out):  # not before: another process's files come and go while it has the lock
+            check_contents(out)
         yield
 
 

@@ -200,12 +200,13 @@ def _name(info: m.SessionInfo) -> str:
 
 
 def _cached(kind: str, pin: Fingerprint, *names: str) -> Path:
-    """A folder of the cache that belongs to one cloud, and that nobody else may write to."""
+    """A folder of the cache that belongs to one cloud, and that nobody else may write to.
+
+    What lies in it is looked at once it is locked: another edge of this user may be fetching into it.
+    """
     root = default_cache()
     with disk_errors(root):
-        folder = private_folder(root, kind, pin.digest.hex(), *names)
-        check_contents(folder)
-    return folder
+        return private_folder(root, kind, pin.digest.hex(), *names)
 
 
 def _listing(shelf: m.Shelf, call: Call, max_bytes: int) -> m.FileList:

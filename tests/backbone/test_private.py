@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone import sources
-from isthmus.backbone.errors import DiskError, OwnershipError
+from isthmus.backbone import files, sources
+from isthmus.backbone.errors import ConfigError, DiskError, OwnershipError
 from isthmus.backbone.files import claim, locked, write_atomic
 from isthmus.backbone.private import check_contents, check_private, private_folder
 from isthmus.edge.cache_store import SpanStore
@@ -87,6 +87,20 @@ def test_ones_own_link_to_another_disk_is_taken(place: Path) -> None:
     private_folder(place / "disk")
     (place / "cache").symlink_to(place / "disk")
     assert private_folder(place / "cache", "edge").is_dir()
+
+
+def test_a_claimed_folder_is_looked_at_under_its_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it, files of another process come and go in between, which was an error of the disk."""
+    looked: list[Path] = []
+
+    def look(folder: Path) -> None:
+        looked.append(folder)
+        with pytest.raises(ConfigError, match="another process is training"), claim(folder):
+            pytest.fail("it was claimed twice")
+
+    monkeypatch.setattr(files, "check_contents", look)
+    with claim(place / "run"):
+        assert looked == [place / "run"]
 
 
 # What another user has put there --------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from support.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoint import TensorReader
 from isthmus.backbone.errors import CheckpointError, DiskError
+from isthmus.backbone.files import locked
 from isthmus.backbone.parts import load_edge_parts, weigh_parts
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.private import check_contents
 from isthmus.backbone.sources import Checkpoint, default_cache, load_tokenizer
 from isthmus.cloud.served import Served
 from isthmus.cloud.shelf import FileShelf
-from isthmus.edge import offers, retry
+from isthmus.edge import fetch, offers, retry
 from isthmus.edge.fetch import fetch_parts
 from isthmus.edge.link import Link
 from isthmus.protocol import messages as m
@@ -331,6 +334,30 @@ def test_one_clouds_files_do_not_reach_anothers_folder(cloud: MemoryCloud) -> No
     assert {path.name for path in honest.iterdir()} == {entry.name for entry in cloud.served.parts.listing().entries}
     assert PIN.digest.hex() in str(honest)
     assert OTHER_PIN.digest.hex() in str(hostile)
+
+
+def test_a_folder_of_the_cache_is_looked_at_under_its_lock_alone(
+    cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it, another edge of this user that fetches the same replaces files in between."""
+    looked: list[Path] = []
+    held: list[bool] = []
+
+    @contextmanager
+    def lock(folder: Path) -> Iterator[None]:
+        with locked(folder):
+            held.append(True)
+            yield
+            held.pop()
+
+    def look(folder: Path) -> None:
+        assert held
+        looked.append(folder)
+        check_contents(folder)
+
+    monkeypatch.setattr(fetch, "locked", lock)
+    monkeypatch.setattr(fetch, "check_contents", look)
+    assert looked == [new_link(cloud)._parts()]
 
 
 def test_what_is_not_listed_does_not_stay(cloud: MemoryCloud) -> None:
