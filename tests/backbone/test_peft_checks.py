@@ -155,7 +155,9 @@ def test_a_second_adalora_loads_with_the_ranks_that_it_was_saved_with(pairs: Pai
             # Of each layer's four ranks, two have been given up.
             ranks[name.removeprefix("base_model.model.").replace(".default", "")] = [True, True, False, False]
             assert len(parameter) == 4
-    saved.base_model.resize_modules_by_rank_pattern({f"{name}.default": kept for name, kept in ranks.items()}, "default")
+    saved.base_model.resize_modules_by_rank_pattern(
+        {f"{name}.default": kept for name, kept in ranks.items()}, "default"
+    )
     config.rank_pattern = ranks
     saved.save_pretrained(tmp_path)
     base, _ = split(pair)
