@@ -16,6 +16,7 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, packed
 from support.wire import TENANT, session_info
 
+from isthmus.backbone.parts import Weights
 from isthmus.edge import fetch
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.protocol import messages as m
@@ -41,7 +42,7 @@ def _run(data: bytes) -> None:
     shutil.rmtree(_cache(), ignore_errors=True)
     _cache().mkdir()
 
-    def call(kind: type[Any], question: Callable[[int], m.Message]) -> Any:
+    def call(kind: type[Any], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> Any:
         nonlocal came
         question(0)
         if not script:
@@ -57,12 +58,14 @@ def _run(data: bytes) -> None:
     with (
         contextlib.suppress(RemoteProtocolError, PackageError, SignerError, _OverError),
         patch.dict(os.environ, ISTHMUS_CACHE=str(_cache())),
+        # How much a configuration weighs takes transformers to read it, and is bounded elsewhere.
+        patch.object(fetch, "_weights", lambda *_: Weights(1 << 20, 1 << 20)),
         patch.object(fetch, "transfer_bar", lambda *_: contextlib.nullcontext(lambda _: None)),
     ):
         if package:
             fetch.fetch_package(INFO, call, _cache() / "out", Fingerprint(bytes(32)))
         else:
-            fetch.fetch_parts(INFO, call)
+            fetch.fetch_parts(INFO, call, Fingerprint(bytes(32)))
     files = [path for path in _cache().parent.rglob("*") if path.is_file()]
     if sum(path.stat().st_size for path in files) > came:
         raise AssertionError("more bytes are on the disk than came")
@@ -99,7 +102,15 @@ def _seeds() -> Iterator[bytes]:
 TARGET = Target(
     _run,
     _seeds,
-    [fetch.fetch_parts, fetch.fetch_package, fetch._listing, fetch._complete, fetch._fetch, fetch._remove_others],
+    [
+        fetch.fetch_parts,
+        fetch.fetch_package,
+        fetch._cached,
+        fetch._listing,
+        fetch._complete,
+        fetch._fetch,
+        fetch._remove_others,
+    ],
     floor=0.7,
     max_len=2048,
     words=[b"config.json", b"tokenizer", b"vocab.", b"chat_template", b".jinja", b"manifest.json"],
