@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.utils.integrations import init_empty_weights
 from support.peft_methods import EDGE, names
 from support.tiny import CONFIGS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.peft_checks import checks, whole
+from isthmus.backbone.peft_checks import checks, probe, whole
 
 from .conftest import Pairs, batch
 from .test_sites import lora, split
@@ -177,6 +179,23 @@ def test_an_adapter_whose_weights_come_last_is_checked(pairs: Pairs, tmp_path: P
     assert torch.isfinite(model(**batch("no_mask")).loss)
     state = peft.get_peft_model_state_dict(saved)
     assert all(torch.equal(value, state[name]) for name, value in peft.get_peft_model_state_dict(model).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("inits", [init_empty_weights, nullcontext])
+def test_the_probe_looks_at_numbers_also_where_peft_has_parameters_made_on_meta(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, family: str, inits: Any
+) -> None:
+    base, _ = split(pairs(family))
+    linear = "q_proj" if family == "llama" else "c_attn"
+    model = peft.get_peft_model(base, lora([linear], fan_in_fan_out=family == "gpt2"))
+    (wrapper, *_) = (module for name, module in model.named_modules() if ".2." in name and name.endswith(linear))
+    with inits():
+        assert probe.adds_to_its_linear(wrapper, "default")
+    real = type(wrapper).forward
+    monkeypatch.setattr(type(wrapper), "forward", lambda self, x: real(self, x) + self.base_layer(x))
+    with inits():  # the control: the weight counts twice
+        assert not probe.adds_to_its_linear(wrapper, "default")
 
 
 @pytest.mark.parametrize("trainable", [False, True])
