@@ -5,7 +5,7 @@ time nor its memory: two nested loops run for ever, and one product of a text fi
 renders, with transformers' own function, and its limits are the system's:
 
     time      CPU seconds of one rendering; the system ends the process when they are over
-    memory    of its address space, beside what it has when it starts
+    memory    of its address space, beside what it has when it starts; on Linux alone, which says how much that is
     output    characters of one rendering
 
 The process starts with the first conversation, serves all of them one by one, and ends with the block. It imports no
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Self
 
 from isthmus.backbone.errors import ChatTemplateError, DataError
@@ -30,6 +31,7 @@ from isthmus.backbone.terminal import printable
 Conversation = Sequence[Mapping[str, str]]
 
 _MAX_REASON = 300
+_STATM = Path("/proc/self/statm")
 _OUT_OF_MEMORY = 3
 _REMEDY = "ask the model's owner, or give prompt and completion instead of messages"
 
@@ -95,8 +97,7 @@ class ChatTemplate:
         """
         question = {"conversation": [dict(each) for each in conversation], "prompt": add_generation_prompt}
         try:
-            child = self._child = self._child or self._start()
-            answer = _ask(child, question, self._limits)
+            answer = _ask(self._child or self._start(), question, self._limits)
         except (BrokenPipeError, EOFError):
             why = self._why_ended(self._child)
             self.close()
@@ -122,17 +123,23 @@ class ChatTemplate:
         return f"cannot be rendered: the process that does it ended with code {code}"
 
     def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            template = self._tokenizer.get_chat_template()
+        except ValueError as error:  # of several named templates, none is called `default`
+            reason = printable(" ".join(str(error).split()))[:_MAX_REASON]
+            raise DataError(f"the model's chat template cannot be told ({reason}); {_REMEDY}") from None
         # -P: nothing is imported from the folder that the user happens to be in.
         command = [sys.executable, "-P", "-m", "isthmus.backbone.chat_template"]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-        child = subprocess.Popen(
+        # Kept before it is written to: where it ends in between, `render` says why and waits for it.
+        child = self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
         limits = self._limits
         _write(
             child.stdin,
             {
-                "template": self._tokenizer.get_chat_template(),
+                "template": template,
                 "tokens": self._tokenizer.special_tokens_map,
                 "limits": [limits.cpu_seconds, limits.memory_bytes, limits.characters],
             },
@@ -191,12 +198,17 @@ def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Let this process have so many bytes of address space beside what it has."""
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123  # no file of the disk
-        pages = int(file.read().split()[0])
+    """Let this process have so many bytes of address space beside what it has.
+
+    Systems without `/proc/self/statm`, such as macOS, do not say how much it has: there its memory has no limit.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        pages = int(_STATM.read_bytes().split()[0])
+    except FileNotFoundError:
+        return
     most = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ _PROC = Path("/proc/self")
 
 def usable_cores() -> int:
     """Cores that this process may keep busy, at least 1. Part of a core, in a quota, is not counted."""
-    return cores_within(len(os.sched_getaffinity(0)), cpu_quota(_PROC))
+    return cores_within(_allowed(), cpu_quota(_PROC))
+
+
+def _allowed() -> int:
+    """Cores of this process's affinity, or of the machine on systems without one, such as macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_within(allowed: int, quota: float | None) -> int:
@@ -47,14 +52,13 @@ def cpu_quota(proc: Path) -> float | None:
 def _groups(proc: Path) -> Iterator[Path]:
     """The folders of the process's groups and of those above, as far as they are mounted."""
     try:
-        memberships = (proc / "cgroup").read_text().splitlines()
-        mounts = (proc / "mountinfo").read_text().splitlines()
+        memberships, mounts = _lines(proc / "cgroup"), _lines(proc / "mountinfo")
     except OSError:
         return
     paths = dict(_memberships(memberships))
     for mount in mounts:
         before, _, after = mount.partition(" - ")
-        fields, (kind, _, options) = before.split(), after.split(" ", 2)
+        fields, (kind, _, options) = before.split(" "), after.split(" ", 2)
         controllers = options.split(",")
         path = paths.get("") if kind == "cgroup2" else paths.get("cpu") if "cpu" in controllers else None
         if kind not in ("cgroup", "cgroup2") or path is None:
@@ -67,6 +71,11 @@ def _groups(proc: Path) -> Iterator[Path]:
         while group != top and group.is_relative_to(top):
             yield group
             group = group.parent
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines with names of folders, which are bytes of any kind: a mount may be named in Latin-1."""
+    return [line for line in os.fsdecode(path.read_bytes()).split("\n") if line]
 
 
 def _memberships(lines: list[str]) -> Iterator[tuple[str, str]]:

@@ -59,11 +59,16 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name, synced to the disk, when the block ends without an error.
 
     An older folder of that name is replaced. A folder cannot be exchanged in one call, so a crash in between can leave
     no folder of that name; it never leaves half of one.
+
+    Args:
+        path: The folder to make.
+        mode: Its mode, of which the umask takes away. With the usual umask of a group that shares files its members
+            could write to it, and what others can write to is not used.
 
     Raises:
         DiskError: The disk is full or cannot be written; the temporary folder is removed.
@@ -73,7 +78,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir(mode, parents=True)
             yield temporary
             for file in [*temporary.rglob("*"), temporary]:
                 sync(file)
@@ -143,7 +148,7 @@ def claim(out: Path) -> Iterator[None]:
         OwnershipError: `out` or something in it is another user's, or others may write to it.
     """
     with disk_errors(out):
-        check_contents(private_folder(out))
+        private_folder(out)
         lock = open_lock(out / ".lock")
     with lock:
         try:
@@ -152,6 +157,8 @@ def claim(out: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process is training into {out}: wait for it or stop it, or give another --out."
             ) from None
+        with disk_errors(out):  # not before: another process's files come and go while it has the lock
+            check_contents(out)
         yield
 
 

@@ -44,7 +44,7 @@ def snapshot(model: str, console: Console) -> Path:
     )
 
     name, wanted = split_name(model)
-
+    unreachable: Exception | None = None
     try:
         # One short look first: the download's own retries would keep a machine without a hub waiting for minutes.
         revision = HfApi().model_info(name, revision=wanted, timeout=_TIMEOUT_S).sha
@@ -57,8 +57,7 @@ def snapshot(model: str, console: Console) -> Path:
     except HFValidationError as error:
         raise UnknownModelError(f"{model!r} is no name of a hub model; use OWNER/NAME") from error
     except (HTTPError, OSError) as error:
-        revision = None
-        why = _first_line(error)
+        revision, unreachable = None, error
     try:
         if revision is None:
             return Path(snapshot_download(name, revision=wanted, allow_patterns=_FILES, local_files_only=True))
@@ -66,7 +65,8 @@ def snapshot(model: str, console: Console) -> Path:
             return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except LocalEntryNotFoundError as error:
         raise UnknownModelError(
-            f"{model} is neither a folder nor in the hub's cache, and the hub cannot be reached ({why}); "
+            f"{model} is neither a folder nor in the hub's cache, and the hub cannot be reached "
+            f"({_first_line(unreachable or error)}); "
             "check the name, or connect once"
         ) from error
     except HTTPError as error:

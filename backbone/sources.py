@@ -365,7 +365,8 @@ def _once(target: Path, fill: Callable[[Path], None]) -> Path:
             with disk_errors(target):
                 check_contents(target)
         else:
-            with new_folder(target) as folder:
+            # For this user alone: whatever modes `fill` gives the files, nobody else comes as far as them.
+            with new_folder(target, 0o700) as folder:
                 fill(folder)
     return target
 

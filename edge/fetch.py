@@ -6,7 +6,8 @@
 
 An interrupted download goes on where it stopped. What a folder of the cache has and the cloud does not list is removed:
 transformers decides by the files of a folder what it loads. A folder of the cache belongs to one pin: the digest in its
-name is the cloud's word, and one cloud cannot put a file into a folder of another one's.
+name is the cloud's word, and one cloud cannot put a file into a folder of another one's. All folders of one pin's parts
+together are held to what one answer may have, and so are those of its adapters: the least used ones are removed.
 
 How much may come is told in `isthmus.edge.offers`.
 """
@@ -14,6 +15,7 @@ How much may come is told in `isthmus.edge.offers`.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +33,15 @@ from isthmus.backbone.ownership import check_contents, private_folder
 from isthmus.backbone.parts import Weights, weigh_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, default_cache
-from isthmus.edge.offers import DEFAULT_MAX_BYTES, WEIGHTS, WEIGHTS_HEADER, check_offer, check_room, check_size
+from isthmus.edge.offers import (
+    DEFAULT_MAX_BYTES,
+    MAX_FOLDERS,
+    WEIGHTS,
+    WEIGHTS_HEADER,
+    check_offer,
+    check_room,
+    check_size,
+)
 from isthmus.emulator.build import check_free
 from isthmus.emulator.errors import PackageError, SignerError
 from isthmus.emulator.intake import most_adapter_bytes
@@ -63,7 +73,7 @@ def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: in
         info: what the cloud said; its digest and plan name the folder, below that of the pin.
         call: asks the cloud.
         pin: fingerprint of the cloud's root key.
-        max_bytes: most bytes of all files.
+        max_bytes: most bytes of all files, with those that are kept of this cloud from before.
 
     Returns:
         A folder for `isthmus.backbone.parts.load_edge_parts`.
@@ -77,12 +87,11 @@ def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: in
             that the cloud gave for it.
     """
     listing = _listing(m.Shelf.PARTS, call, max_bytes)
-    folder = _cached("edge", pin, _name(info))
+    with _cached("edge", pin, _name(info), listing, max_bytes) as folder:
 
-    def weigh() -> Mapping[str, int]:
-        return {EDGE_FILE: _weights(folder, info).edge}
+        def weigh() -> Mapping[str, int]:
+            return {EDGE_FILE: _weights(folder, info).edge}
 
-    with locked(folder):  # two edges of one user would append to the same unfinished files
         _complete(folder, m.Shelf.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
     return folder
 
@@ -157,7 +166,7 @@ def fetch_adapter(
         parts: the edge's parts, as `fetch_parts` brings them.
         plan: who holds which layers.
         pin: fingerprint of the cloud's root key.
-        max_bytes: most bytes of all files.
+        max_bytes: most bytes of all files, with those that are kept of this cloud from before.
 
     Returns:
         A folder for `isthmus.backbone.adapters.load_adapter`, named after the adapter's contents.
@@ -174,12 +183,12 @@ def fetch_adapter(
     contents = hashlib.sha256()
     for entry in sorted(listing.entries, key=lambda entry: entry.name):
         contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
-    folder = _cached("adapters", pin, _name(info), contents.hexdigest()[:32])
 
     def weigh() -> Mapping[str, int]:
         return dict.fromkeys((ADAPTER_WEIGHTS, WHOLE_FILE), most_adapter_bytes(parts, plan))
 
-    with locked(folder):
+    name = f"{_name(info)}-{contents.hexdigest()[:32]}"
+    with _cached("adapters", pin, name, listing, max_bytes) as folder:
         _complete(folder, m.Shelf.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
         check_adapter(folder, None, parts, plan, any_package=True)
     return folder
@@ -199,13 +208,38 @@ def _name(info: m.SessionInfo) -> str:
     return f"{info.digest[:16]}-{info.plan.replace(':', '-')}"
 
 
-def _cached(kind: str, pin: Fingerprint, *names: str) -> Path:
-    """A folder of the cache that belongs to one cloud, and that nobody else may write to."""
+@contextmanager
+def _cached(kind: str, pin: Fingerprint, name: str, listing: m.FileList, max_bytes: int) -> Iterator[Path]:
+    """A folder of the cache that belongs to one cloud, with room for what is listed and locked for this process.
+
+    The lock is that of the cloud's folders together. So two edges of one user neither append to the same unfinished
+    files nor remove a folder that is being fetched.
+    """
     root = default_cache()
     with disk_errors(root):
-        folder = private_folder(root, kind, pin.digest.hex(), *names)
-        check_contents(folder)
-    return folder
+        own = private_folder(root, kind, pin.digest.hex())
+    with locked(own):
+        with disk_errors(own):
+            folder = private_folder(own, name)
+            os.utime(folder)
+            _remove_oldest(folder, sum(entry.size for entry in listing.entries), max_bytes)
+        yield folder
+
+
+def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
+    """Remove those of a cloud's other folders that are too many or too large beside `folder`, least used ones first.
+
+    Args:
+        folder: the one in use.
+        size: bytes that it is to have.
+        max_bytes: most bytes of all of them.
+    """
+    others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir() and not path.is_symlink()]
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for number, other in enumerate(others, start=2):
+        size += sum(path.lstat().st_size for path in other.rglob("*"))
+        if size > max_bytes or number > MAX_FOLDERS:
+            shutil.rmtree(other)
 
 
 def _listing(shelf: m.Shelf, call: Call, max_bytes: int) -> m.FileList:

@@ -3,7 +3,8 @@
     configuration, manifest, what an adapter says of itself    1 MiB each
     tokenizer files, chat templates                            64 MiB each
     weights                                                    what the configuration says that they weigh at fp32
-    all together                                               `max_bytes`, and what the disk has room for
+    all together                                               `max_bytes`, and what the disk has room for beside 1 GiB
+    all that the cache keeps of a cloud's parts                `max_bytes` and 16 folders, and as much of its adapters
 
 The configuration is the cloud's own word as well. So the weights' bound keeps a cloud to what it says of its model, and
 `max_bytes` (`--max-fetch-gib`) is the data owner's word on how much that may be.
@@ -29,6 +30,10 @@ from isthmus.protocol.limits import GIB, MIB
 DEFAULT_MAX_BYTES = 64 * GIB
 """An embedding and a head of 256,000 tokens by 16,384 take 32 GiB at fp32."""
 MAX_FILES = 64
+MAX_FOLDERS = 16
+"""Of one cloud's parts, or of its adapters, that the cache keeps: a cloud may name another model at each session."""
+RESERVE = GIB
+"""What a fetch leaves of the disk's free space, for the checkpoints of runs and for the rest of the machine."""
 MAX_SETTINGS = MIB
 MAX_TOKENIZER = 64 * MIB
 """The largest tokenizers of known models have some 40 MiB."""
@@ -84,10 +89,15 @@ def check_size(entry: m.FileEntry, most: int) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """See to it that the disk has room for `size` more bytes in `folder`. Raises DiskError, or OSError."""
+    """See to it that the disk has room for `size` more bytes in `folder`, and for `RESERVE` beside them.
+
+    Raises:
+        DiskError: It has not.
+        OSError: It cannot be looked at.
+    """
     free = shutil.disk_usage(folder).free
-    if size > free:
+    if size and size + RESERVE > free:
         raise DiskError(
-            f"{folder} has room for {free} bytes, and {size} are to be fetched: free some space or choose another "
-            "folder (the cache's is ISTHMUS_CACHE)"
+            f"{folder} has room for {free} bytes; {size} are to be fetched, and {RESERVE} are to stay free: free some "
+            "space or choose another folder (the cache's is ISTHMUS_CACHE)"
         )

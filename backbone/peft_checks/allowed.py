@@ -115,6 +115,11 @@ def check_method(name: str, module: nn.Module, config: Any) -> None:
         _refuse(name, f"{method} with init_lora_weights={init!r}", "use init_lora_weights=True or 'gaussian'")
 
 
+def is_adalora(config: Any) -> bool:
+    """Whether a configuration is AdaLoRA's, which gives its parameters other shapes while it trains or loads."""
+    return _kind(config) == "ADALORA"
+
+
 def _refuse(name: str, method: str, remedy: str) -> None:
     raise UnsupportedCallError(
         f"{method} on {name}, which the cloud holds, would not compute what it does on the whole model: {remedy}, or "

@@ -65,7 +65,8 @@ def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        tried: Any = copy.deepcopy(wrapper).to(device="cpu", dtype=torch.float64).eval()
+        tried: Any = copy.deepcopy(wrapper)
+        tried._apply(_off_meta).to(device="cpu", dtype=torch.float64).eval()
         tried.enable_adapters(True)
         tried.set_adapter(adapter)
         for parameter in tried.parameters():
@@ -79,11 +80,24 @@ def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
         return torch.allclose(with_weight, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()) + 1e-9)
 
 
+def _off_meta(tensor: Tensor) -> Tensor:
+    """Random numbers for a tensor without memory: `low_cpu_mem_usage` loads an adapter's weights after this check."""
+    return torch.randn(tensor.shape) if tensor.is_meta else tensor
+
+
 def _real_linear(skeleton: Any) -> Any:
-    """A linear of the same shape with a random weight."""
+    """A linear of the same shape with a random weight, and a bias of zeros if it is of a class that has one."""
+    linear: Any
     if isinstance(skeleton, SkeletonLinear):
-        return nn.Linear(skeleton.in_features, skeleton.out_features, bias=False, dtype=torch.float64)
-    return Conv1D(skeleton.nf, skeleton.nx).to(torch.float64)
+        linear = nn.Linear(skeleton.in_features, skeleton.out_features, bias=False)
+    else:
+        linear = Conv1D(skeleton.nf, skeleton.nx)
+    # With `low_cpu_mem_usage` PEFT has each new parameter made on the meta device, these as well.
+    linear = linear.to_empty(device="cpu").to(torch.float64)
+    for parameter in linear.parameters():
+        parameter.zero_()
+    linear.weight.normal_()
+    return linear
 
 
 def _in_features(linear: Any) -> int:

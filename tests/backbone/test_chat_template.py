@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny import tiny_tokenizer
 
+from isthmus.backbone import chat_template
 from isthmus.backbone.chat_template import ChatTemplate, TemplateLimits
 from isthmus.backbone.errors import ChatTemplateError, DataError
 from isthmus.edge.data import encode
@@ -135,6 +140,47 @@ def test_a_process_that_is_killed_is_told_of(limited: Any) -> None:
     os.kill(template._child.pid, signal.SIGKILL)
     with pytest.raises(ChatTemplateError, match="ended with code -9"):
         template.render(CHAT, add_generation_prompt=False)
+
+
+def test_a_process_that_ends_while_it_is_given_its_template_is_told_of_and_waited_for(
+    limited: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = limited("{# " + "a" * (4 << 20) + " #}")  # more than a pipe takes in one write
+    started: list[Any] = []
+    real = subprocess.Popen
+
+    def dying(_command: list[str], **options: Any) -> Any:
+        started.append(real([sys.executable, "-c", "raise SystemExit(7)"], **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", dying)
+    with pytest.raises(ChatTemplateError, match="ended with code 7"):
+        template.render(CHAT, add_generation_prompt=False)
+    assert [child.returncode for child in started] == [7]
+    monkeypatch.undo()
+    assert template.render(CHAT, add_generation_prompt=False) == ""
+
+
+def test_named_templates_without_a_default_are_one_clear_error() -> None:
+    made = tokenizer()
+    made.chat_template = {"tool_use": "{{ 1 }}", "rag": "{{ 2 }}"}
+    with ChatTemplate(made) as template, pytest.raises(DataError, match=r"cannot be told \(.*tool_use.*") as caught:
+        template.render(CHAT, add_generation_prompt=False)
+    assert str(caught.value).isprintable()
+    made.chat_template = {"tool_use": "{{ 1 }}", "default": "{{ 2 }}"}
+    with ChatTemplate(made) as template:
+        assert template.render(CHAT, add_generation_prompt=False) == "2"
+
+
+def test_a_system_that_does_not_say_how_much_memory_there_is_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(chat_template.resource, "setrlimit", lambda kind, _: set_to.append(kind))
+    chat_template._limit_memory(1 << 20)
+    monkeypatch.setattr(chat_template, "_STATM", tmp_path / "none")  # as on macOS
+    chat_template._limit_memory(1 << 20)
+    assert set_to == [resource.RLIMIT_CORE, resource.RLIMIT_AS, resource.RLIMIT_CORE]
 
 
 def test_nothing_is_imported_from_where_the_user_is(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,34 @@ def test_a_container_sees_its_own_group_at_the_top_of_the_mount(tmp_path: Path, 
 
 def test_without_cgroups_and_with_files_of_another_form_there_is_no_quota(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path / "none") is None
+    (tmp_path / "empty").mkdir()
+    for name in ("cgroup", "mountinfo"):
+        (tmp_path / "empty" / name).touch()
+    assert cpu_quota(tmp_path / "empty") is None
     folder = proc(tmp_path, "0::/a\n", V2)
     for text in ("", "max", "many 100000", "100000 0", "-5 100000"):
         group(tmp_path, "a", cpu__max=text)
         assert cpu_quota(folder) is None
+
+
+def test_a_mount_with_a_name_that_is_no_utf8_hides_no_quota(tmp_path: Path) -> None:
+    folder = proc(tmp_path, "0::/a\n", V2)
+    group(tmp_path, "a", cpu__max="200000 100000")
+    # A name in Latin-1, one with a no-break space, and one with a line separator of Unicode.
+    strange = b"41 1 8:2 / /media/M\xfcller rw - ext4 /dev/vdb rw\n" + (
+        "42 1 8:3 / /media/a\u00a0b rw - ext4 /dev/vdc rw\n43 1 8:4 / /media/a\u2028b rw - ext4 /dev/vdd rw\n".encode()
+    )
+    (folder / "mountinfo").write_bytes(strange + (folder / "mountinfo").read_bytes())
+    assert cpu_quota(folder) == 2
+
+
+def test_without_an_affinity_the_machines_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(cores, "cpu_quota", lambda _proc: None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for counted, usable in ((6, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda counted=counted: counted)
+        assert usable_cores() == usable
 
 
 def test_the_lesser_of_affinity_and_quota_counts_and_there_is_always_one() -> None:

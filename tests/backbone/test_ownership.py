@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone import ownership, sources
-from isthmus.backbone.errors import DiskError, OwnershipError
-from isthmus.backbone.files import claim, locked, write_atomic
+from isthmus.backbone import files, ownership, sources
+from isthmus.backbone.errors import ConfigError, DiskError, OwnershipError
+from isthmus.backbone.files import claim, locked, new_folder, write_atomic
 from isthmus.backbone.ownership import check_contents, check_private, fault, intruder, private_folder
 from isthmus.edge.cache_store import SpanStore
 from isthmus.protocol.errors import KeyFileError
@@ -181,6 +181,49 @@ def test_an_access_control_list_ends_the_exception(place: Path, ordinary: Group)
     assert folder.stat().st_mode & 0o777 == 0o775
     with pytest.raises(OwnershipError, match="can be written by its group"):
         private_folder(folder)
+
+
+def test_a_claimed_folder_is_looked_at_under_its_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it, files of another process come and go in between, which was an error of the disk."""
+    looked: list[Path] = []
+
+    def look(folder: Path) -> None:
+        looked.append(folder)
+        with pytest.raises(ConfigError, match="another process is training"), claim(folder):
+            pytest.fail("it was claimed twice")
+
+    monkeypatch.setattr(files, "check_contents", look)
+    with claim(place / "run"):
+        assert looked == [place / "run"]
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    """Sets the umask, for the test alone."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077])
+def test_a_model_in_the_cache_is_taken_again_whatever_the_umask(
+    place: Path, umask: Callable[[int], int], mask: int
+) -> None:
+    umask(mask)
+    target = place / "cache" / "model"
+    found = sources._once(target, lambda folder: tiny_checkpoint("llama", folder))
+    assert sources._once(target, lambda folder: pytest.fail("it was filled again")) == found
+    assert target.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o755), (0o002, 0o755), (0o022, 0o755), (0o077, 0o700)])
+def test_a_new_folder_is_not_for_others_to_write(
+    place: Path, umask: Callable[[int], int], mask: int, mode: int
+) -> None:
+    umask(mask)
+    with new_folder(place / "checkpoint") as folder:
+        (folder / "file").write_text("x")
+    assert (place / "checkpoint").stat().st_mode & 0o777 == mode
 
 
 # What another user has put there --------------------------------------------------------------------------------------

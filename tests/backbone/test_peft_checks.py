@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.utils.integrations import init_empty_weights
 from support.peft_methods import EDGE, names
 from support.tiny import CONFIGS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.peft_checks import checks, whole
+from isthmus.backbone.peft_checks import checks, probe, whole
 
 from .conftest import Pairs, batch
 from .test_sites import lora, split
@@ -116,6 +118,84 @@ def test_another_adapter_under_a_known_name_is_looked_at(pairs: Pairs) -> None:
     model.add_adapter("second", edge_lora(bias="all"))
     with pytest.raises(UnsupportedCallError, match="bias='all'"):
         model(**batch("no_mask"))
+
+
+def test_a_changed_configuration_is_looked_at_when_it_is_used_again(pairs: Pairs) -> None:
+    base, _ = split(pairs("qwen2"))
+    config = edge_lora()
+    unloaded = peft.get_peft_model(base, config).unload()
+    again = peft.get_peft_model(unloaded, config)  # the control: unchanged, it passes again
+    assert torch.isfinite(again(**batch("no_mask")).loss)
+    unloaded = again.unload()
+    config.bias = "all"
+    with pytest.raises(UnsupportedCallError, match="bias='all'"):
+        peft.get_peft_model(unloaded, config)
+
+
+def test_a_changed_configuration_is_looked_at_under_the_same_name(pairs: Pairs) -> None:
+    base, _ = split(pairs("qwen2"))
+    model = peft.get_peft_model(base, edge_lora())
+    config = edge_lora()
+    model.add_adapter("second", config)
+    model(**batch("no_mask"))
+    model.delete_adapter("second")
+    config.bias = "all"
+    model.add_adapter("second", config)
+    with pytest.raises(UnsupportedCallError, match="bias='all'"):
+        model(**batch("no_mask"))
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # AdaLoRA names parameters there
+def test_a_second_adalora_loads_with_the_ranks_that_it_was_saved_with(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("llama")
+    options = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1}
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    saved = peft.get_peft_model(pair.whole, config)
+    ranks = {}
+    for name, parameter in saved.named_parameters():
+        if ".lora_E." in name:
+            # Of each layer's four ranks, two have been given up.
+            ranks[name.removeprefix("base_model.model.").replace(".default", "")] = [True, True, False, False]
+            assert len(parameter) == 4
+    saved.base_model.resize_modules_by_rank_pattern(
+        {f"{name}.default": kept for name, kept in ranks.items()}, "default"
+    )
+    config.rank_pattern = ranks
+    saved.save_pretrained(tmp_path)
+    base, _ = split(pair)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, "second")
+    assert torch.isfinite(model(**batch("no_mask")).loss)
+    assert {len(parameter) for name, parameter in model.named_parameters() if ".lora_E." in name} == {2}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_whose_weights_come_last_is_checked(pairs: Pairs, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    pair = pairs("llama")
+    saved = peft.get_peft_model(pair.whole, lora(["q_proj"]))
+    saved.save_pretrained(tmp_path)
+    base, _ = split(pair)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.isfinite(model(**batch("no_mask")).loss)
+    state = peft.get_peft_model_state_dict(saved)
+    assert all(torch.equal(value, state[name]) for name, value in peft.get_peft_model_state_dict(model).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("inits", [init_empty_weights, nullcontext])
+def test_the_probe_looks_at_numbers_also_where_peft_has_parameters_made_on_meta(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, family: str, inits: Any
+) -> None:
+    base, _ = split(pairs(family))
+    linear = "q_proj" if family == "llama" else "c_attn"
+    model = peft.get_peft_model(base, lora([linear], fan_in_fan_out=family == "gpt2"))
+    (wrapper, *_) = (module for name, module in model.named_modules() if ".2." in name and name.endswith(linear))
+    with inits():
+        assert probe.adds_to_its_linear(wrapper, "default")
+    real = type(wrapper).forward
+    monkeypatch.setattr(type(wrapper), "forward", lambda self, x: real(self, x) + self.base_layer(x))
+    with inits():  # the control: the weight counts twice
+        assert not probe.adds_to_its_linear(wrapper, "default")
 
 
 @pytest.mark.parametrize("trainable", [False, True])

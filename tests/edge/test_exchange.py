@@ -25,7 +25,7 @@ from isthmus.backbone.errors import ConfigError
 from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.sources import default_cache
 from isthmus.cloud.shelf import FileShelf
-from isthmus.edge import giveback, retry
+from isthmus.edge import fetch, giveback, retry
 from isthmus.edge.link import Link
 from isthmus.edge.transport import Transport
 from isthmus.emulator.errors import AdapterError, PackageError, SignerError
@@ -204,6 +204,16 @@ def test_a_returned_adapter_computes_over_the_full_middle(owner: Owner, cloud: M
         over_the_link = model(input_ids=IDS).logits
         assert torch.equal(over_the_link, load_adapter(whole, adapter)(input_ids=IDS).logits)
         assert not torch.equal(over_the_link, link.load_model()(input_ids=IDS).logits)
+
+
+def test_adapters_in_the_cache_are_bounded(owner: Owner, cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "MAX_FOLDERS", 2)
+    link, folders = new_link(MemoryTransport(cloud)), []
+    for seed in (1, 2, 3):
+        link.return_adapter(owner.adapter(seed=seed))
+        folders.append(link.plugged_adapter())
+    assert [folder.is_dir() for folder in folders] == [False, True, True]
+    assert link.plugged_adapter() == folders[2]
 
 
 def test_another_tenant_gets_no_adapter(owner: Owner, cloud: MemoryCloud) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from support.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoint import TensorReader
 from isthmus.backbone.errors import CheckpointError, DiskError
+from isthmus.backbone.files import locked
+from isthmus.backbone.ownership import check_contents
 from isthmus.backbone.parts import load_edge_parts, weigh_parts
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, default_cache, load_tokenizer
 from isthmus.cloud.served import Served
 from isthmus.cloud.shelf import FileShelf
-from isthmus.edge import offers, retry
+from isthmus.edge import fetch, offers, retry
 from isthmus.edge.fetch import fetch_parts
 from isthmus.edge.link import Link
 from isthmus.protocol import messages as m
@@ -239,10 +242,18 @@ def test_the_disk_must_have_room_before_anything_is_fetched(
     cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(offers.shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(DiskError, match=r"has room for 100 bytes, and \d+ are to be fetched"):
+    total = sum(entry.size for entry in cloud.served.parts.listing().entries)
+    free = total + offers.RESERVE - 1
+    monkeypatch.setattr(offers.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    with pytest.raises(
+        DiskError, match=rf"room for {free} bytes; {total} are to be fetched, and 1073741824 are to stay"
+    ):
         new_link(cloud)._parts()
     assert not messages(cloud, m.Fetch)
+    free += 1
+    new_link(cloud)._parts()
+    free = 0  # what is there needs no room
+    new_link(cloud)._parts()
 
 
 def parts_of(cloud: MemoryCloud) -> Path:
@@ -331,6 +342,63 @@ def test_one_clouds_files_do_not_reach_anothers_folder(cloud: MemoryCloud) -> No
     assert {path.name for path in honest.iterdir()} == {entry.name for entry in cloud.served.parts.listing().entries}
     assert PIN.digest.hex() in str(honest)
     assert OTHER_PIN.digest.hex() in str(hostile)
+
+
+def test_a_folder_of_the_cache_is_looked_at_under_its_lock_alone(
+    cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it, another edge of this user that fetches the same replaces files in between."""
+    looked: list[Path] = []
+    held: list[bool] = []
+
+    @contextmanager
+    def lock(folder: Path) -> Iterator[None]:
+        with locked(folder):
+            held.append(True)
+            yield
+            held.pop()
+
+    def look(folder: Path) -> None:
+        assert held
+        looked.append(folder)
+        check_contents(folder)
+
+    monkeypatch.setattr(fetch, "locked", lock)
+    monkeypatch.setattr(fetch, "check_contents", look)
+    assert looked == [new_link(cloud)._parts()]
+
+
+def fetch_named(cloud: MemoryCloud, honest: Served, number: int, max_bytes: int) -> str:
+    """Fetch the parts of a model that the cloud says to be another one, in another plan; the folder's name."""
+    info = dataclasses.replace(honest.info, digest=f"{number:016x}{0:048x}", plan="2:2" if number % 2 else "1:2")
+    cloud.served = dataclasses.replace(honest, info=info)
+    link = new_link(cloud)
+    return fetch_parts(link.info, link._call, PIN, max_bytes).name
+
+
+def test_what_is_kept_of_a_cloud_is_bounded_however_many_models_it_names(
+    cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, honest = new_link(cloud), cloud.served
+    of_another = fetch_parts(link.info, link._call, OTHER_PIN)
+    total = sum(entry.size for entry in honest.parts.listing().entries)
+    own = default_cache() / "edge" / PIN.digest.hex()
+
+    def kept() -> set[str]:
+        assert of_another.is_dir()
+        return {path.name for path in own.iterdir()}
+
+    names = [fetch_named(cloud, honest, number, 4 * total) for number in range(4)]
+    assert kept() == set(names)  # the control: four have room
+    assert fetch_named(cloud, honest, 0, 4 * total) == names[0]  # it is the last one that was used
+    names.append(fetch_named(cloud, honest, 4, 4 * total - 1))
+    assert kept() == {names[0], names[3], names[4]}
+    monkeypatch.setattr(fetch, "MAX_FOLDERS", 2)
+    names.append(fetch_named(cloud, honest, 5, 100 * total))
+    assert kept() == {names[4], names[5]}
+    assert {path.name for path in own.parent.iterdir() if path.is_file()} == {
+        f".{pin.digest.hex()}.lock" for pin in (PIN, OTHER_PIN)
+    }
 
 
 def test_what_is_not_listed_does_not_stay(cloud: MemoryCloud) -> None:
