@@ -270,7 +270,11 @@ class SessionCalls:
         if not sited or self._work.calls.paused:
             return
         try:
-            await asyncio.wrap_future(self._work.calls.claim(self._work.call_bytes(message)).ready)
+            thread = self._work.calls.claim(self._work.call_bytes(message))
+        except ValueError:
+            return  # it takes too much memory, and is refused in its turn, where it claims a thread again
+        try:
+            await asyncio.wrap_future(thread.ready)
         except asyncio.CancelledError:  # the edge is gone; the thread is given back with its session
             wipe(received.body)
             raise

@@ -64,7 +64,7 @@ class CallThreads:
     """
 
     def __init__(self, threads: int, nbytes: float = math.inf) -> None:
-        self._free_bytes, self._most = nbytes, nbytes / 2
+        self._nbytes, self._free_bytes = nbytes, nbytes
         self._held_bytes: Counter[str] = Counter()  # by tenant
         self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
         self._books = threading.Lock()
@@ -77,10 +77,17 @@ class CallThreads:
 
         Args:
             tenant: Whose.
-            nbytes: What the call takes until it ends. One that takes more than a tenant may have is for who runs it to
-                refuse.
+            nbytes: What the call takes until it ends.
+
+        Raises:
+            ValueError: It takes more than a tenant may have, which is half of what all may.
         """
-        thread = CallThread(self, tenant, nbytes if nbytes <= self._most else 0)
+        if nbytes > self._nbytes / 2:
+            raise ValueError(
+                f"a call that may pause takes about {nbytes} bytes of memory, and this cloud computes within "
+                f"{self._nbytes:.0f}, half of it for one that may pause: send fewer or shorter sequences at a time"
+            )
+        thread = CallThread(self, tenant, nbytes)
         with self._books:
             self._waiting.append(thread)
             self._hand_out()
