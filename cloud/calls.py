@@ -301,7 +301,9 @@ class SessionCalls:
         share = self._calls.share(self._session.tenant)  # for the event loop alone to ask
 
         def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
-            return self._calls.turn(self._session, run, positions, nbytes=nbytes, share=share).result()
+            # It does not wait for its tenant's rate: other tenants' checks wait for the thread that waits here.
+            turn = self._calls.turn(self._session, run, positions, continues=True, nbytes=nbytes, share=share)
+            return turn.result()
 
         return await self._calls.files.run(
             self._session.tenant.fingerprint.digest,
