@@ -160,6 +160,38 @@ def test_of_the_memory_of_calls_that_have_begun_a_tenant_has_no_more_than_it_lea
     assert threads.claim("a", 50).ready.done()
 
 
+def test_small_calls_do_not_keep_the_memory_from_a_large_one_that_waits_for_other_tenants() -> None:
+    threads = CallThreads(1, 100)
+    first = threads.claim("a", 50)
+    large = threads.claim("b", 30)
+    small = [threads.claim(tenant, 10) for tenant in ("c", "d")]
+    none = threads.claim("e")
+    assert [each.ready.done() for each in (large, *small, none)] == [False, False, False, True]
+    first.give_back()
+    assert [each.ready.done() for each in (large, *small)] == [True, True, True]
+
+
+def test_a_call_that_waits_for_its_own_tenant_keeps_no_memory_from_others() -> None:
+    threads = CallThreads(1, 100)
+    first, more = threads.claim("a", 40), threads.claim("a", 20)
+    other = threads.claim("b", 20)
+    assert [each.ready.done() for each in (first, more, other)] == [True, False, True]
+    within = threads.claim("a", 10)  # as much as a tenant may have, once others have less
+    behind = threads.claim("c", 10)
+    assert [each.ready.done() for each in (within, behind)] == [False, False]
+    other.give_back()
+    assert [each.ready.done() for each in (more, within, behind)] == [False, True, True]
+
+
+def test_a_call_that_waits_and_is_given_up_frees_those_behind_it() -> None:
+    threads = CallThreads(1, 100)
+    threads.claim("a", 50)
+    large, small = threads.claim("b", 30), threads.claim("c", 10)
+    assert not small.ready.done()
+    large.give_back()
+    assert small.ready.done()
+
+
 def test_a_call_that_takes_more_than_a_tenant_may_have_claims_no_thread() -> None:
     threads = CallThreads(1, 100)
     with pytest.raises(ValueError, match=r"about 51 bytes .* within 100, half of it"):
