@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -169,7 +169,13 @@ class TenantSession:
     def call_bytes(self, message: m.Message) -> int:
         """What a call takes while it is computed; 0 for what is no call, or will be refused. The event loop may ask."""
         shape = self._call_shape(message)
-        return 0 if shape is None else self.executor.memory.of(shape)
+        if not isinstance(message, m.Forward | m.Backward) or shape is None:
+            return 0
+        memory = self.executor.memory
+        checked = Pass.FORWARD if shape.what == Pass.FORWARD else Pass.BACKWARD  # as `_check_memory` does
+        if not message.sites and memory.of(replace(shape, what=checked)) > self.executor.compute_bytes:
+            return 0  # one with sites is refused by whoever gives it a thread
+        return memory.of(shape)
 
     def _call_shape(self, message: m.Message) -> CallShape | None:
         """What a call's memory depends on; None for what is no call, has a shape that does not fit, or lacks a forward.

@@ -128,6 +128,20 @@ def test_a_call_that_takes_more_than_the_budget_is_refused_before_it_is_computed
         tenant.handle(forward(inputs(4, 64)))
 
 
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_call_that_will_be_refused_waits_for_no_memory(tenant: TenantSession, keep: bool) -> None:
+    executor, given = tenant.executor, inputs(4, 64)
+    needed = executor.memory.of(CallShape(4, 64, Pass.BACKWARD if keep else Pass.FORWARD))
+    executor.compute_bytes = needed
+    assert 0 < tenant.call_bytes(forward(given, keep=keep)) <= needed
+    executor.compute_bytes = needed - 1
+    assert tenant.call_bytes(forward(given, keep=keep)) == 0
+    assert tenant.call_bytes(backward(given)) == 0
+    refused(tenant.handle(forward(given, keep=keep)), needed)
+    refused(tenant.handle(backward(given)), "send fewer")
+
+
 def test_a_forward_leaves_room_for_its_backward(tenant: TenantSession) -> None:
     memory = tenant.executor.memory
     shape = CallShape(4, 64, Pass.KEPT_FORWARD)
