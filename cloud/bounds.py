@@ -29,6 +29,7 @@ class Bounds:
         pings_per_minute: pings that a session is answered; one that sends more breaks the rules.
         max_session_age: seconds after which a session ends, between two calls; its edge opens another with fresh keys.
         linger_seconds: until a call that is over must be gone; then its connection is closed: its peer takes nothing.
+            A session has besides what an answer may take at the least rate of `pace`, since its beginning.
     """
 
     max_connections: int = 1024

@@ -270,7 +270,11 @@ class SessionCalls:
         if not sited or self._work.calls.paused:
             return
         try:
-            await asyncio.wrap_future(self._work.calls.claim(self._work.call_bytes(message)).ready)
+            thread = self._work.calls.claim(self._work.call_bytes(message))
+        except ValueError:
+            return  # it takes too much memory, and is refused in its turn, where it claims a thread again
+        try:
+            await asyncio.wrap_future(thread.ready)
         except asyncio.CancelledError:  # the edge is gone; the thread is given back with its session
             wipe(received.body)
             raise
@@ -297,7 +301,9 @@ class SessionCalls:
         share = self._calls.share(self._session.tenant)  # for the event loop alone to ask
 
         def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
-            return self._calls.turn(self._session, run, positions, nbytes=nbytes, share=share).result()
+            # It does not wait for its tenant's rate: other tenants' checks wait for the thread that waits here.
+            turn = self._calls.turn(self._session, run, positions, continues=True, nbytes=nbytes, share=share)
+            return turn.result()
 
         return await self._calls.files.run(
             self._session.tenant.fingerprint.digest,

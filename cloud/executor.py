@@ -349,12 +349,12 @@ class Executor:
             entry = self._stash.get((session, call))
             return None if entry is None else entry.inputs.hidden.shape
 
-    def is_masked(self, session: bytes, call: int) -> bool:
-        """Whether the kept forward's input may need a mask; as if it did where nothing is kept."""
+    def is_masked(self, session: bytes, call: int) -> bool | None:
+        """Whether the kept forward's input may need a mask; None where nothing is kept."""
         with self._books:
             entry = self._stash.get((session, call))
             if entry is None:
-                return True
+                return None
             return entry.inputs.attention_mask is not None or entry.inputs.position_ids is not None
 
     def release(self, session: bytes) -> None:

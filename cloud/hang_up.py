@@ -37,14 +37,15 @@ class HangUp:
         self._seconds = seconds
         self._due: set[str] = set()
 
-    def when_lingering(self, context: Any) -> None:
+    def when_lingering(self, context: Any, in_transit: float = 0.0) -> None:
         """Close a call's connection unless the call is gone soon; to be called as its handler returns.
 
         Args:
             context: the call's grpc.aio context.
+            in_transit: seconds more that a slow network may take for what was sent.
         """
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._seconds, self._lingers, context.peer())
+        timer = loop.call_later(self._seconds + in_transit, self._lingers, context.peer())
         context.add_done_callback(lambda _: timer.cancel())
 
     async def abort(self, context: Any, code: grpc.StatusCode, text: str) -> None:

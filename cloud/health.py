@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2
 
 from isthmus.cloud.half_open import HalfOpen, host_of, tell_taken
 from isthmus.cloud.hang_up import HangUp
+from isthmus.cloud.logs import log
 from isthmus.protocol.service import SERVICE
 
 MAX_QUESTION_BYTES = 1024
@@ -72,5 +73,9 @@ class Health:
             await self._hang_up.abort(
                 context, grpc.StatusCode.DEADLINE_EXCEEDED, "the question did not come in time, or too many came"
             )
+        except grpc.aio.AbortError:
+            raise  # the question was refused
+        except grpc.aio.BaseError as error:  # the stream broke while it was written to
+            log("stream_broke", error=type(error).__name__)
         finally:
             self._hang_up.when_lingering(context)

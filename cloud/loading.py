@@ -46,7 +46,8 @@ class EdgesFile:
 
     def __init__(self, home: Path) -> None:
         self._path = home / "authorized_edges"
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None  # of the file that was read last
+        self._unreadable: tuple[int, ...] | None = None  # of the file that was last said to be unreadable
         self._edges = AuthorizedEdges.parse("")
         if self._path.exists():  # where nobody is enrolled yet, there is none
             self._edges = AuthorizedEdges.load(self._path)
@@ -60,14 +61,19 @@ class EdgesFile:
         except OSError as error:
             log("authorized_edges_unreadable", error=str(error))
             return self._edges
-        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if stamp != self._stamp:
-            try:
-                self._edges = AuthorizedEdges.load(self._path)
-            except (ConfigError, KeyFileError) as error:
-                # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
+        stamp = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)  # the second is of owner and mode too
+        if stamp == self._stamp:
+            return self._edges
+        try:
+            self._edges = AuthorizedEdges.load(self._path)
+        except (ConfigError, KeyFileError) as error:
+            # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
+            if stamp != self._unreadable:
                 log("authorized_edges_unreadable", error=str(error))
-            self._stamp = stamp
+            self._unreadable = stamp
+            if isinstance(error, KeyFileError):
+                return self._edges  # not for what is in it: it is tried again at the next look
+        self._stamp = stamp
         return self._edges
 
 

@@ -55,8 +55,9 @@ class CallThread:
 class CallThreads:
     """Threads for calls that pause, of which a tenant has no more than it leaves free, and memory likewise.
 
-    So there is one for a tenant that comes later, however long the calls of those before it last. All may be asked from
-    any thread.
+    So there is one for a tenant that comes later, however long the calls of those before it last. A call that waits for
+    memory of other tenants only keeps what is free from those behind it: small ones do not keep a large one out. All
+    may be asked from any thread.
 
     Args:
         threads: torch threads of each, as bits depend on it.
@@ -64,7 +65,7 @@ class CallThreads:
     """
 
     def __init__(self, threads: int, nbytes: float = math.inf) -> None:
-        self._free_bytes, self._most = nbytes, nbytes / 2
+        self._nbytes, self._free_bytes = nbytes, nbytes
         self._held_bytes: Counter[str] = Counter()  # by tenant
         self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
         self._books = threading.Lock()
@@ -77,10 +78,17 @@ class CallThreads:
 
         Args:
             tenant: Whose.
-            nbytes: What the call takes until it ends. One that takes more than a tenant may have is for who runs it to
-                refuse.
+            nbytes: What the call takes until it ends.
+
+        Raises:
+            ValueError: It takes more than a tenant may have, which is half of what all may.
         """
-        thread = CallThread(self, tenant, nbytes if nbytes <= self._most else 0)
+        if nbytes > self._nbytes / 2:
+            raise ValueError(
+                f"a call that may pause takes about {nbytes} bytes of memory, and this cloud computes within "
+                f"{self._nbytes:.0f}, half of it for one that may pause: send fewer or shorter sequences at a time"
+            )
+        thread = CallThread(self, tenant, nbytes)
         with self._books:
             self._waiting.append(thread)
             self._hand_out()
@@ -102,13 +110,17 @@ class CallThreads:
 
     def _hand_out(self) -> None:
         waiting, self._waiting = self._waiting, []
+        reserved = False  # what is free is for a call further in front
         for thread in waiting:
             if thread.ready.cancelled():
                 continue
-            beside = self._free_bytes - thread.nbytes  # what it leaves free
-            in_memory = self._held_bytes[thread.tenant] + thread.nbytes <= beside or not thread.nbytes
-            if self._held[thread.tenant] >= self._free or not in_memory:
+            had = self._held_bytes[thread.tenant] + thread.nbytes  # the tenant's, with this one
+            in_memory = not thread.nbytes or (not reserved and had <= self._free_bytes - thread.nbytes)
+            if self._held[thread.tenant] >= self._free:
                 self._waiting.append(thread)
+            elif not in_memory:
+                self._waiting.append(thread)
+                reserved = reserved or had <= self._nbytes / 2  # else it waits for its own tenant
             elif thread.ready.set_running_or_notify_cancel():
                 self._free -= 1
                 self._held[thread.tenant] += 1

@@ -225,7 +225,7 @@ class Scheduler(Generic[T]):
         lowest = min((self._accounts[job.tenant].used for job in leads), default=0.0)
         elsewhere = self._for_first_lane(now) if anywhere else 0
         for lead in leads:
-            batch = self._batch(lead, now)
+            batch = self._batch(lead, now, elsewhere)
             ripe = self._ripe(batch, now)
             if ripe > now:
                 self._ripe_at = ripe if self._ripe_at is None else min(ripe, self._ripe_at)
@@ -293,8 +293,8 @@ class Scheduler(Generic[T]):
         behind = [job for _, job in eager if job not in leading]
         return [*leading, *(job for _, job in patient), *behind]
 
-    def _batch(self, lead: Job[T], now: float) -> list[Job[T]]:
-        """What is done together with a piece, so that all keep their deadlines.
+    def _batch(self, lead: Job[T], now: float, elsewhere: int) -> list[Job[T]]:
+        """What is done together with a piece, so that all keep their deadlines, and `elsewhere` bytes stay free.
 
         A tenant adds pieces as long as its account, with them, is not ahead of the others that want something: one it
         may add as long as it is not `LEAD_SECONDS` ahead.
@@ -325,7 +325,7 @@ class Scheduler(Generic[T]):
             in_time = now + self._seconds(taken, lead) <= soonest
             fair = used[job.tenant] <= lowest + ahead
             fitting = taken <= self._largest(batch, part) or job.owner in mates
-            nbytes = sum(each.nbytes for each in (*batch, job, *self._running.values()))
+            nbytes = elsewhere + sum(each.nbytes for each in (*batch, job, *self._running.values()))
             in_memory = nbytes <= self._memory
             if fitting and (fair or job.owner in mates) and in_time and in_memory and self._fits(job, batch, now):
                 batch.append(job)

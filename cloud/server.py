@@ -212,7 +212,7 @@ class StripServer:
             )
         finally:
             protocol.close()
-            self._hang_up.when_lingering(context)
+            self._hang_up.when_lingering(context, stream.in_transit)
 
     async def _serve(self, stream: SealedStream, session: OpenSession, limits: Limits) -> bool:
         """Serve a session until it ends; False where it was cut off."""

@@ -223,6 +223,9 @@ class SiteCalls:
 
         Args:
             nbytes: What the call takes until it ends.
+
+        Raises:
+            ValueError: it takes more than a tenant may have.
         """
         if self._thread is None:
             self._thread = self.threads.claim(self.tenant.name, nbytes)
@@ -233,7 +236,7 @@ class SiteCalls:
 
         Raises:
             LookupError: the session has no such list of sites, or no such lease.
-            ValueError: too many calls have paused, or no thread is there.
+            ValueError: too many calls have paused, no thread is there, or the call takes too much memory.
         """
         thread, self._thread = self.claim(nbytes), None
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 from isthmus.cloud.fault_points import reached
@@ -50,6 +51,15 @@ class SealedStream:
         self._pace = pace
         self._clock = clock
         self._crypto_ns = 0
+        self._arrives = clock()  # when all answers have arrived at the latest, by the pace's least rate
+
+    @property
+    def in_transit(self) -> float:
+        """Seconds that an answer may still be on its way at the pace's least rate; 0 where none was sent.
+
+        What has been written may lie in the system's buffers, in front of a slow network.
+        """
+        return max(0.0, self._arrives - self._clock())
 
     async def handshake(self) -> str:
         """Run the handshake. Returns "accepted", "refused", or "abandoned" where the stream ended in the middle."""
@@ -124,6 +134,8 @@ class SealedStream:
             except TimeoutError:
                 raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
             size += len(frame)
+            carried = replace(self._pace, stall_seconds=0.0).left(0.0, size)
+            self._arrives = max(self._arrives, begun + carried)  # a short farewell may follow a long answer
 
     def take_crypto_ns(self) -> int:
         """Nanoseconds of sealing and opening since the last call.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,7 @@ class TenantSession:
 
         Raises:
             LookupError: There is no such list of sites, lease, or question.
-            ValueError: Too many calls have paused, or no thread is there.
+            ValueError: Too many calls have paused, no thread is there, or the call takes too much memory.
         """
         match message:
             case m.Forward():
@@ -169,10 +169,20 @@ class TenantSession:
     def call_bytes(self, message: m.Message) -> int:
         """What a call takes while it is computed; 0 for what is no call, or will be refused. The event loop may ask."""
         shape = self._call_shape(message)
-        return 0 if shape is None else self.executor.memory.of(shape)
+        if not isinstance(message, m.Forward | m.Backward) or shape is None:
+            return 0
+        memory = self.executor.memory
+        checked = Pass.FORWARD if shape.what == Pass.FORWARD else Pass.BACKWARD  # as `_check_memory` does
+        if not message.sites and memory.of(replace(shape, what=checked)) > self.executor.compute_bytes:
+            return 0  # one with sites is refused by whoever gives it a thread
+        return memory.of(shape)
 
     def _call_shape(self, message: m.Message) -> CallShape | None:
-        """What a call's memory depends on; None for what is no call, or has a shape that does not fit."""
+        """What a call's memory depends on; None for what is no call, has a shape that does not fit, or lacks a forward.
+
+        A backward may find the forward that is kept, or have lost it by then and use its replay: it counts as masked
+        where one of them is.
+        """
         if not isinstance(message, m.Forward | m.Backward):
             return None
         sent = message.hidden if isinstance(message, m.Forward) else message.gradient
@@ -180,9 +190,13 @@ class TenantSession:
             return None
         if isinstance(message, m.Forward):
             what, inputs = Pass.KEPT_FORWARD if message.keep else Pass.FORWARD, message.inputs
-            masked = inputs.attention_mask is not None or inputs.position_ids is not None
+            masked = _is_masked(inputs)
         else:
-            what, masked = Pass.BACKWARD, self.executor.is_masked(self.session_id, message.id.call)
+            kept_masked = self.executor.is_masked(self.session_id, message.id.call)
+            if kept_masked is None and message.replay is None:
+                return None  # the edge is asked to send the input again
+            replay_masked = message.replay is not None and _is_masked(message.replay)
+            what, masked = Pass.BACKWARD, bool(kept_masked) or replay_masked
         kept, passing = self.calls.widths(message.sites)
         return CallShape(sent.shape[0], sent.shape[1], what, masked, kept, passing)
 
@@ -299,7 +313,7 @@ class TenantSession:
         """
         batch, sequence, _ = sent.hidden.shape
         what = Pass.FORWARD if isinstance(message, m.Forward) and not message.keep else Pass.BACKWARD
-        masked = sent.attention_mask is not None or sent.position_ids is not None
+        masked = _is_masked(sent)
         needed = self.executor.memory.of(CallShape(batch, sequence, what, masked, *self.calls.widths(message.sites)))
         self.peak_bytes = max(self.peak_bytes, needed)
         allowed = self.executor.compute_bytes / (2 if message.sites else 1)
@@ -318,6 +332,11 @@ class TenantSession:
                     f"bytes, and a message {self.limits.max_message_bytes}: tap fewer layers, or narrower, or send "
                     "less at a time"
                 )
+
+
+def _is_masked(inputs: m.SpanInputs) -> bool:
+    """Whether attention may need a mask for them."""
+    return inputs.attention_mask is not None or inputs.position_ids is not None
 
 
 # Calls of several sessions in one pass --------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def forward(given: m.SpanInputs, *, keep: bool = True, sites: int = 0) -> m.Forw
     return m.Forward(m.CallId(1, 1), keep, given.hidden, given.attention_mask, given.position_ids, FP32, sites)
 
 
-def backward(given: m.SpanInputs) -> m.Backward:
+def backward(given: m.SpanInputs, *, call: int = 1, sites: int = 0, replay: bool = True) -> m.Backward:
     gradient = encode(torch.zeros(given.hidden.shape), "fp32", Role.GRADIENT)
-    return m.Backward(m.CallId(1, 1), gradient, given, FP32)
+    return m.Backward(m.CallId(1, call), gradient, given if replay else None, FP32, sites)
 
 
 def refused(answer: m.Message | None, *says: object) -> None:
@@ -128,6 +128,20 @@ def test_a_call_that_takes_more_than_the_budget_is_refused_before_it_is_computed
         tenant.handle(forward(inputs(4, 64)))
 
 
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_call_that_will_be_refused_waits_for_no_memory(tenant: TenantSession, keep: bool) -> None:
+    executor, given = tenant.executor, inputs(4, 64)
+    needed = executor.memory.of(CallShape(4, 64, Pass.BACKWARD if keep else Pass.FORWARD))
+    executor.compute_bytes = needed
+    assert 0 < tenant.call_bytes(forward(given, keep=keep)) <= needed
+    executor.compute_bytes = needed - 1
+    assert tenant.call_bytes(forward(given, keep=keep)) == 0
+    assert tenant.call_bytes(backward(given)) == 0
+    refused(tenant.handle(forward(given, keep=keep)), needed)
+    refused(tenant.handle(backward(given)), "send fewer")
+
+
 def test_a_forward_leaves_room_for_its_backward(tenant: TenantSession) -> None:
     memory = tenant.executor.memory
     shape = CallShape(4, 64, Pass.KEPT_FORWARD)
@@ -158,6 +172,76 @@ def test_of_the_memory_of_calls_that_have_begun_a_tenant_has_no_more_than_it_lea
     for each in (second, other):
         each.give_back()
     assert threads.claim("a", 50).ready.done()
+
+
+def test_small_calls_do_not_keep_the_memory_from_a_large_one_that_waits_for_other_tenants() -> None:
+    threads = CallThreads(1, 100)
+    first = threads.claim("a", 50)
+    large = threads.claim("b", 30)
+    small = [threads.claim(tenant, 10) for tenant in ("c", "d")]
+    none = threads.claim("e")
+    assert [each.ready.done() for each in (large, *small, none)] == [False, False, False, True]
+    first.give_back()
+    assert [each.ready.done() for each in (large, *small)] == [True, True, True]
+
+
+def test_a_call_that_waits_for_its_own_tenant_keeps_no_memory_from_others() -> None:
+    threads = CallThreads(1, 100)
+    first, more = threads.claim("a", 40), threads.claim("a", 20)
+    other = threads.claim("b", 20)
+    assert [each.ready.done() for each in (first, more, other)] == [True, False, True]
+    within = threads.claim("a", 10)  # as much as a tenant may have, once others have less
+    behind = threads.claim("c", 10)
+    assert [each.ready.done() for each in (within, behind)] == [False, False]
+    other.give_back()
+    assert [each.ready.done() for each in (more, within, behind)] == [False, True, True]
+
+
+def test_a_call_that_waits_and_is_given_up_frees_those_behind_it() -> None:
+    threads = CallThreads(1, 100)
+    threads.claim("a", 50)
+    large, small = threads.claim("b", 30), threads.claim("c", 10)
+    assert not small.ready.done()
+    large.give_back()
+    assert small.ready.done()
+
+
+def test_a_call_that_takes_more_than_a_tenant_may_have_claims_no_thread() -> None:
+    threads = CallThreads(1, 100)
+    with pytest.raises(ValueError, match=r"about 51 bytes .* within 100, half of it"):
+        threads.claim("a", 51)
+    assert threads.claim("a", 50).ready.done()
+
+
+def test_backwards_whose_forwards_are_lost_pause_within_the_budget(cloud: Served) -> None:
+    given = inputs(1, 64)
+    shape = CallShape(1, 64, Pass.BACKWARD, passing=2 * (HIDDEN + 32))
+    needed = cloud.executor.memory.of(shape)
+    assert cloud.executor.memory.of(dataclasses.replace(shape, masked=True)) > needed
+    threads = CallThreads(1, 2 * needed)
+    session = cloud.session(b"l" * 16, TENANT, threads)
+    session.handle(m.Sites(1, (SiteSpec(2, "self_attn.q_proj"),)))
+    try:
+        assert isinstance(session.handle(backward(given, call=1, sites=1)), m.SiteQuestion)
+        assert threads._held_bytes[TENANT.name] == needed
+        refused(session.handle(backward(given, call=2, sites=1)), "no thread is free")
+        masked = m.SpanInputs(given.hidden, None, encode_positions(torch.arange(64)[None]))
+        refused(session.handle(backward(masked, call=3, sites=1)), 2 * needed, "half of it")
+    finally:
+        session.close()
+
+
+def test_a_backward_counts_as_masked_where_its_forward_or_its_replay_is(tenant: TenantSession) -> None:
+    plain, packed = inputs(1, 64), inputs(1, 64, torch.arange(64)[None])
+    memory, shape = tenant.executor.memory, CallShape(1, 64, Pass.BACKWARD)
+    small, large = memory.of(shape), memory.of(dataclasses.replace(shape, masked=True))
+    assert tenant.call_bytes(backward(plain, replay=False)) == 0  # its input has to come again
+    assert tenant.call_bytes(backward(plain)) == small < large == tenant.call_bytes(backward(packed))
+    tenant.handle(forward(plain))
+    assert tenant.call_bytes(backward(plain, replay=False)) == small
+    assert tenant.call_bytes(backward(packed)) == large  # what is kept may be evicted by then
+    tenant.handle(forward(packed))
+    assert tenant.call_bytes(backward(plain, replay=False)) == tenant.call_bytes(backward(plain)) == large
 
 
 @pytest.mark.usefixtures("idle")

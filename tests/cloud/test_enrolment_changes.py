@@ -11,12 +11,13 @@ import torch
 from support.clouds import Home, ThreadServer
 from support.sessions import call_in_flight, channel, eventually, hidden
 
-from isthmus.cloud import server as server_module
+from isthmus.cloud import loading, server as server_module
 from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.loading import EdgesFile
 from isthmus.cloud.served import Served
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.errors import ConnectionLostError, NotEnrolledError
+from isthmus.protocol.errors import ConnectionLostError, KeyFileError, NotEnrolledError
 
 
 @pytest.fixture(autouse=True)
@@ -76,20 +77,56 @@ def test_a_malformed_file_and_one_that_is_gone_for_a_moment_end_nothing(
     looks: list[AuthorizedEdges] = []
     nobody, edges = AuthorizedEdges.parse(""), server.server._edges
 
-    def look() -> AuthorizedEdges:
+    def flickering() -> AuthorizedEdges:
         looks.append(nobody if len(looks) % 2 else edges())
+        return looks[-1]
+
+    def counted() -> AuthorizedEdges:
+        looks.append(edges())
         return looks[-1]
 
     with server.link() as link:
         link.open(5)
-        monkeypatch.setattr(server.server, "_edges", look)
+        monkeypatch.setattr(server.server, "_edges", flickering)
         eventually(lambda: len(looks) > 6)
+        monkeypatch.setattr(server.server, "_edges", counted)
         edit(server.home, lambda line: "max-sesions=2 " + line)
-        monkeypatch.setattr(server.server, "_edges", edges)
         seen = len(looks)
+        eventually(lambda: len(looks) >= seen + 4)  # one may have begun before the edit
         link.forward_span(hidden(), None, None, keep=False)
         assert link.traffic.sessions == 1
-        assert seen > 6
+
+
+def test_a_line_that_was_removed_while_others_could_write_the_file_is_removed_once_they_cannot(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    file = home.folder / "authorized_edges"
+    edges = EdgesFile(home.folder)
+    assert len(edges()) == 1
+    file.write_text("")
+    file.chmod(0o666)
+    assert len(edges()) == 1  # the last good list
+    file.chmod(0o644)
+    assert len(edges()) == 0
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    edges = EdgesFile(home.folder)
+    assert len(edges()) == 1
+    (home.folder / "authorized_edges").write_text("")
+    said: list[str] = []
+    monkeypatch.setattr(loading, "log", lambda event, **_: said.append(event))
+
+    def no_descriptor(path: Path) -> AuthorizedEdges:
+        raise KeyFileError(f"cannot read {path}: too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuthorizedEdges, "load", no_descriptor)
+        assert [len(edges()) for _ in range(3)] == [1, 1, 1]
+    assert said == ["authorized_edges_unreadable"]  # once
+    assert len(edges()) == 0
 
 
 def test_another_quota_holds_for_open_sessions_and_changes_no_result(server: ThreadServer, cloud: Served) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.clouds import Home, ThreadServer
+from support.sessions import channels
 from support.tiny import HIDDEN
 
+from isthmus.cloud.adapters import Compute, TenantAdapters
 from isthmus.cloud.file_work import FILE_THREADS, FileWork
 from isthmus.cloud.served import Served
 from isthmus.protocol import messages as m
+from isthmus.protocol.codecs import Role, codec_id, encode
+from isthmus.protocol.enrolment import Quota
 
 
 def test_a_download_neither_waits_for_the_compute_thread_nor_keeps_it_waiting(
@@ -68,6 +73,28 @@ def test_a_download_neither_waits_for_the_compute_thread_nor_keeps_it_waiting(
         read.set()
         loading.join(10)
         assert len(piece) == 1
+
+
+def test_the_check_of_a_tenant_that_is_over_its_rate_keeps_no_others_waiting(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path, quota=Quota(max_tokens_per_second=1))
+    bob = home.new_edge("bob")
+
+    def plug_in(self: TenantAdapters, request: m.PlugIn, compute: Compute) -> m.Status:
+        return compute(lambda: m.Status(m.StatusCode.OK, None, "checked"), 4, 0)
+
+    monkeypatch.setattr(TenantAdapters, "plug_in", plug_in)
+    request = m.PlugIn((m.FileEntry("adapter_config.json", 1, bytes(32)),))
+    with ThreadServer(cloud, home) as server, channels(server, 1) as (over,), channels(server, 1, bob) as (other,):
+        payload = encode(torch.zeros(2, 33, HIDDEN), "fp32", Role.ACTIVATION)
+        over.ask(m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32")), 10)
+        account = server.server._calls._compute._scheduler._accounts["alice"]
+        for each in (over, other):
+            answer = each.ask(request, 10)
+            assert isinstance(answer, m.Status)
+            assert answer.message == "checked"
+        assert account.overdrawn > 0
 
 
 def test_a_tenant_has_one_thread_at_a_time() -> None:

@@ -370,6 +370,16 @@ def test_a_lane_leaves_room_for_what_only_the_first_may_take() -> None:
     assert worker.begin(anywhere=True) == []
 
 
+@pytest.mark.parametrize(("sited", "together"), [(60, 1), (40, 2)])
+def test_a_batch_in_the_lane_beside_leaves_that_room_as_well(sited: int, together: int) -> None:
+    worker = within(100)
+    worker.add("sited", None, positions=10, nbytes=sited)
+    for name in ("a", "b", "c", "d"):
+        worker.add(name, BESIDE, positions=10, nbytes=30)
+    assert len(worker.begin(anywhere=True)) == together
+    assert names(worker.begin()) == ["sited"]
+
+
 def test_what_is_larger_than_the_budget_runs_alone() -> None:
     worker = within(100)
     worker.add("a", BESIDE, positions=10, nbytes=500)

@@ -130,6 +130,19 @@ def test_a_call_whose_answer_is_over_the_quota_is_over(cloud: Served, tmp_path: 
             assert (said.code, said.id) == (m.StatusCode.OVER_QUOTA, m.CallId(1, call))
 
 
+def test_a_call_that_takes_too_much_memory_to_pause_is_refused_and_its_session_goes_on(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud.executor, "compute_bytes", 1000)
+    with ThreadServer(cloud, home) as server, channels(server, 1) as (only,):
+        for call in range(2):
+            said = begin(only, call)
+            assert isinstance(said, m.Status)
+            assert said.code == m.StatusCode.BAD_REQUEST
+            assert "within 1000, half of it" in said.message
+        assert claimed(server) == 0
+
+
 # Threads --------------------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,8 +22,8 @@ from isthmus.cloud import serve
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.commands import app
 from isthmus.cloud.half_open import HalfOpen
-from isthmus.cloud.hang_up import address_of
-from isthmus.cloud.health import MAX_QUESTION_BYTES
+from isthmus.cloud.hang_up import HangUp, address_of
+from isthmus.cloud.health import MAX_QUESTION_BYTES, Health
 from isthmus.cloud.served import Served
 from isthmus.experiments.abuse.http2 import PING, Connection, frame
 from isthmus.experiments.abuse.stranger import ATTACKS, CHECK, METHOD, WATCH, idle_connections, silent_streams
@@ -78,6 +80,39 @@ def test_health_is_asked_in_few_bytes_and_is_not_watched(server: ThreadServer) -
     assert asked(server, CHECK, question("a" * MAX_QUESTION_BYTES))[0] == "INVALID_ARGUMENT"
     assert asked(server, CHECK, b"\xff" * 9)[0] == "INVALID_ARGUMENT"
     assert asked(server, WATCH, question(""))[0] == "UNIMPLEMENTED"
+
+
+class ResetContext:
+    """A grpc.aio context whose peer resets the stream while the answer is written."""
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:5000"
+
+    def add_done_callback(self, _: Callable[[Any], None]) -> None:
+        pass
+
+    async def send_initial_metadata(self, _: Any) -> None:
+        pass
+
+    async def write(self, _: bytes) -> None:
+        raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+
+def test_who_resets_a_stream_while_health_is_answered_is_no_failure(
+    log: Callable[[], list[dict[str, Any]]],
+) -> None:
+    async def question() -> AsyncIterator[bytes]:
+        yield QUESTION
+
+    async def run() -> None:
+        half_open = HalfOpen(Bounds())
+        health = Health(half_open, HangUp(3600))
+        await health.serving()
+        await health._check(question(), ResetContext())
+        assert len(half_open) == 0
+
+    asyncio.run(run())
+    assert [line["error"] for line in log() if line["event"] == "stream_broke"] == ["InternalError"]
 
 
 # Calls that nobody has authenticated ----------------------------------------------------------------------------------
