@@ -17,6 +17,7 @@ user's to keep: who may rename them can put another folder in the place of this 
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -61,10 +62,11 @@ def check_contents(folder: Path) -> None:
     check_private(folder)
     is_open = folder.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     for path in folder.iterdir():
-        if is_open:
-            check_private(path)
-        else:
-            check_owner(path, path.lstat())
+        with contextlib.suppress(FileNotFoundError):  # another process of this user has removed it meanwhile
+            if is_open:
+                check_private(path)
+            else:
+                check_owner(path, path.lstat())
 
 
 def check_private(path: Path) -> None:
