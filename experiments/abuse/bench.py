@@ -24,7 +24,13 @@ from isthmus.backbone.sources import Checkpoint, resolve
 from isthmus.cloud.loading import make_parts
 from isthmus.experiments.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.abuse.bare import PLANTED, BareServer, Weakness
-from isthmus.experiments.abuse.ceilings import CEILINGS, PLANTED_CEILING, Ceiling
+from isthmus.experiments.abuse.ceilings import (
+    CEILINGS,
+    COMPUTE_BYTES,
+    PLANTED_CEILING,
+    STASH_BYTES,
+    Ceiling,
+)
 from isthmus.experiments.abuse.edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.abuse.gauge import Gauge, Taken
 from isthmus.experiments.abuse.honest import Honest
@@ -92,6 +98,7 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
         folder,
         str(checkpoint.folder),
         *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
+        *("--stash-bytes", str(STASH_BYTES), "--compute-bytes", str(COMPUTE_BYTES)),
     )
     runs = _on_worker(settings, cloud, folder, advance) if set(settings.attacks) & set(ATTACKS) else []
     planted = _planted(checkpoint, parts, cloud, folder, advance)

@@ -13,7 +13,10 @@ from isthmus.backbone.chat_template import TemplateLimits
 from isthmus.cloud.bounds import Bounds
 from isthmus.experiments.abuse.attacks import ATTACKS
 from isthmus.experiments.abuse.edge import EDGE_ATTACKS
+from isthmus.protocol.limits import MIB
 
+STASH_BYTES, COMPUTE_BYTES = 512 * MIB, 2048 * MIB
+"""What the worker that is attacked is started with: a small machine's budgets, so that a tenant reaches them."""
 BOUNDS: Final = Bounds()
 TEMPLATE_LIMITS: Final = TemplateLimits()
 
@@ -39,8 +42,8 @@ STRANGER: Final = Ceiling(192.0, BOUNDS.max_half_open + 32, 30.0)
 keep: most of it is asked for once and used again."""
 CONNECTIONS: Final = Ceiling(192.0, BOUNDS.max_connections + 32, 30.0)
 """The same for attacks that hold connections, each of which has a descriptor."""
-TENANT: Final = Ceiling(512.0, 160, None)
-"""A tenant's messages in flight, its forward states within the stash, and a pass over them."""
+TENANT: Final = Ceiling((STASH_BYTES + COMPUTE_BYTES) / MIB + 256.0, 160, None)
+"""The forward states that are kept, the calls that are computed, and the messages of a tenant's sessions."""
 NOTHING: Final = Ceiling(64.0, 32, 10.0)
 """What is refused, or ended, before anything is computed."""
 ANSWER: Final = Ceiling(64.0, 32, 10.0)

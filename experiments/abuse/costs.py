@@ -6,7 +6,7 @@ Each deed prints one line of JSON: what the cloud answered, and how long another
 where a second key is given in `ISTHMUS_WITNESS_KEY`.
 
     long_call     one sequence of 16,384 positions, which a model with a limit takes for S² pairs of positions
-    large_call    as many sequences of the model's length as a message holds
+    large_call    as many sequences as the cloud takes in one call
     disconnect    forwards that are kept, which may share a pass with others', and then the stream is cut
     download      the edge's parts, over and over
 """
@@ -57,8 +57,13 @@ def long_call(session: Session, seconds: float) -> dict[str, Any]:
 
 
 def large_call(session: Session, seconds: float, sequence: int = 128) -> dict[str, Any]:
-    """As many positions as the cloud says that it takes, in sequences of ordinary length."""
-    return ask(session, forward(session, 1, max(1, session.max_tokens // sequence), sequence, keep=True))
+    """As many positions as the cloud takes, in sequences of ordinary length: half of what it refuses, and so on."""
+    rows, number = max(1, session.max_tokens // sequence), 1
+    told = ask(session, forward(session, number, rows, sequence, keep=True))
+    while told["answer"] == "Status" and rows > 1:
+        rows, number = rows // 2, number + 1
+        told = ask(session, forward(session, number, rows, sequence, keep=True))
+    return told | {"positions": rows * sequence}
 
 
 def disconnect(session: Session, seconds: float) -> dict[str, Any]:
