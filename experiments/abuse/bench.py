@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import grpc
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.backbone.errors import ConfigError, IsthmusError
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sources import Checkpoint, resolve
 from isthmus.cloud.loading import make_parts
@@ -40,8 +40,8 @@ from isthmus.protocol.service import METHOD
 
 LOG: Final = "attacks.log"
 CALM_SECONDS = 2.0
-SETTLE_SECONDS = 1.0
-"""After an attack, for the worker to let go of what it held, before the next one is measured."""
+SETTLE_SECONDS = 60.0
+"""After an attack, for the worker to end its sessions, before the next one is measured."""
 FRAMES, FRAME_BYTES = 160, 1 << 20
 """Sent to each server with a planted weakness, which does to every one of them what none should."""
 
@@ -140,14 +140,27 @@ def _on_worker(
             if name not in ATTACKS:
                 continue
             taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
-            time.sleep(SETTLE_SECONDS)
+            _settle(cloud)
             ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
-            time.sleep(SETTLE_SECONDS)
+            _settle(cloud)
             runs.extend(
                 {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
             )
             advance()
     return runs
+
+
+def _settle(cloud: LocalCloud) -> None:
+    """Wait until the worker has got rid of the last attack's sessions: they count against its tenant's quota.
+
+    Raises:
+        IsthmusError: It does not.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while cloud.status()["sessions"]:
+        if time.monotonic() > deadline:
+            raise IsthmusError(f"the worker still has an attack's sessions after {SETTLE_SECONDS:.0f} s")
+        time.sleep(0.1)
 
 
 def _planted(
