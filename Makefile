@@ -17,7 +17,7 @@ BIN         := $(VENV)/bin
 STAMP       := $(VENV)/.installed$(if $(filter 1,$(LOCKED)),-by-hashes)
 LOWEST      := .venv-lowest
 TEST_PROCESSES ?= 3
-PACKAGES    := backbone cli cloud edge emulator experiments kernels protocol
+PACKAGES    := backbone cli cloud common edge emulator experiments kernels planner protocol rpc
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
 .PHONY: setup demo test test-lowest fuzz lint format vectors lock audit bench bench-strip bench-emulators clean

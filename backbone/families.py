@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.backbone.errors import ConfigError, UnsupportedFamilyError
+from isthmus.common.errors import ConfigError, UnsupportedFamilyError
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from isthmus.backbone.errors import PlanError
+from isthmus.common.errors import PlanError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.common.errors import UnsupportedCallError
 
 ALLOWED = "LoRA, rsLoRA, AdaLoRA, VeRA, LoHa, LoKr"
 """PEFT methods that work on a linear's input alone; see `isthmus.backbone.peft_checks`."""

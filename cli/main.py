@@ -14,16 +14,16 @@ from typing import Annotated
 
 import typer
 
-from isthmus.backbone.ending import run_to_end
-from isthmus.backbone.errors import DiskError, IsthmusError
-from isthmus.backbone.terminal import guard_messages, printable
-from isthmus.cloud.commands import app as cloud
-from isthmus.edge.commands import app as edge
-from isthmus.edge.emulator_commands import app as tuning
-from isthmus.emulator.commands import app as emulator
-from isthmus.experiments.commands import bench, demo
-from isthmus.experiments.emulator_commands import app as scores
-from isthmus.experiments.plan_command import plan
+from isthmus.cli.bench_commands import bench, demo
+from isthmus.cli.cloud_commands import app as cloud
+from isthmus.cli.edge_commands import app as edge
+from isthmus.cli.emulator_commands import app as emulator
+from isthmus.cli.emulator_edge_commands import app as tuning
+from isthmus.cli.emulator_research_commands import app as scores
+from isthmus.cli.plan_command import plan
+from isthmus.common.ending import run_to_end
+from isthmus.common.errors import DiskError, IsthmusError
+from isthmus.common.terminal import guard_messages, printable
 
 INTERNAL = 1
 

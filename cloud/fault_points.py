@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.files import write_atomic
+from isthmus.common.errors import ConfigError
+from isthmus.common.files import write_atomic
 
 ENVIRONMENT: Final = "ISTHMUS_FAULT_POINTS"
 

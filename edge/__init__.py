@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isthmus.edge.link import Link, connect
+    from isthmus.edge.client.link import Link, connect
 
 __all__ = ["Link", "connect"]
 
@@ -19,7 +19,7 @@ __all__ = ["Link", "connect"]
 def __getattr__(name: str) -> Any:
     """Import torch and grpc only when they are asked for, so that `isthmus --help` answers at once."""
     if name in __all__:
-        from isthmus.edge import link
+        from isthmus.edge.client import link
 
         return getattr(link, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,11 +20,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from isthmus.backbone.errors import ConfigError
-from isthmus.protocol.errors import KeyFileError, NotEnrolledError
-from isthmus.protocol.keyfiles import locked_folder, make_folder, read_text, replace_file
-from isthmus.protocol.keys import Fingerprint, format_public_key, parse_public_key
+from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
 from isthmus.protocol.limits import GIB, KIB, MIB
+from isthmus.protocol.secure.keyfiles import locked_folder, make_folder, read_text, replace_file
+from isthmus.protocol.secure.keys import Fingerprint, format_public_key, parse_public_key
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB|)")

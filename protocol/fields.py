@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from isthmus.protocol.codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
-from isthmus.protocol.errors import LimitError, MessageError
+from isthmus.common.errors import LimitError, MessageError
 from isthmus.protocol.limits import Buffer, Limits
 from isthmus.protocol.messages import DIGEST_BYTES, MAX_NAME, CallId, FileEntry, Shelf, SpanInputs
+from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
 
 ALIGNMENT = 16
 

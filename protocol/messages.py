@@ -37,7 +37,7 @@ Theory of operation
     edge's pin stays the same, so that can only be a worker of the same root key.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
-    call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.packing`.
+    call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.encoding`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from isthmus.protocol.codecs import Payload
-from isthmus.protocol.errors import MessageError
+from isthmus.common.errors import MessageError
 from isthmus.protocol.limits import Buffer
 from isthmus.protocol.site_messages import (
     MAX_GROUP as MAX_GROUP,
@@ -64,6 +63,7 @@ from isthmus.protocol.site_messages import (
     SiteQuestion as SiteQuestion,
     Sites as Sites,
 )
+from isthmus.protocol.tensor_codecs import Payload
 
 MAX_NAME = 128
 MAX_TEXT = 1024

@@ -29,11 +29,10 @@ from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from isthmus.backbone.errors import IsthmusError
-from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.errors import (
+from isthmus.common.errors import (
     DrainingError,
     FingerprintError,
+    IsthmusError,
     LocalProtocolError,
     MessageError,
     NotEnrolledError,
@@ -41,18 +40,10 @@ from isthmus.protocol.errors import (
     RefusedError,
     RemoteProtocolError,
     VersionError,
-    printable,
 )
-from isthmus.protocol.framing import Direction
-from isthmus.protocol.handshake import (
-    SESSION_ID_BYTES,
-    ClientHandshake,
-    Secrets,
-    ServerHandshake,
-    Verdict,
-    version_refusal,
-)
-from isthmus.protocol.keys import Fingerprint, WorkerIdentity
+from isthmus.common.terminal import printable
+from isthmus.protocol.encoding import pack, peek, unpack
+from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, Buffer, Limits
 from isthmus.protocol.messages import (
     CLOUD_SENDS,
@@ -64,8 +55,17 @@ from isthmus.protocol.messages import (
     SessionInfo,
     StatusCode,
 )
-from isthmus.protocol.packing import pack, peek, unpack
-from isthmus.protocol.sealing import Opened, Opener, Sealer
+from isthmus.protocol.secure.framing import Direction
+from isthmus.protocol.secure.handshake import (
+    SESSION_ID_BYTES,
+    ClientHandshake,
+    Secrets,
+    ServerHandshake,
+    Verdict,
+    version_refusal,
+)
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
+from isthmus.protocol.secure.record import Opened, Opener, Sealer
 
 NO_SESSION = bytes(SESSION_ID_BYTES)
 

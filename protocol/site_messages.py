@@ -6,8 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isthmus.backbone.site_spec import SiteSpec
-from isthmus.protocol.codecs import Payload
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.protocol.tensor_codecs import Payload
 
 MAX_LISTS = 64
 """Lists of sites that a cloud remembers of a session; the oldest goes first."""

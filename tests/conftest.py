@@ -25,8 +25,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isthmus.backbone.errors import IsthmusError
-from isthmus.backbone.sources import BUILT_IN, Checkpoint, default_cache, resolve
+from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint, default_cache, resolve
+from isthmus.common.errors import IsthmusError
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import typer
 
-from isthmus.backbone import errors
-from isthmus.backbone.errors import IsthmusError
 from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
-from isthmus.emulator import errors as emulator_errors
-from isthmus.protocol import codecs, errors as protocol_errors, framing, messages
+from isthmus.common import errors
+from isthmus.common.errors import IsthmusError
+from isthmus.protocol import messages, tensor_codecs
+from isthmus.protocol.secure import framing
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -40,12 +40,7 @@ by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(pa
 
 
 def _error_classes() -> list[type[IsthmusError]]:
-    found = [
-        value
-        for module in (errors, emulator_errors, protocol_errors)
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, IsthmusError) and value.__module__ == module.__name__
-    ]
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, IsthmusError)]
     assert len(found) > 20
     return found
 
@@ -200,5 +195,5 @@ def test_the_readme_names_every_family_and_codec() -> None:
     text = (ROOT / "README.md").read_text().lower().replace("-", "").replace(" ", "")
     for family in SUPPORTED:
         assert family.removesuffix("_text") in text
-    for codec in codecs.ACTIVATION_CODECS:
+    for codec in tensor_codecs.ACTIVATION_CODECS:
         assert f"`{codec.replace('-', '')}`" in text

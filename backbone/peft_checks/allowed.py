@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.sites import adapters_of, is_peft_layer
+from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
 from isthmus.backbone.skeleton import ALLOWED, SkeletonConv1D, SkeletonLinear
+from isthmus.common.errors import UnsupportedCallError
 
 # Module of PEFT -> names of its layer classes.
 _LAYERS = {

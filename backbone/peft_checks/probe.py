@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.backbone.errors import UnsupportedCallError
-from isthmus.backbone.sites import adapters_of, is_peft_layer
+from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
 from isthmus.backbone.skeleton import ALLOWED, SkeletonLinear
+from isthmus.common.errors import UnsupportedCallError
 
 _ROWS = 3  # of the input that is tried
 

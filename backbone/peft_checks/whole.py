@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from isthmus.backbone.assembly import build_on_meta
-from isthmus.backbone.errors import UnsupportedCallError
+from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.families import family_of
 from isthmus.backbone.peft_checks.allowed import is_adalora
-from isthmus.backbone.sites import adapters_of, is_peft_layer
+from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
+from isthmus.common.errors import UnsupportedCallError
 
 # Fields of PEFT's configurations that say what is trained.
 _NAMING = ("target_parameters", "modules_to_save", "trainable_token_indices", "target_modules")

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from isthmus.backbone.readable import date
-from isthmus.cloud.logs import log
+from isthmus.cloud.telemetry.logs import log
+from isthmus.common.readable import date
 
 DAY = 86_400
 WARNING_DAYS = 14

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from isthmus.backbone.readable import date
-from isthmus.cloud.logs import log
-from isthmus.protocol.errors import KeyFileError
-from isthmus.protocol.keys import WORKER_CERT, WORKER_KEY, WorkerIdentity, load_worker
+from isthmus.cloud.telemetry.logs import log
+from isthmus.common.errors import KeyFileError
+from isthmus.common.readable import date
+from isthmus.protocol.secure.keys import WORKER_CERT, WORKER_KEY, WorkerIdentity, load_worker
 
 
 class IdentityFiles:

@@ -13,9 +13,9 @@ from support.tiny import VOCAB, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.families import family_of
-from isthmus.backbone.parts import load_edge_parts
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.span import FrozenSpan, load_span
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.backbone.split.span import FrozenSpan, load_span
 
 
 @dataclass(frozen=True)

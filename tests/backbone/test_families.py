@@ -8,10 +8,10 @@ import torch
 from support.tiny import CONFIGS, N_LAYERS, tiny_config
 from transformers import AutoConfig
 
-from isthmus.backbone.checkpoint import write_json
-from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedFamilyError
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.checkpoints.tensor_reader import write_json
 from isthmus.backbone.families import SUPPORTED, check_positions, family_named, family_of, longest_sequence
-from isthmus.backbone.sources import Checkpoint
+from isthmus.common.errors import CheckpointError, ConfigError, UnsupportedFamilyError
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "bert", "mixtral"])

@@ -8,8 +8,8 @@ import sys
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.backbone.errors import PlanError
 from isthmus.backbone.plan import Span, SplitPlan
+from isthmus.common.errors import PlanError
 
 
 @given(n_layers=st.integers(1, 200), bottom=st.integers(0, 200), top=st.integers(0, 200))
@@ -68,7 +68,7 @@ def test_errors_survive_pickling() -> None:
 
 def test_plans_and_sources_need_no_torch() -> None:
     code = (
-        "import sys, isthmus.backbone.plan, isthmus.backbone.families, isthmus.backbone.sources; "
+        "import sys, isthmus.backbone.plan, isthmus.backbone.families, isthmus.backbone.checkpoints.sources; "
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

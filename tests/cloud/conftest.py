@@ -12,8 +12,8 @@ import pytest
 from support.clouds import Home, ThreadServer, served
 from support.tiny import tiny_checkpoint
 
-from isthmus.cloud import logs
-from isthmus.cloud.served import Served
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.telemetry import logs
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.cloud.controller import SPREAD_SECONDS, Roster
+from isthmus.cloud.control.controller import SPREAD_SECONDS, Roster
 from isthmus.cloud.directory import (
     Peer,
     Rate,
@@ -18,7 +18,7 @@ from isthmus.cloud.directory import (
     seats_elsewhere,
     surplus,
 )
-from isthmus.cloud.metrics import Metrics, merged
+from isthmus.cloud.telemetry.metrics import Metrics, merged
 
 
 class Clock:

@@ -13,13 +13,13 @@ import pytest
 from support.mortal import MortalWorker
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.errors import ConfigError
 from isthmus.cloud import fault_points
 from isthmus.cloud.fault_points import POINTS, InjectedFaultError, Point, arm, is_armed, reached
-from isthmus.edge.config import TrainConfig, load_config
-from isthmus.edge.run import train_over
-from isthmus.edge.strip import open_link
-from isthmus.experiments.faults import compare_runs
+from isthmus.common.errors import ConfigError
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.split_run import train_over
+from isthmus.experiments.rigs.faults.faults import compare_runs
 
 EVERY = 2
 STEPS = EVERY * (len(POINTS) + 1)

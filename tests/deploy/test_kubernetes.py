@@ -15,9 +15,9 @@ import pytest
 import yaml
 from support.manifests import DEPLOY, containers, crd_problems, manifests, problems, ray_cluster, templates
 
-from isthmus.cloud.loading import EdgesFile
+from isthmus.cloud.control.worker_setup import EdgesFile
 from isthmus.protocol.enrolment import add_line
-from isthmus.protocol.keys import generate_edge, generate_root, issue_worker, load_edge, load_worker
+from isthmus.protocol.secure.keys import generate_edge, generate_root, issue_worker, load_edge, load_worker
 
 FOLDER = DEPLOY / "kubernetes"
 README = (DEPLOY / "README.md").read_text()

@@ -11,7 +11,7 @@ import torch
 from support.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 
-from isthmus.backbone.sources import Checkpoint
+from isthmus.backbone.checkpoints.sources import Checkpoint
 
 Checkpoints = Callable[..., Checkpoint]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from fuzz.target import Cursor, Target
 
-from isthmus.protocol.errors import RemoteProtocolError
+from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol.fields import U8, U16, U32, Reader
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.site_messages import MAX_SITES, Sites

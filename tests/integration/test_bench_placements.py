@@ -13,16 +13,16 @@ from rich.console import Console
 from support.runs import Runs, cloud_for_runs
 from support.scoring import task_folder
 
-from isthmus.backbone.errors import IsthmusError
-from isthmus.backbone.sources import load_tokenizer, resolve
-from isthmus.edge.strip_codecs import StripCodecs
-from isthmus.experiments import placement_scores
-from isthmus.experiments.codec_bench import CodecSettings, measure_cosines
-from isthmus.experiments.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
-from isthmus.experiments.placement_modes import MODES, Mode
-from isthmus.experiments.placement_scores import Regime, Scorer
-from isthmus.experiments.table_cells import Cells
-from isthmus.experiments.tasks import Sizes, load_task
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.common.errors import IsthmusError
+from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.experiments.harness.finished_cells import Cells
+from isthmus.experiments.placements import placement_scores
+from isthmus.experiments.placements.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
+from isthmus.experiments.placements.placement_modes import MODES, Mode
+from isthmus.experiments.placements.placement_scores import Regime, Scorer
+from isthmus.experiments.precision.codec_bench import CodecSettings, measure_cosines
+from isthmus.experiments.scoring.tasks import Sizes, load_task
 
 LAYERS = 6
 

@@ -9,12 +9,12 @@ import pytest
 from support.scoring import task_folder
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.errors import ConfigError
-from isthmus.experiments import quantize_bench
-from isthmus.experiments.placement_scores import Regime
-from isthmus.experiments.quantize_bench import QuantizeSettings, run_quantize
-from isthmus.experiments.step import StepSettings
-from isthmus.experiments.tasks import Sizes
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.benchmarks.step import StepSettings
+from isthmus.experiments.placements.placement_scores import Regime
+from isthmus.experiments.precision import quantize_bench
+from isthmus.experiments.precision.quantize_bench import QuantizeSettings, run_quantize
+from isthmus.experiments.scoring.tasks import Sizes
 
 pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed: pip install 'isthmus[quantize]'")
 

@@ -12,10 +12,10 @@ import pytest
 from support.commands import Shell, ended, wait_for
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.errors import ConfigError
-from isthmus.experiments import chaos_bench
-from isthmus.experiments.chaos_bench import ChaosSettings, run_chaos
-from isthmus.experiments.harness import _of_session
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.launch import _of_session
+from isthmus.experiments.rigs.chaos import chaos_bench
+from isthmus.experiments.rigs.chaos.chaos_bench import ChaosSettings, run_chaos
 
 KINDS = ("controller_killed", "garbage", "worker_killed_queued", "connection_cut")
 STEPS = 30

@@ -24,8 +24,8 @@ from support.tiny import tiny_checkpoint
 from support.warm import warm
 
 from isthmus.cli.main import app
-from isthmus.cloud.ports import Listener
-from isthmus.experiments.harness import _of_session
+from isthmus.cloud.control.ports import Listener
+from isthmus.experiments.harness.launch import _of_session
 
 pytestmark = pytest.mark.server
 

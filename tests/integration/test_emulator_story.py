@@ -21,16 +21,16 @@ from support.packages import tiny_package, tuned
 from support.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.sources import BUILT_IN, Checkpoint
-from isthmus.backbone.span import load_span
-from isthmus.emulator.package import Package, open_package
-from isthmus.emulator.plug import plug_in
-from isthmus.experiments.harness import LocalCloud, working_folder
-from isthmus.experiments.relay import Relay
-from isthmus.experiments.tickets import Ticket, write_tickets
+from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint
+from isthmus.backbone.split.span import load_span
+from isthmus.emulator.package.package import Package, open_package
+from isthmus.emulator.package.plug_in import plug_in
+from isthmus.experiments.harness.launch import LocalCloud, working_folder
+from isthmus.experiments.harness.tickets import Ticket, write_tickets
+from isthmus.experiments.rigs.network.relay import Relay
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.keys import load_worker
 from isthmus.protocol.messages import MAX_PIECE
+from isthmus.protocol.secure.keys import load_worker
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
 WEIGHTS = "adapter_model.safetensors"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.errors import ConfigError
-from isthmus.experiments.fault_plan import PHASES
-from isthmus.experiments.faults import FaultSettings, run_faults
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.rigs.faults.fault_plan import PHASES
+from isthmus.experiments.rigs.faults.faults import FaultSettings, run_faults
 
 
 @pytest.mark.server

@@ -19,10 +19,10 @@ from support.tiny import PAD, VOCAB, tiny_checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from isthmus.backbone.errors import ConfigError, UnsupportedCallError
-from isthmus.backbone.parts import load_edge_weights
+from isthmus.backbone.split.edge_parts import load_edge_weights
+from isthmus.common.errors import ConfigError, UnsupportedCallError
 from isthmus.edge import connect
-from isthmus.edge.link import Link
+from isthmus.edge.client.link import Link
 
 EDGE_LAYERS = [0, 1, 4, 5]
 TARGETS = ["q_proj", "v_proj"]

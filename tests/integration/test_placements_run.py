@@ -11,11 +11,11 @@ import torch
 from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.adapters import load_adapter
-from isthmus.backbone.errors import ConfigError
-from isthmus.backbone.sources import load_tokenizer
-from isthmus.edge.data import Batches, load_data
-from isthmus.edge.evaluate import evaluate
+from isthmus.backbone.adapters.adapter_files import load_adapter
+from isthmus.backbone.checkpoints.sources import load_tokenizer
+from isthmus.common.errors import ConfigError
+from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.training.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.backbone.sources import BUILT_IN, Checkpoint
-from isthmus.edge.config import TrainConfig
-from isthmus.edge.link import Link, connect
-from isthmus.edge.methods import build_peft, load_adapter, save_adapter
-from isthmus.experiments.harness import LocalCloud, isthmus
-from isthmus.experiments.parity import whole_model
+from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint
+from isthmus.edge.client.link import Link, connect
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter
+from isthmus.experiments.harness.launch import LocalCloud, isthmus
+from isthmus.experiments.harness.single_process import whole_model
 
 pytestmark = [pytest.mark.real_model, pytest.mark.server]
 

@@ -15,22 +15,21 @@ import torch
 from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.adapters import load_adapter
-from isthmus.backbone.errors import CheckpointError, ConfigError, UnsupportedCallError
-from isthmus.backbone.sources import load_tokenizer
-from isthmus.edge import strip as strips
-from isthmus.edge.auto_codec import AutoCodec
-from isthmus.edge.checkpoint import load
-from isthmus.edge.config import TrainConfig
-from isthmus.edge.data import Batches, load_data
-from isthmus.edge.evaluate import evaluate
-from isthmus.edge.link import Link
-from isthmus.edge.live_sites import DECISIONS, LiveSites, site_costs
-from isthmus.edge.run import train_over
-from isthmus.edge.span_calls import SiteAnswers
-from isthmus.edge.strip import CACHE_FOLDER, open_link
+from isthmus.backbone.adapters.adapter_files import load_adapter
+from isthmus.backbone.checkpoints.sources import load_tokenizer
+from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError, UnsupportedCallError
+from isthmus.edge import cloud_link as strips
+from isthmus.edge.client.link import Link
+from isthmus.edge.client.span_calls import SiteAnswers
+from isthmus.edge.cloud_link import CACHE_FOLDER, open_link
+from isthmus.edge.codecs.auto_codec import AutoCodec
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.sites.live_sites import DECISIONS, LiveSites, site_costs
+from isthmus.edge.split_run import train_over
+from isthmus.edge.training.evaluation import evaluate
+from isthmus.edge.training.training_checkpoint import load
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import UnreachableError
 
 Log = list[dict[str, Any]]
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from support.clouds import Home, ThreadServer, served
 from support.tiny import HIDDEN, tiny_checkpoint
 
-from isthmus.edge.config import TrainConfig
-from isthmus.edge.link import Link, connect
-from isthmus.edge.run import train_over
-from isthmus.experiments.harness import LocalCloud
+from isthmus.edge.client.link import Link, connect
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.split_run import train_over
+from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.protocol.enrolment import Quota
 
 pytestmark = pytest.mark.server
@@ -85,7 +85,7 @@ class Killer:
         link.observer = self.observe
 
     def observe(self, question: str, phase: str) -> None:
-        """See `isthmus.edge.channel.Observer`."""
+        """See `isthmus.rpc.secure_stream.Observer`."""
         if (question, phase) != (self._question, "waiting"):
             return
         self._seen += 1

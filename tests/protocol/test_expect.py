@@ -6,13 +6,13 @@ import pytest
 import torch
 from support.wire import new_edge, new_pair
 
+from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import ACTIVATION_CODECS, Role, encode
-from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError
+from isthmus.protocol.encoding import pack
 from isthmus.protocol.fields import body_bytes
-from isthmus.protocol.framing import MAX_REKEYS
-from isthmus.protocol.packing import pack
+from isthmus.protocol.secure.framing import MAX_REKEYS
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, encode
 
 
 def deliver(frames: list[bytes], receiver: EdgeSession | CloudSession) -> list[m.Message]:

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from support.mutations import mutations
 from support.wire import GENERATORS
 
-from isthmus.protocol import messages as m, packing
-from isthmus.protocol.checks import check
-from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError
-from isthmus.protocol.packing import pack, unpack
+from isthmus.common.errors import LimitError, LocalProtocolError, MessageError
+from isthmus.protocol import encoding, messages as m
+from isthmus.protocol.encoding import pack, unpack
+from isthmus.protocol.validation import check
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MESSAGES: tuple[type[m.Message], ...] = typing.get_args(m.Message)
@@ -27,7 +27,7 @@ by_type = pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name
 def unchecked() -> Iterator[None]:
     """Nobody checks what the fields of a message say together."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "check", lambda message: None)
+        patch.setattr(encoding, "check", lambda message: None)
         yield
 
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from support.wire import TENANT, cloud_messages, edge_messages, forward, session_info
 
-from isthmus.backbone.site_spec import SiteSpec
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.common.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import Payload, Role, decode, encode, encode_mask
-from isthmus.protocol.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError
+from isthmus.protocol.encoding import pack, peek, unpack
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.packing import pack, peek, unpack
+from isthmus.protocol.tensor_codecs import Payload, Role, decode, encode, encode_mask
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.control.worker import WorkerSpec
+from isthmus.cloud.control.worker_setup import EdgesFile, served_by
+from isthmus.cloud.gateway.pipeline import NextStage
+from isthmus.cloud.gateway.server import ServerTls, StripServer
 from isthmus.cloud.home.identity import IdentityFiles
-from isthmus.cloud.loading import EdgesFile, served_by
-from isthmus.cloud.pipeline import NextStage
-from isthmus.cloud.served import Served
-from isthmus.cloud.server import ServerTls, StripServer
-from isthmus.cloud.worker import WorkerSpec
-from isthmus.edge.link import Link
-from isthmus.edge.transport import GrpcTransport, Tls
+from isthmus.cloud.session.served_model import Served
+from isthmus.edge.client.link import Link
 from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
-from isthmus.protocol.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge
+from isthmus.protocol.secure.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge
+from isthmus.rpc.transport import GrpcTransport, Tls
 
 PLAN = "2:2"
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import ACTIVATION_CODECS, Payload, Role, codec_id, encode, encode_mask, encode_positions
+from isthmus.protocol.tensor_codecs import (
+    ACTIVATION_CODECS,
+    Payload,
+    Role,
+    codec_id,
+    encode,
+    encode_mask,
+    encode_positions,
+)
 
 
 def tensor(codec: str = "fp32", role: Role = Role.ACTIVATION, shape: tuple[int, ...] = (1, 2, 3)) -> Payload:

@@ -11,8 +11,8 @@ from typing import Any
 
 from support import reference, replay, vectors
 
-from isthmus.protocol.framing import VERSION, Direction
-from isthmus.protocol.handshake import SUITE, version_refusal
+from isthmus.protocol.secure.framing import VERSION, Direction
+from isthmus.protocol.secure.handshake import SUITE, version_refusal
 
 
 def drawn(name: str, count: int) -> bytes:

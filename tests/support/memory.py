@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from support.wire import NOW, TENANT, identity
 
-from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.served import Served
-from isthmus.cloud.tenant import TenantSession
-from isthmus.edge.transport import Stream, Transport
+from isthmus.cloud.engine.paused_calls import CallThreads
+from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import ConnectionLostError, RemoteProtocolError
 from isthmus.protocol import messages as m
+from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.errors import ConnectionLostError, RemoteProtocolError
-from isthmus.protocol.packing import pack, unpack
-from isthmus.protocol.sealing import wipe
+from isthmus.protocol.secure.record import wipe
 from isthmus.protocol.session import CloudSession, Received
+from isthmus.rpc.transport import Stream, Transport
 
 
 @dataclass

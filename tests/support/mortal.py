@@ -45,7 +45,7 @@ class MortalWorker:
         self._arguments = (model, folder / "parts", self.home, self._port, self.points)
         self._context: Any = multiprocessing.get_context("forkserver")
         # By what they import: the server of forks has not the path of the tests.
-        self._context.set_forkserver_preload(["isthmus.cloud.worker", "isthmus.edge.link", *FAMILY])
+        self._context.set_forkserver_preload(["isthmus.cloud.control.worker", "isthmus.edge.client.link", *FAMILY])
         self._ending = False
         self._process: Any = None
         self._keeper = threading.Thread(target=self._keep, daemon=True)

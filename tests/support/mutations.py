@@ -16,10 +16,10 @@ from typing import Any
 
 from support.wire import payload
 
-from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import Payload, Role, codec_by_id, codec_id
 from isthmus.protocol.limits import MAX_WORKERS, Buffer
+from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, codec_id
 
 Mutation = tuple[str, m.Message]
 

@@ -10,19 +10,19 @@ from support.clouds import PLAN, served
 from support.tiny import tiny_checkpoint
 from support.wire import NOW, identity
 
-from isthmus.backbone.adapters import save_adapter
+from isthmus.backbone.adapters.adapter_files import save_adapter
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import Checkpoint
-from isthmus.cloud.adapters import AdapterStore
-from isthmus.cloud.served import Served
-from isthmus.cloud.shelf import FileShelf
-from isthmus.edge.config import TuneConfig
-from isthmus.edge.methods import build_peft, trained
-from isthmus.emulator.model import build_emulator
-from isthmus.emulator.package import Package, write_package
-from isthmus.emulator.recipe import Recipe
-from isthmus.protocol.keys import WorkerIdentity
+from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.session.tenant_adapters import AdapterStore
+from isthmus.edge.config.training_config import TuneConfig
+from isthmus.edge.training.methods import build_peft, trained
+from isthmus.emulator.compress.emulator_model import build_emulator
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.package.package import Package, write_package
 from isthmus.protocol.messages import Shelf
+from isthmus.protocol.secure.keys import WorkerIdentity
 
 
 def tiny_package(folder: Path, model: Path, *, plan: str = PLAN, signer: WorkerIdentity | None = None) -> Package:

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from isthmus.backbone.quantize import Quantizer, Tensors
+from isthmus.backbone.checkpoints.weight_quantization import Quantizer, Tensors
 
 
 def noting(quantizer: Quantizer) -> tuple[Quantizer, list[weakref.ref[Tensor]]]:

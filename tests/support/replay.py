@@ -12,12 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from isthmus.protocol import handshake
-from isthmus.protocol.framing import Direction
-from isthmus.protocol.handshake import ClientHandshake, Secrets, ServerHandshake, Verdict, version_refusal
-from isthmus.protocol.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.sealing import Opener, Sealer
+from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.framing import Direction
+from isthmus.protocol.secure.handshake import ClientHandshake, Secrets, ServerHandshake, Verdict, version_refusal
+from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
+from isthmus.protocol.secure.record import Opener, Sealer
 
 FLIGHTS = ("client_hello", "server_hello", "client_auth", "server_done")
 

@@ -15,9 +15,9 @@ from support.clouds import Home, ThreadServer, served
 from support.tiny import tiny_checkpoint
 from torch import Tensor
 
-from isthmus.edge.config import TrainConfig, load_config
-from isthmus.edge.report import Report
-from isthmus.edge.run import run_training
+from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.run_report import Report
+from isthmus.edge.split_run import run_training
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.cloud.jobs import Batching, Kind, Share
-from isthmus.cloud.scheduler import Scheduler
+from isthmus.cloud.engine.requests import Batching, Kind, Share
+from isthmus.cloud.engine.scheduler import Scheduler
 
 EQUAL = Share()
 FORWARD, BACKWARD = Kind("forward", "backward"), Kind("backward", "forward")

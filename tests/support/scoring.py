@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from isthmus.experiments.table import TableSettings
-from isthmus.experiments.table_lab import Regime
-from isthmus.experiments.tasks import Sizes
+from isthmus.experiments.offsite.table import TableSettings
+from isthmus.experiments.offsite.table_lab import Regime
+from isthmus.experiments.scoring.tasks import Sizes
 
 _WORDS = ("red", "blue", "green", "black", "white", "pink")
 

@@ -15,11 +15,11 @@ import torch
 from support.clouds import ThreadServer
 from support.tiny import HIDDEN
 
-from isthmus.cloud.served import Served
-from isthmus.edge.channel import Channel, Traffic
-from isthmus.edge.transport import GrpcTransport
-from isthmus.protocol.errors import NotEnrolledError, UnreachableError
-from isthmus.protocol.keys import load_edge
+from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import NotEnrolledError, UnreachableError
+from isthmus.protocol.secure.keys import load_edge
+from isthmus.rpc.secure_stream import Channel, Traffic
+from isthmus.rpc.transport import GrpcTransport
 
 
 def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from isthmus.backbone.sites import Site
+from isthmus.backbone.sites.edge_sites import Site
 
 
 class Sited:
-    """Gives back what it gets; see `isthmus.backbone.gate.SitedSpan`."""
+    """Gives back what it gets; see `isthmus.backbone.split.remote_layers.SitedSpan`."""
 
     def __call__(self, hidden: Tensor, mask: Any, positions: Any) -> Tensor:
         return hidden

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.experiments.speed_profile import SpeedProfile
-from isthmus.protocol.codecs import ACTIVATION_CODECS
+from isthmus.planner.speed_profile import SpeedProfile
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 
 def speed(**changes: Any) -> SpeedProfile:

@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from isthmus.edge.checkpoint import ModelIdentity
-from isthmus.edge.config import TrainConfig
-from isthmus.edge.data import Encoded, TrainingData, fingerprint
-from isthmus.edge.methods import build_peft
-from isthmus.edge.progress import TrainProgress
-from isthmus.edge.report import StripTotals
-from isthmus.edge.schedule import total_steps
-from isthmus.edge.trainer import Trainer
+from isthmus.edge.config.schedule import total_steps
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint
+from isthmus.edge.run_report import StripTotals
+from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.trainer import Trainer
+from isthmus.edge.training.training_checkpoint import ModelIdentity
+from isthmus.edge.training.training_progress import TrainProgress
 
 IDENTITY = ModelIdentity("tiny", "d1", "whole")
 
@@ -108,10 +108,10 @@ def main(arguments: list[str]) -> None:
     model_folder, out, moment, step, *rest = arguments
     strip = Strip(moment, int(step), kill)
     if moment == "save":
-        from isthmus.edge import checkpoint
+        from isthmus.edge.training import training_checkpoint
 
-        write = checkpoint.save_file
-        checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
+        write = training_checkpoint.save_file
+        training_checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
             kill() if f"checkpoint-{step}" in str(path) and "optimizer" in str(path) else write(tensors, path)
         )
     trainer(Path(model_folder), config(Path(out), **dict(item.split("=") for item in rest)), strip).fit()

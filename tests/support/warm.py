@@ -133,8 +133,8 @@ def warm() -> Warm:
 
 def _main() -> None:
     import isthmus.cli.main
-    import isthmus.edge.run
-    import isthmus.emulator.build  # noqa: F401  # all that is heavy
+    import isthmus.edge.split_run
+    import isthmus.emulator.package.build  # noqa: F401  # all that is heavy
 
     if threading.active_count() > 1:
         raise RuntimeError("a process with several threads must not fork")

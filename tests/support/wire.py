@@ -9,13 +9,13 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
 
-from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
 from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 from isthmus.protocol.limits import Limits
+from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 from isthmus.protocol.session import CloudSession, EdgeSession, Established
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, CODECS, Payload, Role, codec_id, encode, encode_mask
 
 NOW = 1_700_000_000
 ROOT = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

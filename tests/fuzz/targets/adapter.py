@@ -16,15 +16,15 @@ from fuzz.targets.adapter_settings import KINDS, settings
 from fuzz.targets.adapter_tensors import _content
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone.adapters import PEFT_INFO, TUNING_INFO
-from isthmus.backbone.checkpoint import WHOLE_FILE, write_json
-from isthmus.backbone.edge_model import EDGE_WEIGHTS_INFO
-from isthmus.backbone.own_adapters import ADAPTER_WEIGHTS, OWN_INFO
-from isthmus.backbone.parts import export_edge_parts
+from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO
+from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS, OWN_INFO
+from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint
+from isthmus.backbone.checkpoints.tensor_reader import WHOLE_FILE, write_json
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import PARTS_FILE, Checkpoint
-from isthmus.emulator import intake
-from isthmus.emulator.errors import AdapterError
+from isthmus.backbone.split.edge_model import EDGE_WEIGHTS_INFO
+from isthmus.backbone.split.edge_parts import export_edge_parts
+from isthmus.common.errors import AdapterError
+from isthmus.emulator.package import intake
 
 PLAN = SplitPlan(6, 1, 1)
 NAMED = {"digest": "00" * 32, "plan": str(PLAN)}

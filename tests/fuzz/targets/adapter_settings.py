@@ -9,9 +9,9 @@ from typing import Any
 from fuzz.target import Target
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.emulator import peft_rules
-from isthmus.emulator.errors import AdapterError
-from isthmus.emulator.peft_rules import peft_config
+from isthmus.common.errors import AdapterError
+from isthmus.emulator.package import peft_rules
+from isthmus.emulator.package.peft_rules import peft_config
 
 PLAN, HIDDEN = SplitPlan(6, 2, 2), 32
 

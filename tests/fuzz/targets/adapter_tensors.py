@@ -13,8 +13,8 @@ import torch
 from fuzz.target import Cursor, Target, block, scratch
 from safetensors import safe_open
 
-from isthmus.emulator import intake
-from isthmus.emulator.errors import AdapterError
+from isthmus.common.errors import AdapterError
+from isthmus.emulator.package import intake
 
 PLACES = {"a.weight": (2, 3), "b.bias": (4,), "empty": (0,)}
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from fuzz.target import Target
 from support.wire import EDGE, WORKER
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.common.errors import ConfigError
 from isthmus.protocol import enrolment
 from isthmus.protocol.enrolment import TENANT_NAME, AuthorizedEdges, Quota
-from isthmus.protocol.keys import format_public_key, parse_public_key
+from isthmus.protocol.secure.keys import format_public_key, parse_public_key
 
 
 def _run(data: bytes) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from fuzz.target import Cursor, Target, block, scratch
 
-from isthmus.edge import cache_store
-from isthmus.edge.cache_store import SpanStore
+from isthmus.edge.span_cache import cache_store
+from isthmus.edge.span_cache.cache_store import SpanStore
 
 OWNER = bytes(32)
 BOUND = 1 << 14

@@ -13,15 +13,15 @@ from support.clouds import served
 from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
-from isthmus.backbone.site_spec import Basis, Placement, SiteSpec
-from isthmus.cloud.pausing import CallThreads
-from isthmus.cloud.served import Served
-from isthmus.cloud.site_calls import SiteCalls
-from isthmus.cloud.tenant import TenantSession
+from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
+from isthmus.cloud.engine.paused_calls import CallThreads
+from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.session.site_calls import SiteCalls
+from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import Payload, Role, codec_id, encode, encode_mask, encode_positions
-from isthmus.protocol.errors import RemoteProtocolError
-from isthmus.protocol.packing import pack, unpack
+from isthmus.protocol.encoding import pack, unpack
+from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, encode, encode_mask, encode_positions
 
 STASH = 1 << 16
 _MESSAGES = 8

@@ -10,10 +10,18 @@ import torch
 from fuzz.target import Cursor, Target
 from support.examples import tensor
 
-from isthmus.protocol import codecs
-from isthmus.protocol.codecs import ACTIVATION_CODECS, Payload, Role, decode, encode, encode_mask, encode_positions
-from isthmus.protocol.errors import ReceivedNonFiniteError, RemoteProtocolError
+from isthmus.common.errors import ReceivedNonFiniteError, RemoteProtocolError
+from isthmus.protocol import tensor_codecs
 from isthmus.protocol.limits import Limits
+from isthmus.protocol.tensor_codecs import (
+    ACTIVATION_CODECS,
+    Payload,
+    Role,
+    decode,
+    encode,
+    encode_mask,
+    encode_positions,
+)
 
 LIMITS = Limits(max_message_bytes=1 << 14)
 _EXACT = ("fp32", "bf16", "fp16", "mask", "int32")
@@ -23,7 +31,7 @@ def _run(data: bytes) -> None:
     script = Cursor(data)
     number, shape = script.number(), tuple(script.number("H") for _ in range(script.number() % 6))
     try:
-        sizes = codecs.checked_sizes(codecs.codec_by_id(number), shape, LIMITS)
+        sizes = tensor_codecs.checked_sizes(tensor_codecs.codec_by_id(number), shape, LIMITS)
     except RemoteProtocolError:
         sizes = ()
     if sum(sizes) > LIMITS.max_message_bytes or (sizes and math.prod(shape) * 4 > LIMITS.max_message_bytes):
@@ -35,7 +43,7 @@ def _run(data: bytes) -> None:
         decoded = decode(payload, limits=LIMITS)
     except (RemoteProtocolError, ReceivedNonFiniteError):
         return
-    name = codecs.codec_by_id(number).name
+    name = tensor_codecs.codec_by_id(number).name
     if tuple(decoded.shape) != shape:
         raise AssertionError(f"{name} gives shape {tuple(decoded.shape)} for {shape}")
     if name in ACTIVATION_CODECS and not bool(decoded.isfinite().all()):
@@ -67,14 +75,14 @@ TARGET = Target(
     _seeds,
     [
         decode,
-        codecs.checked_sizes,
-        codecs.codec_by_id,
-        codecs._tensor,
-        codecs._int8_unpack,
-        codecs._int4_unpack,
-        codecs._outliers_unpack,
-        codecs._mask_unpack,
-        codecs._int32_unpack,
+        tensor_codecs.checked_sizes,
+        tensor_codecs.codec_by_id,
+        tensor_codecs._tensor,
+        tensor_codecs._int8_unpack,
+        tensor_codecs._int4_unpack,
+        tensor_codecs._outliers_unpack,
+        tensor_codecs._mask_unpack,
+        tensor_codecs._int32_unpack,
     ],
     floor=0.9,
     max_len=2048,

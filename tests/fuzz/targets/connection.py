@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from fuzz.target import Target
 from support.wire import PIN
 
-from isthmus.backbone.errors import ConfigError
+from isthmus.common.errors import ConfigError
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.keys import Fingerprint
+from isthmus.protocol.secure.keys import Fingerprint
 
 
 def _run(data: bytes) -> None:

@@ -16,13 +16,12 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, packed
 from support.wire import TENANT, session_info
 
-from isthmus.backbone.errors import IsthmusError
-from isthmus.backbone.parts import Weights
-from isthmus.edge import fetch
+from isthmus.backbone.split.edge_parts import Weights
+from isthmus.common.errors import IsthmusError, RemoteProtocolError
+from isthmus.edge.client import fetch
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import RemoteProtocolError
-from isthmus.protocol.keys import Fingerprint
-from isthmus.protocol.packing import unpack
+from isthmus.protocol.encoding import unpack
+from isthmus.protocol.secure.keys import Fingerprint
 
 INFO = session_info(TENANT, bytes(16))
 _PARTS = {"config.json": b"{}", "edge.safetensors": b"weights"}

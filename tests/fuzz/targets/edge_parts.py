@@ -13,12 +13,13 @@ from typing import Any
 from fuzz.target import Cursor, Target, block, scratch
 from support.tiny import tiny_checkpoint
 
-from isthmus.backbone import assembly, checkpoint, parts
-from isthmus.backbone.checkpoint import EDGE_FILE, TensorReader, read_json
-from isthmus.backbone.errors import IsthmusError
-from isthmus.backbone.parts import export_edge_parts, load_edge_parts
+from isthmus.backbone.checkpoints import assembly, tensor_reader
+from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint
+from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, TensorReader, read_json
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import PARTS_FILE, Checkpoint
+from isthmus.backbone.split import edge_parts
+from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
+from isthmus.common.errors import IsthmusError
 
 PLAN = SplitPlan(3, 1, 1)
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -96,8 +97,9 @@ def _seeds() -> Iterator[bytes]:
 TARGET = Target(
     _run,
     _seeds,
-    [load_edge_parts, parts._checkpoint, parts._check_plan, parts._load, parts._settle, assembly.build_on_meta,
-     assembly.tie_or_load, assembly.load_parameters, TensorReader, checkpoint.read_json],
+    [load_edge_parts, edge_parts._checkpoint, edge_parts._check_plan, edge_parts._load, edge_parts._settle,
+    assembly.build_on_meta,
+     assembly.tie_or_load, assembly.load_parameters, TensorReader, tensor_reader.read_json],
     floor=0.75,
     max_len=4096,
     words=[f'"{name}": '.encode() for name in (

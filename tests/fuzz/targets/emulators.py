@@ -13,14 +13,13 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.edge_parts import _merged
 from support.tiny import tiny_checkpoint, tiny_config
 
-from isthmus.backbone.checkpoint import read_json
-from isthmus.backbone.errors import IsthmusError
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.checkpoints.tensor_reader import read_json
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sources import Checkpoint
-from isthmus.emulator import model as emulator_model
-from isthmus.emulator.manifest import EMULATOR_FILE, EMULATOR_INFO
-from isthmus.emulator.model import build_emulator, load_emulator, save_emulator
-from isthmus.emulator.recipe import Recipe
+from isthmus.common.errors import IsthmusError
+from isthmus.emulator.compress import emulator_model
+from isthmus.emulator.compress.emulator_model import build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO, Recipe
 
 PLAN = SplitPlan(4, 1, 1)
 RECIPES = ("uniform", "uniform+int8", "uniform+lowrank:0.5+int4")

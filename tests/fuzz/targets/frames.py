@@ -12,10 +12,10 @@ from hashlib import sha256
 
 from fuzz.target import Cursor, Target, block, patched
 
-from isthmus.protocol.errors import FrameError, LimitError, LocalProtocolError
-from isthmus.protocol.framing import MAGIC, PREFIX, VERSION, Direction, KeyChain, Kind, Piece
+from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.sealing import Opened, Opener, Sealer
+from isthmus.protocol.secure.framing import MAGIC, PREFIX, VERSION, Direction, KeyChain, Kind, Piece
+from isthmus.protocol.secure.record import Opened, Opener, Sealer
 
 LIMITS = Limits(max_message_bytes=1 << 12, max_header_bytes=256, chunk_bytes=64)
 KEEP = 1 << 10

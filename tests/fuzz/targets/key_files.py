@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.serialization import (
 from fuzz.target import Cursor, Target, scratch
 from support.wire import EDGE, NOW, WORKER, identity
 
-from isthmus.protocol import keyfiles, keys
-from isthmus.protocol.errors import KeyFileError
-from isthmus.protocol.keys import WorkerCertificate, load_edge, load_worker
+from isthmus.common.errors import KeyFileError
+from isthmus.protocol.secure import keyfiles, keys
+from isthmus.protocol.secure.keys import WorkerCertificate, load_edge, load_worker
 
 _PEM, _SSH = PrivateFormat.PKCS8, PrivateFormat.OpenSSH
 

@@ -13,11 +13,11 @@ from fuzz.targets.messages import safe_name
 from support.wire import NOW, PIN, WORKER, identity
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.emulator import manifest
-from isthmus.emulator.errors import PackageError, SignerError
-from isthmus.emulator.manifest import Manifest, verify
-from isthmus.emulator.recipe import Recipe
-from isthmus.protocol.keys import WorkerCertificate
+from isthmus.common.errors import PackageError, SignerError
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.package import manifest
+from isthmus.emulator.package.manifest import Manifest, verify
+from isthmus.protocol.secure.keys import WorkerCertificate
 
 _RAW, _PAYLOAD, _CERTIFICATE = range(3)
 

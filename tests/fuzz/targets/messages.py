@@ -10,12 +10,12 @@ from typing import Any
 from fuzz.target import Cursor, Target, block
 from support.examples import MESSAGES
 
-from isthmus.protocol import checks, messages as m, packing, site_packing
-from isthmus.protocol.codecs import Payload
-from isthmus.protocol.errors import RemoteProtocolError
+from isthmus.common.errors import RemoteProtocolError
+from isthmus.protocol import encoding, messages as m, site_encoding, validation
+from isthmus.protocol.encoding import pack, peek, unpack
 from isthmus.protocol.fields import Reader
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.packing import pack, peek, unpack
+from isthmus.protocol.tensor_codecs import Payload
 
 LIMITS = Limits(max_message_bytes=1 << 16, max_header_bytes=1 << 12)
 
@@ -36,7 +36,7 @@ def filled(header: bytes, body: bytes) -> bytes:
     A random body hardly ever has it, and what is checked of tensors comes later.
     """
     room = bytes(LIMITS.max_message_bytes)
-    read = packing._READERS.get(header[0]) if header and header[0] not in (m.Blob.op, m.Put.op) else None
+    read = encoding._READERS.get(header[0]) if header and header[0] not in (m.Blob.op, m.Put.op) else None
     if read is None:
         return body
     reader = Reader(header[1:], room, LIMITS)
@@ -90,9 +90,9 @@ def _seeds() -> Iterator[bytes]:
 
 
 def _decoding() -> list[Any]:
-    readers = [reader for name, reader in vars(packing).items() if name.startswith("_read_")]
-    readers += [reader for name, reader in vars(site_packing).items() if name.startswith("_read_")]
-    return [*readers, unpack, peek, Reader, checks]
+    readers = [reader for name, reader in vars(encoding).items() if name.startswith("_read_")]
+    readers += [reader for name, reader in vars(site_encoding).items() if name.startswith("_read_")]
+    return [*readers, unpack, peek, Reader, validation]
 
 
 TARGET = Target(_run, _seeds, _decoding(), floor=0.88, max_len=2048)

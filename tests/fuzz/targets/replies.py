@@ -13,19 +13,18 @@ from fuzz.targets.messages import LIMITS, filled
 from support.wire import TENANT, session_info
 from torch import Tensor, nn
 
-from isthmus.backbone.errors import NonFiniteError
-from isthmus.backbone.low_rank import LowRankSite
-from isthmus.backbone.site_call import SiteCall
-from isthmus.backbone.site_spec import Placement, SiteSpec
-from isthmus.backbone.sites import Site
-from isthmus.edge.channel import Traffic
-from isthmus.edge.retry import StashLostError, _error
-from isthmus.edge.span_calls import KeptCall, SiteAnswers, SpanCaller
-from isthmus.edge.strip_codecs import StripCodecs
+from isthmus.backbone.sites.edge_sites import Site
+from isthmus.backbone.sites.low_rank import LowRankSite
+from isthmus.backbone.sites.site_call import SiteCall
+from isthmus.backbone.sites.site_spec import Placement, SiteSpec
+from isthmus.common.errors import ConnectionLostError, NonFiniteError, RefusedError, RemoteProtocolError
+from isthmus.edge.client.retry import StashLostError, _error
+from isthmus.edge.client.span_calls import KeptCall, SiteAnswers, SpanCaller
+from isthmus.edge.codecs.wire_codecs import StripCodecs
 from isthmus.protocol import messages as m
-from isthmus.protocol.codecs import Payload, Role, encode
-from isthmus.protocol.errors import ConnectionLostError, RefusedError, RemoteProtocolError
-from isthmus.protocol.packing import pack, unpack
+from isthmus.protocol.encoding import pack, unpack
+from isthmus.protocol.tensor_codecs import Payload, Role, encode
+from isthmus.rpc.secure_stream import Traffic
 
 WIDTH, SHAPE = 4, (1, 2, 4)
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 from fuzz.target import Cursor, Target, block, scratch
 
-from isthmus.backbone.errors import IsthmusError
-from isthmus.cloud import state
+from isthmus.cloud.control import serve_state
+from isthmus.common.errors import IsthmusError
 
 
 @functools.cache
@@ -22,11 +22,11 @@ def _home() -> Path:
 
 def _run(data: bytes) -> None:
     script = Cursor(data)
-    (_home() / state.STATE_FILE).write_bytes(script.block())
+    (_home() / serve_state.STATE_FILE).write_bytes(script.block())
     answer = io.BytesIO(script.rest())
     with patch("urllib.request.urlopen", lambda *_, **__: answer):
         try:
-            found = state.read_status(_home())
+            found = serve_state.read_status(_home())
         except IsthmusError as error:
             str(error).encode(errors="backslashreplace")  # as standard error does
             return
@@ -50,7 +50,7 @@ def _seeds() -> Iterator[bytes]:
 TARGET = Target(
     _run,
     _seeds,
-    [state.read_status, state._read_state],
+    [serve_state.read_status, serve_state._read_state],
     floor=0.8,
     max_len=2048,
     words=[b'"pid": ', b'"metrics": ', b'"connection": ', b'"workers": ', b"null", b"\\ud800"],

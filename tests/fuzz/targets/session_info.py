@@ -11,9 +11,9 @@ from fuzz.target import Target
 from fuzz.targets.sessions import _check
 from support.wire import TENANT, session_info
 
-from isthmus.edge.fetch import _name
+from isthmus.common.errors import MessageError
+from isthmus.edge.client.fetch import _name
 from isthmus.protocol import messages
-from isthmus.protocol.errors import MessageError
 from isthmus.protocol.messages import SessionInfo
 
 

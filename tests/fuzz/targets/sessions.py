@@ -16,21 +16,22 @@ from fuzz.target import Cursor, Target, block, patched
 from support.examples import MESSAGES
 from support.wire import EDGE, NOW, ROOT, TENANT, WORKER, identity, new_cloud, new_edge, session_info
 
-from isthmus.protocol import handshake, session
-from isthmus.protocol.enrolment import Quota, Tenant
-from isthmus.protocol.errors import (
+from isthmus.common.errors import (
     FingerprintError,
     NotEnrolledError,
     RefusedError,
     RemoteProtocolError,
     VersionError,
 )
-from isthmus.protocol.framing import Direction
-from isthmus.protocol.handshake import ClientHandshake, ServerHandshake, Verdict
-from isthmus.protocol.keys import WorkerCertificate
+from isthmus.protocol import session
+from isthmus.protocol.encoding import pack
+from isthmus.protocol.enrolment import Quota, Tenant
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, SessionInfo
-from isthmus.protocol.packing import pack
+from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.framing import Direction
+from isthmus.protocol.secure.handshake import ClientHandshake, ServerHandshake, Verdict
+from isthmus.protocol.secure.keys import WorkerCertificate
 from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Oversized, Received, Refused
 
 REFUSALS = (RemoteProtocolError, VersionError, FingerprintError, NotEnrolledError, RefusedError)

@@ -14,14 +14,13 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, packed
 from support.wire import TENANT
 
-from isthmus.backbone.checkpoint import EDGE_FILE
+from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
 from isthmus.backbone.plan import SplitPlan
-from isthmus.cloud.adapters import MAX_INCOMING, AdapterStore, Compute, TenantAdapters, at_once
-from isthmus.emulator.errors import AdapterError
-from isthmus.emulator.plug import AdapterSummary
+from isthmus.cloud.session.tenant_adapters import MAX_INCOMING, AdapterStore, Compute, TenantAdapters, at_once
+from isthmus.common.errors import AdapterError, RemoteProtocolError
+from isthmus.emulator.package.plug_in import AdapterSummary
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import RemoteProtocolError
-from isthmus.protocol.packing import unpack
+from isthmus.protocol.encoding import unpack
 
 BOUND = 1 << 10
 

@@ -1,0 +1,110 @@
+"""From how many token positions on the bits of a call do not depend on what shares its pass: batch invariance.
+
+A product of matrices adds up each of its rows by itself, but in which order depends on the library, the processor, the
+shapes, the number of rows and that of threads (He et al. 2025, "Defeating nondeterminism in LLM inference"). From some
+number of rows on, it often does not: MKL's products in fp32, for one, are such from a few rows on, while those that
+oneDNN makes in bf16 with AMX are hardly ever. No library promises it, so it is measured, with the span's own linears.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from isthmus.backbone.split.span import FrozenSpan
+from isthmus.common.torch_threads import torch_threads
+
+SIZES = (5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of rows that are tried."""
+ROWS = 1031
+"""Rows of the product that they are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInvariance:
+    """What was measured, of outputs and of gradients to inputs.
+
+    Attributes:
+        rows: From so many rows on, a product has the bits of the same rows among others; None where that is not so.
+        threads: From so many rows on, it also has them with all of torch's threads; None where that is not so.
+    """
+
+    rows: int | None
+    threads: int | None
+
+    @property
+    def all_threads_from(self) -> float:
+        """Rows from which on all of torch's threads may be taken; any where there are no bits to keep anyway."""
+        if self.rows is None:
+            return 0
+        return math.inf if self.threads is None else self.threads
+
+
+def measure_batch_invariance(span: FrozenSpan, threads: int, threads_of_a_pass: int) -> BatchInvariance:
+    """Measure a span's linears, one of each kind and shape.
+
+    Args:
+        span: The span, where it computes.
+        threads: torch threads of a call that is alone.
+        threads_of_a_pass: torch threads of a pass that several calls share.
+    """
+    linears = {_shape(each): each for each in span.modules() if isinstance(each, (nn.Linear, Conv1D))}
+    generator = torch.Generator().manual_seed(0)
+    probes = [_Probe.of(each, span, generator) for each in linears.values()]
+    with torch_threads(threads_of_a_pass):
+        wanted = [probe.run(slice(ROWS)) for probe in probes]
+        rows = _smallest(lambda size: _agree(probes, wanted, size))
+    if threads == threads_of_a_pass or rows is None:
+        return BatchInvariance(rows, rows)
+    with torch_threads(threads):
+        return BatchInvariance(rows, _smallest(lambda size: _agree(probes, wanted, size)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    linear: nn.Linear | Conv1D
+    given: Tensor
+    upstream: Tensor
+
+    @classmethod
+    def of(cls, linear: nn.Linear | Conv1D, span: FrozenSpan, generator: torch.Generator) -> _Probe:
+        _, inner, outer = _shape(linear)
+        given, upstream = (torch.randn(ROWS, width, generator=generator) for width in (inner, outer))
+        return cls(linear, given.to(span.device, span.dtype), upstream.to(span.device, span.dtype))
+
+    def run(self, part: slice) -> tuple[Tensor, Tensor]:
+        """The output and the input's gradient for some of the rows."""
+        given = self.given[part].clone().requires_grad_()
+        output = self.linear(given[None])[0]
+        return output.detach(), *torch.autograd.grad(output, given, self.upstream[part])
+
+
+def _agree(probes: Sequence[_Probe], wanted: Sequence[tuple[Tensor, Tensor]], rows: int) -> bool:
+    return all(
+        torch.equal(ours, theirs[part])
+        for probe, both in zip(probes, wanted, strict=True)
+        for part in (slice(0, rows), slice(ROWS - rows, ROWS))
+        for ours, theirs in zip(probe.run(part), both, strict=True)
+    )
+
+
+def _smallest(agree: Callable[[int], bool]) -> int | None:
+    """The least of the sizes from which on all agree."""
+    found = None
+    for size in reversed(SIZES):
+        if not agree(size):
+            break
+        found = size
+    return found
+
+
+def _shape(linear: nn.Linear | Conv1D) -> tuple[type, int, int]:
+    """Kind, and widths of input and output."""
+    if isinstance(linear, Conv1D):  # GPT-2's kind of linear
+        return type(linear), linear.nx, linear.nf
+    return type(linear), linear.in_features, linear.out_features

@@ -1,0 +1,204 @@
+"""Several inputs of one span in one pass, whatever their lengths.
+
+All that a decoder layer does besides attention it does to each token position for itself, so the positions of all
+inputs stand in one row, and the weights are read once for them; attention alone looks at each input by itself. This is
+the selective batching of Orca (Yu et al. 2022, OSDI). Nothing is padded, and each input keeps its own mask and
+positions: transformers' base model makes the layers' arguments of them, one input at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from isthmus.backbone.families import family_of
+from isthmus.backbone.split.span import FrozenSpan, SpanInput, run_layers
+
+ATTENTION = "isthmus_packed_"
+"""Begins the names of attention implementations that also take several inputs in a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Sequences that attend alike: how many, how long, and their mask as the layers' attention takes it."""
+
+    batch: int
+    length: int
+    mask: Tensor | None
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.length
+
+
+class _Recorder(nn.Module):
+    """Stands in the place of a layer, and notes what it would be called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # not a child of it
+        signatures = (
+            inspect.signature(each.__dict__["forward"]) for each in type(layer).__mro__ if "forward" in vars(each)
+        )
+        self._signature = next(each for each in signatures if "hidden_states" in each.parameters)
+        self.noted: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Note, and hand on the hidden states."""
+        noted = self._signature.bind(self, *args, **kwargs).arguments
+        del noted["self"]
+        self.noted = {**noted.pop("kwargs", {}), **noted}
+        return noted["hidden_states"]
+
+
+class Packer:
+    """Runs a span over several inputs at once; several threads may call it.
+
+    Args:
+        span: The span, whose layers attend as before, but from now on also to several inputs in a row.
+    """
+
+    def __init__(self, span: FrozenSpan) -> None:
+        path = family_of(span.config).layers
+        self._layers: nn.ModuleList = getattr(span.base, path)
+        self._recorders = [_Recorder(layer) for layer in self._layers]
+        # The same model, with recorders in the place of its layers.
+        self._recording = copy.copy(span.base)
+        self._recording._modules = {**span.base._modules, path: nn.ModuleList(self._recorders)}
+        self._turn = threading.Lock()
+        attending = (config for m in self._layers.modules() if (config := getattr(m, "config", None)) is not None)
+        for config in {id(config): config for config in (span.base.config, *attending)}.values():
+            config._attn_implementation = _taking_several(config._attn_implementation)
+
+    def __call__(self, inputs: Sequence[SpanInput]) -> list[Tensor]:
+        """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
+
+        Outputs and gradients have the bits of a pass of each input by itself, where products of matrices add up a row
+        in the same order whatever the number of rows: see `batch_invariance.py`.
+        """
+        noted = [self._arguments(each) for each in inputs]
+        hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in noted])[None]
+        memo: dict[tuple[int, ...], Any] = {}
+        shapes = [each.hidden.shape[:2] for each in inputs]
+        for number, layer in enumerate(self._layers):
+            output = layer(hidden, **_merged([each[number] for each in noted], shapes, memo))
+            hidden = output[0] if isinstance(output, tuple) else output
+        parts = torch.split(hidden[0], [batch * length for batch, length in shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _arguments(self, each: SpanInput) -> list[dict[str, Any]]:
+        """What the base model would call each layer with for an input."""
+        with self._turn:
+            try:
+                run_layers(self._recording, each.hidden, each.attention_mask, each.position_ids)
+                return [recorder.noted for recorder in self._recorders]
+            finally:
+                for recorder in self._recorders:
+                    recorder.noted = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """In the place of an attention mask: the inputs' own."""
+
+    segments: Sequence[_Segment]
+
+
+def _merged(
+    noted: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any]
+) -> dict[str, Any]:
+    """One layer's arguments for all inputs; layers that share theirs share what is made of them."""
+    result = {}
+    for name in noted[0]:
+        if name == "hidden_states":
+            continue
+        values = [each[name] for each in noted]
+        key = (len(name), *map(id, values))
+        if key not in memo:
+            memo[key] = _together(name, values, shapes)
+        result[name] = memo[key]
+    return result
+
+
+def _together(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> Any:
+    if name == "attention_mask":
+        each = [_Segment(shape[0], shape[1], mask) for shape, mask in zip(shapes, values, strict=True)]
+        return _Segments(list(_joined(each)))
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat([_row(value, shape) for value, shape in zip(values, shapes, strict=True)])[None]
+    if isinstance(first, tuple):
+        return tuple(_together(name, part, shapes) for part in zip(*values, strict=True))
+    if any(isinstance(value, Tensor) or value != first for value in values):
+        raise ValueError(f"the layers' argument {name} differs between inputs, so they cannot share a pass")
+    return first
+
+
+def _row(value: Tensor, shape: torch.Size) -> Tensor:
+    """`[B or 1, S, ...]` as `[B · S, ...]`."""
+    return value.expand(shape[0], *value.shape[1:]).flatten(0, 1)
+
+
+def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
+    """Neighbours of one length without masks attend in one call."""
+    for (length, masked), run in groupby(segments, key=lambda each: (each.length, each.mask is not None)):
+        if masked:
+            yield from run
+        else:
+            yield _Segment(sum(each.batch for each in run), length, None)
+
+
+def _taking_several(inner: str) -> str:
+    """The name of the attention implementation that does what `inner` does, and also takes several inputs in a row."""
+    if inner.startswith(ATTENTION):
+        return inner
+    name = ATTENTION + inner
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            plain: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+            if not isinstance(attention_mask, _Segments):
+                return plain(module, query, key, value, attention_mask, **options)
+            return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
+
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
+
+
+def _attend(
+    plain: Callable[..., Any],
+    module: nn.Module,
+    states: tuple[Tensor, ...],
+    segments: Sequence[_Segment],
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention `[1, T, heads, d]` of query, key and value `[1, heads, T, d]`, each segment by itself."""
+    sizes = [segment.positions for segment in segments]
+    parts = (torch.split(each.transpose(1, 2)[0], sizes) for each in states)
+    outputs = []
+    for segment, *rows in zip(segments, *parts, strict=True):
+        heads = (each.unflatten(0, (segment.batch, segment.length)).transpose(1, 2) for each in rows)
+        outputs.append(plain(module, *heads, segment.mask, **options)[0].flatten(0, 1))
+    return torch.cat(outputs)[None]

@@ -1,0 +1,161 @@
+"""Sites: the linears and layers of the cloud that carry an adapter of the edge, as the edge sees them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.backbone.sites.bottleneck import BOTTLENECK, Bottleneck
+from isthmus.backbone.sites.low_rank import LOW_RANK, LowRankSite
+from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
+from isthmus.common.errors import UnsupportedCallError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One place inside the span where the edge adds something.
+
+    Attributes:
+        name: The module's name in the whole model, such as `model.layers.7.self_attn.q_proj`.
+        spec: Where it is, and where it runs.
+        module: What computes the contribution.
+    """
+
+    name: str
+    spec: SiteSpec
+    module: nn.Module
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer's index in the whole model."""
+        return self.spec.layer
+
+    @property
+    def part(self) -> str:
+        """The module's name inside the layer; empty for what stands behind the layer as a whole."""
+        return self.spec.part
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained here."""
+        if self.spec.placement == Placement.LENT:
+            return ()
+        return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of a token that the site is given, and that it adds."""
+        if isinstance(self.module, Bottleneck):
+            return self.module.down.in_features, self.module.down.in_features
+        if isinstance(self.module, LowRankSite):
+            return self.module.rank, self.module.rank
+        module: Any = self.module
+        base = module.get_base_layer() if is_peft_layer(module) else module
+        rows, columns = base.weight.shape
+        return (rows, columns) if hasattr(base, "nf") else (columns, rows)  # transformers' Conv1D is transposed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the contribution is computed."""
+        return next(self.module.parameters()).device
+
+    @property
+    def n_in(self) -> int | None:
+        """Width of what the contribution is computed of; None where the module does not say."""
+        if isinstance(self.module, Bottleneck):
+            return self.module.down.in_features
+        if isinstance(self.module, LowRankSite):
+            return self.module.rank
+        width = getattr(self.module, "in_features", None)  # PEFT's layers have it, as linears do
+        return width if isinstance(width, int) else None
+
+    def contribution(self, x: Tensor) -> Tensor:
+        """What is added to the output of the linear whose input is `x` `[B, S, in]`: `[B, S, out]`.
+
+        For a layer, `x` is its output `[B, S, h]`; for a low-rank site it is `A x`, and the answer goes through `B`.
+        """
+        if isinstance(self.module, Bottleneck):
+            return self.module.change(x)
+        return cast(Tensor, self.module(x))  # its base is a skeleton, which gives zeros
+
+
+def find_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> Iterator[Site]:
+    """The sites of a model, layer by layer, in the order of the real layer's modules.
+
+    Adapters that are switched off are none.
+
+    Args:
+        layers: The decoder layers of the edge's model.
+        path: Their path in the whole model, such as `model.layers`.
+        cloud: Indices of the layers that the cloud holds.
+
+    Raises:
+        UnsupportedCallError: An adapter is merged.
+    """
+    for index in cloud:
+        layer = layers[index]
+        for part, module in layer.named_modules():
+            if is_peft_layer(module) and _acts(module):
+                yield Site(f"{path}.{index}.{part}", SiteSpec(index, part), module)
+            elif isinstance(module, LowRankSite):
+                linear, basis = part.removesuffix(f".{LOW_RANK}"), Basis[module.init.upper()]
+                spec = SiteSpec(index, linear, Placement.LOW_RANK, module.rank, module.seed, basis)
+                yield Site(f"{path}.{index}.{linear}", spec, module)
+        block = getattr(layer, BOTTLENECK, None)
+        if isinstance(block, Bottleneck):
+            yield Site(f"{path}.{index}", SiteSpec(index, ""), block)
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped something here with an adapter."""
+    if "peft" not in sys.modules:  # nobody has wrapped anything, and the import takes seconds
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def adapters_of(module: Any) -> set[str]:
+    """Names of the adapters on a layer of PEFT, active or not."""
+    return {adapter for part in module.adapter_layer_names for adapter in getattr(module, part)}
+
+
+def _acts(module: Any) -> bool:
+    if module.merged:
+        raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
+    return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))
+
+
+def leased(site: Site, *, trained: bool = True) -> Site:
+    """The same site, its weights lent to the cloud instead; unless it is `trained`, it has no gradients.
+
+    Raises:
+        UnsupportedCallError: Its adapter is not a plain LoRA, of which one acts and drops nothing out.
+    """
+    module: Any = site.module
+    active = [adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())]
+    if type(module).__module__ != "peft.tuners.lora.layer" or len(active) != 1:
+        raise UnsupportedCallError(
+            f"{site.name} cannot be leased: the cloud runs plain LoRA, one at a site; place it on the edge"
+        )
+    if any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.lora_dropout.values()):
+        raise UnsupportedCallError(
+            f"{site.name} cannot be leased with dropout, whose masks are drawn on the edge: give lora_dropout=0, or "
+            "place it on the edge"
+        )
+    if module.lora_A[active[0]].bias is not None or module.lora_B[active[0]].bias is not None:
+        raise UnsupportedCallError(f"{site.name} cannot be leased with lora_bias=True: leave the bias out")
+    placement = Placement.LEASED if trained else Placement.LENT
+    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, placement), module)
+
+
+def lent_weights(site: Site) -> tuple[nn.Parameter, nn.Parameter, float]:
+    """`A` `[r, in]`, `B` `[out, r]` and the scale of a leased site."""
+    module: Any = site.module
+    (adapter,) = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])

@@ -1,0 +1,219 @@
+"""One pass through the span from the side of the edge: its sites' contributions, and what their gradients become.
+
+For each site the pass keeps a small graph, from the site's input to its contribution. The answers are kept as well,
+until the pass is over: a span that has to be computed again, because a connection broke or the cloud ran out of memory,
+gets the same ones, so dropout acts once and gradients are counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.backbone.sites.edge_sites import Site, lent_weights
+from isthmus.backbone.sites.site_spec import Placement, SiteSpec
+from isthmus.common.errors import NonFiniteError, PlanError
+from isthmus.common.finite import is_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The weights of a leased site, copied: `A` `[r, in]` and `B` `[out, r]`."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A site's input as a leaf, and its contribution, which holds the graph between the two if there is one."""
+
+    leaf: Tensor
+    contribution: Tensor
+    answer: Tensor | None = None  # the input's gradient, once it has been asked for
+    asked: bool = False
+
+
+class SiteCall:
+    """Answers for sites, by their numbers in `sites`; a `isthmus.backbone.runtime.site_host.Visitor`.
+
+    Attributes:
+        sites: The sites that are live in this pass.
+        specs: What the cloud is told of them and of the taps, in its numbering: sites first.
+        parameters: What is trained at them, each once.
+        lease: What is lent for this pass: the weights of sites on loan as they are at its beginning.
+        lease_key: Tells apart leases of other weights, or of the same after a step.
+        turn: Entered around whatever computes here; several passes may be on their way at a time.
+        tapped: What has come out of the taps, once the forward is over, `[B, S, h or width]` each.
+        closed: Whether the pass is over.
+
+    Args:
+        sites: The sites that are live in this pass.
+        keep: Whether a backward will follow.
+        taps: The taps of this pass.
+        summed: Whether a backward answers one gradient for all sites of a group, which saves traffic and adds up in
+            another order than a single process does.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], *, keep: bool, taps: Sequence[SiteSpec] = (), summed: bool = False
+    ) -> None:
+        self.sites = tuple(sites)
+        self.specs = (*(site.spec for site in sites), *taps)
+        self.lease = _lease(self.sites)
+        on_loan = (site for site in self.sites if site.spec.on_loan)
+        self.lease_key = tuple((id(p), p._version) for site in on_loan for p in lent_weights(site)[:2])
+        self.turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.tapped: tuple[Tensor, ...] = ()
+        self.parameters = tuple(dict.fromkeys(p for site in self.sites for p in site.parameters))
+        self.closed = False
+        self._keep = keep
+        self._summed = summed
+        self._kept: dict[int, _Kept] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    @property
+    def lent(self) -> list[nn.Parameter]:
+        """Of what is lent, what is trained: its gradients come back, `A` and `B` of each site in turn."""
+        trained = (site for site in self.sites if site.spec.placement == Placement.LEASED)
+        return [parameter for site in trained for parameter in lent_weights(site)[:2]]
+
+    def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> list[Tensor]:
+        """The contributions `[B, S, out]` of `sites` to `inputs` `[B, S, in]`; without them those of before.
+
+        Raises:
+            NonFiniteError: A contribution has NaN or infinity.
+            PlanError: A site was not answered before, there is no such site, or an input has another width.
+        """
+        given = inputs if inputs is not None else [None] * len(sites)
+        with self.turn():
+            return [self._contribution(number, x).detach() for number, x in zip(sites, given, strict=True)]
+
+    def backward(self, sites: Sequence[int], gradients: Sequence[Tensor], *, wanted: bool) -> list[Tensor | None]:
+        """The gradients `[B, S, in]` that the contributions' `gradients` `[B, S, out]` give the input.
+
+        The gradients of the parameters are added up on the way. Unless they are `wanted`, the answer is empty; with
+        `summed` it stands at the first site, and None at the others.
+
+        Raises:
+            NonFiniteError: A gradient has NaN or infinity.
+            PlanError: A site has not been answered in the forward, there is no such site, or a gradient has another
+                shape than its contribution.
+        """
+        answers: list[Tensor | None] = []
+        with self.turn():
+            for number, gradient in zip(sites, gradients, strict=True):
+                kept = self._known(number)
+                if not kept.asked:
+                    self._differentiate(number, kept, gradient, wanted=wanted)
+                answers.append(kept.answer)
+            if not wanted:
+                return []
+            return self._summed_up(sites, answers) if self._summed else answers
+
+    def take_back(self, gradients: Sequence[Tensor]) -> None:
+        """Take the gradients of what was lent: two for each leased site, as `lease` has them.
+
+        Raises:
+            PlanError: There are others.
+        """
+        lent = self.lent
+        if [each.shape for each in gradients] != [parameter.shape for parameter in lent]:
+            raise PlanError(f"{len(gradients)} gradients came back for {len(lent)} matrices that were lent")
+        for parameter, gradient in zip(lent, gradients, strict=True):
+            if parameter.requires_grad:
+                self._add(parameter, gradient.to(parameter))
+
+    def gradients(self) -> list[Tensor | None]:
+        """What the backward has given the parameters, in the order of `parameters`."""
+        return [self._gradients.get(parameter) for parameter in self.parameters]
+
+    def close(self) -> None:
+        """The pass is over: forget what was kept for it."""
+        self._kept.clear()
+        self.closed = True
+
+    def _contribution(self, number: int, x: Tensor | None) -> Tensor:
+        known = self._kept.get(number)
+        if known is not None:
+            return known.contribution
+        if x is None:
+            raise PlanError(f"site {number} was asked for its contribution again and never gave one")
+        site = self._site(number)
+        if x.shape[-1] != (site.n_in or x.shape[-1]):
+            raise PlanError(
+                f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {site.n_in} wide"
+            )
+        leaf = x.detach().to(site.device).requires_grad_(self._keep)
+        with torch.set_grad_enabled(self._keep):
+            contribution = site.contribution(leaf)
+        _check(contribution, site, "contribution")
+        self._kept[number] = _Kept(leaf, contribution)
+        return contribution
+
+    def _differentiate(self, number: int, kept: _Kept, gradient: Tensor, *, wanted: bool) -> None:
+        site = self._site(number)
+        if gradient.shape != kept.contribution.shape:
+            raise PlanError(
+                f"a gradient of shape {list(gradient.shape)} came for site {number}, whose contribution has shape "
+                f"{list(kept.contribution.shape)}"
+            )
+        parameters = site.parameters
+        inputs = (kept.leaf, *parameters) if wanted else parameters
+        if inputs and kept.contribution.requires_grad:
+            given = gradient.to(kept.contribution)
+            found = list(torch.autograd.grad(kept.contribution, inputs, given, allow_unused=True))
+            if wanted:
+                kept.answer = found.pop(0)
+            for parameter, value in zip(parameters, found, strict=True):
+                if value is not None:
+                    self._add(parameter, value)
+        if wanted and kept.answer is None:
+            kept.answer = torch.zeros_like(kept.leaf)
+        if kept.answer is not None:
+            _check(kept.answer, site, "gradient")
+        kept.asked = True
+
+    def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
+        before = self._gradients.get(parameter)
+        self._gradients[parameter] = value if before is None else before + value
+
+    def _summed_up(self, sites: Sequence[int], answers: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One gradient for all sites whose input is the group's own, at the first of them."""
+        alike = [i for i, number in enumerate(sites) if self._site(number).spec.placement == Placement.EDGE]
+        result = list(answers)
+        if len(alike) > 1:
+            result[alike[0]] = torch.stack([answer for i in alike if (answer := answers[i]) is not None]).sum(0)
+            for i in alike[1:]:
+                result[i] = None
+        return result
+
+    def _known(self, number: int) -> _Kept:
+        if number not in self._kept:
+            raise PlanError(f"a gradient came for site {number}, which has not contributed")
+        return self._kept[number]
+
+    def _site(self, number: int) -> Site:
+        if not 0 <= number < len(self.sites):
+            raise PlanError(f"there is no site {number} among {len(self.sites)}")
+        return self.sites[number]
+
+
+def _lease(sites: Sequence[Site]) -> tuple[Lent, ...]:
+    """Copies: a call that is repeated gets what it was begun with."""
+    weights = [lent_weights(site) for site in sites if site.spec.on_loan]
+    return tuple(Lent(down.detach().clone(), up.detach().clone(), scale) for down, up, scale in weights)
+
+
+def _check(tensor: Tensor, site: Site, what: str) -> None:
+    if not is_finite(tensor):
+        raise NonFiniteError(
+            f"the {what} of {site.name} holds NaN or infinity: lower the learning rate, or look for bad values in the "
+            "adapter"
+        )

@@ -1,0 +1,348 @@
+"""The commands of the model owner: `isthmus cloud keygen | enroll | quantize | serve | status`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from isthmus.cloud.bounds import Bounds
+from isthmus.protocol.limits import Pace
+
+app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
+
+Home = Annotated[Path, typer.Option("--home", help="Folder of the cloud's keys, enrolments and state.")]
+DEFAULT_HOME = Path("~/.isthmus/cloud")
+BOUNDS = Bounds()
+
+
+@app.command()
+def keygen(
+    home: Home = DEFAULT_HOME,
+    days: Annotated[int, typer.Option(min=1, help="Days until the worker's certificate expires.")] = 90,
+) -> None:
+    """Make the root key (once) and a worker's key with a certificate; run again to renew the latter.
+
+    Keep root_key offline afterwards: a worker needs only worker_key and worker_cert.
+
+    Example: isthmus cloud keygen
+    """
+    from isthmus.common.errors import KeyFileError
+    from isthmus.protocol.secure.keyfiles import check_folder, make_folder
+    from isthmus.protocol.secure.keys import generate_root, issue_worker, load_worker
+
+    folder = home.expanduser()
+    make_folder(folder)  # before anything is looked for in a place where this user may not look
+    check_folder(folder)
+    if not (folder / "root_key").exists():
+        if (folder / "worker_cert").exists():
+            raise KeyFileError(
+                f"{folder} has a worker's certificate but not the root_key that signed it, and a new one would lock "
+                "every edge out: bring root_key back to renew the certificate, or choose another --home"
+            )
+        generate_root(folder)
+    issue_worker(folder, days)
+    typer.echo(f"root key     {folder / 'root_key'} (keep it offline)")
+    typer.echo(f"worker key   {folder / 'worker_key'} (certificate good for {days} days)")
+    typer.echo(f"fingerprint  {load_worker(folder).pin}")
+
+
+@app.command()
+def enroll(
+    public_key: Annotated[Path, typer.Argument(help="The edge's public key file, as `isthmus edge keygen` makes it.")],
+    home: Home = DEFAULT_HOME,
+    name: Annotated[str | None, typer.Option(help="The tenant's name; by default the key's comment.")] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions that the tenant may have open at once.")] = 4,
+    max_bytes_in_flight: Annotated[
+        str, typer.Option(help="Bytes of calls that the tenant may have in flight.")
+    ] = "1GiB",
+    weight: Annotated[
+        int, typer.Option(min=1, help="The tenant's share of the computing against the others', where all want more.")
+    ] = 1,
+    max_tokens_per_second: Annotated[
+        int | None, typer.Option(min=1, help="Token positions that the tenant may have computed, on average.")
+    ] = None,
+) -> None:
+    """Let an edge in: add its public key to `authorized_edges`. A running cloud notices by itself.
+
+    Example: isthmus cloud enroll alice.pub --name alice --max-sessions 2 --weight 3
+    """
+    from isthmus.protocol.enrolment import Quota, add_line, parse_size
+    from isthmus.protocol.secure.keyfiles import read_text
+
+    line = read_text(public_key.expanduser(), "ask the data owner for the .pub file that `isthmus edge keygen` made")
+    quota = Quota(max_sessions, parse_size(max_bytes_in_flight), weight, max_tokens_per_second)
+    tenant = add_line(home.expanduser() / "authorized_edges", line, name, quota)
+    typer.echo(f"enrolled {tenant.name} {tenant.fingerprint}")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A name (smollm2-135m), a local folder, a GGUF file, a hub id, or what `isthmus cloud quantize` wrote."
+        ),
+    ],
+    home: Home = DEFAULT_HOME,
+    edge_layers: Annotated[
+        str | None, typer.Option(help="How many of the first and of the last layers the edge holds; by default 2:2.")
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(help="Address of the data plane, host:port; port 0 takes a free one.")
+    ] = "127.0.0.1:7443",
+    advertise: Annotated[
+        str | None, typer.Option(help="Host that edges are told; by default the one of --listen.")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Address of /metrics and /status, host:port; empty for none.")
+    ] = "127.0.0.1:9464",
+    dtype: Annotated[str | None, typer.Option(help="What the span computes in: fp32 or bf16; by default fp32.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="How the span's weights are held: none, int8 or nf4; by default none.")
+    ] = None,
+    stash_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Each worker's memory for forward states that wait for their backward; by default a quarter of what "
+            "the machine leaves beside the weights, 2GiB at most."
+        ),
+    ] = None,
+    compute_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Each worker's memory for calls while they are computed, and as much again for calls that have "
+            "paused; a call that needs more by itself is refused, others wait. By default a quarter of what the "
+            "machine leaves beside the weights."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Largest batch x sequence of one call. A call is never interrupted, so the largest one is what other "
+            "tenants may have to wait for.",
+        ),
+    ] = 1 << 13,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each worker's computation; by default its share of the cores.")
+    ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the calls that wait make needful."),
+    ] = "1",
+    pipeline: Annotated[
+        int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
+    ] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster to join; by default Ray starts here.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight get on SIGTERM.")] = 30.0,
+    connection_file: Annotated[Path | None, typer.Option(help="File to write the connection string to.")] = None,
+    emulator: Annotated[
+        Path | None, typer.Option(help="A package (`isthmus emulator build`) that edges may fetch and tune on.")
+    ] = None,
+    sites: Annotated[
+        bool, typer.Option(help="Let edges put adapters inside the layers served, which shows them what is inside.")
+    ] = True,
+    batching: Annotated[
+        Literal["on", "off"], typer.Option(help="Compute the calls of several edges in one pass.")
+    ] = "on",
+    device: Annotated[
+        str, typer.Option(help="Where the span computes: cpu, or cuda, with a GPU for each worker or stage.")
+    ] = "cpu",
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of an outer TLS layer.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="CA (PEM) that edges' TLS certificates must come from.")
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections that each worker takes; an edge has one for each of its sessions.")
+    ] = BOUNDS.max_connections,
+    max_streams: Annotated[
+        int, typer.Option(min=1, help="gRPC calls that each worker takes at once; a session is one, open or half open.")
+    ] = BOUNDS.max_streams,
+    max_connection_streams: Annotated[
+        int, typer.Option(min=1, help="gRPC calls of one connection: a proxy may put many edges on one.")
+    ] = BOUNDS.max_connection_streams,
+    max_half_open: Annotated[
+        int, typer.Option(min=1, help="gRPC calls whose peer is not authenticated yet; each can hold about 2 MiB.")
+    ] = BOUNDS.max_half_open,
+    max_half_open_per_host: Annotated[
+        int,
+        typer.Option(min=1, help="The same of one host, of IPv6 the first 64 bits; edges may share one."),
+    ] = BOUNDS.max_half_open_per_host,
+    handshake_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a peer must be authenticated.")
+    ] = BOUNDS.handshake_seconds,
+    stream_window: Annotated[
+        str,
+        typer.Option(help="Bytes that an edge may send ahead; more is faster where a round trip is long."),
+    ] = "1MiB",
+    stall_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a message may take beside what its bytes take at --least-rate.")
+    ] = BOUNDS.pace.stall_seconds,
+    least_rate: Annotated[
+        str, typer.Option(help="Bytes a second that an edge must send of a message, and take of an answer.")
+    ] = "16KiB",
+    message_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a message, or taking an answer, may last, whatever its size.")
+    ] = BOUNDS.pace.message_seconds,
+    pings_per_minute: Annotated[
+        int, typer.Option(min=1, help="Pings that a session is answered; an edge sends one at the end of a run.")
+    ] = BOUNDS.pings_per_minute,
+    max_session_age: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds until a session ends, between two calls; the edge opens another."),
+    ] = BOUNDS.max_session_age,
+) -> None:
+    """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
+
+    Example: isthmus cloud serve --model smollm2-135m --edge-layers 2:2 --listen 127.0.0.1:7443
+    """
+    from isthmus.common.errors import ConfigError
+    from isthmus.protocol.enrolment import parse_size
+
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
+    if tls_client_ca is not None and tls_cert is None:
+        raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    from isthmus.cloud.control.supervisor import serve as run
+
+    answered = run(
+        model,
+        home=home.expanduser(),
+        edge_layers=edge_layers,
+        listen=listen,
+        advertise=advertise,
+        metrics=metrics,
+        dtype=dtype,
+        quantize=quantize,
+        stash_bytes=None if stash_bytes is None else parse_size(stash_bytes),
+        compute_bytes=None if compute_bytes is None else parse_size(compute_bytes),
+        max_tokens=max_tokens,
+        threads=threads,
+        workers=workers,
+        pipeline=pipeline,
+        address=address,
+        grace=grace,
+        connection_file=connection_file,
+        emulator=emulator,
+        sites=sites,
+        batching=batching == "on",
+        device=device,
+        tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
+        bounds=Bounds(
+            max_connections=max_connections,
+            max_streams=max_streams,
+            max_connection_streams=max_connection_streams,
+            max_half_open=max_half_open,
+            max_half_open_per_host=max_half_open_per_host,
+            handshake_seconds=handshake_seconds,
+            stream_window=parse_size(stream_window),
+            pace=Pace(stall_seconds, parse_size(least_rate), message_seconds),
+            pings_per_minute=pings_per_minute,
+            max_session_age=max_session_age,
+        ),
+        ready=typer.echo,
+    )
+    if not answered:
+        typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
+        raise typer.Exit(UNANSWERED)
+
+
+UNANSWERED = 60  # documented in docs/exit-codes.md
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; what `serve --model` is then given.")],
+    to: Annotated[str, typer.Option("--quantize", help="How the span's weights are held: int8 or nf4.")] = "nf4",
+    edge_layers: Annotated[
+        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
+    ] = "2:2",
+    dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a model's middle layers in fewer bits, with the edge's parts: all that `serve` needs of the model.
+
+    Example: isthmus cloud quantize --model smollm2-135m --quantize nf4 --out smollm2-nf4
+    """
+    from isthmus.backbone.checkpoints.sources import resolve
+    from isthmus.backbone.checkpoints.span_format import check_dtype
+    from isthmus.backbone.checkpoints.weight_quantization import quantizer_of
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.backbone.split.saved_span import save_span
+    from isthmus.common.errors import ConfigError
+
+    quantizer = quantizer_of(to)
+    if quantizer is None:
+        raise ConfigError("--quantize none leaves nothing to write: serve the model itself, or choose int8 or nf4")
+    check_dtype(dtype)
+    checkpoint = resolve(model)
+    plan = SplitPlan.parse(edge_layers, checkpoint.n_layers)
+    size, dense = save_span(checkpoint, plan, out.expanduser(), dtype=dtype, quantizer=quantizer)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    **{"out": str(out), "model": checkpoint.name, "plan": str(plan), "dtype": dtype, "quantize": to},
+                    **{"span_bytes": size, "dense_bytes": dense},
+                }
+            )
+        )
+        return
+    typer.echo(
+        f"{out}: layers {plan.cloud} of {checkpoint.name} as {to}, {size / 2**20:.1f} MiB of memory instead of "
+        f"{dense / 2**20:.1f} in {dtype}"
+    )
+
+
+@app.command()
+def status(
+    home: Home = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, also while the cloud is away.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds from one look to the next, with --watch.")] = 1.0,
+) -> None:
+    """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
+
+    Example: isthmus cloud status --watch
+    """
+    from isthmus.cloud.control.serve_state import read_status
+
+    folder = home.expanduser()
+    if as_json:
+        typer.echo(json.dumps(read_status(folder)))
+        while watch:
+            time.sleep(every)
+            typer.echo(json.dumps(_next_status(folder)))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from isthmus.cloud.control.status_view import view
+
+    shown = view(read_status(folder))
+    if not watch:
+        Console().print(shown)
+        return
+    with Live(shown, auto_refresh=False) as live:
+        while True:
+            time.sleep(every)
+            live.update(view(_next_status(folder)), refresh=True)
+
+
+def _next_status(home: Path) -> dict[str, Any]:
+    """The status of a cloud that has answered before: where it does not now, that and why."""
+    from isthmus.cloud.control.serve_state import read_status
+    from isthmus.common.errors import UnreachableError
+
+    try:
+        return read_status(home)
+    except UnreachableError as error:
+        return {"state": "unreachable", "error": str(error), "workers": []}

@@ -1,0 +1,317 @@
+"""The model owner's commands for emulators: `isthmus emulator sample | build | verify | sign | plug`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.common.interrupt import interruptible
+from isthmus.common.terminal import printable
+
+if TYPE_CHECKING:
+    from isthmus.emulator.package.package import Package
+
+app = typer.Typer(
+    help="Give data owners a lossy stand-in for the middle layers, and plug in what they tuned on it.",
+    no_args_is_help=True,
+)
+
+DEFAULT_HOME = Path("~/.isthmus/cloud")
+_LAST_DATE = 253_402_300_799  # the year 9999
+
+Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
+Home = Annotated[Path, typer.Option("--home", help="The cloud's folder with worker_key and worker_cert, which sign.")]
+PackagePath = Annotated[Path, typer.Option("--package", help="The package's folder.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or auto for a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The new .jsonl file, one text a line.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at least.")] = 200_000,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text at most.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Let the model write text itself, to choose layers by and to distil on where there is no public text.
+
+    Ctrl-C keeps what is written by then.
+
+    Example: isthmus emulator sample --model smollm2-135m --tokens 200000 --out public.jsonl
+    """
+    from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+    from isthmus.common.errors import ConfigError
+    from isthmus.common.files import disk_errors
+
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists and is not overwritten: move it away, or give another --out")
+    if out.suffix.lower() != ".jsonl":
+        raise ConfigError(f"{out} would be taken for plain text: give an --out that ends in .jsonl")
+    from isthmus.emulator.distill.sampled_text import write_sample
+    from isthmus.emulator.package.build import pick_device
+    from isthmus.emulator.package.plug_in import load_whole
+
+    place = pick_device(device)
+    checkpoint = resolve(model)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    whole = load_whole(checkpoint).to(place)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    with interruptible():
+        n_texts = write_sample(out, whole, tokenizer, tokens, seed=seed, batch=batch, length=length)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "texts": n_texts}))
+    else:
+        typer.echo(f"{out} has {n_texts} texts that {checkpoint.name} wrote")
+
+
+@app.command()
+def build(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
+    adapter_layers: Annotated[
+        str, typer.Option(help="How many of the first and of the last layers the data owner tunes.")
+    ] = "2:2",
+    keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="uniform, importance, crash or crash-drop; then +bridged (not with crash), then +lowrank:F, then "
+            "+int8 or +int4."
+        ),
+    ] = "uniform",
+    licence: Annotated[
+        str, typer.Option(help="What may be done with the package; the data owner reads it.")
+    ] = "not stated; ask the model's owner",
+    home: Home = DEFAULT_HOME,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public text (.txt, or .jsonl with `text`) to choose layers and to fit bridges by; "
+            "default: --distill's."
+        ),
+    ] = None,
+    distill: Annotated[Path | None, typer.Option(help="Public text to distil on; without it, no distillation.")] = None,
+    distill_steps: Annotated[int, typer.Option(min=1, help="Steps of the distillation.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 256,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak of AdamW's learning rate.")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 20,
+    mse_weight: Annotated[float, typer.Option(min=0, help="Weight of the error of the hidden states.")] = 30.0,
+    lm_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the language model's loss; 0 is much faster.")
+    ] = 1.0,
+    precision: Annotated[str, typer.Option(help="What the distillation computes in: fp32 or bf16.")] = "fp32",
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the distillation.")] = 100,
+    figure: Annotated[
+        Path | None, typer.Option(help="PNG to draw the losses of the distillation to (needs matplotlib).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the blocks.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Build an emulator of a model's middle and write it, with the edge's parts, as a signed package.
+
+    An interrupted distillation goes on when the same command is repeated; its state lies in OUT.distill.
+
+    Example: isthmus emulator build --model smollm2-135m --keep 0.5 --method importance+bridged --distill public.txt
+    --licence "tuning only" --out package
+    """
+    from isthmus.backbone.checkpoints.sources import resolve
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.emulator.compress.recipe import Recipe
+    from isthmus.emulator.distill.distillation import DistillConfig
+    from isthmus.emulator.package.build import BuildConfig, build_package, check_free
+
+    recipe = Recipe.parse(method, keep)
+    check_free(out)
+    options = None
+    if distill is not None:
+        options = DistillConfig(
+            steps=distill_steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            mse_weight=mse_weight,
+            lm_weight=lm_weight,
+            seed=seed,
+            save_every=save_every,
+            precision=precision,
+        )
+    checkpoint = resolve(model)
+    config = BuildConfig(
+        plan=SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers),
+        recipe=recipe,
+        licence=licence,
+        home=home.expanduser(),
+        out=out,
+        length=length,
+        text=text,
+        distil_text=distill,
+        distil=options,
+        figure=figure,
+        device=device,
+    )
+    with interruptible():
+        package = build_package(checkpoint, config)
+    _show(package, as_json)
+
+
+@app.command()
+def verify(
+    package: PackagePath,
+    signer: Annotated[
+        str | None,
+        typer.Option(help="Fingerprint SHA256:… of the root key that must stand behind it, or a connection string."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a package's signature and every file of it, and show what it says about itself.
+
+    Example: isthmus emulator verify --package package --signer SHA256:…
+    """
+    from isthmus.emulator.package.package import open_package
+    from isthmus.protocol.secure.keys import Fingerprint
+
+    pin = None if signer is None else Fingerprint.parse(signer.rpartition("#")[2])
+    _show(open_package(package, signer=pin), as_json)
+
+
+@app.command()
+def sign(
+    package: PackagePath,
+    protection: Annotated[
+        Path | None, typer.Option(help="Scores measured with it (`isthmus emulator table --json`); else the old ones.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a package anew, with the figures of what it gives away. Do it before handing it out: its id changes.
+
+    Example: isthmus emulator sign --package package --protection table.json
+    """
+    from isthmus.emulator.package.package import sign_package
+    from isthmus.protocol.secure.keys import load_worker
+
+    rows = None if protection is None else _rows(protection)
+    _show(sign_package(package, load_worker(home.expanduser()), rows), as_json)
+
+
+@app.command()
+def plug(
+    model: Model,
+    package: PackagePath,
+    adapter: Annotated[Path, typer.Option(help="The adapter that the data owner tuned on the package.")],
+    out: Annotated[Path, typer.Option(help="Where the model with the adapter goes; a new folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a returned adapter, plug it into the full model, and write the result as a model of its own.
+
+    A bottleneck adapter or a learned prompt stays an adapter, with a reference to the model beside it.
+
+    Example: isthmus emulator plug --model smollm2-135m --package package --adapter run/adapter --out tuned
+    """
+    from isthmus.backbone.checkpoints.sources import resolve
+    from isthmus.backbone.split.span import load_span
+    from isthmus.common.errors import ConfigError
+    from isthmus.emulator.package.package import open_package
+    from isthmus.emulator.package.plug_in import check_adapter, export_plugged, plug_in
+    from isthmus.emulator.package.verification import check_package_fits
+
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists and is not overwritten: move it away, or give another --out")
+    opened = open_package(package)
+    checkpoint = resolve(model)
+    check_package_fits(opened.manifest, checkpoint)
+    summary = check_adapter(adapter, opened, opened.folder, opened.plan)
+    attention = opened.manifest.attn_implementation
+    span = load_span(checkpoint, opened.plan, attn_implementation=attention)
+    plug_in(adapter, opened.checkpoint, opened.plan, span, attn_implementation=attention)
+    del span
+    kind = export_plugged(adapter, checkpoint, opened.plan, out)
+    if as_json:
+        typer.echo(
+            json.dumps({"out": str(out), "kind": kind, "method": summary.method, "parameters": summary.n_params})
+        )
+    elif kind == "model":
+        typer.echo(f"{out} is {checkpoint.name} with the adapter ({summary.method}) in its weights")
+    else:
+        typer.echo(
+            f"{out} has the adapter and names {checkpoint.name}: "
+            f"{summary.method} is no part of the architecture, so it cannot be put into the weights"
+        )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table of scores: a list, or an object with the list under `runs`."""
+    from isthmus.common.errors import DataError
+
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read as JSON ({error}): give what `emulator table --json` printed"
+        ) from error
+    rows = table.get("runs") if isinstance(table, dict) else table
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} has no list of runs: give what `emulator table --json` printed")
+    return rows
+
+
+def _show(package: Package, as_json: bool) -> None:
+    """Print a package's manifest."""
+    manifest = package.manifest
+    if as_json:
+        said = manifest.model_dump(mode="json") | {
+            "package": str(package.folder),
+            "id": package.id,
+            "signer": str(package.signer),
+            "share_of_parameters": manifest.share_of_parameters,
+            "share_of_bytes": manifest.share_of_bytes,
+        }
+        typer.echo(json.dumps(said))
+        return
+    from datetime import UTC, datetime
+
+    layers = ", ".join(map(str, manifest.layers))
+    lines = {
+        "package": package.folder,
+        "id": package.id,
+        "signer": package.signer,
+        "signed": f"{datetime.fromtimestamp(min(manifest.created, _LAST_DATE), UTC):%Y-%m-%d %H:%M} UTC",
+        "model": f"{manifest.model} ({manifest.family}), digest {manifest.digest[:16]}",
+        "adapter layers": f"{manifest.plan} of {manifest.n_layers}",
+        "emulator": f"{manifest.recipe}, keeps {manifest.keep:g} of the middle: layers {layers}",
+        "gives away": f"{manifest.share_of_parameters:.1%} of the middle's parameters, "
+        f"{manifest.share_of_bytes:.1%} of its bytes",
+        "edge's parts": f"{manifest.edge_params:,} parameters",
+        "distilled": "no",
+        "licence": manifest.licence or "(none stated)",
+    }
+    if manifest.distilled is not None:
+        done = manifest.distilled
+        lines["distilled"] = (
+            f"{done.steps} steps, {done.tokens:,} tokens, relative error {done.error_before:.4g} -> "
+            f"{done.error_after:.4g}"
+        )
+    if not manifest.protection:
+        lines["protection"] = "not measured"
+    for name, value in lines.items():
+        typer.echo(f"{name:16} {printable(str(value))}")
+    for row in manifest.protection:
+        typer.echo(
+            f"{'protection':16} {printable(row.task)} ({printable(row.metric)}): plug-in {row.plug_in:.4g}, "
+            f"thief {row.thief:.4g}, untuned {row.full_zero_shot:.4g}; recovered {_share(row.plug_in_recovery)} by "
+            f"plug-in, {_share(row.thief_recovery)} by a thief (seeds: {row.seeds})"
+        )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,116 @@
+"""The data owner's commands for emulators: `isthmus emulator fetch | tune | return`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.common.interrupt import interruptible
+from isthmus.edge.config.flags import ConfigFile, run_to_its_end, with_flags
+from isthmus.edge.config.training_config import DEFAULT_KEY, TrainConfig, TuneConfig, load_config
+
+if TYPE_CHECKING:
+    from isthmus.edge.client.link import Link
+
+app = typer.Typer(no_args_is_help=True)
+
+Cloud = Annotated[str, typer.Option(help="Connection string, or the path of a file that holds it.")]
+Key = Annotated[Path, typer.Option(help="The edge's private key.")]
+TlsCa = Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")]
+TlsCert = Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def fetch(
+    cloud: Cloud,
+    out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
+    key: Key = DEFAULT_KEY,
+    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched at most.")] = 64.0,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the package that a cloud offers, verified by the fingerprint in its connection string.
+
+    An interrupted download goes on when the same command is repeated; what has come lies in OUT.part.
+
+    Example: isthmus emulator fetch --cloud cloud.txt --out package
+    """
+    with _session(cloud, key, tls_ca, tls_cert, tls_key, max_fetch_gib) as link:
+        package = link.fetch_package(out)
+        came = link.totals().bytes_down
+    if as_json:
+        said = {"package": str(out), "id": package.id, "model": package.model, "digest": package.digest}
+        typer.echo(json.dumps(said | {"plan": str(package.plan), "signer": str(package.signer), "bytes_down": came}))
+        return
+    typer.echo(f"package  {out} ({package.model}, {package.manifest.recipe}, split {package.plan})")
+    typer.echo(f"id       {package.id}")
+    typer.echo(f"signer   {package.signer}")
+
+
+@app.command()
+@with_flags(TuneConfig)
+def tune(
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
+    **flags: Any,
+) -> None:
+    """Tune adapters on your data and an emulator of the model's middle layers; nothing connects to anywhere.
+
+    Ends with the adapter's folder (OUT/adapter), which goes back to the model's owner, and OUT/report.json.
+
+    Example: isthmus emulator tune --package package --data tickets.jsonl --steps 200 --out run
+    """
+    settings = load_config(config, flags, TuneConfig)
+    from isthmus.edge.emulator_run import run_tuning
+
+    run_to_its_end(lambda: run_tuning(settings), settings.out, as_json=as_json)
+
+
+@app.command("return")
+def give_back(
+    cloud: Cloud,
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder, OUT/adapter of the tuning.")],
+    key: Key = DEFAULT_KEY,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a tuned adapter to the cloud, which checks it and plugs it into the full model, for you alone.
+
+    An interrupted upload goes on when the same command is repeated.
+
+    Example: isthmus emulator return --cloud cloud.txt --adapter run/adapter
+    """
+    with _session(cloud, key, tls_ca, tls_cert, tls_key) as link:
+        said = link.return_adapter(adapter)
+        went = link.totals().bytes_up
+    typer.echo(json.dumps({"message": said, "bytes_up": went}) if as_json else said)
+
+
+@contextmanager
+def _session(
+    cloud: str,
+    key: Path,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    max_fetch_gib: float | None = None,
+) -> Iterator[Link]:
+    """A link for a command that may be interrupted and repeated."""
+    tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+    flags = {"cloud": cloud, "key": key, "data": "-", "max_fetch_gib": max_fetch_gib, **tls}
+    settings = load_config(None, flags, TrainConfig)
+    from isthmus.edge.cloud_link import open_link
+
+    with interruptible("stopped; the same command goes on from here"), open_link(settings) as link:
+        yield link

@@ -1,0 +1,136 @@
+"""The command `isthmus plan`: what each way of training costs over a link, before anything is set up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from isthmus.common.readable import lines
+
+if TYPE_CHECKING:
+    from isthmus.planner.model_facts import ModelFacts
+    from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
+
+Speed = Annotated[
+    Path | None,
+    typer.Option(help="A file that `isthmus plan --probe --json` wrote; by default this machine is measured."),
+]
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")] = (
+        "smollm2-135m"
+    ),
+    link: Annotated[str, typer.Option(help="Rate and round-trip time: 100mbit,50ms or 12.5MB/s,20ms; or local.")] = (
+        "local"
+    ),
+    edge_layers: Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")] = (
+        "2:2"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
+    seq: Annotated[int, typer.Option(min=2, help="Token positions of a sequence.")] = 128,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    target_modules: Annotated[
+        str, typer.Option(help="Linears that carry adapters, comma-separated; by default PEFT's usual ones.")
+    ] = "",
+    codec: Annotated[
+        str, typer.Option(help="Codec of the wire: one, forward,backward, or direction=codec for each.")
+    ] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Of the edge's weights: fp32 or bf16.")] = "fp32",
+    cloud_dtype: Annotated[str, typer.Option(help="Of the cloud's weights: fp32 or bf16.")] = "fp32",
+    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
+    edge_speed: Speed = None,
+    cloud_speed: Speed = None,
+    live_share: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the sites' traffic that kill-and-revive leaves.")
+    ] = 0.15,
+    taps: Annotated[int, typer.Option(min=1, help="Taps of a ladder side network.")] = 8,
+    tap_width: Annotated[
+        int | None, typer.Option(min=1, help="Width of a tap; by default that of the hidden states.")
+    ] = None,
+    emulator_keep: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the cloud's layers that an emulator keeps.")
+    ] = 0.5,
+    summed: Annotated[bool, typer.Option(help="One gradient per input of the edge's sites, not one per site.")] = False,
+    own_layers: Annotated[bool, typer.Option(help="Adapt the edge's layers beside the cloud's.")] = False,
+    goal: Annotated[
+        Literal["quality", "speed", "privacy"], typer.Option(help="What the recommendation is for.")
+    ] = "quality",
+    probe: Annotated[bool, typer.Option("--probe", help="Only measure this machine, for another's plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict step time, bytes, memory and FLOPs of every way of training over a link, and recommend one.
+
+    Only the model's configuration is used. This machine's speed is measured with the model's shapes, which takes some
+    seconds for a small model. The cloud counts as a machine like this one unless its speed is given.
+
+    Example: isthmus plan --model smollm2-135m --link 100mbit,50ms --json
+
+    With the cloud's own speed: run `isthmus plan --probe --json > cloud.json` there, with --dtype bf16 if that is what
+    it computes in, then here: isthmus plan --link 100mbit,50ms --cloud-speed cloud.json
+    """
+    from isthmus.backbone.checkpoints.sources import resolve
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.edge.codecs.wire_codecs import StripCodecs
+    from isthmus.planner.cost_model import PlanSettings, predict
+    from isthmus.planner.link_spec import LinkSpec
+    from isthmus.planner.model_facts import ModelFacts
+    from isthmus.planner.plan_report import assumptions, recommend, rows, table
+    from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
+
+    where = LinkSpec.parse(link)
+    config = resolve(model).config
+    facts = ModelFacts.of(config, rank, target_modules.split(",") if target_modules else None)
+    here = ProbeSettings(batch, seq, rank, dtype, threads)
+    if probe:
+        _print_speed(_measure(config, facts, here), as_json)
+        return
+    settings = PlanSettings(
+        SplitPlan.parse(edge_layers, facts.n_layers),
+        batch,
+        seq,
+        StripCodecs.parse(codec),
+        rank=rank,
+        live_share=live_share,
+        taps=taps,
+        tap_width=tap_width,
+        emulator_keep=emulator_keep,
+        summed=summed,
+        own_layers=own_layers,
+    )
+    edge = _measure(config, facts, here) if edge_speed is None else SpeedProfile.read(edge_speed)
+    if cloud_speed is not None:
+        cloud = SpeedProfile.read(cloud_speed)
+    elif edge_speed is None and cloud_dtype == dtype:
+        cloud = edge
+    else:
+        cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
+    costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
+    advice = recommend(costs, goal, positions, edge.memory_bytes)
+    notes = assumptions(settings, where, edge, cloud)
+    if as_json:
+        typer.echo(json.dumps({"modes": rows(costs, positions), "recommendation": advice, "assumptions": notes}))
+        return
+    from rich.console import Console
+
+    Console().print(table(costs, positions))
+    typer.echo("\n".join(["", advice, "", *notes]))
+
+
+def _measure(config: Any, facts: ModelFacts, settings: ProbeSettings) -> SpeedProfile:
+    from isthmus.experiments.harness.launch import stderr_progress
+    from isthmus.planner.speed_probe import ROUNDS, measure
+
+    with stderr_progress(f"measuring this machine ({settings.dtype})", ROUNDS) as advance:
+        return measure(config, facts, settings, advance)
+
+
+def _print_speed(speed: SpeedProfile, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(speed.to_json()))
+        return
+    for line in lines(speed.to_json(), 20):
+        typer.echo(line)

@@ -1,0 +1,70 @@
+"""Where a running `serve` leaves word of itself, and how `status` finds it. Light: nothing of torch, grpc or ray."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.errors import ConfigError, UnreachableError
+from isthmus.common.files import write_atomic
+
+STATE_FILE = "serving.json"
+MAX_STATUS = 16 << 20
+"""Bytes of a status that are read: that of 128 workers with 1000 tenants each has about 4 MB."""
+
+
+def write_state(home: Path, state: dict[str, Any]) -> None:
+    """Leave word of a running cloud."""
+    write_atomic(home / STATE_FILE, json.dumps(state, indent=1).encode(), 0o600)
+
+
+def clear_state(home: Path) -> None:
+    """Take it back."""
+    (home / STATE_FILE).unlink(missing_ok=True)
+
+
+def read_status(home: Path) -> dict[str, Any]:
+    """Ask the running worker how it is.
+
+    Raises:
+        UnreachableError: none runs with this home, or it does not answer with its status.
+        ConfigError: it runs without a metrics address, or `serving.json` is damaged or cannot be read.
+    """
+    state = _read_state(home)
+    if not state["metrics"]:
+        raise ConfigError(
+            "this cloud was started with --metrics '' and tells nobody how it is: start it with an address"
+        )
+    try:
+        with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
+            status = json.loads(response.read(MAX_STATUS + 1))
+        if not isinstance(status, dict) or not isinstance(status.get("workers"), list):
+            raise ValueError("its answer is not the status of a cloud")
+    except (OSError, HTTPException, ValueError, RecursionError) as error:
+        raise UnreachableError(
+            f"the cloud (process {state['pid']}) does not answer at {state['metrics']} ({error}): "
+            "it is starting, restarting or gone"
+        ) from None
+    return {"connection": state["connection"], **status}
+
+
+def _read_state(home: Path) -> dict[str, Any]:
+    """What `write_state` left."""
+    path = home / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UnreachableError(
+            f"no cloud serves with the home {home}: start one with `isthmus cloud serve`, or give --home"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): check its owner and mode") from error
+    except (ValueError, RecursionError):
+        state = None
+    wanted = {"connection": str, "metrics": str, "pid": int}
+    if not isinstance(state, dict) or any(type(state.get(name)) is not kind for name, kind in wanted.items()):
+        raise ConfigError(f"{path} is damaged: stop the cloud that serves with this home, and start it again")
+    return state

@@ -1,0 +1,45 @@
+"""What `serve` looks at now and then besides its workers: ports that other machines reach, and the certificate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from isthmus.cloud.control.ports import PortWatch, parse_address
+from isthmus.cloud.control.worker import WorkerSpec
+from isthmus.cloud.home.expiry import ExpiryWatch
+from isthmus.cloud.home.identity import IdentityFiles
+
+LOOK_SECONDS = 30.0
+
+
+def watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Console) -> Callable[[], None]:
+    """Tell the operator of the ports and the certificate now; returns what does so again where something is new.
+
+    Args:
+        home: the cloud's folder.
+        specs: of the workers that there are at most.
+        metrics: address of `/status` and `/metrics`, or "".
+        console: where the operator is told.
+    """
+    say = partial(console.print, highlight=False, markup=False)
+    announced = [parse_address(each)[1] for each in (*(spec.listen for spec in specs), *filter(None, [metrics]))]
+    ports = PortWatch(announced, say)
+    identity = IdentityFiles(home)
+    certificate = ExpiryWatch(lambda: identity().certificate.not_after, say)
+    ports.first()
+    certificate.look()
+    last = time.monotonic()
+
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOOK_SECONDS:
+            last = time.monotonic()
+            ports.look()
+            certificate.look()
+
+    return look

@@ -1,0 +1,179 @@
+"""The worker: a Ray actor that holds one span and runs one data plane.
+
+Ray restarts it when its process dies. The server is started from `__init__`, so a restarted worker is back on the same
+port without anybody calling it; the edges reconnect by themselves. Activations never enter Ray's object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.directory import Peer, Report, Word
+from isthmus.cloud.telemetry.logs import log, log_to
+from isthmus.common.errors import IsthmusError, PortInUseError
+
+if TYPE_CHECKING:
+    from isthmus.cloud.gateway.server import ServerTls
+
+MIB = 1 << 20
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
+REBINDS = 5
+REBIND_PAUSE = 1.0  # seconds
+RESTART_PAUSE = 5.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that a worker needs to start, and to start again. Paths, not secrets: Ray keeps this in its control store."""
+
+    checkpoint: str  # folder: the whole model, or the edge's parts beside a saved span
+    model: str  # the name that edges are told
+    plan: str
+    dtype: str
+    parts: str  # folder of the edge's parts, which the first worker makes
+    home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
+    listen: str
+    stash_bytes: int | None  # None for a part of what the machine has
+    max_tokens: int
+    threads: int
+    log_file: str  # "" for standard error
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    emulator: str = ""  # folder of the package that is offered; "" for none
+    sites: bool = True
+    quantize: str = "none"
+    saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
+    batching: bool = True  # whether calls of several sessions may share a pass
+    device: str = CPU  # where the span computes, one of `DEVICES`
+    number: int = 0  # of the worker, from 0 on
+    address: str = ""  # host:port that edges are told
+    layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
+    edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
+    next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
+    compute_bytes: int | None = None  # what calls may take together while they are computed; None as for the stash
+    beside: int = 1  # workers that share this machine's memory
+    next_key: str = ""  # file with the key that the next stage has enrolled
+    bounds: Bounds = field(default_factory=Bounds)  # what others can make it hold
+
+
+class Worker:
+    """One span behind one gRPC server. Made into an actor by `isthmus.cloud.control.cluster`.
+
+    Ray imports this module wherever there is a handle of the actor, so torch is imported where the span is loaded.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
+        self._failure: IsthmusError | None = None
+        restarted = _restarted()
+        try:
+            self._start(spec, REBINDS if restarted else 0)
+        except IsthmusError as error:
+            self._failure = error  # told by `port`: of an actor that dies in its constructor, Ray keeps only a text
+            if restarted:  # nobody calls `port` again, so this process would stay and listen to nothing
+                log("restart_failed", logging.ERROR, error=str(error))
+                time.sleep(RESTART_PAUSE)
+                os._exit(1)  # Ray tries again
+
+    def _start(self, spec: WorkerSpec, rebinds: int) -> None:
+        from isthmus.cloud.control.worker_setup import EdgesFile, next_stage_of, served_by, tls_of
+        from isthmus.cloud.gateway.server import StripServer
+        from isthmus.cloud.home.identity import IdentityFiles
+
+        self._spec, self._restarts = spec, 0
+        log_to(Path(spec.log_file) if spec.log_file else None)
+        served = served_by(spec)
+        self._span = str(served.executor.host.span.layer_span)
+        identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
+        self._server = StripServer(
+            served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds, batching=spec.batching
+        )
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
+        self._port = self._listen(spec.listen, tls_of(spec), rebinds)
+
+    def _listen(self, listen: str, tls: ServerTls | None, rebinds: int) -> int:
+        """Bind; a restarted worker tries again, as the process before it may hold the port for a moment more."""
+        for left in range(rebinds, -1, -1):
+            try:
+                return asyncio.run_coroutine_threadsafe(self._server.start(listen, tls), self._loop).result()
+            except PortInUseError as error:
+                if not left:
+                    raise
+                log("port_still_taken", logging.WARNING, error=str(error))
+                time.sleep(REBIND_PAUSE)
+        raise ValueError(f"{rebinds} further attempts to listen cannot be made: 0 or more is needed")
+
+    def port(self) -> int:
+        """The port that the worker listens on; answering means that it is ready.
+
+        Raises IsthmusError where it could not start.
+        """
+        if self._failure is not None:
+            raise self._failure
+        return self._port
+
+    def budgets(self) -> str:
+        """A line on the memory that forward states and calls may take. Raises IsthmusError where it could not start."""
+        self.port()
+        status = self._server.status()
+        return (
+            f"worker {self._spec.number}: {status['stash_budget_bytes'] / MIB:.0f} MiB for forward states, "
+            f"{status['compute_budget_bytes'] / MIB:.0f} MiB for calls while they are computed and as much for calls "
+            f"that have paused; at most {self._spec.max_tokens} tokens in a call"
+        )
+
+    def exchange(self, word: Word) -> Report:
+        """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
+        self.port()
+        spec = self._spec
+        if word.restarts is not None:
+            self._restarts = word.restarts
+        self._loop.call_soon_threadsafe(self._server.sessions.hear, spec.address, word.peers)
+        if word.shed:
+            self._loop.call_soon_threadsafe(self._server.sessions.shed, word.shed)
+        status = self._server.status()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        own = {
+            "worker": spec.number,
+            "address": spec.address,
+            "span": self._span,
+            **status,
+            "positions": self._server.metrics.positions(),
+            "restarts": self._restarts,
+            "pid": os.getpid(),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        if spec.edges:  # a stage inside a pipeline is none of the edges' business
+            return Report(own, None)
+        return Report(own, Peer(spec.address, str(status["state"]), self._server.sessions.seats()))
+
+    def metrics(self) -> bytes:
+        """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""
+        self.port()
+        return self._server.metrics.text()
+
+    def drain(self, grace: float) -> bool:
+        """Finish the calls in flight and stop listening."""
+        return asyncio.run_coroutine_threadsafe(self._server.drain(grace), self._loop).result()
+
+
+def _restarted() -> bool:
+    """Whether this process takes the place of a worker that died."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray itself calls there what it has deprecated
+        return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -1,0 +1,202 @@
+"""What a worker serves, made of its specification: span, keys, enrolled edges, packages, a pipeline's next stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.checkpoints.span_format import NONE
+from isthmus.backbone.checkpoints.weight_quantization import bytes_of, quantizer_of
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import Span, SplitPlan
+from isthmus.backbone.runtime.site_host import SiteHost
+from isthmus.backbone.split.edge_parts import export_edge_parts
+from isthmus.backbone.split.saved_span import load_saved_span
+from isthmus.backbone.split.span import DTYPES, load_span
+from isthmus.cloud.control.gpus import no_gpu
+from isthmus.cloud.control.worker import CPU, WorkerSpec
+from isthmus.cloud.engine.executor import Executor
+from isthmus.cloud.gateway.pipeline import NextStage
+from isthmus.cloud.gateway.server import ServerTls
+from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.session.tenant_adapters import AdapterStore
+from isthmus.cloud.telemetry.logs import log
+from isthmus.common.errors import ConfigError, KeyFileError
+from isthmus.common.files import locked
+from isthmus.common.machine_memory import memory_bytes
+from isthmus.emulator.package.package import open_package
+from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
+from isthmus.protocol.secure.keys import load_edge, load_worker
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
+
+
+class EdgesFile:
+    """`authorized_edges`, read again whenever it has changed.
+
+    Raises:
+        ConfigError: The file is malformed at the start, when there is no good list to fall back on.
+        KeyFileError: It cannot be read.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "authorized_edges"
+        self._stamp: tuple[int, ...] | None = None  # of the file that was read last
+        self._unreadable: tuple[int, ...] | None = None  # of the file that was last said to be unreadable
+        self._edges = AuthorizedEdges.parse("")
+        if self._path.exists():  # where nobody is enrolled yet, there is none
+            self._edges = AuthorizedEdges.load(self._path)
+
+    def __call__(self) -> AuthorizedEdges:
+        """Who is enrolled now: nobody where there is no file, the last good list where it is malformed."""
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return AuthorizedEdges.parse("")
+        except OSError as error:
+            log("authorized_edges_unreadable", error=str(error))
+            return self._edges
+        stamp = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)  # the second is of owner and mode too
+        if stamp == self._stamp:
+            return self._edges
+        try:
+            self._edges = AuthorizedEdges.load(self._path)
+        except (ConfigError, KeyFileError) as error:
+            # A typing mistake must not lock everybody out (nor let a stranger in): the last good list stays.
+            if stamp != self._unreadable:
+                log("authorized_edges_unreadable", error=str(error))
+            self._unreadable = stamp
+            if isinstance(error, KeyFileError):
+                return self._edges  # not for what is in it: it is tried again at the next look
+        self._stamp = stamp
+        return self._edges
+
+
+def served_by(spec: WorkerSpec) -> Served:
+    """Load what a worker serves.
+
+    Raises:
+        IsthmusError: the device is not there, or the model, the edge's parts or the package cannot be served.
+    """
+    if spec.device != CPU and not torch.cuda.is_available():
+        raise no_gpu(spec.device)
+    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
+    config = checkpoint.config
+    plan = SplitPlan.parse(spec.plan, config.num_hidden_layers)
+    make_parts(checkpoint, plan, Path(spec.parts))
+    dtype = DTYPES[spec.dtype]
+    layers = Span(*map(int, spec.layers.split(":"))) if spec.layers else plan.cloud
+    if spec.saved_span:
+        span = load_saved_span(Path(spec.saved_span), layers)
+    else:
+        span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
+    host = SiteHost(span.to(spec.device))
+    stash_bytes, compute_bytes = memory_budgets(
+        _memory_of(spec) // spec.beside, bytes_of(span), spec.stash_bytes, spec.compute_bytes
+    )
+    info = SessionInfo(
+        session_id="",
+        model=spec.model,
+        digest=checkpoint.digest(),
+        family=config.model_type,
+        n_layers=config.num_hidden_layers,
+        plan=str(plan),
+        hidden_size=span.hidden_size,
+        attn_implementation=family_of(config).attention(None),
+        span_dtype=spec.dtype if spec.quantize == NONE else f"{spec.dtype}+{spec.quantize}",
+        codecs=ACTIVATION_CODECS,
+        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), stash_bytes),
+        server_version=importlib.metadata.version("isthmus"),
+    )
+    executor = Executor(host, dtype, stash_bytes, compute_bytes)
+    package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
+    adapters = AdapterStore(
+        Path(spec.home) / "adapters",
+        Path(spec.parts),
+        info.digest,
+        plan,
+        executor,
+        max_tokens=spec.max_tokens,
+        attn_implementation=info.attn_implementation,
+        package=package,
+    )
+    return Served(
+        info,
+        executor,
+        FileShelf(Path(spec.parts), Shelf.PARTS),
+        adapters,
+        None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+        spec.sites,
+    )
+
+
+RESERVE_BYTES = 1 << 29
+"""For Python, its libraries, messages and what the system itself needs, where the machine's memory is shared out."""
+MOST_STASH, LEAST_COMPUTE = 2 << 30, 1 << 26
+
+
+def memory_budgets(machine: int, span: int, stash: int | None, compute: int | None) -> tuple[int, int]:
+    """The bytes of the stash, and those that calls may take together while they are computed.
+
+    What is not given is a quarter of what the machine leaves beside span and reserve: for the stash (2 GiB at most),
+    for calls that are computed, and for those that have paused, which may hold as much again. A quarter stays free.
+
+    Args:
+        machine: Memory of the machine that is this worker's.
+        span: Bytes of the weights.
+        stash: What the operator says, or None.
+        compute: What the operator says, or None.
+    """
+    part = max(LEAST_COMPUTE, (machine - span - RESERVE_BYTES) // 4)
+    return min(MOST_STASH, part) if stash is None else stash, part if compute is None else compute
+
+
+def _memory_of(spec: WorkerSpec) -> int:
+    """Bytes of memory where the span computes."""
+    return memory_bytes() if spec.device == CPU else int(torch.cuda.mem_get_info()[1])
+
+
+def make_parts(checkpoint: Checkpoint, plan: SplitPlan, folder: Path) -> None:
+    """Make the edge's parts of a model where they are not there yet: by one of the workers, and the others wait.
+
+    Raises:
+        IsthmusError: they cannot be cut, or written.
+    """
+    if folder.exists():
+        return
+    with locked(folder):
+        if not folder.exists():
+            export_edge_parts(checkpoint, plan, folder)
+
+
+def next_stage_of(spec: WorkerSpec) -> NextStage | None:
+    """Where the calls of a pipeline's stage go on; None for the last one, and for a worker that has the whole span.
+
+    Raises:
+        KeyFileError: the stage's key is missing.
+    """
+    if not spec.next_stage:
+        return None
+    pin, key = load_worker(Path(spec.home)).pin, load_edge(Path(spec.next_key))
+    return NextStage(spec.next_stage, pin, key, spec.dtype)  # the codec of the dtype's name carries it as it is
+
+
+def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
+    """The largest message of a session.
+
+    A backward call with its replay (two fp32 tensors, a mask, position ids), what a group of sites sends or is sent, or
+    a piece of a file, and 1 MiB to spare.
+    """
+    return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_PIECE) + (1 << 20)
+
+
+def tls_of(spec: WorkerSpec) -> ServerTls | None:
+    """The certificate that the worker shows, or None without one."""
+    if not spec.tls_cert:
+        return None
+    client_ca = Path(spec.tls_client_ca).read_bytes() if spec.tls_client_ca else None
+    return ServerTls(Path(spec.tls_key).read_bytes(), Path(spec.tls_cert).read_bytes(), client_ca)

@@ -1,0 +1,145 @@
+"""Calls that may pause, several at once: each goes on until it asks its edge or ends, and they meet at the linears.
+
+A call's *step* is what it computes between two pauses. In a batch the steps of all calls begin together. Whenever each
+has enlisted for the products of a group of linears (`isthmus.backbone.runtime.shared_linears`), has asked, or has
+ended, the place that is furthest behind holds its meeting, and the calls that were there go on. So calls that are
+behind catch up, and all go through a layer together where they can. A call that fails leaves, and the others do not
+notice; a meeting that fails is held again for each of its calls. The last one that is left computes for itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.backbone.runtime.shared_linears import Company, Enlisted, Meetings, Products
+from isthmus.cloud.engine.paused_calls import Pause, PausingCall
+from isthmus.cloud.engine.requests import Kind
+from isthmus.protocol import messages as m
+
+Asked = m.SiteQuestion | Enlisted
+Answered = m.SiteAnswer | Products | RuntimeError
+SitedCall = PausingCall[Asked, Answered, m.Message]
+Outcome = Pause[Asked] | m.Message
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What a call computes until it asks again, or ends.
+
+    Attributes:
+        number: The call's.
+        call: The call.
+        company: How it meets others; None for a call that never does.
+        answer: The edge's answer to its last question; None for the first step.
+        since_ns: How long it had computed before.
+    """
+
+    number: int
+    call: SitedCall
+    company: Company | None
+    answer: m.SiteAnswer | None
+    since_ns: int
+
+    def resume(self, answer: Answered | None, *, beside: bool) -> Outcome:
+        """Let the call go on, `beside` others or by itself. Raises what it raises."""
+        if self.company is not None:
+            self.company.present = beside
+        return self.call.resume(answer)
+
+
+def take_steps(steps: Sequence[Step], meetings: Meetings) -> list[Outcome | Exception]:
+    """Take steps of different calls, all of which may meet; what comes of each, or its error, in the same order."""
+    outcomes: dict[int, Outcome | Exception] = {}
+    enlisted: dict[int, Enlisted] = {}
+    ready: list[tuple[int, Answered | None]] = [(at, step.answer) for at, step in enumerate(steps)]
+    while ready:
+        for at, answer in ready:
+            outcome = _outcome(steps[at], answer, beside=len(steps) - len(outcomes) > 1)
+            if isinstance(outcome, Pause) and isinstance(outcome.question, Enlisted):
+                enlisted[at] = outcome.question
+            else:
+                outcomes[at] = outcome
+        ready = list(_meeting(steps, enlisted, meetings).items())
+    return [outcomes[at] for at in range(len(steps))]
+
+
+def _outcome(step: Step, answer: Answered | None, *, beside: bool) -> Outcome | Exception:
+    try:
+        return step.resume(answer, beside=beside)
+    except Exception as error:  # noqa: BLE001  # it is this call's, and no other's
+        return error.with_traceback(None)  # whose frames hold its tensors, while the others need the memory
+    except BaseException as error:  # noqa: BLE001  # the others have begun, and go on
+        return RuntimeError(f"a call ended with {type(error).__name__}")
+
+
+def _meeting(steps: Sequence[Step], enlisted: dict[int, Enlisted], meetings: Meetings) -> dict[int, Answered]:
+    """Take those who are furthest behind out of `enlisted`; returns what each of them gets."""
+    if not enlisted:
+        return {}
+    place = min(enlisted.values(), key=lambda each: each.order).place
+    here = [at for at, each in enlisted.items() if each.place == place]
+    parties = [enlisted.pop(at) for at in here]
+    start = time.perf_counter_ns()
+    products = _products(parties, meetings)
+    spent = time.perf_counter_ns() - start
+    rows = [party.count for party in parties]
+    for at, count in zip(here, rows, strict=True):
+        steps[at].call.busy_ns += spent * count // sum(rows)
+    return dict(zip(here, products, strict=True))
+
+
+def _products(parties: Sequence[Enlisted], meetings: Meetings) -> Sequence[Products | RuntimeError]:
+    """What each party gets: of a meeting of all, or, where that fails, of one for itself, which may fail again."""
+    try:
+        return meetings.hold(parties)
+    except Exception as error:  # noqa: BLE001  # out of memory, or whatever a kernel raises; each party gets its own
+        if len(parties) == 1:
+            return [RuntimeError(f"a product failed: {error}")]
+    return [_products([party], meetings)[0] for party in parties]  # here, as the error would hold the meeting's tensors
+
+
+# Which steps are taken together ---------------------------------------------------------------------------------------
+
+FORWARD, BACKWARD = "sites forward", "sites backward"
+
+
+def first_kind(message: m.Forward | m.Backward, pauses: Sequence[int]) -> Kind:
+    """That of a call's first step.
+
+    Args:
+        message: The call.
+        pauses: Where it pauses, in running order.
+    """
+    if isinstance(message, m.Forward):
+        return _kind(FORWARD, f"{FORWARD} {pauses[0]}" if pauses else _after(message))
+    return _kind(BACKWARD, f"{BACKWARD} {pauses[-1]}" if pauses else FORWARD)
+
+
+def next_kind(message: m.Forward | m.Backward, pauses: Sequence[int], phase: m.SitePhase, place: int) -> Kind:
+    """That of the step that comes after a question.
+
+    Args:
+        message: The call.
+        pauses: As for `first_kind`.
+        phase: The question's.
+        place: Where it was asked, one of `pauses`.
+    """
+    if phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN):
+        later = next((each for each in pauses if each > place), None)
+        if later is not None:
+            return _kind(f"{FORWARD} {place}", f"{FORWARD} {later}")
+        again = phase == m.SitePhase.AGAIN  # the backward follows in the same call
+        return _kind(f"{FORWARD} {place}", f"{BACKWARD} {pauses[-1]}" if again else _after(message))
+    before = next((each for each in reversed(pauses) if each < place), None)
+    return _kind(f"{BACKWARD} {place}", FORWARD if before is None else f"{BACKWARD} {before}")
+
+
+def _kind(name: str, then: str) -> Kind:
+    return Kind(name, then, pace=name)  # a step is a part of a pass, and each part takes its own time
+
+
+def _after(message: m.Forward | m.Backward) -> str:
+    """The kind of the call after a forward."""
+    return BACKWARD if isinstance(message, m.Forward) and message.keep else FORWARD

@@ -1,0 +1,81 @@
+"""The health service of gRPC on the data port, as little of it as a load balancer needs: `Check`.
+
+Whoever asks has no key, so a question has a place among the calls that nobody has authenticated, and with it a limit in
+time, in number, and in number from one host. `Watch` is not served: it would hold a stream for as long as a stranger
+likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2
+
+from isthmus.cloud.gateway.half_open import HalfOpen, host_of, tell_taken
+from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.telemetry.logs import log
+from isthmus.protocol.service import SERVICE
+
+MAX_QUESTION_BYTES = 1024
+"""Of a question, which names one of two services."""
+
+
+class Health:
+    """Answers `Check`.
+
+    Args:
+        half_open: the places of those that have not been authenticated.
+        hang_up: closes the connections of those who do not take the answer.
+    """
+
+    def __init__(self, half_open: HalfOpen, hang_up: HangUp) -> None:
+        self._half_open = half_open
+        self._hang_up = hang_up
+        self._states = health.aio.HealthServicer()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What serves it. As a stream of messages, so that the wait for the question has its limit as well."""
+        check = grpc.stream_stream_rpc_method_handler(self._check)
+        handlers: grpc.GenericRpcHandler = grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})
+        return handlers
+
+    async def serving(self) -> None:
+        """Say from now on that all is well."""
+        for name in ("", SERVICE):
+            await self._states.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def draining(self) -> None:
+        """Say from now on that nobody should come here any more."""
+        await self._states.enter_graceful_shutdown()
+
+    async def _check(self, questions: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            async with self._half_open.place(host_of(context.peer())):
+                await tell_taken(context)
+                raw = await anext(aiter(questions), b"")
+                if len(raw) > MAX_QUESTION_BYTES:
+                    await self._hang_up.abort(
+                        context,
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"a question of more than {MAX_QUESTION_BYTES} bytes is refused",
+                    )
+                question = health_pb2.HealthCheckRequest.FromString(raw)
+                answer = await self._states.Check(question, context)
+                await context.write(answer.SerializeToString())
+        except DecodeError:
+            await self._hang_up.abort(
+                context, grpc.StatusCode.INVALID_ARGUMENT, "the question is no HealthCheckRequest"
+            )
+        except TimeoutError:
+            await self._hang_up.abort(
+                context, grpc.StatusCode.DEADLINE_EXCEEDED, "the question did not come in time, or too many came"
+            )
+        except grpc.aio.AbortError:
+            raise  # the question was refused
+        except grpc.aio.BaseError as error:  # the stream broke while it was written to
+            log("stream_broke", error=type(error).__name__)
+        finally:
+            self._hang_up.when_lingering(context)

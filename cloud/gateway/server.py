@@ -1,0 +1,274 @@
+"""The worker's data plane: a grpc.aio server whose streams carry sealed sessions.
+
+One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a
+compute thread, in the scheduler's order, so the health service answers all the while. Ray is not mentioned here: the
+worker actor starts this server, and tests start it without one.
+
+Draining: no new session is admitted, the calls in flight are answered, then every stream gets a `Goodbye` and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from isthmus.backbone.checkpoints.weight_quantization import bytes_of
+from isthmus.cloud.bounds import REVIEW_SECONDS, Allowance, Bounds
+from isthmus.cloud.gateway.admission import Admission
+from isthmus.cloud.gateway.calls import Calls
+from isthmus.cloud.gateway.half_open import HalfOpen
+from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.gateway.health import Health
+from isthmus.cloud.gateway.open_sessions import OpenSession, Sessions
+from isthmus.cloud.gateway.pipeline import NextStage, StageSession
+from isthmus.cloud.gateway.stream import SealedStream
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.telemetry.logs import log
+from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.common.errors import LimitError, PortInUseError, RemoteProtocolError, VersionError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import AuthorizedEdges
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.secure.keys import WorkerIdentity
+from isthmus.protocol.service import KEEPALIVE_MS, METHOD, SERVICE, stream_options
+from isthmus.protocol.session import Oversized
+
+IDLE_MS = 60_000
+PING_STRIKES = 2
+"""Pings of HTTP/2 that come too soon after another, with nothing sent between, before a connection is closed."""
+GOODBYE_SECONDS = 2.0
+"""For sessions to leave in a drain, once all calls are answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """PEM bytes of the outer TLS layer.
+
+    The server's key and certificate chain, and a CA where clients must show a certificate.
+    """
+
+    key: bytes = field(repr=False)
+    cert: bytes
+    client_ca: bytes | None = None
+
+
+class StripServer:
+    """Serves one span to enrolled edges.
+
+    Args:
+        served: the span and what belongs to it.
+        identity: returns the worker's key and its certificate, signed by the root key (which is not here); called at
+            every handshake, so that a renewed certificate needs no restart.
+        edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
+        threads: torch threads for computing.
+        bounds: what others can make it hold.
+        batching: whether calls of several sessions may share a pass.
+        next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
+        clock: seconds that never go back, by which deadlines are kept.
+
+    Attributes:
+        metrics: what it counts.
+        sessions: those that are open.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        identity: Callable[[], WorkerIdentity],
+        edges: Callable[[], AuthorizedEdges],
+        threads: int,
+        next_stage: NextStage | None = None,
+        *,
+        bounds: Bounds | None = None,
+        batching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = Metrics()
+        self.sessions = Sessions(self.metrics)
+        self.metrics.certificate.set_function(lambda: identity().certificate.not_after)
+        self._identity = identity
+        self._bounds = bounds or Bounds()
+        self._edges = edges
+        self._clock = clock
+        self._info = served.info
+        self._next_stage = next_stage
+        half_open = HalfOpen(self._bounds)
+        self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
+        self._calls = Calls(served, threads, self.sessions.part_of, self.metrics, batching=batching, clock=clock)
+        self._hang_up = HangUp(self._bounds.linger_seconds)
+        self._health = Health(half_open, self._hang_up)
+        self._reviewing: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
+        self._started = time.time()
+        self._span_bytes = bytes_of(served.executor.host.span)
+
+    async def start(self, listen: str, tls: ServerTls | None) -> int:
+        """Listen on `host:port` and return the port. Raises PortInUseError."""
+        options = [
+            ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
+            *stream_options(self._bounds.stream_window),
+            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+            ("grpc.http2.max_ping_strikes", PING_STRIKES),
+            ("grpc.max_allowed_incoming_connections", self._bounds.max_connections),
+            ("grpc.max_concurrent_streams", self._bounds.max_connection_streams),
+            ("grpc.server_handshake_timeout_ms", KEEPALIVE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
+        ]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)
+        # No serializers: a gRPC message is a frame, and a frame is bytes.
+        session = grpc.stream_stream_rpc_method_handler(self._session)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})]
+        )
+        server.add_generic_rpc_handlers([self._health.handlers()])
+        try:
+            if tls is None:
+                port = server.add_insecure_port(listen)
+            else:
+                credentials = grpc.ssl_server_credentials(
+                    [(tls.key, tls.cert)], tls.client_ca, require_client_auth=tls.client_ca is not None
+                )
+                port = server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise PortInUseError(f"cannot listen on {listen}: {error}") from None
+        await server.start()
+        self._server = server
+        await self._health.serving()
+        self._reviewing = asyncio.create_task(self._review(), name="review of sessions")
+        log("serving", listen=listen, port=port, model=self._info.model, plan=self._info.plan)
+        return int(port)
+
+    async def drain(self, grace: float) -> bool:
+        """Stop admitting sessions, answer the calls in flight, say goodbye.
+
+        True if all were answered within `grace` seconds.
+        """
+        if self._server is None:
+            return True
+        log("draining", in_flight=self._calls.in_flight.calls, sessions=len(self.sessions))
+        self._admission.stop()
+        await self._health.draining()
+        if self._reviewing is not None:
+            self._reviewing.cancel()
+        self.sessions.end_all("draining")
+        try:
+            await asyncio.wait_for(self._calls.in_flight.all_answered(), grace)
+            finished = True
+        except TimeoutError:
+            finished = False
+        await self._server.stop(grace=GOODBYE_SECONDS if finished else 0.0)
+        if finished:  # the compute thread ends the calls that have paused, as their sessions leave
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.sessions.all_left(), GOODBYE_SECONDS)
+        self._calls.shutdown(cancel=not finished)
+        log("stopped", all_answered=finished)
+        return finished
+
+    def status(self) -> dict[str, Any]:
+        """What `isthmus cloud status` shows. May be called from any thread."""
+        return {
+            "state": "draining" if self._admission.stopped else "serving",
+            "model": self._info.model,
+            "plan": self._info.plan,
+            "span_dtype": self._info.span_dtype,
+            "span_bytes": self._span_bytes,
+            "uptime_s": time.time() - self._started,
+            "certificate_not_after": self._identity().certificate.not_after,
+            "sessions": self.sessions.by_tenant(),
+            **self._calls.status(),
+        }
+
+    async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:
+        """One stream: the handshake, then calls until either side ends it."""
+        limits = Limits(max_message_bytes=self._info.limits.max_message_bytes)
+        protocol = self._admission.protocol(limits)
+        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.pace, self._clock)
+        try:
+            session = await self._admission.admit(protocol, stream, context)
+            if session is not None and not await self._serve(stream, session, limits):
+                await self._hang_up.abort(
+                    context, grpc.StatusCode.PERMISSION_DENIED, f"the session was cut off: {session.ending}"
+                )
+        except (RemoteProtocolError, VersionError) as error:
+            self._admission.offended(protocol, context)
+            log("protocol_error", tenant=None if protocol.tenant is None else protocol.tenant.name, error=str(error))
+            await self._hang_up.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
+        except grpc.aio.AbortError:
+            raise  # the session was cut off
+        except grpc.aio.BaseError as error:  # the stream broke while it was written to
+            log("stream_broke", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # whatever it is, gRPC would send its text in the clear
+            log("session_failed", logging.ERROR, error=type(error).__name__)
+            await self._hang_up.abort(
+                context, grpc.StatusCode.INTERNAL, "the session failed; the cloud's owner has a log of it"
+            )
+        finally:
+            protocol.close()
+            self._hang_up.when_lingering(context, stream.in_transit)
+
+    async def _serve(self, stream: SealedStream, session: OpenSession, limits: Limits) -> bool:
+        """Serve a session until it ends; False where it was cut off."""
+        try:
+            async with asyncio.timeout(None) as session.leash, self._stage_of(session) as stage:
+                await self._converse(stream, session, limits, stage)
+        except TimeoutError:
+            if session.leash is None or not session.leash.expired():
+                raise
+            return False
+        finally:
+            self.sessions.leave(session)
+        return True
+
+    async def _review(self) -> None:
+        """Look again and again whose sessions have to end."""
+        edges = before = self._edges()
+        while True:
+            await asyncio.sleep(REVIEW_SECONDS)
+            before, edges = edges, self._edges()
+            if edges == before:  # else it may be in the middle of being written
+                self.sessions.review(edges, self._clock(), self._bounds.max_session_age)
+
+    @contextlib.asynccontextmanager
+    async def _stage_of(self, session: OpenSession) -> AsyncIterator[StageSession | None]:
+        """With the pipeline's next stage, where there is one."""
+        if self._next_stage is None:
+            yield None
+            return
+        account = m.Account(session.tenant.name, session.tenant.quota.weight)
+        async with self._next_stage.session(account, interactive=session.interactive) as stage:
+            yield stage
+
+    async def _converse(
+        self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
+    ) -> None:
+        calls = self._calls.of(session, limits, stage)
+        pings = Allowance(self._bounds.pings_per_minute, self._clock())
+        try:
+            if self._admission.stopped:
+                session.end("draining")
+            while True:
+                received = await stream.receive(session.ended, calls.patience)
+                if received is None and session.farewell is not None:
+                    await stream.send(session.farewell)
+                    return
+                if received is None:
+                    return
+                if isinstance(received, Oversized):
+                    await calls.refuse(stream, received)
+                    continue
+                if isinstance(received.message, m.Goodbye):
+                    session.ending = "goodbye"
+                    return
+                if isinstance(received.message, m.Ping) and not pings.take(self._clock()):
+                    raise LimitError(f"more than {self._bounds.pings_per_minute} pings came within a minute")
+                await calls.answer(stream, received)
+        finally:
+            calls.close()

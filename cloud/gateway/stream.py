@@ -1,0 +1,156 @@
+"""A sealed session over one grpc.aio stream, seen from the server.
+
+Messages instead of frames, and meters for bytes and time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from isthmus.cloud.fault_points import reached
+from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.common.errors import RemoteProtocolError
+from isthmus.protocol.limits import DEFAULT_PACE, Pace
+from isthmus.protocol.messages import Message
+from isthmus.protocol.session import CloudSession, Established, Oversized, Received, Refused
+
+
+class StalledError(RemoteProtocolError):
+    """An edge sends a message, or takes an answer, too slowly: what is held for it would be held for ever."""
+
+
+class SealedStream:
+    """Drives a `CloudSession`.
+
+    Args:
+        session: the protocol's state.
+        frames: what arrives.
+        context: the grpc.aio context to write to.
+        metrics: where bytes are counted.
+        pace: how slowly the edge may send a message, or take one.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        session: CloudSession,
+        frames: AsyncIterator[bytes],
+        context: Any,
+        metrics: Metrics,
+        pace: Pace = DEFAULT_PACE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session = session
+        self._frames = aiter(frames)
+        self._context = context
+        self._metrics = metrics
+        self._pace = pace
+        self._clock = clock
+        self._crypto_ns = 0
+        self._arrives = clock()  # when all answers have arrived at the latest, by the pace's least rate
+
+    @property
+    def in_transit(self) -> float:
+        """Seconds that an answer may still be on its way at the pace's least rate; 0 where none was sent.
+
+        What has been written may lie in the system's buffers, in front of a slow network.
+        """
+        return max(0.0, self._arrives - self._clock())
+
+    async def handshake(self) -> str:
+        """Run the handshake. Returns "accepted", "refused", or "abandoned" where the stream ended in the middle."""
+        while True:
+            frame = await self._next()
+            if frame is None:
+                return "abandoned"
+            event = self._session.receive(frame)
+            for reply in event.frames:
+                await self._write(reply)
+            if isinstance(event, Refused):
+                return "refused"
+            if isinstance(event, Established):
+                return "accepted"
+
+    async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | Oversized | None:
+        """Wait for the next whole message, `patience` seconds for its beginning (None for as long as it takes).
+
+        From its first frame on, the message keeps to the pace. A key change counts as its first frame: it comes just
+        before a message, so that it gains no time.
+
+        None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
+        no further call, even one that has just arrived. The edge repeats it elsewhere.
+
+        Raises:
+            StalledError: the edge sends nothing, or too slowly.
+        """
+        stop = asyncio.ensure_future(unless.wait())
+        arrival: asyncio.Future[bytes | None] | None = None
+        begun, size = self._clock(), 0
+        try:
+            while True:
+                arrival = asyncio.ensure_future(self._next())
+                left = self._pace.left(self._clock() - begun, size) if size else patience
+                done, _ = await asyncio.wait({arrival, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    raise StalledError(f"nothing came in time, {size} bytes into a message, where something was due")
+                frame = arrival.result() if arrival.done() else None
+                if frame is None or unless.is_set():
+                    return None
+                if not size:
+                    begun = self._clock()
+                size += len(frame)
+                reached("received")
+                start = time.perf_counter_ns()
+                event = self._session.receive(frame)
+                self._crypto_ns += time.perf_counter_ns() - start
+                if isinstance(event, Received | Oversized):
+                    return event
+        finally:
+            stop.cancel()
+            if arrival is not None:
+                arrival.cancel()  # harmless where it is done
+
+    async def send(self, message: Message) -> None:
+        """Seal and write a message, frame by frame: the network carries one while the next is sealed.
+
+        Raises:
+            StalledError: the edge takes it too slowly.
+        """
+        frames = self._session.send(message)
+        begun, size = self._clock(), 0
+        while True:
+            start = time.perf_counter_ns()
+            frame = next(frames, None)
+            self._crypto_ns += time.perf_counter_ns() - start
+            if frame is None:
+                return
+            try:
+                async with asyncio.timeout(self._pace.left(self._clock() - begun, size)):
+                    await self._write(frame)
+            except TimeoutError:
+                raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
+            size += len(frame)
+            carried = replace(self._pace, stall_seconds=0.0).left(0.0, size)
+            self._arrives = max(self._arrives, begun + carried)  # a short farewell may follow a long answer
+
+    def take_crypto_ns(self) -> int:
+        """Nanoseconds of sealing and opening since the last call.
+
+        This request's opening and the last answer's sealing.
+        """
+        taken, self._crypto_ns = self._crypto_ns, 0
+        return taken
+
+    async def _next(self) -> bytes | None:
+        frame = await anext(self._frames, None)
+        if frame is not None:
+            self._metrics.bytes.labels("in").inc(len(frame))
+        return frame
+
+    async def _write(self, frame: bytes) -> None:
+        self._metrics.bytes.labels("out").inc(len(frame))
+        await self._context.write(frame)

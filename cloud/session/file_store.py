@@ -1,0 +1,60 @@
+"""A shelf: the files of one folder that an edge may fetch, piece by piece."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.cloud.telemetry.logs import log
+from isthmus.emulator.package.offered_files import belongs
+from isthmus.protocol import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class ShelfFile:
+    """One file as the cloud serves it."""
+
+    path: Path
+    size: int
+    sha256: bytes
+
+
+class FileShelf:
+    """The plain files of a folder that belong on a shelf, as they were when the shelf was filled.
+
+    Args:
+        folder: where they lie.
+        shelf: which shelf it is; a file that does not belong on it is not shown.
+    """
+
+    def __init__(self, folder: Path, shelf: m.Shelf) -> None:
+        self._files: dict[str, ShelfFile] = {}
+        for path in sorted(folder.iterdir()):
+            if path.is_symlink() or not path.is_file() or not belongs(path.name, shelf):
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            self._files[path.name] = ShelfFile(path, path.stat().st_size, digest)
+
+    def listing(self) -> m.FileList:
+        """Name, size and hash of every file."""
+        return m.FileList(tuple(m.FileEntry(name, file.size, file.sha256) for name, file in self._files.items()))
+
+    def read(self, name: str, offset: int) -> m.Blob | m.Status:
+        """One piece of a file, or a refusal that names the file."""
+        found = self._files.get(name)
+        if found is None or offset > found.size:
+            known = ", ".join(self._files)
+            text = f"no file {name!r} at offset {offset}; there are: {known}"
+            return m.Status.saying(m.StatusCode.BAD_REQUEST, None, text)
+        try:
+            with found.path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(min(m.MAX_PIECE, found.size - offset))
+        except OSError as error:  # its text has a path of this machine
+            log("file_unreadable", logging.ERROR, error=type(error).__name__, file=name)
+            text = f"the file {name!r} cannot be read; the cloud's owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        return m.Blob(name, offset, found.size, found.sha256, data)

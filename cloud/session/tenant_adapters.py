@@ -1,0 +1,283 @@
+"""The tenants' adapters: what they bring, what is plugged in, and that each tenant reaches its own alone.
+
+    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files on their way
+                                                             /plugged/     the adapter that this tenant is served
+
+An adapter is hostile until `check_adapter` has let it through. It then has to compute something finite over the real
+span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays. (A crash
+between the two renames of `new_folder` can leave none; to return the adapter again mends that.)
+
+It runs on a thread for files (`isthmus.cloud.session.file_threads`); only what the check computes over the span has a
+turn on a compute thread. A lock for each tenant keeps other workers of the same home out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.runtime.call_memory import CallShape, Pass
+from isthmus.backbone.split.span import SpanInput
+from isthmus.cloud.engine.executor import Executor
+from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.telemetry.logs import log
+from isthmus.common.errors import AdapterError, IsthmusError
+from isthmus.common.files import disk_errors, locked, new_folder
+from isthmus.emulator.package.offered_files import belongs
+from isthmus.emulator.package.package import Package
+from isthmus.emulator.package.plug_in import AdapterSummary, check_adapter, plug_in
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Tenant
+
+R = TypeVar("R")
+
+SPARE_BYTES = 64 << 20
+MAX_INCOMING = 2 * m.MAX_PUT_FILES
+"""Most unfinished files of a tenant: those of two adapters."""
+
+_PROBE = b"probe"
+# What a check or a probe may end in besides a refusal; their texts may have paths or values.
+_FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+class Compute(Protocol):
+    """Has something computed in a tenant's turn: `run`, over so many token positions, within so much memory."""
+
+    def __call__(self, run: Callable[[], R], positions: int, nbytes: int) -> R:
+        """What comes of `run`; raises what it raises."""
+
+
+def at_once(run: Callable[[], R], positions: int, nbytes: int) -> R:
+    """Compute here and now, where nobody else computes."""
+    return run()
+
+
+class AdapterStore:
+    """Where the adapters of all tenants lie. It outlives the worker.
+
+    Args:
+        root: the folder; made when it is needed.
+        parts: the edge's parts of the model.
+        digest: SHA-256 (hex) of the model.
+        plan: who holds which layers.
+        executor: runs the real span, for the probe.
+        max_tokens: largest batch x sequence of one call, which the probe must fit too.
+        attn_implementation: attention implementation of the span.
+        package: the package that the cloud offers, or None. An adapter that was tuned on another one is refused.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        parts: Path,
+        digest: str,
+        plan: SplitPlan,
+        executor: Executor,
+        *,
+        max_tokens: int,
+        attn_implementation: str,
+        package: Package | None,
+    ) -> None:
+        self._root = root / f"{digest[:16]}-{plan.bottom}-{plan.top}"
+        self._parts = parts
+        self._plan = plan
+        self._executor = executor
+        self._max_tokens = max_tokens
+        self._attn_implementation = attn_implementation
+        self._package = package
+        self._shelves: dict[Path, tuple[tuple[int, int], FileShelf]] = {}
+        self.max_bytes = 2 * (parts / EDGE_FILE).stat().st_size + SPARE_BYTES
+        """Most bytes of one adapter: twice the edge's weights, and some."""
+
+    def of(self, tenant: Tenant) -> TenantAdapters:
+        """The adapters of one tenant, and no other's."""
+        return TenantAdapters(self, tenant, self._root / tenant.fingerprint.digest.hex())
+
+    def check(self, adapter: Path, compute: Compute) -> AdapterSummary:
+        """Check an adapter, then let it compute over the real span. Raises what both raise."""
+        summary = check_adapter(adapter, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
+        span = partial(self._span, compute)
+        plug_in(adapter, self._parts, self._plan, span, attn_implementation=self._attn_implementation)
+        return summary
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold the lock of a tenant's folder."""
+        with disk_errors(self._root):
+            self._root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # adapters are the tenants' own
+        with locked(folder):
+            yield
+
+    def shelf(self, folder: Path) -> FileShelf:
+        """The files of a plugged adapter; hashed again only when another one has taken its place."""
+        status = folder.stat()
+        stamp = status.st_ino, status.st_mtime_ns
+        known = self._shelves.get(folder)
+        if known is None or known[0] != stamp:
+            known = self._shelves[folder] = stamp, FileShelf(folder, m.Shelf.ADAPTER)
+        return known[1]
+
+    def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        if tokens > self._max_tokens:
+            raise AdapterError(
+                f"a text of a few words becomes {tokens} tokens with this adapter, and the cloud takes "
+                f"{self._max_tokens} in a call: tune a shorter prompt"
+            )
+        executor = self._executor
+        nbytes = executor.memory.of(CallShape(hidden.shape[0], hidden.shape[1], Pass.FORWARD, masked=True))
+        if nbytes > executor.compute_bytes:
+            raise AdapterError(
+                f"a text of a few words takes {nbytes} bytes of memory with this adapter, and the cloud computes "
+                f"within {executor.compute_bytes:.0f}: tune a shorter prompt"
+            )
+        inputs = SpanInput(hidden, mask, positions)
+        output = compute(lambda: executor.forward(_PROBE, 0, inputs, keep=False).hidden, tokens, nbytes)
+        return output.to(hidden.device, hidden.dtype)
+
+
+class TenantAdapters:
+    """The adapters of one tenant. Made by `AdapterStore.of`."""
+
+    def __init__(self, store: AdapterStore, tenant: Tenant, folder: Path) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._folder = folder
+        self._incoming = folder / "incoming"
+        self._plugged = folder / "plugged"
+
+    def shelf(self) -> FileShelf | None:
+        """The files of the adapter that is plugged in; None if there is none."""
+        return self._store.shelf(self._plugged) if self._plugged.is_dir() else None
+
+    def put(self, piece: m.Put) -> m.PutReply | m.Status:
+        """Keep a piece of a file where it continues what is here; says how much is here then."""
+        entry = m.FileEntry(piece.name, piece.total, piece.sha256)
+        fault = self._fault((entry,))
+        if fault is not None:
+            return _refused(fault)
+        try:
+            with self._store.locked(self._folder):
+                held = self._keep(entry, piece)
+        except OSError as error:  # its text has a path of this machine
+            log("adapter_not_stored", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            text = f"the cloud cannot store {piece.name}: its disk may be full; its owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        return m.PutReply(piece.name, piece.sha256, held)
+
+    def plug_in(self, request: m.PlugIn, compute: Compute = at_once) -> m.Status:
+        """Check the adapter that these files are, and let it take the older one's place.
+
+        Asking again is harmless: an adapter that is plugged in already is said to be.
+
+        Args:
+            request: the files.
+            compute: how the check has something computed over the span.
+        """
+        fault = self._fault(request.entries)
+        if fault is not None:
+            return _refused(fault)
+        try:
+            with self._store.locked(self._folder):
+                shelf = self.shelf()
+                if shelf is not None and set(shelf.listing().entries) == set(request.entries):
+                    self._remove(request.entries)
+                    return m.Status(m.StatusCode.OK, None, "this adapter is plugged in")
+                fault = self._unfinished(request.entries)
+                if fault is not None:
+                    return _refused(fault)
+                summary = self._install(request.entries, compute)
+        except AdapterError as error:
+            log("adapter_refused", logging.WARNING, tenant=self._tenant.name, reason=str(error))
+            return _refused(str(error))
+        except _FAILURES as error:
+            log("plug_in_failed", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            text = f"the cloud failed to plug the adapter in ({type(error).__name__}); its owner has a log of it"
+            return m.Status.saying(m.StatusCode.INTERNAL, None, text)
+        log("adapter_plugged_in", tenant=self._tenant.name, method=summary.method, bytes=summary.size)
+        tuned = "the model itself" if summary.package is None else f"the package {summary.package[:16]}"
+        return m.Status.saying(
+            m.StatusCode.OK,
+            None,
+            f"the adapter is plugged in: {summary.method}, {summary.n_params} weights, tuned on {tuned}",
+        )
+
+    def _fault(self, entries: Sequence[m.FileEntry]) -> str | None:
+        """Why files of these names and sizes are not taken, by what is said of them alone."""
+        for entry in entries:
+            if not belongs(entry.name, m.Shelf.ADAPTER):
+                return f"{entry.name!r} is no file of an adapter: return the folder that tuning wrote"
+        size, most = sum(entry.size for entry in entries), self._store.max_bytes
+        return f"{size} bytes are more than the {most} that an adapter may have: tune less" if size > most else None
+
+    def _keep(self, entry: m.FileEntry, piece: m.Put) -> int:
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        path = self._unfinished_path(entry)
+        held = path.stat().st_size if path.exists() else 0
+        if piece.offset == held and (len(piece.data) or not entry.size):
+            self._make_room(path, entry.size)
+            # What a full disk cuts off is a beginning too, and will be continued.
+            with path.open("ab") as file:
+                file.write(piece.data)
+            held += len(piece.data)
+        return held
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Remove the unfinished files that have waited longest, so that abandoned ones do not pile up."""
+        others = sorted(
+            (other for other in self._incoming.iterdir() if other != path), key=lambda other: other.stat().st_mtime_ns
+        )
+        held = sum(other.stat().st_size for other in others)
+        while others and (len(others) >= MAX_INCOMING or held + size > 2 * self._store.max_bytes):
+            oldest = others.pop(0)
+            held -= oldest.stat().st_size
+            oldest.unlink()
+
+    def _unfinished(self, entries: Sequence[m.FileEntry]) -> str | None:
+        """Which file is not here whole, if one is not."""
+        for entry in entries:
+            path = self._unfinished_path(entry)
+            held = path.stat().st_size if path.exists() else 0
+            if held != entry.size or not path.exists():
+                return f"{entry.name} is not here whole ({held} of {entry.size} bytes): send the rest"
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            if digest != entry.sha256:
+                path.unlink()
+                return f"{entry.name} arrived with another hash than was announced: return it again"
+        return None
+
+    def _install(self, entries: Sequence[m.FileEntry], compute: Compute) -> AdapterSummary:
+        try:
+            with new_folder(self._plugged) as new:
+                for entry in entries:
+                    (new / entry.name).hardlink_to(self._unfinished_path(entry))
+                summary = self._store.check(new, compute)
+        except AdapterError:
+            self._remove(entries)
+            raise
+        self._remove(entries)
+        return summary
+
+    def _remove(self, entries: Sequence[m.FileEntry]) -> None:
+        with disk_errors(self._incoming):
+            for entry in entries:
+                self._unfinished_path(entry).unlink(missing_ok=True)
+
+    def _unfinished_path(self, entry: m.FileEntry) -> Path:
+        # Hash and size are in the name, so that a whole file takes no further byte: after a crash it may still be the
+        # plugged one under another name.
+        return self._incoming / f"{entry.name}.{entry.sha256.hex()}.{entry.size}.part"
+
+
+def _refused(text: str) -> m.Status:
+    return m.Status.saying(m.StatusCode.BAD_REQUEST, None, text)

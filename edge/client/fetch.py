@@ -1,0 +1,329 @@
+"""Fetching files from the cloud's shelves, over the sealed session.
+
+    parts      the edge's parts of the model, into the cache
+    emulator   the package, into a folder of the user's, which appears when it is whole and verified
+    adapter    the tenant's own plugged-in adapter, into the cache
+
+An interrupted download goes on where it stopped. What a folder of the cache has and the cloud does not list is removed:
+transformers decides by the files of a folder what it loads. A folder of the cache belongs to one pin: the digest in its
+name is the cloud's word, and one cloud cannot put a file into a folder of another one's. All folders of one pin's parts
+together are held to what one answer may have, and so are those of its adapters: the least used ones are removed.
+
+How much may come is told in `isthmus.edge.client.offers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache
+from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import Weights, weigh_parts
+from isthmus.common.errors import PackageError, RemoteProtocolError, SignerError
+from isthmus.common.files import disk_errors, locked, remove_folder, sync
+from isthmus.common.ownership import check_contents, private_folder
+from isthmus.edge.client.offers import (
+    DEFAULT_MAX_BYTES,
+    MAX_FOLDERS,
+    WEIGHTS,
+    WEIGHTS_HEADER,
+    check_offer,
+    check_room,
+    check_size,
+)
+from isthmus.emulator.compress.recipe import EMULATOR_FILE
+from isthmus.emulator.package.build import check_free
+from isthmus.emulator.package.intake import most_adapter_bytes
+from isthmus.emulator.package.package import Package, open_package
+from isthmus.emulator.package.plug_in import check_adapter
+from isthmus.protocol import messages as m
+from isthmus.protocol.secure.keys import Fingerprint
+
+R = TypeVar("R", bound=m.Message)
+
+
+class Call(Protocol):
+    """A link's way to ask something: repeats the question until there is an answer of the kind."""
+
+    def __call__(self, kind: type[R], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> R:
+        """Ask; the body of the answer has at most `answer_bytes`."""
+
+
+Weigh = Callable[[], Mapping[str, int]]
+"""Most bytes of each file of weights, found out from the configuration that has come."""
+
+
+def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:
+    """Bring the cache up to date with what the cloud serves.
+
+    Args:
+        info: what the cloud said; its digest and plan name the folder, below that of the pin.
+        call: asks the cloud.
+        pin: fingerprint of the cloud's root key.
+        max_bytes: most bytes of all files, with those that are kept of this cloud from before.
+
+    Returns:
+        A folder for `isthmus.backbone.split.edge_parts.load_edge_parts`.
+
+    Raises:
+        CheckpointError: the configuration that came describes no model.
+        DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: another user of the machine may write to the cache.
+        RemoteProtocolError: the cloud offers a file that belongs to no model's parts, or a file does not have the hash
+            that the cloud gave for it.
+    """
+    listing = _listing(m.Shelf.PARTS, call, max_bytes)
+    with _cached("edge", pin, _name(info), listing, max_bytes) as folder:
+
+        def weigh() -> Mapping[str, int]:
+            return {EDGE_FILE: _weights(folder, info).edge}
+
+        _complete(folder, m.Shelf.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
+    return folder
+
+
+def fetch_package(
+    info: m.SessionInfo, call: Call, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Package:
+    """Fetch the package that the cloud offers.
+
+    Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on.
+
+    Args:
+        info: what the cloud said.
+        call: asks the cloud.
+        out: the folder to make; an older package there is replaced.
+        signer: fingerprint of the root key that the package must be signed under: the cloud's own.
+        max_bytes: most bytes of all files.
+
+    Raises:
+        CheckpointError: the configuration that came describes no model.
+        ConfigError: something else than a package is at `out`.
+        DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: `<out>.part` is another user's, or others may write to it.
+        PackageError: what the cloud offers is no whole package, or one of another model or plan.
+        RefusedError: the cloud offers no package.
+        RemoteProtocolError: a file's name or hash is wrong.
+        SignerError: somebody else has signed it.
+    """
+    check_free(out)
+    part = out.with_name(f"{out.name}.part")
+    listing = _listing(m.Shelf.EMULATOR, call, max_bytes)
+
+    def weigh() -> Mapping[str, int]:
+        weights = _weights(part, info)  # an emulator is smaller than what it stands for
+        return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
+
+    with locked(part):
+        _complete(part, m.Shelf.EMULATOR, listing, f"fetching the package of {info.model}", call, weigh)
+        try:
+            package = open_package(part, signer=signer)
+            if (package.digest, str(package.plan)) != (info.digest, info.plan):
+                raise PackageError(
+                    f"the cloud offers a package of {package.model} (digest {package.digest[:16]}) for the plan "
+                    f"{package.plan}, but serves {info.model} (digest {info.digest[:16]}) split {info.plan}: ask its "
+                    "owner for one of this model"
+                )
+        except (PackageError, SignerError):
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if out.exists():
+            remove_folder(out)
+        with disk_errors(out):
+            part.rename(out)
+            sync(out.parent)
+    return Package(out, package.manifest, package.id, package.signer)
+
+
+def fetch_adapter(
+    info: m.SessionInfo,
+    call: Call,
+    parts: Path,
+    plan: SplitPlan,
+    pin: Fingerprint,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Path:
+    """Fetch the adapter that this tenant has plugged in, and check it as the cloud has.
+
+    Args:
+        info: what the cloud said.
+        call: asks the cloud.
+        parts: the edge's parts, as `fetch_parts` brings them.
+        plan: who holds which layers.
+        pin: fingerprint of the cloud's root key.
+        max_bytes: most bytes of all files, with those that are kept of this cloud from before.
+
+    Returns:
+        A folder for `isthmus.backbone.adapters.adapter_files.load_adapter`, named after the adapter's contents.
+
+    Raises:
+        AdapterError: what came is no adapter for this model.
+        DiskError: there is no room for the files.
+        LimitError: a file, or all together, are larger than they may be.
+        OwnershipError: another user of the machine may write to the cache.
+        RefusedError: no adapter is plugged in.
+        RemoteProtocolError: a file's name or hash is wrong.
+    """
+    listing = _listing(m.Shelf.ADAPTER, call, max_bytes)
+    contents = hashlib.sha256()
+    for entry in sorted(listing.entries, key=lambda entry: entry.name):
+        contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
+
+    def weigh() -> Mapping[str, int]:
+        return dict.fromkeys((ADAPTER_WEIGHTS, WHOLE_FILE), most_adapter_bytes(parts, plan))
+
+    name = f"{_name(info)}-{contents.hexdigest()[:32]}"
+    with _cached("adapters", pin, name, listing, max_bytes) as folder:
+        _complete(folder, m.Shelf.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
+        check_adapter(folder, None, parts, plan, any_package=True)
+    return folder
+
+
+@contextmanager
+def transfer_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on standard error; gives what moves it on."""
+    # The text has the cloud's name for its model, which is no markup.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def _name(info: m.SessionInfo) -> str:
+    return f"{info.digest[:16]}-{info.plan.replace(':', '-')}"
+
+
+@contextmanager
+def _cached(kind: str, pin: Fingerprint, name: str, listing: m.FileList, max_bytes: int) -> Iterator[Path]:
+    """A folder of the cache that belongs to one cloud, with room for what is listed and locked for this process.
+
+    The lock is that of the cloud's folders together. So two edges of one user neither append to the same unfinished
+    files nor remove a folder that is being fetched.
+    """
+    root = default_cache()
+    with disk_errors(root):
+        own = private_folder(root, kind, pin.digest.hex())
+    with locked(own):
+        with disk_errors(own):
+            folder = private_folder(own, name)
+            os.utime(folder)
+            _remove_oldest(folder, sum(entry.size for entry in listing.entries), max_bytes)
+        yield folder
+
+
+def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
+    """Remove those of a cloud's other folders that are too many or too large beside `folder`, least used ones first.
+
+    Args:
+        folder: the one in use.
+        size: bytes that it is to have.
+        max_bytes: most bytes of all of them.
+    """
+    others = [path for path in folder.parent.iterdir() if path != folder and path.is_dir() and not path.is_symlink()]
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for number, other in enumerate(others, start=2):
+        size += sum(path.lstat().st_size for path in other.rglob("*"))
+        if size > max_bytes or number > MAX_FOLDERS:
+            shutil.rmtree(other)
+
+
+def _listing(shelf: m.Shelf, call: Call, max_bytes: int) -> m.FileList:
+    listing = call(m.FileList, lambda attempt: m.FetchList(shelf))
+    check_offer(listing.entries, shelf, max_bytes)
+    return listing
+
+
+def _weights(folder: Path, info: m.SessionInfo) -> Weights:
+    """What the weights may take on the disk, going by the configuration that lies in `folder`."""
+    plan = SplitPlan.parse(info.plan, info.n_layers)
+    weights = weigh_parts(Checkpoint(folder, info.model), plan)
+    return Weights(weights.edge + WEIGHTS_HEADER, weights.whole + WEIGHTS_HEADER)
+
+
+def _complete(folder: Path, shelf: m.Shelf, listing: m.FileList, what: str, call: Call, weigh: Weigh) -> None:
+    """Bring a folder up to what is listed. What is not, is removed."""
+    with disk_errors(folder):
+        check_contents(private_folder(folder))
+        _remove_others(folder, listing)
+        missing = [entry for entry in listing.entries if not _whole(folder / entry.name, entry)]
+        check_room(folder, sum(entry.size - _begun(folder, entry) for entry in missing))
+    if not missing:
+        return
+    # The weights come last: how large they may be is in the configuration.
+    missing.sort(key=lambda entry: entry.name in WEIGHTS)
+    most: Mapping[str, int] = {}
+    with disk_errors(folder), transfer_bar(what, sum(entry.size for entry in missing)) as advance:
+        for entry in missing:
+            if entry.name in WEIGHTS:
+                most = most or weigh()
+                check_size(entry, most[entry.name])
+            _fetch(folder, shelf, entry, call, advance)
+
+
+def _fetch(folder: Path, shelf: m.Shelf, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
+    unfinished = folder / _unfinished(entry)
+    offset = _begun(folder, entry)
+    advance(offset)
+    with unfinished.open("ab") as file:
+        file.truncate(offset)
+        while offset < entry.size:
+            most = min(m.MAX_PIECE, entry.size - offset)
+            piece = call(m.Blob, partial(_ask, shelf, entry.name, offset), answer_bytes=most)
+            came = (piece.name, piece.offset, piece.total, piece.sha256)
+            if came != (entry.name, offset, entry.size, entry.sha256) or not len(piece.data):
+                raise RemoteProtocolError(f"the cloud sent another piece of {entry.name} than the one at {offset}")
+            file.write(piece.data)
+            offset += len(piece.data)
+            advance(len(piece.data))
+    if not _whole(unfinished, entry):
+        unfinished.unlink()
+        raise RemoteProtocolError(f"{entry.name} arrived with another hash than the cloud announced: fetch it again")
+    unfinished.replace(folder / entry.name)
+
+
+def _unfinished(entry: m.FileEntry) -> str:
+    # The hash is in the name, so that a file which changed on the other side is not continued with the new one's bytes.
+    return f".{entry.name}.{entry.sha256.hex()[:16]}.part"
+
+
+def _begun(folder: Path, entry: m.FileEntry) -> int:
+    """Bytes of an unfinished file that are there already."""
+    unfinished = folder / _unfinished(entry)
+    return min(unfinished.stat().st_size, entry.size) if unfinished.is_file() else 0
+
+
+def _remove_others(folder: Path, listing: m.FileList) -> None:
+    """Remove what is not listed: what an older listing left, or anybody else."""
+    wanted = {name for entry in listing.entries for name in (entry.name, _unfinished(entry))}
+    for path in folder.iterdir():
+        if path.name in wanted and path.is_file() and not path.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _ask(shelf: m.Shelf, name: str, offset: int, attempt: int) -> m.Fetch:
+    return m.Fetch(shelf, name, offset)
+
+
+def _whole(path: Path, entry: m.FileEntry) -> bool:
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest() == entry.sha256

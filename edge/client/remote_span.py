@@ -1,0 +1,161 @@
+"""The cloud's layers as one differentiable function of hidden states and of the adapters inside them.
+
+The backbone is frozen, so what can want a gradient is the input and the parameters of the sites. The input is kept on
+the edge until the backward has been answered: whatever happens to the cloud's stash or to the connection, the call can
+be repeated and gives the same bits (Petals keeps inputs for the same reason, Borzunov et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isthmus.backbone.sites.edge_sites import Site, leased
+from isthmus.backbone.sites.site_call import SiteCall
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.common.errors import UnsupportedCallError
+
+
+class SpanLink(Protocol):
+    """What the remote span needs of a link."""
+
+    def forward_span(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        keep: bool,
+        sites: SiteCall | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Run the span, and `sites` inside it; returns its output and a handle for its backward."""
+
+    def backward_span(
+        self,
+        kept: Any,
+        gradient: Tensor,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        sites: SiteCall | None = None,
+        wanted: bool = True,
+    ) -> Tensor | None:
+        """Gradient of the span's input, None unless it is `wanted`; the sites find out their own.
+
+        The inputs are there in case the cloud has forgotten them.
+        """
+
+
+class RemoteSpan:
+    """Calls the cloud's span: `(hidden, attention_mask, position_ids) -> hidden`.
+
+    Deliberately not an `nn.Module`: it owns no weights, and a link has no place in a state dict or a copy of the model.
+
+    Args:
+        link: Where to call.
+        leased: Whether the weights of the site of that name may be lent to the cloud, which then runs its adapter.
+        summed: Whether the sites that share an input answer a backward with one gradient of it, the sum of theirs. That
+            saves traffic, and adds up in another order than a single process does.
+    """
+
+    def __init__(
+        self, link: SpanLink, *, leased: Callable[[str], bool] = lambda name: False, summed: bool = False
+    ) -> None:
+        self._link = link
+        self._leased = leased
+        self._summed = summed
+
+    def __call__(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Hidden states [batch, sequence, hidden size] after the span; same dtype and device as the input."""
+        return self._run(hidden, attention_mask, position_ids, ())
+
+    def at_sites(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
+    ) -> Tensor:
+        """The same, with adapters inside the span; see `isthmus.backbone.split.remote_layers.SitedSpan`.
+
+        Raises:
+            UnsupportedCallError: A site that is to be leased cannot be.
+        """
+        placed = [leased(site) if not site.spec.on_loan and self._leased(site.name) else site for site in sites]
+        return self._run(hidden, attention_mask, position_ids, placed)
+
+    def tapped(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The span's output and what comes out of `taps` inside it; see `TappedSpan` of the split model.
+
+        No gradient flows through the span.
+        """
+        call = SiteCall((), keep=False, taps=taps)
+        with torch.no_grad():
+            output, _ = self._link.forward_span(hidden.detach(), attention_mask, position_ids, keep=False, sites=call)
+        return _like(output, hidden), tuple(_like(each, hidden) for each in call.tapped)
+
+    def _run(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
+    ) -> Tensor:
+        # Nothing trainable below or inside the span, or no gradients wanted: no backward will come, and the cloud need
+        # not keep anything for it.
+        trainable = hidden.requires_grad or any(site.parameters for site in sites)
+        keep = torch.is_grad_enabled() and trainable
+        call = SiteCall(sites, keep=keep, summed=self._summed) if sites else None
+        # The sites' parameters are inputs too: else a model whose only adapters are inside would get no backward.
+        parameters = () if call is None else call.parameters
+        output: Tensor = _SpanFunction.apply(  # type: ignore[no-untyped-call]  # torch
+            hidden, attention_mask, position_ids, self._link, keep, call, *parameters
+        )
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSpan:
+        """A copied model talks over the same link."""
+        return self
+
+
+def _like(tensor: Tensor, model: Tensor) -> Tensor:
+    return tensor.to(device=model.device, dtype=model.dtype)
+
+
+class _SpanFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        link: SpanLink,
+        keep: bool,
+        sites: SiteCall | None,
+        *_parameters: Tensor,
+    ) -> Tensor:
+        output, kept = link.forward_span(hidden, mask, positions, keep=keep, sites=sites)
+        if keep:
+            ctx.save_for_backward(hidden, mask, positions)
+            ctx.link, ctx.kept, ctx.sites = link, kept, sites
+        elif sites is not None:
+            sites.close()
+        return output.to(device=hidden.device, dtype=hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, mask, positions = ctx.saved_tensors
+        sites: SiteCall | None = ctx.sites
+        if sites is not None and sites.closed:
+            raise UnsupportedCallError(
+                "a backward through adapters inside the cloud's layers runs once: run the forward again for another one"
+            )
+        wanted = ctx.needs_input_grad[0]
+        result = ctx.link.backward_span(ctx.kept, gradient, hidden, mask, positions, sites=sites, wanted=wanted)
+        if result is not None:
+            result = result.to(device=hidden.device, dtype=hidden.dtype)
+        gradients: list[Tensor | None] = []
+        if sites is not None:
+            gradients = sites.gradients()
+            sites.close()
+        return result, None, None, None, None, None, *gradients

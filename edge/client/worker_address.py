@@ -1,0 +1,67 @@
+"""The way to one of a cloud's workers, and from one to another.
+
+A cloud tells an edge where its workers listen. Any of them serves any session, so the link goes on at another one when
+its own is gone. All workers show the same root key, the one that the edge has pinned: a wrong list leads nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from isthmus.rpc.transport import Stream, Transport
+
+
+class Route:
+    """Opens streams to the worker that is chosen at present.
+
+    Args:
+        first: the transport to where the edge was told to connect.
+        address: that address, `host:port`; it is tried as long as the link lives, whatever list the cloud gives.
+        reach: makes a transport to another address; None stays with the first one.
+
+    Attributes:
+        settled: whether the worker is not to send the edge elsewhere: it was sent there, or where it was sent cannot be
+            reached.
+    """
+
+    def __init__(self, first: Transport, address: str, reach: Callable[[str], Transport] | None = None) -> None:
+        self._address = self._at = address
+        self._known: tuple[str, ...] = (address,)
+        self._first = self._transport = first
+        self._reach = reach
+        self.settled = False
+
+    def open(self) -> Stream:
+        """Open a new stream. Raises ConnectionLostError where that is not possible at present."""
+        return self._transport.open()
+
+    def close(self) -> None:
+        """Give up what the transports hold."""
+        self._transport.close()
+        self._first.close()
+
+    def learn(self, addresses: Sequence[str]) -> None:
+        """Take a cloud's list of workers in the place of the one before."""
+        self._known = tuple(dict.fromkeys((self._address, *addresses)))
+
+    def send_to(self, address: str) -> None:
+        """Go where the worker says. A link that cannot go anywhere else settles where it is."""
+        self.settled = True
+        self._go(address)
+
+    def attached(self) -> None:
+        """The worker has taken the session; a later one may be sent elsewhere again."""
+        self.settled = False
+
+    def failed(self) -> None:
+        """The worker cannot be reached, or takes no session: choose the next one of the list."""
+        place = self._known.index(self._at) if self._at in self._known else -1
+        self._go(self._known[(place + 1) % len(self._known)])
+
+    def _go(self, address: str) -> None:
+        if address == self._at or self._reach is None:
+            return
+        if self._transport is not self._first:
+            self._transport.close()
+        self._transport = self._first if address == self._address else self._reach(address)
+        self._at = address

@@ -1,0 +1,186 @@
+"""Choose the strip's codecs by what they do to the adapters' gradients.
+
+Theory of operation
+    A codec's error turns the gradient; 1 - cosine, its loss, says how far. The errors of the four directions have
+    little to do with each other, so the loss of a combination is about the sum of what each direction alone loses.
+    The combinations are looked at from the cheapest on. One is passed over as soon as what is known of its directions
+    exceeds what the target allows; what is not known is measured, a direction at a time, the rest in fp32. The first
+    one that the sum allows is tried as a whole, and is the choice if it holds the target. If it does not, the sum
+    promised too much, and counts for as many times more from then on.
+
+A trial costs a forward and a backward. A choice takes about ten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from isthmus.common.errors import ConfigError, NonFiniteError
+from isthmus.edge.codecs.wire_codecs import DIRECTIONS, StripCodecs
+from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
+
+_MISSED = -1.0  # the cosine that gradients which are not finite count for: that of the opposite direction
+_TINY_LOSS = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        codecs: the codecs.
+        cosine: of the gradients with them to the gradients with fp32, at least the target.
+        trials: how many times the gradients were computed, the one with fp32 counted.
+    """
+
+    codecs: StripCodecs
+    cosine: float
+    trials: int
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of two tensors of the same size, computed in float64; 0 where one of them is zero."""
+    a, b = a.detach().flatten().to(torch.float64), b.detach().flatten().to(torch.float64)
+    norms = float(a.norm()) * float(b.norm())
+    return float(a @ b) / norms if norms else 0.0
+
+
+def choose_codecs(
+    gradients: Callable[[StripCodecs], Tensor],
+    offered: tuple[str, ...],
+    hidden_size: int,
+    target: float,
+    on_trial: Callable[[StripCodecs, float], None] | None = None,
+) -> Choice:
+    """Find the codecs with the fewest bytes whose gradients keep to a target.
+
+    Args:
+        gradients: runs a forward and backward of one micro-batch, always the same and from the same random state, over
+            the strip with these codecs, and returns the adapters' gradients as one vector. A `NonFiniteError` of it
+            counts as a miss.
+        offered: names of the cloud's codecs; those that this version does not know are left out.
+        hidden_size: of the model.
+        target: the smallest cosine to the gradients with fp32, between 0 and 1.
+        on_trial: told of each measured combination and its cosine, NaN where the gradients were not finite.
+
+    Returns:
+        The choice; fp32 with a cosine of 1 where nothing else holds the target.
+
+    Raises:
+        ConfigError: the target is out of range, the cloud does not offer fp32, or the gradients are zero with it.
+        NonFiniteError: the gradients are not finite with fp32.
+    """
+    if not 0.0 < target < 1.0:
+        raise ConfigError(f"the target cosine {target} is out of range: it lies between 0 and 1, such as 0.99")
+    StripCodecs().check(offered)
+    trials = _Trials(gradients, on_trial)
+    known = [name for name in ACTIVATION_CODECS if name in offered]
+    combinations = [StripCodecs(*names) for names in product(known, repeat=len(DIRECTIONS))]
+    combinations.sort(key=lambda codecs: codecs.bytes_per_token(hidden_size))
+    promise = 1.0 - target  # the largest sum that is worth a trial
+    for codecs in combinations[: combinations.index(StripCodecs())]:
+        expected = trials.expected_loss(codecs, promise)
+        if expected > promise:
+            continue
+        reached = trials.cosine(codecs)
+        if reached >= target:
+            return Choice(codecs, reached, trials.count)
+        promise = min(promise, (1.0 - target) * max(expected, _TINY_LOSS) / (1.0 - reached))
+    return Choice(StripCodecs(), 1.0, trials.count)
+
+
+class _Trials:
+    """Measures the gradients of each combination once.
+
+    Args:
+        gradients: as of `choose_codecs`.
+        on_trial: as of `choose_codecs`.
+    """
+
+    def __init__(
+        self,
+        gradients: Callable[[StripCodecs], Tensor],
+        on_trial: Callable[[StripCodecs, float], None] | None,
+    ) -> None:
+        self.count = 1
+        self._gradients = gradients
+        self._on_trial = on_trial
+        self._cosines = {StripCodecs(): 1.0}
+        self._reference = gradients(StripCodecs()).detach().clone()
+        if not bool(self._reference.isfinite().all()):
+            raise NonFiniteError("the adapters' gradients are NaN or infinite already with fp32: lower --learning-rate")
+        if not bool(self._reference.any()):
+            raise ConfigError(
+                "no codec can be chosen by gradients that are all zero: name a codec, or check that the batch has "
+                "tokens to learn and that the adapter is trainable"
+            )
+
+    def cosine(self, codecs: StripCodecs) -> float:
+        """The cosine of the gradients with these codecs to those with fp32."""
+        if codecs not in self._cosines:
+            self.count += 1
+            value = self._measure(codecs)
+            self._cosines[codecs] = min(1.0, value) if math.isfinite(value) else _MISSED
+            if self._on_trial is not None:
+                self._on_trial(codecs, value)
+        return self._cosines[codecs]
+
+    def expected_loss(self, codecs: StripCodecs, enough: float) -> float:
+        """The sum of what each direction alone loses; not all of it is measured where a part exceeds `enough`."""
+        alone = [replace(StripCodecs(), **{key: getattr(codecs, key)}) for key in DIRECTIONS]
+        total = sum(1.0 - self._cosines.get(one, 1.0) for one in alone)
+        for one in alone:
+            if total > enough:
+                break
+            if one not in self._cosines:
+                total += 1.0 - self.cosine(one)
+        return total
+
+    def _measure(self, codecs: StripCodecs) -> float:
+        try:
+            return cosine(self._gradients(codecs), self._reference)
+        except NonFiniteError:
+            return math.nan
+
+
+@dataclass(slots=True)
+class CodecTuner:
+    """When to choose again, and what was chosen: what is worth little at the first step may matter at the thousandth.
+
+    Attributes:
+        every: optimizer steps from one choice to the next.
+        codecs: the last choice.
+        chosen_at: the step before which it was made; None before the first.
+    """
+
+    every: int
+    codecs: StripCodecs = field(default_factory=StripCodecs)
+    chosen_at: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Tell whether to choose before the step after `step` applied ones."""
+        return self.chosen_at is None or step - self.chosen_at >= self.every
+
+    def chose(self, step: int, codecs: StripCodecs) -> None:
+        """Remember a choice that was made after `step` applied steps."""
+        self.codecs, self.chosen_at = codecs, step
+
+    def state(self) -> dict[str, str | int | None]:
+        """What a checkpoint keeps: a resumed run goes on with the same codecs and chooses again at the same steps."""
+        return {"codecs": str(self.codecs), "chosen_at": self.chosen_at}
+
+    def restore(self, state: Mapping[str, str | int | None]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            ConfigError: it names a codec that does not exist.
+        """
+        chosen_at = state["chosen_at"]
+        self.codecs = StripCodecs.parse(str(state["codecs"]))
+        self.chosen_at = None if chosen_at is None else int(chosen_at)

@@ -1,0 +1,80 @@
+"""What the training commands share: a flag for every field of a configuration, and the way that a run ends."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.common.interrupt import interruptible
+from isthmus.edge.config.training_config import TuningConfig, field_names
+
+if TYPE_CHECKING:
+    from isthmus.edge.run_report import Report
+
+
+Command = Callable[..., None]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
+]
+
+
+def with_flags(cls: type[TuningConfig]) -> Callable[[Command], Command]:
+    """Give a command that takes `**flags` the flags of a kind of run: one for every field, with its description."""
+
+    def decorate(function: Command) -> Command:
+        hints = typing.get_type_hints(function, include_extras=True)
+        named = [
+            p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        own = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in named]
+        function.__signature__ = inspect.Signature([*own, *_flags(cls)])  # type: ignore[attr-defined]  # typer reads it
+        return function
+
+    return decorate
+
+
+def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> None:
+    """Make a training run and print its report; Ctrl-C ends the command with what the run says about going on.
+
+    Args:
+        run: The run.
+        out: Its folder.
+        as_json: Whether to print JSON.
+    """
+    with interruptible():
+        report = run()
+    typer.echo(report.to_json() if as_json else report.lines(out))
+
+
+def _flags(cls: type[TuningConfig]) -> list[inspect.Parameter]:
+    flags = []
+    for name in field_names(cls):
+        field = cls.model_fields[name]
+        default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
+        option = typer.Option(
+            f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
+            help=f"{field.description}{default}",
+            show_default=False,
+        )
+        flags.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_plain(field.annotation) | None, option],
+            )
+        )
+    return flags
+
+
+def _plain(annotation: Any) -> Any:
+    """The type that the command line parses for a field; choices and ranges are checked by the configuration itself."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation if annotation in (int, float, bool, Path) else str

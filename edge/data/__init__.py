@@ -1,0 +1,4 @@
+"""From files to batches of tokens and labels.
+
+It may import `isthmus.edge.config`.
+"""

@@ -1,0 +1,225 @@
+"""The seam to the strip's meter, and `report.json`: what a run did, what it cost, and who paid.
+
+Time: a step's wall time is the edge's unless the strip's meter says otherwise; the meter gives the seconds that the
+    edge waited for the cloud's computing (`cloud_s`), for the network (`wire_s`) and for sealing and opening
+    (`crypto_s`).
+
+FLOPs follow Kaplan et al. (2020, "Scaling Laws for Neural Language Models", section 2.1): a matrix of N parameters
+costs 2N per token forward and 2·2N backward, half of the latter for the gradient of its input and half for that of its
+weights. Frozen weights have no gradient, so with T token positions (padding is computed too)
+
+    edge    2·N_edge·T forward + 2·N_edge·T to inputs + 2·N_trained·T to trained weights
+    cloud   2·N_span·T forward + 2·N_span·T to inputs
+
+where N counts the weights of linear layers, the LM head among them, and neither embeddings (a look-up) nor norms.
+Attention's own products, and backward work that a run may skip below its lowest adapter, are not modelled: these are
+upper estimates of the first order.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from isthmus.common.files import write_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class StripTotals:
+    """What the strip has carried and cost since the link was made. Bytes as sealed; seconds as the edge waited.
+
+    A difference of two is what lies between them.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    calls: int = 0
+    round_trips: int = 0
+    wire_s: float = 0.0
+    crypto_s: float = 0.0
+    cloud_s: float = 0.0
+    retries: int = 0
+
+    def __sub__(self, other: StripTotals) -> StripTotals:
+        return StripTotals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __add__(self, other: StripTotals) -> StripTotals:
+        return StripTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class StripMeter(Protocol):
+    """What a training loop needs of the strip: to say which step its calls belong to, and to read the meter."""
+
+    def begin_step(self, step: int) -> None:
+        """Called before the micro-batches of optimizer step `step` (from 1); again for the same step after a resume."""
+
+    def totals(self) -> StripTotals:
+        """What has crossed so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the applied steps of a run have used, over all its restarts."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    positions: int = 0
+    strip: StripTotals = StripTotals()
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.seconds + other.seconds,
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.strip + other.strip,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Spent:
+        """The inverse of `to_json`."""
+        return cls(**{**tree, "strip": StripTotals(**tree["strip"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `report.json` says. Seconds, bytes and tokens cover the training steps, not the evaluations; shares are of
+    `seconds`.
+
+    `tokens` leaves padding out and `positions` counts it: padding crosses the strip as well, so `bytes_per_position_*`
+    is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_edge` is
+    the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
+    while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
+    """
+
+    loss_before: float | None
+    loss_after: float | None
+    train_loss_first: float
+    train_loss_last: float
+    steps: int
+    examples: int
+    dropped_examples: int
+    tokens: int
+    positions: int
+    seconds: float
+    tokens_per_s: float
+    edge_s: float
+    cloud_s: float
+    wire_s: float
+    crypto_s: float
+    edge_share: float
+    cloud_share: float
+    wire_share: float
+    crypto_share: float
+    edge_flops: int
+    cloud_flops: int
+    bytes_up: int
+    bytes_down: int
+    bytes_per_token_up: float
+    bytes_per_token_down: float
+    bytes_per_position_up: float
+    bytes_per_position_down: float
+    peak_bytes_edge: int
+    peak_bytes_cloud: int | None
+    calls: int
+    retries: int
+    trained_parameters: int
+    model: str
+    plan: str
+    method: str
+    codec: str
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def lines(self, out: Path) -> str:
+        """The report in a few lines, for a person; `out` is the run's folder."""
+        losses = " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (self.loss_before, self.loss_after))
+        strip = (
+            f"time: edge {self.edge_share:.0%}, cloud {self.cloud_share:.0%}, wire {self.wire_share:.2%}, "
+            f"encryption {self.crypto_share:.2%}\n"
+            f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down "
+            "per token position, "
+            f"{self.retries} retries\n"
+        )
+        return (
+            f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
+            f"{strip if self.calls else ''}"
+            f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write as indented JSON, whole or not at all.
+
+        Raises:
+            DiskError: The disk is full or cannot be written.
+        """
+        write_atomic(path, f"{self.to_json()}\n".encode())
+
+
+def shares(spent: Spent) -> dict[str, float]:
+    """Seconds per party and their shares, under the names that `Report` has for them."""
+    strip, total = spent.strip, spent.seconds
+    seconds = {"cloud": strip.cloud_s, "wire": strip.wire_s, "crypto": strip.crypto_s}
+    # Calls of different micro-batches may overlap, so the parts can exceed the whole; the edge's own part is never
+    # negative.
+    seconds["edge"] = max(0.0, total - sum(seconds.values()))
+    return {f"{who}_s": s for who, s in seconds.items()} | {
+        f"{who}_share": _per(s, total) for who, s in seconds.items()
+    }
+
+
+def traffic(spent: Spent) -> dict[str, float]:
+    """Bytes per token and per position, under the names that `Report` has for them."""
+    strip = spent.strip
+    return {
+        "bytes_per_token_up": _per(strip.bytes_up, spent.tokens),
+        "bytes_per_token_down": _per(strip.bytes_down, spent.tokens),
+        "bytes_per_position_up": _per(strip.bytes_up, spent.positions),
+        "bytes_per_position_down": _per(strip.bytes_down, spent.positions),
+    }
+
+
+def flops(edge_parameters: int, trained_parameters: int, span_parameters: int, positions: int) -> dict[str, int]:
+    """FLOPs per side by the formula at the top of this file, under the names that `Report` has for them."""
+    return {
+        "edge_flops": (4 * edge_parameters + 2 * trained_parameters) * positions,
+        "cloud_flops": 4 * span_parameters * positions,
+    }
+
+
+def linear_parameters(model: nn.Module) -> int:
+    """Weights of the linear layers of `model` (GPT-2's transposed ones included): the N of the FLOPs formula.
+
+    Those that the cloud holds are not among them: their skeletons have no weights.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sum(linear.weight.numel() for linear in linears if isinstance(linear.weight, nn.Parameter))
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements in all of `parameters`."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux, bytes on macOS
+
+
+def _per(value: float, total: float) -> float:
+    return value / total if total else 0.0

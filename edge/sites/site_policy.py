@@ -1,0 +1,374 @@
+"""Which adapter sites are live at an optimizer step: sites and their costs, budgets, fixed choices, and the accounts.
+
+A site is one frozen linear of a cloud layer that carries an adapter of the edge. While it is live, each of its tokens
+costs traffic and computation on the edge, and each group of sites with one input costs a round trip; a dead site's
+adapter is out of the forward and costs nothing. A policy says before each optimizer step which sites are live, and is
+told after it how much each of them did.
+
+The fixed policies are the yardsticks: everything, a random choice, evenly spaced sites of one kind. The one that learns
+is in `isthmus.edge.sites.kill_revive`. Nothing here knows a link, a model or a trainer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from isthmus.common.errors import CheckpointError, ConfigError
+
+# Loads are sums of quotients; this is far above their rounding and far below any site's load.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInfo:
+    """One site and what it costs per token of a training step while it is live.
+
+    `traffic` is what the site moves alone, `shared_traffic` what its group moves once as soon as any of its sites is
+    live (the same for all sites of a group), both in elements, or in bytes where the two directions differ in width.
+    `computation` is the edge's, in multiplications or FLOPs. Only shares of the sums count, so the units are free, but
+    must be the same for all sites.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    group: str
+    traffic: int
+    shared_traffic: int
+    computation: int
+
+    @classmethod
+    def of_linear(
+        cls,
+        name: str,
+        *,
+        layer: int,
+        group: str,
+        in_features: int,
+        out_features: int,
+        parameters: int,
+        summed: bool = False,
+    ) -> Self:
+        """The site at a linear `[out_features, in_features]`, its kind being the last part of `name`; of a site behind
+        a layer, which ends in a number, `layer`.
+
+        Forward, the input comes down once for its group and the delta goes up; backward, the delta's gradient comes
+        down and the gradient of the input goes up, one per site, or one per group if `summed`. An adapter of N
+        parameters that are all matrices costs 6N FLOPs (see `isthmus.edge.run_report`).
+        """
+        own, shared = (0, 2 * in_features) if summed else (in_features, in_features)
+        last = name.rpartition(".")[2]
+        kind = "layer" if last.isdigit() else last
+        return cls(name, layer, kind, group, 2 * out_features + own, shared, 6 * parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What live sites cost: traffic and computation in the units of `SiteInfo`, and groups, each one a round trip."""
+
+    traffic: int = 0
+    computation: int = 0
+    groups: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.traffic + other.traffic, self.computation + other.computation, self.groups + other.groups)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.traffic * times, self.computation * times, self.groups * times)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The shares of always-on's traffic and computation that a run may spend, both over 0 and up to 1.
+
+    The defaults lie under 15 % and 20 %, so that frame headers and batches of uneven length do not lead over them.
+    """
+
+    traffic: float = 0.145
+    computation: float = 0.195
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            share = getattr(self, field.name)
+            if not 0 < share <= 1:
+                raise ConfigError(
+                    f"the budget of {field.name} is {share}: give a share of always-on's, above 0 up to 1."
+                )
+
+
+class Sites:
+    """All sites of a model, what any set of them costs, and how to fill a budget with them.
+
+    A *load* is a cost in units of a budget: 1 is as much per step as the budget allows on average, in traffic or in
+    computation, whichever is nearer to its limit. Loads that average 1 over the steps keep both budgets.
+
+    Raises:
+        ConfigError: There are no sites, two of one name, or sites of a group that disagree about what they share.
+    """
+
+    def __init__(self, sites: Iterable[SiteInfo]) -> None:
+        self.infos: dict[str, SiteInfo] = {}
+        self.groups: dict[str, tuple[str, ...]] = {}
+        shared: dict[str, int] = {}
+        for site in sites:
+            if site.name in self.infos:
+                raise ConfigError(f"the site {site.name} is given twice: name each site once.")
+            if (
+                min(site.traffic, site.shared_traffic) < 0
+                or site.traffic + site.shared_traffic == 0
+                or site.computation <= 0
+            ):
+                raise ConfigError(
+                    f"the site {site.name} costs nothing or less ({site}): give what it moves and computes."
+                )
+            if shared.setdefault(site.group, site.shared_traffic) != site.shared_traffic:
+                raise ConfigError(
+                    f"the site {site.name} shares {site.shared_traffic} with its group {site.group}, others "
+                    f"{shared[site.group]}: sites of a group have one input."
+                )
+            self.infos[site.name] = site
+            self.groups[site.group] = (*self.groups.get(site.group, ()), site.name)
+        if not self.infos:
+            raise ConfigError("there are no sites to choose from: name target modules in the cloud's layers.")
+        self.names = frozenset(self.infos)
+        self.total = self.cost(self.names)
+
+    def cost(self, live: Iterable[str]) -> Cost:
+        """The cost per token of a step in which exactly `live` are live."""
+        sites = [self.infos[name] for name in live]
+        shared = {site.group: site.shared_traffic for site in sites}
+        traffic = sum(site.traffic for site in sites) + sum(shared.values())
+        return Cost(traffic, sum(site.computation for site in sites), len(shared))
+
+    def load(self, live: Iterable[str], budget: Budget) -> float:
+        """The same as a load."""
+        return self._as_load(self.cost(live), budget)
+
+    def fill(
+        self, values: Mapping[str, float], level: float, budget: Budget, base: Iterable[str] = ()
+    ) -> frozenset[str]:
+        """Add to `base`, one by one, the site of the highest value per load that it adds, while the load allows.
+
+        The greedy rule for knapsacks. A second site of a group adds less than the first one, whose input it shares.
+
+        Args:
+            values: Of the candidates, not negative. Of equal ones the earlier is taken.
+            level: The load that must not be exceeded.
+            budget: What the load is measured in.
+            base: Sites that are in already.
+
+        Returns:
+            `base` and what was added.
+        """
+        chosen = set(base)
+        spent = self.cost(chosen)
+        while True:
+            open_groups = {self.infos[name].group for name in chosen}
+            best, best_value, best_added = None, -1.0, Cost()
+            for name, value in values.items():
+                if name in chosen:
+                    continue
+                added = self._added(name, open_groups)
+                per_load = value / self._as_load(added, budget)
+                if per_load > best_value and self._fits(spent + added, level, budget):
+                    best, best_value, best_added = name, per_load, added
+            if best is None:
+                return frozenset(chosen)
+            chosen.add(best)
+            spent += best_added
+
+    def fill_in_order(self, order: Iterable[str], level: float, budget: Budget) -> frozenset[str]:
+        """Add sites in `order`; those that would exceed the load `level` are passed over."""
+        chosen: set[str] = set()
+        for name in order:
+            if self._fits(self.cost({*chosen, name}), level, budget):
+                chosen.add(name)
+        return frozenset(chosen)
+
+    def _added(self, name: str, open_groups: set[str]) -> Cost:
+        site = self.infos[name]
+        if site.group in open_groups:
+            return Cost(site.traffic, site.computation)
+        return Cost(site.traffic + site.shared_traffic, site.computation, 1)
+
+    def _as_load(self, cost: Cost, budget: Budget) -> float:
+        return max(
+            cost.traffic / (budget.traffic * self.total.traffic),
+            cost.computation / (budget.computation * self.total.computation),
+        )
+
+    def _fits(self, cost: Cost, level: float, budget: Budget) -> bool:
+        return self._as_load(cost, budget) <= level + _ROUNDING
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A change of the live sites, for logs and curves.
+
+    `step` counts the optimizer steps applied before it; `killed` and `revived` are the differences to what was live
+    before. `scores` are of all sites, as they were compared.
+    """
+
+    step: int
+    killed: tuple[str, ...]
+    revived: tuple[str, ...]
+    live: tuple[str, ...]
+    scores: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+class SitePolicy(Protocol):
+    """Says which sites are live. Steps are counted as applied ones, so the first step is asked for as 0."""
+
+    def live(self, step: int) -> frozenset[str]:
+        """The sites that are live in the optimizer step after `step` applied ones; asking again changes nothing."""
+
+    def observe(self, step: int, scores: Mapping[str, float]) -> Decision | None:
+        """Take in what each live site did in that step, once it is applied; `movement` and `gain` measure it.
+
+        Returns:
+            What was decided about the following steps, if anything was.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the policy, as JSON has it."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            CheckpointError: It is of other sites or another run.
+        """
+
+
+class FixedSites:
+    """The same sites at every step: always-on, static or drawn once, as `names` say."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._live = frozenset(names)
+
+    def live(self, step: int) -> frozenset[str]:
+        """The sites; see `SitePolicy`."""
+        return self._live
+
+    def observe(self, step: int, scores: Mapping[str, float]) -> None:
+        """Nothing is learned."""
+
+    def state(self) -> dict[str, Any]:
+        """The names."""
+        return {"live": sorted(self._live)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Check that they are the same; see `SitePolicy`."""
+        if state != self.state():
+            raise CheckpointError(
+                f"the checkpoint's live sites are {state.get('live')}, this run's {sorted(self._live)}: "
+                "resume with the sites that it was started with."
+            )
+
+
+def random_sites(sites: Sites, budget: Budget, seed: int) -> frozenset[str]:
+    """Sites in a random order, as many as fit the budget at every step. The same seed gives the same sites."""
+    order = sorted(sites.names)
+    random.Random(seed).shuffle(order)  # noqa: S311  # a draw, no secret
+    return sites.fill_in_order(order, 1.0, budget)
+
+
+def evenly_spaced(sites: Sites, kind: str, budget: Budget) -> frozenset[str]:
+    """Sites of one kind, v_proj for example, at even distances over the layers, as many as fit the budget.
+
+    Of M sites, k > 1 are those at `round(i·(M-1)/(k-1))`; a single one is the middle one.
+
+    Raises:
+        ConfigError: There is no site of this kind, or the budget allows none.
+    """
+    of_kind = sorted((site for site in sites.infos.values() if site.kind == kind), key=lambda site: site.layer)
+    if not of_kind:
+        kinds = ", ".join(sorted({site.kind for site in sites.infos.values()}))
+        raise ConfigError(f"no site is of the kind {kind!r}: choose among {kinds}.")
+    for k in range(len(of_kind), 0, -1):
+        last = len(of_kind) - 1
+        spread = {of_kind[round(i * last / (k - 1))].name for i in range(k)} if k > 1 else {of_kind[last // 2].name}
+        if sites.load(spread, budget) <= 1 + _ROUNDING:
+            return frozenset(spread)
+    raise ConfigError(f"{budget} allows not even one site of the kind {kind!r}: raise it.")
+
+
+class Accounting:
+    """What a run's live sites have cost, beside what all sites would have."""
+
+    def __init__(self, sites: Sites) -> None:
+        self._sites = sites
+        self.spent = Cost()
+        self.always_on = Cost()
+
+    def add(self, live: Iterable[str], tokens: int = 1) -> None:
+        """Count a step of `tokens` token positions with these sites live."""
+        self.spent += self._sites.cost(live) * tokens
+        self.always_on += self._sites.total * tokens
+
+    def shares(self) -> dict[str, float]:
+        """Traffic, computation and groups (round trips) as shares of always-on's; 0 before the first step."""
+        spent, whole = asdict(self.spent), asdict(self.always_on)
+        return {name: spent[name] / whole[name] if whole[name] else 0.0 for name in spent}
+
+    def state(self) -> dict[str, Any]:
+        """The counts, as JSON has them."""
+        return {"spent": asdict(self.spent), "always_on": asdict(self.always_on)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken."""
+        self.spent, self.always_on = Cost(**state["spent"]), Cost(**state["always_on"])
+
+
+def movement(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], learning_rate: float, epsilon: float = 1e-8
+) -> float:
+    """How far one site's parameters moved in a step, relative to their size: `‖θ' - θ‖ / (‖θ‖ + ε) / learning rate`.
+
+    Norms are over all parameters of the site as one vector: a matrix that starts at zero, LoRA's B, is measured by the
+    size of the others instead of by nothing. Without the learning rate, a schedule would look like a site's decline.
+
+    AdamW normalises each number's step, so this tells how steadily a site is pushed, and not how hard; it is 1 step's
+    worth for every site in the very first one. Compare it within a kind of sites.
+
+    Args:
+        before: The site's parameters before the step, by any names.
+        after: The same after it.
+        learning_rate: The step's, above 0.
+        epsilon: Keeps parameters that are all zero from dividing by zero.
+    """
+    moved = sum(_dot(after[name] - value, after[name] - value) for name, value in before.items()) ** 0.5
+    size = sum(_dot(value, value) for value in before.values()) ** 0.5
+    return float(moved / (size + epsilon) / learning_rate)
+
+
+def gain(
+    gradients: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor], learning_rate: float
+) -> float:
+    """How much one site's step lowered the loss, to first order: `-⟨∇θ, θ' - θ⟩ / learning rate`.
+
+    The sum over the sites is the step's whole first-order decrease, so sites of all kinds compare without
+    normalisation, and it tells sites apart from their first step on. Taylor scores of pruning (Molchanov et al. 2019)
+    and AdaLoRA's sensitivity are relatives. Negative where momentum carries a site uphill.
+
+    Args:
+        gradients: What the optimizer was given, clipped if it clips.
+        before: The site's parameters before the step, by the same names.
+        after: The same after it.
+        learning_rate: The step's, above 0.
+    """
+    fallen = sum(_dot(gradient, before[name] - after[name]) for name, gradient in gradients.items())
+    return float(fallen / learning_rate)
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left.detach().double() * right.detach().double()).sum())

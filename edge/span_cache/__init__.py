@@ -1,0 +1,4 @@
+"""The span's outputs on the edge's disk, where nothing trainable lies below the span.
+
+It imports nothing else of `isthmus.edge`.
+"""

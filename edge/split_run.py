@@ -1,0 +1,162 @@
+"""What the commands `train`, `eval` and `generate` do: a link, the model, and the library's parts put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from isthmus.backbone.adapters.adapter_files import load_adapter
+from isthmus.backbone.checkpoints.chat_template import ChatTemplate
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
+from isthmus.common.torch_threads import use_threads
+from isthmus.edge.client.link import Link
+from isthmus.edge.cloud_link import cache_of, open_link, strip_of
+from isthmus.edge.config.schedule import total_steps
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.run_report import Report, linear_parameters
+from isthmus.edge.sites.live_sites import live_sites
+from isthmus.edge.training.evaluation import evaluate
+from isthmus.edge.training.methods import build_peft, trained
+from isthmus.edge.training.precision import hold_frozen_linears
+from isthmus.edge.training.trainer import StepObserver, Trainer
+from isthmus.edge.training.training_checkpoint import ModelIdentity
+from isthmus.edge.training.training_progress import TrainProgress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run_training(config: TrainConfig) -> Report:
+    """Train as the configuration says; the work of `isthmus edge train`.
+
+    Raises:
+        IsthmusError: of whatever kind fits; what was reached is in the newest checkpoint.
+    """
+    with open_link(config) as link:
+        return train_over(link, config)
+
+
+def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver] = ()) -> Report:
+    """Train over a link that is open already, with `watchers` around every step. Raises what `run_training` raises."""
+    use_threads(config.threads)
+    info = link.info
+    data = load_data(config, link.load_tokenizer())
+    if config.plugged:
+        config = config.model_copy(update={"start_from": link.plugged_adapter()})
+    total = total_steps(config, len(data.train))
+    progress = TrainProgress(total, config.log_every)
+    with strip_of(link, config) as strip:
+        model = strip.load_model(config)
+        tuned = build_peft(model, config, total_steps=total)
+        hold_frozen_linears(tuned, config)
+        # Sites first: codecs are chosen for those of the coming step.
+        observers = (
+            live_sites(model, config, total, progress.message),
+            strip.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
+            *watchers,
+        )
+        with cache_of(link, config, tuned):
+            trainer = Trainer(
+                tuned,
+                data,
+                config,
+                ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
+                meter=strip.meter,
+                codec=config.codec,
+                span_parameters=_span_parameters(model, link.plan),
+                cloud_peak=link.cloud_peak_bytes,
+                progress=progress,
+                step_observers=[observer for observer in observers if observer is not None],
+                lanes=strip.lanes,
+            )
+            strip.watch(trainer.check_stop)
+            return trainer.fit().report
+
+
+def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
+    """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
+    use_threads(config.threads)
+    whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
+    with open_link(config) as link:
+        data = load_data(whole, link.load_tokenizer())
+        model = with_adapter(link.load_model(), _chosen(link, adapter, plugged=config.plugged))
+        batches = Batches(data.train, config.batch, data.pad_id)
+        loss = evaluate(model, batches, precision=config.precision)
+        totals = dataclasses.asdict(link.totals())
+    return {"loss": loss, "examples": len(data.train), "dropped_examples": data.dropped, "strip": totals}
+
+
+def run_generation(
+    link: Link,
+    adapter: Path | None,
+    prompt: str,
+    *,
+    plugged: bool = False,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+) -> str:
+    """Continue a prompt; the work of `isthmus edge generate`.
+
+    Args:
+        link: an open link.
+        adapter: the folder of an adapter, or None.
+        plugged: whether to use the adapter that the cloud has plugged in for this edge.
+        prompt: the text to continue, or with `chat` the user's message.
+        chat: whether to put the prompt into the model's chat template.
+        max_new_tokens: tokens to generate at most.
+        temperature: 0 for greedy, else the softness of sampling.
+    """
+    tokenizer: Any = link.load_tokenizer()
+    model: Any = with_adapter(link.load_model(), _chosen(link, adapter, plugged=plugged)).eval()
+    if chat:
+        with ChatTemplate(tokenizer) as template:
+            if not template.exists:
+                raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
+            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Any:
+    """Load the adapter of a folder, if there is one, into a model.
+
+    Raises:
+        CheckpointError: the folder is no adapter's, or does not fit the model.
+    """
+    if adapter is None:
+        return model
+    return load_adapter(model, adapter)
+
+
+def _chosen(link: Link, adapter: Path | None, *, plugged: bool) -> Path | None:
+    """The adapter's folder: the one given, the one that the cloud has plugged in, or none."""
+    if not plugged:
+        return adapter
+    if adapter is not None:
+        raise ConfigError(f"--plugged and --adapter {adapter} exclude each other: give one of them")
+    return link.plugged_adapter()
+
+
+def _span_parameters(model: Any, plan: SplitPlan) -> int:
+    """Weights of linear layers in the cloud's span, by the architecture alone: there are no weights of it here."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(model.config)
+    layers: Any = whole.get_submodule(family_of(model.config).layers_path)
+    return sum(linear_parameters(layers[index]) for index in plan.cloud)

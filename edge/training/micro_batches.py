@@ -1,0 +1,197 @@
+"""Several micro-batches on their way at a time, so that a slow link is hidden behind computation.
+
+A *lane* is a link of its own (a session of its own) and a thread that takes one micro-batch after another through
+forward and backward. On the edge one lane computes at a time, the one that has the *turn*; a lane gives the turn away
+while it waits for the cloud, so messages of one cross the strip while another computes. GPipe (Huang et al. 2019)
+splits a batch for the same reason.
+
+What a step computes does not depend on who is faster: each micro-batch has its own random state, drawn before the step
+begins, and gradients are added up in the order of the micro-batches. Without dropout the result has the bits of a run
+without lanes; with dropout other masks are drawn, the same ones in every run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from isthmus.backbone.sites.site_call import SiteCall
+from isthmus.edge.client.remote_span import SpanLink
+from isthmus.edge.run_report import StripMeter, StripTotals
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Turn:
+    """Whose turn it is to compute. The random state belongs to the turn's owner and changes hands with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, lane: _Lane) -> Iterator[None]:
+        """Wait for the turn, and give it back at the end."""
+        with self._lock:
+            torch.set_rng_state(lane.random)
+            try:
+                yield
+            finally:
+                lane.random = torch.get_rng_state()
+
+    @contextmanager
+    def left(self, lane: _Lane) -> Iterator[None]:
+        """Let others have the turn meanwhile."""
+        lane.random = torch.get_rng_state()
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            torch.set_rng_state(lane.random)
+
+
+class _Lane:
+    """A link, and the random state of the micro-batch that it carries."""
+
+    def __init__(self, link: SpanLink) -> None:
+        self.link = link
+        self.random = torch.get_rng_state()
+
+
+class Lanes:
+    """A `SpanLink` over several links, and the threads that use them.
+
+    A call outside `map` goes over the first link. Random numbers are a micro-batch's own if they are drawn on the CPU.
+
+    Args:
+        links: One for each lane, open, to the same cloud.
+    """
+
+    def __init__(self, links: Sequence[SpanLink]) -> None:
+        self._lanes = [_Lane(link) for link in links]
+        self._turn = _Turn()
+        self._here = threading.local()
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[R, None, None]:
+        """Do `work` for each item, on as many lanes as there are.
+
+        If one fails, those that have not begun do not begin. All lanes rest, and the random state is the caller's, when
+        the iterator has ended, has raised, or is closed.
+
+        Args:
+            work: Forward and backward of a micro-batch. It has the turn, and must not add to shared tensors.
+            items: Micro-batches.
+
+        Yields:
+            The results, in the order of the items. Of several failures the earliest item's is raised.
+        """
+        # One number for each, from the run's own random state: resumed or repeated, a step draws the same ones.
+        seeds = torch.randint(0, 2**62, (len(items),)).tolist()
+        after, with_graph, threads = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()
+        over = threading.Event()
+        free: SimpleQueue[_Lane] = SimpleQueue()
+        for lane in self._lanes:
+            free.put(lane)
+
+        def run(item: T, seed: int) -> R:
+            lane = free.get()  # never waits: there are as many lanes as threads
+            try:
+                if over.is_set():
+                    raise CancelledError  # nobody sees it: what has failed is an earlier item
+                lane.random = torch.Generator().manual_seed(seed).get_state()
+                self._here.lane = lane
+                with (
+                    self._turn.taken(lane),
+                    torch.set_grad_enabled(with_graph),  # a thread's own setting
+                    # An accelerator has one thread for backwards: a lane that waits in it would keep the others out.
+                    torch.autograd.set_multithreading_enabled(False),
+                ):
+                    return work(item)
+            except BaseException:
+                over.set()
+                raise
+            finally:
+                free.put(lane)
+
+        try:
+            # set_num_threads speaks of the calling thread's OpenMP team, and bits depend on it.
+            with ThreadPoolExecutor(len(self._lanes), "lane", torch.set_num_threads, (threads,)) as pool:
+                begun = deque(pool.submit(run, item, seed) for item, seed in zip(items, seeds, strict=True))
+                try:
+                    while begun:
+                        yield begun.popleft().result()
+                finally:
+                    over.set()
+        finally:
+            torch.set_rng_state(after)
+
+    def forward_span(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        keep: bool,
+        sites: SiteCall | None = None,
+    ) -> tuple[Tensor, Any]:
+        """See `SpanLink`."""
+        lane: _Lane | None = getattr(self._here, "lane", None)
+        if lane is None:
+            first = self._lanes[0].link
+            output, kept = first.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+            return output, (None, kept)
+        if sites is not None:  # they compute, and draw dropout masks
+            sites.turn = partial(self._turn.taken, lane)
+        with self._turn.left(lane):
+            output, kept = lane.link.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+        return output, (lane, kept)
+
+    def backward_span(
+        self,
+        kept: Any,
+        gradient: Tensor,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        sites: SiteCall | None = None,
+        wanted: bool = True,
+    ) -> Tensor | None:
+        """See `SpanLink`; over the link of the forward, whatever thread autograd's engine runs it in."""
+        lane, handle = kept
+        if lane is None:
+            first = self._lanes[0].link
+            return first.backward_span(
+                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
+            )
+        with self._turn.left(lane):
+            result: Tensor | None = lane.link.backward_span(
+                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
+            )
+        return result
+
+
+class LaneMeter:
+    """The meter of several links: what they have carried together. Waits of lanes overlap, and are added up."""
+
+    def __init__(self, links: Sequence[StripMeter]) -> None:
+        self._links = links
+
+    def begin_step(self, step: int) -> None:
+        """See `StripMeter`."""
+        for link in self._links:
+            link.begin_step(step)
+
+    def totals(self) -> StripTotals:
+        """See `StripMeter`."""
+        return sum((link.totals() for link in self._links), StripTotals())

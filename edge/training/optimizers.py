@@ -1,0 +1,127 @@
+"""The rules by which a run's parameters move: AdamW, its two kinds for LoRA, and MeZO.
+
+- `lora-plus`: LoRA+ (Hayou et al. 2024). AdamW whose learning rate for B is a multiple of that for A, as B starts at
+  zero. Parameters are grouped as PEFT's `create_loraplus_optimizer` does it: vectors, such as DoRA's magnitudes, go
+  with B; biases would not be decayed.
+- `lora-fa`: LoRA-FA (Zhang et al. 2023). A stays as it was drawn, so its input need not be kept for a backward. PEFT's
+  `LoraFAOptimizer` moves B alone, along g·(A·Aᵀ)⁻¹/s² (g is B's gradient, s LoRA's scale), with which the product of
+  both comes as near as can be to a step of the whole matrix. PEFT computes this in bf16.
+- `mezo`: forwards alone, see `isthmus.edge.training.mezo`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import peft.optimizers
+import torch
+from torch import Tensor, nn
+
+from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.data.batches import Batch
+from isthmus.edge.training.mezo import Mezo
+from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.step_rule import BatchLoss, StepRule, require_finite
+
+
+def step_rule(
+    model: Any,
+    parameters: Mapping[str, nn.Parameter],
+    config: TuningConfig,
+    check_stop: Callable[[], None],
+    lanes: Lanes | None = None,
+) -> StepRule:
+    """The rule that `config.optimizer` names.
+
+    Args:
+        model: What is trained.
+        parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
+        config: The run's options.
+        check_stop: Called after every micro-batch; what it raises ends the step.
+        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+    """
+    loss = BatchLoss(model, config.precision, check_stop, lanes)
+    if config.optimizer == "mezo":
+        return Mezo(parameters.values(), config, loss)
+    return Backprop(_optimizer(model, parameters, config), parameters, config, loss)
+
+
+def _optimizer(model: Any, parameters: Mapping[str, nn.Parameter], config: TuningConfig) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "lora-plus":
+        optimizer = peft.optimizers.create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=rate,
+            loraplus_lr_ratio=config.lora_plus_ratio,
+            loraplus_weight_decay=decay,
+            foreach=False,
+        )
+    elif config.optimizer == "lora-fa":
+        lora = model.active_peft_config
+        optimizer = peft.optimizers.create_lorafa_optimizer(model, lora.r, lora.lora_alpha, rate, weight_decay=decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=decay, foreach=False)
+    return optimizer
+
+
+class Backprop:
+    """Forward and backward through each micro-batch, then a step of a torch optimizer; see `StepRule`.
+
+    Args:
+        optimizer: Moves the parameters. The learning rate of each of its groups is a multiple of the run's.
+        parameters: What is trained, by name.
+        config: `learning_rate` and `max_grad_norm` are used.
+        loss: Measures the loss.
+    """
+
+    goes_backward = True
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        config: TuningConfig,
+        loss: BatchLoss,
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._moved = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        self._limit = config.max_grad_norm or math.inf
+        self._multiples = [group["lr"] / config.learning_rate for group in optimizer.param_groups]
+        self._loss = loss
+
+    def measure(self, step: int, batches: Sequence[Batch]) -> tuple[float, float]:
+        """See `StepRule`. Gradients are scaled down to `max_grad_norm`; the norm is the one that they had."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss.over(step, batches, self._moved)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._limit, foreach=False)
+        return loss, require_finite(step, "norm", float(norm))
+
+    def apply(self, rate: float) -> None:
+        """See `StepRule`. The gradients are still there afterwards."""
+        for group, multiple in zip(self._optimizer.param_groups, self._multiples, strict=True):
+            group["lr"] = rate * multiple
+        self._optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's moments and step counts, `<parameter>/<moment>`; LoRA-FA keeps them by pairs of A and B."""
+        names: dict[Any, str] = {parameter: name for name, parameter in self._parameters.items()}
+        return {
+            f"{names.get(owner, owner)}/{moment}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for owner, values in self._optimizer.state.items()
+            for moment, value in values.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """See `StepRule`."""
+        device = next(iter(self._parameters.values())).device
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition("/")
+            # AdamW keeps its step count on the CPU, whatever the parameter's device, and LoRA-FA as a plain number.
+            count = value if value.is_floating_point() else int(value)
+            owner: Any = self._parameters.get(name, name)
+            self._optimizer.state[owner][moment] = count if moment == "step" else value.to(device)

@@ -1,0 +1,148 @@
+"""What an optimizer step does with its micro-batches: the seam between the training loop and the ways of training.
+
+The loop draws the batches, keeps the log, writes checkpoints and decides when a step counts; a rule finds out how the
+parameters should move and moves them. `isthmus.edge.training.optimizers` has the rule that goes backward,
+`isthmus.edge.training.mezo` the one that only goes forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.common.errors import NonFiniteError
+from isthmus.edge.config.training_config import Precision
+from isthmus.edge.data.batches import Batch, label_count
+from isthmus.edge.training.evaluation import to_device
+from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.precision import computing_in
+
+_REMEDY = "lower --learning-rate, or use a wider codec or dtype."
+
+
+class StepRule(Protocol):
+    """How one optimizer step moves the trained parameters.
+
+    Attributes:
+        goes_backward: Whether it computes gradients. Only then is the model in training mode, where it drops out.
+    """
+
+    goes_backward: bool
+
+    def measure(self, step: int, batches: Sequence[Batch]) -> tuple[float, float]:
+        """Find out how step number `step` (from 1) should move the parameters, and leave them as they are.
+
+        All that may fail happens here: whatever is raised, the parameters are those after the last applied step.
+
+        Returns:
+            The step's loss, a mean over all labels of `batches`, and the gradient's norm or what stands for it.
+
+        Raises:
+            NonFiniteError: A loss or a gradient is NaN or infinite.
+        """
+
+    def apply(self, rate: float) -> None:
+        """Move the parameters as measured, with the learning rate `rate`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step needs besides parameters and random state."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+class BatchLoss:
+    """The loss of one micro-batch after another.
+
+    Args:
+        model: A causal LM, plain or PEFT.
+        precision: What the forward computes in.
+        check_stop: Called after every micro-batch; what it raises ends the step.
+        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+    """
+
+    def __init__(
+        self, model: Any, precision: Precision, check_stop: Callable[[], None], lanes: Lanes | None = None
+    ) -> None:
+        self._model = model
+        self._precision: Precision = precision
+        self._check_stop = check_stop
+        self._lanes = lanes
+
+    def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
+        """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
+
+        Args:
+            step: The step's number, for messages.
+            batches: At least one.
+            trained: Parameters that its gradient is added to, in the order of the micro-batches; none to go forward
+                alone.
+
+        Raises:
+            NonFiniteError: A micro-batch's loss is NaN or infinite.
+        """
+        labels = sum(map(label_count, batches))
+        if self._lanes is not None:
+            return self._over_lanes(self._lanes, step, labels, batches, trained)
+        total = 0.0
+        for batch in batches:
+            share, value = self._share(step, labels, batch)
+            if trained:
+                share.backward()  # type: ignore[no-untyped-call]  # torch
+            self._check_stop()
+            total += value
+        return total
+
+    def _over_lanes(
+        self, lanes: Lanes, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
+    ) -> float:
+        def work(batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
+            share, value = self._share(step, labels, batch)
+            gradients = torch.autograd.grad(share, trained, allow_unused=True) if trained else ()
+            self._check_stop()
+            return value, gradients
+
+        total = 0.0
+        with closing(lanes.map(work, batches)) as done:
+            for value, gradients in done:
+                if trained:
+                    _add(trained, gradients)
+                total += value
+        return total
+
+    def _share(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float]:
+        """What a micro-batch adds to the loss, with its graph and as a number."""
+        with computing_in(self._precision, self._model):
+            loss: Tensor = self._model(**to_device(batch, self._model), use_cache=False).loss
+        weight, value = label_count(batch) / labels, loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the loss of step {step} is {value}: {_REMEDY}")
+        return loss * weight, value * weight
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Add a micro-batch's gradients as `backward` does, where there are any."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            # A copy, laid out as the parameter: autograd may hand out a view, or one tensor for two parameters.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        else:
+            parameter.grad.add_(gradient)
+
+
+def require_finite(step: int, what: str, value: float) -> float:
+    """`value`, which is `what` says of step number `step`.
+
+    Raises:
+        NonFiniteError: It is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the gradients of step {step} have the {what} {value}: {_REMEDY}")
+    return value

@@ -1,0 +1,191 @@
+"""Linear maps in the place of dropped layers, fitted in closed form on public text.
+
+A run of decoder layers is replaced by one linear map, `h + W h + b`, as in ReplaceMe (Shopkhoev et al. 2025,
+arXiv:2505.02819). Here W and b are the weighted ridge regression of what the whole middle does with that run, on what
+the emulator itself gives at that place: so a bridge also corrects what the bridges before it left over. Each position
+weighs one over the mean square of its target, as in half of `measure.relative_error`.
+
+A bridge belongs to the kept layer before the run and acts on its output; one for a run at the very beginning acts on
+the input of the first kept layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.span import arrange_layers, distinct_layers
+from isthmus.common.errors import DataError, NonFiniteError
+from isthmus.common.progress import bar
+from isthmus.emulator.compress.layer_measures import Middle
+from isthmus.emulator.compress.outer_layers import Ends
+from isthmus.emulator.compress.public_text import spread
+
+# Tokens that a map is fitted to, for each of its inputs. At 64 the error on other text is near that on the fitted one;
+# where tokens are about as many as inputs, a map does more harm on other text than no map.
+TOKENS_PER_INPUT = 64
+LEAST_TOKENS_PER_INPUT = 8
+MOST_TOKENS = 1 << 16  # several copies of their hidden states lie in memory
+
+_RIDGE = 1e-3  # of the diagonal
+_TOKENS_AT_ONCE = 4096
+
+
+class Bridge(nn.Linear):
+    """`h -> h + W h + b`: hidden states before a run of layers to those after it.
+
+    Args:
+        width: Width h of the hidden states.
+        dtype: Of W and b.
+        device: Where they lie.
+    """
+
+    def __init__(self, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(width, width, dtype=dtype, device=device)
+
+    def reset_parameters(self) -> None:
+        """Start as what changes nothing, without a draw from the global generator."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., h]` -> `[..., h]`."""
+        return hidden + super().forward(hidden)
+
+
+def bridge_places(layers: Sequence[int], plan: SplitPlan) -> tuple[int, ...]:
+    """The layers after which a run of the middle is dropped, by their indices in the whole model.
+
+    The layer before the middle is among them if the middle's first layer is dropped.
+
+    Args:
+        layers: The layers that are kept.
+        plan: Where the middle is.
+    """
+    kept = {*layers, plan.bottom - 1}
+    return tuple(layer - 1 for layer in plan.cloud if layer not in kept and layer - 1 in kept)
+
+
+def add_bridges(base: nn.Module, layers: Sequence[int], bridges: Sequence[int]) -> None:
+    """Put bridges that change nothing yet into a base model, as `bridge` and `entry` of its layers.
+
+    Args:
+        base: From `load_layers` or `empty_layers`.
+        layers: The layers that it was made with.
+        bridges: From `bridge_places`; a layer that is none of `layers` stands for the input of the first one.
+    """
+    distinct = distinct_layers(base, layers)
+    config: Any = base.config
+    for place in bridges:
+        layer = distinct.get(place, distinct[layers[0]])
+        like = next(layer.parameters())
+        bridge = Bridge(config.hidden_size, dtype=like.dtype, device=like.device)
+        if place in distinct:
+            layer.add_module("bridge", bridge)
+            layer.register_forward_hook(_after)
+        else:
+            layer.add_module("entry", bridge)
+            layer.register_forward_pre_hook(_before, with_kwargs=True)
+
+
+@torch.no_grad()
+def fit_bridges(
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    base: nn.Module,
+    layers: Sequence[int],
+    bridges: Sequence[int],
+    blocks: Tensor,
+    *,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Console | None = None,
+) -> None:
+    """Fit the bridges that `add_bridges` put into `base`, one after another, in place.
+
+    Args:
+        checkpoint: The whole model.
+        plan: Where the middle is.
+        base: The kept layers with their bridges; what else was done to the layers has been done.
+        layers: The kept layers.
+        bridges: Where the bridges are.
+        blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens and at
+            most `MOST_TOKENS`.
+        attn_implementation: Attention implementation; None for the family's default.
+        device: Where to compute.
+        progress: Where progress is shown; None for standard error.
+
+    Raises:
+        DataError: There is too little text, less than `LEAST_TOKENS_PER_INPUT * h` tokens.
+        NonFiniteError: The model gives NaN or infinite hidden states.
+    """
+    width = checkpoint.config.hidden_size
+    if blocks.numel() < LEAST_TOKENS_PER_INPUT * width:
+        raise DataError(
+            f"the public text has {blocks.numel()} tokens, too few to fit linear maps of width {width} to: give "
+            f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
+        )
+    used = spread(blocks, min(TOKENS_PER_INPUT * width, MOST_TOKENS)).to(device)
+    ends = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
+    rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])
+    teacher = student = torch.cat([ends.entry(part) for part in torch.split(used, rows)])
+    whole = Middle.of(checkpoint, plan, attn_implementation, device)
+    kept = Middle(base, layers, plan.bottom, checkpoint.config)
+    distinct: dict[int, Any] = distinct_layers(base, layers)
+    dtype = next(base.parameters()).dtype
+
+    def run(middle: Middle, layer: int, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        parts = torch.split(hidden.to(dtype), rows)
+        return torch.cat([middle.run((layer - plan.bottom,), part) for part in parts]).float()
+
+    # A bridge is fitted at the end of its run: before the next kept layer, or at the middle's end.
+    after = {place: [layer for layer in layers if layer > place] for place in bridges}
+    fitted_before = {(after[place] or [plan.cloud.stop])[0]: place for place in bridges}
+    with bar(progress, "fitting bridges", len(plan.cloud)) as advance:
+        for layer in plan.cloud:
+            teacher = run(whole, layer, teacher)
+            if layer in distinct:
+                student = run(kept, layer, student, dtype)
+            place = fitted_before.get(layer + 1)
+            if place is not None and place in distinct:
+                bridge = distinct[place].bridge
+                _fit(bridge, student, teacher)
+                student = bridge(student.to(dtype)).float()
+            elif place is not None:
+                _fit(distinct[layers[0]].entry, student, teacher)  # it acts when that layer runs
+            advance()
+    arrange_layers(base, [distinct[layer] for layer in layers], layers, checkpoint.config)
+
+
+def _fit(bridge: Bridge, hidden: Tensor, target: Tensor) -> None:
+    """Set a bridge to the weighted ridge regression of `target - hidden` on `hidden`, both `[n, S, h]`."""
+    x, residual = hidden.flatten(0, 1), (target - hidden).flatten(0, 1)
+    weight = target.flatten(0, 1).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)  # [tokens, h + 1]
+    weighted = (x * weight).T
+    gram, moments = (weighted @ x).double(), (weighted @ residual).double()
+    diagonal = gram.diagonal()
+    gram = gram + torch.diag(_RIDGE * diagonal + 1e-9 * diagonal.mean())
+    solution = torch.linalg.solve(gram, moments).to(bridge.weight.dtype)  # [h + 1, h]
+    if not solution.isfinite().all():
+        raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
+    bridge.weight.copy_(solution[:-1].T)
+    bridge.bias.copy_(solution[-1])
+
+
+def _after(layer: Any, _inputs: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return layer.bridge(output[0]), *output[1:]
+    return layer.bridge(output)
+
+
+def _before(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs:
+        return (layer.entry(inputs[0]), *inputs[1:]), options
+    return inputs, options | {"hidden_states": layer.entry(options["hidden_states"])}

@@ -1,0 +1,381 @@
+"""Distillation: train the emulator alone, on public text, to do what the whole middle does (Xiao et al. 2023).
+
+The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T))^2)`. T and S are the outputs of the
+whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes of the text (the
+rms is explained at `measure.relative_error`); LM is the cross entropy of the frozen top and head on S. Everything but
+the emulator is frozen, nothing drops out, and the order of the blocks follows from the seed, so a run that was stopped
+goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.span import load_span
+from isthmus.common.errors import ConfigError, DataError, NonFiniteError
+from isthmus.common.files import claim, disk_errors, write_atomic
+from isthmus.common.progress import StepProgress
+from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.compress.layer_measures import relative_error
+from isthmus.emulator.compress.outer_layers import Ends
+from isthmus.emulator.compress.public_text import fingerprint
+from isthmus.emulator.distill import distillation_checkpoint as checkpoints
+from isthmus.emulator.distill.distillation_checkpoint import LOG_FILE, State
+
+PRECISIONS = ("fp32", "bf16")
+
+_MAX_NORM = 1.0
+_LAST_RATE = 0.1  # of the peak
+_HELD_OUT = 20  # one block in so many
+_HELD_OUT_MOST = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """Options of a distillation.
+
+    Attributes:
+        steps: Steps of the optimizer.
+        batch: Blocks of a step.
+        learning_rate: Peak of AdamW's learning rate; after the warm-up it falls along a cosine to a tenth.
+        warmup_steps: Steps in which the learning rate rises.
+        mse_weight: Weight of the relative error of the hidden states.
+        lm_weight: Weight of the cross entropy; 0 leaves out the top of the model and is much faster.
+        seed: Seed of the order of the blocks and of those held out.
+        save_every: Steps between checkpoints.
+        precision: `fp32`, or `bf16` for autocast; the weights stay as they are.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    steps: int
+    batch: int = 8
+    learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    mse_weight: float = 30.0
+    lm_weight: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("warmup_steps", 0), ("seed", 0), ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use {least} or more")
+        for name in ("learning_rate", "mse_weight", "lm_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use a finite number of 0 or more")
+        if self.mse_weight == self.lm_weight == 0:
+            raise ConfigError("mse_weight and lm_weight are both 0, so there is nothing to learn; raise one of them")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is not known; use {' or '.join(PRECISIONS)}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step after `step` applied ones."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        part = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * part)) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """What a distillation did.
+
+    Attributes:
+        steps: Steps of the optimizer.
+        tokens: Tokens that were seen.
+        text: Fingerprint of the public text.
+        error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
+            have been fitted to some of these blocks, if they were fitted to the same text.
+        error_after: The same after the last one, before any quantization.
+        loss_first, loss_last: The objective in the first and the last step.
+        lm_first, lm_last: Its cross entropy, in nats a token; None with `lm_weight` 0.
+    """
+
+    steps: int
+    tokens: int
+    text: str
+    error_before: float
+    error_after: float
+    loss_first: float
+    loss_last: float
+    lm_first: float | None
+    lm_last: float | None
+
+    def summary(self) -> dict[str, Any]:
+        """What a package's manifest says of it."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "text": self.text,
+            "error_before": self.error_before,
+            "error_after": self.error_after,
+        }
+
+
+def distill(
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    emulator: Emulator,
+    blocks: Tensor,
+    config: DistillConfig,
+    folder: Path,
+    *,
+    progress: Console | None = None,
+) -> DistillReport:
+    """Train an emulator in place, where it lies; it is frozen again afterwards.
+
+    `folder` gets the log `distill.jsonl` and checkpoints. With the same arguments and a folder that has a checkpoint,
+    the run goes on where that was taken; one that was finished is only loaded.
+
+    Args:
+        checkpoint: The whole model.
+        plan: Where the middle is.
+        emulator: As `build_emulator` makes it.
+        blocks: Public text, `[n, length]` tokens; one block in twenty is held out, 64 at most.
+        config: The options.
+        folder: Where the state is kept.
+        progress: Where progress is shown; None for standard error.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the last applied step is saved, and the message says how to go on.
+        CheckpointError: The checkpoint in `folder` is damaged, or belongs to another run.
+        ConfigError: Another process works in `folder`.
+        DataError: There are not two blocks.
+        DiskError: The disk is full or cannot be written.
+        NonFiniteError: A loss or a gradient is NaN or infinite; the last applied step is saved.
+    """
+    if len(blocks) < 2:
+        raise DataError(
+            f"the public text has {len(blocks)} block of {blocks.shape[-1]} tokens; give more text, or shorter blocks."
+        )
+    with claim(folder):
+        run = _Run(checkpoint, plan, emulator, blocks, config, folder, progress)
+        emulator.trainable(True)
+        try:
+            return run.finish()
+        finally:
+            emulator.trainable(False)
+
+
+class _Run:
+    """One distillation: see `distill`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: SplitPlan,
+        emulator: Emulator,
+        blocks: Tensor,
+        config: DistillConfig,
+        folder: Path,
+        console: Console | None,
+    ) -> None:
+        self._emulator, self._config, self._folder = emulator, config, folder
+        self._device = emulator.device
+        attention = emulator.attn_implementation
+        self._teacher = load_span(checkpoint, plan, attn_implementation=attention).to(self._device)
+        self._ends = Ends(
+            checkpoint, plan, with_top=config.lm_weight > 0, attn_implementation=attention, device=self._device
+        )
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
+        n_held_out = min(_HELD_OUT_MOST, max(1, len(blocks) // _HELD_OUT))
+        self._held_out, self._train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
+        self._text = fingerprint(blocks)
+        self._settings = {
+            "the model (digest)": checkpoint.digest(),
+            "the split plan": str(plan),
+            "the recipe": str(emulator.recipe),
+            "the choice of layers": list(emulator.layers),
+            "the emulator's dtype": str(emulator.dtype),
+            "the text (fingerprint)": self._text,
+            **({"the text of the bridges (fingerprint)": emulator.fitted_to} if emulator.bridges else {}),
+            **{name: value for name, value in asdict(config).items() if name != "save_every"},
+        }
+        self._weights = {
+            name: weight for name, weight in emulator.tensors().items() if isinstance(weight, nn.Parameter)
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=config.learning_rate, weight_decay=0.0, foreach=False
+        )
+        self._step = 0
+        self._log: list[str] = []
+        self._error_before = math.nan
+        self._stop = StopRequest()
+        self._progress = StepProgress("distilling: step", config.steps, console)
+
+    def finish(self) -> DistillReport:
+        """Go on from the newest checkpoint, or start, and run to the end."""
+        self._resume()
+        with self._stop.listen(self._progress.message), self._progress:
+            try:
+                return self._report(self._run())
+            except Interrupted:
+                raise KeyboardInterrupt(
+                    f"Stopped after step {self._step} of {self._config.steps}. {self._rescue()}: "
+                    "repeat the command to go on."
+                ) from None
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} {self._rescue()}; other options need another folder.") from error
+
+    def _run(self) -> float:
+        """Returns the error on held-out blocks after the last step."""
+        if math.isnan(self._error_before):
+            self._error_before = self._held_out_error()
+        self._progress.start(self._step)
+        while self._step < self._config.steps:
+            started = time.perf_counter()
+            line, tokens = self._apply_one_step()
+            self._write(line)
+            speed = tokens / (time.perf_counter() - started)
+            self._progress.show(self._step, f"{_figures(line)}  {speed:,.0f} tokens/s")
+            if self._step % self._config.save_every == 0 or self._step == self._config.steps:
+                self._save()
+        return self._held_out_error()
+
+    def _apply_one_step(self) -> tuple[dict[str, Any], int]:
+        """One step; it is applied whole or not at all. Returns its line of the log and its tokens."""
+        number, config = self._step + 1, self._config
+        ids = self._batch(self._step).to(self._device)
+        self._optimizer.zero_grad(set_to_none=True)
+        error, lm = self._losses(ids)
+        loss = config.mse_weight * error + (config.lm_weight * lm if lm is not None else 0.0)
+        if not loss.isfinite():
+            raise NonFiniteError(f"the loss of step {number} is {loss.item()}: lower the learning rate.")
+        torch.autograd.backward(loss)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM, foreach=False))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradients of step {number} have the norm {norm}: lower the learning rate.")
+        self._stop.check()
+        rate = config.rate(self._step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._step = number
+        line = {
+            "step": number,
+            "loss": loss.item(),
+            "error": error.item(),
+            "lm": None if lm is None else lm.item(),
+            "learning_rate": rate,
+            "grad_norm": norm,
+        }
+        return line, ids.numel()
+
+    def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Relative error of the emulator's output, and cross entropy above it, of tokens `[B, S]`."""
+        errors: list[Tensor] = []
+
+        def middle(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            with torch.no_grad():
+                target = self._teacher(hidden, mask, positions)
+            output: Tensor = self._emulator(hidden.to(self._emulator.dtype), mask, positions)
+            errors.append(relative_error(output, target))
+            return output.to(hidden.dtype)
+
+        with self._autocast():
+            lm = self._ends.loss(ids, middle)
+        return errors[0], lm
+
+    @torch.no_grad()
+    def _held_out_error(self) -> float:
+        """Relative error of the emulator's output, the mean over all held-out blocks."""
+        total = 0.0
+        for ids in torch.split(self._held_out, self._config.batch):
+            with self._autocast():
+                hidden = self._ends.entry(ids.to(self._device))
+                target = self._teacher(hidden)
+                output = self._emulator(hidden.to(self._emulator.dtype))
+            total += relative_error(output, target).item() * len(ids)
+            self._stop.check()
+        error = total / len(self._held_out)
+        if not math.isfinite(error):
+            raise NonFiniteError(f"the emulator's error on held-out text is {error}: look at the model and the recipe.")
+        return error
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
+
+    def _batch(self, step: int) -> Tensor:
+        """Blocks `[batch, length]` of the step after `step` applied ones; each epoch has an order of its own."""
+        first = step * self._config.batch
+        places = [divmod(number, len(self._train)) for number in range(first, first + self._config.batch)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return self._train[[int(orders[epoch][place]) for epoch, place in places]]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1_000_003 * (self._config.seed + 1) + epoch)
+        return torch.randperm(len(self._train), generator=generator)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        # Nothing here depends on time, so the log of an interrupted and continued run equals an undisturbed one's.
+        self._log.append(json.dumps(line) + "\n")
+        path = self._folder / LOG_FILE
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(self._log[-1])
+
+    def _save(self) -> Path:
+        moments = {
+            f"{name}/{key}": value
+            for name, weight in self._weights.items()
+            for key, value in self._optimizer.state.get(weight, {}).items()
+        }
+        state = State(self._step, self._settings, self._error_before, self._weights, moments, tuple(self._log))
+        return checkpoints.save(self._folder, state)
+
+    def _rescue(self) -> str:
+        if math.isnan(self._error_before):
+            return "Nothing was trained yet"
+        return f"The last applied step is saved in {self._save()}"
+
+    def _resume(self) -> None:
+        state = checkpoints.load_newest(self._folder, self._settings)
+        log = self._folder / LOG_FILE
+        if state is None:
+            write_atomic(log, b"")
+            return
+        # The settings agree, so the names and shapes do too.
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(state.parameters[name])
+        for key, value in state.optimizer.items():
+            name, _, moment = key.rpartition("/")
+            # AdamW keeps its step count on the CPU, whatever the weight's device.
+            weight = self._weights[name]
+            self._optimizer.state[weight][moment] = value if moment == "step" else value.to(weight.device)
+        self._step, self._error_before, self._log = state.step, state.error_before, list(state.log)
+        write_atomic(log, "".join(state.log).encode())
+        self._progress.message(f"Going on after step {self._step} of {self._config.steps}.")
+
+    def _report(self, error_after: float) -> DistillReport:
+        first, last = json.loads(self._log[0]), json.loads(self._log[-1])
+        return DistillReport(
+            steps=self._step,
+            tokens=self._step * self._config.batch * self._train.shape[1],
+            text=self._text,
+            error_before=self._error_before,
+            error_after=error_after,
+            loss_first=first["loss"],
+            loss_last=last["loss"],
+            lm_first=first["lm"],
+            lm_last=last["lm"],
+        )
+
+
+def _figures(line: dict[str, Any]) -> str:
+    lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
+    return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}"

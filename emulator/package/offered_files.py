@@ -1,0 +1,20 @@
+"""Which files may lie on which shelf of a session. The cloud shows no others, and the edge takes no others."""
+
+from __future__ import annotations
+
+from isthmus.backbone.checkpoints.sources import is_part
+from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
+from isthmus.emulator.package.intake import ADAPTER_FILES
+from isthmus.emulator.package.manifest import MANIFEST_FILE
+from isthmus.protocol.messages import Shelf
+
+
+def belongs(name: str, shelf: Shelf) -> bool:
+    """Whether a file of this name may lie on the shelf."""
+    match shelf:
+        case Shelf.PARTS:
+            return is_part(name)
+        case Shelf.EMULATOR:
+            return is_part(name) or name in (EMULATOR_FILE, EMULATOR_INFO, MANIFEST_FILE)
+        case Shelf.ADAPTER:
+            return name in ADAPTER_FILES

@@ -1,0 +1,272 @@
+"""The package: the folder that the model owner gives to a data owner, who tunes on it without any connection.
+
+    config.json, tokenizer files, edge.safetensors, isthmus_parts.json    the edge's parts, as edge_parts.py has it
+    emulator.safetensors, emulator.json                                   the emulator
+    manifest.json                                                         what it is, every file's hash, the signature
+
+It comes as files or over a session, and is trusted only after `open_package`: the signature under the manifest, then
+the files against it. A file that the manifest does not name is refused like a changed one, because transformers decides
+by the files of a folder what it loads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from isthmus.backbone.checkpoints.assembly import build_on_meta
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
+from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, TensorReader
+from isthmus.backbone.families import family_of
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
+from isthmus.common.errors import CheckpointError, ConfigError
+from isthmus.common.files import disk_errors, new_folder, sweep, write_atomic
+from isthmus.emulator.compress.emulator_model import Emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
+from isthmus.emulator.package.manifest import MANIFEST_FILE, Distilled, FileInfo, Manifest, protection_rows, sign
+from isthmus.emulator.package.verification import sha256_of, verified
+from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package that `open_package` has verified.
+
+    Attributes:
+        folder: Where it lies. It is a `Checkpoint` of an edge's parts as well.
+        manifest: What it says about itself.
+        id: SHA-256 (hex) of the signed bytes.
+        signer: Fingerprint of the root key that certified its signer.
+    """
+
+    folder: Path
+    manifest: Manifest
+    id: str
+    signer: Fingerprint
+
+    @property
+    def plan(self) -> SplitPlan:
+        """Who holds which layers."""
+        return self.manifest.split_plan
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.manifest.model
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole model."""
+        return self.manifest.digest
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The edge's parts."""
+        return Checkpoint(self.folder, self.manifest.model)
+
+    def load_emulator(self, dtype: torch.dtype = torch.float32) -> Emulator:
+        """The emulator, frozen and in eval mode.
+
+        Args:
+            dtype: Floating point dtype of its weights in memory.
+
+        Raises:
+            CheckpointError: Its file does not fit the configuration.
+        """
+        return load_emulator(
+            self.folder,
+            self.checkpoint.config,
+            dtype=dtype,
+            attn_implementation=self.manifest.attn_implementation,
+        )
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The edge's model over the emulator: the family's own class, with the layer numbers of the whole model.
+
+        Args:
+            dtype: Floating point dtype of all weights in memory.
+
+        Raises:
+            CheckpointError: A file does not fit the configuration.
+        """
+        return load_edge_parts(
+            self.checkpoint,
+            self.plan,
+            self.load_emulator(dtype),
+            dtype=dtype,
+            attn_implementation=self.manifest.attn_implementation,
+        )
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer, with a padding token.
+
+        Raises:
+            CheckpointError: The package has no tokenizer that can be read.
+        """
+        return load_tokenizer(self.folder)
+
+
+def write_package(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    emulator: Emulator,
+    *,
+    signer: WorkerIdentity,
+    licence: str,
+    protection: Sequence[Mapping[str, Any]] = (),
+    distilled: Mapping[str, Any] | None = None,
+    now: Callable[[], float] = time.time,
+) -> Package:
+    """Write and sign a package, whole or not at all; it replaces an older one.
+
+    Args:
+        folder: Where to write.
+        checkpoint: The whole model.
+        plan: Who holds which layers.
+        emulator: The emulator of the plan's middle.
+        signer: The model owner's worker.
+        licence: A note about what may be done with the package.
+        protection: Rows of scores that were measured with this emulator; see `protection_rows`.
+        distilled: The fields of `Distilled`; None without distillation.
+        now: The clock, Unix seconds.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or incomplete.
+        ConfigError: The licence note or the figures are too long, or a figure is malformed.
+        DiskError: The disk is full or cannot be written; an older package is unchanged.
+        FingerprintError: The signer's certificate has expired.
+        PackageError: A row of scores belongs to another emulator, or the emulator to another middle.
+        PlanError: The plan is for another number of layers.
+    """
+    family = family_of(checkpoint.config)
+    middle_params, middle_bytes = _middle(checkpoint, plan)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as new:
+        export_edge_parts(checkpoint, plan, new)
+        save_emulator(emulator, new)
+        files = {
+            file.name: FileInfo(size=file.stat().st_size, sha256=sha256_of(file)) for file in sorted(new.iterdir())
+        }
+        try:
+            manifest = Manifest(
+                model=checkpoint.name,
+                digest=checkpoint.digest(),
+                n_layers=plan.n_layers,
+                plan=str(plan),
+                family=family.name,
+                attn_implementation=emulator.attn_implementation,
+                dtype=str(torch.float32).removeprefix("torch."),
+                recipe=str(emulator.recipe),
+                keep=emulator.recipe.keep,
+                layers=tuple(emulator.layers),
+                edge_params=_params_in(new / EDGE_FILE),
+                emulator_params=emulator.n_params,
+                middle_params=middle_params,
+                emulator_bytes=files[EMULATOR_FILE].size,
+                middle_bytes=middle_bytes,
+                licence=licence,
+                distilled=None if distilled is None else Distilled.model_validate(dict(distilled)),
+                protection=protection_rows(protection, files[EMULATOR_FILE].sha256),
+                files=files,
+                created=int(now()),
+            )
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = ".".join(map(str, fault["loc"]))
+            raise ConfigError(f"the package's {name} cannot be written ({fault['msg']}): change it") from error
+        manifest = Manifest.from_payload(manifest.to_payload())  # what a reader would refuse is refused here
+        signer.certificate.verify(manifest.created)
+        (new / MANIFEST_FILE).write_bytes(sign(manifest, signer))
+    return open_package(folder, signer=signer.pin)
+
+
+def open_package(folder: Path, *, signer: Fingerprint | None = None) -> Package:
+    """Verify a package: the signature first, then the names, sizes and hashes of all files.
+
+    Args:
+        folder: The package.
+        signer: Fingerprint of the root key that must have certified its signer; None for any. The result's `signer`
+            says which it was.
+
+    Raises:
+        PackageError: The folder is no package; a file is missing, changed, a link, or not named by the manifest.
+        SignerError: The package is not signed, or by somebody else.
+    """
+    return Package(folder, *verified(folder, signer))
+
+
+def is_package(folder: Path) -> bool:
+    """Whether the folder looks like a package, verified or not."""
+    return (folder / MANIFEST_FILE).is_file() and (folder / EMULATOR_INFO).is_file()
+
+
+def sign_package(
+    folder: Path,
+    signer: WorkerIdentity,
+    protection: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    now: Callable[[], float] = time.time,
+) -> Package:
+    """Sign a package anew, with figures that were measured with it; the weights stay as they are.
+
+    The package's id changes, so adapters that were tuned on it before no longer name it: sign before handing it out.
+
+    Args:
+        folder: The model owner's own package.
+        signer: The model owner's worker.
+        protection: Rows of scores; see `protection_rows`. None keeps those that are there.
+        now: The clock, Unix seconds.
+
+    Raises:
+        ConfigError: A figure is missing or malformed, or there are too many.
+        DiskError: The disk is full or cannot be written; the package is unchanged.
+        FingerprintError: The signer's certificate has expired.
+        PackageError: The package is damaged, or a row was measured with another emulator.
+        SignerError: The package was signed under another root key.
+    """
+    sweep(folder)  # what a crash in here left would be a strange file
+    package = open_package(folder, signer=signer.pin)
+    manifest = package.manifest
+    rows = manifest.protection
+    if protection is not None:
+        rows = protection_rows(protection, manifest.files[EMULATOR_FILE].sha256)
+    try:
+        renewed = Manifest.model_validate(dict(manifest) | {"protection": rows, "created": int(now())})
+    except ValidationError as error:
+        raise ConfigError(f"the figures do not fit into a manifest ({error.errors()[0]['msg']}): give fewer") from error
+    signer.certificate.verify(renewed.created)
+    write_atomic(folder / MANIFEST_FILE, sign(renewed, signer))
+    return open_package(folder, signer=signer.pin)
+
+
+def _middle(checkpoint: Checkpoint, plan: SplitPlan) -> tuple[int, int]:
+    """Number of weights of the plan's middle, and their bytes in the checkpoint."""
+    config = checkpoint.config
+    family = family_of(config)
+    model = build_on_meta(config, family, torch.float32, None)
+    reader = TensorReader(checkpoint.folder, prefix=model.base_model_prefix + ".")
+    layers = model.get_submodule(family.layers_path)
+    views = [
+        reader.view(f"{family.layers_path}.{layer}.{name}")
+        for layer in plan.cloud
+        for name, _ in layers[layer].named_parameters()
+    ]
+    return sum(view.numel() for view in views), sum(view.nbytes for view in views)
+
+
+def _params_in(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); write the package again") from error

@@ -1,0 +1,63 @@
+"""A whole run by the command line alone, and its loss curve beside the single-process run's.
+
+The split run is `isthmus cloud serve` and `isthmus edge train` as a user starts them; the other one is the same
+trainer on the whole model in one process. The curves are drawn over each other: at fp32 they are one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.figures import plotting, save_figure
+from isthmus.experiments.benchmarks.demo import parity_of, run_command
+from isthmus.experiments.harness.launch import LocalCloud, isthmus
+
+
+def run_curve(
+    model: str, edge_layers: str, options: dict[str, Any], folder: Path, figure: Path | None
+) -> dict[str, Any]:
+    """Train both ways with the options of `edge train`, compare step by step, and draw the curves.
+
+    Args:
+        model: as for `--model`.
+        edge_layers: the split plan.
+        options: fields of `TrainConfig`.
+        folder: where both runs go.
+        figure: a PNG to write, or None.
+
+    Returns:
+        The report of the split run, the losses of both, and their largest difference.
+    """
+    if figure is not None:
+        plotting()  # before the long run, not after it
+    # Alone in the cloud, so that its calls have as many threads as the single process's, however short they are.
+    serve = ("--edge-layers", edge_layers, "--threads", str(options["threads"]), "--batching", "off")
+    with LocalCloud(folder, model, *serve) as cloud:
+        flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        edge = ("--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key), "--out", str(folder / "split"))
+        command = isthmus("edge", "train", *edge, *flags, "--json")
+        report = json.loads(run_command(command))
+    single = json.dumps({**options, "out": str(folder / "single")})
+    run_command([sys.executable, "-m", "isthmus.experiments.harness.single_process", model, edge_layers, single])
+    losses = {name: _losses(folder / name) for name in ("split", "single")}
+    if figure is not None:
+        _draw(losses, figure, f"{model}, edge layers {edge_layers}, {Path(options['data']).parent.name}")
+    return {"report": report, **parity_of(folder / "split", folder / "single"), "losses": losses}
+
+
+def _losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+def _draw(losses: dict[str, list[float]], path: Path, title: str) -> None:
+    figure, axes = plotting().subplots(figsize=(7, 4), dpi=144)
+    steps = range(1, len(losses["split"]) + 1)
+    axes.plot(steps, losses["single"], color="#f2a33a", linewidth=5, label="one process")
+    axes.plot(steps, losses["split"], color="#1f4e79", linewidth=1.2, label="across the strip")
+    axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)

@@ -1,0 +1,148 @@
+"""`make demo`: the main job on a real model, in a few minutes, with everything that a user would start by hand.
+
+A cloud (Ray, a worker, sealed gRPC) and an edge in processes of their own; some forty steps on generated support
+tickets; the held-out loss and an answer before and after; what crossed the strip; and the same training in a single
+process, which must end in the same adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.common.errors import IsthmusError
+from isthmus.experiments.benchmarks.crossing import search_the_strip
+from isthmus.experiments.harness.launch import LocalCloud, isthmus
+from isthmus.experiments.harness.tickets import Ticket, make_tickets, write_tickets
+
+MODEL = "smollm2-135m"
+EDGE_LAYERS = "2:2"
+TRAINING = 240
+HELD_OUT = 40
+
+
+def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
+    """Run the demo and print it as it goes. Returns what it found; `parity` tells whether the adapters are equal."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.rule("1. the model")
+    checkpoint = resolve(MODEL)
+    console.print(
+        f"{MODEL}: {checkpoint.config.num_hidden_layers} layers; the edge holds {EDGE_LAYERS.replace(':', ' + ')}, "
+        "the cloud the rest"
+    )
+
+    tickets = make_tickets(TRAINING + HELD_OUT + 1, seed=1)
+    probe, train, held_out = tickets[0], tickets[1 : TRAINING + 1], tickets[TRAINING + 1 :]
+    write_tickets(folder / "train.jsonl", train)
+    write_tickets(folder / "held-out.jsonl", held_out)
+    training: dict[str, Any] = {
+        "data": str(folder / "train.jsonl"),
+        "validation": str(folder / "held-out.jsonl"),
+        "steps": steps,
+        "batch": 8,
+        "max_length": 96,
+        "learning_rate": 5e-3,
+        "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "seed": 7,
+        "threads": threads,
+        "save_every": steps,
+    }
+
+    console.rule("2. keys, and a cloud in processes of its own")
+    with LocalCloud(folder, MODEL, "--edge-layers", EDGE_LAYERS, "--threads", str(threads)) as cloud:
+        console.print(f"serving at {cloud.connection}")
+        edge = ("--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key))
+        console.rule(f"3. the edge: {steps} steps on {len(train)} private tickets")
+        before = _generate(edge, probe)
+        flags = [text for name, value in training.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        report = _json("edge", "train", *edge, *flags, "--out", str(folder / "split"), "--json")
+        after = _generate(edge, probe, "--adapter", str(folder / "split" / "adapter"))
+        crossing = search_the_strip(cloud, folder / "train.jsonl", folder / "split" / "adapter")
+    _tell(console, report, probe, before, after, crossing)
+
+    console.rule("5. the same in a single process, on the same seed")
+    options = json.dumps({**training, "out": str(folder / "single")})
+    run_command([sys.executable, "-m", "isthmus.experiments.harness.single_process", MODEL, EDGE_LAYERS, options])
+    parity = parity_of(folder / "split", folder / "single")
+    console.print(
+        f"parity: bitwise_equal={parity['bitwise_equal']} max_abs_loss_diff={parity['max_abs_loss_diff']} "
+        f"adapter_max_abs_diff={parity['adapter_max_abs_diff']}"
+    )
+    if not parity["bitwise_equal"]:
+        raise IsthmusError(
+            "the split run and the single-process run differ: please report this, with the numbers above"
+        )
+    return {"report": report, "before": before, "after": after, "crossing": crossing, "parity": parity}
+
+
+def _tell(
+    console: Console, report: dict[str, Any], probe: Ticket, before: str, after: str, crossing: dict[str, Any]
+) -> None:
+    console.print(f"held-out loss  {report['loss_before']:.3f} before, {report['loss_after']:.3f} after")
+    console.print("ticket        ", probe.prompt.replace("\n", " / "), markup=False)
+    console.print("wanted        ", probe.completion.strip(), markup=False)
+    console.print("answer before ", before.strip().split("\n")[0][:100], markup=False)
+    console.print("answer after  ", after.strip().split("\n")[0][:100], markup=False)
+    console.rule("4. what crossed the strip")
+    console.print(
+        f"{report['bytes_up'] / 1e6:.1f} MB up, {report['bytes_down'] / 1e6:.1f} MB down "
+        f"in {report['calls']} calls, sealed: "
+        f"{report['bytes_per_position_up']:.0f} + {report['bytes_per_position_down']:.0f} bytes per token position"
+    )
+    console.print(
+        f"time: edge {report['edge_share']:.0%}, cloud {report['cloud_share']:.0%}, wire {report['wire_share']:.2%}, "
+        f"encryption {report['crypto_share']:.2%}"
+    )
+    console.print(
+        f"messages of one more step: {', '.join(f'{name} x {count}' for name, count in crossing['messages'].items())}"
+    )
+    for name, found in crossing["found"].items():
+        console.print(f"  {name:12} {'FOUND in what the edge sends' if found else 'not in what the edge sends'}")
+    console.print(
+        "  (activations are, as they must be; from them, a cloud that knows the weights can infer much: see the README)"
+    )
+    if any(found for name, found in crossing["found"].items() if name != "activations"):
+        raise IsthmusError("something private crossed the strip: please report this")
+
+
+def _generate(edge: tuple[str, ...], probe: Ticket, *options: str) -> str:
+    text: str = _json("edge", "generate", *edge, *options, "--max-new-tokens", "24", "--json", probe.prompt)["text"]
+    return text
+
+
+def _json(*arguments: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(run_command(isthmus(*arguments)))
+    return result
+
+
+def run_command(command: list[str]) -> str:
+    """Run a command whose progress the user sees; returns what it printed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise IsthmusError(
+            f"`{' '.join(command[2:5])} …` ended with exit code {done.returncode}; its own message is above"
+        )
+    return done.stdout
+
+
+def parity_of(split: Path, single: Path) -> dict[str, Any]:
+    """Compare the adapters and the loss logs of two runs' folders."""
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (split, single))
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+        for out in (split, single)
+    ]
+    if one.keys() != other.keys():
+        raise IsthmusError("the two adapters have different parameters: nothing can be compared")
+    return {
+        "bitwise_equal": losses[0] == losses[1] and all(bool((one[name] == other[name]).all()) for name in one),
+        "max_abs_loss_diff": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "adapter_max_abs_diff": max(float((one[name] - other[name]).abs().max()) for name in one),
+    }

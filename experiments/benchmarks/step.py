@@ -1,0 +1,122 @@
+"""What a step costs: the split run against a single process with the same adapters, batch, precision of the edge, and
+threads.
+
+Both models live in one process and take turns, so that whatever else the machine does hits both alike; the figures
+are ratios. The cloud is in processes of its own and waits while the whole model computes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.backbone.checkpoints.span_format import NONE
+from isthmus.edge.client.link import connect
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.training.methods import build_peft, trained
+from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.single_process import whole_model
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What is measured: `batch` sequences of `seq` tokens, `pairs` steps of either kind after two of warm-up."""
+
+    model: str
+    edge_layers: str = "2:2"
+    codec: str = "fp32"
+    cloud_dtype: str = "fp32"
+    batch: int = 4
+    seq: int = 128
+    pairs: int = 9
+    threads: int = 2
+    quantize: str = NONE
+
+
+class _Stepper:
+    """Takes optimizer steps on one model, always on the same batch: only the time is of interest."""
+
+    def __init__(self, model: Any, batch: dict[str, torch.Tensor], layers: tuple[int, ...]) -> None:
+        config = TrainConfig(cloud="-", data="-", method="lora")
+        self._model = build_peft(model, config, layers=layers)
+        self._model.train()
+        self._batch = batch
+        self._optimizer = torch.optim.AdamW(trained(self._model).values(), lr=1e-4)
+
+    def step(self) -> float:
+        """One step; returns its seconds."""
+        start = time.perf_counter()
+        self._model(**self._batch, use_cache=False).loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
+    """Measure; see the module.
+
+    Shares are of the split step. The wire's is what the edge waited beyond the cloud's computing and the sealing and
+    opening on both sides; codecs count as computing of the side that runs them. Bytes are of whole frames per token
+    position.
+    """
+    torch.set_num_threads(settings.threads)
+    options = (
+        "--edge-layers",
+        settings.edge_layers,
+        "--dtype",
+        settings.cloud_dtype,
+        "--threads",
+        str(settings.threads),
+        "--quantize",
+        settings.quantize,
+    )
+    with (
+        LocalCloud(folder, settings.model, *options) as cloud,
+        connect(cloud.connection, key=cloud.edge_key, codec=settings.codec) as link,
+    ):
+        whole, _, plan = whole_model(settings.model, settings.edge_layers)
+        tokens = torch.randint(
+            whole.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
+        )
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        split_run = _Stepper(link.load_model(), batch, plan.edge_layers)
+        whole_run = _Stepper(whole, batch, plan.edge_layers)
+        ratios: list[float] = []
+        split_s: list[float] = []
+        whole_s: list[float] = []
+        with stderr_progress("steps", WARM_UP + settings.pairs) as advance:
+            for pair in range(WARM_UP + settings.pairs):
+                if pair == WARM_UP:
+                    before = link.totals()
+                # Turn about, so that neither always follows the other.
+                for run, seconds in ((split_run, split_s), (whole_run, whole_s))[:: 1 if pair % 2 else -1]:
+                    seconds.append(run.step())
+                ratios.append(split_s[-1] / whole_s[-1])
+                advance()
+        spent = link.totals() - before
+        span_bytes = cloud.status()["span_bytes"]
+    ratios, split_s, whole_s = ratios[WARM_UP:], split_s[WARM_UP:], whole_s[WARM_UP:]
+    total, positions = sum(split_s), settings.pairs * tokens.numel()
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "edge_share": (total - spent.cloud_s - spent.wire_s - spent.crypto_s) / total,
+        "cloud_share": spent.cloud_s / total,
+        "wire_share": spent.wire_s / total,
+        "crypto_share": spent.crypto_s / total,
+        "bytes_per_token_up": spent.bytes_up / positions,
+        "bytes_per_token_down": spent.bytes_down / positions,
+        "bytes_per_token_over_hidden": (spent.bytes_up + spent.bytes_down) / positions / whole.config.hidden_size,
+        "span_bytes": span_bytes,
+        "split_step_s": statistics.median(split_s),
+        "whole_step_s": statistics.median(whole_s),
+        **asdict(settings),
+    }

@@ -1,0 +1,94 @@
+"""Finished work of a long table on the disk, one line a piece, so that an interrupted table goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from isthmus.common.errors import CheckpointError
+from isthmus.common.files import disk_errors, locked
+
+
+class Cells:
+    """Results by the settings that they depend on, in a file of JSON lines that only grows.
+
+    Args:
+        path: The file; made with its folder when it is needed. Several processes may add to it.
+        console: Where it is said what was done.
+
+    Raises:
+        CheckpointError: A line of the file is damaged.
+        DiskError: The file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path = path
+        self._console = console
+        self._total = self._done = 0
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._known = _read(path) if path.exists() else {}
+
+    def expect(self, total: int) -> None:
+        """How many there will be, for the progress."""
+        self._total = total
+
+    def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result for these settings: from the file, or made now and written.
+
+        Args:
+            name: Says what it is, for people.
+            settings: Everything that the result depends on, as JSON can say it.
+            make: Makes the result, as JSON can say it.
+
+        Raises:
+            DiskError: The disk is full or cannot be written.
+        """
+        self._done += 1
+        key = _key(name, settings)
+        if key not in self._known:
+            started = time.monotonic()
+            result = make()
+            seconds = round(time.monotonic() - started, 1)
+            self._append({"name": name, "settings": dict(settings), "seconds": seconds, "result": result})
+            self._known[key] = result
+            self._console.print(f"[{self._done}/{self._total}] {name}  {seconds:.0f} s", markup=False, highlight=False)
+        return self._known[key]
+
+    def _append(self, cell: dict[str, Any]) -> None:
+        with locked(self._path), disk_errors(self._path), self._path.open("ab") as file:
+            if file.tell() and not _ends_whole(self._path):
+                file.write(b"\n")  # what a full disk or a crash cut off stays a line of its own
+            file.write((json.dumps(cell) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _key(name: str, settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{name} {json.dumps(dict(settings), sort_keys=True)}".encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    known = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            cell = json.loads(line)
+            known[_key(cell["name"], cell["settings"])] = cell["result"]
+        except json.JSONDecodeError:
+            continue  # cut off while it was written: the piece is made again
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}, line {number}: no finished piece of a table; remove the line") from error
+    return known
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,223 @@
+"""Real parts for benchmarks and the demo: a cloud in its own processes, keys made for the occasion, and commands as a
+user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import Progress
+
+from isthmus.cloud.control.ports import Ports
+from isthmus.common.errors import IsthmusError, PortInUseError, UnreachableError
+from isthmus.common.interrupt import uninterrupted
+from isthmus.protocol.enrolment import Quota, add_line
+from isthmus.protocol.secure.keys import generate_edge, generate_root, issue_worker
+
+START_SECONDS = 180.0
+FIRST_PORT, PORT_TRIES = 10_000, 20
+
+
+def isthmus(*arguments: str) -> list[str]:
+    """The command line that runs `isthmus` with this interpreter."""
+    return [sys.executable, "-m", "isthmus.cli.main", *arguments]
+
+
+class Endpoint(Protocol):
+    """A cloud that an edge can connect to."""
+
+    edge_key: Path
+    """The private key of an enrolled edge."""
+
+    @property
+    def connection(self) -> str:
+        """The connection string."""
+
+
+class LocalCloud:
+    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge.
+
+    Args:
+        folder: where keys, logs and the connection file go.
+        model: as for `--model`.
+        options: further options of `serve`.
+        environment: variables that it gets besides those of this process.
+    """
+
+    def __init__(self, folder: Path, model: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.home = folder / "cloud"
+        self.edge_key = folder / "edge" / "id_ed25519"
+        self.connection_file = folder / "connection"
+        self._log = folder / "serve.log"
+        self._arguments = [
+            *("cloud", "serve", "--model", model, "--home", str(self.home)),
+            *("--connection-file", str(self.connection_file)),
+            *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+            *options,
+        ]
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+        if not self.home.exists():
+            self.home.mkdir(parents=True, mode=0o700)
+            self.edge_key.parent.mkdir(parents=True, mode=0o700)
+            generate_root(self.home)
+            issue_worker(self.home)
+            self.enroll("edge", self.edge_key)
+
+    @property
+    def connection(self) -> str:
+        """The connection string."""
+        return self.connection_file.read_text().strip()
+
+    def enroll(self, name: str, key: Path, quota: Quota | None = None) -> None:
+        """Make a key and enrol it."""
+        add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
+
+    def start(self) -> None:
+        """Start and wait until the workers answer; again at the same addresses only where `--listen` names a port.
+
+        Raises:
+            UnreachableError: it does not answer; the message has the end of its output.
+        """
+        self.connection_file.unlink(missing_ok=True)
+        with self._log.open("ab") as log, uninterrupted():
+            self._process = subprocess.Popen(
+                isthmus(*self._arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=self._environment,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self.connection_file.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                tail = self._log.read_text(errors="replace")[-2000:]
+                raise UnreachableError(
+                    f"the cloud did not start within {START_SECONDS:.0f} s; the end of its output: {tail}"
+                )
+            time.sleep(0.1)
+
+    def status(self) -> dict[str, Any]:
+        """The first worker's status, `pid` among it. Raises UnreachableError where that one does not answer."""
+        first: dict[str, Any] = self.cloud_status()["workers"][0]
+        if "pid" not in first:
+            raise UnreachableError(f"the first worker of {self.home} is {first['state']}: ask again in a moment")
+        return first
+
+    def cloud_status(self) -> dict[str, Any]:
+        """What `isthmus cloud status` shows: of the cloud, and in `workers` of each."""
+        state = json.loads((self.home / "serving.json").read_text())
+        with urllib.request.urlopen(f"http://{state['metrics']}/status", timeout=5) as response:
+            status: dict[str, Any] = json.load(response)
+        return status
+
+    def control_store(self) -> int | None:
+        """The process of Ray's control store; None while there is none."""
+        for pid in () if self._process is None else _of_session(self._process.pid):
+            with contextlib.suppress(OSError):  # it has ended
+                program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+                if program.endswith(b"gcs_server"):
+                    return pid
+        return None
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code after the graceful drain."""
+        process = self._process
+        if process is None:
+            raise IsthmusError("the cloud was not started")
+        process.send_signal(signal.SIGTERM)
+        return process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of it, those of Ray too, as when a machine loses its power."""
+        process, self._process = self._process, None
+        if process is None:
+            raise IsthmusError("the cloud was not started")
+        while alive := _of_session(process.pid):  # Ray may start further ones meanwhile
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.01)
+        process.wait()
+
+    def stop(self) -> None:
+        """End it, gracefully where that works."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def __enter__(self) -> LocalCloud:
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C, say, while it starts
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports one after the other on which nobody listens, below those that the kernel gives away by itself.
+
+    Raises:
+        PortInUseError: there are none.
+    """
+    for _ in range(PORT_TRIES):
+        first = FIRST_PORT + secrets.randbelow(FIRST_PORT)  # others may look at the same time
+        with contextlib.suppress(PortInUseError), contextlib.closing(Ports()) as ports:
+            ports.take_several(f"{host}:{first}", count)
+            return list(range(first, first + count))
+    raise PortInUseError(f"{host} has no {count} free ports in a row above {FIRST_PORT}: ask for fewer workers")
+
+
+def _of_session(leader: int) -> list[int]:
+    """Processes of a session, by the process that began it; those that only wait to be looked after do not count."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it is gone, or no process
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+@contextlib.contextmanager
+def working_folder(keep: Path | None = None) -> Iterator[Path]:
+    """A private folder that is gone afterwards, or `keep`, which stays."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error; call what it yields once per piece of work."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,65 @@
+"""What the kernel tells about the memory of a process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isthmus.common.errors import IsthmusError
+
+
+def own_bytes(name: str) -> int:
+    """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
+
+    Not getrusage's, which begins with the parent's.
+
+    Raises:
+        IsthmusError: This system does not tell.
+    """
+    return _told("self", "status", name)
+
+
+def proportional_bytes(pid: int) -> int:
+    """PSS of a process: its own memory, and its part of what it shares with others.
+
+    Raises:
+        IsthmusError: This system does not tell.
+    """
+    return _told(pid, "smaps_rollup", "Pss")
+
+
+def forget_peak(pid: int) -> None:
+    """Let the most that a process has had in memory count from now on.
+
+    Raises:
+        IsthmusError: This system does not let us.
+    """
+    path = Path(f"/proc/{pid}/clear_refs")
+    try:
+        path.write_text("5")
+    except OSError as error:
+        raise IsthmusError(f"cannot write {path} ({error.strerror}), which the figures of memory need") from None
+
+
+def peak_bytes(pid: int) -> int:
+    """The most PSS that a process has had since `forget_peak`.
+
+    The kernel keeps the peak of the resident size, at no cost; looking at PSS again and again would take the time of
+    which the figures are. What is shared with others is taken to be the same at the peak as it is now.
+
+    Raises:
+        IsthmusError: This system does not tell.
+    """
+    return proportional_bytes(pid) + _told(pid, "status", "VmHWM") - _told(pid, "status", "VmRSS")
+
+
+def _told(pid: int | str, file: str, name: str) -> int:
+    """A size in bytes from a file of /proc."""
+    path = Path(f"/proc/{pid}/{file}")
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise IsthmusError(f"cannot read {path} ({error.strerror}), which the figures of memory need") from None
+    for line in lines:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise IsthmusError(f"{path} does not say {name}, which the figures of memory need")

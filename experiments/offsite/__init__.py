@@ -1,0 +1,1 @@
+"""The experiments on emulators: the table of Offsite-Tuning, its methods and its costs."""

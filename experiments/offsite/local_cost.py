@@ -1,0 +1,191 @@
+"""What local tuning costs: a step over an emulator against one of the whole model, in time and in memory.
+
+Each way to tune runs in a process of its own, and they take turns, one step each. Ratios are medians over the rounds.
+
+python -m isthmus.experiments.offsite.local_cost '{"kind": …, "model": …, …}' is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.training.methods import build_peft, trained
+from isthmus.edge.training.precision import computing_in, hold_frozen_linears
+from isthmus.emulator.compress.emulator_model import build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.public_text import load_blocks
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.experiments.harness.launch import stderr_progress
+from isthmus.experiments.harness.process_memory import own_bytes
+from isthmus.experiments.harness.turns import TurnProcess
+from isthmus.experiments.scoring.task_scoring import whole
+
+WARM_UP = 2
+_MODULE = "isthmus.experiments.offsite.local_cost"
+
+KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
+"""All weights of the whole model; LoRA in all its layers; over the emulator, the edge's layers whole; LoRA in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings:
+    """What is measured.
+
+    Attributes:
+        model: As for `--model`.
+        keep: Share of the middle's layers that the emulator keeps.
+        method: The emulator's recipe.
+        text: Public text, for a recipe that needs it.
+        adapter_layers: The split plan.
+        batch: Sequences of a step.
+        seq: Tokens of a sequence.
+        rounds: Steps of each kind, after two of warm-up.
+        rank: Of LoRA.
+        precision: What the forward computes in.
+        threads: Threads of torch in each process.
+    """
+
+    model: str
+    keep: float = 0.5
+    method: str = "uniform"
+    text: Path | None = None
+    adapter_layers: str = "2:2"
+    batch: int = 4
+    seq: int = 128
+    rounds: int = 7
+    rank: int = 8
+    precision: Precision = "fp32"
+    threads: int = 2
+
+
+def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
+    """Measure; see the module.
+
+    Args:
+        settings: What is measured.
+        folder: Where the emulator goes.
+
+    Returns:
+        `runs`: for each kind `tokens_per_s`, `step_s`, `peak_bytes` and `model_bytes` (the peak without what the
+        process held before it had a model), and for the two local ones how many times faster and smaller they are:
+        `faster_than_full_fine_tuning`, `less_memory_than_full_fine_tuning` (of `model_bytes`), and the same for
+        `lora_full`. Beside it the settings.
+
+    Raises:
+        IsthmusError: Of whatever kind fits; one of the processes failed.
+    """
+    _build(settings, folder / "emulator")
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with ExitStack() as stack:
+        shared = asdict(settings) | {"emulator": str(folder / "emulator"), "text": None}
+        workers = {
+            kind: stack.enter_context(TurnProcess(kind, _MODULE, shared | {"kind": kind}, settings.threads))
+            for kind in KINDS
+        }
+        for worker in workers.values():
+            worker.answer()  # it has its model
+        advance = stack.enter_context(stderr_progress("rounds", WARM_UP + settings.rounds))
+        for number in range(WARM_UP + settings.rounds):
+            for kind in KINDS[:: 1 if number % 2 else -1]:
+                seconds[kind].append(float(workers[kind].ask("step")))
+            advance()
+        memory = {kind: json.loads(worker.ask("memory")) for kind, worker in workers.items()}
+    seconds = {kind: values[WARM_UP:] for kind, values in seconds.items()}
+    runs = [_row(kind, settings, seconds, memory) for kind in KINDS]
+    described = asdict(settings) | {"text": None if settings.text is None else settings.text.name}
+    return {"runs": runs, "settings": described}
+
+
+def _row(
+    kind: str, settings: CostSettings, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    step = statistics.median(seconds[kind])
+    row = {"kind": kind, "tokens_per_s": settings.batch * settings.seq / step, "step_s": step, **memory[kind]}
+    if kind.startswith("local"):
+        for other in ("full_fine_tuning", "lora_full"):
+            ratios = [theirs / ours for ours, theirs in zip(seconds[kind], seconds[other], strict=True)]
+            row[f"faster_than_{other}"] = statistics.median(ratios)
+            row[f"less_memory_than_{other}"] = memory[other]["model_bytes"] / memory[kind]["model_bytes"]
+    return row
+
+
+def _build(settings: CostSettings, folder: Path) -> None:
+    checkpoint = resolve(settings.model)
+    recipe = Recipe.parse(settings.method, settings.keep)
+    blocks = None
+    if settings.text is not None and recipe.needs_text:
+        blocks = load_blocks(settings.text, load_tokenizer(checkpoint.folder), 256)
+    plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
+    save_emulator(build_emulator(checkpoint, plan, recipe, blocks), folder)
+
+
+# Inside one of the processes ------------------------------------------------------------------------------------------
+
+
+def _serve(task: dict[str, Any]) -> None:
+    kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
+    settings = CostSettings(**task)
+    torch.set_num_threads(settings.threads)
+    before = own_bytes("VmRSS")
+    step = _stepper(_model(kind, settings, emulator), settings)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "step":
+            print(step(), flush=True)
+        else:
+            peak = own_bytes("VmHWM")
+            print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
+
+
+def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
+    checkpoint = resolve(settings.model)
+    if kind == "full_fine_tuning":
+        return whole(checkpoint).requires_grad_(True)
+    method: Any = "full" if kind == "local_layers" else "lora"
+    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=settings.precision)
+    if kind == "lora_full":
+        base: Any = whole(checkpoint)
+    else:
+        plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
+        base = load_edge_parts(checkpoint, plan, load_emulator(emulator, checkpoint.config))
+    model = build_peft(base, config)
+    hold_frozen_linears(model, config)
+    return model
+
+
+def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
+    """Makes optimizer steps, always on the same batch: only the cost is of interest."""
+    tokens = torch.randint(
+        model.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
+    )
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-5, foreach=False)
+    model.train()
+
+    def step() -> float:
+        start = time.perf_counter()
+        with computing_in(settings.precision, model):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    return step
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

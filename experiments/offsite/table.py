@@ -1,0 +1,279 @@
+"""The table of Offsite-Tuning (Xiao et al. 2023): what a data owner gains and what a thief does, by method and task.
+
+For each task: the full model as it is, fully fine-tuned, with LoRA in all layers, and with the edge's layers tuned over
+the full middle, which is the reference that a recovery is a share of. For each method: the emulator as it is, the same
+edge layers tuned over the emulator (scored there, and plugged into the full middle), and the thief, who keeps the
+package and trains all of it on the same data for as many steps. The thief takes the better of that and the tuned
+emulator, by the validation slice.
+
+Each piece of this is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
+from isthmus.common.torch_threads import use_threads
+from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.distill.distillation import DistillConfig
+from isthmus.experiments.harness.finished_cells import Cells
+from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
+from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
+from isthmus.experiments.offsite.table_rows import Group, rows_of, verdict_of
+from isthmus.experiments.scoring.likelihood import require_lm_eval
+from isthmus.experiments.scoring.scores import Score
+from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
+
+_WHOLE = ("full_fine_tuned", "lora_full")
+
+
+@dataclass(frozen=True, slots=True)
+class TableSettings:
+    """What a table is made of.
+
+    Attributes:
+        model: As for `--model`.
+        tasks: Names of tasks.
+        out: Where emulators and finished cells are kept.
+        methods: Recipes, with `+distilled` at the end of those to distil, or folders of emulators.
+        keeps: Shares of the middle's layers to keep.
+        adapter_layers: The split plan.
+        seeds: How many, from 0 on.
+        regime: How everything is trained and scored.
+        sizes: How much of the tasks is used.
+        text: Public text to choose layers, fit bridges and distil by; None for the Shakespeare beside the tasks.
+        text_length: Tokens of a block of it.
+        distill: Options of the distillation.
+        data_folder: Where the tasks lie; None for the default.
+        whole_runs: Whether the whole model is fine-tuned too, as two columns for comparison.
+        device: `cpu` or `cuda`.
+        threads: Threads of torch; None for torch's choice.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    out: Path
+    methods: tuple[str, ...] = ("uniform", "crash", "importance", "importance+distilled")
+    keeps: tuple[float, ...] = (0.5,)
+    adapter_layers: str = "2:2"
+    seeds: int = 3
+    regime: Regime = field(default_factory=Regime)
+    sizes: Sizes = field(default_factory=Sizes)
+    text: Path | None = None
+    text_length: int = 256
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=400))
+    data_folder: Path | None = None
+    whole_runs: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+
+
+def run_table(settings: TableSettings, *, console: Console | None = None) -> dict[str, Any]:
+    """Make the table, or go on with it.
+
+    Args:
+        settings: What it is made of.
+        console: Where progress is shown; None for standard error.
+
+    Returns:
+        `runs` (see `rows_of`), `verdict`, `no_signal`, `methods` (see `verdict_of`) and `settings`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
+        ConfigError: A task, a method or an option does not make sense, or the package lm-eval is needed and missing.
+        DataError: Data are missing or malformed.
+        IsthmusError: Of whatever kind fits.
+    """
+    shown = console or Console(stderr=True, highlight=False)
+    try:
+        return _Run(settings, shown).make()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped; what is finished is kept in {settings.out}: repeat the command to go on."
+        ) from None
+
+
+class _Run:
+    def __init__(self, settings: TableSettings, console: Console) -> None:
+        if settings.seeds < 1:
+            raise ConfigError(f"--seeds {settings.seeds} leaves nothing to do; use 1 or more")
+        use_threads(settings.threads)
+        self._settings, self._console = settings, console
+        checkpoint = resolve(settings.model)
+        plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        folder = settings.data_folder or default_data_folder()
+        self._tasks = [load_task(name, folder, tokenizer, settings.sizes) for name in settings.tasks]
+        if any(task.questions for task in self._tasks):
+            require_lm_eval()
+        self._workshop = Workshop(
+            folder=settings.out / "emulators",
+            checkpoint=checkpoint,
+            plan=plan,
+            tokenizer=tokenizer,
+            text=settings.text or folder / "shakespeare" / "input.txt",
+            length=settings.text_length,
+            options=settings.distill,
+            device=settings.device,
+        )
+        self._methods = _methods(settings)
+        for method in self._methods:
+            self._workshop.check(method)
+        self._lab = Lab(checkpoint, plan, tokenizer, settings.regime, settings.device)
+        self._cells = Cells(settings.out / "cells.jsonl", console)
+        self._cells.expect(self._expected())
+        self._common = {
+            "model": checkpoint.digest(),
+            "plan": str(plan),
+            "score_precision": settings.regime.score_precision,
+        }
+
+    def make(self) -> dict[str, Any]:
+        """All cells, then the rows."""
+        references = {task.name: self._references(task) for task in self._tasks}
+        rows: list[dict[str, Any]] = []
+        for method in self._methods:
+            built = self._workshop.build(method, self._console)
+            emulator = built.load(self._workshop.checkpoint, self._settings.device)
+            for task in self._tasks:
+                group = self._with_emulator(built, emulator, task, references[task.name])
+                rows += rows_of(group, self._settings.seeds)
+        return {"runs": rows, **verdict_of(rows), "settings": _describe(self._settings)}
+
+    # Cells ------------------------------------------------------------------------------------------------------------
+
+    def _references(self, task: Task) -> dict[str, list[dict[str, Any]]]:
+        """What needs no emulator: column -> results, one for each seed or a single one."""
+        lab = self._lab
+        zero_shot = self._cells.get(
+            f"{task.name} full_zero_shot",
+            self._common | {"task": task.fingerprint},
+            lambda: {"scores": {"full_zero_shot": lab.score(lab.edge(lab.middle), task)}},
+        )
+        results = {"full_zero_shot": [zero_shot]}
+        trainables = lab.regime.trainables
+        results["edge_layers_full_middle"] = self._seeds(
+            task, "edge_layers_full_middle", lab.on_edge_layers(lab.middle), method=trainables
+        )
+        if self._settings.whole_runs:
+            results["full_fine_tuned"] = self._seeds(task, "full_fine_tuned", lab.whole_weights(), everything=True)
+            results["lora_full"] = self._seeds(task, "lora_full", lab.whole_adapters(), method="lora")
+        return results
+
+    def _with_emulator(
+        self, built: Built, emulator: Emulator, task: Task, references: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> Group:
+        """Everything about one emulator and one task."""
+        lab = self._lab
+        zero_shot = self._cells.get(
+            f"{task.name} {built.label} {built.keep:g} emulator_zero_shot",
+            self._common | {"task": task.fingerprint, "emulator": built.sha256},
+            lambda: {"scores": {"emulator_zero_shot": lab.score(lab.edge(emulator), task)}},
+        )
+        tuned = self._seeds(
+            task,
+            "emulator_tuned",
+            lab.on_edge_layers(emulator),
+            views={"emulator_tuned": None, "plug_in": lab.middle},
+            method=lab.regime.trainables,
+            built=built,
+        )
+        thief = self._seeds(
+            task,
+            "thief",
+            lab.everything(lambda: built.load(self._workshop.checkpoint, self._settings.device)),
+            everything=True,
+            built=built,
+        )
+        scores = {name: _by_metric(results, name) for name, results in references.items()}
+        scores["emulator_zero_shot"] = _by_metric([zero_shot], "emulator_zero_shot")
+        scores["emulator_tuned"] = _by_metric(tuned, "emulator_tuned")
+        scores["plug_in"] = _by_metric(tuned, "plug_in")
+        better = [
+            (trained, "thief") if trained["validation_loss"] < kept["validation_loss"] else (kept, "emulator_tuned")
+            for trained, kept in zip(thief, tuned, strict=True)
+        ]
+        scores["thief"] = _join([scores_of(result, view) for result, view in better])
+        facts = {
+            "learning_rate": tuned[0]["rate"],
+            "learning_rate_full_middle": references["edge_layers_full_middle"][0]["rate"],
+            "learning_rate_thief": thief[0]["rate"],
+            "thief_trains_all": sum(view == "thief" for _, view in better),
+        }
+        share = emulator.n_params / lab.middle.n_params
+        return Group(built.label, built.keep, task.name, built.sha256, share, scores, facts)
+
+    def _seeds(
+        self,
+        task: Task,
+        kind: str,
+        build: Any,
+        *,
+        views: Mapping[str, Any] | None = None,
+        method: str = "full",
+        everything: bool = False,
+        built: Built | None = None,
+    ) -> list[dict[str, Any]]:
+        """A run for each seed: the first one chooses among the candidate rates, the others take its choice."""
+        regime = self._settings.regime
+        candidates = regime.rates(method, everything=everything)
+        trained = {
+            "task": task.fingerprint,
+            "kind": kind,
+            "method": method,
+            "rates": list(candidates),
+            "rank": regime.rank,
+            "alpha": regime.alpha,
+            **{name: getattr(regime, name) for name in ("steps", "batch", "precision")},
+            "emulator": None if built is None else built.sha256,
+        }
+        where = "" if built is None else f"{built.label} {built.keep:g} "
+        results: list[dict[str, Any]] = []
+        for seed in range(self._settings.seeds):
+            rates = candidates if seed == 0 else (results[0]["rate"],)
+            run = partial(self._lab.run, task, seed, rates, build, views or {kind: None}, method=method)
+            name = f"{task.name} {where}{kind} seed {seed}"
+            results.append(self._cells.get(name, self._common | trained | {"seed": seed}, run))
+        return results
+
+    def _expected(self) -> int:
+        seeds, n_whole = self._settings.seeds, len(_WHOLE) * self._settings.whole_runs
+        of_task = 1 + seeds * (1 + n_whole)
+        of_emulator = 1 + 2 * seeds
+        return len(self._tasks) * (of_task + len(self._methods) * of_emulator)
+
+
+def _methods(settings: TableSettings) -> list[Method]:
+    """Each method at each ratio; a given emulator has its own ratio."""
+    methods = [Method.parse(text, keep) for text in settings.methods for keep in settings.keeps]
+    unique = list(dict.fromkeys(methods))
+    if not unique:
+        raise ConfigError("there is no method to compare: give --methods and --keep")
+    return unique
+
+
+def _by_metric(results: Sequence[Mapping[str, Any]], view: str) -> dict[str, list[Score]]:
+    return _join([scores_of(result, view) for result in results])
+
+
+def _join(scores: Sequence[Mapping[str, Score]]) -> dict[str, list[Score]]:
+    return {metric: [each[metric] for each in scores] for metric in scores[0]}
+
+
+def _describe(settings: TableSettings) -> dict[str, Any]:
+    """The settings as JSON can say them, without paths of this machine."""
+    value = asdict(settings)
+    for name in ("out", "data_folder"):
+        value.pop(name)
+    value["text"] = None if settings.text is None else settings.text.name
+    value["tasks"] = list(settings.tasks)
+    return value

@@ -1,0 +1,273 @@
+"""One training run of a table, whatever is trained: built, trained by the edge's trainer, and scored.
+
+Every run of a kind on a task is trained at each candidate rate on the first seed; the rate with the least loss on the
+validation slice is kept for the other seeds. For a run over an emulator, that loss is over the emulator: the data owner
+has nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.backbone.split.remote_layers import SpanFn
+from isthmus.backbone.split.span import FrozenSpan, load_span
+from isthmus.common.errors import NonFiniteError
+from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
+from isthmus.edge.training.evaluation import evaluate
+from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.trainer import Trainer
+from isthmus.edge.training.training_checkpoint import ModelIdentity
+from isthmus.edge.training.training_progress import TrainProgress
+from isthmus.experiments.scoring.scores import Score
+from isthmus.experiments.scoring.task_scoring import score_task, whole
+from isthmus.experiments.scoring.tasks import Task
+
+WEIGHT_RATES = (1e-4, 3e-4, 1e-3)
+"""Candidates where weights of the model itself are trained."""
+
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
+"""Candidates where adapters are trained."""
+
+WHOLE_RATES = (3e-5, 1e-4, 3e-4)
+"""Candidates where all weights of a model are trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """How everything in a table is trained and scored.
+
+    Attributes:
+        trainables: What is trained on the edge's layers, as `--method` of `edge train`.
+        steps: Optimizer steps of a run.
+        batch: Examples of a step.
+        max_length: Tokens of an example at most.
+        rank: Of adapters.
+        alpha: Scale of adapters.
+        weight_rates: Candidate rates where the edge's layers are trained.
+        adapter_rates: Candidate rates where adapters are trained.
+        whole_rates: Candidate rates where all weights are trained.
+        precision: What training computes in.
+        score_precision: What scoring computes in.
+        score_batch: Documents of a forward in scoring.
+    """
+
+    trainables: str = "full"
+    steps: int = 40
+    batch: int = 8
+    max_length: int = 256
+    rank: int = 8
+    alpha: float = 16.0
+    weight_rates: tuple[float, ...] = WEIGHT_RATES
+    adapter_rates: tuple[float, ...] = ADAPTER_RATES
+    whole_rates: tuple[float, ...] = WHOLE_RATES
+    precision: Precision = "fp32"
+    score_precision: Precision = "fp32"
+    score_batch: int = 16
+
+    def rates(self, method: str, *, everything: bool = False) -> tuple[float, ...]:
+        """The candidates for a method of `edge train`, or for a run that trains all weights."""
+        if everything:
+            return self.whole_rates
+        return self.weight_rates if method == "full" else self.adapter_rates
+
+
+class Everything(nn.Module):
+    """An edge's model with the middle that it runs over, all of it trainable: the thief's, or the whole model.
+
+    Args:
+        edge: From `load_edge_parts` over `middle`.
+        middle: An emulator or a span.
+    """
+
+    def __init__(self, edge: Any, middle: nn.Module) -> None:
+        super().__init__()
+        self.edge = edge
+        self.middle = middle
+        self.requires_grad_(True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        device: torch.device = self.edge.device
+        return device
+
+    def forward(self, **inputs: Any) -> Any:
+        """The edge's model's."""
+        return self.edge(**inputs)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the edge's part, the only one that has a form of its own."""
+        self.edge.save_pretrained(folder)
+
+
+class Lab:
+    """Builds, trains and scores.
+
+    Args:
+        checkpoint: The whole model.
+        plan: Who holds which layers.
+        tokenizer: The model's.
+        regime: How to train and score.
+        device: Where to compute.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: SplitPlan, tokenizer: Any, regime: Regime, device: str) -> None:
+        self.checkpoint, self.plan, self.regime = checkpoint, plan, regime
+        self.middle = self._fresh_middle(device)
+        self._tokenizer, self._device = tokenizer, device
+        self._identity = ModelIdentity(checkpoint.name, checkpoint.digest(), str(plan))
+
+    def edge(self, span: SpanFn) -> Any:
+        """A fresh edge's model over `span`."""
+        return load_edge_parts(self.checkpoint, self.plan, span).to(self._device)
+
+    # What is trained --------------------------------------------------------------------------------------------------
+
+    def on_edge_layers(self, span: SpanFn) -> Callable[[TuningConfig], Any]:
+        """The table's trainables on the edge's layers, over `span`."""
+        return lambda config: build_peft(self.edge(span), config, total_steps=config.steps)
+
+    def everything(self, middle: Callable[[], nn.Module]) -> Callable[[TuningConfig], Any]:
+        """All weights of the edge's model and of a fresh middle."""
+
+        def build(_config: TuningConfig) -> Everything:
+            fresh = middle()
+            return Everything(self.edge(fresh), fresh)
+
+        return build
+
+    def whole_weights(self) -> Callable[[TuningConfig], Any]:
+        """All weights of the whole model."""
+        return self.everything(lambda: self._fresh_middle(self._device))
+
+    def whole_adapters(self) -> Callable[[TuningConfig], Any]:
+        """Adapters in all layers of the whole model."""
+        return lambda config: build_peft(whole(self.checkpoint).to(self._device), config, total_steps=config.steps)
+
+    # Runs -------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        task: Task,
+        seed: int,
+        rates: Sequence[float],
+        build: Callable[[TuningConfig], Any],
+        views: Mapping[str, SpanFn | None],
+        *,
+        method: str = "full",
+    ) -> dict[str, Any]:
+        """Train at each of the rates, keep what has the least validation loss, and score it.
+
+        Args:
+            task: What is trained on and scored.
+            seed: Of the adapter's start and the data's order.
+            rates: Candidate learning rates; a single one is taken as it is.
+            build: Makes a fresh model with something trainable.
+            views: Name -> the middle that the trained model is scored over; None for the one it was trained with.
+            method: Of `edge train`.
+
+        Returns:
+            `rate`, `validation_loss`, `tried` (rate -> validation loss; null where training ran away) and `scores`
+            (view -> metric -> score).
+
+        Raises:
+            NonFiniteError: Training ran away at every rate.
+            KeyboardInterrupt: Ctrl-C or SIGTERM.
+        """
+        best: tuple[float, float, Any] | None = None
+        tried: dict[str, float | None] = {}
+        for rate in rates:
+            model = self._train(task, seed, rate, build, method)
+            loss = math.inf if model is None else self._validation_loss(model, task)
+            tried[f"{rate:g}"] = loss if math.isfinite(loss) else None
+            if math.isfinite(loss) and (best is None or loss < best[0]):
+                best = (loss, rate, model)
+        if best is None:
+            raise NonFiniteError(
+                f"training on {task.name} ran away at each of the learning rates {', '.join(tried)}: give lower ones."
+            )
+        loss, rate, model = best
+        scores = {name: self.score(over(model, span), task) for name, span in views.items()}
+        return {"rate": rate, "validation_loss": loss, "tried": tried, "scores": scores}
+
+    def score(self, model: Any, task: Task) -> dict[str, Any]:
+        """Metric -> score, as JSON can say it."""
+        regime = self.regime
+        scores = score_task(model, self._tokenizer, task, batch=regime.score_batch, precision=regime.score_precision)
+        return {metric: score.to_json() for metric, score in scores.items()}
+
+    def _train(
+        self, task: Task, seed: int, rate: float, build: Callable[[TuningConfig], Any], method: str
+    ) -> Any | None:
+        """A trained model; None where training ran away."""
+        regime = self.regime
+        data = TrainingData(task.train, (), task.pad_id, 0, fingerprint(task.train))
+        with tempfile.TemporaryDirectory(prefix="isthmus-run-") as folder:
+            config = TuningConfig(
+                data="-",
+                validation_split=0.0,
+                steps=regime.steps,
+                batch=regime.batch,
+                max_length=regime.max_length,
+                learning_rate=rate,
+                warmup_steps=regime.steps // 10,
+                seed=seed,
+                method=method,
+                rank=regime.rank,
+                alpha=regime.alpha,
+                precision=regime.precision,
+                out=Path(folder),
+                save_every=regime.steps,
+                keep_checkpoints=1,
+            )
+            model = build(config)
+            progress = TrainProgress(regime.steps, regime.steps, Console(quiet=True))
+            try:
+                Trainer(model, data, config, self._identity, progress=progress).fit()
+            except NonFiniteError:
+                return None
+        return model
+
+    def _validation_loss(self, model: Any, task: Task) -> float:
+        batches = Batches(task.validation, self.regime.score_batch, task.pad_id)
+        try:
+            return evaluate(model, batches, precision=self.regime.score_precision)
+        except NonFiniteError:
+            return math.inf
+
+    def _fresh_middle(self, device: str) -> FrozenSpan:
+        return load_span(self.checkpoint, self.plan).to(device)
+
+
+def over(model: Any, span: SpanFn | None) -> Any:
+    """A trained model as it is scored: over `span` in the place of its middle, or as it is for None."""
+    scored = model.edge if isinstance(model, Everything) else model
+    if span is not None:
+        base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
+        base.span_gate.span = span
+    return scored
+
+
+def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:
+    """The scores of a run's result, by metric."""
+    return {metric: Score.from_json(score) for metric, score in result["scores"][view].items()}
+
+
+def describe(regime: Regime) -> dict[str, Any]:
+    """The regime as a cell's settings say it."""
+    value: dict[str, Any] = json.loads(json.dumps({name: getattr(regime, name) for name in regime.__slots__}))
+    return value

@@ -1,0 +1,1 @@
+"""Every way of training side by side: `isthmus bench placements`."""

@@ -1,0 +1,253 @@
+"""What a step of each mode costs, beside a single process with the same trainables: time, bytes, round trips, memory,
+and whether the adapters are equal bit for bit.
+
+Both are runs of `edge train`'s own trainer over the same batches, each in a process of its own, and take turns, a step
+each; ratios are medians over the rounds. All sequences have one length, and an epoch has few steps, so that the modes
+with a span cache are seen in later epochs.
+
+python -m isthmus.experiments.placements.placement_costs '{…}' is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.ending import run_to_end
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.training_config import load_config
+from isthmus.edge.run_report import StripTotals
+from isthmus.edge.split_run import train_over
+from isthmus.edge.training import training_checkpoint as checkpoints
+from isthmus.experiments.benchmarks.demo import parity_of
+from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.process_memory import own_bytes
+from isthmus.experiments.harness.prose import write_long_texts
+from isthmus.experiments.harness.single_process import train_in_one_process
+from isthmus.experiments.harness.turns import StepWatch, TurnProcess
+from isthmus.experiments.placements.placement_modes import SINGLE, Mode
+
+EPOCH_STEPS = 3
+"""Steps of an epoch. The first one is for warming up."""
+_MODULE = "isthmus.experiments.placements.placement_costs"
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings:
+    """What is measured.
+
+    Attributes:
+        model: As for `--model`.
+        edge_layers: The split plan.
+        shared: Fields of `TrainConfig` that all modes have: rank, taps and the like.
+        dropout: In front of the adapters, in the modes that can have it.
+        batch: Sequences of a step.
+        seq: Tokens of a sequence.
+        rounds: Steps that count, after an epoch of warming up.
+        steps: Length that a run is planned for where a policy chooses among sites; only its first steps are made.
+        threads: Threads of torch on either side.
+    """
+
+    model: str
+    edge_layers: str
+    shared: dict[str, Any]
+    dropout: float
+    batch: int
+    seq: int
+    rounds: int
+    steps: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a process: its seconds, what crossed the strip in it, and the process's peak memory until its end."""
+
+    seconds: float
+    spent: StripTotals
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a mode costs.
+
+    Attributes:
+        steps: Those that count.
+        first_epoch: Those before them.
+        alone: The steps of the single process, one for each of `steps`.
+        parity: `bitwise_equal` and `max_abs_diff` to the single process; both None where a policy chooses.
+        shares: Of always-on's site traffic and adapter computation, over all steps, where a policy chooses.
+    """
+
+    steps: tuple[Step, ...]
+    first_epoch: tuple[Step, ...]
+    alone: tuple[Step, ...]
+    parity: dict[str, Any]
+    shares: dict[str, float]
+
+    def per_step(self, name: str, *, first: bool = False) -> float:
+        """A field of `StripTotals` per step, of the first epoch or of those after it."""
+        steps = self.first_epoch if first else self.steps
+        return statistics.mean(float(getattr(step.spent, name)) for step in steps)
+
+    @property
+    def ratio(self) -> float:
+        """The time of a step over the single process's."""
+        return statistics.median(
+            ours.seconds / theirs.seconds for ours, theirs in zip(self.steps, self.alone, strict=True)
+        )
+
+    @property
+    def seconds(self) -> float:
+        """The median step's."""
+        return statistics.median(step.seconds for step in self.steps)
+
+
+def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, folder: Path) -> Cost:
+    """Measure a mode; see the module.
+
+    Args:
+        mode: Which.
+        settings: What is measured.
+        cloud: With the mode's plan; None for the single process.
+        folder: For both runs, empty.
+
+    Raises:
+        IsthmusError: One of the processes failed.
+    """
+    folder.mkdir(parents=True)
+    write_long_texts(folder / "texts.jsonl", EPOCH_STEPS * settings.batch, settings.seq)
+    made = EPOCH_STEPS + settings.rounds
+    theirs: list[Step] = []
+    ours: list[Step] = theirs if cloud is None else []
+    with ExitStack() as stack:
+        turns = [(_start(stack, mode, settings, folder, cloud, made), ours)]
+        if cloud is not None:
+            turns.append((_start(stack, mode, settings, folder, None, made), theirs))
+        for process, _ in turns:
+            process.answer()  # it has its model
+        for number in range(made):
+            for process, steps in turns[:: 1 if number % 2 else -1]:
+                steps.append(_step(json.loads(process.ask("step"))))
+        for process, steps in turns:
+            if not (mode.chooses and steps is ours):
+                process.ask("step")  # the last one, whose end nobody sees; and the run's
+    return Cost(
+        steps=tuple(ours[EPOCH_STEPS:]),
+        first_epoch=tuple(ours[:EPOCH_STEPS]),
+        alone=tuple(theirs[EPOCH_STEPS:]),
+        parity=_parity(mode, folder),
+        shares=_shares(folder / "split") if mode.chooses else {},
+    )
+
+
+def _start(
+    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: Endpoint | None, made: int
+) -> TurnProcess:
+    where = "alone" if cloud is None else "split"
+    chooses = mode.chooses and cloud is not None
+    config = {
+        "data": str(folder / "texts.jsonl"),
+        "validation_split": 0.0,
+        "out": str(folder / where),
+        "steps": settings.steps if chooses else made + 1,
+        "batch": settings.batch,
+        "max_length": settings.seq,
+        "learning_rate": 1e-3,
+        "save_every": made,
+        "threads": settings.threads,
+        "dropout": settings.dropout if mode.drops_out else 0.0,
+        **settings.shared,
+        **(mode.alone if cloud is None else mode.options),
+        "cloud": "-" if cloud is None else cloud.connection,
+        "key": None if cloud is None else str(cloud.edge_key),
+    }
+    task = {
+        "model": settings.model,
+        "edge_layers": mode.edge_layers(settings.edge_layers),
+        "config": config,
+        "split": cloud is not None,
+        "everywhere": mode.everywhere,
+    }
+    return stack.enter_context(TurnProcess(f"{mode.name}, {where}", _MODULE, task, settings.threads))
+
+
+def _step(told: dict[str, Any]) -> Step:
+    return Step(told["seconds"], StripTotals(**told["spent"]), told["peak"])
+
+
+def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
+    if mode.chooses or mode.name == SINGLE:
+        return {"bitwise_equal": None, "max_abs_diff": None}
+    found = parity_of(folder / "split", folder / "alone")
+    return {
+        "bitwise_equal": found["bitwise_equal"],
+        "max_abs_diff": max(found["max_abs_loss_diff"], found["adapter_max_abs_diff"]),
+    }
+
+
+def site_shares(state: Sequence[Any]) -> dict[str, float]:
+    """The shares of always-on's site traffic and adapter computation, from the states of a checkpoint's observers."""
+    accounting = state[0]["accounting"]
+    return {name: accounting["spent"][name] / accounting["always_on"][name] for name in ("traffic", "computation")}
+
+
+def _shares(out: Path) -> dict[str, float]:
+    folder = checkpoints.latest(out)
+    return {} if folder is None else site_shares(checkpoints.load(folder).observers)
+
+
+# Inside one of the processes ------------------------------------------------------------------------------------------
+
+
+class Turns(StepWatch):
+    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a line before each.
+
+    Args:
+        totals: What has crossed the strip so far.
+    """
+
+    def __init__(self, totals: Callable[[], StripTotals] = StripTotals) -> None:
+        self._totals = totals
+        self._before = StripTotals()
+        self._begun: float | None = None
+
+    def before_step(self, step: int) -> None:
+        """Tell what the last step was, and wait."""
+        self.tell()
+        if not sys.stdin.readline():
+            raise SystemExit("nobody is left to take turns with")
+        self._before, self._begun = self._totals(), time.perf_counter()
+
+    def tell(self) -> None:
+        """Say what the step was that has just ended, or that there will be one."""
+        told = None
+        if self._begun is not None:
+            seconds, spent = time.perf_counter() - self._begun, self._totals() - self._before
+            told = {"seconds": seconds, "spent": asdict(spent), "peak": own_bytes("VmHWM")}
+        print(json.dumps(told), flush=True)
+
+
+def _main(task: dict[str, Any]) -> None:
+    config = load_config(None, task["config"])
+    if task["split"]:
+        with open_link(config) as link:
+            turns = Turns(link.totals)
+            train_over(link, config, [turns])
+    else:
+        turns = Turns()
+        everywhere = task["everywhere"]
+        train_in_one_process(task["model"], task["edge_layers"], config, everywhere=everywhere, watchers=[turns])
+    turns.tell()
+
+
+if __name__ == "__main__":
+    run_to_end(lambda: _main(json.loads(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""What breaks things on purpose, for benchmarks and tests. The wheel leaves it out: it is in the source tree alone."""

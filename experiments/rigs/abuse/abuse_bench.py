@@ -1,0 +1,258 @@
+"""The rows of `isthmus bench abuse`.
+
+Each attack on a worker is made twice: alone, while the kernel counts what the worker takes, and beside a tenant that
+behaves, whose latency is compared with that before the attack. An attack of a cloud on an edge is made once, and the
+edge must end it with the error that it documents. Then servers with a planted weakness, and edges without a bound, are
+measured in the same way; a measurement that finds nothing wrong with them would be worth nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.cloud.control.worker_setup import make_parts
+from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
+from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker
+from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
+from isthmus.experiments.rigs.abuse.ceilings import (
+    CEILINGS,
+    COMPUTE_BYTES,
+    PLANTED_CEILING,
+    STASH_BYTES,
+    Ceiling,
+)
+from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
+from isthmus.experiments.rigs.abuse.honest import Honest
+from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
+from isthmus.protocol.service import METHOD
+
+LOG: Final = "attacks.log"
+CALM_SECONDS = 2.0
+SETTLE_SECONDS = 60.0
+"""After an attack, for the worker to end its sessions, before the next one is measured."""
+FRAMES, FRAME_BYTES = 160, 1 << 20
+"""Sent to each server with a planted weakness, which does to every one of them what none should."""
+
+ALL: Final = (*ATTACKS, *EDGE_ATTACKS)
+"""The names of all attacks, by strangers, tenants and clouds."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbuseSettings:
+    """What is attacked, and how.
+
+    Attributes:
+        model: As for `--model`.
+        edge_layers: The split plan.
+        attacks: Names of `ALL`.
+        seconds: For which each attack on a worker goes on.
+        threads: torch threads of the worker.
+    """
+
+    model: str
+    edge_layers: str = "2:2"
+    attacks: tuple[str, ...] = ALL
+    seconds: float = 5.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.attacks if name not in ALL]
+        if unknown:
+            raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
+
+
+def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Attack a cloud and an edge; see the module.
+
+    Args:
+        settings: What is attacked, and how.
+        folder: For keys and logs.
+        advance: Called after each attack and each planted weakness.
+
+    Returns:
+        `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
+        `unit`, `held`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
+        one, and None for an attack on an edge. `planted`: one row for each planted weakness. `held` and
+        `planted_caught` sum them up.
+
+    Raises:
+        ConfigError: There is no such attack.
+        IsthmusError: The cloud did not start, an attack could not be made, or an edge did not end one as it must.
+    """
+    checkpoint = resolve(settings.model)
+    parts = folder / "parts"
+    make_parts(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers), parts)
+    cloud = LocalCloud(
+        folder,
+        str(checkpoint.folder),
+        *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
+        *("--stash-bytes", str(STASH_BYTES), "--compute-bytes", str(COMPUTE_BYTES)),
+    )
+    runs = _on_worker(settings, cloud, folder, advance) if set(settings.attacks) & set(ATTACKS) else []
+    planted = _planted(checkpoint, parts, cloud, folder, advance)
+    with (
+        HostileCloud(cloud.home, parts, settings.edge_layers) as hostile,
+        Edge(cloud.edge_key, folder, folder / LOG) as edge,
+    ):
+        for name in settings.attacks:
+            if name in EDGE_ATTACKS:
+                taken = edge.attacked(name, hostile)
+                about = {"attack": name, "by": "cloud"}
+                runs += [{**row, "latency_ratio": None} for row in rows(taken, CEILINGS[name], **about)]
+                advance()
+        for name in LIFTED:
+            planted.append(lifted_row(edge, hostile, name))
+            advance()
+    return {
+        "held": all(row["held"] for row in runs),
+        "planted_caught": all(row["caught"] for row in planted),
+        "runs": runs,
+        "planted": planted,
+        "seconds": settings.seconds,
+        "model": settings.model,
+    }
+
+
+def _on_worker(
+    settings: AbuseSettings, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The rows of the attacks on a worker."""
+    key = folder / "hostile"
+    cloud.enroll("hostile", key)
+    runs: list[dict[str, Any]] = []
+    with Attacker(key, folder / LOG) as attacker, cloud:
+        pid = cloud.status()["pid"]
+        with Honest(cloud.connection, cloud.edge_key) as honest:
+            honest.latency_s(time.monotonic())  # the first calls warm both sides up
+        for name in settings.attacks:
+            if name not in ATTACKS:
+                continue
+            taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+            _settle(cloud)
+            ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
+            _settle(cloud)
+            runs.extend(
+                {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
+            )
+            advance()
+    return runs
+
+
+def _settle(cloud: LocalCloud) -> None:
+    """Wait until the worker has got rid of the last attack's sessions: they count against its tenant's quota.
+
+    Raises:
+        IsthmusError: It does not.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while cloud.status()["sessions"]:
+        if time.monotonic() > deadline:
+            raise IsthmusError(f"the worker still has an attack's sessions after {SETTLE_SECONDS:.0f} s")
+        time.sleep(0.1)
+
+
+def _planted(
+    checkpoint: Checkpoint, parts: Path, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The rows of the servers with a planted weakness."""
+    planted = []
+    with BareServer(checkpoint.folder, parts, cloud.home, folder / LOG) as server:
+        for weakness in PLANTED:
+            planted.append(planted_row(server, weakness))
+            advance()
+    return planted
+
+
+UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
+
+
+def rows(taken: Taken, ceiling: Ceiling, **about: str) -> list[dict[str, Any]]:
+    """What was measured of an attack, against its ceilings.
+
+    Args:
+        taken: What the worker took.
+        ceiling: What it may take.
+        about: Said in each row.
+    """
+    measured = [
+        ("memory", taken.memory_mib, ceiling.memory_mib),
+        ("descriptors", taken.descriptors, ceiling.descriptors),
+        ("processor", taken.processor_s, ceiling.processor_s),
+    ]
+    return [
+        {**about, "measured": round(value, 2) or 0, "ceiling": most, "unit": UNIT_OF[kind], "held": value <= most}
+        for kind, value, most in measured
+        if most is not None
+    ]
+
+
+def attack_planted(pid: int, address: str) -> Taken:
+    """Send `FRAMES` frames of noise, one a stream, to a server with a planted weakness; what it took.
+
+    Args:
+        pid: Its process.
+        address: Where it listens, host:port.
+    """
+    noise = os.urandom(FRAME_BYTES)
+    with Gauge(pid) as gauge, grpc.insecure_channel(address) as channel:
+        session = channel.stream_stream(METHOD)
+        for _ in range(FRAMES):
+            with contextlib.suppress(grpc.RpcError):
+                list(session(iter([noise]), timeout=60))
+    return gauge.taken
+
+
+def planted_row(server: BareServer, weakness: Weakness) -> dict[str, Any]:
+    """Plant a weakness in a server, and measure it; the one row where it must show."""
+    server.plant(weakness)
+    taken = attack_planted(server.pid, server.address)
+    row = next(row for row in rows(taken, PLANTED_CEILING) if row["unit"] == UNIT_OF[weakness])
+    return {"weakness": weakness, **row, "caught": not row["held"]}
+
+
+def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
+    """Attack an edge without the bound that holds the attack back; the row where it must show."""
+    taken = edge.attacked(name, hostile, lifted=True)
+    row = next(row for row in rows(taken, CEILINGS[name]) if row["unit"] == UNIT_OF["memory"])
+    return {"weakness": f"no bound: {name}", **row, "caught": not row["held"]}
+
+
+def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> Taken:
+    """Make an attack while nobody else asks for anything; what the worker took.
+
+    Args:
+        attacker: Makes it.
+        name: Of the attack.
+        pid: The worker's process.
+        where: Its connection string.
+        seconds: How long.
+
+    Raises:
+        IsthmusError: The attack could not be made, or has ended the worker.
+    """
+    with Gauge(pid) as gauge:
+        attacker.attack(name, seconds, where)
+    return gauge.taken
+
+
+def _latency_ratio(attacker: Attacker, name: str, cloud: LocalCloud, seconds: float) -> float:
+    """A tenant's median latency during an attack, over that just before."""
+    with Honest(cloud.connection, cloud.edge_key) as honest:
+        begun = time.monotonic()
+        time.sleep(CALM_SECONDS)
+        calm = honest.latency_s(begun)
+        begun = time.monotonic()
+        attacker.attack(name, seconds, cloud.connection)
+        return round(honest.latency_s(begun) / calm, 2)

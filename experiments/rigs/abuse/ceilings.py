@@ -1,0 +1,82 @@
+"""What each attack may cost a worker, or an edge, at most: written down before the attacks are run, not after.
+
+`docs/security.md` has the table of what holds each of them back; a test compares the names. The attacks of strangers
+are of a fixed size, whatever the seconds for which they are held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from isthmus.backbone.checkpoints.chat_template import TemplateLimits
+from isthmus.cloud.bounds import Bounds
+from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS
+from isthmus.experiments.rigs.abuse.attacks import ATTACKS
+from isthmus.protocol.limits import MIB
+
+STASH_BYTES, COMPUTE_BYTES = 512 * MIB, 2048 * MIB
+"""What the worker that is attacked is started with: a small machine's budgets, so that a tenant reaches them."""
+BOUNDS: Final = Bounds()
+TEMPLATE_LIMITS: Final = TemplateLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What an attack may cost.
+
+    Attributes:
+        memory_mib: Resident size beyond that before the attack, in MiB.
+        descriptors: Open descriptors beyond those before the attack.
+        processor_s: Seconds of processor time; None where the attack is made of calls, of which the scheduler gives a
+            tenant its share for as long as it asks: what counts then is how the others feel it.
+    """
+
+    memory_mib: float
+    descriptors: int
+    processor_s: float | None
+
+
+STRANGER: Final = Ceiling(192.0, BOUNDS.max_half_open + 32, 30.0)
+"""Twice `max_half_open_per_host` windows of a stream (`stream_window`), and half as much again for what gRPC and malloc
+keep: most of it is asked for once and used again."""
+CONNECTIONS: Final = Ceiling(192.0, BOUNDS.max_connections + 32, 30.0)
+"""The same for attacks that hold connections, each of which has a descriptor."""
+TENANT: Final = Ceiling((STASH_BYTES + COMPUTE_BYTES) / MIB + 256.0, 160, None)
+"""The forward states that are kept, the calls that are computed, and the messages of a tenant's sessions."""
+NOTHING: Final = Ceiling(64.0, 32, 10.0)
+"""What is refused, or ended, before anything is computed."""
+ANSWER: Final = Ceiling(64.0, 32, 10.0)
+"""Of an answer that is too large, an edge takes no more than the frames of 1 MiB that its queue has room for
+(`QUEUED_FRAMES`, 16) and the window of the stream, in each of its five attempts."""
+OFFER: Final = Ceiling(16.0, 32, 2.0)
+"""A list of files is refused before anything is fetched."""
+QUESTIONS: Final = Ceiling(128.0, 32, 30.0)
+"""An edge answers two questions for each site of a call, in each of its five attempts: that is a step of training."""
+TEMPLATE: Final = Ceiling((TEMPLATE_LIMITS.memory_bytes >> 20) + 192.0, 32, TEMPLATE_LIMITS.cpu_seconds + 10.0)
+"""What one rendering may take, and the process that renders: it imports transformers, without torch."""
+PLANTED_CEILING: Final = Ceiling(128.0, 32, 3.0)
+"""For the servers with a planted weakness, of which each breaks one."""
+
+_SPECIAL: Final = {
+    "silent_connections": CONNECTIONS,
+    "half_prefaces": CONNECTIONS,
+    "idle_connections": CONNECTIONS,
+    "rekeys": NOTHING,
+    "session_pings": NOTHING,
+    "long_call": NOTHING,
+}
+
+_OF_EDGE: Final = {
+    "large_answer": ANSWER,
+    "endless_questions": QUESTIONS,
+    "large_file": OFFER,
+    "many_bytes": OFFER,
+    "endless_template": TEMPLATE,
+    "exploding_template": TEMPLATE,
+}
+
+CEILINGS: Final[dict[str, Ceiling]] = {
+    **{name: _SPECIAL.get(name, STRANGER if attack.by == "stranger" else TENANT) for name, attack in ATTACKS.items()},
+    **{name: _OF_EDGE[name] for name in EDGE_ATTACKS},
+}

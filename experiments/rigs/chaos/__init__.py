@@ -1,0 +1,1 @@
+"""`isthmus bench chaos`: several tenants train while whatever can break breaks."""

@@ -1,0 +1,453 @@
+"""Chaos: several tenants train at the same time while whatever can break breaks, and each gets its undisturbed adapter.
+
+Each tenant trains once in peace, then the same again and again. Faults fall in a seeded order
+(`isthmus.experiments.rigs.chaos.chaos_plan`), some before the last one is recovered from: a worker is killed at named
+points and at any time, fails or stands still; the controller is killed, or Ray's control store, without which the
+cluster is started again; the whole cloud is killed and started anew; edges are killed and resumed; connections are cut;
+a further tenant sends garbage, floods, holds sessions, reads and writes slowly, and has the others' forward states
+evicted, and their steps meanwhile are compared with those in peace. Where the machine can make network namespaces,
+edges and cloud have a way between them that loses, delays, doubles and reorders packets, or carries nothing for a
+while.
+
+With `soak`, nothing breaks: tenants come and go, and what is measured is the workers' memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.cloud.fault_points import ENVIRONMENT, Point, arm, is_armed
+from isthmus.cloud.telemetry import event_history
+from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.experiments.harness.launch import LocalCloud, free_ports
+from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
+from isthmus.experiments.rigs.chaos.chaos_plan import (
+    AT_POINT,
+    KINDS,
+    NEED_NAMESPACES,
+    NETWORK,
+    NOBODY_FEELS,
+    ChaosPlan,
+    Fall,
+    common,
+)
+from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
+from isthmus.experiments.rigs.faults.faults import write_texts
+from isthmus.experiments.rigs.histories.events import read_history
+from isthmus.experiments.rigs.histories.invariants import violations
+from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS, HostileProcess
+from isthmus.experiments.rigs.network.delay_relay import Conditions
+from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side, missing
+from isthmus.experiments.rigs.network.relay import Relay
+from isthmus.protocol.enrolment import ConnectionString, Quota
+
+RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover, nor a worker that does not answer
+STALL_SECONDS = 3.0
+LOOK_SECONDS = 0.02
+AS_URGENT = {"RAY_worker_niceness": "0"}
+"""Ray gives its workers what the machine's other processes leave, and the edges are such processes here."""
+SESSIONS = 8  # of a tenant at each worker: those of killed edges are open until the cloud notices
+OUTSIDE = "127.0.0.2"
+"""Where the edges find the workers, at the ports that they have: the relays listen there, so that every connection can
+be cut wherever the cloud sends an edge."""
+PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, at its start too
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosSettings:
+    """What is trained, and what breaks.
+
+    Attributes:
+        model: As for `--model`.
+        edge_layers: The split plan.
+        tenants: That train at the same time.
+        workers: Of the cloud.
+        seconds: During which faults fall; trainings that have begun are finished then.
+        steps: Optimizer steps of a training.
+        batch: Examples per step.
+        seq: Tokens per example at most.
+        kinds: Of `isthmus.experiments.rigs.chaos.chaos_plan.KINDS`; what the machine cannot do is left out.
+        seed: Of the faults.
+        bad_s: Seconds for which a tenant misbehaves or a way is bad.
+        silence_s: Seconds for which a way carries nothing.
+        stash_bytes: The cloud's budget for forward states.
+        warm_up_s: Seconds of each life of a worker whose memory does not count.
+        save_every: Steps between an edge's checkpoints.
+        threads: torch threads on either side.
+        soak: Whether nothing breaks.
+    """
+
+    model: str
+    edge_layers: str = "2:2"
+    tenants: int = 3
+    workers: int = 2
+    seconds: float = 600.0
+    steps: int = 30
+    batch: int = 1
+    seq: int = 64
+    kinds: tuple[str, ...] = KINDS
+    seed: int = 0
+    bad_s: float = 5.0
+    silence_s: float = 30.0
+    stash_bytes: int = 1 << 30
+    warm_up_s: float = 15.0
+    save_every: int = 4
+    threads: int = 1
+    soak: bool = False
+
+
+def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
+    """Train and break; see the module.
+
+    Args:
+        settings: what is trained, and what breaks.
+        folder: for keys, data, logs and all runs' output.
+
+    Returns:
+        The figures of `isthmus bench chaos`; see `isthmus.experiments.rigs.chaos.chaos_figures.figures`. Beside them,
+        `invariants` says how often the workers' histories break each of
+        `isthmus.experiments.rigs.histories.invariants`, and `violations` where.
+
+    Raises:
+        ConfigError: there is no such kind of fault, or none that this machine can make.
+        IsthmusError: the cloud did not start, a tenant did not recover, or an edge ended with an error.
+    """
+    reason = missing()
+    kinds = tuple(kind for kind in settings.kinds if reason is None or kind not in NEED_NAMESPACES)
+    if not kinds and not settings.soak:
+        raise ConfigError(f"none of the faults asked for can be made here: {reason}")
+    plan = ChaosPlan(kinds or KINDS, settings.tenants, settings.seed)
+    model = str(resolve(settings.model).folder)  # the namespaces reach neither a hub nor an index
+    write_texts(folder / "tickets.jsonl", 4 * settings.steps)
+    with ExitStack() as stack:
+        space = None
+        if reason is None and any(kind in NEED_NAMESPACES for kind in kinds) and not settings.soak:
+            space = stack.enter_context(NetSpace(None, Conditions()))
+        chaos = _Chaos(settings, model, folder, space, stack)
+        chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings", None)
+        started = time.monotonic()
+        if settings.soak:
+            chaos.soak()
+        else:
+            chaos.disturb(plan)
+        chaos.finish()
+        found = violations(read_history(folder / "history"))
+    return {
+        **figures(
+            chaos.faults,
+            chaos.tenants,
+            chaos.quiet,
+            chaos.memory,
+            workers=settings.workers,
+            warm_up_s=settings.warm_up_s,
+            soak=settings.soak,
+        ),
+        "invariants": {name: len(places) for name, places in found.items()},
+        "violations": [place for places in found.values() for place in places],
+        "network": "network namespaces" if space is not None else reason or "not broken",
+        "seconds": round(time.monotonic() - started, 1),
+        **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
+    }
+
+
+class _Chaos:
+    """The cloud, the tenants, what is between them, and what breaks them; everything is ended with `stack`."""
+
+    def __init__(
+        self, settings: ChaosSettings, model: str, folder: Path, space: NetSpace | None, stack: ExitStack
+    ) -> None:
+        self.faults: list[Fallen] = []
+        self.tenants: list[Tenant] = []
+        self.quiet = Quiet([])
+        self._settings = settings
+        self._record = folder / "faults.jsonl"
+        self._space = space
+        self._points, self._history = folder / "points", folder / "history"
+        self._points.mkdir()
+        self._history.mkdir()
+        host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
+        with self._inside("cloud"):
+            ports = free_ports(host, settings.workers)
+        self._cloud = LocalCloud(
+            folder,
+            model,
+            *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
+            *("--stash-bytes", str(settings.stash_bytes), "--workers", str(settings.workers)),
+            *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
+            environment={
+                ENVIRONMENT: str(self._points.absolute()),
+                event_history.ENVIRONMENT: str(self._history.absolute()),
+                **AS_URGENT,
+            },
+        )
+        with self._inside("cloud"):
+            stack.enter_context(self._cloud)
+        self.memory = stack.enter_context(WorkerMemory(self._pids, settings.workers))
+        where = ConnectionString.parse(self._cloud.connection)
+        with self._inside("edge"):
+            self._relays = [stack.enter_context(Relay(host, port, (OUTSIDE, port))) for port in ports]
+        for number in range(settings.tenants):
+            key = self._enroll(f"tenant-{number}", folder)
+            task = _task(settings, number, folder / "tickets.jsonl", where, key)
+            self.tenants.append(
+                stack.enter_context(Tenant(f"tenant-{number}", task, folder, lambda: self._inside("edge")))
+            )
+        self._hostile: HostileProcess | None = None
+        if not settings.soak and any(kind in DEEDS for kind in settings.kinds):
+            deeds = {
+                "workers": [str(ConnectionString(host, port, where.pin)) for port in ports],
+                "key": str(self._enroll("hostile", folder)),
+                "batch": 2 * settings.batch,
+                "seq": settings.seq,
+                "seed": settings.seed,
+            }
+            with self._inside("edge"):
+                self._hostile = stack.enter_context(HostileProcess(deeds, folder / "hostile.log"))
+
+    def soak(self) -> None:
+        """Let the tenants come and go."""
+        self._go()
+        end = time.monotonic() + self._settings.seconds
+        self.wait_for(lambda: time.monotonic() >= end, "the end", None)
+
+    def disturb(self, plan: ChaosPlan) -> None:
+        """Break things, until the time is over."""
+        self._go()
+        self._wait_for_a_step()
+        started = time.monotonic()
+        pending: list[tuple[Fall, float, list[Tenant]]] = []
+        while time.monotonic() < started + self._settings.seconds:
+            fall = plan.next()
+            if fall.recovered:
+                self._recover(pending, started)
+            self._pause(fall.gap_s)
+            self._wait_for_a_step()
+            fell, hit = self._inject(fall)
+            pending.append((fall, fell, hit))
+        self._recover(pending, started)
+
+    def finish(self) -> None:
+        """Wait until every tenant has trained to the end of its round, and the cloud is whole again."""
+        for tenant in self.tenants:
+            tenant.last_round()
+        self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds", None)
+        self._look_after_tenants()
+        self._all_workers()
+
+    def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
+        """Wait for something, and look after the tenants meanwhile.
+
+        Raises:
+            IsthmusError: it does not happen, or a tenant ended with an error.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not happened():
+            self._look_after_tenants()
+            if deadline is not None and time.monotonic() > deadline:
+                raise IsthmusError(f"{what} did not come within {seconds:.0f} s: look into the logs (--keep)")
+            time.sleep(LOOK_SECONDS)
+
+    def _look_after_tenants(self) -> None:
+        """Raise what has ended one, if something has."""
+        for tenant in self.tenants:
+            if tenant.error is not None:
+                raise tenant.error
+
+    def _go(self) -> None:
+        self.quiet.calm.extend(common([tenant.steps for tenant in self.tenants]))
+        self.memory.mark()
+        for tenant in self.tenants:
+            tenant.disturb()
+
+    def _recover(self, pending: list[tuple[Fall, float, list[Tenant]]], started: float) -> None:
+        """Wait until whoever was hit has made a step since, and note how long that took."""
+        for fall, fell, hit in pending:
+            what = f"a step of {len(hit)} tenants after {fall.kind}"
+            self.wait_for(partial(_recovered, hit, fell), what, RECOVERY_SECONDS)
+            if fall.kind == CONTROL:
+                continue
+            steps = [moment for tenant in hit if (moment := tenant.recovered_at(fell)) is not None]
+            recovery = max(steps) - fell if steps and fall.kind not in NOBODY_FEELS else None
+            self.faults.append(Fallen(fall.kind, round(fell - started, 2), len(hit), recovery))
+            with self._record.open("a") as file:
+                file.write(json.dumps(asdict(self.faults[-1])) + "\n")
+        pending.clear()
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.wait_for(lambda: time.monotonic() >= end, "the next fault", None)
+
+    def _inject(self, fall: Fall) -> tuple[float, list[Tenant]]:
+        """Let a fault fall. Returns when it fell, and the tenants that were at a step then and may have been hit."""
+        fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
+        number = next((n for n in self._from(fall.victim) if self.tenants[n] in hit), fall.victim)
+        match fall.kind:
+            case kind if kind in AT_POINT:
+                return self._at(AT_POINT[kind], "kill")
+            case "worker_failed":
+                return self._at(fall.point, "raise")
+            case "worker_stalled":
+                return self._at(fall.point, f"wait {STALL_SECONDS}")
+            case "worker_killed":
+                fell = self._kill(lambda: _one_of(self._pids(), fall.seed), "a worker")
+            case "controller_killed":
+                fell = self._kill(self._controller, "the controller")
+            case "control_store_killed":
+                return self._end_cluster()
+            case "cloud_killed":
+                self._cloud.kill()
+                fell = time.monotonic()
+                with self._inside("cloud"):
+                    self._cloud.start()
+            case "edge_killed":
+                hit = [tenant for tenant in hit if tenant is self.tenants[number]]
+                self.tenants[number].kill_edge()
+            case "connection_cut":
+                for relay in self._relays:
+                    relay.cut()
+                fell = time.monotonic()
+            case "silence":
+                self._way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
+                self._pause(self._settings.silence_s)
+                self._way(Conditions())
+            case kind if kind in NETWORK:
+                self._way(Conditions(**{**asdict(NETWORK[kind]), "seed": fall.seed}))
+                self._pause(self._settings.bad_s)
+                self._way(Conditions())
+            case deed if self._hostile is not None:
+                return self._misbehave(deed, self._hostile)
+        return fell, hit
+
+    def _kill(self, find: Callable[[], int | None], what: str) -> float:
+        """SIGKILL to a process, once it is found; returns when it died."""
+        killed: list[float] = []
+
+        def kill() -> bool:
+            pid = find()
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(time.monotonic())
+            return bool(killed)
+
+        self.wait_for(kill, what, RECOVERY_SECONDS)
+        return killed[0]
+
+    def _end_cluster(self) -> tuple[float, list[Tenant]]:
+        """SIGKILL to Ray's control store, and wait for the end of the workers, which work on at first."""
+        workers = self._all_workers()
+        self._wait_for_a_step()
+        hit = [tenant for tenant in self.tenants if tenant.training]
+        self._kill(self._cloud.control_store, "Ray's control store")
+        self.wait_for(lambda: not any(map(resident_bytes, workers)), "the workers' end", RECOVERY_SECONDS)
+        return time.monotonic(), hit
+
+    def _misbehave(self, deed: str, hostile: HostileProcess) -> tuple[float, list[Tenant]]:
+        """Have the hostile tenant do something in a whole cloud, while all others train, and not all to their end."""
+        self._all_workers()
+        self.wait_for(
+            lambda: all(tenant.training for tenant in self.tenants) and any(tenant.early for tenant in self.tenants),
+            "a step of all tenants",
+            RECOVERY_SECONDS,
+        )
+        fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
+        hostile.do(deed, self._settings.bad_s)
+        self.quiet.deeds.setdefault(deed, []).append((fell, time.monotonic()))
+        return fell, hit
+
+    def _from(self, number: int) -> list[int]:
+        """The tenants' numbers, from one on."""
+        return [*range(number, len(self.tenants)), *range(number)]
+
+    def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:
+        """Arm a point, and wait until a worker has got there."""
+        arm(self._points, point, instruction)
+        self.wait_for(lambda: not is_armed(self._points, point), f"a worker at {point}", RECOVERY_SECONDS)
+        return time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
+
+    def _way(self, conditions: Conditions) -> None:
+        if self._space is not None:
+            self._space.change(conditions)
+
+    def _inside(self, side: Side) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._space is None else self._space.inside(side)
+
+    def _wait_for_a_step(self) -> None:
+        self.wait_for(lambda: any(tenant.training for tenant in self.tenants), "a step", RECOVERY_SECONDS)
+
+    def _all_workers(self) -> list[int]:
+        """The processes of all workers, once all answer."""
+        pids: list[int] = []
+
+        def answer() -> bool:
+            pids[:] = self._pids()
+            return len(pids) == self._settings.workers
+
+        self.wait_for(answer, "an answer of all workers", RECOVERY_SECONDS)
+        return pids
+
+    def _pids(self) -> list[int]:
+        """The processes of the workers that answer; none while the controller does not."""
+        return [worker["pid"] for worker in self._status().get("workers", ()) if "pid" in worker]
+
+    def _controller(self) -> int | None:
+        """The controller's process; None while it does not answer."""
+        pid: int | None = self._status().get("controller_pid")
+        return pid
+
+    def _status(self) -> dict[str, Any]:
+        """The cloud's; nothing while the controller does not answer, or dies in the middle of it."""
+        with self._inside("cloud"), contextlib.suppress(OSError, ValueError, HTTPException):
+            return self._cloud.cloud_status()
+        return {}
+
+    def _enroll(self, name: str, folder: Path) -> Path:
+        key = folder / "keys" / name
+        key.parent.mkdir(mode=0o700, exist_ok=True)
+        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self._settings.workers))
+        return key
+
+
+def _one_of(processes: Sequence[int], seed: int) -> int | None:
+    """Any of them; None of none."""
+    return processes[seed % len(processes)] if processes else None
+
+
+def _recovered(tenants: list[Tenant], fault: float) -> bool:
+    """Whether each tenant goes on after a fault."""
+    return all(tenant.recovered_at(fault) is not None for tenant in tenants)
+
+
+def _task(settings: ChaosSettings, number: int, data: Path, cloud: ConnectionString, key: Path) -> dict[str, Any]:
+    """The fields of `TrainConfig`, without `out`: three methods, lengths and seeds, in turns, all with dropout."""
+    first = settings.edge_layers.split(":")[0]
+    ways: tuple[dict[str, Any], ...] = ({}, {"sites": first}, {"method": "dora"})
+    return {
+        **ways[number % len(ways)],
+        "cloud": str(cloud),
+        "key": str(key),
+        "data": str(data),
+        "validation_split": 0.0,
+        "steps": settings.steps,
+        "batch": settings.batch,
+        "max_length": max(32, settings.seq - 16 * (number % len(ways))),
+        "learning_rate": 1e-3,
+        "dropout": 0.1,
+        "seed": number,
+        "save_every": settings.save_every,
+        "threads": settings.threads,
+        "connect_timeout": PATIENCE_SECONDS,
+        "give_up_after": PATIENCE_SECONDS,
+    }

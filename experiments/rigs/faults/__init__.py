@@ -1,0 +1,1 @@
+"""`isthmus bench faults`: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's."""

@@ -1,0 +1,112 @@
+"""Four invariants of a cloud's history, and the places where it breaks them.
+
+What a worker cannot know it cannot be blamed for: that another one has admitted a session it learns by the controller's
+word. The `WORDS`-th word after that admission was surely asked for after it, so from there on the invariants hold
+across workers. Within one worker they hold at once.
+
+The idea, histories written by the system under test and checked afterwards, is that of Jepsen (Kingsbury).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Final
+
+from isthmus.cloud.gateway.open_sessions import WORDS
+from isthmus.experiments.rigs.histories.events import Event, Session, sessions_of, words_heard
+
+ONE_SESSION: Final = "one_session_per_link"
+QUOTA: Final = "quota_over_all_workers"
+ONCE: Final = "effects_at_most_once"
+FENCED: Final = "no_answer_when_fenced"
+INVARIANTS: Final = (ONE_SESSION, QUOTA, ONCE, FENCED)
+
+
+def violations(events: Sequence[Event]) -> dict[str, list[str]]:
+    """Where a history breaks the invariants: by invariant, a line for each place; no line where it keeps it.
+
+    Args:
+        events: Of all workers, in the order of time.
+    """
+    sessions, heard = sessions_of(events), words_heard(events)
+    return {
+        ONE_SESSION: _two_of_a_link(sessions, heard),
+        QUOTA: _over_quota(sessions, heard),
+        ONCE: _answered_twice(events),
+        FENCED: _answered_when_fenced(events),
+    }
+
+
+def _two_of_a_link(sessions: Sequence[Session], heard: dict[int, list[float]]) -> list[str]:
+    """Sessions that live on although their link has a newer one that their worker knows of."""
+    found = []
+    by_link: dict[str, list[Session]] = defaultdict(list)
+    for session in sessions:
+        by_link[session.link].append(session)
+    for mine in by_link.values():
+        for older, newer in ((a, b) for a in mine for b in mine if a.opened < b.opened):
+            until = _known_to(older, newer, heard)
+            if until is not None and older.ended > until:
+                found.append(
+                    f"session {older.id} lived for {older.ended - until:.3f} s although its link had {newer.id} and "
+                    "its worker knew it"
+                )
+    return found
+
+
+def _over_quota(sessions: Sequence[Session], heard: dict[int, list[float]]) -> list[str]:
+    """Sessions over their tenant's quota that live on although their worker knows of the others."""
+    found = []
+    for session in sessions:
+        older = [
+            other
+            for other in sessions
+            if other.tenant == session.tenant
+            and other.link != session.link
+            and other.opened < session.opened < other.ended
+        ]
+        if len(older) < session.allowed:
+            continue
+        known = [_known_to(session, other, heard) for other in older]
+        if any(moment is None for moment in known):
+            continue
+        # Those that ended meanwhile have made room: only as long as all lived was this one too many.
+        moment = max(session.opened, *(each for each in known if each is not None))
+        alive = [other for other in older if other.ended > moment]
+        if len(alive) >= session.allowed and session.ended > moment:
+            found.append(f"session {session.id} of {session.tenant} lived beside {len(alive)} others")
+    return found
+
+
+def _answered_twice(events: Sequence[Event]) -> list[str]:
+    """Calls that have been answered more than once: a repeated call has an attempt of its own."""
+    found, seen = [], set()
+    for event in events:
+        if event.name != "answered" or event.fields["call"] is None:
+            continue
+        call = (event.fields["link"], event.fields["kind"], tuple(event.fields["call"]))
+        if call in seen:
+            found.append(f"{call[1]} {list(call[2])} of link {call[0]} was answered again")
+        seen.add(call)
+    return found
+
+
+def _answered_when_fenced(events: Sequence[Event]) -> list[str]:
+    """Answers of sessions that have been told that their link has a newer one."""
+    found, fenced = [], set()
+    for event in events:
+        if event.name == "ended" and event.fields["why"] == "fenced":
+            fenced.add(event.fields["session"])
+        if event.name == "answered" and event.fields["session"] in fenced:
+            found.append(f"session {event.fields['session']} answered {event.fields['kind']} after it was fenced")
+    return found
+
+
+def _known_to(session: Session, other: Session, heard: dict[int, list[float]]) -> float | None:
+    """From when on the worker of a session knows of another session; None where it never learns of it."""
+    since = max(session.opened, other.opened)
+    if session.process == other.process:
+        return since
+    later = [moment for moment in heard.get(session.process, ()) if moment > since]
+    return later[WORDS - 1] if len(later) >= WORDS else None

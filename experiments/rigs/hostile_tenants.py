@@ -1,0 +1,324 @@
+"""Tenants that misbehave, and a stranger who is none: what they do to a cloud, in a process of its own.
+
+    python -m isthmus.experiments.rigs.hostile_tenants '{"workers": ["isthmus://…"], "key": "…", "batch": 2, "seq": 64}'
+
+Each line of standard input is `NAME SECONDS`, a name of `DEEDS` or `ENDED`; it is done to all workers at once, and
+answered by an empty line when it is done. What the cloud does to defend itself (it ends sessions, say) is no error
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import ConnectionString
+from isthmus.protocol.secure.keys import load_edge
+from isthmus.protocol.session import EdgeSession, NeedSend, Received
+from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+from isthmus.rpc.transport import GrpcTransport, NothingYetError, Stream
+
+WAIT_SECONDS = 20.0
+HALF_OPEN = 96  # more than a cloud allows
+SESSIONS = 4  # what a tenant may have by default
+LOWEST = 19  # priority
+AHEAD = 8  # calls that a flooding session has unanswered
+
+
+class Session:
+    """A session by hand: whoever has it decides what is read and when."""
+
+    def __init__(self, where: ConnectionString, key: Path) -> None:
+        self.stream: Stream = GrpcTransport(where.address, connect_timeout=WAIT_SECONDS).open()
+        self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key))
+        self.stream.send(self._edge.start())
+        flight = self._edge.receive(self.stream.receive(WAIT_SECONDS))
+        if isinstance(flight, NeedSend):
+            self.stream.send(flight.frames[0])
+        self._edge.receive(self.stream.receive(WAIT_SECONDS))
+        self.send(m.Attach(os.urandom(16), settled=True))
+        self.receive()
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the span."""
+        if self._edge.info is None:
+            raise IsthmusError("the session has not been established")
+        return self._edge.info.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Token positions of a call at most, as the cloud says."""
+        if self._edge.info is None:
+            raise IsthmusError("the session has not been established")
+        return self._edge.info.limits.max_tokens_per_call
+
+    def seal(self, message: m.Message) -> Iterator[bytes]:
+        """Its frames."""
+        return self._edge.send(message)
+
+    def rekey(self) -> bytes:
+        """The frame that changes the key."""
+        return self._edge.rekey()
+
+    def send(self, message: m.Message) -> None:
+        """Send it whole. Raises NothingYetError where the cloud takes no more for a while."""
+        for frame in self.seal(message):
+            self.stream.send(frame)
+
+    def receive(self) -> m.Message:
+        """The next message."""
+        while True:
+            event = self._edge.receive(self.stream.receive(WAIT_SECONDS))
+            if isinstance(event, Received):
+                return event.message
+
+
+class Hostile:
+    """Does what it is told to.
+
+    Args:
+        cloud: the connection string of the worker that it does it to.
+        key: the key of an enrolled edge.
+        batch: sequences of a call.
+        seq: their tokens.
+        seed: of what is random.
+    """
+
+    def __init__(self, cloud: str, key: Path, batch: int, seq: int, seed: int = 0) -> None:
+        self._where = ConnectionString.parse(cloud)
+        self._key = key
+        self._shape = (batch, seq)
+        self._random = random.Random(seed)  # noqa: S311 - no secret
+
+    def garbage(self, seconds: float) -> None:
+        """Noise instead of TLS or HTTP/2, noise instead of a handshake, and a changed frame within a session."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            where = (self._where.host, self._where.port)
+            with contextlib.suppress(OSError), socket.create_connection(where, WAIT_SECONDS) as plain:
+                plain.sendall(self._random.randbytes(self._random.randrange(1, 4096)))
+            with contextlib.suppress(ConnectionLostError), self._stream() as stream:
+                stream.send(self._random.randbytes(self._random.randrange(1, 1 << 16)))
+                stream.receive(WAIT_SECONDS)
+            with contextlib.suppress(ConnectionLostError), self._session() as session:
+                frame = bytearray(next(session.seal(m.Ping(1))))
+                frame[self._random.randrange(len(frame))] ^= 1 << self._random.randrange(8)
+                session.stream.send(bytes(frame))
+                session.stream.receive(WAIT_SECONDS)
+
+    def flood(self, seconds: float) -> None:
+        """Calls as fast as the cloud takes them, over all sessions that it allows, with forward states to keep."""
+        self._together([lambda: self._flood(seconds)] * SESSIONS)
+
+    def held_sessions(self, seconds: float) -> None:
+        """Open as many sessions and half of as many handshakes as there can be, and leave them so."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(SESSIONS):
+                with contextlib.suppress(ConnectionLostError):
+                    stack.enter_context(self._session())
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:  # the cloud ends them, and they come again
+                with contextlib.ExitStack() as half:
+                    for _ in range(HALF_OPEN):
+                        with contextlib.suppress(ConnectionLostError):
+                            half.enter_context(self._stream())
+                    time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    def slow_reader(self, seconds: float) -> None:
+        """Ask until the cloud takes no more questions, as nobody takes its answers."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            number = 0
+            while time.monotonic() < end:
+                number += 1
+                for frame in session.seal(self._forward(session, number)):
+                    self._send(session.stream, frame, end)
+
+    def slow_writer(self, seconds: float) -> None:
+        """Begin a message of the largest size, and send its frames far apart."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            rows = (8 << 20) // (4 * session.hidden_size * self._shape[1])
+            for frame in session.seal(self._forward(session, 1, rows)):
+                self._send(session.stream, frame, end)
+                time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+                if time.monotonic() >= end:
+                    return
+
+    def rekeys(self, seconds: float) -> None:
+        """Change the key of a session every second, and send nothing else."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            while time.monotonic() < end:
+                session.stream.send(session.rekey())
+                with contextlib.suppress(NothingYetError):
+                    session.stream.receive(min(1.0, max(0.0, end - time.monotonic())))
+
+    def session_pings(self, seconds: float) -> None:
+        """Ping a session as fast as it answers, and ask nothing else."""
+        end, number = time.monotonic() + seconds, 0
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            while time.monotonic() < end:
+                number += 1
+                session.send(m.Ping(number))
+                session.receive()
+
+    def stash_evicted(self, seconds: float) -> None:
+        """Have one forward state after the other kept, so that those of everybody else must go."""
+        end, number = time.monotonic() + seconds, 0
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            while time.monotonic() < end:
+                number += 1
+                session.send(self._forward(session, number))
+                session.receive()
+
+    def further_tenant(self, seconds: float) -> None:
+        """Nothing bad: a forward and its backward, one after the other, as any tenant more would."""
+        end, number = time.monotonic() + seconds, 0
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            gradient = encode(torch.ones(*self._shape, session.hidden_size), "fp32", Role.GRADIENT)
+            while time.monotonic() < end:
+                number += 1
+                forward = self._forward(session, number)
+                session.send(forward)
+                session.receive()
+                session.send(m.Backward(forward.id, gradient, None, forward.reply_codec))
+                session.receive()
+
+    def _flood(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ConnectionLostError), self._session() as session:
+            number = 0
+            while time.monotonic() < end:
+                number += 1
+                session.send(self._forward(session, number))
+                if number > AHEAD:
+                    session.receive()
+
+    def _forward(self, session: Session, number: int, rows: int | None = None) -> m.Forward:
+        shape = (rows or self._shape[0], self._shape[1], session.hidden_size)
+        payload = encode(torch.zeros(shape), "fp32", Role.ACTIVATION)
+        return m.Forward(m.CallId(1, number), True, payload, None, None, codec_id("fp32"))
+
+    def _send(self, stream: Stream, frame: bytes, end: float) -> None:
+        """Send a frame, however long the cloud does not take it, up to a time."""
+        while time.monotonic() < end:
+            with contextlib.suppress(NothingYetError):
+                stream.send(frame)
+                return
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[Stream]:
+        transport = GrpcTransport(self._where.address, connect_timeout=WAIT_SECONDS)
+        try:
+            yield transport.open()
+        finally:
+            transport.close()
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Session]:
+        session = Session(self._where, self._key)
+        try:
+            yield session
+        finally:
+            session.stream.close()
+
+    def _together(self, deeds: list[Callable[[], None]]) -> None:
+        threads = [threading.Thread(target=deed, daemon=True) for deed in deeds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+CONTROL: Final = "further_tenant"
+"""What a tenant that behaves does: others feel that there is one more, and of a hostile one not much more than that."""
+ENDED: Final = ("rekeys", "session_pings")
+"""What a cloud ends at once, so that others feel nothing of it."""
+DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
+
+
+class HostileProcess:
+    """The process; a context manager.
+
+    Args:
+        task: the arguments of `Hostile` by name, and for `cloud`, in `workers`, all workers' connection strings.
+        log: file for its output.
+    """
+
+    def __init__(self, task: dict[str, Any], log: Path) -> None:
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.experiments.rigs.hostile_tenants", json.dumps(task)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._log = log
+
+    def do(self, deed: str, seconds: float) -> None:
+        """Have it do one of `DEEDS` or `ENDED`; returns when it is done. Raises IsthmusError where it could not."""
+        process = self._process
+        if process.stdin is None or process.stdout is None:
+            raise IsthmusError("the process of the hostile tenant has no pipes")
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{deed} {seconds}\n".encode())
+            process.stdin.flush()
+        if not process.stdout.readline():
+            raise IsthmusError(f"the hostile tenant ended at {deed}; its output is in {self._log}")
+
+    def __enter__(self) -> HostileProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def yield_to_all() -> None:
+    """Take the lowest priority: in this session's group, and of the group where Linux schedules by sessions."""
+    os.nice(LOWEST)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(LOWEST))
+
+
+def main(task: dict[str, Any]) -> None:
+    """Do what the lines of standard input say; see the module."""
+    yield_to_all()  # elsewhere it would take none of these cores: what it makes the cloud do is what counts
+    torch.set_num_threads(1)
+    rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
+    tenants = [Hostile(worker, *rest) for worker in task["workers"]]
+
+    def do(tenant: Hostile, deed: str, seconds: float) -> None:
+        with contextlib.suppress(ConnectionLostError, RefusedError):
+            getattr(tenant, deed)(seconds)
+
+    with ThreadPoolExecutor(len(tenants)) as pool:
+        for line in sys.stdin:
+            deed, seconds = line.split()
+            if deed not in DEEDS + ENDED:
+                raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS + ENDED)}")
+            for done in [pool.submit(do, tenant, deed, float(seconds)) for tenant in tenants]:
+                done.result()
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Slow and broken networks: relays, and network namespaces."""

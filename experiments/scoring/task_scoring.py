@@ -1,0 +1,158 @@
+"""What a model scores on a task, document by document, and the work of `isthmus emulator score`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from isthmus.backbone.adapters.adapter_files import load_adapter
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.backbone.families import family_of
+from isthmus.common.errors import ConfigError, NonFiniteError
+from isthmus.edge.config.training_config import Precision
+from isthmus.edge.data.batches import IGNORED, Encoded, collate
+from isthmus.edge.training.evaluation import to_device
+from isthmus.edge.training.precision import computing_in
+from isthmus.emulator.package.package import open_package
+from isthmus.experiments.scoring.likelihood import answer_questions, language_model, require_lm_eval, run_tasks
+from isthmus.experiments.scoring.scores import Score
+from isthmus.experiments.scoring.tasks import Task
+
+
+def score_task(model: Any, tokenizer: Any, task: Task, *, batch: int, precision: Precision) -> dict[str, Score]:
+    """Score a model on a task's held-out part.
+
+    Args:
+        model: A causal LM, plain, split or PEFT. It is in eval mode meanwhile.
+        tokenizer: Its tokenizer.
+        task: The task.
+        batch: Documents of a forward.
+        precision: What the forward computes in; losses and likelihoods are of fp32.
+
+    Returns:
+        A score for each of the task's metrics.
+
+    Raises:
+        ConfigError: The task needs the package lm-eval, which is missing.
+        NonFiniteError: A loss is NaN or infinite.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if not task.questions:
+            sums, counts = document_losses(model, task.held_out, task.pad_id, batch=batch, precision=precision)
+            scores = {metric: Score(metric, sums, counts) for metric in task.metrics}
+        else:
+            answers = answer_questions(model, tokenizer, task.questions, batch=batch, precision=precision)
+            ones = tuple(1.0 for _ in task.questions)
+            scores = {
+                "accuracy": Score("accuracy", tuple(map(float, answers.right)), ones),
+                "completion_loss": Score("completion_loss", answers.losses, tuple(map(float, answers.tokens))),
+            }
+    finally:
+        model.train(training)
+    for metric, score in scores.items():
+        if not math.isfinite(score.value):
+            raise NonFiniteError(f"the {metric} on {task.name} is {score.value}: look at the model, or lower the rate.")
+    return scores
+
+
+@torch.no_grad()
+def document_losses(
+    model: Any, documents: Sequence[Encoded], pad_id: int, *, batch: int, precision: Precision
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The loss of each document, summed over its labels, in nats, and the number of its labels."""
+    order = sorted(range(len(documents)), key=lambda index: len(documents[index].input_ids))  # little padding
+    sums, counts = [0.0] * len(documents), [0.0] * len(documents)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        inputs = to_device(collate([documents[row] for row in rows], pad_id), model)
+        labels = inputs.pop("labels")[:, 1:]
+        with computing_in(precision, model):
+            logits = model(**inputs, use_cache=False).logits
+        logits = logits[:, -inputs["input_ids"].shape[1] :]  # a learned prompt stands before the tokens
+        losses = cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(labels.shape)
+        for row, loss, kept in zip(rows, losses.sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True):
+            sums[row], counts[row] = loss, float(kept)
+    return tuple(sums), tuple(counts)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSettings:
+    """What `isthmus emulator score` is told.
+
+    Attributes:
+        tasks: Names of lm-eval's tasks.
+        model: The whole model, as for `--model`; None with a package.
+        package: A package, whose emulator stands for the middle; None with a model.
+        adapter: An adapter on either; on the whole model this is the plug-in.
+        include_path: Folder with YAML files of further tasks.
+        limit: Documents of each task; None for all.
+        batch: Sequences of a forward.
+        precision: What the forward computes in.
+        device: `cpu` or `cuda`.
+    """
+
+    tasks: tuple[str, ...]
+    model: str | None = None
+    package: Path | None = None
+    adapter: Path | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    batch: int = 16
+    precision: Precision = "fp32"
+    device: str = "cpu"
+
+
+def run_score(settings: ScoreSettings) -> dict[str, Any]:
+    """Run lm-eval's tasks on a whole model, on a package's emulator, or on either with an adapter.
+
+    Returns:
+        `model`, `adapter` (whether there is one) and `tasks`: metric -> value for each.
+
+    Raises:
+        ConfigError: Neither or both of model and package are given, a task is unknown, or lm-eval is missing.
+        DataError: A task's data cannot be loaded.
+        IsthmusError: The model, the package or the adapter cannot be read.
+    """
+    if (settings.model is None) == (settings.package is None):
+        raise ConfigError("give either --model or --package: a whole model, or an emulator of its middle")
+    require_lm_eval()
+    if settings.package is not None:
+        package = open_package(settings.package)
+        model, tokenizer, digest = package.load_model(), package.load_tokenizer(), package.digest
+        model.span_gate.span.to(settings.device)
+        what = f"{package.model} over the emulator {package.manifest.recipe}, keep {package.manifest.keep:g}"
+    else:
+        checkpoint = resolve(str(settings.model))
+        model, tokenizer, digest = whole(checkpoint), load_tokenizer(checkpoint.folder), checkpoint.digest()
+        what = checkpoint.name
+    if settings.adapter is not None:
+        model = load_adapter(model, settings.adapter, digest=digest)
+    model = model.to(settings.device)
+    lm = language_model(model, tokenizer, batch=settings.batch, precision=settings.precision)
+    return {
+        "model": what,
+        "adapter": settings.adapter is not None,
+        "tasks": run_tasks(lm, settings.tasks, include_path=settings.include_path, limit=settings.limit),
+    }
+
+
+def whole(checkpoint: Any) -> Any:
+    """The whole model of a checkpoint in fp32, with the attention that the split one has."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    attention = family_of(checkpoint.config).attention(None)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()

@@ -1,0 +1,294 @@
+"""The tasks that models are tuned and scored on: what is trained on, what a learning rate is chosen by, what is held
+out.
+
+    e2e                     write a text about a restaurant from its meaning; the loss of the reference text
+    openbookqa, arc_easy    choose among answers by their likelihood; also the loss of the right one
+    sst2                    the same with the two words for a review's sentiment
+    text:PATH               plain text, the last tenth held out; perplexity
+
+The validation slice is always a part of the training file; the test file is for scores alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isthmus.common.errors import ConfigError, DataError
+from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.data.batches import Encoded, encode, fingerprint, pad_id
+from isthmus.edge.data.readers import Example, read_examples
+from isthmus.emulator.compress.public_text import load_blocks
+
+NAMES = ("e2e", "openbookqa", "arc_easy", "sst2")
+
+_CHOICE_TESTS = 200
+_TESTS = {"e2e": 160}
+_TEXT_HELD_OUT = 10  # one block in so many
+_SENTIMENTS = (" negative", " positive")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its possible answers; `answer` is the index of the right one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def example(self) -> Example:
+        """The question with its right answer, to be trained on."""
+        return Example(self.prompt, self.choices[self.answer])
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A task's questions: to train on, to choose a learning rate by, and to score on."""
+
+    train: tuple[Question, ...]
+    validation: tuple[Question, ...]
+    test: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of a task's data is used.
+
+    Attributes:
+        test: Held-out documents; None for the task's own default (160 for e2e, 200 for the others).
+        validation: Examples of the training file that a learning rate is chosen by.
+        max_length: Tokens of an example at most.
+    """
+
+    test: int | None = None
+    validation: int = 64
+    max_length: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task, as tokens of one tokenizer.
+
+    Attributes:
+        name: As on the command line.
+        train: What is trained on.
+        validation: What a learning rate is chosen by; not in `train`.
+        held_out: Documents that a loss is measured on; empty for multiple choice.
+        questions: Questions of multiple choice; empty for the others.
+        metrics: What is measured, each a row of the table.
+        pad_id: Token that fills short rows.
+    """
+
+    name: str
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    held_out: tuple[Encoded, ...]
+    questions: tuple[Question, ...]
+    metrics: tuple[str, ...]
+    pad_id: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all its tokens and questions."""
+        questions = json.dumps([[question.prompt, question.choices, question.answer] for question in self.questions])
+        tokens = fingerprint(self.train, self.validation, self.held_out)
+        return hashlib.sha256(f"{tokens} {questions}".encode()).hexdigest()
+
+
+def default_data_folder() -> Path:
+    """Where the tasks' data lie unless a flag says otherwise: shared/data beside the checkout."""
+    return Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
+    """Read and tokenize a task.
+
+    Args:
+        name: One of `NAMES`, or `text:PATH`.
+        folder: Where the tasks' folders lie.
+        tokenizer: The model's.
+        sizes: How much of it to use.
+
+    Raises:
+        ConfigError: There is no such task.
+        DataError: A file is missing, malformed or too small; the message names it.
+    """
+    if name.startswith("text:"):
+        return _text_task(name, Path(name.removeprefix("text:")), tokenizer, sizes)
+    split = read_task(name, folder, sizes)
+    is_choice = len(split.test[0].choices) > 1
+
+    def tokens(questions: Sequence[Question]) -> tuple[Encoded, ...]:
+        return tuple(encode([question.example for question in questions], tokenizer, sizes.max_length)[0])
+
+    return Task(
+        name=name,
+        train=tokens(split.train),
+        validation=tokens(split.validation),
+        held_out=() if is_choice else tokens(split.test),
+        questions=split.test if is_choice else (),
+        metrics=("accuracy", "completion_loss") if is_choice else ("completion_loss",),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
+    """Read a task's questions.
+
+    Args:
+        name: One of `NAMES`.
+        folder: Where the tasks' folders lie.
+        sizes: How many of them to use; `max_length` has no part in it.
+
+    Raises:
+        ConfigError: There is no such task.
+        DataError: A file is missing, malformed or too small; the message names it.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"{name!r} is not a task; use {', '.join(NAMES)} or text:PATH")
+    if not folder.is_dir():
+        raise DataError(
+            f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
+        )
+    train, test = _readers()[name](folder / name)
+    n_test = sizes.test if sizes.test is not None else _TESTS.get(name, _CHOICE_TESTS)
+    validation = set(_sample(range(len(train)), sizes.validation, "validation"))
+    if len(validation) >= len(train):
+        raise DataError(
+            f"{folder / name} has {len(train)} training examples, and {sizes.validation} of them are for validation: "
+            "nothing is left to train on"
+        )
+    return Split(
+        tuple(question for index, question in enumerate(train) if index not in validation),
+        tuple(train[index] for index in sorted(validation)),
+        tuple(_sample(test, n_test, "test")),
+    )
+
+
+def _text_task(name: str, path: Path, tokenizer: Any, sizes: Sizes) -> Task:
+    blocks = [tuple(block) for block in load_blocks(path, tokenizer, sizes.max_length).tolist()]
+    first = len(blocks) - max(1, len(blocks) // _TEXT_HELD_OUT)
+    rest = blocks[:first]
+    n_validation = min(sizes.validation, len(rest) // 2)
+    if not n_validation:
+        raise DataError(
+            f"the text {path} has {len(blocks)} blocks of {sizes.max_length} tokens, too few to train on, to choose by "
+            "and to hold out; give more text, or a smaller --max-length"
+        )
+    validation = set(_sample(range(len(rest)), n_validation, "validation"))
+
+    def encoded(chosen: Sequence[tuple[int, ...]]) -> tuple[Encoded, ...]:
+        return tuple(Encoded(block, (-100, *block[1:])) for block in chosen)
+
+    return Task(
+        name=name,
+        train=encoded([block for index, block in enumerate(rest) if index not in validation]),
+        validation=encoded([rest[index] for index in sorted(validation)]),
+        held_out=encoded(blocks[first:][: sizes.test]),
+        questions=(),
+        metrics=("perplexity",),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def _sample(things: Sequence[T], n: int, what: str) -> list[T]:
+    """`n` of the things, or all, in their order; the same ones every time."""
+    if n >= len(things):
+        return list(things)
+    chosen = random.Random(f"task/{what}").sample(range(len(things)), n)  # noqa: S311  # a choice, not a secret
+    return [things[index] for index in sorted(chosen)]
+
+
+Reader = Callable[[Path], tuple[list[Question], list[Question]]]
+
+
+def _readers() -> dict[str, Reader]:
+    return {"e2e": _e2e, "openbookqa": _choices, "arc_easy": _choices, "sst2": _sst2}
+
+
+def _e2e(folder: Path) -> tuple[list[Question], list[Question]]:
+    def read(name: str) -> list[Question]:
+        path = str(folder / name)
+        config = TuningConfig(
+            data=path, prompt_template="Meaning: {mr}\nText:", completion_template=" {ref}", header=True
+        )
+        return [Question(example.prompt, (example.completion,), 0) for example in read_examples(path, config)]
+
+    return read("train.csv"), read("test.csv")
+
+
+_INSTRUCTION = re.compile(r"question: (.*?)\s*\n\s*\n(.*?)\n\s*\nAnswer format", re.DOTALL)
+_ANSWER = re.compile(r"Answer(\d+): (.*?)(?=\s+Answer\d+: |\s*$)", re.DOTALL)
+
+
+def _choices(folder: Path) -> tuple[list[Question], list[Question]]:
+    return _instructions(folder / "train.json"), _instructions(folder / "test.json")
+
+
+def _instructions(path: Path) -> list[Question]:
+    """Multiple choice in the form of instructions: `…question: Q`, a blank line, `Answer1: … Answer2: …`."""
+    try:
+        rows = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); it must be a list of instructions") from error
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} holds no instructions; it must be a list of them")
+    return [parse_instruction(row, f"{path}, entry {number}") for number, row in enumerate(rows, 1)]
+
+
+def parse_instruction(row: Any, where: str) -> Question:
+    """A question from an entry with `instruction` and `answer` ("answer2").
+
+    Raises:
+        DataError: The entry has another form; the message names `where`.
+    """
+    try:
+        found = _INSTRUCTION.search(row["instruction"])
+        right = re.fullmatch(r"answer(\d+)", row["answer"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: no texts `instruction` and `answer`") from error
+    answers = {int(number): text.strip() for number, text in _ANSWER.findall(found[2])} if found else {}
+    if found is None or right is None or int(right[1]) not in answers:
+        raise DataError(f"{where}: not of the form `…question: Q`, `Answer1: … Answer2: …`, with one of them right")
+    numbers = sorted(answers)
+    return Question(
+        prompt=f"Question: {found[1].strip()}\nAnswer:",
+        choices=tuple(f" {answers[number]}" for number in numbers),
+        answer=numbers.index(int(right[1])),
+    )
+
+
+def _sst2(folder: Path) -> tuple[list[Question], list[Question]]:
+    def read(name: str) -> list[Question]:
+        path = folder / name
+        questions = []
+        for number, line in enumerate(_read(path).split("\n"), 1):
+            if not line.strip():
+                continue
+            text, tab, label = line.rstrip("\r").rpartition("\t")
+            if not tab or label not in ("0", "1"):
+                raise DataError(f"{path}, line {number}: not a text, a tab and the label 0 or 1")
+            questions.append(Question(f"Review: {text}\nSentiment:", _SENTIMENTS, int(label)))
+        if not questions:
+            raise DataError(f"{path} is empty")
+        return questions
+
+    return read("train.tsv"), read("test.tsv")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"the data file {path} cannot be read ({error.strerror}): check --data-folder") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8") from error

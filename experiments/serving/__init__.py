@@ -1,0 +1,1 @@
+"""Benchmarks of one cloud with many tenants: throughput, fairness and deadlines."""

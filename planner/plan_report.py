@@ -1,0 +1,198 @@
+"""What `isthmus plan` says: the modes side by side, a recommendation in one sentence, and what was assumed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from rich.table import Table
+
+from isthmus.common.readable import size
+from isthmus.planner.cost_model import TRAINS_INSIDE, ModeCost, PlanSettings, StepCost
+from isthmus.planner.link_spec import LOCAL, LinkSpec
+from isthmus.planner.speed_profile import SpeedProfile
+
+Goal = Literal["quality", "speed", "privacy"]
+
+TOLERATED = 1.5
+"""So many times as long may `edge` take as the quickest other mode that trains inside, before that one is better."""
+
+
+def rows(costs: Sequence[ModeCost], positions: int) -> list[dict[str, Any]]:
+    """One row per mode, for JSON. Where later epochs are cheaper, the plain keys are theirs.
+
+    Args:
+        costs: What was predicted.
+        positions: Token positions of a step.
+    """
+    return [_row(cost, positions) for cost in costs]
+
+
+def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_bytes: int) -> str:
+    """What to use, in one sentence.
+
+    `single` is no choice, as it needs data and weights in one place, nor is `leased`, which lends the adapter to the
+    cloud, nor anything that needs more memory than the edge has.
+
+    quality: a mode that trains inside the cloud's layers: `edge`, unless another is much quicker.
+    speed: the shortest step, of later epochs where they are cheaper.
+    privacy: the fewest bytes over the strip, of the first epoch where they are more; `emulator` needs none.
+
+    Args:
+        costs: What was predicted.
+        goal: What matters most.
+        positions: Token positions of a step.
+        memory_bytes: Memory that the edge has; 0 if unknown.
+    """
+    split = [cost for cost in costs if cost.mode not in {"single", "leased"}]
+    choices = [cost for cost in split if not memory_bytes or cost.edge_memory <= memory_bytes]
+    if not choices:
+        least = min(split, key=lambda cost: cost.edge_memory)
+        return (
+            f"No mode fits the edge's {size(memory_bytes)}: {least.mode} needs the least, {size(least.edge_memory)}, "
+            "so use a smaller batch or fewer edge layers."
+        )
+    chosen, beside = _RULES[goal](choices)
+    text = f"Use {chosen.mode}: {_figures(chosen, positions)}"
+    return f"{text}; {beside}." if beside else f"{text}."
+
+
+def assumptions(settings: PlanSettings, link: LinkSpec, edge: SpeedProfile, cloud: SpeedProfile) -> list[str]:
+    """What the figures rest on, a line each."""
+    lines = [
+        f"A step is one micro-batch of {settings.batch} x {settings.length} positions; edge and cloud take turns.",
+        f"Edge: measured at {_conditions(edge)}. Cloud: {'the same' if cloud is edge else _conditions(cloud)}.",
+        f"LoRA of rank {settings.rank}; kill_revive leaves {settings.live_share:.0%} of the sites' traffic on average "
+        f"over a run; taps has {settings.taps} taps of {_width(settings)}; emulator keeps "
+        f"{settings.emulator_keep:.0%} of the cloud's layers.",
+        f"tail_cache and taps are given for epochs after the first; tail_cache is for the plan 0:{settings.plan.top}.",
+        "Bytes are of whole sealed frames; gRPC, HTTP/2, TCP and TLS add about 1 %. What a session says once (its "
+        "handshake, its list of sites) is not counted.",
+        "Memory counts the process, weights, adapters with their optimizer, what autograd keeps and three tensors of "
+        "logits; allocators need more.",
+    ]
+    if link.text != LOCAL:
+        lines.append("The link's rate holds in either direction and from the first byte: no loss, no slow start.")
+    return lines
+
+
+def table(costs: Sequence[ModeCost], positions: int) -> Table:
+    """The modes for a person."""
+    result = Table(box=None, pad_edge=False)
+    for name in ("mode", "s/step", "up", "down", "bytes/token", "trips", "edge memory", "edge GFLOPs", "edge share"):
+        result.add_column(name, justify="left" if name == "mode" else "right")
+    for cost in costs:
+        if cost.first_epoch is not None:
+            result.add_row(f"{cost.mode}, first epoch", *_cells(cost, cost.first_epoch, positions))
+        result.add_row(cost.mode, *_cells(cost, cost.step, positions))
+    return result
+
+
+def _row(cost: ModeCost, positions: int) -> dict[str, Any]:
+    step, first = cost.step, cost.first_epoch
+    row: dict[str, Any] = {"mode": cost.mode, "trains_inside": cost.mode in TRAINS_INSIDE, "step_s": step.seconds}
+    if first is not None:
+        row |= {
+            "first_epoch_step_s": first.seconds,
+            "first_epoch_bytes_up": round(first.traffic.up),
+            "first_epoch_bytes_down": round(first.traffic.down),
+            "first_epoch_round_trips": first.traffic.round_trips,
+        }
+    return row | {
+        "edge_s": step.edge.seconds,
+        "cloud_s": step.cloud.seconds,
+        "strip_s": step.strip_s,
+        "bytes_up": round(step.traffic.up),
+        "bytes_down": round(step.traffic.down),
+        "bytes_per_token": step.traffic.total / positions,
+        "round_trips": step.traffic.round_trips,
+        "edge_memory_bytes": round(cost.edge_memory),
+        "cloud_memory_bytes": round(cost.cloud_memory),
+        "edge_flops": round(step.edge.flops),
+        "edge_flops_share": step.edge.flops / (step.edge.flops + step.cloud.flops),
+    }
+
+
+def _cells(cost: ModeCost, step: StepCost, positions: int) -> list[str]:
+    share = step.edge.flops / (step.edge.flops + step.cloud.flops)
+    return [
+        f"{step.seconds:.3g}",
+        size(step.traffic.up),
+        size(step.traffic.down),
+        f"{step.traffic.total / positions:,.0f}",
+        f"{step.traffic.round_trips:g}",
+        size(cost.edge_memory),
+        f"{step.edge.flops / 1e9:,.0f}",
+        f"{share:.0%}",
+    ]
+
+
+def _figures(cost: ModeCost, positions: int) -> str:
+    text = f"{_time(cost.step)} per step"
+    if cost.first_epoch is not None:
+        return (
+            f"{text} after the first epoch, which takes {_time(cost.first_epoch)} and "
+            f"{size(cost.first_epoch.traffic.total / positions)} per token"
+        )
+    if not cost.step.traffic.total:
+        return f"{text}, and nothing crosses the link"
+    return f"{text}, {size(cost.step.traffic.total / positions)} per token"
+
+
+def _time(step: StepCost) -> str:
+    return f"{step.seconds:.2g} s" if step.seconds < 10 else f"{step.seconds:.0f} s"
+
+
+def _worst_bytes(cost: ModeCost) -> float:
+    return (cost.first_epoch or cost.step).traffic.total
+
+
+def _seconds(cost: ModeCost) -> float:
+    return cost.step.seconds
+
+
+def _for_quality(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
+    inside = [cost for cost in choices if cost.mode in TRAINS_INSIDE]
+    if not inside:
+        return min(choices, key=_seconds), "nothing that trains inside the cloud's layers fits the edge's memory"
+    exact = next((cost for cost in inside if cost.mode == "edge"), None)
+    others = [cost for cost in inside if cost is not exact]
+    if exact is None or not others:
+        return min(inside, key=_seconds), ""
+    quickest = min(others, key=_seconds)
+    if _seconds(exact) <= TOLERATED * _seconds(quickest):
+        return exact, f"{quickest.mode} would take {_time(quickest.step)}"
+    return quickest, f"edge sites everywhere would take {_time(exact.step)} over this link"
+
+
+def _for_speed(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
+    chosen = min(choices, key=_seconds)
+    inside = [cost for cost in choices if cost.mode in TRAINS_INSIDE and cost is not chosen]
+    if not inside or chosen.mode in TRAINS_INSIDE:
+        return chosen, ""
+    quickest = min(inside, key=_seconds)
+    return chosen, f"to train inside the cloud's layers, {quickest.mode} takes {_time(quickest.step)}"
+
+
+def _for_privacy(choices: Sequence[ModeCost]) -> tuple[ModeCost, str]:
+    chosen = min(choices, key=_worst_bytes)
+    exact = [cost for cost in choices if cost.mode != "emulator"]
+    if chosen.mode != "emulator" or not exact:
+        return chosen, ""
+    least = min(exact, key=_worst_bytes)
+    return chosen, f"with the real layers, {least.mode} sends the least"
+
+
+_RULES: dict[Goal, Callable[[Sequence[ModeCost]], tuple[ModeCost, str]]] = {
+    "quality": _for_quality,
+    "speed": _for_speed,
+    "privacy": _for_privacy,
+}
+
+
+def _width(settings: PlanSettings) -> str:
+    return "the full width" if settings.tap_width is None else f"width {settings.tap_width}"
+
+
+def _conditions(speed: SpeedProfile) -> str:
+    return f"{speed.batch} x {speed.length}, {speed.dtype}, {speed.threads} thread{'s' if speed.threads > 1 else ''}"

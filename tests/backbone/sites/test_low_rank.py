@@ -1,0 +1,449 @@
+"""Low-rank sites: where A and B come from, the trainable M, the same names everywhere, ordinary LoRA out of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+from support.tiny import HIDDEN, N_LAYERS
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from isthmus.backbone.sites.low_rank import (
+    LowRankAdapter,
+    LowRankSite,
+    add_low_rank,
+    export_lora,
+    low_rank_basis,
+    low_rank_sites,
+    seeded_matrix,
+    site_basis,
+    svd_basis,
+)
+from isthmus.common.errors import CheckpointError, ConfigError
+
+from ..conftest import Checkpoints, Pairs, batch, whole_model
+
+RANK = 4
+NAME = "model.layers.2.self_attn.q_proj"
+SITES = {
+    "llama": [NAME, "model.layers.3.mlp.down_proj", "model.layers.5.self_attn.v_proj"],
+    "phi3": ["model.layers.2.self_attn.qkv_proj"],
+    "gpt2": ["transformer.h.2.attn.c_attn", "transformer.h.3.mlp.c_proj"],
+    "opt": ["model.decoder.layers.1.self_attn.k_proj", "model.decoder.layers.4.fc2"],
+}
+
+
+class SkeletonLinear(nn.Linear):
+    """A linear without a weight, as the edge has for the cloud's layers."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = n_in, n_out
+
+
+def disturb(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model: Any) -> Tensor:
+    result: Tensor = model(**batch("full_mask"), use_cache=False).logits
+    return result.detach()
+
+
+# A and B --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_seeded_basis_is_fixed_for_all_time() -> None:
+    """A change of these bits would break every adapter that was saved before."""
+    down, up = low_rank_basis(NAME, 64, 48, 8, seed=7)
+    content = down.numpy().tobytes() + up.numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest() == "16cb7fca870b9eef7b1629ea710ddef7ef88853c1bc2fb9e913fa6130574c1ef"
+
+
+def test_the_seeded_basis_depends_on_seed_and_site_alone() -> None:
+    down, up = low_rank_basis(NAME, 64, 48, 8, seed=7)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        again = low_rank_basis(NAME, 64, 48, 8, seed=7)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(down, again[0])
+    assert torch.equal(up, again[1])
+    assert torch.equal(before, torch.get_rng_state())
+    for name, seed in (("model.layers.3.self_attn.q_proj", 7), (NAME, 8)):
+        other = low_rank_basis(name, 64, 48, 8, seed=seed)
+        assert not torch.equal(down, other[0])
+        assert not torch.equal(up, other[1])
+    square = low_rank_basis(NAME, 8, 8, 8, seed=7)
+    assert not torch.equal(*square)
+
+
+def test_seeded_products_keep_the_size_of_the_numbers() -> None:
+    down, up = low_rank_basis(NAME, 512, 384, 64, seed=0)
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    z = x @ down.T
+    assert z.var().item() == pytest.approx(1, rel=0.15)
+    assert (z @ up.T).var().item() == pytest.approx(1, rel=0.25)
+    assert down.mean().abs().item() < 0.01 * down.abs().max().item()
+
+
+@settings(max_examples=30, deadline=None)
+@given(label=st.text(max_size=20), rows=st.integers(1, 6), columns=st.integers(1, 40))
+def test_seeded_numbers_are_bounded_and_in_one_stream(label: str, rows: int, columns: int) -> None:
+    matrix = seeded_matrix(label, rows, columns)
+    assert matrix.shape == (rows, columns)
+    assert matrix.dtype == torch.float32
+    assert matrix.abs().max().item() <= (3 / columns) ** 0.5 * (1 + 1e-6)
+    assert torch.equal(matrix, seeded_matrix(label, rows + 3, columns)[:rows])
+
+
+def test_the_svd_basis_is_the_best_approximation_of_its_rank() -> None:
+    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    down, up = svd_basis(weight, RANK)
+    values = torch.linalg.svdvals(weight)
+    assert (weight - up @ down).norm().item() == pytest.approx(values[RANK:].norm().item(), rel=1e-5)
+    assert torch.allclose(down @ down.T, torch.eye(RANK), atol=1e-6)
+    assert torch.allclose(up.norm(dim=0), values[:RANK], rtol=1e-5)
+
+
+def test_the_svd_basis_has_one_sign() -> None:
+    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    down, up = svd_basis(weight, RANK)
+    assert (down.gather(1, down.abs().argmax(1, keepdim=True)) > 0).all()
+    negated_down, negated_up = svd_basis(-weight, RANK)
+    assert torch.allclose(down, negated_down, atol=1e-6)
+    assert torch.allclose(up, -negated_up, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 13, 20])
+def test_a_rank_that_does_not_fit_is_refused(rank: int) -> None:
+    with pytest.raises(ConfigError, match=rf"rank {rank} does not fit .* use 1 to 12"):
+        svd_basis(torch.zeros(20, 12), rank)
+    with pytest.raises(ConfigError, match=rf"rank {rank} does not fit {NAME}.* use 1 to 12"):
+        low_rank_basis(NAME, 12, 20, rank, seed=0)
+
+
+def test_a_conv1d_counts_as_the_linear_that_it_is() -> None:
+    conv, linear = Conv1D(12, 20), nn.Linear(20, 12)
+    linear.weight = nn.Parameter(conv.weight.T.detach().clone())
+    for init in ("seeded", "svd"):
+        ours = site_basis(NAME, conv, rank=RANK, seed=1, init=init)
+        theirs = site_basis(NAME, linear, rank=RANK, seed=1, init=init)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert ours[0].shape == (RANK, 20)
+        assert ours[1].shape == (12, RANK)
+
+
+# One site -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_answers_as_the_paper_says() -> None:
+    """`u = scale M z`, `dM = scale g_u z^T` and `dz = scale M^T g_u`."""
+    site = LowRankSite(RANK, scale=0.5)
+    disturb(site)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 3, RANK, generator=generator, requires_grad=True)
+    g = torch.randn(2, 3, RANK, generator=generator)
+    u = site(z)
+    u.backward(g)
+    m = site.weight.detach()
+    assert torch.allclose(u, 0.5 * z @ m.T)
+    assert site.weight.grad is not None
+    assert z.grad is not None
+    assert torch.allclose(site.weight.grad, 0.5 * torch.einsum("bsi,bsj->ij", g, z.detach()), atol=1e-6)
+    assert torch.allclose(z.grad, 0.5 * g @ m, atol=1e-6)
+
+
+def test_a_site_starts_at_zero_and_still_learns() -> None:
+    site = LowRankSite(RANK, 1.0)
+    z = torch.ones(5, RANK)
+    u = site(z)
+    assert not u.any()
+    u.sum().backward()
+    assert site.weight.grad is not None
+    assert site.weight.grad.abs().min() > 0
+
+
+def test_a_site_keeps_the_dtype_of_what_it_gets() -> None:
+    site = LowRankSite(RANK, 1.0, low_rank_basis(NAME, 12, 20, RANK, 0))
+    disturb(site)
+    assert site(torch.ones(2, RANK, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert site.delta(torch.ones(2, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert site.weight.dtype == torch.float32
+
+
+def test_a_site_over_a_skeleton_has_no_delta() -> None:
+    with pytest.raises(ConfigError, match="A and B, which are the cloud's"):
+        LowRankSite(RANK, 1.0).delta(torch.ones(2, 12))
+
+
+def test_gradients_of_the_whole_product() -> None:
+    down, up = (part.double() for part in low_rank_basis(NAME, 6, 5, 2, 0))
+    site = LowRankSite(2, 2.0, (down, up)).double()
+    disturb(site)
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def run(x: Tensor, m: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(site, {"weight": m}, (x @ down.T,)) @ up.T
+        return result
+
+    assert torch.autograd.gradcheck(run, (x, site.weight))
+    assert torch.allclose(run(x, site.weight), site.delta(x))
+
+
+# On a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["seeded", "svd"])
+@pytest.mark.parametrize("family", SITES)
+def test_a_whole_model_adds_the_products(checkpoints: Checkpoints, family: str, init: str) -> None:
+    folder = checkpoints(family)
+    plain, adapted = whole_model(folder), whole_model(folder)
+    add_low_rank(adapted, SITES[family], RANK, alpha=8, seed=5, init=init)
+    assert torch.equal(logits(plain), logits(adapted))
+    disturb(adapted)
+    with torch.no_grad():
+        for name, site in low_rank_sites(adapted).items():
+            linear = plain.get_submodule(name)
+            down, up = site_basis(name, linear, rank=RANK, seed=5, init=init)
+            change = 8 / RANK * up @ site.weight @ down
+            linear.weight += change.T if isinstance(linear, Conv1D) else change
+    assert (logits(adapted) - logits(whole_model(folder))).abs().max() > 0.01
+    assert torch.allclose(logits(plain), logits(adapted), atol=1e-4)
+
+
+def test_only_the_sites_learn(checkpoints: Checkpoints) -> None:
+    model = whole_model(checkpoints("llama"))
+    add_low_rank(model, SITES["llama"], RANK, alpha=RANK)
+    model(**batch("full_mask")).loss.backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {f"{site}.low_rank.weight" for site in SITES["llama"]}
+    assert all(model.get_parameter(name).grad.abs().max() > 0 for name in moved)
+    assert list(model.isthmus_adapter.parameters(model)) == [f"{site}.low_rank.weight" for site in SITES["llama"]]
+
+
+def test_a_skeleton_gets_the_same_names_and_no_basis(checkpoints: Checkpoints) -> None:
+    whole = whole_model(checkpoints("llama"))
+    edge = copy.deepcopy(whole)
+    for name in SITES["llama"]:
+        parent, _, leaf = name.rpartition(".")
+        real = edge.get_submodule(name)
+        edge.get_submodule(parent).register_module(leaf, SkeletonLinear(real.in_features, real.out_features))
+    for model in (whole, edge):
+        add_low_rank(model, SITES["llama"], RANK, alpha=RANK)
+    ours, theirs = (model.isthmus_adapter.parameters(model) for model in (edge, whole))
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    for site in low_rank_sites(edge).values():
+        assert site.down is None
+        assert site.up is None
+        assert {name for name, _ in site.named_parameters()} == {"weight"}
+    assert low_rank_sites(edge).keys() == set(SITES["llama"])
+
+
+def test_the_edges_own_layers_run_their_sites(pairs: Pairs) -> None:
+    pair = pairs("llama", "3:1")
+    sites = ["model.layers.0.self_attn.q_proj", NAME, "model.layers.5.mlp.up_proj"]
+    for model in (pair.whole, pair.edge):
+        add_low_rank(model, sites, RANK, alpha=8, seed=2, init="svd")
+        disturb(model)
+    assert torch.equal(logits(pair.whole), logits(pair.edge))
+
+
+def test_neither_a_nor_b_is_in_the_state(checkpoints: Checkpoints) -> None:
+    model = whole_model(checkpoints("llama"))
+    before = set(model.state_dict())
+    add_low_rank(model, [NAME], RANK, alpha=1)
+    assert set(model.state_dict()) - before == {f"{NAME}.low_rank.weight"}
+
+
+def test_a_copy_of_the_model_uses_its_own_sites(checkpoints: Checkpoints) -> None:
+    model = whole_model(checkpoints("llama"))
+    add_low_rank(model, [NAME], RANK, alpha=1)
+    before = logits(model)
+    other = copy.deepcopy(model)
+    disturb(other)
+    assert torch.equal(before, logits(model))
+    assert not torch.equal(before, logits(other))
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        (["model.layers.9.self_attn.q_proj"], "no module 'model.layers.9.self_attn.q_proj'"),
+        (["q_proj"], "no module 'q_proj'"),
+        (["model.layers.1.self_attn"], "is a LlamaAttention, no plain linear"),
+        ([NAME, NAME], "each once"),
+        ([], "name one linear or more"),
+    ],
+)
+def test_bad_sites_are_refused_and_change_nothing(checkpoints: Checkpoints, sites: list[str], message: str) -> None:
+    model = whole_model(checkpoints("llama"))
+    with pytest.raises(ConfigError, match=message):
+        add_low_rank(model, ["model.layers.0.mlp.up_proj", *sites] if sites else sites, RANK, alpha=1)
+    assert not low_rank_sites(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": HIDDEN + 1}, rf"rank {HIDDEN + 1} does not fit {NAME}"),
+        ({"rank": 0}, "rank 0 is no rank"),
+        ({"rank": 2.0}, "rank 2.0 is no rank"),
+        ({"alpha": 0}, "alpha 0 is no scale"),
+        ({"alpha": float("nan")}, "alpha nan"),
+        ({"alpha": float("inf")}, "alpha inf"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**63}, "seed 9223372036854775808"),
+        ({"init": "pissa"}, "init 'pissa' is unknown: use seeded or svd"),
+    ],
+)
+def test_bad_values_are_refused(checkpoints: Checkpoints, change: dict[str, Any], message: str) -> None:
+    model = whole_model(checkpoints("llama"))
+    values: dict[str, Any] = {"rank": RANK, "alpha": 1.0, **change}
+    with pytest.raises(ConfigError, match=message):
+        add_low_rank(model, [NAME], values.pop("rank"), **values)
+    assert not low_rank_sites(model)
+
+
+def test_a_site_takes_one_adapter(checkpoints: Checkpoints) -> None:
+    model = whole_model(checkpoints("llama"))
+    add_low_rank(model, [NAME], RANK, alpha=1)
+    with pytest.raises(ConfigError, match="has a low-rank matrix already"):
+        add_low_rank(model, ["model.layers.0.mlp.up_proj", NAME], RANK, alpha=1)
+    assert list(low_rank_sites(model)) == [NAME]
+    wrapped = peft.get_peft_model(whole_model(checkpoints("llama")), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="no plain linear"):
+        add_low_rank(wrapped.get_base_model(), [NAME], RANK, alpha=1)
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_description_comes_back(tmp_path: Path) -> None:
+    adapter = LowRankAdapter((NAME, "model.layers.3.mlp.down_proj"), RANK, 8.0, 11, "svd")
+    info = adapter.info()
+    assert info == {
+        "method": "low_rank",
+        "sites": [NAME, "model.layers.3.mlp.down_proj"],
+        "rank": RANK,
+        "alpha": 8.0,
+        "seed": 11,
+        "init": "svd",
+    }
+    assert LowRankAdapter.from_info({**info, "digest": "", "plan": "2:2"}, tmp_path) == adapter
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"rank": "4"}, {"rank": True}, {"alpha": None}, {"sites": "ab"}, {"sites": [1]}, {"sites": []}, {"init": 3}],
+)
+def test_a_damaged_description_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    info = LowRankAdapter((NAME,), RANK, 8.0).info()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        LowRankAdapter.from_info({**info, **damage}, tmp_path / "isthmus_adapter.json")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        LowRankAdapter.from_info({name: info[name] for name in info if name not in damage}, tmp_path)
+
+
+def test_places_are_known_before_anything_is_changed(checkpoints: Checkpoints) -> None:
+    model = whole_model(checkpoints("llama"))
+    adapter = LowRankAdapter(tuple(SITES["llama"]), RANK, 1.0)
+    places = adapter.places(model)
+    assert not low_rank_sites(model)
+    adapter.attach(model)
+    assert places == {name: parameter.shape for name, parameter in adapter.parameters(model).items()}
+
+
+@pytest.mark.parametrize("init", ["seeded", "svd"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_peft_loads_the_export_into_the_whole_model(
+    checkpoints: Checkpoints, tmp_path: Path, family: str, init: str
+) -> None:
+    """The same products in the same order but for `B M`, which is rounded once more: some units in the last place."""
+    folder = checkpoints(family)
+    model = whole_model(folder)
+    add_low_rank(model, SITES[family], RANK, alpha=6, seed=3, init=init)
+    disturb(model)
+    export_lora(model, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(whole_model(folder), str(tmp_path / "lora"))
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in loaded.named_modules()
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    }
+    ours, theirs = logits(model), logits(loaded)
+    assert adapted == set(SITES[family])
+    assert (ours - logits(whole_model(folder))).abs().max() > 0.01
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+    assert {file.name for file in (tmp_path / "lora").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_the_export_is_bit_for_bit_for_equal_inputs(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = whole_model(checkpoints("llama"))
+    add_low_rank(model, [NAME], RANK, alpha=6, seed=3)
+    disturb(model)
+    export_lora(model, tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    down, up = low_rank_basis(NAME, HIDDEN, HIDDEN, RANK, 3)
+    site = low_rank_sites(model)[NAME]
+    assert torch.equal(stored[f"base_model.model.{NAME}.lora_A.weight"], down)
+    assert torch.equal(stored[f"base_model.model.{NAME}.lora_B.weight"], up @ site.weight.detach())
+    assert len(stored) == 2
+
+
+def skeleton_model() -> Any:
+    """A model in miniature whose one site lies in the cloud."""
+    model: Any = nn.Module()
+    model.site = SkeletonLinear(12, 20)
+    model.name_or_path = "tiny"
+    return model
+
+
+def test_a_skeleton_exports_with_the_seed_alone(tmp_path: Path) -> None:
+    model = skeleton_model()
+    add_low_rank(model, ["site"], RANK, alpha=1, seed=9)
+    disturb(model)
+    export_lora(model, tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    down, up = low_rank_basis("site", 12, 20, RANK, 9)
+    assert torch.equal(stored["base_model.model.site.lora_A.weight"], down)
+    assert torch.equal(stored["base_model.model.site.lora_B.weight"], up @ model.site.low_rank.weight.detach())
+
+
+def test_a_skeleton_under_svd_needs_the_clouds_basis(tmp_path: Path) -> None:
+    model = skeleton_model()
+    add_low_rank(model, ["site"], RANK, alpha=1, init="svd")
+    disturb(model)
+    with pytest.raises(ConfigError, match="A and B of site come from the cloud's weights"):
+        export_lora(model, tmp_path / "lora")
+    down, up = svd_basis(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), RANK)
+    with pytest.raises(ConfigError, match=r"do not fit site: give \[4, 12\] and \[20, 4\]"):
+        export_lora(model, tmp_path / "lora", bases={"site": (up, down)})
+    assert not (tmp_path / "lora").exists()
+    export_lora(model, tmp_path / "lora", bases={"site": (down, up)})
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.site.lora_A.weight"], down)
+
+
+def test_a_model_without_sites_is_not_exported(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no low-rank sites to export"):
+        export_lora(whole_model(checkpoints("llama", num_hidden_layers=N_LAYERS)), tmp_path / "lora")

@@ -1,0 +1,97 @@
+"""`isthmus emulator fetch | return` against a real server on the loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.clouds import Home, ThreadServer, served
+from support.packages import tiny_package, tuned
+from support.tiny import tiny_checkpoint
+from typer.testing import CliRunner, Result
+
+from isthmus.cli.emulator_edge_commands import app
+from isthmus.common.errors import AdapterError, RefusedError
+from isthmus.edge.client.link import Link
+from isthmus.emulator.package.package import Package, open_package
+from isthmus.protocol.secure.keys import Fingerprint, load_edge, load_worker
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    torch.set_num_threads(1)
+    return Home(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, home: Home) -> Package:
+    folder = tmp_path_factory.mktemp("owner")
+    return tiny_package(folder / "package", tiny_checkpoint("llama", folder / "model"), signer=load_worker(home.folder))
+
+
+@pytest.fixture(scope="module")
+def adapter(package: Package) -> Path:
+    return tuned(package, package.folder.parent / "adapter")
+
+
+@pytest.fixture(scope="module")
+def server(home: Home, package: Package) -> Iterator[ThreadServer]:
+    owner = package.folder.parent
+    cloud = served(owner / "model", owner / "parts", home=home.folder, emulator=package.folder)
+    with ThreadServer(cloud, home) as running:
+        yield running
+
+
+def command(server: ThreadServer, *words: str) -> Result:
+    key = str(server.home.key_file)
+    return CliRunner().invoke(app, [words[0], "--cloud", server.address, "--key", key, *words[1:]])
+
+
+def test_a_package_is_fetched_tuned_on_and_the_adapter_returned(
+    server: ThreadServer, package: Package, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "package"
+    fetched = command(server, "fetch", "--out", str(out), "--json")
+    assert fetched.exit_code == 0, fetched.output
+    said = json.loads(fetched.stdout)
+    assert (said["id"], said["signer"]) == (package.id, str(server.home.pin))
+    assert said["bytes_down"] > (out / "emulator.safetensors").stat().st_size
+    assert open_package(out).id == package.id
+    assert package.id in command(server, "fetch", "--out", str(out)).stdout
+
+    returned = command(server, "return", "--adapter", str(adapter), "--json")
+    assert returned.exit_code == 0, returned.output
+    assert "plugged in: lora" in json.loads(returned.stdout)["message"]
+    alice = Fingerprint.of(load_edge(server.home.key_file).public_key().public_bytes_raw())
+    plugged = (server.home.folder / "adapters").glob("*/*/plugged")
+    assert [folder.parent.name for folder in plugged] == [alice.digest.hex()]
+
+
+def test_what_cannot_be_returned_has_its_error(server: ThreadServer, adapter: Path, tmp_path: Path) -> None:
+    nothing = command(server, "return", "--adapter", str(tmp_path / "none"))
+    assert isinstance(nothing.exception, AdapterError)
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    (other / "adapter_config.json").write_text("{}")
+    refused = command(server, "return", "--adapter", str(other))
+    assert isinstance(refused.exception, RefusedError)
+    assert "type 'None'" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "method"), [(["fetch", "--out", "x"], "fetch_package"), (["return", "--adapter", "x"], "return_adapter")]
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    server: ThreadServer, monkeypatch: pytest.MonkeyPatch, words: list[str], method: str
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Link, method, stop)
+    result = command(server, *words)
+    assert result.exit_code == 130
+    assert "goes on from here" in result.output

@@ -1,0 +1,128 @@
+"""`isthmus plan` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from support.speeds import speed
+from support.tiny import tiny_checkpoint
+from typer.testing import CliRunner
+
+from isthmus.cli.plan_command import plan
+from isthmus.common.errors import ConfigError, IsthmusError, PlanError
+from isthmus.planner.cost_model import MODES
+from isthmus.planner.speed_profile import SpeedProfile
+
+app = typer.Typer(rich_markup_mode=None)
+app.command()(plan)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Two machines, the cloud's ten times as fast."""
+    machines = {"edge": speed(), "cloud": speed(layer_forward=2e4, layer_backward=1e4, layer_inference=4e4)}
+    paths = {}
+    for name, machine in machines.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps(machine.to_json()))
+    return paths
+
+
+def run(model: Path, *options: str) -> str:
+    result = CliRunner().invoke(app, ["--model", str(model), "--batch", "2", "--seq", "8", *options])
+    if isinstance(result.exception, IsthmusError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def planned(model: Path, files: dict[str, Path], *options: str) -> dict[str, Any]:
+    speeds = ("--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]))
+    value: dict[str, Any] = json.loads(run(model, *speeds, "--json", *options))
+    return value
+
+
+def test_json_has_modes_a_recommendation_and_assumptions(model: Path, files: dict[str, Path]) -> None:
+    result = planned(model, files, "--link", "100mbit,50ms")
+    assert [row["mode"] for row in result["modes"]] == list(MODES)
+    assert result["recommendation"].startswith("Use ")
+    assert any("2 x 8" in line for line in result["assumptions"])
+
+
+def test_options_reach_the_prediction(model: Path, files: dict[str, Path]) -> None:
+    def row(mode: str, *options: str) -> dict[str, Any]:
+        found: dict[str, Any] = next(r for r in planned(model, files, *options)["modes"] if r["mode"] == mode)
+        return found
+
+    plain = row("edge")
+    assert row("edge", "--codec", "int8")["bytes_up"] < plain["bytes_up"]
+    assert row("edge", "--summed")["bytes_up"] < plain["bytes_up"]
+    assert row("edge", "--own-layers")["bytes_down"] > plain["bytes_down"]
+    assert row("edge", "--target-modules", "q_proj,down_proj")["round_trips"] > plain["round_trips"]
+    assert row("edge", "--edge-layers", "1:1")["round_trips"] > plain["round_trips"]
+    assert row("edge", "--link", "1mbit,1s")["step_s"] > plain["step_s"] + plain["round_trips"]
+    assert row("low_rank", "--rank", "16")["bytes_up"] > row("low_rank")["bytes_up"]
+    assert row("kill_revive", "--live-share", "0.5")["bytes_up"] > row("kill_revive")["bytes_up"]
+    assert row("taps", "--taps", "2")["first_epoch_bytes_down"] < row("taps")["first_epoch_bytes_down"]
+    assert row("taps", "--tap-width", "4")["first_epoch_bytes_down"] < row("taps")["first_epoch_bytes_down"]
+    assert row("emulator", "--emulator-keep", "1")["edge_flops"] > row("emulator")["edge_flops"]
+    slower = {**files, "cloud": files["edge"]}
+    assert planned(model, slower)["modes"][1]["cloud_s"] == pytest.approx(
+        10 * planned(model, files)["modes"][1]["cloud_s"]
+    )
+
+
+def test_a_person_gets_a_table_and_a_sentence(model: Path, files: dict[str, Path]) -> None:
+    text = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--goal", "privacy")
+    assert "s/step" in text
+    assert "Use emulator: " in text
+
+
+def test_the_probe_s_output_is_what_cloud_speed_takes(
+    model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("isthmus.planner.speed_probe.ROUNDS", 1)
+    measured = tmp_path / "measured.json"
+    measured.write_text(run(model, "--probe", "--json", "--cloud-dtype", "bf16"))
+    assert SpeedProfile.read(measured).batch == 2
+    assert planned(model, {**files, "cloud": measured})["modes"]
+
+
+def test_both_sides_are_measured_where_no_speed_is_given(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measure(_config: Any, _facts: Any, settings: Any, _advance: Any) -> SpeedProfile:
+        asked.append(settings.dtype)
+        return speed(dtype=settings.dtype)
+
+    monkeypatch.setattr("isthmus.planner.speed_probe.measure", measure)
+    run(model, "--json")
+    assert asked == ["fp32"]  # the cloud counts as a machine like this one
+    run(model, "--json", "--cloud-dtype", "bf16")
+    assert asked == ["fp32", "fp32", "bf16"]
+
+
+def test_bad_input_is_refused_before_anything_is_measured(model: Path, files: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="link 'soon'"):
+        run(model, "--link", "soon")
+    with pytest.raises(PlanError, match="9:9"):
+        run(model, "--edge-layers", "9:9")
+    with pytest.raises(ConfigError, match="zip"):
+        run(model, "--codec", "zip")
+    with pytest.raises(ConfigError, match="x_proj"):
+        run(model, "--target-modules", "x_proj")
+    with pytest.raises(ConfigError, match="gone"):
+        run(model, "--cloud-speed", "gone.json", "--edge-speed", str(files["edge"]))
+
+
+def test_help_has_an_example() -> None:
+    assert "Example: isthmus plan" in CliRunner().invoke(app, ["--help"]).output

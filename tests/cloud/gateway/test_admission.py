@@ -1,0 +1,320 @@
+"""Who gets into a cloud over real gRPC, and who does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.clouds import Home, ThreadServer
+from support.sessions import channel, eventually, hidden
+from support.wire import TENANT
+
+from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.control.worker_setup import EdgesFile
+from isthmus.cloud.engine.requests import Share
+from isthmus.cloud.gateway.open_sessions import OpenSession
+from isthmus.cloud.gateway.server import StripServer
+from isthmus.cloud.home.identity import IdentityFiles
+from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import ConnectionLostError, FingerprintError, NotEnrolledError, OverQuotaError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+from isthmus.protocol.secure.keys import Fingerprint, load_edge
+from isthmus.protocol.session import EdgeSession, Established, Received
+from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+from isthmus.rpc.secure_stream import Channel
+from isthmus.rpc.transport import GrpcTransport, Stream
+
+# Enrolled edges -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_edge_is_refused_and_an_enrolment_needs_no_restart(server: ThreadServer) -> None:
+    bob = server.home.new_edge("bob", enrolled=False)
+    with server.link(bob) as link, pytest.raises(NotEnrolledError, match="SHA256:"):
+        link.open(5)
+    from isthmus.protocol.enrolment import add_line
+
+    add_line(server.home.folder / "authorized_edges", bob.with_name("bob.pub").read_text(), "bob")
+    with server.link(bob) as link:
+        link.open(5)
+        assert server.server.status()["sessions"] == {"bob": 1}
+
+
+def test_a_broken_edges_file_leaves_the_last_good_one_in_force(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    with server.link() as link:
+        link.open(5)
+    with (server.home.folder / "authorized_edges").open("a") as file:
+        file.write("max-sesions=2 ssh-ed25519 AAAA mallory\n")
+    with server.link() as link:
+        link.open(5)
+    assert "line 2" in next(line["error"] for line in log() if line["event"] == "authorized_edges_unreadable")
+
+
+def test_a_removed_edges_file_lets_nobody_in(server: ThreadServer) -> None:
+    (server.home.folder / "authorized_edges").unlink()
+    with server.link() as link, pytest.raises(NotEnrolledError):
+        link.open(5)
+
+
+def test_another_pin_is_refused_by_the_edge(server: ThreadServer) -> None:
+    server.home.pin = Fingerprint.of(bytes(32))
+    with server.link() as link, pytest.raises(FingerprintError):
+        link.open(5)
+
+
+def test_an_expired_certificate_is_refused_by_the_edge(cloud: Served, tmp_path: Path) -> None:
+    with ThreadServer(cloud, Home(tmp_path, days=-1)) as server, server.link() as link, pytest.raises(FingerprintError):
+        link.open(5)
+
+
+# How many sessions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_session_quota_counts_links_and_a_closed_one_is_free_again(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=2))
+    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second, server.link() as third:
+        first.open(5)
+        second.open(5)
+        with pytest.raises(OverQuotaError, match="2 sessions of alice are open, 2 are allowed"):
+            third.open(5)
+        second.close()
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        third.open(5)
+
+
+def test_a_reconnect_of_the_same_link_fences_the_older_session(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=1))
+    with ThreadServer(cloud, home) as server:
+        older = channel(server)
+        newer = channel(server)  # within a quota of one, because it takes the older one's place
+        with pytest.raises(ConnectionLostError):
+            older.ask(m.Ping(1), 5)
+        assert isinstance(newer.ask(m.Ping(2), 5), m.Pong)
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        newer.close()
+        older.abandon()
+
+
+def test_the_same_link_id_of_another_edge_fences_nobody(server: ThreadServer) -> None:
+    bob = server.home.new_edge("bob")
+    mine, other = channel(server), channel(server, key=bob)
+    assert isinstance(mine.ask(m.Ping(1), 5), m.Pong)
+    mine.close()
+    other.close()
+
+
+# Handshakes that are half open ----------------------------------------------------------------------------------------
+
+
+def test_a_handshake_that_stalls_is_ended(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=Bounds(handshake_seconds=0.2)) as server:
+        stalled = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        with pytest.raises(ConnectionLostError, match="closed the stream"):
+            stalled.receive(10)
+        late = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+        late.send(edge.start())
+        late.receive(5)  # the server's hello; the edge never answers it
+        with pytest.raises(ConnectionLostError, match="closed the stream"):
+            late.receive(10)
+        assert not server.server._admission._half_open
+        stalled.close()
+        late.close()
+
+
+TWO_HALF_OPEN = Bounds(max_half_open=2, handshake_seconds=600.0)
+"""Two handshakes may be half open, for as long as they like."""
+
+
+def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=TWO_HALF_OPEN) as server:
+        waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(4)]
+        for stream in waiting[:2]:
+            with pytest.raises(ConnectionLostError, match="closed the stream"):
+                stream.receive(20)
+        assert len(server.server._admission._half_open) == 2
+        with server.link() as link:  # whoever leaves handshakes half open keeps nobody out
+            link.open(5)
+            assert link.traffic.retries == 0
+        for stream in waiting:
+            stream.close()
+        eventually(lambda: not server.server._admission._half_open)
+
+
+def test_a_handshake_under_way_outlasts_streams_that_say_nothing(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=TWO_HALF_OPEN) as server:
+        slow = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+        slow.send(edge.start())
+        answer = edge.receive(slow.receive(20))
+        silent = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(10)]
+        for frame in answer.frames:
+            slow.send(frame)
+        assert isinstance(edge.receive(slow.receive(20)), Established)
+        for stream in (slow, *silent):
+            stream.close()
+
+
+def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(cloud: Served, home: Home) -> None:
+    counts: list[int] = []
+
+    class Context:
+        async def send_initial_metadata(self, _: object) -> None:
+            counts.append(len(plane._admission._half_open))
+            await asyncio.sleep(0.01)
+            counts.append(len(plane._admission._half_open))
+
+        def peer(self) -> str:
+            return "ipv4:10.0.0.1:5000"
+
+        def add_done_callback(self, _: object) -> None:
+            pass
+
+    async def frames() -> AsyncIterator[bytes]:
+        return
+        yield b""  # makes it a generator
+
+    async def come() -> None:
+        await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)))
+
+    plane = StripServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1, bounds=TWO_HALF_OPEN)
+    asyncio.run(come())
+    assert max(counts) == 2
+    assert len(counts) == 2 * 5  # who gives way has been told first that the stream was taken, as gRPC needs it
+    assert not plane._admission._half_open
+
+
+@pytest.mark.parametrize("frame", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n", bytes(75), b"\xff" * 4096])
+def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
+    server: ThreadServer, frame: bytes, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    stream.send(frame)
+    with contextlib.suppress(ConnectionLostError):
+        stream.receive(5)  # a server may say that it speaks another version before it ends the stream
+    with pytest.raises(ConnectionLostError):
+        stream.receive(5)
+    stream.close()
+    eventually(lambda: any(line["event"] in {"protocol_error", "session_refused"} for line in log()))
+    with server.link() as link:
+        link.open(5)
+
+
+# How a session opens --------------------------------------------------------------------------------------------------
+
+
+def established(server: ThreadServer, key: Path) -> tuple[Stream, EdgeSession]:
+    """A session that has said nothing yet."""
+    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    edge = EdgeSession(pin=server.home.pin, edge_key=load_edge(key))
+    stream.send(edge.start())
+    stream.send(edge.receive(stream.receive(5)).frames[0])
+    edge.receive(stream.receive(5))
+    return stream, edge
+
+
+def told(stream: Stream, edge: EdgeSession, message: m.Message) -> m.Message:
+    """The answer to a message."""
+    for frame in edge.send(message):
+        stream.send(frame)
+    received = edge.receive(stream.receive(5))
+    assert isinstance(received, Received)
+    return received.message
+
+
+def test_a_session_that_does_not_open_with_attach_is_ended(
+    server: ThreadServer, log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    stream, edge = established(server, server.home.key_file)
+    with pytest.raises(ConnectionLostError, match="rules were broken"):
+        told(stream, edge, m.Ping(1))
+    stream.close()
+    eventually(lambda: any("opens with Attach, not with Ping" in line.get("error", "") for line in log()))
+    assert [line["outcome"] for line in log() if line["event"] == "session_refused"] == ["failed"]
+    assert server.server.status()["sessions"] == {}
+
+
+def test_a_session_that_opens_with_more_than_the_byte_quota_is_ended(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = encode(hidden(4, 20), "fp32", Role.ACTIVATION)
+    large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+    monkeypatch.setattr(Channel, "_attach", lambda edge, _: edge.ask(large, 20))
+    with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            channel(server)
+        assert server.server.status()["sessions"] == {}
+
+
+def test_a_stage_attaches_for_the_tenants_that_it_names(server: ThreadServer) -> None:
+    key = server.home.new_edge("stage-0", quota=Quota(max_sessions=9), stage=True)
+    streams = []
+    for number, account in enumerate((m.Account("bob", 3), m.Account("carol", 1), m.Account("bob", 3), None)):
+        stream, edge = established(server, key)
+        streams.append(stream)
+        attached = told(stream, edge, m.Attach(bytes((number,)) * m.LINK_BYTES, account=account))
+        assert attached == m.Status(m.StatusCode.OK, None, "attached")
+        assert isinstance(told(stream, edge, m.Ping(1)), m.Pong)
+    assert server.server.status()["sessions"] == {"bob": 2, "carol": 1, "stage-0": 1}
+    accounts = server.server._calls._compute._scheduler._accounts
+    shares = {name: account.share for name, account in accounts.items()}
+    assert shares == {"bob": Share(3), "carol": Share(1), "stage-0": Share(1)}
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("name", ["bob", "alice"])
+def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, name: str) -> None:
+    stream, edge = established(server, server.home.key_file)
+    refusal = told(stream, edge, m.Attach(b"l" * m.LINK_BYTES, account=m.Account(name, 9)))
+    assert isinstance(refusal, m.Status)
+    assert refusal.code == m.StatusCode.BAD_REQUEST
+    assert "only a stage of a pipeline" in refusal.message
+    with pytest.raises(ConnectionLostError):
+        stream.receive(5)
+    stream.close()
+    assert server.server.status()["sessions"] == {}
+    assert server.server._calls._compute._scheduler.used() == {}
+
+
+def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
+    session = OpenSession(b"s" * 16, TENANT, b"l" * m.LINK_BYTES, interactive=False, deadline=None, enrolled=TENANT)
+    status = m.Status(m.StatusCode.OVER_QUOTA, None, "close one")
+    session.end("over quota", status)
+    session.end("draining")
+    assert (session.ending, session.farewell) == ("over quota", status)
+
+
+# Penalties ------------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_breaks_the_rules_again_and_again_waits_to_be_admitted(server: ThreadServer) -> None:
+    penalties, bob = server.server._admission._penalties, server.home.new_edge("bob")
+    host, mallory = "ipv4:127.0.0.1", str(Fingerprint.of(load_edge(bob).public_key().public_bytes_raw()))
+    with server.link() as link:
+        link.open(5)
+        for _ in range(7):
+            stream, edge = established(server, bob)
+            with pytest.raises(ConnectionLostError, match="rules were broken"):
+                told(stream, edge, m.Ping(1))
+            stream.close()
+        assert penalties.pause(mallory) > 1
+        assert penalties.pause(host) == 0.0  # it is known who it was
+        for _ in range(7):
+            with contextlib.closing(GrpcTransport(f"127.0.0.1:{server.port}")) as transport:
+                stream = transport.open()
+                stream.send(b"noise")
+                with pytest.raises(ConnectionLostError, match="rules were broken"):
+                    stream.receive(20)
+        assert penalties.pause(host) > 1
+        link.forward_span(hidden(), None, None, keep=False)
+        assert link.traffic.retries == 0
+        assert penalties.pause(host) > 0  # so nobody who is open waited for it
+    with server.link() as again:
+        again.open(20)

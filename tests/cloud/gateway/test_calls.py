@@ -1,0 +1,418 @@
+"""Calls over real gRPC: room among a tenant's others, turns, shared passes, and deadlines."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.clouds import Home, ThreadServer, served
+from support.sessions import call_in_flight, channel, channels, eventually, hidden
+from support.tiny import HIDDEN, tiny_checkpoint
+
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.cloud.directory import Peer, Seat
+from isthmus.cloud.gateway import calls as calls_module, in_flight
+from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import ConfigError, ConnectionLostError, OverQuotaError, TooLateError, UnreachableError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+from isthmus.protocol.secure.record import Opener
+from isthmus.protocol.session import Received
+from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+
+# Bytes in flight ------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_over_the_byte_quota_is_refused_and_the_session_goes_on(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=2000))
+    with ThreadServer(cloud, home) as server, server.link() as link:
+        link.open(5)
+        with pytest.raises(OverQuotaError, match="2000 that alice may have"):
+            link.forward_span(hidden(4, 20), None, None, keep=False)
+        assert link.forward_span(hidden(1, 4), None, None, keep=False)[0].shape == (1, 4, HIDDEN)
+        assert link.traffic.sessions == 1
+
+
+def test_of_a_call_over_the_byte_quota_nothing_is_kept_while_it_comes(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openers: list[Opener] = []
+    create = Opener.__init__
+
+    def record(opener: Opener, *args: Any) -> None:
+        create(opener, *args)
+        if threading.current_thread().name == "test-server":
+            openers.append(opener)
+
+    with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(Opener, "__init__", record)
+            edge = channel(server)
+        (opener,) = openers
+        payload = encode(torch.zeros(256, 128, HIDDEN), "fp32", Role.ACTIVATION)  # four chunks
+        large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+        *first, last = edge._session.send(large)
+        for count, frame in enumerate(first, 1):
+            edge._stream.send(frame)
+            eventually(lambda count=count: (under_way := opener._message) is not None and under_way.chunk == count)
+            assert opener._message is not None
+            assert len(opener._message.body) <= 2000
+        edge._stream.send(last)
+        said = edge._session.receive(edge._stream.receive(20))
+        assert isinstance(said, Received)
+        assert isinstance(said.message, m.Status)
+        assert (said.message.code, said.message.id) == (m.StatusCode.OVER_QUOTA, large.id)
+        small = encode(torch.zeros(1, 4, HIDDEN), "fp32", Role.ACTIVATION)
+        answer = edge.ask(m.Forward(m.CallId(1, 2), False, small, None, None, codec_id("fp32")), 20)
+        assert isinstance(answer, m.ForwardReply)
+        edge.close()
+        assert b'isthmus_refused_total{status="OVER_QUOTA"} 1.0' in server.server.metrics.text()
+
+
+def test_what_is_granted_is_no_refusal(server: ThreadServer) -> None:
+    with channels(server, 1) as (edge,):
+        answer = edge.ask(m.Sites(1, (SiteSpec(3, "mlp.down_proj"),)), 5)
+        assert isinstance(answer, m.Status)
+        assert answer.code == m.StatusCode.OK
+    assert refusals(server, "OK") == 0
+
+
+def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = hidden().nbytes + 64
+    entered, release = threading.Event(), threading.Event()
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        entered.set()
+        release.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(cloud.executor), "forward", slow)
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=quota))
+    answers: list[torch.Tensor] = []
+    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second:
+
+        def call(link: Any) -> None:
+            answers.append(link.forward_span(hidden(), None, None, keep=False)[0])
+
+        threads = [threading.Thread(target=call, args=(link,)) for link in (first, second)]
+        for link in (first, second):
+            link.open(5)
+        for thread in threads:
+            thread.start()
+        assert entered.wait(10)
+        eventually(lambda: server.server.status()["in_flight"] == 2)
+        eventually(lambda: len(server.server._calls.in_flight._turns) == 1)
+        assert server.server._calls.in_flight._bytes["alice"] <= quota
+        release.set()
+        for thread in threads:
+            thread.join(10)
+    assert len(answers) == 2
+    assert torch.equal(answers[0], answers[1])
+
+
+def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> torch.Tensor:
+        release.wait(20)
+        return original(*args, **options)
+
+    monkeypatch.setattr(type(cloud.executor), "forward", slow)
+    quota = Quota(max_inflight_bytes=5 * hidden().nbytes // 2, max_tokens_per_second=900)  # two calls at a time
+    with ThreadServer(cloud, Home(tmp_path, quota=quota)) as server, server.link() as first, server.link() as second:
+        for link in (first, second):
+            link.open(5)
+        tenant = next(iter(server.server.sessions._open.values())).tenant
+        assert server.server._calls.share(tenant).positions_per_second == 900
+        seats = (Seat(str(tenant.fingerprint), "a link", 1.0), Seat("somebody else's", "another", 2.0))
+        server.server.sessions.hear("here:1", (Peer("there:1", "serving", seats), Peer("gone:1", "draining")))
+        assert server.server._calls.share(tenant).positions_per_second == pytest.approx(600)
+        threads = [
+            threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
+            for link in (first, second)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.server.status()["in_flight"] == 2)
+        eventually(
+            lambda: len(server.server._calls.in_flight._turns) == 1
+        )  # five thirds of a call are this worker's part
+        release.set()
+        for thread in threads:
+            thread.join(20)
+        eventually(lambda: server.server.status()["in_flight"] == 0)
+
+
+def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    served(model, tmp_path / "parts")
+    (tmp_path / "parts" / "vocab.bin").write_bytes(bytes(9 << 20))
+    small = served(model, tmp_path / "parts", max_tokens=1)
+    with ThreadServer(small, Home(tmp_path)) as server, server.link() as link:
+        link.open(5)
+        piece = link._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.PARTS, "vocab.bin", 0), answer_bytes=m.MAX_PIECE)
+        assert (len(piece.data), piece.total) == (8 << 20, 9 << 20)
+
+
+def test_a_backward_with_its_replay_fits_the_largest_message(cloud: Served) -> None:
+    limits = cloud.info.limits
+    hidden_bytes = limits.max_tokens_per_call * HIDDEN * 4
+    assert limits.max_message_bytes >= 2 * hidden_bytes + limits.max_tokens_per_call * 5
+
+
+# Whose turn it is -----------------------------------------------------------------------------------------------------
+
+
+def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud: Served, home: Home) -> None:
+    home.new_edge("bob")
+    keys = {"alice": home.key_file, "bob": home.key_file.parent / "bob"}
+    order: list[str] = []
+    original = type(cloud.executor).forward
+    with ThreadServer(cloud, home, batching=False) as server, contextlib.ExitStack() as stack:
+
+        def opened(tenant: str, **options: Any) -> Any:
+            link = stack.enter_context(server.link(keys[tenant], **options))
+            link.open(5)
+            return link
+
+        with call_in_flight(server, cloud) as held:
+            links = {
+                "alice 1": opened("alice"),
+                "alice 2": opened("alice"),
+                "alice 3": opened("alice"),
+                "bob": opened("bob"),
+                "bob, chat": opened("bob", interactive=True),
+            }
+            threads = []
+            for rows, (name, link) in enumerate(links.items(), start=1):
+                calls = server.server.status()["waiting"]
+
+                def call(link: Any = link, rows: int = rows) -> None:
+                    link.forward_span(hidden(rows, 3), None, None, keep=False)
+
+                threads.append(threading.Thread(target=call, name=name))
+                threads[-1].start()
+                eventually(lambda calls=calls: server.server.status()["waiting"] != calls)
+            assert server.server.status()["waiting"] == {"alice": 3, "bob": 2}
+            names = dict(enumerate(links, start=1))
+
+            def noted(self: Any, session: bytes, number: int, inputs: Any, **options: Any) -> Any:
+                order.append(names[len(inputs.hidden)])
+                return original(self, session, number, inputs, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(cloud.executor), "forward", noted)
+                held.release.set()
+                for thread in threads:
+                    thread.join(10)
+    assert order[0] == "bob, chat"
+    assert order.index("bob") < order.index("alice 2")
+    assert [name for name in order if name.startswith("alice")] == ["alice 1", "alice 2", "alice 3"]
+
+
+@pytest.mark.parametrize("batching", [True, False])
+def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch, batching: bool
+) -> None:
+    monkeypatch.setattr(
+        "isthmus.cloud.engine.executor.STATE_SHARE", 1e6
+    )  # a tiny span is less than a call's forward state
+    tenants = ("carol", "dave", "erin")  # who has a call in flight already would rest now
+    for name in tenants:
+        home.new_edge(name)
+    keys = [home.key_file.parent / name for name in tenants]
+    inputs = [hidden(rows, length) for rows, length in ((2, 6), (1, 16), (3, 12))]
+    gradients = [torch.randn(each.shape) for each in inputs]
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with ThreadServer(cloud, home, batching=batching) as server, contextlib.ExitStack() as stack:
+        links = [stack.enter_context(server.link(key)) for key in keys]
+        for link in links:
+            link.open(5)
+
+        def step(number: int) -> None:
+            output, call = links[number].forward_span(inputs[number], None, None, keep=True)[:2]
+            results[number] = (output, links[number].backward_span(call, gradients[number], inputs[number], None, None))
+
+        with call_in_flight(server, cloud) as held:
+            threads = [threading.Thread(target=step, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            eventually(lambda: len(server.server.status()["waiting"]) == 3)
+            held.release.set()
+            for thread in threads:
+                thread.join(10)
+        shared = server.server.status()["calls_per_pass"]
+    assert shared > 1.5 if batching else shared == 0
+    for number, (output, gradient) in results.items():
+        leaf = inputs[number].clone().requires_grad_()
+        expected = cloud.executor.host.span(leaf)
+        assert torch.equal(output, expected)
+        assert torch.equal(gradient, *torch.autograd.grad(expected, leaf, gradients[number]))
+
+
+def test_a_tenant_over_its_rate_waits_and_what_nobody_waits_for_is_not_made(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_tokens_per_second=1))
+    with ThreadServer(cloud, home) as server, server.link() as link:
+        link.open(5)
+        link.forward_span(hidden(2, 33), None, None, keep=False)
+        enough = threading.Event()
+
+        def look() -> None:
+            if enough.is_set():
+                raise UnreachableError("nobody waits any more")
+
+        link.watch(look)
+        calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
+        calling.start()
+        eventually(lambda: server.server.status()["waiting"] == {"alice": 1})
+        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        eventually(lambda: server.server.status()["waiting"] == {})
+        eventually(lambda: server.server.status()["in_flight"] == 0)
+        enough.set()
+        calling.join(10)
+
+
+def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadServer, cloud: Served) -> None:
+    release = threading.Event()
+    forward = cloud.executor.host.span.forward
+    entered = threading.Event()
+
+    def slow(*args: Any) -> torch.Tensor:
+        entered.set()
+        release.wait(10)
+        return forward(*args)
+
+    cloud.executor.host.span.forward = slow  # type: ignore[method-assign]  # the one way to hold a call in flight
+    try:
+        link = server.link()
+        link.open(5)
+        calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
+        calling.start()
+        assert entered.wait(10)
+        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        eventually(lambda: server.server.status()["sessions"] == {})
+    finally:
+        release.set()
+        del cloud.executor.host.span.forward
+    link._closed = True
+    eventually(lambda: server.server.status()["in_flight"] == 0)
+    eventually(lambda: cloud.executor.used_bytes == 0)
+
+
+def _swallow(link: Any) -> None:
+    link._give_up_after = 0.1
+    with contextlib.suppress(ConnectionLostError, UnreachableError):
+        link.forward_span(hidden(), None, None, keep=True)
+    link.close()
+
+
+# Deadlines ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_cannot_keep_its_deadline_is_refused_and_the_session_goes_on(cloud: Served, home: Home) -> None:
+    home.new_edge("erin")
+    with ThreadServer(cloud, home) as server:
+        with server.link(home.key_file.parent / "erin", deadline=0.2) as link:
+            link.open(5)
+            with call_in_flight(server, cloud) as held:
+                with pytest.raises(TooLateError, match=r"within 0\.2 s"):
+                    link.forward_span(hidden(), None, None, keep=False)
+                assert not held.result, "the answer comes while the other call is computed"
+            assert len(link.forward_span(hidden(), None, None, keep=False)[0]) == len(hidden())
+        assert refusals(server, "TOO_LATE") == 1
+        assert server.server.status()["deadlines"]["refused"] == 1
+
+
+def test_a_call_that_is_computed_after_its_deadline_counts_as_late(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    original = type(cloud.executor).forward
+
+    def slow(*args: Any, **options: Any) -> Any:
+        now[0] += 31.0
+        return original(*args, **options)
+
+    with (
+        ThreadServer(cloud, home, clock=lambda: now[0]) as server,
+        server.link(deadline=30.0) as link,
+        server.link() as patient,
+    ):
+        for each in (link, patient):
+            each.open(5)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(cloud.executor), "forward", slow)  # no pace is known yet, so it is begun
+            for each in (link, patient):
+                each.forward_span(hidden(), None, None, keep=False)
+        assert server.server.status()["deadlines"] == {"met": 0, "late": 1, "refused": 0}
+        for _ in range(3):
+            link.forward_span(hidden(), None, None, keep=False)
+        assert link.cloud_peak_bytes() is not None  # no computing, so no deadline
+        assert server.server.status()["deadlines"] == {"met": 3, "late": 1, "refused": 0}
+        assert 'isthmus_deadline_calls_total{outcome="late"} 1.0' in server.server.metrics.text().decode()
+
+
+def test_a_call_that_waits_beside_others_until_its_deadline_is_refused(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))  # one call at a time
+    with ThreadServer(cloud, home) as server, server.link(deadline=0.2) as link:
+        link.open(5)
+        with call_in_flight(server, cloud):
+            bodies: list[bytearray] = []
+            for module in (calls_module, in_flight):
+                monkeypatch.setattr(module, "wipe", bodies.append)
+            with pytest.raises(TooLateError, match=r"within 0\.2 s"):
+                link.forward_span(hidden(), None, None, keep=False)
+            eventually(lambda: server.server.status()["in_flight"] == 1)  # the other one goes on
+            assert len(bodies) == 1
+            assert server.server.status()["deadlines"] == {"met": 0, "late": 0, "refused": 1}
+        assert link.cloud_peak_bytes() is not None
+        assert link.traffic.sessions == 1
+
+
+def test_the_wait_beside_others_is_taken_off_the_deadline(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    left: list[float | None] = []
+    home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))
+    with ThreadServer(cloud, home, clock=lambda: now[0]) as server, server.link(deadline=30.0) as link:
+        link.open(5)
+        submit = server.server._calls._compute.submit
+
+        def noted(*args: Any, deadline: float | None = None, **options: Any) -> Any:
+            left.append(deadline)
+            return submit(*args, deadline=deadline, **options)
+
+        with call_in_flight(server, cloud) as held:
+            monkeypatch.setattr(server.server._calls._compute, "submit", noted)
+            calling = threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
+            calling.start()
+            eventually(lambda: len(server.server._calls.in_flight._turns) == 1)
+            now[0] += 10.0
+            held.release.set()
+            calling.join(10)
+    assert left[0] == 20.0
+
+
+def test_a_deadline_that_is_none_is_refused(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home) as server:
+        for deadline in (0.0, -1.0, 1e9, float("nan")):
+            with pytest.raises(ConfigError, match="deadline"):
+                server.link(deadline=deadline)
+
+
+def refusals(server: ThreadServer, status: str) -> float:
+    value = server.server.metrics.registry.get_sample_value("isthmus_refused_total", {"status": status})
+    return value or 0.0

@@ -1,0 +1,74 @@
+"""Bytes in flight: a tenant's calls have room beside each other in the order in which they came."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from support.wire import TENANT
+
+from isthmus.cloud.engine.compute_threads import TooLate
+from isthmus.cloud.gateway.in_flight import InFlight
+from isthmus.protocol.enrolment import Quota
+
+OF_100 = replace(TENANT, quota=Quota(max_inflight_bytes=100))
+
+
+class Crowd:
+    """Calls of which each holds its room until it is let go."""
+
+    def __init__(self) -> None:
+        self.in_flight = InFlight(lambda _: 1.0)
+        self.begun: list[str] = []
+        self._let_go: dict[str, asyncio.Event] = {}
+
+    async def call(self, name: str, size: int, patience: float | None = None) -> None:
+        self._let_go[name] = asyncio.Event()
+        async with self.in_flight.room_for(OF_100, bytearray(size), patience):
+            self.begun.append(name)
+            await self._let_go[name].wait()
+
+    async def let_go(self, name: str) -> None:
+        self._let_go[name].set()
+        await settled()
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_a_small_call_does_not_pass_a_large_one_that_waits() -> None:
+    async def run() -> None:
+        crowd = Crowd()
+        calls = [asyncio.create_task(crowd.call(*each)) for each in (("first", 60), ("large", 90), ("small", 10))]
+        await settled()
+        assert crowd.begun == ["first"]
+        await crowd.let_go("first")
+        assert crowd.begun == ["first", "large", "small"]
+        for name in ("large", "small"):
+            await crowd.let_go(name)
+        await asyncio.gather(*calls)
+
+    asyncio.run(run())
+
+
+def test_one_that_is_given_up_leaves_its_place_to_the_next() -> None:
+    async def run() -> None:
+        crowd = Crowd()
+        first, large, late, small = (
+            asyncio.create_task(crowd.call(*each))
+            for each in (("first", 60), ("large", 90), ("late", 90, 0.01), ("small", 10))
+        )
+        await settled()
+        large.cancel()
+        with pytest.raises(TooLate):
+            await late
+        await settled()
+        assert crowd.begun == ["first", "small"]
+        for name in crowd.begun.copy():
+            await crowd.let_go(name)
+        await asyncio.gather(first, small)
+
+    asyncio.run(run())

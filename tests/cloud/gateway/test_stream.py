@@ -1,0 +1,205 @@
+"""How slowly an edge may send a message, or take an answer: on a clock of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from support.clouds import Home, ThreadServer
+from support.sessions import channel, eventually, hidden
+from support.wire import SMALL, new_pair
+
+from isthmus.cloud.bounds import Allowance, Bounds
+from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.gateway.stream import SealedStream, StalledError
+from isthmus.cloud.session.served_model import Served
+from isthmus.cloud.telemetry.metrics import Metrics
+from isthmus.common.errors import ConnectionLostError, FrameError, NotEnrolledError
+from isthmus.protocol import messages as m
+from isthmus.protocol.limits import Pace
+from isthmus.protocol.session import Received
+from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+
+PACE = Pace(stall_seconds=10, least_rate=100, message_seconds=60)
+
+
+def test_a_message_has_the_time_of_its_bytes_and_no_more() -> None:
+    assert PACE.left(0, 0) == 10
+    assert PACE.left(4, 500) == 11
+    assert PACE.left(16, 500) == 0
+    assert PACE.left(0, 1 << 30) == 60  # whatever its size
+    assert PACE.left(61, 1 << 30) == 0
+
+
+def test_a_forward_of_this_size_comes_in_many_frames() -> None:
+    edge, _ = new_pair(limits=SMALL)
+    assert len(list(edge.send(forward()))) > 20
+
+
+def forward() -> m.Forward:
+    payload = encode(torch.zeros(2, 12, 16), "fp32", Role.ACTIVATION)
+    return m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))
+
+
+class Slow:
+    """A clock, frames that come so many seconds apart, and a peer that takes so many seconds for each."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self._seconds = seconds
+
+    def clock(self) -> float:
+        return self.now
+
+    async def frames(self, frames: Iterable[bytes]) -> AsyncIterator[bytes]:
+        for frame in frames:
+            await self._pass()
+            yield frame
+
+    async def write(self, frame: bytes) -> None:
+        await self._pass()
+
+    async def _pass(self) -> None:
+        self.now += self._seconds
+        await asyncio.sleep(0.001)  # what has no time left does not wait at all
+
+
+def received(seconds: float, frames: Callable[[Any], Iterable[bytes]]) -> Any:
+    """What a server gets of an edge's frames that come so many seconds apart."""
+    edge, cloud = new_pair(limits=SMALL)
+    slow = Slow(seconds)
+    stream = SealedStream(cloud, slow.frames(frames(edge)), slow, Metrics(), PACE, slow.clock)
+
+    async def receive() -> Any:
+        return await stream.receive(asyncio.Event())
+
+    return asyncio.run(receive())
+
+
+def test_a_message_whose_frames_come_too_far_apart_is_not_waited_for() -> None:
+    assert isinstance(received(0.5, lambda edge: edge.send(forward())), Received)  # about 130 bytes a frame
+    with pytest.raises(StalledError, match="bytes into a message"):
+        received(5.0, lambda edge: edge.send(forward()))  # none of which stalls for ten seconds
+
+
+def test_key_changes_gain_no_time() -> None:
+    def changes(edge: Any) -> Iterable[bytes]:
+        while True:
+            yield edge.rekey()
+
+    with pytest.raises(FrameError, match="more than 16 key changes"):
+        received(0.1, changes)
+    with pytest.raises(StalledError):
+        received(5.0, changes)
+
+    def one(edge: Any) -> Iterable[bytes]:
+        yield edge.rekey()
+        yield from edge.send(forward())
+
+    assert isinstance(received(0.5, one), Received)
+    with pytest.raises(StalledError):
+        received(5.0, one)
+
+
+def test_an_answer_that_is_taken_too_slowly_is_not_sent_on() -> None:
+    def send(seconds: float) -> None:
+        _, cloud = new_pair(limits=SMALL)
+        slow = Slow(seconds)
+        stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), PACE, slow.clock)
+        forward_reply = m.ForwardReply(m.CallId(1, 1), forward().hidden, 0, 0, 0)
+        asyncio.run(stream.send(forward_reply))
+
+    send(0.5)
+    with pytest.raises(StalledError, match="not taken in time"):
+        send(5.0)
+
+
+def test_what_was_sent_has_the_time_of_its_bytes_to_arrive() -> None:
+    _, cloud = new_pair(limits=SMALL)
+    slow = Slow(0.0)
+    stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), PACE, slow.clock)
+    slow.now = 5.0
+    assert stream.in_transit == 0  # nothing was sent
+    asyncio.run(stream.send(m.ForwardReply(m.CallId(1, 1), forward().hidden, 0, 0, 0)))
+    carried = stream.in_transit
+    assert carried > 2 * 12 * 16 * 4 / PACE.least_rate
+    slow.now += 1
+    asyncio.run(stream.send(m.Pong(1, 0)))
+    assert stream.in_transit == pytest.approx(carried - 1)  # the longer one counts
+    slow.now += 1000
+    assert stream.in_transit == 0
+
+
+def test_a_connection_is_closed_after_what_its_session_may_have_in_transit(
+    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    original = HangUp.when_lingering
+
+    def noted(self: HangUp, context: Any, in_transit: float = 0.0) -> None:
+        given.append(in_transit)
+        original(self, context, in_transit)
+
+    monkeypatch.setattr(HangUp, "when_lingering", noted)
+    bounds = Bounds(pace=Pace(60, 1), linger_seconds=0.1)
+    with ThreadServer(cloud, home, bounds=bounds) as server:
+        with pytest.raises(NotEnrolledError):
+            channel(server, key=home.new_edge("stranger", enrolled=False))
+        eventually(lambda: bool(given))
+        assert not any(given)
+        given.clear()
+        edge = channel(server)
+        edge.ask(forward_of_the_model(), 20)
+        edge.abandon()
+        eventually(lambda: bool(given))
+        assert given[-1] > 60
+
+
+def forward_of_the_model() -> m.Forward:
+    payload = encode(hidden(), "fp32", Role.ACTIVATION)
+    return m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
+
+
+@pytest.mark.parametrize("in_transit", [0.0, 30.0])
+def test_a_call_has_to_be_gone_by_then(monkeypatch: pytest.MonkeyPatch, in_transit: float) -> None:
+    async def run() -> list[float]:
+        loop = asyncio.get_running_loop()
+        delays: list[float] = []
+
+        class Context:
+            def peer(self) -> str:
+                return "ipv4:127.0.0.1:5000"
+
+            def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+                callback(self)
+
+        def call_later(delay: float, *_: Any) -> asyncio.TimerHandle:
+            delays.append(delay)
+            return loop.call_at(loop.time() + 3600, int)
+
+        monkeypatch.setattr(loop, "call_later", call_later)
+        HangUp(2.0).when_lingering(Context(), in_transit)
+        return delays
+
+    assert asyncio.run(run()) == [2.0 + in_transit]
+
+
+def test_an_allowance_comes_back_with_time() -> None:
+    pings = Allowance(3, now=0.0)
+    assert [pings.take(0.0) for _ in range(4)] == [True, True, True, False]
+    assert not pings.take(19.0)
+    assert pings.take(40.0)
+    assert [pings.take(1000.0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_session_that_only_pings_is_ended(cloud: Served, home: Home) -> None:
+    with ThreadServer(cloud, home, bounds=Bounds(pings_per_minute=3), clock=lambda: 0.0) as server:
+        edge = channel(server)
+        for nonce in range(3):
+            assert isinstance(edge.ask(m.Ping(nonce), 20), m.Pong)
+        with pytest.raises(ConnectionLostError, match="rules were broken"):
+            edge.ask(m.Ping(3), 20)
+        edge.abandon()

@@ -1,0 +1,52 @@
+"""The port of `/status` and `/metrics`, and connections to it that say nothing."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from isthmus.cloud.telemetry import metrics
+from isthmus.cloud.telemetry.metrics import serve_metrics
+
+PATIENCE = 60.0  # seconds; reached only where something hangs
+
+
+@contextmanager
+def served() -> Iterator[tuple[str, int]]:
+    server = serve_metrics("127.0.0.1", 0, lambda: b"", lambda: {"state": "serving"})
+    try:
+        yield "127.0.0.1", server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def state_at(address: tuple[str, int]) -> str:
+    host, port = address
+    with urllib.request.urlopen(f"http://{host}:{port}/status", timeout=PATIENCE) as response:
+        return str(json.load(response)["state"])
+
+
+def test_a_connection_that_says_nothing_keeps_none_waiting() -> None:
+    with served() as address, socket.create_connection(address):
+        assert state_at(address) == "serving"
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics._QuietHandler, "timeout", 0.01)
+    with served() as address, socket.create_connection(address, PATIENCE) as silent:
+        assert silent.recv(1) == b""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_connections_beyond_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_CONNECTIONS", 1)
+    with served() as address, socket.create_connection(address), socket.create_connection(address, PATIENCE) as beyond:
+        assert beyond.recv(1) == b""

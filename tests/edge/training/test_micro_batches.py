@@ -1,0 +1,523 @@
+"""Lanes: who computes when, what a micro-batch's random numbers are, and how a step on several links ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
+from torch import Tensor
+
+from isthmus.backbone.sites.edge_sites import Site
+from isthmus.backbone.sites.site_call import SiteCall
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
+from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.edge import cloud_link as strips
+from isthmus.edge.client.link import Link
+from isthmus.edge.client.remote_span import RemoteSpan
+from isthmus.edge.client.span_calls import SpanCaller
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.run_report import StripTotals
+from isthmus.edge.split_run import train_over
+from isthmus.edge.training.micro_batches import LaneMeter, Lanes
+
+LONG = 60.0  # seconds after which a test has hung
+
+
+@dataclass
+class Doubler:
+    """A link to a cloud that doubles, and does in between what the test wants."""
+
+    between: Callable[[Tensor], None] = lambda tensor: None
+    calls: list[str] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
+
+    def forward_span(
+        self, hidden: Tensor, mask: Any, positions: Any, *, keep: bool, sites: SiteCall | None = None
+    ) -> tuple[Tensor, str]:
+        self.calls.append("forward")
+        self.kept.append(keep)
+        self.between(hidden)
+        output = 2 * hidden
+        if sites is not None:
+            output = output + sites.forward([0], [hidden])[0]
+        return output, "handle"
+
+    def backward_span(
+        self,
+        kept: str,
+        gradient: Tensor,
+        hidden: Tensor,
+        mask: Any,
+        positions: Any,
+        *,
+        sites: SiteCall | None = None,
+        wanted: bool = True,
+    ) -> Tensor:
+        assert kept == "handle"
+        self.calls.append("backward")
+        self.between(gradient)
+        result = 2 * gradient
+        if sites is not None:
+            (more,) = sites.backward([0], [gradient], wanted=True)
+            assert more is not None
+            result = result + more
+        return result
+
+
+class Alone:
+    """Fails if two threads are inside at a time."""
+
+    def __init__(self) -> None:
+        self._free = threading.Lock()
+
+    def __enter__(self) -> None:
+        assert self._free.acquire(blocking=False), "two lanes compute at a time"
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane")]
+
+
+def forward(lanes: Lanes, value: float = 1.0) -> Tensor:
+    return RemoteSpan(lanes)(torch.full((1, 1, 4), float(value), requires_grad=True), None, None)
+
+
+# Who computes ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_are_on_their_way_and_one_computes() -> None:
+    both = threading.Barrier(2)  # which nobody passes alone
+    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+    alone = Alone()
+
+    def work(item: float) -> float:
+        with alone:
+            hidden = torch.full((1, 1, 4), item, requires_grad=True)
+        output = RemoteSpan(lanes)(hidden, None, None)
+        with alone:
+            loss = output.sum()
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        with alone:
+            return (loss + gradient.sum()).item()
+
+    assert list(lanes.map(work, [1.0, 2.0, 3.0, 4.0])) == [16.0, 24.0, 32.0, 40.0]
+
+
+def test_what_sites_compute_is_computed_alone() -> None:
+    alone, both = Alone(), threading.Barrier(2)
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with alone:
+                return super().forward(x)
+
+    site = Site("model.layers.2.q_proj", SiteSpec(2, "q_proj"), Adapter(4, 4))
+    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+
+    def work(item: float) -> list[Tensor]:
+        hidden = torch.full((1, 1, 4), item, requires_grad=True)
+        output = RemoteSpan(lanes).at_sites(hidden, None, None, [site])
+        with alone:
+            loss = output.square().sum()
+        return list(torch.autograd.grad(loss, [hidden, *site.parameters]))
+
+    results = list(lanes.map(work, [1.0, 2.0, 3.0, 4.0]))
+    for item, found in zip([1.0, 2.0, 3.0, 4.0], results, strict=True):
+        hidden = torch.full((1, 1, 4), item, requires_grad=True)
+        expected = torch.autograd.grad((2 * hidden + site.module(hidden)).square().sum(), [hidden, *site.parameters])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    later = threading.Event()
+    lanes = Lanes([Doubler(lambda _: void(later.wait(LONG))) for _ in range(2)])
+
+    def work(item: int) -> int:
+        if item == 0:
+            forward(lanes)
+        else:
+            later.set()
+        return item
+
+    assert list(lanes.map(work, [0, 1, 2])) == [0, 1, 2]
+
+
+def test_more_lanes_than_items_and_none_at_all() -> None:
+    lanes = Lanes([Doubler() for _ in range(3)])
+    assert list(lanes.map(lambda item: item + 1, [1])) == [2]
+    assert list(lanes.map(lambda item: item, [])) == []
+
+
+# Random numbers and a thread's settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_random_numbers_of_a_micro_batch_are_its_own(n: int) -> None:
+    site = Site(
+        "q_proj", SiteSpec(2, "q_proj"), torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 4, bias=False))
+    )
+
+    def draws(lanes: Lanes) -> list[Tensor]:
+        def work(item: float) -> Tensor:
+            before = torch.rand(3)
+            hidden = torch.full((1, 2, 4), item, requires_grad=True)
+            output = RemoteSpan(lanes).at_sites(hidden, None, None, [site])
+            between = torch.rand(3)
+            (gradient,) = torch.autograd.grad(output.sum(), hidden)
+            return torch.cat([before, between, torch.rand(3), output.detach().flatten(), gradient.flatten()])
+
+        return list(lanes.map(work, [1.0, 2.0, 3.0, 4.0]))
+
+    torch.manual_seed(3)
+    one = draws(Lanes([Doubler()]))
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    several = draws(Lanes([Doubler() for _ in range(n)]))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+    again = draws(Lanes([Doubler() for _ in range(n)]))  # the next step draws others
+    assert not any(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0][:3], one[1][:3])
+    for drawn in one:  # nor does it draw the same again
+        assert len(set(drawn[:9].tolist())) == 9
+
+
+def test_a_step_costs_the_random_state_the_same_whatever_is_drawn() -> None:
+    states = []
+    for work in (lambda item: item, lambda item: torch.rand(100 + item)):
+        torch.manual_seed(3)
+        list(Lanes([Doubler(), Doubler()]).map(work, [0, 1, 2]))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_forwards_alone_leave_nothing_with_the_cloud() -> None:
+    links = [Doubler(), Doubler()]
+    lanes = Lanes(links)
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in lanes.map(lambda item: forward(lanes, item), [1.0, 2.0]))
+    list(lanes.map(lambda item: forward(lanes, item), [1.0, 2.0]))
+    assert sorted(keep for link in links for keep in link.kept) == [False, False, True, True]
+
+
+def test_every_lane_is_told_how_many_threads_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a new thread would hide it: torch then looks the number up, which a matrix product does not."""
+    told: dict[str, int] = {}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: told.update({threading.current_thread().name: n}))
+    both = threading.Barrier(2)
+    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+    names = list(lanes.map(lambda item: (forward(lanes, item), threading.current_thread().name)[1], [0, 1]))
+    assert told == dict.fromkeys(names, 3)
+    assert len(told) == 2
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_outside_a_step_goes_over_the_first_link() -> None:
+    links = [Doubler(), Doubler()]
+    forward(Lanes(links)).sum().backward()  # type: ignore[no-untyped-call]  # torch
+    assert [link.calls for link in links] == [["forward", "backward"], []]
+
+
+def test_a_backward_goes_over_the_link_of_its_forward() -> None:
+    both = threading.Barrier(2)
+    links = [Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)]
+    lanes = Lanes(links)
+
+    def work(item: float) -> None:
+        hidden = torch.full((1, 1, 4), item, requires_grad=True)
+        torch.autograd.grad(RemoteSpan(lanes)(hidden, None, None).sum(), hidden)
+
+    list(lanes.map(work, [1.0, 2.0]))
+    assert [link.calls for link in links] == [["forward", "backward"]] * 2
+
+
+def test_meters_are_added_up() -> None:
+    class Meter:
+        def __init__(self, calls: int) -> None:
+            self.steps: list[int] = []
+            self._calls = calls
+
+        def begin_step(self, step: int) -> None:
+            self.steps.append(step)
+
+        def totals(self) -> StripTotals:
+            return StripTotals(bytes_up=10 * self._calls, calls=self._calls, wire_s=0.5)
+
+    meters = [Meter(1), Meter(2)]
+    meter = LaneMeter(meters)
+    meter.begin_step(7)
+    assert [each.steps for each in meters] == [[7], [7]]
+    assert meter.totals() == StripTotals(bytes_up=30, calls=3, wire_s=1.0)
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["computing", "link"])
+def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
+    failed, begun = threading.Event(), []
+
+    def wait_or_fail(hidden: Tensor) -> None:
+        if hidden.sum() == 0:
+            assert failed.wait(LONG)  # item 0 is on its way until item 1 has failed
+        elif where == "link":
+            raise UnreachableError("away.")
+
+    lanes = Lanes([Doubler(wait_or_fail), Doubler(wait_or_fail)])
+
+    def work(item: int) -> int:
+        begun.append(item)
+        try:
+            if item == 1 and where == "computing":
+                raise UnreachableError("away.")
+            forward(lanes, item)
+        except UnreachableError:
+            failed.set()
+            raise
+        return item
+
+    torch.manual_seed(3)
+    torch.randint(0, 2**62, (6,))
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    results = lanes.map(work, list(range(6)))
+    assert next(results) == 0
+    with pytest.raises(UnreachableError, match="away"):
+        next(results)
+    assert set(begun[:2]) == {0, 1}
+    assert len(begun) <= 3  # the lane of item 0 may have begun another before the failure was known
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert list(lanes.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free
+
+
+def test_a_lane_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
+    taken = threading.Event()
+    lanes = Lanes([Doubler(lambda _: void(taken.wait(LONG))) for _ in range(2)])
+
+    def work(item: int) -> int:
+        if item == 0:
+            forward(lanes)
+            return item
+        taken.set()
+        raise NonFiniteError("NaN.")
+
+    with closing(lanes.map(work, [0, 1])) as results:
+        assert next(results) == 0
+        with pytest.raises(NonFiniteError):
+            next(results)
+
+
+def test_a_site_that_fails_ends_the_call_and_frees_the_turn() -> None:
+    class Broken(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise NonFiniteError("NaN.")
+
+    lanes = Lanes([Doubler(), Doubler()])
+    site = Site("q_proj", SiteSpec(2, "q_proj"), Broken(4, 4))
+
+    def work(_item: int) -> None:
+        RemoteSpan(lanes).at_sites(torch.ones(1, 1, 4), None, None, [site])
+
+    with pytest.raises(NonFiniteError):
+        list(lanes.map(work, [0, 1, 2]))
+    assert list(lanes.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]
+
+
+def test_a_caller_that_goes_away_stops_the_lanes() -> None:
+    begun: list[int] = []
+    lanes = Lanes([Doubler(), Doubler()])
+
+    def work(item: int) -> int:
+        begun.append(item)
+        forward(lanes)
+        return item
+
+    torch.manual_seed(3)
+    torch.randint(0, 2**62, (1000,))
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    with closing(lanes.map(work, list(range(1000)))) as results:
+        next(results)
+    assert len(begun) < 1000
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with cloud_for_runs(tmp_path_factory.mktemp("lanes")) as started:
+        yield started
+
+
+SITED = {"sites": "all", "target_modules": "q_proj,v_proj,down_proj"}
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without lanes."""
+    out = tmp_path_factory.mktemp("alone")
+    report = runs.train(out, **SITED)
+    assert report.loss_after is not None
+    assert report.loss_before is not None
+    assert report.loss_after < report.loss_before
+    return out
+
+
+@pytest.mark.parametrize("overlap", [2, 3])
+def test_lanes_change_no_bit(runs: Runs, alone: Path, tmp_path: Path, overlap: int) -> None:
+    report = runs.train(tmp_path, overlap=overlap, **SITED)
+    assert_same_run(tmp_path, alone)
+    assert any("layers.2" in name for name in adapter(tmp_path))
+    assert report.calls == 9 * 2  # the nine micro-batches of an epoch, whatever link they went over
+    assert report.retries == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "full"},
+        {"method": "vera", "target_modules": "q_proj"},
+        {"optimizer": "mezo", "learning_rate": 1e-3},
+        {"optimizer": "lora-fa"},
+        {"precision": "bf16", "codec": "int8"},
+    ],
+)
+def test_lanes_change_no_bit_of_other_ways_to_train(runs: Runs, tmp_path: Path, values: dict[str, Any]) -> None:
+    for overlap in (1, 2):
+        runs.train(tmp_path / str(overlap), steps=2, overlap=overlap, **values)
+    assert losses(tmp_path / "1") == losses(tmp_path / "2")
+    state = "checkpoint-2/parameters.safetensors"
+    assert (tmp_path / "1" / state).read_bytes() == (tmp_path / "2" / state).read_bytes()
+
+
+def test_with_dropout_two_runs_with_lanes_are_equal(runs: Runs, alone: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        runs.train(tmp_path / name, overlap=3, dropout=0.2, **SITED)
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+    assert losses(tmp_path / "one") != losses(alone)
+
+
+class Observed:
+    """`open_link`, with something done when a link asks; the links are numbered as they open."""
+
+    def __init__(self, act: Callable[[Link, int, str, str], None]) -> None:
+        self.links: list[Link] = []
+        self._act = act
+
+    def __call__(self, config: TrainConfig) -> Link:
+        link, number = open_link(config), len(self.links)
+        self.links.append(link)
+        link.observer = lambda question, phase: self._act(link, number, question, phase)
+        return link
+
+
+def train(runs: Runs, act: Callable[[Link, int, str, str], None], out: Path, **values: Any) -> Observed:
+    """A run whose links are observed."""
+    opened = Observed(act)
+    config = runs.config(out, **values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strips, "open_link", opened)
+        with opened(config) as link:
+            train_over(link, config)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("question", "phase"), [("forward", "waiting"), ("siteanswer", "sending"), ("backward", "receiving")]
+)
+def test_a_lane_whose_connection_breaks_is_healed(
+    runs: Runs, alone: Path, tmp_path: Path, question: str, phase: str
+) -> None:
+    broken: list[int] = []
+
+    def cut(link: Link, number: int, asked: str, where: str) -> None:
+        if link.step == 2 and (asked, where) == (question, phase) and number not in broken:
+            broken.append(number)
+            if link._channel is not None:
+                link._channel._stream.close()
+
+    opened = train(runs, cut, tmp_path, overlap=2, **SITED)
+    assert sorted(broken) == [0, 1]
+    assert all(link.totals().retries > 0 for link in opened.links)
+    assert_same_run(tmp_path, alone)
+
+
+def test_a_cloud_that_stays_away_from_one_lane_ends_the_run_and_it_resumes(
+    runs: Runs, alone: Path, tmp_path: Path
+) -> None:
+    def away(link: Link, number: int, asked: str, where: str) -> None:
+        if link.step == 2 and number == 1:
+            raise UnreachableError("away.")
+
+    with pytest.raises(UnreachableError, match=r"away.*checkpoint-1: repeat"):
+        train(runs, away, tmp_path, overlap=2, **SITED)
+    runs.train(tmp_path, overlap=2, resume=True, **SITED)
+    assert_same_run(tmp_path, alone)
+
+
+def test_ctrl_c_ends_all_lanes(runs: Runs, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def check(_: StopRequest) -> None:
+        if asked.is_set():
+            raise Interrupted
+
+    monkeypatch.setattr(StopRequest, "check", check)
+
+    def ask(link: Link, number: int, question: str, phase: str) -> None:
+        if link.step == 2 and (question, phase) == ("backward", "waiting"):
+            asked.set()
+
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped after step 1 of 3.*--resume"):
+        train(runs, ask, tmp_path, overlap=3, **SITED)
+    asked.clear()
+    runs.train(tmp_path, overlap=3, resume=True, **SITED)
+    assert_same_run(tmp_path, alone)
+
+
+def test_a_number_that_is_not_finite_in_one_lane_names_the_step(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SpanCaller.backward_span
+
+    def spoilt(self: SpanCaller, kept: Any, gradient: Tensor, *rest: Any, **options: Any) -> Any:
+        if self._step == 2:
+            gradient = gradient * float("nan")
+        return real(self, kept, gradient, *rest, **options)
+
+    monkeypatch.setattr(SpanCaller, "backward_span", spoilt)
+    with pytest.raises(NonFiniteError, match="checkpoint-1"):
+        runs.train(tmp_path, overlap=2)
+
+
+def test_more_lanes_than_sessions_are_refused_with_the_remedy(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(OverQuotaError, match=r"overlap = 5 takes as many sessions.*4 are allowed.*lower --overlap"):
+        runs.train(tmp_path, overlap=5, accumulate=5)
+
+
+def test_more_lanes_than_micro_batches_are_refused(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="overlap = 5 is more than the 4"):
+        runs.config(tmp_path, overlap=5)
+
+
+def void(_: object) -> None:
+    """Nothing."""

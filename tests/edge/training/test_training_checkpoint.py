@@ -1,0 +1,289 @@
+"""Checkpoints: whole or absent, checked, and nobody else's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import config
+
+from isthmus.common.errors import CheckpointError, DiskError
+from isthmus.common.files import new_folder, write_atomic
+from isthmus.edge.run_report import Spent, StripTotals
+from isthmus.edge.training import training_checkpoint as checkpoints
+from isthmus.edge.training.training_checkpoint import (
+    Checkpoint,
+    ModelIdentity,
+    RandomState,
+    check_fits,
+    check_places,
+    latest,
+    load,
+    save,
+)
+
+MODEL = ModelIdentity("tiny", "d1", "2:2")
+CPU = torch.device("cpu")
+
+
+def state(step: int = 3, size: int = 4) -> Checkpoint:
+    torch.manual_seed(step)
+    weights = {"a.lora_A": torch.randn(size, 2), "a.lora_B": torch.randn(2, size).t()}
+    return Checkpoint(
+        step=step,
+        epoch=1,
+        position=2,
+        model=MODEL,
+        data="f1",
+        settings={"rank": 8, "target_modules": ["q_proj"]},
+        parameters=weights,
+        optimizer={f"{name}/exp_avg": value + 1 for name, value in weights.items()}
+        | {"a.lora_A/step": torch.tensor(3.0)},
+        random=RandomState.take(CPU),
+        losses=('{"step": 1}\n', '{"step": 2}\n'),
+        learning_rate=1e-4,
+        loss_before=0.1 + 0.2,
+        spent=Spent(1.5, 20, 24, StripTotals(1, 2, 3, 4, 0.4, 0.5, 0.6, 7)),
+        method_state={"rank_pattern": {"x": [True, False]}},
+        observers=({"live": ["a", "b"], "score": 0.1 + 0.2}, {}),
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    saved = state()
+    loaded = load(save(tmp_path, saved, keep=2))
+    for name in ("parameters", "optimizer", "method_tensors"):
+        ours, theirs = getattr(saved, name), getattr(loaded, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    skip = {"parameters": {}, "optimizer": {}, "method_tensors": {}, "random": saved.random}
+    assert replace(loaded, **skip) == replace(saved, **skip)
+
+
+def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
+    random.seed(5)
+    saved = state()
+    wanted = torch.rand(3), random.random()  # noqa: S311  # the very generator that is saved
+    folder = save(tmp_path, saved, keep=1)
+    torch.manual_seed(99)
+    random.seed(99)
+    load(folder).random.restore(CPU)
+    assert torch.equal(wanted[0], torch.rand(3))
+    assert wanted[1] == random.random()  # noqa: S311  # the same
+
+
+def test_the_newest_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    assert latest(tmp_path / "none") is None
+    for step in (2, 9, 10):
+        save(tmp_path, state(step), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    assert latest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_half_written_checkpoints_are_ignored_and_swept(tmp_path: Path) -> None:
+    save(tmp_path, state(1), keep=2)
+    half = tmp_path / ".isthmus-tmp-checkpoint-2"
+    half.mkdir()
+    (half / "parameters.safetensors").write_bytes(b"x")
+    (tmp_path / "checkpoint-x").mkdir()
+    assert latest(tmp_path) == tmp_path / "checkpoint-1"
+    assert not half.exists()
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+FILES = [f"{name}.safetensors" for name in ("parameters", "optimizer", "method", "random")]
+
+
+@pytest.mark.parametrize("harm", [damage, cut, Path.unlink])
+@pytest.mark.parametrize("name", [*FILES, "losses.jsonl"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    harm(folder / name)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-3/{name} is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"{", b'{"format": 2, "sha256": {}, "python_random": [3, [1], null]}', b"\xff"]
+)
+def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    (folder / "state.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        load(folder)
+
+
+def test_a_state_of_which_a_bit_has_changed_is_refused_or_says_the_same(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    path = folder / "state.json"
+    whole, skip = path.read_bytes(), {"parameters": {}, "optimizer": {}, "method_tensors": {}, "random": None}
+    saved, refused = replace(load(folder), **skip), 0
+    for place in range(0, len(whole), 17):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert replace(load(folder), **skip) == saved
+        except CheckpointError:
+            refused += 1
+    assert refused > len(whole) // 34
+    assert b'"learning_rate": 0.0001' in whole
+    path.write_bytes(whole.replace(b'"learning_rate": 0.0001', b'"learning_rate": 0.0003'))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged \(its SHA-256 differs"):
+        load(folder)
+
+
+def test_a_checkpoint_from_before_states_had_a_digest_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    path = folder / "state.json"
+    tree = json.loads(path.read_text())
+    del tree["own_sha256"]
+    path.write_text(json.dumps(tree, indent=1))
+    assert load(folder).learning_rate == 1e-4
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    tree = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**tree, "format": 1}))
+    with pytest.raises(CheckpointError, match="format 1, this version reads 2"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "both"),
+    [
+        ({"model": ModelIdentity("other", "d1", "2:2")}, "'tiny' and is now 'other'"),
+        ({"model": ModelIdentity("tiny", "d2", "2:2")}, "'d1' and is now 'd2'"),
+        ({"model": ModelIdentity("tiny", "d1", "1:3")}, "'2:2' and is now '1:3'"),
+        ({"model": replace(MODEL, span_dtype="bf16")}, "the span's dtype was None and is now 'bf16'"),
+        ({"model": replace(MODEL, attn_implementation="eager")}, "implementation was None and is now 'eager'"),
+        ({"data": "f2"}, "'f1' and is now 'f2'"),
+        ({"settings": {"rank": 4}}, "rank was 8 and is now 4"),
+        ({"settings": {"new": 4}}, "new was None and is now 4"),
+    ],
+)
+def test_another_run_is_refused_and_both_are_named(tmp_path: Path, change: dict[str, Any], both: str) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    now: dict[str, Any] = {"model": MODEL, "data": "f1", "settings": {"rank": 8, "target_modules": ["q_proj"]}}
+    check_fits(load(folder), folder, **now)
+    with pytest.raises(CheckpointError, match=both):
+        check_fits(load(folder), folder, **{**now, **change})
+
+
+@pytest.mark.parametrize(
+    ("values", "planned"),
+    [
+        ({"schedule": "constant"}, False),
+        ({"schedule": "linear"}, True),
+        ({"schedule": "constant", "method": "adalora"}, True),
+        ({"schedule": "constant", "sites": "all", "site_policy": "kill-revive"}, True),
+        ({"schedule": "constant", "sites": "all", "site_policy": "random"}, False),
+    ],
+)
+def test_a_run_that_was_planned_by_its_length_keeps_it(tmp_path: Path, values: dict[str, Any], planned: bool) -> None:
+    settings = checkpoints.fixed_settings(config(tmp_path, dropout=0.0, **values), 9, None)
+    assert settings["total steps"] == (9 if planned else None)
+
+
+def test_what_changes_a_step_may_not_change_on_a_resume(tmp_path: Path) -> None:
+    settings = checkpoints.fixed_settings(config(tmp_path), 9, None)
+    fixed = {"codec", "codec_every", "overlap", "span_cache_mib", "sites", "site_policy", "site_traffic"}
+    assert fixed | {"site_computation", "optimizer", "accumulate"} <= settings.keys()
+    assert not {"call_timeout", "give_up_after", "out", "threads"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "n_observers", "message"),
+    [
+        ({"a.lora_A": (4, 2)}, 2, r"a\.lora_B has shape \(4, 2\) there and None"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (2, 4)}, 2, r"a\.lora_B has shape \(4, 2\) there and \(2, 4\)"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (4, 2), "c": (1,)}, 2, r"c has shape None there and \(1,\)"),
+        ({"a.lora_A": (4, 2), "a.lora_B": (4, 2)}, 1, "2 observers have left their state there, and this run has 1"),
+    ],
+)
+def test_what_has_no_place_in_the_run_is_refused(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], n_observers: int, message: str
+) -> None:
+    folder = save(tmp_path, state(), keep=1)
+    loaded = load(folder)
+    check_places(loaded, folder, dict(loaded.parameters), 2)
+    with pytest.raises(CheckpointError, match=message):
+        check_places(loaded, folder, {name: torch.zeros(shape) for name, shape in shapes.items()}, n_observers)
+
+
+# A full disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Writes beyond 16 KiB fail, by the operating system's own hand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_leaves_the_previous_checkpoint(tmp_path: Path, small_files: None) -> None:
+    save(tmp_path, state(1), keep=1)
+    with pytest.raises(DiskError, match=r"checkpoint-2 cannot be written"):
+        save(tmp_path, state(2, size=1 << 14), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert load(tmp_path / "checkpoint-1").step == 1
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, state(1), keep=1)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=r"No space left on device.*free some space"):
+        save(tmp_path, state(2), keep=1)
+    with pytest.raises(DiskError, match="No space left on device"):
+        write_atomic(tmp_path / "report.json", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_safetensors_own_complaint_becomes_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise checkpoints.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        save(tmp_path, state(1), keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupted_write(path: Path) -> None:
+    with new_folder(path) as folder:
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "adapter") as folder:
+            (folder / "file").write_text(content)
+    assert (tmp_path / "adapter" / "file").read_text() == "new"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_write(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

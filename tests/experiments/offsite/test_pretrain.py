@@ -1,0 +1,66 @@
+"""A pretrained tiny model: it learns, and it is an ordinary folder that the rest of the project takes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from support.scoring import table_settings, task_folder
+
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError, DataError
+from isthmus.experiments.offsite.pretrain import PretrainSettings, run_pretrain
+from isthmus.experiments.offsite.table import run_table
+from isthmus.experiments.scoring.task_scoring import whole
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"The {word} sat on the mat, said the cat.\n" for word in ("cat", "dog", "owl") * 60))
+    return path
+
+
+def settings(text: Path, out: Path, **values: object) -> PretrainSettings:
+    defaults = {"family": "gpt2", "steps": 12, "layers": 4, "hidden": 32, "vocabulary": 300, "batch": 8, "length": 24}
+    return PretrainSettings(text=text, out=out, threads=1, **{**defaults, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "gemma2"])
+def test_it_learns_and_reads_back(text: Path, tmp_path: Path, family: str) -> None:
+    out = tmp_path / "model"
+    report = run_pretrain(settings(text, out, family=family), console=Console(file=io.StringIO()))
+    assert report["held_out_loss_after"] < report["held_out_loss_before"] - 0.5
+    checkpoint = resolve(str(out))
+    tokenizer = load_tokenizer(checkpoint.folder)
+    assert tokenizer.decode(tokenizer("The owl sat.")["input_ids"]) == "The owl sat."
+    assert SplitPlan.parse("1:1", checkpoint.config.num_hidden_layers).cloud.stop == 3
+    ids = torch.tensor([tokenizer("The cat sat on the mat, said the cat.\n" * 2)["input_ids"]])
+    with torch.no_grad():
+        assert whole(checkpoint)(input_ids=ids, labels=ids).loss.item() < report["held_out_loss_before"] - 0.5
+
+
+def test_the_table_runs_on_it(text: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    run_pretrain(settings(text, model, steps=2), console=Console(file=io.StringIO()))
+    data = task_folder(tmp_path / "data")
+    table = table_settings(model, data, tmp_path / "out", tasks=(f"text:{text}",), seeds=1, whole_runs=False)
+    (row,) = run_table(table, console=Console(file=io.StringIO()))["runs"]
+    assert row["metric"] == "perplexity"
+    assert row["plug_in"] > 1
+
+
+def test_bad_settings_are_named(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'bert' is not supported"):
+        run_pretrain(settings(text, tmp_path / "model", family="bert"))
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        run_pretrain(settings(text, tmp_path / "model", hidden=40))
+    with pytest.raises(ConfigError, match="exists"):
+        run_pretrain(settings(text, tmp_path))
+    with pytest.raises(DataError, match="cannot be read"):
+        run_pretrain(settings(tmp_path / "gone.txt", tmp_path / "model"))
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,33 @@
+"""The attacks on the cost of calls, against a tiny cloud on a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.clouds import Home, ThreadServer, served
+from support.tiny import tiny_checkpoint
+
+from isthmus.experiments.rigs.abuse.costs import COSTS, run
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
+    folder = tmp_path_factory.mktemp("costs")
+    cloud = served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=1 << 15)
+    home = Home(folder)
+    home.new_edge("bob")
+    with ThreadServer(cloud, home) as running:
+        yield running
+
+
+@pytest.mark.parametrize("deed", COSTS)
+def test_a_deed_is_answered_and_a_witness_goes_on(server: ThreadServer, deed: str) -> None:
+    key = server.home.key_file
+    found = run(deed, server.address, key, 0.3, witness=key.parent / "bob")
+    assert found["witness_calls"] > 1
+    if deed == "long_call":
+        assert found["answer"] == "Status"
+        assert "16384 tokens is longer than the 128" in found["says"]
+    if deed == "large_call":
+        assert found["answer"] == "ForwardReply"

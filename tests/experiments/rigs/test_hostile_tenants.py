@@ -1,0 +1,58 @@
+"""Tenants that misbehave against a worker in a process of its own: another tenant's calls get the same answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.mortal import MortalWorker
+from support.tiny import HIDDEN, tiny_checkpoint
+
+from isthmus.edge.client.link import connect
+from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile
+
+CALLS = 12
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MortalWorker]:
+    folder = tmp_path_factory.mktemp("hostile")
+    with MortalWorker(tiny_checkpoint("llama", folder / "model"), folder / "worker") as running:
+        running.home.new_edge("mallory")
+        yield running
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("deed", DEEDS + ENDED)
+def test_others_get_the_same_answers_whatever_a_tenant_does(worker: MortalWorker, deed: str) -> None:
+    mallory = Hostile(worker.connection, worker.home.key_file.parent / "mallory", batch=2, seq=64)
+    inputs = torch.randn(2, 16, HIDDEN, generator=torch.Generator().manual_seed(0))
+    failures: list[BaseException] = []
+
+    def misbehave() -> None:
+        try:
+            getattr(mallory, deed)(0.7)
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            failures.append(error)
+
+    with connect(worker.connection, key=worker.home.key_file, connect_timeout=60) as calm:
+        expected, call = calm.forward_span(inputs, None, None, keep=True)
+        gradient = calm.backward_span(call, torch.ones_like(expected), inputs, None, None)
+        before = calm.traffic.retries
+        thread = threading.Thread(target=misbehave)
+        thread.start()
+        calls = 0
+        while thread.is_alive() or calls < CALLS:
+            calls += 1
+            output, call = calm.forward_span(inputs, None, None, keep=True)
+            assert torch.equal(output, expected)
+            assert torch.equal(calm.backward_span(call, torch.ones_like(output), inputs, None, None), gradient)
+            if calls == CALLS // 2:  # and somebody new comes
+                with connect(worker.connection, key=worker.home.key_file, connect_timeout=60) as other:
+                    assert torch.equal(other.forward_span(inputs, None, None, keep=False)[0], expected)
+        thread.join()
+        assert calm.traffic.retries == before
+        assert not failures
+    assert worker.lives == 1

@@ -1,0 +1,92 @@
+"""Standard errors against what repeated sampling gives, and pairs that share their noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+
+from isthmus.experiments.offsite.table_rows import FIELDS, Group, rows_of, verdict_of
+from isthmus.experiments.scoring.scores import Score, gain, mean
+
+
+def source(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311  # numbers for a test
+
+
+def drawn(generator: random.Random, n: int, shift: float = 0.0) -> Score:
+    counts = [float(generator.randint(1, 9)) for _ in range(n)]
+    sums = [count * (2.0 + shift + generator.gauss(0, 0.5)) for count in counts]
+    return Score("completion_loss", tuple(sums), tuple(counts))
+
+
+def test_the_standard_error_is_the_spread_of_repeated_samples() -> None:
+    generator = source(0)
+    samples = [drawn(generator, 50) for _ in range(400)]
+    spread = statistics.stdev(sample.value for sample in samples)
+    assert mean(samples[:1]).error == pytest.approx(spread, rel=0.25)
+
+
+def test_a_perplexity_is_the_exponential_with_its_slope() -> None:
+    loss = drawn(source(1), 50)
+    perplexity = Score("perplexity", loss.sums, loss.counts)
+    assert perplexity.value == math.exp(loss.value)
+    assert mean([perplexity]).error == pytest.approx(perplexity.value * mean([loss]).error)
+
+
+def test_a_gain_counts_shared_noise_once_and_points_the_right_way() -> None:
+    base = drawn(source(2), 50)
+    better = Score(base.metric, tuple(s - 0.1 * c for s, c in zip(base.sums, base.counts, strict=True)), base.counts)
+    assert gain([better], [base]).value == pytest.approx(0.1)
+    assert gain([better], [base]).error < 0.01 * mean([base]).error
+    right, wrong = Score("accuracy", (1.0, 1.0), (1.0, 1.0)), Score("accuracy", (1.0, 0.0), (1.0, 1.0))
+    assert gain([right], [wrong]).value == 0.5
+    assert gain([wrong], [right]).value == -0.5
+
+
+def test_seeds_add_their_own_error() -> None:
+    base = Score("completion_loss", (2.0, 2.0), (1.0, 1.0))
+    seeds = [Score("completion_loss", (value, value), (1.0, 1.0)) for value in (1.0, 1.2, 1.4)]
+    found = gain(seeds, [base])
+    assert found.value == pytest.approx(0.8)
+    assert found.error == pytest.approx(0.2 / math.sqrt(3))
+    assert found.is_clear
+
+
+def test_a_score_survives_its_file() -> None:
+    score = drawn(source(3), 5)
+    assert Score.from_json(json.loads(json.dumps(score.to_json()))).sums == pytest.approx(score.sums, rel=1e-5)
+
+
+def constant(value: float) -> list[Score]:
+    return [Score("completion_loss", (value, value), (1.0, 1.0))]
+
+
+def test_rows_have_recoveries_and_the_verdict_says_who_wins() -> None:
+    values = (3.0, 5.0, 2.4, 2.1, 1.9, 1.8, 2.0, 2.5)
+    scores = {name: {"completion_loss": constant(value)} for name, value in zip(FIELDS, values, strict=True)}
+    (row,) = rows_of(Group("uniform", 0.5, "e2e", "hash", 0.5, scores), 1)
+    assert row["plug_in_recovery"] == pytest.approx(0.9)
+    assert row["thief_recovery"] == pytest.approx(0.5)
+    assert row["emulator_tuned_recovery"] == pytest.approx(0.6)
+    assert row["signal"]
+    says = verdict_of([row])
+    assert says["verdict"][0]["plug_in_beats_zero_shot"]
+    assert says["verdict"][0]["plug_in_beats_emulator_tuned"]
+    assert says["verdict"][0]["protected"]
+    assert says["verdict"][0]["protected_with_the_same_trainables"]
+    assert says["methods"][0]["plug_in_recovery"] == pytest.approx(0.9)
+    assert says["no_signal"] == []
+
+
+def test_a_row_without_signal_is_listed_and_has_no_recovery() -> None:
+    scores = {name: {"completion_loss": constant(3.0)} for name in FIELDS}
+    (row,) = rows_of(Group("uniform", 0.5, "e2e", "hash", 0.5, scores), 1)
+    assert row["plug_in_recovery"] is None
+    says = verdict_of([row])
+    assert says["verdict"] == []
+    assert [entry["task"] for entry in says["no_signal"]] == ["e2e"]
+    assert says["methods"][0]["plug_in_recovery"] is None

@@ -1,0 +1,162 @@
+"""What the plan recommends and shows, from made-up costs."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.speeds import speed
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.planner.cost_model import ModeCost, PlanSettings, StepCost, Work
+from isthmus.planner.link_spec import LinkSpec
+from isthmus.planner.plan_report import assumptions, recommend, rows, table
+from isthmus.planner.wire_cost import Traffic
+
+POSITIONS = 512
+
+
+def cost(
+    mode: str, seconds: float, kib_per_token: float = 1.0, memory: float = 1e9, first: float | None = None
+) -> ModeCost:
+    """A mode whose step takes `seconds`, most of them on the strip, and moves so much, up and down alike."""
+    half = kib_per_token * 1024 * POSITIONS / 2
+    step = StepCost(Work(seconds / 4, 3e9), Work(0.0, 1e9), Traffic(half, half, 6), seconds * 3 / 4)
+    if first is None:
+        return ModeCost(mode, step, memory, 2e9)
+    cached = StepCost(Work(seconds, 4e9))
+    return ModeCost(mode, cached, memory, 2e9, StepCost(Work(first, 4e9), Work(), step.traffic, 0.0))
+
+
+def costs(**seconds: float) -> list[ModeCost]:
+    values = {
+        "single": 1.0,
+        "u_shape": 1.2,
+        "edge": 40.6,
+        "kill_revive": 7.0,
+        "low_rank": 1.94,
+        "leased": 1.5,
+    } | seconds
+    return [cost("tail_cache", 0.4, first=0.9), cost("emulator", 0.7, 0.0), *(cost(m, s) for m, s in values.items())]
+
+
+def test_quality_takes_what_is_quick_where_edge_sites_are_slow() -> None:
+    assert recommend(costs(), "quality", POSITIONS, 0) == (
+        "Use low_rank: 1.9 s per step, 1.0 KiB per token; edge sites everywhere would take 41 s over this link."
+    )
+
+
+def test_quality_takes_edge_sites_where_the_link_carries_them() -> None:
+    assert recommend(costs(edge=2.9), "quality", POSITIONS, 0) == (
+        "Use edge: 2.9 s per step, 1.0 KiB per token; low_rank would take 1.9 s."
+    )
+    assert recommend(costs(edge=2.95), "quality", POSITIONS, 0).startswith(
+        "Use low_rank"
+    )  # more than 1.5 times as long
+
+
+def test_speed_takes_the_shortest_step_and_says_what_inside_costs() -> None:
+    assert recommend(costs(), "speed", POSITIONS, 0) == (
+        "Use tail_cache: 0.4 s per step after the first epoch, which takes 0.9 s and 1.0 KiB per token; to train "
+        "inside the cloud's layers, low_rank takes 1.9 s."
+    )
+
+
+def test_privacy_takes_what_sends_nothing_not_what_sends_once() -> None:
+    assert recommend(costs(), "privacy", POSITIONS, 0).startswith(
+        "Use emulator: 0.7 s per step, and nothing crosses the link; with the real layers,"
+    )
+    without = [each for each in costs() if each.mode != "emulator"]
+    least = [*without, cost("low_rank", 9.0, 0.5)]
+    assert recommend(least, "privacy", POSITIONS, 0).startswith("Use low_rank: 9 s per step, 512 B per token")
+
+
+@pytest.mark.parametrize("goal", ["quality", "speed", "privacy"])
+def test_one_process_and_lent_adapters_are_never_recommended(goal: Any) -> None:
+    quick = costs(single=0.01, leased=0.01)
+    assert "single" not in recommend(quick, goal, POSITIONS, 0)
+    assert "leased" not in recommend(quick, goal, POSITIONS, 0)
+
+
+def test_what_does_not_fit_the_memory_is_no_choice() -> None:
+    big = [cost("edge", 1.0, memory=4e9), cost("low_rank", 2.0, memory=3e9), cost("u_shape", 5.0, memory=1e9)]
+    assert recommend(big, "quality", POSITIONS, 0).startswith("Use edge")
+    assert recommend(big, "quality", POSITIONS, 3 * 10**9) == "Use low_rank: 2 s per step, 1.0 KiB per token."
+    assert recommend(big, "quality", POSITIONS, 2 * 10**9) == (
+        "Use u_shape: 5 s per step, 1.0 KiB per token; nothing that trains inside the cloud's layers fits the edge's "
+        "memory."
+    )
+    assert recommend(big, "quality", POSITIONS, 10**8) == (
+        "No mode fits the edge's 95.4 MiB: u_shape needs the least, 953.7 MiB, so use a smaller batch or fewer edge "
+        "layers."
+    )
+
+
+def test_a_row_has_the_fixed_keys_and_is_json() -> None:
+    cached, _, *others = rows(costs(), POSITIONS)
+    low_rank = next(row for row in others if row["mode"] == "low_rank")
+    assert json.loads(json.dumps(low_rank)) == {
+        "mode": "low_rank",
+        "trains_inside": True,
+        "step_s": pytest.approx(1.94),
+        "edge_s": pytest.approx(0.485),
+        "cloud_s": 0.0,
+        "strip_s": pytest.approx(1.455),
+        "bytes_up": 262144,
+        "bytes_down": 262144,
+        "bytes_per_token": 1024,
+        "round_trips": 6,
+        "edge_memory_bytes": 10**9,
+        "cloud_memory_bytes": 2 * 10**9,
+        "edge_flops": 3 * 10**9,
+        "edge_flops_share": 0.75,
+    }
+    assert not cached["trains_inside"]
+    assert (cached["step_s"], cached["bytes_up"], cached["round_trips"], cached["edge_flops_share"]) == (0.4, 0, 0, 1.0)
+    assert (cached["first_epoch_step_s"], cached["first_epoch_bytes_up"], cached["first_epoch_bytes_down"]) == (
+        0.9,
+        262144,
+        262144,
+    )
+    assert cached["first_epoch_round_trips"] == 6
+
+
+def test_the_table_names_every_mode_and_its_first_epoch() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(table(costs(), POSITIONS))
+    lines = console.export_text().splitlines()
+    assert lines[0].split()[:2] == ["mode", "s/step"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "tail_cache, first epoch",
+        "tail_cache",
+        "emulator",
+        "single",
+        "u_shape",
+        "edge",
+        "kill_revive",
+        "low_rank",
+        "leased",
+    ]
+    assert "1.94" in next(line for line in lines if line.startswith("low_rank"))
+
+
+def test_assumptions_follow_the_settings() -> None:
+    settings = PlanSettings(SplitPlan.parse("1:3", 8), 2, 64, StripCodecs(), live_share=0.2, taps=5, tap_width=32)
+    edge, cloud = speed(), speed(dtype="bf16", threads=4)
+    far = "\n".join(assumptions(settings, LinkSpec.parse("1mbit"), edge, cloud))
+    for expected in (
+        "2 x 64",
+        "20%",
+        "5 taps of width 32",
+        "plan 0:3",
+        "Cloud: 2 x 10, bf16, 4 threads",
+        "no slow start",
+    ):
+        assert expected in far
+    near = "\n".join(assumptions(settings, LinkSpec.parse("local"), edge, edge))
+    assert "Cloud: the same" in near
+    assert "slow start" not in near
