@@ -420,8 +420,8 @@ def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pyte
     assert codes == [1]
 
 
-@pytest.mark.parametrize("module", ["controller", "worker", "cluster", "serve"])
+@pytest.mark.parametrize("module", ["controller", "worker", "cluster", "supervisor"])
 def test_a_process_that_only_has_handles_of_workers_needs_no_torch(module: str) -> None:
-    asked = f"import sys, isthmus.cloud.{module}; print({{'torch', 'transformers', 'grpc'}} & set(sys.modules))"
+    asked = f"import sys, isthmus.cloud.control.{module}; print({{'torch', 'transformers', 'grpc'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

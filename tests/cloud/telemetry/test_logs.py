@@ -48,7 +48,7 @@ def test_what_other_folders_warn_of_is_in_the_log(tmp_path: Path) -> None:
 PROCESS = """
 import sys
 from pathlib import Path
-from isthmus.cloud import logs
+from isthmus.cloud.telemetry import logs
 logs.LOG_BYTES = 4096
 logs.log_to(logs.log_file(Path(sys.argv[1]), "worker", int(sys.argv[2])))
 for number in range(60):

@@ -36,7 +36,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
-from isthmus.protocol.secure import framing, record
+from isthmus.protocol.secure import framing, record as record_layer
 from isthmus.protocol.secure.framing import PREFIX, TAG, VERSION, Direction, Kind
 from isthmus.protocol.secure.record import Opener, Sealer, wipe
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Oversized, Received
@@ -359,7 +359,7 @@ def test_what_is_dropped_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None
     text = b"a letter of forty-two bytes, or nearly so."
     opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, SMALL, keep=10)
     (frame,) = both_ends()[0].seal(b"h", [text])
-    monkeypatch.setattr(record, "wipe", record)
+    monkeypatch.setattr(record_layer, "wipe", record)
     opener.open(frame)
     assert wiped == [text]
 
@@ -566,4 +566,4 @@ def test_the_prefix_has_the_documented_layout() -> None:
     assert PREFIX.size == 34
     (frame,) = message_frames(8)
     assert struct.unpack("!4sBBIQIHHQ", frame[:34]) == (b"ISTH", 16, 5, 0, 0, 11, 0, 1, 8)
-    assert "prefix (34 bytes" in (record.__doc__ or "")
+    assert "prefix (34 bytes" in (record_layer.__doc__ or "")

@@ -28,12 +28,12 @@ def rows() -> list[tuple[Path, str]]:
 
 def missing(folder: Path, row: str) -> list[str]:
     """Tests that a row names and that are not there."""
-    named = re.findall(r"`([\w/]*test_\w+\.py)(?:::(\w+))?`", row)
-    return [
-        f"{file}::{name}"
-        for file, name in named
-        if not (folder / file).is_file() or (name and f"\ndef {name}(" not in (folder / file).read_text())
-    ]
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
+    return [f"{file}::{name}" for file, name in named if not any(_has(path, name) for path in folder.rglob(file))]
+
+
+def _has(path: Path, name: str) -> bool:
+    return not name or f"\ndef {name}(" in path.read_text()
 
 
 def test_every_bound_names_a_test_that_exists() -> None:
