@@ -6,12 +6,13 @@ import functools
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from test_packaging import FOLDERS
 
 from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
@@ -21,6 +22,15 @@ from isthmus.protocol import messages, tensor_codecs
 from isthmus.protocol.secure import framing
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+MOST_LINES = 250
+"""Of the architecture: it is read in one sitting."""
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+DECISION_HEADINGS = ["Context", "Decision", "Consequences"]
+DECISION_LINES = 60
+"""Of a decision record: a page."""
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
@@ -104,15 +114,29 @@ def test_every_command_and_flag_that_a_document_shows_exists(document: Path) -> 
         _check_command(words)
 
 
-def test_the_readme_shows_every_command_of_the_parties() -> None:
-    shown = {tuple(words[:2]) for words in _commands((ROOT / "README.md").read_text())}
+def _hidden_commands(texts: Iterable[str]) -> set[tuple[str, str]]:
+    """The commands of the parties that none of the texts shows."""
+    shown = {(words[0], words[1]) for text in texts for words in _commands(text) if len(words) > 1}
     tree = _tree()
-    for party in ("cloud", "edge", "emulator"):
-        assert {(party, name) for name in tree.commands[party].commands} <= shown
+    return {(party, name) for party in ("cloud", "edge", "emulator") for name in tree.commands[party].commands} - shown
+
+
+def test_the_readme_or_a_guide_shows_every_command_of_the_parties() -> None:
+    assert _hidden_commands(path.read_text() for path in (README, *GUIDES)) == set()
+
+
+def test_a_command_that_no_document_shows_is_noticed() -> None:
+    texts = [path.read_text().replace("isthmus edge eval", "isthmus edge train") for path in (README, *GUIDES)]
+    assert _hidden_commands(texts) == {("edge", "eval")}
+
+
+def test_the_readme_shows_the_commands_of_a_first_run() -> None:
+    wanted = {("edge", "keygen"), ("cloud", "keygen"), ("cloud", "enroll"), ("cloud", "serve"), ("edge", "train")}
+    assert _hidden_commands([README.read_text()]) & wanted == set()
 
 
 @pytest.mark.parametrize(
-    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+    "document", [README, *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_every_flag_between_backticks_is_one_of_some_command(document: Path) -> None:
     def flags(command: Any) -> set[str]:
@@ -170,10 +194,8 @@ def test_python_in_a_document_compiles_and_imports_what_is_there(document: Path)
                 assert hasattr(importlib.import_module(module), name.strip())
 
 
-def test_the_architecture_has_every_message_with_its_number() -> None:
-    rows = re.findall(
-        r"^\| (\d+) \| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
-    )
+def test_the_protocol_has_every_message_with_its_number() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE)
     wanted = set()
     for kind in {*messages.EDGE_SENDS, *messages.CLOUD_SENDS}:
         senders = (kind in messages.EDGE_SENDS, kind in messages.CLOUD_SENDS)
@@ -182,8 +204,8 @@ def test_the_architecture_has_every_message_with_its_number() -> None:
     assert set(rows) == wanted
 
 
-def test_the_architecture_has_the_frames_prefix_as_it_is() -> None:
-    table = re.findall(r"^\| (\d+) \| (\d+) \| ", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+def test_the_protocol_has_the_frames_prefix_as_it_is() -> None:
+    table = re.findall(r"^\| (\d+) \| (\d+) \| ", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE)
     fields = [(int(offset), int(size)) for offset, size in table]
     assert [offset for offset, _ in fields] == [sum(size for _, size in fields[:n]) for n in range(len(fields))]
     # 4s B B I Q I H H Q: one character of the format, or a count and a character, for each field
@@ -192,8 +214,117 @@ def test_the_architecture_has_the_frames_prefix_as_it_is() -> None:
 
 
 def test_the_readme_names_every_family_and_codec() -> None:
-    text = (ROOT / "README.md").read_text().lower().replace("-", "").replace(" ", "")
+    text = README.read_text().lower().replace("-", "").replace(" ", "")
     for family in SUPPORTED:
         assert family.removesuffix("_text") in text
     for codec in tensor_codecs.ACTIVATION_CODECS:
         assert f"`{codec.replace('-', '')}`" in text
+
+
+def _stray_paths(text: str) -> list[str]:
+    """Paths of the source, tests among them, that a text names between backticks and that are not there."""
+    tops = {folder.split("/")[0] for folder in FOLDERS.values()} | {"tests", "lock", "deploy", "docs"}
+    named = re.findall(r"`([a-z_]+/[\w/.-]*)(?:::\w+)?`", _BLOCK.sub("", text))
+    return [path for path in named if path.split("/")[0] in tops and not (ROOT / path).exists()]
+
+
+def _stray_modules(text: str) -> list[str]:
+    """Names of `isthmus` that a text has between backticks and that cannot be imported."""
+    return [name for name in re.findall(r"`(isthmus(?:\.\w+)+)`", _BLOCK.sub("", text)) if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        try:
+            return hasattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError:
+            return False
+    return True
+
+
+def _stray_tests(text: str) -> list[str]:
+    """Tests that a text names between backticks, as `test_file.py` or `test_file.py::test_name`, and that do not exist."""
+    found = re.findall(r"`(?:[\w/]+/)?(test_\w+\.py)(?:::(\w+))?`", text)
+    return [f"{name}::{test}" for name, test in found if not _has_test(name, test)]
+
+
+def _has_test(name: str, test: str) -> bool:
+    files = list((ROOT / "tests").rglob(name))
+    return any(f"def {test}(" in path.read_text() for path in files) if test else bool(files)
+
+
+@by_name
+def test_code_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text()
+    assert _stray_paths(text) == []
+    assert _stray_modules(text) == []
+    assert _stray_tests(text) == []
+
+
+def test_code_that_is_not_there_is_noticed() -> None:
+    assert _stray_paths("`cloud/engine/executor.py`, `cloud/engine/missing.py`, `run/adapter`") == [
+        "cloud/engine/missing.py"
+    ]
+    assert _stray_modules("`isthmus.edge.connect`, `isthmus.edge.missing`, `isthmus.missing.name`") == [
+        "isthmus.edge.missing",
+        "isthmus.missing.name",
+    ]
+    assert _stray_tests("`test_docs.py`, `test_missing.py`, `test_layout.py::test_missing`") == [
+        "test_missing.py::",
+        "test_layout.py::test_missing",
+    ]
+
+
+def _architecture_faults(text: str) -> list[str]:
+    """What is wrong with the architecture: too long, or a sub-package without its line in the table."""
+    lines = text.splitlines()
+    faults = [f"{len(lines)} lines; {MOST_LINES} at most"] if len(lines) > MOST_LINES else []
+    rows = set(re.findall(r"^\| `([\w.]+)` \| \S", text, re.MULTILINE))
+    packages = {package.removeprefix("isthmus.") for package in FOLDERS}
+    faults += [f"{package} has no row" for package in sorted(packages - rows)]
+    return faults + [f"{row} is no package" for row in sorted(rows - packages)]
+
+
+def test_the_architecture_is_short_and_has_every_package() -> None:
+    assert _architecture_faults(ARCHITECTURE.read_text()) == []
+
+
+def test_a_long_architecture_or_one_without_a_package_is_noticed() -> None:
+    text = ARCHITECTURE.read_text()
+    assert _architecture_faults(text.replace("| `rpc` |", "| `rcp` |")) == ["rpc has no row", "rcp is no package"]
+    assert len(_architecture_faults(text + "\n" * MOST_LINES)) == 1
+
+
+def _decision_faults(number: int, name: str, text: str) -> list[str]:
+    """What is wrong with a decision record: number, headings, or length."""
+    faults = []
+    if not (name.startswith(f"{number:04}-") and text.startswith(f"# {number}. ")):
+        faults.append(f"{name} is not numbered {number}")
+    if (headings := re.findall(r"^## (.*)$", text, re.MULTILINE)) != DECISION_HEADINGS:
+        faults.append(f"{name} has the headings {headings}")
+    if (lines := len(text.splitlines())) > DECISION_LINES:
+        faults.append(f"{name} has {lines} lines; {DECISION_LINES} at most")
+    return faults
+
+
+def test_decisions_have_context_decision_and_consequences() -> None:
+    assert len(DECISIONS) > 10
+    for number, path in enumerate(DECISIONS, start=1):
+        assert _decision_faults(number, path.name, path.read_text()) == []
+
+
+def test_a_decision_without_a_heading_or_with_another_number_is_noticed() -> None:
+    text = "# 1. Something\n\n## Context\n\n## Decision\n"
+    assert len(_decision_faults(2, "0001-something.md", text)) == 2
+    assert _decision_faults(1, "0001-something.md", text + "\n## Consequences\n") == []
+
+
+def test_the_list_of_decisions_has_them_all() -> None:
+    listed = re.findall(
+        r"^\| \[(\d+)\]\((.*)\) \| (.*) \|$", (DECISIONS[0].parent / "README.md").read_text(), re.MULTILINE
+    )
+    titles = [path.read_text().splitlines()[0].split(". ", 1)[1] for path in DECISIONS]
+    assert listed == [(path.name[:4], path.name, title) for path, title in zip(DECISIONS, titles, strict=True)]
