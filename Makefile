@@ -16,11 +16,12 @@ BIN         := $(VENV)/bin
 # An environment of LOCKED=1 does for everything; another does not for LOCKED=1.
 STAMP       := $(VENV)/.installed$(if $(filter 1,$(LOCKED)),-by-hashes)
 LOWEST      := .venv-lowest
+PROTO       := .venv-proto
 TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud common edge emulator experiments kernels planner protocol rpc
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-lowest fuzz lint format vectors lock audit bench bench-strip bench-emulators clean
+.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit bench bench-strip bench-emulators clean
 
 setup: $(STAMP)
 
@@ -68,10 +69,27 @@ lint: $(STAMP)
 	cd .ns && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml $(foreach p,$(PACKAGES),-p isthmus.$(p))
 	MYPYPATH=lock $(BIN)/mypy --config-file pyproject.toml lock
 	cd .ns && ../$(BIN)/lint-imports ../pyproject.toml
+	$(MAKE) --no-print-directory proto PROTO_OUT=$(PROTO)/made
+	diff $(PROTO)/made/isthmus_pb2.py protocol/isthmus_pb2.py && diff $(PROTO)/made/isthmus_pb2.pyi protocol/isthmus_pb2.pyi \
+	  || { echo "protocol/isthmus_pb2.py is not what protocol/isthmus.proto gives: run make proto"; exit 1; }
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The Python code of protocol/isthmus.proto, in an environment of its own: the compiler's version is the oldest of the range
+# of pyproject.toml, because a runtime refuses code that is newer than itself, and it does not go with newer ones.
+PROTO_COMPILER := 1.76.0
+PROTO_OUT      ?= protocol
+
+proto: $(PROTO)/.installed-$(PROTO_COMPILER)
+	mkdir -p $(PROTO_OUT)
+	$(PROTO)/bin/python -m grpc_tools.protoc -I protocol --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) isthmus.proto
+
+$(PROTO)/.installed-$(PROTO_COMPILER):
+	$(PYTHON) -m venv --clear $(PROTO)
+	$(PROTO)/bin/python -m pip install --quiet $(PIP_FLAGS) grpcio-tools==$(PROTO_COMPILER)
+	touch $@
 
 # The known answers of tests/vectors, for a protocol that is meant to change; see the README there.
 vectors: $(STAMP)
@@ -149,4 +167,4 @@ bench-emulators: $(STAMP)
 	  --text-length 128 --distill-steps 160 --seeds 3 $(SCORE) --json
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(PROTO) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -2,7 +2,7 @@
 
 Messages are packed, with empty tensors of the right shapes, and their frames counted, so the bytes are those that the
 edge's own meter counts: prefix, sealed header, sealed chunks. What gRPC, HTTP/2, TCP and TLS add is not counted; it is
-about 1 %. Of messages that do not exist, `assumed_header` says what their headers take.
+about 1 %. A header's length does not depend on the numbers in it, but on how many tensors it describes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from isthmus.edge.codecs.wire_codecs import StripCodecs
-from isthmus.protocol.encoding import pack
-from isthmus.protocol.fields import ALIGNMENT
+from isthmus.protocol.encoding import ALIGNMENT, pack
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.messages import (
+    MAX_SITES,
     Backward,
     BackwardReply,
     CallId,
     Forward,
     ForwardReply,
+    Lease,
+    LeasedWeights,
     Message,
     SiteAnswer,
     SitePhase,
@@ -85,10 +87,8 @@ class Wire:
         up, down = self._payload("forward_up", self.hidden), self._payload("forward_down", self.hidden)
         mask = Payload(CODECS["mask"].id, Role.INDEX, (self.batch, self.length), (bytes(-(-self._tokens // 8)),))
         question = Forward(_CALL, True, up, mask, None, codec_id(self.codecs.forward_down))
-        header, body = sizes(ForwardReply(_CALL, down, 0, 0, 0))
-        header += len(taps) * descriptor_bytes()
-        body += sum(self._body("forward_down", width) for width in taps)
-        crossing = Traffic(frame_bytes(*sizes(question)), frame_bytes(header, body), 1)
+        reply = ForwardReply(_CALL, down, 0, 0, 0, tuple(self._payload("forward_down", width) for width in taps))
+        crossing = Traffic(frame_bytes(*sizes(question)), frame_bytes(*sizes(reply)), 1)
         return (
             crossing + self._handled("forward_up", [self.hidden]) + self._handled("forward_down", [self.hidden, *taps])
         )
@@ -121,9 +121,9 @@ class Wire:
         return Traffic(answer, question, 1) + self._handled(asked, down) + self._handled(answered, up)
 
     def lending(self, shapes: Sequence[tuple[int, int]]) -> Traffic:
-        """Adapter weights up and their gradients down, fp32, each in a message that goes along with the call's own."""
+        """The weights of leased sites up, two matrices of each in fp32, and about as many bytes of gradients down."""
         body = sum(_padded(4 * rows * columns) for rows, columns in shapes)
-        one_way = frame_bytes(assumed_header(len(shapes)), body)
+        one_way = frame_bytes(lease_header(len(shapes) // 2), body)
         return Traffic(one_way, one_way)
 
     @property
@@ -149,8 +149,8 @@ class Wire:
 @cache
 def question_header(sites: int, tensors: int) -> int:
     """Header bytes of a question about `sites` with so many tensors."""
-    question = SiteQuestion(_CALL, SitePhase.FORWARD, tuple(range(sites)), (_one_number(),), 0, 0, 0)
-    return sizes(question)[0] + (tensors - 1) * descriptor_bytes()
+    phase = SitePhase.FORWARD if tensors else SitePhase.AGAIN
+    return sizes(SiteQuestion(_CALL, phase, tuple(range(sites)), (_one_number(),) * tensors, 0, 0, 0))[0]
 
 
 @cache
@@ -160,14 +160,12 @@ def answer_header(tensors: int) -> int:
 
 
 @cache
-def descriptor_bytes() -> int:
-    """What one tensor of rank 3 more adds to a message's header."""
-    return answer_header(1) - answer_header(0)
-
-
-def assumed_header(tensors: int) -> int:
-    """Header bytes of a message that does not exist yet: its fixed fields, and a descriptor of each tensor."""
-    return 64 + 12 * tensors
+def lease_header(sites: int) -> int:
+    """Header bytes of leased weights for so many sites, in as many messages as they take."""
+    one = Payload(codec_id("fp32"), Role.ACTIVATION, (1, 1), (bytes(4),))
+    whole, rest = divmod(sites, MAX_SITES)
+    counts = [MAX_SITES] * whole + [rest] * bool(rest)
+    return sum(sizes(Lease(1, 1, (LeasedWeights(one, one, 1.0),) * count))[0] for count in counts)
 
 
 def sizes(message: Message) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from isthmus.protocol.limits import MIB
 from isthmus.protocol.messages import Backward, BackwardReply, CallId
 from isthmus.protocol.secure.framing import KEY_BYTES, Direction
 from isthmus.protocol.secure.record import Opened, Opener, Sealer
-from isthmus.protocol.service import METHOD, SERVICE, stream_options
+from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE, stream_options
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 from isthmus.rpc.transport import GrpcTransport
 
@@ -77,7 +77,7 @@ def _answering() -> Iterator[int]:
 
     async def serve() -> None:
         server = grpc.aio.server(options=stream_options(MIB))
-        handler = grpc.stream_stream_rpc_method_handler(_session)
+        handler = grpc.stream_stream_rpc_method_handler(_session, **SERVER_CODING)
         name = METHOD.rsplit("/", 1)[1]
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {name: handler})])
         ready.append(server.add_insecure_port("127.0.0.1:0"))

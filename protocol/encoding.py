@@ -1,61 +1,41 @@
-"""Packing: a message to a header and a body, and back.
+"""Encoding: a message to a header and a body, and back.
 
 Rules
-    1. `unpack(*pack(m)) == m`, and only what `pack` can write is accepted: one encoding per message, no bytes left
-       over, padding of zeros.
-    2. Nothing is allocated for a remote number before it was compared with a limit and with the bytes that are there.
-       Tensors stay views of the body until `isthmus.protocol.tensor_codecs.decode`.
+    1. A header is a protobuf message, `Header` in `isthmus.proto`; a body is the bytes of its tensors, or of a file.
+    2. There is one encoding of a message, and only that one is accepted: a header is refused unless protobuf writes
+       what it has read of it to the same bytes again, and a body unless its padding is zeros and nothing is left over.
+    3. A header is parsed after it was authenticated, and within its limit. Nothing is allocated for a number in it
+       before that was compared with a limit and with the bytes that are there. Tensors stay views of the body until
+       `isthmus.protocol.tensor_codecs.decode`.
 
 Theory of operation
-    The header is the operation code, fixed fields, and a descriptor (codec, role, rank, dimensions) of each tensor.
-    The body is the tensors' buffers in the order of the descriptors, each padded to a 16-byte boundary, so that a
-    received tensor needs no copy. Numbers are big-endian. Optional parts are bits of one flag byte. One writer and
-    one reader per message stand in the two tables.
+    The dataclasses of `isthmus.protocol.messages` have the names of the protobuf messages and of their fields, so one
+    function writes all of them and one reads all of them. A `Payload` becomes a `Tensor` in the header, and its buffers
+    go to the body, in the header's order, each padded to a 16-byte boundary: a received tensor needs no copy. What the
+    fields must say is checked by `isthmus.protocol.validation`.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+import enum
+import re
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any
 
-from isthmus.common.errors import LimitError, LocalProtocolError, MessageError
-from isthmus.protocol.fields import HAS_MASK, HAS_POSITIONS, TIMES, U8, U16, U32, U64, Reader, Writer
-from isthmus.protocol.limits import DEFAULT_LIMITS, MAX_WORKERS, Buffer, Limits
-from isthmus.protocol.messages import (
-    DIGEST_BYTES,
-    LINK_BYTES,
-    MAX_NAME,
-    MAX_PUT_FILES,
-    MAX_TEXT,
-    Account,
-    Attach,
-    Backward,
-    BackwardReply,
-    Blob,
-    CallId,
-    Fetch,
-    FetchList,
-    FileList,
-    Forward,
-    ForwardReply,
-    Goodbye,
-    Message,
-    Ping,
-    PlugIn,
-    Pong,
-    Put,
-    PutReply,
-    SiteAnswer,
-    SpanInputs,
-    Status,
-    StatusCode,
-    Workers,
-)
-from isthmus.protocol.site_encoding import SITE_READERS, SITE_WRITERS
-from isthmus.protocol.site_messages import MAX_SITES
-from isthmus.protocol.validation import check
+from google.protobuf.message import DecodeError
 
-_HAS_REPLAY, _KEEP, _RECOMPUTED, _HAS_CALL, _WANTED, _HAS_GRADIENT = 4, 8, 16, 32, 64, 128
+from isthmus.common.errors import LimitError, LocalProtocolError, MessageError, PlanError
+from isthmus.protocol import isthmus_pb2 as pb
+from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.messages import MAX_INFO, Blob, CallId, Message, Put, SessionInfo
+from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
+from isthmus.protocol.validation import check, check_info
+
+ALIGNMENT = 16
+_UNLIMITED = Limits(max_message_bytes=1 << 62)
 
 
 def pack(message: Message) -> tuple[bytes, list[Buffer]]:
@@ -64,14 +44,15 @@ def pack(message: Message) -> tuple[bytes, list[Buffer]]:
     Raises:
         LocalProtocolError: a field is out of range.
     """
-    writer = Writer()
-    writer.number(U8, message.op)
+    body: list[Buffer] = []
     try:
-        _WRITERS[message.op](writer, message)
         check(message)
-    except (struct.error, OverflowError, MessageError, LimitError, ValueError) as error:
+        header = pb.Header(**{_NAMES[type(message)]: _written(message, body)})
+    except _UNWRITABLE as error:
         raise LocalProtocolError(f"{type(message).__name__} cannot be sent: {error}") from error
-    return bytes(writer.header), writer.body
+    if isinstance(message, Blob | Put) and len(message.data):
+        body.append(memoryview(message.data).cast("B"))
+    return bytes(header.SerializeToString(deterministic=True)), body
 
 
 def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Message:
@@ -81,235 +62,194 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
         MessageError: the message is not one that `pack` writes.
         LimitError: a size or a rank is over a limit.
     """
-    reader = Reader(header, body, limits)
-    op = reader.number(U8)
-    read = _READERS.get(op)
-    if read is None:
-        raise MessageError(f"unknown operation {op}: the other side may run a newer version")
-    message = read(reader)
-    reader.finish()
+    if len(body) > limits.max_message_bytes:
+        raise LimitError(f"a message body of {len(body)} bytes is refused: {limits.max_message_bytes} are accepted")
+    kind, fields = _parse_header(header, limits)
+    rest = _Body(body, limits)
+    more = {"data": rest.take(len(body))} if kind in (Blob, Put) else {}
+    message: Message = _read(kind, fields, rest, **more)
+    rest.finish()
     check(message)
     return message
 
 
-def peek(header: Buffer) -> tuple[int, CallId | None]:
-    """The operation of an edge's message whose body was dropped, and the call that it names, where it names one.
+def peek(header: Buffer, limits: Limits = DEFAULT_LIMITS) -> tuple[type[Message], CallId | None]:
+    """The kind of a message whose body was dropped, and the call that it names, where it names one.
 
     Raises:
-        MessageError: the header is too short.
+        MessageError, LimitError: the header is none.
     """
-    reader = Reader(header, b"", DEFAULT_LIMITS)
-    op = reader.number(U8)
-    if op in (Forward.op, Backward.op):
-        reader.number(U8)  # flags
-    elif op != SiteAnswer.op:
-        return op, None
-    return op, reader.call()
+    kind, fields = _parse_header(header, limits)
+    named = any(field.name == "id" for field in _fields_of(kind)) and fields.HasField("id")
+    return kind, _read(CallId, fields.id, _Body(b"", limits)) if named else None
 
 
-_INTERACTIVE, _SETTLED, _HAS_ACCOUNT = 1, 2, 4
-_MAX_FILES = (1 << 16) - 1
+def pack_info(info: SessionInfo) -> bytes:
+    """Write a session's information.
+
+    Raises:
+        LocalProtocolError: a field is out of range.
+    """
+    try:
+        check_info(info)
+        raw = bytes(pb.SessionInfo(**_written(info, [])).SerializeToString(deterministic=True))
+    except _UNWRITABLE as error:
+        raise LocalProtocolError(f"the session's information cannot be sent: {error}") from error
+    if len(raw) > MAX_INFO:
+        raise LocalProtocolError(f"the session's information has {len(raw)} bytes: {MAX_INFO} may be sent")
+    return raw
 
 
-def _input_flags(inputs: SpanInputs) -> int:
-    return (HAS_MASK if inputs.attention_mask is not None else 0) | (
-        HAS_POSITIONS if inputs.position_ids is not None else 0
-    )
+def unpack_info(raw: Buffer) -> SessionInfo:
+    """Read a session's information.
+
+    Raises:
+        MessageError: it is not what `pack_info` writes.
+    """
+    if len(raw) > MAX_INFO:
+        raise MessageError(f"session information of {len(raw)} bytes is refused: {MAX_INFO} are accepted")
+    parsed = _parse(pb.SessionInfo, raw, "session information")
+    info: SessionInfo = _read(SessionInfo, parsed, _Body(b"", DEFAULT_LIMITS))
+    check_info(info)
+    return info
 
 
-def _write_forward(w: Writer, m: Forward) -> None:
-    w.number(U8, _input_flags(m.inputs) | (_KEEP if m.keep else 0) | (_WANTED if m.wanted else 0))
-    w.call(m.id)
-    w.number(U8, m.reply_codec)
-    w.number(U32, m.sites)
-    w.number(U32, m.lease)
-    w.inputs(m.inputs)
+def body_bytes(codec: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of `shape`, coded by the codec of that name, takes in a message's body, padding included."""
+    return sum(size + -size % ALIGNMENT for size in CODECS[codec].sizes(shape))
 
 
-def _read_forward(r: Reader) -> Forward:
-    flags = r.flags(HAS_MASK | HAS_POSITIONS | _KEEP | _WANTED)
-    call, reply, sites, lease = r.call(), r.number(U8), r.number(U32), r.number(U32)
-    inputs = r.inputs(flags)
-    keep, wanted = bool(flags & _KEEP), bool(flags & _WANTED)
-    return Forward(call, keep, inputs.hidden, inputs.attention_mask, inputs.position_ids, reply, sites, wanted, lease)
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field of a dataclass that is a field of the protobuf message of the same name."""
+
+    name: str
+    kind: Any
+    many: bool
+    optional: bool
 
 
-def _write_forward_reply(w: Writer, m: ForwardReply) -> None:
-    w.call(m.id)
-    w.number(TIMES, m.compute_ns, m.crypto_ns, m.queue_ns)
-    w.payload(m.hidden)
-    w.payloads(m.taps)
+@cache
+def _fields_of(kind: Any) -> tuple[_Field, ...]:
+    hints, found = typing.get_type_hints(kind), []
+    for name in (field.name for field in fields(kind)):
+        hint, many, optional = hints[name], False, False
+        if hint == Buffer:  # bytes of a file, which are the body
+            continue
+        if typing.get_origin(hint) is tuple:
+            hint, many = typing.get_args(hint)[0], True
+        elif isinstance(hint, types.UnionType):
+            hint, optional = next(each for each in typing.get_args(hint) if each is not type(None)), True
+        found.append(_Field(name, hint, many, optional))
+    return tuple(found)
 
 
-def _read_forward_reply(r: Reader) -> ForwardReply:
-    call, (compute, crypto, queue) = r.call(), r.numbers(TIMES)
-    return ForwardReply(call, r.payload(), compute, crypto, queue, r.payloads(MAX_SITES))
+_NAMES = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in typing.get_args(Message)}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
+_SCALARS = (bool, int, float, str, bytes)
+_UNWRITABLE = (MessageError, LimitError, ValueError, TypeError, OverflowError)
+"""What the checks raise, and protobuf where a value does not fit its field."""
 
 
-def _write_backward(w: Writer, m: Backward) -> None:
-    replay = 0 if m.replay is None else _HAS_REPLAY | _input_flags(m.replay)
-    w.number(U8, replay | (_WANTED if m.wanted else 0))
-    w.call(m.id)
-    w.number(U8, m.reply_codec)
-    w.number(U32, m.sites)
-    w.number(U32, m.lease)
-    w.payload(m.gradient)
-    if m.replay is not None:
-        w.inputs(m.replay)
+def _written(value: Any, body: list[Buffer]) -> Any:
+    """What a protobuf message is made of in the place of a value. Buffers of tensors are appended to the body."""
+    if isinstance(value, Payload):
+        body.extend(_buffers(value))
+        return {"codec": value.codec, "role": value.role, "shape": value.shape}
+    if isinstance(value, tuple):
+        return [_written(each, body) for each in value]
+    if is_dataclass(value):
+        kind: Any = type(value)
+        found = {field.name: getattr(value, field.name) for field in _fields_of(kind)}
+        return {name: _written(each, body) for name, each in found.items() if each is not None}
+    return value
 
 
-def _read_backward(r: Reader) -> Backward:
-    flags = r.flags(HAS_MASK | HAS_POSITIONS | _HAS_REPLAY | _WANTED)
-    if flags & (HAS_MASK | HAS_POSITIONS) and not flags & _HAS_REPLAY:
-        raise MessageError("a backward call has a mask or positions but no hidden states to replay")
-    call, reply, sites, lease = r.call(), r.number(U8), r.number(U32), r.number(U32)
-    gradient = r.payload()
-    replay = r.inputs(flags) if flags & _HAS_REPLAY else None
-    return Backward(call, gradient, replay, reply, sites, bool(flags & _WANTED), lease)
+def _buffers(payload: Payload) -> typing.Iterator[Buffer]:
+    sizes = checked_sizes(codec_by_id(payload.codec), payload.shape, _UNLIMITED)
+    if sizes != tuple(len(buffer) for buffer in payload.buffers):
+        raise MessageError(f"the buffers of a payload of shape {list(payload.shape)} do not have {sizes} bytes")
+    for buffer in payload.buffers:
+        yield buffer
+        if len(buffer) % ALIGNMENT:
+            yield bytes(-len(buffer) % ALIGNMENT)
 
 
-def _write_backward_reply(w: Writer, m: BackwardReply) -> None:
-    w.number(U8, (_RECOMPUTED if m.recomputed else 0) | (_HAS_GRADIENT if m.gradient is not None else 0))
-    w.call(m.id)
-    w.number(TIMES, m.compute_ns, m.crypto_ns, m.queue_ns)
-    if m.gradient is not None:
-        w.payload(m.gradient)
-    w.payloads(m.lent)
+def _parse_header(header: Buffer, limits: Limits) -> tuple[Any, Any]:
+    """The kind of a message, and its fields."""
+    if len(header) > limits.max_header_bytes:
+        raise LimitError(f"a message header of {len(header)} bytes is refused: {limits.max_header_bytes} are accepted")
+    parsed = _parse(pb.Header, header, "a message header")
+    name = parsed.WhichOneof("message")
+    if name is None:
+        raise MessageError("a message header has no message: the other side may run a newer version")
+    return _KINDS[name], getattr(parsed, name)
 
 
-def _read_backward_reply(r: Reader) -> BackwardReply:
-    flags = r.flags(_RECOMPUTED | _HAS_GRADIENT)
-    call, (compute, crypto, queue) = r.call(), r.numbers(TIMES)
-    gradient = r.payload() if flags & _HAS_GRADIENT else None
-    return BackwardReply(call, gradient, compute, crypto, queue, bool(flags & _RECOMPUTED), r.payloads(2 * MAX_SITES))
+def _parse(kind: Any, raw: Buffer, what: str) -> Any:
+    """Parse a protobuf message of which there is one encoding."""
+    try:
+        parsed = kind.FromString(bytes(raw))
+    except DecodeError as error:
+        raise MessageError(f"{what} is not a protobuf message: {error}") from error
+    parsed.DiscardUnknownFields()
+    if parsed.SerializeToString(deterministic=True) != raw:
+        raise MessageError(
+            f"{what} has an unknown field or is not in the canonical form: the other side may run another version"
+        )
+    return parsed
 
 
-def _write_fetch(w: Writer, m: Fetch) -> None:
-    w.number(U8, m.shelf)
-    w.text(m.name, MAX_NAME)
-    w.number(U64, m.offset)
+def _read(kind: Any, value: Any, body: _Body, **more: Any) -> Any:
+    """The value of a Python type that protobuf's value stands for; `more`: further fields of a dataclass."""
+    if kind is Payload:
+        return body.payload(value.codec, _read(Role, value.role, body), tuple(value.shape))
+    if kind in _SCALARS:
+        return value
+    if issubclass(kind, enum.Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            raise MessageError(f"{value} is no {kind.__name__}: the other side may run a newer version") from None
+    for field in _fields_of(kind):
+        if field.many:
+            more[field.name] = tuple(_read(field.kind, each, body) for each in getattr(value, field.name))
+        elif value.HasField(field.name):
+            more[field.name] = _read(field.kind, getattr(value, field.name), body)
+        elif field.optional:
+            more[field.name] = None
+        else:
+            raise MessageError(f"{kind.__name__} came without its field {field.name}")
+    try:
+        return kind(**more)
+    except PlanError as error:
+        raise MessageError(str(error)) from error
 
 
-def _write_piece(w: Writer, m: Blob | Put) -> None:
-    w.text(m.name, MAX_NAME)
-    w.number(U64, m.offset)
-    w.number(U64, m.total)
-    w.fixed(m.sha256, DIGEST_BYTES)
-    if len(m.data):
-        w.body.append(memoryview(m.data).cast("B"))
+class _Body:
+    """Takes buffers from a body; every take is checked against what is left."""
 
+    def __init__(self, body: Buffer, limits: Limits) -> None:
+        self._left = memoryview(body)
+        self._limits = limits
 
-def _read_blob(r: Reader) -> Blob:
-    return Blob(r.text(MAX_NAME), r.number(U64), r.number(U64), r.raw(DIGEST_BYTES), r.rest())
+    def take(self, count: int) -> memoryview:
+        """Take so many bytes."""
+        if count > len(self._left):
+            raise MessageError(f"a message body ends {count - len(self._left)} bytes early")
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
 
+    def payload(self, codec: int, role: Role, shape: tuple[int, ...]) -> Payload:
+        """Take a tensor."""
+        buffers = []
+        for size in checked_sizes(codec_by_id(codec), shape, self._limits):
+            buffers.append(self.take(size))
+            if any(self.take(-size % ALIGNMENT)):
+                raise MessageError("the padding of a message body is not zero")
+        return Payload(codec, role, shape, tuple(buffers))
 
-def _read_put(r: Reader) -> Put:
-    return Put(r.text(MAX_NAME), r.number(U64), r.number(U64), r.raw(DIGEST_BYTES), r.rest())
-
-
-def _write_put_reply(w: Writer, m: PutReply) -> None:
-    w.text(m.name, MAX_NAME)
-    w.fixed(m.sha256, DIGEST_BYTES)
-    w.number(U64, m.held)
-
-
-def _write_entries(w: Writer, m: FileList | PlugIn) -> None:
-    w.number(U16, len(m.entries))
-    for entry in m.entries:
-        w.text(entry.name, MAX_NAME)
-        w.number(U64, entry.size)
-        w.fixed(entry.sha256, DIGEST_BYTES)
-
-
-def _write_status(w: Writer, m: Status) -> None:
-    w.number(U8, _HAS_CALL if m.id is not None else 0)
-    w.number(U8, m.code)
-    if m.id is not None:
-        w.call(m.id)
-    w.text(m.message, MAX_TEXT)
-
-
-def _read_status(r: Reader) -> Status:
-    flags, code = r.flags(_HAS_CALL), r.number(U8)
-    if code not in _STATUS_CODES:
-        raise MessageError(f"unknown status code {code}: the other side may run a newer version")
-    return Status(StatusCode(code), r.call() if flags else None, r.text(MAX_TEXT))
-
-
-def _write_attach(w: Writer, m: Attach) -> None:
-    flags = (_INTERACTIVE if m.interactive else 0) | (_SETTLED if m.settled else 0)
-    w.number(U8, flags | (_HAS_ACCOUNT if m.account is not None else 0))
-    w.number(U32, m.deadline_ms)
-    w.fixed(m.link, LINK_BYTES)
-    if m.account is not None:
-        w.text(m.account.tenant, MAX_NAME)
-        w.number(U32, m.account.weight)
-
-
-def _read_attach(r: Reader) -> Attach:
-    flags, deadline_ms = r.flags(_INTERACTIVE | _SETTLED | _HAS_ACCOUNT), r.number(U32)
-    link = r.raw(LINK_BYTES)
-    account = Account(r.text(MAX_NAME), r.number(U32)) if flags & _HAS_ACCOUNT else None
-    return Attach(link, bool(flags & _INTERACTIVE), deadline_ms, bool(flags & _SETTLED), account)
-
-
-def _write_workers(w: Writer, m: Workers) -> None:
-    w.number(U8, len(m.addresses))
-    for address in (*m.addresses, m.go_to):
-        w.text(address, MAX_NAME)
-
-
-def _read_workers(r: Reader) -> Workers:
-    count = r.number(U8)
-    if count > MAX_WORKERS:
-        raise MessageError(f"a list of {count} workers is refused: {MAX_WORKERS} are accepted")
-    return Workers(tuple(r.text(MAX_NAME) for _ in range(count)), r.text(MAX_NAME))
-
-
-def _write_pong(w: Writer, m: Pong) -> None:
-    w.number(U64, m.nonce)
-    w.number(U64, m.peak_bytes)
-
-
-_STATUS_CODES = frozenset(int(code) for code in StatusCode)
-# Each function takes the one message class that its operation code stands for; the table's types cannot say so.
-_WRITERS: dict[int, Callable[..., None]] = {
-    Forward.op: _write_forward,
-    ForwardReply.op: _write_forward_reply,
-    Backward.op: _write_backward,
-    BackwardReply.op: _write_backward_reply,
-    Fetch.op: _write_fetch,
-    Blob.op: _write_piece,
-    FetchList.op: lambda w, m: w.number(U8, m.shelf),
-    FileList.op: _write_entries,
-    Status.op: _write_status,
-    Ping.op: lambda w, m: w.number(U64, m.nonce),
-    Pong.op: _write_pong,
-    Goodbye.op: lambda w, m: w.text(m.reason, MAX_TEXT),
-    Attach.op: _write_attach,
-    Put.op: _write_piece,
-    PutReply.op: _write_put_reply,
-    PlugIn.op: _write_entries,
-    Workers.op: _write_workers,
-    **SITE_WRITERS,
-}
-_READERS: dict[int, Callable[[Reader], Message]] = {
-    Forward.op: _read_forward,
-    ForwardReply.op: _read_forward_reply,
-    Backward.op: _read_backward,
-    BackwardReply.op: _read_backward_reply,
-    Fetch.op: lambda r: Fetch(r.shelf(), r.text(MAX_NAME), r.number(U64)),
-    Blob.op: _read_blob,
-    FetchList.op: lambda r: FetchList(r.shelf()),
-    FileList.op: lambda r: FileList(r.entries(_MAX_FILES)),
-    Status.op: _read_status,
-    Ping.op: lambda r: Ping(r.number(U64)),
-    Pong.op: lambda r: Pong(r.number(U64), r.number(U64)),
-    Goodbye.op: lambda r: Goodbye(r.text(MAX_TEXT)),
-    Attach.op: _read_attach,
-    Put.op: _read_put,
-    PutReply.op: lambda r: PutReply(r.text(MAX_NAME), r.raw(DIGEST_BYTES), r.number(U64)),
-    PlugIn.op: lambda r: PlugIn(r.entries(MAX_PUT_FILES)),
-    Workers.op: _read_workers,
-    **SITE_READERS,
-}
+    def finish(self) -> None:
+        """Make sure that nothing is left over."""
+        if len(self._left):
+            raise MessageError(f"a message has {len(self._left)} body bytes too many")

@@ -1,63 +1,46 @@
 """Messages: what the two sides of a session say to each other.
 
+Their fields are those of the protobuf messages of the same names in `isthmus.proto`, which says more of each; how they
+become bytes is told in `isthmus.protocol.encoding`, and what they may say in `isthmus.protocol.validation`.
+
 Theory of operation
-    op  message       from   body                                     answered by
-     1  Forward       edge   hidden, mask, positions                  ForwardReply or Status
-     2  ForwardReply  cloud  hidden
-     3  Backward      edge   gradient, then hidden, mask, positions   BackwardReply or Status
-     4  BackwardReply cloud  gradient
-     5  Fetch         edge   -                                        Blob or Status
-     6  Blob          cloud  bytes of a file
-     7  FetchList     edge   -                                        FileList or Status
-     8  FileList      cloud  -
-     9  Status        cloud  -
-    10  Ping          edge   -                                        Pong
-    11  Pong          cloud  -
-    12  Goodbye       both   -
-    13  Attach        edge   -                                        Status or Workers
-    14  Put           edge   bytes of a file                          PutReply or Status
-    15  PutReply      cloud  -
-    16  PlugIn        edge   -                                        Status
-    17  Sites         edge   -                                        Status
-    18  SiteQuestion  cloud  tensors                                  SiteAnswer
-    19  SiteAnswer    edge   tensors                                  as the call that it goes on with, or SiteQuestion
-    20  Lease         edge   matrices                                 Status
-    21  Workers       cloud  -
+    edge                       cloud answers             or
+    Attach, Sites, Lease       Status                    Workers (to Attach, where there are several)
+    Forward                    ForwardReply              Status, or SiteQuestions before either
+    Backward                   BackwardReply             Status, or SiteQuestions before either
+    SiteAnswer                 goes on with the call that asked
+    FetchList; Fetch           FileList; Blob            Status
+    Put; PlugIn                PutReply; Status          Status
+    Ping                       Pong
+    Goodbye                    nothing                   (the cloud may send one, too)
 
-    Files lie on shelves. An edge reads those of a shelf piece by piece (FetchList, then Fetch until it has all), and
-    brings an adapter the same way (Put until the cloud holds all, then PlugIn with the list of its files). Both go on
-    where they were interrupted.
+    An edge reads the files of a file set chunk by chunk (FetchList, then Fetch until it has all), and brings an adapter
+    the same way (Put until the cloud holds all, then PlugIn with the list of its files). Both go on where they were
+    interrupted.
 
-    An edge may have adapters at sites inside the span. It says once in a session where they are (Sites), and names
-    that list in its calls. Such a call may pause: instead of its reply the cloud sends a SiteQuestion, and goes on when
-    it has the SiteAnswer. Whatever an adapter's placement, a pause has this one form. What is lent goes before the call
-    (Lease), and its gradients come with the BackwardReply; what is tapped comes with the ForwardReply.
-
-    A cloud of several workers answers Attach with their addresses (Workers), and may send the edge to one of them. The
-    edge's pin stays the same, so that can only be a worker of the same root key.
+    An edge may have adapters at sites inside the span. It says once in a session where they are (Sites), and names that
+    list in its calls. Such a call may pause: instead of its reply the cloud sends a SiteQuestion, and goes on when it
+    has the SiteAnswer. Leased weights are sent before the call (Lease), and their gradients come with the
+    BackwardReply. What taps give comes with the ForwardReply.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
-    call is repeated with a higher `attempt`. How messages become bytes is told in `isthmus.protocol.encoding`.
+    call is repeated with a higher `attempt`.
 """
 
 from __future__ import annotations
 
 import enum
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
 
-from isthmus.common.errors import MessageError
 from isthmus.protocol.limits import Buffer
+from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
 from isthmus.protocol.site_messages import (
     MAX_GROUP as MAX_GROUP,
     MAX_LISTS as MAX_LISTS,
     MAX_SITES as MAX_SITES,
     CallId as CallId,
     Lease as Lease,
-    LentWeights as LentWeights,
+    LeasedWeights as LeasedWeights,
     SiteAnswer as SiteAnswer,
     SitePhase as SitePhase,
     SiteQuestion as SiteQuestion,
@@ -67,7 +50,7 @@ from isthmus.protocol.tensor_codecs import Payload
 
 MAX_NAME = 128
 MAX_TEXT = 1024
-MAX_PIECE = 8 << 20
+MAX_FILE_CHUNK = 8 << 20
 """Most bytes of a file in one message."""
 MAX_PUT_FILES = 8
 """Most files of an adapter."""
@@ -81,8 +64,8 @@ class StatusCode(enum.IntEnum):
     OK = 0
     DRAINING = 1
     """The worker finishes its calls and takes no new session: connect again."""
-    STASH_LOST = 2
-    """The forward state of a backward call is gone: send the call again with its replay inputs."""
+    ACTIVATIONS_LOST = 2
+    """The forward state of a backward call is gone: send the call again with its inputs."""
     BAD_REQUEST = 3
     OVER_QUOTA = 4
     NON_FINITE = 5
@@ -104,13 +87,20 @@ class SpanInputs:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Run the span forward. `keep`: a backward call follows, so the forward state is stashed. `reply_codec`: an id.
+    """Run the span forward.
 
-    `sites`: the number of the list of sites that the call visits; 0 for none. `wanted`: whether the backward will want
-    the gradient of the span's input. `lease`: the number of what is lent for it; 0 for nothing.
+    Attributes:
+        id: the call's name.
+        keep: whether a backward call follows, so that the cloud keeps the forward state.
+        hidden: `[B, S, h]`.
+        attention_mask: `[B, S]`.
+        position_ids: `[B or 1, S]`.
+        reply_codec: the id of the codec that the reply shall have.
+        sites: the number of the list of sites that the call visits; 0 for none.
+        wanted: whether the backward call will want the gradient of the span's input.
+        lease: the number of the leased weights; 0 for none.
     """
 
-    op: ClassVar[int] = 1
     id: CallId
     keep: bool
     hidden: Payload
@@ -134,7 +124,6 @@ class ForwardReply:
     `taps`: what has come out of the taps of its list, in their order.
     """
 
-    op: ClassVar[int] = 2
     id: CallId
     hidden: Payload
     compute_ns: int
@@ -147,11 +136,10 @@ class ForwardReply:
 class Backward:
     """Run the span backward. `id` is that of its forward call (with its own attempt).
 
-    `gradient` is that of the span's output, `[B, S, h]`. `replay` carries the forward's inputs again, after the stash
-    was lost. `sites`, `wanted` and `lease` as in the forward.
+    `gradient` is that of the span's output, `[B, S, h]`. `replay` carries the forward's inputs again, where the cloud
+    has lost the forward state. `sites`, `wanted` and `lease` as in the forward.
     """
 
-    op: ClassVar[int] = 3
     id: CallId
     gradient: Payload
     replay: SpanInputs | None
@@ -165,21 +153,20 @@ class Backward:
 class BackwardReply:
     """The gradient of the span's input `[B, S, h]`, None unless it was wanted.
 
-    `recomputed`: the forward was run again, as the stash was gone. `lent`: the gradients of what was lent, A and B of
-    each site in turn.
+    `recomputed`: the forward was run again, as its state was lost. `leased`: the gradients of leased weights, `down`
+    and `up` of each site in turn.
     """
 
-    op: ClassVar[int] = 4
     id: CallId
     gradient: Payload | None
     compute_ns: int
     crypto_ns: int
     queue_ns: int
     recomputed: bool
-    lent: tuple[Payload, ...] = ()
+    leased: tuple[Payload, ...] = ()
 
 
-class Shelf(enum.IntEnum):
+class FileSet(enum.IntEnum):
     """What an edge may fetch the files of."""
 
     PARTS = 1
@@ -192,19 +179,17 @@ class Shelf(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for a file of a shelf, from `offset` on."""
+    """Ask for a file of a file set, from `offset` on."""
 
-    op: ClassVar[int] = 5
-    shelf: Shelf
+    file_set: FileSet
     name: str
     offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A piece of a file: `data` stands at `offset` of `total` bytes; `sha256` is that of the whole file."""
+    """A chunk of a file: `data` stands at `offset` of `total` bytes; `sha256` is that of the whole file."""
 
-    op: ClassVar[int] = 6
     name: str
     offset: int
     total: int
@@ -214,10 +199,9 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class FetchList:
-    """Ask which files are on a shelf."""
+    """Ask which files a file set has."""
 
-    op: ClassVar[int] = 7
-    shelf: Shelf
+    file_set: FileSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +215,8 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileList:
-    """The files of a shelf."""
+    """The files of a file set."""
 
-    op: ClassVar[int] = 8
     entries: tuple[FileEntry, ...]
 
 
@@ -241,7 +224,6 @@ class FileList:
 class Status:
     """The cloud's answer without a result: `id` names the call, None means the session. `message` is for people."""
 
-    op: ClassVar[int] = 9
     code: StatusCode
     id: CallId | None
     message: str
@@ -256,7 +238,6 @@ class Status:
 class Ping:
     """Ask for a sign of life."""
 
-    op: ClassVar[int] = 10
     nonce: int
 
 
@@ -268,7 +249,6 @@ class Pong:
     before the first. It says nothing of other tenants.
     """
 
-    op: ClassVar[int] = 11
     nonce: int
     peak_bytes: int
 
@@ -277,7 +257,6 @@ class Pong:
 class Goodbye:
     """This side ends the session on purpose. A stream that ends without it was cut."""
 
-    op: ClassVar[int] = 12
     reason: str
 
 
@@ -300,7 +279,6 @@ class Attach:
     the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
     """
 
-    op: ClassVar[int] = 13
     link: bytes
     interactive: bool = False
     deadline_ms: int = 0
@@ -316,19 +294,17 @@ class Workers:
     attached here.
     """
 
-    op: ClassVar[int] = 21
     addresses: tuple[str, ...]
     go_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A piece of a file of an adapter: `data` stands at `offset` of `total` bytes; `sha256` is the whole file's.
+    """A chunk of a file of an adapter: `data` stands at `offset` of `total` bytes; `sha256` is the whole file's.
 
     Without data it asks how much of the file the cloud holds.
     """
 
-    op: ClassVar[int] = 14
     name: str
     offset: int
     total: int
@@ -338,9 +314,8 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class PutReply:
-    """How many bytes of a file the cloud holds now, from its beginning on: the next piece stands there."""
+    """How many bytes of a file the cloud holds now, from its beginning on: the next chunk stands there."""
 
-    op: ClassVar[int] = 15
     name: str
     sha256: bytes
     held: int
@@ -350,7 +325,6 @@ class PutReply:
 class PlugIn:
     """Plug in the adapter that these files are, which the cloud holds whole. It takes the place of an older one."""
 
-    op: ClassVar[int] = 16
     entries: tuple[FileEntry, ...]
 
 
@@ -379,7 +353,7 @@ Message = (
 )
 
 Timed = ForwardReply | BackwardReply | SiteQuestion
-"""What tells where the cloud's time went."""
+"""What says where the cloud's time went."""
 
 EDGE_SENDS: tuple[type[Message], ...] = (
     Forward,
@@ -407,106 +381,3 @@ CLOUD_SENDS: tuple[type[Message], ...] = (
     SiteQuestion,
     Workers,
 )
-
-
-MAX_INFO = 16 * 1024
-MAX_INFO_TEXT = 256
-_PATTERNS = {
-    "session_id": re.compile(r"[0-9a-f]{32}"),
-    "digest": re.compile(r"[0-9a-f]{64}"),
-    "plan": re.compile(r"[0-9]{1,6}:[0-9]{1,6}"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class SpanLimits:
-    """What the cloud accepts of one tenant."""
-
-    max_tokens_per_call: int
-    max_message_bytes: int
-    stash_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What the cloud tells an edge in the handshake's last message.
-
-    Attributes:
-        session_id: 16 random bytes in hexadecimal.
-        model: the name that the cloud serves the backbone under.
-        digest: SHA-256 of the backbone's checkpoint, in hexadecimal.
-        family: the architecture, as in `isthmus.backbone.families`.
-        n_layers: decoder layers of the whole model.
-        plan: the split plan, for example "2:2".
-        hidden_size: width of the hidden states.
-        attn_implementation: the attention implementation that both sides use.
-        span_dtype: the dtype that the span computes in, "fp32" or "bf16", and how its weights are held where they are
-            quantized, as in "bf16+nf4".
-        codecs: names of the codecs that the cloud accepts and sends.
-        limits: what the cloud accepts of this edge.
-        server_version: the cloud's version of Isthmus.
-    """
-
-    session_id: str
-    model: str
-    digest: str
-    family: str
-    n_layers: int
-    plan: str
-    hidden_size: int
-    attn_implementation: str
-    span_dtype: str
-    codecs: tuple[str, ...]
-    limits: SpanLimits
-    server_version: str
-
-    def to_json(self) -> bytes:
-        """Write the information as UTF-8 JSON."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @classmethod
-    def from_json(cls, raw: Buffer) -> SessionInfo:
-        """Read the information, strictly: no key may be missing, unknown, of another type, or malformed.
-
-        Digest, plan and session id name files and sessions on the edge, so nothing but digits gets through.
-
-        Raises:
-            MessageError: it is malformed.
-        """
-        if len(raw) > MAX_INFO:
-            raise MessageError(f"session information of {len(raw)} bytes is refused: {MAX_INFO} are accepted")
-        try:
-            data = json.loads(bytes(raw).decode())
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"session information is not JSON: {error}") from error
-        values = _strict(cls, data)
-        for name, pattern in _PATTERNS.items():
-            if not pattern.fullmatch(values[name]):
-                raise MessageError(f"session information has {name} = {values[name][:80]!r}, which is malformed")
-        for text in (*(value for value in values.values() if isinstance(value, str)), *values["codecs"]):
-            if len(text) > MAX_INFO_TEXT or not text.isprintable():
-                raise MessageError(
-                    f"session information has the text {text[:80]!r}: at most {MAX_INFO_TEXT} printable characters "
-                    "are accepted"
-                )
-        limits = SpanLimits(**_strict(SpanLimits, values["limits"]))
-        return cls(**{**values, "codecs": tuple(values["codecs"]), "limits": limits})
-
-
-_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "tuple[str, ...]": list, "SpanLimits": dict}
-
-
-def _strict(cls: type[SessionInfo] | type[SpanLimits], data: object) -> Mapping[str, Any]:
-    """Check that a JSON object has exactly the fields of a class, each of its type."""
-    names = {entry.name: _JSON_TYPES[str(entry.type)] for entry in fields(cls)}
-    if not isinstance(data, dict) or set(data) != set(names):
-        got = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise MessageError(f"session information needs the keys {sorted(names)}, not {got}")
-    for name, kind in names.items():
-        value = data[name]
-        fits = type(value) is kind and not (type(value) is int and value < 0)
-        if not fits or (kind is list and not all(type(item) is str for item in value)):
-            raise MessageError(
-                f"session information has {name} = {str(value)[:80]!r}, which does not fit {kind.__name__}"
-            )
-    return data

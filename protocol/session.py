@@ -42,13 +42,12 @@ from isthmus.common.errors import (
     VersionError,
 )
 from isthmus.common.terminal import printable
-from isthmus.protocol.encoding import pack, peek, unpack
+from isthmus.protocol.encoding import pack, pack_info, peek, unpack, unpack_info
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, Buffer, Limits
 from isthmus.protocol.messages import (
     CLOUD_SENDS,
     EDGE_SENDS,
-    MAX_INFO,
     MAX_TEXT,
     CallId,
     Message,
@@ -222,10 +221,9 @@ class _Session:
             raise
 
     def _oversized(self, opened: Opened) -> Oversized:
-        op, call = peek(opened.header)
-        kind = next((kind for kind in self._takes if kind.op == op), None)
-        if kind is None:
-            raise MessageError(f"operation {op} is not one that the other side may send")
+        kind, call = peek(opened.header, self._limits)
+        if kind not in self._takes:
+            raise MessageError(f"{kind.__name__} is not a message that the other side may send")
         return Oversized(kind, call, opened.size)
 
     def _handshake(self, frame: Buffer) -> Event:
@@ -320,7 +318,7 @@ class EdgeSession(_Session):
         verdict, secrets = self._exchange.finish(frame)
         if secrets is None:
             raise _refusal(verdict)
-        info = SessionInfo.from_json(verdict.body)
+        info = unpack_info(verdict.body)
         if info.session_id != verdict.session_id.hex():
             raise MessageError(
                 f"the session's information names session {info.session_id}, not {verdict.session_id.hex()}"
@@ -398,10 +396,9 @@ class CloudSession(_Session):
             info = self._describe(tenant, session_id)
         except (NotEnrolledError, RefusedError) as error:
             return self._refuse(error)
-        raw = info.to_json()
-        if info.session_id != session_id.hex() or len(raw) > MAX_INFO:
-            raise LocalProtocolError("the session's information must carry the given session id, and be at most 16 KiB")
-        reply, secrets = self._exchange.finish(Verdict(StatusCode.OK, session_id, raw))
+        if info.session_id != session_id.hex():
+            raise LocalProtocolError("the session's information must carry the given session id")
+        reply, secrets = self._exchange.finish(Verdict(StatusCode.OK, session_id, pack_info(info)))
         if secrets is None:
             raise LocalProtocolError("an accepted handshake has no secrets")
         self._info, self._tenant = info, tenant

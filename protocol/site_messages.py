@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import ClassVar
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.protocol.tensor_codecs import Payload
@@ -30,7 +29,6 @@ class CallId:
 class Sites:
     """Where the edge has adapters: a list that calls of this session name by `number`, from 1 on."""
 
-    op: ClassVar[int] = 17
     number: int
     entries: tuple[SiteSpec, ...]
 
@@ -55,7 +53,6 @@ class SiteQuestion:
     Times as in a reply, for what the cloud has done since the edge's last message.
     """
 
-    op: ClassVar[int] = 18
     id: CallId
     phase: SitePhase
     sites: tuple[int, ...]
@@ -72,13 +69,12 @@ class SiteAnswer:
     Where one gradient stands for all sites of the group, it is alone.
     """
 
-    op: ClassVar[int] = 19
     id: CallId
     tensors: tuple[Payload, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class LentWeights:
+class LeasedWeights:
     """A leased site's LoRA: `down` `[r, in]`, `up` `[out, r]`, and the scale of their product."""
 
     down: Payload
@@ -93,7 +89,6 @@ class Lease:
     The cloud keeps one lease of a session, and overwrites it when the next one comes or the session ends.
     """
 
-    op: ClassVar[int] = 20
     number: int
     sites: int
-    weights: tuple[LentWeights, ...]
+    weights: tuple[LeasedWeights, ...]

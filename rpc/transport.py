@@ -16,9 +16,9 @@ from typing import Protocol
 
 import grpc
 
-from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError
+from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError, VersionError
 from isthmus.protocol.limits import MIB
-from isthmus.protocol.service import METHOD, stream_options
+from isthmus.protocol.service import CLIENT_CODING, METHOD, SERVICE, stream_options
 
 QUEUED_FRAMES = 16  # on each way; whoever is ahead of the other waits, so that neither fills the edge's memory
 WINDOW_BYTES = MIB  # that the cloud may send before they are asked for
@@ -40,7 +40,11 @@ class Stream(Protocol):
         """
 
     def receive(self, timeout: float) -> bytes:
-        """Wait for the next frame. Raises ConnectionLostError on a broken stream, NothingYetError after `timeout`."""
+        """Wait for the next frame.
+
+        Raises ConnectionLostError on a broken stream, NothingYetError after `timeout`, VersionError where the cloud
+        does not know the service, as one of an older release.
+        """
 
     def finish(self, timeout: float) -> None:
         """Send what is queued, end this side, and wait up to `timeout` seconds for the other side to end too."""
@@ -181,7 +185,8 @@ class _GrpcStream:
         self._outgoing = _Frames()
         self._incoming = _Frames()
         self._answered = threading.Event()
-        self._call = channel.stream_stream(METHOD)(self._requests())
+        self._unknown_service = False
+        self._call = channel.stream_stream(METHOD, **CLIENT_CODING)(self._requests())
         threading.Thread(target=self._read, name="strip-reader", daemon=True).start()
 
     def taken(self, timeout: float) -> bool:
@@ -197,7 +202,17 @@ class _GrpcStream:
             raise NothingYetError("the cloud takes no more frames at present")
 
     def receive(self, timeout: float) -> bytes:
-        return self._incoming.get(timeout)
+        try:
+            return self._incoming.get(timeout)
+        except NothingYetError:
+            raise
+        except ConnectionLostError:
+            if not self._unknown_service:
+                raise
+        raise VersionError(
+            f"the other side does not know the service {SERVICE}: it runs another release of Isthmus, or is no Isthmus "
+            "cloud. Use the same release on both sides."
+        )
 
     def close(self) -> None:
         self._outgoing.end("the stream is closed", drop=True)
@@ -231,6 +246,7 @@ class _GrpcStream:
             for frame in self._call:
                 self._incoming.put(frame)
         except grpc.RpcError as error:
+            self._unknown_service = self._call.code() == grpc.StatusCode.UNIMPLEMENTED
             reason = f"{self._call.code().name.lower()}: {self._call.details() or type(error).__name__}"
         self._incoming.end(reason)
         self._outgoing.end(reason, drop=True)  # nobody takes these any more

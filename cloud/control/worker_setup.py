@@ -30,7 +30,7 @@ from isthmus.common.files import locked
 from isthmus.common.machine_memory import memory_bytes
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.messages import MAX_PIECE, SessionInfo, Shelf, SpanLimits
+from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
 from isthmus.protocol.secure.keys import load_edge, load_worker
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
@@ -127,9 +127,9 @@ def served_by(spec: WorkerSpec) -> Served:
     return Served(
         info,
         executor,
-        FileShelf(Path(spec.parts), Shelf.PARTS),
+        FileShelf(Path(spec.parts), FileSet.PARTS),
         adapters,
-        None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+        None if package is None else FileShelf(package.folder, FileSet.EMULATOR),
         spec.sites,
     )
 
@@ -191,7 +191,7 @@ def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
     A backward call with its replay (two fp32 tensors, a mask, position ids), what a group of sites sends or is sent, or
     a piece of a file, and 1 MiB to spare.
     """
-    return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_PIECE) + (1 << 20)
+    return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_FILE_CHUNK) + (1 << 20)
 
 
 def tls_of(spec: WorkerSpec) -> ServerTls | None:

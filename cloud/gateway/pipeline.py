@@ -46,7 +46,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.secure.record import wipe
-from isthmus.protocol.service import METHOD, stream_options
+from isthmus.protocol.service import CLIENT_CODING, METHOD, stream_options
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
 from isthmus.protocol.tensor_codecs import codec_id
 
@@ -219,7 +219,7 @@ class _Stream:
             ("grpc.use_local_subchannel_pool", 1),
         ]
         self._channel = grpc.aio.insecure_channel(stage.target, options)  # the session is sealed
-        self._call: Any = self._channel.stream_stream(METHOD)()
+        self._call: Any = self._channel.stream_stream(METHOD, **CLIENT_CODING)()
         self._session = EdgeSession(pin=stage.pin, edge_key=stage.key)
 
     @classmethod

@@ -38,7 +38,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
-from isthmus.protocol.service import KEEPALIVE_MS, METHOD, SERVICE, stream_options
+from isthmus.protocol.service import KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
@@ -123,11 +123,10 @@ class StripServer:
             ("grpc.max_connection_idle_ms", IDLE_MS),  # without a stream
         ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._bounds.max_streams)
-        # No serializers: a gRPC message is a frame, and a frame is bytes.
-        session = grpc.stream_stream_rpc_method_handler(self._session)
-        server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: session})]
-        )
+        for path, coding in ((METHOD, SERVER_CODING), (OLD_METHOD, {})):
+            _, service, method = path.split("/")
+            session = grpc.stream_stream_rpc_method_handler(self._session, **coding)
+            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: session})])
         server.add_generic_rpc_handlers([self._health.handlers()])
         try:
             if tls is None:

@@ -29,7 +29,7 @@ class FileShelf:
         shelf: which shelf it is; a file that does not belong on it is not shown.
     """
 
-    def __init__(self, folder: Path, shelf: m.Shelf) -> None:
+    def __init__(self, folder: Path, shelf: m.FileSet) -> None:
         self._files: dict[str, ShelfFile] = {}
         for path in sorted(folder.iterdir()):
             if path.is_symlink() or not path.is_file() or not belongs(path.name, shelf):
@@ -52,7 +52,7 @@ class FileShelf:
         try:
             with found.path.open("rb") as file:
                 file.seek(offset)
-                data = file.read(min(m.MAX_PIECE, found.size - offset))
+                data = file.read(min(m.MAX_FILE_CHUNK, found.size - offset))
         except OSError as error:  # its text has a path of this machine
             log("file_unreadable", logging.ERROR, error=type(error).__name__, file=name)
             text = f"the file {name!r} cannot be read; the cloud's owner has a log of it"

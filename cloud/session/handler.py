@@ -31,9 +31,9 @@ from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
 _EMPTY = {
-    m.Shelf.PARTS: "the cloud offers no parts of its model: ask its owner",
-    m.Shelf.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
-    m.Shelf.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
+    m.FileSet.PARTS: "the cloud offers no parts of its model: ask its owner",
+    m.FileSet.EMULATOR: "the cloud offers no package: ask its owner for one (`isthmus cloud serve --emulator`)",
+    m.FileSet.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
 }
 
 
@@ -74,7 +74,7 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    shelves: Mapping[m.Shelf, FileShelf]
+    shelves: Mapping[m.FileSet, FileShelf]
     adapters: TenantAdapters
     calls: SiteCalls
     hidden_size: int
@@ -101,10 +101,10 @@ class TenantSession:
                 except Exception as error:  # noqa: BLE001  # what is no refusal is raised again
                     return self.refusal(message, error)
             case m.FetchList():
-                shelf = self._shelf(message.shelf)
+                shelf = self._shelf(message.file_set)
                 return shelf if isinstance(shelf, m.Status) else shelf.listing()
             case m.Fetch():
-                shelf = self._shelf(message.shelf)
+                shelf = self._shelf(message.file_set)
                 return shelf if isinstance(shelf, m.Status) else shelf.read(message.name, message.offset)
             case m.Put():
                 return self.adapters.put(message)
@@ -129,8 +129,8 @@ class TenantSession:
         self.calls.close()
         self.executor.release(self.session_id)
 
-    def _shelf(self, which: m.Shelf) -> FileShelf | m.Status:
-        shelf = self.adapters.shelf() if which == m.Shelf.ADAPTER else self.shelves.get(which)
+    def _shelf(self, which: m.FileSet) -> FileShelf | m.Status:
+        shelf = self.adapters.shelf() if which == m.FileSet.ADAPTER else self.shelves.get(which)
         return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if shelf is None else shelf
 
     def _computed(self, message: m.Forward | m.Backward | m.SiteAnswer | m.Lease) -> m.Message:
@@ -218,7 +218,9 @@ class TenantSession:
         call = message.id if isinstance(message, m.Forward | m.Backward | m.SiteAnswer) else None
         match error:
             case StashLost():
-                return m.Status(m.StatusCode.STASH_LOST, call, "the forward state was evicted; send the input again")
+                return m.Status(
+                    m.StatusCode.ACTIVATIONS_LOST, call, "the forward state was evicted; send the input again"
+                )
             case NonFiniteError():
                 return m.Status.saying(m.StatusCode.NON_FINITE, call, str(error))
             case ValueError() | LookupError() | ConfigError() | PlanError():

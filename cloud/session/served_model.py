@@ -36,9 +36,9 @@ class Served:
         batching: bool = True,
     ) -> TenantSession:
         """What answers the messages of one session; `threads` is where calls run that may pause."""
-        shelves = {m.Shelf.PARTS: self.parts}
+        shelves = {m.FileSet.PARTS: self.parts}
         if self.package is not None:
-            shelves[m.Shelf.EMULATOR] = self.package
+            shelves[m.FileSet.EMULATOR] = self.package
         return TenantSession(
             session_id,
             self.executor,

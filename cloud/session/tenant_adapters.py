@@ -123,7 +123,7 @@ class AdapterStore:
         stamp = status.st_ino, status.st_mtime_ns
         known = self._shelves.get(folder)
         if known is None or known[0] != stamp:
-            known = self._shelves[folder] = stamp, FileShelf(folder, m.Shelf.ADAPTER)
+            known = self._shelves[folder] = stamp, FileShelf(folder, m.FileSet.ADAPTER)
         return known[1]
 
     def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -214,7 +214,7 @@ class TenantAdapters:
     def _fault(self, entries: Sequence[m.FileEntry]) -> str | None:
         """Why files of these names and sizes are not taken, by what is said of them alone."""
         for entry in entries:
-            if not belongs(entry.name, m.Shelf.ADAPTER):
+            if not belongs(entry.name, m.FileSet.ADAPTER):
                 return f"{entry.name!r} is no file of an adapter: return the folder that tuning wrote"
         size, most = sum(entry.size for entry in entries), self._store.max_bytes
         return f"{size} bytes are more than the {most} that an adapter may have: tune less" if size > most else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement
-from isthmus.protocol.fields import body_bytes
+from isthmus.protocol.encoding import body_bytes
 
 QUESTIONS_PER_SITE = 2
 """A backward may ask about a site twice: for its contribution once more, where the forward has to be computed again,

@@ -85,13 +85,13 @@ def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: in
         RemoteProtocolError: the cloud offers a file that belongs to no model's parts, or a file does not have the hash
             that the cloud gave for it.
     """
-    listing = _listing(m.Shelf.PARTS, call, max_bytes)
+    listing = _listing(m.FileSet.PARTS, call, max_bytes)
     with _cached("edge", pin, _name(info), listing, max_bytes) as folder:
 
         def weigh() -> Mapping[str, int]:
             return {EDGE_FILE: _weights(folder, info).edge}
 
-        _complete(folder, m.Shelf.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
+        _complete(folder, m.FileSet.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
     return folder
 
 
@@ -122,14 +122,14 @@ def fetch_package(
     """
     check_free(out)
     part = out.with_name(f"{out.name}.part")
-    listing = _listing(m.Shelf.EMULATOR, call, max_bytes)
+    listing = _listing(m.FileSet.EMULATOR, call, max_bytes)
 
     def weigh() -> Mapping[str, int]:
         weights = _weights(part, info)  # an emulator is smaller than what it stands for
         return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
 
     with locked(part):
-        _complete(part, m.Shelf.EMULATOR, listing, f"fetching the package of {info.model}", call, weigh)
+        _complete(part, m.FileSet.EMULATOR, listing, f"fetching the package of {info.model}", call, weigh)
         try:
             package = open_package(part, signer=signer)
             if (package.digest, str(package.plan)) != (info.digest, info.plan):
@@ -178,7 +178,7 @@ def fetch_adapter(
         RefusedError: no adapter is plugged in.
         RemoteProtocolError: a file's name or hash is wrong.
     """
-    listing = _listing(m.Shelf.ADAPTER, call, max_bytes)
+    listing = _listing(m.FileSet.ADAPTER, call, max_bytes)
     contents = hashlib.sha256()
     for entry in sorted(listing.entries, key=lambda entry: entry.name):
         contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
@@ -188,7 +188,7 @@ def fetch_adapter(
 
     name = f"{_name(info)}-{contents.hexdigest()[:32]}"
     with _cached("adapters", pin, name, listing, max_bytes) as folder:
-        _complete(folder, m.Shelf.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
+        _complete(folder, m.FileSet.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
         check_adapter(folder, None, parts, plan, any_package=True)
     return folder
 
@@ -241,7 +241,7 @@ def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
             shutil.rmtree(other)
 
 
-def _listing(shelf: m.Shelf, call: Call, max_bytes: int) -> m.FileList:
+def _listing(shelf: m.FileSet, call: Call, max_bytes: int) -> m.FileList:
     listing = call(m.FileList, lambda attempt: m.FetchList(shelf))
     check_offer(listing.entries, shelf, max_bytes)
     return listing
@@ -254,7 +254,7 @@ def _weights(folder: Path, info: m.SessionInfo) -> Weights:
     return Weights(weights.edge + WEIGHTS_HEADER, weights.whole + WEIGHTS_HEADER)
 
 
-def _complete(folder: Path, shelf: m.Shelf, listing: m.FileList, what: str, call: Call, weigh: Weigh) -> None:
+def _complete(folder: Path, shelf: m.FileSet, listing: m.FileList, what: str, call: Call, weigh: Weigh) -> None:
     """Bring a folder up to what is listed. What is not, is removed."""
     with disk_errors(folder):
         check_contents(private_folder(folder))
@@ -274,14 +274,14 @@ def _complete(folder: Path, shelf: m.Shelf, listing: m.FileList, what: str, call
             _fetch(folder, shelf, entry, call, advance)
 
 
-def _fetch(folder: Path, shelf: m.Shelf, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
+def _fetch(folder: Path, shelf: m.FileSet, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
     unfinished = folder / _unfinished(entry)
     offset = _begun(folder, entry)
     advance(offset)
     with unfinished.open("ab") as file:
         file.truncate(offset)
         while offset < entry.size:
-            most = min(m.MAX_PIECE, entry.size - offset)
+            most = min(m.MAX_FILE_CHUNK, entry.size - offset)
             piece = call(m.Blob, partial(_ask, shelf, entry.name, offset), answer_bytes=most)
             came = (piece.name, piece.offset, piece.total, piece.sha256)
             if came != (entry.name, offset, entry.size, entry.sha256) or not len(piece.data):
@@ -318,7 +318,7 @@ def _remove_others(folder: Path, listing: m.FileList) -> None:
             path.unlink()
 
 
-def _ask(shelf: m.Shelf, name: str, offset: int, attempt: int) -> m.Fetch:
+def _ask(shelf: m.FileSet, name: str, offset: int, attempt: int) -> m.Fetch:
     return m.Fetch(shelf, name, offset)
 
 

@@ -43,13 +43,13 @@ WEIGHTS_HEADER = 16 * MIB
 WEIGHTS = frozenset({EDGE_FILE, EMULATOR_FILE, ADAPTER_WEIGHTS, WHOLE_FILE})
 _SETTINGS = frozenset({"config.json", "generation_config.json", PARTS_FILE, EMULATOR_INFO, MANIFEST_FILE, TUNING_INFO})
 _NAMES = {
-    m.Shelf.PARTS: "an edge's parts",
-    m.Shelf.EMULATOR: "a package's files",
-    m.Shelf.ADAPTER: "an adapter's files",
+    m.FileSet.PARTS: "an edge's parts",
+    m.FileSet.EMULATOR: "a package's files",
+    m.FileSet.ADAPTER: "an adapter's files",
 }
 
 
-def check_offer(entries: Iterable[m.FileEntry], shelf: m.Shelf, max_bytes: int) -> None:
+def check_offer(entries: Iterable[m.FileEntry], shelf: m.FileSet, max_bytes: int) -> None:
     """Look at a list of files before any of them is fetched.
 
     Args:

@@ -345,7 +345,7 @@ def _described(info: m.SessionInfo) -> str:
 def _error(status: m.Status) -> Exception:
     said = printable(status.message)
     match status.code:
-        case m.StatusCode.STASH_LOST:
+        case m.StatusCode.ACTIVATIONS_LOST:
             return StashLostError()
         case m.StatusCode.NON_FINITE:
             return NonFiniteError(f"the cloud refused the call (not finite): {said}")

@@ -40,7 +40,7 @@ def return_adapter(info: m.SessionInfo, call: Call, folder: Path) -> str:
         RemoteProtocolError: the cloud loses again and again what it was sent.
     """
     entries = _entries(folder)
-    upload = _Upload(call, min(m.MAX_PIECE, info.limits.max_message_bytes))
+    upload = _Upload(call, min(m.MAX_FILE_CHUNK, info.limits.max_message_bytes))
     with transfer_bar("returning the adapter", sum(entry.size for entry in entries)) as advance:
         for entry in entries:
             upload.send(folder / entry.name, entry, advance)
@@ -54,7 +54,7 @@ def _entries(folder: Path) -> tuple[m.FileEntry, ...]:
     except OSError as error:
         raise AdapterError(f"{folder} is no adapter ({error.strerror}): {_RETURN}") from error
     for name in names:
-        if not belongs(name, m.Shelf.ADAPTER):
+        if not belongs(name, m.FileSet.ADAPTER):
             raise AdapterError(f"{folder} holds {name!r}, which is no file of an adapter: move it away")
     if TUNING_INFO not in names:
         raise AdapterError(f"{folder} has no {TUNING_INFO}, which says what it was tuned on: {_RETURN}")

@@ -90,10 +90,10 @@ def _accepted(answer: m.Message) -> None:
         raise RefusedError(f"the cloud refused the adapters inside its layers: {printable(answer.message)}")
 
 
-def _packed(lent: Lent) -> m.LentWeights:
+def _packed(lent: Lent) -> m.LeasedWeights:
     what = "a matrix lent to the cloud's layers"
     down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lent.down, lent.up))
-    return m.LentWeights(down, up, lent.scale)
+    return m.LeasedWeights(down, up, lent.scale)
 
 
 class SpanCaller(LastingLink):
@@ -249,9 +249,11 @@ class SpanCaller(LastingLink):
     def _take_back(self, reply: m.BackwardReply, sites: SiteCall | None) -> None:
         """Hand on the gradients of what was lent."""
         limits = edge_limits(self.info)
-        for payload in reply.lent:
+        for payload in reply.leased:
             _check_codec(payload, "fp32")
-        lent = [decode(payload, limits=limits, what="the gradient of a lent matrix").clone() for payload in reply.lent]
+        lent = [
+            decode(payload, limits=limits, what="the gradient of a lent matrix").clone() for payload in reply.leased
+        ]
         try:
             if sites is not None:
                 sites.take_back(lent)

@@ -6,15 +6,15 @@ from isthmus.backbone.checkpoints.sources import is_part
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.package.intake import ADAPTER_FILES
 from isthmus.emulator.package.manifest import MANIFEST_FILE
-from isthmus.protocol.messages import Shelf
+from isthmus.protocol.messages import FileSet
 
 
-def belongs(name: str, shelf: Shelf) -> bool:
+def belongs(name: str, shelf: FileSet) -> bool:
     """Whether a file of this name may lie on the shelf."""
     match shelf:
-        case Shelf.PARTS:
+        case FileSet.PARTS:
             return is_part(name)
-        case Shelf.EMULATOR:
+        case FileSet.EMULATOR:
             return is_part(name) or name in (EMULATOR_FILE, EMULATOR_INFO, MANIFEST_FILE)
-        case Shelf.ADAPTER:
+        case FileSet.ADAPTER:
             return name in ADAPTER_FILES

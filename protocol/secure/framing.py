@@ -18,11 +18,14 @@ from isthmus.common.errors import LocalProtocolError
 from isthmus.protocol.limits import Buffer
 
 MAGIC = b"ISTH"
-VERSION = 5
+VERSION = 6
 TAG = 16
 KEY_BYTES = 32
 
+FLIGHT_PREFIX = struct.Struct("!4sBB")
+"""Magic, kind and version: what a flight of the handshake begins with."""
 PREFIX = struct.Struct("!4sBBIQIHHQ")
+"""What a sealed frame begins with, see `isthmus.protocol.secure.record`."""
 _NONCE = struct.Struct("!IQ")
 _ZEROS = memoryview(bytes(1 << 16))
 MAX_CHUNKS = (1 << 16) - 1

@@ -55,7 +55,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from isthmus.common.errors import FingerprintError, FrameError, LimitError, LocalProtocolError, VersionError
 from isthmus.protocol.limits import Buffer
-from isthmus.protocol.secure.framing import KEY_BYTES, MAGIC, TAG, VERSION, Direction, Kind, wipe
+from isthmus.protocol.secure.framing import FLIGHT_PREFIX, KEY_BYTES, MAGIC, TAG, VERSION, Direction, Kind, wipe
 from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 
 SUITE = 1
@@ -66,7 +66,6 @@ SESSION_ID_BYTES = 16
 MAX_DONE = 20 * 1024
 """Plaintext bytes of the last flight, at most."""
 
-_PREFIX = struct.Struct("!4sBB")
 _HELLO = struct.Struct(f"!H{NONCE_BYTES}s")
 _SERVER = struct.Struct(f"!{NONCE_BYTES}s1184s32s32s32sQ64s")
 _SIGNATURE = 64
@@ -179,7 +178,7 @@ class ClientHandshake:
         """
         if self._schedule is None:
             raise LocalProtocolError("the handshake has no keys yet")
-        if len(flight) > _PREFIX.size + MAX_DONE + TAG:
+        if len(flight) > FLIGHT_PREFIX.size + MAX_DONE + TAG:
             raise LimitError(f"a last flight of {len(flight)} bytes is refused: {MAX_DONE} are accepted")
         plain = self._schedule.open(Direction.CLOUD_TO_EDGE, _body(flight, Kind.SERVER_DONE, None))
         if len(plain) < 1 + SESSION_ID_BYTES:
@@ -344,14 +343,14 @@ class _Schedule:
 
 
 def _flight(kind: Kind, body: bytes) -> bytes:
-    return _PREFIX.pack(MAGIC, kind, VERSION) + body
+    return FLIGHT_PREFIX.pack(MAGIC, kind, VERSION) + body
 
 
 def _body(flight: Buffer, kind: Kind, size: int | None) -> bytes:
     """Check a flight's prefix and length and give its body. `size` None: at least a tag."""
-    if len(flight) < _PREFIX.size:
+    if len(flight) < FLIGHT_PREFIX.size:
         raise FrameError(f"a flight of the handshake has {len(flight)} bytes")
-    magic, got, version = _PREFIX.unpack(bytes(flight[: _PREFIX.size]))
+    magic, got, version = FLIGHT_PREFIX.unpack(bytes(flight[: FLIGHT_PREFIX.size]))
     if magic != MAGIC:
         raise FrameError("the other side does not speak the protocol of Isthmus")
     if version != VERSION or got == Kind.VERSION_REFUSED:
@@ -361,7 +360,7 @@ def _body(flight: Buffer, kind: Kind, size: int | None) -> bytes:
         )
     if got != kind:
         raise FrameError(f"flight {got} of the handshake came where {int(kind)} was due")
-    body = bytes(flight[_PREFIX.size :])
+    body = bytes(flight[FLIGHT_PREFIX.size :])
     if len(body) != size if size is not None else len(body) < TAG:
         raise FrameError(f"a flight of the handshake has {len(body)} bytes where {size or TAG} are due")
     return body

@@ -29,7 +29,7 @@ from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.harness.tickets import Ticket, write_tickets
 from isthmus.experiments.rigs.network.relay import Relay
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.messages import MAX_PIECE
+from isthmus.protocol.messages import MAX_FILE_CHUNK
 from isthmus.protocol.secure.keys import load_worker
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
@@ -82,14 +82,14 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
         # A fetch that is killed leaves no package, and goes on when it is repeated.
         fetch = ("emulator", "fetch", *here, "--out", "package")
         fetching = edge.start(*fetch)
-        wait_for(lambda: size_of(edge.folder / "package.part") > 2 * MAX_PIECE, fetching)
+        wait_for(lambda: size_of(edge.folder / "package.part") > 2 * MAX_FILE_CHUNK, fetching)
         assert ended(fetching, signal.SIGKILL).returncode == -signal.SIGKILL
         held = size_of(edge.folder / "package.part")
         assert not (edge.folder / "package").exists()
         fetched = edge.json(*fetch)
         assert (fetched["id"], fetched["plan"]) == (built["id"], "2:2")
         package = edge.folder / "package"
-        assert 0 < fetched["bytes_down"] < size_of(package) - held + MAX_PIECE // 8
+        assert 0 < fetched["bytes_down"] < size_of(package) - held + MAX_FILE_CHUNK // 8
 
         # Tuning, with the cloud in reach from here and out of reach from there.
         port = int(ConnectionString.parse(cloud.connection).address.rpartition(":")[2])
@@ -325,7 +325,7 @@ class SlowRelay(Relay):
 
 @pytest.mark.server
 def test_a_download_that_is_killed_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_checkpoint("llama", tmp_path / "model", vocab_size=3 * MAX_PIECE // (2 * 32 * 4))
+    model = tiny_checkpoint("llama", tmp_path / "model", vocab_size=3 * MAX_FILE_CHUNK // (2 * 32 * 4))
     home = Home(tmp_path / "keys")
     offered = tiny_package(tmp_path / "package", model, signer=load_worker(home.folder))
     cloud = served(model, tmp_path / "parts", home=home.folder, emulator=offered.folder)
@@ -334,13 +334,13 @@ def test_a_download_that_is_killed_goes_on_where_it_stopped(tmp_path: Path, caps
         fetch = ("emulator", "fetch", "--key", home.key_file, "--out", out, "--cloud")
         with SlowRelay("127.0.0.1", server.port) as relay:
             killed = Shell(tmp_path).start(*fetch, server.address.replace(str(server.port), str(relay.port)))
-            wait_for(lambda: size_of(part) >= MAX_PIECE, killed)
+            wait_for(lambda: size_of(part) >= MAX_FILE_CHUNK, killed)
             ended(killed, signal.SIGKILL)
         held = size_of(part)
-        assert MAX_PIECE <= held < 3 * MAX_PIECE
+        assert MAX_FILE_CHUNK <= held < 3 * MAX_FILE_CHUNK
         assert not out.exists()
         done = in_process(capsys, *fetch, server.address, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes_down"] < size_of(out) - held + MAX_PIECE // 8
+    assert json.loads(done.stdout)["bytes_down"] < size_of(out) - held + MAX_FILE_CHUNK // 8
     assert open_package(out).id == offered.id
     assert not part.exists()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from isthmus.edge.codecs.wire_codecs import StripCodecs
-from isthmus.planner.wire_cost import Traffic, Wire, answer_header, frame_bytes, question_header, sizes
+from isthmus.planner.wire_cost import Traffic, Wire, answer_header, frame_bytes, lease_header, question_header, sizes
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
 from isthmus.protocol.secure.framing import KEY_BYTES, Direction
@@ -89,16 +89,22 @@ def test_taps_come_down_with_the_forward() -> None:
     wire = Wire(2, 64, 128, StripCodecs())
     plain, tapped = wire.forward(), wire.forward(taps=[128, 32])
     assert tapped.up == plain.up
-    assert tapped.down - plain.down == pytest.approx(2 * 64 * (128 + 32) * 4, abs=100)
+    hidden, *taps = (encode(torch.zeros(2, 64, width), "fp32", Role.ACTIVATION) for width in (128, 128, 32))
+    assert tapped.down == framed(m.ForwardReply(CALL, hidden, 1, 2, 3, tuple(taps)))
     assert tapped.round_trips == 1
     assert tapped.elements["fp32"] - plain.elements["fp32"] == 2 * 64 * 160
 
 
-def test_a_lent_adapter_goes_up_and_its_gradients_come_down() -> None:
-    lent = Wire(1, 1, 8, StripCodecs()).lending([(8, 576), (576, 8)] * 100)
-    assert lent.up == lent.down
-    assert lent.up == pytest.approx(100 * 2 * 8 * 576 * 4, rel=0.001)
-    assert lent.round_trips == 0
+def test_a_leased_adapter_goes_up_and_its_gradients_come_down() -> None:
+    leased = Wire(1, 1, 8, StripCodecs()).lending([(8, 576), (576, 8)] * 100)
+    down, up = (encode(torch.zeros(shape), "fp32", Role.ACTIVATION) for shape in ((8, 576), (576, 8)))
+    assert leased.up == framed(m.Lease(7, 3, (m.LeasedWeights(down, up, 2.5),) * 100))
+    assert leased.up == leased.down == pytest.approx(100 * 2 * 8 * 576 * 4, rel=0.01)
+    assert leased.round_trips == 0
+
+
+def test_more_leased_sites_than_a_message_carries_take_more_messages() -> None:
+    assert lease_header(2 * m.MAX_SITES + 1) == 2 * lease_header(m.MAX_SITES) + lease_header(1)
 
 
 def test_traffic_adds_and_scales() -> None:

@@ -8,8 +8,7 @@ from support.wire import new_edge, new_pair
 
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol import messages as m
-from isthmus.protocol.encoding import pack
-from isthmus.protocol.fields import body_bytes
+from isthmus.protocol.encoding import body_bytes, pack
 from isthmus.protocol.secure.framing import MAX_REKEYS
 from isthmus.protocol.session import CloudSession, EdgeSession, Incomplete, Received
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, encode

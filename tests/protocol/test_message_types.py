@@ -12,13 +12,13 @@ from support.mutations import mutations
 from support.wire import GENERATORS
 
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError
-from isthmus.protocol import encoding, messages as m
+from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.validation import check
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MESSAGES: tuple[type[m.Message], ...] = typing.get_args(m.Message)
-ENUMERATIONS = ("shelf", "code", "phase")
+ENUMERATIONS = ("file_set", "code", "phase")
 """Fields whose type alone keeps the sender's values right; the reader has to look."""
 by_type = pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
 
@@ -39,7 +39,8 @@ def packed(message: m.Message) -> tuple[bytes, bytearray]:
 def test_every_message_has_a_generator_a_sender_and_a_number_of_its_own() -> None:
     assert set(GENERATORS) == set(MESSAGES)
     assert {*m.EDGE_SENDS, *m.CLOUD_SENDS} == set(MESSAGES)
-    assert len({kind.op for kind in MESSAGES}) == len(MESSAGES)
+    fields = pb.Header.DESCRIPTOR.oneofs_by_name["message"].fields
+    assert {field.message_type.name for field in fields} == {kind.__name__ for kind in MESSAGES}
 
 
 @by_type

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError
-from isthmus.protocol.service import METHOD, SERVICE
+from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE
 from isthmus.rpc.transport import QUEUED_FRAMES, GrpcTransport, NothingYetError, Tls
 
 Behaviour = Callable[[Iterator[bytes], Any], Iterator[bytes]]
@@ -31,7 +31,7 @@ def serve() -> Iterator[Callable[[Behaviour], GrpcTransport]]:
             yield from behaviour(frames, context)
 
         server = grpc.server(ThreadPoolExecutor(4))
-        handler = grpc.stream_stream_rpc_method_handler(taken)
+        handler = grpc.stream_stream_rpc_method_handler(taken, **SERVER_CODING)
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rsplit("/", 1)[1]: handler})]
         )

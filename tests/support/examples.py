@@ -28,7 +28,7 @@ _INPUTS = m.SpanInputs(tensor(), _MASK, _POSITIONS)
 _DIGEST = bytes(range(32))
 _ENTRY = m.FileEntry("adapter_config.json", 3, _DIGEST)
 _GRADIENT = tensor(role=Role.GRADIENT)
-_LENT = m.LentWeights(tensor(shape=(2, 3)), tensor(shape=(4, 2)), 0.5)
+_LENT = m.LeasedWeights(tensor(shape=(2, 3)), tensor(shape=(4, 2)), 0.5)
 
 MESSAGES: tuple[m.Message, ...] = (
     *(
@@ -43,9 +43,9 @@ MESSAGES: tuple[m.Message, ...] = (
         _ID, _GRADIENT, 1, 2, 3, True, tuple(tensor(role=Role.GRADIENT, shape=shape) for shape in ((2, 3), (4, 2)))
     ),
     m.BackwardReply(_ID, None, 1, 2, 3, False),
-    m.Fetch(m.Shelf.PARTS, "config.json", 7),
+    m.Fetch(m.FileSet.PARTS, "config.json", 7),
     m.Blob("config.json", 0, 3, _DIGEST, b"{}\n"),
-    m.FetchList(m.Shelf.ADAPTER),
+    m.FetchList(m.FileSet.ADAPTER),
     m.FileList((_ENTRY, m.FileEntry("README.md", 0, _DIGEST))),
     m.Status(m.StatusCode.BAD_REQUEST, _ID, "no such list"),
     m.Status(m.StatusCode.OK, None, ""),

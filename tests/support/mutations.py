@@ -48,7 +48,7 @@ def _bad(owner: type, name: str, kind: Any, value: Any) -> Iterator[tuple[str, A
     if value is None:
         return
     if kind == Buffer:
-        yield " too long", bytes(m.MAX_PIECE + 1)
+        yield " too long", bytes(m.MAX_FILE_CHUNK + 1)
         return
     if isinstance(kind, types.UnionType):  # an optional one
         (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
@@ -103,7 +103,7 @@ VALUES: dict[Any, tuple[Any, ...]] = {
         SiteSpec(1, "a", Placement.LOW_RANK, 4, -1),
         SiteSpec(1, "a", Placement.LOW_RANK, 4, 1 << 64, Basis.SVD),
     ),
-    m.Shelf: (0, 4, 256),
+    m.FileSet: (0, 4, 256),
     m.StatusCode: (6, 255, 256),
     m.SitePhase: (0, 5, 256),
     (m.Status, "message"): TEXTS,
@@ -172,21 +172,21 @@ def _forward_reply(good: m.ForwardReply) -> Iterator[m.Message]:
 
 
 def _backward_reply(good: m.BackwardReply) -> Iterator[m.Message]:
-    yield replace(good, lent=(*good.lent, MATRIX))
-    yield replace(good, lent=(MATRIX,) * (2 * m.MAX_SITES + 2))
-    yield replace(good, lent=(MATRIX, payload((1, 2), "fp32", Role.GRADIENT, 0)))
-    yield replace(good, lent=(MATRIX, payload((1, 1), "bf16", Role.GRADIENT, 0)))
-    yield replace(good, lent=(MATRIX, replace(MATRIX, role=Role.ACTIVATION)))
+    yield replace(good, leased=(*good.leased, MATRIX))
+    yield replace(good, leased=(MATRIX,) * (2 * m.MAX_SITES + 2))
+    yield replace(good, leased=(MATRIX, payload((1, 2), "fp32", Role.GRADIENT, 0)))
+    yield replace(good, leased=(MATRIX, payload((1, 1), "bf16", Role.GRADIENT, 0)))
+    yield replace(good, leased=(MATRIX, replace(MATRIX, role=Role.ACTIVATION)))
 
 
 def _lease(good: m.Lease) -> Iterator[m.Message]:
-    lent = good.weights[0]
+    leased = good.weights[0]
     yield replace(good, weights=())
     small = replace(MATRIX, role=Role.ACTIVATION)
-    yield replace(good, weights=(m.LentWeights(small, small, 1.0),) * (m.MAX_SITES + 1))
-    yield replace(good, weights=(replace(lent, down=_taller(lent.down)),))
+    yield replace(good, weights=(m.LeasedWeights(small, small, 1.0),) * (m.MAX_SITES + 1))
+    yield replace(good, weights=(replace(leased, down=_taller(leased.down)),))
     for codec in ("bf16", "int8"):
-        yield replace(good, weights=(replace(lent, up=payload(lent.up.shape, codec, Role.ACTIVATION, 0)),))
+        yield replace(good, weights=(replace(leased, up=payload(leased.up.shape, codec, Role.ACTIVATION, 0)),))
 
 
 def _sites(good: m.Sites) -> Iterator[m.Message]:

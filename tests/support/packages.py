@@ -21,7 +21,7 @@ from isthmus.edge.training.methods import build_peft, trained
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.package import Package, write_package
-from isthmus.protocol.messages import Shelf
+from isthmus.protocol.messages import FileSet
 from isthmus.protocol.secure.keys import WorkerIdentity
 
 
@@ -74,7 +74,7 @@ class Owner:
         )
 
     def offer(self, root: Path, *, package: bool = True) -> Served:
-        shelf = FileShelf(self.package.folder, Shelf.EMULATOR) if package else None
+        shelf = FileShelf(self.package.folder, FileSet.EMULATOR) if package else None
         return dataclasses.replace(self.plain, adapters=self.store(root, package=package), package=shelf)
 
     def adapter(self, method: str = "lora", *, seed: int = 1, on_package: bool = True) -> Path:

@@ -42,7 +42,7 @@ def session_info(tenant: Tenant, session_id: bytes) -> m.SessionInfo:
         attn_implementation="sdpa",
         span_dtype="fp32",
         codecs=ACTIVATION_CODECS,
-        limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 26, stash_bytes=1 << 20),
+        limits=m.SpanLimits(max_tokens_per_call=4096, max_message_bytes=1 << 26, activation_cache_bytes=1 << 20),
         server_version="0.1.0",
     )
 
@@ -100,7 +100,7 @@ def unchecked(tensor: torch.Tensor, codec: str, role: Role) -> Payload:
 
 
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
-call_ids = st.builds(m.CallId, u32, u64, u16)
+call_ids = st.builds(m.CallId, u32, u64, u32)
 reply_codecs = st.sampled_from([codec_id(name) for name in ACTIVATION_CODECS])
 names = st.from_regex(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}", fullmatch=True)
 texts = st.text(max_size=200)
@@ -173,15 +173,16 @@ def matrices(draw: st.DrawFn, role: Role) -> tuple[Payload, Payload]:
 @st.composite
 def backward_replies(draw: st.DrawFn) -> m.BackwardReply:
     gradient = draw(st.none() | hidden_states(Role.GRADIENT))
-    lent = [each for pair in draw(st.lists(matrices(Role.GRADIENT), max_size=3)) for each in pair]
-    return m.BackwardReply(draw(call_ids), gradient, draw(u64), draw(u64), draw(u64), draw(st.booleans()), tuple(lent))
+    leased = [each for pair in draw(st.lists(matrices(Role.GRADIENT), max_size=3)) for each in pair]
+    times, recomputed = (draw(u64), draw(u64), draw(u64)), draw(st.booleans())
+    return m.BackwardReply(draw(call_ids), gradient, *times, recomputed, tuple(leased))
 
 
 @st.composite
 def leases(draw: st.DrawFn) -> m.Lease:
     scales = st.floats(allow_nan=False, allow_infinity=False)
     pairs = draw(st.lists(matrices(Role.ACTIVATION), min_size=1, max_size=3))
-    weights = tuple(m.LentWeights(down, up, draw(scales)) for down, up in pairs)
+    weights = tuple(m.LeasedWeights(down, up, draw(scales)) for down, up in pairs)
     return m.Lease(draw(u32.filter(bool)), draw(u32.filter(bool)), weights)
 
 
@@ -205,7 +206,7 @@ lists_of_sites = st.builds(m.Sites, st.integers(1, (1 << 32) - 1), st.lists(site
 @st.composite
 def site_questions(draw: st.DrawFn) -> m.SiteQuestion:
     phase = draw(st.sampled_from(m.SitePhase))
-    sites = tuple(draw(st.lists(u16, min_size=1, max_size=3, unique=True)))
+    sites = tuple(draw(st.lists(st.integers(0, m.MAX_SITES - 1), min_size=1, max_size=3, unique=True)))
     role, count = {
         m.SitePhase.FORWARD: (Role.ACTIVATION, 1),
         m.SitePhase.AGAIN: (Role.ACTIVATION, 0),
@@ -232,7 +233,7 @@ def puts(draw: st.DrawFn) -> m.Put:
     return m.Put(piece.name, piece.offset, piece.total, piece.sha256, piece.data)
 
 
-shelves = st.sampled_from(m.Shelf)
+file_sets = st.sampled_from(m.FileSet)
 entries = st.builds(m.FileEntry, names, u64, digests)
 
 
@@ -257,9 +258,9 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
     m.ForwardReply: forward_replies(),
     m.Backward: backwards(),
     m.BackwardReply: backward_replies(),
-    m.Fetch: st.builds(m.Fetch, shelves, names, u64),
+    m.Fetch: st.builds(m.Fetch, file_sets, names, u64),
     m.Blob: blobs(),
-    m.FetchList: st.builds(m.FetchList, shelves),
+    m.FetchList: st.builds(m.FetchList, file_sets),
     m.FileList: st.builds(m.FileList, lists_of_files(0, 5)),
     m.Status: st.builds(m.Status, st.sampled_from(m.StatusCode), st.none() | call_ids, texts),
     m.Ping: st.builds(m.Ping, u64),

@@ -36,7 +36,7 @@ from isthmus.experiments.rigs.abuse.ceilings import (
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
-from isthmus.protocol.service import METHOD
+from isthmus.protocol.service import CLIENT_CODING, METHOD
 
 LOG: Final = "attacks.log"
 CALM_SECONDS = 2.0
@@ -207,7 +207,7 @@ def attack_planted(pid: int, address: str) -> Taken:
     """
     noise = os.urandom(FRAME_BYTES)
     with Gauge(pid) as gauge, grpc.insecure_channel(address) as channel:
-        session = channel.stream_stream(METHOD)
+        session = channel.stream_stream(METHOD, **CLIENT_CODING)
         for _ in range(FRAMES):
             with contextlib.suppress(grpc.RpcError):
                 list(session(iter([noise]), timeout=60))

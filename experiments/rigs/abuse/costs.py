@@ -78,14 +78,14 @@ def disconnect(session: Session, seconds: float) -> dict[str, Any]:
 
 def download(session: Session, seconds: float) -> dict[str, Any]:
     """The largest file of the edge's parts, from its beginning to its end and again."""
-    session.send(m.FetchList(m.Shelf.PARTS))
+    session.send(m.FetchList(m.FileSet.PARTS))
     listing = session.receive()
     if not isinstance(listing, m.FileList):
         raise IsthmusError(f"the cloud answered with {type(listing).__name__} instead of its files")
     largest = max(listing.entries, key=lambda entry: entry.size)
     end, fetched = time.monotonic() + seconds, 0
     while time.monotonic() < end:
-        session.send(m.Fetch(m.Shelf.PARTS, largest.name, fetched % largest.size))
+        session.send(m.Fetch(m.FileSet.PARTS, largest.name, fetched % largest.size))
         piece = session.receive()
         if not isinstance(piece, m.Blob):
             raise IsthmusError(f"the cloud answered with {type(piece).__name__} instead of a piece of {largest.name}")

@@ -27,7 +27,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString, Tenant
 from isthmus.protocol.limits import GIB, MIB
 from isthmus.protocol.secure.keys import Fingerprint, load_worker
-from isthmus.protocol.service import SERVICE, stream_options
+from isthmus.protocol.service import SERVER_CODING, SERVICE, stream_options
 from isthmus.protocol.session import CloudSession, Received
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, encode
 
@@ -128,10 +128,10 @@ class HostileCloud:
             limits=m.SpanLimits(1 << 20, 4 * GIB, GIB),
             server_version="0",
         )
-        self._shelf = FileShelf(parts, m.Shelf.PARTS)
+        self._shelf = FileShelf(parts, m.FileSet.PARTS)
         self._identity = load_worker(home, time.time)
         self._server = grpc.server(ThreadPoolExecutor(8), options=stream_options(MIB))
-        handler = grpc.stream_stream_rpc_method_handler(self._session)
+        handler = grpc.stream_stream_rpc_method_handler(self._session, **SERVER_CODING)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Session": handler}),))
 
     def listing(self, other: m.FileEntry) -> m.FileList:

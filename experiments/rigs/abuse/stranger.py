@@ -34,7 +34,7 @@ from isthmus.experiments.rigs.abuse.http2 import (
     frame,
 )
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.protocol.service import METHOD
+from isthmus.protocol.service import METHOD, write_frame
 from isthmus.protocol.session import EdgeSession
 
 CHECK: Final = "/grpc.health.v1.Health/Check"
@@ -185,7 +185,7 @@ def _streams(
 def starved_streams(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
     """Begin handshakes, and leave no window for the answers."""
     starved = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
-    yield from _streams(host, port, connections, streams, METHOD, b"", _message(_hello()), starved)
+    yield from _streams(host, port, connections, streams, METHOD, b"", _message(write_frame(_hello())), starved)
 
 
 @contextlib.contextmanager

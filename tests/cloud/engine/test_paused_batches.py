@@ -98,7 +98,7 @@ class Edge:
                 down, up = (
                     0.2 * random_tensor(*shape, seed=self.seed + number) for shape in ((rank, n_in), (n_out, rank))
                 )
-                weights.append(m.LentWeights(on_wire(down, Role.ACTIVATION), on_wire(up, Role.ACTIVATION), 0.5))
+                weights.append(m.LeasedWeights(on_wire(down, Role.ACTIVATION), on_wire(up, Role.ACTIVATION), 0.5))
             self.session.handle(m.Lease(1, 1, tuple(weights)))
 
     def hidden(self, role: Role) -> Payload:
@@ -138,7 +138,7 @@ class Edge:
             case m.BackwardReply():
                 self.heard.append((said.gradient, said.lent, said.recomputed))
                 return None
-            case m.Status(m.StatusCode.STASH_LOST):
+            case m.Status(m.StatusCode.ACTIVATIONS_LOST):
                 return self.backward(replay=True)
             case _:
                 self.heard.append((said,))

@@ -160,7 +160,9 @@ def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
     small = served(model, tmp_path / "parts", max_tokens=1)
     with ThreadServer(small, Home(tmp_path)) as server, server.link() as link:
         link.open(5)
-        piece = link._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.PARTS, "vocab.bin", 0), answer_bytes=m.MAX_PIECE)
+        piece = link._call(
+            m.Blob, lambda attempt: m.Fetch(m.FileSet.PARTS, "vocab.bin", 0), answer_bytes=m.MAX_FILE_CHUNK
+        )
         assert (len(piece.data), piece.total) == (8 << 20, 9 << 20)
 
 

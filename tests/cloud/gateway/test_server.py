@@ -45,7 +45,7 @@ from isthmus.common.errors import (
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Pace
 from isthmus.protocol.secure.keys import load_edge
-from isthmus.protocol.service import METHOD, SERVICE
+from isthmus.protocol.service import CLIENT_CODING, METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 from isthmus.rpc.secure_stream import Channel, Traffic
@@ -138,7 +138,7 @@ def streams_of(server: ThreadServer) -> int:
 def hasty(plain: grpc.Channel, home: Home, calls: int) -> Any:
     """Attach to a cloud, send calls, and read no answer."""
     outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    stream = plain.stream_stream(METHOD)(iter(outgoing.get, b""))
+    stream = plain.stream_stream(METHOD, **CLIENT_CODING)(iter(outgoing.get, b""))
     edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
     outgoing.put(edge.start())
     outgoing.put(edge.receive(next(stream)).frames[0])
@@ -277,7 +277,7 @@ def test_the_log_tells_of_sessions_and_never_of_content(
         from isthmus.common.errors import RefusedError
 
         with pytest.raises(RefusedError):
-            link._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.PARTS, "tokenizer.model", 0))
+            link._call(m.Blob, lambda attempt: m.Fetch(m.FileSet.PARTS, "tokenizer.model", 0))
     eventually(lambda: any(line["event"] == "session_closed" for line in log()))
     lines = log()
     fields = {"time", "level", "event", "tenant", "session", "ending", "in_flight", "sessions"}

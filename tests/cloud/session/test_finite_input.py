@@ -102,7 +102,7 @@ def test_a_scale_that_makes_no_number_is_one_of_them(tenant: TenantSession) -> N
 @pytest.mark.parametrize("value", BAD)
 def test_lent_weights(tenant: TenantSession, value: float, place: str) -> None:
     tenant.handle(m.Sites(1, (SiteSpec(2, Q, Placement.LEASED),)))
-    lent = m.LentWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
+    lent = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
     good = m.Lease(1, 1, (lent,))
     answer = tenant.handle(good)
     assert isinstance(answer, m.Status)

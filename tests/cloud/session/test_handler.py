@@ -148,7 +148,7 @@ def test_a_lost_stash_is_named_and_a_replay_is_as_good(tenant: TenantSession, cl
     first = tenant.handle(backward((2, 6, HIDDEN)))
     lost = tenant.handle(backward((2, 6, HIDDEN)))
     assert isinstance(lost, m.Status)
-    assert (lost.code, lost.id) == (m.StatusCode.STASH_LOST, m.CallId(1, 1, 3))
+    assert (lost.code, lost.id) == (m.StatusCode.ACTIVATIONS_LOST, m.CallId(1, 1, 3))
     again = tenant.handle(backward((2, 6, HIDDEN), replay=span_inputs()))
     assert isinstance(first, m.BackwardReply)
     assert isinstance(again, m.BackwardReply)
@@ -196,14 +196,14 @@ def test_close_releases_the_session(tenant: TenantSession, cloud: Served) -> Non
 def test_the_files_are_those_of_the_folder_and_arrive_whole(
     tenant: TenantSession, cloud: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.protocol.messages.MAX_PIECE", 1000)
-    listing = tenant.handle(m.FetchList(m.Shelf.PARTS))
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", 1000)
+    listing = tenant.handle(m.FetchList(m.FileSet.PARTS))
     assert isinstance(listing, m.FileList)
     assert {"config.json", "tokenizer.json", "edge.safetensors"} <= {entry.name for entry in listing.entries}
     for entry in listing.entries:
         data = b""
         while len(data) < entry.size:
-            piece = tenant.handle(m.Fetch(m.Shelf.PARTS, entry.name, len(data)))
+            piece = tenant.handle(m.Fetch(m.FileSet.PARTS, entry.name, len(data)))
             assert isinstance(piece, m.Blob)
             assert (piece.name, piece.offset, piece.total, piece.sha256) == (
                 entry.name,
@@ -220,13 +220,13 @@ def test_the_files_are_those_of_the_folder_and_arrive_whole(
     "name", ["model.safetensors", "worker_key", "../model/model.safetensors", "/etc/passwd", "..", "", "config.json/"]
 )
 def test_no_other_file_can_be_fetched(tenant: TenantSession, name: str) -> None:
-    text = refusal(tenant.handle(m.Fetch(m.Shelf.PARTS, name, 0)))
+    text = refusal(tenant.handle(m.Fetch(m.FileSet.PARTS, name, 0)))
     assert repr(name) in text
     assert "edge.safetensors" in text
 
 
 def test_an_offset_behind_the_end_is_refused(tenant: TenantSession) -> None:
-    assert "999999999" in refusal(tenant.handle(m.Fetch(m.Shelf.PARTS, "config.json", 999_999_999)))
+    assert "999999999" in refusal(tenant.handle(m.Fetch(m.FileSet.PARTS, "config.json", 999_999_999)))
 
 
 def test_no_served_file_holds_a_middle_layer(cloud: Served, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "sub").mkdir()
-    assert [entry.name for entry in FileShelf(folder, m.Shelf.PARTS).listing().entries] == ["config.json"]
+    assert [entry.name for entry in FileShelf(folder, m.FileSet.PARTS).listing().entries] == ["config.json"]
 
 
 # Several sessions in one pass -----------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_messages_that_are_handled_together_are_answered_as_alone(cloud: Served)
         ]
     )
     assert isinstance(backs[0], m.BackwardReply)
-    assert "evicted" in refusal(backs[1], m.StatusCode.STASH_LOST)
+    assert "evicted" in refusal(backs[1], m.StatusCode.ACTIVATIONS_LOST)
     assert "does not fit" in refusal(backs[2])
     again = handle_together(
         [(sessions[1], backward((2, 6, HIDDEN), replay=span_inputs())), (sessions[2], backward((2, 6, HIDDEN)))]
@@ -395,7 +395,7 @@ def test_backwards_of_a_pass_that_fails_want_their_inputs_again(
     with monkeypatch.context() as patch:
         patch.setattr(torch.autograd, "grad", exhausted)
         for answer in handle_together(backwards(several)):
-            refusal(answer, m.StatusCode.STASH_LOST)
+            refusal(answer, m.StatusCode.ACTIVATIONS_LOST)
     assert cloud.executor.used_bytes == 0
     with memory_for(cloud, 39) as failed:
         small, large, other = handle_together(backwards(several, replay=True))

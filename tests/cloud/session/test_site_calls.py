@@ -376,7 +376,7 @@ def test_a_forgetful_cloud_asks_again_and_ends_in_the_same_bits(
     if lost:
         said = tenant.handle(backward(wanted=wanted))
         assert isinstance(said, m.Status)
-        assert said.code == m.StatusCode.STASH_LOST
+        assert said.code == m.StatusCode.ACTIVATIONS_LOST
     back, phases = converse(tenant, visitor, tenant.handle(backward(replay=lost, wanted=wanted)))
     assert phases == ["AGAIN", "AGAIN", "BACKWARD", "BACKWARD" if wanted else "BACKWARD_ONLY"]
     assert isinstance(back, m.BackwardReply)
@@ -493,7 +493,7 @@ def test_gradients_that_do_not_fit_end_the_call_and_no_more(
     assert cloud.executor.used_bytes == 0
     said = tenant.handle(backward(wanted=wanted))
     assert isinstance(said, m.Status)
-    assert said.code == m.StatusCode.STASH_LOST  # what has begun is gone, and can be repeated
+    assert said.code == m.StatusCode.ACTIVATIONS_LOST  # what has begun is gone, and can be repeated
     back, _ = converse(tenant, visitor, tenant.handle(backward(wanted=wanted, replay=True)))
     assert isinstance(back, m.BackwardReply)
 

@@ -63,7 +63,7 @@ def cloud(owner: Owner, tmp_path: Path) -> MemoryCloud:
 def _small_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces, a cache of the test's own, and a clock that moves only by sleeping."""
     pauses: list[float] = []
-    monkeypatch.setattr("isthmus.protocol.messages.MAX_PIECE", PIECE)
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", PIECE)
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
     monkeypatch.setattr(retry.time, "sleep", pauses.append)
@@ -134,7 +134,7 @@ def test_what_is_left_of_an_older_package_does_not_stay(owner: Owner, cloud: Mem
 
 
 def offering(cloud: MemoryCloud, folder: Path) -> Link:
-    cloud.served = dataclasses.replace(cloud.served, package=FileShelf(folder, m.Shelf.EMULATOR))
+    cloud.served = dataclasses.replace(cloud.served, package=FileShelf(folder, m.FileSet.EMULATOR))
     return new_link(MemoryTransport(cloud))
 
 
@@ -231,7 +231,7 @@ def test_another_tenant_gets_no_adapter(owner: Owner, cloud: MemoryCloud) -> Non
     with pytest.raises(RefusedError, match="no adapter of yours is plugged in"):
         theirs.plugged_adapter()
     with pytest.raises(RefusedError, match="no adapter of yours"):
-        theirs._call(m.Blob, lambda attempt: m.Fetch(m.Shelf.ADAPTER, "adapter_model.safetensors", 0))
+        theirs._call(m.Blob, lambda attempt: m.Fetch(m.FileSet.ADAPTER, "adapter_model.safetensors", 0))
     theirs.return_adapter(owner.adapter(seed=2))
     assert files(theirs.plugged_adapter()) != files(link.plugged_adapter())
 
@@ -337,10 +337,10 @@ def test_an_adapter_from_the_cloud_is_checked_before_it_is_given_away(
     folder = Path(shutil.copytree(owner.adapter(), tmp_path / "theirs"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "megatron_core": "antigravity"}))
-    shelf = FileShelf(folder, m.Shelf.ADAPTER)
+    shelf = FileShelf(folder, m.FileSet.ADAPTER)
 
     def answer(message: m.Message) -> m.Message | None:
-        if getattr(message, "shelf", None) != m.Shelf.ADAPTER:
+        if getattr(message, "file_set", None) != m.FileSet.ADAPTER:
             return None
         return shelf.listing() if isinstance(message, m.FetchList) else shelf.read(message.name, message.offset)  # type: ignore[union-attr]  # the only other one
 
@@ -356,7 +356,7 @@ def test_an_adapter_that_is_replaced_while_it_is_fetched_is_not_mixed(owner: Own
     swapped: list[str] = []
 
     def answer(message: m.Message) -> m.Message | None:
-        if isinstance(message, m.Fetch) and message.shelf == m.Shelf.ADAPTER and message.offset and not swapped:
+        if isinstance(message, m.Fetch) and message.file_set == m.FileSet.ADAPTER and message.offset and not swapped:
             swapped.append(other.return_adapter(owner.adapter(seed=2)))
         return None
 

@@ -263,7 +263,7 @@ def with_config(cloud: MemoryCloud, folder: Path, text: str) -> Link:
     """A cloud whose configuration is `text`."""
     theirs = Path(shutil.copytree(parts_of(cloud), folder / "theirs"))
     (theirs / "config.json").write_text(text)
-    cloud.served = dataclasses.replace(cloud.served, parts=FileShelf(theirs, m.Shelf.PARTS))
+    cloud.served = dataclasses.replace(cloud.served, parts=FileShelf(theirs, m.FileSet.PARTS))
     return new_link(cloud)
 
 
@@ -291,7 +291,7 @@ def test_a_configuration_that_explodes_is_one_clear_error(cloud: MemoryCloud, tm
 def test_vocabularies_without_end_are_bounded_by_the_data_owners_word(cloud: MemoryCloud, tmp_path: Path) -> None:
     honest = json.loads((parts_of(cloud) / "config.json").read_text())
     link = with_config(cloud, tmp_path, json.dumps({**honest, "vocab_size": 10**12}))
-    entries = link._call(m.FileList, lambda attempt: m.FetchList(m.Shelf.PARTS)).entries
+    entries = link._call(m.FileList, lambda attempt: m.FetchList(m.FileSet.PARTS)).entries
     large = [dataclasses.replace(e, size=10**14) if e.name == "edge.safetensors" else e for e in entries]
     cloud.answer = instead_of(m.FetchList, m.FileList(tuple(large)))
     with pytest.raises(LimitError, match="--max-fetch-gib"):

@@ -384,7 +384,7 @@ def test_a_cloud_that_loses_what_it_was_just_sent_is_at_fault(cloud: MemoryCloud
     link = new_link(MemoryTransport(cloud))
     _, kept = link.forward_span(hidden(), None, None, keep=True)
     cloud.answer = lambda message: (
-        m.Status(m.StatusCode.STASH_LOST, message.id, "lost") if isinstance(message, m.Backward) else None
+        m.Status(m.StatusCode.ACTIVATIONS_LOST, message.id, "lost") if isinstance(message, m.Backward) else None
     )
     with pytest.raises(RemoteProtocolError, match="lost a forward state"):
         link.backward_span(kept, hidden(1), hidden(), None, None)
@@ -576,7 +576,7 @@ def test_what_is_lost_to_a_fault_is_time_of_the_wire(
 
 
 def test_the_largest_message_is_what_the_cloud_takes(cloud: MemoryCloud) -> None:
-    small = m.SpanLimits(max_tokens_per_call=256, max_message_bytes=1000, stash_bytes=1 << 20)
+    small = m.SpanLimits(max_tokens_per_call=256, max_message_bytes=1000, activation_cache_bytes=1 << 20)
     cloud.served = with_info(cloud.served, limits=small)
     link = new_link(MemoryTransport(cloud))
     with pytest.raises(LocalProtocolError, match="1000 may be sent; use a smaller batch"):
@@ -607,7 +607,7 @@ def test_the_parts_arrive_as_served_and_are_kept(cloud: MemoryCloud) -> None:
 
 
 def test_a_download_goes_on_where_it_stopped(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.protocol.messages.MAX_PIECE", 4096)
+    monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", 4096)
     transport = MemoryTransport(cloud)
     link = new_link(transport, give_up_after=1)
 

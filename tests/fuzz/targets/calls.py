@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from fuzz.target import Cursor, Target, block, scratch
-from fuzz.targets.messages import LIMITS, filled
+from fuzz.targets.messages import LIMITS, canonical, filled
 from support.clouds import served
 from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
@@ -46,7 +46,7 @@ def _run(data: bytes) -> None:
         for _ in range(_MESSAGES):
             if not script:
                 break
-            header, body = script.block(), script.block()
+            header, body = canonical(script.block()), script.block()
             with contextlib.suppress(RemoteProtocolError):
                 message = unpack(header, filled(header, body), LIMITS)
                 if isinstance(message, m.EDGE_SENDS) and not isinstance(message, m.Put | m.PlugIn):
@@ -108,13 +108,15 @@ def _seeds() -> Iterator[bytes]:
     tap = SiteSpec(3, "", Placement.TAP, 8, 9)
     yield _script(m.Sites(1, (low, tap)), _forward(1, sites=1), small, _backward(1, sites=1))
     yield _script(m.Sites(1, (SiteSpec(3, "mlp.up_proj", Placement.LOW_RANK, 4, 0, Basis.SVD),)), _forward(1, sites=1))
-    lent = m.LentWeights(_tensor(2, HIDDEN, codec="fp32"), _tensor(HIDDEN, 2, codec="fp32"), 0.5)
+    lent = m.LeasedWeights(_tensor(2, HIDDEN, codec="fp32"), _tensor(HIDDEN, 2, codec="fp32"), 0.5)
     leased = m.Sites(1, (SiteSpec(2, "self_attn.q_proj", Placement.LEASED),))
     yield _script(leased, m.Lease(1, 1, (lent,)), _forward(1, sites=1, lease=1), _backward(1, sites=1, lease=1))
     yield _script(leased, _forward(1, sites=1), m.Lease(1, 2, (lent,)), m.Lease(1, 1, (lent, lent)))
     yield _script(m.Sites(1, (SiteSpec(0, "self_attn.q_proj"),)), m.Sites(1, (SiteSpec(2, "none"),)))
-    yield _script(m.Ping(1), m.FetchList(m.Shelf.PARTS), m.Fetch(m.Shelf.PARTS, "config.json", 3), m.Goodbye(""))
-    yield _script(m.FetchList(m.Shelf.ADAPTER), m.Fetch(m.Shelf.EMULATOR, "x"), m.Fetch(m.Shelf.PARTS, "x", 1 << 63))
+    yield _script(m.Ping(1), m.FetchList(m.FileSet.PARTS), m.Fetch(m.FileSet.PARTS, "config.json", 3), m.Goodbye(""))
+    yield _script(
+        m.FetchList(m.FileSet.ADAPTER), m.Fetch(m.FileSet.EMULATOR, "x"), m.Fetch(m.FileSet.PARTS, "x", 1 << 63)
+    )
 
 
 TARGET = Target(_run, _seeds, [TenantSession, SiteCalls], floor=0.75, max_len=4096)

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from fuzz.target import Cursor, Target, block, scratch
-from fuzz.targets.messages import LIMITS, packed
+from fuzz.targets.messages import LIMITS, canonical, packed
 from support.wire import TENANT, session_info
 
 from isthmus.backbone.split.edge_parts import Weights
@@ -47,7 +47,7 @@ def _run(data: bytes) -> None:
         if not script:
             raise _OverError
         part = Cursor(script.block())
-        answer = unpack(part.block(), part.rest(), LIMITS)
+        answer = unpack(canonical(part.block()), part.rest(), LIMITS)
         if not isinstance(answer, kind):
             raise RemoteProtocolError("the link refuses an answer of another kind")
         came += len(answer.data) if isinstance(answer, m.Blob) else 0

@@ -6,17 +6,20 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+from unittest import mock
 
 from fuzz.target import Cursor, Target, block
+from google.protobuf.message import DecodeError
 from support.examples import MESSAGES
+from support.mutations import mutations
 
-from isthmus.common.errors import RemoteProtocolError
-from isthmus.protocol import encoding, messages as m, site_encoding, validation
+from isthmus.common.errors import LocalProtocolError, RemoteProtocolError
+from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m, validation
 from isthmus.protocol.encoding import pack, peek, unpack
-from isthmus.protocol.fields import Reader
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.tensor_codecs import Payload
 
+MAX_LEN = 2048
 LIMITS = Limits(max_message_bytes=1 << 16, max_header_bytes=1 << 12)
 
 
@@ -25,9 +28,20 @@ def _run(data: bytes) -> None:
     header, body = cursor.block(), cursor.rest()
     with contextlib.suppress(RemoteProtocolError):
         peek(header)
-    for each in (body, filled(header, body)):
-        with contextlib.suppress(RemoteProtocolError):
-            _check(header, each, unpack(header, each, LIMITS))
+    for form in {header, canonical(header)}:
+        for each in (body, filled(form, body)):
+            with contextlib.suppress(RemoteProtocolError):
+                _check(form, each, unpack(form, each, LIMITS))
+
+
+def canonical(header: bytes) -> bytes:
+    """The one form that is accepted of a header, where protobuf can read it: a random header hardly ever has it."""
+    try:
+        parsed = pb.Header.FromString(header)
+    except DecodeError:
+        return header
+    parsed.DiscardUnknownFields()
+    return bytes(parsed.SerializeToString(deterministic=True))
 
 
 def filled(header: bytes, body: bytes) -> bytes:
@@ -35,14 +49,13 @@ def filled(header: bytes, body: bytes) -> bytes:
 
     A random body hardly ever has it, and what is checked of tensors comes later.
     """
-    room = bytes(LIMITS.max_message_bytes)
-    read = encoding._READERS.get(header[0]) if header and header[0] not in (m.Blob.op, m.Put.op) else None
-    if read is None:
-        return body
-    reader = Reader(header[1:], room, LIMITS)
+    room = encoding._Body(bytes(LIMITS.max_message_bytes), LIMITS)
     with contextlib.suppress(RemoteProtocolError):
-        read(reader)
-    used = len(room) - len(reader._body)
+        kind, values = encoding._parse_header(header, LIMITS)
+        if kind in (m.Blob, m.Put):
+            return body
+        encoding._read(kind, values, room)
+    used = LIMITS.max_message_bytes - len(room._left)
     return body.ljust(used, b"\0")[:used]
 
 
@@ -86,13 +99,19 @@ def packed(message: m.Message) -> bytes:
 
 def _seeds() -> Iterator[bytes]:
     yield from map(packed, MESSAGES)
-    yield b"\x01\x00\xff"  # an operation that there is not
+    with mock.patch.object(encoding, "check"):
+        for message in MESSAGES:
+            for _, bad in mutations(message):
+                with contextlib.suppress(LocalProtocolError):
+                    header, buffers = pack(bad)
+                    if len(header) + sum(map(len, buffers)) < MAX_LEN:
+                        yield block(header) + b"".join(buffers)
+    yield b"\x02\x00\xaa\x01"  # the last message, cut
+    status = packed(m.Status(m.StatusCode.OK, None, ""))
+    yield block(status[2:] + b"\xb2\x01\x00")  # a message that there is not, beside one
+    yield block(b"\xb2\x01\x00")  # and alone
 
 
-def _decoding() -> list[Any]:
-    readers = [reader for name, reader in vars(encoding).items() if name.startswith("_read_")]
-    readers += [reader for name, reader in vars(site_encoding).items() if name.startswith("_read_")]
-    return [*readers, unpack, peek, Reader, validation]
-
-
-TARGET = Target(_run, _seeds, _decoding(), floor=0.88, max_len=2048)
+DECODERS: list[Any] = [unpack, peek, encoding._parse_header, encoding._parse, encoding._read, encoding._Body]
+CHECKS = [value for name, value in vars(validation).items() if name.startswith("_check") or value is validation.check]
+TARGET = Target(_run, _seeds, [*DECODERS, *CHECKS], floor=0.88, max_len=MAX_LEN)

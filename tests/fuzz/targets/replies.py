@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fuzz.target import Cursor, Target, block
-from fuzz.targets.messages import LIMITS, filled
+from fuzz.targets.messages import LIMITS, canonical, filled
 from support.wire import TENANT, session_info
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ class _Edge(SpanCaller):
     def _next(self) -> m.Message:
         if not self._script:
             raise ConnectionLostError("the script is at its end")
-        return unpack(header := self._script.block(), filled(header, self._script.block()), LIMITS)
+        return unpack(header := canonical(self._script.block()), filled(header, self._script.block()), LIMITS)
 
 
 def _run(data: bytes) -> None:
@@ -114,7 +114,7 @@ def _seeds() -> Iterator[bytes]:
     yield _script(0, reply, back)
     yield _script(2, reply, m.BackwardReply(name, None, 1, 2, 3, True))
     yield _script(0, m.ForwardReply(name, _tensor(1, 2, 5), 1, 2, 3))
-    yield _script(0, reply, m.Status(m.StatusCode.STASH_LOST, name, ""), back)
+    yield _script(0, reply, m.Status(m.StatusCode.ACTIVATIONS_LOST, name, ""), back)
     for code in m.StatusCode:
         yield _script(0, m.Status(code, name, "no"))
     tapped = m.ForwardReply(name, _tensor(*SHAPE), 1, 2, 3, (_tensor(1, 2, 3),))

@@ -1,25 +1,26 @@
-"""The session's information: JSON that the cloud sends in the handshake's last flight."""
+"""The session's information, which the cloud sends in the handshake's last flight."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 from fuzz.target import Target
-from fuzz.targets.sessions import _check
+from fuzz.targets.sessions import _check, info_with
 from support.wire import TENANT, session_info
 
 from isthmus.common.errors import MessageError
 from isthmus.edge.client.fetch import _name
-from isthmus.protocol import messages
-from isthmus.protocol.messages import SessionInfo
+from isthmus.protocol import encoding, validation
+from isthmus.protocol.encoding import pack_info, unpack_info
+from isthmus.protocol.messages import MAX_INFO
+
+INFO = session_info(TENANT, bytes(16))
 
 
 def _run(data: bytes) -> None:
     try:
-        info = SessionInfo.from_json(data)
+        info = unpack_info(data)
     except MessageError:
         return
     _check(info)
@@ -28,22 +29,23 @@ def _run(data: bytes) -> None:
 
 
 def _seeds() -> Iterator[bytes]:
-    plain: dict[str, Any] = asdict(session_info(TENANT, bytes(16)))
-    yield json.dumps(plain).encode()
-    yield json.dumps(plain | {"plan": "a"}).encode()
-    yield json.dumps(plain | {"codecs": [1]}).encode()
-    yield json.dumps(plain | {"model": "\u200b"}).encode()
-    yield json.dumps(plain | {"n_layers": True, "more": 1}).encode()
-    yield json.dumps(plain | {"limits": {"stash_bytes": -1}}).encode()
-    yield b"[" * 2000
-    yield b" " * (messages.MAX_INFO + 1)
+    yield pack_info(INFO)
+    yield pack_info(replace(INFO, codecs=()))
+    yield info_with(plan="a")
+    yield info_with(model="\u200b")
+    yield info_with(codecs=["x" * 257])
+    yield info_with(limits=None)
+    yield info_with(limits={"activation_cache_bytes": 1})
+    yield pack_info(INFO) + b"\xfa\x07\x00"
+    yield pack_info(INFO)[:-1]
+    yield b" " * (MAX_INFO + 1)
 
 
 TARGET = Target(
     _run,
     _seeds,
-    [SessionInfo.from_json, messages._strict],
-    floor=0.9,
-    max_len=messages.MAX_INFO + 2,
-    words=[b"session_id", b"digest", b"plan", b"codecs", b"limits", b"stash_bytes", b"\\u", b"1:1", b"true", b"1e9"],
+    [unpack_info, encoding._parse, encoding._read, validation.check_info],
+    floor=0.7,
+    max_len=MAX_INFO + 2,
+    words=[b"1:1", b"\x0a\x20", b"\x1a\x40", b"\x5a", b"\x60"],
 )

@@ -6,10 +6,8 @@ what is signed or sealed is so after it was changed.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from fuzz.target import Cursor, Target, block, patched
@@ -23,8 +21,8 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     VersionError,
 )
-from isthmus.protocol import session
-from isthmus.protocol.encoding import pack
+from isthmus.protocol import isthmus_pb2 as pb, session
+from isthmus.protocol.encoding import pack, pack_info, unpack_info
 from isthmus.protocol.enrolment import Quota, Tenant
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, SessionInfo
@@ -132,7 +130,7 @@ def _done(script: Cursor, edge: EdgeSession, _: CloudSession) -> None:
 
 
 def _check(info: SessionInfo) -> None:
-    if SessionInfo.from_json(info.to_json()) != info:
+    if unpack_info(pack_info(info)) != info:
         raise AssertionError("the session's information is another one when it is read again")
     for text in (info.digest, info.session_id, info.plan.replace(":", "")):
         if not text.isalnum() or not text.isascii():
@@ -172,8 +170,14 @@ def _deliver(script: Cursor, sender: Any, receiver: Any, kinds: tuple[type, ...]
                     raise AssertionError(f"a message of {size} bytes is said to be {kind} and too large")
 
 
-def _info(**changes: Any) -> bytes:
-    return json.dumps(asdict(session_info(TENANT, bytes(16))) | changes).encode()
+def info_with(**changes: Any) -> bytes:
+    """A session's information with other values, whatever they are; without those that are None."""
+    parsed = pb.SessionInfo.FromString(pack_info(session_info(TENANT, bytes(16))))
+    for name, value in changes.items():
+        parsed.ClearField(name)
+        if value is not None:
+            parsed.MergeFrom(pb.SessionInfo(**{name: value}))
+    return bytes(parsed.SerializeToString(deterministic=True))
 
 
 def _seeds() -> Iterator[bytes]:
@@ -185,14 +189,14 @@ def _seeds() -> Iterator[bytes]:
         for not_after in (NOW + 1, NOW, (1 << 64) - 1):
             yield bytes((SERVER_HELLO, flags)) + struct.pack("<Q", not_after) + block(b"") + block(b"")
         yield bytes((SERVER_HELLO, flags)) + bytes(8) + block(b"") + block(struct.pack("<hB", 60, 9))
-    yield bytes((SERVER_HELLO, 0)) + bytes(8) + block(b"ISTH\5\5")
+    yield bytes((SERVER_HELLO, 0)) + bytes(8) + block(b"ISTH\5\6")
     yield bytes((AUTH, 1)) + block(b"") + bytes(128) + block(b"")
     yield bytes((AUTH, 1)) + block(b"") + bytes(128) + block(struct.pack("<hB", -1, 9))
     for flags in (0, 2, 64, 128):
         yield bytes((AUTH, flags)) + block(b"") + bytes(range(128)) + block(b"")
-    yield bytes((AUTH, 0)) + block(b"ISTH\3\5")
-    wrong = ({"plan": "1"}, {"codecs": ["\n"]}, {"limits": {}}, {"session_id": "0" * 31}, {"session_id": "1" * 32})
-    for body in (_info(), *(_info(**changes) for changes in wrong), b"[]", b""):
+    yield bytes((AUTH, 0)) + block(b"ISTH\3\6")
+    wrong = ({"plan": "1"}, {"codecs": ["\n"]}, {"limits": None}, {"session_id": "0" * 31}, {"session_id": "1" * 32})
+    for body in (info_with(), *(info_with(**changes) for changes in wrong), b"[]", b""):
         yield bytes((DONE, 0)) + block(b"") + block(b"") + body
     for code in (1, 4, 8, 77):
         yield bytes((DONE, code)) + block(b"") + block(b"") + b"not today \x1b[2J\xff"
@@ -218,9 +222,9 @@ TARGET = Target(
         EdgeSession,
         CloudSession,
         session._Session,
-        SessionInfo.from_json,
+        unpack_info,
     ],
     floor=0.8,
     max_len=4096,
-    words=[b"ISTH", b"session_id", b"digest", b"plan", b"codecs", b"limits", b"max_message_bytes", b'": "', b"1:1"],
+    words=[b"ISTH", b"1:1", b"\x0a\x20", b"\x1a\x40", b"\x5a\x08"],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.target import Cursor, Target, block, scratch
-from fuzz.targets.messages import LIMITS, packed
+from fuzz.targets.messages import LIMITS, canonical, packed
 from support.wire import TENANT
 
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
@@ -56,7 +56,7 @@ def _run(data: bytes) -> None:
             break
         with contextlib.suppress(RemoteProtocolError):
             part = Cursor(script.block())
-            message = unpack(part.block(), part.rest(), LIMITS)
+            message = unpack(canonical(part.block()), part.rest(), LIMITS)
             if isinstance(message, m.Put | m.PlugIn):
                 _answer(mine, message)
                 _check(root)

@@ -41,8 +41,8 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     VersionError,
 )
+from isthmus.protocol import session as session_module
 from isthmus.protocol.enrolment import AuthorizedEdges
-from isthmus.protocol.messages import SessionInfo
 from isthmus.protocol.secure.framing import VERSION
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity, format_public_key
 from isthmus.protocol.session import CloudSession, EdgeSession, Established, NeedSend, Refused
@@ -282,7 +282,7 @@ def test_malformed_session_information_is_refused(monkeypatch: pytest.MonkeyPatc
     edge, cloud = new_edge(), new_cloud()
     auth = edge.receive(cloud.receive(edge.start()).frames[0]).frames[0]
     with monkeypatch.context() as patch:
-        patch.setattr(SessionInfo, "to_json", lambda self: b"{}")
+        patch.setattr(session_module, "pack_info", lambda info: b"{}")
         done = cloud.receive(auth).frames[0]
     with pytest.raises(MessageError, match="session information"):
         edge.receive(done)
