@@ -30,26 +30,33 @@ _PREFIX_FIELD, _SEALED_FIELD = 0x0A, 0x12  # numbers 1 and 2, of bytes
 
 def write_frame(frame: bytes) -> bytes:
     """Make the gRPC message of a frame."""
-    size = PREFIX.size if frame[4:5] >= bytes((Kind.DATA,)) else FLIGHT_PREFIX.size
-    start = bytes((_PREFIX_FIELD, min(size, len(frame)))) + frame[:size]
-    if len(frame) <= size:
+    prefix = frame[: _prefix_size(frame)]
+    if not prefix:
+        return b""
+    start = bytes((_PREFIX_FIELD, len(prefix))) + prefix
+    if len(frame) == len(prefix):
         return start
-    return b"".join((start, _sealed_start(len(frame) - size), memoryview(frame)[size:]))
+    return b"".join((start, _sealed_start(len(frame) - len(prefix)), memoryview(frame)[len(prefix) :]))
 
 
 def read_frame(message: bytes) -> bytes:
     """Take the frame out of a gRPC message. What is no `Frame` gives no bytes, which a session refuses as no frame."""
-    if len(message) < 2 or message[0] != _PREFIX_FIELD or message[1] not in (PREFIX.size, FLIGHT_PREFIX.size):
+    if len(message) < 2 or message[0] != _PREFIX_FIELD:
         return b""
     prefix, rest = message[2 : 2 + message[1]], memoryview(message)[2 + message[1] :]
-    if len(prefix) < message[1]:
+    if not 0 < message[1] == len(prefix) <= _prefix_size(prefix):
         return b""
     if not rest:
         return prefix
     for width in range(2, min(6, len(rest))):  # of the second field's start: its number, and a length of 1 to 4 bytes
-        if bytes(rest[:width]) == _sealed_start(len(rest) - width):
+        if bytes(rest[:width]) == _sealed_start(len(rest) - width) and len(prefix) == _prefix_size(prefix):
             return b"".join((prefix, rest[width:]))
     return b""
+
+
+def _prefix_size(frame: bytes) -> int:
+    """Bytes of a frame that are in the clear, by its kind."""
+    return PREFIX.size if frame[4:5] >= bytes((Kind.DATA,)) else FLIGHT_PREFIX.size
 
 
 def _sealed_start(size: int) -> bytes:

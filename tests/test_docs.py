@@ -18,7 +18,7 @@ from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
 from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
-from isthmus.protocol import messages, tensor_codecs
+from isthmus.protocol import isthmus_pb2, messages, service, tensor_codecs, validation
 from isthmus.protocol.secure import framing
 
 ROOT = Path(__file__).parents[1]
@@ -196,11 +196,12 @@ def test_python_in_a_document_compiles_and_imports_what_is_there(document: Path)
 
 def test_the_protocol_has_every_message_with_its_number() -> None:
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (\w+) \|", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE)
+    numbers = {field.message_type.name: field.number for field in isthmus_pb2.Header.DESCRIPTOR.fields}
     wanted = set()
     for kind in {*messages.EDGE_SENDS, *messages.CLOUD_SENDS}:
         senders = (kind in messages.EDGE_SENDS, kind in messages.CLOUD_SENDS)
         who = {(True, True): "both", (True, False): "edge", (False, True): "cloud"}[senders]
-        wanted.add((str(kind.op), kind.__name__, who))
+        wanted.add((str(numbers[kind.__name__]), kind.__name__, who))
     assert set(rows) == wanted
 
 
@@ -211,6 +212,20 @@ def test_the_protocol_has_the_frames_prefix_as_it_is() -> None:
     # 4s B B I Q I H H Q: one character of the format, or a count and a character, for each field
     assert len(fields) == len(re.findall(r"\d*[a-zA-Z]", framing.PREFIX.format))
     assert sum(size for _, size in fields) == framing.PREFIX.size
+
+
+def test_the_protocol_has_the_statuses_codecs_and_limits_as_they_are() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    statuses = set(re.findall(r"^\| (\d+) \| `([A-Z_]+)` \| ", text, re.MULTILINE))
+    assert statuses == {(str(int(code)), code.name) for code in messages.StatusCode}
+    codecs = set(re.findall(r"^\| `([\w-]+)` \| (\d+) \| (?:numbers|masks|positions) \|", text, re.MULTILINE))
+    assert codecs == {(codec.name, str(codec.id)) for codec in tensor_codecs.CODECS.values()}
+    assert f"Version **{framing.VERSION}**" in text
+    assert f"version: {framing.VERSION}" in text
+    assert service.METHOD in text
+    assert service.OLD_METHOD in text
+    for number in (service.MAX_GRPC_MESSAGE_BYTES, validation.MAX_RANK, messages.MAX_SITES, messages.MAX_TEXT):
+        assert f"{number:,}" in text
 
 
 def test_the_readme_names_every_family_and_codec() -> None:

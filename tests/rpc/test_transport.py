@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError
-from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE
+from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError, VersionError
+from isthmus.protocol.service import METHOD, OLD_METHOD, SERVER_CODING, SERVICE
 from isthmus.rpc.transport import QUEUED_FRAMES, GrpcTransport, NothingYetError, Tls
 
 Behaviour = Callable[[Iterator[bytes], Any], Iterator[bytes]]
@@ -60,6 +60,25 @@ def test_frames_arrive_whole_and_in_order(serve: Callable[[Behaviour], GrpcTrans
     assert [stream.receive(10) for _ in sent] == sent
     stream.close()
     stream.close()
+
+
+def test_a_cloud_that_does_not_know_the_service_speaks_another_version() -> None:
+    server = grpc.server(ThreadPoolExecutor(2))
+    old = grpc.stream_stream_rpc_method_handler(echo)
+    _, service, method = OLD_METHOD.split("/")
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: old})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    transport = GrpcTransport(f"127.0.0.1:{port}")
+    try:
+        stream = transport.open()
+        for _ in range(2):
+            with pytest.raises(VersionError, match="Use the same release on both sides") as caught:
+                stream.receive(10)
+        assert caught.value.exit_code == 33
+    finally:
+        transport.close()
+        server.stop(0).wait()
 
 
 def test_what_arrived_before_the_end_is_received_first(serve: Callable[[Behaviour], GrpcTransport]) -> None:

@@ -41,11 +41,15 @@ from isthmus.common.errors import (
     NotEnrolledError,
     PortInUseError,
     UnreachableError,
+    VersionError,
 )
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Pace
+from isthmus.protocol.secure import handshake
+from isthmus.protocol.secure.framing import VERSION
+from isthmus.protocol.secure.handshake import version_refusal
 from isthmus.protocol.secure.keys import load_edge
-from isthmus.protocol.service import CLIENT_CODING, METHOD, SERVICE
+from isthmus.protocol.service import CLIENT_CODING, METHOD, OLD_METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 from isthmus.rpc.secure_stream import Channel, Traffic
@@ -217,6 +221,22 @@ def test_an_idle_server_drains_at_once_and_says_goodbye(to_drain: ThreadServer) 
 
 
 # What stands beside the sessions --------------------------------------------------------------------------------------
+
+
+def test_an_edge_of_an_older_release_is_told_the_version(
+    server: ThreadServer, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
+    with raw(server) as plain:
+        with monkeypatch.context() as patch:
+            patch.setattr(handshake, "VERSION", VERSION - 1)
+            hello = edge.start()
+        answers = list(plain.stream_stream(OLD_METHOD)(iter([hello]), timeout=20))
+    assert answers == [version_refusal()]
+    monkeypatch.setattr(handshake, "VERSION", VERSION - 1)
+    with pytest.raises(VersionError, match=f"speaks version {VERSION}, this side version {VERSION - 1}") as caught:
+        edge.receive(answers[0])
+    assert caught.value.exit_code == 33
 
 
 def test_health_is_served_and_nothing_else(server: ThreadServer) -> None:
