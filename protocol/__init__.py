@@ -1,1 +1,1 @@
-"""What crosses the strip, without any I/O: messages, codecs, keys, the handshake and the sealed session."""
+"""The wire, without any I/O: messages, codecs, keys, the handshake and the sealed session."""

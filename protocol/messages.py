@@ -1,7 +1,7 @@
 """Messages: what the two sides of a session say to each other.
 
 Their fields are those of the protobuf messages of the same names in `isthmus.proto`, which says more of each; how they
-become bytes is told in `isthmus.protocol.encoding`, and what they may say in `isthmus.protocol.validation`.
+become bytes is in `isthmus.protocol.encoding`, and what they may say in `isthmus.protocol.validation`.
 
 Theory of operation
     edge                       cloud answers             or
@@ -30,6 +30,7 @@ Theory of operation
 from __future__ import annotations
 
 import enum
+import typing
 from dataclasses import dataclass, field
 
 from isthmus.protocol.limits import Buffer
@@ -328,56 +329,16 @@ class PlugIn:
     entries: tuple[FileEntry, ...]
 
 
-Message = (
-    Forward
-    | ForwardReply
-    | Backward
-    | BackwardReply
-    | Fetch
-    | Blob
-    | FetchList
-    | FileList
-    | Status
-    | Ping
-    | Pong
-    | Goodbye
-    | Attach
-    | Put
-    | PutReply
-    | PlugIn
-    | Sites
-    | SiteQuestion
-    | SiteAnswer
-    | Lease
-    | Workers
+EdgeMessage = (
+    Forward | Backward | Fetch | FetchList | Ping | Goodbye | Attach | Put | PlugIn | Sites | SiteAnswer | Lease
 )
+CloudMessage = (
+    ForwardReply | BackwardReply | Blob | FileList | Status | Pong | Goodbye | PutReply | SiteQuestion | Workers
+)
+Message = EdgeMessage | CloudMessage
 
 Timed = ForwardReply | BackwardReply | SiteQuestion
 """What says where the cloud's time went."""
 
-EDGE_SENDS: tuple[type[Message], ...] = (
-    Forward,
-    Backward,
-    Fetch,
-    FetchList,
-    Ping,
-    Goodbye,
-    Attach,
-    Put,
-    PlugIn,
-    Sites,
-    SiteAnswer,
-    Lease,
-)
-CLOUD_SENDS: tuple[type[Message], ...] = (
-    ForwardReply,
-    BackwardReply,
-    Blob,
-    FileList,
-    Status,
-    Pong,
-    Goodbye,
-    PutReply,
-    SiteQuestion,
-    Workers,
-)
+EDGE_SENDS: tuple[type[Message], ...] = typing.get_args(EdgeMessage)
+CLOUD_SENDS: tuple[type[Message], ...] = typing.get_args(CloudMessage)

@@ -296,7 +296,7 @@ class EdgeSession(_Session):
         A message with a larger body is refused by the first frame's prefix, before anything is allocated for it.
 
         Args:
-            body_bytes: bytes, 0 for an answer that has no tensors and no piece of a file; None for all that the limits
+            body_bytes: bytes, 0 for an answer that has no tensors and no chunk of a file; None for all that the limits
                 accept, as at the beginning.
 
         Raises:

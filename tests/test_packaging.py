@@ -41,7 +41,7 @@ def _sources() -> set[str]:
         f"{package.replace('.', '/')}/{path.name}"
         for package, folder in FOLDERS.items()
         for path in (ROOT / folder).iterdir()
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".proto") or path.name == "py.typed"
     }
 
 
