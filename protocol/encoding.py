@@ -64,10 +64,10 @@ def unpack(header: Buffer, body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Mes
     """
     if len(body) > limits.max_message_bytes:
         raise LimitError(f"a message body of {len(body)} bytes is refused: {limits.max_message_bytes} are accepted")
-    kind, fields = _parse_header(header, limits)
+    kind, values = _parse_header(header, limits)
     rest = _Body(body, limits)
     more = {"data": rest.take(len(body))} if kind in (Blob, Put) else {}
-    message: Message = _read(kind, fields, rest, **more)
+    message: Message = _read(kind, values, rest, **more)
     rest.finish()
     check(message)
     return message
@@ -79,9 +79,9 @@ def peek(header: Buffer, limits: Limits = DEFAULT_LIMITS) -> tuple[type[Message]
     Raises:
         MessageError, LimitError: the header is none.
     """
-    kind, fields = _parse_header(header, limits)
-    named = any(field.name == "id" for field in _fields_of(kind)) and fields.HasField("id")
-    return kind, _read(CallId, fields.id, _Body(b"", limits)) if named else None
+    kind, values = _parse_header(header, limits)
+    named = any(field.name == "id" for field in _fields_of(kind)) and values.HasField("id")
+    return kind, _read(CallId, values.id, _Body(b"", limits)) if named else None
 
 
 def pack_info(info: SessionInfo) -> bytes:
