@@ -248,8 +248,11 @@ def _stray_paths(text: str) -> list[str]:
 
 
 def _stray_modules(text: str) -> list[str]:
-    """Names of `isthmus` that a text has between backticks and that cannot be imported."""
-    return [name for name in re.findall(r"`(isthmus(?:\.\w+)+)`", _BLOCK.sub("", text)) if not _is_there(name)]
+    """Names of `isthmus` that a text has between backticks and that cannot be imported.
+
+    `isthmus.v2` is the package of the protobuf contract, and no module.
+    """
+    return [name for name in re.findall(r"`(isthmus(?!\.v\d)(?:\.\w+)+)`", _BLOCK.sub("", text)) if not _is_there(name)]
 
 
 def _is_there(name: str) -> bool:
