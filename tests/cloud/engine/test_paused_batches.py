@@ -136,7 +136,7 @@ class Edge:
                 self.heard.append((said.hidden, said.taps))
                 return self.backward() if self.tenant.keep else None
             case m.BackwardReply():
-                self.heard.append((said.gradient, said.lent, said.recomputed))
+                self.heard.append((said.gradient, said.leased, said.recomputed))
                 return None
             case m.Status(m.StatusCode.ACTIVATIONS_LOST):
                 return self.backward(replay=True)
