@@ -21,7 +21,7 @@ from isthmus.cloud.control.worker import CPU, WorkerSpec
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import ServerTls
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileSet
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.telemetry.logs import log
@@ -127,9 +127,9 @@ def served_by(spec: WorkerSpec) -> Served:
     return Served(
         info,
         executor,
-        FileShelf(Path(spec.parts), Shelf.PARTS),
+        FileSet(Path(spec.parts), Shelf.PARTS),
         adapters,
-        None if package is None else FileShelf(package.folder, Shelf.EMULATOR),
+        None if package is None else FileSet(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
 
