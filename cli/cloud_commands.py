@@ -210,10 +210,11 @@ def serve(
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if tls_client_ca is not None and tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
     from isthmus.cloud.control.supervisor import serve as run
 
-    answered = run(
-        model,
+    options = ServeOptions(
+        model=model,
         home=home.expanduser(),
         edge_layers=edge_layers,
         listen=listen,
@@ -234,7 +235,7 @@ def serve(
         sites=sites,
         batching=batching == "on",
         device=device,
-        tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
+        tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
             max_connections=max_connections,
             max_streams=max_streams,
@@ -247,9 +248,8 @@ def serve(
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
         ),
-        ready=typer.echo,
     )
-    if not answered:
+    if not run(options, ready=typer.echo):
         typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
         raise typer.Exit(UNANSWERED)
 

@@ -29,7 +29,7 @@ from isthmus.cloud.session.batched_calls import handle_batch, step_batch
 from isthmus.cloud.session.file_threads import FILE_MESSAGES, FileThreads
 from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
-from isthmus.cloud.telemetry.event_history import record
+from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
@@ -57,6 +57,7 @@ class Calls:
     Attributes:
         in_flight: the calls that have been taken and not answered.
         files: the threads that read and write files for edges.
+        records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
         metrics: see above.
         clock: see above.
     """
@@ -83,6 +84,7 @@ class Calls:
         self._compute, self._invariance = computing.dispatcher, computing.invariance
         self._call_threads = CallThreads(computing.threads_of_a_call, served.executor.compute_bytes)
         self.files = FileThreads()
+        self.records_history = event_history.is_written()
 
     def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
         """What answers the messages of one session.
@@ -218,7 +220,8 @@ class SessionCalls:
                 metrics.refused.labels(reply.code.name).inc()
             self._calls.observe_stash()
             if reply is not None and not self._session.fenced:  # the edge goes on in a newer session
-                self._record(reply)
+                if self._calls.records_history:
+                    self._record(reply)
                 await stream.send(reply)
             reached("reply_sent")
             metrics.calls.labels(_operation(message)).inc()
@@ -226,7 +229,7 @@ class SessionCalls:
     def _record(self, reply: m.Message) -> None:
         """Have the history show an answer, and of which call it is the result."""
         result = reply.id if isinstance(reply, m.ForwardReply | m.BackwardReply) else None
-        record(
+        event_history.record(
             "answered",
             session=self._session.id.hex(),
             link=self._session.link.hex(),

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from isthmus.cloud.control.controller import SPREAD_SECONDS, Roster
+from isthmus.cloud.control.controller import SPREAD_SECONDS, Directory
 from isthmus.cloud.directory import (
     Peer,
     Rate,
     Report,
-    Seat,
-    better_place,
+    SessionEntry,
+    less_loaded,
     newer_elsewhere,
     ranks,
-    seats_elsewhere,
+    sessions_elsewhere,
     surplus,
 )
 from isthmus.cloud.telemetry.metrics import Metrics, merged
@@ -31,8 +31,8 @@ class Clock:
         return self.now
 
 
-def seats(count: int, tenant: str = "alice") -> tuple[Seat, ...]:
-    return tuple(Seat(tenant, f"link{number}", float(number)) for number in range(count))
+def sessions_of(count: int, tenant: str = "alice") -> tuple[SessionEntry, ...]:
+    return tuple(SessionEntry(tenant, f"link{number}", float(number)) for number in range(count))
 
 
 def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state: str = "serving") -> Report:
@@ -45,35 +45,35 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
         **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
         **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
     }
-    return Report(status, Peer(f"h:{number}", state, seats(sessions)))
+    return Report(status, Peer(f"h:{number}", state, sessions_of(sessions)))
 
 
 def test_a_newcomer_goes_where_there_are_fewer_sessions() -> None:
-    peers = [Peer("b:1", "serving", seats(2)), Peer("c:1", "serving", seats(1)), Peer("d:1", "draining")]
-    assert better_place(2, peers, {}) == "c:1"
-    assert better_place(1, peers, {}) is None
-    assert better_place(2, peers, {"c:1": 1}) is None  # one is on its way there
-    assert better_place(3, peers, {"c:1": 2}) == "b:1"
-    assert better_place(9, [Peer("d:1", "draining"), Peer("e:1", "restarting")], {}) is None
+    peers = [Peer("b:1", "serving", sessions_of(2)), Peer("c:1", "serving", sessions_of(1)), Peer("d:1", "draining")]
+    assert less_loaded(2, peers, {}) == "c:1"
+    assert less_loaded(1, peers, {}) is None
+    assert less_loaded(2, peers, {"c:1": 1}) is None  # one is on its way there
+    assert less_loaded(3, peers, {"c:1": 2}) == "b:1"
+    assert less_loaded(9, [Peer("d:1", "draining"), Peer("e:1", "restarting")], {}) is None
 
 
 def test_a_tenants_sessions_elsewhere_count_but_not_the_link_that_moves() -> None:
-    peers = [Peer("b:1", "serving", seats(2)), Peer("c:1", "draining", seats(1, "bob"))]
-    assert seats_elsewhere("alice", "link9", peers) == 2
-    assert seats_elsewhere("alice", "link1", peers) == 1
-    assert seats_elsewhere("carol", "link1", peers) == 0
+    peers = [Peer("b:1", "serving", sessions_of(2)), Peer("c:1", "draining", sessions_of(1, "bob"))]
+    assert sessions_elsewhere("alice", "link9", peers) == 2
+    assert sessions_elsewhere("alice", "link1", peers) == 1
+    assert sessions_elsewhere("carol", "link1", peers) == 0
 
 
 def test_a_session_whose_link_was_opened_anew_elsewhere_is_over() -> None:
-    peers = [Peer("b:1", "serving", (Seat("alice", "x", 5.0),))]
-    assert newer_elsewhere(Seat("alice", "x", 4.0), peers)
-    assert not newer_elsewhere(Seat("alice", "x", 6.0), peers)  # that one is the old one
-    assert not newer_elsewhere(Seat("bob", "x", 4.0), peers)
+    peers = [Peer("b:1", "serving", (SessionEntry("alice", "x", 5.0),))]
+    assert newer_elsewhere(SessionEntry("alice", "x", 4.0), peers)
+    assert not newer_elsewhere(SessionEntry("alice", "x", 6.0), peers)  # that one is the old one
+    assert not newer_elsewhere(SessionEntry("bob", "x", 4.0), peers)
 
 
 def test_a_tenants_links_are_ranked_by_age_and_one_that_has_moved_counts_once() -> None:
-    moved = (Seat("alice", "x", 1.0), Seat("alice", "x", 9.0))
-    others = (Seat("alice", "z", 5.0), Seat("alice", "y", 5.0), Seat("bob", "x", 7.0))
+    moved = (SessionEntry("alice", "x", 1.0), SessionEntry("alice", "x", 9.0))
+    others = (SessionEntry("alice", "z", 5.0), SessionEntry("alice", "y", 5.0), SessionEntry("bob", "x", 7.0))
     expected = {("alice", "y"): 0, ("alice", "z"): 1, ("alice", "x"): 2, ("bob", "x"): 0}
     assert ranks((*moved, *others)) == ranks((*others, *moved[::-1])) == expected
     assert ranks(()) == {}
@@ -97,55 +97,55 @@ def test_a_rate_is_that_of_its_window_and_begins_anew_with_the_counter() -> None
 
 
 def test_restarts_are_counted_and_a_new_controller_asks_for_the_count() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 0, pid=10))
-    roster.missed(0)
-    assert roster.status()["state"] == "restarting"
-    assert roster.status()["deadlines_missed"] == 0.0
-    assert roster.status()["workers"][0] == {
+    directory = Directory(Clock())
+    directory.reported(0, report(0, 0, pid=10))
+    directory.missed(0)
+    assert directory.status()["state"] == "restarting"
+    assert directory.status()["deadlines_missed"] == 0.0
+    assert directory.status()["workers"][0] == {
         **{"worker": 0, "address": "h:0", "span": "2:4", "state": "restarting", "restarts": 0}
     }
-    roster.took(0, report(0, 0, pid=11))
-    assert roster.words()[0].restarts == 1
-    successor = Roster(Clock())
+    directory.reported(0, report(0, 0, pid=11))
+    assert directory.updates()[0].restarts == 1
+    successor = Directory(Clock())
     successor.missed(0)
-    assert successor.words()[0].restarts is None
-    successor.took(0, report(0, 0, pid=11, restarts=1))
+    assert successor.updates()[0].restarts is None
+    successor.reported(0, report(0, 0, pid=11, restarts=1))
     assert successor.status()["restarts"] == 1
 
 
 def test_each_worker_hears_of_the_others_and_of_those_that_come_back() -> None:
-    roster = Roster(Clock())
+    directory = Directory(Clock())
     for number in range(3):
-        roster.took(number, report(number, 1))
-    roster.missed(2)
-    words = roster.words()
-    assert [(peer.address, peer.state) for peer in words[0].peers] == [("h:1", "serving"), ("h:2", "restarting")]
-    assert words[2].peers == (report(0, 1).peer, report(1, 1).peer)
-    roster.gone(1)
-    assert [peer.address for peer in roster.words()[0].peers] == ["h:2"]
+        directory.reported(number, report(number, 1))
+    directory.missed(2)
+    updates = directory.updates()
+    assert [(peer.address, peer.state) for peer in updates[0].peers] == [("h:1", "serving"), ("h:2", "restarting")]
+    assert updates[2].peers == (report(0, 1).peer, report(1, 1).peer)
+    directory.gone(1)
+    assert [peer.address for peer in directory.updates()[0].peers] == ["h:2"]
 
 
 def test_a_worker_sheds_sessions_when_the_load_stays_uneven() -> None:
     clock = Clock()
-    roster = Roster(clock)
-    roster.took(0, report(0, 4))
-    roster.took(1, report(1, 0))
-    assert roster.words()[0].shed == 0
+    directory = Directory(clock)
+    directory.reported(0, report(0, 4))
+    directory.reported(1, report(1, 0))
+    assert directory.updates()[0].end_newest == 0
     clock.now += SPREAD_SECONDS
-    assert [word.shed for word in roster.words().values()] == [2, 0]
-    assert roster.words()[0].shed == 0  # those that move have not arrived yet
-    roster.took(0, report(0, 2))
-    roster.took(1, report(1, 2))
+    assert [update.end_newest for update in directory.updates().values()] == [2, 0]
+    assert directory.updates()[0].end_newest == 0  # those that move have not arrived yet
+    directory.reported(0, report(0, 2))
+    directory.reported(1, report(1, 2))
     clock.now += SPREAD_SECONDS
-    assert roster.words()[0].shed == 0
+    assert directory.updates()[0].end_newest == 0
 
 
 def test_the_clouds_status_adds_up_its_workers() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 2))
-    roster.took(1, report(1, 1, restarts=3, state="draining"))
-    status = roster.status()
+    directory = Directory(Clock())
+    directory.reported(0, report(0, 2))
+    directory.reported(1, report(1, 1, restarts=3, state="draining"))
+    status = directory.status()
     assert (status["state"], status["model"], status["plan"]) == ("serving", "tiny", "2:2")
     assert (status["sessions"], status["waiting"]) == ({"alice": 3}, {"alice": 2})
     assert (status["queue_depth"], status["in_flight"], status["restarts"]) == (2, 4, 3)
@@ -156,14 +156,14 @@ def test_the_clouds_status_adds_up_its_workers() -> None:
 
 
 def test_a_stage_inside_a_pipeline_is_nobodys_peer_and_its_work_counts_once() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 2))
+    directory = Directory(Clock())
+    directory.reported(0, report(0, 2))
     inner = report(1, 2)
-    roster.took(1, Report(inner.status, None))
-    assert roster.words()[0].peers == ()
-    assert roster.words()[1].peers == ()  # nor has it any: the stage before it is nowhere to go to
-    assert list(roster.loads()) == [0]
-    status = roster.status()
+    directory.reported(1, Report(inner.status, None))
+    assert directory.updates()[0].peers == ()
+    assert directory.updates()[1].peers == ()  # nor has it any: the stage before it is nowhere to go to
+    assert list(directory.loads()) == [0]
+    status = directory.status()
     assert (status["sessions"], status["in_flight"], status["queue_depth"]) == ({"alice": 2}, 2, 1)
     assert (status["span_bytes"], status["recomputed"]) == (20, 2)
     assert [worker["front"] for worker in status["workers"]] == [True, False]

@@ -22,11 +22,13 @@ from support.tiny import tiny_checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli import cloud_commands
 from isthmus.cloud.control import supervisor as serve_module
-from isthmus.cloud.control.cluster import _ray_environment
 from isthmus.cloud.control.ports import Ports
+from isthmus.cloud.control.ray_cluster import ray_environment
+from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.serve_state import STATE_FILE, write_state
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import EdgesFile
+from isthmus.cloud.control.worker_specs import stage_specs
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.telemetry import logs
 from isthmus.common.errors import KeyFileError
@@ -95,11 +97,11 @@ def test_serve_refuses_a_home_that_another_user_may_write(
         before = folder.stat().st_mode
         folder.chmod(mode)
         with pytest.raises(KeyFileError, match="can be written by everybody"):
-            serve_module.serve(model, home=home, listen="127.0.0.1:0")
+            serve_module.serve(ServeOptions(model, home, listen="127.0.0.1:0"))
         folder.chmod(before)
     os.chown(home, NOBODY, NOBODY)
     with pytest.raises(KeyFileError, match="belongs to another user"):
-        serve_module.serve(model, home=home, listen="127.0.0.1:0")
+        serve_module.serve(ServeOptions(model, home, listen="127.0.0.1:0"))
     assert as_nobody(f"rm {home}/authorized_edges; touch {home}/authorized_edges").returncode == 0  # as they could have
 
 
@@ -113,7 +115,7 @@ def test_the_operator_is_told_of_a_model_that_another_user_may_change(
     for owner in (os.geteuid(), NOBODY):
         os.chown(model, owner, -1)
         with pytest.raises(SystemExit):
-            serve_module.serve(str(model), home=home, listen="127.0.0.1:0")
+            serve_module.serve(ServeOptions(str(model), home, listen="127.0.0.1:0"))
         told.append("another user may change what is served" in " ".join(capsys.readouterr().err.split()))
     assert told == [False, True]
     assert as_nobody(f"touch {model}/config.json.theirs").returncode == 0
@@ -163,10 +165,10 @@ def test_what_the_cloud_writes_in_its_home_is_for_its_user_alone(place: Path, as
         logs.LOGGER.handlers[0].close()
     logs.LOGGER.handlers[:] = handlers
     write_state(home, {"connection": "", "metrics": "", "pid": 1})
-    _ray_environment(home)
+    ray_environment(home)
     plan = SplitPlan.parse("2:2", 8)
     names = ["worker.log", "serve.log", STATE_FILE, "ray_token", "root_key", "worker_key"]
-    with closing(Ports()) as ports, serve_module._stages(_spec(home), plan, 2, ports):
+    with closing(Ports()) as ports, stage_specs(_spec(home), plan, 2, ports):
         for name in [*names, "pipeline/1/id_ed25519"]:
             assert (home / name).exists()
             assert as_nobody(f"cat {home / name}").returncode != 0
@@ -188,10 +190,10 @@ def test_a_log_and_a_lock_are_not_written_through_a_link(place: Path, as_nobody:
 
 
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    assert (_ray_environment(tmp_path), (tmp_path / "ray_token").stat().st_mode & 0o777)[1] == 0o600
+    assert (ray_environment(tmp_path), (tmp_path / "ray_token").stat().st_mode & 0o777)[1] == 0o600
     (tmp_path / "ray_token").chmod(0o640)
     with pytest.raises(KeyFileError, match="ray_token can be read by others"):
-        _ray_environment(tmp_path)
+        ray_environment(tmp_path)
 
 
 # Ray's folder ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from isthmus.cloud.control.ports import Listener, PortWatch, _name, listeners
+from isthmus.cloud.control.ports import Listener, Ports, PortWatch, _name, listeners
+from isthmus.common.errors import ConfigError, PortInUseError
 
 CHILD = """
 import socket, time
@@ -86,3 +87,33 @@ def test_a_process_of_python_is_named_by_its_script() -> None:
     assert _name("python3.11", ["/venv/bin/python3.11", "-u", "/lib/ray/autoscaler/monitor.py", "--x"]) == "monitor"
     assert _name("python", ["python", "-c", "pass"]) == "python"
     assert _name("ray::Worker", ["ray::Worker", "", ""]) == "ray::Worker"
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
+def test_a_port_that_is_none_is_refused(listen: str) -> None:
+    with pytest.raises(ConfigError, match="address to listen on"):
+        Ports().take(listen)
+
+
+def test_ports_are_kept_until_their_workers_listen() -> None:
+    ports = Ports()
+    try:
+        first, second = ports.take_several("127.0.0.1:0", 2)
+        assert first != second
+        host, _, port = first.rpartition(":")
+        with socket.socket() as worker:  # as gRPC binds it
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            worker.bind((host, int(port)))
+            worker.listen()
+            with pytest.raises(PortInUseError, match=first):
+                Ports().take(first)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((host, int(port)))
+    finally:
+        ports.close()
+    start = int(port)
+    given = Ports()
+    try:
+        assert given.take(f"127.0.0.1:{start}") == f"127.0.0.1:{start}"
+    finally:
+        given.close()

@@ -17,7 +17,7 @@ from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker_setup import EdgesFile
 from isthmus.cloud.engine.requests import Share
 from isthmus.cloud.gateway.open_sessions import OpenSession
-from isthmus.cloud.gateway.server import StripServer
+from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, FingerprintError, NotEnrolledError, OverQuotaError
@@ -183,7 +183,7 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(cloud: Served
     async def come() -> None:
         await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)))
 
-    plane = StripServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1, bounds=TWO_HALF_OPEN)
+    plane = GatewayServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1, bounds=TWO_HALF_OPEN)
     asyncio.run(come())
     assert max(counts) == 2
     assert len(counts) == 2 * 5  # who gives way has been told first that the stream was taken, as gRPC needs it
@@ -288,7 +288,7 @@ def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
     status = m.Status(m.StatusCode.OVER_QUOTA, None, "close one")
     session.end("over quota", status)
     session.end("draining")
-    assert (session.ending, session.farewell) == ("over quota", status)
+    assert (session.why, session.notice) == ("over quota", status)
 
 
 # Penalties ------------------------------------------------------------------------------------------------------------

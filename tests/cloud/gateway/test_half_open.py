@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.cloud.gateway.half_open import gives_way, host_of
+from isthmus.cloud.gateway.half_open import host_of, to_end
 
 PLACES = 64
 
@@ -23,14 +23,14 @@ PLACES = 64
     ids=["alone", "silent", "oldest-silent", "peer", "peer-of-all", "hellos", "equals"],
 )
 def test_who_gives_way(waiting: list[tuple[str, bool]], expected: int) -> None:
-    assert gives_way(waiting) == expected
+    assert to_end(waiting) == expected
 
 
 def flooded(waiting: list[tuple[str, bool]], flood: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """Who is left of `waiting`, after so many others have come."""
     for peer, greeted in flood:
         if len(waiting) >= PLACES:
-            del waiting[gives_way(waiting)]
+            del waiting[to_end(waiting)]
         waiting = [*waiting, (peer, greeted)]
     return waiting
 

@@ -221,7 +221,7 @@ def test_a_peers_address(peer: str, host: str, port: int) -> None:
 
 def test_the_bounds_are_options_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Bounds] = []
-    monkeypatch.setattr(supervisor, "serve", lambda *_, bounds, **__: given.append(bounds) or True)
+    monkeypatch.setattr(supervisor, "serve", lambda options, **_: given.append(options.bounds) or True)
     turned = ["--max-connections", "9", "--least-rate", "1KiB", "--stall-seconds", "3", "--max-session-age", "60"]
     for options in ([], turned):
         result = CliRunner().invoke(app, ["serve", "--model", "tiny", *options])

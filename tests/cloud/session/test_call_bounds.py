@@ -16,7 +16,6 @@ from support.wire import EDGE, PIN, TENANT
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
-from isthmus.cloud.control.worker_setup import RESERVE_BYTES, memory_budgets
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -251,15 +250,6 @@ def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(
     tenant.handle(m.Sites(1, taps))
     refused(tenant.handle(forward(inputs(8, 64), keep=False, sites=1)), "2 taps", 3 * 8 * 64 * HIDDEN * 4)
     tenant.close()
-
-
-def test_what_is_left_of_the_machine_is_shared_out() -> None:
-    gib = 1 << 30
-    assert memory_budgets(4 * gib, gib // 2, None, None) == (3 * gib // 4, 3 * gib // 4)
-    stash, compute = memory_budgets(4 * gib, gib // 2, None, None)
-    assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
-    assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
-    assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)
 
 
 def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
