@@ -132,7 +132,7 @@ def serve(
     ] = None,
     workers: Annotated[
         str,
-        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the calls that wait make needful."),
+        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the waiting calls need."),
     ] = "1",
     pipeline: Annotated[
         int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
@@ -307,7 +307,7 @@ def status(
     home: Home = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, also while the cloud is away.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds from one look to the next, with --watch.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates, with --watch.")] = 1.0,
 ) -> None:
     """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
 
@@ -338,7 +338,7 @@ def status(
 
 
 def _next_status(home: Path) -> dict[str, Any]:
-    """The status of a cloud that has answered before: where it does not now, that and why."""
+    """The status of a cloud that has answered before; where it does not answer now, this state and the reason."""
     from isthmus.cloud.control.serve_state import read_status
     from isthmus.common.errors import UnreachableError
 

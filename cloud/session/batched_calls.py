@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.engine.executor import BackwardCall, Forwarded, Gradients
-from isthmus.cloud.engine.paused_batches import Step, take_steps
+from isthmus.cloud.engine.paused_batches import take_steps
 from isthmus.cloud.session.handler import CheckedCall, TenantSession
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol import messages as m
@@ -20,6 +21,9 @@ from isthmus.protocol import messages as m
 Call = tuple[TenantSession, m.Forward | m.Backward]
 SiteStep = tuple[TenantSession, m.Forward | m.Backward | m.SiteAnswer]
 Answer = m.Message | Exception
+
+M = TypeVar("M", bound=m.Message)
+R = TypeVar("R")
 
 
 def handle_batch(calls: Sequence[Call]) -> list[Answer]:
@@ -38,13 +42,7 @@ def handle_batch(calls: Sequence[Call]) -> list[Answer]:
 
 def step_batch(messages: Sequence[SiteStep]) -> list[Answer]:
     """Let calls with sites, of different sessions, take their next steps side by side."""
-    answers: dict[int, Answer] = {}
-    steps: dict[int, Step] = {}
-    for at, (session, message) in enumerate(messages):
-        try:
-            steps[at] = session.step(message)
-        except Exception as error:  # noqa: BLE001  # this session's error is no other's
-            answers[at] = _refused(session, message, error)
+    steps, answers = _for_each(messages, lambda session, message: session.step(message))
     outcomes = take_steps(list(steps.values()), messages[0][0].executor.host.meetings)
     for (at, step), outcome in zip(steps.items(), outcomes, strict=True):
         session, message = messages[at]
@@ -58,13 +56,7 @@ def step_batch(messages: Sequence[SiteStep]) -> list[Answer]:
 
 def _in_one_pass(calls: Sequence[Call]) -> list[Answer]:
     """See `handle_batch`. Raises what the pass raises."""
-    answers: dict[int, Answer] = {}
-    checked: dict[int, CheckedCall] = {}
-    for at, (session, message) in enumerate(calls):
-        try:
-            checked[at] = session.check(message)
-        except Exception as error:  # noqa: BLE001  # this session's error is no other's
-            answers[at] = _refused(session, message, error)
+    checked, answers = _for_each(calls, lambda session, message: session.check(message))
     start = time.perf_counter_ns()
     results = _results(calls[0], list(checked.values()))
     spent = time.perf_counter_ns() - start
@@ -78,6 +70,20 @@ def _in_one_pass(calls: Sequence[Call]) -> list[Answer]:
         except Exception as error:  # noqa: BLE001  # this session's error is no other's
             answers[at] = _refused(session, message, error)
     return [answers[at] for at in range(len(calls))]
+
+
+def _for_each(
+    messages: Sequence[tuple[TenantSession, M]], make: Callable[[TenantSession, M], R]
+) -> tuple[dict[int, R], dict[int, Answer]]:
+    """What is made of each session's message, by index; and the answers of those of which it raises an error."""
+    made: dict[int, R] = {}
+    answers: dict[int, Answer] = {}
+    for at, (session, message) in enumerate(messages):
+        try:
+            made[at] = make(session, message)
+        except Exception as error:  # noqa: BLE001  # this session's error is no other's
+            answers[at] = _refused(session, message, error)
+    return made, answers
 
 
 def _results(first: Call, checked: Sequence[CheckedCall]) -> Sequence[Forwarded | Gradients | Exception]:

@@ -1,15 +1,18 @@
-"""A package to offer, the keys of the cloud that offers it, and a `serve` that must not start Ray."""
+"""A package to offer, its cloud's keys, a `serve` that must not start Ray, and another user of this machine."""
 
 from __future__ import annotations
 
 import pytest
 from support.clouds import Home
+from support.other_user import as_nobody, place
 from support.packages import tiny_package
 from support.tiny import tiny_checkpoint
 
 from isthmus.cloud.control import supervisor
 from isthmus.emulator.package.package import Package
 from isthmus.protocol.secure.keys import load_worker
+
+__all__ = ["as_nobody", "keys", "package", "place", "without_ray"]
 
 
 @pytest.fixture(scope="module")
