@@ -68,11 +68,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a worker tells the controller.
+    """What a worker reports to the controller.
 
     Attributes:
         status: what `isthmus cloud status` shows of it.
-        peer: what the other workers are told; None for a stage inside a pipeline, which edges do not talk to.
+        peer: its entry for the other workers; None for a stage inside a pipeline, which edges do not talk to.
     """
 
     status: Mapping[str, Any]

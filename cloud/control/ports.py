@@ -137,15 +137,15 @@ class PortWatch:
         self._known = set(announced)
         self._say, self._look_up = say, look_up
 
-    def first(self) -> None:
-        """Print the ports that only this machine can reach, in one line, and warn of the others as `look` does."""
+    def first_check(self) -> None:
+        """Print the ports that only this machine can reach, in one line, and warn of the others as `check` does."""
         private = [each for each in self._look_up() if each.private and each.port not in self._known]
         if private:
             ports = ", ".join(f"{each.process} {each.port}" for each in sorted(private, key=lambda each: each.port))
             self._say(f"Ray listens for this machine alone, on ports of the loopback: {ports}")
-        self.look()
+        self.check()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Warn of ports that are new; to be called now and then."""
         for each in self._look_up():
             if not each.private and each.port not in self._known:

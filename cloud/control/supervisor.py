@@ -138,14 +138,14 @@ def _stop_on_signals(stop: threading.Event) -> None:
         signal.signal(number, lambda *_: stop.set())
 
 
-def _supervise(stop: threading.Event, serving: Serving, console: Console, look: Callable[[], None]) -> None:
+def _supervise(stop: threading.Event, serving: Serving, console: Console, check: Callable[[], None]) -> None:
     """Look after the cloud until `stop` is set; start Ray and the workers again where its control store dies.
 
     Raises as `_wait` does.
     """
 
     def tend() -> None:
-        look()
+        check()
         serving.tend()
 
     while True:

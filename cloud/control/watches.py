@@ -14,7 +14,7 @@ from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.home.expiry import ExpiryWatch
 from isthmus.cloud.home.identity import IdentityFiles
 
-LOOK_SECONDS = 30.0
+CHECK_SECONDS = 30.0
 
 
 def watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Console) -> Callable[[], None]:
@@ -31,15 +31,15 @@ def watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Cons
     ports = PortWatch(announced, say)
     identity = IdentityFiles(home)
     certificate = ExpiryWatch(lambda: identity().certificate.not_after, say)
-    ports.first()
-    certificate.look()
+    ports.first_check()
+    certificate.check()
     last = time.monotonic()
 
-    def look() -> None:
+    def check() -> None:
         nonlocal last
-        if time.monotonic() - last >= LOOK_SECONDS:
+        if time.monotonic() - last >= CHECK_SECONDS:
             last = time.monotonic()
-            ports.look()
-            certificate.look()
+            ports.check()
+            certificate.check()
 
-    return look
+    return check

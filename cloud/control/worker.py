@@ -38,7 +38,7 @@ class WorkerSpec:
     """All that a worker needs to start, and to start again. Paths, not secrets: Ray keeps this in its control store."""
 
     checkpoint: str  # folder: the whole model, or the edge's parts beside a saved span
-    model: str  # the name that edges are told
+    model: str  # the name that edges get
     plan: str
     dtype: str
     parts: str  # folder of the edge's parts, which the first worker makes
@@ -58,11 +58,11 @@ class WorkerSpec:
     batching: bool = True  # whether calls of several sessions may share a pass
     device: str = CPU  # where the span computes, one of `DEVICES`
     number: int = 0  # of the worker, from 0 on
-    address: str = ""  # host:port that edges are told
+    address: str = ""  # host:port that edges get
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
-    compute_bytes: int | None = None  # what calls may take together while they are computed; None as for the stash
+    compute_bytes: int | None = None  # budget of calls that are computed; None as for the stash
     beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold

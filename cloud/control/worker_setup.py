@@ -70,7 +70,7 @@ class EdgesFile:
                 log("authorized_edges_unreadable", error=str(error))
             self._unreadable = stamp
             if isinstance(error, KeyFileError):
-                return self._edges  # not for what is in it: it is tried again at the next look
+                return self._edges  # its mode or owner is wrong, which is checked again at the next call
         self._stamp = stamp
         return self._edges
 
@@ -139,7 +139,7 @@ MOST_STASH, LEAST_COMPUTE = 2 << 30, 1 << 26
 
 
 def memory_budgets(machine: int, span: int, stash: int | None, compute: int | None) -> tuple[int, int]:
-    """The bytes of the stash, and those that calls may take together while they are computed.
+    """The budgets, in bytes, of the stash and of all calls that are computed at a time.
 
     A budget that the operator does not give is a quarter of the machine's memory without span and reserve. The stash
     gets one quarter (2 GiB at most), calls that are computed one, paused calls one; one quarter stays free.

@@ -269,11 +269,11 @@ def stage_specs(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) ->
 
 
 def advertised_host(options: ServeOptions) -> str:
-    """The host that edges are told, without brackets."""
+    """The host of the addresses that edges get, without brackets."""
     return (options.advertise or parse_address(options.listen)[0]).strip("[]")
 
 
 def _address(host: str, listen: str) -> str:
-    """The address that edges are told of a worker."""
+    """The address of a worker that edges get."""
     port = parse_address(listen)[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -25,7 +25,7 @@ class Admission:
     """Decides which streams become sessions.
 
     Args:
-        info: what edges are told of the model; each session fills in its id.
+        info: the description that edges get of the model; each session fills in its id.
         identity: returns the worker's key and its certificate; called at every handshake.
         edges: returns the current `authorized_edges`; called at every handshake.
         sessions: those that are open.

@@ -54,7 +54,7 @@ class HangUp:
         Args:
             context: the call's grpc.aio context.
             code: of the status.
-            text: what the peer is told.
+            text: of the status.
 
         Raises:
             grpc.aio.AbortError: always, as `context.abort` does.

@@ -70,7 +70,7 @@ class OpenSession:
 
     @property
     def entry(self) -> SessionEntry:
-        """What other workers are told of it."""
+        """What is reported of it to other workers."""
         return SessionEntry(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
     def end(self, why: str, status: m.Status | None = None) -> None:
@@ -100,7 +100,7 @@ class Sessions:
         self._open: dict[bytes, OpenSession] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._address = ""  # what edges are told; empty for a worker that has no peers
+        self._address = ""  # where edges find it; empty for a worker that has no peers
         self._peers: tuple[Peer, ...] = ()
         self._sent: Counter[str] = Counter()  # edges that were sent to a peer since its last report
         self._next_report = asyncio.Event()  # replaced at every report
@@ -166,7 +166,7 @@ class Sessions:
                 break
             if here >= allowed or not tries_left:
                 return _over_quota(session.tenant, count)
-            # A session that a peer has reported may have ended since: the next report will tell.
+            # A session that a peer has reported may have ended since: the next report shows it.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._next_report.wait(), REPORT_SECONDS)
         self._open[session.id] = session

@@ -29,7 +29,7 @@ class ExpiryWatch:
         self._not_after, self._say, self._now = not_after, say, now
         self._warned: tuple[int, float] | None = None  # the certificate's time and that of its last warning
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Warn if it is time to; to be called now and then."""
         not_after, now = self._not_after(), self._now()
         warned = self._warned is not None and self._warned[0] == not_after and now - self._warned[1] < DAY

@@ -21,7 +21,7 @@ class Served:
     """The model's description, the span, the files for the edges, and the tenants' adapters.
 
     Attributes:
-        info: what edges are told of the model; each session fills in its id.
+        info: the description that edges get of the model; each session fills in its id.
         executor: the span.
         parts: the edge's parts of the model.
         adapters: the tenants' adapters.

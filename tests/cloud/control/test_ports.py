@@ -68,16 +68,16 @@ def test_the_operator_is_told_of_each_port_once_and_not_of_those_announced() -> 
         Listener("raylet", 4, "::", 40001),
     ]
     watch = PortWatch([7443, 9464], said.append, lambda: listening)
-    watch.first()
+    watch.first_check()
     assert said == [
         "Ray listens for this machine alone, on ports of the loopback: serve 6379, gcs_server 6380",
         "other machines can reach raylet (process 4) on port 40001 of every interface: keep it behind a firewall",
     ]
-    watch.look()
+    watch.check()
     assert len(said) == 2
     listening.append(Listener("ray::Worker", 9, "192.0.2.2", 40002))
-    watch.look()
-    watch.look()
+    watch.check()
+    watch.check()
     assert said[2:] == [
         "other machines can reach ray::Worker (process 9) on port 40002 of 192.0.2.2: keep it behind a firewall"
     ]
