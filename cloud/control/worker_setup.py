@@ -20,7 +20,7 @@ from isthmus.cloud.control.worker import CPU, WorkerSpec, no_gpu
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import ServerTls
-from isthmus.cloud.session.file_store import FileSet
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.telemetry.logs import log
@@ -126,9 +126,9 @@ def served_by(spec: WorkerSpec) -> Served:
     return Served(
         info,
         executor,
-        FileSet(Path(spec.parts), Shelf.PARTS),
+        FileStore(Path(spec.parts), Shelf.PARTS),
         adapters,
-        None if package is None else FileSet(package.folder, Shelf.EMULATOR),
+        None if package is None else FileStore(package.folder, Shelf.EMULATOR),
         spec.sites,
     )
 

@@ -1,4 +1,4 @@
-"""A file set: the files of one folder that an edge may fetch, chunk by chunk."""
+"""A file store: the files of one file set, which edges may fetch chunk by chunk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class _File:
     sha256: bytes
 
 
-class FileSet:
-    """The plain files of a folder that belong to a file set, as they were when this was made.
+class FileStore:
+    """The plain files of a folder that belong to a file set, as they were when the store was made.
 
     Args:
         folder: where the files lie.
-        which: which set it is; a file that does not belong to it is not shown.
+        which: the file set; a file that does not belong to it is not shown.
     """
 
     def __init__(self, folder: Path, which: m.Shelf) -> None:

@@ -25,7 +25,7 @@ from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gra
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.fault_points import reached
-from isthmus.cloud.session.file_store import FileSet
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.tenant_adapters import Compute, TenantAdapters, at_once
 from isthmus.cloud.telemetry.logs import log
@@ -77,7 +77,7 @@ class TenantSession:
     Args:
         session_id: the session's id, which keys its entries in the stash.
         executor: the span that every session of this worker shares.
-        file_sets: the files that every edge may fetch.
+        stores: the files that every edge may fetch.
         adapters: the tenant's own adapters.
         calls: runs the calls that visit the edge's sites.
         hidden_size: size of the last dimension of hidden states.
@@ -90,7 +90,7 @@ class TenantSession:
 
     session_id: bytes
     executor: Executor
-    file_sets: Mapping[m.Shelf, FileSet]
+    stores: Mapping[m.Shelf, FileStore]
     adapters: TenantAdapters
     calls: SiteCalls
     hidden_size: int
@@ -117,11 +117,11 @@ class TenantSession:
                 except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
                     return self.refusal(message, error)
             case m.FetchList():
-                files = self._file_set(message.shelf)
-                return files if isinstance(files, m.Status) else files.listing()
+                store = self._store(message.shelf)
+                return store if isinstance(store, m.Status) else store.listing()
             case m.Fetch():
-                files = self._file_set(message.shelf)
-                return files if isinstance(files, m.Status) else files.read(message.name, message.offset)
+                store = self._store(message.shelf)
+                return store if isinstance(store, m.Status) else store.read(message.name, message.offset)
             case m.Put():
                 return self.adapters.put(message)
             case m.PlugIn():
@@ -145,9 +145,9 @@ class TenantSession:
         self.calls.close()
         self.executor.release(self.session_id)
 
-    def _file_set(self, which: m.Shelf) -> FileSet | m.Status:
-        files = self.adapters.files() if which == m.Shelf.ADAPTER else self.file_sets.get(which)
-        return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if files is None else files
+    def _store(self, which: m.Shelf) -> FileStore | m.Status:
+        store = self.adapters.files() if which == m.Shelf.ADAPTER else self.stores.get(which)
+        return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if store is None else store
 
     # Calls ------------------------------------------------------------------------------------------------------------
 

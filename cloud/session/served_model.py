@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.session.file_store import FileSet
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.site_lists import SiteLists
@@ -31,9 +31,9 @@ class Served:
 
     info: m.SessionInfo
     executor: Executor
-    parts: FileSet
+    parts: FileStore
     adapters: AdapterStore
-    package: FileSet | None = None
+    package: FileStore | None = None
     sites: bool = True
 
     def session(
@@ -46,14 +46,14 @@ class Served:
         batching: bool = True,
     ) -> TenantSession:
         """What answers the messages of one session; its calls with sites run on `threads`."""
-        file_sets = {m.Shelf.PARTS: self.parts}
+        stores = {m.Shelf.PARTS: self.parts}
         if self.package is not None:
-            file_sets[m.Shelf.EMULATOR] = self.package
+            stores[m.Shelf.EMULATOR] = self.package
         lists = SiteLists(session_id, tenant, self.executor, limits, self.sites)
         return TenantSession(
             session_id,
             self.executor,
-            file_sets,
+            stores,
             self.adapters.of(tenant),
             SiteCalls(lists, threads, batching),
             self.info.hidden_size,

@@ -29,7 +29,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.session.file_store import FileSet
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder
@@ -95,7 +95,7 @@ class AdapterStore:
         self._max_tokens = max_tokens
         self._attn_implementation = attn_implementation
         self._package = package
-        self._file_sets: dict[Path, tuple[tuple[int, int], FileSet]] = {}
+        self._stores: dict[Path, tuple[tuple[int, int], FileStore]] = {}
         self.max_bytes = 2 * (parts / EDGE_FILE).stat().st_size + SPARE_BYTES
         """Most bytes of one adapter: twice the edge's weights, and `SPARE_BYTES`."""
 
@@ -118,13 +118,13 @@ class AdapterStore:
         with locked(folder):
             yield
 
-    def files(self, folder: Path) -> FileSet:
+    def files(self, folder: Path) -> FileStore:
         """The files of a plugged adapter; they are hashed again only where another adapter has replaced it."""
         status = folder.stat()
         stamp = status.st_ino, status.st_mtime_ns
-        known = self._file_sets.get(folder)
+        known = self._stores.get(folder)
         if known is None or known[0] != stamp:
-            known = self._file_sets[folder] = stamp, FileSet(folder, m.Shelf.ADAPTER)
+            known = self._stores[folder] = stamp, FileStore(folder, m.Shelf.ADAPTER)
         return known[1]
 
     def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -156,7 +156,7 @@ class TenantAdapters:
         self._incoming = folder / "incoming"
         self._plugged = folder / "plugged"
 
-    def files(self) -> FileSet | None:
+    def files(self) -> FileStore | None:
         """The files of the adapter that is plugged in; None if there is none."""
         return self._store.files(self._plugged) if self._plugged.is_dir() else None
 

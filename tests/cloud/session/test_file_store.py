@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from support.span_messages import refusal
 
-from isthmus.cloud.session.file_store import FileSet
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
@@ -78,4 +78,4 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "sub").mkdir()
-    assert [entry.name for entry in FileSet(folder, m.Shelf.PARTS).listing().entries] == ["config.json"]
+    assert [entry.name for entry in FileStore(folder, m.Shelf.PARTS).listing().entries] == ["config.json"]
