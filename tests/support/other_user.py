@@ -26,7 +26,7 @@ class Attack(Protocol):
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that everybody may write to and nobody may rename others' files in, as /tmp."""
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="other-"))  # a short name: paths of sockets have a limit
     folder.chmod(0o1777)
     yield folder
     shutil.rmtree(folder)
