@@ -132,7 +132,7 @@ def serve(
     ] = None,
     workers: Annotated[
         str,
-        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the calls that wait make needful."),
+        typer.Option(help="Workers that serve at once: N, or MIN:MAX for as many as the waiting calls need."),
     ] = "1",
     pipeline: Annotated[
         int, typer.Option(min=1, help="Stages that the layers are cut into, a worker each; takes no sites.")
@@ -210,10 +210,11 @@ def serve(
         raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
     if tls_client_ca is not None and tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
     from isthmus.cloud.control.supervisor import serve as run
 
-    answered = run(
-        model,
+    options = ServeOptions(
+        model=model,
         home=home.expanduser(),
         edge_layers=edge_layers,
         listen=listen,
@@ -234,7 +235,7 @@ def serve(
         sites=sites,
         batching=batching == "on",
         device=device,
-        tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca),
+        tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
             max_connections=max_connections,
             max_streams=max_streams,
@@ -247,9 +248,8 @@ def serve(
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
         ),
-        ready=typer.echo,
     )
-    if not answered:
+    if not run(options, ready=typer.echo):
         typer.echo(f"stopped after {grace:.0f} s with calls unanswered", err=True)
         raise typer.Exit(UNANSWERED)
 
@@ -307,7 +307,7 @@ def status(
     home: Home = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line of it each time.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, also while the cloud is away.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds from one look to the next, with --watch.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates, with --watch.")] = 1.0,
 ) -> None:
     """Show what the cloud on this machine serves: model, plan, and each worker's sessions, load, stash and restarts.
 
@@ -338,7 +338,7 @@ def status(
 
 
 def _next_status(home: Path) -> dict[str, Any]:
-    """The status of a cloud that has answered before: where it does not now, that and why."""
+    """The status of a cloud that has answered before; where it does not answer now, this state and the reason."""
     from isthmus.cloud.control.serve_state import read_status
     from isthmus.common.errors import UnreachableError
 

@@ -1,6 +1,6 @@
-"""What others can make a worker hold, and for how long: every bound of its data plane, in one place.
+"""Limits on what others can make a worker hold, and for how long: all those of its data plane in one place.
 
-Those with an option of `isthmus cloud serve` are the operator's to turn. docs/security.md lists what each one bounds.
+The operator sets those that have an option of `isthmus cloud serve`. docs/security.md says what each one limits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from isthmus.protocol.limits import MIB, Pace
 
 REVIEW_SECONDS = 1.0
-"""Between two looks at who is enrolled. A line counts as removed when two looks in a row agree on the file."""
+"""Between two reviews of the enrolments. A line counts as removed when two reviews in a row have read the same file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +21,16 @@ class Bounds:
         max_connections: TCP connections; a further one is closed at once. An edge has one for each of its sessions.
         max_streams: gRPC calls of all connections together, whatever they are for; a further one is refused.
         max_connection_streams: gRPC calls of one connection: a proxy may have many edges on one.
-        max_half_open: calls whose peer has not been authenticated yet: handshakes, and questions about health.
+        max_half_open: gRPC calls whose peer is not authenticated yet: handshakes and health checks.
         max_half_open_per_host: the same from one host, which is an IPv4 address, or the first 64 bits of an IPv6 one.
-        handshake_seconds: until a peer has to be authenticated, or has to have its answer about health.
-        stream_window: bytes that an edge may send on a stream before they are asked for (HTTP/2's flow control).
+        handshake_seconds: within which a peer must be authenticated, or a health check be answered.
+        stream_window: bytes that an edge may send ahead on a stream (HTTP/2's flow control).
         pace: how slowly an edge may send a message, or take an answer.
-        pings_per_minute: pings that a session is answered; one that sends more breaks the rules.
+        pings_per_minute: pings of a session that are answered; a session that sends more breaks the rules.
         max_session_age: seconds after which a session ends, between two calls; its edge opens another with fresh keys.
-        linger_seconds: until a call that is over must be gone; then its connection is closed: its peer takes nothing.
-            A session has besides what an answer may take at the least rate of `pace`, since its beginning.
+        linger_seconds: how long a gRPC call may take to end once its handler has returned; then its connection is
+            closed, as its peer takes nothing. A session has in addition the time that its answers may take to arrive at
+            the least rate of `pace`.
     """
 
     max_connections: int = 1024
@@ -46,7 +47,7 @@ class Bounds:
 
 
 class Allowance:
-    """So many of something a minute, and as many at once (a token bucket). Pure.
+    """A token bucket: so many of something a minute, and as many at once. Pure.
 
     Args:
         per_minute: how many.

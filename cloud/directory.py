@@ -1,8 +1,8 @@
-"""The directory of a cloud's workers: what each tells of itself, and what follows from it. Pure, no Ray.
+"""The directory of a cloud's workers: what each worker reports, and what follows from the reports. Pure, no Ray.
 
-The controller asks every worker for its report, and tells every worker what the others have said. So a worker knows
-where an edge is better off, how many sessions a tenant has elsewhere, and which of its own sessions an edge has opened
-again at another worker.
+The controller asks every worker for its report, and sends every worker the other workers' entries. So a worker knows
+which worker has fewer sessions, how many sessions a tenant has elsewhere, and which of its own sessions an edge has
+opened again at another worker.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed")
-"""Keys of a worker's status that add up to the cloud's."""
+"""Keys of a worker's status whose sum over all workers is the cloud's."""
 SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "overdue", "tokens_per_s")
-"""Those of which a pipeline's first stage knows all: what goes on to the next one is the same work."""
+"""Keys that are summed over the workers that edges talk to: a pipeline's later stages do the same work again."""
 COUNTED = ("sessions", "waiting", "deadlines")
-"""The same, by tenant or outcome."""
+"""The same for keys that are counts by tenant or by outcome."""
 MODEL = ("model", "plan", "span_dtype")
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A session, as other workers know it: whose it is, of which link, and when it was opened (Unix seconds)."""
+class SessionEntry:
+    """A session, as other workers know it: its tenant, its link, and when it was opened (Unix seconds)."""
 
     tenant: str
     link: str
@@ -32,11 +32,17 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A worker, as other workers know it: "serving", "draining", or "restarting", which it is if it does not answer."""
+    """A worker, as other workers know it.
+
+    Attributes:
+        address: where edges find it.
+        state: "serving", "draining", or "restarting" where it does not answer.
+        sessions: those that are open there and not ending.
+    """
 
     address: str
     state: str
-    seats: tuple[Seat, ...] = ()
+    sessions: tuple[SessionEntry, ...] = ()
 
     @property
     def serving(self) -> bool:
@@ -45,69 +51,74 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
-    """What the controller tells a worker: who the others are, and how many sessions to end for their sake.
+class Update:
+    """What the controller sends a worker.
 
-    `restarts`: how often the worker was started again; None where the controller does not know yet. The worker tells it
-    back, so that a new controller knows it too.
+    Attributes:
+        peers: the other workers.
+        end_newest: how many of its newest sessions the worker is to end, as other workers have fewer.
+        restarts: how often the worker was restarted; None where the controller does not know yet. The worker reports
+            the number back, so that a new controller learns it.
     """
 
     peers: tuple[Peer, ...] = ()
-    shed: int = 0
+    end_newest: int = 0
     restarts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a worker tells the controller: what `isthmus cloud status` shows of it, and what the others are told.
+    """What a worker reports to the controller.
 
-    `peer` is None for a stage inside a pipeline, which edges do not talk to.
+    Attributes:
+        status: what `isthmus cloud status` shows of it.
+        peer: its entry for the other workers; None for a stage inside a pipeline, which edges do not talk to.
     """
 
     status: Mapping[str, Any]
     peer: Peer | None
 
 
-def better_place(own: int, peers: Sequence[Peer], sent: Mapping[str, int]) -> str | None:
-    """Where a newcomer is better off than here; None where he is not.
+def less_loaded(own: int, peers: Sequence[Peer], sent: Mapping[str, int]) -> str | None:
+    """The address of the worker with the fewest sessions, if it has fewer than this one; None otherwise.
 
     Args:
-        own: sessions here, without him.
+        own: sessions here, without the new one.
         peers: the other workers.
-        sent: how many were sent to each address since the peers were heard of.
+        sent: how many edges were sent to each address since its last report.
     """
-    loads = {peer.address: len(peer.seats) + sent.get(peer.address, 0) for peer in peers if peer.serving}
+    loads = {peer.address: len(peer.sessions) + sent.get(peer.address, 0) for peer in peers if peer.serving}
     if not loads:
         return None
     address = min(loads, key=lambda each: loads[each])
     return address if loads[address] < own else None
 
 
-def seats_elsewhere(tenant: str, link: str, peers: Sequence[Peer]) -> int:
+def sessions_elsewhere(tenant: str, link: str, peers: Sequence[Peer]) -> int:
     """Sessions that a tenant has at other workers, without those of the link that is being opened here."""
-    return sum(seat.tenant == tenant and seat.link != link for peer in peers for seat in peer.seats)
+    return sum(entry.tenant == tenant and entry.link != link for peer in peers for entry in peer.sessions)
 
 
-def newer_elsewhere(mine: Seat, peers: Sequence[Peer]) -> bool:
+def newer_elsewhere(mine: SessionEntry, peers: Sequence[Peer]) -> bool:
     """Whether an edge has opened the link of a session anew at another worker."""
     return any(
-        (seat.tenant, seat.link) == (mine.tenant, mine.link) and seat.opened > mine.opened
+        (entry.tenant, entry.link) == (mine.tenant, mine.link) and entry.opened > mine.opened
         for peer in peers
-        for seat in peer.seats
+        for entry in peer.sessions
     )
 
 
-def ranks(seats: Iterable[Seat]) -> dict[tuple[str, str], int]:
-    """Of each tenant and link, how many links of the tenant were opened before it.
+def ranks(entries: Iterable[SessionEntry]) -> dict[tuple[str, str], int]:
+    """For each tenant and link, how many links of the tenant were opened before it.
 
-    A link that has moved may still be seen where it was: it counts once, as of its newest session.
+    A link that has moved may still be reported where it was: it counts once, as of its newest session.
 
     Args:
-        seats: the sessions of all workers.
+        entries: the sessions of all workers.
     """
     newest: dict[tuple[str, str], float] = {}
-    for seat in seats:
-        newest[seat.tenant, seat.link] = max(seat.opened, newest.get((seat.tenant, seat.link), seat.opened))
+    for entry in entries:
+        newest[entry.tenant, entry.link] = max(entry.opened, newest.get((entry.tenant, entry.link), entry.opened))
     before: Counter[str] = Counter()
     ranked: dict[tuple[str, str], int] = {}
     for tenant, link in sorted(newest, key=lambda each: (newest[each], each[1])):
@@ -117,10 +128,10 @@ def ranks(seats: Iterable[Seat]) -> dict[tuple[str, str], int]:
 
 
 def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:
-    """Which worker has sessions that another one should have, and how many; None where they are spread evenly.
+    """The worker with the most sessions, and how many of them should move; None where they are spread evenly.
 
     Args:
-        sessions: by worker, of those that serve.
+        sessions: how many each serving worker has.
     """
     if not sessions:
         return None
@@ -130,17 +141,17 @@ def surplus(sessions: Mapping[int, int]) -> tuple[int, int] | None:
 
 
 def missed(deadlines: Mapping[str, int]) -> float:
-    """The share of the calls with a deadline that missed it, of their counts by outcome; 0 before the first."""
+    """The share of the calls with a deadline that missed it, from their counts by outcome; 0 before the first call."""
     calls = sum(deadlines.values())
     return round(1 - deadlines.get("met", 0) / calls, 4) if calls else 0.0
 
 
 def cloud_status(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The status of a cloud from those of its workers: what is the same for all, sums, and the workers' own.
+    """The status of a cloud from those of its workers: what is the same for all, sums, and each worker's own status.
 
     Args:
-        workers: in their order. `front` says of each whether edges talk to it; one that does not answer has its number,
-            its state and its restarts, and no model.
+        workers: in their order. `front` says whether edges talk to a worker. A worker that does not answer has its
+            number, its state and its restarts, and no model.
     """
     answering = [worker for worker in workers if "model" in worker]
     front = [worker for worker in answering if worker["front"]]
@@ -171,7 +182,7 @@ class Rate:
         self._points: list[tuple[float, float]] = []
 
     def add(self, now: float, total: float) -> float:
-        """Take the counter's value at a time in seconds; returns the rate."""
+        """Take the counter's value `total` at `now` seconds; returns the rate."""
         if self._points and total < self._points[-1][1]:
             self._points.clear()  # the worker was started again
         self._points.append((now, total))

@@ -1,6 +1,6 @@
-"""How many workers there should be, by how many calls wait. Pure, with an injected clock.
+"""How many workers there should be, from how many calls wait. Pure, with an injected clock.
 
-A worker is added when calls have been overdue for a while, and one goes when for a longer while none has waited.
+A worker is started when calls have been overdue for some seconds, and one is ended when none has waited for a minute.
 Growing is quick and shrinking slow, so that a load that comes and goes does not start and stop workers all the time.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 GROW_DEPTH = 1.0
-"""Overdue calls per worker from which on there are too few workers."""
+"""With so many overdue calls per worker, or more, there are too few workers."""
 GROW_SECONDS = 5.0
 SHRINK_SECONDS = 60.0
 PAUSE_SECONDS = 15.0
@@ -19,7 +19,13 @@ PAUSE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a worker has to do: calls that wait, those of them that wait for longer than for company, open sessions."""
+    """What a worker has to do.
+
+    Attributes:
+        waiting: calls that wait.
+        overdue: those that have waited for longer than to fill a batch.
+        sessions: open sessions.
+    """
 
     waiting: int
     overdue: int
@@ -28,17 +34,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to be done: start the worker of a number that there is none of, or drain and end it."""
+    """Start the worker of a number, or drain and end it."""
 
     number: int
     start: bool
 
 
 class Scaler:
-    """Says when a worker is to be started or ended.
+    """Decides when a worker is started or ended.
 
     Args:
-        least: workers that there always are; the first ones, one at least.
+        least: workers that there are at least, 1 or more: those with the lowest numbers.
         most: workers that there are at most.
         clock: seconds that never go back.
     """
@@ -50,17 +56,20 @@ class Scaler:
         self._rest_until = 0.0
 
     def decide(self, loads: Mapping[int, Load]) -> Change | None:
-        """Look at the workers that serve, by number; to be called every second or so.
+        """The change that is due, if one is; to be called every second or so.
 
-        The first `least` workers are never ended: the address that edges connect to is the first one's.
+        The first `least` workers are never ended: edges connect to the address of the first one.
+
+        Args:
+            loads: of the workers that serve, by number.
         """
         now = self._clock()
         if self._least == self._most or not loads:
             return None
         busy = sum(load.overdue for load in loads.values()) >= GROW_DEPTH * len(loads)
         calm = not any(load.waiting for load in loads.values())
-        self._busy_since = _since(self._busy_since, now) if busy else None
-        self._calm_since = _since(self._calm_since, now) if calm else None
+        self._busy_since = since(self._busy_since, now) if busy else None
+        self._calm_since = since(self._calm_since, now) if calm else None
         if now < self._rest_until:
             return None
         change = None
@@ -76,5 +85,6 @@ class Scaler:
         return change
 
 
-def _since(begun: float | None, now: float) -> float:
+def since(begun: float | None, now: float) -> float:
+    """When a condition that holds now has begun: at `begun`, or now."""
     return now if begun is None else begun

@@ -1,9 +1,9 @@
 """The controller: a Ray actor that keeps the directory of a cloud's workers.
 
-Every half second it asks each worker how it is, and tells it of the others. It serves `/status` and `/metrics` for all
-of them, and says when a worker is to be started or ended; the supervisor (`isthmus.cloud.control.supervisor`) does it.
-It knows nothing that it could not ask the workers, so Ray may restart it at any moment. Calls do not pass through it:
-while it is away, edges are served as before.
+Every half second it takes a report from each worker, and sends it those of the others. It serves `/status` and
+`/metrics` for all of them, and decides when a worker is started or ended; the supervisor
+(`isthmus.cloud.control.supervisor`) does that. It can ask the workers for all that it knows, so Ray may restart it at
+any moment. Calls do not pass through it: while it is away, edges are served as before.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isthmus.cloud.control.autoscaler import Change, Load, Scaler
-from isthmus.cloud.directory import Peer, Rate, Report, Word, cloud_status, surplus
+from isthmus.cloud.control.autoscaler import Change, Load, Scaler, since
+from isthmus.cloud.control.ray_cluster import Actor, ActorError, ActorGoneError, Answer, find_actor, wait_for
+from isthmus.cloud.directory import Peer, Rate, Report, Update, cloud_status, surplus
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.cloud.telemetry.metrics import merged, serve_metrics
 from isthmus.common.errors import PortInUseError
@@ -28,7 +29,7 @@ TICK_SECONDS = 0.5
 ANSWER_SECONDS = 1.0
 RATE_SECONDS = 5.0
 SPREAD_SECONDS = 5.0
-"""Between two moves of sessions: those that move have arrived by then."""
+"""Between two moves of sessions: the sessions of the first one have arrived by then."""
 REBINDS, REBIND_PAUSE = 10, 0.5
 
 
@@ -43,8 +44,8 @@ class _Entry:
     tokens_per_s: float = 0.0
 
 
-class Roster:
-    """The directory itself. Pure, with an injected clock; not for several threads at once.
+class Directory:
+    """What the workers have reported, and what follows from it. Pure, with an injected clock; not thread-safe.
 
     Args:
         clock: seconds that never go back.
@@ -55,8 +56,8 @@ class Roster:
         self._entries: dict[int, _Entry] = {}
         self._uneven_since: float | None = None
 
-    def took(self, number: int, report: Report) -> None:
-        """A worker has answered."""
+    def reported(self, number: int, report: Report) -> None:
+        """Take a worker's report."""
         entry = self._entries.setdefault(number, _Entry())
         if entry.report is None:
             entry.restarts = report.status["restarts"]
@@ -66,30 +67,32 @@ class Roster:
         entry.tokens_per_s = entry.rate.add(self._clock(), report.status["positions"])
 
     def missed(self, number: int) -> None:
-        """A worker has not answered: it is being started, or again."""
+        """Note that a worker has not answered: it is being started, or restarted."""
         self._entries.setdefault(number, _Entry()).answering = False
 
     def gone(self, number: int) -> None:
-        """There is no worker of this number."""
+        """Note that there is no worker of this number."""
         self._entries.pop(number, None)
 
-    def words(self) -> dict[int, Word]:
-        """What each worker is to be told next."""
-        move = surplus({number: len(peer.seats) for number, (peer, _) in self._serving().items()})
+    def updates(self) -> dict[int, Update]:
+        """What each worker is sent next."""
+        move = surplus({number: len(peer.sessions) for number, (peer, _) in self._serving().items()})
         now = self._clock()
-        self._uneven_since = None if move is None else _since(self._uneven_since, now)
-        shed: dict[int, int] = {}
+        self._uneven_since = None if move is None else since(self._uneven_since, now)
+        end_newest: dict[int, int] = {}
         if move is not None and self._uneven_since is not None and now - self._uneven_since >= SPREAD_SECONDS:
-            shed, self._uneven_since = dict([move]), None
+            end_newest, self._uneven_since = dict([move]), None
         return {
-            number: Word(self._peers_of(number), shed.get(number, 0), None if entry.report is None else entry.restarts)
+            number: Update(
+                self._peers_of(number), end_newest.get(number, 0), None if entry.report is None else entry.restarts
+            )
             for number, entry in self._entries.items()
         }
 
     def loads(self) -> dict[int, Load]:
-        """What the workers that serve edges have to do."""
+        """The load of each worker that serves edges."""
         return {
-            number: Load(status["queue_depth"], status["overdue"], len(peer.seats))
+            number: Load(status["queue_depth"], status["overdue"], len(peer.sessions))
             for number, (peer, status) in self._serving().items()
         }
 
@@ -117,9 +120,9 @@ class Roster:
         }
 
     def _peers_of(self, number: int) -> tuple[Peer, ...]:
-        """The others that edges may go to, those that do not answer at present as well: they come back.
+        """The other workers that edges may go to, also those that do not answer at present, as they come back.
 
-        None for a stage that edges do not talk to: who talks to it has nowhere else to go.
+        There are none for a pipeline's stage that edges do not talk to: the stage before it has nowhere else to go.
         """
         own = self._entries[number].report
         if own is None or own.peer is None:
@@ -131,38 +134,33 @@ class Roster:
         )
 
 
-def _since(begun: float | None, now: float) -> float:
-    return now if begun is None else begun
-
-
 @dataclass(frozen=True, slots=True)
 class ControllerSpec:
     """All that a controller needs to start, and to start again."""
 
-    workers: tuple[str, ...]  # the actors' names by number; there may be none of a name at present
-    namespace: str
-    least: int  # workers that there always are
+    workers: tuple[str, ...]  # the actors' names, by number; an actor may be yet to be started
+    least: int  # workers that there are at least
     metrics: str  # host:port of /status and /metrics, or "" for none
     log_file: str  # "" for standard error
 
 
 class Controller:
-    """Keeps the directory. Made into an actor by `isthmus.cloud.control.supervisor`."""
+    """Keeps the directory. Made into an actor by `isthmus.cloud.control.cluster`."""
 
     def __init__(self, spec: ControllerSpec) -> None:
         log_to(Path(spec.log_file) if spec.log_file else None)
         self._spec = spec
-        self._roster = Roster(time.monotonic)
+        self._directory = Directory(time.monotonic)
         self._scaler = Scaler(spec.least, len(spec.workers), time.monotonic)
-        self._actors: dict[int, Any] = {}
-        self._asked: dict[int, Any] = {}  # questions that wait for an answer, by worker
+        self._actors: dict[int, Actor] = {}
+        self._asked: dict[int, Answer] = {}  # by worker: the report that was asked for and has not come
         self._lock = threading.Lock()
         self._failure: PortInUseError | None = None
-        self._look()
+        self._poll()
         try:
             self._serve_metrics()
         except PortInUseError as error:
-            self._failure = error  # told by `ready`: of an actor that dies in its constructor, Ray keeps only a text
+            self._failure = error  # raised by `ready`: of an actor that dies in its constructor, Ray keeps only a text
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 
     def ready(self) -> int:
@@ -175,69 +173,61 @@ class Controller:
         return os.getpid()
 
     def change(self) -> Change | None:
-        """What the supervisor is to do about the number of workers; to be asked every second or so."""
+        """What the supervisor is to change about the number of workers; to be asked every second or so."""
         with self._lock:
-            return self._scaler.decide(self._roster.loads())
+            return self._scaler.decide(self._directory.loads())
 
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows, as of now."""
-        self._look()
+        self._poll()
         with self._lock:
-            return {**self._roster.status(), "controller_pid": os.getpid()}
+            return {**self._directory.status(), "controller_pid": os.getpid()}
 
     def metrics(self) -> bytes:
         """The metrics of the workers that answer, in Prometheus' text format."""
-        import ray
-
         with self._lock:
-            questions = {str(number): actor.metrics.remote() for number, actor in self._actors.items()}
-        if questions:
-            ray.wait(list(questions.values()), num_returns=len(questions), timeout=ANSWER_SECONDS)
+            answers = {str(number): actor.ask("metrics") for number, actor in self._actors.items()}
+        wait_for(answers.values(), ANSWER_SECONDS)
         texts = {}
-        for number, question in questions.items():
-            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                texts[number] = ray.get(question, timeout=0)
+        for number, answer in answers.items():
+            with contextlib.suppress(ActorError):
+                texts[number] = answer.result(0)
         return merged(texts) if texts else b""
 
     def _run(self) -> None:
         while True:
             time.sleep(TICK_SECONDS)
-            self._look()
+            self._poll()
 
-    def _look(self) -> None:
-        """Exchange words with every worker."""
-        import ray
-
+    def _poll(self) -> None:
+        """Send every worker its update, and take the workers' reports."""
         with self._lock:
-            self._find()
-            words = self._roster.words()
+            self._find_workers()
+            updates = self._directory.updates()
             for number, actor in self._actors.items():
-                if number not in self._asked:  # one that is being restarted may answer late
-                    self._asked[number] = actor.exchange.remote(words.get(number, Word()))
-            asked = list(self._asked.values())
-            if asked:
-                ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS)
-            for number, question in list(self._asked.items()):
-                try:
-                    self._roster.took(number, ray.get(question, timeout=0))
-                except TimeoutError:  # Ray's own kind of it too
-                    self._roster.missed(number)
+                if number not in self._asked:  # a worker that is being restarted may answer late
+                    self._asked[number] = actor.ask("exchange", updates.get(number, Update()))
+            wait_for(self._asked.values(), ANSWER_SECONDS)
+            for number, answer in list(self._asked.items()):
+                if not answer.is_ready():
+                    self._directory.missed(number)
                     continue
-                except ray.exceptions.ActorDiedError:  # for good: the supervisor has ended it
-                    del self._actors[number]
-                    self._roster.gone(number)
-                except ray.exceptions.RayError:
-                    self._roster.missed(number)
                 del self._asked[number]
+                try:
+                    self._directory.reported(number, answer.result(0))
+                except ActorGoneError:  # for good: the supervisor has ended it
+                    del self._actors[number]
+                    self._directory.gone(number)
+                except ActorError:
+                    self._directory.missed(number)
 
-    def _find(self) -> None:
+    def _find_workers(self) -> None:
         """Look for workers that were not there before."""
-        import ray
-
         for number, name in enumerate(self._spec.workers):
             if number not in self._actors:
-                with contextlib.suppress(ValueError):  # there is none of this name
-                    self._actors[number] = ray.get_actor(name, namespace=self._spec.namespace)
+                actor = find_actor(name)
+                if actor is not None:
+                    self._actors[number] = actor
 
     def _serve_metrics(self) -> None:
         """Serve; a restarted controller tries again, as the process before it may hold the port for a moment more."""

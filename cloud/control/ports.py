@@ -1,4 +1,4 @@
-"""The ports that a cloud listens on: those that it is told to take, and those that Ray takes besides."""
+"""The ports that a cloud listens on: its own, and those of Ray."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_PORT = 65535
 
 
 class Ports:
-    """Addresses to listen on, taken now and kept: a restarted worker must come back on the same one.
+    """Reserves addresses to listen on: a restarted worker must come back on the same one.
 
-    Nobody listens on a port between its choice and its worker's start, and Ray's own processes look for free ones just
-    then. So the sockets that have found the ports stay bound, without listening, until `close`.
+    Between the choice of a port and its worker's start nobody listens on it, and Ray's own processes look for free
+    ports just then. So the sockets that have found the ports stay bound, without listening, until `close`.
     """
 
     def __init__(self) -> None:
         self._held: list[socket.socket] = []
 
     def take(self, listen: str, option: str = "--listen") -> str:
-        """`host:port` with a port of its own, a free one in the place of 0.
+        """Reserve `host:port`; a port 0 becomes a free one. Returns the address.
 
         Raises:
             ConfigError: the address does not parse.
@@ -50,7 +50,7 @@ class Ports:
             ) from None
 
     def take_several(self, listen: str, count: int) -> list[str]:
-        """So many addresses: the given port and those after it, or any free ones in the place of 0.
+        """Reserve so many addresses: the given port and those after it, or any free ones where it is 0.
 
         Raises what `take` raises.
         """
@@ -58,7 +58,7 @@ class Ports:
         return [self.take(f"{host}:{port + number if port else 0}") for number in range(count)]
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release them."""
         for holder in self._held:
             holder.close()
         self._held.clear()
@@ -100,7 +100,7 @@ class Listener:
 
 
 def listeners() -> list[Listener]:
-    """The TCP ports that this process and those it has started listen on, Ray's and the workers' among them."""
+    """The TCP ports on which this process and its children listen, Ray's and the workers' among them."""
     import psutil
 
     own = psutil.Process()
@@ -117,18 +117,18 @@ def listeners() -> list[Listener]:
 
 
 def _name(name: str, command: list[str]) -> str:
-    """A process's name; that of its script for Python's."""
+    """The name of a process; of a Python process, that of its script."""
     script = next((word for word in command if word.endswith(".py")), "")
     return Path(script).stem if script and name.startswith("python") else name
 
 
 class PortWatch:
-    """Tells the operator once of each port that other machines can reach and that was not announced.
+    """Warns the operator once of each port that other machines can reach and that the operator has not chosen.
 
     Args:
-        announced: ports that edges and the operator are told of.
-        say: tells the operator a line.
-        look_up: returns what listens now.
+        announced: ports that the operator has chosen.
+        say: prints a line for the operator.
+        look_up: returns the ports that are listened on now.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class PortWatch:
         self._known = set(announced)
         self._say, self._look_up = say, look_up
 
-    def first(self) -> None:
-        """Tell of all of them: in one line those that this machine alone can reach, and the others as `look` does."""
+    def first_check(self) -> None:
+        """Print the ports that only this machine can reach, in one line, and warn of the others as `check` does."""
         private = [each for each in self._look_up() if each.private and each.port not in self._known]
         if private:
-            told = ", ".join(f"{each.process} {each.port}" for each in sorted(private, key=lambda each: each.port))
-            self._say(f"Ray listens for this machine alone, on ports of the loopback: {told}")
-        self.look()
+            ports = ", ".join(f"{each.process} {each.port}" for each in sorted(private, key=lambda each: each.port))
+            self._say(f"Ray listens for this machine alone, on ports of the loopback: {ports}")
+        self.check()
 
-    def look(self) -> None:
-        """To be called now and then."""
+    def check(self) -> None:
+        """Warn of ports that are new; to be called now and then."""
         for each in self._look_up():
             if not each.private and each.port not in self._known:
                 self._known.add(each.port)

@@ -1,4 +1,4 @@
-"""Where a running `serve` leaves word of itself, and how `status` finds it. Light: nothing of torch, grpc or ray."""
+"""The file in which a running `serve` says where it can be asked for its status. Imports no torch, gRPC or Ray."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from isthmus.common.files import write_atomic
 
 STATE_FILE = "serving.json"
 MAX_STATUS = 16 << 20
-"""Bytes of a status that are read: that of 128 workers with 1000 tenants each has about 4 MB."""
+"""Largest status that is read, in bytes: that of 128 workers with 1000 tenants each has about 4 MB."""
 
 
 def write_state(home: Path, state: dict[str, Any]) -> None:
-    """Leave word of a running cloud."""
+    """Write the state of a running cloud."""
     write_atomic(home / STATE_FILE, json.dumps(state, indent=1).encode(), 0o600)
 
 
 def clear_state(home: Path) -> None:
-    """Take it back."""
+    """Remove it."""
     (home / STATE_FILE).unlink(missing_ok=True)
 
 
 def read_status(home: Path) -> dict[str, Any]:
-    """Ask the running worker how it is.
+    """Ask the running cloud for its status.
 
     Raises:
         UnreachableError: none runs with this home, or it does not answer with its status.
@@ -52,7 +52,7 @@ def read_status(home: Path) -> dict[str, Any]:
 
 
 def _read_state(home: Path) -> dict[str, Any]:
-    """What `write_state` left."""
+    """Read what `write_state` has written."""
     path = home / STATE_FILE
     try:
         state = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What `isthmus cloud status` shows on a terminal: the cloud, and a line for each worker, in 80 columns."""
+"""`isthmus cloud status` on a terminal: facts about the cloud, and a line for each worker, in 80 columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
 
     Args:
         status: what to show.
-        now: Unix seconds, for the days that the certificate is good for; this moment by default.
+        now: Unix seconds, for the days until the certificate expires; the present by default.
     """
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(no_wrap=True)
@@ -50,7 +50,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
 
 
 def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
-    """Names and values for people; what this does not know is shown as it is."""
+    """Names and values for people; a key that is not known here is shown as it is."""
     for name, value in status.items():
         if name in ("workers", "stash_budget_bytes"):
             continue

@@ -1,4 +1,4 @@
-"""What `serve` looks at now and then besides its workers: ports that other machines reach, and the certificate."""
+"""What `serve` checks now and then besides its workers: ports that other machines can reach, and the certificate."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.home.expiry import ExpiryWatch
 from isthmus.cloud.home.identity import IdentityFiles
 
-LOOK_SECONDS = 30.0
+CHECK_SECONDS = 30.0
 
 
 def watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Console) -> Callable[[], None]:
-    """Tell the operator of the ports and the certificate now; returns what does so again where something is new.
+    """Report ports and certificate to the operator now; returns a function that reports what is new since.
 
     Args:
         home: the cloud's folder.
-        specs: of the workers that there are at most.
+        specs: of all workers that may be started.
         metrics: address of `/status` and `/metrics`, or "".
-        console: where the operator is told.
+        console: where the operator reads.
     """
     say = partial(console.print, highlight=False, markup=False)
     announced = [parse_address(each)[1] for each in (*(spec.listen for spec in specs), *filter(None, [metrics]))]
     ports = PortWatch(announced, say)
     identity = IdentityFiles(home)
     certificate = ExpiryWatch(lambda: identity().certificate.not_after, say)
-    ports.first()
-    certificate.look()
+    ports.first_check()
+    certificate.check()
     last = time.monotonic()
 
-    def look() -> None:
+    def check() -> None:
         nonlocal last
-        if time.monotonic() - last >= LOOK_SECONDS:
+        if time.monotonic() - last >= CHECK_SECONDS:
             last = time.monotonic()
-            ports.look()
-            certificate.look()
+            ports.check()
+            certificate.check()
 
-    return look
+    return check

@@ -12,15 +12,15 @@ import os
 import resource
 import threading
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isthmus.cloud.bounds import Bounds
-from isthmus.cloud.directory import Peer, Report, Word
+from isthmus.cloud.control.ray_cluster import was_restarted
+from isthmus.cloud.directory import Peer, Report, Update
 from isthmus.cloud.telemetry.logs import log, log_to
-from isthmus.common.errors import IsthmusError, PortInUseError
+from isthmus.common.errors import ConfigError, IsthmusError, PortInUseError
 
 if TYPE_CHECKING:
     from isthmus.cloud.gateway.server import ServerTls
@@ -38,7 +38,7 @@ class WorkerSpec:
     """All that a worker needs to start, and to start again. Paths, not secrets: Ray keeps this in its control store."""
 
     checkpoint: str  # folder: the whole model, or the edge's parts beside a saved span
-    model: str  # the name that edges are told
+    model: str  # the name that edges get
     plan: str
     dtype: str
     parts: str  # folder of the edge's parts, which the first worker makes
@@ -58,30 +58,30 @@ class WorkerSpec:
     batching: bool = True  # whether calls of several sessions may share a pass
     device: str = CPU  # where the span computes, one of `DEVICES`
     number: int = 0  # of the worker, from 0 on
-    address: str = ""  # host:port that edges are told
+    address: str = ""  # host:port that edges get
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
-    compute_bytes: int | None = None  # what calls may take together while they are computed; None as for the stash
+    compute_bytes: int | None = None  # budget of calls that are computed; None as for the stash
     beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
-    bounds: Bounds = field(default_factory=Bounds)  # what others can make it hold
+    bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold
 
 
 class Worker:
     """One span behind one gRPC server. Made into an actor by `isthmus.cloud.control.cluster`.
 
-    Ray imports this module wherever there is a handle of the actor, so torch is imported where the span is loaded.
+    Ray imports this module in every process with a handle of the actor, so torch is imported only in `_start`.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold activations and keys
         self._failure: IsthmusError | None = None
-        restarted = _restarted()
+        restarted = was_restarted()
         try:
             self._start(spec, REBINDS if restarted else 0)
         except IsthmusError as error:
-            self._failure = error  # told by `port`: of an actor that dies in its constructor, Ray keeps only a text
+            self._failure = error  # raised by `port`: of an actor that dies in its constructor, Ray keeps only a text
             if restarted:  # nobody calls `port` again, so this process would stay and listen to nothing
                 log("restart_failed", logging.ERROR, error=str(error))
                 time.sleep(RESTART_PAUSE)
@@ -89,7 +89,7 @@ class Worker:
 
     def _start(self, spec: WorkerSpec, rebinds: int) -> None:
         from isthmus.cloud.control.worker_setup import EdgesFile, next_stage_of, served_by, tls_of
-        from isthmus.cloud.gateway.server import StripServer
+        from isthmus.cloud.gateway.server import GatewayServer
         from isthmus.cloud.home.identity import IdentityFiles
 
         self._spec, self._restarts = spec, 0
@@ -97,7 +97,7 @@ class Worker:
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
-        self._server = StripServer(
+        self._server = GatewayServer(
             served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds, batching=spec.batching
         )
         self._loop = asyncio.new_event_loop()
@@ -105,7 +105,7 @@ class Worker:
         self._port = self._listen(spec.listen, tls_of(spec), rebinds)
 
     def _listen(self, listen: str, tls: ServerTls | None, rebinds: int) -> int:
-        """Bind; a restarted worker tries again, as the process before it may hold the port for a moment more."""
+        """Listen; a restarted worker tries again, as the process before it may hold the port for a moment more."""
         for left in range(rebinds, -1, -1):
             try:
                 return asyncio.run_coroutine_threadsafe(self._server.start(listen, tls), self._loop).result()
@@ -135,15 +135,15 @@ class Worker:
             f"that have paused; at most {self._spec.max_tokens} tokens in a call"
         )
 
-    def exchange(self, word: Word) -> Report:
-        """Take word of the other workers, and tell of this one. Raises IsthmusError where it could not start."""
+    def exchange(self, update: Update) -> Report:
+        """Take the controller's update, and report of this worker. Raises IsthmusError where it could not start."""
         self.port()
         spec = self._spec
-        if word.restarts is not None:
-            self._restarts = word.restarts
-        self._loop.call_soon_threadsafe(self._server.sessions.hear, spec.address, word.peers)
-        if word.shed:
-            self._loop.call_soon_threadsafe(self._server.sessions.shed, word.shed)
+        if update.restarts is not None:
+            self._restarts = update.restarts
+        self._loop.call_soon_threadsafe(self._server.sessions.take_report, spec.address, update.peers)
+        if update.end_newest:
+            self._loop.call_soon_threadsafe(self._server.sessions.end_newest, update.end_newest)
         status = self._server.status()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         own = {
@@ -156,9 +156,9 @@ class Worker:
             "pid": os.getpid(),
             "peak_bytes": usage.ru_maxrss * 1024,
         }
-        if spec.edges:  # a stage inside a pipeline is none of the edges' business
+        if spec.edges:  # a stage inside a pipeline, which edges do not talk to
             return Report(own, None)
-        return Report(own, Peer(spec.address, str(status["state"]), self._server.sessions.seats()))
+        return Report(own, Peer(spec.address, str(status["state"]), self._server.sessions.entries()))
 
     def metrics(self) -> bytes:
         """The worker's metrics in Prometheus' text format. Raises IsthmusError where it could not start."""
@@ -170,10 +170,9 @@ class Worker:
         return asyncio.run_coroutine_threadsafe(self._server.drain(grace), self._loop).result()
 
 
-def _restarted() -> bool:
-    """Whether this process takes the place of a worker that died."""
-    import ray
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray itself calls there what it has deprecated
-        return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+def no_gpu(device: str) -> ConfigError:
+    """The error of a machine without a GPU."""
+    return ConfigError(
+        f"--device {device} needs a GPU that torch finds, and it finds none: check the driver and that torch is "
+        "built with CUDA, or leave the option out"
+    )

@@ -16,12 +16,11 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.edge_parts import export_edge_parts
 from isthmus.backbone.split.saved_span import load_saved_span
 from isthmus.backbone.split.span import DTYPES, load_span
-from isthmus.cloud.control.gpus import no_gpu
-from isthmus.cloud.control.worker import CPU, WorkerSpec
+from isthmus.cloud.control.worker import CPU, WorkerSpec, no_gpu
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.gateway.pipeline import NextStage
 from isthmus.cloud.gateway.server import ServerTls
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.telemetry.logs import log
@@ -36,7 +35,7 @@ from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 
 class EdgesFile:
-    """`authorized_edges`, read again whenever it has changed.
+    """`authorized_edges`, read again whenever the file has changed.
 
     Raises:
         ConfigError: The file is malformed at the start, when there is no good list to fall back on.
@@ -52,7 +51,7 @@ class EdgesFile:
             self._edges = AuthorizedEdges.load(self._path)
 
     def __call__(self) -> AuthorizedEdges:
-        """Who is enrolled now: nobody where there is no file, the last good list where it is malformed."""
+        """The edges that are enrolled now: none where there is no file, the last good list where it is malformed."""
         try:
             stat = self._path.stat()
         except FileNotFoundError:
@@ -71,7 +70,7 @@ class EdgesFile:
                 log("authorized_edges_unreadable", error=str(error))
             self._unreadable = stamp
             if isinstance(error, KeyFileError):
-                return self._edges  # not for what is in it: it is tried again at the next look
+                return self._edges  # its mode or owner is wrong, which is checked again at the next call
         self._stamp = stamp
         return self._edges
 
@@ -127,29 +126,29 @@ def served_by(spec: WorkerSpec) -> Served:
     return Served(
         info,
         executor,
-        FileShelf(Path(spec.parts), FileSet.PARTS),
+        FileStore(Path(spec.parts), FileSet.PARTS),
         adapters,
-        None if package is None else FileShelf(package.folder, FileSet.EMULATOR),
+        None if package is None else FileStore(package.folder, FileSet.EMULATOR),
         spec.sites,
     )
 
 
 RESERVE_BYTES = 1 << 29
-"""For Python, its libraries, messages and what the system itself needs, where the machine's memory is shared out."""
+"""Left to Python, its libraries, messages and the system itself when the machine's memory is divided into budgets."""
 MOST_STASH, LEAST_COMPUTE = 2 << 30, 1 << 26
 
 
 def memory_budgets(machine: int, span: int, stash: int | None, compute: int | None) -> tuple[int, int]:
-    """The bytes of the stash, and those that calls may take together while they are computed.
+    """The budgets, in bytes, of the stash and of all calls that are computed at a time.
 
-    What is not given is a quarter of what the machine leaves beside span and reserve: for the stash (2 GiB at most),
-    for calls that are computed, and for those that have paused, which may hold as much again. A quarter stays free.
+    A budget that the operator does not give is a quarter of the machine's memory without span and reserve. The stash
+    gets one quarter (2 GiB at most), calls that are computed one, paused calls one; one quarter stays free.
 
     Args:
-        machine: Memory of the machine that is this worker's.
-        span: Bytes of the weights.
-        stash: What the operator says, or None.
-        compute: What the operator says, or None.
+        machine: this worker's bytes of the machine's memory.
+        span: bytes of the weights.
+        stash: the operator's budget of the stash, or None.
+        compute: the operator's budget of calls, or None.
     """
     part = max(LEAST_COMPUTE, (machine - span - RESERVE_BYTES) // 4)
     return min(MOST_STASH, part) if stash is None else stash, part if compute is None else compute
@@ -161,7 +160,7 @@ def _memory_of(spec: WorkerSpec) -> int:
 
 
 def make_parts(checkpoint: Checkpoint, plan: SplitPlan, folder: Path) -> None:
-    """Make the edge's parts of a model where they are not there yet: by one of the workers, and the others wait.
+    """Make the edge's parts of a model where they are not there yet. One of the workers makes them, the others wait.
 
     Raises:
         IsthmusError: they cannot be cut, or written.
@@ -186,10 +185,10 @@ def next_stage_of(spec: WorkerSpec) -> NextStage | None:
 
 
 def _message_bytes(max_tokens: int, hidden_size: int, group: int) -> int:
-    """The largest message of a session.
+    """The largest message of a session, in bytes.
 
-    A backward call with its replay (two fp32 tensors, a mask, position ids), what a group of sites sends or is sent, or
-    a piece of a file, and 1 MiB to spare.
+    It is the largest of a backward call with its replay (two fp32 tensors, a mask, position ids), the tensors of a
+    group of sites, and a chunk of a file; and 1 MiB to spare.
     """
     return max(max_tokens * 4 * max(2 * hidden_size + 4, group), MAX_FILE_CHUNK) + (1 << 20)
 

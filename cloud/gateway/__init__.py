@@ -1,4 +1,4 @@
-"""The data plane: the gRPC server, who may enter, and what every session may have in flight.
+"""The data plane: the gRPC server, which streams become sessions, and what a session may have in flight.
 
 It may import `isthmus.cloud.session` and what that may import. No Ray.
 """

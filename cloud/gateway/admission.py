@@ -1,4 +1,4 @@
-"""Who may enter: handshakes, in limited time, number and rate, and what an edge says as it attaches."""
+"""Which streams become sessions: handshakes in limited time, number and rate, and the `Attach` that follows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from isthmus.cloud.gateway.half_open import HalfOpen, host_of, tell_taken
+from isthmus.cloud.gateway.half_open import HalfOpen, accept_call, host_of
 from isthmus.cloud.gateway.open_sessions import OpenSession, Sessions
 from isthmus.cloud.gateway.penalties import Penalties
 from isthmus.cloud.gateway.stream import SealedStream
@@ -25,12 +25,12 @@ class Admission:
     """Decides which streams become sessions.
 
     Args:
-        info: what edges are told; the session's id is filled in.
+        info: the description that edges get of the model; each session fills in its id.
         identity: returns the worker's key and its certificate; called at every handshake.
         edges: returns the current `authorized_edges`; called at every handshake.
         sessions: those that are open.
         metrics: where handshakes are counted.
-        half_open: the places of handshakes.
+        half_open: limits handshakes.
         clock: seconds that never go back.
     """
 
@@ -82,51 +82,32 @@ class Admission:
         outcome, host = "failed", host_of(context.peer())
         try:
             async with self._half_open.place(host, lambda: protocol.greeted):
-                await tell_taken(context)
+                await accept_call(context)
                 await asyncio.sleep(self._penalties.pause(host))
-                shaken = await stream.handshake()
-                if shaken == "refused" and not self._stopped:  # whoever is told to come back has done nothing wrong
+                outcome = await stream.handshake()
+                if outcome == "refused" and not self._stopped:  # an edge that comes during a drain broke no rule
                     self.offended(protocol, context)
-                if shaken != "accepted" or protocol.info is None or protocol.tenant is None:
-                    outcome = shaken
+                if outcome != "accepted" or protocol.info is None or protocol.tenant is None:
                     return None
+                outcome = "failed"
                 await asyncio.sleep(self._penalties.pause(str(protocol.tenant.fingerprint)))
-                attach = await stream.receive(self._never)
-                if attach is None:
+                first = await stream.receive(self._never)
+                if first is None:
                     outcome = "abandoned"
                     return None
-                asked = attach.message if isinstance(attach, Received) else attach
-                if not isinstance(asked, m.Attach):
-                    raise MessageError(f"a session opens with Attach, not with {type(asked).__name__}")
-                opened = bytes.fromhex(protocol.info.session_id)
-                if asked.account is not None and not protocol.tenant.stage:
-                    outcome = "refused"
-                    await stream.send(m.Status(m.StatusCode.BAD_REQUEST, None, _NO_STAGE))
-                    return None
-                deadline = asked.deadline_ms / 1000 if asked.deadline_ms else None
-                tenant = _served_for(protocol.tenant, asked.account)
-                session = OpenSession(
-                    opened, tenant, asked.link, asked.interactive, deadline, protocol.tenant, self._clock()
-                )
-                known = self._sessions.addresses
-                elsewhere = None if asked.settled else self._sessions.better_place(session)
-                if elsewhere is not None:
-                    outcome = "sent elsewhere"
-                    await stream.send(m.Workers(known, elsewhere))
-                    return None
-                refusal = await self._sessions.enter(session)
-                if refusal is not None:
-                    outcome = "refused"
-                    await stream.send(refusal)
-                    return None
-                attached = m.Status(m.StatusCode.OK, None, "attached") if self._sessions.alone else m.Workers(known)
+                attach = first.message if isinstance(first, Received) else first
+                if not isinstance(attach, m.Attach):
+                    raise MessageError(f"a session opens with Attach, not with {type(attach).__name__}")
+                session = self._session(bytes.fromhex(protocol.info.session_id), protocol.tenant, attach)
+                outcome, answer = await self._decide(session, attach)
                 try:
-                    await stream.send(attached)
+                    await stream.send(answer)
                 except BaseException:
-                    self._sessions.leave(session)
+                    if outcome == "accepted":
+                        self._sessions.leave(session)
+                        outcome = "failed"
                     raise
-                outcome = "accepted"
-                return session
+                return session if outcome == "accepted" else None
         except TimeoutError:
             outcome = "timed out"
             return None
@@ -135,8 +116,35 @@ class Admission:
             if outcome != "accepted":
                 log("session_refused", outcome=outcome)
 
+    def _session(self, session_id: bytes, enrolled: Tenant, attach: m.Attach) -> OpenSession:
+        """The session that an enrolled edge asks for. It is not counted yet."""
+        return OpenSession(
+            session_id,
+            _served_for(enrolled, attach.account),
+            attach.link,
+            attach.interactive,
+            attach.deadline_ms / 1000 if attach.deadline_ms else None,
+            enrolled,
+            self._clock(),
+        )
+
+    async def _decide(self, session: OpenSession, attach: m.Attach) -> tuple[str, m.Message]:
+        """Whether a session is opened here, and what its edge is answered. It is counted where it is "accepted"."""
+        if attach.account is not None and not session.enrolled.stage:
+            return "refused", m.Status(m.StatusCode.BAD_REQUEST, None, _NO_STAGE)
+        addresses = self._sessions.addresses
+        elsewhere = None if attach.settled else self._sessions.less_loaded(session)
+        if elsewhere is not None:
+            return "sent elsewhere", m.Workers(addresses, elsewhere)
+        refusal = await self._sessions.enter(session)
+        if refusal is not None:
+            return "refused", refusal
+        if self._sessions.alone:
+            return "accepted", m.Status(m.StatusCode.OK, None, "attached")
+        return "accepted", m.Workers(addresses)
+
     def offended(self, protocol: CloudSession, context: Any) -> None:
-        """A stream has broken the rules: its tenant has, where it has said who it is, else somebody at its host."""
+        """Count an offence of the stream's tenant, or of its host where the tenant is not known yet."""
         tenant = protocol.tenant
         self._penalties.offended(host_of(context.peer()) if tenant is None else str(tenant.fingerprint))
 
@@ -156,7 +164,7 @@ _NO_STAGE = (
 
 
 def _served_for(tenant: Tenant, account: m.Account | None) -> Tenant:
-    """Whose turns a session takes: those of the tenant that a stage attaches for, within the stage's own quota."""
+    """The tenant whose turns a session takes: the one that a stage attaches for, with the stage's own quota."""
     if account is None:
         return tenant
     quota = dataclasses.replace(tenant.quota, weight=account.weight)

@@ -25,10 +25,11 @@ from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
 from isthmus.cloud.gateway.stream import SealedStream
-from isthmus.cloud.session.file_threads import FILE_MESSAGES, FileWork
-from isthmus.cloud.session.handler import TenantSession, handle_together, kind_of, step_together
+from isthmus.cloud.session.batched_calls import handle_batch, step_batch
+from isthmus.cloud.session.file_threads import FILE_MESSAGES, FileThreads
+from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
-from isthmus.cloud.telemetry.event_history import record
+from isthmus.cloud.telemetry import event_history
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
@@ -56,6 +57,7 @@ class Calls:
     Attributes:
         in_flight: the calls that have been taken and not answered.
         files: the threads that read and write files for edges.
+        records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
         metrics: see above.
         clock: see above.
     """
@@ -81,7 +83,8 @@ class Calls:
         )
         self._compute, self._invariance = computing.dispatcher, computing.invariance
         self._call_threads = CallThreads(computing.threads_of_a_call, served.executor.compute_bytes)
-        self.files = FileWork()
+        self.files = FileThreads()
+        self.records_history = event_history.is_written()
 
     def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
         """What answers the messages of one session.
@@ -187,7 +190,7 @@ class SessionCalls:
     @property
     def patience(self) -> float | None:
         """Seconds that the edge has left for the oldest answer that it owes; None where it owes none."""
-        asked_at = self._work.calls.asked_at
+        asked_at = self._work.calls.asked_at if self._work.calls.begun else None
         return None if asked_at is None else max(0.0, asked_at + ANSWER_SECONDS - time.monotonic())
 
     async def answer(self, stream: SealedStream, received: Received) -> None:
@@ -217,7 +220,8 @@ class SessionCalls:
                 metrics.refused.labels(reply.code.name).inc()
             self._calls.observe_stash()
             if reply is not None and not self._session.fenced:  # the edge goes on in a newer session
-                self._record(reply)
+                if self._calls.records_history:
+                    self._record(reply)
                 await stream.send(reply)
             reached("reply_sent")
             metrics.calls.labels(_operation(message)).inc()
@@ -225,7 +229,7 @@ class SessionCalls:
     def _record(self, reply: m.Message) -> None:
         """Have the history show an answer, and of which call it is the result."""
         result = reply.id if isinstance(reply, m.ForwardReply | m.BackwardReply) else None
-        record(
+        event_history.record(
             "answered",
             session=self._session.id.hex(),
             link=self._session.link.hex(),
@@ -267,7 +271,7 @@ class SessionCalls:
         """
         message = received.message
         sited = isinstance(message, m.Forward | m.Backward) and message.sites and self._stage is None
-        if not sited or self._work.calls.paused:
+        if not sited or self._work.calls.begun:
             return
         try:
             thread = self._work.calls.claim(self._work.call_bytes(message))
@@ -327,7 +331,7 @@ class SessionCalls:
         sited = isinstance(message, m.Forward | m.Backward) and bool(message.sites)
         shared: Shared[Any, m.Message | None] | None = None
         if kind is not None:
-            shared = Shared(kind, (work, message), handle_together if in_pass else step_together)
+            shared = Shared(kind, (work, message), handle_batch if in_pass else step_batch)
         try:
             running = self._calls.turn(
                 self._session,

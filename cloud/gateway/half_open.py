@@ -1,13 +1,13 @@
-"""Calls whose peer has not been authenticated yet: how many there may be, and which one gives way to another.
+"""gRPC calls whose peer is not authenticated yet: how many there may be, and which one is ended for a new one.
 
-They are handshakes and questions about health. Each has a place for a limited time.
+They are handshakes and health checks. Each has a place for a limited time. Where there is no place for a new call, one
+of those that have a place is ended:
 
-Rules
-    1. Where one host has as many as it may have, its own give way, the oldest first.
-    2. Who has said nothing valid gives way first: a stream costs a stranger nothing, a hello a little.
-    3. They never have less than half of the places, so that those who go further do not keep newcomers from speaking:
-       where they have less, anybody may have to give way.
-    4. The peer with the most gives way, with its oldest. So a flood from one address displaces itself alone.
+    1. A host that has as many as a host may have loses its own oldest one.
+    2. Silent peers, which have sent nothing valid, lose theirs first: a stream costs a stranger nothing, a valid hello
+       costs a little. Where fewer than half of all are silent, any peer may lose its place, so that peers that have
+       sent a hello cannot keep all places from newcomers.
+    3. Among these, the host with the most loses its oldest one. So a flood from one address displaces only itself.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from isthmus.cloud.bounds import Bounds
 
 
 class HalfOpen:
-    """The places of those that have not been authenticated. For one event loop.
+    """The places of calls that are not authenticated. For one event loop.
 
     Args:
-        bounds: how many there are, and for how long.
+        bounds: how many places there are, and for how long a call has one.
     """
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        # In the order in which they began, with the host that each is from and whether it has said something valid.
+        # In the order in which they began: the host of each, and whether it has sent something valid.
         self._waiting: dict[asyncio.Timeout, tuple[str, Callable[[], bool]]] = {}
 
     def __len__(self) -> int:
@@ -40,14 +40,14 @@ class HalfOpen:
 
     @contextlib.asynccontextmanager
     async def place(self, host: str, greeted: Callable[[], bool] = lambda: False) -> AsyncIterator[None]:
-        """Have a place for as long as the context lasts; another one may have to give way.
+        """Hold a place for as long as the context lasts; another call may be ended for it.
 
         Args:
-            host: who takes it, as `host_of` says it.
-            greeted: whether the peer has said something valid by now.
+            host: whose call it is, as `host_of` gives it.
+            greeted: whether the peer has sent something valid by now.
 
         Raises:
-            TimeoutError: the time is over, or the place was given to another.
+            TimeoutError: the time is over, or the place was given to another call.
         """
         async with asyncio.timeout(self._bounds.handshake_seconds) as limit:
             self._make_room(host)  # before anything is awaited: others come in meanwhile
@@ -58,7 +58,7 @@ class HalfOpen:
                 self._waiting.pop(limit, None)
 
     def _make_room(self, host: str) -> None:
-        """For one that begins."""
+        """End a call if there is no place for a new one of `host`."""
         waiting = list(self._waiting.items())
         own = [each for each in waiting if each[1][0] == host]
         if len(own) >= self._bounds.max_half_open_per_host:
@@ -67,17 +67,17 @@ class HalfOpen:
             among = waiting
         else:
             return
-        limit, _ = among[gives_way([(peer, greeted()) for _, (peer, greeted) in among])]
+        limit, _ = among[to_end([(peer, greeted()) for _, (peer, greeted) in among])]
         del self._waiting[limit]
         if not limit.expired():
             limit.reschedule(asyncio.get_running_loop().time())
 
 
-async def tell_taken(context: Any) -> None:
-    """Tell a peer that its call is taken, by sending the initial metadata.
+async def accept_call(context: Any) -> None:
+    """Tell a peer that its call was accepted, by sending the initial metadata.
 
-    That is finished also where the place is lost meanwhile. Metadata whose sending was broken off is sent again with
-    the status by gRPC; that fails, and the call would never end.
+    Sending is finished also where the call loses its place meanwhile: metadata whose sending was broken off would be
+    sent again by gRPC with the status, which fails, and the call would never end.
 
     Args:
         context: the call's grpc.aio context.
@@ -90,11 +90,12 @@ async def tell_taken(context: Any) -> None:
         raise
 
 
-def gives_way(waiting: Sequence[tuple[str, bool]]) -> int:
-    """The index of the handshake that gives way.
+def to_end(waiting: Sequence[tuple[str, bool]]) -> int:
+    """The index of the call that is ended for a new one.
 
     Args:
-        waiting: of each, in the order in which they began, whose it is and whether it has had a valid hello; not empty.
+        waiting: the host of each call, and whether it has sent something valid, in the order in which they began; not
+            empty.
     """
     silent = [index for index, (_, greeted) in enumerate(waiting) if not greeted]
     among = silent if 2 * len(silent) >= len(waiting) else range(len(waiting))
@@ -103,9 +104,9 @@ def gives_way(waiting: Sequence[tuple[str, bool]]) -> int:
 
 
 def host_of(peer: str) -> str:
-    """Whose connection it is, from what gRPC calls the peer, such as `ipv4:10.0.0.1:5000`.
+    """The host of a connection, from gRPC's name of the peer, such as `ipv4:10.0.0.1:5000`.
 
-    The address without the port. Of an IPv6 address the first 64 bits, as one host has all the others.
+    It is the address without the port. Of an IPv6 address it is the first 64 bits, as one host has all the others.
     """
     host = unquote(peer).rpartition(":")[0]
     if not host.startswith("ipv6:["):

@@ -1,9 +1,9 @@
-"""Connections whose peer does not take the end of a call: they are closed, as gRPC itself would wait for ever.
+"""Closes connections whose peer does not take the end of a call. gRPC itself would wait for ever.
 
-A peer that opens no window of HTTP/2 for what a call has sent keeps that call, and what it holds, after its handler has
-returned: the status goes out behind the data, and grpc.aio has no way to reset a stream. A peer that does so is cut off
-like one whose network has failed: the socket is shut down, and gRPC cleans up after it. All calls of that connection
-end; an honest edge has one for each of its sessions, and opens another.
+A peer that opens no HTTP/2 window for what a call has sent keeps that call and its memory alive after its handler has
+returned: the status goes out behind the data, and grpc.aio has no way to reset a stream. So the connection's socket is
+shut down, as if the network had failed, and gRPC cleans up after it. All calls of that connection end; an honest edge
+has one connection for each of its sessions, and opens another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class HangUp:
     """Closes the connections of calls that do not end. For one event loop.
 
     Args:
-        seconds: that a call may take to be gone, once its handler has returned.
+        seconds: how long a call may take to end, once its handler has returned.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -38,11 +38,11 @@ class HangUp:
         self._due: set[str] = set()
 
     def when_lingering(self, context: Any, in_transit: float = 0.0) -> None:
-        """Close a call's connection unless the call is gone soon; to be called as its handler returns.
+        """Close a call's connection unless the call ends soon; to be called as its handler returns.
 
         Args:
             context: the call's grpc.aio context.
-            in_transit: seconds more that a slow network may take for what was sent.
+            in_transit: further seconds that a slow network may take for what was sent.
         """
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._seconds + in_transit, self._lingers, context.peer())
@@ -54,7 +54,7 @@ class HangUp:
         Args:
             context: the call's grpc.aio context.
             code: of the status.
-            text: what the peer is told.
+            text: of the status.
 
         Raises:
             grpc.aio.AbortError: always, as `context.abort` does.
@@ -63,7 +63,7 @@ class HangUp:
         await context.abort(code, text)
 
     def _lingers(self, peer: str) -> None:
-        if not self._due:  # one search for all that are due at about the same time
+        if not self._due:  # one search of the sockets for all that are due at about the same time
             asyncio.get_running_loop().call_later(self._seconds / 10, self._hang_up)
         self._due.add(peer)
 
@@ -76,7 +76,7 @@ Address = tuple[IPv4Address | IPv6Address, int]
 
 
 def address_of(peer: str) -> Address:
-    """Host and port of what gRPC calls a peer, such as `ipv4:10.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
+    """Host and port from gRPC's name of a peer, such as `ipv4:10.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     return _host(host.strip("[]")), int(port)
 
@@ -103,7 +103,7 @@ def shut_down(peers: set[Address]) -> int:
 
 
 def _host(text: str) -> IPv4Address | IPv6Address:
-    """An address without its zone; the IPv4 address that an IPv6 one stands for, as gRPC has it."""
+    """An address without its zone; the IPv4 address of an IPv4-mapped IPv6 one, as gRPC writes it."""
     address = ip_address(text.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address

@@ -1,8 +1,7 @@
-"""The health service of gRPC on the data port, as little of it as a load balancer needs: `Check`.
+"""gRPC's health service on the data port, as far as a load balancer needs it: `Check`.
 
-Whoever asks has no key, so a question has a place among the calls that nobody has authenticated, and with it a limit in
-time, in number, and in number from one host. `Watch` is not served: it would hold a stream for as long as a stranger
-likes.
+Whoever asks has no key, so a health check counts among the calls that are not authenticated, which are limited in time,
+in number, and in number from one host. `Watch` is not served: it would hold a stream for as long as a stranger likes.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 
-from isthmus.cloud.gateway.half_open import HalfOpen, host_of, tell_taken
+from isthmus.cloud.gateway.half_open import HalfOpen, accept_call, host_of
 from isthmus.cloud.gateway.hang_up import HangUp
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol.service import SERVICE
 
 MAX_QUESTION_BYTES = 1024
-"""Of a question, which names one of two services."""
+"""Largest question; it names one of two services."""
 
 
 class Health:
     """Answers `Check`.
 
     Args:
-        half_open: the places of those that have not been authenticated.
+        half_open: limits calls that are not authenticated.
         hang_up: closes the connections of those who do not take the answer.
     """
 
@@ -37,24 +36,24 @@ class Health:
         self._states = health.aio.HealthServicer()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """What serves it. As a stream of messages, so that the wait for the question has its limit as well."""
+        """gRPC's handlers. `Check` is served as a stream, so that the wait for the question has a limit as well."""
         check = grpc.stream_stream_rpc_method_handler(self._check)
         handlers: grpc.GenericRpcHandler = grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})
         return handlers
 
     async def serving(self) -> None:
-        """Say from now on that all is well."""
+        """Answer from now on that the worker serves."""
         for name in ("", SERVICE):
             await self._states.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def draining(self) -> None:
-        """Say from now on that nobody should come here any more."""
+        """Answer from now on that nobody should connect to this worker."""
         await self._states.enter_graceful_shutdown()
 
     async def _check(self, questions: AsyncIterator[bytes], context: Any) -> None:
         try:
             async with self._half_open.place(host_of(context.peer())):
-                await tell_taken(context)
+                await accept_call(context)
                 raw = await anext(aiter(questions), b"")
                 if len(raw) > MAX_QUESTION_BYTES:
                     await self._hang_up.abort(

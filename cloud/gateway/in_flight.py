@@ -1,4 +1,4 @@
-"""What is in flight: the calls that a worker has taken and not answered, and the bytes that each tenant has in them."""
+"""Calls in flight, which a worker has received and not answered, and the bytes that each tenant has in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InFlight:
     """The calls in flight of one worker. For the server's event loop alone, where nothing else is said.
 
     Args:
-        part: the part of a tenant's quota that is this worker's to give, which may change.
+        part: this worker's part of a tenant's quota, which may change.
     """
 
     def __init__(self, part: Callable[[Tenant], float]) -> None:
@@ -25,8 +25,8 @@ class InFlight:
         self._idle = asyncio.Event()
         self._idle.set()
         self._bytes: Counter[str] = Counter()
-        self._turns: list[asyncio.Future[None]] = []  # of calls that wait until fewer bytes are in flight
-        self._queues: dict[str, list[object]] = {}  # calls of each tenant that want room, in their order
+        self._waiting: list[asyncio.Future[None]] = []  # done when a call that waits should try again
+        self._queues: dict[str, list[object]] = {}  # by tenant: the calls that wait, in the order in which they came
 
     @property
     def calls(self) -> int:
@@ -51,17 +51,18 @@ class InFlight:
 
     @contextlib.asynccontextmanager
     async def room_for(self, tenant: Tenant, body: bytearray, patience: float | None) -> AsyncIterator[None]:
-        """Count a call's bytes against the tenant's, after the calls that they do not fit beside.
+        """Count a call's bytes against its tenant's quota; wait until they fit.
 
-        A tenant's calls have room in the order in which they came, so that a small one does not keep a large one out.
+        A tenant's calls get room in the order in which they came, so that small ones do not keep a large one waiting.
+        A call that is larger than the quota gets room when it is alone.
 
         Args:
             tenant: whose call it is.
             body: its bytes, which are overwritten where the call is given up.
-            patience: seconds that it may wait; None for as long as it takes.
+            patience: seconds that it may wait; None for no limit.
 
         Raises:
-            TooLate: it has waited for longer.
+            TooLate: there was no room within `patience`.
         """
         name, size, call = tenant.name, len(body), object()
         queue = self._queues.setdefault(name, [])
@@ -69,9 +70,9 @@ class InFlight:
         try:
             async with asyncio.timeout(patience):
                 while queue[0] is not call or not self._fits(tenant, size):
-                    turn = asyncio.get_running_loop().create_future()
-                    self._turns.append(turn)
-                    await turn
+                    retry = asyncio.get_running_loop().create_future()
+                    self._waiting.append(retry)
+                    await retry
         except TimeoutError:
             wipe(body)
             raise TooLate from None
@@ -95,8 +96,8 @@ class InFlight:
         return not beside or beside + size <= tenant.quota.max_inflight_bytes * self._part(tenant)
 
     def _wake(self) -> None:
-        """Have those that wait look again."""
-        turns, self._turns = self._turns, []
-        for turn in turns:
-            if not turn.done():
-                turn.set_result(None)
+        """Have the calls that wait try again."""
+        waiting, self._waiting = self._waiting, []
+        for retry in waiting:
+            if not retry.done():
+                retry.set_result(None)

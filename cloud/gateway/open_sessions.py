@@ -1,7 +1,8 @@
-"""The sessions that are open at a worker, beside those that the cloud's other workers have told of.
+"""The sessions that are open at a worker, beside those that the cloud's other workers have reported.
 
-A tenant's quota of sessions counts them wherever they are, and a link has one session in the whole cloud. What the
-others have told is a little old when it is heard, so a session that it makes one too many is ended afterwards.
+A tenant's quota of sessions counts its sessions at all workers, and a link has one session in the whole cloud. Reports
+of other workers are a little old when they arrive, so a session that is one too many may be found, and ended, only
+after it was opened.
 """
 
 from __future__ import annotations
@@ -13,64 +14,82 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from isthmus.cloud.directory import Peer, Seat, better_place, newer_elsewhere, ranks, seats_elsewhere
+from isthmus.cloud.directory import Peer, SessionEntry, less_loaded, newer_elsewhere, ranks, sessions_elsewhere
 from isthmus.cloud.telemetry.event_history import record
 from isthmus.cloud.telemetry.logs import log
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 
-NEWS_SECONDS = 2.0
-"""For the next word of the other workers, whose sessions count against a tenant's quota."""
+REPORT_SECONDS = 2.0
+"""How long a new session waits for the next report of the other workers, where it is over its tenant's quota."""
 FENCED = "fenced"
-"""Why a session ends whose link has opened another one."""
-WORDS = 3
-"""Of the other workers since a session was opened, before it may be ended as one too many.
+"""Why a session ends whose link has opened a newer one."""
+REPORTS = 3
+"""Reports of the other workers since a session was opened, before it may be ended as one too many.
 
-What the third one tells was asked after the first had come, so it was open beside the session.
+The third report was asked for after the first had come, so the sessions in it were open beside this one.
 """
 
 
 @dataclass(slots=True, eq=False)
 class OpenSession:
-    """One admitted session, and how it is told to end."""
+    """One admitted session. It is open, then *ending* after the call in flight (`end`), or *cut* at once (`cut`).
+
+    Attributes:
+        id: its id.
+        tenant: whose turns it takes. For a stage's key this is the tenant that the stage attaches for.
+        link: the edge's name for its link. A reconnect carries the same name, and ends (fences) the older session.
+        interactive: whether somebody waits for its calls.
+        deadline: seconds within which a call must be computed; None for no deadline.
+        enrolled: the line of `authorized_edges` that let it in.
+        since: when it was opened, on the server's clock.
+        opened: the same in Unix seconds, for other workers.
+        reports: reports of the other workers that have come since.
+        why: why it ends, for the log.
+        notice: what its edge is sent at the end.
+        ending: set once it has to end.
+        fenced: whether it ends because its link has opened a newer one.
+        cutoff: the timeout under which it is served, which `cut` lets expire.
+    """
 
     id: bytes
-    tenant: Tenant  # of a stage's key, with the name and weight of the tenant that the stage attaches for
-    link: bytes  # the edge's name for its link: a reconnect carries the same one and fences the older session
+    tenant: Tenant
+    link: bytes
     interactive: bool
-    deadline: float | None  # seconds
-    enrolled: Tenant  # the line of `authorized_edges` that let it in
-    since: float = 0.0  # on the server's clock
+    deadline: float | None
+    enrolled: Tenant
+    since: float = 0.0
     opened: float = field(default_factory=time.time)
-    words: int = 0  # of the other workers that were heard since
-    ending: str = "connection lost"
-    farewell: m.Message | None = None
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    leash: asyncio.Timeout | None = None  # under which it converses; it ends the session when that is cut off
+    reports: int = 0
+    why: str = "connection lost"
+    notice: m.Message | None = None
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+    fenced: bool = False
+    cutoff: asyncio.Timeout | None = None
 
     @property
-    def fenced(self) -> bool:
-        """Whether its link has a newer one."""
-        return self.ended.is_set() and self.ending == FENCED
-
-    @property
-    def seat(self) -> Seat:
-        """What other workers are told of it."""
-        return Seat(str(self.tenant.fingerprint), self.link.hex(), self.opened)
+    def entry(self) -> SessionEntry:
+        """What is reported of it to other workers."""
+        return SessionEntry(str(self.tenant.fingerprint), self.link.hex(), self.opened)
 
     def end(self, why: str, status: m.Status | None = None) -> None:
-        """Ask the session to end after the call in flight. Its edge is told the status, or else why: the first one."""
-        if self.ended.is_set():
+        """Have the session end after the call in flight. The first call counts, later ones do nothing.
+
+        Args:
+            why: for the log, and for the edge where there is no status.
+            status: what the edge is sent.
+        """
+        if self.ending.is_set():
             return
-        self.ending, self.farewell = why, status or m.Goodbye(why)
-        self.ended.set()
+        self.why, self.notice, self.fenced = why, status or m.Goodbye(why), why == FENCED
+        self.ending.set()
         record("ended", session=self.id.hex(), why=why)
 
     def cut(self) -> None:
-        """End the session now, with its call in flight. After `end`, which says why."""
-        if self.leash is not None and not self.leash.expired():
-            self.leash.reschedule(asyncio.get_running_loop().time())
+        """End the session at once, in the middle of a call. To be called after `end`, which says why."""
+        if self.cutoff is not None and not self.cutoff.expired():
+            self.cutoff.reschedule(asyncio.get_running_loop().time())
 
 
 class Sessions:
@@ -81,17 +100,17 @@ class Sessions:
         self._open: dict[bytes, OpenSession] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._address = ""  # what edges are told; empty for a worker that has no peers
+        self._address = ""  # where edges find it; empty for a worker that has no peers
         self._peers: tuple[Peer, ...] = ()
-        self._sent: Counter[str] = Counter()  # edges that were sent to a peer since it was heard of
-        self._news = asyncio.Event()  # replaced at every word of the peers
+        self._sent: Counter[str] = Counter()  # edges that were sent to a peer since its last report
+        self._next_report = asyncio.Event()  # replaced at every report
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def seats(self) -> tuple[Seat, ...]:
-        """Those that have not been told to end. May be called from any thread."""
-        return tuple(session.seat for session in self._open.copy().values() if not session.ended.is_set())
+    def entries(self) -> tuple[SessionEntry, ...]:
+        """The sessions that are not ending. May be called from any thread."""
+        return tuple(session.entry for session in self._open.copy().values() if not session.ending.is_set())
 
     def by_tenant(self) -> dict[str, int]:
         """How many each tenant has. May be called from any thread."""
@@ -104,11 +123,11 @@ class Sessions:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where edges find this worker, and the others but for those that drain."""
+        """Where edges find this worker and those of the others that do not drain."""
         return (self._address, *(peer.address for peer in self._peers if peer.state != "draining"))
 
-    def hear(self, address: str, peers: Sequence[Peer]) -> None:
-        """Take word of the cloud's other workers.
+    def take_report(self, address: str, peers: Sequence[Peer]) -> None:
+        """Take a report of the cloud's other workers.
 
         Args:
             address: where edges find this worker.
@@ -118,42 +137,42 @@ class Sessions:
         self._sent.clear()
         record("heard")
         for session in self._open.values():
-            session.words += 1
-            if newer_elsewhere(session.seat, peers):
+            session.reports += 1
+            if newer_elsewhere(session.entry, peers):
                 session.end(FENCED)
         self._keep_quotas()
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        arrived, self._next_report = self._next_report, asyncio.Event()
+        arrived.set()
 
-    def better_place(self, session: OpenSession) -> str | None:
-        """The address of a worker with fewer sessions than this one has without the newcomer, who is sent there."""
-        own = sum(seat.link != session.link.hex() for seat in self.seats())
-        address = better_place(own, self._peers, self._sent)
+    def less_loaded(self, session: OpenSession) -> str | None:
+        """The address of a worker to send a new session to, as it has fewer; None where there is none."""
+        own = sum(entry.link != session.link.hex() for entry in self.entries())
+        address = less_loaded(own, self._peers, self._sent)
         if address is not None:
             self._sent[address] += 1
         return address
 
     async def enter(self, session: OpenSession) -> m.Status | None:
-        """Fence the link's older session, then count; a status where the tenant has too many sessions."""
-        seat, allowed = session.seat, session.tenant.quota.max_sessions
+        """Fence the link's older session, then count this one; a status where its tenant has too many sessions."""
+        entry, allowed = session.entry, session.tenant.quota.max_sessions
         for tries_left in (2, 1, 0):
             mine = [other for other in self._open.values() if other.tenant.fingerprint == session.tenant.fingerprint]
             for other in mine:
                 if other.link == session.link:
                     other.end(FENCED)
-            here = sum(not other.ended.is_set() for other in mine)
-            count = here + seats_elsewhere(seat.tenant, seat.link, self._peers)
+            here = sum(not other.ending.is_set() for other in mine)
+            count = here + sessions_elsewhere(entry.tenant, entry.link, self._peers)
             if count < allowed:
                 break
             if here >= allowed or not tries_left:
                 return _over_quota(session.tenant, count)
-            # What a peer has said is not the last word: a session may have ended there since.
+            # A session that a peer has reported may have ended since: the next report shows it.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), NEWS_SECONDS)
+                await asyncio.wait_for(self._next_report.wait(), REPORT_SECONDS)
         self._open[session.id] = session
         self._empty.clear()
         self._metrics.sessions.set(len(self._open))
-        record("opened", session=session.id.hex(), link=session.link.hex(), tenant=seat.tenant, allowed=allowed)
+        record("opened", session=session.id.hex(), link=session.link.hex(), tenant=entry.tenant, allowed=allowed)
         log("session_opened", tenant=session.tenant.name, session=session.id.hex())
         return None
 
@@ -164,19 +183,19 @@ class Sessions:
         if not self._open:
             self._empty.set()
         record("closed", session=session.id.hex())
-        log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.ending)
+        log("session_closed", tenant=session.tenant.name, session=session.id.hex(), ending=session.why)
 
-    def shed(self, count: int) -> None:
-        """End the newest ones: their edges go on at workers with fewer."""
-        settled = [session for session in self._open.values() if not session.ended.is_set()]
-        for session in settled[max(0, len(settled) - count) :]:
+    def end_newest(self, count: int) -> None:
+        """End the newest sessions: their edges go on at workers with fewer."""
+        staying = [session for session in self._open.values() if not session.ending.is_set()]
+        for session in staying[max(0, len(staying) - count) :]:
             session.end("another worker has fewer sessions")
 
     def review(self, edges: AuthorizedEdges, now: float, max_age: float) -> None:
-        """End those whose edge is no longer enrolled, or otherwise than when it came, and those that are too old.
+        """End the sessions whose enrolment was removed or changed, and those that are too old.
 
-        They end between two calls, and their edges may open others. Only one whose edge is no longer enrolled is cut
-        off in the middle of a call, at the next review.
+        They end between two calls, and their edges may open others. A session whose edge is not enrolled at all is cut
+        off in the middle of a call, if it is still open at the next review.
 
         Args:
             edges: who is enrolled now.
@@ -185,7 +204,7 @@ class Sessions:
         """
         for session in self._open.values():
             enrolled = edges.of(session.enrolled.fingerprint)
-            if enrolled is None and session.ended.is_set():
+            if enrolled is None and session.ending.is_set():
                 session.cut()
             elif enrolled is None:
                 session.end("this edge is no longer enrolled")
@@ -204,23 +223,23 @@ class Sessions:
         await self._empty.wait()
 
     def part_of(self, tenant: Tenant) -> float:
-        """The part of a tenant's quotas that is this worker's to give: that of its sessions which are here."""
+        """This worker's part of a tenant's quotas: the part of the tenant's sessions that are here."""
         here = sum(other.tenant.fingerprint == tenant.fingerprint for other in self._open.values())
-        return here / (here + seats_elsewhere(str(tenant.fingerprint), "", self._peers)) if here else 1.0
+        return here / (here + sessions_elsewhere(str(tenant.fingerprint), "", self._peers)) if here else 1.0
 
     def _keep_quotas(self) -> None:
         """End the newest sessions of tenants that have opened too many at several workers at once."""
-        rank = ranks([*self.seats(), *(seat for peer in self._peers for seat in peer.seats)])
+        rank = ranks([*self.entries(), *(entry for peer in self._peers for entry in peer.sessions)])
         for session in self._open.values():
-            seat = session.seat
-            if session.words < WORDS or session.ended.is_set():
+            entry = session.entry
+            if session.reports < REPORTS or session.ending.is_set():
                 continue
-            if rank[seat.tenant, seat.link] >= session.tenant.quota.max_sessions:
-                session.end("over quota", _over_quota(session.tenant, rank[seat.tenant, seat.link]))
+            if rank[entry.tenant, entry.link] >= session.tenant.quota.max_sessions:
+                session.end("over quota", _over_quota(session.tenant, rank[entry.tenant, entry.link]))
 
 
 def _over_quota(tenant: Tenant, others: int) -> m.Status:
-    """Why there is no place for a session of a tenant beside his others."""
+    """Why a tenant gets no further session beside the `others`."""
     allowed = tenant.quota.max_sessions
     text = f"{others} sessions of {tenant.name} are open, {allowed} are allowed: close one"
     return m.Status.saying(m.StatusCode.OVER_QUOTA, None, text)

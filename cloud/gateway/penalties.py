@@ -1,7 +1,7 @@
-"""Pauses for those who break the rules again and again, so that what it costs to refuse them is bounded. Pure.
+"""Waiting times for peers that break the rules again and again, so that refusing them costs little. Pure.
 
-After OpenSSH's `PerSourcePenalties`, but nobody is turned away: addresses are shared, by a proxy's edges or a
-hospital's, so whoever comes from the same one only waits a little longer to be admitted. Open sessions feel nothing.
+After OpenSSH's `PerSourcePenalties`, but nobody is turned away: many edges share an address, behind a proxy or in a
+hospital, so a peer with a penalised address only waits a little longer to be admitted. Open sessions do not wait.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 FREE = 5.0
-"""Offences that cost nothing, as honest mistakes are few."""
+"""Offences without a penalty: honest peers make a few mistakes."""
 FORGIVEN_PER_SECOND = 0.5
 LONGEST_SECONDS = 3.0
 MAX_OFFENDERS = 1024
-"""That are remembered; those that have been quiet for longest are forgotten first."""
+"""Offenders that are remembered; the one whose last offence is oldest is forgotten first."""
 
 
 class Penalties:
-    """Who has offended lately, and how long that keeps them waiting.
+    """Recent offences by peer, and how long each peer has to wait for them.
 
     Args:
         clock: seconds that never go back.
@@ -25,10 +25,10 @@ class Penalties:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._offences: dict[str, tuple[float, float]] = {}  # how many are not forgiven, as of when; the latest last
+        self._offences: dict[str, tuple[float, float]] = {}  # count at a time; the latest offender is last
 
     def offended(self, who: str) -> None:
-        """Somebody has broken the rules."""
+        """Count an offence of a peer."""
         count = min(self._count(who) + 1, FREE + LONGEST_SECONDS)
         self._offences.pop(who, None)
         self._offences[who] = count, self._clock()
@@ -36,7 +36,7 @@ class Penalties:
             del self._offences[next(iter(self._offences))]
 
     def pause(self, who: str) -> float:
-        """Seconds that somebody has to wait now."""
+        """Seconds that a peer has to wait now."""
         return max(0.0, self._count(who) - FREE)
 
     def _count(self, who: str) -> float:

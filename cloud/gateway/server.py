@@ -1,7 +1,7 @@
 """The worker's data plane: a grpc.aio server whose streams carry sealed sessions.
 
-One stream is one session. Frames are opened and sealed on the event loop (microseconds); spans run one at a time on a
-compute thread, in the scheduler's order, so the health service answers all the while. Ray is not mentioned here: the
+One stream is one session. Frames are opened and sealed on the event loop, which takes microseconds; spans run on
+compute threads, so the event loop stays free for other streams and for health checks. Ray is not mentioned here: the
 worker actor starts this server, and tests start it without one.
 
 Draining: no new session is admitted, the calls in flight are answered, then every stream gets a `Goodbye` and ends.
@@ -43,9 +43,9 @@ from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
 PING_STRIKES = 2
-"""Pings of HTTP/2 that come too soon after another, with nothing sent between, before a connection is closed."""
+"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed."""
 GOODBYE_SECONDS = 2.0
-"""For sessions to leave in a drain, once all calls are answered."""
+"""How long sessions may take to leave in a drain, once all calls are answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class ServerTls:
     client_ca: bytes | None = None
 
 
-class StripServer:
+class GatewayServer:
     """Serves one span to enrolled edges.
 
     Args:
@@ -69,7 +69,7 @@ class StripServer:
             every handshake, so that a renewed certificate needs no restart.
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads for computing.
-        bounds: what others can make it hold.
+        bounds: limits on what others can make it hold.
         batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
         clock: seconds that never go back, by which deadlines are kept.
@@ -194,7 +194,7 @@ class StripServer:
             session = await self._admission.admit(protocol, stream, context)
             if session is not None and not await self._serve(stream, session, limits):
                 await self._hang_up.abort(
-                    context, grpc.StatusCode.PERMISSION_DENIED, f"the session was cut off: {session.ending}"
+                    context, grpc.StatusCode.PERMISSION_DENIED, f"the session was cut off: {session.why}"
                 )
         except (RemoteProtocolError, VersionError) as error:
             self._admission.offended(protocol, context)
@@ -216,10 +216,10 @@ class StripServer:
     async def _serve(self, stream: SealedStream, session: OpenSession, limits: Limits) -> bool:
         """Serve a session until it ends; False where it was cut off."""
         try:
-            async with asyncio.timeout(None) as session.leash, self._stage_of(session) as stage:
+            async with asyncio.timeout(None) as session.cutoff, self._stage_of(session) as stage:
                 await self._converse(stream, session, limits, stage)
         except TimeoutError:
-            if session.leash is None or not session.leash.expired():
+            if session.cutoff is None or not session.cutoff.expired():
                 raise
             return False
         finally:
@@ -227,12 +227,12 @@ class StripServer:
         return True
 
     async def _review(self) -> None:
-        """Look again and again whose sessions have to end."""
+        """End sessions whose enrolment changed or that are too old, again and again."""
         edges = before = self._edges()
         while True:
             await asyncio.sleep(REVIEW_SECONDS)
             before, edges = edges, self._edges()
-            if edges == before:  # else it may be in the middle of being written
+            if edges == before:  # else the file may be half written
                 self.sessions.review(edges, self._clock(), self._bounds.max_session_age)
 
     @contextlib.asynccontextmanager
@@ -248,23 +248,23 @@ class StripServer:
     async def _converse(
         self, stream: SealedStream, session: OpenSession, limits: Limits, stage: StageSession | None
     ) -> None:
+        """Answer the session's messages, one after another, until it ends."""
         calls = self._calls.of(session, limits, stage)
         pings = Allowance(self._bounds.pings_per_minute, self._clock())
         try:
             if self._admission.stopped:
                 session.end("draining")
             while True:
-                received = await stream.receive(session.ended, calls.patience)
-                if received is None and session.farewell is not None:
-                    await stream.send(session.farewell)
-                    return
+                received = await stream.receive(session.ending, calls.patience)
                 if received is None:
+                    if session.notice is not None:
+                        await stream.send(session.notice)
                     return
                 if isinstance(received, Oversized):
                     await calls.refuse(stream, received)
                     continue
                 if isinstance(received.message, m.Goodbye):
-                    session.ending = "goodbye"
+                    session.why = "goodbye"
                     return
                 if isinstance(received.message, m.Ping) and not pings.take(self._clock()):
                     raise LimitError(f"more than {self._bounds.pings_per_minute} pings came within a minute")

@@ -1,7 +1,4 @@
-"""A sealed session over one grpc.aio stream, seen from the server.
-
-Messages instead of frames, and meters for bytes and time.
-"""
+"""A sealed session over one grpc.aio stream, seen from the server: messages instead of frames, metered and paced."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class SealedStream:
         frames: what arrives.
         context: the grpc.aio context to write to.
         metrics: where bytes are counted.
-        pace: how slowly the edge may send a message, or take one.
+        pace: how slowly the edge may send a message, or take an answer.
         clock: seconds that never go back.
     """
 
@@ -51,15 +48,15 @@ class SealedStream:
         self._pace = pace
         self._clock = clock
         self._crypto_ns = 0
-        self._arrives = clock()  # when all answers have arrived at the latest, by the pace's least rate
+        self._delivered_by = clock()  # when the answers so far have arrived, at the pace's least rate
 
     @property
     def in_transit(self) -> float:
-        """Seconds that an answer may still be on its way at the pace's least rate; 0 where none was sent.
+        """Seconds that an answer may still take to arrive, at the pace's least rate; 0 where none was sent.
 
-        What has been written may lie in the system's buffers, in front of a slow network.
+        Bytes that were written may lie in the system's buffers, before a slow network.
         """
-        return max(0.0, self._arrives - self._clock())
+        return max(0.0, self._delivered_by - self._clock())
 
     async def handshake(self) -> str:
         """Run the handshake. Returns "accepted", "refused", or "abandoned" where the stream ended in the middle."""
@@ -75,30 +72,32 @@ class SealedStream:
             if isinstance(event, Established):
                 return "accepted"
 
-    async def receive(self, unless: asyncio.Event, patience: float | None = None) -> Received | Oversized | None:
-        """Wait for the next whole message, `patience` seconds for its beginning (None for as long as it takes).
+    async def receive(self, stop: asyncio.Event, patience: float | None = None) -> Received | Oversized | None:
+        """Wait for the next whole message.
 
-        From its first frame on, the message keeps to the pace. A key change counts as its first frame: it comes just
-        before a message, so that it gains no time.
+        Args:
+            stop: set to receive no further message, not even one that has just arrived: the edge repeats it elsewhere.
+            patience: seconds until the message has to begin; None for no limit. From its first frame on, it keeps to
+                the pace. A key change counts as its first frame, as it comes just before a message.
 
-        None where the stream ended, or where `unless` was set before one was whole: a session that is told to end takes
-        no further call, even one that has just arrived. The edge repeats it elsewhere.
+        Returns:
+            The message; None where the stream ended, or `stop` was set.
 
         Raises:
             StalledError: the edge sends nothing, or too slowly.
         """
-        stop = asyncio.ensure_future(unless.wait())
+        stopped = asyncio.ensure_future(stop.wait())
         arrival: asyncio.Future[bytes | None] | None = None
-        begun, size = self._clock(), 0
+        begun, size = self._clock(), 0  # of the message; it has begun when its size is not 0
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
                 left = self._pace.left(self._clock() - begun, size) if size else patience
-                done, _ = await asyncio.wait({arrival, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({arrival, stopped}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     raise StalledError(f"nothing came in time, {size} bytes into a message, where something was due")
                 frame = arrival.result() if arrival.done() else None
-                if frame is None or unless.is_set():
+                if frame is None or stop.is_set():
                     return None
                 if not size:
                     begun = self._clock()
@@ -110,12 +109,12 @@ class SealedStream:
                 if isinstance(event, Received | Oversized):
                     return event
         finally:
-            stop.cancel()
+            stopped.cancel()
             if arrival is not None:
                 arrival.cancel()  # harmless where it is done
 
     async def send(self, message: Message) -> None:
-        """Seal and write a message, frame by frame: the network carries one while the next is sealed.
+        """Seal and write a message frame by frame: the network carries one frame while the next one is sealed.
 
         Raises:
             StalledError: the edge takes it too slowly.
@@ -135,13 +134,10 @@ class SealedStream:
                 raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
             size += len(frame)
             carried = replace(self._pace, stall_seconds=0.0).left(0.0, size)
-            self._arrives = max(self._arrives, begun + carried)  # a short farewell may follow a long answer
+            self._delivered_by = max(self._delivered_by, begun + carried)  # a short goodbye may follow a long answer
 
     def take_crypto_ns(self) -> int:
-        """Nanoseconds of sealing and opening since the last call.
-
-        This request's opening and the last answer's sealing.
-        """
+        """Nanoseconds of sealing and opening since the last call: of the last answer, and of the message since."""
         taken, self._crypto_ns = self._crypto_ns, 0
         return taken
 

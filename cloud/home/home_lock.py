@@ -1,8 +1,8 @@
 """One `serve` for each home, and the private folder of the Ray that it starts.
 
 Two of them would remove each other's state and a pipeline's stage keys, so the second one is refused, whatever it
-serves. The lock is the operating system's, on a file of the home, so it goes with the process that holds it. The file
-says which process that is, and where its Ray's folder lies: the next holder removes what a killed one left.
+serves. The operating system holds the lock, on a file in the home, so it ends with the process. The file names that
+process and the folder of its Ray: the next holder removes the folder that a killed one has left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from isthmus.common.ownership import intruder
 
 LOCK_FILE = "serve.lock"
 SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket (`sun_path` without its last zero; unix(7))."""
+"""The longest path of a Unix socket (`sun_path` without its final zero; unix(7))."""
 _PREFIX = "isthmus-"
 _INSIDE = "ray"
 _LONGEST_SOCKET = f"{_INSIDE}/session_2026-01-01_00-00-00_000000_{2**22}/sockets/plasma_store"
@@ -44,7 +44,7 @@ def occupied(home: Path) -> Iterator[HomeLock]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _said(file).get("pid")
+            holder = _read(file).get("pid")
             raise HomeInUseError(
                 f"process {holder or 'of another program'} serves with the home {home} already: stop it first, or give "
                 "this one a --home of its own; with copies of worker_key, worker_cert and authorized_edges it is the "
@@ -63,8 +63,8 @@ class HomeLock:
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._ray_folder: Path | None = None
-        _remove(_said(file).get("ray_folder"))
-        self._say()
+        _remove(_read(file).get("ray_folder"))
+        self._write()
 
     def make_ray_folder(self) -> Path:
         """Make the folder for Ray's session: sockets, logs and what it spills. It is removed when the lock is released.
@@ -75,7 +75,7 @@ class HomeLock:
             ConfigError: there is no place for one.
         """
         self._ray_folder = private_folder(len(_LONGEST_SOCKET))
-        self._say()
+        self._write()
         return self._ray_folder / _INSIDE
 
     def remove_ray_folder(self) -> None:
@@ -83,21 +83,21 @@ class HomeLock:
         if self._ray_folder is not None:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
 
-    def _say(self) -> None:
-        said = {"pid": os.getpid(), "ray_folder": None if self._ray_folder is None else str(self._ray_folder)}
+    def _write(self) -> None:
+        holder = {"pid": os.getpid(), "ray_folder": None if self._ray_folder is None else str(self._ray_folder)}
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(json.dumps(said))
+        self._file.write(json.dumps(holder))
         self._file.flush()
 
 
 def private_folder(inside: int) -> Path:
-    """Make a folder of mode 0700 whose name nobody knows beforehand, with a path that is short enough for sockets.
+    """Make a folder of mode 0700 with a random name, whose path is short enough for sockets.
 
-    It is made where `RAY_TMPDIR` or the system's `TMPDIR` says, or else in /tmp or the user's folder in /run.
+    It is made in `RAY_TMPDIR` or the system's `TMPDIR`, or else in /tmp or the user's folder in /run.
 
     Args:
-        inside: bytes of the longest path of a socket, from the folder on.
+        inside: bytes of the longest path of a socket inside the folder.
 
     Raises:
         ConfigError: each of these places has too long a path, or other users may rename what is in it.
@@ -122,18 +122,18 @@ def private_folder(inside: int) -> Path:
     )
 
 
-def _said(file: IO[str]) -> dict[str, Any]:
-    """What the last holder wrote; nothing where it has not yet, or was cut off."""
+def _read(file: IO[str]) -> dict[str, Any]:
+    """What the last holder wrote; empty where it has written nothing, or was killed while it wrote."""
     file.seek(0)
     try:
-        said = json.load(file)
+        holder = json.load(file)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _remove(left: object) -> None:
-    """Remove what a killed holder left, if it is what this module makes."""
+    """Remove the folder that a killed holder left, if this module made it."""
     if not isinstance(left, str):
         return
     folder = Path(left)

@@ -30,15 +30,16 @@ class IdentityFiles:
         self._identity = load_worker(home, now)
 
     def __call__(self) -> WorkerIdentity:
-        """Who the worker is now; the last good pair where a file is damaged, or they do not belong together.
+        """The key and certificate on the disk, or the last good ones where those cannot be used.
 
-        While one of two new files is there and the other is not yet, they do not. A certificate of another root is no
-        good one either: edges have pinned the root. May be called from any thread.
+        They cannot be used where a file is damaged, where the two do not belong together (one was renewed and the other
+        is yet to be), or where another root signed the certificate: edges have pinned the root. May be called from any
+        thread.
         """
         stamp = self._stamps()
         if stamp == self._stamp:
             return self._identity
-        self._stamp = stamp  # what cannot be used is said once, and not at every handshake
+        self._stamp = stamp  # files that cannot be used are logged once, and not at every handshake
         try:
             identity = load_worker(self._home, self._now)
             if not identity.pin.matches(self._identity.pin):

@@ -1,4 +1,4 @@
-"""A shelf: the files of one folder that an edge may fetch, piece by piece."""
+"""A file store: the files of one file set, which edges may fetch chunk by chunk."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from isthmus.protocol import messages as m
 
 
 @dataclass(frozen=True, slots=True)
-class ShelfFile:
-    """One file as the cloud serves it."""
-
+class _File:
     path: Path
     size: int
     sha256: bytes
 
 
-class FileShelf:
-    """The plain files of a folder that belong on a shelf, as they were when the shelf was filled.
+class FileStore:
+    """The plain files of a folder that belong to a file set, as they were when the store was made.
 
     Args:
-        folder: where they lie.
-        shelf: which shelf it is; a file that does not belong on it is not shown.
+        folder: where the files lie.
+        which: the file set; a file that does not belong to it is not shown.
     """
 
-    def __init__(self, folder: Path, shelf: m.FileSet) -> None:
-        self._files: dict[str, ShelfFile] = {}
+    def __init__(self, folder: Path, which: m.FileSet) -> None:
+        self._files: dict[str, _File] = {}
         for path in sorted(folder.iterdir()):
-            if path.is_symlink() or not path.is_file() or not belongs(path.name, shelf):
+            if path.is_symlink() or not path.is_file() or not belongs(path.name, which):
                 continue
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
-            self._files[path.name] = ShelfFile(path, path.stat().st_size, digest)
+            self._files[path.name] = _File(path, path.stat().st_size, digest)
 
     def listing(self) -> m.FileList:
         """Name, size and hash of every file."""
         return m.FileList(tuple(m.FileEntry(name, file.size, file.sha256) for name, file in self._files.items()))
 
     def read(self, name: str, offset: int) -> m.Blob | m.Status:
-        """One piece of a file, or a refusal that names the file."""
+        """One chunk of a file, from `offset` on, or a refusal that names the file."""
         found = self._files.get(name)
         if found is None or offset > found.size:
             known = ", ".join(self._files)

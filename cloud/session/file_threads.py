@@ -1,4 +1,4 @@
-"""What reads and writes files for edges: on threads of its own, so that a download keeps no computing waiting."""
+"""Threads that read, write and hash files for edges, so that a download keeps no computation waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -15,41 +16,49 @@ from isthmus.protocol import messages as m
 R = TypeVar("R")
 
 FILE_THREADS = 4
-"""Tenants whose files are read, written, hashed or checked at a time."""
+"""Tenants whose files are read, written or hashed at a time."""
 
 FILE_MESSAGES = (m.Fetch, m.FetchList, m.Put, m.PlugIn)
-"""What is answered from files."""
+"""Messages that are answered from files."""
 
 
-class FileWork:
+@dataclass(slots=True)
+class _Turn:
+    """A tenant's turn, and how much of the tenant's work has it or waits for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    work: int = 0
+
+
+class FileThreads:
     """The threads. A tenant has one at a time, so that one tenant's uploads do not keep others' downloads waiting.
 
-    Adapters are checked one at a time, on a thread for that alone: a check takes seconds, and what it loads them with
-    changes things that belong to the process. For the server's event loop alone, where nothing else is said.
+    Adapters are checked one at a time, on a thread of their own: a check takes seconds, and loading an adapter changes
+    state that belongs to the whole process. For the server's event loop alone, where nothing else is said.
     """
 
     def __init__(self) -> None:
-        # A check computes with the edge's own layers: beside the compute threads, not in their place.
         self._files = ThreadPoolExecutor(FILE_THREADS, "files")
+        # A check computes the edge's own layers beside the compute threads, so it has one torch thread.
         self._checks = ThreadPoolExecutor(1, "checks", initializer=torch.set_num_threads, initargs=(1,))
-        self._turns: dict[bytes, tuple[asyncio.Lock, int]] = {}  # by tenant: its turn, and how many want it
+        self._turns: dict[bytes, _Turn] = {}  # by tenant
 
     async def run(self, tenant: bytes, work: Callable[[], R], over: Callable[[], None], *, check: bool = False) -> R:
-        """Have something done on a thread, after what the same tenant wanted before.
+        """Do work on a thread, after the same tenant's earlier work.
 
         Args:
-            tenant: Whose work it is: the digest of the key's fingerprint.
-            work: What is done. Where nobody waits any more, what has begun goes on to its end.
-            over: Called once it is done, or will not be.
-            check: Whether it checks an adapter.
+            tenant: whose work it is: the digest of the key's fingerprint.
+            work: what is done. Work that has begun goes on to its end, also where nobody waits for it any more.
+            over: called once the work has ended, or will not begin.
+            check: whether the work checks an adapter.
 
         Raises:
-            RuntimeError: The threads are ending.
+            RuntimeError: the threads are ending.
         """
-        turn, wanted = self._turns.get(tenant, (asyncio.Lock(), 0))
-        self._turns[tenant] = turn, wanted + 1
+        turn = self._turns.setdefault(tenant, _Turn())
+        turn.work += 1
         try:
-            await turn.acquire()
+            await turn.lock.acquire()
         except BaseException:
             over()
             self._leave(tenant)
@@ -62,7 +71,7 @@ class FileWork:
             raise
         loop = asyncio.get_running_loop()
 
-        def ended(_: Future[R]) -> None:  # a thread that still works for somebody who is gone is this tenant's
+        def ended(_: Future[R]) -> None:  # the turn ends with the work, which may outlive whoever waited for it
             over()
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(self._end, tenant)
@@ -76,12 +85,11 @@ class FileWork:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _end(self, tenant: bytes) -> None:
-        self._turns[tenant][0].release()
+        self._turns[tenant].lock.release()
         self._leave(tenant)
 
     def _leave(self, tenant: bytes) -> None:
-        turn, wanted = self._turns[tenant]
-        if wanted == 1:
+        turn = self._turns[tenant]
+        turn.work -= 1
+        if not turn.work:
             del self._turns[tenant]
-        else:
-            self._turns[tenant] = turn, wanted - 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.site_calls import SiteCalls
+from isthmus.cloud.session.site_lists import SiteLists
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
@@ -17,14 +18,23 @@ from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the server serves: the model's description, the span, the files for the edges, and the tenants' adapters."""
+    """The model's description, the span, the files for the edges, and the tenants' adapters.
 
-    info: m.SessionInfo  # session_id is filled in per session
+    Attributes:
+        info: the description that edges get of the model; each session fills in its id.
+        executor: the span.
+        parts: the edge's parts of the model.
+        adapters: the tenants' adapters.
+        package: the package with an emulator, if one is offered.
+        sites: whether edges may have adapters inside the span.
+    """
+
+    info: m.SessionInfo
     executor: Executor
-    parts: FileShelf
+    parts: FileStore
     adapters: AdapterStore
-    package: FileShelf | None = None
-    sites: bool = True  # whether edges may have adapters inside the span
+    package: FileStore | None = None
+    sites: bool = True
 
     def session(
         self,
@@ -35,16 +45,17 @@ class Served:
         *,
         batching: bool = True,
     ) -> TenantSession:
-        """What answers the messages of one session; `threads` is where calls run that may pause."""
-        shelves = {m.FileSet.PARTS: self.parts}
+        """What answers the messages of one session; its calls with sites run on `threads`."""
+        stores = {m.FileSet.PARTS: self.parts}
         if self.package is not None:
-            shelves[m.FileSet.EMULATOR] = self.package
+            stores[m.FileSet.EMULATOR] = self.package
+        lists = SiteLists(session_id, tenant, self.executor, limits, self.sites)
         return TenantSession(
             session_id,
             self.executor,
-            shelves,
+            stores,
             self.adapters.of(tenant),
-            SiteCalls(session_id, tenant, self.executor, threads, limits, self.sites, batching),
+            SiteCalls(lists, threads, batching),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,

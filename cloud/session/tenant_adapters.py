@@ -1,14 +1,15 @@
-"""The tenants' adapters: what they bring, what is plugged in, and that each tenant reaches its own alone.
+"""The adapters that tenants return: uploading, checking and plugging in. Each tenant reaches its own alone.
 
-    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files on their way
-                                                             /plugged/     the adapter that this tenant is served
+    <root>/<digest of the model, plan>/<tenant's fingerprint>/incoming/    files that are being uploaded
+                                                             /plugged/     the adapter that this tenant may fetch
 
-An adapter is hostile until `check_adapter` has let it through. It then has to compute something finite over the real
-span, and takes the older one's place as a whole folder. A refused adapter is removed, and the older one stays. (A crash
-between the two renames of `new_folder` can leave none; to return the adapter again mends that.)
+An adapter is hostile until `check_adapter` has accepted it. Then a few tokens are computed with it over the real span,
+whose output must be finite. Only then it replaces the older adapter, as a whole folder. A refused adapter is removed,
+and the older one stays. (A crash between the two renames of `new_folder` can leave no adapter; returning it again mends
+that.)
 
-It runs on a thread for files (`isthmus.cloud.session.file_threads`); only what the check computes over the span has a
-turn on a compute thread. A lock for each tenant keeps other workers of the same home out.
+All of it runs on a thread for files (`isthmus.cloud.session.file_threads`); only what the check computes over the span
+has a turn on a compute thread. A lock for each tenant keeps other workers of the same home out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder
@@ -45,32 +46,32 @@ MAX_INCOMING = 2 * m.MAX_PUT_FILES
 """Most unfinished files of a tenant: those of two adapters."""
 
 _PROBE = b"probe"
-# What a check or a probe may end in besides a refusal; their texts may have paths or values.
+# Errors of a check or a probe that are no refusal; their texts may contain paths or values.
 _FAILURES = (IsthmusError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class Compute(Protocol):
-    """Has something computed in a tenant's turn: `run`, over so many token positions, within so much memory."""
+    """Has `run` computed in the tenant's turn: over so many token positions, within so many bytes of memory."""
 
     def __call__(self, run: Callable[[], R], positions: int, nbytes: int) -> R:
-        """What comes of `run`; raises what it raises."""
+        """Returns what `run` returns, and raises what it raises."""
 
 
 def at_once(run: Callable[[], R], positions: int, nbytes: int) -> R:
-    """Compute here and now, where nobody else computes."""
+    """Compute at once on this thread, where nobody else computes."""
     return run()
 
 
 class AdapterStore:
-    """Where the adapters of all tenants lie. It outlives the worker.
+    """The folder with the adapters of all tenants. It outlives the worker.
 
     Args:
         root: the folder; made when it is needed.
         parts: the edge's parts of the model.
         digest: SHA-256 (hex) of the model.
         plan: who holds which layers.
-        executor: runs the real span, for the probe.
-        max_tokens: largest batch x sequence of one call, which the probe must fit too.
+        executor: the real span, for the probe.
+        max_tokens: largest batch x sequence of one call, for the probe as well.
         attn_implementation: attention implementation of the span.
         package: the package that the cloud offers, or None. An adapter that was tuned on another one is refused.
     """
@@ -94,16 +95,16 @@ class AdapterStore:
         self._max_tokens = max_tokens
         self._attn_implementation = attn_implementation
         self._package = package
-        self._shelves: dict[Path, tuple[tuple[int, int], FileShelf]] = {}
+        self._stores: dict[Path, tuple[tuple[int, int], FileStore]] = {}
         self.max_bytes = 2 * (parts / EDGE_FILE).stat().st_size + SPARE_BYTES
-        """Most bytes of one adapter: twice the edge's weights, and some."""
+        """Most bytes of one adapter: twice the edge's weights, and `SPARE_BYTES`."""
 
     def of(self, tenant: Tenant) -> TenantAdapters:
         """The adapters of one tenant, and no other's."""
         return TenantAdapters(self, tenant, self._root / tenant.fingerprint.digest.hex())
 
     def check(self, adapter: Path, compute: Compute) -> AdapterSummary:
-        """Check an adapter, then let it compute over the real span. Raises what both raise."""
+        """Check an adapter's files, then compute a few tokens with it over the real span. Raises what both raise."""
         summary = check_adapter(adapter, self._package, self._parts, self._plan, max_bytes=self.max_bytes)
         span = partial(self._span, compute)
         plug_in(adapter, self._parts, self._plan, span, attn_implementation=self._attn_implementation)
@@ -117,13 +118,13 @@ class AdapterStore:
         with locked(folder):
             yield
 
-    def shelf(self, folder: Path) -> FileShelf:
-        """The files of a plugged adapter; hashed again only when another one has taken its place."""
+    def files(self, folder: Path) -> FileStore:
+        """The files of a plugged adapter; they are hashed again only where another adapter has replaced it."""
         status = folder.stat()
         stamp = status.st_ino, status.st_mtime_ns
-        known = self._shelves.get(folder)
+        known = self._stores.get(folder)
         if known is None or known[0] != stamp:
-            known = self._shelves[folder] = stamp, FileShelf(folder, m.FileSet.ADAPTER)
+            known = self._stores[folder] = stamp, FileStore(folder, m.FileSet.ADAPTER)
         return known[1]
 
     def _span(self, compute: Compute, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -155,41 +156,41 @@ class TenantAdapters:
         self._incoming = folder / "incoming"
         self._plugged = folder / "plugged"
 
-    def shelf(self) -> FileShelf | None:
+    def files(self) -> FileStore | None:
         """The files of the adapter that is plugged in; None if there is none."""
-        return self._store.shelf(self._plugged) if self._plugged.is_dir() else None
+        return self._store.files(self._plugged) if self._plugged.is_dir() else None
 
-    def put(self, piece: m.Put) -> m.PutReply | m.Status:
-        """Keep a piece of a file where it continues what is here; says how much is here then."""
-        entry = m.FileEntry(piece.name, piece.total, piece.sha256)
+    def put(self, chunk: m.Put) -> m.PutReply | m.Status:
+        """Append a chunk to its file where it continues what is here; answers how many bytes are here now."""
+        entry = m.FileEntry(chunk.name, chunk.total, chunk.sha256)
         fault = self._fault((entry,))
         if fault is not None:
             return _refused(fault)
         try:
             with self._store.locked(self._folder):
-                held = self._keep(entry, piece)
+                held = self._append(entry, chunk)
         except OSError as error:  # its text has a path of this machine
             log("adapter_not_stored", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
-            text = f"the cloud cannot store {piece.name}: its disk may be full; its owner has a log of it"
+            text = f"the cloud cannot store {chunk.name}: its disk may be full; its owner has a log of it"
             return m.Status.saying(m.StatusCode.INTERNAL, None, text)
-        return m.PutReply(piece.name, piece.sha256, held)
+        return m.PutReply(chunk.name, chunk.sha256, held)
 
     def plug_in(self, request: m.PlugIn, compute: Compute = at_once) -> m.Status:
-        """Check the adapter that these files are, and let it take the older one's place.
+        """Check the adapter that these files are, and replace the older one by it.
 
-        Asking again is harmless: an adapter that is plugged in already is said to be.
+        Asking again is harmless: where the adapter is plugged in already, the answer says so.
 
         Args:
             request: the files.
-            compute: how the check has something computed over the span.
+            compute: has something computed over the span, for the check.
         """
         fault = self._fault(request.entries)
         if fault is not None:
             return _refused(fault)
         try:
             with self._store.locked(self._folder):
-                shelf = self.shelf()
-                if shelf is not None and set(shelf.listing().entries) == set(request.entries):
+                plugged = self.files()
+                if plugged is not None and set(plugged.listing().entries) == set(request.entries):
                     self._remove(request.entries)
                     return m.Status(m.StatusCode.OK, None, "this adapter is plugged in")
                 fault = self._unfinished(request.entries)
@@ -212,27 +213,27 @@ class TenantAdapters:
         )
 
     def _fault(self, entries: Sequence[m.FileEntry]) -> str | None:
-        """Why files of these names and sizes are not taken, by what is said of them alone."""
+        """Why files of these names and sizes are refused; None where they are accepted."""
         for entry in entries:
             if not belongs(entry.name, m.FileSet.ADAPTER):
                 return f"{entry.name!r} is no file of an adapter: return the folder that tuning wrote"
         size, most = sum(entry.size for entry in entries), self._store.max_bytes
         return f"{size} bytes are more than the {most} that an adapter may have: tune less" if size > most else None
 
-    def _keep(self, entry: m.FileEntry, piece: m.Put) -> int:
+    def _append(self, entry: m.FileEntry, chunk: m.Put) -> int:
         self._incoming.mkdir(parents=True, exist_ok=True)
         path = self._unfinished_path(entry)
         held = path.stat().st_size if path.exists() else 0
-        if piece.offset == held and (len(piece.data) or not entry.size):
+        if chunk.offset == held and (len(chunk.data) or not entry.size):
             self._make_room(path, entry.size)
-            # What a full disk cuts off is a beginning too, and will be continued.
+            # A chunk that a full disk cuts off is continued where it was cut.
             with path.open("ab") as file:
-                file.write(piece.data)
-            held += len(piece.data)
+                file.write(chunk.data)
+            held += len(chunk.data)
         return held
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Remove the unfinished files that have waited longest, so that abandoned ones do not pile up."""
+        """Remove the oldest unfinished files, so that abandoned ones do not pile up."""
         others = sorted(
             (other for other in self._incoming.iterdir() if other != path), key=lambda other: other.stat().st_mtime_ns
         )
@@ -243,7 +244,7 @@ class TenantAdapters:
             oldest.unlink()
 
     def _unfinished(self, entries: Sequence[m.FileEntry]) -> str | None:
-        """Which file is not here whole, if one is not."""
+        """Which of the files is not here whole, for the edge; None where all are."""
         for entry in entries:
             path = self._unfinished_path(entry)
             held = path.stat().st_size if path.exists() else 0
@@ -274,8 +275,8 @@ class TenantAdapters:
                 self._unfinished_path(entry).unlink(missing_ok=True)
 
     def _unfinished_path(self, entry: m.FileEntry) -> Path:
-        # Hash and size are in the name, so that a whole file takes no further byte: after a crash it may still be the
-        # plugged one under another name.
+        # Hash and size are in the name, so that nothing is appended to a whole file: after a crash it may be a link to
+        # the plugged one.
         return self._incoming / f"{entry.name}.{entry.sha256.hex()}.{entry.size}.part"
 
 

@@ -1,15 +1,15 @@
-"""The history of a worker: what it did to sessions and calls, and when, for `isthmus bench chaos` to check afterwards.
+"""The history of a worker's sessions and calls, which `isthmus bench chaos` checks afterwards.
 
-Nothing is written unless the environment of whoever started the cloud names a folder in `ISTHMUS_HISTORY`. Each process
-then appends to a file of its own, `PID.jsonl`, one JSON object a line, each in one write: a process that is killed
-leaves whole lines. Times are of the machine's monotonic clock, which all processes share. Events hold ids and counts,
-no keys and no content.
+Nothing is written unless the environment variable `ISTHMUS_HISTORY` names a folder when the cloud is started. Each
+process then appends to a file of its own, `PID.jsonl`, one JSON object a line, each in one write: a process that is
+killed leaves whole lines. Times are of the machine's monotonic clock, which all processes share. Events hold ids and
+counts, no keys and no content.
 
 | event | fields | when |
 |---|---|---|
-| `heard` | | word of the other workers has come |
+| `heard` | | a report of the other workers has come |
 | `opened` | `session`, `link`, `tenant`, `allowed` | a session was admitted; `allowed` is its tenant's `max-sessions` |
-| `ended` | `session`, `why` | a session was told to end; `fenced` where its link has a newer one |
+| `ended` | `session`, `why` | a session has to end; `why` is `fenced` where its link has a newer one |
 | `closed` | `session` | a session is no longer counted |
 | `answered` | `session`, `link`, `kind`, `call` | an answer begins to be sent |
 
@@ -28,8 +28,13 @@ from typing import Final
 ENVIRONMENT: Final = "ISTHMUS_HISTORY"
 
 
+def is_written() -> bool:
+    """Whether the environment asks for a history."""
+    return bool(os.environ.get(ENVIRONMENT))
+
+
 def record(event: str, **fields: object) -> None:
-    """Append an event to the history of this process, if anybody wants one."""
+    """Append an event to the history of this process, where one is written."""
     folder = os.environ.get(ENVIRONMENT)
     if folder:
         line = json.dumps({"at": time.monotonic(), "event": event, **fields})

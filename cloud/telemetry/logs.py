@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object a line, of events and counts.
+"""Structured logs: one JSON object a line, with events and counts.
 
-Activations, texts, keys and tokens have no field to be in. Each process has a file of its own: one that several rotate
-loses lines, as a process goes on writing to what another has moved away.
+No field holds activations, texts, keys or tokens. Each process has a file of its own: a file that several processes
+rotate loses lines, as one goes on writing to the file that another has moved away.
 
     worker.log, worker-1.log, …   the workers', by number
     controller.log                the controller's
@@ -19,14 +19,14 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-LOGGER = logging.getLogger("isthmus")  # of all folders: the kernels say what they do without
+LOGGER = logging.getLogger("isthmus")  # of all packages: the kernels log what they have to do without
 
 LOG_BYTES = 64 << 20
-"""Of a log file; the one before is kept beside it. Strangers cause lines too, and must not fill the disk."""
+"""Size at which a log file is rotated; one older file is kept. Strangers cause lines too, and must not fill disks."""
 
 
 class _PrivateFileHandler(RotatingFileHandler):
-    """Its files are for this user alone, as they name tenants."""
+    """Makes files that only this user can read, as they name tenants."""
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_file(home: Path, process: str, number: int = 0) -> Path:
-    """The log of a process of a cloud with this home; `number` is the worker's."""
+    """The log file of a process of a cloud with this home; `number` is the worker's."""
     return home / (f"{process}-{number}.log" if number else f"{process}.log")
 
 

@@ -1,7 +1,4 @@
-"""What a cloud tells its operator: Prometheus metrics and a JSON status, on a port of their own.
-
-Counts and times, never content.
-"""
+"""Prometheus metrics and a JSON status for the operator, on a port of their own: counts and times, never content."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from isthmus.common.errors import PortInUseError
 
 MAX_CONNECTIONS = 32
 SILENT_SECONDS = 10.0
-"""What a connection may take to send its request's next bytes, or to take its answer's."""
+"""How long a connection may take to send its request's next bytes, or to take its answer's."""
 OUTCOMES = ("met", "late", "refused")
-"""Of a deadline: the call was computed within it, or later, or was not begun as it could not be in time."""
+"""Of a call with a deadline: computed within it, computed later, or not begun as it could not be in time."""
 
 
 class Metrics:
@@ -44,7 +41,7 @@ class Metrics:
             "isthmus_deadline_calls", "Calls that had a deadline.", ["outcome"], registry=self.registry
         )
         for outcome in OUTCOMES:
-            self.deadlines.labels(outcome)  # a rate needs those that are zero
+            self.deadlines.labels(outcome)  # a rate needs the outcomes that are zero
         self.bytes = Counter("isthmus_bytes", "Bytes of sealed frames.", ["direction"], registry=self.registry)
         self.seconds = Histogram("isthmus_call_seconds", "Computation per call.", ["operation"], registry=self.registry)
         self.waited = Histogram(
@@ -66,7 +63,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def outcomes(self) -> dict[str, int]:
-        """How many calls had a deadline since the worker's start, by what became of it."""
+        """Calls with a deadline since the worker's start, by outcome."""
         value = self.registry.get_sample_value
         return {each: int(value("isthmus_deadline_calls_total", {"outcome": each}) or 0) for each in OUTCOMES}
 
@@ -91,7 +88,7 @@ class _Merged(Collector):
 
 
 def merged(texts: Mapping[str, bytes]) -> bytes:
-    """The metrics of several workers as one text, each sample with the label `worker`; of one worker as they are."""
+    """The metrics of several workers as one text, each sample with the label `worker`; of one worker unchanged."""
     if len(texts) == 1:
         return next(iter(texts.values()))
     registry = CollectorRegistry()
@@ -107,9 +104,9 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, so that one that says nothing keeps no other waiting.
+    """A thread for each connection, so that a silent one keeps no other waiting.
 
-    Those beyond `MAX_CONNECTIONS` are closed.
+    Connections beyond `MAX_CONNECTIONS` are closed.
     """
 
     daemon_threads = True
@@ -131,7 +128,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke or fell silent is its client's business; anything else gets its traceback."""
+        """Print a traceback, but not of a connection that broke or fell silent."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 

@@ -1,79 +1,51 @@
-"""The directory of workers, without Ray: who is told what, and what follows from it."""
+"""What follows from the reports of a cloud's workers, without Ray."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from isthmus.cloud.control.controller import SPREAD_SECONDS, Roster
 from isthmus.cloud.directory import (
     Peer,
     Rate,
-    Report,
-    Seat,
-    better_place,
+    SessionEntry,
+    less_loaded,
     newer_elsewhere,
     ranks,
-    seats_elsewhere,
+    sessions_elsewhere,
     surplus,
 )
-from isthmus.cloud.telemetry.metrics import Metrics, merged
 
 
-class Clock:
-    """A clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def seats(count: int, tenant: str = "alice") -> tuple[Seat, ...]:
-    return tuple(Seat(tenant, f"link{number}", float(number)) for number in range(count))
-
-
-def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state: str = "serving") -> Report:
-    status: dict[str, Any] = {
-        **{"worker": number, "address": f"h:{number}", "span": "2:4", "state": state, "pid": pid},
-        **{"model": "tiny", "plan": "2:2", "span_dtype": "fp32", "uptime_s": 3.0 + number},
-        "certificate_not_after": 2000 - number,
-        **{"sessions": {"alice": sessions} if sessions else {}, "waiting": {"alice": 1}},
-        **{"queue_depth": 1, "overdue": 0, "in_flight": 2, "deadlines": {"met": 5, "late": number, "refused": 2}},
-        **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
-        **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
-    }
-    return Report(status, Peer(f"h:{number}", state, seats(sessions)))
+def sessions_of(count: int, tenant: str = "alice") -> tuple[SessionEntry, ...]:
+    return tuple(SessionEntry(tenant, f"link{number}", float(number)) for number in range(count))
 
 
 def test_a_newcomer_goes_where_there_are_fewer_sessions() -> None:
-    peers = [Peer("b:1", "serving", seats(2)), Peer("c:1", "serving", seats(1)), Peer("d:1", "draining")]
-    assert better_place(2, peers, {}) == "c:1"
-    assert better_place(1, peers, {}) is None
-    assert better_place(2, peers, {"c:1": 1}) is None  # one is on its way there
-    assert better_place(3, peers, {"c:1": 2}) == "b:1"
-    assert better_place(9, [Peer("d:1", "draining"), Peer("e:1", "restarting")], {}) is None
+    peers = [Peer("b:1", "serving", sessions_of(2)), Peer("c:1", "serving", sessions_of(1)), Peer("d:1", "draining")]
+    assert less_loaded(2, peers, {}) == "c:1"
+    assert less_loaded(1, peers, {}) is None
+    assert less_loaded(2, peers, {"c:1": 1}) is None  # one is on its way there
+    assert less_loaded(3, peers, {"c:1": 2}) == "b:1"
+    assert less_loaded(9, [Peer("d:1", "draining"), Peer("e:1", "restarting")], {}) is None
 
 
 def test_a_tenants_sessions_elsewhere_count_but_not_the_link_that_moves() -> None:
-    peers = [Peer("b:1", "serving", seats(2)), Peer("c:1", "draining", seats(1, "bob"))]
-    assert seats_elsewhere("alice", "link9", peers) == 2
-    assert seats_elsewhere("alice", "link1", peers) == 1
-    assert seats_elsewhere("carol", "link1", peers) == 0
+    peers = [Peer("b:1", "serving", sessions_of(2)), Peer("c:1", "draining", sessions_of(1, "bob"))]
+    assert sessions_elsewhere("alice", "link9", peers) == 2
+    assert sessions_elsewhere("alice", "link1", peers) == 1
+    assert sessions_elsewhere("carol", "link1", peers) == 0
 
 
 def test_a_session_whose_link_was_opened_anew_elsewhere_is_over() -> None:
-    peers = [Peer("b:1", "serving", (Seat("alice", "x", 5.0),))]
-    assert newer_elsewhere(Seat("alice", "x", 4.0), peers)
-    assert not newer_elsewhere(Seat("alice", "x", 6.0), peers)  # that one is the old one
-    assert not newer_elsewhere(Seat("bob", "x", 4.0), peers)
+    peers = [Peer("b:1", "serving", (SessionEntry("alice", "x", 5.0),))]
+    assert newer_elsewhere(SessionEntry("alice", "x", 4.0), peers)
+    assert not newer_elsewhere(SessionEntry("alice", "x", 6.0), peers)  # that one is the old one
+    assert not newer_elsewhere(SessionEntry("bob", "x", 4.0), peers)
 
 
 def test_a_tenants_links_are_ranked_by_age_and_one_that_has_moved_counts_once() -> None:
-    moved = (Seat("alice", "x", 1.0), Seat("alice", "x", 9.0))
-    others = (Seat("alice", "z", 5.0), Seat("alice", "y", 5.0), Seat("bob", "x", 7.0))
+    moved = (SessionEntry("alice", "x", 1.0), SessionEntry("alice", "x", 9.0))
+    others = (SessionEntry("alice", "z", 5.0), SessionEntry("alice", "y", 5.0), SessionEntry("bob", "x", 7.0))
     expected = {("alice", "y"): 0, ("alice", "z"): 1, ("alice", "x"): 2, ("bob", "x"): 0}
     assert ranks((*moved, *others)) == ranks((*others, *moved[::-1])) == expected
     assert ranks(()) == {}
@@ -94,88 +66,3 @@ def test_a_rate_is_that_of_its_window_and_begins_anew_with_the_counter() -> None
     assert [rate.add(float(now), 300.0) for now in range(3, 11)][-1] == 0.0
     assert rate.add(11.0, 7.0) == 0.0
     assert rate.add(12.0, 57.0) == 50.0
-
-
-def test_restarts_are_counted_and_a_new_controller_asks_for_the_count() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 0, pid=10))
-    roster.missed(0)
-    assert roster.status()["state"] == "restarting"
-    assert roster.status()["deadlines_missed"] == 0.0
-    assert roster.status()["workers"][0] == {
-        **{"worker": 0, "address": "h:0", "span": "2:4", "state": "restarting", "restarts": 0}
-    }
-    roster.took(0, report(0, 0, pid=11))
-    assert roster.words()[0].restarts == 1
-    successor = Roster(Clock())
-    successor.missed(0)
-    assert successor.words()[0].restarts is None
-    successor.took(0, report(0, 0, pid=11, restarts=1))
-    assert successor.status()["restarts"] == 1
-
-
-def test_each_worker_hears_of_the_others_and_of_those_that_come_back() -> None:
-    roster = Roster(Clock())
-    for number in range(3):
-        roster.took(number, report(number, 1))
-    roster.missed(2)
-    words = roster.words()
-    assert [(peer.address, peer.state) for peer in words[0].peers] == [("h:1", "serving"), ("h:2", "restarting")]
-    assert words[2].peers == (report(0, 1).peer, report(1, 1).peer)
-    roster.gone(1)
-    assert [peer.address for peer in roster.words()[0].peers] == ["h:2"]
-
-
-def test_a_worker_sheds_sessions_when_the_load_stays_uneven() -> None:
-    clock = Clock()
-    roster = Roster(clock)
-    roster.took(0, report(0, 4))
-    roster.took(1, report(1, 0))
-    assert roster.words()[0].shed == 0
-    clock.now += SPREAD_SECONDS
-    assert [word.shed for word in roster.words().values()] == [2, 0]
-    assert roster.words()[0].shed == 0  # those that move have not arrived yet
-    roster.took(0, report(0, 2))
-    roster.took(1, report(1, 2))
-    clock.now += SPREAD_SECONDS
-    assert roster.words()[0].shed == 0
-
-
-def test_the_clouds_status_adds_up_its_workers() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 2))
-    roster.took(1, report(1, 1, restarts=3, state="draining"))
-    status = roster.status()
-    assert (status["state"], status["model"], status["plan"]) == ("serving", "tiny", "2:2")
-    assert (status["sessions"], status["waiting"]) == ({"alice": 3}, {"alice": 2})
-    assert (status["queue_depth"], status["in_flight"], status["restarts"]) == (2, 4, 3)
-    assert (status["deadlines"], status["deadlines_missed"]) == ({"met": 10, "late": 1, "refused": 4}, 0.3333)
-    assert (status["stash_budget_bytes"], status["uptime_s"], status["certificate_not_after"]) == (100, 4.0, 1999)
-    assert [worker["state"] for worker in status["workers"]] == ["serving", "draining"]
-    assert "positions" not in status["workers"][0]
-
-
-def test_a_stage_inside_a_pipeline_is_nobodys_peer_and_its_work_counts_once() -> None:
-    roster = Roster(Clock())
-    roster.took(0, report(0, 2))
-    inner = report(1, 2)
-    roster.took(1, Report(inner.status, None))
-    assert roster.words()[0].peers == ()
-    assert roster.words()[1].peers == ()  # nor has it any: the stage before it is nowhere to go to
-    assert list(roster.loads()) == [0]
-    status = roster.status()
-    assert (status["sessions"], status["in_flight"], status["queue_depth"]) == ({"alice": 2}, 2, 1)
-    assert (status["span_bytes"], status["recomputed"]) == (20, 2)
-    assert [worker["front"] for worker in status["workers"]] == [True, False]
-
-
-def test_metrics_of_several_workers_have_a_label_and_those_of_one_do_not() -> None:
-    first, second = Metrics(), Metrics()
-    first.tokens.labels("forward").inc(3)
-    second.tokens.labels("forward").inc(4)
-    assert first.positions() == 3.0
-    text = merged({"0": first.text(), "1": second.text()}).decode()
-    assert 'isthmus_tokens_total{operation="forward",worker="0"} 3.0' in text
-    assert 'isthmus_tokens_total{operation="forward",worker="1"} 4.0' in text
-    assert text.count("# TYPE isthmus_tokens_total counter") == 1
-    assert merged({"0": first.text()}) == first.text()

@@ -8,14 +8,12 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.other_user import NOBODY, Attack
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints import sources
@@ -25,30 +23,6 @@ from isthmus.common.files import claim, locked, new_folder, write_atomic
 from isthmus.common.ownership import check_contents, check_private, fault, intruder, private_folder
 from isthmus.edge.span_cache.cache_store import SpanStore
 from isthmus.protocol.secure.keys import generate_edge, load_edge
-
-NOBODY = 65534
-Attack = Callable[[str], None]
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that everybody may write to and nobody may rename others' files in, as /tmp."""
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
-    folder.chmod(0o1777)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def as_nobody(place: Path) -> Attack:
-    """Runs lines of shell as another user, in `place`."""
-
-    def run(lines: str) -> None:
-        command = ["/bin/sh", "-ec", f"umask 0\n{lines}"]
-        subprocess.run(command, cwd=place, user=NOBODY, group=NOBODY, extra_groups=[], check=True)
-
-    return run
-
 
 # What this user alone has ---------------------------------------------------------------------------------------------
 

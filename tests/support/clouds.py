@@ -17,7 +17,7 @@ from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import EdgesFile, served_by
 from isthmus.cloud.gateway.pipeline import NextStage
-from isthmus.cloud.gateway.server import ServerTls, StripServer
+from isthmus.cloud.gateway.server import GatewayServer, ServerTls
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.edge.client.link import Link
@@ -92,7 +92,7 @@ class Home:
 
 
 class ThreadServer:
-    """`StripServer` on an event loop of its own thread; a context manager."""
+    """`GatewayServer` on an event loop of its own thread; a context manager."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class ThreadServer:
         self._listen = listen
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-server", daemon=True)
-        self.server = StripServer(
+        self.server = GatewayServer(
             cloud,
             IdentityFiles(home.folder, now=lambda: 0.0),
             EdgesFile(home.folder),

@@ -13,7 +13,7 @@ from support.wire import NOW, identity
 from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.edge.config.training_config import TuneConfig
@@ -74,7 +74,7 @@ class Owner:
         )
 
     def offer(self, root: Path, *, package: bool = True) -> Served:
-        shelf = FileShelf(self.package.folder, FileSet.EMULATOR) if package else None
+        shelf = FileStore(self.package.folder, FileSet.EMULATOR) if package else None
         return dataclasses.replace(self.plain, adapters=self.store(root, package=package), package=shelf)
 
     def adapter(self, method: str = "lora", *, seed: int = 1, on_package: bool = True) -> Path:

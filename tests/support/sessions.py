@@ -1,7 +1,8 @@
-"""Sessions with a `ThreadServer`, and calls of theirs that are held in flight."""
+"""Sessions with a `ThreadServer`, calls of theirs that are held in flight, and plain gRPC calls."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from support.clouds import ThreadServer
@@ -40,6 +42,26 @@ def channel(server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = No
     transport = GrpcTransport(f"127.0.0.1:{server.port}")
     private = load_edge(key or server.home.key_file)
     return Channel(transport.open(), server.home.pin, private, link, Traffic(), lambda *_: None)
+
+
+def status_of_call(server: ThreadServer, method: str, message: bytes, *, compressed: bool = False) -> tuple[str, str]:
+    """The status of a call with one message, by name, and its text."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}", options) as plain:
+        compression = grpc.Compression.Gzip if compressed else None
+        call = plain.stream_stream(method)(iter([message]), compression=compression, timeout=20)
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
+        return call.code().name, call.details()
+
+
+def streams_of(server: ThreadServer) -> int:
+    """The gRPC calls that a server has not got rid of."""
+
+    async def count() -> int:
+        return sum(task.get_name() == "rpc_task" for task in asyncio.all_tasks())
+
+    return int(server.run(count()))
 
 
 @contextlib.contextmanager

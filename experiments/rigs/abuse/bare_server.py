@@ -25,7 +25,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import EdgesFile, make_parts, served_by
-from isthmus.cloud.gateway.server import StripServer
+from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.common.errors import IsthmusError
 
@@ -55,7 +55,7 @@ PLANTED: Final[dict[Weakness, Callable[[bytes], None]]] = {
 """What is done with the first frame of each stream, before anybody has said who they are."""
 
 
-class WeakServer(StripServer):
+class WeakServer(GatewayServer):
     """A server that does for every stranger what none should, once a weakness is planted in it."""
 
     weakness: Weakness = "none"

@@ -21,7 +21,7 @@ import torch
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString, Tenant
@@ -128,7 +128,7 @@ class HostileCloud:
             limits=m.SpanLimits(1 << 20, 4 * GIB, GIB),
             server_version="0",
         )
-        self._shelf = FileShelf(parts, m.FileSet.PARTS)
+        self._shelf = FileStore(parts, m.FileSet.PARTS)
         self._identity = load_worker(home, time.time)
         self._server = grpc.server(ThreadPoolExecutor(8), options=stream_options(MIB))
         handler = grpc.stream_stream_rpc_method_handler(self._session, **SERVER_CODING)

@@ -1,7 +1,7 @@
 """Four invariants of a cloud's history, and the places where it breaks them.
 
 What a worker cannot know it cannot be blamed for: that another one has admitted a session it learns by the controller's
-word. The `WORDS`-th word after that admission was surely asked for after it, so from there on the invariants hold
+word. The `REPORTS`-th word after that admission was surely asked for after it, so from there on the invariants hold
 across workers. Within one worker they hold at once.
 
 The idea, histories written by the system under test and checked afterwards, is that of Jepsen (Kingsbury).
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final
 
-from isthmus.cloud.gateway.open_sessions import WORDS
+from isthmus.cloud.gateway.open_sessions import REPORTS
 from isthmus.experiments.rigs.histories.events import Event, Session, sessions_of, words_heard
 
 ONE_SESSION: Final = "one_session_per_link"
@@ -109,4 +109,4 @@ def _known_to(session: Session, other: Session, heard: dict[int, list[float]]) -
     if session.process == other.process:
         return since
     later = [moment for moment in heard.get(session.process, ()) if moment > since]
-    return later[WORDS - 1] if len(later) >= WORDS else None
+    return later[REPORTS - 1] if len(later) >= REPORTS else None

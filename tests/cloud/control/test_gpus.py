@@ -16,7 +16,8 @@ from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import SpanInput, load_span
-from isthmus.cloud.control.gpus import Gpus
+from isthmus.cloud.control.ray_cluster import Gpus
+from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.supervisor import serve
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import served_by
@@ -55,9 +56,9 @@ def test_each_worker_has_a_gpu_of_its_own_and_all_of_a_group_or_none_has_one() -
         gpus.reserve([2], seconds=1)
     for actor in actors:
         ray.kill(actor)
-    gpus.give_back(0)
+    gpus.release(0)
     assert ray.available_resources().get("GPU", 0) == 0, "the other of the group still has its own"
-    gpus.give_back(1)
+    gpus.release(1)
     gpus.reserve([2])
     assert gpus.options(2)["num_gpus"] == 1
 
@@ -65,7 +66,7 @@ def test_each_worker_has_a_gpu_of_its_own_and_all_of_a_group_or_none_has_one() -
 def test_a_device_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     with pytest.raises(ConfigError, match="unknown device 'tpu': choose one of cpu, cuda"):
-        serve(str(model), home=Home(tmp_path).folder, device="tpu")
+        serve(ServeOptions(str(model), Home(tmp_path).folder, device="tpu"))
 
 
 def test_a_worker_whose_torch_finds_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

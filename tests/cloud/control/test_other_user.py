@@ -6,59 +6,33 @@ The other user is a process with another uid; this process, as root, is the one 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.clouds import Home
+from support.other_user import NOBODY, Attack
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli import cloud_commands
 from isthmus.cloud.control import supervisor as serve_module
-from isthmus.cloud.control.cluster import _ray_environment
 from isthmus.cloud.control.ports import Ports
+from isthmus.cloud.control.ray_cluster import ray_environment
+from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.serve_state import STATE_FILE, write_state
 from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import EdgesFile
+from isthmus.cloud.control.worker_specs import stage_specs
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.telemetry import logs
 from isthmus.common.errors import KeyFileError
 from isthmus.common.ownership import intruder
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.secure.keyfiles import check_folder
-
-NOBODY = 65534
-Attack = Callable[[str], "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that everybody may write to and nobody may rename others' files in, as /tmp."""
-    folder = Path(tempfile.mkdtemp(prefix="other-"))
-    folder.chmod(0o1777)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def as_nobody(place: Path) -> Attack:
-    """Runs lines of shell as another user, in `place`."""
-
-    def run(lines: str) -> subprocess.CompletedProcess[str]:
-        command = ["/bin/sh", "-ec", f"umask 0\n{lines}"]
-        return subprocess.run(
-            command, cwd=place, user=NOBODY, group=NOBODY, extra_groups=[], check=False, capture_output=True, text=True
-        )
-
-    return run
-
 
 # The home -------------------------------------------------------------------------------------------------------------
 
@@ -78,29 +52,27 @@ def test_no_key_is_made_in_a_home_that_another_user_has_made_first(
 ) -> None:
     own = tmp_path / "own"  # to which a link of theirs leads
     own.mkdir(mode=0o700)
-    assert as_nobody(attack.format(own=own)).returncode == 0
+    as_nobody(attack.format(own=own))
     with pytest.raises(KeyFileError, match=f"belongs to another user \\(uid {NOBODY},"):
         cloud_commands.keygen(place / "cloud")
     assert not [*own.iterdir(), *(place / "cloud").iterdir()]
 
 
 @pytest.mark.root
-def test_serve_refuses_a_home_that_another_user_may_write(
-    place: Path, as_nobody: Attack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve_module, "Serving", lambda *_, **__: pytest.fail("Ray was started"))
+@pytest.mark.usefixtures("without_ray")
+def test_serve_refuses_a_home_that_another_user_may_write(place: Path, as_nobody: Attack) -> None:
     home = Home(place / "safe").folder
     model = str(tiny_checkpoint("llama", place / "model"))
     for folder, mode in ((home, 0o777), (home, 0o1777), (home.parent, 0o777)):
         before = folder.stat().st_mode
         folder.chmod(mode)
         with pytest.raises(KeyFileError, match="can be written by everybody"):
-            serve_module.serve(model, home=home, listen="127.0.0.1:0")
+            serve_module.serve(ServeOptions(model, home, listen="127.0.0.1:0"))
         folder.chmod(before)
     os.chown(home, NOBODY, NOBODY)
     with pytest.raises(KeyFileError, match="belongs to another user"):
-        serve_module.serve(model, home=home, listen="127.0.0.1:0")
-    assert as_nobody(f"rm {home}/authorized_edges; touch {home}/authorized_edges").returncode == 0  # as they could have
+        serve_module.serve(ServeOptions(model, home, listen="127.0.0.1:0"))
+    as_nobody(f"rm {home}/authorized_edges; touch {home}/authorized_edges")  # as they could have
 
 
 @pytest.mark.root
@@ -113,10 +85,10 @@ def test_the_operator_is_told_of_a_model_that_another_user_may_change(
     for owner in (os.geteuid(), NOBODY):
         os.chown(model, owner, -1)
         with pytest.raises(SystemExit):
-            serve_module.serve(str(model), home=home, listen="127.0.0.1:0")
+            serve_module.serve(ServeOptions(str(model), home, listen="127.0.0.1:0"))
         told.append("another user may change what is served" in " ".join(capsys.readouterr().err.split()))
     assert told == [False, True]
-    assert as_nobody(f"touch {model}/config.json.theirs").returncode == 0
+    as_nobody(f"touch {model}/config.json.theirs")
 
 
 def test_a_home_of_ones_own_is_taken_and_so_is_ones_own_link(tmp_path: Path) -> None:
@@ -140,7 +112,7 @@ def test_nobody_else_enrols_an_edge(place: Path, as_nobody: Attack) -> None:
     home.chmod(0o755)
     line = file.read_text()
     file.chmod(0o666)
-    assert as_nobody(f"echo '# theirs' >> {file}").returncode == 0
+    as_nobody(f"echo '# theirs' >> {file}")
     with pytest.raises(KeyFileError, match=r"says whom to trust, and can be written by everybody \(mode 0666\)"):
         AuthorizedEdges.load(file)
     assert len(edges()) == len(good)  # a running worker keeps the last good list
@@ -163,14 +135,14 @@ def test_what_the_cloud_writes_in_its_home_is_for_its_user_alone(place: Path, as
         logs.LOGGER.handlers[0].close()
     logs.LOGGER.handlers[:] = handlers
     write_state(home, {"connection": "", "metrics": "", "pid": 1})
-    _ray_environment(home)
+    ray_environment(home)
     plan = SplitPlan.parse("2:2", 8)
     names = ["worker.log", "serve.log", STATE_FILE, "ray_token", "root_key", "worker_key"]
-    with closing(Ports()) as ports, serve_module._stages(_spec(home), plan, 2, ports):
+    with closing(Ports()) as ports, stage_specs(_spec(home), plan, 2, ports):
         for name in [*names, "pipeline/1/id_ed25519"]:
             assert (home / name).exists()
-            assert as_nobody(f"cat {home / name}").returncode != 0
-    assert as_nobody(f"cat {home / 'worker_cert'}").returncode == 0  # the control: they come as far as this
+            assert as_nobody(f"cat {home / name}", check=False).returncode != 0
+    as_nobody(f"cat {home / 'worker_cert'}")  # the control: they come as far as this
 
 
 @pytest.mark.root
@@ -179,7 +151,7 @@ def test_a_log_and_a_lock_are_not_written_through_a_link(place: Path, as_nobody:
     home.mkdir(mode=0o777)
     home.chmod(0o777)  # though `serve` would refuse it
     (place / "precious").write_text("mine")
-    assert as_nobody("cd home; ln -s ../precious worker.log; ln -s ../precious serve.lock").returncode == 0
+    as_nobody("cd home; ln -s ../precious worker.log; ln -s ../precious serve.lock")
     with pytest.raises(OSError, match=r"worker\.log"):
         logs.log_to(home / "worker.log")
     with pytest.raises(OSError, match=r"serve\.lock"), occupied(home):
@@ -188,10 +160,10 @@ def test_a_log_and_a_lock_are_not_written_through_a_link(place: Path, as_nobody:
 
 
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    assert (_ray_environment(tmp_path), (tmp_path / "ray_token").stat().st_mode & 0o777)[1] == 0o600
+    assert (ray_environment(tmp_path), (tmp_path / "ray_token").stat().st_mode & 0o777)[1] == 0o600
     (tmp_path / "ray_token").chmod(0o640)
     with pytest.raises(KeyFileError, match="ray_token can be read by others"):
-        _ray_environment(tmp_path)
+        ray_environment(tmp_path)
 
 
 # Ray's folder ---------------------------------------------------------------------------------------------------------
@@ -230,14 +202,14 @@ def test_nobody_else_reaches_or_renames_rays_sockets(place: Path, as_nobody: Att
                 f"touch {folder}/theirs",
                 f"mv {folder.parent} {place}/theirs",
             ):
-                refused = as_nobody(attempt)
+                refused = as_nobody(attempt, check=False)
                 assert refused.returncode != 0
                 assert "ermi" in refused.stderr + refused.stdout, refused  # Permission denied, or not permitted
             with pytest.raises(PermissionError):
                 connect(raylet)
             folder.parent.chmod(0o777)  # the control: where Ray's folder lay before, all of them succeed
             connect(raylet)
-            assert as_nobody(f"mv {raylet} {raylet}.theirs").returncode == 0
+            as_nobody(f"mv {raylet} {raylet}.theirs")
         finally:
             ray.kill()
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from isthmus.cloud.control.ports import Listener, PortWatch, _name, listeners
+from isthmus.cloud.control.ports import Listener, Ports, PortWatch, _name, listeners
+from isthmus.common.errors import ConfigError, PortInUseError
 
 CHILD = """
 import socket, time
@@ -67,16 +68,16 @@ def test_the_operator_is_told_of_each_port_once_and_not_of_those_announced() -> 
         Listener("raylet", 4, "::", 40001),
     ]
     watch = PortWatch([7443, 9464], said.append, lambda: listening)
-    watch.first()
+    watch.first_check()
     assert said == [
         "Ray listens for this machine alone, on ports of the loopback: serve 6379, gcs_server 6380",
         "other machines can reach raylet (process 4) on port 40001 of every interface: keep it behind a firewall",
     ]
-    watch.look()
+    watch.check()
     assert len(said) == 2
     listening.append(Listener("ray::Worker", 9, "192.0.2.2", 40002))
-    watch.look()
-    watch.look()
+    watch.check()
+    watch.check()
     assert said[2:] == [
         "other machines can reach ray::Worker (process 9) on port 40002 of 192.0.2.2: keep it behind a firewall"
     ]
@@ -86,3 +87,33 @@ def test_a_process_of_python_is_named_by_its_script() -> None:
     assert _name("python3.11", ["/venv/bin/python3.11", "-u", "/lib/ray/autoscaler/monitor.py", "--x"]) == "monitor"
     assert _name("python", ["python", "-c", "pass"]) == "python"
     assert _name("ray::Worker", ["ray::Worker", "", ""]) == "ray::Worker"
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:99999", "127.0.0.1:65536", "127.0.0.1:9999999999999999999999", "h:²"])
+def test_a_port_that_is_none_is_refused(listen: str) -> None:
+    with pytest.raises(ConfigError, match="address to listen on"):
+        Ports().take(listen)
+
+
+def test_ports_are_kept_until_their_workers_listen() -> None:
+    ports = Ports()
+    try:
+        first, second = ports.take_several("127.0.0.1:0", 2)
+        assert first != second
+        host, _, port = first.rpartition(":")
+        with socket.socket() as worker:  # as gRPC binds it
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            worker.bind((host, int(port)))
+            worker.listen()
+            with pytest.raises(PortInUseError, match=first):
+                Ports().take(first)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((host, int(port)))
+    finally:
+        ports.close()
+    start = int(port)
+    given = Ports()
+    try:
+        assert given.take(f"127.0.0.1:{start}") == f"127.0.0.1:{start}"
+    finally:
+        given.close()

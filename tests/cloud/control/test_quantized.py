@@ -24,7 +24,8 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.saved_span import save_span
 from isthmus.backbone.split.span import SpanInput, load_span
-from isthmus.cloud.control.supervisor import _backbone, _parts_folder
+from isthmus.cloud.control.serve_options import ServeOptions
+from isthmus.cloud.control.worker_specs import Backbone, backbone_of
 from isthmus.cloud.engine.executor import Executor
 from isthmus.common.errors import ConfigError
 from isthmus.edge import connect
@@ -99,24 +100,32 @@ def test_a_waiting_call_keeps_no_weights(folder: Path, name: str) -> None:
     assert not any(weight() is not None for weight in weights)
 
 
+def chosen(
+    model: Path, edge_layers: str | None = None, dtype: str | None = None, quantize: str | None = None
+) -> Backbone:
+    """What `serve` serves with these options."""
+    options = ServeOptions(str(model), Path(), edge_layers=edge_layers, dtype=dtype, quantize=quantize)
+    return backbone_of(options, Console(quiet=True))
+
+
 def test_a_saved_span_is_served_as_it_was_made(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "saved"
     save_span(Checkpoint(folder, "tiny"), PLAN, place, dtype="bf16", quantizer=QUANTIZERS["nf4"])
-    found = _backbone(str(place), None, None, None, Console(quiet=True))
+    found = chosen(place)
     assert (found.checkpoint.name, str(found.plan), found.dtype, found.quantize) == ("tiny", "2:2", "bf16", "nf4")
     assert found.saved_span == str(place)
-    assert _parts_folder(found.checkpoint, found.plan) == place / PARTS
-    assert _backbone(str(place), "2:2", "bf16", "nf4", Console(quiet=True)) == found
+    assert found.parts == place / PARTS
+    assert chosen(place, "2:2", "bf16", "nf4") == found
     for given, told in ((("1:1", None, None), "edge-layers 2:2"), ((None, "fp32", None), "dtype bf16"),
                         ((None, None, "none"), "quantize nf4")):  # fmt: skip
         with pytest.raises(ConfigError, match=told):
-            _backbone(str(place), *given, Console(quiet=True))
+            chosen(place, *given)
 
 
 def test_what_makes_no_sense_is_refused(folder: Path) -> None:
     for dtype, quantize, told in (("fp8", None, "fp8"), (None, "int3", "int3")):
         with pytest.raises(ConfigError, match=told):
-            _backbone(str(folder), None, dtype, quantize, Console(quiet=True))
+            chosen(folder, None, dtype, quantize)
 
 
 def test_the_command_writes_what_serve_takes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +136,7 @@ def test_the_command_writes_what_serve_takes(folder: Path, tmp_path: Path, capsy
     told = json.loads(done.stdout)
     assert (told["plan"], told["dtype"], told["quantize"]) == ("2:2", "bf16", "nf4")
     assert told["span_bytes"] < told["dense_bytes"]
-    assert _backbone(str(place), None, None, None, Console(quiet=True)).quantize == "nf4"
+    assert chosen(place).quantize == "nf4"
     done = in_process(capsys, *own, "--quantize", "int8", "--dtype", "fp32", "--out", tmp_path / "int8")
     assert f"{tmp_path / 'int8'}: layers 2:4 of model as int8" in done.stdout
     refused(in_process(capsys, *own, "--quantize", "none", "--out", place), 10, "--quantize none", "int8 or nf4")

@@ -27,8 +27,10 @@ from isthmus.backbone.split.span import load_span
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Kind
-from isthmus.cloud.session.handler import Stepping, TenantSession, step_together
+from isthmus.cloud.session.batched_calls import SiteStep, step_batch
+from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.site_calls import SiteCalls
+from isthmus.cloud.session.site_lists import SiteLists
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode, encode_mask, encode_positions
@@ -164,7 +166,7 @@ class Edge:
 
 def edge(executor: Executor, tenant: Tenant, number: int, *, batching: bool = True) -> Edge:
     session_id = bytes([number, batching]) * 8
-    calls = SiteCalls(session_id, TENANT, executor, THREADS, DEFAULT_LIMITS, batching=batching)
+    calls = SiteCalls(SiteLists(session_id, TENANT, executor, DEFAULT_LIMITS, allowed=True), THREADS, batching)
     session = TenantSession(session_id, executor, {}, None, calls, executor.host.span.hidden_size, 4096)
     return Edge(tenant, session, 1000 * number)
 
@@ -184,10 +186,10 @@ def play(
         ready = {n: message for n, message in saying.items() if not forwards or not isinstance(message, m.Backward)}
         picked = {each.seed for each in choose([edges[n] for n in ready])}
         chosen = [n for n in ready if edges[n].seed in picked]
-        asked: list[Stepping] = [(edges[n].session, ready[n]) for n in chosen]
+        asked: list[SiteStep] = [(edges[n].session, ready[n]) for n in chosen]
         for number, (session, message) in zip(chosen, asked, strict=True):
             edges[number].kinds.append(session.kind_of(message))
-        for number, said in zip(chosen, step_together(asked), strict=True):
+        for number, said in zip(chosen, step_batch(asked), strict=True):
             assert not isinstance(said, Exception), said
             answer = edges[number].next(said)
             if answer is None:
@@ -337,9 +339,9 @@ def test_calls_that_ask_at_different_layers_meet_again(llama: SiteHost, monkeypa
     early, late = (Tenant((SiteSpec(layer, place),), keep=False) for layer in (1, 4))
     edges = [edge(executor, early, 0), edge(executor, late, 1)]
     ready = [(each.session, each.forward()) for each in edges]
-    questions = step_together(ready)  # the first asks at once, the second three layers later
+    questions = step_batch(ready)  # the first asks at once, the second three layers later
     assert met == []  # nobody was beside the second one
-    step_together([(each.session, each.next(said)) for each, said in zip(edges, questions, strict=True)])
+    step_batch([(each.session, each.next(said)) for each, said in zip(edges, questions, strict=True)])
     groups = len(llama.groups) // len(LAYERS)
     assert met == [1] * (3 * groups) + [2] * groups
 
@@ -361,7 +363,7 @@ def test_nobody_holds_memory_of_another(llama: SiteHost) -> None:
         own += executor.used_bytes
         only.session.close()
     edges = [edge(executor, tenant, number) for number in range(3)]
-    step_together([(each.session, each.forward()) for each in edges])
+    step_batch([(each.session, each.forward()) for each in edges])
     assert executor.used_bytes == own
     for each in edges:
         each.session.close()
@@ -370,7 +372,7 @@ def test_nobody_holds_memory_of_another(llama: SiteHost) -> None:
 def test_the_time_of_a_meeting_is_its_calls_own(llama: SiteHost) -> None:
     executor, tenant = Executor(llama, torch.float32, BIG), tenants_of(llama)[3]
     edges = [edge(executor, tenant, number) for number in range(2)]
-    for said in step_together([(each.session, each.forward()) for each in edges]):
+    for said in step_batch([(each.session, each.forward()) for each in edges]):
         assert isinstance(said, m.ForwardReply)
         assert said.compute_ns > 0
 
@@ -388,7 +390,7 @@ def test_who_leaves_in_the_middle_disturbs_nobody(llama: SiteHost, ending: str) 
         answers = leaver.answers
         leaver.answers = lambda question: () if len(leaver.heard) > 2 else answers(question)  # type: ignore[method-assign]
     elif ending == "no such list":
-        leaver.session.calls._lists.clear()
+        leaver.session.calls.lists._lists.clear()
 
     def choose(ready: Sequence[Edge]) -> Sequence[Edge]:
         if len(leaver.heard) == 2 and ending in ("closed", "dropped"):
@@ -403,7 +405,7 @@ def test_who_leaves_in_the_middle_disturbs_nobody(llama: SiteHost, ending: str) 
     assert isinstance(said, m.Status)
     assert said.code == m.StatusCode.BAD_REQUEST
     assert [mine.heard for mine in edges] == expected
-    assert not leaver.session.calls.paused
+    assert not leaver.session.calls.begun
     assert executor.used_bytes == 0
 
 
@@ -419,12 +421,12 @@ def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Meetings, "hold", exhausted)
-        *failed, question = step_together([(each.session, each.forward()) for each in edges])
+        *failed, question = step_batch([(each.session, each.forward()) for each in edges])
     for said in failed:
         assert isinstance(said, m.Status)
         assert said.code == m.StatusCode.INTERNAL
         assert "1.2345" not in said.message
-    assert not any(each.session.calls.paused for each in edges[:2])
+    assert not any(each.session.calls.begun for each in edges[:2])
     message = edges[2].next(question)  # type: ignore[arg-type]  # it asked before the others' meeting
     while message is not None:
         message = edges[2].next(edges[2].session.handle(message))
@@ -483,7 +485,7 @@ def test_a_call_that_fails_holds_no_memory_while_others_go_on(llama: SiteHost) -
     hook = llama.span.base.layers[1].register_forward_pre_hook(allocate)
     gc.disable()  # whose help is not to be needed
     try:
-        bad, good = step_together([(each.session, each.forward()) for each in edges])
+        bad, good = step_batch([(each.session, each.forward()) for each in edges])
     finally:
         gc.enable()
         hook.remove()

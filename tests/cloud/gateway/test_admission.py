@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 from support.clouds import Home, ThreadServer
 from support.sessions import channel, eventually, hidden
-from support.wire import TENANT
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker_setup import EdgesFile
 from isthmus.cloud.engine.requests import Share
-from isthmus.cloud.gateway.open_sessions import OpenSession
-from isthmus.cloud.gateway.server import StripServer
+from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.errors import ConnectionLostError, FingerprintError, NotEnrolledError, OverQuotaError
+from isthmus.common.errors import ConnectionLostError, FingerprintError, NotEnrolledError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
@@ -71,42 +69,6 @@ def test_another_pin_is_refused_by_the_edge(server: ThreadServer) -> None:
 def test_an_expired_certificate_is_refused_by_the_edge(cloud: Served, tmp_path: Path) -> None:
     with ThreadServer(cloud, Home(tmp_path, days=-1)) as server, server.link() as link, pytest.raises(FingerprintError):
         link.open(5)
-
-
-# How many sessions ----------------------------------------------------------------------------------------------------
-
-
-def test_the_session_quota_counts_links_and_a_closed_one_is_free_again(cloud: Served, tmp_path: Path) -> None:
-    home = Home(tmp_path, quota=Quota(max_sessions=2))
-    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second, server.link() as third:
-        first.open(5)
-        second.open(5)
-        with pytest.raises(OverQuotaError, match="2 sessions of alice are open, 2 are allowed"):
-            third.open(5)
-        second.close()
-        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
-        third.open(5)
-
-
-def test_a_reconnect_of_the_same_link_fences_the_older_session(cloud: Served, tmp_path: Path) -> None:
-    home = Home(tmp_path, quota=Quota(max_sessions=1))
-    with ThreadServer(cloud, home) as server:
-        older = channel(server)
-        newer = channel(server)  # within a quota of one, because it takes the older one's place
-        with pytest.raises(ConnectionLostError):
-            older.ask(m.Ping(1), 5)
-        assert isinstance(newer.ask(m.Ping(2), 5), m.Pong)
-        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
-        newer.close()
-        older.abandon()
-
-
-def test_the_same_link_id_of_another_edge_fences_nobody(server: ThreadServer) -> None:
-    bob = server.home.new_edge("bob")
-    mine, other = channel(server), channel(server, key=bob)
-    assert isinstance(mine.ask(m.Ping(1), 5), m.Pong)
-    mine.close()
-    other.close()
 
 
 # Handshakes that are half open ----------------------------------------------------------------------------------------
@@ -183,7 +145,7 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(cloud: Served
     async def come() -> None:
         await asyncio.gather(*(plane._session(frames(), Context()) for _ in range(5)))
 
-    plane = StripServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1, bounds=TWO_HALF_OPEN)
+    plane = GatewayServer(cloud, IdentityFiles(home.folder), EdgesFile(home.folder), 1, bounds=TWO_HALF_OPEN)
     asyncio.run(come())
     assert max(counts) == 2
     assert len(counts) == 2 * 5  # who gives way has been told first that the stream was taken, as gRPC needs it
@@ -281,14 +243,6 @@ def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, na
     stream.close()
     assert server.server.status()["sessions"] == {}
     assert server.server._calls._compute._scheduler.used() == {}
-
-
-def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
-    session = OpenSession(b"s" * 16, TENANT, b"l" * m.LINK_BYTES, interactive=False, deadline=None, enrolled=TENANT)
-    status = m.Status(m.StatusCode.OVER_QUOTA, None, "close one")
-    session.end("over quota", status)
-    session.end("draining")
-    assert (session.ending, session.farewell) == ("over quota", status)
 
 
 # Penalties ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support.sessions import call_in_flight, channel, channels, eventually, hidd
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.sites.site_spec import SiteSpec
-from isthmus.cloud.directory import Peer, Seat
+from isthmus.cloud.directory import Peer, SessionEntry
 from isthmus.cloud.gateway import calls as calls_module, in_flight
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError, ConnectionLostError, OverQuotaError, TooLateError, UnreachableError
@@ -108,7 +108,7 @@ def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
             thread.start()
         assert entered.wait(10)
         eventually(lambda: server.server.status()["in_flight"] == 2)
-        eventually(lambda: len(server.server._calls.in_flight._turns) == 1)
+        eventually(lambda: len(server.server._calls.in_flight._waiting) == 1)
         assert server.server._calls.in_flight._bytes["alice"] <= quota
         release.set()
         for thread in threads:
@@ -134,8 +134,8 @@ def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has
             link.open(5)
         tenant = next(iter(server.server.sessions._open.values())).tenant
         assert server.server._calls.share(tenant).positions_per_second == 900
-        seats = (Seat(str(tenant.fingerprint), "a link", 1.0), Seat("somebody else's", "another", 2.0))
-        server.server.sessions.hear("here:1", (Peer("there:1", "serving", seats), Peer("gone:1", "draining")))
+        seats = (SessionEntry(str(tenant.fingerprint), "a link", 1.0), SessionEntry("somebody else's", "another", 2.0))
+        server.server.sessions.take_report("here:1", (Peer("there:1", "serving", seats), Peer("gone:1", "draining")))
         assert server.server._calls.share(tenant).positions_per_second == pytest.approx(600)
         threads = [
             threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
@@ -145,7 +145,7 @@ def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has
             thread.start()
         eventually(lambda: server.server.status()["in_flight"] == 2)
         eventually(
-            lambda: len(server.server._calls.in_flight._turns) == 1
+            lambda: len(server.server._calls.in_flight._waiting) == 1
         )  # five thirds of a call are this worker's part
         release.set()
         for thread in threads:
@@ -401,7 +401,7 @@ def test_the_wait_beside_others_is_taken_off_the_deadline(
             monkeypatch.setattr(server.server._calls._compute, "submit", noted)
             calling = threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
             calling.start()
-            eventually(lambda: len(server.server._calls.in_flight._turns) == 1)
+            eventually(lambda: len(server.server._calls.in_flight._waiting) == 1)
             now[0] += 10.0
             held.release.set()
             calling.join(10)

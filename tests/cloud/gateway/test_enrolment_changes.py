@@ -187,7 +187,7 @@ def test_a_call_in_flight_at_that_age_is_answered(cloud: Served, home: Home) -> 
     ):
         now[0] = 61.0
         (session,) = server.server.sessions._open.values()
-        eventually(session.ended.is_set)
+        eventually(session.ending.is_set)
         held.release.set()
         held.thread.join(10)
         assert torch.equal(held.result[0], cloud.executor.host.span(hidden()))

@@ -1,10 +1,13 @@
-"""Which half-open handshake gives way to another."""
+"""Which half-open call is ended for a new one."""
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from isthmus.cloud.gateway.half_open import gives_way, host_of
+from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.gateway.half_open import HalfOpen, host_of, to_end
 
 PLACES = 64
 
@@ -22,15 +25,15 @@ PLACES = 64
     ],
     ids=["alone", "silent", "oldest-silent", "peer", "peer-of-all", "hellos", "equals"],
 )
-def test_who_gives_way(waiting: list[tuple[str, bool]], expected: int) -> None:
-    assert gives_way(waiting) == expected
+def test_which_call_is_ended(waiting: list[tuple[str, bool]], expected: int) -> None:
+    assert to_end(waiting) == expected
 
 
 def flooded(waiting: list[tuple[str, bool]], flood: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """Who is left of `waiting`, after so many others have come."""
     for peer, greeted in flood:
         if len(waiting) >= PLACES:
-            del waiting[gives_way(waiting)]
+            del waiting[to_end(waiting)]
         waiting = [*waiting, (peer, greeted)]
     return waiting
 
@@ -67,3 +70,31 @@ def test_hellos_leave_newcomers_half_of_the_places() -> None:
 )
 def test_a_host_is_an_address_without_its_port(peer: str, host: str) -> None:
     assert host_of(peer) == host
+
+
+def test_one_host_has_its_own_bound_and_its_oldest_gives_way() -> None:
+    ended: list[str] = []
+
+    async def come(places: HalfOpen, host: str, name: str) -> None:
+        try:
+            async with places.place(host):
+                await asyncio.sleep(3600)
+        except TimeoutError:
+            ended.append(name)
+
+    async def run() -> None:
+        places = HalfOpen(Bounds(max_half_open=4, max_half_open_per_host=2, handshake_seconds=3600))
+        coming = [("a", "a1"), ("b", "b1"), ("a", "a2"), ("a", "a3"), ("c", "c1"), ("a", "a4"), ("d", "d1")]
+        tasks = []
+        for host, name in coming:
+            tasks.append(asyncio.ensure_future(come(places, host, name)))
+            for _ in range(5):  # turns of the loop, for whoever gives way to have gone
+                await asyncio.sleep(0)
+        assert len(places) == 4
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert len(places) == 0
+
+    asyncio.run(run())
+    assert ended == ["a1", "a2", "a3"]  # the third one for d, as a had most

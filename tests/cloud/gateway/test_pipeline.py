@@ -17,9 +17,9 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.control.ports import Ports
-from isthmus.cloud.control.supervisor import _stages
 from isthmus.cloud.control.worker import Worker, WorkerSpec
-from isthmus.cloud.directory import Word
+from isthmus.cloud.control.worker_specs import stage_specs
+from isthmus.cloud.directory import Update
 from isthmus.cloud.engine.requests import Share
 from isthmus.cloud.gateway import server as server_module
 from isthmus.cloud.gateway.pipeline import NextStage
@@ -188,7 +188,7 @@ def test_the_workers_of_serve_are_a_pipeline(model: Path, tmp_path: Path) -> Non
             log_file="",
             address=listen,
         )
-        with _stages(spec, plan, 2, ports) as specs:
+        with stage_specs(spec, plan, 2, ports) as specs:
             workers = [Worker(each) for each in specs]
             try:
                 key = home.folder / "pipeline" / "1" / "id_ed25519"
@@ -197,7 +197,7 @@ def test_the_workers_of_serve_are_a_pipeline(model: Path, tmp_path: Path) -> Non
                     str(ConnectionString("127.0.0.1", workers[0].port(), home.pin)), key=home.key_file
                 ) as link:
                     check_pass(link, whole, 1)
-                    reports = [worker.exchange(Word()) for worker in workers]
+                    reports = [worker.exchange(Update()) for worker in workers]
                 stranger = ConnectionString("127.0.0.1", workers[1].port(), home.pin)
                 with pytest.raises(NotEnrolledError):  # an edge has no business inside
                     connect(str(stranger), key=home.key_file)
@@ -242,7 +242,7 @@ def test_a_stage_inside_takes_no_edge(pipeline: Pipeline) -> None:
 def test_an_edge_that_leaves_leaves_no_session_behind(pipeline: Pipeline) -> None:
     with pipeline.link() as link:
         check_pass(link, pipeline.whole, 1)
-        assert [len(server.server.sessions.seats()) for server in pipeline.servers] == [1, 1, 1]
+        assert [len(server.server.sessions.entries()) for server in pipeline.servers] == [1, 1, 1]
     for server in pipeline.servers:
         server.run(server.server.sessions.all_left())
 

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.clouds import Home, ThreadServer
-from support.sessions import channel, eventually, hidden
+from support.sessions import channel
 from support.wire import SMALL, new_pair
 
-from isthmus.cloud.bounds import Allowance, Bounds
-from isthmus.cloud.gateway.hang_up import HangUp
+from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.stream import SealedStream, StalledError
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.metrics import Metrics
-from isthmus.common.errors import ConnectionLostError, FrameError, NotEnrolledError
+from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Pace
 from isthmus.protocol.session import Received
@@ -131,68 +130,6 @@ def test_what_was_sent_has_the_time_of_its_bytes_to_arrive() -> None:
     assert stream.in_transit == pytest.approx(carried - 1)  # the longer one counts
     slow.now += 1000
     assert stream.in_transit == 0
-
-
-def test_a_connection_is_closed_after_what_its_session_may_have_in_transit(
-    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[float] = []
-    original = HangUp.when_lingering
-
-    def noted(self: HangUp, context: Any, in_transit: float = 0.0) -> None:
-        given.append(in_transit)
-        original(self, context, in_transit)
-
-    monkeypatch.setattr(HangUp, "when_lingering", noted)
-    bounds = Bounds(pace=Pace(60, 1), linger_seconds=0.1)
-    with ThreadServer(cloud, home, bounds=bounds) as server:
-        with pytest.raises(NotEnrolledError):
-            channel(server, key=home.new_edge("stranger", enrolled=False))
-        eventually(lambda: bool(given))
-        assert not any(given)
-        given.clear()
-        edge = channel(server)
-        edge.ask(forward_of_the_model(), 20)
-        edge.abandon()
-        eventually(lambda: bool(given))
-        assert given[-1] > 60
-
-
-def forward_of_the_model() -> m.Forward:
-    payload = encode(hidden(), "fp32", Role.ACTIVATION)
-    return m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
-
-
-@pytest.mark.parametrize("in_transit", [0.0, 30.0])
-def test_a_call_has_to_be_gone_by_then(monkeypatch: pytest.MonkeyPatch, in_transit: float) -> None:
-    async def run() -> list[float]:
-        loop = asyncio.get_running_loop()
-        delays: list[float] = []
-
-        class Context:
-            def peer(self) -> str:
-                return "ipv4:127.0.0.1:5000"
-
-            def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-                callback(self)
-
-        def call_later(delay: float, *_: Any) -> asyncio.TimerHandle:
-            delays.append(delay)
-            return loop.call_at(loop.time() + 3600, int)
-
-        monkeypatch.setattr(loop, "call_later", call_later)
-        HangUp(2.0).when_lingering(Context(), in_transit)
-        return delays
-
-    assert asyncio.run(run()) == [2.0 + in_transit]
-
-
-def test_an_allowance_comes_back_with_time() -> None:
-    pings = Allowance(3, now=0.0)
-    assert [pings.take(0.0) for _ in range(4)] == [True, True, True, False]
-    assert not pings.take(19.0)
-    assert pings.take(40.0)
-    assert [pings.take(1000.0) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_session_that_only_pings_is_ended(cloud: Served, home: Home) -> None:

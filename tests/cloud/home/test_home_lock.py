@@ -15,6 +15,7 @@ from support.clouds import Home
 from support.tiny import tiny_checkpoint
 
 from isthmus.cloud.control import supervisor as serve_module
+from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.serve_state import STATE_FILE, read_status, write_state
 from isthmus.cloud.home import home_lock as lock_module
 from isthmus.cloud.home.home_lock import LOCK_FILE, SOCKET_PATH_BYTES, occupied, private_folder
@@ -46,7 +47,7 @@ def test_a_second_serve_is_refused_and_takes_nothing_of_the_first(
     (home / "pipeline").mkdir()
     (home / "pipeline" / "key").write_text("the first one's")
     with occupied(home), pytest.raises(HomeInUseError, match=f"process {os.getpid()} serves with the home") as refusal:
-        serve_module.serve(str(model), home=home, listen="127.0.0.1:0", pipeline=2)
+        serve_module.serve(ServeOptions(str(model), home, listen="127.0.0.1:0", pipeline=2))
     assert refusal.value.exit_code == 61
     assert (home / STATE_FILE).exists()
     assert (home / "pipeline" / "key").read_text() == "the first one's"

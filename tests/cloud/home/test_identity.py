@@ -112,17 +112,17 @@ def test_the_operator_is_warned_from_14_days_before_on_once_a_day() -> None:
     watch = ExpiryWatch(lambda: not_after[0], said.append, lambda: clock[0])
     for hour in range(24 * 32):
         clock[0] = hour * 3600.0
-        watch.look()
+        watch.check()
     assert len(said) == 14 + 2
     assert said[0] == (
         "the worker's certificate expires on 1970-01-31 00:00 UTC, in 14 days: renew it with `isthmus cloud keygen`"
     )
     assert "expired on 1970-01-31 00:00 UTC" in said[-1]
     not_after[0] = 60 * DAY
-    watch.look()
+    watch.check()
     assert len(said) == 16
     not_after[0] = 33 * DAY
-    watch.look()
+    watch.check()
     assert len(said) == 17
 
 

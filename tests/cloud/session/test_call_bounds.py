@@ -14,10 +14,8 @@ from support.memory import MemoryCloud, MemoryTransport, messages
 from support.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN, TENANT
 
-from isthmus.backbone.runtime import site_host
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
-from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
-from isthmus.cloud.control.worker_setup import RESERVE_BYTES, memory_budgets
+from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -254,15 +252,6 @@ def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(
     tenant.close()
 
 
-def test_what_is_left_of_the_machine_is_shared_out() -> None:
-    gib = 1 << 30
-    assert memory_budgets(4 * gib, gib // 2, None, None) == (3 * gib // 4, 3 * gib // 4)
-    stash, compute = memory_budgets(4 * gib, gib // 2, None, None)
-    assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
-    assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
-    assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)
-
-
 def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
     for version, line, root, name in (
         (2, "0::/a/b\n", "", "memory.max"),
@@ -286,21 +275,3 @@ def test_one_tenant_s_calls_say_nothing_of_another_s_room(tenant: TenantSession)
     packed = (torch.arange(LONGEST) % 5)[None]
     tenant.handle(forward(inputs(1, LONGEST, packed)))  # with a mask, whose state is larger for each position
     assert tenant.executor.room == before < float("inf")
-
-
-def test_a_basis_from_an_svd_is_computed_once_for_all_sessions(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    original = site_host.site_basis
-
-    def counted(name: str, *args: Any, **options: Any) -> Any:
-        made.append(name)
-        return original(name, *args, **options)
-
-    monkeypatch.setattr(site_host, "site_basis", counted)
-    spec = SiteSpec(2, "self_attn.q_proj", Placement.LOW_RANK, rank=4, basis=Basis.SVD)
-    sessions = [cloud.session(bytes([number]) * 16, TENANT, CallThreads(1)) for number in range(3)]
-    for session in sessions:
-        session.handle(m.Sites(1, (spec,)))
-    assert len(made) == 1
-    matrices = [session.calls._lists[1].matrices[0] for session in sessions]
-    assert all(each is matrices[0] for each in matrices)

@@ -13,7 +13,7 @@ from support.clouds import Home, ThreadServer
 from support.sessions import channels
 from support.tiny import HIDDEN
 
-from isthmus.cloud.session.file_threads import FILE_THREADS, FileWork
+from isthmus.cloud.session.file_threads import FILE_THREADS, FileThreads
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.tenant_adapters import Compute, TenantAdapters
 from isthmus.protocol import messages as m
@@ -98,7 +98,7 @@ def test_the_check_of_a_tenant_that_is_over_its_rate_keeps_no_others_waiting(
 
 
 def test_a_tenant_has_one_thread_at_a_time() -> None:
-    files, go_on = FileWork(), threading.Event()
+    files, go_on = FileThreads(), threading.Event()
     began: list[int] = []
 
     def hold(number: int) -> int:
@@ -123,7 +123,7 @@ def test_a_tenant_has_one_thread_at_a_time() -> None:
 
 
 def test_who_gives_up_leaves_the_place_in_order() -> None:
-    files, go_on = FileWork(), threading.Event()
+    files, go_on = FileThreads(), threading.Event()
     over: list[str] = []
 
     async def run() -> None:

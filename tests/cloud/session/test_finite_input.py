@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.tiny import HIDDEN
 from support.wire import TENANT, unchecked
 from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.session.handler import TenantSession, handle_together, step_together
+from isthmus.cloud.session.batched_calls import handle_batch, step_batch
+from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode
@@ -24,13 +24,6 @@ SHAPE = (2, 6, HIDDEN)
 THREADS = CallThreads(1)
 BAD = [torch.nan, torch.inf, -torch.inf]
 Q = "self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finite")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=64)
 
 
 def session(cloud: Served, number: int = 0) -> TenantSession:
@@ -110,7 +103,7 @@ def test_lent_weights(tenant: TenantSession, value: float, place: str) -> None:
     before = tenant.handle(forward(sites=1, lease=1))
     worse = sent(decode(getattr(lent, place)), value=value)
     refused(
-        tenant.handle(m.Lease(2, 1, (replace(lent, **{place: worse}),))), "a matrix lent to site 2.self_attn.q_proj"
+        tenant.handle(m.Lease(2, 1, (replace(lent, **{place: worse}),))), "a matrix leased for site 2.self_attn.q_proj"
     )
     after = tenant.handle(forward(sites=1, lease=1))  # the lease before is still the one
     assert isinstance(before, m.ForwardReply)
@@ -125,13 +118,13 @@ def test_contributions_and_gradients_of_sites(tenant: TenantSession, cloud: Serv
     good = sent(tensor(*SHAPE))
     tenant.handle(forward(sites=1))
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), value=value),))), name)
-    assert not tenant.calls.paused
+    assert not tenant.calls.begun
     assert cloud.executor.used_bytes == 0
     tenant.handle(forward(sites=1))
     assert isinstance(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (good,))), m.ForwardReply)
     assert isinstance(tenant.handle(replace(backward(), sites=1)), m.SiteQuestion)
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), Role.GRADIENT, value),))), name)
-    assert not tenant.calls.paused
+    assert not tenant.calls.begun
     assert cloud.executor.used_bytes == 0
 
 
@@ -156,7 +149,7 @@ def run(cloud: Served, spoil: Callable[[int, m.Message], m.Message]) -> list[lis
     answers = []
     for kind in (forward, backward):
         asked = [(each, spoil(number, kind(seed=number))) for number, each in enumerate(sessions)]
-        answers.append(handle_together(asked))  # type: ignore[arg-type]  # of one kind each time
+        answers.append(handle_batch(asked))  # type: ignore[arg-type]  # of one kind each time
     for each in sessions:
         each.close()
     return answers
@@ -207,13 +200,13 @@ def test_calls_with_sites_that_go_on_together(cloud: Served, value: float) -> No
         sessions = [session(cloud, number) for number in range(3)]
         for each in sessions:
             each.handle(m.Sites(1, (SiteSpec(2, Q),)))
-        questions = step_together([(each, forward(sites=1, seed=n)) for n, each in enumerate(sessions)])
+        questions = step_batch([(each, forward(sites=1, seed=n)) for n, each in enumerate(sessions)])
         assert all(isinstance(each, m.SiteQuestion) for each in questions)
         answers = [
             m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE, seed=n), value=value if n == spoilt else None),))
             for n in range(3)
         ]
-        result = step_together(list(zip(sessions, answers, strict=True)))
+        result = step_batch(list(zip(sessions, answers, strict=True)))
         for each in sessions:
             each.close()
         return result

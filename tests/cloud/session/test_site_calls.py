@@ -1,23 +1,33 @@
-"""A tenant's session with sites inside the span: lists, questions, answers that do not fit, and ends in the middle."""
+"""A tenant's session with sites inside the span: questions, answers that do not fit, and ends in the middle."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 
 import pytest
 import torch
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.site_messages import (
+    SHAPE,
+    answer,
+    asked,
+    backward,
+    bind,
+    converse,
+    forward,
+    q_and_v,
+    refusal,
+    site,
+    tensor,
+)
+from support.span_messages import FP32
+from support.tiny import HIDDEN
 from support.wire import TENANT
-from torch import Tensor, nn
+from torch import Tensor
 
-from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine import paused_calls
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
@@ -25,91 +35,9 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import MessageError
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode
 
-FP32 = codec_id("fp32")
-SHAPE = (2, 6, HIDDEN)
 THREADS = CallThreads(1)
-WIDTHS = {"self_attn.q_proj": 32, "self_attn.v_proj": 16, "mlp.down_proj": 32, "": HIDDEN}
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("sites")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=64)
-
-
-@pytest.fixture
-def tenant(cloud: Served) -> TenantSession:
-    cloud.executor.evict_all()
-    return cloud.session(b"s" * 16, TENANT, THREADS)
-
-
-def tensor(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def site(layer: int, part: str) -> Site:
-    """An adapter that is a matrix of its own."""
-    n_in = 64 if part == "mlp.down_proj" else HIDDEN
-    module = nn.Linear(n_in, WIDTHS[part], bias=False)
-    with torch.no_grad():
-        module.weight.copy_(0.1 * tensor(WIDTHS[part], n_in, seed=layer + len(part)))
-    return Site(f"model.layers.{layer}.{part}", SiteSpec(layer, part), module)
-
-
-def q_and_v() -> list[Site]:
-    return [site(layer, part) for layer in (2, 3) for part in ("self_attn.q_proj", "self_attn.v_proj")]
-
-
-def bind(tenant: TenantSession, sites: Sequence[Site], number: int = 1) -> m.Message | None:
-    return tenant.handle(m.Sites(number, tuple(SiteSpec(each.layer, each.part) for each in sites)))
-
-
-def forward(*, call: int = 1, keep: bool = True, sites: int = 1, wanted: bool = True, seed: int = 0) -> m.Forward:
-    hidden = encode(tensor(*SHAPE, seed=seed), "fp32", Role.ACTIVATION)
-    return m.Forward(m.CallId(1, call), keep, hidden, None, None, FP32, sites, wanted)
-
-
-def backward(*, call: int = 1, sites: int = 1, wanted: bool = True, replay: bool = False) -> m.Backward:
-    gradient = encode(tensor(*SHAPE, seed=9), "fp32", Role.GRADIENT)
-    inputs = m.SpanInputs(encode(tensor(*SHAPE), "fp32", Role.ACTIVATION)) if replay else None
-    return m.Backward(m.CallId(1, call, 3), gradient, inputs, FP32, sites, wanted)
-
-
-def answer(visitor: SiteCall, question: m.SiteQuestion) -> m.SiteAnswer:
-    tensors = [decode(each).clone() for each in question.tensors]
-    if question.phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN):
-        given: Sequence[Tensor | None] = visitor.forward(
-            question.sites, [tensors[0]] * len(question.sites) if tensors else None
-        )
-        role = Role.ACTIVATION
-    else:
-        given = visitor.backward(question.sites, tensors, wanted=question.phase == m.SitePhase.BACKWARD)
-        role = Role.GRADIENT
-    return m.SiteAnswer(question.id, tuple(encode(each, "fp32", role) for each in given if each is not None))
-
-
-def converse(tenant: TenantSession, visitor: SiteCall, said: m.Message | None) -> tuple[m.Message | None, list[str]]:
-    """Answer until there is no further question; returns what came then, and the phases of the questions."""
-    phases = []
-    while isinstance(said, m.SiteQuestion):
-        phases.append(said.phase.name)
-        said = tenant.handle(answer(visitor, said))
-    return said, phases
-
-
-def asked(said: m.Message | None) -> m.SiteQuestion:
-    assert isinstance(said, m.SiteQuestion)
-    return said
-
-
-def refusal(said: m.Message | None) -> str:
-    assert isinstance(said, m.Status)
-    assert said.code == m.StatusCode.BAD_REQUEST
-    return said.message
 
 
 def directly(cloud: Served, sites: Sequence[Site], hidden: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -131,148 +59,6 @@ def directly(cloud: Served, sites: Sequence[Site], hidden: Tensor, gradient: Ten
             hook.remove()
     weights = [each.parameters[0] for each in sites]
     return [output.detach(), *torch.autograd.grad(output, [leaf, *weights], gradient)]
-
-
-# Lists ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_list_of_sites_is_taken(tenant: TenantSession) -> None:
-    said = bind(tenant, [site(2, "self_attn.q_proj"), site(3, "")])
-    assert said == m.Status(m.StatusCode.OK, None, "2 sites")
-
-
-@pytest.mark.parametrize(
-    ("entries", "texts"),
-    [
-        ([SiteSpec(2, "self_attn.nothing")], ["2.self_attn.nothing", "self_attn.q_proj", "mlp.down_proj"]),
-        ([SiteSpec(2, "input_layernorm")], ["2.input_layernorm"]),  # no linear
-        ([SiteSpec(2, "self_attn")], ["2.self_attn"]),
-        ([SiteSpec(1, "self_attn.q_proj")], ["1.self_attn.q_proj", "2:4"]),
-        ([SiteSpec(4, "")], ["layer 4", "2:4"]),
-        ([SiteSpec(2, "mlp.up_proj")] * 2, ["2.mlp.up_proj", "twice"]),
-        ([SiteSpec(3, "")] * 2, ["layer 3", "twice"]),
-    ],
-)
-def test_a_list_that_does_not_fit_the_span_is_refused(
-    tenant: TenantSession, entries: list[SiteSpec], texts: list[str]
-) -> None:
-    text = refusal(tenant.handle(m.Sites(1, tuple(entries))))
-    assert all(each in text for each in texts), text
-    assert "no list 1" in refusal(tenant.handle(forward()))
-
-
-def test_a_call_names_a_list_of_its_own_session(tenant: TenantSession, cloud: Served) -> None:
-    bind(tenant, q_and_v(), number=7)
-    assert "no list 1" in refusal(tenant.handle(forward(sites=1)))
-    other = cloud.session(b"t" * 16, TENANT, THREADS)
-    assert "no list 7" in refusal(other.handle(forward(sites=7)))
-    assert isinstance(tenant.handle(forward(sites=0)), m.ForwardReply)
-    assert asked(tenant.handle(forward(sites=7))).sites == (0, 1)
-    tenant.close()
-
-
-def test_of_too_many_lists_the_oldest_is_forgotten(tenant: TenantSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.protocol.messages.MAX_LISTS", 3)
-    for number in (1, 2, 3, 2, 1):  # repeated ones take no new place
-        bind(tenant, [site(2, "self_attn.q_proj")], number)
-    bind(tenant, [site(3, "self_attn.q_proj")], 4)
-    assert "no list 1" in refusal(tenant.handle(forward(sites=1)))
-    for call, number in enumerate((2, 3, 4)):
-        assert isinstance(tenant.handle(forward(call=call, sites=number)), m.SiteQuestion)
-    tenant.close()
-
-
-# What lists take ------------------------------------------------------------------------------------------------------
-
-
-def full_rank(cloud: Served, seed: int, basis: Basis = Basis.SEEDED) -> tuple[SiteSpec, ...]:
-    """Every linear of a layer at the highest rank that fits it, and the layer's tap."""
-    parts = [part for group in cloud.executor.host.groups for layer, part in group if layer == 3]
-    shapes = {part: cloud.executor.host.widths(SiteSpec(3, part)) for part in parts}
-    low = [SiteSpec(3, part, Placement.LOW_RANK, min(shape), seed, basis) for part, shape in shapes.items()]
-    return (*low, SiteSpec(3, "", Placement.TAP, HIDDEN, seed))
-
-
-def bytes_of(cloud: Served, specs: Sequence[SiteSpec]) -> int:
-    return sum(map(cloud.executor.host.matrix_bytes, specs))
-
-
-def held_bytes(tenant: TenantSession) -> int:
-    """What there is of the session's matrices."""
-    return sum(each.untyped_storage().nbytes() for one in tenant.calls._matrices.values() for each in one.each)
-
-
-def with_quota(cloud: Served, nbytes: int) -> TenantSession:
-    return cloud.session(b"s" * 16, replace(TENANT, quota=Quota(max_inflight_bytes=nbytes)), THREADS)
-
-
-def over_quota(said: m.Message | None) -> str:
-    assert isinstance(said, m.Status)
-    assert said.code == m.StatusCode.OVER_QUOTA
-    return said.message
-
-
-@pytest.mark.parametrize("basis", Basis)
-@pytest.mark.parametrize("lower", [0, 5])
-def test_bytes_of_matrices_are_known_before_they_are_made(cloud: Served, basis: Basis, lower: int) -> None:
-    host = cloud.executor.host
-    for spec in full_rank(cloud, 1, basis):
-        made = host.matrices(replace(spec, rank=spec.rank - lower))
-        assert made is not None
-        nbytes = sum(each.untyped_storage().nbytes() for each in made.each)
-        assert host.matrix_bytes(replace(spec, rank=spec.rank - lower)) == nbytes
-    for spec in (SiteSpec(3, "mlp.down_proj"), SiteSpec(3, "", Placement.TAP)):
-        assert host.matrices(spec) is None
-        assert host.matrix_bytes(spec) == 0
-
-
-@pytest.mark.parametrize("basis", Basis)
-def test_lists_that_take_more_than_the_tenant_may_have_are_refused_before_anything_is_made(
-    cloud: Served, basis: Basis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = bytes_of(cloud, full_rank(cloud, 1, basis))
-    tenant = with_quota(cloud, 2 * one + one // 2)
-    for number in (1, 2):
-        tenant.handle(m.Sites(number, full_rank(cloud, number, basis)))
-    assert held_bytes(tenant) == 2 * one
-    with monkeypatch.context() as patch:
-        patch.setattr(SiteHost, "matrices", lambda *_: pytest.fail("it was made"))
-        said = over_quota(tenant.handle(m.Sites(3, full_rank(cloud, 3, basis))))
-        assert f"{3 * one} bytes, over the {2 * one + one // 2}" in said
-        assert "max-bytes-in-flight" in said
-        assert "lower rank" in said
-        assert "no list 3" in refusal(tenant.handle(forward(sites=3)))
-        again = tenant.handle(m.Sites(3, full_rank(cloud, 2, basis)[:3]))  # what is there is not made twice
-    assert isinstance(again, m.Status)
-    assert again.code == m.StatusCode.OK
-    assert held_bytes(tenant) == 2 * one
-    assert asked(tenant.handle(forward(sites=3))).sites
-    tenant.close()
-
-
-def test_matrices_of_a_list_that_is_gone_count_as_long_as_a_call_holds_them(cloud: Served) -> None:
-    one = bytes_of(cloud, full_rank(cloud, 1))
-    tenant = with_quota(cloud, 2 * one)
-    for call in (1, 2):
-        tenant.handle(m.Sites(1, full_rank(cloud, call)))
-        asked(tenant.handle(forward(call=call)))
-    over_quota(tenant.handle(m.Sites(1, full_rank(cloud, 3))))
-    assert held_bytes(tenant) == 2 * one
-    tenant.calls.drop(1)
-    deadline = time.monotonic() + 10
-    while held_bytes(tenant) > one:  # its thread is about to leave
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    said = tenant.handle(m.Sites(1, full_rank(cloud, 3)))
-    assert isinstance(said, m.Status)
-    assert said.code == m.StatusCode.OK
-    tenant.close()
-
-
-def test_a_rank_that_does_not_fit_is_refused(tenant: TenantSession) -> None:
-    too_high = SiteSpec(3, "self_attn.v_proj", Placement.LOW_RANK, 17)
-    assert "rank 17 does not fit" in refusal(tenant.handle(m.Sites(1, (too_high,))))
-    assert held_bytes(tenant) == 0
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -628,11 +414,3 @@ def test_a_call_that_is_over_leaves_no_activations_in_the_executors_own_copy(
     asked(tenant.handle(forward(call=3)))
     tenant.close()
     assert not copies[-1].any()
-
-
-def test_an_owner_who_wants_no_sites_has_none(cloud: Served) -> None:
-    closed = replace(cloud, sites=False).session(b"n" * 16, TENANT, THREADS)
-    answer = closed.handle(m.Sites(1, (SiteSpec(2, "self_attn.q_proj"),)))
-    assert isinstance(answer, m.Status)
-    assert answer.code == m.StatusCode.BAD_REQUEST
-    assert "--no-sites" in answer.message

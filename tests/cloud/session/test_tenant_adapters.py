@@ -72,7 +72,7 @@ def refusal(answer: m.Message, code: m.StatusCode = m.StatusCode.BAD_REQUEST) ->
 
 
 def listed(of: TenantAdapters) -> set[m.FileEntry]:
-    shelf = of.shelf()
+    shelf = of.files()
     assert shelf is not None
     return set(shelf.listing().entries)
 
@@ -92,13 +92,13 @@ def test_an_adapter_is_plugged_in_and_shown_to_its_tenant_alone(
     owner: Owner, store: AdapterStore, mine: TenantAdapters, method: str, tmp_path: Path
 ) -> None:
     folder = owner.adapter(method)
-    assert mine.shelf() is None
+    assert mine.files() is None
     answer = bring(mine, folder)
     assert answer.code == m.StatusCode.OK
     assert method in answer.message
     assert owner.package.id[:16] in answer.message
     assert listed(mine) == set(entries(folder))
-    assert store.of(OTHER).shelf() is None
+    assert store.of(OTHER).files() is None
     assert incoming(tmp_path) == []
     assert (tmp_path / "adapters").stat().st_mode & 0o077 == 0
 
@@ -143,7 +143,7 @@ def test_adapters_of_another_model_or_plan_lie_elsewhere(owner: Owner, mine: Ten
         attn_implementation=info.attn_implementation,
         package=None,
     )
-    assert other.of(TENANT).shelf() is None
+    assert other.of(TENANT).files() is None
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_disk_that_takes_nothing_is_told_without_a_path(
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr(TenantAdapters, "_keep", full)
+    monkeypatch.setattr(TenantAdapters, "_append", full)
     text = refusal(put(mine, entry, b"x"), m.StatusCode.INTERNAL)
     assert "disk may be full" in text
     assert str(tmp_path) not in text
@@ -237,7 +237,7 @@ def test_a_truncated_file_is_named_and_what_came_stays(lora: Path, mine: TenantA
     assert "100 of" in text
     assert "send the rest" in text
     assert incoming(tmp_path)
-    assert mine.shelf() is None
+    assert mine.files() is None
 
 
 def test_a_file_with_another_hash_is_removed(lora: Path, mine: TenantAdapters, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_bad_adapter_is_refused_and_removed_and_the_old_one_stays(
 def test_an_adapter_that_computes_nothing_finite_is_refused(lora: Path, mine: TenantAdapters, tmp_path: Path) -> None:
     change(lora, with_huge_numbers)
     assert "computes NaN or infinity" in refusal(bring(mine, lora))
-    assert mine.shelf() is None
+    assert mine.files() is None
     assert incoming(tmp_path) == []
 
 

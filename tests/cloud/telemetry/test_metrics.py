@@ -1,4 +1,4 @@
-"""The port of `/status` and `/metrics`, and connections to it that say nothing."""
+"""Metrics of several workers, the port of `/status` and `/metrics`, and silent connections to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from isthmus.cloud.telemetry import metrics
-from isthmus.cloud.telemetry.metrics import serve_metrics
+from isthmus.cloud.telemetry.metrics import Metrics, merged, serve_metrics
 
 PATIENCE = 60.0  # seconds; reached only where something hangs
 
@@ -50,3 +50,15 @@ def test_connections_beyond_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(metrics, "MAX_CONNECTIONS", 1)
     with served() as address, socket.create_connection(address), socket.create_connection(address, PATIENCE) as beyond:
         assert beyond.recv(1) == b""
+
+
+def test_metrics_of_several_workers_have_a_label_and_those_of_one_do_not() -> None:
+    first, second = Metrics(), Metrics()
+    first.tokens.labels("forward").inc(3)
+    second.tokens.labels("forward").inc(4)
+    assert first.positions() == 3.0
+    text = merged({"0": first.text(), "1": second.text()}).decode()
+    assert 'isthmus_tokens_total{operation="forward",worker="0"} 3.0' in text
+    assert 'isthmus_tokens_total{operation="forward",worker="1"} 4.0' in text
+    assert text.count("# TYPE isthmus_tokens_total counter") == 1
+    assert merged({"0": first.text()}) == first.text()

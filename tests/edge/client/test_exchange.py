@@ -23,7 +23,7 @@ from support.wire import EDGE, NOW, PIN, identity
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import default_cache
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.common.errors import (
     AdapterError,
     ConfigError,
@@ -134,7 +134,7 @@ def test_what_is_left_of_an_older_package_does_not_stay(owner: Owner, cloud: Mem
 
 
 def offering(cloud: MemoryCloud, folder: Path) -> Link:
-    cloud.served = dataclasses.replace(cloud.served, package=FileShelf(folder, m.FileSet.EMULATOR))
+    cloud.served = dataclasses.replace(cloud.served, package=FileStore(folder, m.FileSet.EMULATOR))
     return new_link(MemoryTransport(cloud))
 
 
@@ -337,7 +337,7 @@ def test_an_adapter_from_the_cloud_is_checked_before_it_is_given_away(
     folder = Path(shutil.copytree(owner.adapter(), tmp_path / "theirs"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "megatron_core": "antigravity"}))
-    shelf = FileShelf(folder, m.FileSet.ADAPTER)
+    shelf = FileStore(folder, m.FileSet.ADAPTER)
 
     def answer(message: m.Message) -> m.Message | None:
         if getattr(message, "file_set", None) != m.FileSet.ADAPTER:

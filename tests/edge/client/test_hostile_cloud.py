@@ -26,7 +26,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, load
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts, weigh_parts
-from isthmus.cloud.session.file_store import FileShelf
+from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import CheckpointError, DiskError, LimitError, RefusedError, RemoteProtocolError
 from isthmus.common.files import locked
@@ -263,7 +263,7 @@ def with_config(cloud: MemoryCloud, folder: Path, text: str) -> Link:
     """A cloud whose configuration is `text`."""
     theirs = Path(shutil.copytree(parts_of(cloud), folder / "theirs"))
     (theirs / "config.json").write_text(text)
-    cloud.served = dataclasses.replace(cloud.served, parts=FileShelf(theirs, m.FileSet.PARTS))
+    cloud.served = dataclasses.replace(cloud.served, parts=FileStore(theirs, m.FileSet.PARTS))
     return new_link(cloud)
 
 

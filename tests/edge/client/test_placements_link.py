@@ -137,18 +137,18 @@ def test_lent_dead_sites_act_on_and_equal_one_process_bit_for_bit(
 
 
 def test_a_lease_is_overwritten_when_the_session_ends(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isthmus.cloud.session.site_calls import SiteCalls
+    from isthmus.cloud.session.site_lists import SiteLists
 
     kept: list[Tensor] = []
-    lease = SiteCalls.lease
+    lease = SiteLists.lease
 
-    def keep(self: SiteCalls, message: m.Lease) -> m.Status:
+    def keep(self: SiteLists, message: m.Lease) -> m.Status:
         status = lease(self, message)
         assert self._lease is not None
         kept.extend(matrix for lent in self._lease.weights.values() for matrix in (lent.down, lent.up))
         return status
 
-    monkeypatch.setattr(SiteCalls, "lease", keep)
+    monkeypatch.setattr(SiteLists, "lease", keep)
     link = new_link(cloud)
     model = adapted(link.load_model(leased=lambda name: True))
     with torch.no_grad():

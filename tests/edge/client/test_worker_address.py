@@ -13,7 +13,7 @@ from support.sessions import eventually
 from support.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.cloud.directory import Peer
-from isthmus.cloud.gateway.open_sessions import WORDS
+from isthmus.cloud.gateway.open_sessions import REPORTS
 from isthmus.common.errors import ConnectionLostError, OverQuotaError
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.worker_address import Route
@@ -100,14 +100,14 @@ class Pair:
     def introduce(self) -> None:
         for me, other in ((0, 1), (1, 0)):
             server = self.both[other].server
-            peer = Peer(self.address(other), server.status()["state"], server.sessions.seats())
+            peer = Peer(self.address(other), server.status()["state"], server.sessions.entries())
             self.both[me].run(self.call(me, peer))
 
     async def call(self, which: int, *peers: Peer) -> None:
-        self.both[which].server.sessions.hear(self.address(which), peers)
+        self.both[which].server.sessions.take_report(self.address(which), peers)
 
     def sessions(self) -> list[int]:
-        return [len(server.server.sessions.seats()) for server in self.both]
+        return [len(server.server.sessions.entries()) for server in self.both]
 
     def link(self) -> Link:
         return connect(self.both[0].address, key=self.both[0].home.key_file)
@@ -177,7 +177,7 @@ def test_a_worker_that_sheds_a_session_sees_it_go_to_the_other(pair: Pair) -> No
     sessions = pair.both[0].server.sessions
 
     async def shed() -> None:
-        sessions.shed(1)
+        sessions.end_newest(1)
 
     pair.both[0].run(pair.call(0))  # alone, it keeps whoever comes
     with pair.link() as link, pair.link() as other:
@@ -206,7 +206,7 @@ def test_of_the_sessions_that_two_workers_took_at_once_the_oldest_stay(strangers
         for link in (older, newer):
             link.open(5)
         assert strangers.sessions() == [1, 1]
-        for _ in range(WORDS):
+        for _ in range(REPORTS):
             strangers.introduce()
         assert strangers.sessions() == [1 - first, first]
         with pytest.raises(OverQuotaError, match="1 sessions of alice are open, 1 are allowed: close one"):
@@ -220,8 +220,8 @@ def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) 
         link.open(5)
         moved._link_id = link._link_id
         moved.open(5)
-        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.seats())
-        for _ in range(2 * WORDS):  # the worker that it has left says for long that it is there
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.entries())
+        for _ in range(2 * REPORTS):  # the worker that it has left says for long that it is there
             strangers.both[1].run(strangers.call(1, before))
         assert strangers.sessions() == [1, 1]
         strangers.introduce()
@@ -232,13 +232,13 @@ def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) 
 def test_a_session_is_not_ended_for_one_that_had_left_before_it_came(strangers: Pair) -> None:
     with strangers.both[0].link() as gone, strangers.both[1].link() as link:
         gone.open(5)
-        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.seats())
+        before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.entries())
         gone.close()
         link.open(5)
-        for _ in range(WORDS - 1):  # two words may tell of the time before
+        for _ in range(REPORTS - 1):  # two words may tell of the time before
             strangers.both[1].run(strangers.call(1, before))
         eventually(lambda: strangers.sessions() == [0, 1])
-        for _ in range(WORDS):
+        for _ in range(REPORTS):
             strangers.introduce()
         assert strangers.sessions() == [0, 1]
         link.forward_span(hidden(), None, None, keep=False)

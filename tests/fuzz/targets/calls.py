@@ -15,9 +15,11 @@ from support.wire import TENANT
 
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
+from isthmus.cloud.session.edge_visitor import EdgeVisitor
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import SiteCalls
+from isthmus.cloud.session.site_lists import SiteLists
 from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
@@ -119,4 +121,4 @@ def _seeds() -> Iterator[bytes]:
     )
 
 
-TARGET = Target(_run, _seeds, [TenantSession, SiteCalls], floor=0.75, max_len=4096)
+TARGET = Target(_run, _seeds, [TenantSession, SiteCalls, SiteLists, EdgeVisitor], floor=0.75, max_len=4096)

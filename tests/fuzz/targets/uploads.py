@@ -72,7 +72,7 @@ def _answer(mine: TenantAdapters, message: m.Put | m.PlugIn) -> None:
     if status.code == m.StatusCode.INTERNAL:
         raise AssertionError(f"plugging in failed: {status.message}")
     if status.code == m.StatusCode.OK:
-        shelf = mine.shelf()
+        shelf = mine.files()
         if shelf is None or set(shelf.listing().entries) != set(message.entries):
             raise AssertionError("another adapter is plugged in than was asked for")
 

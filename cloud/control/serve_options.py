@@ -1,0 +1,55 @@
+"""The options of `isthmus cloud serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isthmus.cloud.bounds import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of an outer TLS layer.
+
+    Attributes:
+        cert: the certificate chain.
+        key: its private key.
+        client_ca: the CA that edges' certificates must come from; None where they show none.
+    """
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The options of `isthmus cloud serve`, whose `--help` describes them.
+
+    `edge_layers`, `dtype` and `quantize` are None where they were not given, as a saved span has its own.
+    """
+
+    model: str
+    home: Path
+    edge_layers: str | None = None
+    listen: str = "127.0.0.1:7443"
+    advertise: str | None = None
+    metrics: str = ""
+    dtype: str | None = None
+    quantize: str | None = None
+    stash_bytes: int | None = None
+    compute_bytes: int | None = None
+    max_tokens: int = 1 << 13
+    threads: int | None = None
+    workers: str = "1"
+    pipeline: int = 1
+    address: str | None = None
+    grace: float = 30.0
+    connection_file: Path | None = None
+    emulator: Path | None = None
+    sites: bool = True
+    batching: bool = True
+    device: str = "cpu"
+    tls: TlsFiles | None = None
+    bounds: Bounds = field(default_factory=Bounds)

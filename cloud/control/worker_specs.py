@@ -1,0 +1,279 @@
+"""From the options of `serve` to a specification of each worker. All that can be checked before a start is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+import shutil
+import ssl
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, files_beside_the_weights, resolve
+from isthmus.backbone.checkpoints.span_format import (
+    NONE,
+    PARTS,
+    SpanInfo,
+    check_dtype,
+    check_quantizer,
+    is_saved_span,
+    read_info,
+)
+from isthmus.backbone.plan import SplitPlan
+from isthmus.cloud.control.ports import Ports, parse_address
+from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
+from isthmus.cloud.control.worker import DEVICES, WorkerSpec
+from isthmus.cloud.telemetry.logs import log_file
+from isthmus.common.errors import ConfigError, PackageError
+from isthmus.common.files import disk_errors
+from isthmus.emulator.package.verification import check_package_fits, verified
+from isthmus.protocol.enrolment import Quota, add_line
+from isthmus.protocol.limits import MAX_WORKERS
+from isthmus.protocol.secure.keys import WorkerIdentity, generate_edge
+
+DEFAULT_PLAN, DEFAULT_DTYPE = "2:2", "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """The model that is served, and in which form.
+
+    Attributes:
+        checkpoint: the whole model, or the edge's parts beside a saved span.
+        plan: who holds which layers.
+        dtype: what the span computes in.
+        quantize: how its weights are held.
+        saved_span: the folder that `isthmus cloud quantize` wrote; "" for none.
+    """
+
+    checkpoint: Checkpoint
+    plan: SplitPlan
+    dtype: str
+    quantize: str
+    saved_span: str = ""
+
+    @property
+    def parts(self) -> Path:
+        """Where the edge's parts are kept in the cache, once a worker has made them.
+
+        The folder's name has a hash of the tokenizer's files too: they may change where the weights do not.
+        """
+        if self.checkpoint.is_edge_parts:
+            return self.checkpoint.folder
+        small = hashlib.sha256()
+        for file in files_beside_the_weights(self.checkpoint.folder):
+            small.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        name = f"{self.checkpoint.digest()[:16]}-{self.plan.bottom}-{self.plan.top}-{small.hexdigest()[:16]}"
+        return default_cache().absolute() / "edge-parts" / name
+
+
+def backbone_of(options: ServeOptions, console: Console) -> Backbone:
+    """The model that the options name, with defaults for what they leave out.
+
+    Raises:
+        ConfigError: an option does not make sense, or contradicts the saved span.
+        IsthmusError: the model cannot be used.
+    """
+    check_dtype(options.dtype or DEFAULT_DTYPE)
+    folder = Path(options.model).expanduser()
+    if is_saved_span(folder):
+        info = read_info(folder)
+        _check_as_saved(folder, info, options)
+        check_quantizer(info.quantize)
+        checkpoint = Checkpoint((folder / PARTS).absolute(), info.model)
+        plan = SplitPlan.parse(info.plan, checkpoint.n_layers)
+        return Backbone(checkpoint, plan, info.dtype, info.quantize, str(folder.absolute()))
+    check_quantizer(options.quantize or NONE)
+    checkpoint = resolve(options.model, console=console)
+    plan = SplitPlan.parse(options.edge_layers or DEFAULT_PLAN, checkpoint.n_layers)
+    return Backbone(checkpoint, plan, options.dtype or DEFAULT_DTYPE, options.quantize or NONE)
+
+
+def _check_as_saved(folder: Path, info: SpanInfo, options: ServeOptions) -> None:
+    given = {"edge-layers": options.edge_layers, "dtype": options.dtype, "quantize": options.quantize}
+    made = {"edge-layers": info.plan, "dtype": info.dtype, "quantize": info.quantize}
+    for option, saved in made.items():
+        wanted = given[option]
+        if wanted not in (None, saved):
+            raise ConfigError(
+                f"{folder} was written with --{option} {saved}, not {wanted}: leave the option out, or write another "
+                "folder with `isthmus cloud quantize`"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCount:
+    """The least and the largest number of workers. A pipeline has as many workers as stages."""
+
+    least: int
+    most: int
+
+
+def count_workers(options: ServeOptions, plan: SplitPlan) -> WorkerCount:
+    """How many workers the options `workers` and `pipeline` ask for.
+
+    Raises:
+        ConfigError: they make no sense, or do not fit the plan or each other.
+    """
+    match = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", options.workers)
+    least = int(match[1]) if match else 0
+    most = int(match[2]) if match and match[2] else least
+    if not 1 <= least <= most <= MAX_WORKERS:
+        raise ConfigError(
+            f"--workers {options.workers!r} is no number of workers: write N, or MIN:MAX, from 1 to {MAX_WORKERS}"
+        )
+    stages = options.pipeline
+    if not 1 <= stages <= len(plan.cloud):
+        raise ConfigError(
+            f"--pipeline {stages} does not fit: the cloud holds {len(plan.cloud)} layers, so it has 1 to "
+            f"{len(plan.cloud)} stages"
+        )
+    if stages > 1 and most > 1:
+        raise ConfigError(
+            f"--pipeline {stages} and --workers {most} exclude each other: a pipeline is one worker in several "
+            "stages; serve twice, from two homes and on two addresses, for more"
+        )
+    if stages > 1 and options.emulator is not None:
+        raise ConfigError(
+            f"--pipeline {stages} and --emulator exclude each other, as returned adapters are tried on the whole span: "
+            "leave one of them out"
+        )
+    return WorkerCount(max(least, stages), max(most, stages))
+
+
+def check_device(device: str) -> None:
+    """Check the name of a device. Raises ConfigError."""
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+
+
+def check_package(folder: Path, identity: WorkerIdentity, backbone: Backbone) -> None:
+    """Check that edges of this cloud can use a package.
+
+    Raises:
+        PackageError: it is damaged, or of another model or plan.
+        SignerError: it was signed under another root key.
+    """
+    manifest, _, _ = verified(folder, identity.pin)
+    check_package_fits(manifest, backbone.checkpoint)
+    made_for = manifest.split_plan
+    if made_for != backbone.plan:
+        raise PackageError(
+            f"{folder} was made for the split plan {made_for}, but --edge-layers is {backbone.plan}: serve with "
+            f"--edge-layers {made_for}, or build a package for {backbone.plan}"
+        )
+
+
+def check_tls(files: TlsFiles) -> None:
+    """Check the files of an outer TLS layer: gRPC would say only that it cannot listen. Raises ConfigError."""
+    given = [path for path in (files.cert, files.key, files.client_ca) if path is not None]
+    for path in given:
+        if not path.is_file():
+            raise ConfigError(f"the TLS file {path} does not exist: check the path")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files.cert, files.key)
+        if files.client_ca is not None:
+            context.load_verify_locations(files.client_ca)
+    except OSError as error:
+        names = ", ".join(map(str, given))
+        raise ConfigError(f"the TLS files {names} are no PEM certificate and its key ({error}): check them") from None
+
+
+@contextlib.contextmanager
+def worker_specs(
+    options: ServeOptions, backbone: Backbone, addresses: Sequence[str], ports: Ports, *, beside: int, threads: int
+) -> Iterator[list[WorkerSpec]]:
+    """What each worker serves, by number. The keys of a pipeline's stages exist for as long as the context lasts.
+
+    Args:
+        options: checked ones.
+        backbone: the model.
+        addresses: where the workers that edges talk to listen.
+        ports: where a pipeline's other stages get addresses.
+        beside: how many workers share the machine's memory.
+        threads: torch threads of each worker.
+    """
+    tls = options.tls
+    first = WorkerSpec(
+        checkpoint=str(backbone.checkpoint.folder),
+        model=backbone.checkpoint.name,
+        plan=str(backbone.plan),
+        dtype=backbone.dtype,
+        quantize=backbone.quantize,
+        saved_span=backbone.saved_span,
+        parts=str(backbone.parts),
+        home=str(options.home),
+        listen="",
+        stash_bytes=options.stash_bytes,
+        compute_bytes=options.compute_bytes,
+        beside=beside,
+        max_tokens=options.max_tokens,
+        threads=threads,
+        log_file="",
+        emulator="" if options.emulator is None else str(options.emulator.absolute()),
+        sites=options.sites,
+        batching=options.batching,
+        device=options.device,
+        bounds=options.bounds,
+        tls_cert="" if tls is None else str(tls.cert.absolute()),
+        tls_key="" if tls is None else str(tls.key.absolute()),
+        tls_client_ca="" if tls is None or tls.client_ca is None else str(tls.client_ca.absolute()),
+    )
+    host = advertised_host(options)
+    specs = [
+        dataclasses.replace(first, number=number, listen=listen, address=_address(host, listen))
+        for number, listen in enumerate(addresses)
+    ]
+    with contextlib.ExitStack() as stack:
+        if options.pipeline > 1:
+            specs = stack.enter_context(stage_specs(specs[0], backbone.plan, options.pipeline, ports))
+        yield [dataclasses.replace(spec, log_file=str(log_file(options.home, "worker", spec.number))) for spec in specs]
+
+
+@contextlib.contextmanager
+def stage_specs(first: WorkerSpec, plan: SplitPlan, count: int, ports: Ports) -> Iterator[list[WorkerSpec]]:
+    """What each stage of a pipeline serves. Each stage has a key that the next one has enrolled, inside the context.
+
+    Only the first stage is for edges. The others listen on the loopback, as they are on this node.
+    """
+    folder = Path(first.home) / "pipeline"
+    with disk_errors(folder):
+        if folder.exists():  # of a `serve` that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+    quota = Quota(max_sessions=10**9 - 1, max_inflight_bytes=1 << 50)
+    specs: list[WorkerSpec] = []
+    try:
+        for number, layers in enumerate(plan.cloud.cut(count)):
+            stage = dataclasses.replace(first, number=number, layers=str(layers), sites=False)
+            if number:
+                enrolled = folder / str(number)
+                key = enrolled / "id_ed25519"
+                line = generate_edge(key, f"stage-{number - 1}")
+                add_line(enrolled / "authorized_edges", line, quota=quota, stage=True)
+                listen = ports.take("127.0.0.1:0")
+                stage = dataclasses.replace(
+                    stage, listen=listen, address=listen, edges=str(enrolled), tls_cert="", tls_key="", tls_client_ca=""
+                )
+                specs[-1] = dataclasses.replace(specs[-1], next_stage=listen, next_key=str(key))
+            specs.append(stage)
+        yield specs
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def advertised_host(options: ServeOptions) -> str:
+    """The host of the addresses that edges get, without brackets."""
+    return (options.advertise or parse_address(options.listen)[0]).strip("[]")
+
+
+def _address(host: str, listen: str) -> str:
+    """The address of a worker that edges get."""
+    port = parse_address(listen)[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

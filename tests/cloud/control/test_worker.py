@@ -1,0 +1,36 @@
+"""A worker's process: how it ends where it cannot start, and what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from isthmus.cloud.control import worker as worker_module
+from isthmus.cloud.control.worker import Worker, WorkerSpec
+from isthmus.common.errors import PortInUseError
+
+SPEC = WorkerSpec("", "tiny", "2:2", "fp32", "", "", "127.0.0.1:0", 1, 1, 1, "")
+
+
+def test_a_restarted_worker_that_cannot_start_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PortInUseError("taken")
+
+    monkeypatch.setattr(Worker, "_start", fail)
+    monkeypatch.setattr(worker_module, "RESTART_PAUSE", 0.0)
+    with pytest.raises(PortInUseError, match="taken"):
+        Worker(SPEC).port()  # a first start tells whoever started it
+    monkeypatch.setattr(worker_module, "was_restarted", lambda: True)
+    codes: list[int] = []
+    monkeypatch.setattr(worker_module.os, "_exit", codes.append)
+    Worker(SPEC)
+    assert codes == [1]
+
+
+@pytest.mark.parametrize("module", ["controller", "worker", "cluster", "ray_cluster", "supervisor"])
+def test_a_process_that_only_has_handles_of_workers_needs_no_torch(module: str) -> None:
+    asked = f"import sys, isthmus.cloud.control.{module}; print({{'torch', 'transformers', 'grpc'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,68 @@
+"""What a worker serves: the edge's parts, the package, the enrolled edges, and how memory is divided."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from support.clouds import Home, served
+from support.tiny import tiny_checkpoint
+
+from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.plan import SplitPlan
+from isthmus.cloud.control import worker_setup
+from isthmus.cloud.control.worker_setup import RESERVE_BYTES, EdgesFile, make_parts, memory_budgets
+from isthmus.common.errors import ConfigError, PackageError
+from isthmus.emulator.package.package import Package
+
+
+def test_two_workers_make_the_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("llama", tmp_path / "model"), "tiny")
+    plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
+    exports = []
+    both = threading.Event()
+
+    def export(_checkpoint: Checkpoint, _plan: SplitPlan, folder: Path) -> None:
+        exports.append(folder)
+        both.wait(0.2)
+        folder.mkdir()
+
+    monkeypatch.setattr(worker_setup, "export_edge_parts", export)
+    arguments = (checkpoint, plan, tmp_path / "parts")
+    threads = [threading.Thread(target=make_parts, args=arguments) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(exports) == 1
+
+
+def test_a_worker_offers_the_package_and_looks_at_it_again(package: Package, keys: Home, tmp_path: Path) -> None:
+    model, parts = package.folder.parent / "model", tmp_path / "parts"
+    offered = served(model, parts, home=keys.folder, emulator=package.folder).package
+    assert offered is not None
+    assert {entry.name for entry in offered.listing().entries} == {file.name for file in package.folder.iterdir()}
+    assert served(model, parts, home=keys.folder).package is None
+    damaged = shutil.copytree(package.folder, tmp_path / "damaged")
+    (damaged / "emulator.json").write_text("{}")
+    with pytest.raises(PackageError, match=r"emulator\.json"):
+        served(model, parts, home=keys.folder, emulator=damaged)
+
+
+def test_a_malformed_edges_file_is_refused_at_the_start(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with (home.folder / "authorized_edges").open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        EdgesFile(home.folder)
+
+
+def test_what_is_left_of_the_machine_is_shared_out() -> None:
+    gib = 1 << 30
+    assert memory_budgets(4 * gib, gib // 2, None, None) == (3 * gib // 4, 3 * gib // 4)
+    stash, compute = memory_budgets(4 * gib, gib // 2, None, None)
+    assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
+    assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
+    assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)

@@ -1,0 +1,58 @@
+"""The open sessions of a worker: quotas, fences, and why a session ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.clouds import Home, ThreadServer
+from support.sessions import channel, eventually
+from support.wire import TENANT
+
+from isthmus.cloud.gateway.open_sessions import FENCED, OpenSession
+from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import ConnectionLostError, OverQuotaError
+from isthmus.protocol import messages as m
+from isthmus.protocol.enrolment import Quota
+
+
+def test_the_session_quota_counts_links_and_a_closed_one_is_free_again(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=2))
+    with ThreadServer(cloud, home) as server, server.link() as first, server.link() as second, server.link() as third:
+        first.open(5)
+        second.open(5)
+        with pytest.raises(OverQuotaError, match="2 sessions of alice are open, 2 are allowed"):
+            third.open(5)
+        second.close()
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        third.open(5)
+
+
+def test_a_reconnect_of_the_same_link_fences_the_older_session(cloud: Served, tmp_path: Path) -> None:
+    home = Home(tmp_path, quota=Quota(max_sessions=1))
+    with ThreadServer(cloud, home) as server:
+        older = channel(server)
+        newer = channel(server)  # within a quota of one, because it takes the older one's place
+        with pytest.raises(ConnectionLostError):
+            older.ask(m.Ping(1), 5)
+        assert isinstance(newer.ask(m.Ping(2), 5), m.Pong)
+        eventually(lambda: server.server.status()["sessions"] == {"alice": 1})
+        newer.close()
+        older.abandon()
+
+
+def test_the_same_link_id_of_another_edge_fences_nobody(server: ThreadServer) -> None:
+    bob = server.home.new_edge("bob")
+    mine, other = channel(server), channel(server, key=bob)
+    assert isinstance(mine.ask(m.Ping(1), 5), m.Pong)
+    mine.close()
+    other.close()
+
+
+def test_a_session_is_told_the_first_reason_for_which_it_ends() -> None:
+    session = OpenSession(b"s" * 16, TENANT, b"l" * m.LINK_BYTES, interactive=False, deadline=None, enrolled=TENANT)
+    status = m.Status(m.StatusCode.OVER_QUOTA, None, "close one")
+    session.end("over quota", status)
+    session.end("draining")
+    session.end(FENCED)
+    assert (session.why, session.notice, session.fenced) == ("over quota", status, False)

@@ -1,0 +1,26 @@
+"""A tiny cloud that takes 64 tokens in a call, and a session with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.clouds import served
+from support.tiny import tiny_checkpoint
+from support.wire import TENANT
+
+from isthmus.cloud.engine.paused_calls import CallThreads
+from isthmus.cloud.session.handler import TenantSession
+from isthmus.cloud.session.served_model import Served
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("session")
+    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=64)
+
+
+@pytest.fixture
+def tenant(cloud: Served) -> TenantSession:
+    cloud.executor.evict_all()
+    return cloud.session(b"s" * 16, TENANT, CallThreads(1))
