@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.interrupt import interruptible
+from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 
 if TYPE_CHECKING:

@@ -37,9 +37,9 @@ from isthmus.cloud.control.watches import watches
 from isthmus.cloud.control.worker import CPU, DEVICES, WorkerSpec
 from isthmus.cloud.home.home_lock import occupied
 from isthmus.cloud.telemetry.logs import log_file
-from isthmus.common.cores import threads_each, usable_cores
 from isthmus.common.errors import ConfigError, PackageError, UnreachableError
 from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.machine import threads_each, usable_cores
 from isthmus.common.ownership import intruder
 from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line

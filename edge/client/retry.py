@@ -32,7 +32,7 @@ from isthmus.common.errors import (
     UnreachableError,
     VersionError,
 )
-from isthmus.common.stopping import Interrupted
+from isthmus.common.shutdown import Interrupted
 from isthmus.common.terminal import printable
 from isthmus.edge.client.worker_address import Route
 from isthmus.edge.codecs.wire_codecs import StripCodecs

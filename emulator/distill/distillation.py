@@ -26,7 +26,7 @@ from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import ConfigError, DataError, NonFiniteError
 from isthmus.common.files import claim, disk_errors, write_atomic
 from isthmus.common.progress import StepProgress
-from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import Ends

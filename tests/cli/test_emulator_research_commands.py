@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from isthmus.cli.emulator_research_commands import app
 from isthmus.common.errors import ConfigError
-from isthmus.common.interrupt import INTERRUPTED
+from isthmus.common.shutdown import INTERRUPTED
 from isthmus.experiments.offsite import table
 
 RUNNER = CliRunner()

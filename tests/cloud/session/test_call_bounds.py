@@ -22,7 +22,6 @@ from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError
-from isthmus.common.machine_memory import memory_bytes
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
@@ -261,21 +260,6 @@ def test_what_is_left_of_the_machine_is_shared_out() -> None:
     assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
     assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
     assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)
-
-
-def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
-    for version, line, root, name in (
-        (2, "0::/a/b\n", "", "memory.max"),
-        (1, "7:memory:/a/b\n0::/\n", "memory", "memory.limit_in_bytes"),
-    ):
-        proc, groups = tmp_path / f"proc{version}", tmp_path / f"cgroup{version}"
-        (proc / "self").mkdir(parents=True)
-        (proc / "self" / "cgroup").write_text(line)
-        (groups / root / "a" / "b").mkdir(parents=True)
-        (groups / root / "a" / "b" / name).write_text("max\n")
-        everything = memory_bytes(proc, groups)
-        (groups / root / "a" / name).write_text("1048576\n")
-        assert memory_bytes(proc, groups) == 1 << 20 < everything
 
 
 # What others have to do with it ---------------------------------------------------------------------------------------

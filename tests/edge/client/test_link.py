@@ -36,7 +36,7 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     UnreachableError,
 )
-from isthmus.common.stopping import Interrupted
+from isthmus.common.shutdown import Interrupted
 from isthmus.edge.client import retry
 from isthmus.edge.client.link import Link
 from isthmus.edge.codecs.wire_codecs import StripCodecs

@@ -18,7 +18,7 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
-from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.edge import cloud_link as strips
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.remote_span import RemoteSpan
