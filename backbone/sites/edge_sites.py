@@ -43,7 +43,7 @@ class Site:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """What is trained here."""
-        if self.spec.placement == Placement.LENT:
+        if self.spec.placement == Placement.LEASED_FROZEN:
             return ()
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
@@ -129,33 +129,3 @@ def _acts(module: Any) -> bool:
     if module.merged:
         raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
     return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))
-
-
-def leased(site: Site, *, trained: bool = True) -> Site:
-    """The same site, its weights lent to the cloud instead; unless it is `trained`, it has no gradients.
-
-    Raises:
-        UnsupportedCallError: Its adapter is not a plain LoRA, of which one acts and drops nothing out.
-    """
-    module: Any = site.module
-    active = [adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())]
-    if type(module).__module__ != "peft.tuners.lora.layer" or len(active) != 1:
-        raise UnsupportedCallError(
-            f"{site.name} cannot be leased: the cloud runs plain LoRA, one at a site; place it on the edge"
-        )
-    if any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.lora_dropout.values()):
-        raise UnsupportedCallError(
-            f"{site.name} cannot be leased with dropout, whose masks are drawn on the edge: give lora_dropout=0, or "
-            "place it on the edge"
-        )
-    if module.lora_A[active[0]].bias is not None or module.lora_B[active[0]].bias is not None:
-        raise UnsupportedCallError(f"{site.name} cannot be leased with lora_bias=True: leave the bias out")
-    placement = Placement.LEASED if trained else Placement.LENT
-    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, placement), module)
-
-
-def lent_weights(site: Site) -> tuple[nn.Parameter, nn.Parameter, float]:
-    """`A` `[r, in]`, `B` `[out, r]` and the scale of a leased site."""
-    module: Any = site.module
-    (adapter,) = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])

@@ -369,7 +369,7 @@ def step_together(asked: Sequence[Stepping]) -> list[m.Message | Exception]:
             steps[at] = session.step(message)
         except Exception as error:  # noqa: BLE001  # it is this session's, and no other's
             answers[at] = _refused(session, message, error)
-    outcomes = take_steps(list(steps.values()), asked[0][0].executor.host.meetings)
+    outcomes = take_steps(list(steps.values()), asked[0][0].executor.host.product_batches)
     for (at, step), outcome in zip(steps.items(), outcomes, strict=True):
         session, message = asked[at]
         if isinstance(outcome, Exception):

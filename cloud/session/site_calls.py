@@ -13,9 +13,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from isthmus.backbone.runtime.leased_lora import LeasedWeights
-from isthmus.backbone.runtime.shared_linears import Company, Enlisted, Products
-from isthmus.backbone.runtime.site_visit import BoundSites, SiteMatrices
+from isthmus.backbone.runtime.batched_products import BatchingPartners, ProductRequest, Products
+from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.cloud.engine.executor import Executor, Guests
 from isthmus.cloud.engine.paused_batches import Asked, Outcome, SitedCall, Step, first_kind, next_kind
@@ -47,7 +47,7 @@ class _Begun:
 
     message: Call
     call: SitedCall
-    company: Company | None
+    company: BatchingPartners | None
     pauses: Mapping[int, int]  # see `BoundSites`
     asked: tuple[m.SitePhase, int] | None = None  # the phase, and the first site
     asked_at: float | None = None  # monotonic
@@ -152,7 +152,7 @@ class SiteCalls:
         sites = self._lists.get(message.sites)
         if sites is None:
             raise LookupError(f"there is no list {message.sites} of sites in this session: send it first")
-        leased = [site for site, spec in enumerate(sites.specs) if spec.on_loan]
+        leased = [site for site, spec in enumerate(sites.specs) if spec.is_leased]
         if len(leased) != len(message.weights):
             raise ValueError(f"{len(message.weights)} loans for {len(leased)} leased sites: one for each is needed")
         weights = {}
@@ -254,7 +254,11 @@ class SiteCalls:
             return work(Guests(sites, _Edge(self.executor, sites, message, self.limits, ask), leased, company))
 
         call: SitedCall = PausingCall(run, thread)
-        company = Company(cast("Callable[[Enlisted], Products | RuntimeError]", call.ask)) if self.batching else None
+        company = (
+            BatchingPartners(cast("Callable[[ProductRequest], Products | RuntimeError]", call.ask))
+            if self.batching
+            else None
+        )
         self._begun[message.id.call] = _Begun(message, call, company, sites.pauses)
         return self._step(message.id.call, None)
 
@@ -324,7 +328,7 @@ class SiteCalls:
 
     def _lent(self, message: Call, sites: BoundSites) -> Mapping[int, LeasedWeights]:
         """The weights of the lease that a call names, which its leased sites need."""
-        needs = any(spec.on_loan for spec in sites.specs)
+        needs = any(spec.is_leased for spec in sites.specs)
         lease = self._lease
         if not needs:
             return {}
@@ -358,7 +362,7 @@ class _Edge:
     ask: Ask
 
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> list[Tensor]:
-        """See `isthmus.backbone.runtime.site_visit.Visitor`. Sites that share an input share its tensor on the wire."""
+        """See `SiteAdapters` of the runtime. Sites that share an input share its tensor on the wire."""
         phase = m.SitePhase.AGAIN if inputs is None else m.SitePhase.FORWARD
         answers = self._answers(phase, sites, list({id(x): x.detach() for x in inputs or ()}.values()), Role.ACTIVATION)
         if len(answers) != len(sites):
@@ -368,7 +372,7 @@ class _Edge:
         return answers
 
     def backward(self, sites: Sequence[int], gradients: Sequence[Tensor], *, wanted: bool) -> list[Tensor | None]:
-        """See `Visitor` of the runtime. One gradient may stand for all sites that share an input."""
+        """See `SiteAdapters` of the runtime. One gradient may stand for all sites that share an input."""
         phase = m.SitePhase.BACKWARD if wanted else m.SitePhase.BACKWARD_ONLY
         answers = self._answers(phase, sites, gradients, Role.GRADIENT)
         if not wanted:

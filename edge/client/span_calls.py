@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.site_call import Lent, SiteCall
+from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
@@ -90,7 +91,7 @@ def _accepted(answer: m.Message) -> None:
         raise RefusedError(f"the cloud refused the adapters inside its layers: {printable(answer.message)}")
 
 
-def _packed(lent: Lent) -> m.LentWeights:
+def _packed(lent: LeasedWeights) -> m.LentWeights:
     what = "a matrix lent to the cloud's layers"
     down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lent.down, lent.up))
     return m.LentWeights(down, up, lent.scale)
@@ -254,7 +255,7 @@ class SpanCaller(LastingLink):
         lent = [decode(payload, limits=limits, what="the gradient of a lent matrix").clone() for payload in reply.lent]
         try:
             if sites is not None:
-                sites.take_back(lent)
+                sites.take_gradients(lent)
         except PlanError as error:
             raise RemoteProtocolError(f"the cloud answered with other gradients than were lent: {error}") from None
 

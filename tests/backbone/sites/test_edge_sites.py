@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.backbone.runtime.leased_lora import LeasedWeights
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.runtime.site_visit import Visit, visiting
+from isthmus.backbone.runtime.sited_modules import sites_active
+from isthmus.backbone.runtime.sited_pass import SitedPass
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.ladder import add_ladder
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.low_rank import add_low_rank
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
@@ -54,9 +55,9 @@ class HereLink:
             number: LeasedWeights(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
             for number, one in zip(leased, sites.lease, strict=True)
         }
-        visit = Visit(self.host.bind(specs), self, lent, again)
+        visit = SitedPass(self.host.bind(specs), self, lent, again)
         self.sites = sites
-        with visiting(visit):
+        with sites_active(visit):
             return self.host.span(leaf, mask, positions), visit
 
     def backward_span(
@@ -77,11 +78,11 @@ class HereLink:
         if sites is None:
             return torch.autograd.grad(output, [leaf], gradient)[0]
         lent = [matrix for _, one in sorted(visit.leased.items()) for matrix in (one.down, one.up)]
-        with visiting(visit):
+        with sites_active(visit):
             result, *back = torch.autograd.grad(
                 output, [leaf if wanted else visit.anchor, *lent], gradient, allow_unused=True
             )
-        sites.take_back(back)
+        sites.take_gradients(back)
         return result if wanted else None
 
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
