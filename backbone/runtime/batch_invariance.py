@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.split.span import FrozenSpan
 from isthmus.common.torch_threads import torch_threads
 
@@ -105,6 +106,4 @@ def _smallest(agree: Callable[[int], bool]) -> int | None:
 
 def _shape(linear: nn.Linear | Conv1D) -> tuple[type, int, int]:
     """Kind, and widths of input and output."""
-    if isinstance(linear, Conv1D):  # GPT-2's kind of linear
-        return type(linear), linear.nx, linear.nf
-    return type(linear), linear.in_features, linear.out_features
+    return type(linear), *features_of(linear)

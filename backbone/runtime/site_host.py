@@ -13,14 +13,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import Span
 from isthmus.backbone.runtime.batched_products import ProductBatches
 from isthmus.backbone.runtime.sited_modules import InputRecorder, SitedLayer, SitedLinear, mix_in, sites_active
 from isthmus.backbone.runtime.sited_nodes import Group
 from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
-from isthmus.backbone.sites.ladder import tap_projection
-from isthmus.backbone.sites.low_rank import site_basis
+from isthmus.backbone.sites.ladder_network import tap_projection
+from isthmus.backbone.sites.low_rank_basis import site_basis
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.split.span import FrozenSpan, empty_layers
@@ -159,10 +160,7 @@ class SiteHost:
         return {site: 2 * at[spec.layer, spec.part] if spec.part else 2 * last[spec.layer] + 1 for site, spec in asking}
 
     def _features(self, layer: int, part: str) -> tuple[int, int]:
-        linear: Any = self._linear(layer, part)
-        if isinstance(linear, nn.Linear):
-            return linear.in_features, linear.out_features
-        return linear.nx, linear.nf
+        return features_of(self._linear(layer, part))
 
     def _layer(self, spec: SiteSpec) -> nn.Module:
         if spec.layer not in self._layers:

@@ -30,19 +30,10 @@ from isthmus.backbone.sites.bottleneck import Bottleneck, attach_bottleneck
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError
 
-from ..conftest import Pairs, batch, whole_model
+from ..conftest import Pairs, batch, disturb, whole_model
 
 WITH_BIASES = ["qwen2", "gpt2", "opt", "opt_projected"]
 WIDTH = 4
-
-
-def disturb(model: Any) -> None:
-    """Move what is trainable, as training would."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def make(method: str, model: Any, layers: Any) -> Any:

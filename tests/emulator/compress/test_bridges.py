@@ -16,19 +16,12 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from isthmus.emulator.compress.bridges import Bridge, bridge_places
-from isthmus.emulator.compress.emulator_model import Emulator, build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import Ends
-from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.distill.distillation import DistillConfig, distill
 
-from ..conftest import Checkpoints
-
-PLAN = SplitPlan.parse("1:1", N_LAYERS)  # the middle is 1, 2, 3, 4
-
-
-def make(checkpoint: Checkpoint, text: str, keep: float, blocks: Tensor | None) -> Emulator:
-    return build_emulator(checkpoint, PLAN, Recipe.parse(text, keep), blocks)
+from ..conftest import PLAN, Checkpoints, make
 
 
 @pytest.mark.parametrize(
