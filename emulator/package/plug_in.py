@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from isthmus.backbone.adapters.adapter_files import adapter_method, load_adapter, without_known_warnings
-from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights, quiet_transformers
+from isthmus.backbone.checkpoints.gguf import quiet_transformers
+from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights
 from isthmus.backbone.checkpoints.tensor_reader import write_json
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts

@@ -21,7 +21,8 @@ from support.packages import tiny_package, tuned
 from support.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.split.span import load_span
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.emulator.package.plug_in import plug_in

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.backbone.sites.low_rank_basis import low_rank_basis, seeded_matrix, site_basis, svd_basis
 from isthmus.common.errors import ConfigError
 
-RANK = 4
-NAME = "model.layers.2.self_attn.q_proj"
+from .conftest import NAME, RANK
 
 
 def test_the_seeded_basis_is_fixed_for_all_time() -> None:
