@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.plan import SplitPlan

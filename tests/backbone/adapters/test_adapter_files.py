@@ -24,7 +24,7 @@ from isthmus.backbone.adapters.adapter_files import (
     save_adapter,
     unfreeze_layers,
 )
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks, own_parameters, unfreeze_biases
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks, unfreeze_biases
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.sites.bottleneck import Bottleneck, attach_bottleneck
 from isthmus.backbone.split.edge_parts import load_edge_parts
@@ -338,7 +338,7 @@ def test_only_biases_of_the_named_layers_are_written(pairs: Pairs, tmp_path: Pat
     unfreeze_biases(whole, [0, 5])
     save_adapter(whole, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert stored.keys() == own_parameters(whole, whole.isthmus_adapter).keys()
+    assert stored.keys() == whole.isthmus_adapter.parameters(whole).keys()
     # Two norms, attention in and out, MLP in and out, in two layers; learned positions and the final norm are outside.
     assert len(stored) == 12
     assert {name.split(".")[2] for name in stored} == {"0", "5"}

@@ -233,7 +233,7 @@ def test_a_span_without_sites_refuses_adapters_inside(pairs: Pairs) -> None:
 
 
 def test_a_bottleneck_behind_a_layer_of_the_cloud(pairs: Pairs) -> None:
-    from isthmus.backbone.adapters.own_adapters import add_bottlenecks
+    from isthmus.backbone.adapters.layer_adapters import add_bottlenecks
 
     pair = pairs("llama")
     model, link = split(pair)

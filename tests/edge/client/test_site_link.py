@@ -22,7 +22,7 @@ from support.wire import EDGE, PIN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError

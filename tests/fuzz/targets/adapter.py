@@ -17,7 +17,7 @@ from fuzz.targets.adapter_tensors import _content
 from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO
-from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS, OWN_INFO
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_INFO
 from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import WHOLE_FILE, write_json
 from isthmus.backbone.plan import SplitPlan
@@ -28,7 +28,7 @@ from isthmus.emulator.package import intake
 
 PLAN = SplitPlan(6, 1, 1)
 NAMED = {"digest": "00" * 32, "plan": str(PLAN)}
-_INFOS = (PEFT_INFO, OWN_INFO, EDGE_WEIGHTS_INFO)
+_INFOS = (PEFT_INFO, CUSTOM_INFO, EDGE_WEIGHTS_INFO)
 _BOUND = 1 << 20
 
 
