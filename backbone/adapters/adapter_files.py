@@ -1,6 +1,6 @@
 """Adapters on disk: what training leaves in a folder, and how it gets into a model, split or whole.
 
-A folder is one of three kinds, told apart by the file that describes it:
+A folder is one of three kinds. The file that describes it says which:
 
     adapter_config.json     a standard PEFT folder; weights in adapter_model.safetensors
     isthmus_adapter.json    bottleneck adapters or tuned biases, which PEFT has not; weights under the same name

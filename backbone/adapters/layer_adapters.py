@@ -1,4 +1,4 @@
-"""Adapters of whole decoder layers: bottlenecks behind them (Houlsby et al. 2019), or the biases inside them (BitFit)."""
+"""Adapters on whole decoder layers: bottlenecks behind them (Houlsby et al. 2019), or their biases tuned (BitFit)."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise CheckpointError(f"{folder} has no tokenizer; copy the model's tokenizer files there")
     try:
-        # Unless it is told, transformers asks at the terminal whether to run code that the folder or the hub has.
+        # Without an answer here, transformers asks at the terminal whether to run code that the folder or the hub has.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a stranger's files, and the tokenizers' own errors are of no class of their own
         reason = " ".join(str(error).split())[:300]

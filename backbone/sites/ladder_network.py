@@ -87,7 +87,7 @@ class SideLayer(nn.Module):
         self.block = block
 
     def forward(self, side: Tensor, *, taps: Sequence[Tensor], **rest: Any) -> Tensor:
-        """`side` is `[B, S, width]`; `rest` is what the base model tells its layers (mask, rotary angles)."""
+        """`side` is `[B, S, width]`; `rest` has the base model's other arguments of a layer (mask, rotary angles)."""
         mu = torch.sigmoid(self.gate / _TEMPERATURE)
         mixed = mu * self.down(taps[self.index]) + (1 - mu) * side
         result: Tensor = self.block(mixed, **rest)
@@ -146,7 +146,7 @@ class LadderSide(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Add the side network's word to what the span returned. Nothing that is given gets a gradient.
+        """Add the side network's output to what the span returned. Nothing that is given gets a gradient.
 
         Args:
             span_input: What the span was given, `[B, S, h]`.

@@ -5,7 +5,7 @@ PrivateLoRA (Wang et al. 2023, arXiv 2311.14030) puts `y = W x + scale * B M A x
 answers `u = scale * M z`, and the cloud adds `B u`. Backward, `B^T g` comes down, and the gradient of `z` goes up. `M`
 starts at zero, so the model starts as it was pretrained; its gradient is not zero then, as neither `A` nor `B` is.
 
-Where `A` and `B` come from is told in `isthmus.backbone.sites.low_rank_basis`.
+`isthmus.backbone.sites.low_rank_basis` says where `A` and `B` come from.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def add_low_rank(
 
     Args:
         model: A transformers causal LM, whole or split.
-        sites, rank, alpha, seed, init: See `LowRankAdapter`, and the top of this module for what `init` tells whom.
+        sites, rank, alpha, seed, init: See `LowRankAdapter`, and `low_rank_basis` for what `init` shows to whom.
 
     Raises:
         ConfigError: A value makes no sense; or a site is unknown, no linear, or has a low-rank matrix already.

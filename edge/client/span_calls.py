@@ -20,7 +20,7 @@ from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
 from isthmus.edge.client.expected_size import backward_bytes, forward_bytes, question_count, tap_widths
 from isthmus.edge.client.retry import LastingLink, StashLostError
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.session import edge_limits
@@ -273,7 +273,7 @@ class SiteAnswers:
     """Answers the cloud's questions about sites, by asking a `SiteCall`."""
 
     sites: SiteCall
-    codecs: StripCodecs
+    codecs: WireCodecs
     limits: Limits
 
     def __call__(self, question: m.SiteQuestion) -> m.SiteAnswer:

@@ -26,7 +26,7 @@ from torch import nn
 
 from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO, adapter_method, without_known_warnings
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_INFO
-from isthmus.backbone.adapters.layer_adapters import LayerAdapter, add_bottlenecks
+from isthmus.backbone.adapters.layer_adapters import LayerAdapter
 from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
@@ -107,7 +107,7 @@ def check_adapter(
         places = _peft_places(model, settings, plan)
     else:
         _check_named(settings, {"digest": checkpoint.digest(), "plan": str(plan)}, info)
-        places = _own_places(model, settings, plan) if info == CUSTOM_INFO else _parts_places(parts)
+        places = _custom_places(model, settings, plan) if info == CUSTOM_INFO else _parts_places(parts)
     n_params = _check_tensors(folder / _KINDS[info], places)
     return AdapterSummary(adapter_method(folder), n_params, size, made_on)
 
@@ -222,7 +222,7 @@ def _parts_places(parts: Path) -> Places:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _own_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:
+def _custom_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:
     method, layers, width = settings.get("method"), settings.get("layers"), settings.get("width")
     if not is_layers(layers, plan):
         raise AdapterError(
@@ -232,14 +232,12 @@ def _own_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Pla
         adapter = LayerAdapter("bitfit", tuple(layers or ()))
     elif method == "bottleneck" and is_int(width, 1, model.config.hidden_size):
         adapter = LayerAdapter("bottleneck", tuple(layers or ()), width)
-        with torch.device("meta"):
-            add_bottlenecks(model, adapter.layers, width or 1)
     else:
         raise AdapterError(
             f"{CUSTOM_INFO} has the method {str(method)[:40]!r} and the width {str(width)[:20]}: use bitfit, "
             f"or bottleneck with a width of 1 to {model.config.hidden_size}"
         )
-    return {name: tuple(parameter.shape) for name, parameter in adapter.parameters(model).items()}
+    return {name: tuple(shape) for name, shape in adapter.places(model).items()}
 
 
 def _peft_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:

@@ -1,4 +1,4 @@
-"""Which files may lie on which shelf of a session. The cloud shows no others, and the edge takes no others."""
+"""Which files belong to which file set of a session. The cloud offers no others, and the edge takes no others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from isthmus.protocol.messages import Shelf
 
 
 def belongs(name: str, shelf: Shelf) -> bool:
-    """Whether a file of this name may lie on the shelf."""
+    """Whether a file of this name may be in the file set."""
     match shelf:
         case Shelf.PARTS:
             return is_part(name)

@@ -39,7 +39,7 @@ from isthmus.common.errors import (
 from isthmus.common.shutdown import Interrupted
 from isthmus.edge.client import retry
 from isthmus.edge.client.link import Link
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
@@ -461,7 +461,7 @@ def test_too_many_tokens_are_refused_before_they_are_sent(cloud: MemoryCloud) ->
 def test_a_lossy_codec_differs_and_is_close(
     cloud: MemoryCloud, undisturbed: list[torch.Tensor], codec: str, tolerance: float
 ) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=StripCodecs.parse(codec))
+    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse(codec))
     results = three_calls(link)
     for mine, exact in zip(results, undisturbed, strict=True):
         assert torch.equal(mine, exact) == (codec == "fp32")
@@ -474,7 +474,7 @@ def test_a_lossy_codec_differs_and_is_close(
 def test_a_codec_that_the_cloud_does_not_speak_is_a_mistake_of_the_configuration(cloud: MemoryCloud) -> None:
     cloud.served = with_info(cloud.served, codecs=("fp32",))
     with pytest.raises(ConfigError, match="does not speak the codec 'int8': choose one of fp32"):
-        new_link(MemoryTransport(cloud), codecs=StripCodecs.parse("fp32,int8"))
+        new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("fp32,int8"))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from isthmus.edge.client import retry
 from isthmus.edge.client.link import Link
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, encode
 from isthmus.rpc.transport import Transport
@@ -193,7 +193,7 @@ def test_a_frozen_adapter_inside_and_a_trained_one_below(cloud: MemoryCloud, fol
 
 
 def test_a_lossy_codec_is_close(cloud: MemoryCloud, undisturbed: Run) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=StripCodecs.parse("int8"))
+    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("int8"))
     losses, _ = train(adapted(link.load_model()))
     assert losses != undisturbed[0]
     assert losses == pytest.approx(undisturbed[0], rel=0.02)
