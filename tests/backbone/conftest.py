@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import VOCAB, tiny_checkpoint
+from support.models.tiny import VOCAB, tiny_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
 

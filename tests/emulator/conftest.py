@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import HIDDEN, N_LAYERS, VOCAB, tiny_checkpoint
+from support.models.tiny import HIDDEN, N_LAYERS, VOCAB, tiny_checkpoint
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

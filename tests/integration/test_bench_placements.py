@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.runs import Runs, cloud_for_runs
-from support.scoring import task_folder
+from support.cloud.train_runs import Runs, cloud_for_runs
+from support.models.small_tasks import task_folder
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.common.errors import IsthmusError

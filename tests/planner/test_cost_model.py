@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.clouds import Home, ThreadServer, served
-from support.speeds import speed
-from support.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.round_speeds import speed
+from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError

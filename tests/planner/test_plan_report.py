@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.speeds import speed
+from support.models.round_speeds import speed
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.edge.codecs.wire_codecs import WireCodecs

@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.sited import Sited
-from support.tiny import CONFIGS, HIDDEN
+from support.models.sited_span import Sited
+from support.models.tiny import CONFIGS, HIDDEN
 from torch import nn
 from transformers import AutoModelForCausalLM
 

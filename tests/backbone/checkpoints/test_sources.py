@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints import sources
 from isthmus.backbone.checkpoints.built_in import BUILT_IN

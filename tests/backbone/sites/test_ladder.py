@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS, PAD
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS, PAD
 from torch import Tensor
 
 from isthmus.backbone.families import family_of

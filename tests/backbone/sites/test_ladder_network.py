@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import HIDDEN
+from support.models.tiny import HIDDEN
 from torch import Tensor, nn
 
 from isthmus.backbone.sites.ladder_network import LadderSide, SideLayer, side_width, tap_projection

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.tiny import HIDDEN
+from support.models.tiny import HIDDEN
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import HIDDEN, N_LAYERS
+from support.models.tiny import HIDDEN, N_LAYERS
 from torch import nn
 
 from isthmus.backbone.sites.low_rank import add_low_rank

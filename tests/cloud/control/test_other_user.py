@@ -16,8 +16,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.clouds import Home
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli import cloud_commands

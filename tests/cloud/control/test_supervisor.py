@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.clouds import Home, served
-from support.packages import tiny_package
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, served
+from support.cloud.packages import tiny_package
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan

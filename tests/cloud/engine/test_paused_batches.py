@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_checkpoint
+from support.models.tiny import CONFIGS, tiny_checkpoint
 from support.wire import TENANT
 from torch import Tensor
 

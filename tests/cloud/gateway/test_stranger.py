@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.clouds import Home, ThreadServer
-from support.sessions import eventually, hidden
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import eventually, hidden
 from typer.testing import CliRunner
 
 from isthmus.cli.cloud_commands import app
@@ -235,8 +235,8 @@ def test_the_bounds_are_options_of_serve(monkeypatch: pytest.MonkeyPatch) -> Non
 SERVER = """
 import sys
 from pathlib import Path
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 folder = Path(sys.argv[1])
 with ThreadServer(served(tiny_checkpoint("llama", folder / "model"), folder / "parts"), Home(folder)) as server:
     print(server.port, flush=True)

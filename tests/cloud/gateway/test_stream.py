@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer
-from support.sessions import channel, eventually, hidden
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel, eventually, hidden
 from support.wire import SMALL, new_pair
 
 from isthmus.cloud.bounds import Allowance, Bounds

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import served
-from support.memory import MemoryCloud, MemoryTransport, messages
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN, TENANT
 
 from isthmus.backbone.runtime import site_host

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT, unchecked
 from torch import Tensor
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass

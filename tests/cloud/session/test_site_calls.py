@@ -9,8 +9,8 @@ from itertools import count
 
 import pytest
 import torch
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 from torch import Tensor, nn
 

@@ -14,9 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import served, with_info
-from support.memory import CUT, FAULTS, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages, truncate
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served, with_info
+from support.cloud.memory_cloud import (
+    CUT,
+    FAULTS,
+    Fault,
+    FaultyTransport,
+    MemoryCloud,
+    MemoryTransport,
+    flip,
+    messages,
+    truncate,
+)
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import default_cache

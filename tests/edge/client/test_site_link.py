@@ -15,9 +15,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.clouds import served
-from support.memory import CUT, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages
-from support.tiny import HIDDEN, VOCAB, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import CUT, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages
+from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint
 from support.wire import EDGE, PIN
 from torch import Tensor
 from transformers import AutoModelForCausalLM

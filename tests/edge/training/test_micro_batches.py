@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
+from support.cloud.train_runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site

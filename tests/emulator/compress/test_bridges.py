@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, HIDDEN
+from support.models.tiny import CONFIGS, HIDDEN
 from torch import Tensor
 
 from isthmus.common.errors import CheckpointError, NonFiniteError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, N_LAYERS, VOCAB
+from support.models.tiny import CONFIGS, N_LAYERS, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

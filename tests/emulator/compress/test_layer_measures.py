@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import HIDDEN
+from support.models.tiny import HIDDEN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

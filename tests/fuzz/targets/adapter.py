@@ -14,7 +14,7 @@ from unittest.mock import patch
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.adapter_settings import KINDS, settings
 from fuzz.targets.adapter_tensors import _content
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_INFO

@@ -11,7 +11,7 @@ from typing import Any
 
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.edge_parts import _merged
-from support.tiny import tiny_checkpoint, tiny_config
+from support.models.tiny import tiny_checkpoint, tiny_config
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import read_json

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fuzz.target import Cursor, Target, block
-from support.examples import MESSAGES
+from support.example_messages import MESSAGES
 
 from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol import encoding, messages as m, site_encoding, validation
