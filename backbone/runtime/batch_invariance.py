@@ -1,9 +1,9 @@
-"""From how many token positions on the bits of a call do not depend on what shares its pass: batch invariance.
+"""Batch invariance: from how many token positions on a call's bits do not depend on what else is in its batch.
 
 A product of matrices adds up each of its rows by itself, but in which order depends on the library, the processor, the
 shapes, the number of rows and that of threads (He et al. 2025, "Defeating nondeterminism in LLM inference"). From some
-number of rows on, it often does not: MKL's products in fp32, for one, are such from a few rows on, while those that
-oneDNN makes in bf16 with AMX are hardly ever. No library promises it, so it is measured, with the span's own linears.
+number of rows on, the order is often the same: MKL's products in fp32 reach this after a few rows, oneDNN's in bf16
+with AMX hardly ever. No library promises it, so it is measured, with the span's own linears.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ ROWS = 1031
 
 @dataclass(frozen=True, slots=True)
 class BatchInvariance:
-    """What was measured, of outputs and of gradients to inputs.
+    """From how many rows on outputs and input gradients keep their bits.
 
     Attributes:
-        rows: From so many rows on, a product has the bits of the same rows among others; None where that is not so.
-        threads: From so many rows on, it also has them with all of torch's threads; None where that is not so.
+        rows: From so many rows on, a product has the same bits among other rows; None where no number of rows suffices.
+        threads: From so many rows on, it has them with all of torch's threads too; None as above.
     """
 
     rows: int | None
@@ -40,7 +40,7 @@ class BatchInvariance:
 
     @property
     def all_threads_from(self) -> float:
-        """Rows from which on all of torch's threads may be taken; any where there are no bits to keep anyway."""
+        """From so many rows on, all of torch's threads may compute; 0 where bits differ between batches anyway."""
         if self.rows is None:
             return 0
         return math.inf if self.threads is None else self.threads

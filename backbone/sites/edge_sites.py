@@ -1,4 +1,4 @@
-"""Sites: the linears and layers of the cloud that carry an adapter of the edge, as the edge sees them."""
+"""Sites on the edge: the linears and layers of the cloud that carry an adapter of the edge, with these adapters."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Site:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """What is trained here."""
+        """The parameters that are trained here."""
         if self.spec.placement == Placement.LEASED_FROZEN:
             return ()
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Numbers of a token that the site is given, and that it adds."""
+        """Widths of the site's input and of its contribution: numbers for a token position."""
         if isinstance(self.module, Bottleneck):
             return self.module.down.in_features, self.module.down.in_features
         if isinstance(self.module, LowRankSite):
@@ -63,16 +63,6 @@ class Site:
     def device(self) -> torch.device:
         """Where the contribution is computed."""
         return next(self.module.parameters()).device
-
-    @property
-    def n_in(self) -> int | None:
-        """Width of what the contribution is computed of; None where the module does not say."""
-        if isinstance(self.module, Bottleneck):
-            return self.module.down.in_features
-        if isinstance(self.module, LowRankSite):
-            return self.module.rank
-        width = getattr(self.module, "in_features", None)  # PEFT's layers have it, as linears do
-        return width if isinstance(width, int) else None
 
     def contribution(self, x: Tensor) -> Tensor:
         """What is added to the output of the linear whose input is `x` `[B, S, in]`: `[B, S, out]`.

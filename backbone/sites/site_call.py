@@ -138,10 +138,9 @@ class SiteCall:
         if x is None:
             raise PlanError(f"site {number} was asked for its contribution again and never gave one")
         site = self._site(number)
-        if x.shape[-1] != (site.n_in or x.shape[-1]):
-            raise PlanError(
-                f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {site.n_in} wide"
-            )
+        n_in, _ = site.widths
+        if x.shape[-1] != n_in:
+            raise PlanError(f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {n_in} wide")
         leaf = x.detach().to(site.device).requires_grad_(self._keep)
         with torch.set_grad_enabled(self._keep):
             contribution = site.contribution(leaf)

@@ -250,10 +250,12 @@ def test_a_bottleneck_behind_a_layer_of_the_cloud(pairs: Pairs) -> None:
 
 
 def test_a_site_answers_once_however_often_it_is_asked() -> None:
-    layer = torch.nn.Linear(4, 3)
-    call = SiteCall(
-        [Site("model.layers.0.q", SiteSpec(0, "q"), torch.nn.Sequential(torch.nn.Dropout(0.5), layer))], keep=True
-    )
+    class Dropping(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.nn.functional.dropout(x, 0.5))
+
+    layer = Dropping(4, 3)
+    call = SiteCall([Site("model.layers.0.q", SiteSpec(0, "q"), layer)], keep=True)
     x = torch.randn(1, 6, 4)
     first = call.forward([0], [x])[0]
     assert torch.equal(call.forward([0], None)[0], first)
