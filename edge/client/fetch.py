@@ -45,9 +45,8 @@ from isthmus.edge.client.offers import (
 )
 from isthmus.emulator.compress.recipe import EMULATOR_FILE
 from isthmus.emulator.package.build import check_free
-from isthmus.emulator.package.intake import most_adapter_bytes
+from isthmus.emulator.package.intake import check_adapter, most_adapter_bytes
 from isthmus.emulator.package.package import Package, open_package
-from isthmus.emulator.package.plug_in import check_adapter
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 
