@@ -14,12 +14,11 @@ from torch import Tensor
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_modules import sites_active
 from isthmus.backbone.runtime.sited_pass import SitedPass
-from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.ladder import add_ladder
 from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.low_rank import add_low_rank
 from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.backbone.sites.site_spec import Placement, SiteSpec
+from isthmus.backbone.sites.site_spec import Placement
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import UnsupportedCallError
@@ -247,23 +246,6 @@ def test_a_bottleneck_behind_a_layer_of_the_cloud(pairs: Pairs) -> None:
         runs.append(steps(each, batch("left_padded")))
     assert_same(*runs)
     assert link.asked
-
-
-def test_a_site_answers_once_however_often_it_is_asked() -> None:
-    class Dropping(torch.nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(torch.nn.functional.dropout(x, 0.5))
-
-    layer = Dropping(4, 3)
-    call = SiteCall([Site("model.layers.0.q", SiteSpec(0, "q"), layer)], keep=True)
-    x = torch.randn(1, 6, 4)
-    first = call.forward([0], [x])[0]
-    assert torch.equal(call.forward([0], None)[0], first)
-    gradient = torch.randn(1, 6, 3)
-    answers = [call.backward([0], [gradient], wanted=True)[0] for _ in range(2)]
-    assert torch.equal(answers[0], answers[1])
-    alone = torch.autograd.grad(layer(torch.zeros(1, 6, 4)), layer.bias, gradient)[0]
-    assert torch.equal(call.gradients()[1], alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
