@@ -88,7 +88,7 @@ def _seeds() -> Iterator[bytes]:
             places = intake._peft_places(copy.deepcopy(_model()), told, PLAN)
         yield b"\0" + block(json.dumps(told).encode()) + block(b"") + _tensors(places)
     for own in ({"method": "bitfit", "layers": [0]}, {"method": "bottleneck", "layers": [0, 5], "width": 2}):
-        places = intake._own_places(copy.deepcopy(_model()), own, PLAN)
+        places = intake._custom_places(copy.deepcopy(_model()), own, PLAN)
         yield b"\1" + block(json.dumps(own | NAMED).encode()) + block(b"") + _tensors(places)
     for own in ({"method": "bitfit", "layers": [2]}, {"method": "?", "layers": [0]}):
         yield b"\1" + block(json.dumps(own | NAMED).encode()) + block(b"")
