@@ -28,7 +28,7 @@ class Family:
         projections: Names of further modules around the layers that may be None (OPT's `project_in` and `project_out`).
         count: Name of the number of decoder layers in `config.json`.
         attentions: Attention implementations that the architecture computes exactly; the first is what both sides use
-            unless told otherwise.
+            unless the caller names another.
     """
 
     name: str

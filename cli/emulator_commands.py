@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.interrupt import interruptible
+from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 
 if TYPE_CHECKING:
@@ -221,8 +221,9 @@ def plug(
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.backbone.split.span import load_span
     from isthmus.common.errors import ConfigError
+    from isthmus.emulator.package.intake import check_adapter
     from isthmus.emulator.package.package import open_package
-    from isthmus.emulator.package.plug_in import check_adapter, export_plugged, plug_in
+    from isthmus.emulator.package.plug_in import export_plugged, plug_in
     from isthmus.emulator.package.verification import check_package_fits
 
     if out.exists() or out.is_symlink():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.interrupt import interruptible
+from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.flags import ConfigFile, run_to_its_end, with_flags
 from isthmus.edge.config.training_config import DEFAULT_KEY, TrainConfig, TuneConfig, load_config
 

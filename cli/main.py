@@ -21,8 +21,8 @@ from isthmus.cli.emulator_commands import app as emulator
 from isthmus.cli.emulator_edge_commands import app as tuning
 from isthmus.cli.emulator_research_commands import app as scores
 from isthmus.cli.plan_command import plan
-from isthmus.common.ending import run_to_end
 from isthmus.common.errors import DiskError, IsthmusError
+from isthmus.common.shutdown import run_to_end
 from isthmus.common.terminal import guard_messages, printable
 
 INTERNAL = 1

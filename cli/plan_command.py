@@ -74,7 +74,7 @@ def plan(
     """
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.backbone.plan import SplitPlan
-    from isthmus.edge.codecs.wire_codecs import StripCodecs
+    from isthmus.edge.codecs.wire_codecs import WireCodecs
     from isthmus.planner.cost_model import PlanSettings, predict
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
@@ -92,7 +92,7 @@ def plan(
         SplitPlan.parse(edge_layers, facts.n_layers),
         batch,
         seq,
-        StripCodecs.parse(codec),
+        WireCodecs.parse(codec),
         rank=rank,
         live_share=live_share,
         taps=taps,

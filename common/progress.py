@@ -16,7 +16,7 @@ _LINES = 20  # of a whole run, where nobody looks at a terminal
 
 @contextmanager
 def bar(console: Console | None, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar while the block runs, on a terminal; the block calls what it gets once for each of `total` pieces."""
+    """Show a bar on a terminal while the block runs, which calls the yielded function after each of `total` items."""
     shown = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from isthmus.common.cores import usable_cores
+from isthmus.common.machine import usable_cores
 
 
 def use_threads(number: int | None) -> None:

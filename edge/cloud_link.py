@@ -14,7 +14,7 @@ from isthmus.common.errors import ConfigError, OverQuotaError, UnsupportedCallEr
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.codecs.auto_codec import AutoCodec
-from isthmus.edge.codecs.wire_codecs import StripCodecs, auto_target, is_auto
+from isthmus.edge.codecs.wire_codecs import WireCodecs, auto_target, is_auto
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.process_setup import no_core_files
@@ -178,7 +178,7 @@ def cache_of(link: Link, config: TrainConfig, model: Any) -> Iterator[CachedSpan
             f"are adapted, so the split, here {info.plan}, must leave the first ones to the cloud (0:N); method prompt "
             "does not work at all"
         ) from None
-    codecs = StripCodecs.parse(config.codec)
+    codecs = WireCodecs.parse(config.codec)
     identity = SpanIdentity(
         info.digest, info.plan, info.span_dtype, info.attn_implementation, codecs.forward_up, codecs.forward_down
     )

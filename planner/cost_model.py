@@ -20,7 +20,7 @@ from functools import cached_property
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import ModelFacts
 from isthmus.planner.speed_profile import ITEM_BYTES, SpeedProfile
@@ -56,7 +56,7 @@ class PlanSettings:
     plan: SplitPlan
     batch: int
     length: int
-    codecs: StripCodecs
+    codecs: WireCodecs
     rank: int = 8
     live_share: float = 0.15
     taps: int = 8

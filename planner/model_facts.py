@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.families import family_of
 from isthmus.backbone.runtime.site_host import linear_groups
-from isthmus.backbone.sites.ladder import LadderSide
+from isthmus.backbone.sites.ladder_network import LadderSide
 from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.split.span import empty_layers
 from isthmus.edge.config.training_config import TuningConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from isthmus.backbone.sites.ladder import LadderSide
+from isthmus.backbone.sites.ladder_network import LadderSide
 from isthmus.backbone.split.span import DTYPES, empty_layers, run_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import torch_threads

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol.encoding import ALIGNMENT, pack
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.messages import (
@@ -80,7 +80,7 @@ class Wire:
     batch: int
     length: int
     hidden: int
-    codecs: StripCodecs
+    codecs: WireCodecs
 
     def forward(self, *, taps: Sequence[int] = ()) -> Traffic:
         """The span's forward: hidden states and mask up, hidden states down, and `taps` (widths) beside them."""

@@ -25,7 +25,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint, default_cache, resolve
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, resolve
 from isthmus.common.errors import IsthmusError
 
 ROOT = Path(__file__).parents[1]

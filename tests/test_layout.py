@@ -53,3 +53,9 @@ def test_tests_lie_in_folders_like_those_of_the_source() -> None:
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     strays = {str(folder) for folder in folders if folder.parts and folder.parts[0] not in own} - set(FOLDERS.values())
     assert strays == set()
+
+
+def test_no_folder_of_the_tests_support_is_crowded() -> None:
+    support = ROOT / "tests" / "support"
+    folders = [support, *(path for path in support.rglob("*") if path.is_dir() and path.name != "__pycache__")]
+    assert {folder.name: n for folder in folders if (n := len(_modules(folder))) > MOST} == {}

@@ -11,7 +11,7 @@ import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
-from support.lock import ROOT, Proof, script
+from support.lock_project import ROOT, Proof, script
 
 lockfile = script("lockfile")
 audit = script("audit")

@@ -4,4 +4,4 @@ It may import `isthmus.backbone.split` and what that may import.
 """
 
 from isthmus.backbone.adapters.adapter_files import load_adapter as load_adapter, save_adapter as save_adapter
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks as add_bottlenecks
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks as add_bottlenecks

@@ -1,6 +1,6 @@
 """Adapters on disk: what training leaves in a folder, and how it gets into a model, split or whole.
 
-A folder is one of three kinds, told apart by the file that describes it:
+A folder is one of three kinds. The file that describes it says which:
 
     adapter_config.json     a standard PEFT folder; weights in adapter_model.safetensors
     isthmus_adapter.json    bottleneck adapters or tuned biases, which PEFT has not; weights under the same name
@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from isthmus.backbone.adapters.own_adapters import (
+from isthmus.backbone.adapters.custom_adapters import (
     ADAPTER_WEIGHTS,
-    OWN_INFO,
+    CUSTOM_INFO,
     check_names,
-    decoder_layers,
-    load_own,
-    read_own,
+    load_custom,
+    read_custom,
     require_files,
-    save_own,
+    save_custom,
 )
+from isthmus.backbone.adapters.layer_adapters import decoder_layers
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader, read_json, write_json
 from isthmus.backbone.split.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
 from isthmus.common.errors import CheckpointError
@@ -79,7 +79,7 @@ def save_adapter(model: Any, folder: Path, *, record: Mapping[str, Any] | None =
         if _is_peft(model):
             _save_peft(model, temporary)
         elif hasattr(model, "isthmus_adapter"):
-            save_own(model, temporary, digest=_digest_of(model))
+            save_custom(model, temporary, digest=_digest_of(model))
         else:
             model.save_pretrained(str(temporary))
         if record is not None:
@@ -172,8 +172,8 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False, digest: s
         if trainable:
             unfreeze_layers(model, _layers_in(model, folder))
         return model
-    if (folder / OWN_INFO).is_file():
-        return load_own(model, folder, trainable=trainable)
+    if (folder / CUSTOM_INFO).is_file():
+        return load_custom(model, folder, trainable=trainable)
     return _load_peft(model, folder, trainable=trainable)
 
 
@@ -185,8 +185,8 @@ def adapter_method(folder: Path) -> str:
     """
     if (folder / EDGE_WEIGHTS_INFO).is_file():
         return "full"
-    if (folder / OWN_INFO).is_file():
-        return read_own(folder).method
+    if (folder / CUSTOM_INFO).is_file():
+        return read_custom(folder).method
     require_files(folder, PEFT_INFO)
     settings = read_json(folder / PEFT_INFO)
     kind = str(settings.get("peft_type"))
@@ -229,7 +229,7 @@ def without_known_warnings() -> Iterator[None]:
 def _check_same_model(model: Any, folder: Path, digest: str | None) -> None:
     """Names and shapes fit any model of the architecture, so an adapter is also held to the model it was made on."""
     ours = digest or _digest_of(model)
-    for name in (EDGE_WEIGHTS_INFO, OWN_INFO, TUNING_INFO):
+    for name in (EDGE_WEIGHTS_INFO, CUSTOM_INFO, TUNING_INFO):
         theirs = str(read_json(folder / name).get("digest", "")) if (folder / name).is_file() else ""
         if ours and theirs and theirs != ours:
             raise CheckpointError(

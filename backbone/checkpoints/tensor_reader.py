@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 EDGE_FILE = "edge.safetensors"
+ORIGIN_FILE = "isthmus_origin.json"
+"""Where a model came from that was downloaded or converted."""
 SPAN_FILE = "span.safetensors"
 WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -210,6 +210,11 @@ def weight_of(linear: Any) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+def features_of(linear: Any) -> tuple[int, int]:
+    """Widths of a linear's input and output."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, each piece of memory once."""
     storages = (tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()))

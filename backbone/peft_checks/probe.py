@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
 from isthmus.backbone.skeleton import ALLOWED, SkeletonLinear
 from isthmus.common.errors import UnsupportedCallError
@@ -72,7 +73,7 @@ def adds_to_its_linear(wrapper: nn.Module, adapter: str) -> bool:
         for parameter in tried.parameters():
             parameter.normal_()
         real = _real_linear(tried.base_layer)
-        x = torch.randn(_ROWS, _in_features(real), dtype=torch.float64)
+        x = torch.randn(_ROWS, features_of(real)[0], dtype=torch.float64)
         tried.base_layer = real
         with_weight: Tensor = tried(x) - real(x)
         real.weight.zero_()
@@ -98,7 +99,3 @@ def _real_linear(skeleton: Any) -> Any:
         parameter.zero_()
     linear.weight.normal_()
     return linear
-
-
-def _in_features(linear: Any) -> int:
-    return int(linear.nx if isinstance(linear, Conv1D) else linear.in_features)

@@ -1,9 +1,9 @@
-"""From how many token positions on the bits of a call do not depend on what shares its pass: batch invariance.
+"""Batch invariance: from how many token positions on a call's bits do not depend on what else is in its batch.
 
 A product of matrices adds up each of its rows by itself, but in which order depends on the library, the processor, the
 shapes, the number of rows and that of threads (He et al. 2025, "Defeating nondeterminism in LLM inference"). From some
-number of rows on, it often does not: MKL's products in fp32, for one, are such from a few rows on, while those that
-oneDNN makes in bf16 with AMX are hardly ever. No library promises it, so it is measured, with the span's own linears.
+number of rows on, the order is often the same: MKL's products in fp32 reach this after a few rows, oneDNN's in bf16
+with AMX hardly ever. No library promises it, so it is measured, with the span's own linears.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.split.span import FrozenSpan
 from isthmus.common.torch_threads import torch_threads
 
@@ -27,11 +28,11 @@ ROWS = 1031
 
 @dataclass(frozen=True, slots=True)
 class BatchInvariance:
-    """What was measured, of outputs and of gradients to inputs.
+    """From how many rows on outputs and input gradients keep their bits.
 
     Attributes:
-        rows: From so many rows on, a product has the bits of the same rows among others; None where that is not so.
-        threads: From so many rows on, it also has them with all of torch's threads; None where that is not so.
+        rows: From so many rows on, a product has the same bits among other rows; None where no number of rows suffices.
+        threads: From so many rows on, it has them with all of torch's threads too; None as above.
     """
 
     rows: int | None
@@ -39,7 +40,7 @@ class BatchInvariance:
 
     @property
     def all_threads_from(self) -> float:
-        """Rows from which on all of torch's threads may be taken; any where there are no bits to keep anyway."""
+        """From so many rows on, all of torch's threads may compute; 0 where bits differ between batches anyway."""
         if self.rows is None:
             return 0
         return math.inf if self.threads is None else self.threads
@@ -105,6 +106,4 @@ def _smallest(agree: Callable[[int], bool]) -> int | None:
 
 def _shape(linear: nn.Linear | Conv1D) -> tuple[type, int, int]:
     """Kind, and widths of input and output."""
-    if isinstance(linear, Conv1D):  # GPT-2's kind of linear
-        return type(linear), linear.nx, linear.nf
-    return type(linear), linear.in_features, linear.out_features
+    return type(linear), *features_of(linear)

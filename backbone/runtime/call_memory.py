@@ -1,16 +1,16 @@
-"""How much memory a call of a span takes while it is computed, before it is computed.
+"""An estimate of the memory that a call of a span takes while it is computed.
 
-By shapes, for each kind of tensor that a decoder layer makes (Korthikanti et al. 2022, arXiv 2205.05198, count the same
-for another layer): what the graph keeps of each token position and layer, what one layer has in memory at a time, and
-what attention makes for each pair of positions.
+It follows from the shapes of the tensors that a decoder layer makes (Korthikanti et al. 2022, arXiv 2205.05198, count
+them for another layer): those that the graph keeps for each token position and layer, those that one layer has in
+memory at a time, and those that attention makes for each pair of positions.
 
     sdpa    nothing, where it has no mask; with one, a byte for the mask, and in each layer the mask again as numbers of
             the span's dtype, which the graph keeps
     eager   a score for each head, several times: the graph keeps what the softmax gives, in fp32
 
 A mask is made where the edge sends one, where position ids may start anew (packed sequences), and in layers with a
-window that the sequence fills. It is an estimate: the tests hold it between what torch's profiler says that is
-allocated and twice that.
+window that the sequence fills. The tests check that the estimate lies between the allocation that torch's
+profiler reports and twice that.
 """
 
 from __future__ import annotations

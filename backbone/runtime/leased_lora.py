@@ -1,4 +1,4 @@
-"""LoRAs that edges have lent: what they add at a linear, and their gradients, for those of several calls at once."""
+"""The LoRAs that edges have leased to the cloud: what those of several calls add at a linear, and their gradients."""
 
 from __future__ import annotations
 
@@ -7,58 +7,45 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.kernels.grouped import grouped_low_rank
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LeasedWeights:
-    """A LoRA that was lent: `scale · B A x`, with `A` `[r, in]` and `B` `[out, r]` leaves of the graph."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The contribution `[B, S, out]`, in PEFT's order of operations."""
-        return functional.linear(functional.linear(x, self.down), self.up) * self.scale
-
-
 @dataclass(frozen=True, slots=True)
-class LoanGradients:
-    """The gradients of a LoRA's input `[N, in]`, of its `A` and of its `B`; None of what is not trained."""
+class LoraGradients:
+    """The gradients of a LoRA's input `[N, in]`, of its `A` and of its `B`; None for a matrix that is not trained."""
 
     x: Tensor
     down: Tensor | None
     up: Tensor | None
 
 
-def contributions(loans: Sequence[LeasedWeights], rows: Sequence[Tensor]) -> list[Tensor]:
-    """What each LoRA adds, `[N, out]`, for rows `[N, in]` of its own. Has no graph, and holds no memory of another."""
+def contributions(loras: Sequence[LeasedWeights], rows: Sequence[Tensor]) -> list[Tensor]:
+    """What each LoRA adds, `[N, out]`, to its own rows `[N, in]`, without a graph; no result shares memory."""
     sizes = [len(each) for each in rows]
     with torch.no_grad():
-        found = _product(torch.cat(list(rows)), sizes, loans)
+        found = _product(torch.cat(list(rows)), sizes, loras)
     return [part.clone() for part in torch.split(found, sizes)]
 
 
-def loan_gradients(
-    loans: Sequence[LeasedWeights], rows: Sequence[Tensor], upstream: Sequence[Tensor]
-) -> list[LoanGradients]:
-    """What the gradients `[N, out]` of contributions give their rows and their LoRAs.
+def lora_gradients(
+    loras: Sequence[LeasedWeights], rows: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> list[LoraGradients]:
+    """The gradients of each LoRA and of its rows `[N, in]`, of those of its contribution `upstream` `[N, out]`.
 
-    What lies between `A` and `B` is computed again, which is little beside the linear itself.
+    `A x` is computed again, which costs little beside the linear itself.
     """
     sizes = [len(each) for each in rows]
     with torch.enable_grad():
         x = torch.cat([each.detach() for each in rows]).requires_grad_()
-        leaves = [LeasedWeights(_leaf(loan.down), _leaf(loan.up), loan.scale) for loan in loans]
+        leaves = [LeasedWeights(_leaf(lora.down), _leaf(lora.up), lora.scale) for lora in loras]
         trained = [each for leaf in leaves for each in (leaf.down, leaf.up) if each.requires_grad]
-        given, *found = torch.autograd.grad(_product(x, sizes, leaves), [x, *trained], torch.cat(list(upstream)))
-    own = {id(leaf): gradient for leaf, gradient in zip(trained, found, strict=True)}
-    parts = torch.split(given, sizes)
+        of_rows, *found = torch.autograd.grad(_product(x, sizes, leaves), [x, *trained], torch.cat(list(upstream)))
+    of_matrix = {id(matrix): gradient for matrix, gradient in zip(trained, found, strict=True)}
+    parts = torch.split(of_rows, sizes)
     return [
-        LoanGradients(part.clone(), own.get(id(leaf.down)), own.get(id(leaf.up)))
+        LoraGradients(part.clone(), of_matrix.get(id(leaf.down)), of_matrix.get(id(leaf.up)))
         for part, leaf in zip(parts, leaves, strict=True)
     ]
 
@@ -67,6 +54,6 @@ def _leaf(matrix: Tensor) -> Tensor:
     return matrix.detach().requires_grad_(matrix.requires_grad)
 
 
-def _product(x: Tensor, sizes: Sequence[int], loans: Sequence[LeasedWeights]) -> Tensor:
-    scales = [loan.scale for loan in loans]
-    return grouped_low_rank(x, sizes, [loan.down for loan in loans], [loan.up for loan in loans], scales)
+def _product(x: Tensor, sizes: Sequence[int], loras: Sequence[LeasedWeights]) -> Tensor:
+    scales = [lora.scale for lora in loras]
+    return grouped_low_rank(x, sizes, [lora.down for lora in loras], [lora.up for lora in loras], scales)

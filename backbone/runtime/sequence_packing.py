@@ -1,9 +1,9 @@
 """Several inputs of one span in one pass, whatever their lengths.
 
-All that a decoder layer does besides attention it does to each token position for itself, so the positions of all
-inputs stand in one row, and the weights are read once for them; attention alone looks at each input by itself. This is
-the selective batching of Orca (Yu et al. 2022, OSDI). Nothing is padded, and each input keeps its own mask and
-positions: transformers' base model makes the layers' arguments of them, one input at a time.
+A decoder layer treats each token position by itself, except in attention. So the positions of all inputs form one row
+and the weights are read once for all of them, while attention runs once for each input. This is the selective batching
+of Orca (Yu et al. 2022, OSDI). Nothing is padded, and each input keeps its own mask and positions: transformers' base
+model makes the layers' arguments of them, one input at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Segment:
 
 
 class _Recorder(nn.Module):
-    """Stands in the place of a layer, and notes what it would be called with."""
+    """Takes the place of a layer and records the arguments that the layer would get."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Recorder(nn.Module):
             inspect.signature(each.__dict__["forward"]) for each in type(layer).__mro__ if "forward" in vars(each)
         )
         self._signature = next(each for each in signatures if "hidden_states" in each.parameters)
-        self.noted: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,11 +61,11 @@ class _Recorder(nn.Module):
             return getattr(self._layer[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Note, and hand on the hidden states."""
-        noted = self._signature.bind(self, *args, **kwargs).arguments
-        del noted["self"]
-        self.noted = {**noted.pop("kwargs", {}), **noted}
-        return noted["hidden_states"]
+        """Record the arguments, and return the hidden states unchanged."""
+        recorded = self._signature.bind(self, *args, **kwargs).arguments
+        del recorded["self"]
+        self.recorded = {**recorded.pop("kwargs", {}), **recorded}
+        return recorded["hidden_states"]
 
 
 class Packer:
@@ -93,25 +93,25 @@ class Packer:
         Outputs and gradients have the bits of a pass of each input by itself, where products of matrices add up a row
         in the same order whatever the number of rows: see `batch_invariance.py`.
         """
-        noted = [self._arguments(each) for each in inputs]
-        hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in noted])[None]
+        recorded = [self._arguments(each) for each in inputs]
+        hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in recorded])[None]
         memo: dict[tuple[int, ...], Any] = {}
         shapes = [each.hidden.shape[:2] for each in inputs]
         for number, layer in enumerate(self._layers):
-            output = layer(hidden, **_merged([each[number] for each in noted], shapes, memo))
+            output = layer(hidden, **_merged([each[number] for each in recorded], shapes, memo))
             hidden = output[0] if isinstance(output, tuple) else output
         parts = torch.split(hidden[0], [batch * length for batch, length in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def _arguments(self, each: SpanInput) -> list[dict[str, Any]]:
-        """What the base model would call each layer with for an input."""
+        """The arguments that the base model would give each layer for an input."""
         with self._turn:
             try:
                 run_layers(self._recording, each.hidden, each.attention_mask, each.position_ids)
-                return [recorder.noted for recorder in self._recorders]
+                return [recorder.recorded for recorder in self._recorders]
             finally:
                 for recorder in self._recorders:
-                    recorder.noted = {}
+                    recorder.recorded = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +122,22 @@ class _Segments:
 
 
 def _merged(
-    noted: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any]
+    recorded: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any]
 ) -> dict[str, Any]:
     """One layer's arguments for all inputs; layers that share theirs share what is made of them."""
     result = {}
-    for name in noted[0]:
+    for name in recorded[0]:
         if name == "hidden_states":
             continue
-        values = [each[name] for each in noted]
+        values = [each[name] for each in recorded]
         key = (len(name), *map(id, values))
         if key not in memo:
-            memo[key] = _together(name, values, shapes)
+            memo[key] = _merged_argument(name, values, shapes)
         result[name] = memo[key]
     return result
 
 
-def _together(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> Any:
+def _merged_argument(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> Any:
     if name == "attention_mask":
         each = [_Segment(shape[0], shape[1], mask) for shape, mask in zip(shapes, values, strict=True)]
         return _Segments(list(_joined(each)))
@@ -145,7 +145,7 @@ def _together(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) ->
     if isinstance(first, Tensor):
         return torch.cat([_row(value, shape) for value, shape in zip(values, shapes, strict=True)])[None]
     if isinstance(first, tuple):
-        return tuple(_together(name, part, shapes) for part in zip(*values, strict=True))
+        return tuple(_merged_argument(name, part, shapes) for part in zip(*values, strict=True))
     if any(isinstance(value, Tensor) or value != first for value in values):
         raise ValueError(f"the layers' argument {name} differs between inputs, so they cannot share a pass")
     return first
@@ -157,7 +157,7 @@ def _row(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
-    """Neighbours of one length without masks attend in one call."""
+    """Merge neighbours of one length without masks: they attend in one call."""
     for (length, masked), run in groupby(segments, key=lambda each: (each.length, each.mask is not None)):
         if masked:
             yield from run

@@ -1,8 +1,7 @@
-"""Sites as the cloud sees them: a frozen span that finds its modules for them.
+"""Sites on the cloud's side: a frozen span that knows its groups of linears and binds lists of sites to its modules.
 
 The linears of a layer that read the same input (q, k and v; gate and up) form a *group*. At a group with sites that run
-on the edge, the span turns to a *visitor*, once on the way forward and once on the way back (`site_visit.py`). How the
-visitor gets its answers, over a network for one, is its own business.
+on the edge, a pass asks for their answers once in the forward and once in the backward (`sited_pass.py`).
 """
 
 from __future__ import annotations
@@ -14,21 +13,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import Span
-from isthmus.backbone.runtime.shared_linears import Meetings
-from isthmus.backbone.runtime.site_visit import (
-    AskingLayer,
-    AskingLinear,
-    BoundSites,
-    Group,
-    SiteMatrices,
-    Spotter,
-    make_able,
-    visiting,
-)
-from isthmus.backbone.sites.ladder import tap_projection
-from isthmus.backbone.sites.low_rank import site_basis
+from isthmus.backbone.runtime.batched_products import ProductBatches
+from isthmus.backbone.runtime.sited_modules import InputRecorder, SitedLayer, SitedLinear, mix_in, sites_active
+from isthmus.backbone.runtime.sited_nodes import Group
+from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
+from isthmus.backbone.sites.ladder_network import tap_projection
+from isthmus.backbone.sites.low_rank_basis import site_basis
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.skeleton import named_linears
 from isthmus.backbone.split.span import FrozenSpan, empty_layers
@@ -38,13 +31,13 @@ _Place = tuple[int, str]
 
 
 class SiteHost:
-    """A frozen span with its linears and layers made able to ask.
+    """A frozen span whose linears and layers can take part in passes with sites.
 
     Args:
-        span: The span; its modules get classes of their own, which compute the same where nobody visits.
+        span: The span; its modules get classes of their own, which compute the same in a pass without sites.
 
     Attributes:
-        meetings: Where passes that run beside each other compute the linears' products.
+        product_batches: Computes the linears' products for several calls at once.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
@@ -59,11 +52,11 @@ class SiteHost:
             (index, name): linear for index, layer in self._layers.items() for name, linear in named_linears(layer)
         }
         for linear in self._linears.values():
-            make_able(linear, AskingLinear)
+            mix_in(linear, SitedLinear)
         for layer in self._layers.values():
-            make_able(layer, AskingLayer)
+            mix_in(layer, SitedLayer)
         self._groups = self._find_groups()
-        self.meetings = Meetings()
+        self.product_batches = ProductBatches()
 
     @property
     def groups(self) -> tuple[tuple[tuple[int, str], ...], ...]:
@@ -73,12 +66,12 @@ class SiteHost:
 
     @property
     def widest(self) -> int:
-        """Numbers for a token position that a group's tensors have at most, one way."""
+        """The most numbers for a token position that the tensors of one group have in one direction."""
         groups = [[self._features(*place) for place in group] for group in self.groups]
         return max(max(sum(n_in for n_in, _ in group), sum(n_out for _, n_out in group)) for group in groups)
 
     def widths(self, spec: SiteSpec) -> tuple[int, int]:
-        """Numbers for a token position that a site is asked about, and that it contributes.
+        """Widths of what a site's adapter is given, and of its contribution: numbers for a token position.
 
         Raises:
             PlanError: The span has no such module.
@@ -90,7 +83,7 @@ class SiteHost:
         return self._features(spec.layer, spec.part)
 
     def matrix_bytes(self, spec: SiteSpec) -> int:
-        """Bytes of what `matrices` makes for a site, by its shape.
+        """Bytes of the matrices that `matrices` makes for a site, computed from their shapes.
 
         Raises:
             PlanError: The span has no such module.
@@ -104,11 +97,11 @@ class SiteHost:
         return numbers * self.span.dtype.itemsize
 
     def known_matrices(self, spec: SiteSpec) -> SiteMatrices | None:
-        """The matrices of a site as long as anything holds those that were made for somebody."""
+        """The matrices of a site if they were made before and something still holds them."""
         return self._made.get(spec)
 
     def matrices(self, spec: SiteSpec) -> SiteMatrices | None:
-        """Make the matrices of a site that are the cloud's; None where there are none.
+        """Make the matrices that the cloud has for a site; None for a site without any.
 
         Raises:
             ConfigError: A rank or a width does not fit.
@@ -126,7 +119,7 @@ class SiteHost:
         return matrices
 
     def bind(self, specs: Sequence[SiteSpec], made: Mapping[SiteSpec, SiteMatrices] | None = None) -> BoundSites:
-        """Find the modules of sites, and make those matrices that are the cloud's and not `made` yet.
+        """Find the modules of sites, and make the matrices that are not among `made`.
 
         Raises:
             ConfigError: A rank or a width does not fit.
@@ -157,17 +150,17 @@ class SiteHost:
         return BoundSites(tuple(specs), groups, blocks, taps, matrices, self._pauses(specs))
 
     def _pauses(self, specs: Sequence[SiteSpec]) -> dict[int, int]:
-        """Where a pass pauses for each site that asks: before its group, or behind the last group of its layer."""
+        """Where a pass pauses for each site that asks: before its group, or behind the last group of its layer.
+
+        Group `n` has the place `2 n`, the end of its layer `2 n + 1`.
+        """
         at = {place: number for number, group in enumerate(self.groups) for place in group}
         last = {layer: number for (layer, _), number in at.items()}
         asking = ((site, spec) for site, spec in enumerate(specs) if spec.asks)
         return {site: 2 * at[spec.layer, spec.part] if spec.part else 2 * last[spec.layer] + 1 for site, spec in asking}
 
     def _features(self, layer: int, part: str) -> tuple[int, int]:
-        linear: Any = self._linear(layer, part)
-        if isinstance(linear, nn.Linear):
-            return linear.in_features, linear.out_features
-        return linear.nx, linear.nf
+        return features_of(self._linear(layer, part))
 
     def _layer(self, spec: SiteSpec) -> nn.Module:
         if spec.layer not in self._layers:
@@ -182,22 +175,22 @@ class SiteHost:
             )
         return self._linears[layer, part]
 
-    def _find_groups(self) -> list[tuple[AskingLinear, ...]]:
-        """Which linears read the same tensor: one pass over two positions tells."""
-        seen = Spotter()
+    def _find_groups(self) -> list[tuple[SitedLinear, ...]]:
+        """Which linears read the same tensor, recorded in one pass over two positions."""
+        recorder = InputRecorder()
         device = self.span.device
         hidden = torch.zeros(1, 2, self.span.hidden_size, dtype=self.span.dtype, device=device)
         # A mask of four dimensions is taken as it is; on the meta device none could be made from another.
         mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
-        with torch.no_grad(), visiting(seen):
+        with torch.no_grad(), sites_active(recorder):
             self.span(hidden, mask)
-        return [tuple(members) for _, members in seen.inputs]
+        return [tuple(members) for _, members in recorder.inputs]
 
 
 def linear_groups(config: Any) -> tuple[tuple[str, ...], ...]:
     """Which linears of a decoder layer read one input, by their names inside it, in running order.
 
-    Found out on the meta device: no weight is needed.
+    It is found out on the meta device, without weights.
 
     Args:
         config: Configuration of the whole model.

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a narrow residual block behind a module, the one kind of adapter here that PEFT does not have.
+"""Bottleneck adapters: a narrow residual block behind a module, which PEFT does not have.
 
 Houlsby et al. (2019, "Parameter-Efficient Transfer Learning for NLP") put two of them into every layer; Pfeiffer et al.
 (2021, "AdapterFusion") found one behind the layer enough, and that is what `attach_bottleneck` does. The block is a
@@ -69,7 +69,7 @@ def attach_bottleneck(module: nn.Module, bottleneck: Bottleneck) -> None:
     if placed is not None:
         bottleneck = bottleneck.to(placed.device)
     module.add_module(BOTTLENECK, bottleneck)
-    if not isinstance(module, SkeletonLayer):  # behind a layer of the cloud it is a site
+    if not isinstance(module, SkeletonLayer):  # behind a layer of the cloud the bottleneck is a site
         module.register_forward_hook(_pass_through)
 
 

@@ -1,4 +1,4 @@
-"""Sites: the linears and layers of the cloud that carry an adapter of the edge, as the edge sees them."""
+"""Sites on the edge: the linears and layers of the cloud that carry an adapter of the edge, with these adapters."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Site:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """What is trained here."""
-        if self.spec.placement == Placement.LENT:
+        """The parameters that are trained here."""
+        if self.spec.placement == Placement.LEASED_FROZEN:
             return ()
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Numbers of a token that the site is given, and that it adds."""
+        """Widths of the site's input and of its contribution: numbers for a token position."""
         if isinstance(self.module, Bottleneck):
             return self.module.down.in_features, self.module.down.in_features
         if isinstance(self.module, LowRankSite):
@@ -63,16 +63,6 @@ class Site:
     def device(self) -> torch.device:
         """Where the contribution is computed."""
         return next(self.module.parameters()).device
-
-    @property
-    def n_in(self) -> int | None:
-        """Width of what the contribution is computed of; None where the module does not say."""
-        if isinstance(self.module, Bottleneck):
-            return self.module.down.in_features
-        if isinstance(self.module, LowRankSite):
-            return self.module.rank
-        width = getattr(self.module, "in_features", None)  # PEFT's layers have it, as linears do
-        return width if isinstance(width, int) else None
 
     def contribution(self, x: Tensor) -> Tensor:
         """What is added to the output of the linear whose input is `x` `[B, S, in]`: `[B, S, out]`.
@@ -129,33 +119,3 @@ def _acts(module: Any) -> bool:
     if module.merged:
         raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
     return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))
-
-
-def leased(site: Site, *, trained: bool = True) -> Site:
-    """The same site, its weights lent to the cloud instead; unless it is `trained`, it has no gradients.
-
-    Raises:
-        UnsupportedCallError: Its adapter is not a plain LoRA, of which one acts and drops nothing out.
-    """
-    module: Any = site.module
-    active = [adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())]
-    if type(module).__module__ != "peft.tuners.lora.layer" or len(active) != 1:
-        raise UnsupportedCallError(
-            f"{site.name} cannot be leased: the cloud runs plain LoRA, one at a site; place it on the edge"
-        )
-    if any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.lora_dropout.values()):
-        raise UnsupportedCallError(
-            f"{site.name} cannot be leased with dropout, whose masks are drawn on the edge: give lora_dropout=0, or "
-            "place it on the edge"
-        )
-    if module.lora_A[active[0]].bias is not None or module.lora_B[active[0]].bias is not None:
-        raise UnsupportedCallError(f"{site.name} cannot be leased with lora_bias=True: leave the bias out")
-    placement = Placement.LEASED if trained else Placement.LENT
-    return Site(site.name, SiteSpec(site.spec.layer, site.spec.part, placement), module)
-
-
-def lent_weights(site: Site) -> tuple[nn.Parameter, nn.Parameter, float]:
-    """`A` `[r, in]`, `B` `[out, r]` and the scale of a leased site."""
-    module: Any = site.module
-    (adapter,) = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    return module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])

@@ -5,21 +5,11 @@ PrivateLoRA (Wang et al. 2023, arXiv 2311.14030) puts `y = W x + scale * B M A x
 answers `u = scale * M z`, and the cloud adds `B u`. Backward, `B^T g` comes down, and the gradient of `z` goes up. `M`
 starts at zero, so the model starts as it was pretrained; its gradient is not zero then, as neither `A` nor `B` is.
 
-Where `A` and `B` come from is the user's choice:
-
-    seeded  random numbers that both sides derive from a seed and the site's name. They say nothing of `W`, and the edge
-            can export the adapter by itself. Directions are arbitrary, so it may take a larger rank for the same loss.
-    svd     from the truncated SVD of `W`, as in LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): the directions that
-            `W` uses most. The cloud computes them. The edge needs them for an export only, and whoever has them has
-            `B A`, the best approximation of `W` of rank `r`: the cloud decides whether to hand them out.
-
-Seeded ones keep the size of the numbers, while `B` from an SVD carries the singular values: a learning rate that suits
-one need not suit the other.
+`isthmus.backbone.sites.low_rank_basis` says where `A` and `B` come from.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -27,119 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.backbone.checkpoints.weight_quantization import weight_of
+from isthmus.backbone.checkpoints.weight_quantization import features_of
+from isthmus.backbone.sites.low_rank_basis import INITS, BasisMatrices, check_rank, site_basis
 from isthmus.common.errors import CheckpointError, ConfigError
-from isthmus.common.files import new_folder
 
 LOW_RANK = "low_rank"
 """The name of a `LowRankSite` inside the linear that it adapts, and of the method."""
 
-INITS = ("seeded", "svd")
-Basis = tuple[Tensor, Tensor]  # A [r, in] and B [out, r]
-
 _HIGHEST_SEED = 2**63 - 1
-
-
-# A and B --------------------------------------------------------------------------------------------------------------
-
-
-def seeded_matrix(label: str, rows: int, columns: int) -> Tensor:
-    """Random numbers `[rows, columns]`, fp32, on the CPU: the same bits wherever they are derived from `label`.
-
-    They are uniform with mean 0 and variance `1 / columns`, so that the product with a vector keeps the size of its
-    numbers. Bits of SHAKE-256 become numbers by steps that are exact or rounded once. torch's generators
-    promise no such thing: releases differ, normal numbers pass through vectorised logarithms.
-    """
-    stream = hashlib.shake_256(label.encode()).digest(4 * rows * columns)
-    whole = np.frombuffer(stream, dtype="<i4") >> 8  # 24 bits, which fp32 holds exactly
-    step = np.float32(math.sqrt(3 / columns) / 2**23)
-    return torch.from_numpy((whole.astype(np.float32) * step).reshape(rows, columns))
-
-
-def low_rank_basis(name: str, in_features: int, out_features: int, rank: int, seed: int) -> Basis:
-    """`A` and `B` of a site from a seed, the same bits for both sides.
-
-    `A x` has about the variance of `x` a number, and `B u` that of `u`; see `seeded_matrix`. PrivateLoRA's own code
-    draws both uniformly too, at a third of that variance. Orthonormal ones would come out of a factorisation, whose
-    last bits differ between machines.
-
-    Args:
-        name: The site, in full, such as `model.layers.7.self_attn.q_proj`.
-        in_features, out_features: Widths of its input and its output.
-        rank: `r`.
-        seed: 0 or more.
-
-    Raises:
-        ConfigError: The rank does not fit the site.
-    """
-    _check_rank(name, rank, in_features, out_features)
-    down = seeded_matrix(f"isthmus low-rank A\n{seed}\n{name}", rank, in_features)
-    up = seeded_matrix(f"isthmus low-rank B\n{seed}\n{name}", out_features, rank)
-    return down, up
-
-
-def svd_basis(weight: Tensor, rank: int) -> Basis:
-    """`A = V^T` and `B = U S` of a site from its weight `W ~ U S V^T`, as in LoRA-XS (Bałazy et al. 2024).
-
-    Each pair of singular vectors is turned so that the largest number of its row of `A` is positive, and the SVD is
-    computed in fp64 on the CPU. So the result is the same on the same machine and threads, and nearly so elsewhere,
-    unless two singular values are equal.
-
-    Args:
-        weight: `W [out, in]`; a `Conv1D` stores the transpose.
-        rank: `r`.
-
-    Returns:
-        `A [r, in]` and `B [out, r]`, fp32, on the CPU. Whoever gets both knows `B A`, `W`'s best approximation of rank
-        `r`.
-
-    Raises:
-        ConfigError: The rank does not fit the weight.
-    """
-    n_out, n_in = weight.shape
-    _check_rank("the weight", rank, n_in, n_out)
-    left, values, right = torch.linalg.svd(weight.detach().to("cpu", torch.float64), full_matrices=False)
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(right.dtype)
-    return (right * signs).float().contiguous(), (left * values * signs.T).float().contiguous()
-
-
-def site_basis(name: str, linear: nn.Module, *, rank: int, seed: int, init: str) -> Basis:
-    """`A` and `B` of a site whose weight is at hand, in the cloud's span or in a whole model; see `LowRankAdapter`.
-
-    Args:
-        name: The site, in full.
-        linear: The real `nn.Linear` or `Conv1D`.
-        rank, seed, init: As the adapter has them.
-
-    Raises:
-        ConfigError: The rank does not fit the site.
-    """
-    if init == "svd":
-        return svd_basis(weight_of(linear), rank)
-    return low_rank_basis(name, *_features(linear), rank, seed)
-
-
-def _check_rank(name: str, rank: int, n_in: int, n_out: int) -> None:
-    if not 1 <= rank <= min(n_in, n_out):
-        raise ConfigError(
-            f"rank {rank} does not fit {name}, which has {n_in} inputs and {n_out} outputs: use 1 to {min(n_in, n_out)}"
-        )
-
-
-def _features(linear: Any) -> tuple[int, int]:
-    """Widths of a linear's input and output."""
-    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
-
-
-# The trainable part ---------------------------------------------------------------------------------------------------
 
 
 class LowRankSite(nn.Module):
@@ -165,7 +54,7 @@ class LowRankSite(nn.Module):
     up: Tensor | None
 
     def __init__(
-        self, rank: int, scale: float, basis: Basis | None = None, *, seed: int = 0, init: str = "seeded"
+        self, rank: int, scale: float, basis: BasisMatrices | None = None, *, seed: int = 0, init: str = "seeded"
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -257,7 +146,7 @@ class LowRankAdapter:
             ConfigError: The model has no such site, or the rank does not fit one.
         """
         for site in self.sites:
-            _check_rank(site, self.rank, *_features(_linear(model, site)))
+            check_rank(site, self.rank, *features_of(linear_of(model, site)))
         return {f"{site}.{LOW_RANK}.weight": torch.Size((self.rank, self.rank)) for site in self.sites}
 
     def parameters(self, model: Any) -> dict[str, nn.Parameter]:
@@ -272,11 +161,11 @@ class LowRankAdapter:
         """
         self.places(model)
         for site in self.sites:
-            if hasattr(_linear(model, site), LOW_RANK):
+            if hasattr(linear_of(model, site), LOW_RANK):
                 raise ConfigError(f"{site} has a low-rank matrix already: load the model afresh")
         model.requires_grad_(False)
         for site in self.sites:
-            _attach(site, _linear(model, site), self)
+            _attach(site, linear_of(model, site), self)
         model.isthmus_adapter = self
 
 
@@ -291,7 +180,7 @@ def add_low_rank(
 
     Args:
         model: A transformers causal LM, whole or split.
-        sites, rank, alpha, seed, init: See `LowRankAdapter`, and the top of this module for what `init` tells whom.
+        sites, rank, alpha, seed, init: See `LowRankAdapter`, and `low_rank_basis` for what `init` shows to whom.
 
     Raises:
         ConfigError: A value makes no sense; or a site is unknown, no linear, or has a low-rank matrix already.
@@ -299,17 +188,8 @@ def add_low_rank(
     LowRankAdapter(tuple(sites), rank, alpha, seed, init).attach(model)
 
 
-def low_rank_sites(model: nn.Module) -> dict[str, LowRankSite]:
-    """The low-rank sites of a model by their linears' full names, in the order of its modules."""
-    return {
-        name.removesuffix(f".{LOW_RANK}"): module
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankSite)
-    }
-
-
-def _linear(model: Any, name: str) -> nn.Module:
-    """The linear that a full name means, real or a skeleton."""
+def linear_of(model: Any, name: str) -> nn.Module:
+    """The linear of a full name, real or a skeleton; `ConfigError` where there is none."""
     try:
         module = cast(nn.Module, model.get_submodule(name))
     except AttributeError as error:
@@ -337,66 +217,3 @@ def _attach(name: str, linear: nn.Module, adapter: LowRankAdapter) -> None:
 def _add_delta(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     # The site is looked up in the linear, so that a deep copy of the model uses the copy's.
     return output + cast(LowRankSite, linear.get_submodule(LOW_RANK)).delta(args[0])
-
-
-# Export ---------------------------------------------------------------------------------------------------------------
-
-
-def export_lora(model: Any, folder: Path, *, bases: Mapping[str, Basis] | None = None) -> None:
-    """Write a model's low-rank sites as an ordinary LoRA adapter, which PEFT loads into the whole model.
-
-    `lora_A` is `A` and `lora_B` is `B M`, so PEFT's `alpha / r * lora_B lora_A x` is the same product, but for the
-    rounding of `B M`. The adapter is no longer bound to `A` and `B`, and trains on as any LoRA.
-
-    Args:
-        model: A model with low-rank sites, whole or split.
-        folder: Where to write; an older one is replaced.
-        bases: `A` and `B` by site. Needed where they came from an SVD of weights that are not here: the cloud has them.
-            The folder then says something of those weights; see `svd_basis`.
-
-    Raises:
-        ConfigError: The model has no low-rank sites; or `A` and `B` of one are not known, or have other shapes.
-        DiskError: The disk is full or cannot be written.
-    """
-    import peft
-
-    adapter = getattr(model, "isthmus_adapter", None)
-    if not isinstance(adapter, LowRankAdapter):
-        raise ConfigError("the model has no low-rank sites to export: add them, or save its adapter as it is.")
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in zip(adapter.sites, adapter.parameters(model).values(), strict=True):
-        down, up = _known_basis(model, name, adapter, bases or {})
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (up @ parameter.detach().cpu().float()).contiguous()
-    origin = getattr(model, "isthmus_origin", None)
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path if origin is None else origin.checkpoint.name,
-        r=adapter.rank,
-        lora_alpha=cast(int, adapter.alpha),  # PEFT divides it by r, and takes any number
-        target_modules=list(adapter.sites),
-        fan_in_fan_out=all(isinstance(_linear(model, name), Conv1D) for name in adapter.sites),
-        inference_mode=True,
-    )
-    with new_folder(folder) as temporary:
-        settings.save_pretrained(str(temporary))
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _known_basis(model: Any, name: str, adapter: LowRankAdapter, given: Mapping[str, Basis]) -> Basis:
-    linear = _linear(model, name)
-    n_in, n_out = _features(linear)
-    site = cast(LowRankSite, linear.get_submodule(LOW_RANK))
-    down, up = given.get(name, (site.down, site.up))
-    if (down is None or up is None) and adapter.init == "seeded":
-        down, up = low_rank_basis(name, n_in, n_out, adapter.rank, adapter.seed)
-    if down is None or up is None:
-        raise ConfigError(
-            f"A and B of {name} come from the cloud's weights (init svd): ask the cloud for them and give them as bases"
-        )
-    if down.shape != (adapter.rank, n_in) or up.shape != (n_out, adapter.rank):
-        raise ConfigError(
-            f"A {list(down.shape)} and B {list(up.shape)} do not fit {name}: "
-            f"give [{adapter.rank}, {n_in}] and [{n_out}, {adapter.rank}]"
-        )
-    return down.detach().cpu().float(), up.detach().cpu().float()

@@ -1,8 +1,8 @@
-"""One pass through the span from the side of the edge: its sites' contributions, and what their gradients become.
+"""The edge's side of one pass through the span: it computes the sites' contributions and their gradients.
 
-For each site the pass keeps a small graph, from the site's input to its contribution. The answers are kept as well,
-until the pass is over: a span that has to be computed again, because a connection broke or the cloud ran out of memory,
-gets the same ones, so dropout acts once and gradients are counted once.
+For each site the pass keeps a small graph, from the site's input to its contribution. It also keeps its answers until
+the pass is over. A cloud that computes the span again, because a connection broke or memory ran out, gets the same
+answers, so dropout acts once and gradients are counted once.
 """
 
 from __future__ import annotations
@@ -15,24 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus.backbone.sites.edge_sites import Site, lent_weights
+from isthmus.backbone.sites.edge_sites import Site
+from isthmus.backbone.sites.leasing import lease_of, leased_parameters
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import NonFiniteError, PlanError
 from isthmus.common.finite import is_finite
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
-    """The weights of a leased site, copied: `A` `[r, in]` and `B` `[out, r]`."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
 @dataclass(slots=True)
 class _Kept:
-    """A site's input as a leaf, and its contribution, which holds the graph between the two if there is one."""
+    """A site's input as a leaf, and its contribution, which holds the graph between the two, if there is one."""
 
     leaf: Tensor
     contribution: Tensor
@@ -41,16 +33,16 @@ class _Kept:
 
 
 class SiteCall:
-    """Answers for sites, by their numbers in `sites`; a `isthmus.backbone.runtime.site_host.Visitor`.
+    """Answers for sites, by their numbers in `sites`; the `SiteAdapters` of `isthmus.backbone.runtime.sited_pass`.
 
     Attributes:
         sites: The sites that are live in this pass.
-        specs: What the cloud is told of them and of the taps, in its numbering: sites first.
-        parameters: What is trained at them, each once.
-        lease: What is lent for this pass: the weights of sites on loan as they are at its beginning.
-        lease_key: Tells apart leases of other weights, or of the same after a step.
-        turn: Entered around whatever computes here; several passes may be on their way at a time.
-        tapped: What has come out of the taps, once the forward is over, `[B, S, h or width]` each.
+        specs: The sites and, behind them, the taps, as the cloud numbers them.
+        parameters: The parameters that are trained at the sites, each once.
+        lease: The weights of leased sites as they are at the beginning of the pass.
+        lease_key: Changes with the leased sites and with every change of their weights.
+        turn: A context in which all of this pass is computed; several passes may be on their way at a time.
+        tapped: The outputs of the taps, `[B, S, h or width]` each, once the forward is over.
         closed: Whether the pass is over.
 
     Args:
@@ -66,9 +58,9 @@ class SiteCall:
     ) -> None:
         self.sites = tuple(sites)
         self.specs = (*(site.spec for site in sites), *taps)
-        self.lease = _lease(self.sites)
-        on_loan = (site for site in self.sites if site.spec.on_loan)
-        self.lease_key = tuple((id(p), p._version) for site in on_loan for p in lent_weights(site)[:2])
+        leased = [site for site in self.sites if site.spec.is_leased]
+        self.lease = tuple(map(lease_of, leased))
+        self.lease_key = tuple((id(p), p._version) for site in leased for p in leased_parameters(site))
         self.turn: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.tapped: tuple[Tensor, ...] = ()
         self.parameters = tuple(dict.fromkeys(p for site in self.sites for p in site.parameters))
@@ -79,13 +71,13 @@ class SiteCall:
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     @property
-    def lent(self) -> list[nn.Parameter]:
-        """Of what is lent, what is trained: its gradients come back, `A` and `B` of each site in turn."""
+    def leased_parameters(self) -> list[nn.Parameter]:
+        """The leased matrices whose gradients come back: `A` and `B` of each trained site in turn."""
         trained = (site for site in self.sites if site.spec.placement == Placement.LEASED)
-        return [parameter for site in trained for parameter in lent_weights(site)[:2]]
+        return [parameter for site in trained for parameter in leased_parameters(site)]
 
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> list[Tensor]:
-        """The contributions `[B, S, out]` of `sites` to `inputs` `[B, S, in]`; without them those of before.
+        """The contributions `[B, S, out]` of `sites` to `inputs` `[B, S, in]`; without inputs the same as before.
 
         Raises:
             NonFiniteError: A contribution has NaN or infinity.
@@ -96,10 +88,10 @@ class SiteCall:
             return [self._contribution(number, x).detach() for number, x in zip(sites, given, strict=True)]
 
     def backward(self, sites: Sequence[int], gradients: Sequence[Tensor], *, wanted: bool) -> list[Tensor | None]:
-        """The gradients `[B, S, in]` that the contributions' `gradients` `[B, S, out]` give the input.
+        """The gradients `[B, S, in]` of the sites' inputs, of the `gradients` `[B, S, out]` of their contributions.
 
-        The gradients of the parameters are added up on the way. Unless they are `wanted`, the answer is empty; with
-        `summed` it stands at the first site, and None at the others.
+        The parameters' gradients are added up as well. The answer is empty unless the inputs' gradients are `wanted`;
+        with `summed` the first site has the sum, and the others None.
 
         Raises:
             NonFiniteError: A gradient has NaN or infinity.
@@ -117,25 +109,25 @@ class SiteCall:
                 return []
             return self._summed_up(sites, answers) if self._summed else answers
 
-    def take_back(self, gradients: Sequence[Tensor]) -> None:
-        """Take the gradients of what was lent: two for each leased site, as `lease` has them.
+    def take_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Add the gradients of `leased_parameters`, in their order.
 
         Raises:
-            PlanError: There are others.
+            PlanError: There are more or fewer, or one has another shape.
         """
-        lent = self.lent
-        if [each.shape for each in gradients] != [parameter.shape for parameter in lent]:
-            raise PlanError(f"{len(gradients)} gradients came back for {len(lent)} matrices that were lent")
-        for parameter, gradient in zip(lent, gradients, strict=True):
+        leased = self.leased_parameters
+        if [each.shape for each in gradients] != [parameter.shape for parameter in leased]:
+            raise PlanError(f"{len(gradients)} gradients came back for {len(leased)} leased matrices")
+        for parameter, gradient in zip(leased, gradients, strict=True):
             if parameter.requires_grad:
                 self._add(parameter, gradient.to(parameter))
 
     def gradients(self) -> list[Tensor | None]:
-        """What the backward has given the parameters, in the order of `parameters`."""
+        """The gradients of `parameters`, in their order; None for one that got none."""
         return [self._gradients.get(parameter) for parameter in self.parameters]
 
     def close(self) -> None:
-        """The pass is over: forget what was kept for it."""
+        """End the pass and forget what was kept for it."""
         self._kept.clear()
         self.closed = True
 
@@ -146,10 +138,9 @@ class SiteCall:
         if x is None:
             raise PlanError(f"site {number} was asked for its contribution again and never gave one")
         site = self._site(number)
-        if x.shape[-1] != (site.n_in or x.shape[-1]):
-            raise PlanError(
-                f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {site.n_in} wide"
-            )
+        n_in, _ = site.widths
+        if x.shape[-1] != n_in:
+            raise PlanError(f"a tensor of shape {list(x.shape)} came for site {number}, whose input is {n_in} wide")
         leaf = x.detach().to(site.device).requires_grad_(self._keep)
         with torch.set_grad_enabled(self._keep):
             contribution = site.contribution(leaf)
@@ -203,12 +194,6 @@ class SiteCall:
         if not 0 <= number < len(self.sites):
             raise PlanError(f"there is no site {number} among {len(self.sites)}")
         return self.sites[number]
-
-
-def _lease(sites: Sequence[Site]) -> tuple[Lent, ...]:
-    """Copies: a call that is repeated gets what it was begun with."""
-    weights = [lent_weights(site) for site in sites if site.spec.on_loan]
-    return tuple(Lent(down.detach().clone(), up.detach().clone(), scale) for down, up, scale in weights)
 
 
 def _check(tensor: Tensor, site: Site, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What both sides say about a site: where it is, and where its adapter runs."""
+"""The description of a site that edge and cloud share: where it is, and where its adapter runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from isthmus.common.errors import PlanError
 
 
 class Placement(enum.IntEnum):
-    """Where the adapter of a site runs, and so what crosses the strip for it."""
+    """Where the adapter of a site runs, and so what crosses the wire for it."""
 
     EDGE = 1
     """On the edge: the site's input goes down, the contribution comes up (DLoRA, Gao & Zhang 2024)."""
@@ -17,13 +17,12 @@ class Placement(enum.IntEnum):
     """Its trainable core on the edge, between two frozen matrices of the cloud: r numbers each way (PrivateLoRA, Wang
     et al. 2023)."""
     LEASED = 3
-    """On the cloud, with weights that the edge lends it; their gradients come back. Nothing crosses for a token."""
+    """On the cloud, with weights that the edge leases to it; the weights' gradients come back, and nothing crosses for
+    a token."""
     TAP = 4
-    """Nowhere: what comes out of the layer goes down as it is, for a network beside the backbone (LST, Sung et al.
-    2022)."""
-    LENT = 5
-    """On the cloud, with weights that the edge lends it and does not train: the site adds what it has learned, and
-    nothing comes back."""
+    """Nowhere: the layer's output goes down as it is, for a network beside the backbone (LST, Sung et al. 2022)."""
+    LEASED_FROZEN = 5
+    """As `LEASED`, but the weights are not trained, and no gradients come back."""
 
 
 class Basis(enum.IntEnum):
@@ -43,9 +42,9 @@ class SiteSpec:
         layer: The decoder layer's index in the whole model.
         part: The module's name inside the layer; empty for what comes out of the layer as a whole.
         placement: Where its adapter runs.
-        rank: Of a low-rank site; of a tap its width, or 0 for hidden states as they are.
-        seed: Of a low-rank site's matrices, or of a tap's projection.
-        basis: Of a low-rank site.
+        rank: The rank of a low-rank site; of a tap its width, or 0 for hidden states as they are; else 0.
+        seed: The seed of a low-rank site's matrices or of a tap's projection.
+        basis: What a low-rank site's matrices are made of.
 
     Raises:
         PlanError: The values do not fit each other.
@@ -59,14 +58,15 @@ class SiteSpec:
     basis: Basis = Basis.SEEDED
 
     def __post_init__(self) -> None:
-        on_layer = not self.part
-        wrong = (
-            (self.placement == Placement.TAP and not on_layer)
-            or ((self.placement == Placement.LOW_RANK or self.on_loan) and on_layer)
-            or (self.placement == Placement.LOW_RANK and self.rank < 1)
-            or ((self.placement == Placement.EDGE or self.on_loan) and (self.rank or self.seed))
-        )
-        if wrong:
+        at_linear = bool(self.part)
+        fits = {
+            Placement.EDGE: not (self.rank or self.seed),
+            Placement.LOW_RANK: at_linear and self.rank >= 1,
+            Placement.LEASED: at_linear and not (self.rank or self.seed),
+            Placement.LEASED_FROZEN: at_linear and not (self.rank or self.seed),
+            Placement.TAP: not at_linear,
+        }
+        if not fits[self.placement]:
             raise PlanError(
                 f"site {self} of placement {self.placement.name} with rank {self.rank} makes no sense: a tap is behind "
                 "a layer, a low-rank or leased site at a linear"
@@ -74,13 +74,13 @@ class SiteSpec:
 
     @property
     def asks(self) -> bool:
-        """Whether a call pauses for it."""
+        """Whether a call pauses to ask the edge about it."""
         return self.placement in (Placement.EDGE, Placement.LOW_RANK)
 
     @property
-    def on_loan(self) -> bool:
-        """Whether the cloud has its weights for a while."""
-        return self.placement in (Placement.LEASED, Placement.LENT)
+    def is_leased(self) -> bool:
+        """Whether the edge leases the adapter's weights to the cloud."""
+        return self.placement in (Placement.LEASED, Placement.LEASED_FROZEN)
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.part}" if self.part else f"layer {self.layer}"

@@ -9,8 +9,9 @@ from typing import Any, Protocol, Self, runtime_checkable
 from torch import Tensor, nn
 
 from isthmus.backbone.families import check_positions
-from isthmus.backbone.sites.edge_sites import Site, find_sites, leased
-from isthmus.backbone.sites.ladder import LadderSide
+from isthmus.backbone.sites.edge_sites import Site, find_sites
+from isthmus.backbone.sites.ladder_network import LadderSide
+from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.common.errors import UnsupportedCallError

@@ -28,9 +28,9 @@ from isthmus.cloud.control.worker_specs import (
     worker_specs,
 )
 from isthmus.cloud.home.home_lock import occupied
-from isthmus.common.cores import threads_each, usable_cores
 from isthmus.common.errors import UnreachableError
 from isthmus.common.files import write_atomic
+from isthmus.common.machine import threads_each, usable_cores
 from isthmus.common.ownership import intruder
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString
 from isthmus.protocol.secure.keyfiles import check_folder

@@ -26,7 +26,7 @@ from isthmus.cloud.session.tenant_adapters import AdapterStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, KeyFileError
 from isthmus.common.files import locked
-from isthmus.common.machine_memory import memory_bytes
+from isthmus.common.machine import usable_memory
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.messages import MAX_FILE_CHUNK, FileSet, SessionInfo, SpanLimits
@@ -156,7 +156,7 @@ def memory_budgets(machine: int, span: int, stash: int | None, compute: int | No
 
 def _memory_of(spec: WorkerSpec) -> int:
     """Bytes of memory where the span computes."""
-    return memory_bytes() if spec.device == CPU else int(torch.cuda.mem_get_info()[1])
+    return usable_memory() if spec.device == CPU else int(torch.cuda.mem_get_info()[1])
 
 
 def make_parts(checkpoint: Checkpoint, plan: SplitPlan, folder: Path) -> None:

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.weight_quantization import largest_weight
+from isthmus.backbone.runtime.batched_products import BatchingPartners
 from isthmus.backbone.runtime.call_memory import CallMemory, call_memory
 from isthmus.backbone.runtime.graph_memory import GraphBytes, counting, keep_little, storages_of
-from isthmus.backbone.runtime.leased_lora import LeasedWeights
 from isthmus.backbone.runtime.sequence_packing import Packer
-from isthmus.backbone.runtime.shared_linears import Company
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.runtime.site_visit import BoundSites, Visit, Visitor, visiting
+from isthmus.backbone.runtime.sited_modules import sites_active
+from isthmus.backbone.runtime.sited_pass import BoundSites, SiteAdapters, SitedPass
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
 
@@ -43,13 +44,13 @@ class Guests:
     """The edge's sites inside the span that a call visits, who answers for them, what was lent, and who runs beside."""
 
     sites: BoundSites
-    visitor: Visitor
+    visitor: SiteAdapters
     leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
-    company: Company | None = None
+    company: BatchingPartners | None = None
 
-    def visit(self, *, again: bool = False) -> Visit:
+    def visit(self, *, again: bool = False) -> SitedPass:
         """A pass with them."""
-        return Visit(self.sites, self.visitor, self.leased, again, self.company)
+        return SitedPass(self.sites, self.visitor, self.leased, again, self.company)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class _Graph:
     left: set[Key]  # the calls whose backward has not gone through it, and may yet
     positions: int  # of all calls that it was built for
     nbytes: int
-    visit: Visit | None = None  # the pass that it was built in; None without sites
+    visit: SitedPass | None = None  # the pass that it was built in; None without sites
     turn: threading.Lock = field(default_factory=threading.Lock)  # one backward goes through it at a time
 
 
@@ -370,7 +371,7 @@ class Executor:
         """Forget a session's forward states that hold lent weights."""
         with self._books:
             for key, entry in list(self._stash.items()):
-                if key[0] == session and any(spec.on_loan for spec in entry.specs):
+                if key[0] == session and any(spec.is_leased for spec in entry.specs):
                     self._forget(key)
 
     def evict_all(self) -> None:
@@ -386,13 +387,13 @@ class Executor:
         with self._books:
             self.counters.recomputed += calls
 
-    def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[Tensor, Visit | None]:
+    def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[Tensor, SitedPass | None]:
         span = self.host.span
         arguments = (inputs.hidden, inputs.attention_mask, inputs.position_ids)
         if guests is None:
             return span(*arguments), None
         visit = guests.visit(again=again)
-        with visiting(visit):
+        with sites_active(visit):
             return span(*arguments), visit
 
     def _begin(
@@ -494,7 +495,7 @@ class Executor:
         if not sites and not all(each.hidden.requires_grad for each in inputs):
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
 
-        def run() -> tuple[list[Tensor], Visit | None]:
+        def run() -> tuple[list[Tensor], SitedPass | None]:
             if len(inputs) > 1:
                 return self._packer(inputs), None
             output, visit = self._span(inputs[0], guests, again=again)
@@ -561,7 +562,7 @@ def _specs(guests: Guests | None) -> tuple[SiteSpec, ...]:
 
 
 def _through_sites(
-    hidden: Tensor, output: Tensor, visit: Visit | None, gradient: Tensor, guests: Guests, *, wanted: bool
+    hidden: Tensor, output: Tensor, visit: SitedPass | None, gradient: Tensor, guests: Guests, *, wanted: bool
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The gradients of a span's input, where they are wanted, and of what was lent."""
     if visit is None:
@@ -571,7 +572,7 @@ def _through_sites(
     lent = [matrix for one in loans for matrix in (one.down, one.up) if matrix.requires_grad]
     inputs = [hidden if wanted else visit.anchor, *lent]
     # The engine has one thread for each device, and a call that pauses would keep it from all others.
-    with visiting(guests.visit()), torch.autograd.set_multithreading_enabled(False):
+    with sites_active(guests.visit()), torch.autograd.set_multithreading_enabled(False):
         result, *gradients = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
     back = tuple(
         torch.zeros_like(matrix) if found is None else found for matrix, found in zip(lent, gradients, strict=True)
@@ -579,6 +580,6 @@ def _through_sites(
     return result if wanted else None, back
 
 
-def _forwarded(output: Tensor, visit: Visit | None) -> Forwarded:
+def _forwarded(output: Tensor, visit: SitedPass | None) -> Forwarded:
     tapped = {} if visit is None else visit.tapped
     return Forwarded(output.detach(), tuple(tapped[number] for number in sorted(tapped)))

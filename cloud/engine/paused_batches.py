@@ -1,7 +1,7 @@
 """Calls that may pause, several at once: each goes on until it asks its edge or ends, and they meet at the linears.
 
 A call's *step* is what it computes between two pauses. In a batch the steps of all calls begin together. Whenever each
-has enlisted for the products of a group of linears (`isthmus.backbone.runtime.shared_linears`), has asked, or has
+has enlisted for the products of a group of linears (`isthmus.backbone.runtime.batched_products`), has asked, or has
 ended, the place that is furthest behind holds its meeting, and the calls that were there go on. So calls that are
 behind catch up, and all go through a layer together where they can. A call that fails leaves, and the others do not
 notice; a meeting that fails is held again for each of its calls. The last one that is left computes for itself.
@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isthmus.backbone.runtime.shared_linears import Company, Enlisted, Meetings, Products
+from isthmus.backbone.runtime.batched_products import BatchingPartners, ProductBatches, ProductRequest, Products
 from isthmus.cloud.engine.paused_calls import Pause, PausingCall
 from isthmus.cloud.engine.requests import Kind
 from isthmus.protocol import messages as m
 
-Asked = m.SiteQuestion | Enlisted
+Asked = m.SiteQuestion | ProductRequest
 Answered = m.SiteAnswer | Products | RuntimeError
 SitedCall = PausingCall[Asked, Answered, m.Message]
 Outcome = Pause[Asked] | m.Message
@@ -38,7 +38,7 @@ class Step:
 
     number: int
     call: SitedCall
-    company: Company | None
+    company: BatchingPartners | None
     answer: m.SiteAnswer | None
     since_ns: int
 
@@ -49,15 +49,15 @@ class Step:
         return self.call.resume(answer)
 
 
-def take_steps(steps: Sequence[Step], meetings: Meetings) -> list[Outcome | Exception]:
+def take_steps(steps: Sequence[Step], meetings: ProductBatches) -> list[Outcome | Exception]:
     """Take steps of different calls, all of which may meet; what comes of each, or its error, in the same order."""
     outcomes: dict[int, Outcome | Exception] = {}
-    enlisted: dict[int, Enlisted] = {}
+    enlisted: dict[int, ProductRequest] = {}
     ready: list[tuple[int, Answered | None]] = [(at, step.answer) for at, step in enumerate(steps)]
     while ready:
         for at, answer in ready:
             outcome = _outcome(steps[at], answer, beside=len(steps) - len(outcomes) > 1)
-            if isinstance(outcome, Pause) and isinstance(outcome.question, Enlisted):
+            if isinstance(outcome, Pause) and isinstance(outcome.question, ProductRequest):
                 enlisted[at] = outcome.question
             else:
                 outcomes[at] = outcome
@@ -74,26 +74,28 @@ def _outcome(step: Step, answer: Answered | None, *, beside: bool) -> Outcome | 
         return RuntimeError(f"a call ended with {type(error).__name__}")
 
 
-def _meeting(steps: Sequence[Step], enlisted: dict[int, Enlisted], meetings: Meetings) -> dict[int, Answered]:
+def _meeting(
+    steps: Sequence[Step], enlisted: dict[int, ProductRequest], meetings: ProductBatches
+) -> dict[int, Answered]:
     """Take those who are furthest behind out of `enlisted`; returns what each of them gets."""
     if not enlisted:
         return {}
-    place = min(enlisted.values(), key=lambda each: each.order).place
-    here = [at for at, each in enlisted.items() if each.place == place]
+    place = min(enlisted.values(), key=lambda each: each.order).key
+    here = [at for at, each in enlisted.items() if each.key == place]
     parties = [enlisted.pop(at) for at in here]
     start = time.perf_counter_ns()
     products = _products(parties, meetings)
     spent = time.perf_counter_ns() - start
-    rows = [party.count for party in parties]
+    rows = [party.n_rows for party in parties]
     for at, count in zip(here, rows, strict=True):
         steps[at].call.busy_ns += spent * count // sum(rows)
     return dict(zip(here, products, strict=True))
 
 
-def _products(parties: Sequence[Enlisted], meetings: Meetings) -> Sequence[Products | RuntimeError]:
+def _products(parties: Sequence[ProductRequest], meetings: ProductBatches) -> Sequence[Products | RuntimeError]:
     """What each party gets: of a meeting of all, or, where that fails, of one for itself, which may fail again."""
     try:
-        return meetings.hold(parties)
+        return meetings.compute(parties)
     except Exception as error:  # noqa: BLE001  # out of memory, or whatever a kernel raises; each party gets its own
         if len(parties) == 1:
             return [RuntimeError(f"a product failed: {error}")]

@@ -153,7 +153,7 @@ class Calls:
             "calls_per_pass": self._compute.calls_per_pass,
             "same_bits_from": 0 if self._invariance is None else self._invariance.rows,
             "all_threads_from": 0 if self._invariance is None else self._invariance.threads,
-            "calls_per_meeting": executor.host.meetings.calls_per_meeting,
+            "calls_per_meeting": executor.host.product_batches.requests_per_batch,
             "queue_depth": sum(waiting.values()),
             "overdue": self._compute.overdue(),
             "deadlines": self.metrics.outcomes(),

@@ -43,7 +43,7 @@ def handle_batch(calls: Sequence[Call]) -> list[Answer]:
 def step_batch(messages: Sequence[SiteStep]) -> list[Answer]:
     """Let calls with sites, of different sessions, take their next steps side by side."""
     steps, answers = _for_each(messages, lambda session, message: session.step(message))
-    outcomes = take_steps(list(steps.values()), messages[0][0].executor.host.meetings)
+    outcomes = take_steps(list(steps.values()), messages[0][0].executor.host.product_batches)
     for (at, step), outcome in zip(steps.items(), outcomes, strict=True):
         session, message = messages[at]
         if isinstance(outcome, Exception):

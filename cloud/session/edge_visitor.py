@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.backbone.runtime.site_visit import BoundSites
+from isthmus.backbone.runtime.sited_pass import BoundSites
 from isthmus.backbone.sites.site_spec import Placement
 from isthmus.cloud.engine.executor import Executor
 from isthmus.protocol import messages as m
@@ -19,7 +19,7 @@ from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
 @dataclass(frozen=True, slots=True)
 class EdgeVisitor:
-    """Asks the edge; see `isthmus.backbone.runtime.site_visit.Visitor`.
+    """Asks the edge; see `isthmus.backbone.runtime.sited_pass.SiteAdapters`.
 
     Args:
         executor: the span.

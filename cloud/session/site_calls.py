@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from isthmus.backbone.runtime.shared_linears import Company, Enlisted, Products
+from isthmus.backbone.runtime.batched_products import BatchingPartners, ProductRequest, Products
 from isthmus.cloud.engine.executor import Guests
 from isthmus.cloud.engine.paused_batches import Asked, Outcome, SitedCall, Step, first_kind, next_kind
 from isthmus.cloud.engine.paused_calls import CallThread, CallThreads, Pause, PausingCall
@@ -40,7 +40,7 @@ class _BegunCall:
     message: Call
     list: SiteList
     call: SitedCall
-    company: Company | None
+    company: BatchingPartners | None
     question: _Question | None = None  # its last one; None until it has asked
 
     @property
@@ -154,7 +154,11 @@ class SiteCalls:
             return work(Guests(sites.sites, visitor, leased, company))
 
         call: SitedCall = PausingCall(run, thread)
-        company = Company(cast("Callable[[Enlisted], Products | RuntimeError]", call.ask)) if self.batching else None
+        company = (
+            BatchingPartners(cast("Callable[[ProductRequest], Products | RuntimeError]", call.ask))
+            if self.batching
+            else None
+        )
         self.begun[message.id.call] = _BegunCall(message, sites, call, company)
         return self._step(message.id.call, None)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from isthmus.backbone.runtime.leased_lora import LeasedWeights
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.runtime.site_visit import BoundSites, SiteMatrices
+from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.cloud.engine.executor import Executor
 from isthmus.protocol import messages as m
@@ -124,7 +124,7 @@ class SiteLists:
             ValueError: they do not fit its leased sites.
         """
         specs = self.of(message.sites).sites.specs
-        leased = [site for site, spec in enumerate(specs) if spec.on_loan]
+        leased = [site for site, spec in enumerate(specs) if spec.is_leased]
         if len(leased) != len(message.weights):
             raise ValueError(f"{len(message.weights)} leases for {len(leased)} leased sites: one for each is needed")
         weights = {site: self._copied(specs[site], sent) for site, sent in zip(leased, message.weights, strict=True)}
@@ -134,7 +134,7 @@ class SiteLists:
 
     def leased_for(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedWeights]:
         """The weights that a call's leased sites compute with. Raises LookupError where its lease is not here."""
-        if not any(spec.on_loan for spec in sites.specs):
+        if not any(spec.is_leased for spec in sites.specs):
             return {}
         lease = self._lease
         if lease is None or (lease.number, lease.list_number) != (message.lease, message.sites):

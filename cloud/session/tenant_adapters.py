@@ -33,9 +33,10 @@ from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder
+from isthmus.emulator.package.intake import AdapterSummary, check_adapter
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.emulator.package.package import Package
-from isthmus.emulator.package.plug_in import AdapterSummary, check_adapter, plug_in
+from isthmus.emulator.package.plug_in import plug_in
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 

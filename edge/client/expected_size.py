@@ -44,7 +44,7 @@ def backward_bytes(codec: str, shape: Sequence[int], sites: SiteCall | None, *, 
     """Most bytes of what comes back in a backward: the gradients asked for, or a question with sites' gradients."""
     reply = body_bytes(codec, tuple(shape)) if wanted else 0
     if sites is not None:
-        reply += sum(body_bytes("fp32", tuple(matrix.shape)) for matrix in sites.lent)
+        reply += sum(body_bytes("fp32", tuple(matrix.shape)) for matrix in sites.leased_parameters)
     return max(reply, _question_bytes(codec, shape, sites, given=1))
 
 

@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.plan import SplitPlan
@@ -45,9 +45,8 @@ from isthmus.edge.client.offers import (
 )
 from isthmus.emulator.compress.recipe import EMULATOR_FILE
 from isthmus.emulator.package.build import check_free
-from isthmus.emulator.package.intake import most_adapter_bytes
+from isthmus.emulator.package.intake import check_adapter, most_adapter_bytes
 from isthmus.emulator.package.package import Package, open_package
-from isthmus.emulator.package.plug_in import check_adapter
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 

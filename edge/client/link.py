@@ -21,7 +21,7 @@ from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.client.return_adapter import return_adapter
 from isthmus.edge.client.span_calls import SpanCaller
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.training_config import DEFAULT_KEY
 from isthmus.edge.run_report import StripTotals
 from isthmus.protocol import messages as m
@@ -56,7 +56,7 @@ def connect(
         address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`.
         key: the edge's private key file; by default ~/.isthmus/edge/id_ed25519, as `isthmus edge keygen` makes it.
         codec: how activations and gradients cross the strip: one of fp32, bf16, fp16, int8, int4, int4-outliers, or one
-            for each direction; see `isthmus.edge.codecs.wire_codecs.StripCodecs.parse`.
+            for each direction; see `isthmus.edge.codecs.wire_codecs.WireCodecs.parse`.
         tls: the outer TLS layer, for `isthmus+tls://` addresses; by default the system's certificates.
         connect_timeout: seconds to wait for the cloud at first.
         give_up_after: seconds that a cloud may stay away later.
@@ -89,7 +89,7 @@ def connect(
         where.pin,
         private,
         name=where.address,
-        codecs=StripCodecs.parse(codec),
+        codecs=WireCodecs.parse(codec),
         give_up_after=give_up_after,
         call_timeout=call_timeout,
         interactive=interactive,

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from isthmus.backbone.adapters.adapter_files import TUNING_INFO
-from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.backbone.checkpoints.sources import PARTS_FILE
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.common.errors import DiskError, LimitError, RemoteProtocolError

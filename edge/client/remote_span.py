@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isthmus.backbone.sites.edge_sites import Site, leased
+from isthmus.backbone.sites.edge_sites import Site
+from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import UnsupportedCallError
@@ -82,7 +83,7 @@ class RemoteSpan:
         Raises:
             UnsupportedCallError: A site that is to be leased cannot be.
         """
-        placed = [leased(site) if not site.spec.on_loan and self._leased(site.name) else site for site in sites]
+        placed = [leased(site) if not site.spec.is_leased and self._leased(site.name) else site for site in sites]
         return self._run(hidden, attention_mask, position_ids, placed)
 
     def tapped(

@@ -32,10 +32,10 @@ from isthmus.common.errors import (
     UnreachableError,
     VersionError,
 )
-from isthmus.common.stopping import Interrupted
+from isthmus.common.shutdown import Interrupted
 from isthmus.common.terminal import printable
 from isthmus.edge.client.worker_address import Route
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.rpc.secure_stream import LOOK_SECONDS, Channel, Check, Observer, RedirectedError, Traffic
@@ -78,7 +78,7 @@ class LastingLink:
         key: Ed25519PrivateKey,
         *,
         name: str,
-        codecs: StripCodecs | None = None,
+        codecs: WireCodecs | None = None,
         give_up_after: float = 600.0,
         call_timeout: float = 600.0,
         observer: Observer = lambda question, phase: None,
@@ -96,7 +96,7 @@ class LastingLink:
         self._pin = pin
         self._key = key
         self._name = name
-        self.codecs = codecs or StripCodecs()
+        self.codecs = codecs or WireCodecs()
         self._give_up_after = give_up_after
         self._call_timeout = call_timeout
         self._interactive = interactive

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.site_call import Lent, SiteCall
+from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
 from isthmus.edge.client.expected_size import backward_bytes, forward_bytes, question_count, tap_widths
 from isthmus.edge.client.retry import LastingLink, StashLostError
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.session import edge_limits
@@ -90,7 +91,7 @@ def _accepted(answer: m.Message) -> None:
         raise RefusedError(f"the cloud refused the adapters inside its layers: {printable(answer.message)}")
 
 
-def _packed(lent: Lent) -> m.LeasedWeights:
+def _packed(lent: LeasedWeights) -> m.LeasedWeights:
     what = "a matrix lent to the cloud's layers"
     down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lent.down, lent.up))
     return m.LeasedWeights(down, up, lent.scale)
@@ -256,7 +257,7 @@ class SpanCaller(LastingLink):
         ]
         try:
             if sites is not None:
-                sites.take_back(lent)
+                sites.take_gradients(lent)
         except PlanError as error:
             raise RemoteProtocolError(f"the cloud answered with other gradients than were lent: {error}") from None
 
@@ -274,7 +275,7 @@ class SiteAnswers:
     """Answers the cloud's questions about sites, by asking a `SiteCall`."""
 
     sites: SiteCall
-    codecs: StripCodecs
+    codecs: WireCodecs
     limits: Limits
 
     def __call__(self, question: m.SiteQuestion) -> m.SiteAnswer:

@@ -1,4 +1,4 @@
-"""`--codec auto`: the strip's codecs are chosen at the start, and again as the run goes on, by the gradients."""
+"""`--codec auto`: the wire's codecs are chosen at the start, and again as the run goes on, by the gradients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from isthmus.edge.codecs.codec_choice import CodecTuner, choose_codecs
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.data.batches import Batch
 
 
 class CodedLink(Protocol):
     """A link whose codecs can be changed between two calls."""
 
-    codecs: StripCodecs
+    codecs: WireCodecs
 
 
 class AutoCodec:
@@ -65,7 +65,7 @@ class AutoCodec:
         random = torch.get_rng_state()
         trained = [parameter for parameter in self._trained if parameter.requires_grad]  # a rule may freeze some
 
-        def gradients(codecs: StripCodecs) -> torch.Tensor:
+        def gradients(codecs: WireCodecs) -> torch.Tensor:
             torch.set_rng_state(random)
             self._set(codecs)
             found = torch.autograd.grad(self._loss(self._probe), trained, allow_unused=True)
@@ -102,6 +102,6 @@ class AutoCodec:
         self._cosine = float(state["cosine"])
         self._set(self._tuner.codecs)
 
-    def _set(self, codecs: StripCodecs) -> None:
+    def _set(self, codecs: WireCodecs) -> None:
         for link in self._links:
             link.codecs = codecs

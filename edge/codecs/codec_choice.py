@@ -1,4 +1,4 @@
-"""Choose the strip's codecs by what they do to the adapters' gradients.
+"""Choose the wire's codecs by what they do to the adapters' gradients.
 
 Theory of operation
     A codec's error turns the gradient; 1 - cosine, its loss, says how far. The errors of the four directions have
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError, NonFiniteError
-from isthmus.edge.codecs.wire_codecs import DIRECTIONS, StripCodecs
+from isthmus.edge.codecs.wire_codecs import DIRECTIONS, WireCodecs
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 _MISSED = -1.0  # the cosine that gradients which are not finite count for: that of the opposite direction
@@ -39,7 +39,7 @@ class Choice:
         trials: how many times the gradients were computed, the one with fp32 counted.
     """
 
-    codecs: StripCodecs
+    codecs: WireCodecs
     cosine: float
     trials: int
 
@@ -52,22 +52,22 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def choose_codecs(
-    gradients: Callable[[StripCodecs], Tensor],
+    gradients: Callable[[WireCodecs], Tensor],
     offered: tuple[str, ...],
     hidden_size: int,
     target: float,
-    on_trial: Callable[[StripCodecs, float], None] | None = None,
+    on_trial: Callable[[WireCodecs, float], None] | None = None,
 ) -> Choice:
     """Find the codecs with the fewest bytes whose gradients keep to a target.
 
     Args:
         gradients: runs a forward and backward of one micro-batch, always the same and from the same random state, over
-            the strip with these codecs, and returns the adapters' gradients as one vector. A `NonFiniteError` of it
+            the wire with these codecs, and returns the adapters' gradients as one vector. A `NonFiniteError` of it
             counts as a miss.
         offered: names of the cloud's codecs; those that this version does not know are left out.
         hidden_size: of the model.
         target: the smallest cosine to the gradients with fp32, between 0 and 1.
-        on_trial: told of each measured combination and its cosine, NaN where the gradients were not finite.
+        on_trial: Called with each measured combination and its cosine, NaN where the gradients were not finite.
 
     Returns:
         The choice; fp32 with a cosine of 1 where nothing else holds the target.
@@ -78,13 +78,13 @@ def choose_codecs(
     """
     if not 0.0 < target < 1.0:
         raise ConfigError(f"the target cosine {target} is out of range: it lies between 0 and 1, such as 0.99")
-    StripCodecs().check(offered)
+    WireCodecs().check(offered)
     trials = _Trials(gradients, on_trial)
     known = [name for name in ACTIVATION_CODECS if name in offered]
-    combinations = [StripCodecs(*names) for names in product(known, repeat=len(DIRECTIONS))]
+    combinations = [WireCodecs(*names) for names in product(known, repeat=len(DIRECTIONS))]
     combinations.sort(key=lambda codecs: codecs.bytes_per_token(hidden_size))
     promise = 1.0 - target  # the largest sum that is worth a trial
-    for codecs in combinations[: combinations.index(StripCodecs())]:
+    for codecs in combinations[: combinations.index(WireCodecs())]:
         expected = trials.expected_loss(codecs, promise)
         if expected > promise:
             continue
@@ -92,7 +92,7 @@ def choose_codecs(
         if reached >= target:
             return Choice(codecs, reached, trials.count)
         promise = min(promise, (1.0 - target) * max(expected, _TINY_LOSS) / (1.0 - reached))
-    return Choice(StripCodecs(), 1.0, trials.count)
+    return Choice(WireCodecs(), 1.0, trials.count)
 
 
 class _Trials:
@@ -105,14 +105,14 @@ class _Trials:
 
     def __init__(
         self,
-        gradients: Callable[[StripCodecs], Tensor],
-        on_trial: Callable[[StripCodecs, float], None] | None,
+        gradients: Callable[[WireCodecs], Tensor],
+        on_trial: Callable[[WireCodecs, float], None] | None,
     ) -> None:
         self.count = 1
         self._gradients = gradients
         self._on_trial = on_trial
-        self._cosines = {StripCodecs(): 1.0}
-        self._reference = gradients(StripCodecs()).detach().clone()
+        self._cosines = {WireCodecs(): 1.0}
+        self._reference = gradients(WireCodecs()).detach().clone()
         if not bool(self._reference.isfinite().all()):
             raise NonFiniteError("the adapters' gradients are NaN or infinite already with fp32: lower --learning-rate")
         if not bool(self._reference.any()):
@@ -121,7 +121,7 @@ class _Trials:
                 "tokens to learn and that the adapter is trainable"
             )
 
-    def cosine(self, codecs: StripCodecs) -> float:
+    def cosine(self, codecs: WireCodecs) -> float:
         """The cosine of the gradients with these codecs to those with fp32."""
         if codecs not in self._cosines:
             self.count += 1
@@ -131,9 +131,9 @@ class _Trials:
                 self._on_trial(codecs, value)
         return self._cosines[codecs]
 
-    def expected_loss(self, codecs: StripCodecs, enough: float) -> float:
+    def expected_loss(self, codecs: WireCodecs, enough: float) -> float:
         """The sum of what each direction alone loses; not all of it is measured where a part exceeds `enough`."""
-        alone = [replace(StripCodecs(), **{key: getattr(codecs, key)}) for key in DIRECTIONS]
+        alone = [replace(WireCodecs(), **{key: getattr(codecs, key)}) for key in DIRECTIONS]
         total = sum(1.0 - self._cosines.get(one, 1.0) for one in alone)
         for one in alone:
             if total > enough:
@@ -142,7 +142,7 @@ class _Trials:
                 total += 1.0 - self.cosine(one)
         return total
 
-    def _measure(self, codecs: StripCodecs) -> float:
+    def _measure(self, codecs: WireCodecs) -> float:
         try:
             return cosine(self._gradients(codecs), self._reference)
         except NonFiniteError:
@@ -160,14 +160,14 @@ class CodecTuner:
     """
 
     every: int
-    codecs: StripCodecs = field(default_factory=StripCodecs)
+    codecs: WireCodecs = field(default_factory=WireCodecs)
     chosen_at: int | None = None
 
     def due(self, step: int) -> bool:
         """Tell whether to choose before the step after `step` applied ones."""
         return self.chosen_at is None or step - self.chosen_at >= self.every
 
-    def chose(self, step: int, codecs: StripCodecs) -> None:
+    def chose(self, step: int, codecs: WireCodecs) -> None:
         """Remember a choice that was made after `step` applied steps."""
         self.codecs, self.chosen_at = codecs, step
 
@@ -182,5 +182,5 @@ class CodecTuner:
             ConfigError: it names a codec that does not exist.
         """
         chosen_at = state["chosen_at"]
-        self.codecs = StripCodecs.parse(str(state["codecs"]))
+        self.codecs = WireCodecs.parse(str(state["codecs"]))
         self.chosen_at = None if chosen_at is None else int(chosen_at)

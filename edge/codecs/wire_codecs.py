@@ -1,4 +1,4 @@
-"""Which codec each of the strip's four directions uses.
+"""Which codec each of the wire's four directions uses.
 
     forward_up      hidden states into the cloud's layers
     forward_down    hidden states out of them
@@ -30,7 +30,7 @@ _SIDES = {
 
 
 @dataclass(frozen=True, slots=True)
-class StripCodecs:
+class WireCodecs:
     """The codec of each direction, by name.
 
     Raises:
@@ -114,7 +114,7 @@ class StripCodecs:
                 raise ConfigError(f"the cloud does not speak the codec {name!r}: choose one of {', '.join(offered)}")
 
     def bytes_per_token(self, hidden_size: int) -> int:
-        """What one token more in a forward and backward call adds to the bytes over the strip, frames not counted."""
+        """What one token more in a forward and backward call adds to the bytes over the wire, frames not counted."""
         return sum(codec_bytes(name, hidden_size) for name in self.names)
 
     def _side_forms(self, side: str) -> list[str]:
@@ -127,7 +127,7 @@ class StripCodecs:
         return forms
 
 
-DIRECTIONS: tuple[str, ...] = tuple(field.name for field in fields(StripCodecs))
+DIRECTIONS: tuple[str, ...] = tuple(field.name for field in fields(WireCodecs))
 """Names of the four directions."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.common.interrupt import interruptible
+from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.training_config import TuningConfig, field_names
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from isthmus.backbone.adapters.adapter_files import (
     unfreeze_layers,
     without_known_warnings,
 )
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks, decoder_layers, unfreeze_biases
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks, decoder_layers, unfreeze_biases
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.sites.bottleneck import Bottleneck
 from isthmus.backbone.sites.ladder import add_ladder

@@ -26,7 +26,7 @@ import torch
 from isthmus.backbone.adapters.adapter_files import adapter_digest, save_adapter
 from isthmus.common.errors import ConfigError, DiskError, IsthmusError, NonFiniteError
 from isthmus.common.files import claim, disk_errors, write_atomic
-from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import learning_rate, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TuningConfig

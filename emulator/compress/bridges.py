@@ -24,7 +24,7 @@ from isthmus.backbone.split.span import arrange_layers, distinct_layers
 from isthmus.common.errors import DataError, NonFiniteError
 from isthmus.common.progress import bar
 from isthmus.emulator.compress.layer_measures import Middle
-from isthmus.emulator.compress.outer_layers import Ends
+from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import spread
 
 # Tokens that a map is fitted to, for each of its inputs. At 64 the error on other text is near that on the fitted one;
@@ -132,7 +132,7 @@ def fit_bridges(
             f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
         )
     used = spread(blocks, min(TOKENS_PER_INPUT * width, MOST_TOKENS)).to(device)
-    ends = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
+    ends = OuterLayers(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
     rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])
     teacher = student = torch.cat([ends.entry(part) for part in torch.split(used, rows)])
     whole = Middle.of(checkpoint, plan, attn_implementation, device)

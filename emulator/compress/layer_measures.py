@@ -18,7 +18,7 @@ from isthmus.backbone.split.span import arrange_layers, distinct_layers, load_la
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.progress import bar
 from isthmus.emulator.compress.layer_choice import Measures
-from isthmus.emulator.compress.outer_layers import Ends
+from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import spread
 from isthmus.emulator.compress.recipe import Recipe
 
@@ -60,7 +60,7 @@ def measure(
     progress: Console | None = None,
     known: Measures = _NOTHING,
 ) -> Measures:
-    """Run about `MEASURED_TOKENS` of public text through the middle and tell what its layers do.
+    """Run about `MEASURED_TOKENS` of public text through the middle and measure what its layers do.
 
     Args:
         checkpoint: The whole model.
@@ -77,7 +77,9 @@ def measure(
         PlanError: The recipe leaves no layer.
     """
     used = spread(blocks, MEASURED_TOKENS).to(device)
-    entry = Ends(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device).entry(used)
+    entry = OuterLayers(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device).entry(
+        used
+    )
     middle = Middle.of(checkpoint, plan, attn_implementation, device)
     n_middle = len(plan.cloud)
     everything = tuple(range(n_middle))

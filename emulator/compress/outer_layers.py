@@ -13,7 +13,7 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.remote_layers import SpanFn
 
 
-class Ends:
+class OuterLayers:
     """Embedding, bottom layers and, if wanted, top layers, norm and head; frozen, in eval mode.
 
     Args:
@@ -54,13 +54,13 @@ class Ends:
         """Hidden states at the middle's entry, `[B, S, h]`, of tokens `[B, S]` without padding."""
         seen: list[Tensor] = []
 
-        def look(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | None) -> Tensor:
+        def record(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | None) -> Tensor:
             seen.append(hidden)
             return hidden
 
         setattr(self._base, self._list, self._below)
         try:
-            self._run(self._base, look, input_ids=ids)
+            self._run(self._base, record, input_ids=ids)
         finally:
             setattr(self._base, self._list, self._layers)
         return seen[0]

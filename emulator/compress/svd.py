@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
+
+from isthmus.backbone.checkpoints.weight_quantization import weight_of
+from isthmus.backbone.skeleton import named_linears
 
 
 class LowRankLinear(nn.Module):
@@ -30,16 +32,9 @@ class LowRankLinear(nn.Module):
         return linear(linear(x, self.down), self.up, self.bias)
 
 
-def linear_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """The linear layers inside a decoder layer, by name; GPT-2's `Conv1D`, whose weight is transposed, is one."""
-    for name, module in layer.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module
-
-
-def rank_of(module: nn.Linear | Conv1D, share: float) -> int | None:
+def _rank_of(linear: Any, share: float) -> int | None:
     """The rank `max(1, round(share * min(outputs, inputs)))`; None where the two factors would not be smaller."""
-    rows, columns = module.weight.shape
+    rows, columns = linear.weight.shape
     rank = max(1, round(share * min(rows, columns)))
     return rank if rank * (rows + columns) < rows * columns else None
 
@@ -54,15 +49,14 @@ def replace_linears(layer: nn.Module, share: float) -> None:
         layer: The decoder layer.
         share: Rank as a share of the smaller side, between 0 and 1.
     """
-    for name, module in list(linear_modules(layer)):
-        rank = rank_of(module, share)
+    for name, module in list(named_linears(layer)):
+        rank = _rank_of(module, share)
         if rank is None:
             continue
-        weight = module.weight.detach()
-        weight = weight.T if isinstance(module, Conv1D) else weight  # [outputs, inputs]
-        down, up = _factors(weight, rank)
+        down, up = _factors(weight_of(module), rank)
         path, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(path), leaf, LowRankLinear(down, up, module.bias))
+        bias: Any = module.bias
+        setattr(layer.get_submodule(path), leaf, LowRankLinear(down, up, bias))
 
 
 def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from isthmus.emulator.compress.svd import LowRankLinear, linear_modules
+from isthmus.backbone.skeleton import named_linears
+from isthmus.emulator.compress.svd import LowRankLinear
 from isthmus.kernels.blockwise import BLOCK, dequantize_weight, quantize_weight
 
 _STORED = {8: torch.int8, 4: torch.uint8}
@@ -18,7 +19,7 @@ _STORED = {8: torch.int8, 4: torch.uint8}
 
 def quantized_names(layer: nn.Module) -> frozenset[str]:
     """Names, inside a decoder layer, of the weights that are quantized: those of linear layers and of their factors."""
-    whole = {f"{name}.weight" for name, _ in linear_modules(layer)}
+    whole = {f"{name}.weight" for name, _ in named_linears(layer)}
     factors = {
         f"{name}.{factor}"
         for name, module in layer.named_modules()

@@ -26,10 +26,10 @@ from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import ConfigError, DataError, NonFiniteError
 from isthmus.common.files import claim, disk_errors, write_atomic
 from isthmus.common.progress import StepProgress
-from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
-from isthmus.emulator.compress.outer_layers import Ends
+from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
 from isthmus.emulator.distill import distillation_checkpoint as checkpoints
 from isthmus.emulator.distill.distillation_checkpoint import LOG_FILE, State
@@ -189,7 +189,7 @@ class _Run:
         self._device = emulator.device
         attention = emulator.attn_implementation
         self._teacher = load_span(checkpoint, plan, attn_implementation=attention).to(self._device)
-        self._ends = Ends(
+        self._ends = OuterLayers(
             checkpoint, plan, with_top=config.lm_weight > 0, attn_implementation=attention, device=self._device
         )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))

@@ -26,7 +26,7 @@ from isthmus.protocol.secure.keys import load_worker
 
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """What `build_package` is told.
+    """The options of `build_package`.
 
     Attributes:
         plan: Which layers are the edge's.
@@ -80,7 +80,7 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
     if len(config.licence) > MAX_LICENCE:
         raise ConfigError(f"--licence has {len(config.licence)} characters; a manifest takes {MAX_LICENCE}: shorten it")
     if config.figure is not None:
-        plotting()  # a missing package is told before the long run, not after it
+        plotting()  # a missing package is an error before the long run, not after it
     signer = load_worker(config.home)
     config.recipe.layers_kept(len(config.plan.cloud))
 

@@ -25,13 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO, adapter_method, without_known_warnings
-from isthmus.backbone.adapters.own_adapters import (
-    ADAPTER_WEIGHTS,
-    OWN_INFO,
-    OwnAdapter,
-    add_bottlenecks,
-    own_parameters,
-)
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_INFO
+from isthmus.backbone.adapters.layer_adapters import LayerAdapter
 from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
@@ -45,7 +40,7 @@ if TYPE_CHECKING:
     from isthmus.emulator.package.package import Package
 
 # The file that describes a kind of adapter -> the file with its weights.
-_KINDS = {PEFT_INFO: ADAPTER_WEIGHTS, OWN_INFO: ADAPTER_WEIGHTS, EDGE_WEIGHTS_INFO: WHOLE_FILE}
+_KINDS = {PEFT_INFO: ADAPTER_WEIGHTS, CUSTOM_INFO: ADAPTER_WEIGHTS, EDGE_WEIGHTS_INFO: WHOLE_FILE}
 ADAPTER_FILES = frozenset({*_KINDS, *_KINDS.values(), TUNING_INFO, "README.md"})
 """The files that a returned adapter may have."""
 
@@ -112,7 +107,7 @@ def check_adapter(
         places = _peft_places(model, settings, plan)
     else:
         _check_named(settings, {"digest": checkpoint.digest(), "plan": str(plan)}, info)
-        places = _own_places(model, settings, plan) if info == OWN_INFO else _parts_places(parts)
+        places = _custom_places(model, settings, plan) if info == CUSTOM_INFO else _parts_places(parts)
     n_params = _check_tensors(folder / _KINDS[info], places)
     return AdapterSummary(adapter_method(folder), n_params, size, made_on)
 
@@ -227,22 +222,22 @@ def _parts_places(parts: Path) -> Places:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _own_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:
+def _custom_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:
     method, layers, width = settings.get("method"), settings.get("layers"), settings.get("width")
     if not is_layers(layers, plan):
-        raise AdapterError(f"{OWN_INFO} names the layers {str(layers)[:60]}, but the edge has {held(plan)}: {_RETURN}")
+        raise AdapterError(
+            f"{CUSTOM_INFO} names the layers {str(layers)[:60]}, but the edge has {held(plan)}: {_RETURN}"
+        )
     if method == "bitfit":
-        adapter = OwnAdapter("bitfit", tuple(layers or ()))
+        adapter = LayerAdapter("bitfit", tuple(layers or ()))
     elif method == "bottleneck" and is_int(width, 1, model.config.hidden_size):
-        adapter = OwnAdapter("bottleneck", tuple(layers or ()), width)
-        with torch.device("meta"):
-            add_bottlenecks(model, adapter.layers, width or 1)
+        adapter = LayerAdapter("bottleneck", tuple(layers or ()), width)
     else:
         raise AdapterError(
-            f"{OWN_INFO} has the method {str(method)[:40]!r} and the width {str(width)[:20]}: use bitfit, "
+            f"{CUSTOM_INFO} has the method {str(method)[:40]!r} and the width {str(width)[:20]}: use bitfit, "
             f"or bottleneck with a width of 1 to {model.config.hidden_size}"
         )
-    return {name: tuple(parameter.shape) for name, parameter in own_parameters(model, adapter).items()}
+    return {name: tuple(shape) for name, shape in adapter.places(model).items()}
 
 
 def _peft_places(model: Any, settings: Mapping[str, Any], plan: SplitPlan) -> Places:

@@ -1,4 +1,4 @@
-"""Which files may lie on which shelf of a session. The cloud shows no others, and the edge takes no others."""
+"""Which files belong to which file set of a session. The cloud offers no others, and the edge takes no others."""
 
 from __future__ import annotations
 

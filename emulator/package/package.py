@@ -29,7 +29,8 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts, load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.common.files import disk_errors, new_folder, sweep, write_atomic
-from isthmus.emulator.compress.emulator_model import Emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.package.manifest import MANIFEST_FILE, Distilled, FileInfo, Manifest, protection_rows, sign
 from isthmus.emulator.package.verification import sha256_of, verified

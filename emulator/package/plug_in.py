@@ -1,6 +1,6 @@
 """Plugging in: a tuned adapter on the full middle, to serve it, or as a model of its own.
 
-`check_adapter` comes first, always: what follows loads what it has let through.
+Nothing here checks the adapter: `check_adapter` of `isthmus.emulator.package.intake` must have accepted it before.
 """
 
 from __future__ import annotations
@@ -12,24 +12,15 @@ from typing import Any, Literal
 import torch
 
 from isthmus.backbone.adapters.adapter_files import adapter_method, load_adapter, without_known_warnings
-from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights, quiet_transformers
+from isthmus.backbone.checkpoints.gguf import quiet_transformers
+from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights
 from isthmus.backbone.checkpoints.tensor_reader import write_json
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.remote_layers import SpanFn
 from isthmus.common.errors import AdapterError, CheckpointError, ConfigError, UnsupportedCallError
 from isthmus.common.files import disk_errors, new_folder
-from isthmus.emulator.package.intake import ADAPTER_FILES, AdapterSummary, check_adapter
-
-__all__ = [
-    "ADAPTER_FILES",
-    "PLUGGED_FILE",
-    "AdapterSummary",
-    "check_adapter",
-    "export_plugged",
-    "load_whole",
-    "plug_in",
-]
+from isthmus.emulator.package.intake import ADAPTER_FILES
 
 PLUGGED_FILE = "isthmus_plugged.json"
 _BESIDE_THE_WEIGHTS = ("bottleneck", "prompt")
@@ -49,7 +40,7 @@ def plug_in(
     """The edge's model with a checked adapter over the full middle, once it has computed something finite.
 
     Args:
-        adapter: An adapter that `check_adapter` let through.
+        adapter: An adapter that `check_adapter` accepted.
         parts: The edge's parts.
         plan: Who holds which layers.
         span: Runs the full middle.
@@ -88,7 +79,7 @@ def export_plugged(adapter: Path, checkpoint: Checkpoint, plan: SplitPlan, out: 
     belongs on.
 
     Args:
-        adapter: An adapter that `check_adapter` let through.
+        adapter: An adapter that `check_adapter` accepted.
         checkpoint: The whole model.
         plan: The plan that it was made for.
         out: Where to write; an older folder is replaced.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.ending import run_to_end
 from isthmus.common.errors import ConfigError, DataError, IsthmusError
+from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode

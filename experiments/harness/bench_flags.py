@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from isthmus.common.interrupt import interruptible
+from isthmus.common.shutdown import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from isthmus.cloud.control.ports import Ports
 from isthmus.common.errors import IsthmusError, PortInUseError, UnreachableError
-from isthmus.common.interrupt import uninterrupted
+from isthmus.common.shutdown import uninterrupted
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.secure.keys import generate_edge, generate_root, issue_worker
 

@@ -18,7 +18,7 @@ from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.common.ending import run_to_end
+from isthmus.common.shutdown import run_to_end
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig, load_config

@@ -25,7 +25,8 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.edge.config.training_config import Precision, TuningConfig
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in, hold_frozen_linears
-from isthmus.emulator.compress.emulator_model import build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.experiments.harness.launch import stderr_progress

@@ -16,7 +16,8 @@ from isthmus.backbone.checkpoints.tensor_reader import read_json
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import locked, new_folder, remove_folder, write_atomic
-from isthmus.emulator.compress.emulator_model import Emulator, build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_model import Emulator, build_emulator
 from isthmus.emulator.compress.layer_choice import Measures
 from isthmus.emulator.compress.layer_measures import measure
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks

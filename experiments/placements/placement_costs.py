@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.ending import run_to_end
+from isthmus.common.shutdown import run_to_end
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.run_report import StripTotals

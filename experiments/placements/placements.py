@@ -20,7 +20,7 @@ from rich.console import Console
 from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.torch_threads import torch_threads
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.placements.placement_costs import Cost, CostSettings, measure_cost
@@ -181,7 +181,7 @@ def _planner(checkpoint: Checkpoint, cost: CostSettings) -> Callable[[Mode, floa
             SplitPlan.parse(cost.edge_layers, facts.n_layers),
             cost.batch,
             cost.seq,
-            StripCodecs(),
+            WireCodecs(),
             rank=rank,
             live_share=live_share,
             taps=int(cost.shared["taps"]),

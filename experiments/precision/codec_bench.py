@@ -22,7 +22,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.client.link import connect
 from isthmus.edge.codecs.codec_choice import cosine
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches
 from isthmus.edge.training.evaluation import to_device
@@ -78,7 +78,7 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         ConfigError: A codec does not exist.
         IsthmusError: Of whatever kind fits.
     """
-    parsed = {text: StripCodecs.parse(text) for text in dict.fromkeys((BASELINE, *settings.codecs))}
+    parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *settings.codecs))}
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     cells.expect(len(parsed) + 1)
     checkpoint, regime = resolve(settings.model), settings.regime
@@ -103,7 +103,7 @@ def _mode(codec: str) -> Mode:
     return Mode(f"codec {codec}", "u_shape", {"codec": codec})
 
 
-def _row(text: str, codecs: StripCodecs, run: dict[str, Any], cosines: list[float], baseline: float) -> dict[str, Any]:
+def _row(text: str, codecs: WireCodecs, run: dict[str, Any], cosines: list[float], baseline: float) -> dict[str, Any]:
     report, loss = run["report"], run["scores"]["completion_loss"]
     return {
         "codec": text,
@@ -122,7 +122,7 @@ def _both(up: str, down: str) -> str:
 
 
 def measure_cosines(
-    cloud: Endpoint, task: Task, settings: CodecSettings, parsed: Mapping[str, StripCodecs]
+    cloud: Endpoint, task: Task, settings: CodecSettings, parsed: Mapping[str, WireCodecs]
 ) -> dict[str, list[float]]:
     """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches.
 
@@ -139,7 +139,7 @@ def measure_cosines(
         model = build_peft(link.load_model(), config)
         parameters = list(trained(model).values())
 
-        def gradients(batch: Batch, codecs: StripCodecs) -> list[Tensor]:
+        def gradients(batch: Batch, codecs: WireCodecs) -> list[Tensor]:
             link.codecs = codecs
             with computing_in(regime.precision, model):
                 loss = model(**to_device(batch, model), use_cache=False).loss
@@ -148,7 +148,7 @@ def measure_cosines(
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
         found: dict[str, list[float]] = {text: [] for text in parsed}
         for number, batch in enumerate(batches):
-            exact = gradients(batch, StripCodecs())
+            exact = gradients(batch, WireCodecs())
             if number < _STEPS_BEFORE:
                 for parameter, gradient in zip(parameters, exact, strict=True):
                     parameter.grad = gradient

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.common.cores import usable_cores
+from isthmus.common.machine import usable_cores
 from isthmus.experiments.harness.bench_flags import numbers_of, to_its_end
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from isthmus.common.cores import usable_cores
+from isthmus.common.machine import usable_cores
 from isthmus.common.readable import lines
 from isthmus.experiments.harness.bench_flags import to_its_end
 

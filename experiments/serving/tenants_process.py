@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from isthmus.common.ending import run_to_end
+from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import connect
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import VOCAB, tiny_checkpoint
+from support.models.tiny import VOCAB, tiny_checkpoint
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.families import family_of
@@ -100,6 +101,20 @@ def batch(kind: str, *, length: int = 24, rows: int = 3, seed: int = 0) -> dict[
         restart = torch.cat([torch.arange(first), torch.arange(length - first)])
         result["position_ids"] = restart.unsqueeze(0)
     return result
+
+
+def disturb(module: nn.Module) -> None:
+    """Move what is trainable off its start, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model: Any, kind: str = "full_mask") -> torch.Tensor:
+    result: torch.Tensor = model(**batch(kind), use_cache=False).logits
+    return result.detach()
 
 
 KINDS = ("no_mask", "full_mask", "right_padded", "left_padded", "positions", "packed", "single_token", "one_row")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import CONFIGS, N_LAYERS, tiny_config
+from support.models.tiny import CONFIGS, N_LAYERS, tiny_config
 from transformers import AutoConfig
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

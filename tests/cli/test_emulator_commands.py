@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

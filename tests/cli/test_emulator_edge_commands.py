@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer, served
-from support.packages import tiny_package, tuned
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.packages import tiny_package, tuned
+from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from isthmus.cli.emulator_edge_commands import app

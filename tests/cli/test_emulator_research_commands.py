@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.scoring import task_folder
-from support.tiny import tiny_checkpoint
+from support.models.small_tasks import task_folder
+from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.cli.emulator_research_commands import app
 from isthmus.common.errors import ConfigError
-from isthmus.common.interrupt import INTERRUPTED
+from isthmus.common.shutdown import INTERRUPTED
 from isthmus.experiments.offsite import table
 
 RUNNER = CliRunner()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import typer
-from support.speeds import speed
-from support.tiny import tiny_checkpoint
+from support.models.round_speeds import speed
+from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.cli.plan_command import plan

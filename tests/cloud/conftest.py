@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry import logs

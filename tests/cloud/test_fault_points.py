@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.mortal import MortalWorker
-from support.tiny import tiny_checkpoint
+from support.cloud.dying_worker import MortalWorker
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud import fault_points
 from isthmus.cloud.fault_points import POINTS, InjectedFaultError, Point, arm, is_armed, reached

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.models.tiny import tiny_checkpoint
 from support.other_user import NOBODY, Attack
-from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints import sources
 from isthmus.common import files, ownership

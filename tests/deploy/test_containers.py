@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.manifests import DEPLOY
+from support.kubernetes_manifests import DEPLOY
 
 ROOT = DEPLOY.parent
 FILE = DEPLOY / "Containerfile"

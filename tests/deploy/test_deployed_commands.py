@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.manifests import DEPLOY, containers, ray_cluster
+from support.kubernetes_manifests import DEPLOY, containers, ray_cluster
 
 from isthmus.cli.main import app
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.manifests import DEPLOY, containers, crd_problems, manifests, problems, ray_cluster, templates
+from support.kubernetes_manifests import DEPLOY, containers, crd_problems, manifests, problems, ray_cluster, templates
 
 from isthmus.cloud.control.worker_setup import EdgesFile
 from isthmus.protocol.enrolment import add_line

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.runs import Runs, cloud_for_runs
-from support.scoring import task_folder
+from support.cloud.train_runs import Runs, cloud_for_runs
+from support.models.small_tasks import task_folder
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.common.errors import IsthmusError
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.placements import placement_scores
 from isthmus.experiments.placements.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
@@ -107,7 +107,7 @@ def test_gradients_over_a_codec_are_compared_with_those_over_fp32(runs: Runs, cl
     regime = regime_of(tmp_path / "data", batch=1)
     task = load_task("e2e", regime.data_folder, load_tokenizer(runs.model), regime.sizes)
     settings = CodecSettings(str(runs.model), "1:1", (), regime, probes=3, out=tmp_path)
-    parsed = {text: StripCodecs.parse(text) for text in ("fp32", "bf16", "int4")}
+    parsed = {text: WireCodecs.parse(text) for text in ("fp32", "bf16", "int4")}
     found = measure_cosines(cloud, task, settings, parsed)
     assert found["fp32"] == pytest.approx([1.0] * 3, abs=1e-12)
     assert all(0.99 < value < 1 for value in found["bf16"])

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.scoring import task_folder
-from support.tiny import tiny_checkpoint
+from support.models.small_tasks import task_folder
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.benchmarks.step import StepSettings

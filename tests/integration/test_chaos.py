@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Shell, ended, wait_for
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.launch import _of_session

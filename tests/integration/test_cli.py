@@ -18,10 +18,10 @@ import psutil
 import pytest
 import typer.main
 from safetensors import safe_open
-from support.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home, ThreadServer, served
 from support.commands import in_process, refused
-from support.tiny import tiny_checkpoint
-from support.warm import warm
+from support.models.tiny import tiny_checkpoint
+from support.warm_processes import warm
 
 from isthmus.cli.main import app
 from isthmus.cloud.control.ports import Listener

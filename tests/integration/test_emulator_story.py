@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.packages import tiny_package, tuned
 from support.commands import Shell, ended, in_process, namespace, refused, wait_for
-from support.packages import tiny_package, tuned
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.split.span import load_span
 from isthmus.emulator.package.package import Package, open_package
 from isthmus.emulator.package.plug_in import plug_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.rigs.faults.fault_plan import PHASES

@@ -14,8 +14,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.clouds import Home, ThreadServer, served
-from support.tiny import PAD, VOCAB, tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import PAD, VOCAB, tiny_checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
+from support.cloud.train_runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import load_adapter

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 
 README = Path(__file__).parents[2] / "README.md"
 ADDRESS = 'connect("isthmus://cloud.example:7443#SHA256:…")'

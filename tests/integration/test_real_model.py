@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.clouds import Home, ThreadServer, served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.clouds import Home, ThreadServer, served
-from support.speeds import speed
-from support.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.round_speeds import speed
+from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge import connect
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.run_report import StripTotals
 from isthmus.planner.cost_model import MODES, TRAINS_INSIDE, ModeCost, PlanSettings, predict
 from isthmus.planner.link_spec import LinkSpec
@@ -52,7 +52,7 @@ ADAPTERS_S = 2 * ADAPTERS * POSITIONS / 1e2 + 4 * ADAPTERS * POSITIONS / 5e1
 
 
 def settings(plan: str = "1:2", **changes: Any) -> PlanSettings:
-    values: dict[str, Any] = {"batch": 2, "length": 10, "codecs": StripCodecs(), "rank": 2} | changes
+    values: dict[str, Any] = {"batch": 2, "length": 10, "codecs": WireCodecs(), "rank": 2} | changes
     return PlanSettings(SplitPlan.parse(plan, 6), **values)
 
 
@@ -63,7 +63,7 @@ def costs(
     return {cost.mode: cost for cost in found}
 
 
-WIRE = Wire(2, 10, 16, StripCodecs())
+WIRE = Wire(2, 10, 16, WireCodecs())
 CALL = WIRE.forward() + WIRE.backward(wanted=False)
 
 
@@ -152,7 +152,7 @@ def test_design_s_table_of_bytes() -> None:
     hb, positions = 576 * 4, 512
 
     def per_layer(summed: bool) -> float:
-        plan = PlanSettings(SplitPlan.parse("1:1", 6), 4, 128, StripCodecs(), summed=summed, own_layers=True)
+        plan = PlanSettings(SplitPlan.parse("1:1", 6), 4, 128, WireCodecs(), summed=summed, own_layers=True)
         found = {cost.mode: cost.step.traffic for cost in predict(facts, plan, LOCAL, speed(), speed())}
         assert found["u_shape"].total / positions / hb == pytest.approx(4, rel=0.001)
         return (found["edge"].total - found["u_shape"].total) / positions / hb / 4
@@ -184,9 +184,9 @@ def test_low_rank_moves_r_numbers_per_site() -> None:
 def test_low_rank_moves_95_percent_less_at_a_real_width() -> None:
     config = tiny_config("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     facts = ModelFacts.of(config, targets=["q_proj", "v_proj"])
-    plan = PlanSettings(SplitPlan.parse("1:1", 6), 4, 128, StripCodecs(), rank=8)
+    plan = PlanSettings(SplitPlan.parse("1:1", 6), 4, 128, WireCodecs(), rank=8)
     found = {cost.mode: cost.step.traffic.total for cost in predict(facts, plan, LOCAL, speed(), speed())}
-    wire = Wire(4, 128, 576, StripCodecs())
+    wire = Wire(4, 128, 576, WireCodecs())
     call = (wire.forward() + wire.backward(wanted=False)).total
     assert found["low_rank"] - call < 0.05 * (found["edge"] - call)
 
@@ -257,8 +257,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"emulator_keep = 1\.5"):
         settings(emulator_keep=1.5)
     with pytest.raises(ConfigError, match="'int8' is not among those that were measured"):
-        costs(codecs=StripCodecs.parse("int8"), edge=speed(codec_s={"fp32": 0.0}))
-    other = PlanSettings(SplitPlan.parse("1:1", 7), 2, 10, StripCodecs())
+        costs(codecs=WireCodecs.parse("int8"), edge=speed(codec_s={"fp32": 0.0}))
+    other = PlanSettings(SplitPlan.parse("1:1", 7), 2, 10, WireCodecs())
     with pytest.raises(ConfigError, match="7 layers and the model has 6"):
         predict(FACTS, other, LOCAL, speed(), speed())
 
@@ -299,7 +299,7 @@ def test_bytes_and_round_trips_are_those_of_a_real_step(
 ) -> None:
     facts = ModelFacts.of(tiny_config("llama"), 4, ["q_proj", "v_proj", "down_proj"])
     assert facts.hidden == HIDDEN
-    plan = PlanSettings(SplitPlan.parse("2:2", 6), 2, 24, StripCodecs.parse(codec), rank=4, own_layers=own_layers)
+    plan = PlanSettings(SplitPlan.parse("2:2", 6), 2, 24, WireCodecs.parse(codec), rank=4, own_layers=own_layers)
     found = {cost.mode: cost.step.traffic for cost in predict(facts, plan, LOCAL, speed(), speed())}[mode]
     real = measured(cloud, codec, layers)
     assert (found.up, found.down) == (real.bytes_up, real.bytes_down)

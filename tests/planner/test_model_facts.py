@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS, VOCAB, tiny_config
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS, VOCAB, tiny_config
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.families import family_of

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.speeds import speed
+from support.models.round_speeds import speed
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.planner.cost_model import ModeCost, PlanSettings, StepCost, Work
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.plan_report import assumptions, recommend, rows, table
@@ -145,7 +145,7 @@ def test_the_table_names_every_mode_and_its_first_epoch() -> None:
 
 
 def test_assumptions_follow_the_settings() -> None:
-    settings = PlanSettings(SplitPlan.parse("1:3", 8), 2, 64, StripCodecs(), live_share=0.2, taps=5, tap_width=32)
+    settings = PlanSettings(SplitPlan.parse("1:3", 8), 2, 64, WireCodecs(), live_share=0.2, taps=5, tap_width=32)
     edge, cloud = speed(), speed(dtype="bf16", threads=4)
     far = "\n".join(assumptions(settings, LinkSpec.parse("1mbit"), edge, cloud))
     for expected in (

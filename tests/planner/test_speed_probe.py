@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.speeds import speed
-from support.tiny import tiny_config
+from support.models.round_speeds import speed
+from support.models.tiny import tiny_config
 
 from isthmus.common.errors import ConfigError
 from isthmus.planner import speed_probe

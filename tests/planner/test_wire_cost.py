@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.planner.wire_cost import Traffic, Wire, answer_header, frame_bytes, lease_header, question_header, sizes
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
@@ -39,7 +39,7 @@ def test_frames_are_counted_as_they_are_sealed(header: int, body: int) -> None:
 
 @pytest.mark.parametrize("codec", ACTIVATION_CODECS)
 def test_a_call_takes_what_its_real_messages_take(codec: str) -> None:
-    wire = Wire(3, 5, 96, StripCodecs.parse(codec))
+    wire = Wire(3, 5, 96, WireCodecs.parse(codec))
     mask, up = encode_mask(torch.ones(3, 5)), tensor(96, codec)
     forward = wire.forward()
     assert forward.up == framed(m.Forward(CALL, True, up, mask, None, codec_id(codec)))
@@ -54,7 +54,7 @@ def test_a_call_takes_what_its_real_messages_take(codec: str) -> None:
 
 
 def test_each_direction_has_its_own_codec() -> None:
-    wire = Wire(2, 64, 128, StripCodecs("fp32", "bf16", "int8", "fp16"))
+    wire = Wire(2, 64, 128, WireCodecs("fp32", "bf16", "int8", "fp16"))
     assert wire.forward().elements == {"fp32": 16384, "bf16": 16384}
     assert wire.backward().elements == {"int8": 16384, "fp16": 16384}
     body = 2 * 64 * 128
@@ -66,7 +66,7 @@ def test_each_direction_has_its_own_codec() -> None:
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_a_pause_takes_what_its_real_messages_take(codec: str) -> None:
-    wire = Wire(3, 5, 96, StripCodecs.parse(codec))
+    wire = Wire(3, 5, 96, WireCodecs.parse(codec))
     x, deltas = tensor(96, codec), (tensor(96, codec), tensor(32, codec))
     pause = wire.pause("forward", 2, [96], [96, 32])
     assert pause.down == framed(m.SiteQuestion(CALL, m.SitePhase.FORWARD, (4, 6), (x,), 1, 2, 3))
@@ -86,7 +86,7 @@ def test_headers_of_many_tensors_are_those_of_real_messages() -> None:
 
 
 def test_taps_come_down_with_the_forward() -> None:
-    wire = Wire(2, 64, 128, StripCodecs())
+    wire = Wire(2, 64, 128, WireCodecs())
     plain, tapped = wire.forward(), wire.forward(taps=[128, 32])
     assert tapped.up == plain.up
     hidden, *taps = (encode(torch.zeros(2, 64, width), "fp32", Role.ACTIVATION) for width in (128, 128, 32))
@@ -96,7 +96,7 @@ def test_taps_come_down_with_the_forward() -> None:
 
 
 def test_a_leased_adapter_goes_up_and_its_gradients_come_down() -> None:
-    leased = Wire(1, 1, 8, StripCodecs()).lending([(8, 576), (576, 8)] * 100)
+    leased = Wire(1, 1, 8, WireCodecs()).lending([(8, 576), (576, 8)] * 100)
     down, up = (encode(torch.zeros(shape), "fp32", Role.ACTIVATION) for shape in ((8, 576), (576, 8)))
     assert leased.up == framed(m.Lease(7, 3, (m.LeasedWeights(down, up, 2.5),) * 100))
     assert leased.up == leased.down == pytest.approx(100 * 2 * 8 * 576 * 4, rel=0.01)
@@ -108,7 +108,7 @@ def test_more_leased_sites_than_a_message_carries_take_more_messages() -> None:
 
 
 def test_traffic_adds_and_scales() -> None:
-    wire = Wire(2, 64, 128, StripCodecs())
+    wire = Wire(2, 64, 128, WireCodecs())
     twice = wire.forward() + wire.forward()
     scaled = wire.forward() * 2
     assert (twice.up, twice.down, twice.round_trips, twice.elements) == (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from support.examples import MESSAGES
+from support.example_messages import MESSAGES
 from support.wire import TENANT, session_info
 
 from isthmus.backbone.sites.site_spec import SiteSpec

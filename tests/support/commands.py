@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.warm import Forked, warm
+from support.warm_processes import Forked, warm
 
 from isthmus.cli.main import main
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from support.models.tiny import HIDDEN
 from support.span_messages import FP32
-from support.tiny import HIDDEN
 from torch import Tensor, nn
 
 from isthmus.backbone.sites.edge_sites import Site

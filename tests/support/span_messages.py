@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from support.tiny import HIDDEN
+from support.models.tiny import HIDDEN
 
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode, encode_mask, encode_positions

@@ -192,7 +192,7 @@ parts = st.just("") | st.from_regex(r"[A-Za-z0-9_]{1,20}(\.[A-Za-z0-9_]{1,20}){0
 @st.composite
 def site_entries(draw: st.DrawFn) -> SiteSpec:
     part = draw(parts)
-    at_linear = [Placement.EDGE, Placement.LOW_RANK, Placement.LEASED, Placement.LENT]
+    at_linear = [Placement.EDGE, Placement.LOW_RANK, Placement.LEASED, Placement.LEASED_FROZEN]
     placement = draw(st.sampled_from(at_linear if part else [Placement.EDGE, Placement.TAP]))
     if placement not in (Placement.LOW_RANK, Placement.TAP):
         return SiteSpec(draw(u32), part, placement)

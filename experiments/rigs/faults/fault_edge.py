@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.ending import run_to_end
 from isthmus.common.errors import IsthmusError, UnreachableError
+from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.common.ending import run_to_end
 from isthmus.common.errors import ConfigError
+from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import Link
 from isthmus.edge.run_report import StripTotals
 from isthmus.experiments.benchmarks.demo import run_command

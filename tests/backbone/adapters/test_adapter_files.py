@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.sited import Sited
-from support.tiny import CONFIGS, HIDDEN
+from support.models.sited_span import Sited
+from support.models.tiny import CONFIGS, HIDDEN
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,25 +24,16 @@ from isthmus.backbone.adapters.adapter_files import (
     save_adapter,
     unfreeze_layers,
 )
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks, own_parameters, unfreeze_biases
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks, unfreeze_biases
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.sites.bottleneck import Bottleneck, attach_bottleneck
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError
 
-from ..conftest import Pairs, batch, whole_model
+from ..conftest import Pairs, batch, disturb, whole_model
 
 WITH_BIASES = ["qwen2", "gpt2", "opt", "opt_projected"]
 WIDTH = 4
-
-
-def disturb(model: Any) -> None:
-    """Move what is trainable, as training would."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def make(method: str, model: Any, layers: Any) -> Any:
@@ -347,7 +338,7 @@ def test_only_biases_of_the_named_layers_are_written(pairs: Pairs, tmp_path: Pat
     unfreeze_biases(whole, [0, 5])
     save_adapter(whole, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert stored.keys() == own_parameters(whole, whole.isthmus_adapter).keys()
+    assert stored.keys() == whole.isthmus_adapter.parameters(whole).keys()
     # Two norms, attention in and out, MLP in and out, in two layers; learned positions and the final norm are outside.
     assert len(stored) == 12
     assert {name.split(".")[2] for name in stored} == {"0", "5"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import tiny_tokenizer
+from support.models.tiny import tiny_tokenizer
 
 from isthmus.backbone.checkpoints import chat_template
 from isthmus.backbone.checkpoints.chat_template import ChatTemplate, TemplateLimits

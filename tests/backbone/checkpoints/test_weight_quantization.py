@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.quantized import noting
-from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
+from support.models.dequantized_weights import noting
+from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 from torch import nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from peft.utils.integrations import init_empty_weights
-from support.peft_methods import EDGE, names
-from support.tiny import CONFIGS, tiny_config
+from support.models.peft_methods import EDGE, names
+from support.models.tiny import CONFIGS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.peft_checks import checks, probe, whole

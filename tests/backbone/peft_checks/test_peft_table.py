@@ -19,7 +19,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.peft_methods import ALL, EDGE, METHODS, OPTIONS, Method, mixture, names
+from support.models.peft_methods import ALL, EDGE, METHODS, OPTIONS, Method, mixture, names
 from torch import Tensor
 
 from isthmus.backbone.peft_checks import allowed, checks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from torch import Tensor, nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.allocations import peak_bytes
-from support.tiny import CONFIGS, N_LAYERS, tiny_checkpoint, tiny_config
+from support.models.peak_allocations import peak_bytes
+from support.models.tiny import CONFIGS, N_LAYERS, tiny_checkpoint, tiny_config
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.activations import count_kept, given_by_activations
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS, tiny_checkpoint
+from support.models.kept_activations import count_kept, given_by_activations
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS, tiny_checkpoint
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.backbone.runtime.leased_lora import LeasedWeights
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.runtime.site_visit import Visit, visiting
-from isthmus.backbone.sites.edge_sites import Site
+from isthmus.backbone.runtime.sited_modules import sites_active
+from isthmus.backbone.runtime.sited_pass import SitedPass
 from isthmus.backbone.sites.ladder import add_ladder
+from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.low_rank import add_low_rank
 from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.backbone.sites.site_spec import Placement, SiteSpec
+from isthmus.backbone.sites.site_spec import Placement
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import UnsupportedCallError
@@ -54,9 +54,9 @@ class HereLink:
             number: LeasedWeights(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
             for number, one in zip(leased, sites.lease, strict=True)
         }
-        visit = Visit(self.host.bind(specs), self, lent, again)
+        visit = SitedPass(self.host.bind(specs), self, lent, again)
         self.sites = sites
-        with visiting(visit):
+        with sites_active(visit):
             return self.host.span(leaf, mask, positions), visit
 
     def backward_span(
@@ -77,11 +77,11 @@ class HereLink:
         if sites is None:
             return torch.autograd.grad(output, [leaf], gradient)[0]
         lent = [matrix for _, one in sorted(visit.leased.items()) for matrix in (one.down, one.up)]
-        with visiting(visit):
+        with sites_active(visit):
             result, *back = torch.autograd.grad(
                 output, [leaf if wanted else visit.anchor, *lent], gradient, allow_unused=True
             )
-        sites.take_back(back)
+        sites.take_gradients(back)
         return result if wanted else None
 
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
@@ -232,7 +232,7 @@ def test_a_span_without_sites_refuses_adapters_inside(pairs: Pairs) -> None:
 
 
 def test_a_bottleneck_behind_a_layer_of_the_cloud(pairs: Pairs) -> None:
-    from isthmus.backbone.adapters.own_adapters import add_bottlenecks
+    from isthmus.backbone.adapters.layer_adapters import add_bottlenecks
 
     pair = pairs("llama")
     model, link = split(pair)
@@ -246,21 +246,6 @@ def test_a_bottleneck_behind_a_layer_of_the_cloud(pairs: Pairs) -> None:
         runs.append(steps(each, batch("left_padded")))
     assert_same(*runs)
     assert link.asked
-
-
-def test_a_site_answers_once_however_often_it_is_asked() -> None:
-    layer = torch.nn.Linear(4, 3)
-    call = SiteCall(
-        [Site("model.layers.0.q", SiteSpec(0, "q"), torch.nn.Sequential(torch.nn.Dropout(0.5), layer))], keep=True
-    )
-    x = torch.randn(1, 6, 4)
-    first = call.forward([0], [x])[0]
-    assert torch.equal(call.forward([0], None)[0], first)
-    gradient = torch.randn(1, 6, 3)
-    answers = [call.backward([0], [gradient], wanted=True)[0] for _ in range(2)]
-    assert torch.equal(answers[0], answers[1])
-    alone = torch.autograd.grad(layer(torch.zeros(1, 6, 4)), layer.bias, gradient)[0]
-    assert torch.equal(call.gradients()[1], alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])

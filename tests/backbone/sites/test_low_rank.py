@@ -1,153 +1,24 @@
-"""Low-rank sites: where A and B come from, the trainable M, the same names everywhere, ordinary LoRA out of them."""
+"""Low-rank sites: the trainable M, by itself and on models, under the same names everywhere."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
-from support.tiny import HIDDEN, N_LAYERS
-from torch import Tensor, nn
+from support.models.tiny import HIDDEN
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.backbone.sites.low_rank import (
-    LowRankAdapter,
-    LowRankSite,
-    add_low_rank,
-    export_lora,
-    low_rank_basis,
-    low_rank_sites,
-    seeded_matrix,
-    site_basis,
-    svd_basis,
-)
+from isthmus.backbone.sites.low_rank import LowRankAdapter, LowRankSite, add_low_rank
+from isthmus.backbone.sites.low_rank_basis import low_rank_basis, site_basis
 from isthmus.common.errors import CheckpointError, ConfigError
 
-from ..conftest import Checkpoints, Pairs, batch, whole_model
-
-RANK = 4
-NAME = "model.layers.2.self_attn.q_proj"
-SITES = {
-    "llama": [NAME, "model.layers.3.mlp.down_proj", "model.layers.5.self_attn.v_proj"],
-    "phi3": ["model.layers.2.self_attn.qkv_proj"],
-    "gpt2": ["transformer.h.2.attn.c_attn", "transformer.h.3.mlp.c_proj"],
-    "opt": ["model.decoder.layers.1.self_attn.k_proj", "model.decoder.layers.4.fc2"],
-}
-
-
-class SkeletonLinear(nn.Linear):
-    """A linear without a weight, as the edge has for the cloud's layers."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = n_in, n_out
-
-
-def disturb(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: Any) -> Tensor:
-    result: Tensor = model(**batch("full_mask"), use_cache=False).logits
-    return result.detach()
-
-
-# A and B --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_seeded_basis_is_fixed_for_all_time() -> None:
-    """A change of these bits would break every adapter that was saved before."""
-    down, up = low_rank_basis(NAME, 64, 48, 8, seed=7)
-    content = down.numpy().tobytes() + up.numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest() == "16cb7fca870b9eef7b1629ea710ddef7ef88853c1bc2fb9e913fa6130574c1ef"
-
-
-def test_the_seeded_basis_depends_on_seed_and_site_alone() -> None:
-    down, up = low_rank_basis(NAME, 64, 48, 8, seed=7)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        again = low_rank_basis(NAME, 64, 48, 8, seed=7)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(down, again[0])
-    assert torch.equal(up, again[1])
-    assert torch.equal(before, torch.get_rng_state())
-    for name, seed in (("model.layers.3.self_attn.q_proj", 7), (NAME, 8)):
-        other = low_rank_basis(name, 64, 48, 8, seed=seed)
-        assert not torch.equal(down, other[0])
-        assert not torch.equal(up, other[1])
-    square = low_rank_basis(NAME, 8, 8, 8, seed=7)
-    assert not torch.equal(*square)
-
-
-def test_seeded_products_keep_the_size_of_the_numbers() -> None:
-    down, up = low_rank_basis(NAME, 512, 384, 64, seed=0)
-    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    z = x @ down.T
-    assert z.var().item() == pytest.approx(1, rel=0.15)
-    assert (z @ up.T).var().item() == pytest.approx(1, rel=0.25)
-    assert down.mean().abs().item() < 0.01 * down.abs().max().item()
-
-
-@settings(max_examples=30, deadline=None)
-@given(label=st.text(max_size=20), rows=st.integers(1, 6), columns=st.integers(1, 40))
-def test_seeded_numbers_are_bounded_and_in_one_stream(label: str, rows: int, columns: int) -> None:
-    matrix = seeded_matrix(label, rows, columns)
-    assert matrix.shape == (rows, columns)
-    assert matrix.dtype == torch.float32
-    assert matrix.abs().max().item() <= (3 / columns) ** 0.5 * (1 + 1e-6)
-    assert torch.equal(matrix, seeded_matrix(label, rows + 3, columns)[:rows])
-
-
-def test_the_svd_basis_is_the_best_approximation_of_its_rank() -> None:
-    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    down, up = svd_basis(weight, RANK)
-    values = torch.linalg.svdvals(weight)
-    assert (weight - up @ down).norm().item() == pytest.approx(values[RANK:].norm().item(), rel=1e-5)
-    assert torch.allclose(down @ down.T, torch.eye(RANK), atol=1e-6)
-    assert torch.allclose(up.norm(dim=0), values[:RANK], rtol=1e-5)
-
-
-def test_the_svd_basis_has_one_sign() -> None:
-    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    down, up = svd_basis(weight, RANK)
-    assert (down.gather(1, down.abs().argmax(1, keepdim=True)) > 0).all()
-    negated_down, negated_up = svd_basis(-weight, RANK)
-    assert torch.allclose(down, negated_down, atol=1e-6)
-    assert torch.allclose(up, -negated_up, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [0, -1, 13, 20])
-def test_a_rank_that_does_not_fit_is_refused(rank: int) -> None:
-    with pytest.raises(ConfigError, match=rf"rank {rank} does not fit .* use 1 to 12"):
-        svd_basis(torch.zeros(20, 12), rank)
-    with pytest.raises(ConfigError, match=rf"rank {rank} does not fit {NAME}.* use 1 to 12"):
-        low_rank_basis(NAME, 12, 20, rank, seed=0)
-
-
-def test_a_conv1d_counts_as_the_linear_that_it_is() -> None:
-    conv, linear = Conv1D(12, 20), nn.Linear(20, 12)
-    linear.weight = nn.Parameter(conv.weight.T.detach().clone())
-    for init in ("seeded", "svd"):
-        ours = site_basis(NAME, conv, rank=RANK, seed=1, init=init)
-        theirs = site_basis(NAME, linear, rank=RANK, seed=1, init=init)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        assert ours[0].shape == (RANK, 20)
-        assert ours[1].shape == (12, RANK)
-
+from ..conftest import Checkpoints, Pairs, batch, disturb, logits, whole_model
+from .conftest import NAME, RANK, SITES, SkeletonLinear, low_rank_sites
 
 # One site -------------------------------------------------------------------------------------------------------------
 
@@ -368,82 +239,3 @@ def test_places_are_known_before_anything_is_changed(checkpoints: Checkpoints) -
     assert not low_rank_sites(model)
     adapter.attach(model)
     assert places == {name: parameter.shape for name, parameter in adapter.parameters(model).items()}
-
-
-@pytest.mark.parametrize("init", ["seeded", "svd"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
-def test_peft_loads_the_export_into_the_whole_model(
-    checkpoints: Checkpoints, tmp_path: Path, family: str, init: str
-) -> None:
-    """The same products in the same order but for `B M`, which is rounded once more: some units in the last place."""
-    folder = checkpoints(family)
-    model = whole_model(folder)
-    add_low_rank(model, SITES[family], RANK, alpha=6, seed=3, init=init)
-    disturb(model)
-    export_lora(model, tmp_path / "lora")
-    loaded = peft.PeftModel.from_pretrained(whole_model(folder), str(tmp_path / "lora"))
-    adapted = {
-        name.removeprefix("base_model.model.")
-        for name, module in loaded.named_modules()
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
-    }
-    ours, theirs = logits(model), logits(loaded)
-    assert adapted == set(SITES[family])
-    assert (ours - logits(whole_model(folder))).abs().max() > 0.01
-    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
-    assert {file.name for file in (tmp_path / "lora").iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-
-
-def test_the_export_is_bit_for_bit_for_equal_inputs(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    model = whole_model(checkpoints("llama"))
-    add_low_rank(model, [NAME], RANK, alpha=6, seed=3)
-    disturb(model)
-    export_lora(model, tmp_path / "lora")
-    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    down, up = low_rank_basis(NAME, HIDDEN, HIDDEN, RANK, 3)
-    site = low_rank_sites(model)[NAME]
-    assert torch.equal(stored[f"base_model.model.{NAME}.lora_A.weight"], down)
-    assert torch.equal(stored[f"base_model.model.{NAME}.lora_B.weight"], up @ site.weight.detach())
-    assert len(stored) == 2
-
-
-def skeleton_model() -> Any:
-    """A model in miniature whose one site lies in the cloud."""
-    model: Any = nn.Module()
-    model.site = SkeletonLinear(12, 20)
-    model.name_or_path = "tiny"
-    return model
-
-
-def test_a_skeleton_exports_with_the_seed_alone(tmp_path: Path) -> None:
-    model = skeleton_model()
-    add_low_rank(model, ["site"], RANK, alpha=1, seed=9)
-    disturb(model)
-    export_lora(model, tmp_path / "lora")
-    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    down, up = low_rank_basis("site", 12, 20, RANK, 9)
-    assert torch.equal(stored["base_model.model.site.lora_A.weight"], down)
-    assert torch.equal(stored["base_model.model.site.lora_B.weight"], up @ model.site.low_rank.weight.detach())
-
-
-def test_a_skeleton_under_svd_needs_the_clouds_basis(tmp_path: Path) -> None:
-    model = skeleton_model()
-    add_low_rank(model, ["site"], RANK, alpha=1, init="svd")
-    disturb(model)
-    with pytest.raises(ConfigError, match="A and B of site come from the cloud's weights"):
-        export_lora(model, tmp_path / "lora")
-    down, up = svd_basis(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), RANK)
-    with pytest.raises(ConfigError, match=r"do not fit site: give \[4, 12\] and \[20, 4\]"):
-        export_lora(model, tmp_path / "lora", bases={"site": (up, down)})
-    assert not (tmp_path / "lora").exists()
-    export_lora(model, tmp_path / "lora", bases={"site": (down, up)})
-    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert torch.equal(stored["base_model.model.site.lora_A.weight"], down)
-
-
-def test_a_model_without_sites_is_not_exported(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no low-rank sites to export"):
-        export_lora(whole_model(checkpoints("llama", num_hidden_layers=N_LAYERS)), tmp_path / "lora")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, read_json, tiny_checkpoint
+from support.models.tiny import CONFIGS, read_json, tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.backbone.plan import Span, SplitPlan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS
 
 from isthmus.backbone.plan import Span
 from isthmus.backbone.split.span import distinct_layers, load_layers, load_span, run_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, WINDOW
+from support.models.tiny import CONFIGS, WINDOW
 
 from ..conftest import KINDS, Pair, Pairs, batch
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.clouds import Home
+from support.cloud.clouds import Home
+from support.cloud.packages import tiny_package
+from support.models.tiny import tiny_checkpoint
 from support.other_user import as_nobody, place
-from support.packages import tiny_package
-from support.tiny import tiny_checkpoint
 
 from isthmus.cloud.control import supervisor
 from isthmus.emulator.package.package import Package

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from support.clouds import Home
-from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
+from support.cloud.clouds import Home
+from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost

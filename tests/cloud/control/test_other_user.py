@@ -13,9 +13,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.clouds import Home
+from support.cloud.clouds import Home
+from support.models.tiny import tiny_checkpoint
 from support.other_user import NOBODY, Attack
-from support.tiny import tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cli import cloud_commands

@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from support.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home, ThreadServer, served
 from support.commands import in_process, refused
-from support.quantized import noting
-from support.tiny import N_LAYERS, tiny_checkpoint
+from support.models.dequantized_weights import noting
+from support.models.tiny import N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.span_format import PARTS

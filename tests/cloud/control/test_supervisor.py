@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clouds import Home
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.control import supervisor
 from isthmus.cloud.control.serve_options import ServeOptions

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.clouds import Home, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, served
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan

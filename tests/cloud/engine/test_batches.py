@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
-from support.scheduled import BACKWARD, EQUAL, FORWARD, Together
+from support.cloud.manual_scheduler import BACKWARD, EQUAL, FORWARD, Together
 
 from isthmus.cloud.engine.expected_sessions import THINK_SECONDS
 from isthmus.cloud.engine.requests import Batching, Kind, Share

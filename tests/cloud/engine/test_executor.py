@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.activations import count_kept, given_by_activations
-from support.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
+from support.models.kept_activations import count_kept, given_by_activations
+from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime import graph_memory

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from support.scheduled import BACKWARD, Together
+from support.cloud.manual_scheduler import BACKWARD, Together
 
 from isthmus.cloud.engine.expected_sessions import THINK_SECONDS
 from isthmus.cloud.engine.requests import Batching, Job, Kind

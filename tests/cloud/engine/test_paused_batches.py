@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_checkpoint
+from support.models.tiny import CONFIGS, tiny_checkpoint
 from support.wire import TENANT
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.weight_quantization import quantizer_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime import leased_lora
-from isthmus.backbone.runtime.shared_linears import Enlisted, Meetings, Products
+from isthmus.backbone.runtime.batched_products import ProductBatches, ProductRequest, Products
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import load_span
@@ -91,7 +91,7 @@ class Edge:
     def __post_init__(self) -> None:
         host, specs = self.session.executor.host, self.tenant.sites
         self.session.handle(m.Sites(1, specs))
-        lent = [spec for spec in specs if spec.on_loan]
+        lent = [spec for spec in specs if spec.is_leased]
         if lent:
             weights = []
             for number, spec in enumerate(lent):
@@ -120,11 +120,11 @@ class Edge:
     def forward(self) -> m.Forward:
         given, tenant = self.inputs(), self.tenant
         masks = (given.attention_mask, given.position_ids)
-        lease = 1 if any(spec.on_loan for spec in tenant.sites) else 0
+        lease = 1 if any(spec.is_leased for spec in tenant.sites) else 0
         return m.Forward(m.CallId(1, 1), tenant.keep, given.hidden, *masks, FP32, 1, tenant.wanted, lease)
 
     def backward(self, *, replay: bool = False) -> m.Backward:
-        lease = 1 if any(spec.on_loan for spec in self.tenant.sites) else 0
+        lease = 1 if any(spec.is_leased for spec in self.tenant.sites) else 0
         again = self.inputs() if replay else None
         return m.Backward(m.CallId(1, 1, 3), self.hidden(Role.GRADIENT), again, FP32, 1, self.tenant.wanted, lease)
 
@@ -233,7 +233,7 @@ def tenants_of(host: SiteHost) -> list[Tenant]:
         Tenant((*low, SiteSpec(3, "", Placement.TAP, 4), SiteSpec(4, "", Placement.TAP)), (2, 9), masked=True),
         Tenant((SiteSpec(2, "", Placement.TAP, 4),), (2, 8), keep=False),
         Tenant(tuple(SiteSpec(*place) for group in in_layer[2] for place in group), (2, 8)),
-        Tenant((SiteSpec(*ends(1)[0], Placement.LENT), SiteSpec(*ends(4)[-1])), (4, 5), wanted=False),
+        Tenant((SiteSpec(*ends(1)[0], Placement.LEASED_FROZEN), SiteSpec(*ends(4)[-1])), (4, 5), wanted=False),
     ]
 
 
@@ -249,7 +249,7 @@ def test_every_family_and_placement_has_the_bits_of_each_by_itself(
     play(edges)
     for mine, theirs in zip(edges, expected, strict=True):
         assert mine.heard == theirs
-    assert host.meetings.calls_per_meeting > 2
+    assert host.product_batches.requests_per_batch > 2
     assert executor.used_bytes == 0
 
 
@@ -288,7 +288,7 @@ def test_a_quantized_span_has_the_bits_of_each_by_itself(tmp_path: Path, quantiz
     edges = [edge(executor, tenant, number) for number, tenant in enumerate(tenants)]
     play(edges)
     assert [mine.heard for mine in edges] == expected
-    assert host.meetings.calls_per_meeting > 1.5
+    assert host.product_batches.requests_per_batch > 1.5
 
 
 # What is shared -------------------------------------------------------------------------------------------------------
@@ -296,15 +296,15 @@ def test_a_quantized_span_has_the_bits_of_each_by_itself(tmp_path: Path, quantiz
 
 def products(host: SiteHost, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The calls at each meeting, in order."""
-    host.meetings = Meetings()
+    host.product_batches = ProductBatches()
     met: list[int] = []
-    hold = Meetings.hold
+    hold = ProductBatches.compute
 
-    def noted(self: Meetings, parties: Sequence[object]) -> object:
+    def noted(self: ProductBatches, parties: Sequence[object]) -> object:
         met.append(len(parties))
         return hold(self, parties)  # type: ignore[arg-type]  # as it was called
 
-    monkeypatch.setattr(Meetings, "hold", noted)
+    monkeypatch.setattr(ProductBatches, "compute", noted)
     return met
 
 
@@ -313,7 +313,7 @@ def test_calls_alike_meet_at_every_group_both_ways(llama: SiteHost, monkeypatch:
     executor, tenant = Executor(llama, torch.float32, BIG), tenants_of(llama)[0]
     play([edge(executor, tenant, number) for number in range(3)])
     assert met == [3] * (2 * len(llama.groups))
-    assert llama.meetings.calls_per_meeting == 3
+    assert llama.product_batches.requests_per_batch == 3
 
 
 def test_what_is_lent_by_several_is_one_product_both_ways(llama: SiteHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +420,7 @@ def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, mo
         raise RuntimeError("out of memory: 1.2345")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Meetings, "hold", exhausted)
+        patch.setattr(ProductBatches, "compute", exhausted)
         *failed, question = step_batch([(each.session, each.forward()) for each in edges])
     for said in failed:
         assert isinstance(said, m.Status)
@@ -441,20 +441,20 @@ def test_a_meeting_that_fails_is_held_again_for_each_of_its_calls(
     executor, tenants = Executor(llama, torch.float32, BIG), tenants_of(llama)[:4]
     expected = [alone(executor, tenant, number) for number, tenant in enumerate(tenants)]
     edges = [edge(executor, tenant, number) for number, tenant in enumerate(tenants)]
-    hold = Meetings.hold
+    hold = ProductBatches.compute
     failed: list[weakref.ref[Tensor]] = []
     large = tenants[2].shape[0] * tenants[2].shape[1]
     limit = 10_000
 
-    def limited(self: Meetings, parties: Sequence[Enlisted]) -> list[Products]:
+    def limited(self: ProductBatches, parties: Sequence[ProductRequest]) -> list[Products]:
         assert not any(each() is not None for each in failed), "a meeting that has failed still holds memory"
-        rows = torch.empty(sum(party.count for party in parties))
+        rows = torch.empty(sum(party.n_rows for party in parties))
         if len(parties) > 1 or len(rows) > limit:
             failed.append(weakref.ref(rows))
             raise error("out of memory: 1.2345")
         return hold(self, parties)
 
-    monkeypatch.setattr(Meetings, "hold", limited)
+    monkeypatch.setattr(ProductBatches, "compute", limited)
     play(edges)
     assert failed
     assert [mine.heard for mine in edges] == expected

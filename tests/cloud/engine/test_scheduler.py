@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, strategies as st
-from support.scheduled import Together
+from support.cloud.manual_scheduler import Together
 
 from isthmus.cloud.engine.requests import Batching, Job, Share
 from isthmus.cloud.engine.scheduler import LEAD_SECONDS, Scheduler

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clouds import Home, ThreadServer
-from support.sessions import channel, eventually, hidden
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel, eventually, hidden
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker_setup import EdgesFile

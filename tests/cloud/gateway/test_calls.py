@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer, served
-from support.sessions import call_in_flight, channel, channels, eventually, hidden
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.sessions import call_in_flight, channel, channels, eventually, hidden
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.directory import Peer, SessionEntry

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer
-from support.sessions import call_in_flight, channel, eventually, hidden
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import call_in_flight, channel, eventually, hidden
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control import worker_setup

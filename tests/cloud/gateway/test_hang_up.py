@@ -8,8 +8,8 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from support.clouds import Home, ThreadServer
-from support.sessions import channel, eventually, hidden
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel, eventually, hidden
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.hang_up import HangUp, address_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from support.clouds import ThreadServer
-from support.sessions import status_of_call
+from support.cloud.clouds import ThreadServer
+from support.cloud.sessions import status_of_call
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.half_open import HalfOpen

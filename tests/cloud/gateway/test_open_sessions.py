@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.clouds import Home, ThreadServer
-from support.sessions import channel, eventually
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel, eventually
 from support.wire import TENANT
 
 from isthmus.cloud.gateway.open_sessions import FENCED, OpenSession

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer
-from support.sessions import channel, channels, eventually, hidden
-from support.tiny import HIDDEN
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel, channels, eventually, hidden
+from support.models.tiny import HIDDEN
 
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.edge_sites import Site

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer, served
-from support.sessions import eventually
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.sessions import eventually
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import Span, SplitPlan

@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.clouds import Home, ThreadServer
-from support.sessions import call_in_flight, channel, eventually, hidden
-from support.tiny import HIDDEN
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import call_in_flight, channel, eventually, hidden
+from support.models.tiny import HIDDEN
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway import calls as calls_module, in_flight

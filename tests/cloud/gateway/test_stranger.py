@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.clouds import Home, ThreadServer
-from support.sessions import eventually, hidden, status_of_call, streams_of
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import eventually, hidden, status_of_call, streams_of
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.session.served_model import Served
@@ -107,8 +107,8 @@ def test_a_connection_with_nothing_but_pings_is_closed(server: ThreadServer) -> 
 SERVER = """
 import sys
 from pathlib import Path
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 folder = Path(sys.argv[1])
 with ThreadServer(served(tiny_checkpoint("llama", folder / "model"), folder / "parts"), Home(folder)) as server:
     print(server.port, flush=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer
-from support.sessions import channel
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel
 from support.wire import SMALL, new_pair
 
 from isthmus.cloud.bounds import Bounds

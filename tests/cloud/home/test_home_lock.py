@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.clouds import Home
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.control import supervisor as serve_module
 from isthmus.cloud.control.serve_options import ServeOptions

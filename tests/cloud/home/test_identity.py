@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from support.clouds import Home, ThreadServer
-from support.sessions import channel
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channel
 
 from isthmus.cloud.home import identity as identity_module
 from isthmus.cloud.home.expiry import DAY, ExpiryWatch, expiry

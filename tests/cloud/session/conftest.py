@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.clouds import served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import served
+from support.models.tiny import tiny_checkpoint
 from support.wire import TENANT
 
 from isthmus.cloud.engine.paused_calls import CallThreads

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.models.tiny import HIDDEN
 from support.span_messages import backward, forward, refusal, span_inputs
-from support.tiny import HIDDEN
 from support.wire import TENANT
 
 from isthmus.cloud.engine.paused_calls import CallThreads

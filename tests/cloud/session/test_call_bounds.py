@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import served
-from support.memory import MemoryCloud, MemoryTransport, messages
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN, TENANT
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
@@ -20,7 +20,6 @@ from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError
-from isthmus.common.machine_memory import memory_bytes
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
@@ -250,21 +249,6 @@ def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(
     tenant.handle(m.Sites(1, taps))
     refused(tenant.handle(forward(inputs(8, 64), keep=False, sites=1)), "2 taps", 3 * 8 * 64 * HIDDEN * 4)
     tenant.close()
-
-
-def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
-    for version, line, root, name in (
-        (2, "0::/a/b\n", "", "memory.max"),
-        (1, "7:memory:/a/b\n0::/\n", "memory", "memory.limit_in_bytes"),
-    ):
-        proc, groups = tmp_path / f"proc{version}", tmp_path / f"cgroup{version}"
-        (proc / "self").mkdir(parents=True)
-        (proc / "self" / "cgroup").write_text(line)
-        (groups / root / "a" / "b").mkdir(parents=True)
-        (groups / root / "a" / "b" / name).write_text("max\n")
-        everything = memory_bytes(proc, groups)
-        (groups / root / "a" / name).write_text("1048576\n")
-        assert memory_bytes(proc, groups) == 1 << 20 < everything
 
 
 # What others have to do with it ---------------------------------------------------------------------------------------

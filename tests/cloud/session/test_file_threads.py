@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import Home, ThreadServer
-from support.sessions import channels
-from support.tiny import HIDDEN
+from support.cloud.clouds import Home, ThreadServer
+from support.cloud.sessions import channels
+from support.models.tiny import HIDDEN
 
 from isthmus.cloud.session.file_threads import FILE_THREADS, FileThreads
 from isthmus.cloud.session.served_model import Served

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import HIDDEN
+from support.models.tiny import HIDDEN
 from support.wire import TENANT, unchecked
 from torch import Tensor
 

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from support.models.tiny import HIDDEN
 from support.site_messages import (
     SHAPE,
     answer,
@@ -22,7 +23,6 @@ from support.site_messages import (
     tensor,
 )
 from support.span_messages import FP32
-from support.tiny import HIDDEN
 from support.wire import TENANT
 from torch import Tensor
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.models.tiny import HIDDEN
 from support.site_messages import asked, bind, forward, q_and_v, refusal, site
-from support.tiny import HIDDEN
 from support.wire import TENANT
 
 from isthmus.backbone.runtime import site_host

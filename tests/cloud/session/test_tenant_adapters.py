@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.packages import Owner
+from support.cloud.packages import Owner
 from support.wire import TENANT
 
 from isthmus.cloud.session import tenant_adapters as adapters_module

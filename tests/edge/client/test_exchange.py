@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.memory import CUT, FaultyTransport, MemoryCloud, MemoryTransport, messages
-from support.packages import Owner, tiny_package
-from support.tiny import tiny_checkpoint
+from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, messages
+from support.cloud.packages import Owner, tiny_package
+from support.models.tiny import tiny_checkpoint
 from support.wire import EDGE, NOW, PIN, identity
 
 from isthmus.backbone.adapters.adapter_files import load_adapter

@@ -17,9 +17,9 @@ import peft
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.clouds import served
-from support.memory import FaultyTransport, MemoryCloud, MemoryTransport, messages
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, messages
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, load_tokenizer

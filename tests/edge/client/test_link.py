@@ -14,9 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.clouds import served, with_info
-from support.memory import CUT, FAULTS, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages, truncate
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served, with_info
+from support.cloud.memory_cloud import (
+    CUT,
+    FAULTS,
+    Fault,
+    FaultyTransport,
+    MemoryCloud,
+    MemoryTransport,
+    flip,
+    messages,
+    truncate,
+)
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import default_cache
@@ -36,10 +46,10 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     UnreachableError,
 )
-from isthmus.common.stopping import Interrupted
+from isthmus.common.shutdown import Interrupted
 from isthmus.edge.client import retry
 from isthmus.edge.client.link import Link
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
@@ -461,7 +471,7 @@ def test_too_many_tokens_are_refused_before_they_are_sent(cloud: MemoryCloud) ->
 def test_a_lossy_codec_differs_and_is_close(
     cloud: MemoryCloud, undisturbed: list[torch.Tensor], codec: str, tolerance: float
 ) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=StripCodecs.parse(codec))
+    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse(codec))
     results = three_calls(link)
     for mine, exact in zip(results, undisturbed, strict=True):
         assert torch.equal(mine, exact) == (codec == "fp32")
@@ -474,7 +484,7 @@ def test_a_lossy_codec_differs_and_is_close(
 def test_a_codec_that_the_cloud_does_not_speak_is_a_mistake_of_the_configuration(cloud: MemoryCloud) -> None:
     cloud.served = with_info(cloud.served, codecs=("fp32",))
     with pytest.raises(ConfigError, match="does not speak the codec 'int8': choose one of fp32"):
-        new_link(MemoryTransport(cloud), codecs=StripCodecs.parse("fp32,int8"))
+        new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("fp32,int8"))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.clouds import served
-from support.memory import MemoryCloud, MemoryTransport, messages
-from support.tiny import VOCAB, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
+from support.models.tiny import VOCAB, tiny_checkpoint
 from support.wire import EDGE, PIN, TENANT
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -15,20 +15,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.clouds import served
-from support.memory import CUT, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages
-from support.tiny import HIDDEN, VOCAB, tiny_checkpoint
+from support.cloud.clouds import served
+from support.cloud.memory_cloud import CUT, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages
+from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint
 from support.wire import EDGE, PIN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from isthmus.backbone.adapters.own_adapters import add_bottlenecks
+from isthmus.backbone.adapters.layer_adapters import add_bottlenecks
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from isthmus.edge.client import retry
 from isthmus.edge.client.link import Link
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, encode
 from isthmus.rpc.transport import Transport
@@ -193,7 +193,7 @@ def test_a_frozen_adapter_inside_and_a_trained_one_below(cloud: MemoryCloud, fol
 
 
 def test_a_lossy_codec_is_close(cloud: MemoryCloud, undisturbed: Run) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=StripCodecs.parse("int8"))
+    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("int8"))
     losses, _ = train(adapted(link.load_model()))
     assert losses != undisturbed[0]
     assert losses == pytest.approx(undisturbed[0], rel=0.02)

@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.clouds import Home, ThreadServer, served
-from support.sessions import eventually
-from support.tiny import VOCAB, tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.sessions import eventually
+from support.models.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from isthmus.common.errors import NonFiniteError
 from isthmus.edge.codecs.auto_codec import AutoCodec
-from isthmus.edge.codecs.wire_codecs import DIRECTIONS, StripCodecs
+from isthmus.edge.codecs.wire_codecs import DIRECTIONS, WireCodecs
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
-FP32 = StripCodecs()
-INT8 = StripCodecs.parse("int8")
+FP32 = WireCodecs()
+INT8 = WireCodecs.parse("int8")
 # How far a direction's codec turns the gradient, in radians.
 ERRORS = {"fp32": 0.0, "fp16": 1e-4, "bf16": 1e-3, "int8": 1e-2, "int4-outliers": 0.2, "int4": 0.4}
 
@@ -35,7 +35,7 @@ class Model:
         self.weight = nn.Parameter(torch.zeros(3))
         self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
         self.unused = nn.Parameter(torch.zeros(2))
-        self.tried: list[StripCodecs] = []
+        self.tried: list[WireCodecs] = []
         self.drawn: list[float] = []
         self.fail_at = 0
         self.error: Exception = NonFiniteError("NaN.")

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from isthmus.common.errors import ConfigError, NonFiniteError
 from isthmus.edge.codecs.codec_choice import Choice, CodecTuner, choose_codecs, cosine
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, decode, encode
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -34,13 +34,13 @@ class Strip:
     def __init__(self, losses: dict[str, tuple[float, ...]] = LOSSES, worse: float = 1.0) -> None:
         self.losses = losses
         self.worse = worse
-        self.asked: list[StripCodecs] = []
+        self.asked: list[WireCodecs] = []
 
-    def loss(self, codecs: StripCodecs) -> float:
+    def loss(self, codecs: WireCodecs) -> float:
         parts = [self.losses[name][place] for place, name in enumerate(codecs.names)]
         return sum(parts) * (self.worse if sum(name != "fp32" for name in codecs.names) > 1 else 1.0)
 
-    def __call__(self, codecs: StripCodecs) -> torch.Tensor:
+    def __call__(self, codecs: WireCodecs) -> torch.Tensor:
         self.asked.append(codecs)
         kept = max(-1.0, 1.0 - self.loss(codecs))
         return 3.0 * torch.tensor([kept, math.sqrt(1.0 - kept**2)], dtype=torch.float64)
@@ -49,7 +49,7 @@ class Strip:
 def choose(strip: Strip, target: float = 0.99, offered: tuple[str, ...] = ACTIVATION_CODECS) -> Choice:
     choice = choose_codecs(strip, offered, HIDDEN, target)
     assert choice.trials == len(strip.asked) == len(set(strip.asked))  # nothing is measured twice
-    assert strip.asked[0] == StripCodecs()
+    assert strip.asked[0] == WireCodecs()
     return choice
 
 
@@ -80,7 +80,7 @@ def test_nothing_cheaper_keeps_to_the_target_where_losses_add_up(
     choice = choose(strip, target, offered)
     best = choice.codecs.bytes_per_token(HIDDEN)
     assert strip.loss(choice.codecs) <= 1 - target + 1e-9
-    for codecs in (StripCodecs(*names) for names in product(offered, repeat=4)):
+    for codecs in (WireCodecs(*names) for names in product(offered, repeat=4)):
         assert codecs.bytes_per_token(HIDDEN) >= best or strip.loss(codecs) > 1 - target - 1e-9
 
 
@@ -89,7 +89,7 @@ def test_it_steps_back_where_directions_make_each_other_worse(worse: float) -> N
     strip = Strip(worse=worse)
     choice = choose(strip)
     assert strip.loss(choice.codecs) <= 0.01
-    assert choice.codecs != StripCodecs()
+    assert choice.codecs != WireCodecs()
     assert choice.trials <= 20
 
 
@@ -103,14 +103,14 @@ def test_only_what_the_cloud_and_this_version_speak_is_tried() -> None:
 
 
 def test_fp32_alone_takes_one_trial() -> None:
-    assert choose(Strip(), offered=("fp32",)) == Choice(StripCodecs(), 1.0, 1)
+    assert choose(Strip(), offered=("fp32",)) == Choice(WireCodecs(), 1.0, 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_a_miss(bad: float) -> None:
     seen = []
 
-    def gradients(codecs: StripCodecs) -> torch.Tensor:
+    def gradients(codecs: WireCodecs) -> torch.Tensor:
         if "int4" in codecs.names:
             return torch.tensor([1.0, bad])
         if "int4-outliers" in codecs.names:
@@ -118,7 +118,7 @@ def test_gradients_that_are_not_finite_are_a_miss(bad: float) -> None:
         return torch.tensor([1.0, 2.0])
 
     choice = choose_codecs(gradients, ACTIVATION_CODECS, HIDDEN, 0.9, lambda *trial: seen.append(trial))
-    assert choice.codecs == StripCodecs.parse("int8")
+    assert choice.codecs == WireCodecs.parse("int8")
     assert choice.cosine == pytest.approx(1.0)
     assert len(seen) == choice.trials - 1
     assert {math.isnan(value) for codecs, value in seen if "int8" not in codecs.names} == {True}
@@ -126,7 +126,7 @@ def test_gradients_that_are_not_finite_are_a_miss(bad: float) -> None:
 
 
 def test_codecs_that_fail_only_together_lead_to_wider_ones() -> None:
-    def gradients(codecs: StripCodecs) -> torch.Tensor:
+    def gradients(codecs: WireCodecs) -> torch.Tensor:
         narrow = sum(name.startswith("int4") for name in codecs.names)
         return torch.tensor([float("nan") if narrow > 1 else 1.0, 1.0])
 
@@ -135,7 +135,7 @@ def test_codecs_that_fail_only_together_lead_to_wider_ones() -> None:
 
 
 def test_every_other_error_ends_the_choice() -> None:
-    def gradients(codecs: StripCodecs) -> torch.Tensor:
+    def gradients(codecs: WireCodecs) -> torch.Tensor:
         raise ConnectionError("gone")
 
     with pytest.raises(ConnectionError):
@@ -171,17 +171,17 @@ def test_a_true_strip_between_two_layers() -> None:
     def way(value: torch.Tensor, codec: str, role: Role) -> torch.Tensor:
         return decode(encode(value, codec, role))
 
-    def gradients(codecs: StripCodecs) -> torch.Tensor:
+    def gradients(codecs: WireCodecs) -> torch.Tensor:
         up = way(torch.tanh(x @ first), codecs.forward_up, Role.ACTIVATION)
         down = way(torch.tanh(up @ middle), codecs.forward_down, Role.ACTIVATION)
         out = way((down @ last) @ last.T, codecs.backward_up, Role.GRADIENT)
         back = way((out * (1 - down**2)) @ middle.T, codecs.backward_down, Role.GRADIENT)
         return torch.cat([(x.T @ (back * (1 - up**2))).flatten(), (down.T @ (down @ last)).flatten()])
 
-    reference = gradients(StripCodecs())
+    reference = gradients(WireCodecs())
     loose, tight = (choose_codecs(gradients, ACTIVATION_CODECS, 64, target) for target in (0.9, 0.9999))
     assert str(loose.codecs) == "int4"
-    assert loose.codecs.bytes_per_token(64) < tight.codecs.bytes_per_token(64) < StripCodecs().bytes_per_token(64)
+    assert loose.codecs.bytes_per_token(64) < tight.codecs.bytes_per_token(64) < WireCodecs().bytes_per_token(64)
     for choice, target in ((loose, 0.9), (tight, 0.9999)):
         assert choice.cosine == cosine(gradients(choice.codecs), reference) >= target
 
@@ -201,7 +201,7 @@ def test_the_tuner_chooses_at_the_start_and_every_so_many_steps() -> None:
     chosen = []
     for step in range(8):
         if tuner.due(step):
-            tuner.chose(step, StripCodecs.parse("int8"))
+            tuner.chose(step, WireCodecs.parse("int8"))
             chosen.append(step)
     assert chosen == [0, 3, 6]
 
@@ -209,7 +209,7 @@ def test_the_tuner_chooses_at_the_start_and_every_so_many_steps() -> None:
 def test_the_tuner_goes_on_after_a_resume() -> None:
     tuner = CodecTuner(every=3)
     fresh = json.loads(json.dumps(tuner.state()))
-    tuner.chose(6, StripCodecs.parse("int8,int4"))
+    tuner.chose(6, WireCodecs.parse("int8,int4"))
     kept = json.loads(json.dumps(tuner.state()))
     again = CodecTuner(every=3)
     again.restore(kept)

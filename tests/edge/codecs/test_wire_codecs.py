@@ -7,11 +7,11 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 
 from isthmus.common.errors import ConfigError
-from isthmus.edge.codecs.wire_codecs import AUTO_TARGET, DIRECTIONS, StripCodecs, auto_target, codec_bytes, is_auto
+from isthmus.edge.codecs.wire_codecs import AUTO_TARGET, DIRECTIONS, WireCodecs, auto_target, codec_bytes, is_auto
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, encode
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
-combinations = st.builds(StripCodecs, *[st.sampled_from(ACTIVATION_CODECS)] * 4)
+combinations = st.builds(WireCodecs, *[st.sampled_from(ACTIVATION_CODECS)] * 4)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ combinations = st.builds(StripCodecs, *[st.sampled_from(ACTIVATION_CODECS)] * 4)
     ],
 )
 def test_what_users_write(text: str, codecs: tuple[str, ...]) -> None:
-    assert StripCodecs.parse(text).names == codecs
-    assert StripCodecs.parse(text) == StripCodecs(*codecs)
+    assert WireCodecs.parse(text).names == codecs
+    assert WireCodecs.parse(text) == WireCodecs(*codecs)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_what_users_write(text: str, codecs: tuple[str, ...]) -> None:
 )
 def test_what_makes_no_sense_is_refused(text: str, names: str) -> None:
     with pytest.raises(ConfigError, match=names):
-        StripCodecs.parse(text)
+        WireCodecs.parse(text)
 
 
 def test_a_codec_that_does_not_exist_is_refused_in_code_too() -> None:
     with pytest.raises(ConfigError, match="'int3'"):
-        StripCodecs(backward_up="int3")
+        WireCodecs(backward_up="int3")
 
 
 @QUICK
 @given(combinations)
-@example(StripCodecs())
-def test_text_reads_back(codecs: StripCodecs) -> None:
-    assert StripCodecs.parse(str(codecs)) == codecs
+@example(WireCodecs())
+def test_text_reads_back(codecs: WireCodecs) -> None:
+    assert WireCodecs.parse(str(codecs)) == codecs
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_text_reads_back(codecs: StripCodecs) -> None:
     ],
 )
 def test_text_is_as_short_as_it_can_be(text: str) -> None:
-    assert str(StripCodecs.parse(text)) == text
+    assert str(WireCodecs.parse(text)) == text
 
 
 def test_what_the_cloud_does_not_speak_is_named() -> None:
-    codecs = StripCodecs.parse("int8,int4")
+    codecs = WireCodecs.parse("int8,int4")
     codecs.check(ACTIVATION_CODECS)
     with pytest.raises(ConfigError, match=r"'int4'.*fp32, int8$"):
         codecs.check(("fp32", "int8"))
@@ -104,7 +104,7 @@ def test_what_the_cloud_does_not_speak_is_named() -> None:
     ],
 )
 def test_bytes_per_token(text: str, expected: int) -> None:
-    assert StripCodecs.parse(text).bytes_per_token(576) == expected
+    assert WireCodecs.parse(text).bytes_per_token(576) == expected
 
 
 @pytest.mark.parametrize("codec", ACTIVATION_CODECS)
@@ -116,7 +116,7 @@ def test_a_token_more_costs_what_is_foretold(codec: str, hidden: int) -> None:
 
 def test_the_names_of_the_directions() -> None:
     assert DIRECTIONS == ("forward_up", "forward_down", "backward_up", "backward_down")
-    assert StripCodecs("fp32", "bf16", "fp16", "int8").names == ("fp32", "bf16", "fp16", "int8")
+    assert WireCodecs("fp32", "bf16", "fp16", "int8").names == ("fp32", "bf16", "fp16", "int8")
 
 
 def test_auto_and_its_target() -> None:

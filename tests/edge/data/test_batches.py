@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import BOS, EOS, tiny_tokenizer
+from support.models.tiny import BOS, EOS, tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.config.training_config import TrainConfig

@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.sited import Sited
-from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
-from support.training import config
+from support.models.sited_span import Sited
+from support.models.small_training import config
+from support.models.tiny import CONFIGS, tiny_checkpoint, tiny_config
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost, linear_groups

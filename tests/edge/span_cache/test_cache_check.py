@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
 

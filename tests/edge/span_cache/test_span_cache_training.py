@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from torch import Tensor, nn
 
 from isthmus.backbone.plan import SplitPlan

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
-from support.training import Strip, config, data, trainer
+from support.models.small_training import Strip, config, data, trainer
+from support.models.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
-from support.tiny import tiny_checkpoint
-from support.training import Strip, config, data, trainer
+from support.models.small_training import Strip, config, data, trainer
+from support.models.tiny import tiny_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

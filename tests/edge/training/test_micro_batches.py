@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
+from support.cloud.train_runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
-from isthmus.common.stopping import Interrupted, StopRequest
+from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.edge import cloud_link as strips
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.remote_span import RemoteSpan
@@ -167,9 +167,11 @@ def test_more_lanes_than_items_and_none_at_all() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_random_numbers_of_a_micro_batch_are_its_own(n: int) -> None:
-    site = Site(
-        "q_proj", SiteSpec(2, "q_proj"), torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 4, bias=False))
-    )
+    class Dropping(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.nn.functional.dropout(x, 0.5))
+
+    site = Site("q_proj", SiteSpec(2, "q_proj"), Dropping(4, 4, bias=False))
 
     def draws(lanes: Lanes) -> list[Tensor]:
         def work(item: float) -> Tensor:

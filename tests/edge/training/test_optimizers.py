@@ -10,8 +10,8 @@ import peft.optimizers
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import tiny_checkpoint
-from support.training import Strip, config, data, trainer
+from support.models.small_training import Strip, config, data, trainer
+from support.models.tiny import tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

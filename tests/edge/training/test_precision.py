@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny import N_LAYERS, tiny_checkpoint
-from support.training import config, trainer
+from support.models.small_training import config, trainer
+from support.models.tiny import N_LAYERS, tiny_checkpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.common.errors import NonFiniteError
-from isthmus.common.stopping import Interrupted
+from isthmus.common.shutdown import Interrupted
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.training.micro_batches import Lanes
 from isthmus.edge.training.step_rule import BatchLoss

@@ -18,11 +18,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from support import training
-from support.sited import Sited
-from support.tiny import tiny_checkpoint
-from support.training import Strip, config, data, trainer
-from support.warm import warm
+from support.models import small_training as training
+from support.models.sited_span import Sited
+from support.models.small_training import Strip, config, data, trainer
+from support.models.tiny import tiny_checkpoint
+from support.warm_processes import warm
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.plan import SplitPlan

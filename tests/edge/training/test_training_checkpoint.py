@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import config
+from support.models.small_training import config
 
 from isthmus.common.errors import CheckpointError, DiskError
 from isthmus.common.files import new_folder, write_atomic

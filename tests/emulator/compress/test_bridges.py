@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONFIGS, HIDDEN, N_LAYERS
+from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
@@ -16,19 +16,12 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from isthmus.emulator.compress.bridges import Bridge, bridge_places
-from isthmus.emulator.compress.emulator_model import Emulator, build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.layer_measures import relative_error
-from isthmus.emulator.compress.outer_layers import Ends
-from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.distill.distillation import DistillConfig, distill
 
-from ..conftest import Checkpoints
-
-PLAN = SplitPlan.parse("1:1", N_LAYERS)  # the middle is 1, 2, 3, 4
-
-
-def make(checkpoint: Checkpoint, text: str, keep: float, blocks: Tensor | None) -> Emulator:
-    return build_emulator(checkpoint, PLAN, Recipe.parse(text, keep), blocks)
+from ..conftest import PLAN, Checkpoints, make
 
 
 @pytest.mark.parametrize(
@@ -50,7 +43,7 @@ def test_a_bridge_stands_before_each_run_that_is_dropped(layers: tuple[int, ...]
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bridges_bring_the_output_nearer_to_the_middles(checkpoints: Checkpoints, blocks: Tensor, family: str) -> None:
     checkpoint = checkpoints(family)
-    entry = Ends(checkpoint, PLAN, with_top=False).entry(blocks)
+    entry = OuterLayers(checkpoint, PLAN, with_top=False).entry(blocks)
     target = load_span(checkpoint, PLAN)(entry)
     for keep in (0.25, 0.5):
         plain, bridged = (make(checkpoint, text, keep, blocks) for text in ("uniform", "uniform+bridged"))
@@ -105,7 +98,7 @@ def test_each_map_is_the_regression_on_what_the_emulator_gives(
         for place in ("entry", "bridge")
     )
     with torch.no_grad():
-        x = Ends(checkpoint, PLAN, with_top=False).entry(blocks)
+        x = OuterLayers(checkpoint, PLAN, with_top=False).entry(blocks)
         given = span(2, 3)(entry(x))
         wanted = (regression(x, span(1, 2)(x)), regression(given, span(1, 5)(x)))
     for module, (weight, bias) in zip((entry, bridge), wanted, strict=True):

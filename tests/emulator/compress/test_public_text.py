@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import EOS, tiny_tokenizer
+from support.models.tiny import EOS, tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks

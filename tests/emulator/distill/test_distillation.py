@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.tiny import N_LAYERS
+from support.models.tiny import N_LAYERS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.tiny import BOS, CONFIGS, EOS, VOCAB, tiny_tokenizer
+from support.models.tiny import BOS, CONFIGS, EOS, VOCAB, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

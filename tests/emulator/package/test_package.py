@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.turns import TurnProcess

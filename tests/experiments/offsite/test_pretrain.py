@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.scoring import table_settings, task_folder
+from support.models.small_tasks import table_settings, task_folder
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.scoring import table_settings, task_folder
-from support.tiny import tiny_checkpoint
+from support.models.small_tasks import table_settings, task_folder
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError, PlanError
 from isthmus.emulator.distill.distillation import DistillConfig

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.mortal import MortalWorker
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.dying_worker import MortalWorker
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.edge.client.link import connect
 from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile

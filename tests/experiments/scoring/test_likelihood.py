@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.packages import tiny_package, tuned
-from support.tiny import tiny_checkpoint
+from support.cloud.packages import tiny_package, tuned
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.scoring import task_folder
-from support.tiny import tiny_tokenizer
+from support.models.small_tasks import task_folder
+from support.models.tiny import tiny_tokenizer
 
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.experiments.scoring.tasks import Sizes, load_task, parse_instruction

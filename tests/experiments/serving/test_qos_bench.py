@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import N_LAYERS, tiny_checkpoint, tiny_config
-from support.training import config
+from support.models.small_training import config
+from support.models.tiny import N_LAYERS, tiny_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -14,10 +14,10 @@ from unittest.mock import patch
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.adapter_settings import KINDS, settings
 from fuzz.targets.adapter_tensors import _content
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.adapters.adapter_files import PEFT_INFO, TUNING_INFO
-from isthmus.backbone.adapters.own_adapters import ADAPTER_WEIGHTS, OWN_INFO
+from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_INFO
 from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import WHOLE_FILE, write_json
 from isthmus.backbone.plan import SplitPlan
@@ -28,7 +28,7 @@ from isthmus.emulator.package import intake
 
 PLAN = SplitPlan(6, 1, 1)
 NAMED = {"digest": "00" * 32, "plan": str(PLAN)}
-_INFOS = (PEFT_INFO, OWN_INFO, EDGE_WEIGHTS_INFO)
+_INFOS = (PEFT_INFO, CUSTOM_INFO, EDGE_WEIGHTS_INFO)
 _BOUND = 1 << 20
 
 
@@ -88,7 +88,7 @@ def _seeds() -> Iterator[bytes]:
             places = intake._peft_places(copy.deepcopy(_model()), told, PLAN)
         yield b"\0" + block(json.dumps(told).encode()) + block(b"") + _tensors(places)
     for own in ({"method": "bitfit", "layers": [0]}, {"method": "bottleneck", "layers": [0, 5], "width": 2}):
-        places = intake._own_places(copy.deepcopy(_model()), own, PLAN)
+        places = intake._custom_places(copy.deepcopy(_model()), own, PLAN)
         yield b"\1" + block(json.dumps(own | NAMED).encode()) + block(b"") + _tensors(places)
     for own in ({"method": "bitfit", "layers": [2]}, {"method": "?", "layers": [0]}):
         yield b"\1" + block(json.dumps(own | NAMED).encode()) + block(b"")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, canonical, filled
-from support.clouds import served
-from support.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.clouds import served
+from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import TENANT
 
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.target import Cursor, Target, block, scratch
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints import assembly, tensor_reader
 from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint

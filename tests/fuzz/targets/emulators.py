@@ -11,14 +11,15 @@ from typing import Any
 
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.edge_parts import _merged
-from support.tiny import tiny_checkpoint, tiny_config
+from support.models.tiny import tiny_checkpoint, tiny_config
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import read_json
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import IsthmusError
-from isthmus.emulator.compress import emulator_model
-from isthmus.emulator.compress.emulator_model import build_emulator, load_emulator, save_emulator
+from isthmus.emulator.compress import emulator_files
+from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
+from isthmus.emulator.compress.emulator_model import Emulator, build_emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO, Recipe
 
 PLAN = SplitPlan(4, 1, 1)
@@ -92,11 +93,11 @@ TARGET = Target(
     _seeds,
     [
         load_emulator,
-        emulator_model._read_info,
-        emulator_model._bridges_fit,
-        emulator_model._forms,
-        emulator_model._read_tensors,
-        emulator_model._check_forms,
+        emulator_files._read_info,
+        emulator_files._bridges_fit,
+        Emulator.stored_forms,
+        emulator_files._read_tensors,
+        emulator_files._check_forms,
         Recipe.parse,
         Recipe.__post_init__,
     ],

@@ -10,7 +10,7 @@ from unittest import mock
 
 from fuzz.target import Cursor, Target, block
 from google.protobuf.message import DecodeError
-from support.examples import MESSAGES
+from support.example_messages import MESSAGES
 from support.mutations import mutations
 
 from isthmus.common.errors import LocalProtocolError, RemoteProtocolError

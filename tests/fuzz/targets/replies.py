@@ -20,7 +20,7 @@ from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import ConnectionLostError, NonFiniteError, RefusedError, RemoteProtocolError
 from isthmus.edge.client.retry import StashLostError, _error
 from isthmus.edge.client.span_calls import KeptCall, SiteAnswers, SpanCaller
-from isthmus.edge.codecs.wire_codecs import StripCodecs
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.tensor_codecs import Payload, Role, encode
@@ -33,7 +33,7 @@ class _Edge(SpanCaller):
     """A caller whose cloud is a script. It asks once and does not repeat."""
 
     def __init__(self, script: Cursor) -> None:
-        self.traffic, self.codecs, self._lock = Traffic(), StripCodecs.parse("bf16"), threading.RLock()
+        self.traffic, self.codecs, self._lock = Traffic(), WireCodecs.parse("bf16"), threading.RLock()
         self._info = session_info(TENANT, bytes(16))
         self._call_timeout = 1.0
         self._script = script

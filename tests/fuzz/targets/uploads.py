@@ -18,7 +18,7 @@ from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.session.tenant_adapters import MAX_INCOMING, AdapterStore, Compute, TenantAdapters, at_once
 from isthmus.common.errors import AdapterError, RemoteProtocolError
-from isthmus.emulator.package.plug_in import AdapterSummary
+from isthmus.emulator.package.intake import AdapterSummary
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import unpack
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.clouds import PLAN, Home
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import PLAN, Home
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.clouds import Home
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.experiments.rigs.abuse.abuse_bench import attack_alone, planted_row, rows
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker

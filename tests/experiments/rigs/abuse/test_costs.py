@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.experiments.rigs.abuse.costs import COSTS, run
 

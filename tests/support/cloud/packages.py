@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from support.clouds import PLAN, served
-from support.tiny import tiny_checkpoint
+from support.cloud.clouds import PLAN, served
+from support.models.tiny import tiny_checkpoint
 from support.wire import NOW, identity
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
@@ -26,7 +26,7 @@ from isthmus.protocol.secure.keys import WorkerIdentity
 
 
 def tiny_package(folder: Path, model: Path, *, plan: str = PLAN, signer: WorkerIdentity | None = None) -> Package:
-    """Write a package of a tiny model, signed as the clouds of `support.memory` sign."""
+    """Write a package of a tiny model, signed as the clouds of `support.cloud.memory_cloud` sign."""
     checkpoint = Checkpoint(model, "tiny")
     cut = SplitPlan.parse(plan, checkpoint.config.num_hidden_layers)
     emulator = build_emulator(checkpoint, cut, Recipe.parse("uniform", 0.5), None)

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from support.clouds import ThreadServer
-from support.tiny import HIDDEN
+from support.cloud.clouds import ThreadServer
+from support.models.tiny import HIDDEN
 
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError, UnreachableError

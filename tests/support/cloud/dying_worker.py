@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
-from support.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home, ThreadServer, served
 
 from isthmus.cloud import fault_points
 from isthmus.protocol.enrolment import ConnectionString

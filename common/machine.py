@@ -1,13 +1,13 @@
-"""How many cores this process may use: those of its CPU affinity, and no more than its cgroup's quota pays for.
+"""The cores and the memory that this process may use: the machine's, within CPU affinity and control groups.
 
-`os.cpu_count()` counts the machine's. In a container, or under `taskset`, more threads than cores would wait for each
-other at every product.
+`os.cpu_count()` counts the machine's cores. In a container, or under `taskset`, more threads than cores would wait for
+each other at every product.
 
-    cgroup v2  `cpu.max`: "<quota> <period>" in microseconds, or "max <period>"
-    cgroup v1  `cpu.cfs_quota_us`, -1 without a limit, and `cpu.cfs_period_us`
+    cgroup v2  `cpu.max`: "<quota> <period>" in microseconds, or "max <period>"; `memory.max` in bytes, or "max"
+    cgroup v1  `cpu.cfs_quota_us`, -1 without a limit, and `cpu.cfs_period_us`; `memory.limit_in_bytes`
 
-A quota of a group above binds as well, so all of them are read, up to the root of the mount. Source: the kernel's
-documentation, admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
+A limit of a parent group binds as well, so all of them are read, up to the root of the mount. Source: the kernel's
+documentation, admin-guide/cgroup-v2.rst, admin-guide/cgroup-v1/memory.rst and scheduler/sched-bwc.rst.
 """
 
 from __future__ import annotations
@@ -39,28 +39,41 @@ def threads_each(cores: int, processes: int) -> int:
     return max(1, cores // processes)
 
 
-def cpu_quota(proc: Path) -> float | None:
-    """The least CPU quota, in cores, of the cgroups that a process is in; None without one.
+def usable_memory(proc: Path = _PROC) -> int:
+    """Bytes of the machine's memory, or the least limit of this process's control groups, if that is less.
 
     Args:
-        proc: the process's folder in /proc, of which `cgroup` and `mountinfo` are read.
+        proc: As for `cpu_quota`.
     """
-    quotas = [quota for group in _groups(proc) for quota in (_quota_v2(group), _quota_v1(group)) if quota is not None]
-    return min(quotas, default=None)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = (
+        _read(group / name) for group in _groups(proc, "memory") for name in ("memory.max", "memory.limit_in_bytes")
+    )
+    return min([total, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
-def _groups(proc: Path) -> Iterator[Path]:
-    """The folders of the process's groups and of those above, as far as they are mounted."""
+def cpu_quota(proc: Path) -> float | None:
+    """The least CPU quota, in cores, of the control groups that a process is in; None without one.
+
+    Args:
+        proc: The process's folder in /proc, of which `cgroup` and `mountinfo` are read.
+    """
+    found = (quota for group in _groups(proc, "cpu") for quota in (_quota_v2(group), _quota_v1(group)))
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _groups(proc: Path, controller: str) -> Iterator[Path]:
+    """The folders of the process's groups with a controller, and of the groups above, as far as they are mounted."""
     try:
         memberships, mounts = _lines(proc / "cgroup"), _lines(proc / "mountinfo")
-    except OSError:
+    except OSError:  # this is not Linux
         return
     paths = dict(_memberships(memberships))
     for mount in mounts:
         before, _, after = mount.partition(" - ")
         fields, (kind, _, options) = before.split(" "), after.split(" ", 2)
-        controllers = options.split(",")
-        path = paths.get("") if kind == "cgroup2" else paths.get("cpu") if "cpu" in controllers else None
+        mounted = controller in options.split(",")
+        path = paths.get("") if kind == "cgroup2" else paths.get(controller) if mounted else None
         if kind not in ("cgroup", "cgroup2") or path is None:
             continue
         top, root = Path(fields[4]), fields[3]

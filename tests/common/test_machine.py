@@ -1,4 +1,4 @@
-"""How many cores there are to use."""
+"""How many cores and how much memory there are to use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from isthmus.common import cores, torch_threads
-from isthmus.common.cores import cores_within, cpu_quota, threads_each, usable_cores
+from isthmus.common import machine
+from isthmus.common.machine import cores_within, cpu_quota, threads_each, usable_cores, usable_memory
 
 V2 = "31 23 0:28 {root} {mount} rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "32 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
@@ -86,7 +85,7 @@ def test_a_mount_with_a_name_that_is_no_utf8_hides_no_quota(tmp_path: Path) -> N
 
 def test_without_an_affinity_the_machines_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
-    monkeypatch.setattr(cores, "cpu_quota", lambda _proc: None)
+    monkeypatch.setattr(machine, "cpu_quota", lambda _proc: None)
     monkeypatch.delattr(os, "sched_getaffinity")
     for counted, usable in ((6, 6), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda counted=counted: counted)
@@ -100,24 +99,27 @@ def test_the_lesser_of_affinity_and_quota_counts_and_there_is_always_one() -> No
 
 
 def test_cores_that_this_process_may_not_use_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "cpu_quota", lambda _proc: None)
+    monkeypatch.setattr(machine, "cpu_quota", lambda _proc: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert usable_cores() == len(os.sched_getaffinity(0))
     code = (
-        "import os; from isthmus.common.cores import usable_cores; "
+        "import os; from isthmus.common.machine import usable_cores; "
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(usable_cores())"
     )
     pinned = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert pinned.stdout.strip() == b"1"
 
 
-def test_torch_takes_no_more_threads_by_itself_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, told = torch.get_num_threads(), []
-    monkeypatch.setattr(torch, "set_num_threads", told.append)
-    for own, usable, asked in ((8, 2, None), (2, 2, None), (1, 2, None), (2, 2, 5)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda own=own: own)
-        monkeypatch.setattr(torch_threads, "usable_cores", lambda usable=usable: usable)
-        torch_threads.use_threads(asked)
-    assert told == [2, 5]
-    monkeypatch.undo()
-    assert torch.get_num_threads() == before
+def test_the_least_memory_limit_of_the_groups_counts_and_so_does_one_above(tmp_path: Path) -> None:
+    for memberships, mount, name in (
+        ("0::/a/b\n", V2, "memory.max"),
+        ("7:memory:/a/b\n0::/\n", V1.replace("cpu,cpuacct", "memory"), "memory.limit_in_bytes"),
+    ):
+        top = tmp_path / name
+        top.mkdir()
+        folder = proc(top, memberships, mount)
+        everything = usable_memory(folder)
+        group(top, "a/b", **{name.replace(".", "__"): "max"})
+        assert usable_memory(folder) == everything
+        group(top, "a", **{name.replace(".", "__"): "1048576"})
+        assert usable_memory(folder) == 1 << 20 < everything
