@@ -14,6 +14,7 @@ from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
+from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, strip_of
@@ -22,12 +23,12 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
+from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.trainer import StepObserver, Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
+from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.edge.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
     if config.plugged:
         config = config.model_copy(update={"start_from": link.plugged_adapter()})
     total = total_steps(config, len(data.train))
-    progress = TrainProgress(total, config.log_every)
+    progress = StepProgress("step", total, every=config.log_every)
     with strip_of(link, config) as strip:
         model = strip.load_model(config)
         tuned = build_peft(model, config, total_steps=total)

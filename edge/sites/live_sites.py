@@ -37,7 +37,7 @@ DECISIONS = "live-sites.jsonl"
 
 
 class LiveSites:
-    """Lets a policy choose the live sites of each step; a `isthmus.edge.training.trainer.StepObserver`.
+    """Lets a policy choose the live sites of each step; a `isthmus.edge.training.edge_steps.StepObserver`.
 
     A dead site's adapter is out of the forward, or lent to the cloud as it is, and makes no traffic. Its parameters
     have no gradient then, so AdamW leaves them and their moments as they are.

@@ -1,13 +1,12 @@
-"""What an optimizer step does with its micro-batches: the seam between the training loop and the ways of training.
+"""What an optimizer step does with its micro-batches: the interface between the training loop and the ways of training.
 
-The loop draws the batches, keeps the log, writes checkpoints and decides when a step counts; a rule finds out how the
-parameters should move and moves them. `isthmus.edge.training.optimizers` has the rule that goes backward,
+The loop keeps the log, writes checkpoints and decides when a step counts; a rule finds out how the parameters should
+move and moves them. `isthmus.edge.training.optimizers` has the rule that goes backward,
 `isthmus.edge.training.mezo` the one that only goes forward.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Protocol
@@ -15,18 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.common.errors import NonFiniteError
 from isthmus.edge.config.training_config import Precision
 from isthmus.edge.data.batches import Batch, label_count
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import Lanes
 from isthmus.edge.training.precision import computing_in
+from isthmus.training.gradient_step import StepRule, require_finite
 
-_REMEDY = "lower --learning-rate, or use a wider codec or dtype."
+REMEDY = "lower --learning-rate, or use a wider codec or dtype."
 
 
-class StepRule(Protocol):
-    """How one optimizer step moves the trained parameters.
+class EdgeRule(StepRule, Protocol):
+    """How one optimizer step measures its micro-batches and moves the trained parameters.
 
     Attributes:
         goes_backward: Whether it computes gradients. Only then is the model in training mode, where it drops out.
@@ -45,15 +44,6 @@ class StepRule(Protocol):
         Raises:
             NonFiniteError: A loss or a gradient is NaN or infinite.
         """
-
-    def apply(self, rate: float) -> None:
-        """Move the parameters as measured, with the learning rate `rate`."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What the next step needs besides parameters and random state."""
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
 
 
 class BatchLoss:
@@ -119,9 +109,8 @@ class BatchLoss:
         """What a micro-batch adds to the loss, with its graph and as a number."""
         with computing_in(self._precision, self._model):
             loss: Tensor = self._model(**to_device(batch, self._model), use_cache=False).loss
-        weight, value = label_count(batch) / labels, loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {step} is {value}: {_REMEDY}")
+        weight = label_count(batch) / labels
+        value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
         return loss * weight, value * weight
 
 
@@ -135,14 +124,3 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         else:
             parameter.grad.add_(gradient)
-
-
-def require_finite(step: int, what: str, value: float) -> float:
-    """`value`, which is `what` says of step number `step`.
-
-    Raises:
-        NonFiniteError: It is NaN or infinite.
-    """
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the gradients of step {step} have the {what} {value}: {_REMEDY}")
-    return value

@@ -25,7 +25,6 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.run_report import StripTotals
 from isthmus.edge.split_run import train_over
-from isthmus.edge.training import training_checkpoint as checkpoints
 from isthmus.experiments.benchmarks.demo import parity_of
 from isthmus.experiments.harness.launch import Endpoint
 from isthmus.experiments.harness.process_memory import own_bytes
@@ -33,6 +32,7 @@ from isthmus.experiments.harness.prose import write_long_texts
 from isthmus.experiments.harness.single_process import train_in_one_process
 from isthmus.experiments.harness.turns import StepWatch, TurnProcess
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
+from isthmus.training import run_checkpoint as checkpoints
 
 EPOCH_STEPS = 3
 """Steps of an epoch. The first one is for warming up."""
@@ -202,7 +202,7 @@ def site_shares(state: Sequence[Any]) -> dict[str, float]:
 
 def _shares(out: Path) -> dict[str, float]:
     folder = checkpoints.latest(out)
-    return {} if folder is None else site_shares(checkpoints.load(folder).observers)
+    return {} if folder is None else site_shares(checkpoints.load(folder).entries["observers"])
 
 
 # Inside one of the processes ------------------------------------------------------------------------------------------

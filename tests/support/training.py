@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from isthmus.common.progress import StepProgress
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint
 from isthmus.edge.run_report import StripTotals
 from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
 
 IDENTITY = ModelIdentity("tiny", "d1", "whole")
 
@@ -93,7 +93,7 @@ def trainer(model_folder: Path, options: TrainConfig, strip: Strip | None = None
     model = keywords.pop("model", None)
     if model is None:
         model = build_peft(AutoModelForCausalLM.from_pretrained(model_folder), options, total_steps=total)
-    progress = TrainProgress(total, options.log_every, Console(file=io.StringIO()))
+    progress = StepProgress("step", total, Console(file=io.StringIO()), every=options.log_every)
     keywords = {"identity": IDENTITY, "progress": progress, "meter": strip, **keywords}
     return Trainer(model, training_data, options, **keywords)
 
@@ -108,10 +108,10 @@ def main(arguments: list[str]) -> None:
     model_folder, out, moment, step, *rest = arguments
     strip = Strip(moment, int(step), kill)
     if moment == "save":
-        from isthmus.edge.training import training_checkpoint
+        from isthmus.training import run_checkpoint
 
-        write = training_checkpoint.save_file
-        training_checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
+        write = run_checkpoint.save_file
+        run_checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
             kill() if f"checkpoint-{step}" in str(path) and "optimizer" in str(path) else write(tensors, path)
         )
     trainer(Path(model_folder), config(Path(out), **dict(item.split("=") for item in rest)), strip).fit()

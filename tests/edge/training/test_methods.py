@@ -27,8 +27,8 @@ from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError
 from isthmus.edge.data.batches import Batches
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter, trained
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
 
 METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from support import training
+from support import older_checkpoints as older, training
 from support.sited import Sited
 from support.tiny import tiny_checkpoint
 from support.training import Strip, config, data, trainer
@@ -29,16 +29,16 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError, NonFiniteError, UnreachableError
 from isthmus.common.files import claim
-from isthmus.common.progress import duration
+from isthmus.common.progress import StepProgress, duration
 from isthmus.common.readable import size
 from isthmus.edge.config.schedule import learning_rate, total_steps
 from isthmus.edge.data.batches import Batches, Encoded
 from isthmus.edge.run_report import StripTotals, count, linear_parameters
-from isthmus.edge.training import training_checkpoint as checkpoints
+from isthmus.edge.training.edge_steps import figures
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
+from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.training import run_checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +234,11 @@ def test_tensorboard_that_is_missing(model_folder: Path, tmp_path: Path, monkeyp
 
 def test_progress_in_plain_lines() -> None:
     shown, now = io.StringIO(), [0.0]
-    with TrainProgress(10, 5, Console(file=shown, width=40), clock=lambda: now[0]) as progress:
+    with StepProgress("step", 10, Console(file=shown, width=40), every=5, clock=lambda: now[0]) as progress:
         progress.start(2)
         for step in range(3, 11):
             now[0] += 60.0
-            progress.update(step, 1.25, 1234.5, StripTotals(bytes_up=3 << 20, bytes_down=512))
+            progress.show(step, figures(1.25, 1234.5, StripTotals(bytes_up=3 << 20, bytes_down=512)))
     assert shown.getvalue().splitlines() == [
         "step 5/10  loss 1.2500  1,234 tokens/s  up 3.0 MiB  down 512 B  left 05:00",
         "step 10/10  loss 1.2500  1,234 tokens/s  up 3.0 MiB  down 512 B  left 00:00",
@@ -248,9 +248,9 @@ def test_progress_in_plain_lines() -> None:
 
 def test_progress_on_a_terminal() -> None:
     shown = io.StringIO()
-    with TrainProgress(10, 1, Console(file=shown, force_terminal=True, width=120)) as progress:
+    with StepProgress("step", 10, Console(file=shown, force_terminal=True, width=120)) as progress:
         progress.start(0)
-        progress.update(1, 1.25, 10.0, StripTotals())
+        progress.show(1, figures(1.25, 10.0, StripTotals()))
     assert "1/10" in shown.getvalue()
     assert "loss 1.2500" in shown.getvalue()
 
@@ -458,6 +458,18 @@ def test_a_constant_schedule_can_be_made_longer(model_folder: Path, tmp_path: Pa
     for steps, name in ((4, "grown"), (7, "grown"), (7, "straight")):
         trainer(model_folder, config(tmp_path / name, steps=steps, schedule="constant", resume=True)).fit()
     assert_same_run(tmp_path / "grown", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "adalora", "steps": 12}, {"optimizer": "lora-fa"}])
+def test_a_checkpoint_of_the_loop_before_is_resumed(model_folder: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    trainer(model_folder, config(tmp_path / "straight", **values), Strip(), step_observers=[Turns()]).fit()
+    strip = Strip("begin", 5, raise_unreachable)
+    with pytest.raises(UnreachableError):
+        trainer(model_folder, config(tmp_path / "run", **values), strip, step_observers=[Turns()]).fit()
+    older.rewrite_edge(tmp_path / "run" / "checkpoint-4", epoch=1, position=1, learning_rate=1e-3)
+    resumed = config(tmp_path / "run", resume=True, **values)
+    trainer(model_folder, resumed, Strip(), step_observers=[Turns()]).fit()
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_checkpoint_of_other_layers_is_refused(undisturbed: Path, tmp_path: Path) -> None:
