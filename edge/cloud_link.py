@@ -15,6 +15,7 @@ from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.codecs.wire_codecs import StripCodecs, auto_target, is_auto
+from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.process_setup import no_core_files
@@ -33,7 +34,7 @@ CACHE_FOLDER = "span-cache"
 _MIB = 1 << 20
 
 
-def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
+def open_link(config: ClientConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
     """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises.
 
     Codecs that are yet to be chosen are fp32. `interactive` and `deadline` are `connect`'s.

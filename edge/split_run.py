@@ -18,9 +18,10 @@ from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, strip_of
+from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.data.batches import Batches, load_data, load_examples
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
 from isthmus.edge.training.edge_steps import StepObserver
@@ -81,12 +82,11 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
             return trainer.fit().report
 
 
-def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
+def run_evaluation(config: EvalConfig, adapter: Path | None) -> dict[str, Any]:
     """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
     use_threads(config.threads)
-    whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
     with open_link(config) as link:
-        data = load_data(whole, link.load_tokenizer())
+        data = load_examples(config, link.load_tokenizer())
         model = with_adapter(link.load_model(), _chosen(link, adapter, plugged=config.plugged))
         batches = Batches(data.train, config.batch, data.pad_id)
         loss = evaluate(model, batches, precision=config.precision)

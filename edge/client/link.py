@@ -22,7 +22,7 @@ from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.client.return_adapter import return_adapter
 from isthmus.edge.client.span_calls import SpanCaller
 from isthmus.edge.codecs.wire_codecs import StripCodecs
-from isthmus.edge.config.training_config import DEFAULT_KEY
+from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.run_report import StripTotals
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.config.data_config import ExamplesConfig
 
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
@@ -46,7 +46,7 @@ class Record:
     values: Mapping[str, object]
 
 
-def read_examples(source: str, config: TuningConfig) -> list[Example]:
+def read_examples(source: str, config: ExamplesConfig) -> list[Example]:
     """Read every example of `source` (a path or `hub:NAME[:SPLIT]`), with the format and columns of `config`.
 
     Raises:
@@ -63,7 +63,7 @@ def read_examples(source: str, config: TuningConfig) -> list[Example]:
     return examples
 
 
-def _records(source: str, config: TuningConfig) -> Iterator[Record]:
+def _records(source: str, config: ExamplesConfig) -> Iterator[Record]:
     kind = config.format
     if source.startswith("hub:"):
         kind = "hub"
@@ -179,7 +179,7 @@ class Columns:
     messages: str | None = None
 
     @classmethod
-    def of(cls, config: TuningConfig, first: Record) -> Columns:
+    def of(cls, config: ExamplesConfig, first: Record) -> Columns:
         """From the configuration, or, where it names no column, from the keys of the first record."""
         if config.text_column:
             return cls(completion=_column(config.text_column))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import Batch, label_count
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import Lanes

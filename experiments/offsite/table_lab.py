@@ -26,7 +26,8 @@ from isthmus.backbone.split.remote_layers import SpanFn
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.progress import StepProgress
-from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.config.data_config import Precision
+from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft

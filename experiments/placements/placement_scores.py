@@ -19,7 +19,7 @@ from typing import Any
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.common.files import write_atomic
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.sites.live_sites import DECISIONS
 from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.finished_cells import Cells
