@@ -17,7 +17,7 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.client.link import Link
-from isthmus.edge.cloud_link import cache_of, open_link, strip_of
+from isthmus.edge.cloud_link import cache_of, open_link, wire_of
 from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
@@ -54,14 +54,14 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
         config = config.model_copy(update={"start_from": link.plugged_adapter()})
     total = total_steps(config, len(data.train))
     progress = StepProgress("step", total, every=config.log_every)
-    with strip_of(link, config) as strip:
-        model = strip.load_model(config)
+    with wire_of(link, config) as wire:
+        model = wire.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
         hold_frozen_linears(tuned, config)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (
             live_sites(model, config, total, progress.message),
-            strip.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
+            wire.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
             *watchers,
         )
         with cache_of(link, config, tuned):
@@ -70,15 +70,15 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
                 data,
                 config,
                 ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
-                meter=strip.meter,
+                meter=wire.meter,
                 codec=config.codec,
                 span_parameters=_span_parameters(model, link.plan),
                 cloud_peak=link.cloud_peak_bytes,
                 progress=progress,
                 step_observers=[observer for observer in observers if observer is not None],
-                lanes=strip.lanes,
+                in_flight=wire.in_flight,
             )
-            strip.watch(trainer.check_stop)
+            wire.watch(trainer.check_stop)
             return trainer.fit().report
 
 

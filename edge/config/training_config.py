@@ -143,7 +143,7 @@ class TrainClientConfig(ClientConfig):
         None,
         ge=1,
         description="MiB of the disk, in --out, for the outputs of the cloud's layers, so that from the second epoch "
-        "on nothing crosses the strip; only where nothing is trained below them or in them.",
+        "on nothing crosses the wire; only where nothing is trained below them or in them.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The span cache: where nothing trainable lies below the span, each row crosses the strip once, and never again.
+"""The span cache: where nothing trainable lies below the span, each row crosses the wire once, and never again.
 
 With adapters on the top layers only, the span's input is the same in every epoch, and so is its output, as the backbone
 is frozen. The outputs are kept on the edge's disk, and from the second epoch on nothing is asked of the cloud.
@@ -6,7 +6,7 @@ is frozen. The outputs are kept on the edge's disk, and from the second epoch on
 **Rows, not batches.** Each epoch shuffles its rows anew and pads them to other lengths, so a row of a batch is kept by
 itself, without its padding, under a BLAKE2b-256 of everything that its output depends on: model, split plan, the
 span's dtype and attention, the codecs, autocast, and the row's content and positions. In a batch of which some rows are
-missing, these cross the strip as a smaller batch. The first epoch asks as an uncached run does, and gets the same bits.
+missing, these cross the wire as a smaller batch. The first epoch asks as an uncached run does, and gets the same bits.
 
 **Content.** Where the edge holds no bottom layer, a row's content is its hidden states: an embedding gives the same
 bits in any batch. Bottom layers do not, as the order of sums inside a matrix product depends on the batch's length

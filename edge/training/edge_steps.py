@@ -23,10 +23,10 @@ from isthmus.common.stopping import StopRequest
 from isthmus.edge.config.schedule import learning_rate, steps_per_epoch, total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
-from isthmus.edge.run_report import Spent, StripMeter, StripTotals
+from isthmus.edge.run_report import Spent, WireMeter, WireTotals
 from isthmus.edge.training import methods
 from isthmus.edge.training.evaluation import evaluate
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
 from isthmus.edge.training.run_identity import ModelIdentity, check_fits, fixed_settings, identity_entries
 from isthmus.edge.training.step_rule import EdgeRule
@@ -71,7 +71,7 @@ class EdgeSteps:
         progress: Where losses on held-out data are shown.
         meter: The wire's meter, where there is one.
         observers: Called around every step, in this order.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class EdgeSteps:
         identity: ModelIdentity,
         stop: StopRequest,
         progress: StepProgress,
-        meter: StripMeter | None,
+        meter: WireMeter | None,
         observers: Sequence[StepObserver],
-        lanes: Lanes | None,
+        in_flight: InFlight | None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
@@ -92,7 +92,7 @@ class EdgeSteps:
         self.loss_after: float | None = None
         self.add_points: AddPoints = no_curves
         self.parameters: Mapping[str, nn.Parameter] = methods.trained(model)  # before the rule freezes some of them
-        self.rule: EdgeRule = step_rule(model, self.parameters, config, stop.check, lanes)
+        self.rule: EdgeRule = step_rule(model, self.parameters, config, stop.check, in_flight)
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
         self.settings: Mapping[str, Any] = fixed_settings(config, self.total, start)
@@ -109,7 +109,7 @@ class EdgeSteps:
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
         self._batches: list[Batch] = []
         self._started = 0.0
-        self._before = StripTotals()
+        self._before = WireTotals()
         self._step_spent = Spent()
 
     def begin(self) -> None:
@@ -149,13 +149,13 @@ class EdgeSteps:
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
-        crossed, speed = self._step_spent.strip, self._step_spent.tokens / self._step_spent.seconds
+        crossed, speed = self._step_spent.wire, self._step_spent.tokens / self._step_spent.seconds
         points = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
         points |= {"bytes/up": crossed.bytes_up, "bytes/down": crossed.bytes_down}
         for observer in self._observers:
             points |= observer.points()
         self.add_points(line["step"], points)
-        return figures(line["loss"], speed, self.spent.strip)
+        return figures(line["loss"], speed, self.spent.wire)
 
     def between(self, step: int) -> None:
         """See `Task`."""
@@ -211,13 +211,13 @@ class EdgeSteps:
         self.add_points(step, {"loss/validation": loss})
         return loss
 
-    def _totals(self) -> StripTotals:
-        return StripTotals() if self._meter is None else self._meter.totals()
+    def _totals(self) -> WireTotals:
+        return WireTotals() if self._meter is None else self._meter.totals()
 
 
-def figures(loss: float, tokens_per_s: float, crossed: StripTotals) -> str:
+def figures(loss: float, tokens_per_s: float, crossed: WireTotals) -> str:
     """A step in the progress: `crossed` is what crossed so far, and is not shown where nothing does."""
     text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
-    if crossed != StripTotals():
+    if crossed != WireTotals():
         text += f"  up {size(crossed.bytes_up)}  down {size(crossed.bytes_down)}"
     return text

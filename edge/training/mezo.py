@@ -6,7 +6,7 @@ at θ - εz, both on the same micro-batches (SPSA, Spall 1992). The slope betwee
     g = (L(θ + εz) - L(θ - εz)) / 2ε,
 
 is the gradient's projection on z, and the step is θ ← θ - η·(g·z + λθ) with the learning rate η and the weight decay λ.
-Nothing goes backward, so the strip carries two forwards and no gradients, and the cloud keeps nothing for a step.
+Nothing goes backward, so the wire carries two forwards and no gradients, and the cloud keeps nothing for a step.
 
 As in the paper:
 

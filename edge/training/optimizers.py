@@ -22,7 +22,7 @@ from torch import nn
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.training.mezo import Mezo
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.step_rule import REMEDY, BatchLoss, EdgeRule
 from isthmus.training.gradient_step import GradientStep
 
@@ -32,7 +32,7 @@ def step_rule(
     parameters: Mapping[str, nn.Parameter],
     config: TuningConfig,
     check_stop: Callable[[], None],
-    lanes: Lanes | None = None,
+    in_flight: InFlight | None = None,
 ) -> EdgeRule:
     """The rule that `config.optimizer` names.
 
@@ -41,9 +41,9 @@ def step_rule(
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
         config: The run's options.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
     """
-    loss = BatchLoss(model, config.precision, check_stop, lanes)
+    loss = BatchLoss(model, config.precision, check_stop, in_flight)
     if config.optimizer == "mezo":
         return Mezo(parameters.values(), config, loss)
     return Backprop(_optimizer(model, parameters, config), parameters, config, loss)

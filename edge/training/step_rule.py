@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import Batch, label_count
 from isthmus.edge.training.evaluation import to_device
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
 from isthmus.training.gradient_step import StepRule, require_finite
 
@@ -53,16 +53,16 @@ class BatchLoss:
         model: A causal LM, plain or PEFT.
         precision: What the forward computes in.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
     """
 
     def __init__(
-        self, model: Any, precision: Precision, check_stop: Callable[[], None], lanes: Lanes | None = None
+        self, model: Any, precision: Precision, check_stop: Callable[[], None], in_flight: InFlight | None = None
     ) -> None:
         self._model = model
         self._precision: Precision = precision
         self._check_stop = check_stop
-        self._lanes = lanes
+        self._in_flight = in_flight
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -77,8 +77,8 @@ class BatchLoss:
             NonFiniteError: A micro-batch's loss is NaN or infinite.
         """
         labels = sum(map(label_count, batches))
-        if self._lanes is not None:
-            return self._over_lanes(self._lanes, step, labels, batches, trained)
+        if self._in_flight is not None:
+            return self._over_in_flight(self._in_flight, step, labels, batches, trained)
         total = 0.0
         for batch in batches:
             share, value = self._share(step, labels, batch)
@@ -88,8 +88,8 @@ class BatchLoss:
             total += value
         return total
 
-    def _over_lanes(
-        self, lanes: Lanes, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
+    def _over_in_flight(
+        self, in_flight: InFlight, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
     ) -> float:
         def work(batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
             share, value = self._share(step, labels, batch)
@@ -98,7 +98,7 @@ class BatchLoss:
             return value, gradients
 
         total = 0.0
-        with closing(lanes.map(work, batches)) as done:
+        with closing(in_flight.map(work, batches)) as done:
             for value, gradients in done:
                 if trained:
                     _add(trained, gradients)

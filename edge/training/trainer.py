@@ -20,10 +20,10 @@ from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import TrainingData
-from isthmus.edge.run_report import Report, StripMeter, count, flops, linear_parameters, peak_bytes, shares, traffic
+from isthmus.edge.run_report import Report, WireMeter, count, flops, linear_parameters, peak_bytes, shares, traffic
 from isthmus.edge.training import methods
 from isthmus.edge.training.edge_steps import EdgeSteps, StepObserver
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity
 from isthmus.edge.training.tensorboard_curves import open_curves
 from isthmus.training.run_checkpoint import latest
@@ -48,14 +48,14 @@ class Trainer:
         data: From `load_data`.
         config: The run's options. `out` is created.
         identity: Which model this is; a checkpoint of another one is refused.
-        meter: The strip, where there is one.
+        meter: The wire, where there is one.
         codec: How it carries tensors, for the report; "none" where nothing crosses.
         span_parameters: Weights of linear layers in the cloud's span, for the FLOPs of the report.
         emulator_parameters: The same of an emulator that stands for the span here, each time that one is used.
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
         progress: Where progress is shown; standard error by default.
         step_observers: Called around every step, in this order; their states are in the checkpoints.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Trainer:
         config: TuningConfig,
         identity: ModelIdentity,
         *,
-        meter: StripMeter | None = None,
+        meter: WireMeter | None = None,
         codec: str = "none",
         span_parameters: int = 0,
         emulator_parameters: int = 0,
         cloud_peak: Callable[[], int | None] = lambda: None,
         progress: StepProgress | None = None,
         step_observers: Sequence[StepObserver] = (),
-        lanes: Lanes | None = None,
+        in_flight: InFlight | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -85,7 +85,9 @@ class Trainer:
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
-        self._steps = EdgeSteps(model, data, config, identity, self._stop, self._progress, meter, step_observers, lanes)
+        self._steps = EdgeSteps(
+            model, data, config, identity, self._stop, self._progress, meter, step_observers, in_flight
+        )
         self._n_trained = count(methods.trained(model).values())  # the rule has frozen what it does not move
         options = LoopOptions(
             folder=config.out,
@@ -116,7 +118,7 @@ class Trainer:
             CheckpointError: The newest checkpoint is damaged or does not belong to this run.
             DiskError: The disk is full.
             ConfigError: `out` holds another run and `resume` is not set, or another process trains into it.
-            IsthmusError: Whatever the strip raises. Before it rises, the last applied step is saved.
+            IsthmusError: Whatever the wire raises. Before it rises, the last applied step is saved.
         """
         use_threads(self.config.threads)
         random.seed(self.config.seed)
@@ -175,12 +177,12 @@ class Trainer:
             positions=spent.positions,
             seconds=spent.seconds,
             tokens_per_s=spent.tokens / spent.seconds,
-            bytes_up=spent.strip.bytes_up,
-            bytes_down=spent.strip.bytes_down,
+            bytes_up=spent.wire.bytes_up,
+            bytes_down=spent.wire.bytes_down,
             peak_bytes_edge=peak_bytes(),
             peak_bytes_cloud=self._cloud_peak(),
-            calls=spent.strip.calls,
-            retries=spent.strip.retries,
+            calls=spent.wire.calls,
+            retries=spent.wire.retries,
             trained_parameters=self._n_trained,
             model=self._identity.name,
             plan=self._identity.plan,

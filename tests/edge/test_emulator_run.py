@@ -225,7 +225,7 @@ def test_the_command_prints_a_report_and_ctrl_c_says_how_to_go_on(
     assert json.loads(done.stdout)["steps"] == 4
     again = CliRunner().invoke(app, [*arguments, "--steps", "4", "--resume"])
     assert "held-out loss" in again.stdout
-    assert "strip" not in again.stdout
+    assert "traffic" not in again.stdout
 
 
 def test_the_cloud_s_options_are_unknown_here(data: Path) -> None:

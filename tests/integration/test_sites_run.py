@@ -350,7 +350,7 @@ def test_from_the_second_epoch_on_nothing_crosses_the_strip(top_runs: Runs, tmp_
     micro_batches, per_epoch = 8, 2  # sixteen examples in pairs, four pairs a step
     assert report["calls"] == cached.calls == micro_batches
     spent = {
-        step: Spent.from_json(load(tmp_path / "cached" / f"checkpoint-{step}").entries["spent"]).strip
+        step: Spent.from_json(load(tmp_path / "cached" / f"checkpoint-{step}").entries["spent"]).wire
         for step in range(1, 3 * per_epoch + 1)
     }
     first = spent[per_epoch]
@@ -368,9 +368,9 @@ def test_from_the_second_epoch_on_nothing_crosses_the_strip(top_runs: Runs, tmp_
 def test_lanes_share_the_cache(top_runs: Runs, tmp_path: Path) -> None:
     values = {**CACHED, "epochs": 2}
     alone = top_runs.train(tmp_path / "alone", **values)
-    lanes = top_runs.train(tmp_path / "lanes", overlap=2, **values)
-    assert lanes.calls == alone.calls == 8
-    assert_same_run(tmp_path / "lanes", tmp_path / "alone")
+    overlapped = top_runs.train(tmp_path / "overlapped", overlap=2, **values)
+    assert overlapped.calls == alone.calls == 8
+    assert_same_run(tmp_path / "overlapped", tmp_path / "alone")
 
 
 def test_a_resumed_run_finds_what_is_there(top_runs: Runs, tmp_path: Path) -> None:

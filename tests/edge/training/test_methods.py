@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import CONFIGS, tiny_checkpoint, tiny_config
-from support.training import Strip, config, data, trainer
+from support.training import Wire, config, data, trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
@@ -59,8 +59,8 @@ def test_a_method_trains_resumes_and_reloads(model_folder: Path, tmp_path: Path,
     assert result.report.loss_before != result.report.loss_after
 
     with pytest.raises(UnreachableError):
-        trainer(model_folder, options("broken"), Strip("begin", 8, unreachable)).fit()
-    resumed = trainer(model_folder, options("broken", resume=True), Strip())
+        trainer(model_folder, options("broken"), Wire("begin", 8, unreachable)).fit()
+    resumed = trainer(model_folder, options("broken", resume=True), Wire())
     resumed.fit()
     for name, value in weights(straight.model).items():
         assert torch.equal(weights(resumed.model)[name], value), name
