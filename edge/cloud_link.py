@@ -42,7 +42,7 @@ def open_link(config: ClientConfig, *, interactive: bool = False, deadline: floa
     no_core_files()
     codec = config.codec
     if is_auto(codec):
-        auto_target(codec)  # a mistake in it is told before anything is fetched
+        auto_target(codec)  # a mistake in it is reported before anything is fetched
         codec = "fp32"
     tls = None
     if config.tls_ca or config.tls_cert or config.tls_key:
@@ -128,7 +128,7 @@ class Wire:
 
 
 def _leased(config: TrainConfig, path: str, plan: SplitPlan) -> Callable[[str], bool]:
-    """Whether the site of a name is lent to the cloud."""
+    """Whether the site of a name is leased to the cloud."""
     if isinstance(config.leased, str):
         every = config.leased == "all"
         return lambda name: every

@@ -80,7 +80,7 @@ class SitesConfig(Settings):
     )
     leased: Sites = Field(
         "none",
-        description="Which of --sites are lent to the cloud, which runs their adapters and sees their weights then "
+        description="Which of --sites are leased to the cloud, which runs their adapters and sees their weights then "
         "(plain LoRA without dropout): `none`, `all`, or layers.",
     )
     summed: bool = Field(
@@ -101,7 +101,7 @@ class SitesConfig(Settings):
     )
     lend_dead: bool = Field(
         False,
-        description="Whether sites that `kill-revive` leaves out for now act on, lent to the cloud, which sees their "
+        description="Whether sites that `kill-revive` leaves out for now act on, leased to the cloud, which sees their "
         "weights then (plain LoRA without dropout); else what they have learned is dropped.",
     )
 

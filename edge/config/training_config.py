@@ -198,7 +198,7 @@ class TrainConfig(TrainClientConfig, SitesConfig, PluggedConfig, TuningConfig):
             return
         if self.method != "lora" or self.dropout > 0:
             raise ValueError(
-                f"adapters that are lent are plain LoRA that the cloud runs, not method {self.method} with dropout "
+                f"leased adapters are plain LoRA that the cloud runs, not method {self.method} with dropout "
                 f"{self.dropout}: give leased = none and lend_dead = false"
             )
         if self.lend_dead and self.site_policy != "kill-revive":
@@ -214,7 +214,7 @@ class TrainConfig(TrainClientConfig, SitesConfig, PluggedConfig, TuningConfig):
                 "give leased = none, or site_policy = always"
             )
         if self.sites == "none":
-            raise ValueError("leased says which sites are lent to the cloud, and there are none: give --sites all")
+            raise ValueError("leased says which sites the cloud runs, and there are none: give --sites all")
         if self.sites != "all" and self.leased != "all":
             strange = sorted(set(self.leased) - set(self.sites))
             if strange:

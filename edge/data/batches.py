@@ -71,7 +71,7 @@ def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
 
     Raises:
         DataError: The data are missing, malformed, empty, or too long for `max_length`.
-        ConfigError: The format cannot be told, or the tokenizer has no chat template for `messages`.
+        ConfigError: The format is not known, or the tokenizer has no chat template for `messages`.
     """
     examples = read_examples(config.data, config)
     if config.validation is not None:

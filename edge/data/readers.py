@@ -51,7 +51,7 @@ def read_examples(source: str, config: ExamplesConfig) -> list[Example]:
 
     Raises:
         DataError: The file is missing, empty or malformed; the message names file and line.
-        ConfigError: The format cannot be told, or the optional package for hub data is missing.
+        ConfigError: The format is not known, or the optional package for hub data is missing.
     """
     columns: Columns | None = None
     examples = []
@@ -72,7 +72,7 @@ def _records(source: str, config: ExamplesConfig) -> Iterator[Record]:
     if kind == "hub":
         return _hub(source.removeprefix("hub:"))
     if kind == "auto":
-        raise ConfigError(f"the form of {source!r} cannot be told from its ending: give --format jsonl, csv or tsv.")
+        raise ConfigError(f"the form of {source!r} is not clear from its ending: give --format jsonl, csv or tsv.")
     text = _decode(source)
     if kind == "jsonl":
         return _jsonl(source, text)
