@@ -66,7 +66,7 @@ class Wire:
 
     Attributes:
         links: All of them; the first is the one that fetched the model.
-        in_flight: What several micro-batches go over at a time; None for one after the other.
+        in_flight: What several micro-batches in flight go over; None for one at a time.
         meter: What they have carried together.
     """
 

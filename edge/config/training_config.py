@@ -137,7 +137,7 @@ class TrainClientConfig(ClientConfig):
     overlap: int = Field(
         1,
         ge=1,
-        description="Micro-batches on their way at a time, each over a session of its own; at most --accumulate.",
+        description="Micro-batches in flight at a time, each over a session of its own; at most --accumulate.",
     )
     span_cache_mib: int | None = Field(
         None,

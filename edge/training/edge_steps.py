@@ -71,7 +71,7 @@ class EdgeSteps:
         progress: Where losses on held-out data are shown.
         meter: The wire's meter, where there is one.
         observers: Called around every step, in this order.
-        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
 
     def __init__(

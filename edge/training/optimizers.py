@@ -41,7 +41,7 @@ def step_rule(
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
         config: The run's options.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
     loss = BatchLoss(model, config.precision, check_stop, in_flight)
     if config.optimizer == "mezo":

@@ -53,7 +53,7 @@ class BatchLoss:
         model: A causal LM, plain or PEFT.
         precision: What the forward computes in.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class Trainer:
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
         progress: Where progress is shown; standard error by default.
         step_observers: Called around every step, in this order; their states are in the checkpoints.
-        in_flight: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
 
     def __init__(
