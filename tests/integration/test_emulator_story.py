@@ -121,7 +121,9 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
         other = ("--cloud", cloud.connection_file, "--key", roomy / "stranger")
         refused(edge.run("edge", "generate", *other, "--plugged", prompt), 42, "no adapter")
 
-        went_on = edge.json("edge", "train", *here, *data, *how, "--plugged", "--steps", 2, "--out", "second")
+        went_on = edge.json(
+            "edge", "train", *here, *data, "--method", "full", *how, "--plugged", "--steps", 2, "--out", "second"
+        )
         assert went_on["loss_before"] == plugged
 
 
