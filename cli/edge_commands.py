@@ -10,12 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.common.terminal import shown
-from isthmus.edge.config.flags import ConfigFile, run_to_its_end, with_flags
-from isthmus.edge.config.training_config import DEFAULT_KEY, TrainConfig, load_config
+from isthmus.edge.config.client_config import DEFAULT_KEY, EvalConfig, GenerateConfig
+from isthmus.edge.config.flags import GroupedCommand, SharedConfigFile, run_to_its_end, with_flags
+from isthmus.edge.config.training_config import TrainConfig, load_config
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
 )
+
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="An adapter's folder; without it, the model as it is served.", rich_help_panel="Adapter"),
+]
 
 
 @app.command()
@@ -40,10 +46,10 @@ def keygen(
     typer.echo(line.strip())
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 @with_flags(TrainConfig)
 def train(
-    config: ConfigFile = None,
+    config: SharedConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
     **flags: Any,
 ) -> None:
@@ -59,75 +65,51 @@ def train(
     run_to_its_end(lambda: run_training(settings), settings.out, as_json=as_json)
 
 
-@app.command("eval")
-@with_flags(TrainConfig)
+@app.command("eval", cls=GroupedCommand)
+@with_flags(EvalConfig)
 def evaluate(
-    config: ConfigFile = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="An adapter's folder; without it, the model as it is served.")
-    ] = None,
+    config: SharedConfigFile = None,
+    adapter: Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     **flags: Any,
 ) -> None:
-    """Measure the loss on your data, with or without an adapter. Data and column flags are those of `train`.
+    """Measure the loss on all of your data, with or without an adapter.
 
     Example: isthmus edge eval --cloud cloud.txt --data held-out.jsonl --adapter run/adapter --json
     """
-    settings = load_config(config, flags)
+    settings = load_config(config, flags, EvalConfig)
     from isthmus.edge.split_run import run_evaluation
 
     result = run_evaluation(settings, adapter)
     typer.echo(json.dumps(result) if as_json else f"loss {result['loss']:.4f} over {result['examples']} examples")
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
+@with_flags(GenerateConfig)
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    cloud: Annotated[str, typer.Option(help="Connection string, or the path of a file that holds it.")],
-    key: Annotated[Path, typer.Option(help="The edge's private key.")] = DEFAULT_KEY,
-    adapter: Annotated[
-        Path | None, typer.Option(help="An adapter's folder; without it, the model as it is served.")
-    ] = None,
-    plugged: Annotated[bool, typer.Option(help="Use the adapter that the cloud has plugged in for you.")] = False,
+    config: SharedConfigFile = None,
+    adapter: Adapter = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
-    codec: Annotated[str, typer.Option(help="How activations cross the strip, as for `train`.")] = "fp32",
-    deadline: Annotated[
-        float | None, typer.Option(help="Seconds that the cloud may take for a token; if it cannot, the command ends.")
-    ] = None,
-    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched of a model at most.")] = 64.0,
-    tls_ca: Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **flags: Any,
 ) -> None:
     """Continue a prompt with the split model.
 
     Example: isthmus edge generate --cloud cloud.txt --adapter run/adapter "Ticket: my card was charged twice"
     """
-    settings = load_config(
-        None,
-        {
-            "cloud": cloud,
-            "key": key,
-            "data": "-",
-            "codec": codec,
-            "max_fetch_gib": max_fetch_gib,
-            "tls_ca": tls_ca,
-            "tls_cert": tls_cert,
-            "tls_key": tls_key,
-        },
-    )
+    settings = load_config(config, flags, GenerateConfig)
     from isthmus.edge.cloud_link import open_link
     from isthmus.edge.split_run import run_generation
 
-    with open_link(settings, interactive=True, deadline=deadline) as link:
+    with open_link(settings, interactive=True, deadline=settings.deadline) as link:
         text = run_generation(
             link,
             adapter,
             prompt,
-            plugged=plugged,
+            plugged=settings.plugged,
             chat=chat,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

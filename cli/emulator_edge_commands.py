@@ -11,32 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.common.shutdown import interruptible
-from isthmus.edge.config.flags import ConfigFile, run_to_its_end, with_flags
-from isthmus.edge.config.training_config import DEFAULT_KEY, TrainConfig, TuneConfig, load_config
+from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.flags import ConfigFile, GroupedCommand, run_to_its_end, with_flags
+from isthmus.edge.config.training_config import TuneConfig, load_config
 
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
 
 app = typer.Typer(no_args_is_help=True)
 
-Cloud = Annotated[str, typer.Option(help="Connection string, or the path of a file that holds it.")]
-Key = Annotated[Path, typer.Option(help="The edge's private key.")]
-TlsCa = Annotated[Path | None, typer.Option(help="Certificate authority of the outer TLS layer.")]
-TlsCert = Annotated[Path | None, typer.Option(help="The edge's own TLS certificate.")]
-TlsKey = Annotated[Path | None, typer.Option(help="Private key of --tls-cert.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
+@with_flags(ClientConfig, without={"codec"})
 def fetch(
-    cloud: Cloud,
     out: Annotated[Path, typer.Option(help="Where the package goes: a new folder, or an older package.")],
-    key: Key = DEFAULT_KEY,
-    max_fetch_gib: Annotated[float, typer.Option(help="GiB that are fetched at most.")] = 64.0,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
     as_json: AsJson = False,
+    **flags: Any,
 ) -> None:
     """Fetch the package that a cloud offers, verified by the fingerprint in its connection string.
 
@@ -44,7 +36,7 @@ def fetch(
 
     Example: isthmus emulator fetch --cloud cloud.txt --out package
     """
-    with _session(cloud, key, tls_ca, tls_cert, tls_key, max_fetch_gib) as link:
+    with _session(flags) as link:
         package = link.fetch_package(out)
         came = link.totals().bytes_down
     if as_json:
@@ -56,7 +48,7 @@ def fetch(
     typer.echo(f"signer   {package.signer}")
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 @with_flags(TuneConfig)
 def tune(
     config: ConfigFile = None,
@@ -75,15 +67,12 @@ def tune(
     run_to_its_end(lambda: run_tuning(settings), settings.out, as_json=as_json)
 
 
-@app.command("return")
+@app.command("return", cls=GroupedCommand)
+@with_flags(ClientConfig, without={"codec", "max_fetch_gib"})
 def give_back(
-    cloud: Cloud,
     adapter: Annotated[Path, typer.Option(help="The adapter's folder, OUT/adapter of the tuning.")],
-    key: Key = DEFAULT_KEY,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
     as_json: AsJson = False,
+    **flags: Any,
 ) -> None:
     """Bring a tuned adapter to the cloud, which checks it and plugs it into the full model, for you alone.
 
@@ -91,25 +80,16 @@ def give_back(
 
     Example: isthmus emulator return --cloud cloud.txt --adapter run/adapter
     """
-    with _session(cloud, key, tls_ca, tls_cert, tls_key) as link:
+    with _session(flags) as link:
         said = link.return_adapter(adapter)
         went = link.totals().bytes_up
     typer.echo(json.dumps({"message": said, "bytes_up": went}) if as_json else said)
 
 
 @contextmanager
-def _session(
-    cloud: str,
-    key: Path,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    max_fetch_gib: float | None = None,
-) -> Iterator[Link]:
+def _session(flags: dict[str, Any]) -> Iterator[Link]:
     """A link for a command that may be interrupted and repeated."""
-    tls = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
-    flags = {"cloud": cloud, "key": key, "data": "-", "max_fetch_gib": max_fetch_gib, **tls}
-    settings = load_config(None, flags, TrainConfig)
+    settings = load_config(None, flags, ClientConfig)
     from isthmus.edge.cloud_link import open_link
 
     with interruptible("stopped; the same command goes on from here"), open_link(settings) as link:

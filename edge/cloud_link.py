@@ -1,4 +1,4 @@
-"""What lies between a training run and the cloud: links and lanes, the choice of codecs, the cache of outputs."""
+"""What lies between a training run and the cloud: links and in_flight, the choice of codecs, the cache of outputs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.codecs.wire_codecs import WireCodecs, auto_target, is_auto
+from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.process_setup import no_core_files
 from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_span, check_cacheable
 from isthmus.edge.training.evaluation import to_device
-from isthmus.edge.training.micro_batches import LaneMeter, Lanes
+from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 from isthmus.edge.training.precision import computing_in
 from isthmus.protocol.limits import GIB
 from isthmus.rpc.transport import Tls
 
 if TYPE_CHECKING:
-    from isthmus.edge.run_report import StripMeter
+    from isthmus.edge.run_report import WireMeter
 
 CACHE_FOLDER = "span-cache"
 """Inside the run's folder."""
 _MIB = 1 << 20
 
 
-def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
+def open_link(config: ClientConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
     """Connect as the configuration says, and write no core files from now on. Raises what `connect` raises.
 
     Codecs that are yet to be chosen are fp32. `interactive` and `deadline` are `connect`'s.
@@ -41,7 +42,7 @@ def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float
     no_core_files()
     codec = config.codec
     if is_auto(codec):
-        auto_target(codec)  # a mistake in it is told before anything is fetched
+        auto_target(codec)  # a mistake in it is reported before anything is fetched
         codec = "fp32"
     tls = None
     if config.tls_ca or config.tls_cert or config.tls_key:
@@ -60,19 +61,19 @@ def open_link(config: TrainConfig, *, interactive: bool = False, deadline: float
     )
 
 
-class Strip:
-    """The links of a run: one, or one for each lane.
+class Wire:
+    """The links of a run: one, or one for each micro-batch in flight.
 
     Attributes:
         links: All of them; the first is the one that fetched the model.
-        lanes: What several micro-batches go over at a time; None for one after the other.
+        in_flight: What several micro-batches in flight go over; None for one at a time.
         meter: What they have carried together.
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
-        self.lanes = Lanes(links) if len(links) > 1 else None
-        self.meter: StripMeter = links[0] if len(links) == 1 else LaneMeter(links)
+        self.in_flight = InFlight(links) if len(links) > 1 else None
+        self.meter: WireMeter = links[0] if len(links) == 1 else SummedMeter(links)
 
     def load_model(self, config: TrainConfig) -> Any:
         """The split model, whose span goes over the links as the configuration says.
@@ -82,7 +83,7 @@ class Strip:
         """
         model: Any = self.links[0].load_model()
         leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
-        model.span_gate.span = RemoteSpan(self.lanes or self.links[0], leased=leased, summed=config.summed)
+        model.span_gate.span = RemoteSpan(self.in_flight or self.links[0], leased=leased, summed=config.summed)
         return model
 
     def watch(self, check: Callable[[], None]) -> None:
@@ -127,7 +128,7 @@ class Strip:
 
 
 def _leased(config: TrainConfig, path: str, plan: SplitPlan) -> Callable[[str], bool]:
-    """Whether the site of a name is lent to the cloud."""
+    """Whether the site of a name is leased to the cloud."""
     if isinstance(config.leased, str):
         every = config.leased == "all"
         return lambda name: every
@@ -142,7 +143,7 @@ def _leased(config: TrainConfig, path: str, plan: SplitPlan) -> Callable[[str], 
 
 
 @contextmanager
-def strip_of(link: Link, config: TrainConfig) -> Iterator[Strip]:
+def wire_of(link: Link, config: TrainConfig) -> Iterator[Wire]:
     """The links of a run, of which `link` is open already; the others are closed at the end.
 
     Raises:
@@ -156,7 +157,7 @@ def strip_of(link: Link, config: TrainConfig) -> Iterator[Strip]:
                 f"overlap = {config.overlap} takes as many sessions at a time, and the cloud has not so many for this "
                 f"edge ({error}): lower --overlap"
             ) from None
-        yield Strip([link, *more])
+        yield Wire([link, *more])
 
 
 @contextmanager

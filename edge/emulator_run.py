@@ -18,8 +18,8 @@ from isthmus.edge.process_setup import no_core_files
 from isthmus.edge.run_report import Report
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.secure.keys import Fingerprint

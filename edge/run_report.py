@@ -1,6 +1,6 @@
-"""The seam to the strip's meter, and `report.json`: what a run did, what it cost, and who paid.
+"""What a run asks of the wire's meter, and `report.json`: what the run did, what it cost, and who paid.
 
-Time: a step's wall time is the edge's unless the strip's meter says otherwise; the meter gives the seconds that the
+Time: a step's wall time is the edge's unless the wire's meter says otherwise; the meter gives the seconds that the
     edge waited for the cloud's computing (`cloud_s`), for the network (`wire_s`) and for sealing and opening
     (`crypto_s`).
 
@@ -32,8 +32,8 @@ from isthmus.common.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
-class StripTotals:
-    """What the strip has carried and cost since the link was made. Bytes as sealed; seconds as the edge waited.
+class WireTotals:
+    """What the wire has carried and cost since the link was made. Bytes as sealed; seconds as the edge waited.
 
     A difference of two is what lies between them.
     """
@@ -47,20 +47,20 @@ class StripTotals:
     cloud_s: float = 0.0
     retries: int = 0
 
-    def __sub__(self, other: StripTotals) -> StripTotals:
-        return StripTotals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+    def __sub__(self, other: WireTotals) -> WireTotals:
+        return WireTotals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
-    def __add__(self, other: StripTotals) -> StripTotals:
-        return StripTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: WireTotals) -> WireTotals:
+        return WireTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-class StripMeter(Protocol):
-    """What a training loop needs of the strip: to say which step its calls belong to, and to read the meter."""
+class WireMeter(Protocol):
+    """What a training loop needs of the wire: to say which step its calls belong to, and to read the meter."""
 
     def begin_step(self, step: int) -> None:
         """Called before the micro-batches of optimizer step `step` (from 1); again for the same step after a resume."""
 
-    def totals(self) -> StripTotals:
+    def totals(self) -> WireTotals:
         """What has crossed so far."""
 
 
@@ -71,24 +71,26 @@ class Spent:
     seconds: float = 0.0
     tokens: int = 0
     positions: int = 0
-    strip: StripTotals = StripTotals()
+    wire: WireTotals = WireTotals()
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
             self.seconds + other.seconds,
             self.tokens + other.tokens,
             self.positions + other.positions,
-            self.strip + other.strip,
+            self.wire + other.wire,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A tree of plain values."""
-        return asdict(self)
+        """A tree of plain values, under the names that checkpoints have for them."""
+        tree = asdict(self)
+        return {**{name: value for name, value in tree.items() if name != "wire"}, "strip": tree["wire"]}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Spent:
         """The inverse of `to_json`."""
-        return cls(**{**tree, "strip": StripTotals(**tree["strip"])})
+        totals = {name: value for name, value in tree.items() if name != "strip"}
+        return cls(**totals, wire=WireTotals(**tree["strip"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Report:
     """What `report.json` says. Seconds, bytes and tokens cover the training steps, not the evaluations; shares are of
     `seconds`.
 
-    `tokens` leaves padding out and `positions` counts it: padding crosses the strip as well, so `bytes_per_position_*`
+    `tokens` leaves padding out and `positions` counts it: padding crosses the wire as well, so `bytes_per_position_*`
     is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_edge` is
     the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
     while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
@@ -146,16 +148,16 @@ class Report:
     def lines(self, out: Path) -> str:
         """The report in a few lines, for a person; `out` is the run's folder."""
         losses = " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in (self.loss_before, self.loss_after))
-        strip = (
+        wire = (
             f"time: edge {self.edge_share:.0%}, cloud {self.cloud_share:.0%}, wire {self.wire_share:.2%}, "
             f"encryption {self.crypto_share:.2%}\n"
-            f"strip: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down "
+            f"traffic: {self.bytes_per_position_up:.0f} bytes up and {self.bytes_per_position_down:.0f} down "
             "per token position, "
             f"{self.retries} retries\n"
         )
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
-            f"{strip if self.calls else ''}"
+            f"{wire if self.calls else ''}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
 
@@ -170,8 +172,8 @@ class Report:
 
 def shares(spent: Spent) -> dict[str, float]:
     """Seconds per party and their shares, under the names that `Report` has for them."""
-    strip, total = spent.strip, spent.seconds
-    seconds = {"cloud": strip.cloud_s, "wire": strip.wire_s, "crypto": strip.crypto_s}
+    wire, total = spent.wire, spent.seconds
+    seconds = {"cloud": wire.cloud_s, "wire": wire.wire_s, "crypto": wire.crypto_s}
     # Calls of different micro-batches may overlap, so the parts can exceed the whole; the edge's own part is never
     # negative.
     seconds["edge"] = max(0.0, total - sum(seconds.values()))
@@ -182,12 +184,12 @@ def shares(spent: Spent) -> dict[str, float]:
 
 def traffic(spent: Spent) -> dict[str, float]:
     """Bytes per token and per position, under the names that `Report` has for them."""
-    strip = spent.strip
+    wire = spent.wire
     return {
-        "bytes_per_token_up": _per(strip.bytes_up, spent.tokens),
-        "bytes_per_token_down": _per(strip.bytes_down, spent.tokens),
-        "bytes_per_position_up": _per(strip.bytes_up, spent.positions),
-        "bytes_per_position_down": _per(strip.bytes_down, spent.positions),
+        "bytes_per_token_up": _per(wire.bytes_up, spent.tokens),
+        "bytes_per_token_down": _per(wire.bytes_down, spent.tokens),
+        "bytes_per_position_up": _per(wire.bytes_up, spent.positions),
+        "bytes_per_position_down": _per(wire.bytes_down, spent.positions),
     }
 
 

@@ -14,20 +14,22 @@ from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
+from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.client.link import Link
-from isthmus.edge.cloud_link import cache_of, open_link, strip_of
+from isthmus.edge.cloud_link import cache_of, open_link, wire_of
+from isthmus.edge.config.client_config import EvalConfig
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.data.batches import Batches, load_data, load_examples
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
+from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.trainer import StepObserver, Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
+from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.edge.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,15 +53,15 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
     if config.plugged:
         config = config.model_copy(update={"start_from": link.plugged_adapter()})
     total = total_steps(config, len(data.train))
-    progress = TrainProgress(total, config.log_every)
-    with strip_of(link, config) as strip:
-        model = strip.load_model(config)
+    progress = StepProgress("step", total, every=config.log_every)
+    with wire_of(link, config) as wire:
+        model = wire.load_model(config)
         tuned = build_peft(model, config, total_steps=total)
         hold_frozen_linears(tuned, config)
         # Sites first: codecs are chosen for those of the coming step.
         observers = (
             live_sites(model, config, total, progress.message),
-            strip.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
+            wire.auto_codec(config, tuned, list(trained(tuned).values()), data, progress.message),
             *watchers,
         )
         with cache_of(link, config, tuned):
@@ -68,24 +70,23 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
                 data,
                 config,
                 ModelIdentity(info.model, info.digest, info.plan, info.span_dtype, info.attn_implementation),
-                meter=strip.meter,
+                meter=wire.meter,
                 codec=config.codec,
                 span_parameters=_span_parameters(model, link.plan),
                 cloud_peak=link.cloud_peak_bytes,
                 progress=progress,
                 step_observers=[observer for observer in observers if observer is not None],
-                lanes=strip.lanes,
+                in_flight=wire.in_flight,
             )
-            strip.watch(trainer.check_stop)
+            wire.watch(trainer.check_stop)
             return trainer.fit().report
 
 
-def run_evaluation(config: TrainConfig, adapter: Path | None) -> dict[str, Any]:
+def run_evaluation(config: EvalConfig, adapter: Path | None) -> dict[str, Any]:
     """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
     use_threads(config.threads)
-    whole = config.model_copy(update={"validation_split": 0.0, "validation": None})
     with open_link(config) as link:
-        data = load_data(whole, link.load_tokenizer())
+        data = load_examples(config, link.load_tokenizer())
         model = with_adapter(link.load_model(), _chosen(link, adapter, plugged=config.plugged))
         batches = Batches(data.train, config.batch, data.pad_id)
         loss = evaluate(model, batches, precision=config.precision)

@@ -22,8 +22,8 @@ from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.client.return_adapter import return_adapter
 from isthmus.edge.client.span_calls import SpanCaller
 from isthmus.edge.codecs.wire_codecs import WireCodecs
-from isthmus.edge.config.training_config import DEFAULT_KEY
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.config.client_config import DEFAULT_KEY
+from isthmus.edge.run_report import WireTotals
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import load_edge
@@ -181,11 +181,11 @@ class Link(SpanCaller):
         """Name the optimizer step that the next calls belong to."""
         self._step = step
 
-    def totals(self) -> StripTotals:
+    def totals(self) -> WireTotals:
         """What has crossed the strip so far, and where the time went."""
         t = self.traffic
         cloud = t.compute_ns + t.queue_ns
-        return StripTotals(
+        return WireTotals(
             bytes_up=t.bytes_up,
             bytes_down=t.bytes_down,
             calls=t.calls,

@@ -20,7 +20,7 @@ class CodedLink(Protocol):
 
 
 class AutoCodec:
-    """Chooses codecs before a step when it is time; a `isthmus.edge.training.trainer.StepObserver`.
+    """Chooses codecs before a step when it is time; a `isthmus.edge.training.edge_steps.StepObserver`.
 
     Args:
         links: Whose codecs are set; all alike.

@@ -1,18 +1,19 @@
-"""What the training commands share: a flag for every field of a configuration, and the way that a run ends."""
+"""What the edge's commands share: flags for the fields of a configuration, help under headings, how a run ends."""
 
 from __future__ import annotations
 
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from isthmus.common.shutdown import interruptible
-from isthmus.edge.config.training_config import TuningConfig, field_names
+from isthmus.edge.config.settings import PANELS, Settings, field_names, panel_of
 
 if TYPE_CHECKING:
     from isthmus.edge.run_report import Report
@@ -22,10 +23,40 @@ Command = Callable[..., None]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
 ]
+SharedConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A TOML file with the same names; flags win over it. `edge train`, `edge eval` and `edge generate` can "
+        "share one: each ignores the keys of the others.",
+    ),
+]
 
 
-def with_flags(cls: type[TuningConfig]) -> Callable[[Command], Command]:
-    """Give a command that takes `**flags` the flags of a kind of run: one for every field, with its description."""
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose `--help` lists the options under headings: those of `rich_help_panel`, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, those without a heading first."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *PANELS)}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if param.param_type_name == "argument" else "Options"
+                groups[getattr(param, "rich_help_panel", None) or usual].append(record)
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def with_flags(cls: type[Settings], *, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command that takes `**flags` the flags of a configuration: one for every field, with its description.
+
+    Args:
+        cls: The configuration.
+        without: Fields that the command does not use, and which get no flag.
+    """
 
     def decorate(function: Command) -> Command:
         hints = typing.get_type_hints(function, include_extras=True)
@@ -33,7 +64,7 @@ def with_flags(cls: type[TuningConfig]) -> Callable[[Command], Command]:
             p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         own = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in named]
-        function.__signature__ = inspect.Signature([*own, *_flags(cls)])  # type: ignore[attr-defined]  # typer reads it
+        function.__signature__ = inspect.Signature([*own, *_flags(cls, without)])  # type: ignore[attr-defined]  # typer reads it
         return function
 
     return decorate
@@ -52,15 +83,18 @@ def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> No
     typer.echo(report.to_json() if as_json else report.lines(out))
 
 
-def _flags(cls: type[TuningConfig]) -> list[inspect.Parameter]:
+def _flags(cls: type[Settings], without: Collection[str]) -> list[inspect.Parameter]:
     flags = []
     for name in field_names(cls):
+        if name in without:
+            continue
         field = cls.model_fields[name]
         default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
         option = typer.Option(
             f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
             help=f"{field.description}{default}",
             show_default=False,
+            rich_help_panel=panel_of(cls, name),
         )
         flags.append(
             inspect.Parameter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from isthmus.edge.config.training_config import TuningConfig
+from isthmus.training.rate_schedule import scheduled_rate
 
 
 def steps_per_epoch(config: TuningConfig, n_examples: int) -> int:
@@ -18,18 +19,5 @@ def total_steps(config: TuningConfig, n_examples: int) -> int:
 
 
 def learning_rate(config: TuningConfig, step: int, total: int) -> float:
-    """The learning rate of the step after `step` applied ones.
-
-    It rises linearly over `warmup_steps`, reaches its peak at the last of them, and then stays, falls linearly to reach
-    0 after the last step, or falls along half a cosine (Loshchilov & Hutter 2017, without restarts).
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    part = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    match config.schedule:
-        case "constant":
-            return config.learning_rate
-        case "linear":
-            return config.learning_rate * (1 - part)
-        case "cosine":
-            return config.learning_rate * (1 + math.cos(math.pi * part)) / 2
+    """The learning rate of the step after `step` applied ones; see `scheduled_rate`."""
+    return scheduled_rate(config.learning_rate, config.schedule, step, total, config.warmup_steps)

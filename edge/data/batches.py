@@ -25,6 +25,7 @@ from torch import Tensor
 
 from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.common.errors import ChatTemplateError, ConfigError, DataError
+from isthmus.edge.config.data_config import ExamplesConfig
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.readers import Example, read_examples
 
@@ -70,13 +71,29 @@ def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
 
     Raises:
         DataError: The data are missing, malformed, empty, or too long for `max_length`.
-        ConfigError: The format cannot be told, or the tokenizer has no chat template for `messages`.
+        ConfigError: The format is not known, or the tokenizer has no chat template for `messages`.
     """
     examples = read_examples(config.data, config)
     if config.validation is not None:
         held_out = read_examples(config.validation, config)
     else:
         examples, held_out = split(examples, config.validation_split, config.seed)
+    return _encoded(examples, held_out, config, tokenizer)
+
+
+def load_examples(config: ExamplesConfig, tokenizer: Any) -> TrainingData:
+    """Read and tokenize all data that `config` names, and hold nothing out. Raises what `load_data` raises.
+
+    Args:
+        config: Where the examples are.
+        tokenizer: A transformers tokenizer.
+    """
+    return _encoded(read_examples(config.data, config), [], config, tokenizer)
+
+
+def _encoded(
+    examples: Sequence[Example], held_out: Sequence[Example], config: ExamplesConfig, tokenizer: Any
+) -> TrainingData:
     train, dropped = encode(examples, tokenizer, config.max_length)
     if not train:
         raise DataError(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.config.data_config import ExamplesConfig
 
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
@@ -46,12 +46,12 @@ class Record:
     values: Mapping[str, object]
 
 
-def read_examples(source: str, config: TuningConfig) -> list[Example]:
+def read_examples(source: str, config: ExamplesConfig) -> list[Example]:
     """Read every example of `source` (a path or `hub:NAME[:SPLIT]`), with the format and columns of `config`.
 
     Raises:
         DataError: The file is missing, empty or malformed; the message names file and line.
-        ConfigError: The format cannot be told, or the optional package for hub data is missing.
+        ConfigError: The format is not known, or the optional package for hub data is missing.
     """
     columns: Columns | None = None
     examples = []
@@ -63,7 +63,7 @@ def read_examples(source: str, config: TuningConfig) -> list[Example]:
     return examples
 
 
-def _records(source: str, config: TuningConfig) -> Iterator[Record]:
+def _records(source: str, config: ExamplesConfig) -> Iterator[Record]:
     kind = config.format
     if source.startswith("hub:"):
         kind = "hub"
@@ -72,7 +72,7 @@ def _records(source: str, config: TuningConfig) -> Iterator[Record]:
     if kind == "hub":
         return _hub(source.removeprefix("hub:"))
     if kind == "auto":
-        raise ConfigError(f"the form of {source!r} cannot be told from its ending: give --format jsonl, csv or tsv.")
+        raise ConfigError(f"the form of {source!r} is not clear from its ending: give --format jsonl, csv or tsv.")
     text = _decode(source)
     if kind == "jsonl":
         return _jsonl(source, text)
@@ -179,7 +179,7 @@ class Columns:
     messages: str | None = None
 
     @classmethod
-    def of(cls, config: TuningConfig, first: Record) -> Columns:
+    def of(cls, config: ExamplesConfig, first: Record) -> Columns:
         """From the configuration, or, where it names no column, from the keys of the first record."""
         if config.text_column:
             return cls(completion=_column(config.text_column))

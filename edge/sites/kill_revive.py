@@ -1,24 +1,26 @@
 """A policy that finds the sites worth their traffic: KR-style, after DLoRA's kill-and-revive (Gao & Zhang 2024).
 
-DLoRA's exact rule is not public to us; what follows is ours, and every step of it is counted in the budget.
+DLoRA's exact rule is not public; this one is ours. Every step of it counts in the budget.
 
-1. **Warm-up.** All sites train for `visits` steps, so that their scores are of the same steps: a run's first steps do
-   much more than the others. It costs as much as always-on there.
-2. **Kill.** The sites of the highest score per load stay (see `Sites.fill`); the load falls from `kill_from` along a
-   cubic to the base level, like the budget of AdaLoRA (Zhang et al. 2023), so that the last rounds compare sites that
-   are trained together.
-3. **Revive.** Then, at each `revive_every`-th decision, dead sites come back for a period on top of the live ones:
-   those of the highest score, as it was when they died, plus a bonus for those seldom tried (UCB1, Auer et al. 2002).
-   At the next decision they compete with the live ones, whose scores count `incumbency` times: a killed site's
-   contribution is lost, and a fresh site moves more than one that has done its work.
-4. **Settle.** For the last part of the run no site is killed. In its first half others join the live ones where the
-   budget has room for them to the end.
+1. **Warm-up.** All sites train for `visits` steps, at the cost of always-on, so that all scores are of the same steps.
+2. **Kill.** The sites of the highest score per load stay (see `Sites.fill`). The load falls from `kill_from` along a
+   cubic to the base level, like the budget of AdaLoRA (Zhang et al. 2023).
+3. **Revive.** Then, at each `revive_every`-th decision, dead sites are on trial for a period, on top of the live ones:
+   those with the highest score from before they died plus a bonus for sites seldom tried (UCB1, Auer et al. 2002). At
+   the next decision they compete with the live ones, whose scores count `incumbency` times, because a killed site's
+   contribution is lost and a fresh site moves more than a trained one.
+4. **Settle.** In the last part of the run no site is killed. In the first half of it, sites are added where the budget
+   has room for them to the end.
 
-A score is a plain mean over a site's first `1 / (1 - beta)` live steps, and then `s <- beta·s + (1 - beta)·value`. The
-values of a step are relative to their mean, as the first steps of a run do much more than the others. Dead sites keep
-their score until they are revived, when the mean starts anew. The base level follows from what is left: budget minus
-spent minus what later kill and revive phases take above it, divided by the steps to come. So it never falls, and what
-whole sites leave unused is used later.
+Scores: the values of a step are divided by their mean, as the first steps of a run lower the loss much more than later
+ones. A site's score is the plain mean of these over its first `1 / (1 - beta)` live steps, then `s <- beta·s +
+(1 - beta)·value`. A dead site keeps its score; the mean starts anew when it is revived.
+
+The base level is the load left for each step to come:
+
+    (budget - spent - what later kill and revive phases take above the base level) / steps to come
+
+It never falls: what whole sites leave unused is used later.
 """
 
 from __future__ import annotations
@@ -41,17 +43,16 @@ class KillReviveOptions:
 
     Attributes:
         budget: Shares of always-on's traffic and computation over the whole run.
-        score: What `observe` is told: `isthmus.edge.sites.site_policy.gain`, or `movement`, which is then normalised by
-        kind.
+        score: What `observe` gets: `isthmus.edge.sites.site_policy.gain`, or `movement`, which is normalised by kind.
         visits: Steps of the warm-up.
         period: Steps between decisions.
-        beta: Of the moving average of the scores.
+        beta: Weight of the past in the moving average of the scores.
         kill_from: Load at which the kill phase starts, at least 1.
-        kill_share: Part of the run that it takes.
+        kill_share: Part of the run that the kill phase takes.
         revive_every: Decisions from one revival to the next; 0 for no revival.
         revive_load: Load of the sites on trial, on top of the base level.
         exploration: Weight of the bonus for sites seldom tried; the mean score is 1.
-        incumbency: What the scores of live sites count against those on trial, at least 1.
+        incumbency: Factor on the scores of live sites when they compete with those on trial, at least 1.
         settle_share: Part of the run, at its end, in which no site is killed.
         seed: Decides between equal sites.
     """
@@ -90,10 +91,14 @@ class KillReviveOptions:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is fixed before a run of `steps` steps, whatever the scores will be.
+    """The schedule of a run, which does not depend on scores.
 
-    `decisions` are the counts of applied steps at which the live sites may change; `trials` those of them at which
-    sites are revived, and `settled` the last one that may kill. `extra` is, by step, the load above the base level.
+    Attributes:
+        steps: Optimizer steps of the run.
+        decisions: The numbers of applied steps at which the live sites may change.
+        trials: Those decisions at which sites are revived.
+        settled: The last decision that may kill.
+        extra: The load above the base level, by step.
     """
 
     steps: int
@@ -103,7 +108,7 @@ class Plan:
     extra: tuple[float, ...]
 
     def base_level(self, step: int, spent: float) -> float:
-        """The load that every step from `step` on can have, if `spent` is the sum of the loads before."""
+        """The load that every step from `step` on can have; `spent` is the sum of the loads before."""
         return (self.steps - spent - sum(self.extra[step:])) / (self.steps - step)
 
 
@@ -154,12 +159,12 @@ def _check(sites: Sites, options: KillReviveOptions, laid_out: Plan) -> None:
 
 
 class KillRevive:
-    """The policy; see the module. The same seed and the same observations give the same decisions.
+    """The policy; see the module. Equal seeds and scores give equal decisions.
 
     Args:
         sites: All sites.
-        steps: Optimizer steps of the whole run; it cannot go on beyond them.
-        options: How.
+        steps: Optimizer steps of the whole run; the policy ends with them.
+        options: How the budget is spent.
 
     Raises:
         ConfigError: See `plan`.
@@ -195,7 +200,7 @@ class KillRevive:
         return self._live
 
     def observe(self, step: int, scores: Mapping[str, float]) -> Decision | None:
-        """Take in what each live site did in that step; see `SitePolicy`.
+        """Take in the scores of the live sites after that step; see `SitePolicy`.
 
         Raises:
             ConfigError: It is not the next step, or `scores` are of other sites than the live ones.
@@ -260,7 +265,7 @@ class KillRevive:
             name = min(strange)
             raise CheckpointError(f"the site {name} is not in both the checkpoint and this run: resume with its sites.")
         self._step, self._spent, self._live, self._on_trial = step, spent, live, on_trial
-        # In this run's order, by which equal sites are decided between.
+        # In this run's order, which decides between equal sites.
         self._scores = {name: float(scores[name]) for name in self._order}
         self._visits = {name: int(visits[name]) for name in self._order}
         self._ages = {name: int(ages[name]) for name in self._order}
@@ -290,7 +295,7 @@ class KillRevive:
         return Decision(step, tuple(killed), tuple(revived), tuple(sorted(live)), values)
 
     def _values(self) -> dict[str, float]:
-        """Scores to compare, in the seed's order: not negative, their mean 1, by kind if they are movements."""
+        """Scores to compare, in the seed's order: none negative, of mean 1 (within each kind for movements)."""
         scores = {name: max(0.0, score) for name, score in self._scores.items()}
         classes = {name: self._sites.infos[name].kind if self.options.score == "movement" else "" for name in scores}
         members: dict[str, list[float]] = {}

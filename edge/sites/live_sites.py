@@ -1,4 +1,4 @@
-"""Live and dead sites in a training run: asks a policy before each step, tells it after it, and keeps the books."""
+"""Live and dead sites in a training run: a policy chooses them before each step and gets their scores after it."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ DECISIONS = "live-sites.jsonl"
 
 
 class LiveSites:
-    """Lets a policy choose the live sites of each step; a `isthmus.edge.training.trainer.StepObserver`.
+    """Lets a policy choose the live sites of each step; a `isthmus.edge.training.edge_steps.StepObserver`.
 
-    A dead site's adapter is out of the forward, or lent to the cloud as it is, and makes no traffic. Its parameters
-    have no gradient then, so AdamW leaves them and their moments as they are.
+    A dead site makes no traffic: its adapter is left out of the forward, or leased to the cloud. Its parameters have no
+    gradient, so AdamW leaves them and their moments as they are.
 
     Args:
-        gate: The gate of the model.
+        gate: The model's remote layers.
         sites: The sites of the model, by name.
-        costs: What they cost.
-        policy: Which are live.
+        costs: What the sites cost.
+        policy: Chooses the live ones.
         rate: The learning rate of the step after so many applied ones.
         log: Where the decisions are written.
         say: Shows a line.
@@ -75,7 +75,7 @@ class LiveSites:
     def before_step(self, step: int) -> None:
         """Switch the sites of step number `step` (from 1) on and all others off."""
         if step == 1:
-            self._save()  # over that of a run that has left no checkpoint
+            self._save()  # replaces the log of a run that was stopped before its first checkpoint
         live = self._policy.live(step - 1)
         self._gate.live_sites = live
         self._before = {
@@ -84,7 +84,7 @@ class LiveSites:
         }
 
     def after_step(self, step: int) -> None:
-        """Tell the policy what the live sites have done, and write down what it decides."""
+        """Give the policy the scores of the live sites, and log what it decides."""
         rate = self._rate(step - 1)
         scores = {name: _score(moved, rate) for name, moved in self._before.items()}
         self._before = {}
@@ -94,7 +94,7 @@ class LiveSites:
             self._write(decision)
 
     def points(self) -> dict[str, float]:
-        """For the curves: how many sites are live, and the shares that were spent so far."""
+        """For the curves: how many sites are live, and which shares of always-on's cost were spent."""
         shares = self.accounting.shares()
         live = float(len(self._gate.live_sites or ()))
         return {"sites/live": live, **{f"sites/{name}": share for name, share in shares.items()}}
@@ -197,14 +197,14 @@ def _policy(costs: Sites, config: TrainConfig, total_steps: int) -> SitePolicy:
 
 def _score(moved: Iterable[tuple[nn.Parameter, Tensor]], rate: float) -> float:
     """By how much a site's step has lowered the loss, to first order; 0 for what is not finite or had no gradient."""
-    told = [(parameter, before) for parameter, before in moved if parameter.grad is not None]
-    if not told or rate <= 0:
+    with_gradient = [(parameter, before) for parameter, before in moved if parameter.grad is not None]
+    if not with_gradient or rate <= 0:
         return 0.0
-    names = [str(number) for number in range(len(told))]
+    names = [str(number) for number in range(len(with_gradient))]
     score = gain(
-        dict(zip(names, (parameter.grad for parameter, _ in told if parameter.grad is not None), strict=True)),
-        dict(zip(names, (before for _, before in told), strict=True)),
-        dict(zip(names, (parameter.detach() for parameter, _ in told), strict=True)),
+        dict(zip(names, (parameter.grad for parameter, _ in with_gradient if parameter.grad is not None), strict=True)),
+        dict(zip(names, (before for _, before in with_gradient), strict=True)),
+        dict(zip(names, (parameter.detach() for parameter, _ in with_gradient), strict=True)),
         rate,
     )
     return score if math.isfinite(score) else 0.0

@@ -1,12 +1,12 @@
 """Which adapter sites are live at an optimizer step: sites and their costs, budgets, fixed choices, and the accounts.
 
-A site is one frozen linear of a cloud layer that carries an adapter of the edge. While it is live, each of its tokens
-costs traffic and computation on the edge, and each group of sites with one input costs a round trip; a dead site's
-adapter is out of the forward and costs nothing. A policy says before each optimizer step which sites are live, and is
-told after it how much each of them did.
+A site is one frozen linear of a cloud layer that carries an adapter of the edge. A live site costs traffic and
+computation on the edge for each token, and each group of live sites with one input costs a round trip. A dead site's
+adapter is left out of the forward and costs nothing.
 
-The fixed policies are the yardsticks: everything, a random choice, evenly spaced sites of one kind. The one that learns
-is in `isthmus.edge.sites.kill_revive`. Nothing here knows a link, a model or a trainer.
+A policy chooses the live sites before each optimizer step, and gets their scores after it. The fixed policies here are
+for comparison: all sites, a random choice, and evenly spaced sites of one kind. `isthmus.edge.sites.kill_revive` has
+the policy that learns. Nothing here imports a link, a model or a trainer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ _ROUNDING = 1e-12
 class SiteInfo:
     """One site and what it costs per token of a training step while it is live.
 
-    `traffic` is what the site moves alone, `shared_traffic` what its group moves once as soon as any of its sites is
-    live (the same for all sites of a group), both in elements, or in bytes where the two directions differ in width.
-    `computation` is the edge's, in multiplications or FLOPs. Only shares of the sums count, so the units are free, but
-    must be the same for all sites.
+    Only shares of the sums count, so any units do, if all sites have the same ones.
+
+    Attributes:
+        name: The full name of the linear.
+        layer: Its decoder layer.
+        kind: The last part of its name, such as `v_proj`.
+        group: The sites that read the same input.
+        traffic: What the site itself moves: elements, or bytes where the two directions differ in width.
+        shared_traffic: What its group moves once, as soon as one of its sites is live. The same for the whole group.
+        computation: The edge's, in multiplications or FLOPs.
     """
 
     name: str
@@ -54,12 +60,12 @@ class SiteInfo:
         parameters: int,
         summed: bool = False,
     ) -> Self:
-        """The site at a linear `[out_features, in_features]`, its kind being the last part of `name`; of a site behind
-        a layer, which ends in a number, `layer`.
+        """The site at a linear `[out_features, in_features]`. The kind of a site behind a whole layer is `layer`.
 
-        Forward, the input comes down once for its group and the delta goes up; backward, the delta's gradient comes
-        down and the gradient of the input goes up, one per site, or one per group if `summed`. An adapter of N
-        parameters that are all matrices costs 6N FLOPs (see `isthmus.edge.run_report`).
+        - Forward: the input comes down once for the group, and the delta goes up.
+        - Backward: the delta's gradient comes down, and the gradient of the input goes up: one for each site, or one
+          for the group if `summed`.
+        - An adapter of N parameters, all in matrices, costs 6N FLOPs (see `isthmus.edge.run_report`).
         """
         own, shared = (0, 2 * in_features) if summed else (in_features, in_features)
         last = name.rpartition(".")[2]
@@ -69,7 +75,7 @@ class SiteInfo:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What live sites cost: traffic and computation in the units of `SiteInfo`, and groups, each one a round trip."""
+    """What live sites cost: traffic and computation in the units of `SiteInfo`, and groups (round trips)."""
 
     traffic: int = 0
     computation: int = 0
@@ -86,7 +92,7 @@ class Cost:
 class Budget:
     """The shares of always-on's traffic and computation that a run may spend, both over 0 and up to 1.
 
-    The defaults lie under 15 % and 20 %, so that frame headers and batches of uneven length do not lead over them.
+    The defaults leave room below 15 % and 20 % for frame headers and for batches of uneven length.
     """
 
     traffic: float = 0.145
@@ -104,8 +110,8 @@ class Budget:
 class Sites:
     """All sites of a model, what any set of them costs, and how to fill a budget with them.
 
-    A *load* is a cost in units of a budget: 1 is as much per step as the budget allows on average, in traffic or in
-    computation, whichever is nearer to its limit. Loads that average 1 over the steps keep both budgets.
+    A *load* is a cost in units of a budget: a load of 1 is what the budget allows per step on average, in traffic or in
+    computation, whichever is nearer to its limit. If the loads of all steps average 1 or less, both budgets are kept.
 
     Raises:
         ConfigError: There are no sites, two of one name, or sites of a group that disagree about what they share.
@@ -146,7 +152,7 @@ class Sites:
         return Cost(traffic, sum(site.computation for site in sites), len(shared))
 
     def load(self, live: Iterable[str], budget: Budget) -> float:
-        """The same as a load."""
+        """The cost of `live`, as a load."""
         return self._as_load(self.cost(live), budget)
 
     def fill(
@@ -226,16 +232,16 @@ class Decision:
 
 
 class SitePolicy(Protocol):
-    """Says which sites are live. Steps are counted as applied ones, so the first step is asked for as 0."""
+    """Chooses the live sites. A step is named by the number of steps applied before it, so the first one is 0."""
 
     def live(self, step: int) -> frozenset[str]:
         """The sites that are live in the optimizer step after `step` applied ones; asking again changes nothing."""
 
     def observe(self, step: int, scores: Mapping[str, float]) -> Decision | None:
-        """Take in what each live site did in that step, once it is applied; `movement` and `gain` measure it.
+        """Take in the scores of the live sites after that step; `movement` and `gain` are scores.
 
         Returns:
-            What was decided about the following steps, if anything was.
+            The change of the live sites from the next step on; None without a change.
         """
 
     def state(self) -> dict[str, Any]:
@@ -250,7 +256,7 @@ class SitePolicy(Protocol):
 
 
 class FixedSites:
-    """The same sites at every step: always-on, static or drawn once, as `names` say."""
+    """The same sites at every step."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._live = frozenset(names)
@@ -276,7 +282,7 @@ class FixedSites:
 
 
 def random_sites(sites: Sites, budget: Budget, seed: int) -> frozenset[str]:
-    """Sites in a random order, as many as fit the budget at every step. The same seed gives the same sites."""
+    """Sites drawn by `seed`, as many as fit the budget at every step."""
     order = sorted(sites.names)
     random.Random(seed).shuffle(order)  # noqa: S311  # a draw, no secret
     return sites.fill_in_order(order, 1.0, budget)
@@ -303,7 +309,7 @@ def evenly_spaced(sites: Sites, kind: str, budget: Budget) -> frozenset[str]:
 
 
 class Accounting:
-    """What a run's live sites have cost, beside what all sites would have."""
+    """What a run's live sites have cost, and what all sites would have cost."""
 
     def __init__(self, sites: Sites) -> None:
         self._sites = sites
@@ -334,11 +340,11 @@ def movement(
 ) -> float:
     """How far one site's parameters moved in a step, relative to their size: `‖θ' - θ‖ / (‖θ‖ + ε) / learning rate`.
 
-    Norms are over all parameters of the site as one vector: a matrix that starts at zero, LoRA's B, is measured by the
-    size of the others instead of by nothing. Without the learning rate, a schedule would look like a site's decline.
-
-    AdamW normalises each number's step, so this tells how steadily a site is pushed, and not how hard; it is 1 step's
-    worth for every site in the very first one. Compare it within a kind of sites.
+    - Norms are over all parameters of the site as one vector, because LoRA's B starts at zero and has no size of its
+      own then.
+    - It is divided by the learning rate, because a schedule would look like a site's decline otherwise.
+    - AdamW normalises each number's step, so this measures how steadily a site is pushed, not how hard. Compare it
+      within a kind of sites.
 
     Args:
         before: The site's parameters before the step, by any names.
@@ -356,9 +362,9 @@ def gain(
 ) -> float:
     """How much one site's step lowered the loss, to first order: `-⟨∇θ, θ' - θ⟩ / learning rate`.
 
-    The sum over the sites is the step's whole first-order decrease, so sites of all kinds compare without
-    normalisation, and it tells sites apart from their first step on. Taylor scores of pruning (Molchanov et al. 2019)
-    and AdaLoRA's sensitivity are relatives. Negative where momentum carries a site uphill.
+    The sum over the sites is the step's whole first-order decrease, so sites of all kinds can be compared. It is
+    negative where momentum carries a site uphill. The Taylor scores of pruning (Molchanov et al. 2019) and AdaLoRA's
+    sensitivity are similar.
 
     Args:
         gradients: What the optimizer was given, clipped if it clips.

@@ -1,13 +1,11 @@
 """Rows of hidden states on disk, by key, within a bound: the memory of the span cache.
 
-A folder of segment files, written one after another and only at their ends:
+    rows.bin       the rows as raw numbers, one behind the other
+    index.sqlite   where each row lies, what it must be, and its checksum
 
-    000000.rows   opening: magic "ISTHROWS", the owner's identity (32 bytes)
-                  record*: header (56 bytes, little-endian), then the row, as raw numbers
-    header        magic "ROW1", key (32), dtype, rows, columns, CRC-32 of the row, CRC-32 of the header before this
-
-There is no index file. Opening a folder walks over the headers; what a crash left half-written at a file's end is cut
-off. A row whose checksum does not fit is forgotten and counts as absent, so nothing has to be synced to the disk.
+A row is written before its entry in the index, and nothing waits for the disk: a row that a crash has lost does not fit
+its checksum, which makes it a miss. SQLite's write-ahead log keeps the index whole. An index that is damaged all the
+same is deleted with its rows, since they can be asked for again.
 
 **When the bound is reached, what is there stays and nothing more comes in.** Training reads all rows once in an epoch,
 and under such access replacing the least recently used row is the worst choice: in a fixed order each row would be gone
@@ -15,17 +13,18 @@ just before it is wanted, and in a shuffled one a cache that holds half of the r
 stays finds the half that it holds, which is also the best that any rule can do in a fixed order.
 
 **Privacy.** The rows are activations of private data, from which the text can be reconstructed by whoever has the
-model. The folder is made with mode 0700 and the files with 0600, unencrypted; `clear` deletes them.
+model. The folder is made with mode 0700 and the files with 0600, unencrypted; `clear` deletes the rows.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+import sqlite3
 import threading
 import warnings
 import zlib
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -33,18 +32,22 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from isthmus.common.errors import ConfigError, UnsupportedCallError
+from isthmus.common.errors import ConfigError, DiskError, UnsupportedCallError
 from isthmus.common.files import claim, disk_errors
 
 KEY_BYTES = 32
-SEGMENT_BYTES = 64 * 2**20
+ENTRY_BYTES = 160
+"""What a row takes in the index at most, where pages of the index are half full."""
 
-_OPENING = struct.Struct(f"<8s{KEY_BYTES}s")
-_MAGIC = b"ISTHROWS"
-_HEADER = struct.Struct(f"<4s{KEY_BYTES}sIIII")
-_HEADER_SUM = struct.Struct("<I")
-_ROW_MAGIC = b"ROW1"
-_RECORD_BYTES = _HEADER.size + _HEADER_SUM.size
+_ROWS = "rows.bin"
+_INDEX = "index.sqlite"
+_LOG_PAGES = 256  # of 4 KiB, after which the write-ahead log is copied into the index
+_SCHEMA = """
+CREATE TABLE owner (identity BLOB NOT NULL);
+CREATE TABLE rows (
+    key BLOB PRIMARY KEY, dtype INTEGER, tokens INTEGER, columns INTEGER, start INTEGER, stop INTEGER, checksum INTEGER
+) WITHOUT ROWID;
+"""
 
 _DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.float64}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -55,8 +58,9 @@ class CacheStats:
     """What a store has done since it was opened, and what it holds.
 
     `hits` and `misses` count the rows that were asked for, `damaged` those among the misses that were on the disk and
-    did not fit their checksum or their shape; `rows` and `bytes` are on the disk now, headers included. `full` says
-    that a row was turned away because the bound is reached, `failed` that the disk could not be written.
+    did not fit their checksum or their shape; `rows` and `bytes` are on the disk now, `ENTRY_BYTES` for each row
+    included. `full` says that a row was turned away because the bound is reached, `failed` that the disk could not be
+    written.
     """
 
     hits: int
@@ -68,18 +72,15 @@ class CacheStats:
     failed: bool
 
 
-class _Place(NamedTuple):
-    """Where a row lies, and what it must be."""
+class _Entry(NamedTuple):
+    """What the index says of a row: a code of its dtype, its shape, where its bytes are, and their checksum."""
 
-    segment: int
-    offset: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
+    dtype: int
+    tokens: int
+    columns: int
+    start: int
+    stop: int
     checksum: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
 
 class SpanStore:
@@ -89,8 +90,8 @@ class SpanStore:
         folder: Made if needed. Best one of its own.
         identity: Whose rows these are, 32 bytes. Rows of another owner are deleted on opening, since nobody would ask
             for them and they would take the place of others.
-        max_bytes: Bound on the size of all files together. A folder that holds more is cut down to it.
-        segment_bytes: Size at which another file is begun.
+        max_bytes: Bound on the rows and `ENTRY_BYTES` for each. A folder that holds more is cut down to it. Beyond the
+            bound are the pages of an empty index (12 KiB) and, while the store is open, the log of the index (1 MiB).
 
     Raises:
         ConfigError: Another process uses the folder, or an argument makes no sense.
@@ -98,7 +99,7 @@ class SpanStore:
         OwnershipError: The folder or something in it is another user's, or others may write to it.
     """
 
-    def __init__(self, folder: Path, identity: bytes, *, max_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, folder: Path, identity: bytes, *, max_bytes: int) -> None:
         if max_bytes < 1 or len(identity) != KEY_BYTES:
             raise ConfigError(
                 f"a span cache of {max_bytes} bytes for an identity of {len(identity)} bytes makes no sense: give at "
@@ -106,25 +107,28 @@ class SpanStore:
             )
         self.folder = folder
         self.identity = identity
-        self._max_bytes, self._segment_bytes = max_bytes, segment_bytes
-        self._index: dict[bytes, _Place] = {}
-        self._sizes: dict[int, int] = {}  # of each segment file
+        self._max_bytes = max_bytes
         self._hits = self._misses = self._damaged = 0
         self._full = self._failed = False
         self._mutex = threading.Lock()
-        with disk_errors(folder), ExitStack() as held:
+        with _disk_errors(folder), ExitStack() as held:
             try:
                 held.enter_context(claim(folder))
             except ConfigError:
                 raise ConfigError(
                     f"another process uses the span cache {folder}: wait for it or stop it, or give another folder."
                 ) from None
-            self._open()
+            self._drop_older_format()
+            self._file = os.open(folder / _ROWS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            held.callback(os.close, self._file)
+            self._index = held.enter_context(closing(self._open_index()))
+            self._rows, self._end = self._fit_to_bound()
             self._held = held.pop_all()
 
     def close(self) -> None:
-        """Let go of the folder, for another process to use."""
-        self._held.close()
+        """Release the folder, for another process to use."""
+        with self._mutex:
+            self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -133,14 +137,13 @@ class SpanStore:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._rows
 
     def stats(self) -> CacheStats:
         """Counters since the opening, and what is on the disk."""
         with self._mutex:
-            return CacheStats(
-                self._hits, self._misses, self._damaged, len(self._index), self._total(), self._full, self._failed
-            )
+            used = self._end + self._rows * ENTRY_BYTES
+            return CacheStats(self._hits, self._misses, self._damaged, self._rows, used, self._full, self._failed)
 
     def get(self, key: bytes, shape: tuple[int, int] | None = None) -> Tensor | None:
         """The row of `key`, `[tokens, h]` on the CPU, with the values that `put` was given; None if it is not there.
@@ -152,13 +155,17 @@ class SpanStore:
             shape: What the row must have, None for any. One that has another counts as damaged.
         """
         with self._mutex:
-            place = self._index.get(key)
-            fits = place is not None and shape in (None, place.shape)
-            row = self._read(place) if place is not None and fits else None
+            try:
+                entry = self._entry(key)
+                row = None if entry is None else self._read(key, entry, shape)
+                if entry is not None and row is None:
+                    self._damaged += 1
+                    self._rows -= self._index.execute("DELETE FROM rows WHERE key = ?", (key,)).rowcount
+            except (sqlite3.Error, OSError):
+                row = None
+                self._damaged += 1
             if row is None:
                 self._misses += 1
-                if self._index.pop(key, None) is not None:
-                    self._damaged += 1
             else:
                 self._hits += 1
             return row
@@ -166,7 +173,7 @@ class SpanStore:
     def put(self, key: bytes, row: Tensor) -> bool:
         """Keep a row.
 
-        A row whose values are all bf16 numbers, as those that came over a strip with that codec, is kept as bf16.
+        A row whose values are all bf16 numbers, as those that came over a wire with that codec, is kept as bf16.
 
         Args:
             key: 32 bytes.
@@ -184,136 +191,159 @@ class SpanStore:
                 f"the span cache keeps floating point rows of rank 2, not {row.dtype} of shape {list(row.shape)}"
             )
         with self._mutex:
-            if key in self._index or self._failed:
+            if self._failed:
                 return False
             row = _narrowed(row.detach().cpu()).contiguous()
             payload = row.reshape(-1).view(torch.uint8).numpy().data
-            segment = self._segment_for(_RECORD_BYTES + len(payload))
-            if segment is None:
-                self._full = True
-                return False
-            place = _Place(
-                segment,
-                self._sizes.get(segment, _OPENING.size) + _RECORD_BYTES,
-                (row.shape[0], row.shape[1]),
-                row.dtype,
-                zlib.crc32(payload),
-            )
+            stop = self._end + len(payload)
             try:
-                self._write(key, place, payload)
-            except OSError as error:
-                self._fail(segment, error)
+                if self._entry(key) is not None:
+                    return False
+                if stop + (self._rows + 1) * ENTRY_BYTES > self._max_bytes:
+                    self._full = True
+                    return False
+                shape = _CODES[row.dtype], row.shape[0], row.shape[1]
+                entry = _Entry(*shape, self._end, stop, _checksum(key, *shape, payload))
+                self._write(payload)
+                self._index.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", (key, *entry))
+            except (sqlite3.Error, OSError) as error:
+                self._fail(error)
                 return False
-            self._sizes[segment] = place.offset + place.nbytes
-            self._index[key] = place
+            self._rows, self._end = self._rows + 1, stop
             return True
 
     def clear(self) -> None:
-        """Delete every row, of this owner and of others.
+        """Delete every row.
 
         Raises:
-            DiskError: A file cannot be deleted.
+            DiskError: A file cannot be written.
         """
-        with self._mutex, disk_errors(self.folder):
-            for path in self._files():
-                path.unlink()
-            self._index.clear()
-            self._sizes.clear()
+        with self._mutex, _disk_errors(self.folder):
+            self._index.execute("DELETE FROM rows")
+            os.truncate(self._file, 0)
+            self._rows = self._end = 0
             self._full = self._failed = False
 
-    # Files ------------------------------------------------------------------------------------------------------------
+    # The index --------------------------------------------------------------------------------------------------------
 
-    def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*.rows") if path.stem.isdecimal())
-
-    def _path(self, segment: int) -> Path:
-        return self.folder / f"{segment:06d}.rows"
-
-    def _total(self) -> int:
-        return sum(self._sizes.values())
-
-    def _open(self) -> None:
-        """Find out what is there; delete what is another owner's or beyond the bound."""
-        for path in self._files():
-            size = path.stat().st_size
-            with path.open("r+b") as file:
-                ours = file.read(_OPENING.size) == _OPENING.pack(_MAGIC, self.identity)
-                if ours and self._total() + size <= self._max_bytes:
-                    segment = int(path.stem)
-                    self._sizes[segment] = self._scan(file, segment, size)
-                    file.truncate(self._sizes[segment])
-                    continue
+    def _drop_older_format(self) -> None:
+        """Delete what versions before the index wrote: files `000000.rows`, `000001.rows`, …"""
+        older = [path for path in self.folder.glob("*.rows") if path.stem.isdecimal()]
+        for path in older:
             path.unlink()
+        if older:
+            warnings.warn(
+                f"the span cache {self.folder} had rows of an older format, which are deleted: "
+                "they cross the wire once more.",
+                stacklevel=4,
+            )
 
-    def _scan(self, file: Any, segment: int, size: int) -> int:
-        """Enter a segment's records into the index; returns where the last whole one ends."""
-        end = _OPENING.size
-        while True:
-            header = file.read(_RECORD_BYTES)
-            place = _place(header, segment, end + _RECORD_BYTES)
-            if place is None or place.offset + place.nbytes > size:
-                return end
-            end = file.seek(place.offset + place.nbytes)
-            self._index[header[4 : 4 + KEY_BYTES]] = place
-
-    def _segment_for(self, n: int) -> int | None:
-        """The segment that `n` more bytes go to, or None where the bound leaves no room for them."""
-        last = max(self._sizes, default=0)
-        fits = self._sizes.get(last, _OPENING.size) + n <= self._segment_bytes
-        # A row that is larger than a segment has one for itself.
-        segment = last if fits or last not in self._sizes else last + 1
-        opening = 0 if segment in self._sizes else _OPENING.size
-        return segment if self._total() + opening + n <= self._max_bytes else None
-
-    def _write(self, key: bytes, place: _Place, payload: memoryview) -> None:
-        header = _HEADER.pack(_ROW_MAGIC, key, _CODES[place.dtype], *place.shape, place.checksum)
-        header += _HEADER_SUM.pack(zlib.crc32(header))
-        handle = os.open(self._path(place.segment), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _open_index(self) -> sqlite3.Connection:
+        """The index of this owner's rows; one that is damaged or another's is replaced by an empty one."""
         try:
-            if place.segment not in self._sizes:
-                _write_at(handle, 0, _OPENING.pack(_MAGIC, self.identity))
-            _write_at(handle, place.offset - _RECORD_BYTES, header)
-            _write_at(handle, place.offset, payload)
-        finally:
-            os.close(handle)
+            index = self._connect()
+            if index is not None:
+                return index
+        except sqlite3.DatabaseError:
+            pass  # it is deleted below
+        for name in (_INDEX, f"{_INDEX}-wal", f"{_INDEX}-shm", f"{_INDEX}-journal"):
+            (self.folder / name).unlink(missing_ok=True)
+        index = self._connect()
+        if index is None:
+            raise DiskError(f"{self.folder / _INDEX} changes while it is opened: choose another folder.")
+        return index
 
-    def _fail(self, segment: int, error: OSError) -> None:
+    def _connect(self) -> sqlite3.Connection | None:
+        """Open the index, made where there is none; None where it is another owner's or damaged."""
+        path = self.folder / _INDEX
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))  # its log gets this mode
+        with ExitStack() as opened:
+            index = opened.enter_context(closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)))
+            for setting in (
+                "locking_mode = EXCLUSIVE",
+                "journal_mode = WAL",
+                "synchronous = NORMAL",
+                f"wal_autocheckpoint = {_LOG_PAGES}",
+                "trusted_schema = OFF",
+            ):
+                index.execute(f"PRAGMA {setting}")
+            if not index.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                index.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+                index.execute("INSERT INTO owner VALUES (?)", (self.identity,))
+            whole = index.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            if not whole or index.execute("SELECT identity FROM owner").fetchall() != [(self.identity,)]:
+                return None
+            opened.pop_all()
+            return index
+
+    def _fit_to_bound(self) -> tuple[int, int]:
+        """Drop what a crash has left and what is beyond the bound; returns the number of rows and where they end."""
+        size = os.fstat(self._file).st_size
+        kept, end = 0, 0
+        self._index.execute("DELETE FROM rows WHERE typeof(start) != 'integer' OR typeof(stop) != 'integer'")
+        for start, stop in self._index.execute("SELECT start, stop FROM rows ORDER BY start, stop").fetchall():
+            if not end <= start <= stop <= size or stop + (kept + 1) * ENTRY_BYTES > self._max_bytes:
+                break
+            kept, end = kept + 1, stop
+        self._index.execute("DELETE FROM rows WHERE start < 0 OR stop > ?", (end,))
+        os.truncate(self._file, end)
+        return self._index.execute("SELECT count(*) FROM rows").fetchone()[0], end
+
+    def _entry(self, key: bytes) -> _Entry | None:
+        found = self._index.execute(
+            "SELECT dtype, tokens, columns, start, stop, checksum FROM rows WHERE key = ?", (key,)
+        ).fetchone()
+        return None if found is None else _Entry(*found)
+
+    # The rows ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, key: bytes, entry: _Entry, shape: tuple[int, int] | None) -> Tensor | None:
+        """The row of an entry; None where the entry or the row is damaged, or has another shape."""
+        if not all(isinstance(number, int) for number in entry) or entry.dtype not in _DTYPES:
+            return None
+        dtype, tokens, columns, start, stop, checksum = entry
+        if shape not in (None, (tokens, columns)) or min(tokens, columns, start) < 0 or stop > self._end:
+            return None
+        if stop - start != tokens * columns * _DTYPES[dtype].itemsize:
+            return None
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        buffer = raw.numpy().data
+        if not _read_at(self._file, start, buffer) or _checksum(key, dtype, tokens, columns, buffer) != checksum:
+            return None
+        return raw.view(_DTYPES[dtype]).view(tokens, columns)
+
+    def _write(self, payload: memoryview) -> None:
+        offset = self._end
+        while payload:
+            written = os.pwrite(self._file, payload, offset)
+            payload, offset = payload[written:], offset + written
+
+    def _fail(self, error: Exception) -> None:
         """Take back a write that did not succeed, and try no other."""
         self._failed = True
         with suppress(OSError):
-            if segment in self._sizes:
-                os.truncate(self._path(segment), self._sizes[segment])
-            else:
-                self._path(segment).unlink(missing_ok=True)
+            os.truncate(self._file, self._end)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         warnings.warn(
-            f"the span cache {self.folder} cannot be written ({error.strerror or error}) and takes in nothing more: "
-            "what it lacks crosses the strip in every epoch. Free some space, or choose another folder.",
+            f"the span cache {self.folder} cannot be written ({reason}) and takes in nothing more: "
+            "what it lacks crosses the wire in every epoch. Free some space, or choose another folder.",
             stacklevel=3,
         )
 
-    def _read(self, place: _Place) -> Tensor | None:
-        raw = torch.empty(place.nbytes, dtype=torch.uint8)
-        buffer = raw.numpy().data
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn complaints of the operating system and of SQLite into `DiskError`."""
+    with disk_errors(folder):
         try:
-            with self._path(place.segment).open("rb", buffering=0) as file:
-                file.seek(place.offset)
-                whole = _read_into(file, buffer)
-        except OSError:
-            return None
-        if not whole or zlib.crc32(buffer) != place.checksum:
-            return None
-        return raw.view(place.dtype).view(place.shape)
+            yield
+        except sqlite3.Error as error:
+            raise OSError(str(error)) from error
 
 
-def _place(header: bytes, segment: int, offset: int) -> _Place | None:
-    """What a record's header says, or None if it is none."""
-    if len(header) < _RECORD_BYTES:
-        return None
-    magic, _, code, rows, columns, checksum = _HEADER.unpack_from(header)
-    intact = _HEADER_SUM.unpack_from(header, _HEADER.size)[0] == zlib.crc32(header[: _HEADER.size])
-    if not intact or magic != _ROW_MAGIC or code not in _DTYPES:
-        return None
-    return _Place(segment, offset, (rows, columns), _DTYPES[code], checksum)
+def _checksum(key: bytes, dtype: int, tokens: int, columns: int, payload: memoryview) -> int:
+    """CRC-32 of a row and of what the index says of it."""
+    return zlib.crc32(payload, zlib.crc32(key + f"{dtype} {tokens} {columns}".encode()))
 
 
 def _narrowed(row: Tensor) -> Tensor:
@@ -322,19 +352,11 @@ def _narrowed(row: Tensor) -> Tensor:
     return narrow if torch.equal(narrow.to(row.dtype), row) else row
 
 
-def _write_at(handle: int, offset: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _read_into(file: Any, buffer: memoryview) -> bool:
-    """Fill `buffer`; whether there was enough to fill it."""
-    done = 0
-    while done < len(buffer):
-        n = file.readinto(buffer[done:])
-        if not n:
+def _read_at(file: int, offset: int, buffer: memoryview) -> bool:
+    """Fill `buffer` from a place in a file; whether there was enough to fill it."""
+    while buffer:
+        n = os.preadv(file, [buffer], offset)
+        if n == 0:
             return False
-        done += n
+        buffer, offset = buffer[n:], offset + n
     return True

@@ -1,4 +1,4 @@
-"""The span cache: where nothing trainable lies below the span, each row crosses the strip once, and never again.
+"""The span cache: where nothing trainable lies below the span, each row crosses the wire once, and never again.
 
 With adapters on the top layers only, the span's input is the same in every epoch, and so is its output, as the backbone
 is frozen. The outputs are kept on the edge's disk, and from the second epoch on nothing is asked of the cloud.
@@ -6,7 +6,7 @@ is frozen. The outputs are kept on the edge's disk, and from the second epoch on
 **Rows, not batches.** Each epoch shuffles its rows anew and pads them to other lengths, so a row of a batch is kept by
 itself, without its padding, under a BLAKE2b-256 of everything that its output depends on: model, split plan, the
 span's dtype and attention, the codecs, autocast, and the row's content and positions. In a batch of which some rows are
-missing, these cross the strip as a smaller batch. The first epoch asks as an uncached run does, and gets the same bits.
+missing, these cross the wire as a smaller batch. The first epoch asks as an uncached run does, and gets the same bits.
 
 **Content.** Where the edge holds no bottom layer, a row's content is its hidden states: an embedding gives the same
 bits in any batch. Bottom layers do not, as the order of sums inside a matrix product depends on the batch's length
@@ -55,7 +55,7 @@ from isthmus.edge.span_cache.cache_store import KEY_BYTES, CacheStats, SpanStore
 __all__ = ["CacheStats", "CachedSpan", "SpanIdentity", "SpanStore", "cached_span", "check_cacheable"]
 
 # The arguments of a base model that say what a row is; another tensor among them leaves a row's tokens ambiguous.
-_TOLD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+_KNOWN_TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +187,8 @@ class CachedSpan:
 
         self._wants_gradient(hidden)
         widths = [hidden.shape[-1], *(tap.rank or hidden.shape[-1] for tap in taps)]
-        told = [[tap.layer, tap.rank, tap.seed] for tap in taps]
-        row = self._look_up(hidden.detach(), attention_mask, position_ids, ask, sum(widths), told)
+        tap_key = [[tap.layer, tap.rank, tap.seed] for tap in taps]
+        row = self._look_up(hidden.detach(), attention_mask, position_ids, ask, sum(widths), tap_key)
         output, *tapped = torch.split(row, widths, dim=-1)
         return output, tuple(tapped)
 
@@ -204,7 +204,7 @@ class CachedSpan:
         named = kwargs | dict(zip(inspect.signature(base.forward).parameters, args, strict=False))
         tensors = {name for name, value in named.items() if isinstance(value, Tensor)}
         source = named.get("input_ids")
-        self._source = (named.get("inputs_embeds") if source is None else source) if tensors <= _TOLD else None
+        self._source = (named.get("inputs_embeds") if source is None else source) if tensors <= _KNOWN_TENSORS else None
 
     def _forget_input(self, *_: Any) -> None:
         self._source = None
@@ -238,10 +238,10 @@ class CachedSpan:
         positions: Tensor | None,
         ask: _Ask,
         width: int,
-        told: list[list[int]],
+        tap_key: list[list[int]],
     ) -> Tensor:
-        """The rows of a batch, `[B, S, width]`; `told` is what they depend on beside the span and the batch."""
-        rows = self._rows(hidden, mask, positions, told)
+        """The rows of a batch, `[B, S, width]`; `tap_key` is layer, rank and seed of each tap."""
+        rows = self._rows(hidden, mask, positions, tap_key)
         output = hidden.new_zeros(*hidden.shape[:-1], width)
         missing = []
         for index, (start, stop, key) in enumerate(rows):
@@ -274,7 +274,9 @@ class CachedSpan:
             )
         return output
 
-    def _rows(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, told: list[list[int]]) -> list[_Row]:
+    def _rows(
+        self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, tap_key: list[list[int]]
+    ) -> list[_Row]:
         source = self._source
         content = hidden if source is None else source
         kind = hidden.device.type
@@ -284,7 +286,7 @@ class CachedSpan:
             # transformers takes positions that restart for packed texts, and separates these, where there is no mask.
             positions is not None and mask is None,
             source is not None,
-            *([told] if told else []),
+            *([tap_key] if tap_key else []),
         ]
         content = content.detach().cpu().contiguous()
         marks = None if mask is None else mask.cpu().bool()
@@ -303,10 +305,10 @@ class CachedSpan:
             rows.append(_Row(start, stop, self._key([*common, offset, whole], parts)))
         return rows
 
-    def _key(self, told: list[Any], parts: list[Tensor]) -> bytes:
+    def _key(self, tap_key: list[Any], parts: list[Tensor]) -> bytes:
         shapes = [[str(part.dtype), *part.shape] for part in parts]
         hashed = hashlib.blake2b(self._store.identity, digest_size=KEY_BYTES)
-        hashed.update(json.dumps([told, shapes]).encode() + b"\0")
+        hashed.update(json.dumps([tap_key, shapes]).encode() + b"\0")
         for part in parts:
             hashed.update(part.view(torch.uint8).numpy().data)
         return hashed.digest()

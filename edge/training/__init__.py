@@ -1,4 +1,4 @@
-"""The training loop, its step rules and optimizers, and what a run leaves on disk.
+"""The steps of edge training, its optimizers, and what a run leaves on disk.
 
-It may import `isthmus.edge.client` and what that may import.
+It may import `isthmus.edge.client`, what that may import, and `isthmus.training`.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from isthmus.common.errors import NonFiniteError
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import Batch, Batches, label_count
 from isthmus.edge.training import methods
 from isthmus.edge.training.precision import computing_in

@@ -1,11 +1,10 @@
-"""What is trained: PEFT's methods on the edge's own layers, bottlenecks and biases there, and these layers themselves.
+"""The methods of `--method`: what each makes trainable, and what it does around a step.
 
-What PEFT has goes through PEFT; this file chooses its configuration and keeps the few differences between methods in
-one place (what AdaLoRA does after a step and remembers between steps, how an adapter is scored). How an adapter is
-saved and loaded is in `isthmus.backbone.adapters.adapter_files`.
+PEFT builds the adapters of its own methods; this file chooses their configuration. It also has the few differences
+between methods: AdaLoRA's work after a step and its state, and how an adapter is scored.
 
-Adapters go to the layers that the edge holds and to the cloud's layers that `config.sites` names, and PEFT is told the
-modules by their full names: loaded into the full model, a saved adapter touches the same modules.
+Adapters go to the edge's layers, and to the cloud's layers that `config.sites` names. PEFT gets the full names of their
+modules, so a saved adapter touches the same modules when it is loaded into the full model.
 `build_peft(whole_model, config, layers=plan.edge_layers)` gives the same adapters in one process.
 """
 
@@ -68,13 +67,13 @@ def build_peft(
         model: A transformers causal LM, whole or split.
         config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens`, `seed`, `start_from` and, of a
             `TrainConfig`, `sites` are used.
-        total_steps: Steps of the run, which AdaLoRA plans its ranks by.
-        layers: Decoder layers to adapt; by default those that the edge holds, or all layers of a whole model. An
-            adapter to go on from has its own.
-        beside: The plan by whose cloud a ladder stands; by default the split model's own.
+        total_steps: Steps of the run; AdaLoRA plans its ranks by them.
+        layers: Decoder layers to adapt; by default the edge's, or all layers of a whole model. An adapter to go on from
+            has its own.
+        beside: The plan whose cloud layers a ladder reads; by default the split model's own.
 
     Returns:
-        A `PeftModel`, or `model` itself for the methods that PEFT has not (`full`, `bottleneck`, `bitfit`).
+        A `PeftModel`, or `model` itself for the methods that PEFT does not have.
 
     Raises:
         CheckpointError: The adapter to go on from does not fit the model.
@@ -94,21 +93,27 @@ def build_peft(
     torch.manual_seed(config.seed)
     if config.start_from is not None:
         return _go_on(model, config, config.start_from)
-    if config.method == "full":
-        unfreeze_layers(model, own_layers)
-        return model
-    if config.method == "bottleneck":
-        add_bottlenecks(model, sorted({*own_layers, *interior}), config.rank, dropout=config.dropout)
-        return model
-    if config.method == "bitfit":
-        unfreeze_biases(model, own_layers)
-        return model
-    if config.method == "ladder":
-        span, taps = _tapped_layers(beside or plan, config)
-        add_ladder(model, taps, span=span, reduction=config.reduction, tap_width=config.tap_width, seed=config.seed)
-        return model
-    if config.method == "prompt":
-        return peft.get_peft_model(model, _prompt_config(model, config))
+    match config.method:
+        case "full":
+            unfreeze_layers(model, own_layers)
+        case "bottleneck":
+            add_bottlenecks(model, sorted({*own_layers, *interior}), config.rank, dropout=config.dropout)
+        case "bitfit":
+            unfreeze_biases(model, own_layers)
+        case "ladder":
+            span, taps = _tapped_layers(beside or plan, config)
+            add_ladder(model, taps, span=span, reduction=config.reduction, tap_width=config.tap_width, seed=config.seed)
+        case "prompt":
+            return peft.get_peft_model(model, _prompt_config(model, config))
+        case _:
+            return _adapt_linears(model, config, own_layers, interior, total_steps)
+    return model
+
+
+def _adapt_linears(
+    model: Any, config: TuningConfig, own_layers: Sequence[int], interior: Sequence[int], total_steps: int | None
+) -> Any:
+    """Give the target modules of these layers an adapter each; see `build_peft`."""
     targets = _targets(config, model.config.model_type)
     names = _modules_in(model, interior, targets)
     if interior and not names:
@@ -139,7 +144,7 @@ def build_peft(
 
 
 def _go_on(model: Any, config: TuningConfig, adapter: Path) -> Any:
-    """`model` with an adapter that training left, to be trained on."""
+    """`model` with the adapter of an earlier run, trainable."""
     made_by = adapter_method(adapter)
     if made_by != config.method:
         raise ConfigError(
@@ -178,7 +183,7 @@ def _interior_layers(config: TuningConfig, plan: Any) -> Sequence[int]:
 
 
 def _tapped_layers(plan: SplitPlan | None, config: TuningConfig) -> tuple[Span, list[int]]:
-    """The layers of the cloud, and those of them at even distances, the last one among them."""
+    """The cloud's layers, and `config.taps` of them at even distances, which end with the last one."""
     if plan is None or not len(plan.cloud):
         raise ConfigError("method = 'ladder' stands beside the cloud's layers, and there are none: use another method.")
     n = len(plan.cloud)

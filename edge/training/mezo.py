@@ -6,7 +6,7 @@ at θ - εz, both on the same micro-batches (SPSA, Spall 1992). The slope betwee
     g = (L(θ + εz) - L(θ - εz)) / 2ε,
 
 is the gradient's projection on z, and the step is θ ← θ - η·(g·z + λθ) with the learning rate η and the weight decay λ.
-Nothing goes backward, so the strip carries two forwards and no gradients, and the cloud keeps nothing for a step.
+Nothing goes backward, so the wire carries two forwards and no gradients, and the cloud keeps nothing for a step.
 
 As in the paper:
 
@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
-from isthmus.edge.training.step_rule import BatchLoss, require_finite
+from isthmus.edge.training.step_rule import REMEDY, BatchLoss
+from isthmus.training.gradient_step import require_finite
 
 
 class Mezo:
-    """The rule of a forward-only run; see `StepRule`.
+    """The rule of a forward-only run; see `EdgeRule`.
 
     Args:
         parameters: What is trained. The order decides which part of a direction each one gets.
@@ -56,19 +57,19 @@ class Mezo:
 
     @torch.no_grad()
     def measure(self, step: int, batches: Sequence[Batch]) -> tuple[float, float]:
-        """See `StepRule`. The loss is the mean of the two, which is that of θ up to O(ε²); the norm is |g|."""
+        """See `EdgeRule`. The loss is the mean of the two, which is that of θ up to O(ε²); the norm is |g|."""
         eps = self._config.mezo_eps
         with self._restored() as start:
             above = self._loss_at(eps, start, step, batches)
             below = self._loss_at(-eps, start, step, batches)
-        slope = require_finite(step, "slope", (above - below) / (2 * eps))
+        slope = require_finite(f"the gradients of step {step} have the slope", (above - below) / (2 * eps), REMEDY)
         limit = self._config.max_grad_norm or math.inf
         self._step, self._slope = step, max(-limit, min(limit, slope))
         return (above + below) / 2, abs(slope)
 
     @torch.no_grad()
     def apply(self, rate: float) -> None:
-        """See `StepRule`."""
+        """See `EdgeRule`."""
         for parameter, direction in self._directions(self._step):
             parameter.mul_(1 - rate * self._config.weight_decay).add_(direction, alpha=-rate * self._slope)
 

@@ -1,13 +1,13 @@
-"""Several micro-batches on their way at a time, so that a slow link is hidden behind computation.
+"""Several micro-batches in flight at a time, so that computation hides a slow link.
 
-A *lane* is a link of its own (a session of its own) and a thread that takes one micro-batch after another through
-forward and backward. On the edge one lane computes at a time, the one that has the *turn*; a lane gives the turn away
-while it waits for the cloud, so messages of one cross the strip while another computes. GPipe (Huang et al. 2019)
-splits a batch for the same reason.
+Each micro-batch in flight has a thread, which takes it through forward and backward, and a link with a session of its
+own. One thread computes at a time: the one that has the *turn*. It gives the turn away while it waits for the cloud, so
+that messages of one micro-batch cross while another is computed. GPipe (Huang et al. 2019) splits a batch for the same
+reason.
 
-What a step computes does not depend on who is faster: each micro-batch has its own random state, drawn before the step
-begins, and gradients are added up in the order of the micro-batches. Without dropout the result has the bits of a run
-without lanes; with dropout other masks are drawn, the same ones in every run.
+What a step computes does not depend on which thread is faster: each micro-batch has its own random state, drawn before
+the step begins, and gradients are added up in the order of the micro-batches. Without dropout the result has the bits
+of a run with one micro-batch at a time. With dropout other masks are drawn, the same ones in every run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.edge.client.remote_span import SpanLink
-from isthmus.edge.run_report import StripMeter, StripTotals
+from isthmus.edge.run_report import WireMeter, WireTotals
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,28 +39,28 @@ class _Turn:
         self._lock = threading.Lock()
 
     @contextmanager
-    def taken(self, lane: _Lane) -> Iterator[None]:
+    def taken(self, slot: _Slot) -> Iterator[None]:
         """Wait for the turn, and give it back at the end."""
         with self._lock:
-            torch.set_rng_state(lane.random)
+            torch.set_rng_state(slot.random)
             try:
                 yield
             finally:
-                lane.random = torch.get_rng_state()
+                slot.random = torch.get_rng_state()
 
     @contextmanager
-    def left(self, lane: _Lane) -> Iterator[None]:
+    def left(self, slot: _Slot) -> Iterator[None]:
         """Let others have the turn meanwhile."""
-        lane.random = torch.get_rng_state()
+        slot.random = torch.get_rng_state()
         self._lock.release()
         try:
             yield
         finally:
             self._lock.acquire()
-            torch.set_rng_state(lane.random)
+            torch.set_rng_state(slot.random)
 
 
-class _Lane:
+class _Slot:
     """A link, and the random state of the micro-batch that it carries."""
 
     def __init__(self, link: SpanLink) -> None:
@@ -68,25 +68,25 @@ class _Lane:
         self.random = torch.get_rng_state()
 
 
-class Lanes:
+class InFlight:
     """A `SpanLink` over several links, and the threads that use them.
 
     A call outside `map` goes over the first link. Random numbers are a micro-batch's own if they are drawn on the CPU.
 
     Args:
-        links: One for each lane, open, to the same cloud.
+        links: One for each micro-batch in flight, open, to the same cloud.
     """
 
     def __init__(self, links: Sequence[SpanLink]) -> None:
-        self._lanes = [_Lane(link) for link in links]
+        self._slots = [_Slot(link) for link in links]
         self._turn = _Turn()
         self._here = threading.local()
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[R, None, None]:
-        """Do `work` for each item, on as many lanes as there are.
+        """Do `work` for each item, as many at a time as there are links.
 
-        If one fails, those that have not begun do not begin. All lanes rest, and the random state is the caller's, when
-        the iterator has ended, has raised, or is closed.
+        If one fails, those that have not begun do not begin. When the iterator has ended, has raised, or is closed, no
+        thread is at work, and the random state is the caller's.
 
         Args:
             work: Forward and backward of a micro-batch. It has the turn, and must not add to shared tensors.
@@ -99,21 +99,21 @@ class Lanes:
         seeds = torch.randint(0, 2**62, (len(items),)).tolist()
         after, with_graph, threads = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()
         over = threading.Event()
-        free: SimpleQueue[_Lane] = SimpleQueue()
-        for lane in self._lanes:
-            free.put(lane)
+        free: SimpleQueue[_Slot] = SimpleQueue()
+        for slot in self._slots:
+            free.put(slot)
 
         def run(item: T, seed: int) -> R:
-            lane = free.get()  # never waits: there are as many lanes as threads
+            slot = free.get()  # never waits: there are as many slots as threads
             try:
                 if over.is_set():
                     raise CancelledError  # nobody sees it: what has failed is an earlier item
-                lane.random = torch.Generator().manual_seed(seed).get_state()
-                self._here.lane = lane
+                slot.random = torch.Generator().manual_seed(seed).get_state()
+                self._here.slot = slot
                 with (
-                    self._turn.taken(lane),
+                    self._turn.taken(slot),
                     torch.set_grad_enabled(with_graph),  # a thread's own setting
-                    # An accelerator has one thread for backwards: a lane that waits in it would keep the others out.
+                    # An accelerator has one thread for backwards: what waits in it would keep the others out.
                     torch.autograd.set_multithreading_enabled(False),
                 ):
                     return work(item)
@@ -121,11 +121,11 @@ class Lanes:
                 over.set()
                 raise
             finally:
-                free.put(lane)
+                free.put(slot)
 
         try:
             # set_num_threads speaks of the calling thread's OpenMP team, and bits depend on it.
-            with ThreadPoolExecutor(len(self._lanes), "lane", torch.set_num_threads, (threads,)) as pool:
+            with ThreadPoolExecutor(len(self._slots), "micro-batch", torch.set_num_threads, (threads,)) as pool:
                 begun = deque(pool.submit(run, item, seed) for item, seed in zip(items, seeds, strict=True))
                 try:
                     while begun:
@@ -145,16 +145,16 @@ class Lanes:
         sites: SiteCall | None = None,
     ) -> tuple[Tensor, Any]:
         """See `SpanLink`."""
-        lane: _Lane | None = getattr(self._here, "lane", None)
-        if lane is None:
-            first = self._lanes[0].link
+        slot: _Slot | None = getattr(self._here, "slot", None)
+        if slot is None:
+            first = self._slots[0].link
             output, kept = first.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
             return output, (None, kept)
         if sites is not None:  # they compute, and draw dropout masks
-            sites.turn = partial(self._turn.taken, lane)
-        with self._turn.left(lane):
-            output, kept = lane.link.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
-        return output, (lane, kept)
+            sites.turn = partial(self._turn.taken, slot)
+        with self._turn.left(slot):
+            output, kept = slot.link.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+        return output, (slot, kept)
 
     def backward_span(
         self,
@@ -168,30 +168,30 @@ class Lanes:
         wanted: bool = True,
     ) -> Tensor | None:
         """See `SpanLink`; over the link of the forward, whatever thread autograd's engine runs it in."""
-        lane, handle = kept
-        if lane is None:
-            first = self._lanes[0].link
+        slot, handle = kept
+        if slot is None:
+            first = self._slots[0].link
             return first.backward_span(
                 handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
             )
-        with self._turn.left(lane):
-            result: Tensor | None = lane.link.backward_span(
+        with self._turn.left(slot):
+            result: Tensor | None = slot.link.backward_span(
                 handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
             )
         return result
 
 
-class LaneMeter:
-    """The meter of several links: what they have carried together. Waits of lanes overlap, and are added up."""
+class SummedMeter:
+    """The meter of several links: what they have carried together. Waits overlap, and are added up."""
 
-    def __init__(self, links: Sequence[StripMeter]) -> None:
+    def __init__(self, links: Sequence[WireMeter]) -> None:
         self._links = links
 
     def begin_step(self, step: int) -> None:
-        """See `StripMeter`."""
+        """See `WireMeter`."""
         for link in self._links:
             link.begin_step(step)
 
-    def totals(self) -> StripTotals:
-        """See `StripMeter`."""
-        return sum((link.totals() for link in self._links), StripTotals())
+    def totals(self) -> WireTotals:
+        """See `WireMeter`."""
+        return sum((link.totals() for link in self._links), WireTotals())

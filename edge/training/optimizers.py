@@ -17,13 +17,14 @@ from typing import Any
 
 import peft.optimizers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.training.mezo import Mezo
-from isthmus.edge.training.micro_batches import Lanes
-from isthmus.edge.training.step_rule import BatchLoss, StepRule, require_finite
+from isthmus.edge.training.micro_batches import InFlight
+from isthmus.edge.training.step_rule import REMEDY, BatchLoss, EdgeRule
+from isthmus.training.gradient_step import GradientStep
 
 
 def step_rule(
@@ -31,8 +32,8 @@ def step_rule(
     parameters: Mapping[str, nn.Parameter],
     config: TuningConfig,
     check_stop: Callable[[], None],
-    lanes: Lanes | None = None,
-) -> StepRule:
+    in_flight: InFlight | None = None,
+) -> EdgeRule:
     """The rule that `config.optimizer` names.
 
     Args:
@@ -40,9 +41,9 @@ def step_rule(
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
         config: The run's options.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
-    loss = BatchLoss(model, config.precision, check_stop, lanes)
+    loss = BatchLoss(model, config.precision, check_stop, in_flight)
     if config.optimizer == "mezo":
         return Mezo(parameters.values(), config, loss)
     return Backprop(_optimizer(model, parameters, config), parameters, config, loss)
@@ -68,8 +69,8 @@ def _optimizer(model: Any, parameters: Mapping[str, nn.Parameter], config: Tunin
     return optimizer
 
 
-class Backprop:
-    """Forward and backward through each micro-batch, then a step of a torch optimizer; see `StepRule`.
+class Backprop(GradientStep):
+    """Forward and backward through each micro-batch, then a step of a torch optimizer; see `EdgeRule`.
 
     Args:
         optimizer: Moves the parameters. The learning rate of each of its groups is a multiple of the run's.
@@ -87,41 +88,11 @@ class Backprop:
         config: TuningConfig,
         loss: BatchLoss,
     ) -> None:
-        self._optimizer = optimizer
-        self._parameters = parameters
+        limit = config.max_grad_norm or math.inf
+        super().__init__(optimizer, parameters, peak_rate=config.learning_rate, max_norm=limit, remedy=REMEDY)
         self._moved = [parameter for parameter in parameters.values() if parameter.requires_grad]
-        self._limit = config.max_grad_norm or math.inf
-        self._multiples = [group["lr"] / config.learning_rate for group in optimizer.param_groups]
         self._loss = loss
 
     def measure(self, step: int, batches: Sequence[Batch]) -> tuple[float, float]:
-        """See `StepRule`. Gradients are scaled down to `max_grad_norm`; the norm is the one that they had."""
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss.over(step, batches, self._moved)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._limit, foreach=False)
-        return loss, require_finite(step, "norm", float(norm))
-
-    def apply(self, rate: float) -> None:
-        """See `StepRule`. The gradients are still there afterwards."""
-        for group, multiple in zip(self._optimizer.param_groups, self._multiples, strict=True):
-            group["lr"] = rate * multiple
-        self._optimizer.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's moments and step counts, `<parameter>/<moment>`; LoRA-FA keeps them by pairs of A and B."""
-        names: dict[Any, str] = {parameter: name for name, parameter in self._parameters.items()}
-        return {
-            f"{names.get(owner, owner)}/{moment}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for owner, values in self._optimizer.state.items()
-            for moment, value in values.items()
-        }
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """See `StepRule`."""
-        device = next(iter(self._parameters.values())).device
-        for key, value in tensors.items():
-            name, _, moment = key.rpartition("/")
-            # AdamW keeps its step count on the CPU, whatever the parameter's device, and LoRA-FA as a plain number.
-            count = value if value.is_floating_point() else int(value)
-            owner: Any = self._parameters.get(name, name)
-            self._optimizer.state[owner][moment] = count if moment == "step" else value.to(device)
+        """See `EdgeRule`. Gradients are scaled down to `max_grad_norm`; the norm is the one that they had."""
+        return self.gradients(step, lambda: self._loss.over(step, batches, self._moved))

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.config.data_config import Precision
+from isthmus.edge.config.training_config import TuningConfig
 
 
 def computing_in(precision: Precision, model: Any) -> AbstractContextManager[Any]:

@@ -1,13 +1,12 @@
-"""What an optimizer step does with its micro-batches: the seam between the training loop and the ways of training.
+"""What an optimizer step does with its micro-batches: the interface between the training loop and the ways of training.
 
-The loop draws the batches, keeps the log, writes checkpoints and decides when a step counts; a rule finds out how the
-parameters should move and moves them. `isthmus.edge.training.optimizers` has the rule that goes backward,
+The loop keeps the log, writes checkpoints and decides when a step counts; a rule finds out how the parameters should
+move and moves them. `isthmus.edge.training.optimizers` has the rule that goes backward,
 `isthmus.edge.training.mezo` the one that only goes forward.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Protocol
@@ -15,18 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.common.errors import NonFiniteError
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import Batch, label_count
 from isthmus.edge.training.evaluation import to_device
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
+from isthmus.training.gradient_step import StepRule, require_finite
 
-_REMEDY = "lower --learning-rate, or use a wider codec or dtype."
+REMEDY = "lower --learning-rate, or use a wider codec or dtype."
 
 
-class StepRule(Protocol):
-    """How one optimizer step moves the trained parameters.
+class EdgeRule(StepRule, Protocol):
+    """How one optimizer step measures its micro-batches and moves the trained parameters.
 
     Attributes:
         goes_backward: Whether it computes gradients. Only then is the model in training mode, where it drops out.
@@ -46,15 +45,6 @@ class StepRule(Protocol):
             NonFiniteError: A loss or a gradient is NaN or infinite.
         """
 
-    def apply(self, rate: float) -> None:
-        """Move the parameters as measured, with the learning rate `rate`."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What the next step needs besides parameters and random state."""
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-
 
 class BatchLoss:
     """The loss of one micro-batch after another.
@@ -63,16 +53,16 @@ class BatchLoss:
         model: A causal LM, plain or PEFT.
         precision: What the forward computes in.
         check_stop: Called after every micro-batch; what it raises ends the step.
-        lanes: Where several micro-batches may be on their way at a time; None for one after the other.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
 
     def __init__(
-        self, model: Any, precision: Precision, check_stop: Callable[[], None], lanes: Lanes | None = None
+        self, model: Any, precision: Precision, check_stop: Callable[[], None], in_flight: InFlight | None = None
     ) -> None:
         self._model = model
         self._precision: Precision = precision
         self._check_stop = check_stop
-        self._lanes = lanes
+        self._in_flight = in_flight
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -87,8 +77,8 @@ class BatchLoss:
             NonFiniteError: A micro-batch's loss is NaN or infinite.
         """
         labels = sum(map(label_count, batches))
-        if self._lanes is not None:
-            return self._over_lanes(self._lanes, step, labels, batches, trained)
+        if self._in_flight is not None:
+            return self._over_in_flight(self._in_flight, step, labels, batches, trained)
         total = 0.0
         for batch in batches:
             share, value = self._share(step, labels, batch)
@@ -98,8 +88,8 @@ class BatchLoss:
             total += value
         return total
 
-    def _over_lanes(
-        self, lanes: Lanes, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
+    def _over_in_flight(
+        self, in_flight: InFlight, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
     ) -> float:
         def work(batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
             share, value = self._share(step, labels, batch)
@@ -108,7 +98,7 @@ class BatchLoss:
             return value, gradients
 
         total = 0.0
-        with closing(lanes.map(work, batches)) as done:
+        with closing(in_flight.map(work, batches)) as done:
             for value, gradients in done:
                 if trained:
                     _add(trained, gradients)
@@ -119,9 +109,8 @@ class BatchLoss:
         """What a micro-batch adds to the loss, with its graph and as a number."""
         with computing_in(self._precision, self._model):
             loss: Tensor = self._model(**to_device(batch, self._model), use_cache=False).loss
-        weight, value = label_count(batch) / labels, loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {step} is {value}: {_REMEDY}")
+        weight = label_count(batch) / labels
+        value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
         return loss * weight, value * weight
 
 
@@ -135,14 +124,3 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         else:
             parameter.grad.add_(gradient)
-
-
-def require_finite(step: int, what: str, value: float) -> float:
-    """`value`, which is `what` says of step number `step`.
-
-    Raises:
-        NonFiniteError: It is NaN or infinite.
-    """
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the gradients of step {step} have the {what} {value}: {_REMEDY}")
-    return value

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,23 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import ConfigError, DataError, NonFiniteError
-from isthmus.common.files import claim, disk_errors, write_atomic
+from isthmus.common.files import claim
 from isthmus.common.progress import StepProgress
-from isthmus.common.shutdown import Interrupted, StopRequest
+from isthmus.common.shutdown import StopRequest
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
-from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
-from isthmus.emulator.distill import distillation_checkpoint as checkpoints
-from isthmus.emulator.distill.distillation_checkpoint import LOG_FILE, State
+from isthmus.training.gradient_step import GradientStep, require_finite
+from isthmus.training.rate_schedule import scheduled_rate
+from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
+from isthmus.training.training_loop import LoopOptions, TrainingLoop
 
+LOG_FILE = "distill.jsonl"
 PRECISIONS = ("fp32", "bf16")
 
+_REMEDY = "lower the learning rate."
+_GO_ON = "repeat the command to go on"
+_START_ANEW = "remove its folder to start anew"
 _MAX_NORM = 1.0
 _LAST_RATE = 0.1  # of the peak
 _HELD_OUT = 20  # one block in so many
@@ -85,10 +90,7 @@ class DistillConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of the step after `step` applied ones."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        part = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * part)) / 2)
+        return scheduled_rate(self.learning_rate, "cosine", step, self.steps, self.warmup_steps, last=_LAST_RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +165,41 @@ def distill(
         raise DataError(
             f"the public text has {len(blocks)} block of {blocks.shape[-1]} tokens; give more text, or shorter blocks."
         )
+    stop = StopRequest()
+    shown = StepProgress("distilling: step", config.steps, progress)
     with claim(folder):
-        run = _Run(checkpoint, plan, emulator, blocks, config, folder, progress)
+        task = _Distillation(checkpoint, plan, emulator, blocks, config, stop)
+        options = LoopOptions(
+            folder, LOG_FILE, config.steps, config.save_every, go_on=_GO_ON, start_anew=_START_ANEW, formats=(1, 2)
+        )
+        loop = TrainingLoop(task, options, shown, stop)
         emulator.trainable(True)
         try:
-            return run.finish()
+            with loop.listening():
+                loop.resume()
+                loop.run()
         finally:
             emulator.trainable(False)
+    return _report(task, loop)
 
 
-class _Run:
-    """One distillation: see `distill`."""
+def _report(task: _Distillation, loop: TrainingLoop) -> DistillReport:
+    first, last = json.loads(loop.log[0]), json.loads(loop.log[-1])
+    return DistillReport(
+        steps=loop.step,
+        tokens=loop.step * task.tokens_per_step,
+        text=task.text,
+        error_before=task.error_before,
+        error_after=task.error_after,
+        loss_first=first["loss"],
+        loss_last=last["loss"],
+        lm_first=first["lm"],
+        lm_last=last["lm"],
+    )
+
+
+class _Distillation:
+    """The `Task` of a distillation: see `distill`."""
 
     def __init__(
         self,
@@ -182,99 +208,108 @@ class _Run:
         emulator: Emulator,
         blocks: Tensor,
         config: DistillConfig,
-        folder: Path,
-        console: Console | None,
+        stop: StopRequest,
     ) -> None:
-        self._emulator, self._config, self._folder = emulator, config, folder
-        self._device = emulator.device
+        self._emulator, self._config, self._stop = emulator, config, stop
+        self.device = emulator.device
         attention = emulator.attn_implementation
-        self._teacher = load_span(checkpoint, plan, attn_implementation=attention).to(self._device)
+        self._teacher = load_span(checkpoint, plan, attn_implementation=attention).to(self.device)
         self._ends = OuterLayers(
-            checkpoint, plan, with_top=config.lm_weight > 0, attn_implementation=attention, device=self._device
+            checkpoint, plan, with_top=config.lm_weight > 0, attn_implementation=attention, device=self.device
         )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
         n_held_out = min(_HELD_OUT_MOST, max(1, len(blocks) // _HELD_OUT))
         self._held_out, self._train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
-        self._text = fingerprint(blocks)
-        self._settings = {
+        self.text = fingerprint(blocks)
+        self.settings = {
             "the model (digest)": checkpoint.digest(),
             "the split plan": str(plan),
             "the recipe": str(emulator.recipe),
             "the choice of layers": list(emulator.layers),
             "the emulator's dtype": str(emulator.dtype),
-            "the text (fingerprint)": self._text,
+            "the text (fingerprint)": self.text,
             **({"the text of the bridges (fingerprint)": emulator.fitted_to} if emulator.bridges else {}),
             **{name: value for name, value in asdict(config).items() if name != "save_every"},
         }
-        self._weights = {
+        self.parameters: Mapping[str, nn.Parameter] = {
             name: weight for name, weight in emulator.tensors().items() if isinstance(weight, nn.Parameter)
         }
-        self._optimizer = torch.optim.AdamW(
-            self._weights.values(), lr=config.learning_rate, weight_decay=0.0, foreach=False
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, foreach=False
         )
-        self._step = 0
-        self._log: list[str] = []
-        self._error_before = math.nan
-        self._stop = StopRequest()
-        self._progress = StepProgress("distilling: step", config.steps, console)
+        self.rule = GradientStep(
+            optimizer, self.parameters, peak_rate=config.learning_rate, max_norm=_MAX_NORM, remedy=_REMEDY
+        )
+        self.error_before = math.nan  # until it is measured
+        self.error_after = math.nan
 
-    def finish(self) -> DistillReport:
-        """Go on from the newest checkpoint, or start, and run to the end."""
-        self._resume()
-        with self._stop.listen(self._progress.message), self._progress:
-            try:
-                return self._report(self._run())
-            except Interrupted:
-                raise KeyboardInterrupt(
-                    f"Stopped after step {self._step} of {self._config.steps}. {self._rescue()}: "
-                    "repeat the command to go on."
-                ) from None
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{error} {self._rescue()}; other options need another folder.") from error
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step."""
+        return self._config.batch * self._train.shape[1]
 
-    def _run(self) -> float:
-        """Returns the error on held-out blocks after the last step."""
-        if math.isnan(self._error_before):
-            self._error_before = self._held_out_error()
-        self._progress.start(self._step)
-        while self._step < self._config.steps:
-            started = time.perf_counter()
-            line, tokens = self._apply_one_step()
-            self._write(line)
-            speed = tokens / (time.perf_counter() - started)
-            self._progress.show(self._step, f"{_figures(line)}  {speed:,.0f} tokens/s")
-            if self._step % self._config.save_every == 0 or self._step == self._config.steps:
-                self._save()
-        return self._held_out_error()
+    def begin(self) -> None:
+        """See `Task`."""
+        if math.isnan(self.error_before):
+            self.error_before = self._held_out_error()
 
-    def _apply_one_step(self) -> tuple[dict[str, Any], int]:
-        """One step; it is applied whole or not at all. Returns its line of the log and its tokens."""
-        number, config = self._step + 1, self._config
-        ids = self._batch(self._step).to(self._device)
-        self._optimizer.zero_grad(set_to_none=True)
-        error, lm = self._losses(ids)
-        loss = config.mse_weight * error + (config.lm_weight * lm if lm is not None else 0.0)
-        if not loss.isfinite():
-            raise NonFiniteError(f"the loss of step {number} is {loss.item()}: lower the learning rate.")
-        torch.autograd.backward(loss)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), _MAX_NORM, foreach=False))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradients of step {number} have the norm {norm}: lower the learning rate.")
-        self._stop.check()
-        rate = config.rate(self._step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._step = number
-        line = {
-            "step": number,
-            "loss": loss.item(),
-            "error": error.item(),
-            "lm": None if lm is None else lm.item(),
-            "learning_rate": rate,
-            "grad_norm": norm,
-        }
-        return line, ids.numel()
+    def rate(self, step: int) -> float:
+        """See `Task`."""
+        return self._config.rate(step)
+
+    def measure(self, step: int) -> tuple[dict[str, Any], float]:
+        """See `Task`."""
+        config = self._config
+        ids = self._batch(step - 1).to(self.device)
+        line: dict[str, Any] = {}
+
+        def backward() -> float:
+            error, lm = self._losses(ids)
+            loss = config.mse_weight * error + (config.lm_weight * lm if lm is not None else 0.0)
+            value = require_finite(f"the loss of step {step} is", loss.item(), _REMEDY)
+            line.update(loss=value, error=error.item(), lm=None if lm is None else lm.item())
+            torch.autograd.backward(loss)
+            return value
+
+        _, norm = self.rule.gradients(step, backward)
+        return line, norm
+
+    def applied(self, step: int) -> dict[str, Any]:
+        """See `Task`."""
+        return {}
+
+    def logged(self, line: Mapping[str, Any], seconds: float) -> str:
+        """See `Task`."""
+        lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
+        speed = self.tokens_per_step / seconds
+        return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}  {speed:,.0f} tokens/s"
+
+    def between(self, step: int) -> None:
+        """See `Task`."""
+
+    def end(self) -> None:
+        """See `Task`."""
+        self.error_after = self._held_out_error()
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `Task`."""
+        return {}
+
+    def entries(self) -> Mapping[str, Any]:
+        """See `Task`."""
+        return {"error_before": None if math.isnan(self.error_before) else self.error_before}
+
+    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        check_settings(folder, checkpoint.settings, self.settings, _START_ANEW)
+
+    def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        try:
+            before = checkpoint.entries["error_before"]
+            self.error_before = math.nan if before is None else float(before)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged_entry(folder, error) from error
 
     def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Relative error of the emulator's output, and cross entropy above it, of tokens `[B, S]`."""
@@ -297,7 +332,7 @@ class _Run:
         total = 0.0
         for ids in torch.split(self._held_out, self._config.batch):
             with self._autocast():
-                hidden = self._ends.entry(ids.to(self._device))
+                hidden = self._ends.entry(ids.to(self.device))
                 target = self._teacher(hidden)
                 output = self._emulator(hidden.to(self._emulator.dtype))
             total += relative_error(output, target).item() * len(ids)
@@ -308,7 +343,7 @@ class _Run:
         return error
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
 
     def _batch(self, step: int) -> Tensor:
         """Blocks `[batch, length]` of the step after `step` applied ones; each epoch has an order of its own."""
@@ -320,62 +355,3 @@ class _Run:
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * (self._config.seed + 1) + epoch)
         return torch.randperm(len(self._train), generator=generator)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        # Nothing here depends on time, so the log of an interrupted and continued run equals an undisturbed one's.
-        self._log.append(json.dumps(line) + "\n")
-        path = self._folder / LOG_FILE
-        with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(self._log[-1])
-
-    def _save(self) -> Path:
-        moments = {
-            f"{name}/{key}": value
-            for name, weight in self._weights.items()
-            for key, value in self._optimizer.state.get(weight, {}).items()
-        }
-        state = State(self._step, self._settings, self._error_before, self._weights, moments, tuple(self._log))
-        return checkpoints.save(self._folder, state)
-
-    def _rescue(self) -> str:
-        if math.isnan(self._error_before):
-            return "Nothing was trained yet"
-        return f"The last applied step is saved in {self._save()}"
-
-    def _resume(self) -> None:
-        state = checkpoints.load_newest(self._folder, self._settings)
-        log = self._folder / LOG_FILE
-        if state is None:
-            write_atomic(log, b"")
-            return
-        # The settings agree, so the names and shapes do too.
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(state.parameters[name])
-        for key, value in state.optimizer.items():
-            name, _, moment = key.rpartition("/")
-            # AdamW keeps its step count on the CPU, whatever the weight's device.
-            weight = self._weights[name]
-            self._optimizer.state[weight][moment] = value if moment == "step" else value.to(weight.device)
-        self._step, self._error_before, self._log = state.step, state.error_before, list(state.log)
-        write_atomic(log, "".join(state.log).encode())
-        self._progress.message(f"Going on after step {self._step} of {self._config.steps}.")
-
-    def _report(self, error_after: float) -> DistillReport:
-        first, last = json.loads(self._log[0]), json.loads(self._log[-1])
-        return DistillReport(
-            steps=self._step,
-            tokens=self._step * self._config.batch * self._train.shape[1],
-            text=self._text,
-            error_before=self._error_before,
-            error_after=error_after,
-            loss_first=first["loss"],
-            loss_last=last["loss"],
-            lm_first=first["lm"],
-            lm_last=last["lm"],
-        )
-
-
-def _figures(line: dict[str, Any]) -> str:
-    lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
-    return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from isthmus.common.errors import DataError
 from isthmus.common.figures import plotting, save_figure
-from isthmus.emulator.distill.distillation_checkpoint import LOG_FILE
+from isthmus.emulator.distill.distillation import LOG_FILE
 
 _TITLES = {"error": "relative error of the hidden states", "lm": "cross entropy, nats a token"}
 

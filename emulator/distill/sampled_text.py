@@ -177,7 +177,7 @@ def _script(model: Any, tokenizer: Any) -> _Script:
 
 
 def _template_parts(tokenizer: Any) -> tuple[str, str, str] | None:
-    """What a chat template puts before a question, after it, and after the answer; None where it cannot be told."""
+    """What a chat template puts before a question, after it, and after the answer; None where it is not known."""
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": turn} for role, turn in zip(roles, _TURNS, strict=True)]
     with ChatTemplate(tokenizer) as template:

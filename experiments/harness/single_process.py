@@ -24,10 +24,11 @@ from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.data.batches import load_data
 from isthmus.edge.run_report import Report
+from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
-from isthmus.edge.training.trainer import StepObserver, Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
+from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.edge.training.trainer import Trainer
 
 
 def train_in_one_process(

@@ -22,7 +22,8 @@ import torch
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.config.data_config import Precision
+from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in, hold_frozen_linears
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator

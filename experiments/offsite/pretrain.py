@@ -6,27 +6,39 @@ folder. What it knows is the text; it is for comparing methods with each other a
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from isthmus.backbone.families import SUPPORTED, family_of
-from isthmus.common.errors import ConfigError, DataError, NonFiniteError
-from isthmus.common.files import new_folder
+from isthmus.common.errors import ConfigError, DataError
+from isthmus.common.files import claim, new_folder
 from isthmus.common.progress import StepProgress
+from isthmus.common.shutdown import StopRequest
 from isthmus.common.torch_threads import use_threads
-from isthmus.emulator.compress.public_text import load_blocks
+from isthmus.emulator.compress.public_text import fingerprint, load_blocks
+from isthmus.training.gradient_step import GradientStep, require_finite
+from isthmus.training.rate_schedule import scheduled_rate
+from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
+from isthmus.training.training_loop import LoopOptions, TrainingLoop
 
 EOS = "<|endoftext|>"
+LOG_FILE = "pretrain.jsonl"
 
 _HELD_OUT = 20  # one block in so many
 _WARM_UP = 0.05  # of the steps
 _MAX_NORM = 1.0
+_SAVE_EVERY = 100  # steps
+_REMEDY = "lower the learning rate."
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +77,15 @@ class PretrainSettings:
 def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) -> dict[str, Any]:
     """Pretrain a model and write it, whole or not at all.
 
+    Until it is written, the log and the checkpoints lie in `OUT.part`. Where that folder has a checkpoint of the same
+    run, the run goes on there.
+
     Returns:
         `parameters`, `steps`, `tokens`, `seconds`, and the held-out loss before and after, in nats a token.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the last applied step is saved, and the message says how to go on.
+        CheckpointError: The checkpoint in `OUT.part` is damaged, or belongs to another run.
         ConfigError: `out` exists, the family is not supported, or a size does not fit.
         DataError: The text is missing, malformed or too short.
         DiskError: The disk is full or cannot be written.
@@ -82,28 +99,38 @@ def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) 
     model = _model(settings)
     tokenizer = train_tokenizer(settings.text, settings.vocabulary, settings.length)
     blocks = load_blocks(settings.text, tokenizer, settings.length)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed))
-    n_held_out = max(1, len(blocks) // _HELD_OUT)
     if len(blocks) < 2:
         raise DataError(f"the text {settings.text} has a single block of {settings.length} tokens; give more text")
-    held_out, train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
-    started = time.monotonic()
-    before = _loss(model, held_out, settings.batch)
-    _train(model, train, settings, StepProgress("pretraining: step", settings.steps, console))
-    after = _loss(model, held_out, settings.batch)
-    logging.disable_progress_bar()
-    with new_folder(settings.out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    stop = StopRequest()
+    task = _Pretraining(model, blocks, settings, stop)
+    work = settings.out.with_name(f"{settings.out.name}.part")
+    options = LoopOptions(
+        work,
+        LOG_FILE,
+        settings.steps,
+        _SAVE_EVERY,
+        go_on="repeat the command to go on",
+        start_anew=f"remove {work} or give another --out",
+    )
+    loop = TrainingLoop(task, options, StepProgress("pretraining: step", settings.steps, console), stop)
+    with claim(work):
+        with loop.listening():
+            loop.resume()
+            loop.run()
+        logging.disable_progress_bar()
+        with new_folder(settings.out) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        shutil.rmtree(work)
     return {
         "family": settings.family,
         "parameters": model.num_parameters(),
         "layers": settings.layers,
         "steps": settings.steps,
         "tokens": settings.steps * settings.batch * settings.length,
-        "seconds": round(time.monotonic() - started, 1),
-        "held_out_loss_before": before,
-        "held_out_loss_after": after,
+        "seconds": round(task.seconds, 1),
+        "held_out_loss_before": task.loss_before,
+        "held_out_loss_after": task.loss_after,
     }
 
 
@@ -174,39 +201,112 @@ def _model(settings: PretrainSettings) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
-def _train(model: Any, blocks: torch.Tensor, settings: PretrainSettings, progress: StepProgress) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    generator = torch.Generator().manual_seed(settings.seed)
-    warm_up = max(1, round(_WARM_UP * settings.steps))
-    model.train()
-    with progress:
-        progress.start(0)
-        for step in range(1, settings.steps + 1):
-            started = time.perf_counter()
-            rows = torch.randint(len(blocks), (settings.batch,), generator=generator)
-            ids = blocks[rows]
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            if not loss.isfinite():
-                raise NonFiniteError(f"the loss of step {step} is {loss.item()}: lower the learning rate.")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
-            part = min(step / warm_up, 1 - (step - 1 - warm_up) / max(1, settings.steps - warm_up))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * part
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            speed = ids.numel() / (time.perf_counter() - started)
-            progress.show(step, f"loss {loss.item():.3f}  {speed:,.0f} tokens/s")
-    model.eval()
+class _Pretraining:
+    """The `Task` of a pretraining: see `run_pretrain`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any, blocks: Tensor, settings: PretrainSettings, stop: StopRequest) -> None:
+        self.loss_before: float | None = None
+        self.loss_after = math.nan
+        self.seconds = 0.0  # over all restarts, up to the last checkpoint
+        self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        self.rule = GradientStep(
+            optimizer, self.parameters, peak_rate=settings.learning_rate, max_norm=_MAX_NORM, remedy=_REMEDY
+        )
+        options = {name: value for name, value in asdict(settings).items() if name not in {"text", "out", "threads"}}
+        self.settings = options | {"the text (fingerprint)": fingerprint(blocks)}
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed))
+        n_held_out = max(1, len(blocks) // _HELD_OUT)
+        self._held_out, self._train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
+        self._model, self._options, self._stop = model, settings, stop
+        self._warm_up = max(1, round(_WARM_UP * settings.steps))
+        self._rows = torch.Generator().manual_seed(settings.seed)
+        self._started = time.monotonic()
+
+    def begin(self) -> None:
+        """See `Task`."""
+        if self.loss_before is None:
+            self.loss_before = self._held_out_loss()
+        self._model.train()
+
+    def rate(self, step: int) -> float:
+        """See `Task`."""
+        settings = self._options
+        return settings.learning_rate * scheduled_rate(1.0, "linear", step, settings.steps, self._warm_up)
+
+    def measure(self, step: int) -> tuple[dict[str, Any], float]:
+        """See `Task`."""
+        ids = self._train[self._draw_rows()]
+
+        def backward() -> float:
+            result = self._model(input_ids=ids, labels=ids, use_cache=False).loss
+            value = require_finite(f"the loss of step {step} is", result.item(), _REMEDY)
+            result.backward()
+            return value
+
+        loss, norm = self.rule.gradients(step, backward)
+        return {"loss": loss}, norm
+
+    def _draw_rows(self) -> Tensor:
+        """Which blocks the next step has, `[batch]`."""
+        return torch.randint(len(self._train), (self._options.batch,), generator=self._rows)
+
+    def applied(self, step: int) -> dict[str, Any]:
+        """See `Task`."""
+        return {}
+
+    def logged(self, line: Mapping[str, Any], seconds: float) -> str:
+        """See `Task`."""
+        speed = self._options.batch * self._options.length / seconds
+        return f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s"
+
+    def between(self, step: int) -> None:
+        """See `Task`."""
+
+    def end(self) -> None:
+        """See `Task`."""
+        self.loss_after = self._held_out_loss()
+        self.seconds += time.monotonic() - self._started
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `Task`."""
+        return {}
+
+    def entries(self) -> Mapping[str, Any]:
+        """See `Task`."""
+        return {"loss_before": self.loss_before, "seconds": self.seconds + time.monotonic() - self._started}
+
+    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        check_settings(folder, checkpoint.settings, self.settings, f"remove {folder.parent} or give another --out")
+
+    def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        try:
+            before = checkpoint.entries["loss_before"]
+            self.loss_before = None if before is None else float(before)
+            self.seconds = float(checkpoint.entries["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged_entry(folder, error) from error
+        for _ in range(checkpoint.step):  # one draw for each applied step, as an undisturbed run made them
+            self._draw_rows()
+
+    def _held_out_loss(self) -> float:
+        return _loss(self._model, self._held_out, self._options.batch, self._stop.check)
 
 
 @torch.no_grad()
-def _loss(model: Any, blocks: torch.Tensor, batch: int) -> float:
-    """Mean loss per token of the blocks, in nats."""
+def _loss(model: Any, blocks: Tensor, batch: int, between: Callable[[], None]) -> float:
+    """Mean loss per token of the blocks, in nats; `between` is called after every batch."""
     model.eval()
     total = 0.0
     for start in range(0, len(blocks), batch):
         ids = blocks[start : start + batch]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         total += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        between()
     return total / (len(blocks) * (blocks.shape[1] - 1))

@@ -25,13 +25,14 @@ from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.remote_layers import SpanFn
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
-from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.common.progress import StepProgress
+from isthmus.edge.config.data_config import Precision
+from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batches, TrainingData, fingerprint
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.task_scoring import score_task, whole
 from isthmus.experiments.scoring.tasks import Task
@@ -235,7 +236,7 @@ class Lab:
                 keep_checkpoints=1,
             )
             model = build(config)
-            progress = TrainProgress(regime.steps, regime.steps, Console(quiet=True))
+            progress = StepProgress("step", regime.steps, Console(quiet=True), every=regime.steps)
             try:
                 Trainer(model, data, config, self._identity, progress=progress).fit()
             except NonFiniteError:

@@ -23,9 +23,8 @@ from typing import Any
 from isthmus.common.shutdown import run_to_end
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.edge.split_run import train_over
-from isthmus.edge.training import training_checkpoint as checkpoints
 from isthmus.experiments.benchmarks.demo import parity_of
 from isthmus.experiments.harness.launch import Endpoint
 from isthmus.experiments.harness.process_memory import own_bytes
@@ -33,6 +32,7 @@ from isthmus.experiments.harness.prose import write_long_texts
 from isthmus.experiments.harness.single_process import train_in_one_process
 from isthmus.experiments.harness.turns import StepWatch, TurnProcess
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
+from isthmus.training import run_checkpoint as checkpoints
 
 EPOCH_STEPS = 3
 """Steps of an epoch. The first one is for warming up."""
@@ -71,7 +71,7 @@ class Step:
     """One step of a process: its seconds, what crossed the strip in it, and the process's peak memory until its end."""
 
     seconds: float
-    spent: StripTotals
+    spent: WireTotals
     peak: int
 
 
@@ -94,7 +94,7 @@ class Cost:
     shares: dict[str, float]
 
     def per_step(self, name: str, *, first: bool = False) -> float:
-        """A field of `StripTotals` per step, of the first epoch or of those after it."""
+        """A field of `WireTotals` per step, of the first epoch or of those after it."""
         steps = self.first_epoch if first else self.steps
         return statistics.mean(float(getattr(step.spent, name)) for step in steps)
 
@@ -181,7 +181,7 @@ def _start(
 
 
 def _step(told: dict[str, Any]) -> Step:
-    return Step(told["seconds"], StripTotals(**told["spent"]), told["peak"])
+    return Step(told["seconds"], WireTotals(**told["spent"]), told["peak"])
 
 
 def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def site_shares(state: Sequence[Any]) -> dict[str, float]:
 
 def _shares(out: Path) -> dict[str, float]:
     folder = checkpoints.latest(out)
-    return {} if folder is None else site_shares(checkpoints.load(folder).observers)
+    return {} if folder is None else site_shares(checkpoints.load(folder).entries["observers"])
 
 
 # Inside one of the processes ------------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ class Turns(StepWatch):
         totals: What has crossed the strip so far.
     """
 
-    def __init__(self, totals: Callable[[], StripTotals] = StripTotals) -> None:
+    def __init__(self, totals: Callable[[], WireTotals] = WireTotals) -> None:
         self._totals = totals
-        self._before = StripTotals()
+        self._before = WireTotals()
         self._begun: float | None = None
 
     def before_step(self, step: int) -> None:

@@ -19,9 +19,8 @@ from typing import Any
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.common.files import write_atomic
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.sites.live_sites import DECISIONS
-from isthmus.edge.training import training_checkpoint as checkpoints
 from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import Endpoint, isthmus
@@ -29,6 +28,7 @@ from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.experiments.scoring.task_scoring import score_task, whole
 from isthmus.experiments.scoring.tasks import Question, Sizes, Task, load_task, read_task
+from isthmus.training import run_checkpoint as checkpoints
 
 SCORE_BATCH = 16  # documents of a forward in scoring
 
@@ -166,7 +166,7 @@ class Scorer:
         if mode.chooses:
             newest = checkpoints.latest(out)
             if newest is not None:
-                result["shares"] = site_shares(checkpoints.load(newest).observers)
+                result["shares"] = site_shares(checkpoints.load(newest).entries["observers"])
             lines = (out / DECISIONS).read_text().splitlines()
             result["decisions"] = [_brief(json.loads(line)) for line in lines]
         shutil.rmtree(out)

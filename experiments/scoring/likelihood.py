@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.experiments.scoring.tasks import Question
 
 _TASK = "isthmus_choices"

@@ -15,7 +15,7 @@ from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.families import family_of
 from isthmus.common.errors import ConfigError, NonFiniteError
-from isthmus.edge.config.training_config import Precision
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import IGNORED, Encoded, collate
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.precision import computing_in

@@ -128,15 +128,15 @@ def test_an_interrupted_distillation_goes_on_when_the_command_is_repeated(
     from isthmus.emulator.distill import distillation
 
     undisturbed = owner.build(tmp_path / "undisturbed", *owner.distil_arguments())
-    apply_one_step = distillation._Run._apply_one_step
+    measure = distillation._Distillation.measure
 
-    def interrupted(run: Any) -> Any:
-        if run._step == 1:
+    def interrupted(task: Any, step: int) -> Any:
+        if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return apply_one_step(run)
+        return measure(task, step)
 
     arguments = owner.build_arguments(tmp_path / "p", *owner.distil_arguments(), "--json")
-    monkeypatch.setattr(distillation._Run, "_apply_one_step", interrupted)
+    monkeypatch.setattr(distillation._Distillation, "measure", interrupted)
     stopped = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert stopped.exit_code == 130
     assert "Stopped after step 1 of 3" in stopped.output

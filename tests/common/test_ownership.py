@@ -251,9 +251,9 @@ def test_a_span_cache_of_another_user_is_refused(place: Path, as_nobody: Attack)
         SpanStore(place / "rows", bytes(32), max_bytes=1 << 20)
     folder = private_folder(place / "own")
     folder.chmod(0o777)
-    as_nobody("echo ISTHROWS > own/000000.rows")
+    as_nobody("echo rows > own/rows.bin")
     folder.chmod(0o700)
-    with pytest.raises(OwnershipError, match=r"000000\.rows belongs to another user"):
+    with pytest.raises(OwnershipError, match=r"rows\.bin belongs to another user"):
         SpanStore(folder, bytes(32), max_bytes=1 << 20)
 
 

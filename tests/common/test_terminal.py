@@ -73,7 +73,7 @@ def _generate(monkeypatch: pytest.MonkeyPatch, stream: Any, **options: Any) -> N
     monkeypatch.setattr(cloud_link, "open_link", lambda *_, **__: Link())
     monkeypatch.setattr(split_run, "run_generation", lambda *_, **__: f"hello\n\t{CLIPBOARD}{TITLE}world")
     monkeypatch.setattr(sys, "stdout", stream)
-    edge_commands.generate("hi", f"isthmus://h:1#SHA256:{'A' * 43}", **options)
+    edge_commands.generate("hi", cloud=f"isthmus://h:1#SHA256:{'A' * 43}", **options)
     stream.flush()
 
 

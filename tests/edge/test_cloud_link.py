@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from isthmus.common.errors import ConfigError, OverQuotaError, UnreachableError
-from isthmus.edge import cloud_link as strips
-from isthmus.edge.cloud_link import Strip, cache_of, open_link, strip_of
+from isthmus.edge import cloud_link
+from isthmus.edge.cloud_link import Wire, cache_of, open_link, wire_of
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.training.micro_batches import LaneMeter, Lanes
+from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 
 
 def config(**values: Any) -> TrainConfig:
@@ -55,8 +55,8 @@ class Opener:
 
 def opened(monkeypatch: pytest.MonkeyPatch, **failure: Any) -> Opener:
     opener = Opener(**failure)
-    monkeypatch.setattr(strips, "connect", opener)
-    monkeypatch.setattr(strips, "no_core_files", lambda: None)
+    monkeypatch.setattr(cloud_link, "connect", opener)
+    monkeypatch.setattr(cloud_link, "no_core_files", lambda: None)
     return opener
 
 
@@ -83,27 +83,27 @@ def test_a_target_that_is_none_is_refused_before_anything_connects(monkeypatch: 
 def test_one_link_is_its_own_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     opener = opened(monkeypatch)
     first: Any = FakeLink()
-    with strip_of(first, config()) as strip:
-        assert strip.lanes is None
-        assert strip.meter is first
-        assert strip.links == (first,)
+    with wire_of(first, config()) as wire:
+        assert wire.in_flight is None
+        assert wire.meter is first
+        assert wire.links == (first,)
     assert not opener.options
-    assert first.is_open  # it is not the strip's to close
+    assert first.is_open  # it is not the wire's to close
 
 
-def test_a_link_for_each_lane_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_for_each_micro_batch_in_flight_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     opener = opened(monkeypatch)
     first: Any = FakeLink()
-    with strip_of(first, config(overlap=3)) as strip:
-        assert isinstance(strip.lanes, Lanes)
-        assert isinstance(strip.meter, LaneMeter)
+    with wire_of(first, config(overlap=3)) as wire:
+        assert isinstance(wire.in_flight, InFlight)
+        assert isinstance(wire.meter, SummedMeter)
         assert len(opener.links) == 2
         assert all(link.is_open for link in opener.links)
 
         def check() -> None:
             """Nothing."""
 
-        strip.watch(check)
+        wire.watch(check)
         assert all(link.checks == [check] for link in (first, *opener.links))
     assert not any(link.is_open for link in opener.links)
     assert first.is_open
@@ -118,7 +118,7 @@ def test_links_that_are_open_close_when_one_cannot_be_opened(
 ) -> None:
     opener = opened(monkeypatch, fail_at=2, error=error)
     first: Any = FakeLink()
-    with pytest.raises(type(error), match=message), strip_of(first, config(overlap=3)):
+    with pytest.raises(type(error), match=message), wire_of(first, config(overlap=3)):
         pass
     assert [link.is_open for link in opener.links] == [False]
     assert first.is_open
@@ -126,7 +126,7 @@ def test_links_that_are_open_close_when_one_cannot_be_opened(
 
 def test_fixed_codecs_and_no_cache_ask_for_nothing(tmp_path: Path) -> None:
     link: Any = FakeLink()
-    assert Strip([link]).auto_codec(config(), None, [], None, print) is None  # type: ignore[arg-type]
+    assert Wire([link]).auto_codec(config(), None, [], None, print) is None  # type: ignore[arg-type]
     with cache_of(link, config(out=tmp_path), None) as cached:
         assert cached is None
     assert not list(tmp_path.iterdir())

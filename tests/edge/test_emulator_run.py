@@ -29,14 +29,15 @@ from isthmus.edge.config.training_config import TuneConfig, load_config
 from isthmus.edge.data.batches import load_data
 from isthmus.edge.emulator_run import run_tuning
 from isthmus.edge.run_report import linear_parameters
-from isthmus.edge.training import methods, training_checkpoint as checkpoints
+from isthmus.edge.training import methods
 from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.package import Package, open_package, write_package
 from isthmus.protocol.secure.keys import WorkerIdentity, generate_root, issue_worker, load_worker
+from isthmus.training.run_checkpoint import load
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -148,7 +149,7 @@ def test_a_run_goes_on_and_only_with_its_own_package(
     run_tuning(config(copied, data, tmp_path / "grown", schedule="constant", resume=True))
     straight, grown = (weights(tmp_path / name) for name in ("straight", "grown"))
     assert_same(straight, grown)
-    identity = checkpoints.load(tmp_path / "grown" / "checkpoint-4").model
+    identity = ModelIdentity(**load(tmp_path / "grown" / "checkpoint-4").entries["model"])
     assert (identity.package, identity.plan) == (package.id, "1:1")
 
 
@@ -224,7 +225,7 @@ def test_the_command_prints_a_report_and_ctrl_c_says_how_to_go_on(
     assert json.loads(done.stdout)["steps"] == 4
     again = CliRunner().invoke(app, [*arguments, "--steps", "4", "--resume"])
     assert "held-out loss" in again.stdout
-    assert "strip" not in again.stdout
+    assert "traffic" not in again.stdout
 
 
 def test_the_cloud_s_options_are_unknown_here(data: Path) -> None:

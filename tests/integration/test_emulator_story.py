@@ -73,7 +73,7 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
     offer = ("--edge-layers", "2:2", "--emulator", str(owner.folder / "package"), "--threads", "2")
     cloud = LocalCloud(roomy / "keys", BUILT_IN, *offer)
     here = ("--cloud", cloud.connection_file, "--key", cloud.edge_key)
-    how = ("--method", "full", "--batch", 4, "--threads", 1)
+    how = ("--batch", 4, "--threads", 1)
     scored = ("edge", "eval", *here, *how, "--data", "held-out.jsonl")
 
     build = ("build", "--adapter-layers", "2:2", "--method", "uniform", "--keep", "0.5", "--licence", "tuning only")
@@ -98,7 +98,7 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
         data = ("--data", "tickets.jsonl", "--validation", "held-out.jsonl")
         tune = ("emulator", "tune", "--package", "package", *data, "--steps", 12, "--learning-rate", 2e-3, "--json")
         with edge.start(*scored, "--json") as scoring:  # meanwhile
-            report = json.loads(edge.offline(port, *tune, *how, "--out", "run"))
+            report = json.loads(edge.offline(port, *tune, "--method", "full", *how, "--out", "run"))
             untuned = json.loads(ended(scoring).stdout)["loss"]
         assert report["loss_after"] < report["loss_before"]
 
@@ -122,7 +122,9 @@ def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpo
         other = ("--cloud", cloud.connection_file, "--key", roomy / "stranger")
         refused(edge.run("edge", "generate", *other, "--plugged", prompt), 42, "no adapter")
 
-        went_on = edge.json("edge", "train", *here, *data, *how, "--plugged", "--steps", 2, "--out", "second")
+        went_on = edge.json(
+            "edge", "train", *here, *data, "--method", "full", *how, "--plugged", "--steps", 2, "--out", "second"
+        )
         assert went_on["loss_before"] == plugged
 
 
@@ -308,7 +310,7 @@ def test_a_distillation_that_is_killed_and_stopped_ends_in_the_same_bytes(owner:
         assert not (tmp_path / "disturbed").exists()
         reached = saved()
         last = shell.run(*disturbed)
-        assert f"Going on after step {reached} of 200" in last.stderr
+        assert f"Resumed after step {reached} of 200" in last.stderr
         assert last.returncode == 0, last.stderr
         assert ended(whole).returncode == 0
     assert not state.exists()

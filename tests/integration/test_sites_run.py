@@ -25,11 +25,12 @@ from isthmus.edge.cloud_link import CACHE_FOLDER, open_link
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data
+from isthmus.edge.run_report import Spent
 from isthmus.edge.sites.live_sites import DECISIONS, LiveSites, site_costs
 from isthmus.edge.split_run import train_over
 from isthmus.edge.training.evaluation import evaluate
-from isthmus.edge.training.training_checkpoint import load
 from isthmus.protocol import messages as m
+from isthmus.training.run_checkpoint import load
 
 Log = list[dict[str, Any]]
 
@@ -124,7 +125,7 @@ def decisions(out: Path) -> Log:
 
 
 def policy_state(out: Path, step: int = STEPS) -> dict[str, Any]:
-    (state,) = load(out / f"checkpoint-{step}").observers
+    (state,) = load(out / f"checkpoint-{step}").entries["observers"]
     return dict(state)
 
 
@@ -303,7 +304,7 @@ def test_the_chosen_codecs_are_those_of_every_link_and_are_told(
     for step, text in ((2, chosen[0]), (4, chosen[1])):  # steps that tried none
         assert used[step] == {text}
     assert [str(each.codecs) for each in opened] == [chosen[2]] * 2
-    (state,) = load(tmp_path / "checkpoint-3").observers
+    (state,) = load(tmp_path / "checkpoint-3").entries["observers"]
     assert (state["codecs"], state["chosen_at"]) == (chosen[1], 2)
 
 
@@ -313,7 +314,7 @@ def test_a_run_with_chosen_codecs_resumes_with_the_same_at_the_same_steps(runs: 
     interrupted(runs, tmp_path / "broken", 4, **values)
     runs.train(tmp_path / "broken", resume=True, **values)
     assert_same_run(tmp_path / "broken", tmp_path / "straight")
-    ours, theirs = (load(tmp_path / name / "checkpoint-5").observers for name in ("broken", "straight"))
+    ours, theirs = (load(tmp_path / name / "checkpoint-5").entries["observers"] for name in ("broken", "straight"))
     assert ours == theirs
 
 
@@ -321,7 +322,7 @@ def test_a_run_with_chosen_codecs_resumes_with_the_same_at_the_same_steps(runs: 
 def test_a_choice_of_fp32_changes_no_bit(runs: Runs, tmp_path: Path, values: dict[str, Any]) -> None:
     runs.train(tmp_path / "fixed", **values)
     runs.train(tmp_path / "auto", codec="auto:0.99999999999999", codec_every=1, **values)
-    (state,) = load(tmp_path / "auto" / "checkpoint-3").observers
+    (state,) = load(tmp_path / "auto" / "checkpoint-3").entries["observers"]
     assert state["codecs"] == "fp32"
     assert_same_run(tmp_path / "auto", tmp_path / "fixed")
 
@@ -348,7 +349,10 @@ def test_from_the_second_epoch_on_nothing_crosses_the_strip(top_runs: Runs, tmp_
     report = json.loads((tmp_path / "cached" / "report.json").read_text())
     micro_batches, per_epoch = 8, 2  # sixteen examples in pairs, four pairs a step
     assert report["calls"] == cached.calls == micro_batches
-    spent = {step: load(tmp_path / "cached" / f"checkpoint-{step}").spent.strip for step in range(1, 3 * per_epoch + 1)}
+    spent = {
+        step: Spent.from_json(load(tmp_path / "cached" / f"checkpoint-{step}").entries["spent"]).wire
+        for step in range(1, 3 * per_epoch + 1)
+    }
     first = spent[per_epoch]
     assert first.bytes_up > 0
     assert all(spent[step] == first for step in range(per_epoch, 3 * per_epoch + 1))
@@ -364,9 +368,9 @@ def test_from_the_second_epoch_on_nothing_crosses_the_strip(top_runs: Runs, tmp_
 def test_lanes_share_the_cache(top_runs: Runs, tmp_path: Path) -> None:
     values = {**CACHED, "epochs": 2}
     alone = top_runs.train(tmp_path / "alone", **values)
-    lanes = top_runs.train(tmp_path / "lanes", overlap=2, **values)
-    assert lanes.calls == alone.calls == 8
-    assert_same_run(tmp_path / "lanes", tmp_path / "alone")
+    overlapped = top_runs.train(tmp_path / "overlapped", overlap=2, **values)
+    assert overlapped.calls == alone.calls == 8
+    assert_same_run(tmp_path / "overlapped", tmp_path / "alone")
 
 
 def test_a_resumed_run_finds_what_is_there(top_runs: Runs, tmp_path: Path) -> None:

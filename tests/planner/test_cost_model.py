@@ -16,7 +16,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
 from isthmus.edge import connect
 from isthmus.edge.codecs.wire_codecs import WireCodecs
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.planner.cost_model import MODES, TRAINS_INSIDE, ModeCost, PlanSettings, predict
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import Linear, ModelFacts
@@ -275,7 +275,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
         yield running
 
 
-def measured(cloud: ThreadServer, codec: str, layers: list[int]) -> StripTotals:
+def measured(cloud: ThreadServer, codec: str, layers: list[int]) -> WireTotals:
     """What the second of two steps moves; the first one also names the sites."""
     tokens = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}

@@ -24,7 +24,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import Link
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.prose import write_long_texts
@@ -96,7 +96,7 @@ class Measured:
     """One training: seconds of each step that counts, and what crossed in all of them."""
 
     step_s: tuple[float, ...]
-    spent: StripTotals
+    spent: WireTotals
 
     @property
     def median_s(self) -> float:
@@ -115,7 +115,7 @@ class Measured:
     def from_json(cls, text: str) -> Measured:
         """The inverse of `to_json`."""
         tree = json.loads(text)
-        return cls(tuple(tree["step_s"]), StripTotals(**tree["spent"]))
+        return cls(tuple(tree["step_s"]), WireTotals(**tree["spent"]))
 
 
 def run_link(settings: LinkSettings, folder: Path) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class StepClock:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._begun: dict[int, tuple[float, StripTotals]] = {}
+        self._begun: dict[int, tuple[float, WireTotals]] = {}
 
     def __call__(self, question: str, phase: str) -> None:
         """A phase begins."""
@@ -286,7 +286,7 @@ def _main(path: Path) -> None:
         link.observer = clock
         report = train_over(link, config)
     measured = clock.measured(WARM_UP)
-    # Of several links the clock sees the first, whose lane opens every step; a retry counts wherever it was.
+    # Of several links the clock sees the first, whose micro-batch opens every step; a retry counts wherever it was.
     spent = replace(measured.spent, retries=report.retries)
     sys.stdout.write(replace(measured, spent=spent).to_json())
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from isthmus.common.errors import ConfigError
-from isthmus.edge.config.training_config import TrainConfig, TuneConfig, TuningConfig, field_names, load_config
+from isthmus.edge.config.client_config import ClientConfig, EvalConfig, GenerateConfig
+from isthmus.edge.config.settings import PANELS, field_names, panel_of
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig, TuningConfig, load_config
 
 CLOUD = "isthmus://h:1#SHA256:x"
 NEEDED = {"cloud": CLOUD, "data": "d.jsonl"}
@@ -169,14 +171,43 @@ def test_the_connection_string_may_lie_in_a_file(tmp_path: Path) -> None:
 
 
 def test_every_field_is_described() -> None:
-    for cls in (TrainConfig, TuneConfig):
+    for cls in (TrainConfig, TuneConfig, EvalConfig, GenerateConfig):
         assert [name for name, field in cls.model_fields.items() if not field.description] == []
 
 
 def test_where_the_middle_layers_are_is_asked_first() -> None:
     assert field_names(TrainConfig)[:3] == ["cloud", "key", "codec"]
     assert field_names(TuneConfig)[:2] == ["package", "signer"]
-    assert field_names(TuneConfig)[2:] == list(TuningConfig.model_fields)
+    assert set(field_names(TuneConfig)[2:]) == set(TuningConfig.model_fields)
+
+
+def test_fields_stand_heading_by_heading() -> None:
+    for cls in (TrainConfig, TuneConfig, EvalConfig, GenerateConfig):
+        headings = [panel_of(cls, name) for name in field_names(cls)]
+        assert headings == sorted(headings, key=PANELS.index)
+    assert panel_of(TrainConfig, "codec_every") == panel_of(TrainConfig, "cloud") == "Connection"
+    assert panel_of(EvalConfig, "data") == "Data"
+
+
+@pytest.mark.parametrize("cls", [EvalConfig, GenerateConfig])
+def test_a_file_for_training_does_for_the_other_commands(tmp_path: Path, cls: type[ClientConfig]) -> None:
+    """Their own keys are taken and checked; those of `train` are ignored, whatever they say."""
+    text = f'cloud = "{CLOUD}"\ndata = "a.csv"\ncodec = "int8"\nlearning_rate = 1e-3\nsites = "some"\nsteps = 5\n'
+    config = load_config(toml(tmp_path, text), {"plugged": True}, cls)
+    assert (config.cloud, config.codec) == (CLOUD, "int8")
+    assert not hasattr(config, "learning_rate")
+    with pytest.raises(ConfigError, match="unknown setting 'learning_rate'"):
+        load_config(toml(tmp_path, text), {"learning_rate": 1e-3}, cls)
+    with pytest.raises(ConfigError, match=r"'learning-rate' in .*run\.toml: did you mean 'learning_rate'"):
+        load_config(toml(tmp_path, text + "learning-rate = 1e-3\n"), {}, cls)
+    with pytest.raises(ConfigError, match="call_timeout = -1"):
+        load_config(toml(tmp_path, text + "call_timeout = -1\n"), {}, cls)
+
+
+def test_a_file_for_all_commands_does_for_training(tmp_path: Path) -> None:
+    path = toml(tmp_path, f'cloud = "{CLOUD}"\ndata = "a.csv"\ndeadline = 2.0\n')
+    assert load_config(path, {}).data == "a.csv"
+    assert load_config(path, {}, GenerateConfig).deadline == 2.0
 
 
 def test_a_kind_of_run_takes_its_own_settings_only(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from isthmus.common.errors import ConfigError, DiskError, UnsupportedCallError
-from isthmus.edge.span_cache.cache_store import SpanStore
+from isthmus.edge.span_cache.cache_store import ENTRY_BYTES, SpanStore
 
 OWNER = b"o" * 32
-HEADER = 56  # bytes of a record beside its row
-OPENING = 40  # bytes of a file before its first record
 PLENTY = 1 << 20
+ROW = 3 * 4 * 4  # bytes of `row`
 
 
 def key(number: int) -> bytes:
@@ -31,17 +32,18 @@ def row(number: int, tokens: int = 3, width: int = 4) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(number))
 
 
-def opened(folder: Path, *, max_bytes: int = PLENTY, owner: bytes = OWNER, segment_bytes: int = PLENTY) -> SpanStore:
-    return SpanStore(folder, owner, max_bytes=max_bytes, segment_bytes=segment_bytes)
+def opened(folder: Path, *, max_bytes: int = PLENTY, owner: bytes = OWNER) -> SpanStore:
+    return SpanStore(folder, owner, max_bytes=max_bytes)
 
 
 def on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.rows"))
+    """Bytes of rows."""
+    return (folder / "rows.bin").stat().st_size
 
 
-def holds(store: SpanStore, number: int) -> bool:
+def holds(store: SpanStore, number: int, tokens: int = 3) -> bool:
     found = store.get(key(number))
-    return found is not None and torch.equal(found, row(number))
+    return found is not None and torch.equal(found, row(number, tokens))
 
 
 @pytest.fixture
@@ -70,59 +72,82 @@ def test_values_that_bf16_holds_take_half_the_room(store: SpanStore) -> None:
     found = store.get(key(1))
     assert found is not None
     assert torch.equal(found.float(), value)
-    assert store.stats().bytes == on_disk(store.folder) == OPENING + HEADER + value.numel() * 2
+    assert on_disk(store.folder) == value.numel() * 2
+    assert store.stats().bytes == value.numel() * 2 + ENTRY_BYTES
     value[2, 3] = 1 + 2**-20  # one value more than bf16 holds, and the row stays as it is
     store.put(key(2), value)
     assert torch.equal(store.get(key(2)), value)  # type: ignore[arg-type]  # it is there
 
 
 def test_rows_outlast_the_process(tmp_path: Path) -> None:
-    with opened(tmp_path, segment_bytes=300) as store:
+    with opened(tmp_path) as store:
         for number in range(20):
             assert store.put(key(number), row(number))
-    assert len(list(tmp_path.glob("*.rows"))) == 10
-    with opened(tmp_path, segment_bytes=300) as again:
+    with opened(tmp_path) as again:
         assert len(again) == 20
         assert all(holds(again, number) for number in range(20))
         assert again.put(key(20), row(20))
-        assert again.stats().bytes == on_disk(tmp_path)
+        assert on_disk(tmp_path) == 21 * ROW
 
 
-def test_a_row_larger_than_a_segment_has_one_for_itself(tmp_path: Path) -> None:
-    with opened(tmp_path, segment_bytes=100) as store:
-        assert all(store.put(key(number), row(number)) for number in range(3))
-    assert sorted(path.name for path in tmp_path.glob("*.rows")) == ["000000.rows", "000001.rows", "000002.rows"]
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from isthmus.edge.span_cache.cache_store import ENTRY_BYTES, SpanStore
+store = SpanStore(Path(sys.argv[1]), b"o" * 32, max_bytes=1 << 20)
+for number in range(9):
+    value = torch.randn(3, 4, generator=torch.Generator().manual_seed(number))
+    assert store.put(number.to_bytes(32, "little"), value)
+store._write(memoryview(bytes(10)))  # a row that has no entry yet
+os._exit(9)
+"""
+
+
+def test_rows_outlast_a_process_that_was_killed(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == 9
+    assert (tmp_path / "index.sqlite-wal").exists()
+    assert on_disk(tmp_path) == 9 * ROW + 10
+    with opened(tmp_path) as store:
+        assert on_disk(tmp_path) == 9 * ROW
+        assert all(holds(store, number) for number in range(9))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 15), st.integers(1, 9)), max_size=30),
-    st.integers(1, 2000),
-    st.integers(1, 600),
-    st.integers(1, 2000),
+    st.lists(st.tuples(st.integers(0, 15), st.integers(1, 9)), max_size=30), st.integers(1, 3000), st.integers(1, 3000)
 )
-def test_the_bound_holds_and_what_is_there_stays(
-    puts: list[tuple[int, int]], bound: int, segment: int, later: int
-) -> None:
+def test_the_bound_holds_and_what_is_there_stays(puts: list[tuple[int, int]], bound: int, later: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, kept, turned_away = Path(name), {}, False
-        with opened(folder, max_bytes=bound, segment_bytes=segment) as store:
+        with opened(folder, max_bytes=bound) as store:
             for number, tokens in puts:
                 if store.put(key(number), row(number, tokens)):
                     kept[number] = tokens
                 turned_away |= number not in kept
-                assert store.stats().bytes == on_disk(folder) <= bound
+                assert store.stats().bytes == on_disk(folder) + len(kept) * ENTRY_BYTES <= bound
             assert store.stats().full == turned_away
             for number, tokens in kept.items():
                 assert torch.equal(store.get(key(number)), row(number, tokens))  # type: ignore[arg-type]
-        with opened(folder, max_bytes=later, segment_bytes=segment) as store:
-            assert store.stats().bytes == on_disk(folder) <= later
+        with opened(folder, max_bytes=later) as store:
+            assert store.stats().bytes == on_disk(folder) + len(store) * ENTRY_BYTES <= later
+            left = [number for number, tokens in kept.items() if holds(store, number, tokens)]
+            assert left == list(kept)[: len(store)]  # the oldest
             if later >= bound:
                 assert len(store) == len(kept)
 
 
+def test_an_entry_takes_what_is_counted_for_it(tmp_path: Path) -> None:
+    tiny = torch.zeros(1, 1)
+    with opened(tmp_path, max_bytes=1 << 30) as store:
+        for _ in range(3000):
+            assert store.put(os.urandom(32), tiny)
+    assert (tmp_path / "index.sqlite").stat().st_size <= 3000 * ENTRY_BYTES + 3 * 4096
+
+
 def test_counters(tmp_path: Path) -> None:
-    with opened(tmp_path, max_bytes=OPENING + HEADER + 48) as store:
+    with opened(tmp_path, max_bytes=ROW + ENTRY_BYTES) as store:
         store.put(key(1), row(1))
         assert not store.stats().full
         store.put(key(2), row(2))
@@ -130,19 +155,18 @@ def test_counters(tmp_path: Path) -> None:
             store.get(key(number))
         stats = store.stats()
     assert (stats.hits, stats.misses, stats.damaged, stats.rows) == (2, 2, 0, 1)
-    assert (stats.bytes, stats.full, stats.failed) == (OPENING + HEADER + 48, True, False)
+    assert (stats.bytes, stats.full, stats.failed) == (ROW + ENTRY_BYTES, True, False)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lost", [1, 47, 48, 49, 100, HEADER + 48])
-def test_a_torn_last_record_is_absent_and_overwritten(tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("lost", [1, 47, 48])
+def test_a_torn_last_row_is_absent_and_overwritten(tmp_path: Path, lost: int) -> None:
     with opened(tmp_path) as store:
         for number in range(3):
             store.put(key(number), row(number))
-    file = tmp_path / "000000.rows"
-    os.truncate(file, file.stat().st_size - lost)
+    os.truncate(tmp_path / "rows.bin", 3 * ROW - lost)
     with opened(tmp_path) as store:
         assert [holds(store, number) for number in range(3)] == [True, True, False]
         assert store.put(key(2), row(2))
@@ -151,20 +175,23 @@ def test_a_torn_last_record_is_absent_and_overwritten(tmp_path: Path, lost: int)
         assert all(holds(store, number) for number in range(4))
 
 
-@pytest.mark.parametrize("cut", [0, 1, OPENING - 1])
-def test_a_file_without_an_opening_is_deleted(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda data: b"", lambda data: data[:100], lambda data: bytes(len(data)), lambda data: b"x" * 5000]
+)
+def test_an_index_that_is_none_is_deleted(tmp_path: Path, harm: Callable[[bytes], bytes]) -> None:
     with opened(tmp_path) as store:
         store.put(key(0), row(0))
-    os.truncate(tmp_path / "000000.rows", cut)
+    index = tmp_path / "index.sqlite"
+    index.write_bytes(harm(index.read_bytes()))
     with opened(tmp_path) as store:
-        assert len(store) == 0
+        assert len(store) == on_disk(tmp_path) == 0
         assert store.put(key(0), row(0))
         assert holds(store, 0)
 
 
 def flip(file: Path, offset: int) -> None:
     data = bytearray(file.read_bytes())
-    data[offset] ^= 1
+    data[offset] ^= 1 << offset % 8
     file.write_bytes(data)
 
 
@@ -172,7 +199,7 @@ def test_a_row_that_does_not_fit_its_checksum_is_a_miss(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.put(key(0), row(0))
         store.put(key(1), row(1))
-        flip(tmp_path / "000000.rows", OPENING + HEADER + 7)
+        flip(tmp_path / "rows.bin", 7)
         assert [holds(store, number) for number in range(2)] == [False, True]
         assert store.stats().damaged == 1
         assert store.put(key(0), row(0))  # asked for anew, and kept behind the others
@@ -181,15 +208,16 @@ def test_a_row_that_does_not_fit_its_checksum_is_a_miss(tmp_path: Path) -> None:
         assert [holds(store, number) for number in range(2)] == [True, True]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, OPENING + 3 * (HEADER + 48) - 1))
-def test_no_flipped_bit_gives_a_wrong_row(offset: int) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["rows.bin", "index.sqlite"]), st.integers(0, 1 << 20))
+def test_no_flipped_bit_gives_a_wrong_row(name: str, offset: int) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         with opened(folder) as store:
             for number in range(3):
                 store.put(key(number), row(number))
-        flip(folder / "000000.rows", offset)
+        path = folder / name
+        flip(path, offset % path.stat().st_size)
         with opened(folder) as store:
             for number in range(3):
                 assert store.get(key(number)) is None or holds(store, number)
@@ -197,15 +225,42 @@ def test_no_flipped_bit_gives_a_wrong_row(offset: int) -> None:
             assert all(holds(store, number) for number in range(3))
 
 
-def test_a_file_that_is_gone_is_a_miss(store: SpanStore) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        "dtype = 9",
+        "dtype = 'x'",
+        "tokens = -3, columns = -4",
+        "columns = 1 << 60",
+        "start = -1",
+        "stop = 1 << 60",
+        "checksum = NULL",
+        "start = 48, stop = 96",
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_a_miss(tmp_path: Path, change: str) -> None:
+    with opened(tmp_path) as store:
+        for number in range(2):
+            store.put(key(number), row(number))
+        store._index.execute(f"UPDATE rows SET {change} WHERE key = ?", (key(0),))  # noqa: S608  # the test's own
+        assert store.get(key(0)) is None
+        assert holds(store, 1)
+        assert store.put(key(0), row(0))
+    with opened(tmp_path) as store:
+        store._index.execute(f"UPDATE rows SET {change} WHERE key = ?", (key(0),))  # noqa: S608  # the test's own
+    with opened(tmp_path) as store:
+        assert store.get(key(0)) is None
+
+
+def test_rows_that_are_gone_are_a_miss(store: SpanStore) -> None:
     store.put(key(0), row(0))
-    (store.folder / "000000.rows").unlink()
+    os.truncate(store.folder / "rows.bin", 0)
     assert store.get(key(0)) is None
     assert store.stats().damaged == 1
 
 
 def test_a_full_disk_ends_the_growing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, room = os.pwrite, [HEADER + 10]
+    write, room = os.pwrite, [10]
 
     def pwrite(handle: int, data: bytes | memoryview, offset: int) -> int:
         if not room[0]:
@@ -216,12 +271,11 @@ def test_a_full_disk_ends_the_growing_and_nothing_else(tmp_path: Path, monkeypat
 
     with opened(tmp_path) as store:
         store.put(key(0), row(0))
-        size = on_disk(tmp_path)
         monkeypatch.setattr(os, "pwrite", pwrite)
-        with pytest.warns(UserWarning, match="takes in nothing more"):
+        with pytest.warns(UserWarning, match=r"No space left on device.* takes in nothing more"):
             assert not store.put(key(1), row(1))
         assert not store.put(key(2), row(2))  # without a second warning
-        assert on_disk(tmp_path) == size
+        assert on_disk(tmp_path) == ROW
         assert holds(store, 0)
         assert store.get(key(1)) is None
         assert store.stats().failed
@@ -230,6 +284,16 @@ def test_a_full_disk_ends_the_growing_and_nothing_else(tmp_path: Path, monkeypat
     with opened(tmp_path) as store:
         assert [holds(store, number) for number in range(2)] == [True, False]
         assert store.put(key(1), row(1))
+
+
+def test_an_index_that_cannot_be_written_ends_the_growing(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.put(key(0), row(0))
+        store._index.execute("PRAGMA query_only = ON")
+        with pytest.warns(UserWarning, match="takes in nothing more"):
+            assert not store.put(key(1), row(1))
+        assert on_disk(tmp_path) == ROW
+        assert holds(store, 0)
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
@@ -249,12 +313,33 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     opened(tmp_path).close()
 
 
-def test_a_folder_that_could_not_be_read_is_let_go(tmp_path: Path) -> None:
-    (tmp_path / "000000.rows").mkdir()
+@pytest.mark.parametrize("name", ["rows.bin", "index.sqlite"])
+def test_a_folder_that_could_not_be_read_is_released(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
     with pytest.raises(DiskError):
         opened(tmp_path)
-    (tmp_path / "000000.rows").rmdir()
+    (tmp_path / name).rmdir()
     opened(tmp_path).close()
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "index.sqlite"])
+def test_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cache").mkdir(mode=0o700)
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (tmp_path / "cache" / name).symlink_to(target)
+    with pytest.raises(DiskError):
+        opened(tmp_path / "cache")
+    assert target.read_text() == "mine"
+
+
+def test_rows_of_the_older_format_go_with_a_warning(tmp_path: Path) -> None:
+    for name in ("000000.rows", "000012.rows", "mine.rows"):
+        (tmp_path / name).write_bytes(b"ISTHROWS" + OWNER)
+    with pytest.warns(UserWarning, match="older format, which are deleted"):
+        opened(tmp_path).close()
+    assert [path.name for path in tmp_path.glob("*.rows")] == ["mine.rows"]
+    opened(tmp_path).close()  # without a second warning
 
 
 def test_only_the_user_can_read_it(tmp_path: Path) -> None:
@@ -262,18 +347,22 @@ def test_only_the_user_can_read_it(tmp_path: Path) -> None:
     try:
         with opened(tmp_path / "deep" / "cache") as store:
             store.put(key(0), row(0))
+            log = store.folder / "index.sqlite-wal"
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "deep" / "cache").stat().st_mode) == 0o700
-    assert stat.S_IMODE((tmp_path / "deep" / "cache" / "000000.rows").stat().st_mode) == 0o600
+    for name in ("rows.bin", "index.sqlite"):
+        assert stat.S_IMODE((tmp_path / "deep" / "cache" / name).stat().st_mode) == 0o600
 
 
 def test_clear_deletes_the_rows_and_nothing_else(store: SpanStore) -> None:
-    other = store.folder / "mine.rows"
-    other.write_text("not a segment")
+    other = store.folder / "mine.txt"
+    other.write_text("no row")
     store.put(key(0), row(0))
     store.clear()
-    assert [path.name for path in store.folder.glob("*.rows")] == ["mine.rows"]
+    assert other.exists()
+    assert on_disk(store.folder) == store.stats().bytes == 0
     assert store.get(key(0)) is None
     assert store.put(key(0), row(0))
     assert holds(store, 0)

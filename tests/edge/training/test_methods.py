@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models.small_training import Strip, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,8 +27,8 @@ from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError
 from isthmus.edge.data.batches import Batches
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter, trained
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
 
 METHODS = ["lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "full"]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -59,8 +59,8 @@ def test_a_method_trains_resumes_and_reloads(model_folder: Path, tmp_path: Path,
     assert result.report.loss_before != result.report.loss_after
 
     with pytest.raises(UnreachableError):
-        trainer(model_folder, options("broken"), Strip("begin", 8, unreachable)).fit()
-    resumed = trainer(model_folder, options("broken", resume=True), Strip())
+        trainer(model_folder, options("broken"), Wire("begin", 8, unreachable)).fit()
+    resumed = trainer(model_folder, options("broken", resume=True), Wire())
     resumed.fit()
     for name, value in weights(straight.model).items():
         assert torch.equal(weights(resumed.model)[name], value), name

@@ -1,4 +1,4 @@
-"""Forward-only tuning: its arithmetic, what it leaves as it was, and that the strip carries nothing back."""
+"""Forward-only tuning: its arithmetic, what it leaves as it was, and that the wire carries nothing back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
-from support.models.small_training import Strip, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import tiny_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -203,9 +203,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(model_folder: Path, tmp_path: P
     straight = trainer(model_folder, options(tmp_path / "straight"))
     straight.fit()
     with pytest.raises(UnreachableError, match="checkpoint-4"):
-        trainer(model_folder, options(tmp_path / "broken"), Strip("begin", 5, unreachable)).fit()
+        trainer(model_folder, options(tmp_path / "broken"), Wire("begin", 5, unreachable)).fit()
     assert load_file(tmp_path / "broken" / "checkpoint-4" / "optimizer.safetensors") == {}
-    resumed = trainer(model_folder, options(tmp_path / "broken", resume=True), Strip())
+    resumed = trainer(model_folder, options(tmp_path / "broken", resume=True), Wire())
     resumed.fit()
     assert same(weights(resumed.model), weights(straight.model))
     assert (tmp_path / "broken" / "losses.jsonl").read_text() == (tmp_path / "straight" / "losses.jsonl").read_text()

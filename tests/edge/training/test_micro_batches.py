@@ -1,4 +1,4 @@
-"""Lanes: who computes when, what a micro-batch's random numbers are, and how a step on several links ends."""
+"""InFlight: who computes when, what a micro-batch's random numbers are, and how a step on several links ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
 from isthmus.common.shutdown import Interrupted, StopRequest
-from isthmus.edge import cloud_link as strips
+from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.client.span_calls import SpanCaller
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.edge.split_run import train_over
-from isthmus.edge.training.micro_batches import LaneMeter, Lanes
+from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 
 LONG = 60.0  # seconds after which a test has hung
 
@@ -80,7 +80,7 @@ class Alone:
         self._free = threading.Lock()
 
     def __enter__(self) -> None:
-        assert self._free.acquire(blocking=False), "two lanes compute at a time"
+        assert self._free.acquire(blocking=False), "two micro-batches compute at a time"
 
     def __exit__(self, *_: object) -> None:
         self._free.release()
@@ -89,11 +89,11 @@ class Alone:
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
     yield
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
 
 
-def forward(lanes: Lanes, value: float = 1.0) -> Tensor:
-    return RemoteSpan(lanes)(torch.full((1, 1, 4), float(value), requires_grad=True), None, None)
+def forward(in_flight: InFlight, value: float = 1.0) -> Tensor:
+    return RemoteSpan(in_flight)(torch.full((1, 1, 4), float(value), requires_grad=True), None, None)
 
 
 # Who computes ---------------------------------------------------------------------------------------------------------
@@ -101,20 +101,20 @@ def forward(lanes: Lanes, value: float = 1.0) -> Tensor:
 
 def test_two_are_on_their_way_and_one_computes() -> None:
     both = threading.Barrier(2)  # which nobody passes alone
-    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+    in_flight = InFlight([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
     alone = Alone()
 
     def work(item: float) -> float:
         with alone:
             hidden = torch.full((1, 1, 4), item, requires_grad=True)
-        output = RemoteSpan(lanes)(hidden, None, None)
+        output = RemoteSpan(in_flight)(hidden, None, None)
         with alone:
             loss = output.sum()
         (gradient,) = torch.autograd.grad(loss, hidden)
         with alone:
             return (loss + gradient.sum()).item()
 
-    assert list(lanes.map(work, [1.0, 2.0, 3.0, 4.0])) == [16.0, 24.0, 32.0, 40.0]
+    assert list(in_flight.map(work, [1.0, 2.0, 3.0, 4.0])) == [16.0, 24.0, 32.0, 40.0]
 
 
 def test_what_sites_compute_is_computed_alone() -> None:
@@ -126,16 +126,16 @@ def test_what_sites_compute_is_computed_alone() -> None:
                 return super().forward(x)
 
     site = Site("model.layers.2.q_proj", SiteSpec(2, "q_proj"), Adapter(4, 4))
-    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+    in_flight = InFlight([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
 
     def work(item: float) -> list[Tensor]:
         hidden = torch.full((1, 1, 4), item, requires_grad=True)
-        output = RemoteSpan(lanes).at_sites(hidden, None, None, [site])
+        output = RemoteSpan(in_flight).at_sites(hidden, None, None, [site])
         with alone:
             loss = output.square().sum()
         return list(torch.autograd.grad(loss, [hidden, *site.parameters]))
 
-    results = list(lanes.map(work, [1.0, 2.0, 3.0, 4.0]))
+    results = list(in_flight.map(work, [1.0, 2.0, 3.0, 4.0]))
     for item, found in zip([1.0, 2.0, 3.0, 4.0], results, strict=True):
         hidden = torch.full((1, 1, 4), item, requires_grad=True)
         expected = torch.autograd.grad((2 * hidden + site.module(hidden)).square().sum(), [hidden, *site.parameters])
@@ -144,22 +144,22 @@ def test_what_sites_compute_is_computed_alone() -> None:
 
 def test_results_come_in_the_order_of_the_items() -> None:
     later = threading.Event()
-    lanes = Lanes([Doubler(lambda _: void(later.wait(LONG))) for _ in range(2)])
+    in_flight = InFlight([Doubler(lambda _: void(later.wait(LONG))) for _ in range(2)])
 
     def work(item: int) -> int:
         if item == 0:
-            forward(lanes)
+            forward(in_flight)
         else:
             later.set()
         return item
 
-    assert list(lanes.map(work, [0, 1, 2])) == [0, 1, 2]
+    assert list(in_flight.map(work, [0, 1, 2])) == [0, 1, 2]
 
 
 def test_more_lanes_than_items_and_none_at_all() -> None:
-    lanes = Lanes([Doubler() for _ in range(3)])
-    assert list(lanes.map(lambda item: item + 1, [1])) == [2]
-    assert list(lanes.map(lambda item: item, [])) == []
+    in_flight = InFlight([Doubler() for _ in range(3)])
+    assert list(in_flight.map(lambda item: item + 1, [1])) == [2]
+    assert list(in_flight.map(lambda item: item, [])) == []
 
 
 # Random numbers and a thread's settings -------------------------------------------------------------------------------
@@ -173,25 +173,25 @@ def test_the_random_numbers_of_a_micro_batch_are_its_own(n: int) -> None:
 
     site = Site("q_proj", SiteSpec(2, "q_proj"), Dropping(4, 4, bias=False))
 
-    def draws(lanes: Lanes) -> list[Tensor]:
+    def draws(in_flight: InFlight) -> list[Tensor]:
         def work(item: float) -> Tensor:
             before = torch.rand(3)
             hidden = torch.full((1, 2, 4), item, requires_grad=True)
-            output = RemoteSpan(lanes).at_sites(hidden, None, None, [site])
+            output = RemoteSpan(in_flight).at_sites(hidden, None, None, [site])
             between = torch.rand(3)
             (gradient,) = torch.autograd.grad(output.sum(), hidden)
             return torch.cat([before, between, torch.rand(3), output.detach().flatten(), gradient.flatten()])
 
-        return list(lanes.map(work, [1.0, 2.0, 3.0, 4.0]))
+        return list(in_flight.map(work, [1.0, 2.0, 3.0, 4.0]))
 
     torch.manual_seed(3)
-    one = draws(Lanes([Doubler()]))
+    one = draws(InFlight([Doubler()]))
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    several = draws(Lanes([Doubler() for _ in range(n)]))
+    several = draws(InFlight([Doubler() for _ in range(n)]))
     assert torch.equal(torch.get_rng_state(), after)
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
-    again = draws(Lanes([Doubler() for _ in range(n)]))  # the next step draws others
+    again = draws(InFlight([Doubler() for _ in range(n)]))  # the next step draws others
     assert not any(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0][:3], one[1][:3])
     for drawn in one:  # nor does it draw the same again
@@ -202,17 +202,19 @@ def test_a_step_costs_the_random_state_the_same_whatever_is_drawn() -> None:
     states = []
     for work in (lambda item: item, lambda item: torch.rand(100 + item)):
         torch.manual_seed(3)
-        list(Lanes([Doubler(), Doubler()]).map(work, [0, 1, 2]))
+        list(InFlight([Doubler(), Doubler()]).map(work, [0, 1, 2]))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
 
 def test_forwards_alone_leave_nothing_with_the_cloud() -> None:
     links = [Doubler(), Doubler()]
-    lanes = Lanes(links)
+    in_flight = InFlight(links)
     with torch.no_grad():
-        assert not any(output.requires_grad for output in lanes.map(lambda item: forward(lanes, item), [1.0, 2.0]))
-    list(lanes.map(lambda item: forward(lanes, item), [1.0, 2.0]))
+        assert not any(
+            output.requires_grad for output in in_flight.map(lambda item: forward(in_flight, item), [1.0, 2.0])
+        )
+    list(in_flight.map(lambda item: forward(in_flight, item), [1.0, 2.0]))
     assert sorted(keep for link in links for keep in link.kept) == [False, False, True, True]
 
 
@@ -222,8 +224,8 @@ def test_every_lane_is_told_how_many_threads_the_caller_has(monkeypatch: pytest.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: told.update({threading.current_thread().name: n}))
     both = threading.Barrier(2)
-    lanes = Lanes([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
-    names = list(lanes.map(lambda item: (forward(lanes, item), threading.current_thread().name)[1], [0, 1]))
+    in_flight = InFlight([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
+    names = list(in_flight.map(lambda item: (forward(in_flight, item), threading.current_thread().name)[1], [0, 1]))
     assert told == dict.fromkeys(names, 3)
     assert len(told) == 2
 
@@ -233,20 +235,20 @@ def test_every_lane_is_told_how_many_threads_the_caller_has(monkeypatch: pytest.
 
 def test_a_call_outside_a_step_goes_over_the_first_link() -> None:
     links = [Doubler(), Doubler()]
-    forward(Lanes(links)).sum().backward()  # type: ignore[no-untyped-call]  # torch
+    forward(InFlight(links)).sum().backward()  # type: ignore[no-untyped-call]  # torch
     assert [link.calls for link in links] == [["forward", "backward"], []]
 
 
 def test_a_backward_goes_over_the_link_of_its_forward() -> None:
     both = threading.Barrier(2)
     links = [Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)]
-    lanes = Lanes(links)
+    in_flight = InFlight(links)
 
     def work(item: float) -> None:
         hidden = torch.full((1, 1, 4), item, requires_grad=True)
-        torch.autograd.grad(RemoteSpan(lanes)(hidden, None, None).sum(), hidden)
+        torch.autograd.grad(RemoteSpan(in_flight)(hidden, None, None).sum(), hidden)
 
-    list(lanes.map(work, [1.0, 2.0]))
+    list(in_flight.map(work, [1.0, 2.0]))
     assert [link.calls for link in links] == [["forward", "backward"]] * 2
 
 
@@ -259,14 +261,14 @@ def test_meters_are_added_up() -> None:
         def begin_step(self, step: int) -> None:
             self.steps.append(step)
 
-        def totals(self) -> StripTotals:
-            return StripTotals(bytes_up=10 * self._calls, calls=self._calls, wire_s=0.5)
+        def totals(self) -> WireTotals:
+            return WireTotals(bytes_up=10 * self._calls, calls=self._calls, wire_s=0.5)
 
     meters = [Meter(1), Meter(2)]
-    meter = LaneMeter(meters)
+    meter = SummedMeter(meters)
     meter.begin_step(7)
     assert [each.steps for each in meters] == [[7], [7]]
-    assert meter.totals() == StripTotals(bytes_up=30, calls=3, wire_s=1.0)
+    assert meter.totals() == WireTotals(bytes_up=30, calls=3, wire_s=1.0)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -282,14 +284,14 @@ def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
         elif where == "link":
             raise UnreachableError("away.")
 
-    lanes = Lanes([Doubler(wait_or_fail), Doubler(wait_or_fail)])
+    in_flight = InFlight([Doubler(wait_or_fail), Doubler(wait_or_fail)])
 
     def work(item: int) -> int:
         begun.append(item)
         try:
             if item == 1 and where == "computing":
                 raise UnreachableError("away.")
-            forward(lanes, item)
+            forward(in_flight, item)
         except UnreachableError:
             failed.set()
             raise
@@ -299,28 +301,28 @@ def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
     torch.randint(0, 2**62, (6,))
     expected = torch.get_rng_state()
     torch.manual_seed(3)
-    results = lanes.map(work, list(range(6)))
+    results = in_flight.map(work, list(range(6)))
     assert next(results) == 0
     with pytest.raises(UnreachableError, match="away"):
         next(results)
     assert set(begun[:2]) == {0, 1}
-    assert len(begun) <= 3  # the lane of item 0 may have begun another before the failure was known
+    assert len(begun) <= 3  # the thread of item 0 may have begun another before the failure was known
     assert torch.equal(torch.get_rng_state(), expected)
-    assert list(lanes.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free
+    assert list(in_flight.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free
 
 
 def test_a_lane_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
     taken = threading.Event()
-    lanes = Lanes([Doubler(lambda _: void(taken.wait(LONG))) for _ in range(2)])
+    in_flight = InFlight([Doubler(lambda _: void(taken.wait(LONG))) for _ in range(2)])
 
     def work(item: int) -> int:
         if item == 0:
-            forward(lanes)
+            forward(in_flight)
             return item
         taken.set()
         raise NonFiniteError("NaN.")
 
-    with closing(lanes.map(work, [0, 1])) as results:
+    with closing(in_flight.map(work, [0, 1])) as results:
         assert next(results) == 0
         with pytest.raises(NonFiniteError):
             next(results)
@@ -331,31 +333,31 @@ def test_a_site_that_fails_ends_the_call_and_frees_the_turn() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise NonFiniteError("NaN.")
 
-    lanes = Lanes([Doubler(), Doubler()])
+    in_flight = InFlight([Doubler(), Doubler()])
     site = Site("q_proj", SiteSpec(2, "q_proj"), Broken(4, 4))
 
     def work(_item: int) -> None:
-        RemoteSpan(lanes).at_sites(torch.ones(1, 1, 4), None, None, [site])
+        RemoteSpan(in_flight).at_sites(torch.ones(1, 1, 4), None, None, [site])
 
     with pytest.raises(NonFiniteError):
-        list(lanes.map(work, [0, 1, 2]))
-    assert list(lanes.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]
+        list(in_flight.map(work, [0, 1, 2]))
+    assert list(in_flight.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]
 
 
-def test_a_caller_that_goes_away_stops_the_lanes() -> None:
+def test_a_caller_that_goes_away_stops_all_threads() -> None:
     begun: list[int] = []
-    lanes = Lanes([Doubler(), Doubler()])
+    in_flight = InFlight([Doubler(), Doubler()])
 
     def work(item: int) -> int:
         begun.append(item)
-        forward(lanes)
+        forward(in_flight)
         return item
 
     torch.manual_seed(3)
     torch.randint(0, 2**62, (1000,))
     expected = torch.get_rng_state()
     torch.manual_seed(3)
-    with closing(lanes.map(work, list(range(1000)))) as results:
+    with closing(in_flight.map(work, list(range(1000)))) as results:
         next(results)
     assert len(begun) < 1000
     assert torch.equal(torch.get_rng_state(), expected)
@@ -366,7 +368,7 @@ def test_a_caller_that_goes_away_stops_the_lanes() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("lanes")) as started:
+    with cloud_for_runs(tmp_path_factory.mktemp("in-flight")) as started:
         yield started
 
 
@@ -375,7 +377,7 @@ SITED = {"sites": "all", "target_modules": "q_proj,v_proj,down_proj"}
 
 @pytest.fixture(scope="module")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without lanes."""
+    """A run with one micro-batch at a time."""
     out = tmp_path_factory.mktemp("alone")
     report = runs.train(out, **SITED)
     assert report.loss_after is not None
@@ -437,7 +439,7 @@ def train(runs: Runs, act: Callable[[Link, int, str, str], None], out: Path, **v
     opened = Observed(act)
     config = runs.config(out, **values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strips, "open_link", opened)
+        patch.setattr(cloud_link, "open_link", opened)
         with opened(config) as link:
             train_over(link, config)
     return opened
@@ -476,7 +478,7 @@ def test_a_cloud_that_stays_away_from_one_lane_ends_the_run_and_it_resumes(
     assert_same_run(tmp_path, alone)
 
 
-def test_ctrl_c_ends_all_lanes(runs: Runs, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_every_one(runs: Runs, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
 
     def check(_: StopRequest) -> None:

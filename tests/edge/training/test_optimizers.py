@@ -10,7 +10,7 @@ import peft.optimizers
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models.small_training import Strip, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -114,9 +114,9 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_loads(model_folder: Path, tmp
     straight = trainer(model_folder, options(tmp_path / "straight", optimizer))
     straight.fit()
     with pytest.raises(UnreachableError, match="checkpoint-4"):
-        trainer(model_folder, options(tmp_path / "broken", optimizer), Strip("begin", 5, unreachable)).fit()
+        trainer(model_folder, options(tmp_path / "broken", optimizer), Wire("begin", 5, unreachable)).fit()
     # A frozen A comes from the checkpoint, not from the seed.
-    run = trainer(model_folder, options(tmp_path / "broken", optimizer, resume=True), Strip())
+    run = trainer(model_folder, options(tmp_path / "broken", optimizer, resume=True), Wire())
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if "lora_" in name:

@@ -1,4 +1,4 @@
-"""The loss of a step over its micro-batches: its weights, its gradient, and that lanes add it up as `backward` does."""
+"""The loss of a step over its micro-batches: its weights, and its gradient, also with several in flight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.shutdown import Interrupted
 from isthmus.edge.data.batches import Batch
-from isthmus.edge.training.micro_batches import Lanes
+from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.step_rule import BatchLoss
 
 
@@ -45,15 +45,15 @@ def batch(value: int, labels: int) -> Batch:
 BATCHES = [batch(1, 3), batch(2, 1), batch(3, 2)]
 
 
-def gradients(lanes: Lanes | None) -> tuple[float, dict[str, Tensor | None], Model]:
+def gradients(in_flight: InFlight | None) -> tuple[float, dict[str, Tensor | None], Model]:
     model = Model()
     trained = list(model.parameters())
-    total = BatchLoss(model, "fp32", lambda: None, lanes).over(1, BATCHES, trained)
+    total = BatchLoss(model, "fp32", lambda: None, in_flight).over(1, BATCHES, trained)
     return total, {name: parameter.grad for name, parameter in model.named_parameters()}, model
 
 
-def two_lanes() -> Lanes:
-    return Lanes([None, None])  # type: ignore[list-item]  # nothing crosses
+def two_in_flight() -> InFlight:
+    return InFlight([None, None])  # type: ignore[list-item]  # nothing crosses
 
 
 def test_the_loss_is_the_mean_over_all_labels() -> None:
@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_over_all_labels() -> None:
 
 def test_lanes_add_up_what_backward_adds_up_and_every_parameter_has_its_own() -> None:
     total, theirs, _ = gradients(None)
-    also, ours, model = gradients(two_lanes())
+    also, ours, model = gradients(two_in_flight())
     assert also == total
     assert ours.keys() == theirs.keys()
     places = set()
@@ -87,28 +87,28 @@ def test_lanes_add_up_what_backward_adds_up_and_every_parameter_has_its_own() ->
     assert len(places) == 4
 
 
-@pytest.mark.parametrize("with_lanes", [False, True])
-def test_going_forward_alone_leaves_no_gradient(with_lanes: bool) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_going_forward_alone_leaves_no_gradient(overlapped: bool) -> None:
     model = Model()
-    loss = BatchLoss(model, "fp32", lambda: None, two_lanes() if with_lanes else None)
+    loss = BatchLoss(model, "fp32", lambda: None, two_in_flight() if overlapped else None)
     expected = gradients(None)[0]
     with torch.no_grad():
         assert loss.over(1, BATCHES) == expected
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("with_lanes", [False, True])
-def test_a_loss_that_is_not_finite_names_the_step(with_lanes: bool) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_loss_that_is_not_finite_names_the_step(overlapped: bool) -> None:
     model = Model()
     with torch.no_grad():
         model.one[0] = torch.nan
-    loss = BatchLoss(model, "fp32", lambda: None, two_lanes() if with_lanes else None)
+    loss = BatchLoss(model, "fp32", lambda: None, two_in_flight() if overlapped else None)
     with pytest.raises(NonFiniteError, match="the loss of step 7 is nan: lower --learning-rate"):
         loss.over(7, BATCHES, list(model.parameters()))
 
 
-@pytest.mark.parametrize("with_lanes", [False, True])
-def test_a_request_to_stop_ends_the_step_after_a_micro_batch(with_lanes: bool) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_request_to_stop_ends_the_step_after_a_micro_batch(overlapped: bool) -> None:
     asked: list[int] = []
 
     def check() -> None:
@@ -116,7 +116,7 @@ def test_a_request_to_stop_ends_the_step_after_a_micro_batch(with_lanes: bool) -
         raise Interrupted
 
     model = Model()
-    loss = BatchLoss(model, "fp32", check, two_lanes() if with_lanes else None)
+    loss = BatchLoss(model, "fp32", check, two_in_flight() if overlapped else None)
     with pytest.raises(Interrupted):
         loss.over(1, BATCHES, list(model.parameters()))
     assert 1 <= len(asked) <= 2

@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from support.models import small_training as training
+from support import older_checkpoints as older, training
 from support.models.sited_span import Sited
-from support.models.small_training import Strip, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import tiny_checkpoint
 from support.warm_processes import warm
 from transformers import AutoModelForCausalLM
@@ -29,16 +29,16 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import CheckpointError, ConfigError, DiskError, NonFiniteError, UnreachableError
 from isthmus.common.files import claim
-from isthmus.common.progress import duration
+from isthmus.common.progress import StepProgress, duration
 from isthmus.common.readable import size
 from isthmus.edge.config.schedule import learning_rate, total_steps
 from isthmus.edge.data.batches import Batches, Encoded
-from isthmus.edge.run_report import StripTotals, count, linear_parameters
-from isthmus.edge.training import training_checkpoint as checkpoints
+from isthmus.edge.run_report import WireTotals, count, linear_parameters
+from isthmus.edge.training.edge_steps import figures
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
+from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.training import run_checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("undisturbed")
-    trainer(model_folder, config(out), Strip()).fit()
+    trainer(model_folder, config(out), Wire()).fit()
     return out
 
 
@@ -181,8 +181,8 @@ def test_the_report(model_folder: Path, undisturbed: Path) -> None:
 
 
 def test_totals_have_differences_and_sums() -> None:
-    one, two = StripTotals(5, 4, 3, 9, 0.5, 0.25, 1.0, 2), StripTotals(1, 1, 1, 2, 0.25, 0.125, 0.5, 1)
-    assert one - two == StripTotals(4, 3, 2, 7, 0.25, 0.125, 0.5, 1)
+    one, two = WireTotals(5, 4, 3, 9, 0.5, 0.25, 1.0, 2), WireTotals(1, 1, 1, 2, 0.25, 0.125, 0.5, 1)
+    assert one - two == WireTotals(4, 3, 2, 7, 0.25, 0.125, 0.5, 1)
     assert (one - two) + two == one
 
 
@@ -216,7 +216,7 @@ def test_a_run_without_validation(model_folder: Path, tmp_path: Path) -> None:
 def test_tensorboard_gets_the_curves(model_folder: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = config(tmp_path, steps=3, report_to="tensorboard", eval_every=2)
-    trainer(model_folder, settings, Strip(), step_observers=[Turns()]).fit()
+    trainer(model_folder, settings, Wire(), step_observers=[Turns()]).fit()
     log = events.EventAccumulator(str(tmp_path / "tensorboard"))
     log.Reload()
     assert [event.value for event in log.Scalars("loss/train")] == pytest.approx([x["loss"] for x in losses(tmp_path)])
@@ -234,11 +234,11 @@ def test_tensorboard_that_is_missing(model_folder: Path, tmp_path: Path, monkeyp
 
 def test_progress_in_plain_lines() -> None:
     shown, now = io.StringIO(), [0.0]
-    with TrainProgress(10, 5, Console(file=shown, width=40), clock=lambda: now[0]) as progress:
+    with StepProgress("step", 10, Console(file=shown, width=40), every=5, clock=lambda: now[0]) as progress:
         progress.start(2)
         for step in range(3, 11):
             now[0] += 60.0
-            progress.update(step, 1.25, 1234.5, StripTotals(bytes_up=3 << 20, bytes_down=512))
+            progress.show(step, figures(1.25, 1234.5, WireTotals(bytes_up=3 << 20, bytes_down=512)))
     assert shown.getvalue().splitlines() == [
         "step 5/10  loss 1.2500  1,234 tokens/s  up 3.0 MiB  down 512 B  left 05:00",
         "step 10/10  loss 1.2500  1,234 tokens/s  up 3.0 MiB  down 512 B  left 00:00",
@@ -248,9 +248,9 @@ def test_progress_in_plain_lines() -> None:
 
 def test_progress_on_a_terminal() -> None:
     shown = io.StringIO()
-    with TrainProgress(10, 1, Console(file=shown, force_terminal=True, width=120)) as progress:
+    with StepProgress("step", 10, Console(file=shown, force_terminal=True, width=120)) as progress:
         progress.start(0)
-        progress.update(1, 1.25, 10.0, StripTotals())
+        progress.show(1, figures(1.25, 10.0, WireTotals()))
     assert "1/10" in shown.getvalue()
     assert "loss 1.2500" in shown.getvalue()
 
@@ -289,7 +289,7 @@ class Turns:
 
 def test_observers_are_called_around_every_step(model_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     first, second = Turns(), Turns()
-    run = trainer(model_folder, config(tmp_path), Strip(), step_observers=(first, second))
+    run = trainer(model_folder, config(tmp_path), Wire(), step_observers=(first, second))
     first.parameters = list(trained(run.model).values())
     run.fit()
     for observer in (first, second):
@@ -302,14 +302,14 @@ def test_observers_are_called_around_every_step(model_folder: Path, undisturbed:
         assert state["observers"] == [{"begun": steps, "ended": steps}] * 2
 
 
-@pytest.mark.parametrize("where", ["observer", "strip"])
+@pytest.mark.parametrize("where", ["observer", "wire"])
 def test_the_state_of_observers_comes_back_on_a_resume(
     model_folder: Path, undisturbed: Path, tmp_path: Path, where: str
 ) -> None:
     """It is that of the last applied step, whatever the observer did in the step that was given up."""
     observer = Turns(fail_before=5 if where == "observer" else 0)
-    run = trainer(model_folder, config(tmp_path), Strip(), step_observers=[observer])
-    if where == "strip":
+    run = trainer(model_folder, config(tmp_path), Wire(), step_observers=[observer])
+    if where == "wire":
         run.model.get_base_model().lm_head.register_forward_hook(
             lambda *_: raise_unreachable() if run.step == 4 else None
         )
@@ -317,7 +317,7 @@ def test_the_state_of_observers_comes_back_on_a_resume(
         run.fit()
     assert observer.begun == [1, 2, 3, 4, 5]
     again = Turns()
-    trainer(model_folder, config(tmp_path, resume=True), Strip(), step_observers=[again]).fit()
+    trainer(model_folder, config(tmp_path, resume=True), Wire(), step_observers=[again]).fit()
     assert again.begun == again.ended == list(range(1, 10))
     assert_same_run(tmp_path, undisturbed)
 
@@ -340,14 +340,14 @@ def test_a_signal_saves_and_says_how_to_go_on(
     model_folder: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    strip = Strip("begin", 5, lambda: signal.raise_signal(number))
+    wire = Wire("begin", 5, lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt, match=r"after step 4 of 9.*checkpoint-4.*--resume"):
-        trainer(model_folder, config(tmp_path), strip).fit()
+        trainer(model_folder, config(tmp_path), wire).fit()
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4]
-    strip = Strip()
-    trainer(model_folder, config(tmp_path, resume=True), strip).fit()
-    assert strip.steps == [5, 6, 7, 8, 9]
+    wire = Wire()
+    trainer(model_folder, config(tmp_path, resume=True), wire).fit()
+    assert wire.steps == [5, 6, 7, 8, 9]
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -357,14 +357,14 @@ def test_a_second_signal_stops_at_once(model_folder: Path, tmp_path: Path) -> No
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="at once"):
-        trainer(model_folder, config(tmp_path), Strip("begin", 5, twice)).fit()
+        trainer(model_folder, config(tmp_path), Wire("begin", 5, twice)).fit()
     assert checkpoint_names(tmp_path) == ["checkpoint-3"]
 
 
 def test_a_cloud_that_stays_away(model_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"stayed away for 600 s\. .*checkpoint-4.*--resume"):
-        trainer(model_folder, config(tmp_path), Strip("begin", 5, raise_unreachable)).fit()
-    trainer(model_folder, config(tmp_path, resume=True), Strip()).fit()
+        trainer(model_folder, config(tmp_path), Wire("begin", 5, raise_unreachable)).fit()
+    trainer(model_folder, config(tmp_path, resume=True), Wire()).fit()
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -385,16 +385,16 @@ def test_a_killed_edge_goes_on_as_if_nothing_had_been(
     killed = warm().run(words, environment, tmp_path, 240, program=training.__file__)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint_names(tmp_path) == left
-    trainer(model_folder, config(tmp_path, resume=True), Strip()).fit()
+    trainer(model_folder, config(tmp_path, resume=True), Wire()).fit()
     assert_same_run(tmp_path, undisturbed)
     assert checkpoint_names(tmp_path) == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_a_finished_run_can_be_resumed(model_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
-    first = trainer(model_folder, config(tmp_path), Strip()).fit()
-    strip = Strip()
-    again = trainer(model_folder, config(tmp_path, resume=True), strip).fit()
-    assert strip.steps == []
+    first = trainer(model_folder, config(tmp_path), Wire()).fit()
+    wire = Wire()
+    again = trainer(model_folder, config(tmp_path, resume=True), wire).fit()
+    assert wire.steps == []
     assert (again.report.tokens, again.report.seconds) == (first.report.tokens, first.report.seconds)
     assert_same_run(tmp_path, undisturbed)
 
@@ -418,7 +418,7 @@ def test_a_signal_ends_a_wait_of_the_strip(model_folder: Path, tmp_path: Path) -
             if number == 3:
                 signal.raise_signal(signal.SIGTERM)
 
-    run = trainer(model_folder, config(tmp_path), Strip("begin", 5, wait))
+    run = trainer(model_folder, config(tmp_path), Wire("begin", 5, wait))
     with pytest.raises(KeyboardInterrupt, match=r"after step 4 of 9.*checkpoint-4.*--resume"):
         run.fit()
     assert asked == [0, 1, 2, 3, 4]
@@ -458,6 +458,18 @@ def test_a_constant_schedule_can_be_made_longer(model_folder: Path, tmp_path: Pa
     for steps, name in ((4, "grown"), (7, "grown"), (7, "straight")):
         trainer(model_folder, config(tmp_path / name, steps=steps, schedule="constant", resume=True)).fit()
     assert_same_run(tmp_path / "grown", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "adalora", "steps": 12}, {"optimizer": "lora-fa"}])
+def test_a_checkpoint_of_the_loop_before_is_resumed(model_folder: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    trainer(model_folder, config(tmp_path / "straight", **values), Wire(), step_observers=[Turns()]).fit()
+    wire = Wire("begin", 5, raise_unreachable)
+    with pytest.raises(UnreachableError):
+        trainer(model_folder, config(tmp_path / "run", **values), wire, step_observers=[Turns()]).fit()
+    older.rewrite_edge(tmp_path / "run" / "checkpoint-4", epoch=1, position=1, learning_rate=1e-3)
+    resumed = config(tmp_path / "run", resume=True, **values)
+    trainer(model_folder, resumed, Wire(), step_observers=[Turns()]).fit()
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_checkpoint_of_other_layers_is_refused(undisturbed: Path, tmp_path: Path) -> None:

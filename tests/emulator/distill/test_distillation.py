@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support import older_checkpoints as older
 from support.models.tiny import N_LAYERS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -124,17 +125,19 @@ def test_without_cross_entropy_nothing_above_the_middle_runs(bench: Bench, tmp_p
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> None:
     """Have step number `step` end in a signal, or in an error, before it is applied."""
-    losses = distilling._Run._losses
+    measure, losses = distilling._Distillation.measure, distilling._Distillation._losses
 
-    def act(run: Any, ids: Tensor) -> Any:
-        if run._step + 1 == step:
-            monkeypatch.setattr(distilling._Run, "_losses", losses)
+    def act(task: Any, number: int) -> Any:
+        if number == step:
+            monkeypatch.setattr(distilling._Distillation, "measure", measure)
             if how == "nan":
-                return torch.tensor(math.nan), None
-            os.kill(os.getpid(), signal.SIGTERM if how == "term" else signal.SIGINT)
-        return losses(run, ids)
+                monkeypatch.setattr(distilling._Distillation, "_losses", lambda *_: (torch.tensor(math.nan), None))
+            else:
+                os.kill(os.getpid(), signal.SIGTERM if how == "term" else signal.SIGINT)
+        return measure(task, number)
 
-    monkeypatch.setattr(distilling._Run, "_losses", act)
+    monkeypatch.setattr(distilling._Distillation, "measure", act)
+    monkeypatch.setattr(distilling._Distillation, "_losses", losses)
 
 
 @pytest.mark.parametrize(("how", "step"), [("int", 4), ("term", 1), ("int", 6)])
@@ -149,17 +152,32 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [f"checkpoint-{step - 1}"]
     emulator = bench.emulator("crash")
     report = bench.run(emulator, tmp_path / "two")
-    assert f"Going on after step {step - 1} of 6" in bench.shown.getvalue()
+    assert f"Resumed after step {step - 1} of 6" in bench.shown.getvalue()
     assert same_weights(emulator, undisturbed)
     assert report == expected
     assert (tmp_path / "two" / "distill.jsonl").read_bytes() == (tmp_path / "one" / "distill.jsonl").read_bytes()
+
+
+def test_a_checkpoint_of_format_1_is_gone_on_with(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = bench.emulator("crash")
+    expected = bench.run(undisturbed, tmp_path / "one")
+    interrupt_at(monkeypatch, 4, "int")
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(bench.emulator("crash"), tmp_path / "two")
+    older.rewrite_distillation(tmp_path / "two" / "checkpoint-3")
+    emulator = bench.emulator("crash")
+    assert bench.run(emulator, tmp_path / "two") == expected
+    assert same_weights(emulator, undisturbed)
+    assert log_of(tmp_path / "two") == log_of(tmp_path / "one")
 
 
 def test_a_finished_run_is_only_loaded(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = bench.emulator()
     expected = bench.run(emulator, tmp_path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
-    monkeypatch.setattr(distilling._Run, "_apply_one_step", None)
+    monkeypatch.setattr(distilling._Distillation, "measure", None)
     again = bench.emulator()
     assert bench.run(again, tmp_path) == expected
     assert same_weights(again, emulator)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from support.models.small_tasks import table_settings, task_folder
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError, DataError
+from isthmus.common.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from isthmus.experiments.offsite import pretrain as pretraining
 from isthmus.experiments.offsite.pretrain import PretrainSettings, run_pretrain
 from isthmus.experiments.offsite.table import run_table
 from isthmus.experiments.scoring.task_scoring import whole
@@ -42,6 +46,43 @@ def test_it_learns_and_reads_back(text: Path, tmp_path: Path, family: str) -> No
     ids = torch.tensor([tokenizer("The cat sat on the mat, said the cat.\n" * 2)["input_ids"]])
     with torch.no_grad():
         assert whole(checkpoint)(input_ids=ids, labels=ids).loss.item() < report["held_out_loss_before"] - 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """GPT-2 drops out, so the random state matters."""
+    expected = run_pretrain(settings(text, tmp_path / "straight"), console=Console(file=io.StringIO()))
+    measure = pretraining._Pretraining.measure
+
+    def act(task: Any, step: int) -> Any:
+        if step == 6:
+            signal.raise_signal(number)
+        return measure(task, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining._Pretraining, "measure", act)
+        with pytest.raises(KeyboardInterrupt, match=r"after step 5 of 12.*checkpoint-5: repeat the command to go on"):
+            run_pretrain(settings(text, tmp_path / "model"), console=Console(file=io.StringIO()))
+    work = tmp_path / "model.part"
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.002 and is now 0\.001.*model\.part"):
+        run_pretrain(settings(text, tmp_path / "model", learning_rate=1e-3))
+    torch.manual_seed(99)
+    report = run_pretrain(settings(text, tmp_path / "model"), console=Console(file=io.StringIO()))
+    assert {**report, "seconds": 0} == {**expected, "seconds": 0}
+    names = ("straight", "model")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in names)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not work.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"lower the learning rate.*model\.part.*another --out"):
+        run_pretrain(settings(text, tmp_path / "model", learning_rate=1e30))
 
 
 def test_the_table_runs_on_it(text: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small training run for the tests of the loop: a tiny Llama, generated text, and strips that misbehave on cue.
+"""A small training run for the tests of the loop: a tiny Llama, generated text, and wires that misbehave on cue.
 
 Run as a program it is the edge that gets killed: `python training.py MODEL OUT MOMENT STEP [NAME=VALUE …]`.
 """
@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from isthmus.common.progress import StepProgress
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-from isthmus.edge.training.training_checkpoint import ModelIdentity
-from isthmus.edge.training.training_progress import TrainProgress
 
 IDENTITY = ModelIdentity("tiny", "d1", "whole")
 
@@ -52,7 +52,7 @@ def data(n: int = 11) -> TrainingData:
     return TrainingData(train, held_out, 0, 0, fingerprint(train, held_out))
 
 
-class Strip:
+class Wire:
     """A meter on which nothing crosses, and which calls `act` at the moment and step that the test names.
 
     The moments: "begin" (before the micro-batches), "applied" (after the optimizer, before the loss log).
@@ -69,12 +69,12 @@ class Strip:
         if self._wanted == ("begin", step):
             self._act()
 
-    def totals(self) -> StripTotals:
+    def totals(self) -> WireTotals:
         self._asked += 1
         if self._wanted == ("applied", self._step) and self._asked == 1:
             self._act()
         done = len(self.steps)
-        return StripTotals(
+        return WireTotals(
             bytes_up=1000 * done,
             bytes_down=500 * done,
             calls=2 * done,
@@ -86,15 +86,15 @@ class Strip:
         )
 
 
-def trainer(model_folder: Path, options: TrainConfig, strip: Strip | None = None, **keywords: Any) -> Trainer:
+def trainer(model_folder: Path, options: TrainConfig, wire: Wire | None = None, **keywords: Any) -> Trainer:
     """A run from scratch: a fresh base model and a fresh adapter, unless `model` is given."""
     training_data = keywords.pop("data", None) or data()
     total = total_steps(options, len(training_data.train))
     model = keywords.pop("model", None)
     if model is None:
         model = build_peft(AutoModelForCausalLM.from_pretrained(model_folder), options, total_steps=total)
-    progress = TrainProgress(total, options.log_every, Console(file=io.StringIO()))
-    keywords = {"identity": IDENTITY, "progress": progress, "meter": strip, **keywords}
+    progress = StepProgress("step", total, Console(file=io.StringIO()), every=options.log_every)
+    keywords = {"identity": IDENTITY, "progress": progress, "meter": wire, **keywords}
     return Trainer(model, training_data, options, **keywords)
 
 
@@ -106,15 +106,15 @@ def kill() -> None:
 def main(arguments: list[str]) -> None:
     """See the top of the file."""
     model_folder, out, moment, step, *rest = arguments
-    strip = Strip(moment, int(step), kill)
+    wire = Wire(moment, int(step), kill)
     if moment == "save":
-        from isthmus.edge.training import training_checkpoint
+        from isthmus.training import run_checkpoint
 
-        write = training_checkpoint.save_file
-        training_checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
+        write = run_checkpoint.save_file
+        run_checkpoint.save_file = lambda tensors, path: (  # type: ignore[assignment]  # the test's own, with the same arguments
             kill() if f"checkpoint-{step}" in str(path) and "optimizer" in str(path) else write(tensors, path)
         )
-    trainer(Path(model_folder), config(Path(out), **dict(item.split("=") for item in rest)), strip).fit()
+    trainer(Path(model_folder), config(Path(out), **dict(item.split("=") for item in rest)), wire).fit()
 
 
 if __name__ == "__main__":

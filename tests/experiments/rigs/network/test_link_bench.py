@@ -9,7 +9,7 @@ import pytest
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
-from isthmus.edge.run_report import StripTotals
+from isthmus.edge.run_report import WireTotals
 from isthmus.experiments.rigs.network import link_bench
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.link_bench import (
@@ -28,7 +28,7 @@ namespaces = pytest.mark.skipif(missing() is not None, reason=f"network namespac
 
 WAY = Way(rate_bps=8e6, rtt_s=0.05, congestion_control="cubic")
 # Two steps, each of 8 calls that carry 1 MB up and 0.5 MB down.
-SPENT = StripTotals(bytes_up=2_000_000, bytes_down=1_000_000, calls=16, wire_s=0.2, crypto_s=0.1, cloud_s=3.0)
+SPENT = WireTotals(bytes_up=2_000_000, bytes_down=1_000_000, calls=16, wire_s=0.2, crypto_s=0.1, cloud_s=3.0)
 
 
 class Link:
@@ -37,8 +37,8 @@ class Link:
     step = 0
     calls = 0
 
-    def totals(self) -> StripTotals:
-        return StripTotals(bytes_up=100 * self.calls, calls=self.calls)
+    def totals(self) -> WireTotals:
+        return WireTotals(bytes_up=100 * self.calls, calls=self.calls)
 
 
 def test_a_slow_wire_is_the_bound() -> None:
@@ -87,7 +87,7 @@ def test_the_clock_counts_from_first_question_to_first_question(monkeypatch: pyt
             observed.calls += 1
             now[0] += pause / 2
             clock(question, "idle")
-    assert clock.measured(skip=1) == Measured((2.0, 3.0), StripTotals(bytes_up=400, calls=4))
+    assert clock.measured(skip=1) == Measured((2.0, 3.0), WireTotals(bytes_up=400, calls=4))
 
 
 @pytest.mark.parametrize(("overlap", "micro_batches"), [(1, 4), (5, 4)])

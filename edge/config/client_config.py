@@ -1,0 +1,86 @@
+"""The settings of a connection to a cloud, and of the commands that need nothing else of a cloud."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from isthmus.edge.config.config_text import read_text
+from isthmus.edge.config.data_config import ComputationConfig, ExamplesConfig
+from isthmus.edge.config.settings import Settings
+
+DEFAULT_KEY = Path("~/.isthmus/edge/id_ed25519")
+SCHEMES = ("isthmus://", "isthmus+tls://")
+
+
+class ClientConfig(Settings):
+    """How an edge connects to a cloud, and what it takes from there."""
+
+    panel = "Connection"
+
+    cloud: str = Field(
+        description="Connection string isthmus://host:port#SHA256:…, or the path of a file that holds it."
+    )
+    key: Path | None = Field(
+        None, description="The edge's private key; without it, the default place of `isthmus edge keygen`."
+    )
+    codec: str = Field(
+        "fp32",
+        description="How activations cross the wire: fp32, bf16, fp16, int8, int4 or int4-outliers, as for "
+        "`edge train`, where `auto` chooses; elsewhere `auto` is fp32.",
+    )
+    connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
+    give_up_after: float = Field(
+        600.0, gt=0, description="Seconds to wait for a cloud that stays away before the run stops."
+    )
+    call_timeout: float = Field(
+        600.0, gt=0, description="Seconds that one call may take before its connection counts as lost."
+    )
+    max_fetch_gib: float = Field(
+        64.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB that are fetched of a model at most; a cloud that offers more is refused.",
+    )
+    tls_ca: Path | None = Field(None, description="Certificate authority of the outer TLS layer (isthmus+tls://).")
+    tls_cert: Path | None = Field(None, description="The edge's own TLS certificate, where the cloud asks for one.")
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert.")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        return self
+
+    def connection_text(self) -> str:
+        """The connection string, read from its file where `cloud` is a path.
+
+        Raises:
+            ConfigError: `cloud` is neither a connection string nor a readable text file.
+        """
+        if self.cloud.startswith(SCHEMES):
+            return self.cloud
+        remedy = "give isthmus://host:port#SHA256:… as `isthmus cloud serve` prints it."
+        return read_text("cloud", self.cloud, "a connection string", remedy)
+
+
+class PluggedConfig(Settings):
+    """Whether the adapter that the cloud has plugged in is used."""
+
+    panel = "Adapter"
+
+    plugged: bool = Field(False, description="Use the adapter that the cloud has plugged in for this edge.")
+
+
+class EvalConfig(ClientConfig, ExamplesConfig, PluggedConfig, ComputationConfig):
+    """What `edge eval` needs."""
+
+
+class GenerateConfig(ClientConfig, PluggedConfig):
+    """What `edge generate` needs."""
+
+    deadline: float | None = Field(
+        None, gt=0, description="Seconds that the cloud may take for a token; if it cannot, the command ends."
+    )

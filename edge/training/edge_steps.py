@@ -1,0 +1,223 @@
+"""The steps of edge training. They know nothing of where the model's middle layers run.
+
+One optimizer step draws `accumulate` micro-batches (fewer at an epoch's end: a step never spans two epochs). The rule
+of `isthmus.edge.training.step_rule` measures and moves. A step's loss is the mean over all its labels, whatever the
+micro-batches' sizes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.backbone.adapters.adapter_files import adapter_digest
+from isthmus.common.errors import CheckpointError
+from isthmus.common.progress import StepProgress
+from isthmus.common.readable import size
+from isthmus.common.shutdown import StopRequest
+from isthmus.edge.config.schedule import learning_rate, steps_per_epoch, total_steps
+from isthmus.edge.config.training_config import TuningConfig
+from isthmus.edge.data.batches import Batch, Batches, TrainingData
+from isthmus.edge.run_report import Spent, WireMeter, WireTotals
+from isthmus.edge.training import methods
+from isthmus.edge.training.evaluation import evaluate
+from isthmus.edge.training.micro_batches import InFlight
+from isthmus.edge.training.optimizers import step_rule
+from isthmus.edge.training.run_identity import ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.training.step_rule import EdgeRule
+from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
+from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
+
+
+class StepObserver(Protocol):
+    """What has work to do around every optimizer step, and a state that the next step depends on."""
+
+    def before_step(self, step: int) -> None:
+        """Called before optimizer step number `step` (from 1). What it raises gives the step up."""
+
+    def after_step(self, step: int) -> None:
+        """Called after it, while its gradients are still there. The step is applied, so this must not raise."""
+
+    def points(self) -> Mapping[str, float]:
+        """Values for the run's curves, by name, after the last applied step."""
+
+    def state(self) -> Mapping[str, Any]:
+        """A tree of plain values, as JSON has them, for the checkpoint between two steps."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`, on a resume; the parameters are those of the checkpoint already."""
+
+
+class EdgeSteps:
+    """The `Task` of edge training.
+
+    Attributes:
+        total: Optimizer steps of the whole run.
+        spent: What the applied steps have used, over all restarts.
+        loss_before, loss_after: The loss on held-out data before and after the run; None where there are none.
+        add_points: Where points of curves go.
+
+    Args:
+        model: What is trained.
+        data: The examples.
+        config: The run's options.
+        identity: Which model this is.
+        stop: The user's request to stop, which is looked at after every micro-batch.
+        progress: Where losses on held-out data are shown.
+        meter: The wire's meter, where there is one.
+        observers: Called around every step, in this order.
+        in_flight: Where several micro-batches may be in flight; None for one at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        config: TuningConfig,
+        identity: ModelIdentity,
+        stop: StopRequest,
+        progress: StepProgress,
+        meter: WireMeter | None,
+        observers: Sequence[StepObserver],
+        in_flight: InFlight | None,
+    ) -> None:
+        self.total = total_steps(config, len(data.train))
+        self.spent = Spent()
+        self.loss_before: float | None = None
+        self.loss_after: float | None = None
+        self.add_points: AddPoints = no_curves
+        self.parameters: Mapping[str, nn.Parameter] = methods.trained(model)  # before the rule freezes some of them
+        self.rule: EdgeRule = step_rule(model, self.parameters, config, stop.check, in_flight)
+        self.device: torch.device = model.device
+        start = None if config.start_from is None else adapter_digest(config.start_from)
+        self.settings: Mapping[str, Any] = fixed_settings(config, self.total, start)
+        self._model = model
+        self._data = data
+        self._config = config
+        self._identity = identity
+        self._stop = stop
+        self._progress = progress
+        self._meter = meter
+        self._observers = observers
+        self._per_epoch = steps_per_epoch(config, len(data.train))
+        self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
+        self._held_out = Batches(data.validation, config.batch, data.pad_id)
+        self._batches: list[Batch] = []
+        self._started = 0.0
+        self._before = WireTotals()
+        self._step_spent = Spent()
+
+    def begin(self) -> None:
+        """See `Task`."""
+        if self.loss_before is None:
+            self.loss_before = self._evaluate(0, "before training")
+        self._model.train(self.rule.goes_backward)
+
+    def rate(self, step: int) -> float:
+        """See `Task`."""
+        return learning_rate(self._config, step, self.total)
+
+    def measure(self, step: int) -> tuple[dict[str, Any], float]:
+        """See `Task`."""
+        self._started, self._before = time.perf_counter(), self._totals()
+        if self._meter is not None:
+            self._meter.begin_step(step)
+        for observer in self._observers:
+            observer.before_step(step)
+        epoch, inside = divmod(step - 1, self._per_epoch)
+        first = inside * self._config.accumulate
+        self._batches = list(self._train.epoch(epoch, first, first + self._config.accumulate))
+        loss, norm = self.rule.measure(step, self._batches)
+        return {"epoch": epoch, "loss": loss}, norm
+
+    def applied(self, step: int) -> dict[str, Any]:
+        """See `Task`."""
+        methods.after_step(self._model, step)
+        for observer in self._observers:
+            observer.after_step(step)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in self._batches)
+        positions = sum(batch["input_ids"].numel() for batch in self._batches)
+        seconds = time.perf_counter() - self._started
+        self._step_spent = Spent(seconds, tokens, positions, self._totals() - self._before)
+        self.spent += self._step_spent
+        return {"tokens": tokens}
+
+    def logged(self, line: Mapping[str, Any], seconds: float) -> str:
+        """See `Task`."""
+        crossed, speed = self._step_spent.wire, self._step_spent.tokens / self._step_spent.seconds
+        points = {"loss/train": line["loss"], "learning_rate": line["learning_rate"], "tokens_per_s": speed}
+        points |= {"bytes/up": crossed.bytes_up, "bytes/down": crossed.bytes_down}
+        for observer in self._observers:
+            points |= observer.points()
+        self.add_points(line["step"], points)
+        return figures(line["loss"], speed, self.spent.wire)
+
+    def between(self, step: int) -> None:
+        """See `Task`."""
+        if self._config.eval_every and step % self._config.eval_every == 0 and step < self.total:
+            self._evaluate(step, f"after step {step}")
+
+    def end(self) -> None:
+        """See `Task`."""
+        self.loss_after = self._evaluate(self.total, "after training")
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `Task`: what the PEFT method remembers besides parameters (AdaLoRA), often nothing."""
+        return {"method": methods.method_state(self._model)[0]}
+
+    def entries(self) -> Mapping[str, Any]:
+        """See `Task`."""
+        return {
+            **identity_entries(self._identity, self._data.fingerprint),
+            "loss_before": self.loss_before,
+            "spent": self.spent.to_json(),
+            "method_state": methods.method_state(self._model)[1],
+            "observers": [dict(observer.state()) for observer in self._observers],
+        }
+
+    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        check_fits(checkpoint, folder, self._identity, self._data.fingerprint, self.settings)
+
+    def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
+        """See `Task`."""
+        entries = checkpoint.entries
+        try:
+            observed, method = list(entries["observers"]), dict(entries["method_state"])
+            tensors, spent = dict(checkpoint.tensors["method"]), Spent.from_json(entries["spent"])
+            loss_before = entries["loss_before"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged_entry(folder, error) from error
+        if len(observed) != len(self._observers):
+            raise CheckpointError(
+                f"{folder} cannot be resumed: {len(observed)} observers have left their state there, and this "
+                f"run has {len(self._observers)}. Resume with those that it was started with."
+            )
+        methods.load_method_state(self._model, tensors, method)
+        for observer, state in zip(self._observers, observed, strict=True):
+            observer.load_state(state)
+        self.spent, self.loss_before = spent, loss_before
+
+    def _evaluate(self, step: int, when: str) -> float | None:
+        if not self._data.validation:
+            return None
+        loss = evaluate(self._model, self._held_out, self._stop.check, precision=self._config.precision)
+        self._progress.message(f"validation loss {when}: {loss:.4f}")
+        self.add_points(step, {"loss/validation": loss})
+        return loss
+
+    def _totals(self) -> WireTotals:
+        return WireTotals() if self._meter is None else self._meter.totals()
+
+
+def figures(loss: float, tokens_per_s: float, crossed: WireTotals) -> str:
+    """A step in the progress: `crossed` is what crossed so far, and is not shown where nothing does."""
+    text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+    if crossed != WireTotals():
+        text += f"  up {size(crossed.bytes_up)}  down {size(crossed.bytes_down)}"
+    return text
