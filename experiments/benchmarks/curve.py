@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.benchmarks.demo import parity_of, run_command
+from isthmus.experiments.harness.bench_settings import CurveSettings
 from isthmus.experiments.harness.launch import LocalCloud, isthmus
 
 
-def run_curve(
-    model: str, edge_layers: str, options: dict[str, Any], folder: Path, figure: Path | None
-) -> dict[str, Any]:
-    """Train both ways with the options of `edge train`, compare step by step, and draw the curves.
+def run_curve(settings: CurveSettings, folder: Path) -> dict[str, Any]:
+    """Train both ways, compare step by step, and draw the curves.
 
     Args:
-        model: as for `--model`.
-        edge_layers: the split plan.
-        options: fields of `TrainConfig`.
+        settings: what is trained, and the figure.
         folder: where both runs go.
-        figure: a PNG to write, or None.
 
     Returns:
         The report of the split run, the losses of both, and their largest difference.
     """
+    options = asdict(settings)
+    model, edge_layers, figure = (options.pop(name) for name in ("model", "edge_layers", "figure"))
+    options = {name: value for name, value in options.items() if value is not None}
     if figure is not None:
         plotting()  # before the long run, not after it
     # Alone in the cloud, so that its calls have as many threads as the single process's, however short they are.
@@ -56,7 +56,7 @@ def _draw(losses: dict[str, list[float]], path: Path, title: str) -> None:
     figure, axes = plotting().subplots(figsize=(7, 4), dpi=144)
     steps = range(1, len(losses["split"]) + 1)
     axes.plot(steps, losses["single"], color="#f2a33a", linewidth=5, label="one process")
-    axes.plot(steps, losses["split"], color="#1f4e79", linewidth=1.2, label="across the strip")
+    axes.plot(steps, losses["split"], color="#1f4e79", linewidth=1.2, label="across the wire")
     axes.set(xlabel="optimizer step", ylabel="training loss", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -28,42 +28,12 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.methods import build_peft, trained
+from isthmus.experiments.harness.bench_settings import ParitySettings
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.prose import write_prose
 from isthmus.experiments.harness.single_process import whole_model
 
 PERTURBATION = 1e-2  # added to one weight for the control
-
-
-@dataclass(frozen=True, slots=True)
-class ParitySettings:
-    """What is compared.
-
-    Args:
-        model: as for `--model`.
-        edge_layers: the split plan.
-        steps: optimizer steps.
-        batch: examples per step; the data are cut so that the last batch of an epoch is a ragged one.
-        seq: tokens per example at most.
-        codec: of the wire.
-        dtype: of the cloud's span.
-        learning_rate: of AdamW; large enough to move the adapter in a few steps.
-        threads: torch threads on either side.
-        data: a data file, or "" for a few sentences of real text.
-        pipeline: actors of the cloud that the span is cut for.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    steps: int = 10
-    batch: int = 4
-    seq: int = 128
-    codec: str = "fp32"
-    dtype: str = "fp32"
-    learning_rate: float = 1e-3
-    threads: int = 1
-    data: str = ""
-    pipeline: int = 1
 
 
 def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
@@ -75,14 +45,8 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
     with LocalCloud(
         folder,
         settings.model,
-        "--edge-layers",
-        settings.edge_layers,
-        "--dtype",
-        settings.dtype,
-        "--threads",
-        str(settings.threads),
-        "--pipeline",
-        str(settings.pipeline),
+        *("--edge-layers", settings.edge_layers, "--dtype", settings.dtype),
+        *("--threads", str(settings.threads), "--pipeline", str(settings.pipeline)),
     ) as cloud:
         split = _run("split", settings, folder, cloud)
     whole = _run("whole", settings, folder)

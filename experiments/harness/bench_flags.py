@@ -1,20 +1,15 @@
-"""How the flags of long measurements are read, and how such a command ends. Imports nothing heavy."""
+"""How the flags of measurements are read that name several things. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from isthmus.common.interrupt import interruptible
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from isthmus.common.errors import ConfigError
 
 
 def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
     """The precision that a flag names. Raises ConfigError if it is none."""
-    from isthmus.common.errors import ConfigError
-
     if text == "fp32":
         return "fp32"
     if text == "bf16":
@@ -24,8 +19,6 @@ def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
 
 def names_of(text: str, flag: str) -> tuple[str, ...]:
     """Names with commas between. Raises ConfigError if one is empty or comes twice."""
-    from isthmus.common.errors import ConfigError
-
     names = tuple(name.strip() for name in text.split(","))
     if "" in names:
         raise ConfigError(f"--{flag} {text!r} has an empty name; write them with commas between")
@@ -36,8 +29,6 @@ def names_of(text: str, flag: str) -> tuple[str, ...]:
 
 def numbers_of(text: str, flag: str) -> tuple[float, ...]:
     """Positive numbers with commas between. Raises ConfigError if they are something else."""
-    from isthmus.common.errors import ConfigError
-
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -45,9 +36,3 @@ def numbers_of(text: str, flag: str) -> tuple[float, ...]:
     if not values or not all(math.isfinite(value) and value > 0 for value in values):
         raise ConfigError(f"--{flag} {text!r} is not a list of positive numbers; write 1e-4,3e-4 for example")
     return values
-
-
-def to_its_end(work: Callable[[], Any]) -> Any:
-    """The result of long work; Ctrl-C ends the command as shells expect it."""
-    with interruptible():
-        return work()

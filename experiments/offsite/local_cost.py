@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import torch
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.edge.config.training_config import Precision, TuningConfig
+from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in, hold_frozen_linears
 from isthmus.emulator.compress.emulator_model import build_emulator, load_emulator, save_emulator
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.compress.recipe import Recipe
+from isthmus.experiments.harness.bench_flags import precision_of
+from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.process_memory import own_bytes
 from isthmus.experiments.harness.turns import TurnProcess
@@ -40,38 +42,7 @@ KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
 """All weights of the whole model; LoRA in all its layers; over the emulator, the edge's layers whole; LoRA in them."""
 
 
-@dataclass(frozen=True, slots=True)
-class CostSettings:
-    """What is measured.
-
-    Attributes:
-        model: As for `--model`.
-        keep: Share of the middle's layers that the emulator keeps.
-        method: The emulator's recipe.
-        text: Public text, for a recipe that needs it.
-        adapter_layers: The split plan.
-        batch: Sequences of a step.
-        seq: Tokens of a sequence.
-        rounds: Steps of each kind, after two of warm-up.
-        rank: Of LoRA.
-        precision: What the forward computes in.
-        threads: Threads of torch in each process.
-    """
-
-    model: str
-    keep: float = 0.5
-    method: str = "uniform"
-    text: Path | None = None
-    adapter_layers: str = "2:2"
-    batch: int = 4
-    seq: int = 128
-    rounds: int = 7
-    rank: int = 8
-    precision: Precision = "fp32"
-    threads: int = 2
-
-
-def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
+def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
     Args:
@@ -87,6 +58,7 @@ def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
     Raises:
         IsthmusError: Of whatever kind fits; one of the processes failed.
     """
+    precision_of(settings.precision, "precision")  # before the first process finds it wrong
     _build(settings, folder / "emulator")
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
@@ -109,8 +81,22 @@ def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
     return {"runs": runs, "settings": described}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for row in result["runs"]:
+        line = f"{row['kind']:18} {row['tokens_per_s']:8.0f} tokens/s {row['model_bytes'] / 2**20:8.0f} MiB"
+        if "faster_than_lora_full" in row:
+            line += (
+                f"   {row['faster_than_full_fine_tuning']:.2f} x faster and "
+                f"{row['less_memory_than_full_fine_tuning']:.2f} x smaller than full fine-tuning; "
+                f"{row['faster_than_lora_full']:.2f} x and {row['less_memory_than_lora_full']:.2f} x than LoRA on the "
+                "full model"
+            )
+        print(line)
+
+
 def _row(
-    kind: str, settings: CostSettings, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]
+    kind: str, settings: LocalCostSettings, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
     step = statistics.median(seconds[kind])
     row = {"kind": kind, "tokens_per_s": settings.batch * settings.seq / step, "step_s": step, **memory[kind]}
@@ -122,7 +108,7 @@ def _row(
     return row
 
 
-def _build(settings: CostSettings, folder: Path) -> None:
+def _build(settings: LocalCostSettings, folder: Path) -> None:
     checkpoint = resolve(settings.model)
     recipe = Recipe.parse(settings.method, settings.keep)
     blocks = None
@@ -137,7 +123,7 @@ def _build(settings: CostSettings, folder: Path) -> None:
 
 def _serve(task: dict[str, Any]) -> None:
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
-    settings = CostSettings(**task)
+    settings = LocalCostSettings(**task)
     torch.set_num_threads(settings.threads)
     before = own_bytes("VmRSS")
     step = _stepper(_model(kind, settings, emulator), settings)
@@ -150,12 +136,13 @@ def _serve(task: dict[str, Any]) -> None:
             print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
 
 
-def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
+def _model(kind: str, settings: LocalCostSettings, emulator: Path) -> Any:
     checkpoint = resolve(settings.model)
     if kind == "full_fine_tuning":
         return whole(checkpoint).requires_grad_(True)
+    precision = precision_of(settings.precision, "precision")
     method: Any = "full" if kind == "local_layers" else "lora"
-    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=settings.precision)
+    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=precision)
     if kind == "lora_full":
         base: Any = whole(checkpoint)
     else:
@@ -166,7 +153,7 @@ def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
     return model
 
 
-def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
+def _stepper(model: Any, settings: LocalCostSettings) -> Callable[[], float]:
     """Makes optimizer steps, always on the same batch: only the cost is of interest."""
     tokens = torch.randint(
         model.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
@@ -177,7 +164,7 @@ def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
 
     def step() -> float:
         start = time.perf_counter()
-        with computing_in(settings.precision, model):
+        with computing_in(precision_of(settings.precision, "precision"), model):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()

@@ -23,12 +23,14 @@ from isthmus.edge.config.training_config import Precision
 from isthmus.edge.sites.live_sites import DECISIONS
 from isthmus.edge.training import training_checkpoint as checkpoints
 from isthmus.experiments.benchmarks.demo import run_command
+from isthmus.experiments.harness.bench_flags import precision_of
+from isthmus.experiments.harness.bench_settings import CodecSettings, QuantizeSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import Endpoint, isthmus
 from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.experiments.scoring.task_scoring import score_task, whole
-from isthmus.experiments.scoring.tasks import Question, Sizes, Task, load_task, read_task
+from isthmus.experiments.scoring.tasks import Question, Sizes, Task, default_data_folder, load_task, read_task
 
 SCORE_BATCH = 16  # documents of a forward in scoring
 
@@ -63,6 +65,31 @@ class Regime:
     cloud_dtype: str
     threads: int
     shared: dict[str, Any] = field(default_factory=dict)
+
+
+def one_rate_regime(settings: CodecSettings | QuantizeSettings, cloud_dtype: str) -> Regime:
+    """The regime of a benchmark that trains each candidate once, at one rate.
+
+    Raises:
+        ConfigError: The precision is neither fp32 nor bf16.
+    """
+    return Regime(
+        task=settings.task,
+        data_folder=settings.data_folder or default_data_folder(),
+        sizes=Sizes(test=settings.test, validation=16, max_length=settings.max_length),
+        steps=settings.steps,
+        batch=settings.batch,
+        rates=(settings.learning_rate,),
+        seeds=1,
+        precision=precision_of(settings.precision, "precision"),
+        cloud_dtype=precision_of(cloud_dtype, "cloud-dtype"),
+        threads=settings.threads,
+    )
+
+
+def described(regime: Regime) -> dict[str, Any]:
+    """The regime, for the settings of a result: without the place where the data lie."""
+    return {name: value for name, value in asdict(regime).items() if name != "data_folder"}
 
 
 class Scorer:

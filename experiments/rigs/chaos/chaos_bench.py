@@ -21,7 +21,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -31,6 +31,8 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.cloud.fault_points import ENVIRONMENT, Point, arm, is_armed
 from isthmus.cloud.telemetry import event_history
 from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.bench_settings import ChaosSettings
 from isthmus.experiments.harness.launch import LocalCloud, free_ports
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
@@ -51,7 +53,7 @@ from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS, HostileProc
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side, missing
 from isthmus.experiments.rigs.network.relay import Relay
-from isthmus.protocol.enrolment import ConnectionString, Quota
+from isthmus.protocol.enrolment import ConnectionString, Quota, parse_size
 
 RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover, nor a worker that does not answer
 STALL_SECONDS = 3.0
@@ -63,49 +65,6 @@ OUTSIDE = "127.0.0.2"
 """Where the edges find the workers, at the ports that they have: the relays listen there, so that every connection can
 be cut wherever the cloud sends an edge."""
 PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, at its start too
-
-
-@dataclass(frozen=True, slots=True)
-class ChaosSettings:
-    """What is trained, and what breaks.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        tenants: That train at the same time.
-        workers: Of the cloud.
-        seconds: During which faults fall; trainings that have begun are finished then.
-        steps: Optimizer steps of a training.
-        batch: Examples per step.
-        seq: Tokens per example at most.
-        kinds: Of `isthmus.experiments.rigs.chaos.chaos_plan.KINDS`; what the machine cannot do is left out.
-        seed: Of the faults.
-        bad_s: Seconds for which a tenant misbehaves or a way is bad.
-        silence_s: Seconds for which a way carries nothing.
-        stash_bytes: The cloud's budget for forward states.
-        warm_up_s: Seconds of each life of a worker whose memory does not count.
-        save_every: Steps between an edge's checkpoints.
-        threads: torch threads on either side.
-        soak: Whether nothing breaks.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    tenants: int = 3
-    workers: int = 2
-    seconds: float = 600.0
-    steps: int = 30
-    batch: int = 1
-    seq: int = 64
-    kinds: tuple[str, ...] = KINDS
-    seed: int = 0
-    bad_s: float = 5.0
-    silence_s: float = 30.0
-    stash_bytes: int = 1 << 30
-    warm_up_s: float = 15.0
-    save_every: int = 4
-    threads: int = 1
-    soak: bool = False
 
 
 def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
@@ -124,8 +83,14 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         ConfigError: there is no such kind of fault, or none that this machine can make.
         IsthmusError: the cloud did not start, a tenant did not recover, or an edge ended with an error.
     """
+    workers = settings.workers or (1 if settings.soak else 2)
+    warm_up_s = settings.warm_up_s
+    if warm_up_s is None:
+        warm_up_s = settings.seconds / 4 if settings.soak else 15.0
+    stash_bytes = parse_size(settings.stash_bytes)
     reason = missing()
-    kinds = tuple(kind for kind in settings.kinds if reason is None or kind not in NEED_NAMESPACES)
+    asked = names_of(settings.kinds, "kinds") if settings.kinds else KINDS
+    kinds = tuple(kind for kind in asked if reason is None or kind not in NEED_NAMESPACES)
     if not kinds and not settings.soak:
         raise ConfigError(f"none of the faults asked for can be made here: {reason}")
     plan = ChaosPlan(kinds or KINDS, settings.tenants, settings.seed)
@@ -135,7 +100,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         space = None
         if reason is None and any(kind in NEED_NAMESPACES for kind in kinds) and not settings.soak:
             space = stack.enter_context(NetSpace(None, Conditions()))
-        chaos = _Chaos(settings, model, folder, space, stack)
+        chaos = _Chaos(settings, workers, kinds, model, folder, space, stack)
         chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings", None)
         started = time.monotonic()
         if settings.soak:
@@ -150,8 +115,8 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
             chaos.tenants,
             chaos.quiet,
             chaos.memory,
-            workers=settings.workers,
-            warm_up_s=settings.warm_up_s,
+            workers=workers,
+            warm_up_s=warm_up_s,
             soak=settings.soak,
         ),
         "invariants": {name: len(places) for name, places in found.items()},
@@ -159,6 +124,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         "network": "network namespaces" if space is not None else reason or "not broken",
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
+        **{"workers": workers, "warm_up_s": warm_up_s, "stash_bytes": stash_bytes},
     }
 
 
@@ -166,12 +132,19 @@ class _Chaos:
     """The cloud, the tenants, what is between them, and what breaks them; everything is ended with `stack`."""
 
     def __init__(
-        self, settings: ChaosSettings, model: str, folder: Path, space: NetSpace | None, stack: ExitStack
+        self,
+        settings: ChaosSettings,
+        workers: int,
+        kinds: Sequence[str],
+        model: str,
+        folder: Path,
+        space: NetSpace | None,
+        stack: ExitStack,
     ) -> None:
         self.faults: list[Fallen] = []
         self.tenants: list[Tenant] = []
         self.quiet = Quiet([])
-        self._settings = settings
+        self._settings, self._workers = settings, workers
         self._record = folder / "faults.jsonl"
         self._space = space
         self._points, self._history = folder / "points", folder / "history"
@@ -179,12 +152,12 @@ class _Chaos:
         self._history.mkdir()
         host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
         with self._inside("cloud"):
-            ports = free_ports(host, settings.workers)
+            ports = free_ports(host, workers)
         self._cloud = LocalCloud(
             folder,
             model,
             *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
-            *("--stash-bytes", str(settings.stash_bytes), "--workers", str(settings.workers)),
+            *("--stash-bytes", settings.stash_bytes, "--workers", str(workers)),
             *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
             environment={
                 ENVIRONMENT: str(self._points.absolute()),
@@ -194,7 +167,7 @@ class _Chaos:
         )
         with self._inside("cloud"):
             stack.enter_context(self._cloud)
-        self.memory = stack.enter_context(WorkerMemory(self._pids, settings.workers))
+        self.memory = stack.enter_context(WorkerMemory(self._pids, workers))
         where = ConnectionString.parse(self._cloud.connection)
         with self._inside("edge"):
             self._relays = [stack.enter_context(Relay(host, port, (OUTSIDE, port))) for port in ports]
@@ -205,7 +178,7 @@ class _Chaos:
                 stack.enter_context(Tenant(f"tenant-{number}", task, folder, lambda: self._inside("edge")))
             )
         self._hostile: HostileProcess | None = None
-        if not settings.soak and any(kind in DEEDS for kind in settings.kinds):
+        if not settings.soak and any(kind in DEEDS for kind in kinds):
             deeds = {
                 "workers": [str(ConnectionString(host, port, where.pin)) for port in ports],
                 "key": str(self._enroll("hostile", folder)),
@@ -393,7 +366,7 @@ class _Chaos:
 
         def answer() -> bool:
             pids[:] = self._pids()
-            return len(pids) == self._settings.workers
+            return len(pids) == self._workers
 
         self.wait_for(answer, "an answer of all workers", RECOVERY_SECONDS)
         return pids
@@ -416,7 +389,7 @@ class _Chaos:
     def _enroll(self, name: str, folder: Path) -> Path:
         key = folder / "keys" / name
         key.parent.mkdir(mode=0o700, exist_ok=True)
-        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self._settings.workers))
+        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self._workers))
         return key
 
 

@@ -22,63 +22,21 @@ from typing import Any
 
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.ending import run_to_end
-from isthmus.common.errors import ConfigError
 from isthmus.edge.client.link import Link
 from isthmus.edge.run_report import StripTotals
 from isthmus.experiments.benchmarks.demo import run_command
+from isthmus.experiments.harness.bench_settings import LinkSettings
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.prose import write_long_texts
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
+from isthmus.planner.link_spec import parse_rate, parse_seconds
 
 WARM_UP = 2  # steps before the first that counts: TCP's and HTTP/2's windows grow, torch settles
 ECHOES = 21
 RATE_SECONDS = 1.5
 SLOW_START_TRIPS, SLOW_START_SECONDS = 20, 0.5  # passed over, whichever is longer, before the rate is measured
 PIECE = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
-    """What is measured.
-
-    Args:
-        model: as for `--model`.
-        rate: bits per second in each direction.
-        rtt_s: seconds of a round trip.
-        edge_layers: the split plan.
-        codec: of the wire.
-        cloud_dtype: what the span computes in.
-        batch: sequences of a micro-batch.
-        seq: tokens of a sequence.
-        micro_batches: of an optimizer step.
-        overlap: micro-batches in flight in the run with overlap, at least 2 and at most `micro_batches`.
-        steps: optimizer steps that count, after `WARM_UP` that do not.
-        threads: torch threads on either side; 1 on two cores gives each side a machine of its own.
-
-    Raises:
-        ConfigError: `overlap` does not fit.
-    """
-
-    model: str
-    rate: int
-    rtt_s: float
-    edge_layers: str = "2:2"
-    codec: str = "fp32"
-    cloud_dtype: str = "fp32"
-    batch: int = 2
-    seq: int = 128
-    micro_batches: int = 4
-    overlap: int = 4
-    steps: int = 7
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.overlap <= self.micro_batches:
-            raise ConfigError(
-                f"{self.overlap} micro-batches in flight do not fit {self.micro_batches} of a step: "
-                "give at least 2, and no more in flight than a step has"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +80,24 @@ def run_link(settings: LinkSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module, and `figures` for what comes back.
 
     Raises:
-        ConfigError: the machine cannot make network namespaces.
+        ConfigError: the rate or the round trip is malformed, or the machine cannot make network namespaces.
         IsthmusError: whatever a run raises.
     """
+    rate, rtt_s = parse_rate(settings.rate), parse_seconds(settings.rtt)
     model = str(resolve(settings.model).folder)  # the namespaces reach neither a hub nor an index
     write_long_texts(folder / "texts.jsonl", settings.batch * settings.micro_batches, settings.seq)
     options = [
         *("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype),
         *("--threads", str(settings.threads), "--listen", f"{ADDRESSES['cloud']}:0"),
     ]
-    with NetSpace(settings.rate, Conditions(settings.rtt_s)) as space:
+    with NetSpace(rate, Conditions(rtt_s)) as space:
         way = measure_way(space)
         with space.inside("cloud"), LocalCloud(folder, model, *options) as cloud:
             free = _train(settings, folder, cloud, space, "cloud", overlap=1)
             alone = _train(settings, folder, cloud, space, "edge", overlap=1)
             overlapped = _train(settings, folder, cloud, space, "edge", overlap=settings.overlap)
-    return {**figures(way, free, alone, overlapped), **asdict(settings)}
+    given = {name: value for name, value in asdict(settings).items() if name != "rtt"}
+    return {**figures(way, free, alone, overlapped), **given, "rate": rate, "rtt_s": rtt_s}
 
 
 def figures(way: Way, free: Measured, alone: Measured, overlapped: Measured) -> dict[str, Any]:
