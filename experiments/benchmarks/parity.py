@@ -7,9 +7,6 @@ changed a little, which the comparison has to notice.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +18,6 @@ from torch import Tensor
 
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.ending import run_to_end
 from isthmus.common.errors import ConfigError, DataError, IsthmusError
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
@@ -30,6 +26,7 @@ from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.experiments.harness.bench_settings import ParitySettings
 from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_prose
 from isthmus.experiments.harness.single_process import whole_model
 
@@ -115,21 +112,14 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
         "cloud": None if cloud is None else cloud.connection,
         "key": None if cloud is None else str(cloud.edge_key),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "isthmus.experiments.benchmarks.parity", json.dumps(task)],
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise IsthmusError(f"the {mode} run failed: {done.stderr.decode(errors='replace').strip()[-2000:]}")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = run_task(f"the {mode} run", "isthmus.experiments.benchmarks.parity", task)
     return _Outcome(
         gradients=load_file(out / "gradients.safetensors"), adapter=load_file(out / "adapter.safetensors"), **summary
     )
 
 
 def train_config(settings: ParitySettings) -> TrainConfig:
-    """The adapter and the data of a parity run, as the trainer would be told."""
+    """The adapter and the data of a parity run, as the trainer has them."""
     return TrainConfig(
         cloud="-",
         data=settings.data,
@@ -183,7 +173,8 @@ def train_steps(model: Any, batches: Iterator[dict[str, Tensor]], settings: Pari
     return {"losses": losses, "padded": padded, "ragged": ragged, "gradients": gradients, "adapter": adapter}
 
 
-def _main(task: dict[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     settings = ParitySettings(**task["settings"])
     torch.set_num_threads(settings.threads)
     if task["mode"] == "split":
@@ -202,7 +193,7 @@ def _main(task: dict[str, Any]) -> None:
     out = Path(task["out"])
     save_file(result.pop("gradients"), out / "gradients.safetensors")
     save_file(result.pop("adapter"), out / "adapter.safetensors")
-    (out / "summary.json").write_text(json.dumps(result))
+    parent.say(result)
 
 
 def _perturb(model: Any, plan: SplitPlan) -> None:
@@ -213,4 +204,4 @@ def _perturb(model: Any, plan: SplitPlan) -> None:
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(json.loads(sys.argv[1])))
+    serve(_main)

@@ -1,15 +1,11 @@
 """What local tuning costs: a step over an emulator against one of the whole model, in time and in memory.
 
 Each way to tune runs in a process of its own, and they take turns, one step each. Ratios are medians over the rounds.
-
-python -m isthmus.experiments.offsite.local_cost '{"kind": …, "model": …, …}' is one of the processes.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,7 +28,7 @@ from isthmus.experiments.harness.bench_flags import precision_of
 from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.process_memory import own_bytes
-from isthmus.experiments.harness.turns import TurnProcess
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.scoring.task_scoring import whole
 
 WARM_UP = 2
@@ -64,7 +60,7 @@ def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         shared = asdict(settings) | {"emulator": str(folder / "emulator"), "text": None}
         workers = {
-            kind: stack.enter_context(TurnProcess(kind, _MODULE, shared | {"kind": kind}, settings.threads))
+            kind: stack.enter_context(TaskProcess(kind, _MODULE, shared | {"kind": kind}, threads=settings.threads))
             for kind in KINDS
         }
         for worker in workers.values():
@@ -72,9 +68,9 @@ def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
         advance = stack.enter_context(stderr_progress("rounds", WARM_UP + settings.rounds))
         for number in range(WARM_UP + settings.rounds):
             for kind in KINDS[:: 1 if number % 2 else -1]:
-                seconds[kind].append(float(workers[kind].ask("step")))
+                seconds[kind].append(workers[kind].ask("step"))
             advance()
-        memory = {kind: json.loads(worker.ask("memory")) for kind, worker in workers.items()}
+        memory = {kind: worker.ask("memory") for kind, worker in workers.items()}
     seconds = {kind: values[WARM_UP:] for kind, values in seconds.items()}
     runs = [_row(kind, settings, seconds, memory) for kind in KINDS]
     described = asdict(settings) | {"text": None if settings.text is None else settings.text.name}
@@ -121,19 +117,20 @@ def _build(settings: LocalCostSettings, folder: Path) -> None:
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
-def _serve(task: dict[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
     settings = LocalCostSettings(**task)
     torch.set_num_threads(settings.threads)
     before = own_bytes("VmRSS")
     step = _stepper(_model(kind, settings, emulator), settings)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "step":
-            print(step(), flush=True)
+    parent.say("ready")
+    for question in parent.questions():
+        if question == "step":
+            parent.say(step())
         else:
             peak = own_bytes("VmHWM")
-            print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
+            parent.say({"peak_bytes": peak, "model_bytes": peak - before})
 
 
 def _model(kind: str, settings: LocalCostSettings, emulator: Path) -> Any:
@@ -175,4 +172,4 @@ def _stepper(model: Any, settings: LocalCostSettings) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    serve(_main)

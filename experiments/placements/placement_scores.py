@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,11 +21,12 @@ from isthmus.common.files import write_atomic
 from isthmus.edge.config.training_config import Precision
 from isthmus.edge.sites.live_sites import DECISIONS
 from isthmus.edge.training import training_checkpoint as checkpoints
-from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.bench_flags import precision_of
 from isthmus.experiments.harness.bench_settings import CodecSettings, QuantizeSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint, isthmus
+from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.single_process import train_whole
 from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.experiments.scoring.task_scoring import score_task, whole
@@ -182,12 +182,11 @@ class Scorer:
             **regime.shared,
         }
         if mode.name == SINGLE:
-            task = [str(self._checkpoint.folder), self._edge_layers, json.dumps(options | mode.alone), "everywhere"]
-            run_command([sys.executable, "-m", "isthmus.experiments.harness.single_process", *task])
+            train_whole(str(self._checkpoint.folder), self._edge_layers, options | mode.alone, everywhere=True)
         else:
             cloud = self._cloud(mode.edge_layers(self._edge_layers))
             options |= {"cloud": str(cloud.connection), "key": str(cloud.edge_key), **mode.options}
-            run_command(isthmus("edge", "train", *_flags(options), "--json"))
+            run_isthmus("edge", "train", *train_flags(options))
         report = json.loads((out / "report.json").read_text())
         result = {"validation": report["loss_after"], "scores": self._score(out / "adapter"), "report": report}
         if mode.chooses:
@@ -215,18 +214,6 @@ class Scorer:
             precision = self._regime.precision
             scores = score_task(adapted, self._tokenizer, self.task, batch=SCORE_BATCH, precision=precision)
         return {metric: score.value for metric, score in scores.items()}
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Fields of `TrainConfig` as `edge train` has them."""
-    flags = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", str(value)]
-    return flags
 
 
 def _line(question: Question) -> str:

@@ -133,5 +133,5 @@ def test_a_run_is_scored_on_held_out_data_and_not_made_again(
         raise AssertionError("a finished run was made again")
 
     assert first.run(MODES["edge_summed"], rate, 0)["report"]["steps"] == 4  # an option that takes no value
-    monkeypatch.setattr(placement_scores, "run_command", refuse)
+    monkeypatch.setattr(placement_scores, "run_isthmus", refuse)
     assert scorer().run(MODES["edge"], rate, 0) == result

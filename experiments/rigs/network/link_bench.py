@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 import statistics
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.common.ending import run_to_end
 from isthmus.edge.client.link import Link
 from isthmus.edge.run_report import StripTotals
-from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.bench_settings import LinkSettings
 from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_long_texts
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
@@ -64,16 +61,6 @@ class Measured:
     def per_step(self, name: str) -> float:
         """A field of `spent`, per step."""
         return float(getattr(self.spent, name)) / len(self.step_s)
-
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Measured:
-        """The inverse of `to_json`."""
-        tree = json.loads(text)
-        return cls(tuple(tree["step_s"]), StripTotals(**tree["spent"]))
 
 
 def run_link(settings: LinkSettings, folder: Path) -> dict[str, Any]:
@@ -203,12 +190,9 @@ def _train(
         "save_every": steps,
         "threads": settings.threads,
     }
-    task = folder / f"{out.name}.json"
-    task.write_text(json.dumps(config))
     with space.inside(side):
-        return Measured.from_json(
-            run_command([sys.executable, "-m", "isthmus.experiments.rigs.network.link_bench", str(task)])
-        )
+        made = run_task("the edge", "isthmus.experiments.rigs.network.link_bench", config, shown=True)
+    return Measured(tuple(made["step_s"]), StripTotals(**made["spent"]))
 
 
 class StepClock:
@@ -234,22 +218,22 @@ class StepClock:
         return Measured(step_s, totals[-1] - totals[0])
 
 
-def _main(path: Path) -> None:
+def _main(parent: Parent) -> None:
     """The edge's process: `isthmus edge train`'s own path, with a clock beside it."""
     from isthmus.edge.cloud_link import open_link
     from isthmus.edge.config.training_config import load_config
     from isthmus.edge.split_run import train_over
 
-    config = load_config(None, json.loads(path.read_text()))
+    config = load_config(None, parent.task)
     with open_link(config) as link:
         clock = StepClock(link)
         link.observer = clock
         report = train_over(link, config)
     measured = clock.measured(WARM_UP)
-    # Of several links the clock sees the first, whose lane opens every step; a retry counts wherever it was.
+    # Of several links the clock sees the first, whose micro-batch opens every step; a retry counts wherever it was.
     spent = replace(measured.spent, retries=report.retries)
-    sys.stdout.write(replace(measured, spent=spent).to_json())
+    parent.say(asdict(replace(measured, spent=spent)))
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(Path(sys.argv[1])))
+    serve(_main)

@@ -10,7 +10,7 @@ from support.tiny import tiny_checkpoint
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.emulator_settings import LocalCostSettings
-from isthmus.experiments.harness.turns import TurnProcess
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.offsite.local_cost import KINDS, run_cost
 
 
@@ -32,6 +32,6 @@ def test_all_kinds_are_measured(model: Path, tmp_path: Path) -> None:
 def test_a_process_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     settings = LocalCostSettings(str(model), adapter_layers="1:1", threads=1)
     task = dataclasses.asdict(settings) | {"kind": "local_lora", "emulator": str(tmp_path / "gone")}
-    failing = TurnProcess("local_lora", "isthmus.experiments.offsite.local_cost", task, 1)
+    failing = TaskProcess("local_lora", "isthmus.experiments.offsite.local_cost", task, threads=1)
     with failing, pytest.raises(IsthmusError, match=r"process of local_lora failed.*emulator\.json"):
         failing.answer()

@@ -69,11 +69,6 @@ def test_one_slow_step_does_not_change_the_median_and_retries_are_told() -> None
     assert result["retries"] == 6
 
 
-def test_a_measurement_survives_json() -> None:
-    run = Measured((1.5, 2.5), SPENT)
-    assert Measured.from_json(run.to_json()) == run
-
-
 def test_the_clock_counts_from_first_question_to_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
     observed, now = Link(), [0.0]
     monkeypatch.setattr(link_bench.time, "perf_counter", lambda: now[0])
