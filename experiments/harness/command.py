@@ -49,7 +49,8 @@ class Measurement:
     def command(self) -> Callable[..., None]:
         """The function that typer makes a command of."""
 
-        def call(*, as_json: bool, keep: Path | None = None, **flags: Any) -> None:
+        def call(*, as_json: bool, **flags: Any) -> None:
+            keep = flags.pop("keep") if self.folder == "keep" else None  # a setting of that name is something else
             result = self.measure(self.settings(**flags), keep)
             if as_json:
                 typer.echo(json.dumps(result))

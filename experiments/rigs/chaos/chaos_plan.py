@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from isthmus.cloud.fault_points import POINTS, Point
 from isthmus.common.errors import ConfigError
+from isthmus.experiments.rigs.fault_points.fault_points import POINTS, Point
 from isthmus.experiments.rigs.hostile_tenants import DEEDS
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 

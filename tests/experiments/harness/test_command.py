@@ -82,6 +82,13 @@ def test_a_folder_stays_where_it_is_named_and_is_gone_where_it_is_not(invoke: An
     assert invoke(run, "--size", 1, "--keep", tmp_path, folder="temporary").exit_code == 2
 
 
+def test_a_setting_may_be_called_like_the_folder(invoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Settings", emulator_settings.LocalCostSettings)
+    seen: list[Any] = []
+    done = invoke(lambda settings, _folder: seen.append(settings.keep) or {}, "--keep", 0.25, folder="temporary")
+    assert (done.exit_code, seen) == (0, [0.25])
+
+
 def test_the_exit_code_says_whether_it_passed(invoke: Any) -> None:
     for held, code in ((True, 0), (False, 1)):
         result = {"held": held, "caught": True}

@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.fault_points import POINTS
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.rigs.chaos import chaos_figures
 from isthmus.experiments.rigs.chaos.chaos_figures import WorkerMemory, soaked
@@ -26,6 +25,7 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     pooled_slope,
     warmed_up,
 )
+from isthmus.experiments.rigs.fault_points.fault_points import POINTS
 from isthmus.experiments.rigs.hostile_tenants import DEEDS
 
 
