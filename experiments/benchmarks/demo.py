@@ -27,7 +27,7 @@ HELD_OUT = 40
 
 
 def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
-    """Run the demo and print it as it goes. Returns what it found; `parity` tells whether the adapters are equal."""
+    """Run the demo and print it as it goes. Returns what it found; `parity` says whether the adapters are equal."""
     console = Console(highlight=False, soft_wrap=True)
     console.rule("1. the model")
     checkpoint = resolve(MODEL)

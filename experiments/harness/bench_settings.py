@@ -1,4 +1,4 @@
-"""What each command of `isthmus bench` is told, and where the function is that measures.
+"""The settings of each command of `isthmus bench`, and where the function is that measures.
 
 The docstring of a class is the help of its command; `Measurement` says how the flags come about. Imports nothing heavy.
 """

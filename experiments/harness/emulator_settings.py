@@ -1,4 +1,4 @@
-"""What the researcher's commands of `isthmus emulator` are told, and where the function is that measures.
+"""The settings of the researcher's commands of `isthmus emulator`, and where the function is that measures.
 
 The docstring of a class is the help of its command; `Measurement` says how the flags come about. Imports nothing heavy.
 """

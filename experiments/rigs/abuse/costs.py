@@ -56,7 +56,7 @@ def large_call(session: Session, seconds: float, sequence: int = 128) -> dict[st
 
 
 def disconnect(session: Session, seconds: float) -> dict[str, Any]:
-    """Kept forwards for a while, and then the stream is cut without a word."""
+    """Kept forwards for a while, and then the stream is cut without a goodbye."""
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         number += 1
@@ -76,10 +76,10 @@ def download(session: Session, seconds: float) -> dict[str, Any]:
     end, fetched = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         session.send(m.Fetch(m.FileSet.PARTS, largest.name, fetched % largest.size))
-        piece = session.receive()
-        if not isinstance(piece, m.Blob):
-            raise IsthmusError(f"the cloud answered with {type(piece).__name__} instead of a piece of {largest.name}")
-        fetched += len(piece.data)
+        chunk = session.receive()
+        if not isinstance(chunk, m.Blob):
+            raise IsthmusError(f"the cloud answered with {type(chunk).__name__} instead of a chunk of {largest.name}")
+        fetched += len(chunk.data)
     return {"bytes": fetched}
 
 

@@ -33,7 +33,7 @@ WARM_UP = 2  # steps before the first that counts: TCP's and HTTP/2's windows gr
 ECHOES = 21
 RATE_SECONDS = 1.5
 SLOW_START_TRIPS, SLOW_START_SECONDS = 20, 0.5  # passed over, whichever is longer, before the rate is measured
-PIECE = 1 << 16
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +153,16 @@ def _goodput(source: socket.socket, sink: socket.socket, skip_s: float) -> float
     def pour() -> None:
         with contextlib.suppress(OSError):  # the sink closes when it has seen enough
             while True:
-                source.sendall(bytes(PIECE))
+                source.sendall(bytes(CHUNK))
 
     thread = threading.Thread(target=pour, name="pour", daemon=True)
     thread.start()
     begun = time.perf_counter()
     while (start := time.perf_counter()) < begun + skip_s:
-        sink.recv(PIECE)
+        sink.recv(CHUNK)
     received, end = 0, start
     while end < start + RATE_SECONDS:
-        received += len(sink.recv(PIECE))
+        received += len(sink.recv(CHUNK))
         end = time.perf_counter()
     sink.close()
     thread.join()

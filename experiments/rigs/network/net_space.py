@@ -31,7 +31,7 @@ from isthmus.experiments.rigs.network.delay_relay import Conditions
 Side = Literal["edge", "cloud"]
 ADDRESSES: Final[dict[Side, str]] = {"edge": "10.77.0.1", "cloud": "10.77.0.2"}  # nobody outside ever sees them
 
-DEVICE = "strip"
+DEVICE = "wire"
 MTU = 1500  # bytes of a packet
 QUEUED_PACKETS = 10_000  # between the kernel and the relay: only the token bucket drops
 BURST_SECONDS = 0.002  # bytes of so much time, and at least four packets, may leave at once
