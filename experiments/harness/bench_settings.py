@@ -11,28 +11,26 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.bench_flags import (
+    CloudDtype,
+    Codec,
+    DataFolder,
+    EdgeDtype,
+    EdgeLayers,
+    Examples,
+    MaxLength,
+    Model,
+    OneRate,
+    Out,
+    RunSteps,
+    StepExamples,
+    Steps,
+    Task,
+    Test,
+    Threads,
+)
 from isthmus.experiments.harness.command import Measurement
-
-_Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
-_EdgeLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")]
-_Threads = Annotated[int, typer.Option(min=1, help="torch threads on either side.")]
-_Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
-_Examples = Annotated[int, typer.Option(min=1, help="Examples per step.")]
-_ExampleTokens = Annotated[int, typer.Option(min=32, help="Tokens per example at most.")]
-_Codec = Annotated[str, typer.Option(help="Codec of the wire, as for `edge train`.")]
-_CloudDtype = Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")]
-_EdgeDtype = Annotated[str, typer.Option(help="What the edge computes in: fp32 or bf16.")]
-_Task = Annotated[str, typer.Option(help="What runs are scored on: e2e, openbookqa, arc_easy or sst2.")]
-_DataFolder = Annotated[
-    Path | None, typer.Option(help="Where the tasks lie; default: shared/data beside the checkout.")
-]
-_RunSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps of a run.")]
-_StepExamples = Annotated[int, typer.Option(min=1, help="Examples of a step.")]
-_MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")]
-_OneRate = Annotated[float, typer.Option(min=0, help="Of every run.")]
-_Test = Annotated[int | None, typer.Option(min=2, help="Held-out documents; by default the task's.")]
-_Out = Annotated[Path, typer.Option(help="Folder for finished pieces; the same command goes on there.")]
+from isthmus.experiments.harness.rig_settings import RIGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +40,15 @@ class ParitySettings:
     Example: isthmus bench parity --model smollm2-135m --steps 10 --json
     """
 
-    model: _Model = "smollm2-135m"
-    steps: _Steps = 10
-    edge_layers: _EdgeLayers = "2:2"
-    codec: _Codec = "fp32"
+    model: Model = "smollm2-135m"
+    steps: Steps = 10
+    edge_layers: EdgeLayers = "2:2"
+    codec: Codec = "fp32"
     dtype: Annotated[str, typer.Option("--cloud-dtype", help="What the cloud computes in: fp32 or bf16.")] = "fp32"
-    batch: _Examples = 4
+    batch: Examples = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per example at most.")] = 128
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3
-    threads: _Threads = 1
+    threads: Threads = 1
     data: Annotated[
         str, typer.Option(help="A data file as for `edge train`; by default a few sentences of real text.")
     ] = ""
@@ -64,10 +62,10 @@ class StepSettings:
     Example: isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
     """
 
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
-    codec: _Codec = "fp32"
-    cloud_dtype: _CloudDtype = "fp32"
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+    codec: Codec = "fp32"
+    cloud_dtype: CloudDtype = "fp32"
     quantize: Annotated[str, typer.Option(help="How the cloud holds its weights: none, int8 or nf4.")] = "none"
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128
@@ -83,15 +81,15 @@ class CurveSettings:
     """
 
     data: Annotated[str, typer.Option(help="A data file as for `edge train`.")]
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
     prompt_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None
     completion_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None
-    steps: _Steps = 200
-    batch: _Examples = 4
+    steps: Steps = 200
+    batch: Examples = 4
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak, of AdamW.")] = 1e-3
     validation_split: Annotated[float, typer.Option(min=0, max=0.9, help="Fraction held out.")] = 0.03
-    threads: _Threads = 2
+    threads: Threads = 2
     figure: Annotated[Path | None, typer.Option(help="PNG to draw the two curves to (needs matplotlib).")] = None
 
 
@@ -125,9 +123,9 @@ class PlacementSettings:
     The costs alone: isthmus bench placements --no-scores
     """
 
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     modes: Annotated[str, typer.Option(help="Modes, comma-separated; by default all.")] = ""
-    edge_layers: _EdgeLayers = "2:2"
+    edge_layers: EdgeLayers = "2:2"
     costs: Annotated[bool, typer.Option(help="Whether to measure what a step costs, at fp32.")] = True
     scores: Annotated[bool, typer.Option(help="Whether to train and to score on held-out data.")] = True
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8
@@ -141,11 +139,11 @@ class PlacementSettings:
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step whose cost is measured.")] = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens of such a sequence.")] = 128
     rounds: Annotated[int, typer.Option(min=1, help="Steps that count, of each run whose cost is measured.")] = 7
-    task: _Task = "e2e"
-    data_folder: _DataFolder = None
+    task: Task = "e2e"
+    data_folder: DataFolder = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a scored run.")] = 400
     score_batch: Annotated[int, typer.Option(min=1, help="Examples of a step of a scored run.")] = 2
-    max_length: _MaxLength = 256
+    max_length: MaxLength = 256
     learning_rates: Annotated[str, typer.Option(help="Candidate learning rates, for every mode.")] = "1e-3,3e-3"
     seeds: Annotated[
         int,
@@ -153,15 +151,15 @@ class PlacementSettings:
             min=1, help="Seeds of the modes that choose sites, and of `edge` or else `single`; one of the others."
         ),
     ] = 3
-    test: _Test = None
+    test: Test = None
     validation: Annotated[int, typer.Option(min=1, help="Training examples that rates are chosen by.")] = 32
     precision: Annotated[str, typer.Option(help="What the edge of a scored run computes in: fp32 or bf16.")] = "bf16"
     cloud_dtype: Annotated[str, typer.Option(help="What its cloud computes in: fp32 or bf16.")] = "bf16"
-    threads: _Threads = 1
+    threads: Threads = 1
     figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against bytes.")] = None
     budget_figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against site traffic.")] = None
     sites_figure: Annotated[Path | None, typer.Option(help="PNG of kill-and-revive's live sites over time.")] = None
-    out: _Out = Path("isthmus-placements")
+    out: Out = Path("isthmus-placements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,24 +171,24 @@ class CodecSettings:
     Two of them: isthmus bench codecs --codec int8 --codec int4-outliers,int4
     """
 
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     codec: Annotated[
         list[str] | None,
         typer.Option(help="Codecs as `edge train --codec` has them, repeatable; by default a choice of all."),
     ] = None
-    edge_layers: _EdgeLayers = "2:2"
-    task: _Task = "e2e"
-    data_folder: _DataFolder = None
-    steps: _RunSteps = 200
-    batch: _StepExamples = 4
-    max_length: _MaxLength = 256
-    learning_rate: _OneRate = 1e-3
-    test: _Test = None
+    edge_layers: EdgeLayers = "2:2"
+    task: Task = "e2e"
+    data_folder: DataFolder = None
+    steps: RunSteps = 200
+    batch: StepExamples = 4
+    max_length: MaxLength = 256
+    learning_rate: OneRate = 1e-3
+    test: Test = None
     probes: Annotated[int, typer.Option(min=1, help="Micro-batches that gradients are compared on.")] = 8
-    precision: _EdgeDtype = "fp32"
-    cloud_dtype: _CloudDtype = "fp32"
-    threads: _Threads = 1
-    out: _Out = Path("isthmus-codecs")
+    precision: EdgeDtype = "fp32"
+    cloud_dtype: CloudDtype = "fp32"
+    threads: Threads = 1
+    out: Out = Path("isthmus-codecs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +200,23 @@ class QuantizeSettings:
     Two of them: isthmus bench quantize --form none --form nf4
     """
 
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     form: Annotated[
         list[str] | None, typer.Option(help="Any of none (fp32), bf16, int8 and nf4, repeatable; by default all.")
     ] = None
-    edge_layers: _EdgeLayers = "2:2"
-    task: _Task = "e2e"
-    data_folder: _DataFolder = None
+    edge_layers: EdgeLayers = "2:2"
+    task: Task = "e2e"
+    data_folder: DataFolder = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a scored run.")] = 200
-    batch: _StepExamples = 4
+    batch: StepExamples = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence of a timed step.")] = 128
     pairs: Annotated[int, typer.Option(min=5, help="Timed steps of either kind, in turns.")] = 9
-    max_length: _MaxLength = 256
-    learning_rate: _OneRate = 1e-3
-    test: _Test = None
-    precision: _EdgeDtype = "fp32"
-    threads: _Threads = 1
-    out: _Out = Path("isthmus-quantize")
+    max_length: MaxLength = 256
+    learning_rate: OneRate = 1e-3
+    test: Test = None
+    precision: EdgeDtype = "fp32"
+    threads: Threads = 1
+    out: Out = Path("isthmus-quantize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +227,9 @@ class TenantsFlags:
     """
 
     n: Annotated[int, typer.Option("--n", min=2, help="Tenants.")] = 8
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of a tenant's step, on average.")] = 64
-    edge_layers: _EdgeLayers = "2:2"
+    edge_layers: EdgeLayers = "2:2"
     steps: Annotated[int, typer.Option(min=2, help="Steps of each tenant that count.")] = 24
     threads: Annotated[
         int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores that it may use.")
@@ -251,8 +249,8 @@ class QosFlags:
     Example: isthmus bench qos --json
     """
 
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
     loads: Annotated[
         str, typer.Option(help="Computing time that is asked for over the time there is, comma-separated.")
     ] = "0.4,0.8,1.0,1.2"
@@ -266,120 +264,6 @@ class QosFlags:
         None
     )
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0
-
-
-# What breaks things. The rigs themselves are in the source tree alone. ------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class FaultSettings:
-    """Break whatever can break during one training run, and compare it with an undisturbed one, bit for bit.
-
-    Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets
-    forward states. A fault counts only where a call in flight failed or was repeated because of it.
-
-    Example: isthmus bench faults --json
-    """
-
-    model: _Model = "smollm2-135m"
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of either run.")] = 40
-    per_phase: Annotated[int, typer.Option(min=1, help="Faults of each phase that have to count.")] = 3
-    phases: Annotated[str, typer.Option(help="Phases to break, comma-separated; by default all.")] = ""
-    edge_layers: _EdgeLayers = "2:2"
-    batch: _Examples = 2
-    seq: _ExampleTokens = 64
-    threads: _Threads = 1
-    save_every: int = 4  # steps between the edge's checkpoints
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
-    """Train across a slow and long link, with and without overlap, and compare with what computing and wire need.
-
-    The edge and the cloud run in network namespaces of their own, which needs root.
-
-    Example: isthmus bench link --rate 100mbit --rtt 50ms --json
-    """
-
-    rate: Annotated[str, typer.Option(help="Of the way in each direction: 100mbit, 1gbit, …")] = "100mbit"
-    rtt: Annotated[str, typer.Option(help="Round trip of the way: 50ms, 1.5s, …")] = "50ms"
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
-    codec: Annotated[str, typer.Option(help="Codec of the wire.")] = "fp32"
-    cloud_dtype: _CloudDtype = "fp32"
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 2
-    seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128
-    micro_batches: Annotated[int, typer.Option(min=2, help="Micro-batches per optimizer step.")] = 4
-    overlap: Annotated[int, typer.Option(min=2, help="Micro-batches in flight in the run with overlap.")] = 4
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that count, of each run.")] = 7
-    threads: _Threads = 1
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.overlap <= self.micro_batches:
-            raise ConfigError(
-                f"{self.overlap} micro-batches in flight do not fit {self.micro_batches} of a step: "
-                "give at least 2, and no more in flight than a step has"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class ChaosSettings:
-    """Let several tenants train while workers, controller, cluster, edges, connections and the network break at random.
-
-    Each tenant's adapter is compared, bit for bit, with that of its undisturbed training. `felt` says how much longer
-    the tenants' steps take while somebody misbehaves. Faults of the network need root, for network namespaces; without
-    it the others fall.
-
-    Example: isthmus bench chaos --seconds 600 --json
-
-    Memory alone: isthmus bench chaos --soak --seconds 1800 --json
-    """
-
-    seconds: Annotated[float, typer.Option(min=1, help="During which faults fall.")] = 600.0
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
-    tenants: Annotated[int, typer.Option(min=1, help="That train at the same time.")] = 3
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Of the cloud, about 1 GB each of smollm2-135m; 2, or 1 in a soak.")
-    ] = None
-    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of a training.")] = 30
-    batch: _Examples = 1
-    seq: _ExampleTokens = 64
-    kinds: Annotated[str, typer.Option(help="Faults, comma-separated; by default all that the machine can make.")] = ""
-    seed: Annotated[int, typer.Option(help="Of the faults.")] = 0
-    silence_s: Annotated[
-        float, typer.Option("--silence", min=0.1, help="Seconds for which the way carries nothing.")
-    ] = 30.0
-    stash_bytes: Annotated[str, typer.Option(help="The cloud's budget for forward states.")] = "1GiB"
-    warm_up_s: Annotated[
-        float | None,
-        typer.Option(
-            "--warm-up", min=0, help="Of a worker's life, whose memory does not count; 15, or a quarter of a soak."
-        ),
-    ] = None
-    threads: _Threads = 1
-    soak: Annotated[bool, typer.Option("--soak", help="Break nothing: tenants come and go.")] = False
-    bad_s: float = 5.0  # seconds for which a tenant misbehaves or a way is bad
-    save_every: int = 4  # steps between an edge's checkpoints
-
-
-@dataclass(frozen=True, slots=True)
-class AbuseSettings:
-    """Attack a cloud as strangers and tenants would, and an edge as a cloud would; hold the cost to fixed ceilings.
-
-    Each attack on a worker is made alone, while its memory, descriptors and processor time are counted, and beside a
-    tenant that behaves, whose latency is compared with its calm one. An attack on an edge must end with the error that
-    the edge documents. Servers with planted weaknesses, and edges without a bound, are measured last: each must be
-    caught. Exits with 1 where a ceiling is broken or a planted weakness is not caught.
-
-    Example: isthmus bench abuse --json
-    """
-
-    model: _Model = "smollm2-135m"
-    edge_layers: _EdgeLayers = "2:2"
-    attacks: Annotated[str, typer.Option(help="Attacks, comma-separated; by default all.")] = ""
-    seconds: Annotated[float, typer.Option(min=0.5, help="For which each attack on a worker goes on, twice.")] = 5.0
-    threads: Annotated[int, typer.Option(min=1, help="torch threads of the worker.")] = 1
 
 
 MEASUREMENTS: Final = {
@@ -400,14 +284,6 @@ MEASUREMENTS: Final = {
     ),
     "tenants": Measurement(TenantsFlags, "serving.tenants_command:run", folder="temporary"),
     "qos": Measurement(QosFlags, "serving.qos_command:run", "serving.qos_command:show", folder="none"),
-    "faults": Measurement(FaultSettings, "rigs.faults.faults:run_faults"),
-    "link": Measurement(LinkSettings, "rigs.network.link_bench:run_link"),
-    "chaos": Measurement(ChaosSettings, "rigs.chaos.chaos_bench:run_chaos"),
-    "abuse": Measurement(
-        AbuseSettings,
-        "rigs.abuse.abuse_bench:run_abuse",
-        "rigs.abuse.abuse_bench:show",
-        passed=("held", "planted_caught"),
-    ),
+    **RIGS,
 }
 """The commands of `isthmus bench` by name, in the order of its help."""

@@ -11,9 +11,9 @@ from typing import Annotated, Final
 
 import typer
 
+from isthmus.experiments.harness.bench_flags import Model
 from isthmus.experiments.harness.command import Measurement
 
-_Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
 _AdapterLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers are tuned.")]
 _Rank = Annotated[int, typer.Option(min=1, help="Rank of adapters.")]
 _Precision = Annotated[str, typer.Option(help="What training computes in: fp32 or bf16.")]
@@ -30,7 +30,7 @@ class TableFlags:
     Example: isthmus emulator table --model smollm2-135m --tasks e2e,openbookqa,arc_easy,sst2 --json
     """
 
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     tasks: Annotated[str, typer.Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, text:PATH.")] = (
         "e2e,openbookqa,arc_easy,sst2"
     )
@@ -122,7 +122,7 @@ class LocalCostSettings:
     Example: isthmus emulator cost --model smollm2-135m --keep 0.5 --json
     """
 
-    model: _Model = "smollm2-135m"
+    model: Model = "smollm2-135m"
     keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5
     method: Annotated[str, typer.Option(help="The emulator's recipe, as for `build`.")] = "uniform"
     text: Annotated[Path | None, typer.Option(help="Public text, for a recipe that needs it.")] = None

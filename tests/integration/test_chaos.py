@@ -13,8 +13,8 @@ from support.commands import Shell, ended, wait_for
 from support.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.harness.bench_settings import ChaosSettings
 from isthmus.experiments.harness.launch import _of_session
+from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos import chaos_bench
 from isthmus.experiments.rigs.chaos.chaos_bench import run_chaos
 

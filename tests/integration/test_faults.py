@@ -8,7 +8,7 @@ import pytest
 from support.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.harness.bench_settings import FaultSettings
+from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.rigs.faults.fault_plan import PHASES
 from isthmus.experiments.rigs.faults.faults import run_faults
 

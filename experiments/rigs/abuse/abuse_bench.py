@@ -22,8 +22,8 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker_setup import make_parts
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
-from isthmus.experiments.harness.bench_settings import AbuseSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.rig_settings import AbuseSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness

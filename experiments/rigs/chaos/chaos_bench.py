@@ -29,7 +29,7 @@ from typing import Any
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
-from isthmus.experiments.harness.bench_settings import ChaosSettings
+from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (

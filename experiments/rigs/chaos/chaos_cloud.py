@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.cloud.telemetry import event_history
-from isthmus.experiments.harness.bench_settings import ChaosSettings
 from isthmus.experiments.harness.launch import LocalCloud, free_ports
+from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.fault_points.fault_points import environment
 from isthmus.experiments.rigs.hostile_tenants import HostileProcess
 from isthmus.experiments.rigs.network.delay_relay import Conditions

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.edge.client.link import Link, connect
 from isthmus.experiments.harness.bench_flags import names_of
-from isthmus.experiments.harness.bench_settings import FaultSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.harness.tickets import make_tickets
 from isthmus.experiments.rigs.faults.fault_edge import Edge
 from isthmus.experiments.rigs.faults.fault_plan import PHASES, Fault, FaultPlan, Moment

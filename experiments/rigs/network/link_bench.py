@@ -21,10 +21,10 @@ from typing import Any
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.edge.client.link import Link
 from isthmus.edge.run_report import StripTotals
-from isthmus.experiments.harness.bench_settings import LinkSettings
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_long_texts
+from isthmus.experiments.harness.rig_settings import LinkSettings
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
 from isthmus.planner.link_spec import parse_rate, parse_seconds

@@ -10,7 +10,7 @@ from support.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.edge.run_report import StripTotals
-from isthmus.experiments.harness.bench_settings import LinkSettings
+from isthmus.experiments.harness.rig_settings import LinkSettings
 from isthmus.experiments.rigs.network import link_bench
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.link_bench import (
