@@ -87,17 +87,17 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """One step: what either side computes, what crosses the strip, and the seconds of that."""
+    """One step: what either side computes, what crosses the wire, and the seconds of that."""
 
     edge: Work
     cloud: Work = field(default_factory=Work)
     traffic: Traffic = field(default_factory=Traffic)
-    strip_s: float = 0.0
+    wire_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All of it, one after another."""
-        return self.edge.seconds + self.cloud.seconds + self.strip_s
+        return self.edge.seconds + self.cloud.seconds + self.wire_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +245,8 @@ class _Predictor:
             s for site in self._facts.sites for s in ((self._set.rank, site.inputs), (site.outputs, self._set.rank))
         ]
         cloud = self._adapters(self._cloud, self._span)
-        lent = self._wire.lending(shapes * self._span)
-        return self._inside("leased", self._optimizer(2 * len(self._facts.sites) * self._span), cloud, lent, 0.0)
+        leased = self._wire.lending(shapes * self._span)
+        return self._inside("leased", self._optimizer(2 * len(self._facts.sites) * self._span), cloud, leased, 0.0)
 
     def _emulator(self) -> ModeCost:
         own = self._bottom + self._top

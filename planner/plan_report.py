@@ -36,7 +36,7 @@ def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_byte
 
     quality: a mode that trains inside the cloud's layers: `edge`, unless another is much quicker.
     speed: the shortest step, of later epochs where they are cheaper.
-    privacy: the fewest bytes over the strip, of the first epoch where they are more; `emulator` needs none.
+    privacy: the fewest bytes over the wire, of the first epoch where they are more; `emulator` needs none.
 
     Args:
         costs: What was predicted.
@@ -101,7 +101,7 @@ def _row(cost: ModeCost, positions: int) -> dict[str, Any]:
     return row | {
         "edge_s": step.edge.seconds,
         "cloud_s": step.cloud.seconds,
-        "strip_s": step.strip_s,
+        "strip_s": step.wire_s,
         "bytes_up": round(step.traffic.up),
         "bytes_down": round(step.traffic.down),
         "bytes_per_token": step.traffic.total / positions,

@@ -38,7 +38,7 @@ _CALL = CallId(1, 1)
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What crosses the strip.
+    """What crosses the wire.
 
     Attributes:
         up: Bytes to the cloud.

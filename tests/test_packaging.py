@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
 TOPS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
-FOLDERS = {name: name.removeprefix("isthmus.").replace(".", "/") for name in PACKAGES}
+RIGS = ROOT / "experiments" / "rigs"
+LEFT_OUT = [
+    f"isthmus.{path.relative_to(ROOT).as_posix().replace('/', '.')}"
+    for path in sorted({file.parent for file in RIGS.rglob("*.py")})
+]
+"""What breaks things on purpose: in the source tree and in an editable install, and not in the wheel."""
+FOLDERS = {name: name.removeprefix("isthmus.").replace(".", "/") for name in (*PACKAGES, *LEFT_OUT)}
 
 # What `isthmus --help` imports; everything else of `dependencies` is loaded by the command that needs it.
 LIGHT = ("typer", "pydantic", "rich")
@@ -39,14 +45,15 @@ def _sources() -> set[str]:
     """The files that a wheel must hold, by their names there."""
     return {
         f"{package.replace('.', '/')}/{path.name}"
-        for package, folder in FOLDERS.items()
-        for path in (ROOT / folder).iterdir()
+        for package in PACKAGES
+        for path in (ROOT / FOLDERS[package]).iterdir()
         if path.suffix in (".py", ".pyi", ".proto") or path.name == "py.typed"
     }
 
 
 def _modules() -> list[str]:
-    names = (name.removesuffix(".py").replace("/", ".") for name in _sources() if name.endswith(".py"))
+    """All modules of the tree, those that the wheel leaves out too."""
+    names = {f"{package}.{path.stem}" for package, folder in FOLDERS.items() for path in (ROOT / folder).glob("*.py")}
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
@@ -54,6 +61,11 @@ def test_every_folder_with_code_is_a_package() -> None:
     listed = {Path(folder) for folder in FOLDERS.values()}
     assert listed == _folders_with_code()
     assert {f"isthmus.{name}": name for name in {folder.parts[0] for folder in listed}} == TOPS
+
+
+def test_only_the_rigs_are_left_out_of_the_wheel() -> None:
+    assert LEFT_OUT[0] == "isthmus.experiments.rigs"
+    assert not [name for name in PACKAGES if name.startswith(LEFT_OUT[0])]
 
 
 def test_every_package_is_typed() -> None:
@@ -115,6 +127,11 @@ def test_help_works_where_only_the_wheel_and_the_light_dependencies_are_installe
     assert present.strip() == "[]"
     command = str(environment / "bin" / "isthmus")
     assert _run(command, "--version").split() == ["isthmus", PROJECT["project"]["version"]]
+    assert "chaos" in _run(command, "bench", "--help")
+    for name in ("faults", "link", "chaos", "abuse"):
+        done = subprocess.run((command, "bench", name), capture_output=True, text=True, cwd="/", check=False, env={})
+        assert (done.returncode, done.stderr.count("\n")) == (10, 1), done.stderr
+        assert "run it in the source tree" in done.stderr
     for group in ((), ("cloud",), ("cloud", "serve"), ("edge",), ("edge", "train"), ("bench",), ("demo",)):
         assert "Usage: isthmus" in _run(command, *group, "--help")
 

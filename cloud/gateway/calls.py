@@ -20,7 +20,6 @@ from isthmus.cloud.engine.compute_threads import Shared, TooLate
 from isthmus.cloud.engine.engine import compute_threads
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Share
-from isthmus.cloud.fault_points import reached
 from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
@@ -196,7 +195,6 @@ class SessionCalls:
     async def answer(self, stream: SealedStream, received: Received) -> None:
         """Have a message answered when it has had its turn, and send the answer."""
         due = self._due(received.message)
-        reached("opened")
         crypto_ns = stream.take_crypto_ns()
         message, metrics = received.message, self._calls.metrics
         with self._calls.in_flight.call():
@@ -223,7 +221,6 @@ class SessionCalls:
                 if self._calls.records_history:
                     self._record(reply)
                 await stream.send(reply)
-            reached("reply_sent")
             metrics.calls.labels(_operation(message)).inc()
 
     def _record(self, reply: m.Message) -> None:
@@ -347,7 +344,6 @@ class SessionCalls:
             raise
         # What is needed longer, the executor has copied.
         running.add_done_callback(lambda _: wipe(received.body))
-        reached("queued")
         return running
 
     def _count(self, message: m.Message, reply: m.Timed, due: float | None) -> None:

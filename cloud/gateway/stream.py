@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from isthmus.cloud.fault_points import reached
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import RemoteProtocolError
 from isthmus.protocol.limits import DEFAULT_PACE, Pace
@@ -102,7 +101,6 @@ class SealedStream:
                 if not size:
                     begun = self._clock()
                 size += len(frame)
-                reached("received")
                 start = time.perf_counter_ns()
                 event = self._session.receive(frame)
                 self._crypto_ns += time.perf_counter_ns() - start

@@ -24,7 +24,6 @@ from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
-from isthmus.cloud.fault_points import reached
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.tenant_adapters import Compute, TenantAdapters, at_once
@@ -250,14 +249,12 @@ class TenantSession:
 
     def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
         codec = codec_by_id(message.reply_codec).name
-        reached("forward_done")
         hidden = encode(result.hidden, codec, Role.ACTIVATION, "the output of the cloud's layers")
         taps = (encode(each, codec, Role.ACTIVATION, "the output of a tap") for each in result.taps)
         return m.ForwardReply(message.id, hidden, compute_ns, 0, 0, tuple(taps))
 
     def _backward_reply(self, message: m.Backward, result: Gradients, compute_ns: int) -> m.BackwardReply:
         codec = codec_by_id(message.reply_codec).name
-        reached("backward_done")
         what = "the gradient from the cloud's layers"
         payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT, what)
         leased = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a leased matrix") for each in result.lent)

@@ -29,6 +29,7 @@ from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
+from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate

@@ -24,7 +24,7 @@ NEEDLE_TOKENS = 4  # consecutive token ids that count as a find
 NEEDLE_VALUES = 4  # consecutive weights that count as a find
 
 
-def search_the_strip(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, Any]:
+def search_the_wire(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, Any]:
     """Make one step with a trained adapter, and search the plaintext of every message that the edge sends.
 
     Searched for: the text of each example (UTF-8), runs of its token ids and of its labels (little-endian, 16, 32 and

@@ -1,25 +1,23 @@
 """`make demo`: the main job on a real model, in a few minutes, with everything that a user would start by hand.
 
 A cloud (Ray, a worker, sealed gRPC) and an edge in processes of their own; some forty steps on generated support
-tickets; the held-out loss and an answer before and after; what crossed the strip; and the same training in a single
+tickets; the held-out loss and an answer before and after; what crossed the wire; and the same training in a single
 process, which must end in the same adapter.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import load_file
 
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.benchmarks.crossing import search_the_strip
-from isthmus.experiments.harness.launch import LocalCloud, isthmus
+from isthmus.experiments.benchmarks.crossing import search_the_wire
+from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.single_process import parity_of, train_whole
 from isthmus.experiments.harness.tickets import Ticket, make_tickets, write_tickets
 
 MODEL = "smollm2-135m"
@@ -29,7 +27,7 @@ HELD_OUT = 40
 
 
 def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
-    """Run the demo and print it as it goes. Returns what it found; `parity` tells whether the adapters are equal."""
+    """Run the demo and print it as it goes. Returns what it found; `parity` says whether the adapters are equal."""
     console = Console(highlight=False, soft_wrap=True)
     console.rule("1. the model")
     checkpoint = resolve(MODEL)
@@ -61,15 +59,14 @@ def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
         edge = ("--cloud", str(cloud.connection_file), "--key", str(cloud.edge_key))
         console.rule(f"3. the edge: {steps} steps on {len(train)} private tickets")
         before = _generate(edge, probe)
-        flags = [text for name, value in training.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        report = _json("edge", "train", *edge, *flags, "--out", str(folder / "split"), "--json")
+        flags = train_flags(training)
+        report = run_isthmus("edge", "train", *edge, *flags, "--out", str(folder / "split"))
         after = _generate(edge, probe, "--adapter", str(folder / "split" / "adapter"))
-        crossing = search_the_strip(cloud, folder / "train.jsonl", folder / "split" / "adapter")
-    _tell(console, report, probe, before, after, crossing)
+        crossing = search_the_wire(cloud, folder / "train.jsonl", folder / "split" / "adapter")
+    _print(console, report, probe, before, after, crossing)
 
     console.rule("5. the same in a single process, on the same seed")
-    options = json.dumps({**training, "out": str(folder / "single")})
-    run_command([sys.executable, "-m", "isthmus.experiments.harness.single_process", MODEL, EDGE_LAYERS, options])
+    train_whole(MODEL, EDGE_LAYERS, {**training, "out": str(folder / "single")})
     parity = parity_of(folder / "split", folder / "single")
     console.print(
         f"parity: bitwise_equal={parity['bitwise_equal']} max_abs_loss_diff={parity['max_abs_loss_diff']} "
@@ -82,7 +79,7 @@ def run_demo(folder: Path, steps: int, threads: int) -> dict[str, Any]:
     return {"report": report, "before": before, "after": after, "crossing": crossing, "parity": parity}
 
 
-def _tell(
+def _print(
     console: Console, report: dict[str, Any], probe: Ticket, before: str, after: str, crossing: dict[str, Any]
 ) -> None:
     console.print(f"held-out loss  {report['loss_before']:.3f} before, {report['loss_after']:.3f} after")
@@ -90,7 +87,7 @@ def _tell(
     console.print("wanted        ", probe.completion.strip(), markup=False)
     console.print("answer before ", before.strip().split("\n")[0][:100], markup=False)
     console.print("answer after  ", after.strip().split("\n")[0][:100], markup=False)
-    console.rule("4. what crossed the strip")
+    console.rule("4. what crossed the wire")
     console.print(
         f"{report['bytes_up'] / 1e6:.1f} MB up, {report['bytes_down'] / 1e6:.1f} MB down "
         f"in {report['calls']} calls, sealed: "
@@ -109,40 +106,9 @@ def _tell(
         "  (activations are, as they must be; from them, a cloud that knows the weights can infer much: see the README)"
     )
     if any(found for name, found in crossing["found"].items() if name != "activations"):
-        raise IsthmusError("something private crossed the strip: please report this")
+        raise IsthmusError("something private crossed the wire: please report this")
 
 
 def _generate(edge: tuple[str, ...], probe: Ticket, *options: str) -> str:
-    text: str = _json("edge", "generate", *edge, *options, "--max-new-tokens", "24", "--json", probe.prompt)["text"]
+    text: str = run_isthmus("edge", "generate", *edge, *options, "--max-new-tokens", "24", probe.prompt)["text"]
     return text
-
-
-def _json(*arguments: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(run_command(isthmus(*arguments)))
-    return result
-
-
-def run_command(command: list[str]) -> str:
-    """Run a command whose progress the user sees; returns what it printed."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise IsthmusError(
-            f"`{' '.join(command[2:5])} …` ended with exit code {done.returncode}; its own message is above"
-        )
-    return done.stdout
-
-
-def parity_of(split: Path, single: Path) -> dict[str, Any]:
-    """Compare the adapters and the loss logs of two runs' folders."""
-    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (split, single))
-    losses = [
-        [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
-        for out in (split, single)
-    ]
-    if one.keys() != other.keys():
-        raise IsthmusError("the two adapters have different parameters: nothing can be compared")
-    return {
-        "bitwise_equal": losses[0] == losses[1] and all(bool((one[name] == other[name]).all()) for name in one),
-        "max_abs_loss_diff": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "adapter_max_abs_diff": max(float((one[name] - other[name]).abs().max()) for name in one),
-    }

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,33 +22,14 @@ from torch.nn import functional
 
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import torch_threads
+from isthmus.experiments.harness.bench_settings import KernelSettings
 from isthmus.kernels.blockwise import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from isthmus.kernels.dispatch import runs_triton, torch_only
 from isthmus.kernels.grouped import grouped_low_rank
 
 OURS = "isthmus"
+ROWS = (16, 128)
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class KernelSettings:
-    """What is measured.
-
-    Attributes:
-        rows: Rows of each group, one run for each; the tensors that are quantized have as many as all groups together.
-        widths: Features in and out of the sites, one run for each.
-        ranks: Of the groups.
-        rounds: Runs of each candidate; in a round each runs once, in a random order.
-        threads: torch's.
-        device: `cpu` or `cuda`.
-    """
-
-    rows: tuple[int, ...] = (16, 128)
-    widths: tuple[tuple[int, int], ...] = ((576, 576), (576, 1536), (1536, 576))
-    ranks: tuple[int, ...] = (4, 8, 8, 16, 16, 32, 64, 64)
-    rounds: int = 15
-    threads: int = 1
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,8 +60,13 @@ def run_kernels(settings: KernelSettings) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such device, or bitsandbytes is not installed.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"there is no device {device!r} to measure on: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch finds no CUDA device: leave --device out, or use --device cpu")
+    rows_per_group = list(settings.rows or ROWS)
+    settings = replace(settings, rows=rows_per_group, device=device)
     bitsandbytes = _bitsandbytes()
     generator = torch.Generator().manual_seed(1)
     with torch_threads(settings.threads):
@@ -88,12 +74,12 @@ def run_kernels(settings: KernelSettings) -> dict[str, Any]:
             _grouped_row(settings, dtype, width, rows, generator)
             for dtype in DTYPES
             for width in settings.widths
-            for rows in settings.rows
+            for rows in rows_per_group
         ]
         blockwise = [
             row
             for width in dict.fromkeys(inside for inside, _ in settings.widths)
-            for rows in settings.rows
+            for rows in rows_per_group
             for row in _blockwise_rows(settings, rows * len(settings.ranks), width, bitsandbytes, generator)
         ]
     return {
@@ -103,6 +89,25 @@ def run_kernels(settings: KernelSettings) -> dict[str, Any]:
         "torch": torch.__version__,
         "settings": asdict(settings),
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    settings = result["settings"]
+    triton = "on" if result["triton"] else "off"
+    print(f"on {settings['device']}, Triton {triton}, {settings['threads']} threads; below 1 ours is faster")
+    for row in result["grouped"]:
+        others = ", ".join(
+            f"{ratio:.2f} of {name}{'' if row['same_bits'].get(name, True) else ' (other bits)'}"
+            for name, ratio in row["ratio"].items()
+        )
+        print(
+            f"grouped {row['dtype']:8} {row['in']:4} -> {row['out']:4} {row['rows']:3} rows a group "
+            f"{row['seconds'] * 1e3:7.2f} ms   {others}"
+        )
+    for row in result["blockwise"]:
+        others = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in row["ratio"].items())
+        print(f"{row['call']:16} {row['rows']:5} x {row['width']:4} {row['seconds'] * 1e3:7.2f} ms   {others}")
 
 
 def _bitsandbytes() -> Any:
@@ -242,7 +247,7 @@ def _compared(candidates: Mapping[str, Callable[[], Any]], settings: KernelSetti
     }
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def _seconds(call: Callable[[], Any], device: str | None) -> float:
     begin = time.perf_counter()
     call()
     if device == "cuda":

@@ -7,9 +7,6 @@ changed a little, which the comparison has to notice.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,48 +19,18 @@ from torch import Tensor
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, DataError, IsthmusError
-from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode
 from isthmus.edge.data.readers import read_examples
 from isthmus.edge.training.methods import build_peft, trained
+from isthmus.experiments.harness.bench_settings import ParitySettings
 from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_prose
 from isthmus.experiments.harness.single_process import whole_model
 
 PERTURBATION = 1e-2  # added to one weight for the control
-
-
-@dataclass(frozen=True, slots=True)
-class ParitySettings:
-    """What is compared.
-
-    Args:
-        model: as for `--model`.
-        edge_layers: the split plan.
-        steps: optimizer steps.
-        batch: examples per step; the data are cut so that the last batch of an epoch is a ragged one.
-        seq: tokens per example at most.
-        codec: of the wire.
-        dtype: of the cloud's span.
-        learning_rate: of AdamW; large enough to move the adapter in a few steps.
-        threads: torch threads on either side.
-        data: a data file, or "" for a few sentences of real text.
-        pipeline: actors of the cloud that the span is cut for.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    steps: int = 10
-    batch: int = 4
-    seq: int = 128
-    codec: str = "fp32"
-    dtype: str = "fp32"
-    learning_rate: float = 1e-3
-    threads: int = 1
-    data: str = ""
-    pipeline: int = 1
 
 
 def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
@@ -75,14 +42,8 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
     with LocalCloud(
         folder,
         settings.model,
-        "--edge-layers",
-        settings.edge_layers,
-        "--dtype",
-        settings.dtype,
-        "--threads",
-        str(settings.threads),
-        "--pipeline",
-        str(settings.pipeline),
+        *("--edge-layers", settings.edge_layers, "--dtype", settings.dtype),
+        *("--threads", str(settings.threads), "--pipeline", str(settings.pipeline)),
     ) as cloud:
         split = _run("split", settings, folder, cloud)
     whole = _run("whole", settings, folder)
@@ -151,21 +112,14 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
         "cloud": None if cloud is None else cloud.connection,
         "key": None if cloud is None else str(cloud.edge_key),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "isthmus.experiments.benchmarks.parity", json.dumps(task)],
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise IsthmusError(f"the {mode} run failed: {done.stderr.decode(errors='replace').strip()[-2000:]}")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = run_task(f"the {mode} run", "isthmus.experiments.benchmarks.parity", task)
     return _Outcome(
         gradients=load_file(out / "gradients.safetensors"), adapter=load_file(out / "adapter.safetensors"), **summary
     )
 
 
 def train_config(settings: ParitySettings) -> TrainConfig:
-    """The adapter and the data of a parity run, as the trainer would be told."""
+    """The adapter and the data of a parity run, as the trainer has them."""
     return TrainConfig(
         cloud="-",
         data=settings.data,
@@ -219,7 +173,8 @@ def train_steps(model: Any, batches: Iterator[dict[str, Tensor]], settings: Pari
     return {"losses": losses, "padded": padded, "ragged": ragged, "gradients": gradients, "adapter": adapter}
 
 
-def _main(task: dict[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     settings = ParitySettings(**task["settings"])
     torch.set_num_threads(settings.threads)
     if task["mode"] == "split":
@@ -238,7 +193,7 @@ def _main(task: dict[str, Any]) -> None:
     out = Path(task["out"])
     save_file(result.pop("gradients"), out / "gradients.safetensors")
     save_file(result.pop("adapter"), out / "adapter.safetensors")
-    (out / "summary.json").write_text(json.dumps(result))
+    parent.say(result)
 
 
 def _perturb(model: Any, plan: SplitPlan) -> None:
@@ -249,4 +204,4 @@ def _perturb(model: Any, plan: SplitPlan) -> None:
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(json.loads(sys.argv[1])))
+    serve(_main)

@@ -9,35 +9,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isthmus.backbone.checkpoints.span_format import NONE
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft, trained
+from isthmus.experiments.harness.bench_settings import StepSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.single_process import whole_model
 
 WARM_UP = 2
-
-
-@dataclass(frozen=True, slots=True)
-class StepSettings:
-    """What is measured: `batch` sequences of `seq` tokens, `pairs` steps of either kind after two of warm-up."""
-
-    model: str
-    edge_layers: str = "2:2"
-    codec: str = "fp32"
-    cloud_dtype: str = "fp32"
-    batch: int = 4
-    seq: int = 128
-    pairs: int = 9
-    threads: int = 2
-    quantize: str = NONE
 
 
 class _Stepper:
@@ -68,14 +53,8 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
     """
     torch.set_num_threads(settings.threads)
     options = (
-        "--edge-layers",
-        settings.edge_layers,
-        "--dtype",
-        settings.cloud_dtype,
-        "--threads",
-        str(settings.threads),
-        "--quantize",
-        settings.quantize,
+        *("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype),
+        *("--threads", str(settings.threads), "--quantize", settings.quantize),
     )
     with (
         LocalCloud(folder, settings.model, *options) as cloud,

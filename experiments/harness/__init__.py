@@ -1,1 +1,5 @@
-"""What all measurements share: clouds and edges in processes of their own, turns, memory, and finished work on disk."""
+"""What all measurements share: commands of settings, clouds and other processes, memory, finished work on disk, data.
+
+May import no other package of `isthmus.experiments`. `command`, `bench_flags`, `bench_settings` and `emulator_settings`
+import nothing heavy, so that `--help` answers at once.
+"""

@@ -1,20 +1,36 @@
-"""How the flags of long measurements are read, and how such a command ends. Imports nothing heavy."""
+"""Flags that several measurements have, and how those are read that name several things. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from isthmus.common.shutdown import interruptible
+import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from isthmus.common.errors import ConfigError
+
+Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
+EdgeLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")]
+Threads = Annotated[int, typer.Option(min=1, help="torch threads on either side.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+Examples = Annotated[int, typer.Option(min=1, help="Examples per step.")]
+ExampleTokens = Annotated[int, typer.Option(min=32, help="Tokens per example at most.")]
+Codec = Annotated[str, typer.Option(help="Codec of the wire, as for `edge train`.")]
+CloudDtype = Annotated[str, typer.Option(help="What the cloud computes in: fp32 or bf16.")]
+EdgeDtype = Annotated[str, typer.Option(help="What the edge computes in: fp32 or bf16.")]
+Task = Annotated[str, typer.Option(help="What runs are scored on: e2e, openbookqa, arc_easy or sst2.")]
+DataFolder = Annotated[Path | None, typer.Option(help="Where the tasks lie; default: shared/data beside the checkout.")]
+RunSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps of a run.")]
+StepExamples = Annotated[int, typer.Option(min=1, help="Examples of a step.")]
+MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")]
+OneRate = Annotated[float, typer.Option(min=0, help="Of every run.")]
+Test = Annotated[int | None, typer.Option(min=2, help="Held-out documents; by default the task's.")]
+Out = Annotated[Path, typer.Option(help="Folder for finished pieces; the same command goes on there.")]
 
 
 def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
     """The precision that a flag names. Raises ConfigError if it is none."""
-    from isthmus.common.errors import ConfigError
-
     if text == "fp32":
         return "fp32"
     if text == "bf16":
@@ -24,8 +40,6 @@ def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
 
 def names_of(text: str, flag: str) -> tuple[str, ...]:
     """Names with commas between. Raises ConfigError if one is empty or comes twice."""
-    from isthmus.common.errors import ConfigError
-
     names = tuple(name.strip() for name in text.split(","))
     if "" in names:
         raise ConfigError(f"--{flag} {text!r} has an empty name; write them with commas between")
@@ -36,8 +50,6 @@ def names_of(text: str, flag: str) -> tuple[str, ...]:
 
 def numbers_of(text: str, flag: str) -> tuple[float, ...]:
     """Positive numbers with commas between. Raises ConfigError if they are something else."""
-    from isthmus.common.errors import ConfigError
-
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -45,9 +57,3 @@ def numbers_of(text: str, flag: str) -> tuple[float, ...]:
     if not values or not all(math.isfinite(value) and value > 0 for value in values):
         raise ConfigError(f"--{flag} {text!r} is not a list of positive numbers; write 1e-4,3e-4 for example")
     return values
-
-
-def to_its_end(work: Callable[[], Any]) -> Any:
-    """The result of long work; Ctrl-C ends the command as shells expect it."""
-    with interruptible():
-        return work()

@@ -10,7 +10,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -24,16 +23,12 @@ from rich.progress import Progress
 from isthmus.cloud.control.ports import Ports
 from isthmus.common.errors import IsthmusError, PortInUseError, UnreachableError
 from isthmus.common.shutdown import uninterrupted
+from isthmus.experiments.harness.processes import isthmus
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.secure.keys import generate_edge, generate_root, issue_worker
 
 START_SECONDS = 180.0
 FIRST_PORT, PORT_TRIES = 10_000, 20
-
-
-def isthmus(*arguments: str) -> list[str]:
-    """The command line that runs `isthmus` with this interpreter."""
-    return [sys.executable, "-m", "isthmus.cli.main", *arguments]
 
 
 class Endpoint(Protocol):

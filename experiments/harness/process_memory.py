@@ -1,4 +1,4 @@
-"""What the kernel tells about the memory of a process."""
+"""The memory of a process, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def own_bytes(name: str) -> int:
     Not getrusage's, which begins with the parent's.
 
     Raises:
-        IsthmusError: This system does not tell.
+        IsthmusError: The process has ended, or this system does not say.
     """
-    return _told("self", "status", name)
+    return memory_bytes("self", "status", name)
 
 
 def proportional_bytes(pid: int) -> int:
     """PSS of a process: its own memory, and its part of what it shares with others.
 
     Raises:
-        IsthmusError: This system does not tell.
+        IsthmusError: The process has ended, or this system does not say.
     """
-    return _told(pid, "smaps_rollup", "Pss")
+    return memory_bytes(pid, "smaps_rollup", "Pss")
 
 
 def forget_peak(pid: int) -> None:
@@ -47,13 +47,17 @@ def peak_bytes(pid: int) -> int:
     which the figures are. What is shared with others is taken to be the same at the peak as it is now.
 
     Raises:
-        IsthmusError: This system does not tell.
+        IsthmusError: The process has ended, or this system does not say.
     """
-    return proportional_bytes(pid) + _told(pid, "status", "VmHWM") - _told(pid, "status", "VmRSS")
+    return proportional_bytes(pid) + memory_bytes(pid, "status", "VmHWM") - memory_bytes(pid, "status", "VmRSS")
 
 
-def _told(pid: int | str, file: str, name: str) -> int:
-    """A size in bytes from a file of /proc."""
+def memory_bytes(pid: int | str, file: str, name: str) -> int:
+    """A size in bytes from a file of the process in /proc.
+
+    Raises:
+        IsthmusError: The process has ended, or this system does not say.
+    """
     path = Path(f"/proc/{pid}/{file}")
     try:
         lines = path.read_text().splitlines()

@@ -1,24 +1,22 @@
-"""The same training in one process: of the whole model, which the split run is compared with, or of an edge's parts.
-
-python -m isthmus.experiments.harness.single_process MODEL EDGE_LAYERS '{"data": …, "out": …, …}' [everywhere]
-"""
+"""The same training in one process: of the whole model, which the split run is compared with, or of an edge's parts."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.common.shutdown import run_to_end
+from isthmus.common.errors import IsthmusError
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig, load_config
@@ -29,6 +27,7 @@ from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
+from isthmus.experiments.harness.processes import Parent, run_task, serve
 
 
 def train_in_one_process(
@@ -86,13 +85,56 @@ def _nothing_between(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | 
     return hidden
 
 
-def _process() -> None:
-    options = load_config(None, {"cloud": "-", **json.loads(sys.argv[3])})
-    train_in_one_process(sys.argv[1], sys.argv[2], options, everywhere="everywhere" in sys.argv[4:])
+def train_whole(model_name: str, edge_layers: str, options: Mapping[str, Any], *, everywhere: bool = False) -> None:
+    """Have `train_in_one_process` done in a process of its own, whose progress the user sees.
+
+    Args:
+        model_name: As for `--model`.
+        edge_layers: The split plan.
+        options: Fields of `TrainConfig`.
+        everywhere: Put adapters on all layers.
+
+    Raises:
+        IsthmusError: It failed.
+    """
+    task = {"model": model_name, "edge_layers": edge_layers, "options": dict(options), "everywhere": everywhere}
+    run_task("the single-process run", "isthmus.experiments.harness.single_process", task, shown=True)
 
 
-if __name__ == "__main__":
-    run_to_end(_process)
+def parity_of(split: Path, single: Path) -> dict[str, Any]:
+    """Compare the adapters and the loss logs of two runs' folders."""
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (split, single))
+    if one.keys() != other.keys():
+        raise IsthmusError("the two adapters have different parameters: nothing can be compared")
+    losses = [losses_of(out) for out in (split, single)]
+    return {
+        "bitwise_equal": losses[0] == losses[1] and all(torch.equal(one[name], other[name]) for name in one),
+        "max_abs_loss_diff": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "adapter_max_abs_diff": max(float((one[name] - other[name]).abs().max()) for name in one),
+    }
+
+
+def losses_of(out: Path) -> list[float]:
+    """The loss of each step of a run, by the log in its folder."""
+    return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+class StepWatch:
+    """What a `StepObserver` of the trainer that only looks at the beginnings of steps does for the rest."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing: what follows a step is a part of it."""
+
+    def points(self) -> dict[str, float]:
+        """No curves."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing that a next step depends on."""
+        return {}
+
+    def load_state(self, state: Any) -> None:
+        """There is nothing in it."""
 
 
 def whole_model(name: str, edge_layers: str) -> tuple[Any, Any, SplitPlan]:
@@ -120,3 +162,14 @@ def whole_model(name: str, edge_layers: str) -> tuple[Any, Any, SplitPlan]:
 
 def _stay(layer: Any, mode: bool = True) -> Any:
     return layer
+
+
+def _main(parent: Parent) -> None:
+    task = parent.task
+    options = load_config(None, {"cloud": "-", **task["options"]})
+    train_in_one_process(task["model"], task["edge_layers"], options, everywhere=task["everywhere"])
+    parent.say("trained")
+
+
+if __name__ == "__main__":
+    serve(_main)

@@ -1,19 +1,15 @@
 """What local tuning costs: a step over an emulator against one of the whole model, in time and in memory.
 
 Each way to tune runs in a process of its own, and they take turns, one step each. Ratios are medians over the rounds.
-
-python -m isthmus.experiments.offsite.local_cost '{"kind": …, "model": …, …}' is one of the processes.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ import torch
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in, hold_frozen_linears
@@ -30,9 +25,11 @@ from isthmus.emulator.compress.emulator_files import load_emulator, save_emulato
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.compress.recipe import Recipe
+from isthmus.experiments.harness.bench_flags import precision_of
+from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.process_memory import own_bytes
-from isthmus.experiments.harness.turns import TurnProcess
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.scoring.task_scoring import whole
 
 WARM_UP = 2
@@ -42,38 +39,7 @@ KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
 """All weights of the whole model; LoRA in all its layers; over the emulator, the edge's layers whole; LoRA in them."""
 
 
-@dataclass(frozen=True, slots=True)
-class CostSettings:
-    """What is measured.
-
-    Attributes:
-        model: As for `--model`.
-        keep: Share of the middle's layers that the emulator keeps.
-        method: The emulator's recipe.
-        text: Public text, for a recipe that needs it.
-        adapter_layers: The split plan.
-        batch: Sequences of a step.
-        seq: Tokens of a sequence.
-        rounds: Steps of each kind, after two of warm-up.
-        rank: Of LoRA.
-        precision: What the forward computes in.
-        threads: Threads of torch in each process.
-    """
-
-    model: str
-    keep: float = 0.5
-    method: str = "uniform"
-    text: Path | None = None
-    adapter_layers: str = "2:2"
-    batch: int = 4
-    seq: int = 128
-    rounds: int = 7
-    rank: int = 8
-    precision: Precision = "fp32"
-    threads: int = 2
-
-
-def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
+def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
     Args:
@@ -89,12 +55,13 @@ def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
     Raises:
         IsthmusError: Of whatever kind fits; one of the processes failed.
     """
+    precision_of(settings.precision, "precision")  # before the first process finds it wrong
     _build(settings, folder / "emulator")
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
         shared = asdict(settings) | {"emulator": str(folder / "emulator"), "text": None}
         workers = {
-            kind: stack.enter_context(TurnProcess(kind, _MODULE, shared | {"kind": kind}, settings.threads))
+            kind: stack.enter_context(TaskProcess(kind, _MODULE, shared | {"kind": kind}, threads=settings.threads))
             for kind in KINDS
         }
         for worker in workers.values():
@@ -102,17 +69,31 @@ def run_cost(settings: CostSettings, folder: Path) -> dict[str, Any]:
         advance = stack.enter_context(stderr_progress("rounds", WARM_UP + settings.rounds))
         for number in range(WARM_UP + settings.rounds):
             for kind in KINDS[:: 1 if number % 2 else -1]:
-                seconds[kind].append(float(workers[kind].ask("step")))
+                seconds[kind].append(workers[kind].ask("step"))
             advance()
-        memory = {kind: json.loads(worker.ask("memory")) for kind, worker in workers.items()}
+        memory = {kind: worker.ask("memory") for kind, worker in workers.items()}
     seconds = {kind: values[WARM_UP:] for kind, values in seconds.items()}
     runs = [_row(kind, settings, seconds, memory) for kind in KINDS]
     described = asdict(settings) | {"text": None if settings.text is None else settings.text.name}
     return {"runs": runs, "settings": described}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for row in result["runs"]:
+        line = f"{row['kind']:18} {row['tokens_per_s']:8.0f} tokens/s {row['model_bytes'] / 2**20:8.0f} MiB"
+        if "faster_than_lora_full" in row:
+            line += (
+                f"   {row['faster_than_full_fine_tuning']:.2f} x faster and "
+                f"{row['less_memory_than_full_fine_tuning']:.2f} x smaller than full fine-tuning; "
+                f"{row['faster_than_lora_full']:.2f} x and {row['less_memory_than_lora_full']:.2f} x than LoRA on the "
+                "full model"
+            )
+        print(line)
+
+
 def _row(
-    kind: str, settings: CostSettings, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]
+    kind: str, settings: LocalCostSettings, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
     step = statistics.median(seconds[kind])
     row = {"kind": kind, "tokens_per_s": settings.batch * settings.seq / step, "step_s": step, **memory[kind]}
@@ -124,7 +105,7 @@ def _row(
     return row
 
 
-def _build(settings: CostSettings, folder: Path) -> None:
+def _build(settings: LocalCostSettings, folder: Path) -> None:
     checkpoint = resolve(settings.model)
     recipe = Recipe.parse(settings.method, settings.keep)
     blocks = None
@@ -137,27 +118,29 @@ def _build(settings: CostSettings, folder: Path) -> None:
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
-def _serve(task: dict[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     kind, emulator = task.pop("kind"), Path(task.pop("emulator"))
-    settings = CostSettings(**task)
+    settings = LocalCostSettings(**task)
     torch.set_num_threads(settings.threads)
     before = own_bytes("VmRSS")
     step = _stepper(_model(kind, settings, emulator), settings)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "step":
-            print(step(), flush=True)
+    parent.say("ready")
+    for question in parent.questions():
+        if question == "step":
+            parent.say(step())
         else:
             peak = own_bytes("VmHWM")
-            print(json.dumps({"peak_bytes": peak, "model_bytes": peak - before}), flush=True)
+            parent.say({"peak_bytes": peak, "model_bytes": peak - before})
 
 
-def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
+def _model(kind: str, settings: LocalCostSettings, emulator: Path) -> Any:
     checkpoint = resolve(settings.model)
     if kind == "full_fine_tuning":
         return whole(checkpoint).requires_grad_(True)
+    precision = precision_of(settings.precision, "precision")
     method: Any = "full" if kind == "local_layers" else "lora"
-    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=settings.precision)
+    config = TuningConfig(data="-", method=method, rank=settings.rank, precision=precision)
     if kind == "lora_full":
         base: Any = whole(checkpoint)
     else:
@@ -168,7 +151,7 @@ def _model(kind: str, settings: CostSettings, emulator: Path) -> Any:
     return model
 
 
-def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
+def _stepper(model: Any, settings: LocalCostSettings) -> Callable[[], float]:
     """Makes optimizer steps, always on the same batch: only the cost is of interest."""
     tokens = torch.randint(
         model.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
@@ -179,7 +162,7 @@ def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
 
     def step() -> float:
         start = time.perf_counter()
-        with computing_in(settings.precision, model):
+        with computing_in(precision_of(settings.precision, "precision"), model):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -190,4 +173,4 @@ def _stepper(model: Any, settings: CostSettings) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    serve(_main)

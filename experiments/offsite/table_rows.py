@@ -38,8 +38,8 @@ _SHORT = {
 """The columns as a person sees them; `reference` are the edge's layers tuned over the full middle."""
 
 RECOVERIES = ("plug_in", "emulator_tuned", "thief")
-"""The columns whose share of the reference's gain is told: the data owner's, that of a thief who trains what the data
-owner trains, and that of a thief who trains whatever is best."""
+"""The columns whose share of the reference's gain is reported: the data owner's, that of a thief who trains what the
+data owner trains, and that of a thief who trains whatever is best."""
 
 PROTECTION_GAP = 0.2
 """How much lower the thief's recovery should be than the plug-in's."""

@@ -4,15 +4,11 @@ and whether the adapters are equal bit for bit.
 Both are runs of `edge train`'s own trainer over the same batches, each in a process of its own, and take turns, a step
 each; ratios are medians over the rounds. All sequences have one length, and an epoch has few steps, so that the modes
 with a span cache are seen in later epochs.
-
-python -m isthmus.experiments.placements.placement_costs '{…}' is one of the processes.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,17 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.shutdown import run_to_end
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.run_report import WireTotals
 from isthmus.edge.split_run import train_over
-from isthmus.experiments.benchmarks.demo import parity_of
 from isthmus.experiments.harness.launch import Endpoint
 from isthmus.experiments.harness.process_memory import own_bytes
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.harness.prose import write_long_texts
-from isthmus.experiments.harness.single_process import train_in_one_process
-from isthmus.experiments.harness.turns import StepWatch, TurnProcess
+from isthmus.experiments.harness.single_process import StepWatch, parity_of, train_in_one_process
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.training import run_checkpoint as checkpoints
 
@@ -68,7 +62,7 @@ class CostSettings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a process: its seconds, what crossed the strip in it, and the process's peak memory until its end."""
+    """One step of a process: its seconds, what crossed the wire in it, and the process's peak memory until its end."""
 
     seconds: float
     spent: WireTotals
@@ -136,7 +130,7 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, fol
             process.answer()  # it has its model
         for number in range(made):
             for process, steps in turns[:: 1 if number % 2 else -1]:
-                steps.append(_step(json.loads(process.ask("step"))))
+                steps.append(_step(process.ask("step")))
         for process, steps in turns:
             if not (mode.chooses and steps is ours):
                 process.ask("step")  # the last one, whose end nobody sees; and the run's
@@ -151,7 +145,7 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, fol
 
 def _start(
     stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: Endpoint | None, made: int
-) -> TurnProcess:
+) -> TaskProcess:
     where = "alone" if cloud is None else "split"
     chooses = mode.chooses and cloud is not None
     config = {
@@ -177,11 +171,11 @@ def _start(
         "split": cloud is not None,
         "everywhere": mode.everywhere,
     }
-    return stack.enter_context(TurnProcess(f"{mode.name}, {where}", _MODULE, task, settings.threads))
+    return stack.enter_context(TaskProcess(f"{mode.name}, {where}", _MODULE, task, threads=settings.threads))
 
 
-def _step(told: dict[str, Any]) -> Step:
-    return Step(told["seconds"], WireTotals(**told["spent"]), told["peak"])
+def _step(made: dict[str, Any]) -> Step:
+    return Step(made["seconds"], WireTotals(**made["spent"]), made["peak"])
 
 
 def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
@@ -209,45 +203,46 @@ def _shares(out: Path) -> dict[str, float]:
 
 
 class Turns(StepWatch):
-    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a line before each.
+    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a question before each.
 
     Args:
-        totals: What has crossed the strip so far.
+        parent: Whose questions are the turns.
+        totals: What has crossed the wire so far.
     """
 
-    def __init__(self, totals: Callable[[], WireTotals] = WireTotals) -> None:
-        self._totals = totals
+    def __init__(self, parent: Parent, totals: Callable[[], WireTotals] = WireTotals) -> None:
+        self._parent, self._totals = parent, totals
         self._before = WireTotals()
         self._begun: float | None = None
 
     def before_step(self, step: int) -> None:
-        """Tell what the last step was, and wait."""
-        self.tell()
-        if not sys.stdin.readline():
-            raise SystemExit("nobody is left to take turns with")
+        """Report the last step, and wait."""
+        self.report()
+        self._parent.question()
         self._before, self._begun = self._totals(), time.perf_counter()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Say what the step was that has just ended, or that there will be one."""
-        told = None
+        made = None
         if self._begun is not None:
             seconds, spent = time.perf_counter() - self._begun, self._totals() - self._before
-            told = {"seconds": seconds, "spent": asdict(spent), "peak": own_bytes("VmHWM")}
-        print(json.dumps(told), flush=True)
+            made = {"seconds": seconds, "spent": asdict(spent), "peak": own_bytes("VmHWM")}
+        self._parent.say(made)
 
 
-def _main(task: dict[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     config = load_config(None, task["config"])
     if task["split"]:
         with open_link(config) as link:
-            turns = Turns(link.totals)
+            turns = Turns(parent, link.totals)
             train_over(link, config, [turns])
     else:
-        turns = Turns()
+        turns = Turns(parent)
         everywhere = task["everywhere"]
         train_in_one_process(task["model"], task["edge_layers"], config, everywhere=everywhere, watchers=[turns])
-    turns.tell()
+    turns.report()
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(json.loads(sys.argv[1])))
+    serve(_main)

@@ -1,4 +1,4 @@
-"""The figures of `isthmus bench placements`: held-out loss against bytes, and budgets, and which sites were live."""
+"""The table of `isthmus bench placements`, and its figures: held-out loss against bytes and budgets, and live sites."""
 
 from __future__ import annotations
 
@@ -6,8 +6,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.placements.placement_modes import SINGLE, policy_of
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the result as a table."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("mode", "step", "up", "down", "trips", "edge FLOPs", "edge memory", "equal", "diff", "score"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for row in result["runs"]:
+        table.add_row(
+            row["mode"],
+            _number(row["step_ratio"], ".2f"),
+            _number(row["bytes_per_token_up"], ",.0f"),
+            _number(row["bytes_per_token_down"], ",.0f"),
+            _number(row["round_trips"], "g"),
+            _number(row["edge_flops_share"], ".0%"),
+            "-" if row["edge_peak_bytes"] is None else f"{row['edge_peak_bytes'] / 2**20:,.0f} MiB",
+            {None: "-", True: "yes", False: "no"}[row["bitwise_equal"]],
+            _number(row["max_abs_diff"], ".1e"),
+            _number(row["score"], ".4f"),
+        )
+    Console().print(table)
+    print("step: time over a single process's; up, down: bytes per token; equal, diff: to the single process")
+    for name, share in (result["kill_revive"] or {}).get("gain_shares", {}).items():
+        print(f"{name} has {share:.1%} of always-on's gain")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def draw_losses(result: Mapping[str, Any], path: Path) -> None:
@@ -31,7 +62,7 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
     axes.margins(0.12)
     axes.set(
         xscale="log",
-        xlabel="bytes over the strip per token and step, up and down",
+        xlabel="bytes over the wire per token and step, up and down",
         ylabel="held-out loss",
         title=result["settings"]["model"],
     )

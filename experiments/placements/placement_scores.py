@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +20,16 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.common.files import write_atomic
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.sites.live_sites import DECISIONS
-from isthmus.experiments.benchmarks.demo import run_command
+from isthmus.experiments.harness.bench_flags import precision_of
+from isthmus.experiments.harness.bench_settings import CodecSettings, QuantizeSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint, isthmus
+from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.processes import run_isthmus, train_flags
+from isthmus.experiments.harness.single_process import train_whole
 from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.experiments.scoring.task_scoring import score_task, whole
-from isthmus.experiments.scoring.tasks import Question, Sizes, Task, load_task, read_task
+from isthmus.experiments.scoring.tasks import Question, Sizes, Task, default_data_folder, load_task, read_task
 from isthmus.training import run_checkpoint as checkpoints
 
 SCORE_BATCH = 16  # documents of a forward in scoring
@@ -63,6 +65,31 @@ class Regime:
     cloud_dtype: str
     threads: int
     shared: dict[str, Any] = field(default_factory=dict)
+
+
+def one_rate_regime(settings: CodecSettings | QuantizeSettings, cloud_dtype: str) -> Regime:
+    """The regime of a benchmark that trains each candidate once, at one rate.
+
+    Raises:
+        ConfigError: The precision is neither fp32 nor bf16.
+    """
+    return Regime(
+        task=settings.task,
+        data_folder=settings.data_folder or default_data_folder(),
+        sizes=Sizes(test=settings.test, validation=16, max_length=settings.max_length),
+        steps=settings.steps,
+        batch=settings.batch,
+        rates=(settings.learning_rate,),
+        seeds=1,
+        precision=precision_of(settings.precision, "precision"),
+        cloud_dtype=precision_of(cloud_dtype, "cloud-dtype"),
+        threads=settings.threads,
+    )
+
+
+def described(regime: Regime) -> dict[str, Any]:
+    """The regime, for the settings of a result: without the place where the data lie."""
+    return {name: value for name, value in asdict(regime).items() if name != "data_folder"}
 
 
 class Scorer:
@@ -155,12 +182,11 @@ class Scorer:
             **regime.shared,
         }
         if mode.name == SINGLE:
-            task = [str(self._checkpoint.folder), self._edge_layers, json.dumps(options | mode.alone), "everywhere"]
-            run_command([sys.executable, "-m", "isthmus.experiments.harness.single_process", *task])
+            train_whole(str(self._checkpoint.folder), self._edge_layers, options | mode.alone, everywhere=True)
         else:
             cloud = self._cloud(mode.edge_layers(self._edge_layers))
             options |= {"cloud": str(cloud.connection), "key": str(cloud.edge_key), **mode.options}
-            run_command(isthmus("edge", "train", *_flags(options), "--json"))
+            run_isthmus("edge", "train", *train_flags(options))
         report = json.loads((out / "report.json").read_text())
         result = {"validation": report["loss_after"], "scores": self._score(out / "adapter"), "report": report}
         if mode.chooses:
@@ -188,18 +214,6 @@ class Scorer:
             precision = self._regime.precision
             scores = score_task(adapted, self._tokenizer, self.task, batch=SCORE_BATCH, precision=precision)
         return {metric: score.value for metric, score in scores.items()}
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Fields of `TrainConfig` as `edge train` has them."""
-    flags = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", str(value)]
-    return flags
 
 
 def _line(question: Question) -> str:

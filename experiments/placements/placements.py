@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,18 @@ from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.backbone.plan import SplitPlan
+from isthmus.common.figures import plotting
 from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.codecs.wire_codecs import WireCodecs
+from isthmus.experiments.harness.bench_flags import numbers_of, precision_of
+from isthmus.experiments.harness.bench_settings import PlacementSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.placements.placement_costs import Cost, CostSettings, measure_cost
-from isthmus.experiments.placements.placement_modes import SINGLE, Mode, policy_of
-from isthmus.experiments.placements.placement_scores import Regime, Scorer
+from isthmus.experiments.placements.placement_figures import draw_budgets, draw_losses, draw_sites
+from isthmus.experiments.placements.placement_modes import SINGLE, Mode, modes_of, policy_of
+from isthmus.experiments.placements.placement_scores import Regime, Scorer, described
+from isthmus.experiments.scoring.tasks import Sizes, default_data_folder
 from isthmus.planner.cost_model import ModeCost, PlanSettings, predict
 from isthmus.planner.link_spec import LOCAL, LinkSpec
 from isthmus.planner.model_facts import ModelFacts
@@ -37,29 +42,8 @@ KILL_REVIVE = "kill_revive"
 CELLS = "cells.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class PlacementSettings:
-    """What is measured.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        modes: Which, in the order of the figures.
-        cost: How costs are measured; None to leave them out.
-        regime: How runs are trained and scored; None to leave scores out.
-        out: Where finished pieces are kept.
-    """
-
-    model: str
-    edge_layers: str
-    modes: tuple[Mode, ...]
-    cost: CostSettings | None
-    regime: Regime | None
-    out: Path
-
-
 def run_placements(settings: PlacementSettings) -> dict[str, Any]:
-    """Measure; see the module.
+    """Measure, and draw the figures that are asked for; see the module.
 
     Returns:
         `runs`, one for each mode, with null for what was not measured or does not apply:
@@ -81,28 +65,78 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
     Raises:
         IsthmusError: Of whatever kind fits.
     """
-    console = Console(stderr=True)
-    cells = Cells(settings.out / CELLS, console)
+    cost, regime, modes = _cost_settings(settings), _regime(settings), modes_of(settings.modes)
+    if settings.figure or settings.budget_figure or settings.sites_figure:
+        plotting()  # a missing package is reported before the long run, not after it
+    cells = Cells(settings.out / CELLS, Console(stderr=True))
     checkpoint = resolve(settings.model)
-    rows = {mode.name: _empty(mode) for mode in settings.modes}
+    rows = {mode.name: _empty(mode) for mode in modes}
     zero_shot = None
     with working_folder() as folder:
-        if settings.cost is not None:
-            for name, cost in _costs(settings, settings.cost, checkpoint, cells, folder).items():
-                rows[name] |= cost
-        if settings.regime is not None:
-            zero_shot = _add_scores(settings, settings.regime, checkpoint, cells, folder, rows)
+        if settings.costs:
+            for name, found in _costs(modes, cost, checkpoint, cells, folder).items():
+                rows[name] |= found
+        if settings.scores:
+            zero_shot = _add_scores(modes, settings.edge_layers, regime, checkpoint, cells, folder, rows)
     runs = list(rows.values())
     decisions = rows.get(KILL_REVIVE, {}).pop("decisions", None)
     for row in runs:
         row.pop("decisions", None)
-    return {
+    result = {
         "runs": runs,
         "kill_revive": _verdict(rows, zero_shot),
         "decisions": decisions,
         "zero_shot": zero_shot,
-        "settings": _described(settings, checkpoint),
+        "settings": {
+            "model": checkpoint.name,
+            "edge_layers": settings.edge_layers,
+            "costs": asdict(cost) | {"model": checkpoint.name} if settings.costs else None,
+            "scores": described(regime) if settings.scores else None,
+        },
     }
+    if settings.figure is not None:
+        draw_losses(result, settings.figure)
+    if settings.budget_figure is not None:
+        draw_budgets(result, settings.budget_figure)
+    if settings.sites_figure is not None and decisions:
+        draw_sites(decisions, settings.steps, settings.sites_figure)
+    return result
+
+
+def _cost_settings(settings: PlacementSettings) -> CostSettings:
+    return CostSettings(
+        model=settings.model,
+        edge_layers=settings.edge_layers,
+        shared=_shared(settings),
+        dropout=settings.dropout,
+        batch=settings.batch,
+        seq=settings.seq,
+        rounds=settings.rounds,
+        steps=settings.steps,
+        threads=settings.threads,
+    )
+
+
+def _regime(settings: PlacementSettings) -> Regime:
+    return Regime(
+        task=settings.task,
+        data_folder=settings.data_folder or default_data_folder(),
+        sizes=Sizes(test=settings.test, validation=settings.validation, max_length=settings.max_length),
+        steps=settings.steps,
+        batch=settings.score_batch,
+        rates=numbers_of(settings.learning_rates, "learning-rates"),
+        seeds=settings.seeds,
+        precision=precision_of(settings.precision, "precision"),
+        cloud_dtype=precision_of(settings.cloud_dtype, "cloud-dtype"),
+        threads=settings.threads,
+        shared=_shared(settings),
+    )
+
+
+def _shared(settings: PlacementSettings) -> dict[str, Any]:
+    """Fields of `TrainConfig` that all modes have."""
+    targets = {} if settings.target_modules is None else {"target_modules": settings.target_modules}
+    return {"rank": settings.rank, "taps": settings.taps, **targets}
 
 
 _COLUMNS = (
@@ -120,7 +154,7 @@ def _empty(mode: Mode) -> dict[str, Any]:
 
 
 def _costs(
-    settings: PlacementSettings, cost: CostSettings, checkpoint: Checkpoint, cells: Cells, folder: Path
+    modes: Sequence[Mode], cost: CostSettings, checkpoint: Checkpoint, cells: Cells, folder: Path
 ) -> dict[str, dict[str, Any]]:
     with ExitStack() as stack:
         options = ("--threads", str(cost.threads))
@@ -131,12 +165,12 @@ def _costs(
             planned = _planner(checkpoint, cost)
             return _cost_row(mode, measure_cost(mode, cost, own, folder / "costs" / mode.name), planned, cost)
 
-        def told(mode: Mode) -> dict[str, Any]:
+        def key(mode: Mode) -> dict[str, Any]:
             """What a mode's costs depend on: the length of a run only where a policy plans for it."""
             known = asdict(cost) | {"model": checkpoint.digest(), "mode": asdict(mode)}
             return known if mode.chooses else {name: value for name, value in known.items() if name != "steps"}
 
-        return {mode.name: cells.get(f"{mode.name} cost", told(mode), partial(make, mode)) for mode in settings.modes}
+        return {mode.name: cells.get(f"{mode.name} cost", key(mode), partial(make, mode)) for mode in modes}
 
 
 def _cost_row(
@@ -198,7 +232,8 @@ def _planner(checkpoint: Checkpoint, cost: CostSettings) -> Callable[[Mode, floa
 
 
 def _add_scores(
-    settings: PlacementSettings,
+    modes: Sequence[Mode],
+    edge_layers: str,
     regime: Regime,
     checkpoint: Checkpoint,
     cells: Cells,
@@ -208,10 +243,10 @@ def _add_scores(
     with torch_threads(regime.threads), ExitStack() as stack:
         options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
         cloud = clouds(stack, checkpoint, folder / "scores", options)
-        scorer = Scorer(checkpoint, settings.edge_layers, regime, cells, folder, cloud)
+        scorer = Scorer(checkpoint, edge_layers, regime, cells, folder, cloud)
         zero_shot = scorer.zero_shot()
-        reference = _reference({mode.name for mode in settings.modes})
-        for mode in settings.modes:
+        reference = _reference({mode.name for mode in modes})
+        for mode in modes:
             seeds = regime.seeds if mode.chooses or mode.name == reference else 1
             rows[mode.name].update(_score_row(mode, scorer, seeds))
     return zero_shot
@@ -272,14 +307,3 @@ def clouds(
         return started[plan]
 
     return cloud
-
-
-def _described(settings: PlacementSettings, checkpoint: Checkpoint) -> dict[str, Any]:
-    regime = None
-    if settings.regime is not None:
-        regime = asdict(settings.regime)
-        del regime["data_folder"]
-    cost = None if settings.cost is None else asdict(settings.cost)
-    if cost is not None:
-        cost["model"] = checkpoint.name
-    return {"model": checkpoint.name, "edge_layers": settings.edge_layers, "costs": cost, "scores": regime}

@@ -1,1 +1,4 @@
-"""What fewer bits cost: `isthmus bench codecs` for the wire, `isthmus bench quantize` for the backbone's weights."""
+"""What fewer bits cost: `isthmus bench codecs` for the wire, `isthmus bench quantize` for the backbone's weights.
+
+May import `harness`, `scoring`, `benchmarks` and `placements`.
+"""

@@ -10,8 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +26,11 @@ from isthmus.edge.data.batches import Batch, Batches
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in
+from isthmus.experiments.harness.bench_settings import CodecSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import Endpoint, working_folder
 from isthmus.experiments.placements.placement_modes import Mode
-from isthmus.experiments.placements.placement_scores import Regime, Scorer
+from isthmus.experiments.placements.placement_scores import Regime, Scorer, one_rate_regime
 from isthmus.experiments.placements.placements import CELLS, clouds
 from isthmus.experiments.scoring.tasks import Task
 
@@ -43,27 +42,6 @@ CODECS = (
     *("int4-outliers,int8", "int4-outliers,int4", "int4"),
 )
 """What is compared by default: `codec` of `edge train`, forward and backward."""
-
-
-@dataclass(frozen=True, slots=True)
-class CodecSettings:
-    """What is measured.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        codecs: As `--codec` of `edge train` has them; fp32 is always among them.
-        regime: How every run is trained and scored; of its rates the first one is used.
-        probes: Micro-batches that gradients are compared on.
-        out: Where finished pieces are kept.
-    """
-
-    model: str
-    edge_layers: str
-    codecs: tuple[str, ...]
-    regime: Regime
-    probes: int
-    out: Path
 
 
 def run_codecs(settings: CodecSettings) -> dict[str, Any]:
@@ -78,10 +56,11 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         ConfigError: A codec does not exist.
         IsthmusError: Of whatever kind fits.
     """
-    parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *settings.codecs))}
+    parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *(settings.codec or CODECS)))}
+    regime = one_rate_regime(settings, settings.cloud_dtype)
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     cells.expect(len(parsed) + 1)
-    checkpoint, regime = resolve(settings.model), settings.regime
+    checkpoint = resolve(settings.model)
     with torch_threads(regime.threads), working_folder() as folder, ExitStack() as stack:
         options = ("--threads", str(regime.threads), "--dtype", regime.cloud_dtype)
         cloud = clouds(stack, checkpoint, folder, options)
@@ -89,7 +68,7 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         cosines = cells.get(
             "codec cosines",
             scorer.settings | {"plan": settings.edge_layers, "codecs": list(parsed), "probes": settings.probes},
-            lambda: measure_cosines(cloud(settings.edge_layers), scorer.task, settings, parsed),
+            lambda: measure_cosines(cloud(settings.edge_layers), scorer.task, regime, settings.probes, parsed),
         )
         runs = {text: scorer.run(_mode(text), regime.rates[0], 0) for text in parsed}
     baseline = runs[BASELINE]["scores"]["completion_loss"]
@@ -97,6 +76,16 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         "runs": [_row(text, codecs, runs[text], cosines[text], baseline) for text, codecs in parsed.items()],
         "settings": {"model": checkpoint.name, "edge_layers": settings.edge_layers, **scorer.settings},
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for row in result["runs"]:
+        print(
+            f"{row['codec']:24} {row['bytes_per_token']:7.0f} bytes per token   cosine {row['gradient_cosine']:.4f} "
+            f"(least {row['gradient_cosine_min']:.4f})   loss {row['held_out_loss']:.4f}, "
+            f"{row['loss_over_fp32'] - 1:+.2%} over fp32"
+        )
 
 
 def _mode(codec: str) -> Mode:
@@ -122,19 +111,19 @@ def _both(up: str, down: str) -> str:
 
 
 def measure_cosines(
-    cloud: Endpoint, task: Task, settings: CodecSettings, parsed: Mapping[str, WireCodecs]
+    cloud: Endpoint, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
 ) -> dict[str, list[float]]:
     """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches.
 
     Args:
         cloud: A started one.
         task: Whose training examples are used.
-        settings: How many micro-batches, and how the adapter is trained before.
+        regime: How the adapter is trained before.
+        probes: How many micro-batches.
         parsed: The codecs.
     """
-    regime = settings.regime
     config = TrainConfig(cloud="-", data="-", learning_rate=regime.rates[0], **regime.shared)
-    batches = Batches(task.train, regime.batch, task.pad_id, config.seed).epoch(0, 0, _STEPS_BEFORE + settings.probes)
+    batches = Batches(task.train, regime.batch, task.pad_id, config.seed).epoch(0, 0, _STEPS_BEFORE + probes)
     with connect(cloud.connection, key=cloud.edge_key) as link:
         model = build_peft(link.load_model(), config)
         parameters = list(trained(model).values())

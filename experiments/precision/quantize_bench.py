@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,16 @@ from isthmus.backbone.checkpoints.weight_quantization import QUANTIZERS, quantiz
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.client.link import connect
-from isthmus.experiments.benchmarks.step import StepSettings, run_step
+from isthmus.experiments.benchmarks.step import run_step
+from isthmus.experiments.harness.bench_settings import QuantizeSettings, StepSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.harness.launch import working_folder
 from isthmus.experiments.placements.placement_modes import Mode
-from isthmus.experiments.placements.placement_scores import Regime, Scorer
+from isthmus.experiments.placements.placement_scores import Regime, Scorer, described, one_rate_regime
 from isthmus.experiments.placements.placements import CELLS, clouds
 
 FORMS = {NONE: ("fp32", NONE), "bf16": ("bf16", NONE), **{name: ("bf16", name) for name in QUANTIZERS}}
 """What is compared: dtype that the cloud computes in, and how it holds the weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeSettings:
-    """What is measured.
-
-    Attributes:
-        forms: Some of `FORMS`.
-        step: How steps are timed; its dtype and quantization are those of the forms.
-        regime: How every run is trained and scored, with the first of its rates; its `cloud_dtype` is the forms'.
-        out: Where finished pieces are kept.
-    """
-
-    forms: tuple[str, ...]
-    step: StepSettings
-    regime: Regime
-    out: Path
 
 
 def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
@@ -61,35 +45,52 @@ def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
         ConfigError: There is no such form, or its package is not installed.
         IsthmusError: Of whatever kind fits.
     """
-    unknown = [form for form in settings.forms if form not in FORMS]
+    forms = settings.form or list(FORMS)
+    unknown = [form for form in forms if form not in FORMS]
     if unknown:
         raise ConfigError(f"there is no form {unknown[0]!r} of the backbone: choose among {', '.join(FORMS)}")
-    for form in settings.forms:
+    for form in forms:
         quantizer_of(FORMS[form][1])
+    step = StepSettings(
+        settings.model,
+        settings.edge_layers,
+        batch=settings.batch,
+        seq=settings.seq,
+        pairs=settings.pairs,
+        threads=settings.threads,
+    )
+    regime = one_rate_regime(settings, "fp32")
     cells = Cells(settings.out / CELLS, Console(stderr=True))
-    cells.expect(3 * len(settings.forms))
+    cells.expect(3 * len(forms))
     return {
-        "runs": [_row(form, settings, cells) for form in settings.forms],
-        "settings": {
-            "step": asdict(settings.step),
-            "regime": {name: value for name, value in asdict(settings.regime).items() if name != "data_folder"},
-        },
+        "runs": [_row(form, step, regime, cells) for form in forms],
+        "settings": {"step": asdict(step), "regime": described(regime)},
     }
 
 
-def _row(form: str, settings: QuantizeSettings, cells: Cells) -> dict[str, Any]:
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for row in result["runs"]:
+        print(
+            f"{row['quantize']:5} computing in {row['cloud_dtype']}   span {row['span_bytes'] / 2**20:7.1f} MiB   "
+            f"step {row['step_ratio']:.2f} of a single process   loss {row['held_out_loss']:.4f} "
+            f"(untuned {row['zero_shot_loss']:.4f})"
+        )
+
+
+def _row(form: str, step: StepSettings, regime: Regime, cells: Cells) -> dict[str, Any]:
     dtype, quantize = FORMS[form]
-    timed = replace(settings.step, cloud_dtype=dtype, quantize=quantize)
+    timed = replace(step, cloud_dtype=dtype, quantize=quantize)
     with working_folder() as folder:
         with torch_threads(timed.threads):
-            step = cells.get(f"step {form}", asdict(timed), lambda: run_step(timed, folder / "step"))
-        with torch_threads(settings.regime.threads):
-            scores, zero_shot = _scores(form, settings, cells, folder)
+            steps = cells.get(f"step {form}", asdict(timed), lambda: run_step(timed, folder / "step"))
+        with torch_threads(regime.threads):
+            scores, zero_shot = _scores(form, timed, replace(regime, cloud_dtype=dtype), cells, folder)
     return {
         "quantize": form,
         "cloud_dtype": dtype,
-        "span_bytes": step["span_bytes"],
-        "step_ratio": step["ratio"],
+        "span_bytes": steps["span_bytes"],
+        "step_ratio": steps["ratio"],
         "held_out_loss": scores["completion_loss"],
         "zero_shot_loss": zero_shot["completion_loss"],
         "scores": scores,
@@ -97,14 +98,12 @@ def _row(form: str, settings: QuantizeSettings, cells: Cells) -> dict[str, Any]:
 
 
 def _scores(
-    form: str, settings: QuantizeSettings, cells: Cells, folder: Path
+    form: str, step: StepSettings, regime: Regime, cells: Cells, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The scores after tuning and before, by metric, over the span as it is served."""
-    dtype, quantize = FORMS[form]
-    regime, plan = replace(settings.regime, cloud_dtype=dtype), settings.step.edge_layers
-    checkpoint = resolve(settings.step.model)
+    plan, checkpoint = step.edge_layers, resolve(step.model)
     with ExitStack() as stack:
-        options = ("--threads", str(regime.threads), "--dtype", dtype, "--quantize", quantize)
+        options = ("--threads", str(regime.threads), "--dtype", step.cloud_dtype, "--quantize", step.quantize)
         cloud = clouds(stack, checkpoint, folder / "scores", options)
 
         @contextmanager

@@ -1,21 +1,15 @@
 """Tenants that misbehave, and a stranger who is none: what they do to a cloud, in a process of its own.
 
-    python -m isthmus.experiments.rigs.hostile_tenants '{"workers": ["isthmus://…"], "key": "…", "batch": 2, "seq": 64}'
-
-Each line of standard input is `NAME SECONDS`, a name of `DEEDS` or `ENDED`; it is done to all workers at once, and
-answered by an empty line when it is done. What the cloud does to defend itself (it ends sessions, say) is no error
-here.
+Each question is a name of `DEEDS` or `ENDED` and seconds; it is done to all workers at once, and answered when it is
+done. What the cloud does to defend itself (it ends sessions, say) is no error here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +20,7 @@ from typing import Any, Final
 import torch
 
 from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import load_edge
@@ -90,7 +85,7 @@ class Session:
 
 
 class Hostile:
-    """Does what it is told to.
+    """Does what it is asked to.
 
     Args:
         cloud: the connection string of the worker that it does it to.
@@ -254,7 +249,7 @@ ENDED: Final = ("rekeys", "session_pings")
 DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 
-class HostileProcess:
+class HostileProcess(TaskProcess):
     """The process; a context manager.
 
     Args:
@@ -263,33 +258,11 @@ class HostileProcess:
     """
 
     def __init__(self, task: dict[str, Any], log: Path) -> None:
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.rigs.hostile_tenants", json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._log = log
+        super().__init__("the hostile tenant", "isthmus.experiments.rigs.hostile_tenants", task, log=log)
 
     def do(self, deed: str, seconds: float) -> None:
         """Have it do one of `DEEDS` or `ENDED`; returns when it is done. Raises IsthmusError where it could not."""
-        process = self._process
-        if process.stdin is None or process.stdout is None:
-            raise IsthmusError("the process of the hostile tenant has no pipes")
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{deed} {seconds}\n".encode())
-            process.stdin.flush()
-        if not process.stdout.readline():
-            raise IsthmusError(f"the hostile tenant ended at {deed}; its output is in {self._log}")
-
-    def __enter__(self) -> HostileProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.ask([deed, seconds])
 
 
 def yield_to_all() -> None:
@@ -299,8 +272,9 @@ def yield_to_all() -> None:
         Path("/proc/self/autogroup").write_text(str(LOWEST))
 
 
-def main(task: dict[str, Any]) -> None:
-    """Do what the lines of standard input say; see the module."""
+def main(parent: Parent) -> None:
+    """Do what the questions say; see the module."""
+    task = parent.task
     yield_to_all()  # elsewhere it would take none of these cores: what it makes the cloud do is what counts
     torch.set_num_threads(1)
     rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
@@ -311,14 +285,13 @@ def main(task: dict[str, Any]) -> None:
             getattr(tenant, deed)(seconds)
 
     with ThreadPoolExecutor(len(tenants)) as pool:
-        for line in sys.stdin:
-            deed, seconds = line.split()
+        for deed, seconds in parent.questions():
             if deed not in DEEDS + ENDED:
                 raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS + ENDED)}")
-            for done in [pool.submit(do, tenant, deed, float(seconds)) for tenant in tenants]:
+            for done in [pool.submit(do, tenant, deed, seconds) for tenant in tenants]:
                 done.result()
-            print(flush=True)
+            parent.say()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    serve(main)

@@ -1,1 +1,1 @@
-"""What a model scores on a task, document by document."""
+"""What a model scores on a task, document by document. May import `harness`."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,10 @@ from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import IGNORED, Encoded, collate
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.precision import computing_in
+from isthmus.emulator.package.build import pick_device
 from isthmus.emulator.package.package import open_package
+from isthmus.experiments.harness.bench_flags import names_of, precision_of
+from isthmus.experiments.harness.emulator_settings import ScoreSettings
 from isthmus.experiments.scoring.likelihood import answer_questions, language_model, require_lm_eval, run_tasks
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Task
@@ -85,33 +86,6 @@ def document_losses(
     return tuple(sums), tuple(counts)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreSettings:
-    """What `isthmus emulator score` is told.
-
-    Attributes:
-        tasks: Names of lm-eval's tasks.
-        model: The whole model, as for `--model`; None with a package.
-        package: A package, whose emulator stands for the middle; None with a model.
-        adapter: An adapter on either; on the whole model this is the plug-in.
-        include_path: Folder with YAML files of further tasks.
-        limit: Documents of each task; None for all.
-        batch: Sequences of a forward.
-        precision: What the forward computes in.
-        device: `cpu` or `cuda`.
-    """
-
-    tasks: tuple[str, ...]
-    model: str | None = None
-    package: Path | None = None
-    adapter: Path | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    batch: int = 16
-    precision: Precision = "fp32"
-    device: str = "cpu"
-
-
 def run_score(settings: ScoreSettings) -> dict[str, Any]:
     """Run lm-eval's tasks on a whole model, on a package's emulator, or on either with an adapter.
 
@@ -125,11 +99,13 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
     """
     if (settings.model is None) == (settings.package is None):
         raise ConfigError("give either --model or --package: a whole model, or an emulator of its middle")
+    tasks, precision = names_of(settings.tasks, "tasks"), precision_of(settings.precision, "precision")
+    device = pick_device(settings.device)
     require_lm_eval()
     if settings.package is not None:
         package = open_package(settings.package)
         model, tokenizer, digest = package.load_model(), package.load_tokenizer(), package.digest
-        model.span_gate.span.to(settings.device)
+        model.span_gate.span.to(device)
         what = f"{package.model} over the emulator {package.manifest.recipe}, keep {package.manifest.keep:g}"
     else:
         checkpoint = resolve(str(settings.model))
@@ -137,13 +113,21 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
         what = checkpoint.name
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter, digest=digest)
-    model = model.to(settings.device)
-    lm = language_model(model, tokenizer, batch=settings.batch, precision=settings.precision)
+    model = model.to(device)
+    lm = language_model(model, tokenizer, batch=settings.batch, precision=precision)
     return {
         "model": what,
         "adapter": settings.adapter is not None,
-        "tasks": run_tasks(lm, settings.tasks, include_path=settings.include_path, limit=settings.limit),
+        "tasks": run_tasks(lm, tasks, include_path=settings.include_path, limit=settings.limit),
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    print(f"{result['model']}{', with the adapter' if result['adapter'] else ''}")
+    for name, metrics in result["tasks"].items():
+        for metric, value in metrics.items():
+            print(f"{name:24} {metric:16} {value:.4f}")
 
 
 def whole(checkpoint: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Benchmarks of one cloud with many tenants: throughput, fairness and deadlines."""
+"""Benchmarks of one cloud with many tenants: throughput, fairness and deadlines. May import `harness`."""

@@ -7,7 +7,6 @@ in which all of them are at work.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,8 @@ from typing import Final
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.process_memory import forget_peak, peak_bytes, proportional_bytes
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.prose import write_long_texts
-from isthmus.experiments.harness.turns import TurnProcess
 from isthmus.experiments.serving.tenants_process import FLOOD_SESSIONS, MODULE, WARM_UP
 from isthmus.protocol.enrolment import Quota
 
@@ -201,7 +200,7 @@ class Crowd:
         with self._stack:
             if failure is None:
                 for process in self._processes.values():
-                    process.tell("end")
+                    process.send("end")
                 for process in self._processes.values():
                     process.answer()
 
@@ -217,8 +216,8 @@ class Crowd:
         for pid in looked_at:
             forget_peak(pid)
         for tenant in who:
-            self._processes[tenant].tell(str(steps))
-        seen = [Seen(**json.loads(self._processes[tenant].answer())) for tenant in who]
+            self._processes[tenant].send(steps)
+        seen = [Seen(**self._processes[tenant].answer()) for tenant in who]
         memory = [peak_bytes(pid) for pid in looked_at]
         tokens = [self._settings.length(tenant) for tenant in who]
         return Turn(seen, tokens, memory[: len(who)], 0 if worker is None else memory[-1])
@@ -269,7 +268,7 @@ def _key(cloud: LocalCloud, tenant: int) -> Path:
 
 def _process(
     settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int, *, parts: bool, precision: str
-) -> TurnProcess:
+) -> TaskProcess:
     texts = folder / f"{tenant}.jsonl"
     write_long_texts(texts, WARM_UP + settings.steps, settings.length(tenant))
     config = {
@@ -289,13 +288,13 @@ def _process(
         "key": None if cloud is None else str(_key(cloud, tenant)),
     }
     task = {"model": settings.model, "edge_layers": settings.edge_layers, "parts": parts, "config": config}
-    return TurnProcess(f"tenant {tenant}", MODULE, task, 1)
+    return TaskProcess(f"tenant {tenant}", MODULE, task, threads=1)
 
 
 @contextlib.contextmanager
-def flood_of(settings: TenantSettings, cloud: LocalCloud) -> Iterator[TurnProcess]:
+def flood_of(settings: TenantSettings, cloud: LocalCloud) -> Iterator[TaskProcess]:
     """A tenant with ten sessions in a process of its own; each wants computing all the time, from `pour` to `rest`."""
     task = {"flood": cloud.connection, "key": str(_key(cloud, 0)), "tokens": settings.length(0)}
-    with TurnProcess("the flood", MODULE, task, 1) as process:
+    with TaskProcess("the flood", MODULE, task, threads=1) as process:
         process.answer()
         yield process

@@ -1,12 +1,8 @@
-"""What the processes of `tenants_crowd` do: train in turns, or flood a cloud.
-
-python -m isthmus.experiments.serving.tenants_process '{…}' is one of them.
-"""
+"""What the processes of `tenants_crowd` do: train in turns, or flood a cloud."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -17,13 +13,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import connect
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.split_run import train_over
-from isthmus.experiments.harness.single_process import train_in_one_process, train_parts_alone
-from isthmus.experiments.harness.turns import StepWatch
+from isthmus.experiments.harness.processes import Parent, serve
+from isthmus.experiments.harness.single_process import StepWatch, train_in_one_process, train_parts_alone
 
 MODULE: Final = "isthmus.experiments.serving.tenants_process"
 WARM_UP: Final = 2
@@ -38,7 +33,8 @@ class Enough(Exception):  # noqa: N818 - nothing went wrong
 class Moments(StepWatch):
     """Notes when steps begin: a `StepObserver` of the trainer that waits between turns for what to do next."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._moments: list[float] = []
         self._made, self._steps, self._cpu = 0, 0, 0.0
 
@@ -51,31 +47,32 @@ class Moments(StepWatch):
             self._wait("warm")
         self._moments.append(time.monotonic())
         if len(self._moments) > self._steps:
-            self._wait(json.dumps({"moments": self._moments, "cpu_s": time.process_time() - self._cpu}))
+            self._wait({"moments": self._moments, "cpu_s": time.process_time() - self._cpu})
             self._moments = [time.monotonic()]
 
-    def _wait(self, text: str) -> None:
-        print(text, flush=True)
-        told = sys.stdin.readline().strip()
-        if not told.isdigit():
+    def _wait(self, done: object) -> None:
+        self._parent.say(done)
+        steps = self._parent.question()
+        if steps == "end":
             raise Enough
-        self._steps, self._cpu = int(told), time.process_time()
+        self._steps, self._cpu = steps, time.process_time()
 
 
-def _main(task: Mapping[str, Any]) -> None:
+def _main(parent: Parent) -> None:
+    task = parent.task
     if "flood" in task:
-        _pour(task)
+        _pour(parent)
         return
     config = load_config(None, task["config"])
     with contextlib.suppress(Enough):
         if task["parts"]:
-            train_parts_alone(task["model"], task["edge_layers"], config, watchers=[Moments()])
+            train_parts_alone(task["model"], task["edge_layers"], config, watchers=[Moments(parent)])
         elif config.key is None:
-            train_in_one_process(task["model"], task["edge_layers"], config, watchers=[Moments()])
+            train_in_one_process(task["model"], task["edge_layers"], config, watchers=[Moments(parent)])
         else:
             with open_link(config) as link:
-                train_over(link, config, [Moments()])
-    print("done", flush=True)
+                train_over(link, config, [Moments(parent)])
+    parent.say("done")
 
 
 class _Flood:
@@ -116,13 +113,13 @@ class _Flood:
                 link.backward_span(kept, _gradient(hidden), hidden, None, None)
 
 
-def _pour(task: Mapping[str, Any]) -> None:
-    flood = _Flood(task)
+def _pour(parent: Parent) -> None:
+    flood = _Flood(parent.task)
     flood.turn(pouring=False)
-    print("connected", flush=True)
-    for line in sys.stdin:
-        flood.turn(pouring=line.strip() == "pour")
-        print("done", flush=True)
+    parent.say("connected")
+    for question in parent.questions():
+        flood.turn(pouring=question == "pour")
+        parent.say("done")
     os._exit(0)  # the sessions never end by themselves
 
 
@@ -131,4 +128,4 @@ def _gradient(hidden: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(json.loads(sys.argv[1])))
+    serve(_main)

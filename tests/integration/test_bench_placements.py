@@ -21,7 +21,7 @@ from isthmus.experiments.placements import placement_scores
 from isthmus.experiments.placements.placement_costs import EPOCH_STEPS, CostSettings, measure_cost
 from isthmus.experiments.placements.placement_modes import MODES, Mode
 from isthmus.experiments.placements.placement_scores import Regime, Scorer
-from isthmus.experiments.precision.codec_bench import CodecSettings, measure_cosines
+from isthmus.experiments.precision.codec_bench import measure_cosines
 from isthmus.experiments.scoring.tasks import Sizes, load_task
 
 LAYERS = 6
@@ -106,9 +106,8 @@ def regime_of(folder: Path, **values: Any) -> Regime:
 def test_gradients_over_a_codec_are_compared_with_those_over_fp32(runs: Runs, cloud: Cloud, tmp_path: Path) -> None:
     regime = regime_of(tmp_path / "data", batch=1)
     task = load_task("e2e", regime.data_folder, load_tokenizer(runs.model), regime.sizes)
-    settings = CodecSettings(str(runs.model), "1:1", (), regime, probes=3, out=tmp_path)
     parsed = {text: WireCodecs.parse(text) for text in ("fp32", "bf16", "int4")}
-    found = measure_cosines(cloud, task, settings, parsed)
+    found = measure_cosines(cloud, task, regime, 3, parsed)
     assert found["fp32"] == pytest.approx([1.0] * 3, abs=1e-12)
     assert all(0.99 < value < 1 for value in found["bf16"])
     assert all(int4 < bf16 for int4, bf16 in zip(found["int4"], found["bf16"], strict=True))
@@ -134,5 +133,5 @@ def test_a_run_is_scored_on_held_out_data_and_not_made_again(
         raise AssertionError("a finished run was made again")
 
     assert first.run(MODES["edge_summed"], rate, 0)["report"]["steps"] == 4  # an option that takes no value
-    monkeypatch.setattr(placement_scores, "run_command", refuse)
+    monkeypatch.setattr(placement_scores, "run_isthmus", refuse)
     assert scorer().run(MODES["edge"], rate, 0) == result

@@ -10,31 +10,18 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.benchmarks.step import StepSettings
-from isthmus.experiments.placements.placement_scores import Regime
+from isthmus.experiments.harness.bench_settings import QuantizeSettings
 from isthmus.experiments.precision import quantize_bench
-from isthmus.experiments.precision.quantize_bench import QuantizeSettings, run_quantize
-from isthmus.experiments.scoring.tasks import Sizes
+from isthmus.experiments.precision.quantize_bench import run_quantize
 
 pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed: pip install 'isthmus[quantize]'")
 
 
 def settings_of(folder: Path, *forms: str) -> QuantizeSettings:
-    regime = Regime(
-        task="e2e",
-        data_folder=folder / "data",
-        sizes=Sizes(test=3, validation=2, max_length=32),
-        steps=3,
-        batch=2,
-        rates=(3e-2,),
-        seeds=1,
-        precision="fp32",
-        cloud_dtype="fp32",
-        threads=1,
-        shared={"rank": 2},
-    )
-    step = StepSettings(str(folder / "model"), "1:1", batch=2, seq=8, pairs=5, threads=1)
-    return QuantizeSettings(forms, step, regime, folder / "out")
+    return QuantizeSettings(
+        model=str(folder / "model"), form=list(forms), edge_layers="1:1", data_folder=folder / "data", steps=3, batch=2,
+        seq=8, pairs=5, max_length=32, learning_rate=3e-2, test=3, threads=1, out=folder / "out",
+    )  # fmt: skip
 
 
 @pytest.mark.server

@@ -14,8 +14,9 @@ from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.launch import _of_session
+from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos import chaos_bench
-from isthmus.experiments.rigs.chaos.chaos_bench import ChaosSettings, run_chaos
+from isthmus.experiments.rigs.chaos.chaos_bench import run_chaos
 
 KINDS = ("controller_killed", "garbage", "worker_killed_queued", "connection_cut")
 STEPS = 30
@@ -29,8 +30,8 @@ def test_what_breaks_changes_no_adapter(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "run"
     folder.mkdir()
     settings = ChaosSettings(
-        str(model), tenants=1, seconds=8.0, steps=STEPS, kinds=KINDS, seed=SEED, bad_s=0.2, stash_bytes=1 << 23,
-        warm_up_s=0.0,
+        model=str(model), tenants=1, seconds=8.0, steps=STEPS, kinds=",".join(KINDS), seed=SEED, bad_s=0.2,
+        stash_bytes="8MiB", warm_up_s=0.0,
     )  # fmt: skip
     figures = run_chaos(settings, folder)
     assert figures["faults"] == sum(figures["faults_by_kind"].values()) == len(_lines(folder / "faults.jsonl"))
@@ -68,9 +69,9 @@ def test_it_ends_when_it_is_told_to_and_leaves_nothing_behind(tmp_path: Path, mo
 def test_what_cannot_be_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_bench, "missing", lambda: "network namespaces need root: run as root")
     with pytest.raises(ConfigError, match=r"can be made here: network namespaces need root"):
-        run_chaos(ChaosSettings("unused", kinds=("silence", "packets_lost")), tmp_path)
+        run_chaos(ChaosSettings(model="unused", kinds="silence,packets_lost"), tmp_path)
     with pytest.raises(ConfigError, match="no fault 'meteor'"):
-        run_chaos(ChaosSettings("unused", kinds=("meteor",)), tmp_path)
+        run_chaos(ChaosSettings(model="unused", kinds="meteor"), tmp_path)
 
 
 def _lines(path: Path) -> list[object]:

@@ -1,4 +1,4 @@
-"""A training whose strip is broken in several ways, between real processes, ends in the undisturbed one's adapter."""
+"""A training whose wire is broken in several ways, between real processes, ends in the undisturbed one's adapter."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.rigs.faults.fault_plan import PHASES
-from isthmus.experiments.rigs.faults.faults import FaultSettings, run_faults
+from isthmus.experiments.rigs.faults.faults import run_faults
 
 
 @pytest.mark.server
-def test_a_broken_strip_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = FaultSettings(str(model), steps=16, per_phase=1, save_every=3)
@@ -30,4 +31,4 @@ def test_a_broken_strip_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lunch_break.*forward_sending"):
-        run_faults(FaultSettings("unused", phases=("lunch_break",)), tmp_path)
+        run_faults(FaultSettings("unused", phases="lunch_break"), tmp_path)

@@ -15,7 +15,8 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter
-from isthmus.experiments.harness.launch import LocalCloud, isthmus
+from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import isthmus
 from isthmus.experiments.harness.single_process import whole_model
 
 pytestmark = [pytest.mark.real_model, pytest.mark.server]

@@ -213,13 +213,13 @@ def test_modes_without_anything_to_train_are_left_out() -> None:
     assert set(MODES) - set(costs("2:0")) == {"tail_cache"}
 
 
-def test_the_strip_s_seconds_add_up() -> None:
+def test_the_seconds_of_the_wire_add_up() -> None:
     link = LinkSpec.parse("80kB/s,100ms")
     edge = speed(message_s=0.01, byte_s=1e-5, codec_s=dict.fromkeys(speed().codec_s, 1e-4), optimizer_s=0.3)
     step = costs(link=link, edge=edge)["u_shape"].step
     traffic = WIRE.forward() + WIRE.backward()
     wire = traffic.total / 80e3 + 2 * 0.1 + 4 * 0.01 + traffic.total * 1e-5 + 4 * 16 * POSITIONS * 1e-4
-    assert step.strip_s == pytest.approx(wire)
+    assert step.wire_s == pytest.approx(wire)
     optimizer = 3 * 3 * 2 * 0.3
     assert step.seconds == pytest.approx(6 * TRAINED_S + HEAD_S + 3 * ADAPTERS_S + optimizer + wire)
 

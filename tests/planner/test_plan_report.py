@@ -23,7 +23,7 @@ POSITIONS = 512
 def cost(
     mode: str, seconds: float, kib_per_token: float = 1.0, memory: float = 1e9, first: float | None = None
 ) -> ModeCost:
-    """A mode whose step takes `seconds`, most of them on the strip, and moves so much, up and down alike."""
+    """A mode whose step takes `seconds`, most of them on the wire, and moves so much, up and down alike."""
     half = kib_per_token * 1024 * POSITIONS / 2
     step = StepCost(Work(seconds / 4, 3e9), Work(0.0, 1e9), Traffic(half, half, 6), seconds * 3 / 4)
     if first is None:

@@ -7,13 +7,12 @@
 | `costs` | single expensive things that a tenant asks for |
 | `attacks` | both, and the hostile tenants of the chaos benchmark, in one shape, and the process that makes them |
 | `hostile_cloud` | a cloud that attacks the edges that have pinned it |
-| `edge` | an edge in a process of its own, and what it must answer each attack of a cloud with |
+| `attacked_edge` | an edge in a process of its own, and what it must answer each attack of a cloud with |
 | `ceilings` | what each attack may cost at most, fixed before it is run |
 | `gauge` | what a process has taken, as the kernel counts it |
-| `honest` | a tenant that behaves, whose latency the attacks are felt by |
-| `bare` | a server without Ray, and servers with a planted weakness |
-| `bench` | the rows of the report |
-| `command` | the command line |
+| `honest` | a tenant that behaves, whose latency the attacks raise |
+| `bare_server` | a server without Ray, and servers with a planted weakness |
+| `abuse_bench` | the rows of the report, and how they are printed |
 
 May import `isthmus.cloud`, `isthmus.edge` and what lies below them, and from `isthmus.experiments` the harness and the
 hostile tenants.

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,9 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker_setup import make_parts
 from isthmus.common.errors import ConfigError, IsthmusError
-from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.rig_settings import AbuseSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
@@ -49,37 +50,12 @@ ALL: Final = (*ATTACKS, *EDGE_ATTACKS)
 """The names of all attacks, by strangers, tenants and clouds."""
 
 
-@dataclass(frozen=True, slots=True)
-class AbuseSettings:
-    """What is attacked, and how.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        attacks: Names of `ALL`.
-        seconds: For which each attack on a worker goes on.
-        threads: torch threads of the worker.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    attacks: tuple[str, ...] = ALL
-    seconds: float = 5.0
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.attacks if name not in ALL]
-        if unknown:
-            raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
-
-
-def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
     """Attack a cloud and an edge; see the module.
 
     Args:
         settings: What is attacked, and how.
         folder: For keys and logs.
-        advance: Called after each attack and each planted weakness.
 
     Returns:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
@@ -91,6 +67,15 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
         ConfigError: There is no such attack.
         IsthmusError: The cloud did not start, an attack could not be made, or an edge did not end one as it must.
     """
+    attacks = names_of(settings.attacks, "attacks") if settings.attacks else ALL
+    unknown = [name for name in attacks if name not in ALL]
+    if unknown:
+        raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
+    with stderr_progress("attacks", len(attacks) + len(PLANTED) + len(LIFTED)) as advance:
+        return _run(settings, attacks, folder, advance)
+
+
+def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance: Callable[[], None]) -> dict[str, Any]:
     checkpoint = resolve(settings.model)
     parts = folder / "parts"
     make_parts(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers), parts)
@@ -100,13 +85,14 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
         *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
         *("--stash-bytes", str(STASH_BYTES), "--compute-bytes", str(COMPUTE_BYTES)),
     )
-    runs = _on_worker(settings, cloud, folder, advance) if set(settings.attacks) & set(ATTACKS) else []
+    on_worker = [name for name in attacks if name in ATTACKS]
+    runs = _on_worker(settings, on_worker, cloud, folder, advance) if on_worker else []
     planted = _planted(checkpoint, parts, cloud, folder, advance)
     with (
         HostileCloud(cloud.home, parts, settings.edge_layers) as hostile,
         Edge(cloud.edge_key, folder, folder / LOG) as edge,
     ):
-        for name in settings.attacks:
+        for name in attacks:
             if name in EDGE_ATTACKS:
                 taken = edge.attacked(name, hostile)
                 about = {"attack": name, "by": "cloud"}
@@ -126,7 +112,7 @@ def run_abuse(settings: AbuseSettings, folder: Path, advance: Callable[[], None]
 
 
 def _on_worker(
-    settings: AbuseSettings, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
+    settings: AbuseSettings, attacks: Sequence[str], cloud: LocalCloud, folder: Path, advance: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """The rows of the attacks on a worker."""
     key = folder / "hostile"
@@ -136,9 +122,7 @@ def _on_worker(
         pid = cloud.status()["pid"]
         with Honest(cloud.connection, cloud.edge_key) as honest:
             honest.latency_s(time.monotonic())  # the first calls warm both sides up
-        for name in settings.attacks:
-            if name not in ATTACKS:
-                continue
+        for name in attacks:
             taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
             _settle(cloud)
             ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
@@ -148,6 +132,21 @@ def _on_worker(
             )
             advance()
     return runs
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the rows as tables of at most 80 columns."""
+    line = "{:28} {:>10} {:>9} {:12} {:5} {:>8}".format
+    print(line("attack", "measured", "ceiling", "unit", "held", "slower"))
+    for row in result["runs"]:
+        held = "yes" if row["held"] else "NO"
+        slower = "-" if row["latency_ratio"] is None else f"{row['latency_ratio']} x"
+        print(line(row["attack"], row["measured"], row["ceiling"], row["unit"], held, slower))
+    print()
+    print(line("planted weakness", "measured", "ceiling", "unit", "", "caught"))
+    for row in result["planted"]:
+        caught = "yes" if row["caught"] else "NO"
+        print(line(row["weakness"], row["measured"], row["ceiling"], row["unit"], "", caught))
 
 
 def _settle(cloud: LocalCloud) -> None:

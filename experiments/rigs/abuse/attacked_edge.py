@@ -1,20 +1,14 @@
 """An edge in a process of its own that a hostile cloud attacks, and what it must answer each attack with.
 
-    python -m isthmus.experiments.rigs.abuse.attacked_edge KEY
-
-Each line of its standard input is `ATTACK CONNECTION_STRING BOUND`. The process connects and fetches what it needs, and
-prints an empty line; after another line it does what the attack waits for, and prints the error that came, as JSON.
-BOUND names one of `LIFTED` that it does without, or is `-`. That is the control of the measurement: ceilings that hold
-without the bound would say nothing.
+Each question is an attack, a connection string, and a bound or null. The process connects and fetches what it needs,
+and answers; asked again, it does what the attack waits for, and answers with the error that came. The bound is one of
+`LIFTED` that it does without. That is the control of the measurement: ceilings that hold without the bound would say
+nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +23,7 @@ from isthmus.common.errors import ChatTemplateError, IsthmusError, LimitError, R
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
 from isthmus.protocol.session import EdgeSession
@@ -99,7 +94,7 @@ LIFTED: Final[dict[str, Callable[[], Any]]] = {
 """Attacks that a bound holds back which the edge can be made to do without: what takes its place meanwhile."""
 
 
-class Edge:
+class Edge(TaskProcess):
     """The process; a context manager, which ends it.
 
     Args:
@@ -109,16 +104,9 @@ class Edge:
     """
 
     def __init__(self, key: Path, folder: Path, log: Path) -> None:
-        self._log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.rigs.abuse.attacked_edge", str(key)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env={**os.environ, "ISTHMUS_CACHE": str(folder / "edge-cache")},
-                start_new_session=True,
-            )
+        module, cache = "isthmus.experiments.rigs.abuse.attacked_edge", str(folder / "edge-cache")
+        environment = {"ISTHMUS_CACHE": cache}
+        super().__init__("the attacked edge", module, {"key": str(key)}, log=log, environment=environment)
 
     def attacked(self, name: str, cloud: HostileCloud, *, lifted: bool = False) -> Taken:
         """Let a cloud attack it; what it took.
@@ -134,48 +122,31 @@ class Edge:
         """
         attack = EDGE_ATTACKS[name]
         cloud.trick = name
-        self._say(f"{name} {cloud.connection} {name if lifted else '-'}")
-        with Gauge(self._process.pid) as gauge:
-            told = json.loads(self._say("go"))
-        if not lifted and (told["error"] != attack.error.__name__ or attack.says not in told["message"]):
+        self.ask([name, cloud.connection, name if lifted else None])
+        with Gauge(self.pid) as gauge:
+            ending = self.ask("go")
+        if not lifted and (ending["error"] != attack.error.__name__ or attack.says not in ending["message"]):
             raise IsthmusError(
-                f"the edge answers the attack {name!r} with {told['error']} ({told['message']}) instead of a "
+                f"the edge answers the attack {name!r} with {ending['error']} ({ending['message']}) instead of a "
                 f"{attack.error.__name__} that says {attack.says!r}"
             )
         return gauge.taken
 
-    def __enter__(self) -> Edge:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _say(self, line: str) -> bytes:
-        answer = b""
-        if self._process.stdin is not None and self._process.stdout is not None:
-            self._process.stdin.write(f"{line}\n".encode())
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        if not answer:
-            raise IsthmusError(f"the edge that is attacked has ended; its output is in {self._log}")
-        return answer
-
-
-def _main(key: Path) -> None:
-    for line in sys.stdin:
-        name, connection, bound = line.split()
-        with LIFTED.get(bound, contextlib.nullcontext)(), connect(connection, key=key) as link:
+def _main(parent: Parent) -> None:
+    for name, connection, bound in parent.questions():
+        without = LIFTED.get(bound, contextlib.nullcontext)
+        with without(), connect(connection, key=Path(parent.task["key"])) as link:
             act = EDGE_ATTACKS[name].prepare(link)
-            print(flush=True)
-            sys.stdin.readline()
-            told = {"error": "no error", "message": ""}
+            parent.say("prepared")
+            parent.question()
+            ending = {"error": "no error", "message": ""}
             try:
                 act()
             except IsthmusError as error:
-                told = {"error": type(error).__name__, "message": str(error)}
-            print(json.dumps(told), flush=True)
+                ending = {"error": type(error).__name__, "message": str(error)}
+            parent.say(ending)
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    serve(_main)

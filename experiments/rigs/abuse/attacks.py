@@ -1,23 +1,20 @@
 """Every attack on a worker in one shape, and the process that makes them.
 
-    python -m isthmus.experiments.rigs.abuse.attacks KEY
-
-Each line of its standard input is `ATTACK SECONDS CONNECTION_STRING`, and is answered by an empty line when the attack
-is over. What the cloud does to defend itself (it ends streams, say) is no error here.
+Each question is an attack, seconds and a connection string, and is answered when the attack is over. What the cloud
+does to defend itself (it ends streams, say) is no error here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.rigs.abuse import costs, stranger
 from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile, yield_to_all
 from isthmus.protocol.enrolment import ConnectionString
@@ -85,7 +82,7 @@ ATTACKS: Final[dict[str, Attack]] = {
 }
 
 
-class Attacker:
+class Attacker(TaskProcess):
     """A process that makes attacks, one after the other; a context manager, which ends it.
 
     Args:
@@ -94,16 +91,7 @@ class Attacker:
     """
 
     def __init__(self, key: Path, log: Path) -> None:
-        self._log = log
-        self._attack = "none"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.rigs.abuse.attacks", str(key)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-            )
+        super().__init__("the attacker", "isthmus.experiments.rigs.abuse.attacks", {"key": str(key)}, log=log)
 
     def attack(self, name: str, seconds: float, connection: str) -> None:
         """Make an attack, a name of `ATTACKS`, for so long, on the worker of a connection string; wait for its end.
@@ -111,38 +99,26 @@ class Attacker:
         Raises:
             IsthmusError: It ended with an error of its own.
         """
-        self._attack = name
-        if self._process.stdin is not None:
-            self._process.stdin.write(f"{name} {seconds} {connection}\n".encode())
-            self._process.stdin.flush()
-        self._wait()
+        self.ask([name, seconds, connection])
 
-    def __enter__(self) -> Attacker:
+    def __enter__(self) -> Self:
         try:
-            self._wait()  # it has imported what it needs
+            self.answer()  # it has imported what it needs
         except IsthmusError:
             self.__exit__()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
-    def _wait(self) -> None:
-        if self._process.stdout is None or not self._process.stdout.readline():
-            raise IsthmusError(f"the attack {self._attack!r} ended with an error; its output is in {self._log}")
-
-
-def _main(key: Path) -> None:
+def _main(parent: Parent) -> None:
     yield_to_all()  # an attacker elsewhere would take none of these cores: what the server does is what counts
-    print(flush=True)
-    for line in sys.stdin:
-        attack, seconds, connection = line.split()
+    parent.say("ready")
+    for attack, seconds, connection in parent.questions():
+        aim = Aim(ConnectionString.parse(connection), Path(parent.task["key"]), seconds)
         with contextlib.suppress(ConnectionLostError, RefusedError):
-            ATTACKS[attack].run(Aim(ConnectionString.parse(connection), key, float(seconds)))
-        print(flush=True)
+            ATTACKS[attack].run(aim)
+        parent.say()
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    serve(_main)

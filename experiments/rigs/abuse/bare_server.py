@@ -1,23 +1,17 @@
 """A server without Ray in a process of its own, in which a weakness can be planted.
 
-    python -m isthmus.experiments.rigs.abuse.bare_server '{"model": "…", "parts": "…", "home": "…"}'
-
-It prints its port. Each line of its standard input names a weakness, which it has from then on, and is answered by an
-empty line; it ends when its standard input does. The planted weaknesses are the control of the measurement: ceilings
-that such a server keeps would say nothing about another one.
+It says its port first. Each question names a weakness, which it has from then on. The planted weaknesses are the
+control of the measurement: ceilings that such a server keeps would say nothing about another one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import grpc
 
@@ -28,6 +22,7 @@ from isthmus.cloud.control.worker_setup import EdgesFile, make_parts, served_by
 from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.common.errors import IsthmusError
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
 HASH_ROUNDS = 200_000
@@ -70,7 +65,7 @@ class WeakServer(GatewayServer):
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the session's rules were broken")
 
 
-class BareServer:
+class BareServer(TaskProcess):
     """The process; a context manager.
 
     Args:
@@ -83,49 +78,29 @@ class BareServer:
     Attributes:
         address: Where it listens, host:port, on the loopback.
         port: The port of it.
-        pid: Its process.
     """
 
     def __init__(self, model: Path, parts: Path, home: Path, log: Path, **options: Any) -> None:
         task = {"model": str(model), "parts": str(parts), "home": str(home), "options": options}
+        super().__init__("the bare server", "isthmus.experiments.rigs.abuse.bare_server", task, log=log)
         self.address, self.port = "", 0
-        self._log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.experiments.rigs.abuse.bare_server", json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-            )
-        self.pid = self._process.pid
 
     def plant(self, weakness: Weakness) -> None:
         """Give it a weakness, instead of the one before."""
-        if self._process.stdin is not None:
-            self._process.stdin.write(f"{weakness}\n".encode())
-            self._process.stdin.flush()
-        self._line()
+        self.ask(weakness)
 
-    def _line(self) -> bytes:
-        line = b"" if self._process.stdout is None else self._process.stdout.readline()
-        if not line:
+    def __enter__(self) -> Self:
+        try:
+            self.port = self.answer()
+        except IsthmusError:
             self.__exit__()
-            raise IsthmusError(f"the server has ended; its output is in {self._log}")
-        return line
-
-    def __enter__(self) -> BareServer:
-        line = self._line()
-        self.port = int(line)
+            raise
         self.address = f"127.0.0.1:{self.port}"
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
-
-async def _serve(task: dict[str, Any]) -> None:
+async def _serve(parent: Parent) -> None:
+    task = parent.task
     folder, home = Path(task["model"]), Path(task["home"])
     checkpoint = Checkpoint(folder, "model")
     plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
@@ -146,12 +121,11 @@ async def _serve(task: dict[str, Any]) -> None:
     }
     spec = WorkerSpec(**options)
     server = WeakServer(served_by(spec), IdentityFiles(home), EdgesFile(home), spec.threads)
-    port = await server.start(spec.listen, None)
-    print(port, flush=True)
-    while weakness := (await asyncio.to_thread(sys.stdin.readline)).strip():
-        server.weakness = weakness
-        print(flush=True)
+    parent.say(await server.start(spec.listen, None))
+    while True:
+        server.weakness = await asyncio.to_thread(parent.question)
+        parent.say()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(json.loads(sys.argv[1])))
+    serve(lambda parent: asyncio.run(_serve(parent)))

@@ -1,23 +1,13 @@
 """What one call, one departure or one download of a tenant costs the others: done by hand against a running cloud.
 
-    python -m isthmus.experiments.rigs.abuse.costs DEED isthmus://… KEY_FILE [SECONDS]
-
-Each deed prints one line of JSON: what the cloud answered, and how long another tenant's small call took meanwhile,
-where a second key is given in `ISTHMUS_WITNESS_KEY`.
-
-    long_call     one sequence of 16,384 positions, which a model with a limit takes for S² pairs of positions
-    large_call    as many sequences as the cloud takes in one call
-    disconnect    forwards that are kept, which may share a pass with others', and then the stream is cut
-    download      the edge's parts, over and over
+long_call     one sequence of 16,384 positions, which a model with a limit takes for S² pairs of positions
+large_call    as many sequences as the cloud takes in one call
+disconnect    forwards that are kept, which may share a pass with others', and then the stream is cut
+download      the edge's parts, over and over
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +15,7 @@ from typing import Any
 
 import torch
 
-from isthmus.common.errors import ConnectionLostError, IsthmusError
+from isthmus.common.errors import IsthmusError
 from isthmus.experiments.rigs.hostile_tenants import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
@@ -46,8 +36,8 @@ def ask(session: Session, message: m.Message) -> dict[str, Any]:
     start = time.perf_counter()
     session.send(message)
     answer = session.receive()
-    told = {"answer": type(answer).__name__, "seconds": round(time.perf_counter() - start, 3)}
-    return {**told, "says": answer.message} if isinstance(answer, m.Status) else told
+    came = {"answer": type(answer).__name__, "seconds": round(time.perf_counter() - start, 3)}
+    return {**came, "says": answer.message} if isinstance(answer, m.Status) else came
 
 
 def long_call(session: Session, seconds: float) -> dict[str, Any]:
@@ -58,15 +48,15 @@ def long_call(session: Session, seconds: float) -> dict[str, Any]:
 def large_call(session: Session, seconds: float, sequence: int = 128) -> dict[str, Any]:
     """As many positions as the cloud takes, in sequences of ordinary length: half of what it refuses, and so on."""
     rows, number = max(1, session.max_tokens // sequence), 1
-    told = ask(session, forward(session, number, rows, sequence, keep=True))
-    while told["answer"] == "Status" and rows > 1:
+    came = ask(session, forward(session, number, rows, sequence, keep=True))
+    while came["answer"] == "Status" and rows > 1:
         rows, number = rows // 2, number + 1
-        told = ask(session, forward(session, number, rows, sequence, keep=True))
-    return told | {"positions": rows * sequence}
+        came = ask(session, forward(session, number, rows, sequence, keep=True))
+    return came | {"positions": rows * sequence}
 
 
 def disconnect(session: Session, seconds: float) -> dict[str, Any]:
-    """Kept forwards for a while, and then the stream is cut without a word."""
+    """Kept forwards for a while, and then the stream is cut without a goodbye."""
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         number += 1
@@ -86,10 +76,10 @@ def download(session: Session, seconds: float) -> dict[str, Any]:
     end, fetched = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         session.send(m.Fetch(m.FileSet.PARTS, largest.name, fetched % largest.size))
-        piece = session.receive()
-        if not isinstance(piece, m.Blob):
-            raise IsthmusError(f"the cloud answered with {type(piece).__name__} instead of a piece of {largest.name}")
-        fetched += len(piece.data)
+        chunk = session.receive()
+        if not isinstance(chunk, m.Blob):
+            raise IsthmusError(f"the cloud answered with {type(chunk).__name__} instead of a chunk of {largest.name}")
+        fetched += len(chunk.data)
     return {"bytes": fetched}
 
 
@@ -101,64 +91,17 @@ COSTS: dict[str, Callable[[Session, float], dict[str, Any]]] = {
 }
 
 
-class Witness:
-    """Another tenant, who makes one small call after the other and notes the longest wait; a context manager."""
-
-    def __init__(self, cloud: ConnectionString, key: Path) -> None:
-        self.longest, self.calls = 0.0, 0
-        self._session = Session(cloud, key)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._call, daemon=True)
-
-    def _call(self) -> None:
-        with contextlib.suppress(ConnectionLostError):
-            while not self._ended.is_set():
-                self.calls += 1
-                took = ask(self._session, forward(self._session, self.calls, 1, 8, keep=False))["seconds"]
-                self.longest = max(self.longest, took)
-
-    def __enter__(self) -> Witness:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(60)
-        self._session.stream.close()
-
-
-def run(deed: str, cloud: str, key: Path, seconds: float = 5.0, witness: Path | None = None) -> dict[str, Any]:
-    """Do a deed.
+def run(deed: str, cloud: str, key: Path, seconds: float = 5.0) -> dict[str, Any]:
+    """Do a deed; returns what came of it.
 
     Args:
         deed: a name of `COSTS`.
         cloud: the connection string.
         key: the file with an enrolled edge's key.
         seconds: how long, for what goes on.
-        witness: another enrolled edge's key; None without one.
-
-    Returns:
-        What came of it, and of the witness the number of calls and the longest one's seconds.
     """
-    where = ConnectionString.parse(cloud)
-    with contextlib.ExitStack() as stack:
-        watching = None if witness is None else stack.enter_context(Witness(where, witness))
-        time.sleep(0.2 if watching else 0.0)
-        session = Session(where, key)
-        stack.callback(session.stream.close)
-        found = COSTS[deed](session, seconds)
-        if watching is not None:
-            time.sleep(0.2)
-            found |= {"witness_calls": watching.calls, "witness_longest_s": watching.longest}
-    return found
-
-
-def main(deed: str, cloud: str, key: str, seconds: str = "5") -> None:
-    """See the module."""
-    other = os.environ.get("ISTHMUS_WITNESS_KEY")
-    found = run(deed, cloud, Path(key), float(seconds), None if other is None else Path(other))
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    session = Session(ConnectionString.parse(cloud), key)
+    try:
+        return COSTS[deed](session, seconds)
+    finally:
+        session.stream.close()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.harness.process_memory import forget_peak
+from isthmus.experiments.harness.process_memory import forget_peak, memory_bytes
 
-LOOK_SECONDS = 0.02
-"""Between two looks at the descriptors, of whose peak the kernel keeps no record, and at the children."""
+SAMPLE_SECONDS = 0.02
+"""Between two samples of the descriptors, of whose peak the kernel keeps no record, and at the children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Taken:
 
     Attributes:
         memory_mib: Largest resident size, over the resident size at the beginning; and of the children that it had
-            meanwhile the largest one's, as far as it was seen at the last look before that one's end.
+            meanwhile the largest one's, as far as the last sample before its end shows.
         descriptors: Most descriptors open at once, over those at the beginning.
         processor_s: Seconds of processor time, of all threads and of the children that have ended.
     """
@@ -38,18 +38,18 @@ class Gauge:
         pid: The process.
 
     Raises:
-        IsthmusError: The process has ended, or the system does not tell.
+        IsthmusError: The process has ended, or the system does not say.
     """
 
     def __init__(self, pid: int) -> None:
         self.taken = Taken(0.0, 0, 0.0)
         self._pid = pid
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="gauge", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="gauge", daemon=True)
 
     def __enter__(self) -> Gauge:
         forget_peak(self._pid)
-        self._memory, self._child = _memory(self._pid, "VmRSS"), 0
+        self._memory, self._child = memory_bytes(self._pid, "status", "VmRSS"), 0
         self._descriptors = self._most = _descriptors(self._pid)
         self._processor = processor_seconds(self._pid)
         self._thread.start()
@@ -61,18 +61,18 @@ class Gauge:
         if kind is not None:
             return
         self.taken = Taken(
-            (_memory(self._pid, "VmHWM") - self._memory + self._child) / 2**20,
+            (memory_bytes(self._pid, "status", "VmHWM") - self._memory + self._child) / 2**20,
             self._most - self._descriptors,
             processor_seconds(self._pid) - self._processor,
         )
 
-    def _look(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
-            with contextlib.suppress(IsthmusError):  # told at the end
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLE_SECONDS):
+            with contextlib.suppress(IsthmusError):  # it is raised at the end
                 self._most = max(self._most, _descriptors(self._pid))
                 for child in _children(self._pid):
                     with contextlib.suppress(IsthmusError):  # it has ended meanwhile
-                        self._child = max(self._child, _memory(child, "VmHWM"))
+                        self._child = max(self._child, memory_bytes(child, "status", "VmHWM"))
 
 
 def processor_seconds(pid: int) -> float:
@@ -91,14 +91,6 @@ def _children(pid: int) -> list[int]:
         with contextlib.suppress(OSError):  # the thread has ended meanwhile
             found += [int(child) for child in (thread / "children").read_text().split()]
     return found
-
-
-def _memory(pid: int, name: str) -> int:
-    """`VmRSS` or `VmHWM` in bytes."""
-    for line in _read(pid, "status").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise IsthmusError(f"the kernel does not tell {name} of process {pid}, which this measurement needs")
 
 
 def _descriptors(pid: int) -> int:

@@ -26,7 +26,7 @@ class Connection:
         port: of the server.
         opening: what it sends first; by default the preface and empty settings, as it should.
         deaf: whether it reads nothing of what comes back.
-        mute: whether it says nothing but what it is told to: it acknowledges nothing.
+        mute: whether it sends only what the caller sends: it acknowledges nothing.
     """
 
     def __init__(

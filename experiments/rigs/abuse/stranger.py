@@ -1,19 +1,14 @@
 """What somebody without a key can do to the port of a cloud: attacks, each held for as long as its context lasts.
 
-    python -m isthmus.experiments.rigs.abuse.stranger 127.0.0.1:7443 compressed_watches 10
-
-does one of `ATTACKS` and holds it for 10 seconds. Tests and benchmarks call the functions themselves: `with
-ATTACKS[name](host, port):` has done the attack when its body begins, and lets go of everything at its end. That a
-server hangs up on it is no error.
+`with ATTACKS[name](host, port):` has made the attack when its body begins, and closes all that it holds at its end.
+That a server hangs up on it is no error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import struct
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Final
@@ -281,14 +276,3 @@ ATTACKS: Final[dict[str, Attack]] = {
         continuations,
     )
 }
-
-
-def main(address: str, name: str, seconds: str) -> None:
-    """Do one attack, and hold it; see the module."""
-    host, _, port = address.rpartition(":")
-    with ATTACKS[name](host, int(port)):
-        time.sleep(float(seconds))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

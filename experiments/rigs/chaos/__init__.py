@@ -1,1 +1,4 @@
-"""`isthmus bench chaos`: several tenants train while whatever can break breaks."""
+"""`isthmus bench chaos`: several tenants train while whatever can break breaks.
+
+May import the other rigs but `abuse`.
+"""

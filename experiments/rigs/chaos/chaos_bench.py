@@ -20,18 +20,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.cloud.fault_points import ENVIRONMENT, Point, arm, is_armed
-from isthmus.cloud.telemetry import event_history
 from isthmus.common.errors import ConfigError, IsthmusError
-from isthmus.experiments.harness.launch import LocalCloud, free_ports
+from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.rig_settings import ChaosSettings
+from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
@@ -44,68 +43,19 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     common,
 )
 from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
+from isthmus.experiments.rigs.fault_points.fault_points import Point, arm, is_armed
 from isthmus.experiments.rigs.faults.faults import write_texts
 from isthmus.experiments.rigs.histories.events import read_history
 from isthmus.experiments.rigs.histories.invariants import violations
 from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS, HostileProcess
 from isthmus.experiments.rigs.network.delay_relay import Conditions
-from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side, missing
-from isthmus.experiments.rigs.network.relay import Relay
-from isthmus.protocol.enrolment import ConnectionString, Quota
+from isthmus.experiments.rigs.network.net_space import NetSpace, missing
+from isthmus.protocol.enrolment import ConnectionString, parse_size
 
 RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover, nor a worker that does not answer
 STALL_SECONDS = 3.0
 LOOK_SECONDS = 0.02
-AS_URGENT = {"RAY_worker_niceness": "0"}
-"""Ray gives its workers what the machine's other processes leave, and the edges are such processes here."""
-SESSIONS = 8  # of a tenant at each worker: those of killed edges are open until the cloud notices
-OUTSIDE = "127.0.0.2"
-"""Where the edges find the workers, at the ports that they have: the relays listen there, so that every connection can
-be cut wherever the cloud sends an edge."""
 PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, at its start too
-
-
-@dataclass(frozen=True, slots=True)
-class ChaosSettings:
-    """What is trained, and what breaks.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        tenants: That train at the same time.
-        workers: Of the cloud.
-        seconds: During which faults fall; trainings that have begun are finished then.
-        steps: Optimizer steps of a training.
-        batch: Examples per step.
-        seq: Tokens per example at most.
-        kinds: Of `isthmus.experiments.rigs.chaos.chaos_plan.KINDS`; what the machine cannot do is left out.
-        seed: Of the faults.
-        bad_s: Seconds for which a tenant misbehaves or a way is bad.
-        silence_s: Seconds for which a way carries nothing.
-        stash_bytes: The cloud's budget for forward states.
-        warm_up_s: Seconds of each life of a worker whose memory does not count.
-        save_every: Steps between an edge's checkpoints.
-        threads: torch threads on either side.
-        soak: Whether nothing breaks.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    tenants: int = 3
-    workers: int = 2
-    seconds: float = 600.0
-    steps: int = 30
-    batch: int = 1
-    seq: int = 64
-    kinds: tuple[str, ...] = KINDS
-    seed: int = 0
-    bad_s: float = 5.0
-    silence_s: float = 30.0
-    stash_bytes: int = 1 << 30
-    warm_up_s: float = 15.0
-    save_every: int = 4
-    threads: int = 1
-    soak: bool = False
 
 
 def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
@@ -124,8 +74,14 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         ConfigError: there is no such kind of fault, or none that this machine can make.
         IsthmusError: the cloud did not start, a tenant did not recover, or an edge ended with an error.
     """
+    workers = settings.workers or (1 if settings.soak else 2)
+    warm_up_s = settings.warm_up_s
+    if warm_up_s is None:
+        warm_up_s = settings.seconds / 4 if settings.soak else 15.0
+    stash_bytes = parse_size(settings.stash_bytes)
     reason = missing()
-    kinds = tuple(kind for kind in settings.kinds if reason is None or kind not in NEED_NAMESPACES)
+    asked = names_of(settings.kinds, "kinds") if settings.kinds else KINDS
+    kinds = tuple(kind for kind in asked if reason is None or kind not in NEED_NAMESPACES)
     if not kinds and not settings.soak:
         raise ConfigError(f"none of the faults asked for can be made here: {reason}")
     plan = ChaosPlan(kinds or KINDS, settings.tenants, settings.seed)
@@ -135,7 +91,9 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         space = None
         if reason is None and any(kind in NEED_NAMESPACES for kind in kinds) and not settings.soak:
             space = stack.enter_context(NetSpace(None, Conditions()))
-        chaos = _Chaos(settings, model, folder, space, stack)
+        hostile = not settings.soak and any(kind in DEEDS for kind in kinds)
+        cloud = ChaosCloud(settings, workers, model, folder, space, stack, hostile=hostile)
+        chaos = _Chaos(settings, cloud, folder, stack)
         chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings", None)
         started = time.monotonic()
         if settings.soak:
@@ -150,8 +108,8 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
             chaos.tenants,
             chaos.quiet,
             chaos.memory,
-            workers=settings.workers,
-            warm_up_s=settings.warm_up_s,
+            workers=workers,
+            warm_up_s=warm_up_s,
             soak=settings.soak,
         ),
         "invariants": {name: len(places) for name, places in found.items()},
@@ -159,62 +117,26 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         "network": "network namespaces" if space is not None else reason or "not broken",
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in asdict(settings).items() if name not in ("kinds", "seconds")},
+        **{"workers": workers, "warm_up_s": warm_up_s, "stash_bytes": stash_bytes},
     }
 
 
 class _Chaos:
-    """The cloud, the tenants, what is between them, and what breaks them; everything is ended with `stack`."""
+    """The tenants, and what breaks them; everything is ended with `stack`."""
 
-    def __init__(
-        self, settings: ChaosSettings, model: str, folder: Path, space: NetSpace | None, stack: ExitStack
-    ) -> None:
+    def __init__(self, settings: ChaosSettings, cloud: ChaosCloud, folder: Path, stack: ExitStack) -> None:
         self.faults: list[Fallen] = []
         self.tenants: list[Tenant] = []
         self.quiet = Quiet([])
-        self._settings = settings
+        self._settings, self._cloud = settings, cloud
         self._record = folder / "faults.jsonl"
-        self._space = space
-        self._points, self._history = folder / "points", folder / "history"
-        self._points.mkdir()
-        self._history.mkdir()
-        host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
-        with self._inside("cloud"):
-            ports = free_ports(host, settings.workers)
-        self._cloud = LocalCloud(
-            folder,
-            model,
-            *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
-            *("--stash-bytes", str(settings.stash_bytes), "--workers", str(settings.workers)),
-            *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
-            environment={
-                ENVIRONMENT: str(self._points.absolute()),
-                event_history.ENVIRONMENT: str(self._history.absolute()),
-                **AS_URGENT,
-            },
-        )
-        with self._inside("cloud"):
-            stack.enter_context(self._cloud)
-        self.memory = stack.enter_context(WorkerMemory(self._pids, settings.workers))
-        where = ConnectionString.parse(self._cloud.connection)
-        with self._inside("edge"):
-            self._relays = [stack.enter_context(Relay(host, port, (OUTSIDE, port))) for port in ports]
+        self.memory = stack.enter_context(WorkerMemory(cloud.pids, cloud.workers))
         for number in range(settings.tenants):
-            key = self._enroll(f"tenant-{number}", folder)
-            task = _task(settings, number, folder / "tickets.jsonl", where, key)
+            key = cloud.enroll(f"tenant-{number}")
+            task = _task(settings, number, folder / "tickets.jsonl", cloud.where, key)
             self.tenants.append(
-                stack.enter_context(Tenant(f"tenant-{number}", task, folder, lambda: self._inside("edge")))
+                stack.enter_context(Tenant(f"tenant-{number}", task, folder, lambda: cloud.inside("edge")))
             )
-        self._hostile: HostileProcess | None = None
-        if not settings.soak and any(kind in DEEDS for kind in settings.kinds):
-            deeds = {
-                "workers": [str(ConnectionString(host, port, where.pin)) for port in ports],
-                "key": str(self._enroll("hostile", folder)),
-                "batch": 2 * settings.batch,
-                "seq": settings.seq,
-                "seed": settings.seed,
-            }
-            with self._inside("edge"):
-                self._hostile = stack.enter_context(HostileProcess(deeds, folder / "hostile.log"))
 
     def soak(self) -> None:
         """Let the tenants come and go."""
@@ -301,33 +223,31 @@ class _Chaos:
             case "worker_stalled":
                 return self._at(fall.point, f"wait {STALL_SECONDS}")
             case "worker_killed":
-                fell = self._kill(lambda: _one_of(self._pids(), fall.seed), "a worker")
+                fell = self._kill(lambda: _one_of(self._cloud.pids(), fall.seed), "a worker")
             case "controller_killed":
-                fell = self._kill(self._controller, "the controller")
+                fell = self._kill(self._cloud.controller, "the controller")
             case "control_store_killed":
                 return self._end_cluster()
             case "cloud_killed":
                 self._cloud.kill()
                 fell = time.monotonic()
-                with self._inside("cloud"):
-                    self._cloud.start()
+                self._cloud.start()
             case "edge_killed":
                 hit = [tenant for tenant in hit if tenant is self.tenants[number]]
                 self.tenants[number].kill_edge()
             case "connection_cut":
-                for relay in self._relays:
-                    relay.cut()
+                self._cloud.cut()
                 fell = time.monotonic()
             case "silence":
-                self._way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
+                self._cloud.change_way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
                 self._pause(self._settings.silence_s)
-                self._way(Conditions())
+                self._cloud.change_way(Conditions())
             case kind if kind in NETWORK:
-                self._way(Conditions(**{**asdict(NETWORK[kind]), "seed": fall.seed}))
+                self._cloud.change_way(Conditions(**{**asdict(NETWORK[kind]), "seed": fall.seed}))
                 self._pause(self._settings.bad_s)
-                self._way(Conditions())
-            case deed if self._hostile is not None:
-                return self._misbehave(deed, self._hostile)
+                self._cloud.change_way(Conditions())
+            case deed if self._cloud.hostile is not None:
+                return self._misbehave(deed, self._cloud.hostile)
         return fell, hit
 
     def _kill(self, find: Callable[[], int | None], what: str) -> float:
@@ -373,16 +293,9 @@ class _Chaos:
 
     def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:
         """Arm a point, and wait until a worker has got there."""
-        arm(self._points, point, instruction)
-        self.wait_for(lambda: not is_armed(self._points, point), f"a worker at {point}", RECOVERY_SECONDS)
+        arm(self._cloud.points, point, instruction)
+        self.wait_for(lambda: not is_armed(self._cloud.points, point), f"a worker at {point}", RECOVERY_SECONDS)
         return time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
-
-    def _way(self, conditions: Conditions) -> None:
-        if self._space is not None:
-            self._space.change(conditions)
-
-    def _inside(self, side: Side) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._space is None else self._space.inside(side)
 
     def _wait_for_a_step(self) -> None:
         self.wait_for(lambda: any(tenant.training for tenant in self.tenants), "a step", RECOVERY_SECONDS)
@@ -392,32 +305,11 @@ class _Chaos:
         pids: list[int] = []
 
         def answer() -> bool:
-            pids[:] = self._pids()
-            return len(pids) == self._settings.workers
+            pids[:] = self._cloud.pids()
+            return len(pids) == self._cloud.workers
 
         self.wait_for(answer, "an answer of all workers", RECOVERY_SECONDS)
         return pids
-
-    def _pids(self) -> list[int]:
-        """The processes of the workers that answer; none while the controller does not."""
-        return [worker["pid"] for worker in self._status().get("workers", ()) if "pid" in worker]
-
-    def _controller(self) -> int | None:
-        """The controller's process; None while it does not answer."""
-        pid: int | None = self._status().get("controller_pid")
-        return pid
-
-    def _status(self) -> dict[str, Any]:
-        """The cloud's; nothing while the controller does not answer, or dies in the middle of it."""
-        with self._inside("cloud"), contextlib.suppress(OSError, ValueError, HTTPException):
-            return self._cloud.cloud_status()
-        return {}
-
-    def _enroll(self, name: str, folder: Path) -> Path:
-        key = folder / "keys" / name
-        key.parent.mkdir(mode=0o700, exist_ok=True)
-        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self._settings.workers))
-        return key
 
 
 def _one_of(processes: Sequence[int], seed: int) -> int | None:

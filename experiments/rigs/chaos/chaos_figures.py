@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.rigs.chaos.chaos_plan import Span, felt, percentile_95, pooled_slope, warmed_up
+from isthmus.experiments.rigs.chaos.chaos_plan import Span, percentile_95, pooled_slope, slowdown, warmed_up
 from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
 
 SAMPLE_SECONDS = 0.5
@@ -122,7 +122,7 @@ def figures(
     `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
     tenants that were at a step has finished one for which the cloud has answered since. `felt` has, for each deed of
     the hostile tenant, how much longer the others' steps took meanwhile than in calm, over all times that it was done;
-    1 where nobody felt it; of `further_tenant`, which is no fault, what there is to feel of one more that behaves.
+    1 where they took no longer; of `further_tenant`, which is no fault, the slowdown by one more that behaves.
     `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
     time, with an intercept for each life of each worker's process, as a kill starts a new one; the first `warm_up_s` of
     each life do not count. None where no life was longer.
@@ -137,7 +137,7 @@ def figures(
     counted = [warmed_up(life, warm_up_s) for life in lives]
     slope = pooled_slope(counted)
     steps = [tenant.steps for tenant in tenants]
-    ratios = {deed: felt(steps, quiet.calm, spans) for deed, spans in sorted(quiet.deeds.items())}
+    ratios = {deed: slowdown(steps, quiet.calm, spans) for deed, spans in sorted(quiet.deeds.items())}
     found = {
         "faults": len(faults),
         "faults_by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from isthmus.cloud.fault_points import POINTS, Point
 from isthmus.common.errors import ConfigError
+from isthmus.experiments.rigs.fault_points.fault_points import POINTS, Point
 from isthmus.experiments.rigs.hostile_tenants import DEEDS
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 
@@ -38,10 +38,10 @@ KINDS: Final = (
     "silence",
     *DEEDS,
 )
-"""What falls. Of the deeds, `CONTROL` is no fault, and not counted as one: read the others' `felt` beside its."""
+"""What falls. Of the deeds, `CONTROL` is no fault, and not counted as one: read the others' slowdown beside its."""
 NEED_NAMESPACES: Final = (*NETWORK, "silence")
 NOBODY_FEELS: Final = tuple(deed for deed in DEEDS if deed != "stash_evicted")
-"""Nobody is to be hit by these, so that there is nothing to recover from; `felt` says whether that is so."""
+"""These may hit nobody, so there is nothing to recover from; the slowdown says whether that holds."""
 
 Span = tuple[float, float]
 """The seconds at which something begins and ends."""
@@ -59,7 +59,7 @@ class Fall:
         kind: of `KINDS`.
         gap_s: seconds to wait before it.
         recovered: whether whatever fell before must have been recovered from; always where a tenant misbehaves, so that
-            nothing else can be felt then.
+            nothing else shows in the figures then.
         point: where a worker fails or stands still.
         victim: number of the tenant that is hit, where it is a single one.
         seed: of what the fault itself draws, and of which worker it hits.
@@ -153,7 +153,7 @@ def common(tenants: Sequence[Sequence[Span]]) -> list[Span]:
     return [(begin, end)] if begin < end else []
 
 
-def felt(tenants: Iterable[Sequence[Span]], calm: Sequence[Span], deeds: Sequence[Span]) -> float | None:
+def slowdown(tenants: Iterable[Sequence[Span]], calm: Sequence[Span], deeds: Sequence[Span]) -> float | None:
     """How much longer a step takes while somebody misbehaves: 1 where nobody feels it.
 
     Only the part of a step counts that lies in a deed: all these parts' seconds, over those that the same parts take in

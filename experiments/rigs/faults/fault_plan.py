@@ -7,10 +7,9 @@ answer. A fault that turns out to have disturbed nothing does not count and is i
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
 
 CALLS: Final = ("forward", "backward")
@@ -56,15 +55,6 @@ class Moment:
     step: int
     retries: int
     bytes_up: int
-
-    def line(self) -> bytes:
-        """The moment as one line of JSON."""
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-    @classmethod
-    def parse(cls, line: bytes) -> Moment:
-        """The reverse of `line`."""
-        return cls(**json.loads(line))
 
 
 @dataclass(frozen=True, slots=True)

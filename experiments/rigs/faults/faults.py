@@ -16,7 +16,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from safetensors.torch import load_file
 
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.edge.client.link import Link, connect
+from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.harness.tickets import make_tickets
 from isthmus.experiments.rigs.faults.fault_edge import Edge
 from isthmus.experiments.rigs.faults.fault_plan import PHASES, Fault, FaultPlan, Moment
@@ -37,33 +38,6 @@ AWAY_SECONDS = 1.5
 MIDDLE = 2048  # bytes into a question; even a tiny model's are several times as long
 # Bytes into a handshake: in the middle of the server's keys, and of the edge's sealed identity.
 IN_HANDSHAKE: dict[Direction, int] = {"down": 700, "up": 900}
-
-
-@dataclass(frozen=True, slots=True)
-class FaultSettings:
-    """What is trained, and what breaks.
-
-    Args:
-        model: as for `--model`.
-        edge_layers: the split plan.
-        steps: optimizer steps.
-        batch: examples per step.
-        seq: tokens per example at most.
-        per_phase: faults of each phase that have to count.
-        phases: of `isthmus.experiments.rigs.faults.fault_plan.PHASES`.
-        save_every: steps between the edge's checkpoints.
-        threads: torch threads on either side.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    steps: int = 40
-    batch: int = 2
-    seq: int = 64
-    per_phase: int = 3
-    phases: tuple[str, ...] = PHASES
-    save_every: int = 4
-    threads: int = 1
 
 
 def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
@@ -80,23 +54,24 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
         ConfigError: an unknown phase.
         IsthmusError: the cloud did not start, or an edge ended with an error that no fault explains.
     """
-    unknown = sorted(set(settings.phases) - set(PHASES))
-    if unknown or not settings.phases:
-        raise ConfigError(f"unknown phases {', '.join(unknown) or '(none given)'}: choose of {', '.join(PHASES)}")
+    phases = names_of(settings.phases, "phases") if settings.phases else PHASES
+    unknown = sorted(set(phases) - set(PHASES))
+    if unknown:
+        raise ConfigError(f"unknown phases {', '.join(unknown)}: choose of {', '.join(PHASES)}")
     write_texts(folder / "tickets.jsonl", 4 * settings.steps)
     started = time.monotonic()
     with _Clouds(settings, folder) as clouds:
         task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
         with Edge(task, folder / "undisturbed.log", watched=False) as edge:
             edge.finish()
-        with Relay(*clouds.endpoint) as relay, _plan_progress(settings) as (plan, advance):
+        with Relay(*clouds.endpoint) as relay, _plan_progress(settings, phases) as (plan, advance):
             run = _DisturbedRun(
                 settings=settings, folder=folder, clouds=clouds, relay=relay, plan=plan, advance=advance
             )
             run.run()
     _write_outcomes(folder / "faults.jsonl", plan)
     return {
-        **_figures(plan, settings.phases),
+        **_figures(plan, phases),
         **compare_runs(settings.steps, folder / "undisturbed", folder / "disturbed"),
         "retries": run.retries,
         "seconds": round(time.monotonic() - started, 1),
@@ -310,8 +285,8 @@ def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionStr
 
 
 @contextlib.contextmanager
-def _plan_progress(settings: FaultSettings) -> Iterator[tuple[FaultPlan, Callable[[], None]]]:
-    plan = FaultPlan(settings.phases, settings.per_phase, settings.steps)
+def _plan_progress(settings: FaultSettings, phases: tuple[str, ...]) -> Iterator[tuple[FaultPlan, Callable[[], None]]]:
+    plan = FaultPlan(phases, settings.per_phase, settings.steps)
     with stderr_progress("faults", plan.wanted) as advance:
         yield plan, advance
 

@@ -30,7 +30,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session as its history tells it.
+    """A session, by its history.
 
     Attributes:
         id: The session's.
@@ -39,7 +39,7 @@ class Session:
         tenant: Whose it is.
         allowed: How many sessions the tenant may have.
         opened: When it was admitted.
-        ended: When it was told to end, or closed, or gave its last sign of life where its process was killed.
+        ended: When it was asked to end, or closed, or gave its last sign of life where its process was killed.
     """
 
     id: str
@@ -93,7 +93,7 @@ def sessions_of(events: Sequence[Event]) -> list[Session]:
     ]
 
 
-def words_heard(events: Iterable[Event]) -> dict[int, list[float]]:
+def reports_heard(events: Iterable[Event]) -> dict[int, list[float]]:
     """By process, when it heard of the other workers."""
     heard: dict[int, list[float]] = {}
     for event in events:

@@ -1,8 +1,8 @@
 """Four invariants of a cloud's history, and the places where it breaks them.
 
-What a worker cannot know it cannot be blamed for: that another one has admitted a session it learns by the controller's
-word. The `REPORTS`-th word after that admission was surely asked for after it, so from there on the invariants hold
-across workers. Within one worker they hold at once.
+A worker learns from the controller's reports that another worker has admitted a session. The `REPORTS`-th report after
+that admission was surely asked for after it, so from there on the invariants hold across workers. Within one worker
+they hold at once.
 
 The idea, histories written by the system under test and checked afterwards, is that of Jepsen (Kingsbury).
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from isthmus.cloud.gateway.open_sessions import REPORTS
-from isthmus.experiments.rigs.histories.events import Event, Session, sessions_of, words_heard
+from isthmus.experiments.rigs.histories.events import Event, Session, reports_heard, sessions_of
 
 ONE_SESSION: Final = "one_session_per_link"
 QUOTA: Final = "quota_over_all_workers"
@@ -29,7 +29,7 @@ def violations(events: Sequence[Event]) -> dict[str, list[str]]:
     Args:
         events: Of all workers, in the order of time.
     """
-    sessions, heard = sessions_of(events), words_heard(events)
+    sessions, heard = sessions_of(events), reports_heard(events)
     return {
         ONE_SESSION: _two_of_a_link(sessions, heard),
         QUOTA: _over_quota(sessions, heard),
@@ -93,7 +93,7 @@ def _answered_twice(events: Sequence[Event]) -> list[str]:
 
 
 def _answered_when_fenced(events: Sequence[Event]) -> list[str]:
-    """Answers of sessions that have been told that their link has a newer one."""
+    """Answers of sessions that had been ended because their link has a newer one."""
     found, fenced = [], set()
     for event in events:
         if event.name == "ended" and event.fields["why"] == "fenced":

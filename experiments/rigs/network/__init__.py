@@ -1,1 +1,1 @@
-"""Slow and broken networks: relays, and network namespaces."""
+"""Slow and broken networks: relays, network namespaces, and `isthmus bench link`. May import no other rig."""

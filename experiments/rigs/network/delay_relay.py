@@ -1,14 +1,12 @@
 """A relay of IP packets between two TUN devices, which makes of two network namespaces a long way.
 
-It holds every packet for half a round trip and, where it is told to, loses, doubles and reorders packets or lets
+It holds every packet for half a round trip and, where it is asked to, loses, doubles and reorders packets or lets
 nothing through for a while: what `tc netem` does, on kernels that lack it. What happens to a packet is decided by
 `PacketSchedule`, which is pure; the loop around it reads, waits and writes.
 
-    python -m isthmus.experiments.rigs.network.delay_relay '{"ends": [5, 6], "conditions": {"rtt_s": 0.05}}'
-
-`ends` are inherited descriptors of TUN devices (without packet information). A line of JSON on standard input, like
-`conditions`, changes what the way does from then on, and is answered by an empty line. The relay ends when its standard
-input does, so it never outlives who started it.
+As a process it is given `ends`, inherited descriptors of TUN devices (without packet information), and `conditions`.
+Each question has new conditions, and is answered when they have begun. The relay ends when the questions do, so it
+never outlives its parent.
 """
 
 from __future__ import annotations
@@ -128,7 +126,7 @@ def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answer
         ends: descriptors of which each read and each write is one packet.
         schedule: decides.
         commands: a descriptor; each line from it is the JSON of new conditions.
-        answers: a descriptor; an empty line goes to it when conditions have begun.
+        answers: a descriptor; a line, `null`, goes to it when conditions have begun.
 
     Raises:
         ConfigError: the conditions of a command make no sense.
@@ -139,13 +137,13 @@ def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answer
     while True:
         readable, _, _ = select.select([commands, *ends], [], [], schedule.wait())
         if commands in readable:
-            told = os.read(commands, LARGEST_COMMAND)
-            if not told:
+            command = os.read(commands, LARGEST_COMMAND)
+            if not command:
                 return
-            *lines, begun = (begun + told).split(b"\n")
+            *lines, begun = (begun + command).split(b"\n")
             for line in lines:
                 schedule.change(Conditions.from_json(json.loads(line)))
-                os.write(answers, b"\n")
+                os.write(answers, b"null\n")
         for number, end in enumerate(ends):
             if end in readable:
                 for packet in _packets(end):
@@ -166,6 +164,7 @@ def main(task: dict[str, Any]) -> None:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
     first, second = task["ends"]
     schedule = PacketSchedule(Conditions.from_json(task["conditions"]))
+    os.write(sys.stdout.fileno(), b"null\n")  # it is there
     relay((first, second), schedule, sys.stdin.fileno(), sys.stdout.fileno())
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 import statistics
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,64 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.common.errors import ConfigError
-from isthmus.common.shutdown import run_to_end
 from isthmus.edge.client.link import Link
 from isthmus.edge.run_report import WireTotals
-from isthmus.experiments.benchmarks.demo import run_command
 from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_long_texts
+from isthmus.experiments.harness.rig_settings import LinkSettings
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
+from isthmus.planner.link_spec import parse_rate, parse_seconds
 
 WARM_UP = 2  # steps before the first that counts: TCP's and HTTP/2's windows grow, torch settles
 ECHOES = 21
 RATE_SECONDS = 1.5
 SLOW_START_TRIPS, SLOW_START_SECONDS = 20, 0.5  # passed over, whichever is longer, before the rate is measured
-PIECE = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
-    """What is measured.
-
-    Args:
-        model: as for `--model`.
-        rate: bits per second in each direction.
-        rtt_s: seconds of a round trip.
-        edge_layers: the split plan.
-        codec: of the wire.
-        cloud_dtype: what the span computes in.
-        batch: sequences of a micro-batch.
-        seq: tokens of a sequence.
-        micro_batches: of an optimizer step.
-        overlap: micro-batches in flight in the run with overlap, at least 2 and at most `micro_batches`.
-        steps: optimizer steps that count, after `WARM_UP` that do not.
-        threads: torch threads on either side; 1 on two cores gives each side a machine of its own.
-
-    Raises:
-        ConfigError: `overlap` does not fit.
-    """
-
-    model: str
-    rate: int
-    rtt_s: float
-    edge_layers: str = "2:2"
-    codec: str = "fp32"
-    cloud_dtype: str = "fp32"
-    batch: int = 2
-    seq: int = 128
-    micro_batches: int = 4
-    overlap: int = 4
-    steps: int = 7
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.overlap <= self.micro_batches:
-            raise ConfigError(
-                f"{self.overlap} micro-batches in flight do not fit {self.micro_batches} of a step: "
-                "give at least 2, and no more in flight than a step has"
-            )
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +62,29 @@ class Measured:
         """A field of `spent`, per step."""
         return float(getattr(self.spent, name)) / len(self.step_s)
 
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Measured:
-        """The inverse of `to_json`."""
-        tree = json.loads(text)
-        return cls(tuple(tree["step_s"]), WireTotals(**tree["spent"]))
-
 
 def run_link(settings: LinkSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module, and `figures` for what comes back.
 
     Raises:
-        ConfigError: the machine cannot make network namespaces.
+        ConfigError: the rate or the round trip is malformed, or the machine cannot make network namespaces.
         IsthmusError: whatever a run raises.
     """
+    rate, rtt_s = parse_rate(settings.rate), parse_seconds(settings.rtt)
     model = str(resolve(settings.model).folder)  # the namespaces reach neither a hub nor an index
     write_long_texts(folder / "texts.jsonl", settings.batch * settings.micro_batches, settings.seq)
     options = [
         *("--edge-layers", settings.edge_layers, "--dtype", settings.cloud_dtype),
         *("--threads", str(settings.threads), "--listen", f"{ADDRESSES['cloud']}:0"),
     ]
-    with NetSpace(settings.rate, Conditions(settings.rtt_s)) as space:
+    with NetSpace(rate, Conditions(rtt_s)) as space:
         way = measure_way(space)
         with space.inside("cloud"), LocalCloud(folder, model, *options) as cloud:
             free = _train(settings, folder, cloud, space, "cloud", overlap=1)
             alone = _train(settings, folder, cloud, space, "edge", overlap=1)
             overlapped = _train(settings, folder, cloud, space, "edge", overlap=settings.overlap)
-    return {**figures(way, free, alone, overlapped), **asdict(settings)}
+    given = {name: value for name, value in asdict(settings).items() if name != "rtt"}
+    return {**figures(way, free, alone, overlapped), **given, "rate": rate, "rtt_s": rtt_s}
 
 
 def figures(way: Way, free: Measured, alone: Measured, overlapped: Measured) -> dict[str, Any]:
@@ -206,16 +153,16 @@ def _goodput(source: socket.socket, sink: socket.socket, skip_s: float) -> float
     def pour() -> None:
         with contextlib.suppress(OSError):  # the sink closes when it has seen enough
             while True:
-                source.sendall(bytes(PIECE))
+                source.sendall(bytes(CHUNK))
 
     thread = threading.Thread(target=pour, name="pour", daemon=True)
     thread.start()
     begun = time.perf_counter()
     while (start := time.perf_counter()) < begun + skip_s:
-        sink.recv(PIECE)
+        sink.recv(CHUNK)
     received, end = 0, start
     while end < start + RATE_SECONDS:
-        received += len(sink.recv(PIECE))
+        received += len(sink.recv(CHUNK))
         end = time.perf_counter()
     sink.close()
     thread.join()
@@ -243,12 +190,9 @@ def _train(
         "save_every": steps,
         "threads": settings.threads,
     }
-    task = folder / f"{out.name}.json"
-    task.write_text(json.dumps(config))
     with space.inside(side):
-        return Measured.from_json(
-            run_command([sys.executable, "-m", "isthmus.experiments.rigs.network.link_bench", str(task)])
-        )
+        made = run_task("the edge", "isthmus.experiments.rigs.network.link_bench", config, shown=True)
+    return Measured(tuple(made["step_s"]), WireTotals(**made["spent"]))
 
 
 class StepClock:
@@ -274,13 +218,13 @@ class StepClock:
         return Measured(step_s, totals[-1] - totals[0])
 
 
-def _main(path: Path) -> None:
+def _main(parent: Parent) -> None:
     """The edge's process: `isthmus edge train`'s own path, with a clock beside it."""
     from isthmus.edge.cloud_link import open_link
     from isthmus.edge.config.training_config import load_config
     from isthmus.edge.split_run import train_over
 
-    config = load_config(None, json.loads(path.read_text()))
+    config = load_config(None, parent.task)
     with open_link(config) as link:
         clock = StepClock(link)
         link.observer = clock
@@ -288,8 +232,8 @@ def _main(path: Path) -> None:
     measured = clock.measured(WARM_UP)
     # Of several links the clock sees the first, whose micro-batch opens every step; a retry counts wherever it was.
     spent = replace(measured.spent, retries=report.retries)
-    sys.stdout.write(replace(measured, spent=spent).to_json())
+    parent.say(asdict(replace(measured, spent=spent)))
 
 
 if __name__ == "__main__":
-    run_to_end(lambda: _main(Path(sys.argv[1])))
+    serve(_main)

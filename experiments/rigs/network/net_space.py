@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -26,12 +25,13 @@ from pathlib import Path
 from typing import Final, Literal
 
 from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 
 Side = Literal["edge", "cloud"]
 ADDRESSES: Final[dict[Side, str]] = {"edge": "10.77.0.1", "cloud": "10.77.0.2"}  # nobody outside ever sees them
 
-DEVICE = "strip"
+DEVICE = "wire"
 MTU = 1500  # bytes of a packet
 QUEUED_PACKETS = 10_000  # between the kernel and the relay: only the token bucket drops
 BURST_SECONDS = 0.002  # bytes of so much time, and at least four packets, may leave at once
@@ -81,7 +81,7 @@ class NetSpace:
         self._rate = rate
         self._conditions = conditions
         self._namespaces: dict[Side, int] = {}
-        self._relay: subprocess.Popen[bytes] | None = None
+        self._relay: TaskProcess | None = None
         self._stack = contextlib.ExitStack()
 
     @contextlib.contextmanager
@@ -104,14 +104,9 @@ class NetSpace:
         Raises:
             IsthmusError: the relay is gone.
         """
-        relay = self._relay
-        if relay is None or relay.stdin is None or relay.stdout is None:
+        if self._relay is None:
             raise IsthmusError("the way's conditions can be changed only inside `with`: there is no relay yet")
-        with contextlib.suppress(BrokenPipeError):
-            relay.stdin.write(json.dumps(dataclasses.asdict(conditions)).encode() + b"\n")
-            relay.stdin.flush()
-        if not relay.stdout.readline():
-            raise IsthmusError("the relay between the namespaces has ended: its own message is above")
+        self._relay.ask(dataclasses.asdict(conditions))
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -167,33 +162,19 @@ class NetSpace:
 
     def _start_relay(self, devices: list[int], stack: contextlib.ExitStack) -> None:
         task = {"ends": devices, "conditions": dataclasses.asdict(self._conditions)}
-        relay = subprocess.Popen(
-            [sys.executable, "-m", "isthmus.experiments.rigs.network.delay_relay", json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=devices,
-            start_new_session=True,  # Ctrl-C at the terminal ends it when everything else has ended, not before
+        module = "isthmus.experiments.rigs.network.delay_relay"
+        self._relay = stack.enter_context(
+            TaskProcess("the relay between the namespaces", module, task, shown=True, pass_fds=devices)
         )
-        stack.callback(_stop_relay, relay)
-        self._relay = relay
+        stack.callback(_stop_relay, self._relay)
+        self._relay.answer()  # it is there
 
 
-def _stop_relay(relay: subprocess.Popen[bytes]) -> None:
-    if relay.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):  # it died with a command unread
-            relay.stdin.close()
+def _stop_relay(relay: TaskProcess) -> None:
     try:
-        code = relay.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        relay.kill()
-        code = relay.wait()
-    if relay.stdout is not None:
-        relay.stdout.close()
-    if code:
-        raise IsthmusError(
-            f"the relay between the namespaces ended with exit code {code}: what was measured meanwhile counts for "
-            "nothing, run it again (its own message is above)"
-        )
+        relay.finish(STOP_SECONDS)
+    except IsthmusError as error:
+        raise IsthmusError(f"{error}; what was measured meanwhile counts for nothing, run it again") from None
 
 
 def _new_namespace() -> int:

@@ -1,6 +1,6 @@
 """A TCP relay that breaks connections on command, so that a fault falls exactly where it was meant to.
 
-The relay stands between an edge and a cloud and copies bytes both ways. It can be told to reset every connection now,
+The relay stands between an edge and a cloud and copies bytes both ways. It can be asked to reset every connection now,
 or after an exact number of further bytes in one direction (in the middle of a tensor, say), to hold one direction back,
 so that an answer cannot overtake a fault, and to reset whatever connects. A reset is a real one: the sockets are closed
 with SO_LINGER 0, which sends RST and throws away what is still in their buffers.
@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 Direction = Literal["up", "down"]  # up: from the edge to the cloud
 
-PIECE = 1 << 16  # bytes copied at once
+CHUNK = 1 << 16  # bytes copied at once
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, for 0 seconds
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        self._server = self._wait(asyncio.start_server(self._accept, *self._listen, limit=PIECE))
+        self._server = self._wait(asyncio.start_server(self._accept, *self._listen, limit=CHUNK))
         self._port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -135,7 +135,7 @@ class Relay:
         self._writers.add(writer)  # a cut also meets a connection whose other half is only being made
         try:
             try:
-                other_reader, other_writer = await asyncio.open_connection(*self._target, limit=PIECE)
+                other_reader, other_writer = await asyncio.open_connection(*self._target, limit=CHUNK)
             except OSError:
                 _reset(writer)
                 return
@@ -154,16 +154,16 @@ class Relay:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         with contextlib.suppress(OSError):  # either end broke: the other one hears of it below
-            while piece := await reader.read(PIECE):
-                while piece:
+            while chunk := await reader.read(CHUNK):
+                while chunk:
                     while self._allowed[direction] == 0:
                         self._released.clear()
                         await self._released.wait()
                     if writer.transport.is_closing():
                         break
-                    count = self._spend(len(piece), direction)
-                    writer.write(piece[:count])
-                    piece = piece[count:]
+                    count = self._spend(len(chunk), direction)
+                    writer.write(chunk[:count])
+                    chunk = chunk[count:]
                     await writer.drain()
                     self._count(direction, count)
                     if self._budget[direction] == 0:

@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from support import older_checkpoints as older, training
+from support import older_checkpoints as older
+from support.models import small_training as training
 from support.models.sited_span import Sited
 from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import tiny_checkpoint

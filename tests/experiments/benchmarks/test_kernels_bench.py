@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.benchmarks.kernels_bench import KernelSettings, run_kernels
+from isthmus.experiments.benchmarks.kernels_bench import run_kernels
+from isthmus.experiments.harness.bench_settings import KernelSettings
 
-TINY = KernelSettings(rows=(2, 3), widths=((64, 40),), ranks=(1, 3), rounds=1)
+TINY = KernelSettings(rows=[2, 3], widths=((64, 40),), ranks=(1, 3), rounds=1)
 
 
 def test_every_candidate_has_a_ratio() -> None:

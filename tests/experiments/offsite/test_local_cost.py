@@ -9,8 +9,9 @@ import pytest
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.harness.turns import TurnProcess
-from isthmus.experiments.offsite.local_cost import KINDS, CostSettings, run_cost
+from isthmus.experiments.harness.emulator_settings import LocalCostSettings
+from isthmus.experiments.harness.processes import TaskProcess
+from isthmus.experiments.offsite.local_cost import KINDS, run_cost
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_kinds_are_measured(model: Path, tmp_path: Path) -> None:
-    settings = CostSettings(str(model), adapter_layers="1:1", batch=2, seq=16, rounds=1, threads=1)
+    settings = LocalCostSettings(str(model), adapter_layers="1:1", batch=2, seq=16, rounds=1, threads=1)
     runs = run_cost(settings, tmp_path)["runs"]
     assert tuple(run["kind"] for run in runs) == KINDS
     for run in runs:
@@ -29,8 +30,8 @@ def test_all_kinds_are_measured(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_that_fails_says_why(model: Path, tmp_path: Path) -> None:
-    settings = CostSettings(str(model), adapter_layers="1:1", threads=1)
+    settings = LocalCostSettings(str(model), adapter_layers="1:1", threads=1)
     task = dataclasses.asdict(settings) | {"kind": "local_lora", "emulator": str(tmp_path / "gone")}
-    failing = TurnProcess("local_lora", "isthmus.experiments.offsite.local_cost", task, 1)
+    failing = TaskProcess("local_lora", "isthmus.experiments.offsite.local_cost", task, threads=1)
     with failing, pytest.raises(IsthmusError, match=r"process of local_lora failed.*emulator\.json"):
         failing.answer()

@@ -23,8 +23,9 @@ from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
+from isthmus.experiments.harness.emulator_settings import ScoreSettings
 from isthmus.experiments.scoring.likelihood import answer_questions
-from isthmus.experiments.scoring.task_scoring import ScoreSettings, document_losses, run_score, whole
+from isthmus.experiments.scoring.task_scoring import document_losses, run_score, whole
 from isthmus.experiments.scoring.tasks import Question
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
@@ -99,7 +100,7 @@ def own_task(tmp_path: Path) -> Path:
 
 
 def test_a_task_of_ones_own_runs_on_the_whole_model(checkpoint: Checkpoint, own_task: Path) -> None:
-    settings = ScoreSettings(("mine",), model=str(checkpoint.folder), include_path=own_task, batch=4)
+    settings = ScoreSettings(tasks="mine", model=str(checkpoint.folder), include_path=own_task, batch=4)
     found = answer_questions(whole(checkpoint), load_tokenizer(checkpoint.folder), QUESTIONS, batch=4, precision="fp32")
     assert run_score(settings)["tasks"]["mine"]["acc"] == pytest.approx(sum(found.right) / len(QUESTIONS))
 
@@ -109,9 +110,11 @@ def test_a_task_runs_on_an_emulator_and_on_the_plug_in(checkpoint: Checkpoint, o
     adapter = tuned(package, tmp_path / "adapter")
     tokenizer = package.load_tokenizer()
     cases = {
-        ScoreSettings(("mine",), package=package.folder): package.load_model(),
-        ScoreSettings(("mine",), package=package.folder, adapter=adapter): load_adapter(package.load_model(), adapter),
-        ScoreSettings(("mine",), model=str(checkpoint.folder), adapter=adapter): load_adapter(
+        ScoreSettings(tasks="mine", package=package.folder): package.load_model(),
+        ScoreSettings(tasks="mine", package=package.folder, adapter=adapter): load_adapter(
+            package.load_model(), adapter
+        ),
+        ScoreSettings(tasks="mine", model=str(checkpoint.folder), adapter=adapter): load_adapter(
             whole(checkpoint), adapter, digest=package.digest
         ),
     }
@@ -124,10 +127,10 @@ def test_a_task_runs_on_an_emulator_and_on_the_plug_in(checkpoint: Checkpoint, o
 
 def test_what_cannot_be_scored_is_said(checkpoint: Checkpoint, own_task: Path) -> None:
     with pytest.raises(ConfigError, match="either --model or --package"):
-        run_score(ScoreSettings(("mine",)))
+        run_score(ScoreSettings(tasks="mine"))
     (own_task / "rows.jsonl").unlink()
     with pytest.raises(DataError, match="cannot be loaded"):
-        run_score(ScoreSettings(("mine",), model=str(checkpoint.folder), include_path=own_task))
+        run_score(ScoreSettings(tasks="mine", model=str(checkpoint.folder), include_path=own_task))
 
 
 def test_an_unknown_task_is_named(checkpoint: Checkpoint, own_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +138,7 @@ def test_an_unknown_task_is_named(checkpoint: Checkpoint, own_task: Path, monkey
     few = partial(lm_eval_tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path))
     with pytest.raises(ConfigError, match="no task 'other'"):
-        run_score(ScoreSettings(("other",), model=str(checkpoint.folder), include_path=own_task))
+        run_score(ScoreSettings(tasks="other", model=str(checkpoint.folder), include_path=own_task))
 
 
 def test_without_lm_eval_the_remedy_is_named() -> None:

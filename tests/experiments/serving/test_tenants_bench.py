@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import mmap
@@ -79,20 +78,32 @@ def test_tenants_are_compared_with_the_single_processes_before_and_after_them() 
     assert done[0].after is done[1].before
 
 
-def test_a_process_waits_when_it_is_warm_and_after_each_turn(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("2\n1\nend\n"))
-    moments = Moments()
-    said = []
+class Asked:
+    """A parent with some questions; notes what it is told."""
+
+    def __init__(self, *questions: object) -> None:
+        self.said: list[Any] = []
+        self._questions = iter(questions)
+
+    def say(self, answer: Any = None) -> None:
+        self.said.append(answer)
+
+    def question(self) -> Any:
+        return next(self._questions)
+
+
+def test_a_process_waits_when_it_is_warm_and_after_each_turn() -> None:
+    parent = Asked(2, 1, "end")
+    moments = Moments(parent)  # type: ignore[arg-type]  # no more of a parent is used
+    counts = []
     for step in range(1, 6):
         moments.before_step(step)
-        said.append(capsys.readouterr().out.splitlines())
+        counts.append(len(parent.said))
     with pytest.raises(Enough):
         moments.before_step(6)
-    said.append(capsys.readouterr().out.splitlines())
-    assert said[:4] == [[], [], ["warm"], []]
-    first, second = (json.loads(line) for line in (*said[4], *said[5]))
+    assert counts == [0, 0, 1, 1, 2]
+    warm, first, second = parent.said
+    assert warm == "warm"
     assert len(first["moments"]) == 3
     assert len(second["moments"]) == 2
     assert second["moments"][0] >= first["moments"][-1]

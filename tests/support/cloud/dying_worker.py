@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from support.cloud.clouds import Home, ThreadServer, served
 
-from isthmus.cloud import fault_points
+from isthmus.experiments.rigs.fault_points import fault_points
 from isthmus.protocol.enrolment import ConnectionString
 
 START_SECONDS = 60.0
@@ -24,6 +24,7 @@ FAMILY = ["transformers.models.llama.modeling_llama"]  # what the tests serve
 def live(model: Path, parts: Path, home: Home, port: int, points: Path) -> None:
     """One life: serve until somebody kills this process."""
     os.environ[fault_points.ENVIRONMENT] = str(points)
+    fault_points.install()
     with ThreadServer(served(model, parts), home, listen=f"127.0.0.1:{port}"):
         threading.Event().wait()
 

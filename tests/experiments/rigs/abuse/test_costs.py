@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from support.cloud.clouds import Home, ThreadServer, served
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.experiments.rigs.abuse.costs import COSTS, run
+from isthmus.experiments.rigs.abuse.honest import Honest
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +24,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
 
 
 @pytest.mark.parametrize("deed", COSTS)
-def test_a_deed_is_answered_and_a_witness_goes_on(server: ThreadServer, deed: str) -> None:
+def test_a_deed_is_answered_and_another_tenant_goes_on(server: ThreadServer, deed: str) -> None:
     key = server.home.key_file
-    found = run(deed, server.address, key, 0.3, witness=key.parent / "bob")
-    assert found["witness_calls"] > 1
+    with Honest(server.address, key.parent / "bob") as honest:
+        begun = time.monotonic()
+        found = run(deed, server.address, key, 0.3)
+        assert honest.latency_s(begun) > 0  # it raises where calls fail or none are answered
     if deed == "long_call":
         assert found["answer"] == "Status"
         assert "16384 tokens is longer than the 128" in found["says"]

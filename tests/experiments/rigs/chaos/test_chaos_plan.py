@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.cloud.fault_points import POINTS
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.rigs.chaos import chaos_figures
 from isthmus.experiments.rigs.chaos.chaos_figures import WorkerMemory, soaked
@@ -21,11 +20,12 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     NOBODY_FEELS,
     ChaosPlan,
     common,
-    felt,
     percentile_95,
     pooled_slope,
+    slowdown,
     warmed_up,
 )
+from isthmus.experiments.rigs.fault_points.fault_points import POINTS
 from isthmus.experiments.rigs.hostile_tenants import DEEDS
 
 
@@ -42,7 +42,7 @@ def test_every_kind_falls_before_one_falls_again_and_the_seed_decides() -> None:
     assert drawn != falls(2 * len(KINDS), seed=1)
     assert {fall.victim for fall in drawn} == {0, 1, 2}
     assert {fall.recovered for fall in drawn} == {True, False}
-    assert all(fall.recovered for fall in drawn if fall.kind in DEEDS)  # else it is not the deed that is felt
+    assert all(fall.recovered for fall in drawn if fall.kind in DEEDS)  # else it is not the deed that is slowdown
     assert {fall.point for fall in drawn} <= set(POINTS)
 
 
@@ -144,28 +144,28 @@ def test_calm_is_when_all_make_steps_and_have_made_the_first_ones() -> None:
     assert common([early, steps(0, 5, 6)]) == common([]) == []
 
 
-def test_what_is_felt_is_the_time_of_steps_over_that_of_calm_ones() -> None:
+def test_the_slowdown_is_the_time_of_steps_over_that_of_calm_ones() -> None:
     calm, deed = [(0.0, 10.0)], [(10.0, 20.0)]
     even, slower = steps(*range(0, 30, 2)), steps(0, 2, 4, 6, 8, 10, 13, 16, 19, 22)
-    assert felt([even], calm, deed) == 1.0
-    assert felt([slower], calm, deed) == pytest.approx(1.5)
+    assert slowdown([even], calm, deed) == 1.0
+    assert slowdown([slower], calm, deed) == pytest.approx(1.5)
     # A slow tenant beside a fast one is none that feels it: each is compared with itself.
-    assert felt([even, steps(0, 5, 10, 15, 20)], calm, deed) == 1.0
-    assert felt([even, slower], calm, deed) == pytest.approx(20 / (10 + 10 / 1.5))
+    assert slowdown([even, steps(0, 5, 10, 15, 20)], calm, deed) == 1.0
+    assert slowdown([even, slower], calm, deed) == pytest.approx(20 / (10 + 10 / 1.5))
 
 
-def test_a_step_that_does_not_end_in_a_deed_is_felt_all_the_same() -> None:
+def test_a_step_that_does_not_end_in_a_deed_counts_all_the_same() -> None:
     calm, deed = [(0.0, 10.0)], [(10.0, 20.0)]
     stalled = steps(0, 2, 4, 6, 8, 28, 30)  # begins before the deed, which is what holds it up
-    assert felt([stalled], calm, deed) == pytest.approx(10.0)
+    assert slowdown([stalled], calm, deed) == pytest.approx(10.0)
     before = steps(-7, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)  # what is not wholly in calm says nothing of it
-    assert felt([before], calm, deed) == 1.0
+    assert slowdown([before], calm, deed) == 1.0
 
 
 def test_nobody_can_feel_what_is_not_compared() -> None:
     even = steps(*range(0, 30, 2))
-    assert felt([], [(0.0, 10.0)], [(10.0, 20.0)]) is None
-    assert felt([even], [], [(10.0, 20.0)]) is None
-    assert felt([even], [(0.0, 1.0)], [(10.0, 20.0)]) is None  # no whole step
-    assert felt([even], [(0.0, 10.0)], [(40.0, 50.0)]) is None
-    assert felt([even, steps(12, 19)], [(0.0, 10.0)], [(10.0, 20.0)]) == 1.0  # one that has no calm step is left out
+    assert slowdown([], [(0.0, 10.0)], [(10.0, 20.0)]) is None
+    assert slowdown([even], [], [(10.0, 20.0)]) is None
+    assert slowdown([even], [(0.0, 1.0)], [(10.0, 20.0)]) is None  # no whole step
+    assert slowdown([even], [(0.0, 10.0)], [(40.0, 50.0)]) is None
+    assert slowdown([even, steps(12, 19)], [(0.0, 10.0)], [(10.0, 20.0)]) == 1.0  # no calm step: left out

@@ -11,12 +11,6 @@ def at(question: str, phase: str, step: int = 1, retries: int = 0) -> Moment:
     return Moment(question, phase, step, retries, 0)
 
 
-def test_a_moment_survives_its_line() -> None:
-    moment = Moment("forward", "waiting", 3, 2, 12345)
-    assert moment.line().endswith(b"\n")
-    assert Moment.parse(moment.line()) == moment
-
-
 def test_a_fault_waits_for_its_step_and_its_phase() -> None:
     plan = FaultPlan(["forward_waiting"], 2, steps=10)
     assert plan.choose(at("fetch", "waiting", 0)) is None

@@ -191,7 +191,7 @@ def loop(conditions: Conditions) -> Iterator[tuple[socket.socket, socket.socket,
 
     def command(line: bytes) -> None:
         os.write(commands[1], line)
-        assert os.read(answers[0], 10) == b"\n"
+        assert os.read(answers[0], 10) == b"null\n"
 
     try:
         yield edge, cloud, command

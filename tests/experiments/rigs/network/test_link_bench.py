@@ -10,10 +10,10 @@ from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.edge.run_report import WireTotals
+from isthmus.experiments.harness.rig_settings import LinkSettings
 from isthmus.experiments.rigs.network import link_bench
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.link_bench import (
-    LinkSettings,
     Measured,
     StepClock,
     Way,
@@ -21,7 +21,6 @@ from isthmus.experiments.rigs.network.link_bench import (
     measure_way,
     run_link,
 )
-from isthmus.experiments.rigs.network.link_bench_command import link
 from isthmus.experiments.rigs.network.net_space import NetSpace, missing
 
 namespaces = pytest.mark.skipif(missing() is not None, reason=f"network namespaces: {missing()}")
@@ -70,11 +69,6 @@ def test_one_slow_step_does_not_change_the_median_and_retries_are_told() -> None
     assert result["retries"] == 6
 
 
-def test_a_measurement_survives_json() -> None:
-    run = Measured((1.5, 2.5), SPENT)
-    assert Measured.from_json(run.to_json()) == run
-
-
 def test_the_clock_counts_from_first_question_to_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
     observed, now = Link(), [0.0]
     monkeypatch.setattr(link_bench.time, "perf_counter", lambda: now[0])
@@ -93,14 +87,14 @@ def test_the_clock_counts_from_first_question_to_first_question(monkeypatch: pyt
 @pytest.mark.parametrize(("overlap", "micro_batches"), [(1, 4), (5, 4)])
 def test_an_overlap_that_does_not_fit_is_refused(overlap: int, micro_batches: int) -> None:
     with pytest.raises(ConfigError, match=f"^{overlap} micro-batches in flight do not fit {micro_batches} of a step"):
-        LinkSettings("tiny", 10**8, 0.05, overlap=overlap, micro_batches=micro_batches)
+        LinkSettings(overlap=overlap, micro_batches=micro_batches)
 
 
-def test_the_command_refuses_what_is_no_rate_and_no_time() -> None:
+def test_what_is_no_rate_and_no_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'fast' is not a rate"):
-        link(rate="fast")
+        run_link(LinkSettings(rate="fast"), tmp_path)
     with pytest.raises(ConfigError, match="'far' is not a length of time"):
-        link(rtt="far")
+        run_link(LinkSettings(rtt="far"), tmp_path)
 
 
 @namespaces
@@ -116,7 +110,7 @@ def test_the_way_is_measured() -> None:
 @pytest.mark.server
 def test_a_whole_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "tiny")
-    settings = LinkSettings(str(model), 50_000_000, 0.01, "1:1", batch=1, seq=32, micro_batches=2, overlap=2, steps=1)
+    settings = LinkSettings("50mbit", "10ms", str(model), "1:1", batch=1, seq=32, micro_batches=2, overlap=2, steps=1)
     result = run_link(settings, tmp_path)
     assert result["round_trips"] == 2 * 2  # of two micro-batches: a forward and a backward each
     payload = 32 * 32 * 4  # positions, hidden size, bytes of fp32

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.cloud.clouds import Home, ThreadServer, served
 from support.cloud.dying_worker import MortalWorker
 from support.models.tiny import tiny_checkpoint
 
-from isthmus.cloud import fault_points
-from isthmus.cloud.fault_points import POINTS, InjectedFaultError, Point, arm, is_armed, reached
 from isthmus.common.errors import ConfigError
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.split_run import train_over
+from isthmus.experiments.rigs.fault_points import fault_points
+from isthmus.experiments.rigs.fault_points.fault_points import (
+    POINTS,
+    WRAPPED,
+    InjectedFaultError,
+    Point,
+    arm,
+    is_armed,
+    reached,
+)
 from isthmus.experiments.rigs.faults.faults import compare_runs
 
 EVERY = 2
@@ -63,6 +77,80 @@ def test_an_instruction_that_makes_no_sense_is_refused(points: Path, instruction
     with pytest.raises(ConfigError, match=r"no fault point 'lunch'.*reply_sent"):
         arm(points, "lunch", "kill")  # type: ignore[arg-type]  # there is none of that name
     assert not list(points.iterdir())
+
+
+Seen = list[str]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """The points that this process's workers reach, once their methods are wrapped."""
+    found: Seen = []
+    monkeypatch.setattr(fault_points, "reached", found.append)
+    return found
+
+
+def wrap_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, methods in WRAPPED.items():
+        module = importlib.import_module(name)
+        for wrapped in methods:
+            owner = getattr(module, wrapped.owner)
+            method = getattr(owner, wrapped.method)
+            monkeypatch.setattr(owner, wrapped.method, fault_points._with_points(method, wrapped))
+
+
+def reached_by(call: Callable[[], object], seen: Seen) -> Seen:
+    """The points of one request, the frames that arrive counted once."""
+    seen.clear()
+    call()
+    deadline = time.monotonic() + 60
+    while "reply_sent" not in seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return list(dict.fromkeys(seen))
+
+
+def test_a_request_reaches_each_point_at_its_place_and_a_worker_has_none_of_its_own(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = served(tiny_checkpoint("llama", tmp_path / "model"), tmp_path / "parts")
+    with ThreadServer(cloud, Home(tmp_path)) as server:
+        with server.link() as link:
+            link.open(5)
+            link.forward_span(torch.zeros(1, 4, link.info.hidden_size), None, None, keep=False)
+        assert seen == []
+        wrap_all(monkeypatch)
+        with server.link() as link:
+            link.open(5)
+            hidden = torch.zeros(1, 4, link.info.hidden_size)
+            kept: list[Any] = []
+
+            def forward() -> None:
+                kept.append(link.forward_span(hidden, None, None, keep=True)[1])
+
+            def backward() -> None:
+                link.backward_span(kept[0], torch.ones_like(hidden), hidden, None, None)
+
+            for call, done in ((forward, "forward_done"), (backward, "backward_done")):
+                points = reached_by(call, seen)
+                assert points[:2] == ["received", "opened"]
+                assert set(points[2:4]) == {"queued", done}  # the event loop and the compute thread, at the same time
+                assert points[4:] == ["reply_sent"]
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_every_python_of_the_cloud_has_the_points_and_no_other_one(broken: bool, tmp_path: Path) -> None:
+    program = (
+        "import importlib, json, sys\n"
+        "names = json.loads(sys.argv[1])\n"
+        "print([hasattr(getattr(getattr(importlib.import_module(m), o), f), '__wrapped__') for m, o, f in names])\n"
+    )
+    names = [(module, one.owner, one.method) for module, methods in WRAPPED.items() for one in methods]
+    extra = fault_points.environment(tmp_path) if broken else {}
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(names)], capture_output=True, text=True, check=True,
+        env=os.environ | extra,
+    )  # fmt: skip
+    assert json.loads(done.stdout.lower()) == [broken] * len(names)
 
 
 class Arming:

@@ -1,0 +1,148 @@
+"""The settings of the commands of `isthmus bench` that break things, and where the function is that measures.
+
+The rigs themselves are in the source tree alone; these are here, so that the commands say so where they are missing.
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import typer
+
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.bench_flags import (
+    CloudDtype,
+    EdgeLayers,
+    Examples,
+    ExampleTokens,
+    Model,
+    Threads,
+)
+from isthmus.experiments.harness.command import Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSettings:
+    """Break whatever can break during one training run, and compare it with an undisturbed one, bit for bit.
+
+    Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets
+    forward states. A fault counts only where a call in flight failed or was repeated because of it.
+
+    Example: isthmus bench faults --json
+    """
+
+    model: Model = "smollm2-135m"
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of either run.")] = 40
+    per_phase: Annotated[int, typer.Option(min=1, help="Faults of each phase that have to count.")] = 3
+    phases: Annotated[str, typer.Option(help="Phases to break, comma-separated; by default all.")] = ""
+    edge_layers: EdgeLayers = "2:2"
+    batch: Examples = 2
+    seq: ExampleTokens = 64
+    threads: Threads = 1
+    save_every: int = 4  # steps between the edge's checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """Train across a slow and long link, with and without overlap, and compare with what computing and wire need.
+
+    The edge and the cloud run in network namespaces of their own, which needs root.
+
+    Example: isthmus bench link --rate 100mbit --rtt 50ms --json
+    """
+
+    rate: Annotated[str, typer.Option(help="Of the way in each direction: 100mbit, 1gbit, …")] = "100mbit"
+    rtt: Annotated[str, typer.Option(help="Round trip of the way: 50ms, 1.5s, …")] = "50ms"
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+    codec: Annotated[str, typer.Option(help="Codec of the wire.")] = "fp32"
+    cloud_dtype: CloudDtype = "fp32"
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 2
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128
+    micro_batches: Annotated[int, typer.Option(min=2, help="Micro-batches per optimizer step.")] = 4
+    overlap: Annotated[int, typer.Option(min=2, help="Micro-batches in flight in the run with overlap.")] = 4
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that count, of each run.")] = 7
+    threads: Threads = 1
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.overlap <= self.micro_batches:
+            raise ConfigError(
+                f"{self.overlap} micro-batches in flight do not fit {self.micro_batches} of a step: "
+                "give at least 2, and no more in flight than a step has"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosSettings:
+    """Let several tenants train while workers, controller, cluster, edges, connections and the network break at random.
+
+    Each tenant's adapter is compared, bit for bit, with that of its undisturbed training. `felt` says how much longer
+    the tenants' steps take while somebody misbehaves. Faults of the network need root, for network namespaces; without
+    it the others fall.
+
+    Example: isthmus bench chaos --seconds 600 --json
+
+    Memory alone: isthmus bench chaos --soak --seconds 1800 --json
+    """
+
+    seconds: Annotated[float, typer.Option(min=1, help="During which faults fall.")] = 600.0
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+    tenants: Annotated[int, typer.Option(min=1, help="That train at the same time.")] = 3
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of the cloud, about 1 GB each of smollm2-135m; 2, or 1 in a soak.")
+    ] = None
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of a training.")] = 30
+    batch: Examples = 1
+    seq: ExampleTokens = 64
+    kinds: Annotated[str, typer.Option(help="Faults, comma-separated; by default all that the machine can make.")] = ""
+    seed: Annotated[int, typer.Option(help="Of the faults.")] = 0
+    silence_s: Annotated[
+        float, typer.Option("--silence", min=0.1, help="Seconds for which the way carries nothing.")
+    ] = 30.0
+    stash_bytes: Annotated[str, typer.Option(help="The cloud's budget for forward states.")] = "1GiB"
+    warm_up_s: Annotated[
+        float | None,
+        typer.Option(
+            "--warm-up", min=0, help="Of a worker's life, whose memory does not count; 15, or a quarter of a soak."
+        ),
+    ] = None
+    threads: Threads = 1
+    soak: Annotated[bool, typer.Option("--soak", help="Break nothing: tenants come and go.")] = False
+    bad_s: float = 5.0  # seconds for which a tenant misbehaves or a way is bad
+    save_every: int = 4  # steps between an edge's checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class AbuseSettings:
+    """Attack a cloud as strangers and tenants would, and an edge as a cloud would; hold the cost to fixed ceilings.
+
+    Each attack on a worker is made alone, while its memory, descriptors and processor time are counted, and beside a
+    tenant that behaves, whose latency is compared with its calm one. An attack on an edge must end with the error that
+    the edge documents. Servers with planted weaknesses, and edges without a bound, are measured last: each must be
+    caught. Exits with 1 where a ceiling is broken or a planted weakness is not caught.
+
+    Example: isthmus bench abuse --json
+    """
+
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+    attacks: Annotated[str, typer.Option(help="Attacks, comma-separated; by default all.")] = ""
+    seconds: Annotated[float, typer.Option(min=0.5, help="For which each attack on a worker goes on, twice.")] = 5.0
+    threads: Annotated[int, typer.Option(min=1, help="torch threads of the worker.")] = 1
+
+
+RIGS: Final = {
+    "faults": Measurement(FaultSettings, "rigs.faults.faults:run_faults"),
+    "link": Measurement(LinkSettings, "rigs.network.link_bench:run_link"),
+    "chaos": Measurement(ChaosSettings, "rigs.chaos.chaos_bench:run_chaos"),
+    "abuse": Measurement(
+        AbuseSettings,
+        "rigs.abuse.abuse_bench:run_abuse",
+        "rigs.abuse.abuse_bench:show",
+        passed=("held", "planted_caught"),
+    ),
+}
+"""The commands by name."""

@@ -1,0 +1,194 @@
+"""Named points in a worker's handling of a call at which a fault can be made to fall, for tests and benchmarks.
+
+A point does nothing unless the environment names a folder in `ISTHMUS_FAULT_POINTS` and the folder has a file of the
+point's name. The file says what to do, and is taken away before it is done: each fault
+falls once, whoever of several workers reaches it first, and a worker that is restarted does not die of it again.
+
+| instruction | what happens |
+|---|---|
+| `kill` | SIGKILL to the worker's own process |
+| `raise` | an exception that no handler knows, as of a defect |
+| `wait 1.5` | the thread that reached the point stands still for so many seconds |
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, Literal, get_args
+
+from isthmus.common.errors import ConfigError
+from isthmus.common.files import write_atomic
+
+ENVIRONMENT: Final = "ISTHMUS_FAULT_POINTS"
+
+Point = Literal["received", "opened", "queued", "forward_done", "backward_done", "reply_sent"]
+"""A frame has arrived; a message of it is whole and open; its work waits for the compute thread; the span has run; its
+reply has been handed to the network, or is none. All but the two in the middle are reached by the event loop."""
+
+POINTS: Final[tuple[Point, ...]] = get_args(Point)
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A method of a worker, and the points that are reached before and after it.
+
+    Attributes:
+        owner: The class.
+        method: Its name.
+        before: The point that is reached when it is called.
+        after: The point that is reached when it returns.
+    """
+
+    owner: str
+    method: str
+    before: Point | None = None
+    after: Point | None = None
+
+
+WRAPPED: Final[dict[str, tuple[Wrapped, ...]]] = {
+    "isthmus.protocol.session": (Wrapped("CloudSession", "receive", before="received"),),
+    "isthmus.cloud.gateway.calls": (
+        Wrapped("SessionCalls", "answer", before="opened", after="reply_sent"),
+        Wrapped("SessionCalls", "_submit", after="queued"),
+    ),
+    "isthmus.cloud.session.handler": (
+        Wrapped("TenantSession", "_forward_reply", before="forward_done"),
+        Wrapped("TenantSession", "_backward_reply", before="backward_done"),
+    ),
+}
+"""Where the points are, by module."""
+
+
+class InjectedFaultError(Exception):
+    """What a point raises. It is no `IsthmusError`: no handler may treat it as an error that it knows."""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables with which a cloud is started whose workers look for faults in a folder."""
+    own, given = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    return {ENVIRONMENT: str(folder.absolute()), "PYTHONPATH": os.pathsep.join([own, given] if given else [own])}
+
+
+def install() -> None:
+    """Wrap the methods at the points: now where their modules have been imported, and else as soon as they are."""
+    for name in WRAPPED:
+        if name in sys.modules:
+            wrap(sys.modules[name])
+    sys.meta_path.insert(0, _WrappingFinder())
+
+
+def wrap(module: ModuleType) -> None:
+    """Wrap the methods of a module that have points. Raises AttributeError where one of them is not there."""
+    for wrapped in WRAPPED[module.__name__]:
+        owner = getattr(module, wrapped.owner)
+        setattr(owner, wrapped.method, _with_points(getattr(owner, wrapped.method), wrapped))
+
+
+class _WrappingFinder:
+    """Finds what the others find, and has the methods wrapped when the module has been executed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in WRAPPED:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_wrap(module: ModuleType) -> None:
+                execute(module)
+                wrap(module)
+
+            spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+def _with_points(method: Callable[..., Any], wrapped: Wrapped) -> Callable[..., Any]:
+    before, after = wrapped.before, wrapped.after
+
+    @functools.wraps(method)
+    def call(*args: Any, **named: Any) -> Any:
+        if before is not None:
+            reached(before)
+        result = method(*args, **named)
+        if after is not None:
+            reached(after)
+        return result
+
+    @functools.wraps(method)
+    async def call_on_the_loop(*args: Any, **named: Any) -> Any:
+        if before is not None:
+            reached(before)
+        result = await method(*args, **named)
+        if after is not None:
+            reached(after)
+        return result
+
+    return call_on_the_loop if inspect.iscoroutinefunction(method) else call
+
+
+def arm(folder: Path, point: Point, instruction: str) -> None:
+    """Let a fault fall when a worker next reaches a point.
+
+    Args:
+        folder: what `ISTHMUS_FAULT_POINTS` named when the cloud was started.
+        point: where.
+        instruction: see the module.
+
+    Raises:
+        ConfigError: there is no such point or instruction.
+    """
+    if point not in POINTS:
+        raise ConfigError(f"there is no fault point {point!r}: choose one of {', '.join(POINTS)}")
+    _parse(instruction)
+    write_atomic(folder / point, instruction.encode())
+
+
+def is_armed(folder: Path, point: Point) -> bool:
+    """Whether a fault still waits at a point."""
+    return (folder / point).exists()
+
+
+def reached(point: Point) -> None:
+    """Say that the worker is at a point; does what the instruction there says, if there is one.
+
+    Raises:
+        InjectedFaultError: the instruction is `raise`.
+        ConfigError: it makes no sense.
+    """
+    folder = os.environ.get(ENVIRONMENT)
+    if not folder:
+        return
+    file = Path(folder) / point
+    try:
+        instruction = file.read_text()
+        file.unlink()
+    except FileNotFoundError:
+        return  # nothing is armed here, or somebody else was first
+    act, seconds = _parse(instruction)
+    if act == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if act == "raise":
+        raise InjectedFaultError(f"a fault was asked for at {point}")
+    time.sleep(seconds)
+
+
+def _parse(instruction: str) -> tuple[str, float]:
+    match instruction.split():
+        case [("kill" | "raise") as act]:
+            return act, 0.0
+        case ["wait", seconds] if seconds.replace(".", "", 1).isdecimal():
+            return "wait", float(seconds)
+    raise ConfigError(f"{instruction!r} is no instruction for a fault point: write kill, raise, or wait and seconds")
