@@ -133,6 +133,27 @@ def step(
 
 
 @bench.command()
+def path(model: Model = "smollm2-135m", edge_layers: EdgeLayers = "2:2", as_json: AsJson = False) -> None:
+    """Count the source files whose functions run for one forward, at the edge and in the cloud.
+
+    Example: isthmus bench path --json
+    """
+    from isthmus.experiments.benchmarks.path import PathSettings, run_path
+    from isthmus.experiments.harness.launch import working_folder
+
+    with working_folder() as folder:
+        result = run_path(PathSettings(model, edge_layers), folder)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for side in ("edge", "cloud"):
+        typer.echo(f"{side}: {len(result[side])} files, in the order of their first calls")
+        for file in result[side]:
+            typer.echo(f"  {file}")
+    typer.echo(f"{result['files']} files there and back, {len(result['both'])} of them on both sides")
+
+
+@bench.command()
 def curve(
     data: Annotated[str, typer.Option(help="A data file as for `edge train`.")],
     model: Model = "smollm2-135m",

@@ -71,7 +71,7 @@ class Strip:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
-        self.lanes = Lanes(links) if len(links) > 1 else None
+        self.lanes = Lanes([link.span for link in links]) if len(links) > 1 else None
         self.meter: StripMeter = links[0] if len(links) == 1 else LaneMeter(links)
 
     def load_model(self, config: TrainConfig) -> Any:
@@ -82,7 +82,7 @@ class Strip:
         """
         model: Any = self.links[0].load_model()
         leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
-        model.span_gate.span = RemoteSpan(self.lanes or self.links[0], leased=leased, summed=config.summed)
+        model.span_gate.span = RemoteSpan(self.lanes or self.links[0].span, leased=leased, summed=config.summed)
         return model
 
     def watch(self, check: Callable[[], None]) -> None:

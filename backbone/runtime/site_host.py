@@ -18,13 +18,13 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import Span
 from isthmus.backbone.runtime.shared_linears import Meetings
 from isthmus.backbone.runtime.site_visit import (
-    AskingLayer,
     AskingLinear,
     BoundSites,
     Group,
     SiteMatrices,
     Spotter,
-    make_able,
+    ask_behind,
+    asking_linear,
     visiting,
 )
 from isthmus.backbone.sites.ladder import tap_projection
@@ -41,7 +41,8 @@ class SiteHost:
     """A frozen span with its linears and layers made able to ask.
 
     Args:
-        span: The span; its modules get classes of their own, which compute the same where nobody visits.
+        span: The span; its linears are replaced by ones that share their weights and compute the same where nobody
+            visits.
 
     Attributes:
         meetings: Where passes that run beside each other compute the linears' products.
@@ -55,13 +56,14 @@ class SiteHost:
         self._path = family.layers_path
         layers = getattr(span.base, family.layers)
         self._layers: dict[int, nn.Module] = dict(zip(span.layer_span, layers, strict=True))
-        self._linears: dict[_Place, nn.Module] = {
-            (index, name): linear for index, layer in self._layers.items() for name, linear in named_linears(layer)
-        }
-        for linear in self._linears.values():
-            make_able(linear, AskingLinear)
-        for layer in self._layers.values():
-            make_able(layer, AskingLayer)
+        self._linears: dict[_Place, nn.Module] = {}
+        for index, layer in self._layers.items():
+            for name, linear in list(named_linears(layer)):
+                if not isinstance(linear, AskingLinear):
+                    layer.set_submodule(name, asking_linear(linear))
+                self._linears[index, name] = layer.get_submodule(name)
+            if ask_behind not in layer._forward_hooks.values():
+                layer.register_forward_hook(ask_behind)
         self._groups = self._find_groups()
         self.meetings = Meetings()
 

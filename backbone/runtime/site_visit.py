@@ -368,7 +368,7 @@ class Spotter:
 
 
 class AskingLinear(nn.Module):
-    """Mixed into the class of a linear."""
+    """Stands before the class of a linear in the bases of its subclass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear's output, with what a site adds where a visit goes on."""
@@ -380,24 +380,24 @@ class AskingLinear(nn.Module):
         return cast(Tensor, super().forward(x))  # that of the class that stands behind
 
 
-class AskingLayer(nn.Module):
-    """Mixed into the class of a decoder layer."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output, with what a site adds where a visit goes on."""
-        output = super().forward(*args, **kwargs)  # that of the class that stands behind
-        visit: Visit | Spotter | None = getattr(_thread, "visit", None)
-        return output if visit is None else visit.layer(self, output)
+def asking_linear(linear: nn.Module) -> nn.Module:
+    """The same linear, sharing its weights, as an `AskingLinear` too; it computes the same where nobody visits."""
+    cls = _asking_class(type(linear))
+    asking = cls.__new__(cls)
+    asking.__dict__.update(linear.__dict__)
+    return asking
 
 
-_classes: dict[tuple[type, type], type] = {}
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def make_able(module: nn.Module, mixin: type) -> None:
-    """Put `AskingLinear` or `AskingLayer` in front of a module's class; it computes the same where nobody visits."""
-    real = type(module)
-    if issubclass(real, mixin):
-        return
-    if (real, mixin) not in _classes:
-        _classes[real, mixin] = type(real.__name__, (mixin, real), {"__module__": real.__module__})
-    module.__class__ = _classes[real, mixin]
+def _asking_class(real: type[nn.Module]) -> type[nn.Module]:
+    if real not in _classes:
+        _classes[real] = type(real.__name__, (AskingLinear, real), {"__module__": real.__module__})
+    return _classes[real]
+
+
+def ask_behind(layer: nn.Module, _args: Any, output: Any) -> Any:
+    """A decoder layer's forward hook: its output, with what a site adds where a visit goes on."""
+    visit: Visit | Spotter | None = getattr(_thread, "visit", None)
+    return output if visit is None else visit.layer(layer, output)

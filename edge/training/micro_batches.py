@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -24,8 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.edge.client.remote_span import SpanLink
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, SpanLink
 from isthmus.edge.run_report import StripMeter, StripTotals
 
 T = TypeVar("T")
@@ -135,49 +135,26 @@ class Lanes:
         finally:
             torch.set_rng_state(after)
 
-    def forward_span(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        keep: bool,
-        sites: SiteCall | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, Any]:
         """See `SpanLink`."""
         lane: _Lane | None = getattr(self._here, "lane", None)
         if lane is None:
-            first = self._lanes[0].link
-            output, kept = first.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+            output, kept = self._lanes[0].link.forward(request)
             return output, (None, kept)
-        if sites is not None:  # they compute, and draw dropout masks
-            sites.turn = partial(self._turn.taken, lane)
+        if request.sites is not None:  # they compute, and draw dropout masks
+            request.sites.turn = partial(self._turn.taken, lane)
         with self._turn.left(lane):
-            output, kept = lane.link.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+            output, kept = lane.link.forward(request)
         return output, (lane, kept)
 
-    def backward_span(
-        self,
-        kept: Any,
-        gradient: Tensor,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor | None:
+    def backward(self, request: BackwardRequest) -> Tensor | None:
         """See `SpanLink`; over the link of the forward, whatever thread autograd's engine runs it in."""
-        lane, handle = kept
+        lane, kept = request.kept
+        request = replace(request, kept=kept)
         if lane is None:
-            first = self._lanes[0].link
-            return first.backward_span(
-                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
-            )
+            return self._lanes[0].link.backward(request)
         with self._turn.left(lane):
-            result: Tensor | None = lane.link.backward_span(
-                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
-            )
+            result: Tensor | None = lane.link.backward(request)
         return result
 
 
