@@ -72,7 +72,7 @@ class Wire:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
-        self.in_flight = InFlight(links) if len(links) > 1 else None
+        self.in_flight = InFlight([link.span for link in links]) if len(links) > 1 else None
         self.meter: WireMeter = links[0] if len(links) == 1 else SummedMeter(links)
 
     def load_model(self, config: TrainConfig) -> Any:
@@ -83,7 +83,7 @@ class Wire:
         """
         model: Any = self.links[0].load_model()
         leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
-        model.span_gate.span = RemoteSpan(self.in_flight or self.links[0], leased=leased, summed=config.summed)
+        model.span_gate.span = RemoteSpan(self.in_flight or self.links[0].span, leased=leased, summed=config.summed)
         return model
 
     def watch(self, check: Callable[[], None]) -> None:

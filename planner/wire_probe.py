@@ -26,7 +26,8 @@ from isthmus.protocol.messages import Backward, BackwardReply, CallId
 from isthmus.protocol.secure.framing import KEY_BYTES, Direction
 from isthmus.protocol.secure.record import Opened, Opener, Sealer
 from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE, stream_options
-from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, encode
+from isthmus.rpc.event_loop import run
 from isthmus.rpc.transport import GrpcTransport
 
 LARGE = 1 << 18
@@ -39,18 +40,22 @@ def measure_wire(repeats: int = 40) -> tuple[float, float]:
     """Seconds that a message costs, and seconds that each of its bytes costs, sealing, copies and loopback included."""
     with _answering() as port:
         transport = GrpcTransport(f"127.0.0.1:{port}")
-        stream = transport.open()
+        stream = run(transport.open())
         try:
             sealer, opener = _ends(Direction.EDGE_TO_CLOUD)[0], _ends(Direction.CLOUD_TO_EDGE)[1]
+
+            async def ask(gradient: Payload) -> Opened:
+                for frame in sealer.seal(*pack(Backward(CallId(1, 1), gradient, None, codec_id("fp32")))):
+                    await stream.send(frame)
+                opened = None
+                while opened is None:
+                    opened = opener.open(await stream.receive())
+                return opened
 
             def exchange(numbers: int) -> float:
                 gradient = encode(torch.zeros(1, 1, numbers), "fp32", Role.GRADIENT)
                 start = time.perf_counter()
-                for frame in sealer.seal(*pack(Backward(CallId(1, 1), gradient, None, codec_id("fp32")))):
-                    stream.send(frame)
-                opened = None
-                while opened is None:
-                    opened = opener.open(stream.receive(PATIENCE))
+                opened = run(asyncio.wait_for(ask(gradient), PATIENCE))
                 unpack(opened.header, opened.body)
                 return time.perf_counter() - start
 
@@ -58,8 +63,7 @@ def measure_wire(repeats: int = 40) -> tuple[float, float]:
             # In turns, so that whatever else the machine does hits both alike.
             pairs = [(exchange(1), exchange(LARGE)) for _ in range(repeats)]
         finally:
-            stream.close()
-            transport.close()
+            run(transport.close())
     small, large = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     return small / 2, max(0.0, large - small) / (2 * 4 * LARGE)
 

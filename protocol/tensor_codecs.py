@@ -47,6 +47,7 @@ from isthmus.common.errors import (
     MessageError,
     NonFiniteError,
     ReceivedNonFiniteError,
+    RemoteProtocolError,
     UnsupportedCallError,
 )
 from isthmus.common.finite import is_finite
@@ -187,6 +188,31 @@ def decode(
             "values, which no side of this release sends. Use the same release on both sides, or ask who runs the other"
         )
     return tensor
+
+
+def decode_as(payload: Payload, shape: torch.Size, codec: str, limits: Limits, what: str) -> Tensor:
+    """Decode an activation or a gradient that is of the shape and in the codec that were asked for.
+
+    Raises:
+        RemoteProtocolError: It is another one.
+        MessageError, LimitError, ReceivedNonFiniteError: See `decode`.
+    """
+    if payload.shape != tuple(shape):
+        raise RemoteProtocolError(f"the cloud answered with shape {list(payload.shape)} instead of {list(shape)}")
+    check_codec(payload, codec)
+    return decode(payload, limits=limits, what=what)
+
+
+def check_codec(payload: Payload, codec: str) -> None:
+    """Refuse another codec than the one asked for, which would be coarser without a word, or larger once decoded.
+
+    Raises:
+        RemoteProtocolError: It is another one.
+    """
+    if payload.codec != codec_id(codec):
+        raise RemoteProtocolError(
+            f"the cloud answered in the codec {codec_by_id(payload.codec).name} instead of {codec}"
+        )
 
 
 def encode_mask(mask: Tensor) -> Payload:

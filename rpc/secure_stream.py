@@ -1,15 +1,16 @@
-"""One sealed session over one stream: the handshake, then one question and one answer at a time.
+"""One sealed session over one stream: the handshake, `Attach`, then one question and one answer at a time.
 
-The channel lives as long as its stream. What breaks it is a `ConnectionLostError` (the network's fault) or a
-`RemoteProtocolError` (frames that do not open); either way it is closed, its keys are wiped, and the link opens
-another.
+The session lives as long as its stream. What breaks it is a `ConnectionLostError` (the network's fault) or a
+`RemoteProtocolError` (frames that do not open). Either way, and when a wait is cancelled, whoever has the session
+abandons it, which wipes its keys, and opens another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,19 +22,18 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS, Pace
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
-from isthmus.rpc.transport import NothingYetError, Stream
+from isthmus.rpc.transport import Stream
 
 T = TypeVar("T")
 
 HANDSHAKE_SECONDS = 15.0
 GOODBYE_SECONDS = 2.0
-LOOK_SECONDS = 0.25  # between two looks at whether a wait is still wanted
 LEAST_RATE = 16 << 10  # bytes a second that a cloud must take of a question, and send of an answer
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What went over a link so far. Bytes are those of whole frames, prefixes and tags included.
+    """What went over the sessions of one client so far. Bytes are those of whole frames, prefixes and tags included.
 
     Times are in nanoseconds.
     """
@@ -51,15 +51,12 @@ class Traffic:
     queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
 
 
-# Told of each phase as it begins: what is asked ("handshake", or the question's name: "forward", "backward", "attach",
-# …), and how far it is ("sending", "waiting", "receiving", "idle").
+# Called at each phase as it begins, on the event loop, which it must not wait for: what is asked ("handshake", or the
+# question's name: "forward", "backward", "attach", …), and how far it is ("sending", "waiting", "receiving", "idle").
 Observer = Callable[[str, str], None]
 
-# Called again and again while a wait lasts; what it raises ends the wait.
-Check = Callable[[], None]
 
-
-class RedirectedError(Exception):
+class RedirectedError(RefusedError):
     """A worker sends the edge to another one; `workers` says where. Never shown to anybody."""
 
     def __init__(self, workers: m.Workers) -> None:
@@ -67,63 +64,67 @@ class RedirectedError(Exception):
         self.workers = workers
 
 
-class Channel:
-    """An established session.
-
-    Args:
-        stream: a fresh stream to the cloud.
-        pin: fingerprint of the cloud's root key.
-        key: the edge's key.
-        link: 16 bytes that name the link; a new channel of the same link takes the place of an older one in the cloud.
-        traffic: the meter to count in.
-        observer: told of the phases, for tests and benchmarks of faults.
-        check: raises when nobody wants to wait any more; called a few times a second.
-        interactive: whether somebody waits for the calls, which then come before training.
-        deadline: seconds within which a call has to be computed; None for no deadline.
-        settled: whether the worker must not send this edge to another one.
-        clock: seconds that never go back.
+class SecureStream:
+    """An established session; `open` makes one. For one event loop, and one question at a time.
 
     Attributes:
         info: what the cloud said of the session.
         workers: the addresses of the cloud's workers; empty where it has one and does not say.
-
-    Raises:
-        RedirectedError: the session is to be opened with another worker.
-        ConnectionLostError: the stream broke.
-        FingerprintError, NotEnrolledError, RefusedError, VersionError, RemoteProtocolError: see `EdgeSession.receive`.
     """
 
+    info: m.SessionInfo
+    workers: tuple[str, ...] = ()
+
     def __init__(
-        self,
+        self, stream: Stream, session: EdgeSession, traffic: Traffic, observer: Observer, clock: Callable[[], float]
+    ) -> None:
+        self._stream = stream
+        self._session = session
+        self._traffic = traffic
+        self._observer = observer
+        self._clock = clock
+
+    @classmethod
+    async def open(
+        cls,
         stream: Stream,
         pin: Fingerprint,
         key: Ed25519PrivateKey,
-        link: bytes,
-        traffic: Traffic,
-        observer: Observer,
-        check: Check = lambda: None,
+        attach: m.Attach,
         *,
-        interactive: bool = False,
-        deadline: float | None = None,
-        settled: bool = False,
+        traffic: Traffic | None = None,
+        observer: Observer = lambda question, phase: None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream = stream
-        self._clock = clock
-        self._check = check
-        self._traffic = traffic
-        self._observer = observer
-        self._session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
-        try:
-            self.info = self._handshake()
-            milliseconds = 0 if deadline is None else max(1, round(deadline * 1000))
-            self.workers = self._attach(m.Attach(link, interactive, milliseconds, settled))
-        except BaseException:
-            self.abandon()
-            raise
-        traffic.sessions += 1
+    ) -> SecureStream:
+        """Shake hands and attach.
 
-    def ask(self, question: m.Message, timeout: float, answer_bytes: int | None = None) -> m.Message:
+        Args:
+            stream: a fresh stream to the cloud; it is closed where this raises.
+            pin: fingerprint of the cloud's root key.
+            key: the client's key.
+            attach: what the client says first. A session takes the place of an older one of the same link.
+            traffic: the meter to count in.
+            observer: called at each phase, for tests and benchmarks of faults.
+            clock: seconds that never go back.
+
+        Raises:
+            RedirectedError: the session is to be opened with another worker.
+            ConnectionLostError: the stream broke.
+            FingerprintError, NotEnrolledError, RefusedError, VersionError, RemoteProtocolError: see
+                `EdgeSession.receive`.
+        """
+        session = EdgeSession(pin=pin, edge_key=key, limits=DEFAULT_LIMITS)
+        opened = cls(stream, session, traffic or Traffic(), observer, clock)
+        try:
+            opened.info = await opened._handshake()
+            opened.workers = await opened._attach(attach)
+        except BaseException:
+            await opened.abandon()
+            raise
+        opened._traffic.sessions += 1
+        return opened
+
+    async def ask(self, question: m.Message, timeout: float = math.inf, answer_bytes: int | None = None) -> Received:
         """Send a message and wait for the answer.
 
         The cloud has `timeout` seconds to take the question, as many until the answer begins, and as many to send it;
@@ -138,72 +139,67 @@ class Channel:
             ConnectionLostError: the stream broke, the cloud ended the session, or was too slow.
             RemoteProtocolError: a frame did not open, or the cloud broke the protocol.
         """
-        traffic = self._traffic
         name = type(question).__name__.lower()
+        pace = Pace(timeout, LEAST_RATE, math.inf)
         self._observer(name, "sending")
         self._session.expect(answer_bytes)
-        pace = Pace(timeout, LEAST_RATE, math.inf)
-        frames = self._session.send(question)
         begun, size = self._clock(), 0
-        while True:
-            before = time.perf_counter_ns()
-            frame = next(frames, None)
-            traffic.crypto_ns += time.perf_counter_ns() - before
-            if frame is None:
-                break
-            self._send(frame, pace.left(self._clock() - begun, size))
+        for frame in self._sealed(question):
+            await self._send(frame, pace.left(self._clock() - begun, size))
             size += len(frame)
         self._observer(name, "waiting")
         begun, size = self._clock(), 0
         while True:
-            frame = self._receive(pace.left(self._clock() - begun, size))
+            frame = await self._receive(pace.left(self._clock() - begun, size))
             if not size:
                 begun = self._clock()
                 self._observer(name, "receiving")
             size += len(frame)
             before = time.perf_counter_ns()
             event = self._session.receive(frame)
-            traffic.crypto_ns += time.perf_counter_ns() - before
+            self._traffic.crypto_ns += time.perf_counter_ns() - before
             if isinstance(event, Received):
                 break
         self._observer(name, "idle")
-        traffic.round_trips += 1
+        self._traffic.round_trips += 1
         if isinstance(event.message, m.Goodbye):
             raise ConnectionLostError(f"the cloud ended the session: {printable(event.message.reason)}")
-        return event.message
+        return event
 
-    def close(self) -> None:
-        """Say goodbye and close."""
-        if self._session.established:
-            try:
-                for frame in self._session.send(m.Goodbye("done")):
-                    self._send(frame, GOODBYE_SECONDS)
-                self._stream.finish(GOODBYE_SECONDS)
-            except ConnectionLostError:
-                pass  # it is over either way
-        self.abandon()
+    async def close(self) -> None:
+        """Say goodbye, where that is still possible, and close."""
+        try:
+            if self._session.established:
+                async with asyncio.timeout(GOODBYE_SECONDS):
+                    for frame in self._session.send(m.Goodbye("done")):
+                        await self._stream.send(frame)
+                    await self._stream.finish()
+        except (ConnectionLostError, TimeoutError):
+            pass  # it is over either way
+        finally:
+            await self.abandon()
 
-    def abandon(self) -> None:
-        """Close without a word."""
+    async def abandon(self) -> None:
+        """Close without a word, and overwrite the keys."""
         self._session.close()
-        self._stream.close()
+        await self._stream.close()
 
-    def _handshake(self) -> m.SessionInfo:
+    async def _handshake(self) -> m.SessionInfo:
         self._observer("handshake", "sending")
-        self._send(self._session.start(), HANDSHAKE_SECONDS)
+        await self._send(self._session.start(), HANDSHAKE_SECONDS)
         while True:
-            event = self._session.receive(self._receive(HANDSHAKE_SECONDS))
+            event = self._session.receive(await self._receive(HANDSHAKE_SECONDS))
             match event:
                 case NeedSend(frames):
                     for frame in frames:
-                        self._send(frame, HANDSHAKE_SECONDS)
+                        await self._send(frame, HANDSHAKE_SECONDS)
                 case Established(info):
                     return info
                 case _:
                     raise RemoteProtocolError("the cloud left the handshake's order")
 
-    def _attach(self, attach: m.Attach) -> tuple[str, ...]:
-        status = self.ask(attach, HANDSHAKE_SECONDS, answer_bytes=0)
+    async def _attach(self, attach: m.Attach) -> tuple[str, ...]:
+        status = (await self.ask(attach, HANDSHAKE_SECONDS, answer_bytes=0)).message
         if isinstance(status, m.Workers):
             if status.go_to:
                 raise RedirectedError(status)
@@ -216,23 +212,27 @@ class Channel:
             raise RefusedError(printable(status.message))
         return ()
 
-    def _send(self, frame: bytes, timeout: float) -> None:
-        self._patiently(timeout, lambda left: self._stream.send(frame))
+    def _sealed(self, message: m.Message) -> Iterator[bytes]:
+        """The frames of a message. Each is sealed when it is asked for, and the time of that is counted."""
+        before = time.perf_counter_ns()
+        for frame in self._session.send(message):
+            self._traffic.crypto_ns += time.perf_counter_ns() - before
+            yield frame
+            before = time.perf_counter_ns()
+
+    async def _send(self, frame: bytes, seconds: float) -> None:
+        await _within(seconds, self._stream.send(frame))
         self._traffic.bytes_up += len(frame)
 
-    def _receive(self, timeout: float) -> bytes:
-        frame = self._patiently(timeout, self._stream.receive)
+    async def _receive(self, seconds: float) -> bytes:
+        frame = await _within(seconds, self._stream.receive())
         self._traffic.bytes_down += len(frame)
         return frame
 
-    def _patiently(self, timeout: float, wait: Callable[[float], T]) -> T:
-        """Repeat a short wait for `timeout` seconds, as long as it is wanted."""
-        deadline = self._clock() + timeout
-        while True:
-            self._check()
-            left = deadline - self._clock()
-            try:
-                return wait(min(LOOK_SECONDS, max(0.0, left)))
-            except NothingYetError:
-                if left <= LOOK_SECONDS:
-                    raise ConnectionLostError(f"no answer within {timeout:.0f} s") from None
+
+async def _within(seconds: float, wait: Coroutine[None, None, T]) -> T:
+    try:
+        async with asyncio.timeout(None if seconds == math.inf else seconds):
+            return await wait
+    except TimeoutError:
+        raise ConnectionLostError(f"no answer within {seconds:.0f} s") from None

@@ -7,11 +7,12 @@ hold is taken out; what it holds is read tensor by tensor. So the peak is what i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from isthmus.backbone.checkpoints.sources import SENSELESS
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader
@@ -21,8 +22,21 @@ from isthmus.common.errors import CheckpointError, ConfigError, UnsupportedFamil
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def build_on_meta(config: Any, family: Family, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+def build_on_meta(
+    config: Any,
+    family: Family,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    subclass: Callable[[type[Any]], type[Any]] = lambda model_class: model_class,
+) -> Any:
     """The whole language model of `config` on the meta device, with a configuration of its own, in eval mode.
+
+    Args:
+        config: The model's configuration.
+        family: Its family.
+        dtype: Floating point dtype of the weights.
+        attn_implementation: Attention implementation; None for the family's default.
+        subclass: Makes the class to build of the family's own.
 
     Raises:
         CheckpointError: the configuration describes no model.
@@ -32,8 +46,9 @@ def build_on_meta(config: Any, family: Family, dtype: torch.dtype, attn_implemen
         raise ConfigError(f"weights cannot be {dtype}; use one of {', '.join(str(known) for known in DTYPES)}")
     attention = family.attention(attn_implementation)
     try:
+        model_class = subclass(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+            model = model_class._from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     except SENSELESS as error:  # no head at all, for one
         raise CheckpointError(f"the model's configuration does not make sense ({error}); fetch it again") from error
     return model.eval()

@@ -144,6 +144,12 @@ class EdgeModelMixin:
             _save(self, Path(save_directory), state_dict)
 
 
+def edge_class(model_class: type[Any]) -> type[Any]:
+    """The edge's subclass of a transformers class, of the same name: configurations and PEFT go by it."""
+    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (EdgeModelMixin, model_class), names)
+
+
 def _save(model: EdgeModelMixin, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     origin = model.isthmus_origin
     state = cast(nn.Module, model).state_dict() if state_dict is None else state_dict

@@ -23,7 +23,7 @@ from isthmus.backbone.families import family_of
 from isthmus.backbone.peft_checks import PeftChecks
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import SkeletonLayer
-from isthmus.backbone.split.edge_model import EdgeModelMixin, EdgeOrigin, load_edge_weights
+from isthmus.backbone.split.edge_model import EdgeModelMixin, EdgeOrigin, edge_class, load_edge_weights
 from isthmus.backbone.split.remote_layers import SpanFn, SpanGate
 from isthmus.common.errors import CheckpointError, IsthmusError, PlanError
 from isthmus.common.files import disk_errors, new_folder
@@ -79,7 +79,7 @@ def load_edge_parts(
     config = checkpoint.config
     _check_plan(checkpoint, config.num_hidden_layers, plan)
     family = family_of(config)
-    model = build_on_meta(config, family, dtype, attn_implementation)
+    model = build_on_meta(config, family, dtype, attn_implementation, edge_class)
     base = model.get_submodule(family.base)
     layers = getattr(base, family.layers)
 
@@ -90,8 +90,6 @@ def load_edge_parts(
 
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (EdgeModelMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
     model.isthmus_checks = PeftChecks()
     base.register_forward_pre_hook(model.check_adapters)  # PEFT tells of the first adapter and not of a second

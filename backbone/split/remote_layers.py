@@ -29,6 +29,9 @@ class SitedSpan(Protocol):
     ) -> Tensor:
         """As a `SpanFn`, with what `sites` add inside."""
 
+    def expect_sites(self, sites: Sequence[Site]) -> None:
+        """Adapters have just been put on the cloud's layers; called before a first pass."""
+
 
 # Arguments that act inside every layer, or replace what the base model computes for it, and that the span never sees.
 _REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
@@ -148,14 +151,16 @@ class SpanGate(SkeletonLayer):
         return find_sites(layers, self._path, here)
 
     def check_span(self, base: nn.Module) -> None:
-        """Make sure that the span takes the adapters that are on the cloud's layers.
+        """Make sure that the span takes the adapters that are on the cloud's layers, and let it know them.
 
         Raises:
             UnsupportedCallError: It takes none.
         """
-        if _sited(self.span) is None:
-            for site in self.find_sites(base):
-                raise UnsupportedCallError(_no_sites(site.name))
+        sites, sited = tuple(self.find_sites(base)), _sited(self.span)
+        if sites and sited is None:
+            raise UnsupportedCallError(_no_sites(sites[0].name))
+        if sites and sited is not None:
+            sited.expect_sites(sites)
 
     def attach(self, base: nn.Module) -> None:
         """Put the two hooks on the base model."""

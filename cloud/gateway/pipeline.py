@@ -27,10 +27,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
-import grpc.aio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isthmus.cloud.telemetry.logs import log
@@ -43,18 +40,16 @@ from isthmus.common.errors import (
     VersionError,
 )
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.secure.record import wipe
-from isthmus.protocol.service import CLIENT_CODING, METHOD, stream_options
-from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
 from isthmus.protocol.tensor_codecs import codec_id
+from isthmus.rpc.secure_stream import SecureStream
+from isthmus.rpc.transport import GrpcTransport, pauses
 
-HANDSHAKE_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0
 """For a next stage that does not answer; then the session ends, and the edge makes the call again."""
-PAUSE_FIRST, PAUSE_FACTOR, PAUSE_MOST = 0.1, 1.7, 2.0  # seconds
-GOODBYE_SECONDS = 1.0
+LONGEST_PAUSE = 2.0
+"""Seconds between two attempts to reach the next stage."""
 
 Run = Callable[[m.Message], Awaitable[m.Message | None]]
 """Has a message answered by this worker's own layers."""
@@ -62,8 +57,7 @@ Ask = Callable[[m.Message], Awaitable[m.Message]]
 """Has a message answered by the next stage."""
 
 _FAULTS = (
-    grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError, ConnectionLostError, RemoteProtocolError,
-    FingerprintError, VersionError, RefusedError, NotEnrolledError,
+    ConnectionLostError, RemoteProtocolError, FingerprintError, VersionError, RefusedError, NotEnrolledError,
 )  # fmt: skip
 _NO_SITES = (
     "this cloud runs its layers in several stages (`serve --pipeline`), which take no adapters inside them: adapt the "
@@ -162,7 +156,8 @@ class StageSession:
     def __init__(self, stage: NextStage, account: m.Account, *, interactive: bool) -> None:
         self._stage = stage
         self._attach = m.Attach(os.urandom(m.LINK_BYTES), interactive, account=account)
-        self._stream: _Stream | None = None
+        self._transport = GrpcTransport(stage.target)  # without TLS: the session is sealed
+        self._stream: SecureStream | None = None
         self._body = bytearray()  # of the last answer, whose tensors are views of it
 
     async def answer(self, message: m.Message, run: Run) -> m.Message | None:
@@ -176,12 +171,10 @@ class StageSession:
             ConnectionLostError: the next stage has stayed away for too long.
         """
         wipe(self._body)
-        deadline, pause = None, PAUSE_FIRST
-        while True:
+        target, deadline = self._stage.target, None
+        for pause in pauses(LONGEST_PAUSE):
             try:
-                if self._stream is None:
-                    self._stream = await _Stream.open(self._stage, self._attach)
-                received = await self._stream.ask(message)
+                received = await (await self._open()).ask(message)
                 self._body = received.body
                 return received.message
             except _FAULTS as error:
@@ -190,87 +183,29 @@ class StageSession:
             now = time.monotonic()
             deadline = deadline or now + PATIENCE_SECONDS
             if now >= deadline:
-                log("stage_stayed_away", logging.ERROR, stage=self._stage.target, error=reason)
-                raise ConnectionLostError(f"the stage at {self._stage.target} stayed away ({reason})")
-            log("stage_broke", logging.WARNING, stage=self._stage.target, error=reason)
+                break
+            log("stage_broke", logging.WARNING, stage=target, error=reason)
             await asyncio.sleep(pause)
-            pause = min(pause * PAUSE_FACTOR, PAUSE_MOST)
+        log("stage_stayed_away", logging.ERROR, stage=target, error=reason)
+        raise ConnectionLostError(f"the stage at {target} stayed away ({reason})")
 
     async def close(self) -> None:
         """Say goodbye, and overwrite what was received last."""
         wipe(self._body)
         if self._stream is not None:
-            await self._stream.leave()
-            await self._drop()
+            await self._stream.close()
+        await self._drop()
+
+    async def _open(self) -> SecureStream:
+        """The open stream, or a new one."""
+        if self._stream is None:
+            stream = await self._transport.open()
+            self._stream = await SecureStream.open(stream, self._stage.pin, self._stage.key, self._attach)
+        return self._stream
 
     async def _drop(self) -> None:
+        """Abandon the stream, and the connection below it."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            await stream.close()
-
-
-class _Stream:
-    """A sealed session over one gRPC stream, seen from the client, on an event loop."""
-
-    def __init__(self, stage: NextStage) -> None:
-        options = [
-            *stream_options(MIB),
-            ("grpc.enable_retries", 0),
-            ("grpc.use_local_subchannel_pool", 1),
-        ]
-        self._channel = grpc.aio.insecure_channel(stage.target, options)  # the session is sealed
-        self._call: Any = self._channel.stream_stream(METHOD, **CLIENT_CODING)()
-        self._session = EdgeSession(pin=stage.pin, edge_key=stage.key)
-
-    @classmethod
-    async def open(cls, stage: NextStage, attach: m.Attach) -> _Stream:
-        """Handshake and `Attach`, in limited time. Raises one of `_FAULTS`."""
-        stream = cls(stage)
-        try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
-                await stream._call.write(stream._session.start())
-                while not isinstance(event := stream._session.receive(await stream._read()), Established):
-                    if not isinstance(event, NeedSend):
-                        raise RemoteProtocolError("the next stage left the handshake's order")
-                    for frame in event.frames:
-                        await stream._call.write(frame)
-                attached = (await stream.ask(attach)).message
-                if not isinstance(attached, m.Status) or attached.code != m.StatusCode.OK:
-                    raise RefusedError("the next stage takes no session")
-        except BaseException:
-            await stream.close()
-            raise
-        return stream
-
-    async def ask(self, message: m.Message) -> Received:
-        """Send a message and wait for the answer. Raises one of `_FAULTS`."""
-        for frame in self._session.send(message):
-            await self._call.write(frame)
-        while True:
-            event = self._session.receive(await self._read())
-            if isinstance(event, Received):
-                if isinstance(event.message, m.Goodbye):
-                    raise ConnectionLostError("the next stage ended the session")
-                return event
-
-    async def leave(self) -> None:
-        """Say goodbye, where that is still possible."""
-        try:
-            async with asyncio.timeout(GOODBYE_SECONDS):
-                for frame in self._session.send(m.Goodbye("done")):
-                    await self._call.write(frame)
-                await self._call.done_writing()
-        except _FAULTS:
-            pass  # it is over either way
-
-    async def close(self) -> None:
-        """End it and overwrite its keys."""
-        self._session.close()
-        self._call.cancel()
-        await self._channel.close()
-
-    async def _read(self) -> bytes:
-        frame = await self._call.read()
-        if frame is grpc.aio.EOF:
-            raise ConnectionLostError("the next stage closed the stream")
-        return bytes(frame)
+            await stream.abandon()
+        await self._transport.close()

@@ -19,9 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -43,6 +41,7 @@ from isthmus.edge.client.offers import (
     check_room,
     check_size,
 )
+from isthmus.edge.client.session_keeper import SessionKeeper
 from isthmus.emulator.compress.recipe import EMULATOR_FILE
 from isthmus.emulator.package.build import check_free
 from isthmus.emulator.package.intake import check_adapter, most_adapter_bytes
@@ -50,26 +49,15 @@ from isthmus.emulator.package.package import Package, open_package
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 
-R = TypeVar("R", bound=m.Message)
-
-
-class Call(Protocol):
-    """A link's way to ask something: repeats the question until there is an answer of the kind."""
-
-    def __call__(self, kind: type[R], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> R:
-        """Ask; the body of the answer has at most `answer_bytes`."""
-
-
 Weigh = Callable[[], Mapping[str, int]]
 """Most bytes of each file of weights, found out from the configuration that has come."""
 
 
-def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:
+def fetch_parts(cloud: SessionKeeper, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:
     """Bring the cache up to date with what the cloud serves.
 
     Args:
-        info: what the cloud said; its digest and plan name the folder, below that of the pin.
-        call: asks the cloud.
+        cloud: who is asked; the digest and the plan that it serves name the folder, below that of the pin.
         pin: fingerprint of the cloud's root key.
         max_bytes: most bytes of all files, with those that are kept of this cloud from before.
 
@@ -84,26 +72,24 @@ def fetch_parts(info: m.SessionInfo, call: Call, pin: Fingerprint, max_bytes: in
         RemoteProtocolError: the cloud offers a file that belongs to no model's parts, or a file does not have the hash
             that the cloud gave for it.
     """
-    listing = _listing(m.FileSet.PARTS, call, max_bytes)
+    info = cloud.info
+    listing = _listing(m.FileSet.PARTS, cloud, max_bytes)
     with _cached("edge", pin, _name(info), listing, max_bytes) as folder:
 
         def weigh() -> Mapping[str, int]:
             return {EDGE_FILE: _weights(folder, info).edge}
 
-        _complete(folder, m.FileSet.PARTS, listing, f"fetching the edge's parts of {info.model}", call, weigh)
+        _complete(folder, m.FileSet.PARTS, listing, f"fetching the edge's parts of {info.model}", cloud, weigh)
     return folder
 
 
-def fetch_package(
-    info: m.SessionInfo, call: Call, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES
-) -> Package:
+def fetch_package(cloud: SessionKeeper, out: Path, signer: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Package:
     """Fetch the package that the cloud offers.
 
     Until it is whole and verified it lies in `<out>.part`, where an interrupted download goes on.
 
     Args:
-        info: what the cloud said.
-        call: asks the cloud.
+        cloud: who is asked.
         out: the folder to make; an older package there is replaced.
         signer: fingerprint of the root key that the package must be signed under: the cloud's own.
         max_bytes: most bytes of all files.
@@ -120,15 +106,16 @@ def fetch_package(
         SignerError: somebody else has signed it.
     """
     check_free(out)
+    info = cloud.info
     part = out.with_name(f"{out.name}.part")
-    listing = _listing(m.FileSet.EMULATOR, call, max_bytes)
+    listing = _listing(m.FileSet.EMULATOR, cloud, max_bytes)
 
     def weigh() -> Mapping[str, int]:
         weights = _weights(part, info)  # an emulator is smaller than what it stands for
         return {EDGE_FILE: weights.edge, EMULATOR_FILE: weights.whole}
 
     with locked(part):
-        _complete(part, m.FileSet.EMULATOR, listing, f"fetching the package of {info.model}", call, weigh)
+        _complete(part, m.FileSet.EMULATOR, listing, f"fetching the package of {info.model}", cloud, weigh)
         try:
             package = open_package(part, signer=signer)
             if (package.digest, str(package.plan)) != (info.digest, info.plan):
@@ -148,21 +135,12 @@ def fetch_package(
     return Package(out, package.manifest, package.id, package.signer)
 
 
-def fetch_adapter(
-    info: m.SessionInfo,
-    call: Call,
-    parts: Path,
-    plan: SplitPlan,
-    pin: Fingerprint,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-) -> Path:
+def fetch_adapter(cloud: SessionKeeper, parts: Path, pin: Fingerprint, max_bytes: int = DEFAULT_MAX_BYTES) -> Path:
     """Fetch the adapter that this tenant has plugged in, and check it as the cloud has.
 
     Args:
-        info: what the cloud said.
-        call: asks the cloud.
+        cloud: who is asked.
         parts: the edge's parts, as `fetch_parts` brings them.
-        plan: who holds which layers.
         pin: fingerprint of the cloud's root key.
         max_bytes: most bytes of all files, with those that are kept of this cloud from before.
 
@@ -177,7 +155,8 @@ def fetch_adapter(
         RefusedError: no adapter is plugged in.
         RemoteProtocolError: a file's name or hash is wrong.
     """
-    listing = _listing(m.FileSet.ADAPTER, call, max_bytes)
+    plan = SplitPlan.parse(cloud.info.plan, cloud.info.n_layers)
+    listing = _listing(m.FileSet.ADAPTER, cloud, max_bytes)
     contents = hashlib.sha256()
     for entry in sorted(listing.entries, key=lambda entry: entry.name):
         contents.update(f"{entry.name} {entry.sha256.hex()}\n".encode())
@@ -185,9 +164,9 @@ def fetch_adapter(
     def weigh() -> Mapping[str, int]:
         return dict.fromkeys((ADAPTER_WEIGHTS, WHOLE_FILE), most_adapter_bytes(parts, plan))
 
-    name = f"{_name(info)}-{contents.hexdigest()[:32]}"
+    name = f"{_name(cloud.info)}-{contents.hexdigest()[:32]}"
     with _cached("adapters", pin, name, listing, max_bytes) as folder:
-        _complete(folder, m.FileSet.ADAPTER, listing, "fetching the plugged-in adapter", call, weigh)
+        _complete(folder, m.FileSet.ADAPTER, listing, "fetching the plugged-in adapter", cloud, weigh)
         check_adapter(folder, None, parts, plan, any_package=True)
     return folder
 
@@ -240,8 +219,8 @@ def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
             shutil.rmtree(other)
 
 
-def _listing(shelf: m.FileSet, call: Call, max_bytes: int) -> m.FileList:
-    listing = call(m.FileList, lambda attempt: m.FetchList(shelf))
+def _listing(shelf: m.FileSet, cloud: SessionKeeper, max_bytes: int) -> m.FileList:
+    listing = cloud.ask(m.FileList, m.FetchList(shelf))
     check_offer(listing.entries, shelf, max_bytes)
     return listing
 
@@ -253,7 +232,9 @@ def _weights(folder: Path, info: m.SessionInfo) -> Weights:
     return Weights(weights.edge + WEIGHTS_HEADER, weights.whole + WEIGHTS_HEADER)
 
 
-def _complete(folder: Path, shelf: m.FileSet, listing: m.FileList, what: str, call: Call, weigh: Weigh) -> None:
+def _complete(
+    folder: Path, shelf: m.FileSet, listing: m.FileList, what: str, cloud: SessionKeeper, weigh: Weigh
+) -> None:
     """Bring a folder up to what is listed. What is not, is removed."""
     with disk_errors(folder):
         check_contents(private_folder(folder))
@@ -270,10 +251,12 @@ def _complete(folder: Path, shelf: m.FileSet, listing: m.FileList, what: str, ca
             if entry.name in WEIGHTS:
                 most = most or weigh()
                 check_size(entry, most[entry.name])
-            _fetch(folder, shelf, entry, call, advance)
+            _fetch(folder, shelf, entry, cloud, advance)
 
 
-def _fetch(folder: Path, shelf: m.FileSet, entry: m.FileEntry, call: Call, advance: Callable[[int], None]) -> None:
+def _fetch(
+    folder: Path, shelf: m.FileSet, entry: m.FileEntry, cloud: SessionKeeper, advance: Callable[[int], None]
+) -> None:
     unfinished = folder / _unfinished(entry)
     offset = _begun(folder, entry)
     advance(offset)
@@ -281,13 +264,13 @@ def _fetch(folder: Path, shelf: m.FileSet, entry: m.FileEntry, call: Call, advan
         file.truncate(offset)
         while offset < entry.size:
             most = min(m.MAX_FILE_CHUNK, entry.size - offset)
-            piece = call(m.Blob, partial(_ask, shelf, entry.name, offset), answer_bytes=most)
-            came = (piece.name, piece.offset, piece.total, piece.sha256)
-            if came != (entry.name, offset, entry.size, entry.sha256) or not len(piece.data):
-                raise RemoteProtocolError(f"the cloud sent another piece of {entry.name} than the one at {offset}")
-            file.write(piece.data)
-            offset += len(piece.data)
-            advance(len(piece.data))
+            chunk = cloud.ask(m.Blob, m.Fetch(shelf, entry.name, offset), answer_bytes=most)
+            came = (chunk.name, chunk.offset, chunk.total, chunk.sha256)
+            if came != (entry.name, offset, entry.size, entry.sha256) or not len(chunk.data):
+                raise RemoteProtocolError(f"the cloud sent another chunk of {entry.name} than the one at {offset}")
+            file.write(chunk.data)
+            offset += len(chunk.data)
+            advance(len(chunk.data))
     if not _whole(unfinished, entry):
         unfinished.unlink()
         raise RemoteProtocolError(f"{entry.name} arrived with another hash than the cloud announced: fetch it again")
@@ -315,10 +298,6 @@ def _remove_others(folder: Path, listing: m.FileList) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _ask(shelf: m.FileSet, name: str, offset: int, attempt: int) -> m.Fetch:
-    return m.Fetch(shelf, name, offset)
 
 
 def _whole(path: Path, entry: m.FileEntry) -> bool:

@@ -1,33 +1,47 @@
-"""The link: a connection to a cloud that survives its connections.
+"""The link: a connection to a cloud that survives its connections, as users have it.
 
 A call is a pure function of what is sent, because the backbone is frozen. So whatever breaks (the stream, the worker,
-the cloud's memory of a forward), the link opens a new session with new keys and repeats the call; the training loop
-sees a delay. An optimizer step is the edge's own and happens once. The link gives up, with an error, when the cloud has
-stayed away for `give_up_after` seconds.
+the cloud's memory of a forward), a new session with new keys is opened and the call repeated; the training loop sees a
+delay. An optimizer step is the edge's own and happens once. The link gives up, with an error, when the cloud has stayed
+away for `give_up_after` seconds.
+
+    Link             what users ask for: a model, files, figures
+      SpanCalls      the two calls of the cloud's layers
+      SessionKeeper  sessions that come and go, questions that are repeated
+        SecureStream, Transport (`isthmus.rpc`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sites.site_call import SiteCall
+from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import IsthmusError
+from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
-from isthmus.edge.client.remote_span import RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
 from isthmus.edge.client.return_adapter import return_adapter
-from isthmus.edge.client.span_calls import SpanCaller
+from isthmus.edge.client.session_keeper import Question, SessionKeeper, SessionOptions
+from isthmus.edge.client.site_traffic import SiteNotice
+from isthmus.edge.client.span_calls import KeptCall, SpanCalls
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.run_report import WireTotals
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
-from isthmus.protocol.secure.keys import load_edge
-from isthmus.rpc.transport import GrpcTransport, Tls
+from isthmus.protocol.secure.keys import Fingerprint, load_edge
+from isthmus.rpc.event_loop import Check
+from isthmus.rpc.secure_stream import Observer, Traffic
+from isthmus.rpc.transport import GrpcTransport, Tls, Transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,20 +115,98 @@ def connect(
     return link
 
 
-class Link(SpanCaller):
-    """A link to one cloud. Not for several threads at once: calls wait for each other.
-
-    `LastingLink` has the arguments, but for `max_fetch_bytes`; `connect` makes one from a connection string.
+class Link:
+    """A link to one cloud. Threads that ask at a time wait for each other. `connect` makes one.
 
     Args:
+        transport: opens streams to the cloud.
+        pin: fingerprint of the cloud's root key.
+        key: the edge's key.
+        name: the cloud's name in messages, and its address.
+        codecs: how activations and gradients cross the wire; None for fp32.
+        give_up_after, call_timeout, interactive, deadline: see `SessionOptions`.
+        reach: makes a transport to another worker of the cloud; None stays with the one of `transport`.
         max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter.
+
+    Attributes:
+        span: the calls of the cloud's layers.
+
+    Raises:
+        ConfigError: The deadline is no length of time.
     """
 
-    _parts_folder: Path | None = None
-
-    def __init__(self, *args: Any, max_fetch_bytes: int = DEFAULT_MAX_BYTES, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        transport: Transport,
+        pin: Fingerprint,
+        key: Ed25519PrivateKey,
+        *,
+        name: str,
+        codecs: WireCodecs | None = None,
+        give_up_after: float = 600.0,
+        call_timeout: float = 600.0,
+        interactive: bool = False,
+        deadline: float | None = None,
+        reach: Callable[[str], Transport] | None = None,
+        max_fetch_bytes: int = DEFAULT_MAX_BYTES,
+    ) -> None:
+        options = SessionOptions(name, give_up_after, call_timeout, interactive, deadline)
+        self._keeper = SessionKeeper(
+            Endpoints(transport, name, reach), pin, key, options, lambda info: self.codecs.check(info.codecs)
+        )
+        self.span = SpanCalls(self._keeper, codecs or WireCodecs())
+        self._pin = pin
         self._max_fetch_bytes = max_fetch_bytes
+        self._parts_folder: Path | None = None
+
+    def open(self, timeout: float) -> None:
+        """Open the first session, within `timeout` seconds. Raises what `connect` raises."""
+        self._keeper.open(timeout)
+
+    def close(self) -> None:
+        """Say goodbye and close."""
+        self._keeper.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def info(self) -> m.SessionInfo:
+        """What the cloud serves: the model's name and digest, the plan, limits."""
+        return self._keeper.info
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has crossed so far."""
+        return self._keeper.traffic
+
+    @property
+    def codecs(self) -> WireCodecs:
+        """How tensors cross; may be replaced between two calls."""
+        return self.span.codecs
+
+    @codecs.setter
+    def codecs(self, codecs: WireCodecs) -> None:
+        self.span.codecs = codecs
+
+    @property
+    def observer(self) -> Observer:
+        """Called at each phase of each question; for tests and benchmarks, which may replace it."""
+        return self._keeper.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._keeper.observer = observer
+
+    def watch(self, check: Check) -> None:
+        """Have `check` called a few times a second while the link waits; what it raises ends the wait.
+
+        Without it only an exception, a KeyboardInterrupt say, ends a wait before its time.
+        """
+        self._keeper.check = check
 
     @property
     def plan(self) -> SplitPlan:
@@ -124,7 +216,7 @@ class Link(SpanCaller):
     @property
     def step(self) -> int:
         """The optimizer step that calls belong to at present; 0 before the first."""
-        return self._step
+        return self.span.step
 
     def load_model(
         self,
@@ -147,13 +239,11 @@ class Link(SpanCaller):
         """
         from isthmus.backbone.split.edge_parts import load_edge_parts
 
-        model = load_edge_parts(
-            self._parts(),
-            self.plan,
-            RemoteSpan(self, leased=leased, summed=summed),
-            dtype=dtype,
-            attn_implementation=self.info.attn_implementation,
+        span = RemoteSpan(self.span, leased=leased, summed=summed)
+        model: PreTrainedModel = load_edge_parts(
+            self._parts(), self.plan, span, dtype=dtype, attn_implementation=self.info.attn_implementation
         )
+        span.notice = SiteNotice(model.config, lambda: self.codecs, summed=summed)
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,22 +254,46 @@ class Link(SpanCaller):
 
     def fetch_package(self, out: Path) -> Package:
         """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.client.fetch`."""
-        with self._lock:
-            return fetch_package(self.info, self._call, out, self._pin, self._max_fetch_bytes)
+        return fetch_package(self._keeper, out, self._pin, self._max_fetch_bytes)
 
     def return_adapter(self, folder: Path) -> str:
         """Bring an adapter to the cloud and have it plugged in; returns what the cloud says."""
-        with self._lock:
-            return return_adapter(self.info, self._call, folder)
+        return return_adapter(self._keeper, folder)
 
     def plugged_adapter(self) -> Path:
         """The folder of the adapter that this tenant has plugged in, in the cache: `load_adapter` takes it."""
-        with self._lock:
-            return fetch_adapter(self.info, self._call, self._parts(), self.plan, self._pin, self._max_fetch_bytes)
+        return fetch_adapter(self._keeper, self._parts(), self._pin, self._max_fetch_bytes)
+
+    def forward_span(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        keep: bool,
+        sites: SiteCall | None = None,
+    ) -> tuple[Tensor, KeptCall]:
+        """One forward of the cloud's layers without a model; see `ForwardRequest`."""
+        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep, sites))
+
+    def backward_span(
+        self,
+        kept: KeptCall,
+        gradient: Tensor,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        sites: SiteCall | None = None,
+        wanted: bool = True,
+    ) -> Tensor | None:
+        """The backward of such a forward; see `BackwardRequest`."""
+        inputs = SpanInput(hidden, attention_mask, position_ids)
+        return self.span.backward(BackwardRequest(kept, gradient, inputs, sites, wanted))
 
     def begin_step(self, step: int) -> None:
         """Name the optimizer step that the next calls belong to."""
-        self._step = step
+        self.span.step = step
 
     def totals(self) -> WireTotals:
         """What has crossed the strip so far, and where the time went."""
@@ -201,15 +315,13 @@ class Link(SpanCaller):
 
         None where the cloud does not say it soon.
         """
-        with self._lock:
-            try:
-                return self._call(m.Pong, m.Ping, patience=PEAK_SECONDS, timeout=PEAK_SECONDS).peak_bytes
-            except IsthmusError:
-                self._drop()  # a late answer must not be taken for that to another question
-                return None
+        question = Question(m.Pong, lambda attempt: m.Ping(attempt.number), timeout=PEAK_SECONDS, patience=PEAK_SECONDS)
+        try:
+            return self._keeper.call(question).peak_bytes
+        except IsthmusError:
+            return None
 
     def _parts(self) -> Path:
-        with self._lock:
-            if self._parts_folder is None:
-                self._parts_folder = fetch_parts(self.info, self._call, self._pin, self._max_fetch_bytes)
-            return self._parts_folder
+        if self._parts_folder is None:
+            self._parts_folder = fetch_parts(self._keeper, self._pin, self._max_fetch_bytes)
+        return self._parts_folder

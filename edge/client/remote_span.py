@@ -8,6 +8,7 @@ be repeated and gives the same bits (Petals keeps inputs for the same reason, Bo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,38 +19,52 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import UnsupportedCallError
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """One forward of the span.
+
+    Attributes:
+        inputs: hidden states, mask and positions.
+        keep: whether a backward may follow.
+        sites: the adapters inside the span that act; None for none.
+    """
+
+    inputs: SpanInput
+    keep: bool
+    sites: SiteCall | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardRequest:
+    """The backward of one forward.
+
+    Attributes:
+        kept: what the forward gave for it.
+        gradient: of the span's output, `[B, S, h]`.
+        inputs: those of the forward, in case the cloud has forgotten them.
+        sites: those of the forward.
+        wanted: whether the gradient of the input is.
+    """
+
+    kept: Any
+    gradient: Tensor
+    inputs: SpanInput
+    sites: SiteCall | None = None
+    wanted: bool = True
 
 
 class SpanLink(Protocol):
     """What the remote span needs of a link."""
 
-    def forward_span(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        keep: bool,
-        sites: SiteCall | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Run the span, and `sites` inside it; returns its output and a handle for its backward."""
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, Any]:
+        """Run the span, and the sites inside it; returns its output and what its backward is to be asked with."""
 
-    def backward_span(
-        self,
-        kept: Any,
-        gradient: Tensor,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor | None:
-        """Gradient of the span's input, None unless it is `wanted`; the sites find out their own.
-
-        The inputs are there in case the cloud has forgotten them.
-        """
+    def backward(self, request: BackwardRequest) -> Tensor | None:
+        """Gradient of the span's input, None unless it is `wanted`; the sites find out their own."""
 
 
 class RemoteSpan:
@@ -58,15 +73,20 @@ class RemoteSpan:
     Deliberately not an `nn.Module`: it owns no weights, and a link has no place in a state dict or a copy of the model.
 
     Args:
-        link: Where to call.
+        link: What is called.
         leased: Whether the weights of the site of that name may be lent to the cloud, which then runs its adapter.
         summed: Whether the sites that share an input answer a backward with one gradient of it, the sum of theirs. That
             saves traffic, and adds up in another order than a single process does.
+
+    Attributes:
+        notice: called with the sites whenever some act, and when adapters have just been put on the model; may be
+            replaced.
     """
 
     def __init__(
         self, link: SpanLink, *, leased: Callable[[str], bool] = lambda name: False, summed: bool = False
     ) -> None:
+        self.notice: Callable[[Sequence[Site]], None] = lambda sites: None
         self._link = link
         self._leased = leased
         self._summed = summed
@@ -84,7 +104,12 @@ class RemoteSpan:
             UnsupportedCallError: A site that is to be leased cannot be.
         """
         placed = [leased(site) if not site.spec.is_leased and self._leased(site.name) else site for site in sites]
+        self.notice(placed)
         return self._run(hidden, attention_mask, position_ids, placed)
+
+    def expect_sites(self, sites: Sequence[Site]) -> None:
+        """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.remote_layers.SitedSpan`."""
+        self.notice([site for site in sites if not self._leased(site.name)])
 
     def tapped(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
@@ -94,8 +119,9 @@ class RemoteSpan:
         No gradient flows through the span.
         """
         call = SiteCall((), keep=False, taps=taps)
+        inputs = SpanInput(hidden.detach(), attention_mask, position_ids)
         with torch.no_grad():
-            output, _ = self._link.forward_span(hidden.detach(), attention_mask, position_ids, keep=False, sites=call)
+            output, _ = self._link.forward(ForwardRequest(inputs, keep=False, sites=call))
         return _like(output, hidden), tuple(_like(each, hidden) for each in call.tapped)
 
     def _run(
@@ -134,27 +160,27 @@ class _SpanFunction(torch.autograd.Function):
         sites: SiteCall | None,
         *_parameters: Tensor,
     ) -> Tensor:
-        output, kept = link.forward_span(hidden, mask, positions, keep=keep, sites=sites)
+        output, kept = link.forward(ForwardRequest(SpanInput(hidden, mask, positions), keep, sites))
         if keep:
             ctx.save_for_backward(hidden, mask, positions)
             ctx.link, ctx.kept, ctx.sites = link, kept, sites
         elif sites is not None:
             sites.close()
-        return output.to(device=hidden.device, dtype=hidden.dtype)
+        return _like(output, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, mask, positions = ctx.saved_tensors
+        inputs = SpanInput(*ctx.saved_tensors)
         sites: SiteCall | None = ctx.sites
         if sites is not None and sites.closed:
             raise UnsupportedCallError(
                 "a backward through adapters inside the cloud's layers runs once: run the forward again for another one"
             )
         wanted = ctx.needs_input_grad[0]
-        result = ctx.link.backward_span(ctx.kept, gradient, hidden, mask, positions, sites=sites, wanted=wanted)
+        result = ctx.link.backward(BackwardRequest(ctx.kept, gradient, inputs, sites, wanted))
         if result is not None:
-            result = result.to(device=hidden.device, dtype=hidden.dtype)
+            result = _like(result, inputs.hidden)
         gradients: list[Tensor | None] = []
         if sites is not None:
             gradients = sites.gradients()

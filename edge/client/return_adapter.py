@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from isthmus.backbone.adapters.adapter_files import TUNING_INFO
 from isthmus.common.errors import AdapterError, OverQuotaError, RemoteProtocolError
 from isthmus.common.terminal import printable
-from isthmus.edge.client.fetch import Call, transfer_bar
+from isthmus.edge.client.fetch import transfer_bar
+from isthmus.edge.client.session_keeper import SessionKeeper
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.protocol import messages as m
 
-SMALLEST_PIECE = 64 << 10
+SMALLEST_CHUNK = 64 << 10
 MAX_SETBACKS = 3
 _LEFT_OUT = "README.md"  # PEFT's, and of no use to the cloud
 _RETURN = "return the folder that tuning wrote (OUT/adapter)"
 
 
-def return_adapter(info: m.SessionInfo, call: Call, folder: Path) -> str:
+def return_adapter(cloud: SessionKeeper, folder: Path) -> str:
     """Send an adapter and have it plugged in.
 
     Args:
-        info: what the cloud said.
-        call: asks the cloud.
+        cloud: who is asked.
         folder: the adapter.
 
     Returns:
@@ -40,11 +39,11 @@ def return_adapter(info: m.SessionInfo, call: Call, folder: Path) -> str:
         RemoteProtocolError: the cloud loses again and again what it was sent.
     """
     entries = _entries(folder)
-    upload = _Upload(call, min(m.MAX_FILE_CHUNK, info.limits.max_message_bytes))
+    upload = _Upload(cloud, min(m.MAX_FILE_CHUNK, cloud.info.limits.max_message_bytes))
     with transfer_bar("returning the adapter", sum(entry.size for entry in entries)) as advance:
         for entry in entries:
             upload.send(folder / entry.name, entry, advance)
-    status = call(m.Status, lambda attempt: m.PlugIn(entries))
+    status = cloud.ask(m.Status, m.PlugIn(entries))
     return printable(status.message)
 
 
@@ -71,16 +70,16 @@ def _entry(path: Path) -> m.FileEntry:
 
 
 class _Upload:
-    """Sends files piece by piece.
+    """Sends files chunk by chunk.
 
     Args:
-        call: asks the cloud.
-        piece: bytes of a piece; smaller ones are tried where the tenant's quota of bytes in flight is smaller.
+        cloud: who is asked.
+        chunk: bytes of a chunk; smaller ones are tried where the tenant's quota of bytes in flight is smaller.
     """
 
-    def __init__(self, call: Call, piece: int) -> None:
-        self._call = call
-        self._piece = piece
+    def __init__(self, cloud: SessionKeeper, chunk: int) -> None:
+        self._cloud = cloud
+        self._chunk = chunk
 
     def send(self, path: Path, entry: m.FileEntry, advance: Callable[[int], None]) -> None:
         """Send what the cloud does not hold of a file."""
@@ -88,7 +87,7 @@ class _Upload:
         advance(held)
         setbacks = 0
         while held < entry.size:
-            now = self._put(entry, held, _read(path, held, self._piece))
+            now = self._put(entry, held, _read(path, held, self._chunk))
             if now <= held:  # a cloud whose disk was cut off, or another upload of the same tenant
                 setbacks += 1
                 if setbacks > MAX_SETBACKS:
@@ -102,20 +101,16 @@ class _Upload:
     def _put(self, entry: m.FileEntry, offset: int, data: bytes) -> int:
         while True:
             try:
-                reply = self._call(m.PutReply, partial(_piece, entry, offset, data))
+                reply = self._cloud.ask(m.PutReply, m.Put(entry.name, offset, entry.size, entry.sha256, data))
             except OverQuotaError:
-                if len(data) <= SMALLEST_PIECE:
+                if len(data) <= SMALLEST_CHUNK:
                     raise
-                self._piece = len(data) // 2
-                data = data[: self._piece]
+                self._chunk = len(data) // 2
+                data = data[: self._chunk]
                 continue
             if (reply.name, reply.sha256) != (entry.name, entry.sha256) or reply.held > entry.size:
-                raise RemoteProtocolError(f"the cloud answered a piece of {entry.name} with something else")
+                raise RemoteProtocolError(f"the cloud answered a chunk of {entry.name} with something else")
             return reply.held
-
-
-def _piece(entry: m.FileEntry, offset: int, data: bytes, attempt: int) -> m.Put:
-    return m.Put(entry.name, offset, entry.size, entry.sha256, data)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

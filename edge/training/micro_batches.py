@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -24,8 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.edge.client.remote_span import SpanLink
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, SpanLink
 from isthmus.edge.run_report import WireMeter, WireTotals
 
 T = TypeVar("T")
@@ -135,49 +135,26 @@ class InFlight:
         finally:
             torch.set_rng_state(after)
 
-    def forward_span(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        keep: bool,
-        sites: SiteCall | None = None,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, Any]:
         """See `SpanLink`."""
         slot: _Slot | None = getattr(self._here, "slot", None)
         if slot is None:
-            first = self._slots[0].link
-            output, kept = first.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+            output, kept = self._slots[0].link.forward(request)
             return output, (None, kept)
-        if sites is not None:  # they compute, and draw dropout masks
-            sites.turn = partial(self._turn.taken, slot)
+        if request.sites is not None:  # they compute, and draw dropout masks
+            request.sites.turn = partial(self._turn.taken, slot)
         with self._turn.left(slot):
-            output, kept = slot.link.forward_span(hidden, attention_mask, position_ids, keep=keep, sites=sites)
+            output, kept = slot.link.forward(request)
         return output, (slot, kept)
 
-    def backward_span(
-        self,
-        kept: Any,
-        gradient: Tensor,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor | None:
+    def backward(self, request: BackwardRequest) -> Tensor | None:
         """See `SpanLink`; over the link of the forward, whatever thread autograd's engine runs it in."""
-        slot, handle = kept
+        slot, kept = request.kept
+        request = replace(request, kept=kept)
         if slot is None:
-            first = self._slots[0].link
-            return first.backward_span(
-                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
-            )
+            return self._slots[0].link.backward(request)
         with self._turn.left(slot):
-            result: Tensor | None = slot.link.backward_span(
-                handle, gradient, hidden, attention_mask, position_ids, sites=sites, wanted=wanted
-            )
+            result: Tensor | None = slot.link.backward(request)
         return result
 
 

@@ -73,6 +73,17 @@ class StepSettings:
     threads: Annotated[int, typer.Option(min=1, help="torch threads on either side and in the single process.")] = 2
 
 
+@dataclass(frozen=True, slots=True)
+class PathSettings:
+    """Count the source files whose functions run for one forward, at the edge and in the cloud.
+
+    Example: isthmus bench path --json
+    """
+
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveSettings:
     """Run `edge train` on real data, and the same in one process; compare the loss curves step by step.
@@ -269,6 +280,7 @@ class QosFlags:
 MEASUREMENTS: Final = {
     "parity": Measurement(ParitySettings, "benchmarks.parity:run_parity"),
     "step": Measurement(StepSettings, "benchmarks.step:run_step"),
+    "path": Measurement(PathSettings, "benchmarks.path:run_path", "benchmarks.path:show", folder="temporary"),
     "curve": Measurement(CurveSettings, "benchmarks.curve:run_curve"),
     "kernels": Measurement(
         KernelSettings, "benchmarks.kernels_bench:run_kernels", "benchmarks.kernels_bench:show", folder="none"

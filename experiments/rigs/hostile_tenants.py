@@ -20,13 +20,13 @@ from typing import Any, Final
 import torch
 
 from isthmus.common.errors import ConnectionLostError, IsthmusError, RefusedError
+from isthmus.experiments.harness.blocking_stream import BlockingStream, NothingYetError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import load_edge
 from isthmus.protocol.session import EdgeSession, NeedSend, Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.transport import GrpcTransport, NothingYetError, Stream
 
 WAIT_SECONDS = 20.0
 HALF_OPEN = 96  # more than a cloud allows
@@ -39,7 +39,7 @@ class Session:
     """A session by hand: whoever has it decides what is read and when."""
 
     def __init__(self, where: ConnectionString, key: Path) -> None:
-        self.stream: Stream = GrpcTransport(where.address, connect_timeout=WAIT_SECONDS).open()
+        self.stream = BlockingStream(where.address, connect_timeout=WAIT_SECONDS)
         self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key))
         self.stream.send(self._edge.start())
         flight = self._edge.receive(self.stream.receive(WAIT_SECONDS))
@@ -211,7 +211,7 @@ class Hostile:
         payload = encode(torch.zeros(shape), "fp32", Role.ACTIVATION)
         return m.Forward(m.CallId(1, number), True, payload, None, None, codec_id("fp32"))
 
-    def _send(self, stream: Stream, frame: bytes, end: float) -> None:
+    def _send(self, stream: BlockingStream, frame: bytes, end: float) -> None:
         """Send a frame, however long the cloud does not take it, up to a time."""
         while time.monotonic() < end:
             with contextlib.suppress(NothingYetError):
@@ -219,12 +219,9 @@ class Hostile:
                 return
 
     @contextlib.contextmanager
-    def _stream(self) -> Iterator[Stream]:
-        transport = GrpcTransport(self._where.address, connect_timeout=WAIT_SECONDS)
-        try:
-            yield transport.open()
-        finally:
-            transport.close()
+    def _stream(self) -> Iterator[BlockingStream]:
+        with contextlib.closing(BlockingStream(self._where.address, connect_timeout=WAIT_SECONDS)) as stream:
+            yield stream
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:

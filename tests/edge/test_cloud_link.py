@@ -25,6 +25,7 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.is_open = True
+        self.span: Any = None
         self.checks: list[Callable[[], None]] = []
 
     def __enter__(self) -> FakeLink:

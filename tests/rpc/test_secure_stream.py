@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,7 @@ from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.session import CloudSession, Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.secure_stream import LEAST_RATE, Channel, Traffic
-from isthmus.rpc.transport import NothingYetError
+from isthmus.rpc.secure_stream import LEAST_RATE, SecureStream
 
 TENANT = Tenant("alice", Fingerprint.of(EDGE.public_key().public_bytes_raw()))
 PAYLOAD = encode(torch.zeros(8, 512, 512), "fp32", Role.ACTIVATION)  # 8 MiB, in nine frames
@@ -37,7 +37,6 @@ class SlowCloud:
     now: float = 0.0
     frames: Iterator[bytes] = field(default_factory=lambda: iter(()))
     attached: bool = False
-    tries: int = 0
 
     def __post_init__(self) -> None:
         self.cloud = CloudSession(identity=identity(not_after=NOW * 2), authorize=lambda key: TENANT, info=session_info)
@@ -45,12 +44,10 @@ class SlowCloud:
     def clock(self) -> float:
         return self.now
 
-    def send(self, frame: bytes) -> None:
+    async def send(self, frame: bytes) -> None:
         if self.attached and self.taking:
-            self.tries += 1
-            if self.tries % 2:  # each frame is taken at the second try
-                self.now += self.taking
-                raise NothingYetError("not yet")
+            self.now += self.taking
+        await asyncio.sleep(0.001)  # long enough for a wait that is overdue to end
         event = self.cloud.receive(frame)
         if isinstance(event, Received):
             attach = isinstance(event.message, m.Attach)
@@ -60,22 +57,24 @@ class SlowCloud:
         elif event.frames:
             self.frames = iter(event.frames)
 
-    def receive(self, timeout: float) -> bytes:
+    async def receive(self) -> bytes:
         if self.attached and self.sending:
             self.now += self.sending
-            if timeout <= 0:
-                raise NothingYetError("too late")
+        await asyncio.sleep(0.001)
         return next(self.frames)
 
-    def finish(self, timeout: float) -> None: ...
+    async def finish(self) -> None: ...
 
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 def asked(cloud: SlowCloud, timeout: float) -> Any:
-    channel = Channel(cloud, PIN, EDGE, b"l" * 16, Traffic(), lambda *_: None, clock=cloud.clock)
-    cloud.now = 0.0
-    return channel.ask(QUESTION, timeout)
+    async def ask() -> Any:
+        stream = await SecureStream.open(cloud, PIN, EDGE, m.Attach(b"l" * 16), clock=cloud.clock)
+        cloud.now = 0.0
+        return (await stream.ask(QUESTION, timeout)).message
+
+    return asyncio.run(ask())
 
 
 def test_an_answer_may_take_the_time_of_its_bytes() -> None:

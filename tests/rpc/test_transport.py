@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,20 +15,21 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError, VersionError
-from isthmus.protocol.service import METHOD, OLD_METHOD, SERVER_CODING, SERVICE
-from isthmus.rpc.transport import QUEUED_FRAMES, GrpcTransport, NothingYetError, Tls
+from isthmus.common.errors import ConfigError, ConnectionLostError, KeyFileError
+from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE
+from isthmus.rpc.event_loop import run
+from isthmus.rpc.transport import PAUSE_FACTOR, GrpcTransport, Stream, Tls, pauses
 
 Behaviour = Callable[[Iterator[bytes], Any], Iterator[bytes]]
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Behaviour], GrpcTransport]]:
-    """Start a server whose streams behave as given; returns a transport to it."""
+def serve() -> Iterator[Callable[[Behaviour], Stream]]:
+    """Start a server whose streams behave as given; returns a stream to it."""
     servers: list[grpc.Server] = []
     transports: list[GrpcTransport] = []
 
-    def start(behaviour: Behaviour) -> GrpcTransport:
+    def start(behaviour: Behaviour) -> Stream:
         def taken(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
             context.send_initial_metadata(())
             yield from behaviour(frames, context)
@@ -39,153 +43,152 @@ def serve() -> Iterator[Callable[[Behaviour], GrpcTransport]]:
         server.start()
         servers.append(server)
         transports.append(GrpcTransport(f"127.0.0.1:{port}"))
-        return transports[-1]
+        return run(transports[-1].open())
 
     yield start
     for transport in transports:
-        transport.close()
+        run(transport.close())
     for server in servers:
         server.stop(0).wait()
+
+
+def receive(stream: Stream, seconds: float = 10) -> bytes:
+    return run(asyncio.wait_for(stream.receive(), seconds))
 
 
 def echo(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
     yield from frames
 
 
-def test_frames_arrive_whole_and_in_order(serve: Callable[[Behaviour], GrpcTransport]) -> None:
-    stream = serve(echo).open()
+def test_frames_arrive_whole_and_in_order(serve: Callable[[Behaviour], Stream]) -> None:
+    stream = serve(echo)
     sent = [bytes([n]) * size for n, size in enumerate([0, 1, 75, 1 << 20, 1_448])]
     for frame in sent:
-        stream.send(frame)
-    assert [stream.receive(10) for _ in sent] == sent
-    stream.close()
-    stream.close()
+        run(stream.send(frame))
+    assert [receive(stream) for _ in sent] == sent
+    run(stream.close())
+    run(stream.close())
+    run(stream.send(b"too late"))
+    with pytest.raises(ConnectionLostError, match="is closed"):
+        receive(stream)
 
 
-def test_a_cloud_that_does_not_know_the_service_speaks_another_version() -> None:
-    server = grpc.server(ThreadPoolExecutor(2))
-    old = grpc.stream_stream_rpc_method_handler(echo)
-    _, service, method = OLD_METHOD.split("/")
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: old})])
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    transport = GrpcTransport(f"127.0.0.1:{port}")
-    try:
-        stream = transport.open()
-        for _ in range(2):
-            with pytest.raises(VersionError, match="Use the same release on both sides") as caught:
-                stream.receive(10)
-        assert caught.value.exit_code == 33
-    finally:
-        transport.close()
-        server.stop(0).wait()
+def test_what_arrived_before_the_end_is_received_first(serve: Callable[[Behaviour], Stream]) -> None:
+    ended = threading.Event()
 
-
-def test_what_arrived_before_the_end_is_received_first(serve: Callable[[Behaviour], GrpcTransport]) -> None:
     def last_word(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        context.add_callback(ended.set)
         yield b"goodbye"
 
-    stream = serve(last_word).open()
-    reader_done = threading.Event()
-    threading.Timer(0.2, reader_done.set).start()
-    reader_done.wait()
-    stream.send(b"too late")
-    assert stream.receive(10) == b"goodbye"
+    stream = serve(last_word)
+    assert ended.wait(10)
+    run(stream.send(b"too late"))
+    assert receive(stream) == b"goodbye"
     for _ in range(2):  # the end stays the end
         with pytest.raises(ConnectionLostError, match="closed the stream"):
-            stream.receive(10)
-    stream.close()
+            receive(stream)
 
 
-def test_an_abort_tells_its_reason(serve: Callable[[Behaviour], GrpcTransport]) -> None:
+def test_an_abort_tells_its_reason(serve: Callable[[Behaviour], Stream]) -> None:
     def refuse(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many")
         yield b""
 
-    stream = serve(refuse).open()
     with pytest.raises(ConnectionLostError, match="resource_exhausted: too many"):
-        stream.receive(10)
-    stream.close()
+        receive(serve(refuse))
 
 
-def test_a_silent_cloud_is_lost_after_the_timeout(serve: Callable[[Behaviour], GrpcTransport]) -> None:
+def test_a_wait_may_be_repeated_and_a_stream_that_is_closed_ends(serve: Callable[[Behaviour], Stream]) -> None:
     ended = threading.Event()
 
-    def silent(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def slow(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         context.add_callback(ended.set)
-        yield from (frame for frame in frames if False)
+        for frame in frames:
+            if frame == b"now":
+                yield frame
 
-    stream = serve(silent).open()
-    stream.send(b"anybody?")
-    for _ in range(2):  # a wait may be repeated
-        with pytest.raises(NothingYetError, match="no answer within 0 s"):
-            stream.receive(0.1)
-    stream.close()
+    stream = serve(slow)
+    run(stream.send(b"anybody?"))
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            receive(stream, 0.1)
+    run(stream.send(b"now"))
+    assert receive(stream) == b"now"
+    assert not ended.is_set()
+    run(stream.close())
     assert ended.wait(10)  # the stream is cancelled, not left behind
     with pytest.raises(ConnectionLostError, match="is closed"):
-        stream.receive(10)
+        receive(stream)
 
 
-def test_a_cloud_that_sends_without_end_is_held_back(serve: Callable[[Behaviour], GrpcTransport]) -> None:
-    sent, full = [0], threading.Event()
+def test_a_stream_that_is_closed_ends_the_wait_of_another(serve: Callable[[Behaviour], Stream]) -> None:
+    def silent(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        yield from (frame for frame in frames if False)
+
+    async def close_soon(stream: Stream) -> None:
+        asyncio.get_running_loop().call_later(0.1, asyncio.ensure_future, stream.close())
+        await stream.receive()
+
+    with pytest.raises(ConnectionLostError, match="is closed"):
+        run(close_soon(serve(silent)))
+
+
+def test_a_cloud_that_sends_without_end_is_held_back(serve: Callable[[Behaviour], Stream]) -> None:
+    sent, waited = [0], threading.Event()
 
     def flood(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         while context.is_active():
             sent[0] += 1
             yield bytes(1 << 20)
 
-    stream = serve(flood).open()
-    full.wait(1.0)
-    held = stream._incoming  # type: ignore[attr-defined]  # how much waits is not for anybody else to know
-    assert len(held._frames) <= QUEUED_FRAMES
-    assert sent[0] < 2000
-    assert stream.receive(10) == bytes(1 << 20)  # and goes on when there is room
-    stream.close()
+    stream = serve(flood)
+    waited.wait(1.0)
+    assert sent[0] < 100
+    assert receive(stream) == bytes(1 << 20)  # and goes on when it is asked
 
 
-def test_an_edge_does_not_queue_without_end(serve: Callable[[Behaviour], GrpcTransport]) -> None:
-    done = threading.Event()
+def test_an_edge_does_not_send_without_end(serve: Callable[[Behaviour], Stream]) -> None:
+    done, taken = threading.Event(), [0]
 
     def deaf(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         done.wait(30)
         yield from frames
 
-    stream = serve(deaf).open()
+    stream = serve(deaf)
 
-    def send_without_end() -> None:
+    async def send_without_end() -> None:
         for _ in range(400):
-            stream.send(bytes(1 << 20))
+            await stream.send(bytes(1 << 20))
+            taken[0] += 1
 
-    with pytest.raises(NothingYetError, match="no more frames"):
-        send_without_end()
+    with pytest.raises(TimeoutError):
+        run(asyncio.wait_for(send_without_end(), 1.0))
+    assert taken[0] < 100
     done.set()
-    stream.send(b"more")  # there is room again
-    stream.close()
-    stream.send(b"too late")  # and nothing blocks once it is closed
+    run(stream.send(b"too late"))  # and nothing waits once it is closed
 
 
-def test_finish_delivers_what_was_queued(serve: Callable[[Behaviour], GrpcTransport]) -> None:
+def test_finish_delivers_what_was_sent(serve: Callable[[Behaviour], Stream]) -> None:
     seen: list[bytes] = []
 
     def collect(frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
         seen.extend(frames)
         yield b"all of it"
 
-    stream = serve(collect).open()
+    stream = serve(collect)
     for n in range(20):
-        stream.send(bytes([n]))
-    stream.finish(10)
+        run(stream.send(bytes([n])))
+    run(stream.finish())
     assert seen == [bytes([n]) for n in range(20)]
-    stream.close()
 
 
 def test_nobody_there_is_a_lost_connection_and_can_be_tried_again() -> None:
     transport = GrpcTransport("127.0.0.1:1", connect_timeout=0.2)
     for _ in range(2):
         with pytest.raises(ConnectionLostError, match=r"no answer from 127\.0\.0\.1:1"):
-            transport.open()
-    transport.close()
-    transport.close()
+            run(transport.open())
+    run(transport.close())
+    run(transport.close())
 
 
 def test_somebody_else_on_the_port_is_nobody() -> None:
@@ -195,7 +198,7 @@ def test_somebody_else_on_the_port_is_nobody() -> None:
         mute.listen()
         transport = GrpcTransport(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.3)
         with pytest.raises(ConnectionLostError, match="no answer"):
-            transport.open()
+            run(transport.open())
 
 
 @pytest.mark.parametrize("half", [Tls(cert=Path("a")), Tls(key=Path("a"))])
@@ -207,3 +210,18 @@ def test_half_a_key_pair_is_a_mistake_of_the_configuration(half: Tls) -> None:
 def test_a_missing_tls_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match=r"no-such\.pem"):
         GrpcTransport("127.0.0.1:1", Tls(ca=tmp_path / "no-such.pem"))
+
+
+def test_pauses_grow_up_to_a_bound() -> None:
+    first = list(itertools.islice(pauses(2.0), 10))
+    assert first[:3] == pytest.approx([0.1, 0.1 * PAUSE_FACTOR, 0.1 * PAUSE_FACTOR**2])
+    assert first[-1] == 2.0
+    assert first == sorted(first)
+
+
+def test_jitter_shortens_each_by_up_to_half() -> None:
+    plain = itertools.islice(pauses(5.0), 50)
+    spread = itertools.islice(pauses(5.0, random.Random(1)), 50)  # noqa: S311  # no secret
+    shares = [mine / full for mine, full in zip(spread, plain, strict=True)]
+    assert all(0.5 <= share <= 1 for share in shares)
+    assert len(set(shares)) == 50

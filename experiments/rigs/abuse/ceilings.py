@@ -47,8 +47,8 @@ TENANT: Final = Ceiling((STASH_BYTES + COMPUTE_BYTES) / MIB + 256.0, 160, None)
 NOTHING: Final = Ceiling(64.0, 32, 10.0)
 """What is refused, or ended, before anything is computed."""
 ANSWER: Final = Ceiling(64.0, 32, 10.0)
-"""Of an answer that is too large, an edge takes no more than the frames of 1 MiB that its queue has room for
-(`QUEUED_FRAMES`, 16) and the window of the stream, in each of its five attempts."""
+"""Of an answer that is too large, an edge takes no more than two frames of 1 MiB and the window of the stream, in each
+of its five attempts."""
 OFFER: Final = Ceiling(16.0, 32, 2.0)
 """A list of files is refused before anything is fetched."""
 QUESTIONS: Final = Ceiling(128.0, 32, 30.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.cloud.clouds import Home, ThreadServer
-from support.cloud.sessions import channel, eventually, hidden
+from support.cloud.sessions import channel, eventually, hidden, raw_stream
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.control.worker_setup import EdgesFile
@@ -19,13 +19,13 @@ from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, FingerprintError, NotEnrolledError
+from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
 from isthmus.protocol.session import EdgeSession, Established, Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.secure_stream import Channel
-from isthmus.rpc.transport import GrpcTransport, Stream
+from isthmus.rpc.secure_stream import SecureStream
 
 # Enrolled edges -------------------------------------------------------------------------------------------------------
 
@@ -76,10 +76,10 @@ def test_an_expired_certificate_is_refused_by_the_edge(cloud: Served, tmp_path: 
 
 def test_a_handshake_that_stalls_is_ended(cloud: Served, home: Home) -> None:
     with ThreadServer(cloud, home, bounds=Bounds(handshake_seconds=0.2)) as server:
-        stalled = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        stalled = raw_stream(server)
         with pytest.raises(ConnectionLostError, match="closed the stream"):
             stalled.receive(10)
-        late = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        late = raw_stream(server)
         edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
         late.send(edge.start())
         late.receive(5)  # the server's hello; the edge never answers it
@@ -96,7 +96,7 @@ TWO_HALF_OPEN = Bounds(max_half_open=2, handshake_seconds=600.0)
 
 def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(cloud: Served, home: Home) -> None:
     with ThreadServer(cloud, home, bounds=TWO_HALF_OPEN) as server:
-        waiting = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(4)]
+        waiting = [raw_stream(server) for _ in range(4)]
         for stream in waiting[:2]:
             with pytest.raises(ConnectionLostError, match="closed the stream"):
                 stream.receive(20)
@@ -111,11 +111,11 @@ def test_half_open_handshakes_are_limited_and_the_oldest_gives_way(cloud: Served
 
 def test_a_handshake_under_way_outlasts_streams_that_say_nothing(cloud: Served, home: Home) -> None:
     with ThreadServer(cloud, home, bounds=TWO_HALF_OPEN) as server:
-        slow = GrpcTransport(f"127.0.0.1:{server.port}").open()
+        slow = raw_stream(server)
         edge = EdgeSession(pin=home.pin, edge_key=load_edge(home.key_file))
         slow.send(edge.start())
         answer = edge.receive(slow.receive(20))
-        silent = [GrpcTransport(f"127.0.0.1:{server.port}").open() for _ in range(10)]
+        silent = [raw_stream(server) for _ in range(10)]
         for frame in answer.frames:
             slow.send(frame)
         assert isinstance(edge.receive(slow.receive(20)), Established)
@@ -156,7 +156,7 @@ def test_the_limit_of_handshakes_holds_for_those_that_come_at_once(cloud: Served
 def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
     server: ThreadServer, frame: bytes, log: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    stream = raw_stream(server)
     stream.send(frame)
     with contextlib.suppress(ConnectionLostError):
         stream.receive(5)  # a server may say that it speaks another version before it ends the stream
@@ -171,9 +171,9 @@ def test_garbage_instead_of_a_handshake_ends_the_stream_alone(
 # How a session opens --------------------------------------------------------------------------------------------------
 
 
-def established(server: ThreadServer, key: Path) -> tuple[Stream, EdgeSession]:
+def established(server: ThreadServer, key: Path) -> tuple[BlockingStream, EdgeSession]:
     """A session that has said nothing yet."""
-    stream = GrpcTransport(f"127.0.0.1:{server.port}").open()
+    stream = raw_stream(server)
     edge = EdgeSession(pin=server.home.pin, edge_key=load_edge(key))
     stream.send(edge.start())
     stream.send(edge.receive(stream.receive(5)).frames[0])
@@ -181,7 +181,7 @@ def established(server: ThreadServer, key: Path) -> tuple[Stream, EdgeSession]:
     return stream, edge
 
 
-def told(stream: Stream, edge: EdgeSession, message: m.Message) -> m.Message:
+def told(stream: BlockingStream, edge: EdgeSession, message: m.Message) -> m.Message:
     """The answer to a message."""
     for frame in edge.send(message):
         stream.send(frame)
@@ -207,7 +207,7 @@ def test_a_session_that_opens_with_more_than_the_byte_quota_is_ended(
 ) -> None:
     payload = encode(hidden(4, 20), "fp32", Role.ACTIVATION)
     large = m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32"))
-    monkeypatch.setattr(Channel, "_attach", lambda edge, _: edge.ask(large, 20))
+    monkeypatch.setattr(SecureStream, "_attach", lambda edge, _: edge.ask(large, 20))
     with ThreadServer(cloud, Home(tmp_path, quota=Quota(max_inflight_bytes=2000))) as server:
         with pytest.raises(ConnectionLostError, match="rules were broken"):
             channel(server)
@@ -261,8 +261,7 @@ def test_whoever_breaks_the_rules_again_and_again_waits_to_be_admitted(server: T
         assert penalties.pause(mallory) > 1
         assert penalties.pause(host) == 0.0  # it is known who it was
         for _ in range(7):
-            with contextlib.closing(GrpcTransport(f"127.0.0.1:{server.port}")) as transport:
-                stream = transport.open()
+            with contextlib.closing(raw_stream(server)) as stream:
                 stream.send(b"noise")
                 with pytest.raises(ConnectionLostError, match="rules were broken"):
                     stream.receive(20)

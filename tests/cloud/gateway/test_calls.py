@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.secure.record import Opener
 from isthmus.protocol.session import Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+from isthmus.rpc.event_loop import run
 
 # Bytes in flight ------------------------------------------------------------------------------------------------------
 
@@ -160,9 +162,7 @@ def test_a_file_is_fetched_whatever_the_largest_call_is(tmp_path: Path) -> None:
     small = served(model, tmp_path / "parts", max_tokens=1)
     with ThreadServer(small, Home(tmp_path)) as server, server.link() as link:
         link.open(5)
-        piece = link._call(
-            m.Blob, lambda attempt: m.Fetch(m.FileSet.PARTS, "vocab.bin", 0), answer_bytes=m.MAX_FILE_CHUNK
-        )
+        piece = link._keeper.ask(m.Blob, m.Fetch(m.FileSet.PARTS, "vocab.bin", 0), answer_bytes=m.MAX_FILE_CHUNK)
         assert (len(piece.data), piece.total) == (8 << 20, 9 << 20)
 
 
@@ -277,7 +277,7 @@ def test_a_tenant_over_its_rate_waits_and_what_nobody_waits_for_is_not_made(clou
         calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
         calling.start()
         eventually(lambda: server.server.status()["waiting"] == {"alice": 1})
-        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        run(link._keeper._stream.abandon())  # type: ignore[union-attr]  # it is open
         eventually(lambda: server.server.status()["waiting"] == {})
         eventually(lambda: server.server.status()["in_flight"] == 0)
         enough.set()
@@ -301,18 +301,18 @@ def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadSer
         calling = threading.Thread(target=_swallow, args=(link,), daemon=True)
         calling.start()
         assert entered.wait(10)
-        link._channel.abandon()  # type: ignore[union-attr]  # it is open
+        run(link._keeper._stream.abandon())  # type: ignore[union-attr]  # it is open
         eventually(lambda: server.server.status()["sessions"] == {})
     finally:
         release.set()
         del cloud.executor.host.span.forward
-    link._closed = True
+    link._keeper._closed = True
     eventually(lambda: server.server.status()["in_flight"] == 0)
     eventually(lambda: cloud.executor.used_bytes == 0)
 
 
 def _swallow(link: Any) -> None:
-    link._give_up_after = 0.1
+    link._keeper._options = dataclasses.replace(link._keeper._options, give_up_after=0.1)
     with contextlib.suppress(ConnectionLostError, UnreachableError):
         link.forward_span(hidden(), None, None, keep=True)
     link.close()

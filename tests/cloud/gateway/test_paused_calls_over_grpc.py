@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer
-from support.cloud.sessions import channel, channels, eventually, hidden
+from support.cloud.sessions import Channel, channel, channels, eventually, hidden
 from support.models.tiny import HIDDEN
 
 from isthmus.backbone.runtime.site_host import SiteHost
@@ -29,7 +29,6 @@ from isthmus.common.errors import ConnectionLostError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.secure_stream import Channel
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> Non
             m.Put("adapter_config.json", 0, 1, bytes(32), b"x"),
         ):
             with pytest.raises(RefusedError, match="serve without --pipeline"):
-                link._call(m.Status, lambda attempt, asked=message: asked)  # type: ignore[misc]  # bound in the loop
+                link._keeper.ask(m.Status, message)
         check_pass(link, pipeline.whole, 1)
 
 

@@ -43,6 +43,7 @@ from isthmus.common.errors import (
     UnreachableError,
     VersionError,
 )
+from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Pace
 from isthmus.protocol.secure import handshake
@@ -52,7 +53,8 @@ from isthmus.protocol.secure.keys import load_edge
 from isthmus.protocol.service import CLIENT_CODING, METHOD, OLD_METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.secure_stream import Channel, Traffic
+from isthmus.rpc.event_loop import run
+from isthmus.rpc.secure_stream import SecureStream
 from isthmus.rpc.transport import GrpcTransport, Tls
 
 
@@ -178,7 +180,11 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(
 ) -> None:
     bystander = channel(to_drain)
     newcomers = GrpcTransport(f"127.0.0.1:{to_drain.port}")
-    newcomers.open().close()  # connected before the drain: the refusal comes from the session and not from the socket
+
+    async def enter() -> None:
+        await SecureStream.open(await newcomers.open(), home.pin, load_edge(home.key_file), m.Attach(b"n" * 16))
+
+    run(newcomers.open())  # connected before the drain: the refusal comes from the session and not from the socket
     with call_in_flight(to_drain, cloud) as held, raw(to_drain) as plain:
         stub = health_pb2_grpc.HealthStub(plain)
         assert (
@@ -193,7 +199,7 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(
         health = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status
         assert health == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(DrainingError, match="connect again"):
-            Channel(newcomers.open(), home.pin, load_edge(home.key_file), b"n" * 16, Traffic(), lambda *_: None)
+            run(enter())
         assert not to_drain.server._admission._penalties._offences  # newcomers have done nothing wrong
         assert not held.result
         held.release.set()
@@ -202,7 +208,7 @@ def test_a_drain_answers_the_call_in_flight_and_refuses_newcomers(
     assert outcome == [True]
     assert torch.equal(held.result[0], cloud.executor.host.span(hidden()))
     bystander.abandon()
-    newcomers.close()
+    run(newcomers.close())
 
 
 def test_a_drain_whose_grace_runs_out_says_so(to_drain: ThreadServer, cloud: Served) -> None:
@@ -297,7 +303,7 @@ def test_the_log_tells_of_sessions_and_never_of_content(
         from isthmus.common.errors import RefusedError
 
         with pytest.raises(RefusedError):
-            link._call(m.Blob, lambda attempt: m.Fetch(m.FileSet.PARTS, "tokenizer.model", 0))
+            link._keeper.ask(m.Blob, m.Fetch(m.FileSet.PARTS, "tokenizer.model", 0))
     eventually(lambda: any(line["event"] == "session_closed" for line in log()))
     lines = log()
     fields = {"time", "level", "event", "tenant", "session", "ending", "in_flight", "sessions"}
@@ -385,7 +391,7 @@ def test_tls_carries_the_sealed_session(cloud: Served, home: Home, pki: Pki) -> 
             assert link.forward_span(hidden(), None, None, keep=False)[0].shape == (2, 6, HIDDEN)
         transport = GrpcTransport(f"127.0.0.1:{server.port}", None, connect_timeout=0.5)
         with pytest.raises(ConnectionLostError, match="no answer"):
-            transport.open()
+            run(transport.open())
 
 
 def test_mutual_tls_asks_for_a_certificate_and_authorises_nobody(cloud: Served, home: Home, pki: Pki) -> None:
@@ -399,7 +405,5 @@ def test_mutual_tls_asks_for_a_certificate_and_authorises_nobody(cloud: Served, 
             pytest.raises(NotEnrolledError),
         ):
             link.open(5)
-        bare = GrpcTransport(f"127.0.0.1:{server.port}", Tls(pki.ca), connect_timeout=0.5)
         with pytest.raises(ConnectionLostError):
-            bare.open().receive(2)
-        bare.close()
+            BlockingStream(f"127.0.0.1:{server.port}", Tls(pki.ca), connect_timeout=0.5).receive(2)

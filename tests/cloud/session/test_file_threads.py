@@ -50,7 +50,7 @@ def test_a_download_neither_waits_for_the_compute_thread_nor_keeps_it_waiting(
         busy = threading.Thread(target=lambda: training.forward_span(hidden, None, None, keep=False), daemon=True)
         busy.start()
         assert computing.wait(10)
-        listing = new._call(m.FileList, lambda _: m.FetchList(m.FileSet.PARTS), timeout=10, patience=10)
+        listing = new._keeper.ask(m.FileList, m.FetchList(m.FileSet.PARTS))
         assert listing.entries, "a download goes on while a call is computed"
         go_on.set()
         busy.join(10)
@@ -59,7 +59,7 @@ def test_a_download_neither_waits_for_the_compute_thread_nor_keeps_it_waiting(
 
         def load() -> None:
             question = m.Fetch(m.FileSet.PARTS, "config.json")
-            piece.append(new._call(m.Blob, lambda _: question, answer_bytes=m.MAX_FILE_CHUNK))
+            piece.append(new._keeper.ask(m.Blob, question, answer_bytes=m.MAX_FILE_CHUNK))
 
         loading = threading.Thread(target=load, daemon=True)
         loading.start()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, messages
+from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
 from support.cloud.packages import Owner, tiny_package
 from support.models.tiny import tiny_checkpoint
 from support.wire import EDGE, NOW, PIN, identity
@@ -34,7 +34,7 @@ from isthmus.common.errors import (
     SignerError,
     UnreachableError,
 )
-from isthmus.edge.client import fetch, retry, return_adapter
+from isthmus.edge.client import fetch, return_adapter, session_keeper
 from isthmus.edge.client.link import Link
 from isthmus.emulator.package.manifest import sign
 from isthmus.emulator.package.package import open_package
@@ -62,11 +62,9 @@ def cloud(owner: Owner, tmp_path: Path) -> MemoryCloud:
 @pytest.fixture(autouse=True)
 def _small_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces, a cache of the test's own, and a clock that moves only by sleeping."""
-    pauses: list[float] = []
     monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", PIECE)
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(session_keeper, "time", StillTime())
 
 
 def new_link(transport: Transport, **options: Any) -> Link:
@@ -231,7 +229,7 @@ def test_another_tenant_gets_no_adapter(owner: Owner, cloud: MemoryCloud) -> Non
     with pytest.raises(RefusedError, match="no adapter of yours is plugged in"):
         theirs.plugged_adapter()
     with pytest.raises(RefusedError, match="no adapter of yours"):
-        theirs._call(m.Blob, lambda attempt: m.Fetch(m.FileSet.ADAPTER, "adapter_model.safetensors", 0))
+        theirs._keeper.ask(m.Blob, m.Fetch(m.FileSet.ADAPTER, "adapter_model.safetensors", 0))
     theirs.return_adapter(owner.adapter(seed=2))
     assert files(theirs.plugged_adapter()) != files(link.plugged_adapter())
 
@@ -284,7 +282,7 @@ def test_a_refused_adapter_leaves_the_plugged_one(owner: Owner, cloud: MemoryClo
 def test_smaller_pieces_are_sent_where_the_quota_is_small(
     owner: Owner, cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(return_adapter, "SMALLEST_PIECE", 512)
+    monkeypatch.setattr(return_adapter, "SMALLEST_CHUNK", 512)
     cloud.answer = lambda message: (
         m.Status(m.StatusCode.OVER_QUOTA, None, "over 1000")
         if isinstance(message, m.Put) and len(message.data) > 1000
@@ -361,7 +359,7 @@ def test_an_adapter_that_is_replaced_while_it_is_fetched_is_not_mixed(owner: Own
         return None
 
     cloud.answer = answer
-    with pytest.raises(RemoteProtocolError, match="another piece"):
+    with pytest.raises(RemoteProtocolError, match="another chunk"):
         link.plugged_adapter()
     weights = "adapter_model.safetensors"
     assert (link.plugged_adapter() / weights).read_bytes() == (owner.adapter(seed=2) / weights).read_bytes()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.clouds import served
-from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, messages
+from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
 from support.models.tiny import HIDDEN, tiny_checkpoint
 from support.wire import EDGE, PIN
 
@@ -31,12 +31,13 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import CheckpointError, DiskError, LimitError, RefusedError, RemoteProtocolError
 from isthmus.common.files import locked
 from isthmus.common.ownership import check_contents
-from isthmus.edge.client import fetch, offers, retry
+from isthmus.edge.client import fetch, offers, session_keeper
 from isthmus.edge.client.fetch import fetch_parts
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.tensor_codecs import Role, encode
+from isthmus.rpc.event_loop import run
 
 MIB = 1 << 20
 LARGE = m.Blob("config.json", 0, 8 * MIB, bytes(32), bytes(8 * MIB))
@@ -60,10 +61,8 @@ def cloud(shared: Served) -> MemoryCloud:
 @pytest.fixture(autouse=True)
 def _own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the test's own, and a clock that moves only by sleeping."""
-    pauses: list[float] = []
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(session_keeper, "time", StillTime())
 
 
 def new_link(cloud: MemoryCloud, **options: Any) -> Link:
@@ -112,8 +111,8 @@ QUESTIONS: dict[str, tuple[type[m.Message], Callable[[Link], object]]] = {
     "site answer": (m.SiteAnswer, train),
     "list": (m.FetchList, lambda link: link._parts()),
     "piece": (m.Fetch, lambda link: link._parts()),
-    "ping": (m.Ping, lambda link: link._call(m.Pong, m.Ping)),
-    "attach": (m.Attach, lambda link: (link._drop(), forward(link))),
+    "ping": (m.Ping, lambda link: link._keeper.ask(m.Pong, m.Ping(1))),
+    "attach": (m.Attach, lambda link: (link._keeper.drop(), forward(link))),
 }
 
 
@@ -129,7 +128,7 @@ def test_no_question_is_answered_by_more_than_was_asked_for(cloud: MemoryCloud, 
     with pytest.raises(LimitError, match=r"body of 8388608 bytes is refused: at most \d+ were asked for"):
         ask(link)
     # Of each of the five attempts no more than the first frame of the large answer was taken.
-    assert link.traffic.bytes_down - before < 1.2 * MIB * retry.PROTOCOL_FAULTS
+    assert link.traffic.bytes_down - before < 1.2 * MIB * session_keeper.PROTOCOL_FAULTS
 
 
 def test_a_reply_with_more_than_the_hidden_states_is_refused(cloud: MemoryCloud) -> None:
@@ -165,7 +164,7 @@ def test_a_cloud_that_asks_about_sites_for_ever_is_stopped(cloud: MemoryCloud) -
     cloud.answer = again
     with pytest.raises(RemoteProtocolError, match=r"asks about sites more than 8 times in one call"):
         train(new_link(cloud))  # two modules of two layers of the cloud's: four sites
-    assert len(messages(cloud, m.SiteAnswer)) == 8 * retry.PROTOCOL_FAULTS
+    assert len(messages(cloud, m.SiteAnswer)) == 8 * session_keeper.PROTOCOL_FAULTS
 
 
 def test_a_refusal_cannot_speak_to_the_terminal(cloud: MemoryCloud) -> None:
@@ -174,8 +173,8 @@ def test_a_refusal_cannot_speak_to_the_terminal(cloud: MemoryCloud) -> None:
     with pytest.raises(RefusedError) as caught:
         forward(link)
     assert str(caught.value).isprintable()
-    link._drop()
-    link._info = None
+    link._keeper.drop()
+    link._keeper._info = None
     cloud.answer = instead_of(m.Attach, m.Status(m.StatusCode.BAD_REQUEST, None, "no\x1b[2J"))
     with pytest.raises(RefusedError) as caught:
         link.open(5)
@@ -210,7 +209,7 @@ def test_a_file_of_an_absurd_size_is_refused_before_anything_is_fetched(
     with pytest.raises(LimitError, match=rf"offers {name} of {most + 1} bytes: at most {most}"):
         offering(cloud, m.FileEntry(name, most + 1, bytes(32)))._parts()
     assert not messages(cloud, m.Fetch)
-    with pytest.raises(RemoteProtocolError, match="another piece"):  # as large as it may be, it is asked for
+    with pytest.raises(RemoteProtocolError, match="another chunk"):  # as large as it may be, it is asked for
         offering(cloud, m.FileEntry(name, most, bytes(32)))._parts()
 
 
@@ -291,7 +290,7 @@ def test_a_configuration_that_explodes_is_one_clear_error(cloud: MemoryCloud, tm
 def test_vocabularies_without_end_are_bounded_by_the_data_owners_word(cloud: MemoryCloud, tmp_path: Path) -> None:
     honest = json.loads((parts_of(cloud) / "config.json").read_text())
     link = with_config(cloud, tmp_path, json.dumps({**honest, "vocab_size": 10**12}))
-    entries = link._call(m.FileList, lambda attempt: m.FetchList(m.FileSet.PARTS)).entries
+    entries = link._keeper.ask(m.FileList, m.FetchList(m.FileSet.PARTS)).entries
     large = [dataclasses.replace(e, size=10**14) if e.name == "edge.safetensors" else e for e in entries]
     cloud.answer = instead_of(m.FetchList, m.FileList(tuple(large)))
     with pytest.raises(LimitError, match="--max-fetch-gib"):
@@ -333,7 +332,7 @@ def test_weights_that_announce_an_absurd_header_are_one_clear_error(tmp_path: Pa
 
 def test_one_clouds_files_do_not_reach_anothers_folder(cloud: MemoryCloud) -> None:
     link = new_link(cloud)
-    hostile = fetch_parts(link.info, link._call, OTHER_PIN)  # another cloud that claims the same digest
+    hostile = fetch_parts(link._keeper, OTHER_PIN)  # another cloud that claims the same digest
     for name in ("generation_config.json", "tokenizer.model", "chat_template.jinja"):
         (hostile / name).write_text("{{ evil }}")
     honest = link._parts()
@@ -372,14 +371,14 @@ def fetch_named(cloud: MemoryCloud, honest: Served, number: int, max_bytes: int)
     info = dataclasses.replace(honest.info, digest=f"{number:016x}{0:048x}", plan="2:2" if number % 2 else "1:2")
     cloud.served = dataclasses.replace(honest, info=info)
     link = new_link(cloud)
-    return fetch_parts(link.info, link._call, PIN, max_bytes).name
+    return fetch_parts(link._keeper, PIN, max_bytes).name
 
 
 def test_what_is_kept_of_a_cloud_is_bounded_however_many_models_it_names(
     cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link, honest = new_link(cloud), cloud.served
-    of_another = fetch_parts(link.info, link._call, OTHER_PIN)
+    of_another = fetch_parts(link._keeper, OTHER_PIN)
     total = sum(entry.size for entry in honest.parts.listing().entries)
     own = default_cache() / "edge" / PIN.digest.hex()
 
@@ -432,6 +431,6 @@ def test_counting_frames_sees_what_an_unbounded_edge_takes(cloud: MemoryCloud) -
     link.open(5)
     cloud.answer = instead_of(m.Ping, LARGE)
     before = transport.counts["receive"]
-    assert link._channel is not None
-    assert link._channel.ask(m.Ping(1), 5, answer_bytes=None) == LARGE
+    assert link._keeper._stream is not None
+    assert run(link._keeper._stream.ask(m.Ping(1), 5, answer_bytes=None)).message == LARGE
     assert transport.counts["receive"] - before == 8

@@ -5,11 +5,12 @@ Whatever breaks, the answer is that of an undisturbed call, or an error that say
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from support.cloud.memory_cloud import (
     FaultyTransport,
     MemoryCloud,
     MemoryTransport,
+    StillTime,
     flip,
     messages,
     truncate,
@@ -47,7 +49,7 @@ from isthmus.common.errors import (
     UnreachableError,
 )
 from isthmus.common.shutdown import Interrupted
-from isthmus.edge.client import retry
+from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
@@ -55,7 +57,7 @@ from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, decode, encode
-from isthmus.rpc.transport import NothingYetError, Stream, Transport
+from isthmus.rpc.transport import Stream, Transport
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 
@@ -80,10 +82,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that moves only by sleeping; returns the pauses that the link made."""
-    pauses: list[float] = []
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
-    return pauses
+    still = StillTime()
+    monkeypatch.setattr(session_keeper, "time", still)
+    return still.pauses
 
 
 def new_link(transport: Transport, **options: Any) -> Link:
@@ -175,15 +176,15 @@ def test_a_changed_version_byte_ends_one_session_only(
 def test_a_changed_hello_of_a_reconnect_is_tried_again_a_few_times(cloud: MemoryCloud) -> None:
     transport = FaultyTransport(MemoryTransport(cloud), {("receive", 4): flip})
     link = new_link(transport)
-    link._drop()
+    link._keeper.drop()
     link.forward_span(hidden(), None, None, keep=False)
     assert transport.hit == [("receive", 4)]  # the hello of the second session
-    link._drop()
+    link._keeper.drop()
     transport.faults = {("receive", place): flip for place in range(1, 99)}
     opened = transport.counts["send"]
     with pytest.raises(FingerprintError):
         link.forward_span(hidden(), None, None, keep=False)
-    assert transport.counts["send"] - opened == retry.PROTOCOL_FAULTS
+    assert transport.counts["send"] - opened == session_keeper.PROTOCOL_FAULTS
 
 
 HANDSHAKE = [("send", 1), ("receive", 1), ("send", 2), ("receive", 2), ("send", 3), ("receive", 3)]
@@ -228,7 +229,7 @@ def test_pauses_grow_and_the_link_gives_up_in_time(cloud: MemoryCloud, no_waitin
     transport = MemoryTransport(cloud)
     link = new_link(transport, give_up_after=30)
     transport.up = False
-    link._drop()
+    link._keeper.drop()
     with pytest.raises(UnreachableError, match=r"cloud:1 stayed away for 30 s \(the cloud is down\)"):
         link.forward_span(hidden(), None, None, keep=False)
     assert sum(no_waiting) == pytest.approx(30)
@@ -253,13 +254,13 @@ def test_a_cloud_that_comes_back_is_found_again(
     transport = MemoryTransport(cloud)
     link = new_link(transport)
     transport.up = False
-    link._drop()
+    link._keeper.drop()
 
     def sleep(seconds: float) -> None:
         no_waiting.append(seconds)
         transport.up = transport.opened == 5  # the first session, and four attempts in vain
 
-    monkeypatch.setattr(retry.time, "sleep", sleep)
+    monkeypatch.setattr(session_keeper.time, "sleep", sleep)
     link.forward_span(hidden(), None, None, keep=False)
     assert link.traffic.retries == 4
 
@@ -302,7 +303,7 @@ def test_a_wait_for_a_cloud_that_is_away_ends_when_nobody_wants_it(cloud: Memory
     transport = MemoryTransport(cloud)
     link = new_link(transport, give_up_after=600)
     transport.up = False
-    link._drop()
+    link._keeper.drop()
 
     def check() -> None:
         if sum(no_waiting) > 20:
@@ -317,19 +318,25 @@ def test_a_wait_for_a_cloud_that_is_away_ends_when_nobody_wants_it(cloud: Memory
     assert link.forward_span(hidden(), None, None, keep=False)[0].shape == (2, 6, HIDDEN)
 
 
-def test_a_wait_for_an_answer_ends_when_nobody_wants_it(cloud: MemoryCloud, no_waiting: list[float]) -> None:
-    class Slow(MemoryTransport):
-        """A cloud that takes its time over one frame in each session."""
+def test_a_wait_for_an_answer_ends_when_nobody_wants_it(cloud: MemoryCloud) -> None:
+    waiting, given_up = Event(), Event()
 
-        def open(self) -> Stream:
-            stream = super().open()
+    class Slow(MemoryTransport):
+        """A cloud that never sends what is asked for once a test says so."""
+
+        async def open(self) -> Stream:
+            stream = await super().open()
             receive = stream.receive
 
-            def wait(timeout: float) -> bytes:
-                if slow:
-                    no_waiting.append(timeout)
-                    raise NothingYetError("nothing")
-                return receive(timeout)
+            async def wait() -> bytes:
+                if not slow:
+                    return await receive()
+                waiting.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    given_up.set()
+                raise AssertionError("nobody sets it")
 
             stream.receive = wait  # type: ignore[method-assign]  # the test's own
             return stream
@@ -338,14 +345,14 @@ def test_a_wait_for_an_answer_ends_when_nobody_wants_it(cloud: MemoryCloud, no_w
     link = new_link(Slow(cloud), call_timeout=60)
 
     def check() -> None:
-        if sum(no_waiting) > 20:
+        if waiting.is_set():
             raise Interrupted
 
     slow = True
     link.watch(check)
     with pytest.raises(Interrupted):
         link.forward_span(hidden(), None, None, keep=False)
-    assert 20 < sum(no_waiting) < 21
+    assert given_up.wait(10)
     link.close()  # the question is half answered: there is nothing to say goodbye to
     assert not messages(cloud, m.Goodbye)
 
@@ -355,7 +362,7 @@ def test_the_clouds_peak_memory_is_not_waited_for(cloud: MemoryCloud, no_waiting
     link = new_link(transport, give_up_after=600)
     assert link.cloud_peak_bytes() is not None
     transport.up = False
-    link._drop()
+    link._keeper.drop()
     assert link.cloud_peak_bytes() is None
     assert sum(no_waiting) == pytest.approx(5)
     transport.up = True
@@ -383,7 +390,7 @@ def test_a_lost_stash_is_replayed(cloud: MemoryCloud, shared: Served, undisturbe
 def test_after_a_reconnect_the_input_goes_along_at_once(cloud: MemoryCloud, undisturbed: list[torch.Tensor]) -> None:
     link = new_link(MemoryTransport(cloud))
     _, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
-    link._drop()
+    link._keeper.drop()
     result = link.backward_span(kept, hidden(11), hidden(1), MASK, POSITIONS)
     assert torch.equal(result, undisturbed[3])
     (sent,) = messages(cloud, m.Backward)
@@ -438,7 +445,7 @@ def test_a_refused_call_is_not_repeated(cloud: MemoryCloud, code: m.StatusCode, 
 
 
 def test_a_cloud_that_fails_is_asked_a_few_times(cloud: MemoryCloud, undisturbed: list[torch.Tensor]) -> None:
-    failures = dict.fromkeys((m.Forward, m.Backward), retry.PROTOCOL_FAULTS - 1)
+    failures = dict.fromkeys((m.Forward, m.Backward), session_keeper.PROTOCOL_FAULTS - 1)
 
     def failing(message: Any) -> m.Message | None:
         if not failures.get(type(message)):
@@ -451,11 +458,11 @@ def test_a_cloud_that_fails_is_asked_a_few_times(cloud: MemoryCloud, undisturbed
     results = three_calls(link)
     assert not any(failures.values())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, undisturbed, strict=True))
-    assert link.traffic.retries == 2 * (retry.PROTOCOL_FAULTS - 1)
+    assert link.traffic.retries == 2 * (session_keeper.PROTOCOL_FAULTS - 1)
     failures[m.Forward] = 99
     with pytest.raises(CloudFailedError, match=r"refused the call \(internal\): the span failed"):
         link.forward_span(hidden(), None, None, keep=False)
-    assert 99 - failures[m.Forward] == retry.PROTOCOL_FAULTS
+    assert 99 - failures[m.Forward] == session_keeper.PROTOCOL_FAULTS
     failures.clear()
     link.forward_span(hidden(), None, None, keep=False)
 
@@ -494,7 +501,7 @@ def test_a_codec_that_the_cloud_does_not_speak_is_a_mistake_of_the_configuration
 def test_another_model_behind_the_same_address_stops_the_run(cloud: MemoryCloud, changes: dict[str, Any]) -> None:
     link = new_link(MemoryTransport(cloud))
     cloud.served = with_info(cloud.served, **changes)
-    link._drop()
+    link._keeper.drop()
     (now,) = changes.values()
     with pytest.raises(CheckpointError, match=rf"{now[:16]}.*another model.*{link.info.digest[:16]}"):
         link.forward_span(hidden(), None, None, keep=False)
@@ -511,7 +518,7 @@ def refuse_with(error: Exception) -> Callable[[bytes], Tenant]:
 def test_a_withdrawn_enrolment_stops_the_run(cloud: MemoryCloud) -> None:
     link = new_link(MemoryTransport(cloud))
     cloud.authorize = refuse_with(NotEnrolledError("not enrolled any more"))
-    link._drop()
+    link._keeper.drop()
     with pytest.raises(NotEnrolledError):
         link.forward_span(hidden(), None, None, keep=False)
 
@@ -521,7 +528,7 @@ def test_a_draining_cloud_is_waited_for_but_not_at_first(cloud: MemoryCloud) -> 
     cloud.authorize = refuse_with(DrainingError("drains"))
     with pytest.raises(DrainingError):
         new_link(MemoryTransport(cloud))
-    link._drop()
+    link._keeper.drop()
     with pytest.raises(UnreachableError, match="drains"):
         link.forward_span(hidden(), None, None, keep=False)
 
@@ -571,15 +578,15 @@ def test_what_is_lost_to_a_fault_is_time_of_the_wire(
     transport = MemoryTransport(cloud)
     link = new_link(transport)
     transport.up = False
-    link._drop()
-    clock = retry.time.perf_counter_ns
+    link._keeper.drop()
+    clock = session_keeper.time.perf_counter_ns
 
     def sleep(seconds: float) -> None:
         no_waiting.append(seconds)
         transport.up = sum(no_waiting) > 30
 
-    monkeypatch.setattr(retry.time, "sleep", sleep)
-    monkeypatch.setattr(retry.time, "perf_counter_ns", lambda: clock() + round(sum(no_waiting) * 1e9))
+    monkeypatch.setattr(session_keeper.time, "sleep", sleep)
+    monkeypatch.setattr(session_keeper.time, "perf_counter_ns", lambda: clock() + round(sum(no_waiting) * 1e9))
     before = link.totals()
     link.forward_span(hidden(), None, None, keep=False)
     assert (link.totals() - before).wire_s > 30
@@ -664,7 +671,7 @@ def test_a_piece_of_another_place_is_refused(cloud: MemoryCloud) -> None:
     cloud.answer = lambda message: (
         m.Blob(message.name, 1, 10**6, bytes(32), b"x") if isinstance(message, m.Fetch) else None
     )
-    with pytest.raises(RemoteProtocolError, match="another piece"):
+    with pytest.raises(RemoteProtocolError, match="another chunk"):
         link._parts()
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site
-from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import UnsupportedCallError
-from isthmus.edge.client.remote_span import RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
 
 MASK = torch.ones(2, 3, dtype=torch.long)
 POSITIONS = torch.arange(3)[None]
@@ -25,35 +24,19 @@ class Doubler:
     def __init__(self) -> None:
         self.kept: list[bool] = []
         self.wanted: list[bool] = []
-        self.backwards: list[tuple[Any, Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.backwards: list[BackwardRequest] = []
 
-    def forward_span(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        keep: bool,
-        sites: SiteCall | None = None,
-    ) -> tuple[Tensor, Any]:
-        self.kept.append(keep)
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, Any]:
+        hidden, sites = request.inputs.hidden, request.sites
+        self.kept.append(request.keep)
         output = 2 * hidden.float()
         if sites is not None:  # the one site stands at the span's input
             output += sites.forward([0], [hidden.float()])[0]
         return output, f"call {len(self.kept)}"
 
-    def backward_span(
-        self,
-        kept: Any,
-        gradient: Tensor,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor | None:
-        self.backwards.append((kept, gradient, hidden, attention_mask, position_ids))
+    def backward(self, request: BackwardRequest) -> Tensor | None:
+        gradient, sites, wanted = request.gradient, request.sites, request.wanted
+        self.backwards.append(request)
         self.wanted.append(wanted)
         result = 2 * gradient.float()
         for answer in () if sites is None else sites.backward([0], [gradient.float()], wanted=wanted):
@@ -75,12 +58,12 @@ def test_values_and_gradient_pass_through(link: Doubler) -> None:
     output.backward(upstream)
     assert hidden.grad is not None
     assert torch.equal(hidden.grad, 2 * upstream)
-    kept, gradient, again, mask, positions = link.backwards[0]
-    assert kept == "call 1"
-    assert torch.equal(gradient, upstream)
-    assert torch.equal(again, hidden)  # the input goes along in case the cloud has forgotten it
-    assert mask is MASK
-    assert positions is POSITIONS
+    (asked,) = link.backwards
+    assert asked.kept == "call 1"
+    assert torch.equal(asked.gradient, upstream)
+    assert torch.equal(asked.inputs.hidden, hidden)  # the input goes along in case the cloud has forgotten it
+    assert asked.inputs.attention_mask is MASK
+    assert asked.inputs.position_ids is POSITIONS
 
 
 def test_the_cloud_keeps_nothing_where_no_backward_comes(link: Doubler) -> None:
@@ -100,7 +83,7 @@ def test_several_calls_may_wait_for_their_backwards(link: Doubler) -> None:
     assert b.grad is not None
     assert torch.equal(a.grad, torch.full_like(a, 2))
     assert torch.equal(b.grad, torch.full_like(b, 12))
-    assert {call[0] for call in link.backwards} == {"call 1", "call 2", "call 3"}
+    assert {asked.kept for asked in link.backwards} == {"call 1", "call 2", "call 3"}
 
 
 def test_results_come_in_the_inputs_dtype(link: Doubler) -> None:

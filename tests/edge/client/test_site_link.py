@@ -16,7 +16,16 @@ import peft
 import pytest
 import torch
 from support.cloud.clouds import served
-from support.cloud.memory_cloud import CUT, Fault, FaultyTransport, MemoryCloud, MemoryTransport, flip, messages
+from support.cloud.memory_cloud import (
+    CUT,
+    Fault,
+    FaultyTransport,
+    MemoryCloud,
+    MemoryTransport,
+    StillTime,
+    flip,
+    messages,
+)
 from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint
 from support.wire import EDGE, PIN
 from torch import Tensor
@@ -26,8 +35,9 @@ from isthmus.backbone.adapters.layer_adapters import add_bottlenecks
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError
-from isthmus.edge.client import retry
+from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link
+from isthmus.edge.client.site_visits import SiteVisits
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, encode
@@ -67,9 +77,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that moves only by sleeping."""
-    pauses: list[float] = []
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses))
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(session_keeper, "time", StillTime())
 
 
 def new_link(transport: Transport, **options: Any) -> Link:
@@ -272,16 +280,19 @@ def test_a_connection_that_breaks_again_and_again(cloud: MemoryCloud, undisturbe
     assert link.traffic.sessions == 9
 
 
-def test_two_tenants_at_once(shared: Served, folder: Path) -> None:
+def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever the first one's call has paused, the second one does as much as it can."""
     shared.executor.evict_all()
     first, second = (new_link(MemoryTransport(MemoryCloud(shared))) for _ in range(2))
     mine, theirs = adapted(first.load_model(), lora()), adapted(second.load_model(), lora(EVERY_LINEAR))
     expected = [train(adapted(whole(folder), config), steps=2) for config in (lora(), lora(EVERY_LINEAR))]
     others: list[Run] = []
+    busy: list[bool] = []
 
-    def step_in(question: str, phase: str) -> None:
-        if (question, phase) == ("siteanswer", "sending"):
+    def step_in(visits: SiteVisits, question: m.SiteQuestion) -> m.SiteAnswer:
+        answered = answer(visits, question)
+        if not busy:  # the second one's own questions
+            busy.append(True)
             state = torch.get_rng_state()
             fresh = {name: p.detach().clone() for name, p in theirs.named_parameters() if p.requires_grad}
             with torch.enable_grad():
@@ -290,8 +301,11 @@ def test_two_tenants_at_once(shared: Served, folder: Path) -> None:
                 for name, value in fresh.items():
                     theirs.get_parameter(name).copy_(value)
             torch.set_rng_state(state)
+            busy.clear()
+        return answered
 
-    first.observer = step_in
+    answer = SiteVisits.answer
+    monkeypatch.setattr(SiteVisits, "answer", step_in)
     assert_same(train(mine, steps=2), expected[0])
     assert len(others) == 2 * 2 * 2
     for other in others:
@@ -367,7 +381,7 @@ def test_each_set_of_sites_is_told_once(cloud: MemoryCloud) -> None:
             model(**batch(0))
     assert [each.number for each in messages(cloud, m.Sites)] == [1, 2]
     assert [each.sites for each in messages(cloud, m.Forward)] == [1, 2, 1, 2]
-    link._drop()
+    link._keeper.drop()
     with torch.no_grad():
         model(**batch(0))
     assert [each.number for each in messages(cloud, m.Sites)] == [1, 2, 3]  # the new session knows none
@@ -429,7 +443,7 @@ def test_a_question_that_makes_no_sense_is_the_clouds_fault(
     )
     with pytest.raises(RemoteProtocolError, match=text):
         model(**batch(0))
-    assert len(messages(cloud, m.Forward)) == retry.PROTOCOL_FAULTS
+    assert len(messages(cloud, m.Forward)) == session_keeper.PROTOCOL_FAULTS
     cloud.answer = lambda message: None
     model(**batch(0)).loss.backward()
 

@@ -22,7 +22,7 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import NonFiniteError, UnreachableError
-from isthmus.edge.client.remote_span import RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
 from isthmus.edge.config.schedule import learning_rate
 from isthmus.edge.data.batches import Batches, label_count
 from isthmus.edge.training.methods import build_peft, trained
@@ -246,13 +246,12 @@ class Recording:
     def __init__(self, span: Callable[..., Tensor]) -> None:
         self._span, self.kept = span, []  # type: ignore[var-annotated]  # of booleans
 
-    def forward_span(
-        self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, *, keep: bool, **_: Any
-    ) -> tuple[Tensor, None]:
-        self.kept.append(keep)
-        return self._span(hidden, mask, positions), None
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, None]:
+        self.kept.append(request.keep)
+        inputs = request.inputs
+        return self._span(inputs.hidden, inputs.attention_mask, inputs.position_ids), None
 
-    def backward_span(self, *_: Any, **__: Any) -> Tensor:
+    def backward(self, request: BackwardRequest) -> Tensor:
         raise AssertionError("a forward-only run went backward")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,14 +16,13 @@ from support.cloud.train_runs import Runs, adapter, assert_same_run, cloud_for_r
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site
-from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
 from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
-from isthmus.edge.client.remote_span import RemoteSpan
-from isthmus.edge.client.span_calls import SpanCaller
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
+from isthmus.edge.client.span_calls import SpanCalls
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.run_report import WireTotals
@@ -40,29 +40,19 @@ class Doubler:
     calls: list[str] = field(default_factory=list)
     kept: list[bool] = field(default_factory=list)
 
-    def forward_span(
-        self, hidden: Tensor, mask: Any, positions: Any, *, keep: bool, sites: SiteCall | None = None
-    ) -> tuple[Tensor, str]:
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, str]:
+        hidden, sites = request.inputs.hidden, request.sites
         self.calls.append("forward")
-        self.kept.append(keep)
+        self.kept.append(request.keep)
         self.between(hidden)
         output = 2 * hidden
         if sites is not None:
             output = output + sites.forward([0], [hidden])[0]
         return output, "handle"
 
-    def backward_span(
-        self,
-        kept: str,
-        gradient: Tensor,
-        hidden: Tensor,
-        mask: Any,
-        positions: Any,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor:
-        assert kept == "handle"
+    def backward(self, request: BackwardRequest) -> Tensor:
+        gradient, sites = request.gradient, request.sites
+        assert request.kept == "handle"
         self.calls.append("backward")
         self.between(gradient)
         result = 2 * gradient
@@ -456,8 +446,9 @@ def test_a_lane_whose_connection_breaks_is_healed(
     def cut(link: Link, number: int, asked: str, where: str) -> None:
         if link.step == 2 and (asked, where) == (question, phase) and number not in broken:
             broken.append(number)
-            if link._channel is not None:
-                link._channel._stream.close()
+            stream = link._keeper._stream
+            assert stream is not None
+            stream._stream._call.cancel()  # type: ignore[attr-defined]  # this is on the event loop
 
     opened = train(runs, cut, tmp_path, overlap=2, **SITED)
     assert sorted(broken) == [0, 1]
@@ -501,14 +492,14 @@ def test_ctrl_c_ends_every_one(runs: Runs, alone: Path, tmp_path: Path, monkeypa
 def test_a_number_that_is_not_finite_in_one_lane_names_the_step(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SpanCaller.backward_span
+    real = SpanCalls.backward
 
-    def spoilt(self: SpanCaller, kept: Any, gradient: Tensor, *rest: Any, **options: Any) -> Any:
-        if self._step == 2:
-            gradient = gradient * float("nan")
-        return real(self, kept, gradient, *rest, **options)
+    def spoilt(self: SpanCalls, request: BackwardRequest) -> Any:
+        if self.step == 2:
+            request = dataclasses.replace(request, gradient=request.gradient * float("nan"))
+        return real(self, request)
 
-    monkeypatch.setattr(SpanCaller, "backward_span", spoilt)
+    monkeypatch.setattr(SpanCalls, "backward", spoilt)
     with pytest.raises(NonFiniteError, match="checkpoint-1"):
         runs.train(tmp_path, overlap=2)
 

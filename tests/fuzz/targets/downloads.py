@@ -6,9 +6,10 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -41,9 +42,8 @@ def _run(data: bytes) -> None:
     shutil.rmtree(_cache(), ignore_errors=True)
     _cache().mkdir()
 
-    def call(kind: type[Any], question: Callable[[int], m.Message], *, answer_bytes: int = 0) -> Any:
+    def ask(kind: type[Any], question: m.Message, *, answer_bytes: int = 0) -> Any:
         nonlocal came
-        question(0)
         if not script:
             raise _OverError
         part = Cursor(script.block())
@@ -53,6 +53,7 @@ def _run(data: bytes) -> None:
         came += len(answer.data) if isinstance(answer, m.Blob) else 0
         return answer
 
+    cloud: Any = SimpleNamespace(info=INFO, ask=ask)
     package = script.number() & 1
     with (
         contextlib.suppress(IsthmusError, _OverError),
@@ -62,9 +63,9 @@ def _run(data: bytes) -> None:
         patch.object(fetch, "transfer_bar", lambda *_: contextlib.nullcontext(lambda _: None)),
     ):
         if package:
-            fetch.fetch_package(INFO, call, _cache() / "out", Fingerprint(bytes(32)))
+            fetch.fetch_package(cloud, _cache() / "out", Fingerprint(bytes(32)))
         else:
-            fetch.fetch_parts(INFO, call, Fingerprint(bytes(32)))
+            fetch.fetch_parts(cloud, Fingerprint(bytes(32)))
     files = [path for path in _cache().parent.rglob("*") if path.is_file()]
     if sum(path.stat().st_size for path in files) > came:
         raise AssertionError("more bytes are on the disk than came")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,48 +16,39 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.low_rank import LowRankSite
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
+from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import ConnectionLostError, NonFiniteError, RefusedError, RemoteProtocolError
-from isthmus.edge.client.retry import StashLostError, _error
-from isthmus.edge.client.span_calls import KeptCall, SiteAnswers, SpanCaller
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest
+from isthmus.edge.client.session_keeper import Attempt, Question, StashLostError, refusal
+from isthmus.edge.client.site_visits import SiteVisits
+from isthmus.edge.client.span_calls import SpanCalls
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
-from isthmus.protocol.tensor_codecs import Payload, Role, encode
+from isthmus.protocol.tensor_codecs import Payload, Role, decode_as, encode
 from isthmus.rpc.secure_stream import Traffic
 
 WIDTH, SHAPE = 4, (1, 2, 4)
 
 
-class _Edge(SpanCaller):
-    """A caller whose cloud is a script. It asks once and does not repeat."""
+class _Script:
+    """In the place of a session keeper: the cloud is a script. It asks once and does not repeat."""
 
     def __init__(self, script: Cursor) -> None:
-        self.traffic, self.codecs, self._lock = Traffic(), WireCodecs.parse("bf16"), threading.RLock()
-        self._info = session_info(TENANT, bytes(16))
-        self._call_timeout = 1.0
+        self.traffic = Traffic()
+        self.info = session_info(TENANT, bytes(16))
         self._script = script
 
-    def _call(
-        self,
-        kind: type[Any],
-        question: Callable[[int], m.Message],
-        *,
-        prepare: Any = None,
-        visit: Callable[[m.SiteQuestion], m.SiteAnswer] | None = None,
-        questions: int = 0,
-        answer_bytes: int = 0,
-        patience: float | None = None,
-        timeout: float | None = None,
-    ) -> Any:
-        asked = question(0)
-        pack(asked)
+    def call(self, question: Question[Any]) -> Any:
+        accepted = m.Status(m.StatusCode.OK, None, "")
+        pack(question.message(Attempt(0, 1, lambda message: accepted)))
         answer = self._next()
-        while visit is not None and isinstance(answer, m.SiteQuestion):
-            pack(visit(answer))
+        while question.visitor is not None and isinstance(answer, m.SiteQuestion):
+            pack(question.visitor.answer(answer))
             answer = self._next()
         if isinstance(answer, m.Status):
-            raise _error(answer)
-        if not isinstance(answer, kind):
+            raise refusal(answer)
+        if not isinstance(answer, question.kind):
             raise RemoteProtocolError("the link refuses an answer of another kind")
         return answer
 
@@ -71,14 +61,15 @@ class _Edge(SpanCaller):
 def _run(data: bytes) -> None:
     script = Cursor(data)
     flags = script.number()
-    edge = _Edge(script)
-    hidden, mask = torch.ones(SHAPE, requires_grad=True), torch.ones(SHAPE[:2])
+    keeper: Any = _Script(script)
+    edge = SpanCalls(keeper, WireCodecs.parse("bf16"))
+    inputs = SpanInput(torch.ones(SHAPE, requires_grad=True), torch.ones(SHAPE[:2]))
     call = _sites(bool(flags & 4)) if flags & 1 else None
     with contextlib.suppress(RemoteProtocolError, RefusedError, ConnectionLostError, NonFiniteError, StashLostError):
-        output, _ = edge.forward_span(hidden, mask, None, keep=True, sites=call)
+        output, kept = edge.forward(ForwardRequest(inputs, True, call))
         _check(output)
         wanted = not flags & 2
-        back = edge.backward_span(KeptCall(1, 0), torch.ones(SHAPE), hidden, mask, None, sites=call, wanted=wanted)
+        back = edge.backward(BackwardRequest(kept, torch.ones(SHAPE), inputs, call, wanted))
         if wanted:
             _check(back)
 
@@ -136,14 +127,12 @@ TARGET = Target(
     _run,
     _seeds,
     [
-        SpanCaller._taps,
-        SpanCaller._take_back,
-        SpanCaller._result,
-        SpanCaller.forward_span,
-        SpanCaller.backward_span,
-        SiteAnswers,
+        SpanCalls.forward,
+        SpanCalls.backward,
+        SiteVisits,
         SiteCall,
-        _error,
+        decode_as,
+        refusal,
     ],
     floor=0.88,
     max_len=2048,

@@ -7,12 +7,13 @@ over.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from support.wire import NOW, TENANT, identity
 
 from isthmus.cloud.engine.paused_calls import CallThreads
@@ -55,14 +56,14 @@ class MemoryTransport:
         self.up = True  # a cloud that is down takes no streams
         self.opened = 0
 
-    def open(self) -> Stream:
+    async def open(self) -> Stream:
         self.opened += 1
         if not self.up:
             raise ConnectionLostError("the cloud is down")
         self.cloud.streams.append(_MemoryStream(self.cloud))
         return self.cloud.streams[-1]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass
 
 
@@ -76,13 +77,27 @@ class _MemoryStream:
         self._answers: deque[bytes] = deque()
         self._open = True
 
-    def send(self, frame: bytes) -> None:
+    async def send(self, frame: bytes) -> None:
+        await asyncio.to_thread(self._take, frame)  # the cloud computes elsewhere than the edge's event loop
+
+    async def receive(self) -> bytes:
+        if not self._answers:
+            raise ConnectionLostError("no answer")
+        return self._answers.popleft()
+
+    async def finish(self) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        self._end()
+
+    def _take(self, frame: bytes) -> None:
         if not self._open:
             raise ConnectionLostError("the stream is closed")
         try:
             event = self._session.receive(frame)
         except RemoteProtocolError:
-            self.close()  # as the real server: a stream whose rules were broken ends
+            self._end()  # as the real server: a stream whose rules were broken ends
             return
         self._answers.extend(event.frames)
         if isinstance(event, Received):
@@ -93,15 +108,7 @@ class _MemoryStream:
             if answer is not None:
                 self._answers.extend(self._session.send(answer))
 
-    def receive(self, timeout: float) -> bytes:
-        if not self._answers:
-            raise ConnectionLostError("no answer")
-        return self._answers.popleft()
-
-    def finish(self, timeout: float) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def _end(self) -> None:
         self._open = False
         if self._work is not None:
             self._work.close()
@@ -120,8 +127,7 @@ class _MemoryStream:
             return m.Status(m.StatusCode.OK, None, "attached")
         if self._work is None:
             raise AssertionError("the link spoke before it attached")
-        with torch.enable_grad():  # as on the compute thread; the edge's function is called without
-            answer = self._work.handle(message)
+        answer = self._work.handle(message)
         return None if answer is None else self._cloud.spoil(answer)
 
 
@@ -169,11 +175,11 @@ class FaultyTransport:
         self.counts = {"send": 0, "receive": 0}
         self.hit: list[tuple[str, int]] = []
 
-    def open(self) -> Stream:
-        return _FaultyStream(self._inner.open(), self)
+    async def open(self) -> Stream:
+        return _FaultyStream(await self._inner.open(), self)
 
-    def close(self) -> None:
-        self._inner.close()
+    async def close(self) -> None:
+        await self._inner.close()
 
     def pass_on(self, way: str, frame: bytes) -> list[bytes]:
         """Count a frame; returns what arrives of it. Raises ConnectionLostError for a cut."""
@@ -194,29 +200,48 @@ class _FaultyStream:
         self._transport = transport
         self._arrived: deque[bytes] = deque()
 
-    def send(self, frame: bytes) -> None:
-        for each in self._pass("send", frame):
-            self._inner.send(each)
+    async def send(self, frame: bytes) -> None:
+        for each in await self._pass("send", frame):
+            await self._inner.send(each)
 
-    def receive(self, timeout: float) -> bytes:
+    async def receive(self) -> bytes:
         while not self._arrived:
-            self._arrived.extend(self._pass("receive", self._inner.receive(timeout)))
+            self._arrived.extend(await self._pass("receive", await self._inner.receive()))
         return self._arrived.popleft()
 
-    def finish(self, timeout: float) -> None:
-        self._inner.finish(timeout)
+    async def finish(self) -> None:
+        await self._inner.finish()
 
-    def close(self) -> None:
-        self._inner.close()
+    async def close(self) -> None:
+        await self._inner.close()
 
-    def _pass(self, way: str, frame: bytes) -> list[bytes]:
+    async def _pass(self, way: str, frame: bytes) -> list[bytes]:
         try:
             return self._transport.pass_on(way, frame)
         except ConnectionLostError:
-            self._inner.close()
+            await self._inner.close()
             raise
 
 
 def messages(cloud: MemoryCloud, kind: type[Any]) -> list[Any]:
     """What the edge has sent of one kind."""
     return [message for message in cloud.seen if isinstance(message, kind)]
+
+
+class StillTime:
+    """In the place of the module `time`: a clock that moves only by sleeping.
+
+    Attributes:
+        pauses: how long was slept each time.
+    """
+
+    perf_counter_ns = staticmethod(time.perf_counter_ns)
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return sum(self.pauses)
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)

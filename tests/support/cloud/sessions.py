@@ -19,9 +19,11 @@ from support.models.tiny import HIDDEN
 
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError, UnreachableError
+from isthmus.experiments.harness.blocking_stream import BlockingStream
+from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import load_edge
-from isthmus.rpc.secure_stream import Channel, Traffic
-from isthmus.rpc.transport import GrpcTransport
+from isthmus.rpc.event_loop import run
+from isthmus.rpc.secure_stream import SecureStream
 
 
 def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:
@@ -37,11 +39,39 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+def raw_stream(server: ThreadServer) -> BlockingStream:
+    """A stream to a server that has said nothing yet."""
+    return BlockingStream(f"127.0.0.1:{server.port}")
+
+
+class Channel:
+    """An open session without what a `Link` does for it."""
+
+    def __init__(self, server: ThreadServer, link: bytes, key: Path) -> None:
+        self._stream = raw_stream(server)
+        try:
+            opened = SecureStream.open(self._stream.stream, server.home.pin, load_edge(key), m.Attach(link))
+            self._secure = run(opened)
+        except BaseException:
+            self._stream.close()
+            raise
+        self._session = self._secure._session
+
+    def ask(self, question: m.Message, timeout: float, answer_bytes: int | None = None) -> m.Message:
+        return run(self._secure.ask(question, timeout, answer_bytes)).message
+
+    def close(self) -> None:
+        run(self._secure.close())
+        self._stream.close()
+
+    def abandon(self) -> None:
+        run(self._secure.abandon())
+        self._stream.close()
+
+
 def channel(server: ThreadServer, link: bytes = b"l" * 16, key: Path | None = None) -> Channel:
     """An open session without what a `Link` does for it."""
-    transport = GrpcTransport(f"127.0.0.1:{server.port}")
-    private = load_edge(key or server.home.key_file)
-    return Channel(transport.open(), server.home.pin, private, link, Traffic(), lambda *_: None)
+    return Channel(server, link, key or server.home.key_file)
 
 
 def status_of_call(server: ThreadServer, method: str, message: bytes, *, compressed: bool = False) -> tuple[str, str]:

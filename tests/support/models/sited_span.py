@@ -16,5 +16,7 @@ class Sited:
     def __call__(self, hidden: Tensor, mask: Any, positions: Any) -> Tensor:
         return hidden
 
+    def expect_sites(self, sites: Sequence[Site]) -> None: ...
+
     def at_sites(self, hidden: Tensor, mask: Any, positions: Any, sites: Sequence[Site]) -> Tensor:
         return hidden

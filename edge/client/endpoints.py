@@ -1,6 +1,6 @@
-"""The way to one of a cloud's workers, and from one to another.
+"""The addresses of a cloud's workers: which one is used at present, and which one next.
 
-A cloud tells an edge where its workers listen. Any of them serves any session, so the link goes on at another one when
+A cloud tells an edge where its workers listen. Any of them serves any session, so the edge goes on at another one when
 its own is gone. All workers show the same root key, the one that the edge has pinned: a wrong list leads nowhere.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from isthmus.rpc.transport import Stream, Transport
 
 
-class Route:
+class Endpoints:
     """Opens streams to the worker that is chosen at present.
 
     Args:
         first: the transport to where the edge was told to connect.
-        address: that address, `host:port`; it is tried as long as the link lives, whatever list the cloud gives.
+        address: that address, `host:port`; it stays in the list, whatever list the cloud gives.
         reach: makes a transport to another address; None stays with the first one.
 
     Attributes:
@@ -31,37 +31,37 @@ class Route:
         self._reach = reach
         self.settled = False
 
-    def open(self) -> Stream:
+    async def open(self) -> Stream:
         """Open a new stream. Raises ConnectionLostError where that is not possible at present."""
-        return self._transport.open()
+        return await self._transport.open()
 
-    def close(self) -> None:
-        """Give up what the transports hold."""
-        self._transport.close()
-        self._first.close()
+    async def close(self) -> None:
+        """Release what the transports hold."""
+        await self._transport.close()
+        await self._first.close()
 
     def learn(self, addresses: Sequence[str]) -> None:
         """Take a cloud's list of workers in the place of the one before."""
         self._known = tuple(dict.fromkeys((self._address, *addresses)))
 
-    def send_to(self, address: str) -> None:
-        """Go where the worker says. A link that cannot go anywhere else settles where it is."""
+    async def send_to(self, address: str) -> None:
+        """Go where the worker says. An edge that cannot go anywhere else settles where it is."""
         self.settled = True
-        self._go(address)
+        await self._go(address)
 
     def attached(self) -> None:
         """The worker has taken the session; a later one may be sent elsewhere again."""
         self.settled = False
 
-    def failed(self) -> None:
+    async def failed(self) -> None:
         """The worker cannot be reached, or takes no session: choose the next one of the list."""
         place = self._known.index(self._at) if self._at in self._known else -1
-        self._go(self._known[(place + 1) % len(self._known)])
+        await self._go(self._known[(place + 1) % len(self._known)])
 
-    def _go(self, address: str) -> None:
+    async def _go(self, address: str) -> None:
         if address == self._at or self._reach is None:
             return
         if self._transport is not self._first:
-            self._transport.close()
+            await self._transport.close()
         self._transport = self._first if address == self._address else self._reach(address)
         self._at = address

@@ -1,4 +1,4 @@
-"""From one worker to another: the route alone, and a link over two real servers that know of each other."""
+"""From one worker to another: the addresses alone, and a link over two real servers that know of each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 from isthmus.cloud.directory import Peer
 from isthmus.cloud.gateway.open_sessions import REPORTS
 from isthmus.common.errors import ConnectionLostError, OverQuotaError
+from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.link import Link, connect
-from isthmus.edge.client.worker_address import Route
 from isthmus.protocol.enrolment import Quota
+from isthmus.rpc.event_loop import run
 from isthmus.rpc.transport import Stream
 
 
@@ -27,30 +28,30 @@ class Named:
     def __init__(self, address: str, log: list[str]) -> None:
         self.address, self.log = address, log
 
-    def open(self) -> Stream:
+    async def open(self) -> Stream:
         self.log.append(self.address)
         raise ConnectionLostError("nobody is there")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.log.append(f"-{self.address}")
 
 
-def route(log: list[str], *, fixed: bool = False) -> Route:
-    return Route(Named("a:1", log), "a:1", None if fixed else lambda address: Named(address, log))
+def endpoints(log: list[str], *, fixed: bool = False) -> Endpoints:
+    return Endpoints(Named("a:1", log), "a:1", None if fixed else lambda address: Named(address, log))
 
 
-def tried(one: Route, log: list[str], times: int) -> list[str]:
+def tried(one: Endpoints, log: list[str], times: int) -> list[str]:
     log.clear()
     for _ in range(times):
         with pytest.raises(ConnectionLostError):
-            one.open()
-        one.failed()
+            run(one.open())
+        run(one.failed())
     return [entry for entry in log if not entry.startswith("-")]
 
 
-def test_a_route_tries_the_first_address_and_all_that_it_has_learned() -> None:
+def test_an_edge_tries_the_first_address_and_all_that_it_has_learned() -> None:
     log: list[str] = []
-    one = route(log)
+    one = endpoints(log)
     assert tried(one, log, 2) == ["a:1", "a:1"]
     one.learn(["b:1", "c:1"])
     assert tried(one, log, 4) == ["a:1", "b:1", "c:1", "a:1"]
@@ -58,11 +59,11 @@ def test_a_route_tries_the_first_address_and_all_that_it_has_learned() -> None:
     assert tried(one, log, 3) == ["b:1", "a:1", "d:1"]
 
 
-def test_a_route_that_cannot_reach_where_it_was_sent_settles_elsewhere() -> None:
+def test_an_edge_that_cannot_reach_where_it_was_sent_settles_elsewhere() -> None:
     log: list[str] = []
-    one = route(log)
+    one = endpoints(log)
     one.learn(["a:1", "b:1"])
-    one.send_to("b:1")
+    run(one.send_to("b:1"))
     assert tried(one, log, 1) == ["b:1"]
     assert one.settled
     one.attached()
@@ -70,11 +71,11 @@ def test_a_route_that_cannot_reach_where_it_was_sent_settles_elsewhere() -> None
     assert tried(one, log, 1) == ["a:1"]
 
 
-def test_a_route_that_cannot_go_elsewhere_stays_and_settles() -> None:
+def test_an_edge_that_cannot_go_elsewhere_stays_and_settles() -> None:
     log: list[str] = []
-    one = route(log, fixed=True)
+    one = endpoints(log, fixed=True)
     one.learn(["b:1"])
-    one.send_to("b:1")
+    run(one.send_to("b:1"))
     assert one.settled
     assert tried(one, log, 2) == ["a:1", "a:1"]
 
@@ -84,7 +85,7 @@ def test_a_route_that_cannot_go_elsewhere_stays_and_settles() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("route")
+    folder = tmp_path_factory.mktemp("endpoints")
     return tiny_checkpoint("llama", folder / "model"), folder / "parts"
 
 
@@ -192,7 +193,7 @@ def test_a_worker_that_sheds_a_session_sees_it_go_to_the_other(pair: Pair) -> No
 def test_a_link_that_was_opened_anew_elsewhere_fences_the_older_session(pair: Pair) -> None:
     with pair.link() as link:
         twin = pair.both[1].link()
-        twin._link_id = link._link_id
+        twin._keeper._link_id = link._keeper._link_id
         with twin:
             twin.open(5)
             assert pair.sessions() == [1, 1]
@@ -218,7 +219,7 @@ def test_of_the_sessions_that_two_workers_took_at_once_the_oldest_stay(strangers
 def test_a_link_that_moves_is_not_over_the_quota_beside_itself(strangers: Pair) -> None:
     with strangers.both[0].link() as link, strangers.both[1].link() as moved:
         link.open(5)
-        moved._link_id = link._link_id
+        moved._keeper._link_id = link._keeper._link_id
         moved.open(5)
         before = Peer(strangers.address(0), "serving", strangers.both[0].server.sessions.entries())
         for _ in range(2 * REPORTS):  # the worker that it has left says for long that it is there

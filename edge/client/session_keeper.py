@@ -1,0 +1,402 @@
+"""One session after another with a cloud, and questions that are asked again until there is an answer.
+
+A broken stream, a draining worker, a frame that was changed on its way: each ends one session. The next one has new
+keys, and the same question goes out with a higher attempt. It also goes out again, a few times, where the cloud says
+that it failed. What cannot be helped by asking again (a refusal, another model behind the same address, a server that
+is not the pinned one) is raised.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from isthmus.common.errors import (
+    CheckpointError,
+    CloudFailedError,
+    ConfigError,
+    ConnectionLostError,
+    FingerprintError,
+    LocalProtocolError,
+    NonFiniteError,
+    OverQuotaError,
+    RefusedError,
+    RemoteProtocolError,
+    TooLateError,
+    UnreachableError,
+    VersionError,
+)
+from isthmus.common.terminal import printable
+from isthmus.edge.client.endpoints import Endpoints
+from isthmus.protocol import messages as m
+from isthmus.protocol.secure.keys import Fingerprint
+from isthmus.rpc.event_loop import CHECK_SECONDS, Check, run
+from isthmus.rpc.secure_stream import Observer, RedirectedError, SecureStream, Traffic
+from isthmus.rpc.transport import pauses
+
+LONGEST_PAUSE = 5.0
+"""Seconds between two attempts to reach the cloud."""
+PROTOCOL_FAULTS = 5
+"""In a row: bad luck ends, an attacker or a defect does not."""
+MAX_ATTEMPT = (1 << 16) - 1
+MAX_DEADLINE = 86_400
+"""Seconds."""
+
+R = TypeVar("R", bound=m.Message)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How long an edge waits, and what it says of its calls.
+
+    Attributes:
+        name: the cloud's name in messages.
+        give_up_after: seconds that the cloud may stay away.
+        call_timeout: seconds that one call may take.
+        interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
+        deadline: seconds within which the cloud has to compute a call, or else not to begin it; None for no deadline.
+
+    Raises:
+        ConfigError: The deadline is no length of time.
+    """
+
+    name: str
+    give_up_after: float = 600.0
+    call_timeout: float = 600.0
+    interactive: bool = False
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.deadline is not None and not 0 < self.deadline <= MAX_DEADLINE:
+            raise ConfigError(
+                f"a deadline of {self.deadline} s does not make sense: give more than 0 and at most {MAX_DEADLINE}"
+            )
+
+    def attach(self, link: bytes, *, settled: bool) -> m.Attach:
+        """What a session begins with."""
+        milliseconds = 0 if self.deadline is None else max(1, round(self.deadline * 1000))
+        return m.Attach(link, self.interactive, milliseconds, settled)
+
+
+class SiteAdapters(Protocol):
+    """Answers what the cloud asks in the middle of a call."""
+
+    @property
+    def questions(self) -> int:
+        """How often it may ask."""
+
+    def answer(self, question: m.SiteQuestion) -> m.SiteAnswer:
+        """The answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a question.
+
+    Attributes:
+        number: from 0.
+        session: the number of the session, from 1. A new one knows nothing of what was said in those before.
+        ask: asks something else first, whose answer has no body.
+    """
+
+    number: int
+    session: int
+    ask: Callable[[m.Message], m.Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[R]):
+    """What is asked until there is an answer.
+
+    Attributes:
+        kind: of the answer.
+        message: makes an attempt's message.
+        answer_bytes: the most bytes of the body of an answer, or of what the cloud asks in the middle.
+        visitor: answers what the cloud asks in the middle; None where it must not ask.
+        timeout: seconds that an attempt may take; None for the session's own.
+        patience: seconds that the cloud may stay away; None for the session's own.
+    """
+
+    kind: type[R]
+    message: Callable[[Attempt], m.Message]
+    answer_bytes: int = 0
+    visitor: SiteAdapters | None = None
+    timeout: float | None = None
+    patience: float | None = None
+
+
+class SessionKeeper:
+    """Keeps a session with a cloud. Threads that ask at a time wait for each other.
+
+    It is *new* until a first session stands, then *open* or *broken*, which the next question mends, and at last
+    *closed*.
+
+    Args:
+        endpoints: where the cloud's workers are.
+        pin: fingerprint of the cloud's root key.
+        key: the edge's key.
+        options: see there.
+        accept: called with what the cloud says of each new session; what it raises ends the session.
+
+    Attributes:
+        traffic: what has crossed so far.
+        observer: called at each phase of each question, see `isthmus.rpc.secure_stream.Observer`; may be replaced.
+        check: called a few times a second during a wait; what it raises ends the wait. May be replaced.
+    """
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        pin: Fingerprint,
+        key: Ed25519PrivateKey,
+        options: SessionOptions,
+        accept: Callable[[m.SessionInfo], None] = lambda info: None,
+    ) -> None:
+        self.traffic = Traffic()
+        self.observer: Observer = lambda question, phase: None
+        self.check: Check = lambda: None
+        self._endpoints = endpoints
+        self._pin = pin
+        self._key = key
+        self._options = options
+        self._accept = accept
+        self._link_id = os.urandom(m.LINK_BYTES)
+        self._info: m.SessionInfo | None = None
+        self._stream: SecureStream | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+        self._jitter = random.Random()  # noqa: S311 - spreads reconnects, is no secret
+
+    @property
+    def info(self) -> m.SessionInfo:
+        """What the cloud serves: the model's name and digest, the plan, limits."""
+        if self._info is None:
+            raise UnreachableError(f"the link to {self._options.name} has never been open: call open()")
+        return self._info
+
+    def open(self, timeout: float) -> None:
+        """Open the first session, within `timeout` seconds."""
+        with self._lock:
+            self._repeated(lambda attempt: self._session(), timeout, since=time.monotonic())
+
+    def close(self) -> None:
+        """Say goodbye and close."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+            self._closed = True
+            if stream is not None:
+                run(stream.close())
+            run(self._endpoints.close())
+
+    def drop(self) -> None:
+        """Abandon the session, if there is one; the next question opens another."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                run(stream.abandon())
+
+    def ask(self, kind: type[R], message: m.Message, *, answer_bytes: int = 0) -> R:
+        """Ask until there is an answer of this kind, whose body has at most `answer_bytes`; raises what `call` does."""
+        return self.call(Question(kind, lambda attempt: message, answer_bytes))
+
+    def call(self, question: Question[R]) -> R:
+        """Ask until there is an answer.
+
+        Raises:
+            UnreachableError: the cloud has stayed away for too long.
+            StashLostError: the cloud has forgotten the forward that is asked about.
+            IsthmusError: of whatever kind fits what the cloud answered.
+        """
+        patience = self._options.give_up_after if question.patience is None else question.patience
+        with self._lock:
+            start = time.perf_counter_ns()
+            try:
+                answer = self._repeated(lambda attempt: self._once(question, attempt), patience)
+            finally:
+                self.traffic.asking_ns += time.perf_counter_ns() - start
+            self.traffic.calls += 1
+            self._count(answer)
+            return answer
+
+    # Below: one attempt, and what follows when it fails ---------------------------------------------------------------
+
+    def _once(self, question: Question[R], number: int) -> R:
+        timeout = self._options.call_timeout if question.timeout is None else question.timeout
+        stream = self._session()
+        # Whatever interrupts this may leave a question half sent or an answer unread, which spoils the session.
+        try:
+            attempt = Attempt(number, self.traffic.sessions, lambda said: self._ask(stream, said, timeout, 0))
+            message = question.message(attempt)
+            answer = self._ask(stream, message, timeout, question.answer_bytes)
+            visitor, visits = question.visitor, 0
+            while visitor is not None and isinstance(answer, m.SiteQuestion) and _same_call(answer, message):
+                if visits == visitor.questions:
+                    raise RemoteProtocolError(f"the cloud asks about sites more than {visits} times in one call")
+                visits += 1
+                self._count(answer)
+                begun = time.perf_counter_ns()
+                reply = visitor.answer(answer)
+                self.traffic.sites_ns += time.perf_counter_ns() - begun
+                answer = self._ask(stream, reply, timeout, question.answer_bytes)
+        except BaseException:
+            self.drop()
+            raise
+        if isinstance(answer, m.Status) and not (question.kind is m.Status and answer.code == m.StatusCode.OK):
+            raise refusal(answer)
+        if not isinstance(answer, question.kind) or not _same_call(answer, message):
+            raise RemoteProtocolError(f"the cloud answered {type(message).__name__} with {type(answer).__name__}")
+        return answer
+
+    def _repeated(self, work: Callable[[int], T], patience: float, since: float | None = None) -> T:
+        """Do `work` until it succeeds, for `patience` seconds from the first failure (or from `since`) on."""
+        name = self._options.name
+        if self._closed:
+            raise LocalProtocolError(f"the link to {name} is closed: use its model inside `with connect(…) as link:`")
+        deadline = None if since is None else since + patience
+        faults = 0
+        for attempt, pause in enumerate(pauses(LONGEST_PAUSE, self._jitter)):
+            try:
+                return work(min(attempt, MAX_ATTEMPT))
+            except ConnectionLostError as error:
+                reason, faults = str(error), 0
+            except (RemoteProtocolError, FingerprintError, VersionError, CloudFailedError) as error:
+                # Once a cloud has been reached, a hello that does not fit may as well be one that was changed on its
+                # way; before, it is most likely another server's, or of another version.
+                if self._info is None and not isinstance(error, RemoteProtocolError):
+                    raise
+                reason, faults = str(error), faults + 1
+                if faults == PROTOCOL_FAULTS:
+                    raise
+            now = time.monotonic()
+            self.drop()
+            deadline = deadline or now + patience
+            if now >= deadline:
+                break
+            self._pause(min(pause, deadline - now))
+            self.traffic.retries += 1
+        raise UnreachableError(
+            f"the cloud at {name} stayed away for {patience:.0f} s ({reason}): check that it runs and can be reached"
+        )
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, and check now and then whether there is still something to wait for."""
+        while seconds > 0:
+            self.check()
+            time.sleep(min(seconds, CHECK_SECONDS))
+            seconds -= CHECK_SECONDS
+        self.check()
+
+    def _session(self) -> SecureStream:
+        """The open session, or a new one."""
+        if self._stream is None:
+            stream = self._run(self._opened())
+            try:
+                self._check_identity(stream.info)
+                self._accept(stream.info)
+            except BaseException:
+                run(stream.close())
+                raise
+            self._info, self._stream = stream.info, stream
+        return self._stream
+
+    async def _opened(self) -> SecureStream:
+        """A new session with the chosen worker, or with the one where that sends us."""
+        endpoints = self._endpoints
+        while True:
+            try:
+                stream = await SecureStream.open(
+                    await endpoints.open(),
+                    self._pin,
+                    self._key,
+                    self._options.attach(self._link_id, settled=endpoints.settled),
+                    traffic=self.traffic,
+                    observer=self._observe,
+                )
+            except RedirectedError as sent:
+                if endpoints.settled:
+                    raise RemoteProtocolError("the cloud sends the edge on from where it has sent it") from None
+                endpoints.learn(sent.workers.addresses)
+                await endpoints.send_to(sent.workers.go_to)
+            except RefusedError as error:
+                await endpoints.failed()
+                if self._info is None and not endpoints.settled:
+                    raise
+                # It took us before, and may again: a worker that drains, say. Or another one has sent us there.
+                raise ConnectionLostError(str(error)) from None
+            except (ConnectionLostError, FingerprintError):
+                await endpoints.failed()
+                raise
+            else:
+                endpoints.attached()
+                if stream.workers:
+                    endpoints.learn(stream.workers)
+                return stream
+
+    def _check_identity(self, info: m.SessionInfo) -> None:
+        if self._info is not None and _identity(info) != _identity(self._info):
+            raise CheckpointError(
+                f"the cloud at {self._options.name} now serves {_described(info)}, another model than "
+                f"{_described(self._info)} before: start the run anew, or serve the old model again"
+            )
+
+    def _ask(self, stream: SecureStream, message: m.Message, timeout: float, answer_bytes: int) -> m.Message:
+        return self._run(stream.ask(message, timeout, answer_bytes)).message
+
+    def _observe(self, question: str, phase: str) -> None:
+        self.observer(question, phase)  # looked up each time: it may be replaced while a session is open
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return run(work, self.check)
+
+    def _count(self, answer: m.Message) -> None:
+        if isinstance(answer, m.Timed):
+            self.traffic.compute_ns += answer.compute_ns
+            self.traffic.queue_ns += answer.queue_ns
+            self.traffic.crypto_ns += answer.crypto_ns
+
+
+class StashLostError(Exception):
+    """The cloud has forgotten a forward: its input has to go along with the backward."""
+
+
+def _same_call(answer: m.Message, message: m.Message) -> bool:
+    return getattr(answer, "id", None) == getattr(message, "id", None)
+
+
+def _identity(info: m.SessionInfo) -> tuple[str, ...]:
+    """What has to stay the same for the span to give the same numbers."""
+    return info.digest, info.plan, info.span_dtype, info.attn_implementation
+
+
+def _described(info: m.SessionInfo) -> str:
+    return (
+        f"{info.model} (digest {info.digest[:16]}) split {info.plan} in {info.span_dtype} with "
+        f"{info.attn_implementation} attention"
+    )
+
+
+def refusal(status: m.Status) -> Exception:
+    """What a status that is not OK means for the edge."""
+    said = printable(status.message)
+    match status.code:
+        case m.StatusCode.ACTIVATIONS_LOST:
+            return StashLostError()
+        case m.StatusCode.NON_FINITE:
+            return NonFiniteError(f"the cloud refused the call (not finite): {said}")
+        case m.StatusCode.DRAINING:
+            return ConnectionLostError(said)
+        case m.StatusCode.OVER_QUOTA:
+            return OverQuotaError(f"the cloud refused the call (over quota): {said}")
+        case m.StatusCode.TOO_LATE:
+            return TooLateError(f"the cloud refused the call (too late): {said}")
+        case code:
+            kind = CloudFailedError if code == m.StatusCode.INTERNAL else RefusedError
+            return kind(f"the cloud refused the call ({code.name.lower().replace('_', ' ')}): {said}")
