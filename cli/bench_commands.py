@@ -17,6 +17,7 @@ from isthmus.experiments.rigs.abuse.abuse_command import abuse
 from isthmus.experiments.rigs.chaos.chaos_command import chaos
 from isthmus.experiments.rigs.network.link_bench_command import link
 from isthmus.experiments.serving.qos_command import qos
+from isthmus.experiments.serving.scheduler_command import scheduler
 from isthmus.experiments.serving.tenants_command import tenants
 
 bench = typer.Typer(help="Measure; every figure in the documents comes from one of these.", no_args_is_help=True)
@@ -27,6 +28,7 @@ bench.command()(kernels)
 bench.command()(quantize)
 bench.command()(tenants)
 bench.command()(qos)
+bench.command()(scheduler)
 bench.command()(chaos)
 bench.command()(abuse)
 

@@ -342,10 +342,8 @@ def _is_masked(inputs: m.SpanInputs) -> bool:
 
 # Calls of several sessions in one pass --------------------------------------------------------------------------------
 
-FORWARD = Kind("forward", "forward", anywhere=True)
-"""Forwards that nothing is kept of: another one follows."""
-KEPT_FORWARD = Kind("kept forward", "backward", opens=True, anywhere=True)
-BACKWARD = Kind("backward", "kept forward", closes=True, anywhere=True)
+FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forward", "kept forward", "backward"))
+"""Forwards that nothing is kept of, those before a backward, and backwards."""
 
 
 def kind_of(message: m.Message) -> Kind | None:

@@ -55,11 +55,10 @@ class _Begun:
     @property
     def kind(self) -> Kind:
         """That of its next step."""
-        places = sorted(set(self.pauses.values()))
         if self.asked is None:
-            return first_kind(self.message, places)
+            return first_kind(self.message)
         phase, site = self.asked
-        return next_kind(self.message, places, phase, self.pauses[site])
+        return next_kind(phase, self.pauses[site])
 
 
 @dataclass(slots=True)
@@ -181,8 +180,7 @@ class SiteCalls:
         if isinstance(message, m.SiteAnswer):
             begun = self._begun.get(message.id.call)
             return None if begun is None else begun.kind
-        sites = self._lists.get(message.sites)
-        return None if sites is None else first_kind(message, sorted(set(sites.pauses.values())))
+        return first_kind(message) if message.sites in self._lists else None
 
     def positions(self, message: m.SiteAnswer) -> int:
         """Token positions of the call that an answer lets go on; 0 if it has not asked. The event loop may ask."""

@@ -31,9 +31,10 @@ def qos(
         int | None, typer.Option(min=1, help="torch threads; by default all cores that it may use.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often both schedulers have their turn.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """See what the scheduler does for interactive calls among training: latency, missed deadlines, throughput.
+    """Compare the scheduler with the former one: latency and deadlines of interactive calls, throughput.
 
     Example: isthmus bench qos --json
     """
@@ -41,7 +42,7 @@ def qos(
 
     settings = QosSettings(
         model, edge_layers, numbers_of(loads, "loads"), seconds, interactive_share, interactive_tokens,
-        training_tokens, deadline, tenants, threads or usable_cores(), seed,
+        training_tokens, deadline, tenants, threads or usable_cores(), seed, rounds,
     )  # fmt: skip
     result = to_its_end(lambda: run_qos(settings))
     if as_json:

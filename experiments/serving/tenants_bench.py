@@ -151,7 +151,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "tokens_per_s": statistics.median(each.tenants.throughput for each in done),
         "single_tokens_per_s": statistics.median(each.single for each in done),
         **({"growth": growth} if growth else {}),
-        **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts")},
+        **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts", "cloud_options")},
     }
 
 
