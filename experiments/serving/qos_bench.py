@@ -124,8 +124,8 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
 
     Returns:
         `runs`: `arrivals`, `load`, `policy`, `round`; `throughput` in token positions per second, a training call's
-        counted for its forward and its backward; `p50_s` and `p99_s` of the interactive calls that were answered; `missed`, the
-        share of them that were refused or late.
+        counted for its forward and its backward; `p50_s` and `p99_s` of the interactive calls that were answered;
+        `missed`, the share of them that were refused or late.
 
     Raises:
         ConfigError: The settings leave nothing to compare.
