@@ -205,12 +205,10 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds that a call is held back at most, for others to share its batch, or memory."),
     ] = BOUNDS.engine.max_wait,
-    max_lead: Annotated[
+    interactive_lead: Annotated[
         float,
-        typer.Option(
-            min=0, help="Seconds that an edge may be ahead of its share, by interactive calls or with several sessions."
-        ),
-    ] = BOUNDS.engine.max_lead,
+        typer.Option(min=0, help="Seconds of computing that interactive calls may put an edge ahead of training."),
+    ] = BOUNDS.engine.interactive_lead,
     compute_threads: Annotated[
         int, typer.Option(min=1, help="Batches that each worker computes at a time; they share its --threads.")
     ] = BOUNDS.engine.compute_threads,
@@ -281,7 +279,7 @@ def serve(
             engine=EngineOptions(
                 max_batch_tokens=max_batch_tokens,
                 max_wait=max_wait,
-                max_lead=max_lead,
+                interactive_lead=interactive_lead,
                 compute_threads=compute_threads,
                 state_bytes=None if state_bytes is None else parse_size(state_bytes),
                 trim_heap=trim_heap,

@@ -22,8 +22,8 @@ class EngineOptions:
             of it, and a larger batch only makes others wait for its end.
         max_wait: seconds that a request is held back at most though it could begin, for batching partners or for memory
             of forward states. Longer than an edge on a busy core computes between two calls of a step.
-        max_lead: seconds that a tenant may be ahead of its share, by interactive requests or with several sessions. As
-            long as a person may be kept waiting by another tenant's.
+        interactive_lead: seconds of computing, over its weight, that a tenant may be ahead of the others' training by
+            interactive requests, so that nobody gets more by calling everything interactive. A few calls' worth.
         compute_threads: batches that may run at a time, each with its part of the torch threads, so that a pass does
             not wait at every product for a core that an edge or another pass is on.
         state_bytes: forward states that sessions at work leave before further forwards wait; None for half of what the
@@ -34,7 +34,7 @@ class EngineOptions:
 
     max_batch_tokens: int = 512
     max_wait: float = 2.0
-    max_lead: float = 1.0
+    interactive_lead: float = 2.0
     compute_threads: int = 2
     state_bytes: int | None = None
     trim_heap: bool = True

@@ -228,7 +228,7 @@ def start_engine(
     limits = SchedulerLimits(
         max_batch_tokens=options.max_batch_tokens,
         max_wait=options.max_wait if batching else 0.0,
-        max_lead=options.max_lead,
+        interactive_lead=options.interactive_lead,
         compute_threads=compute_threads,
         smallest=math.inf if found is None else found.rows or 1,
         compute_bytes=executor.compute_bytes,

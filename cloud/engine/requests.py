@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 class TooLate(Exception):  # noqa: N818 - tells the gateway what to answer, is never shown to anybody
-    """A request could not be computed by its deadline, and was not begun."""
+    """A request's deadline has passed before it could begin."""
 
 
 @dataclass(frozen=True, slots=True)

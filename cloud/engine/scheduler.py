@@ -5,15 +5,15 @@ Pure, with an injected clock. docs/scheduler.md has the formulas, and what each 
 - **Fairness.** Each tenant has a virtual time: the seconds of computing that it has had, divided by its weight. The
   lowest goes first (the virtual token counter of Sheng et al. 2024, arXiv 2401.00588, in seconds). A tenant that was
   away is lifted to the present (start-time fair queueing, Goyal et al. 1996). Of a session one request runs at a time.
-- **Interactive first.** Interactive requests go before training while their tenant is at most `max_lead` ahead.
+- **Interactive first.** Interactive requests go before training while their tenant is at most `interactive_lead` ahead.
 - **Batches.** A batch has requests of one kind: the first one, and what others have waiting, lowest virtual time first,
   up to `max_batch_tokens`, and up to an even part, for each compute thread, of all that is at work.
 - **Waiting for partners.** A training batch that is not full waits for sessions that are expected back.
 - **Pacing.** A tenant with several sessions is held to its share of the time while other tenants are at work.
 - **Memory.** What runs takes at most `compute_bytes`. A request that would leave a forward state waits while there are
   `state_bytes` of them.
-- **Rates and deadlines.** A tenant over its rate begins nothing new. A request that cannot be done by its deadline, by
-  its tenant's measured pace, is refused.
+- **Rates and deadlines.** A tenant over its rate begins nothing new. A request whose deadline has passed is refused. A
+  batch is no larger than keeps the deadlines of all, by their tenants' measured pace.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SchedulerLimits:
         max_batch_tokens: Token positions of a batch at most.
         max_wait: Seconds that a request is held back at most, though it could begin, for batching partners or for
             memory of forward states. A session that has been silent for so long is not at work.
-        max_lead: Seconds that a tenant may be ahead of its share.
+        interactive_lead: Seconds of computing, over its weight, that a tenant may be ahead by interactive requests.
         compute_threads: Batches that may run at a time.
         smallest: Token positions of a request that may share a batch, at least; infinity where none may.
         compute_bytes: Memory of all that runs at a time; one request alone may take more.
@@ -50,7 +50,7 @@ class SchedulerLimits:
 
     max_batch_tokens: int = 512
     max_wait: float = 2.0
-    max_lead: float = 1.0
+    interactive_lead: float = 2.0
     compute_threads: int = 1
     smallest: float = 1
     compute_bytes: float = math.inf
@@ -141,7 +141,7 @@ class Scheduler:
         lowest, reserved = min(times.values(), default=0.0), 0
 
         def rank(request: Request[Any]) -> tuple[bool, float, float]:
-            first = request.interactive and times[request.tenant] <= lowest + self._limits.max_lead
+            first = request.interactive and times[request.tenant] <= lowest + self._limits.interactive_lead
             return not first, times[request.tenant], request.since
 
         for first in sorted(ready, key=rank):
@@ -176,7 +176,7 @@ class Scheduler:
             tenant.charge(spent - charged)
             if request.positions:
                 part = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
-                tenant.pace(now - seconds, spent, part, self._limits.max_lead)
+                tenant.pace(now - seconds, spent, part)
             if positions and kind is not None and not failed:
                 self._pace.setdefault(kind.name, {})[request.tenant] = seconds / positions
             if kind is not None and not request.interactive and request.session not in self._over:
@@ -186,7 +186,7 @@ class Scheduler:
             self._present = max(self._present, *(self._tenants[each.tenant].virtual_time for each in batch))
 
     def take_late(self) -> list[Request[Any]]:
-        """The requests that cannot be done by their deadlines, and do not wait any longer; each once."""
+        """The requests whose deadlines have passed, and which do not wait any longer; each once."""
         self._refuse(self._clock())
         late, self._late = self._late, []
         return late
@@ -200,7 +200,7 @@ class Scheduler:
         for request in self._waiting:
             tenant = self._tenants[request.tenant]
             waits = (now + tenant.overdrawn, tenant.paced_until, request.since + self._limits.max_wait)
-            moments += [moment for moment in (*waits, self._latest_start(request)) if moment > now]
+            moments += [moment for moment in (*waits, _deadline(request)) if moment > now]
         return min(moments)
 
     def cancel(self, session: bytes) -> list[Request[Any]]:
@@ -333,7 +333,7 @@ class Scheduler:
         since = min(each.since for each in batch)
         seconds = self._seconds(batch) * (positions + sum(expected)) / positions
         until = since + min(seconds, self._limits.max_wait)
-        return min(until, *((since + self._latest_start(each)) / 2 for each in batch))
+        return min(until, *(_deadline(each) - self._seconds(batch) for each in batch))
 
     def _seconds(self, requests: Iterable[Request[Any]]) -> float:
         """How long requests take, by the pace of their tenants at such work; by the quickest's where it has none."""
@@ -344,13 +344,8 @@ class Scheduler:
                 total += request.positions * known.get(request.tenant, min(known.values()))
         return total
 
-    def _latest_start(self, request: Request[Any]) -> float:
-        """When a request is refused unless it has begun: never before half of its time, so that no guess bars it."""
-        latest = _deadline(request) - self._seconds([request])
-        return max(latest, (request.since + _deadline(request)) / 2)
-
     def _refuse(self, now: float) -> None:
-        self._late += self._take_out([each for each in self._waiting if self._latest_start(each) < now])
+        self._late += self._take_out([each for each in self._waiting if _deadline(each) < now])
 
 
 def _deadline(request: Request[Any]) -> float:

@@ -48,10 +48,9 @@ class TenantAccount:
         """Add seconds of computing, or take back some that were charged too many."""
         self.virtual_time += seconds / self.share.weight
 
-    def pace(self, begun: float, seconds: float, part: float, max_lead: float) -> None:
+    def pace(self, begun: float, seconds: float, part: float) -> None:
         """Note that work which began at a moment has taken so many seconds, where it may have a part of the time.
 
-        This is the generic cell rate algorithm (ITU-T I.371): each second of work moves `paced_until` on by `1 / part`
-        seconds, and time in which nothing was wanted counts, up to `max_lead` seconds.
+        Each second of work moves `paced_until` on by `1 / part` seconds: the generic cell rate algorithm (ITU-T I.371).
         """
-        self.paced_until = max(self.paced_until, begun - max_lead) + seconds / part
+        self.paced_until = max(self.paced_until, begun) + seconds / part

@@ -42,11 +42,18 @@ class _WithoutEvenParts(Scheduler):
         return math.inf
 
 
-class _WithoutPace(Scheduler):
-    """A request is refused when its deadline is over."""
+class _WithPace(Scheduler):
+    """A request is refused once it cannot be in time by its tenant's pace, but not in the first half of its time."""
 
-    def _latest_start(self, request: Request[Any]) -> float:
-        return math.inf if request.deadline is None else request.deadline
+    def _refuse(self, now: float) -> None:
+        super()._refuse(now)
+        hopeless = [
+            each
+            for each in self._waiting
+            if each.deadline is not None
+            and now > max(each.deadline - self._seconds([each]), (each.since + each.deadline) / 2)
+        ]
+        self._late += self._take_out(hopeless)
 
 
 LIMITS = SchedulerLimits(compute_threads=2, state_bytes=STATE_ROOM)
@@ -83,7 +90,7 @@ POLICIES = (
     Policy("shipped, no waiting for partners", _WithoutWaiting),
     Policy("shipped, no pacing", _WithoutPacing),
     Policy("shipped, no even parts", _WithoutEvenParts),
-    Policy("shipped, deadlines without pace", _WithoutPace),
+    Policy("shipped, hopeless requests refused", _WithPace),
     replace(SHIPPED, name="shipped, no limit of states", limits=replace(SHIPPED.limits, state_bytes=math.inf)),
     replace(SHIPPED, name="shipped, one compute thread", limits=replace(SHIPPED.limits, compute_threads=1)),
     FORMER,

@@ -191,47 +191,40 @@ def paced(per_position: float = 0.1) -> Worker:
     return worker
 
 
-def test_what_cannot_be_done_in_time_is_refused_before_it_begins() -> None:
-    worker = paced(0.1)  # ten positions take a second
-    worker.add("chat", kind=None, interactive=True, positions=10)
-    for session, deadline in (("b", 1.9), ("c", 2.1)):
-        worker.add(session, deadline=deadline)
-    worker.add("d")
-    assert worker.turn(0.1) == ["chat"]
-    assert worker.turn(0.1) == ["c"]  # with d beside it, it would be late
+def test_a_request_whose_deadline_has_passed_is_refused_and_never_begun() -> None:
+    worker = paced()
+    worker.add("b", deadline=1.0)
+    worker.now += 1.0
+    assert worker.scheduler.take_late() == []
+    worker.now += 0.01
+    assert worker.turn() == []
     assert names(worker.scheduler.take_late()) == ["b"]
-    assert worker.turn(0.1) == ["d"]
     assert worker.scheduler.take_late() == []
 
 
-def test_a_bad_guess_keeps_nobody_out() -> None:
-    worker = paced(100.0)  # something held the worker up
-    worker.add("b", deadline=1.0)
-    assert worker.turn(0.01) == ["b"]
+def test_a_batch_takes_nobody_along_who_would_make_a_deadline_be_missed() -> None:
+    worker = paced(0.1)  # ten positions take a second
+    worker.add("b", deadline=1.5)
+    worker.add("c")
+    assert [worker.turn(0.1), worker.turn(0.1)] == [["b"], ["c"]]
+    worker.add("b", deadline=2.5)
+    worker.add("c")
+    assert worker.turn(0.1) == ["b", "c"]
 
 
-def test_what_computed_nothing_says_nothing_of_the_pace() -> None:
+def test_the_pace_is_the_tenant_s_own_and_what_computed_nothing_says_nothing_of_it() -> None:
     worker = paced(0.1)
-    for _ in range(20):
-        worker.add("a")
-        worker.turn(0.00001, computed=False)  # refused
-    worker.add("b", positions=20, deadline=1.0)  # two seconds
-    worker.now += 0.6
-    assert worker.turn() == []
-    assert names(worker.scheduler.take_late()) == ["b"]
-
-
-def test_a_tenant_whose_positions_take_long_has_no_other_s_requests_refused() -> None:
-    worker = worker_with(max_wait=0.0)
-    for session, per_position in (("b", 0.001), ("long", 0.1)):
-        worker.add(session, positions=20)
-        worker.turn(per_position)
-    worker.add("b", positions=20, deadline=1.0)
-    worker.now += 0.9  # it takes 0.02 seconds, and not 2
-    assert worker.turn(0.001) == ["b"]
-    worker.add("long", positions=20, deadline=1.0)
-    worker.now += 0.9
-    assert names(worker.scheduler.take_late()) == ["long"]
+    worker.add("quick")
+    worker.turn(0.001)
+    worker.add("a")
+    worker.turn(0.00001, computed=False)  # refused
+    for partner, together in (("quick", 2), ("a", 1)):
+        worker.add("new", deadline=0.5)  # at the quickest's pace as long as nothing is known of its own
+        worker.add(partner)
+        assert len(worker.begin()) == together
+        worker = paced(0.1)
+        worker.add("quick")
+        worker.turn(0.001)
 
 
 def test_a_wait_for_partners_keeps_the_deadline() -> None:
@@ -257,7 +250,7 @@ def test_a_request_that_waits_for_its_rate_is_refused_in_time() -> None:
         assert worker.turn() == []
         worker.pass_time()
     assert names(late) == ["limited2"]
-    assert worker.now - since == pytest.approx(5.0 - 50 * 0.01, abs=0.06)
+    assert worker.now - since == pytest.approx(5.0, abs=0.06)
 
 
 # In general -----------------------------------------------------------------------------------------------------------

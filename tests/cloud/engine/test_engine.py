@@ -270,10 +270,10 @@ def test_bits_decide_what_is_batched_and_with_how_many_threads(
 
 
 def test_the_operator_s_options_reach_the_scheduler(executor: Executor) -> None:
-    options = EngineOptions(max_batch_tokens=7, max_wait=3.0, max_lead=4.0, compute_threads=3, state_bytes=99)
+    options = EngineOptions(max_batch_tokens=7, max_wait=3.0, interactive_lead=4.0, compute_threads=3, state_bytes=99)
     found = start_engine(executor, 4, options, batching=True).engine
     limits = found._scheduler._limits
-    assert (limits.max_batch_tokens, limits.max_wait, limits.max_lead) == (7, 3.0, 4.0)
+    assert (limits.max_batch_tokens, limits.max_wait, limits.interactive_lead) == (7, 3.0, 4.0)
     assert (limits.compute_threads, limits.state_bytes, len(found._threads)) == (3, 99, 3)
     assert found._trimmer is not None
     found.shutdown(cancel=True)

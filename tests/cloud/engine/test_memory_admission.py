@@ -7,7 +7,7 @@ from support.scheduled import BACKWARD, FORWARD, Worker, names
 
 from isthmus.cloud.engine.scheduler import SchedulerLimits
 
-LIMITS = SchedulerLimits(max_wait=0.5, state_bytes=100, smallest=float("inf"), max_lead=float("inf"))
+LIMITS = SchedulerLimits(max_wait=0.5, state_bytes=100, smallest=float("inf"))
 
 
 def holding(**states: int) -> Worker:

@@ -15,18 +15,19 @@ from isthmus.cloud.engine.scheduler import SchedulerLimits
 
 
 class Alone(Worker):
-    """A worker that computes each request by itself; notes whose turns it has done, and their seconds."""
+    """A worker that computes each request by itself; notes whose turns it has done, and their seconds.
+
+    Tenants have one session, which may have several requests, so that nobody is paced.
+    """
 
     def __init__(self, **limits: Any) -> None:
-        super().__init__(SchedulerLimits(**{"smallest": float("inf"), "max_wait": 0.0, "max_lead": 2.0, **limits}))
+        super().__init__(SchedulerLimits(**{"smallest": float("inf"), "max_wait": 0.0, **limits}))
         self.seconds: Counter[str] = Counter()
-        self.added = 0
 
     def ask(self, tenant: str, count: int = 1, **options: Any) -> None:
-        """Let requests of a tenant wait, each of a session of its own."""
+        """Let requests of a tenant wait."""
         for _ in range(count):
-            self.added += 1
-            self.scheduler.add(request(f"{tenant}{self.added}", **options))
+            self.scheduler.add(request(tenant, **options))
 
     def take(self, seconds: float = 1.0) -> str | None:
         """Do the next request, which takes so long; returns whose it was."""
@@ -108,7 +109,7 @@ def test_a_tenant_that_comes_and_goes_has_its_turn_next() -> None:
 
 
 def test_interactive_requests_come_first_as_long_as_their_tenant_is_not_far_ahead() -> None:
-    worker = Alone(max_lead=2.0)
+    worker = Alone(interactive_lead=2.0)
     worker.ask("training", 40)
     worker.ask("chat", 40, interactive=True)
     order = worker.takes(40)
@@ -206,7 +207,7 @@ def test_overdue_is_what_waits_for_longer_than_it_may_be_held_back() -> None:
 def test_a_tenant_with_several_sessions_is_held_to_its_share_while_others_are_at_work(
     sessions: int, paced: bool
 ) -> None:
-    worker = Worker(SchedulerLimits(max_wait=2.0, max_lead=0.0))
+    worker = Worker(SchedulerLimits())
     worker.add("a", kind=None)
     worker.add(*(f"flood{number}" for number in range(sessions)), kind=None)
     for _ in range(2):
@@ -224,7 +225,7 @@ def test_a_tenant_with_several_sessions_is_held_to_its_share_while_others_are_at
 
 
 def test_interactive_requests_are_not_paced() -> None:
-    worker = Worker(SchedulerLimits(max_lead=0.0))
+    worker = Worker(SchedulerLimits())
     worker.add("a", "flood1", "flood2", kind=None)
     while worker.scheduler.waiting().get("flood") != 1:
         worker.end(worker.begin(), 0.5)
@@ -301,13 +302,13 @@ REQUESTS = st.lists(
 def test_everything_is_done_once_and_the_worker_never_idles_while_something_may_begin(
     asked: list[tuple[str, bool, int, float]],
 ) -> None:
-    worker = Alone(max_lead=float("inf"))  # nothing is paced
+    worker = Alone()
     seconds = {}
     for number, (tenant, interactive, positions, length) in enumerate(asked):
         share = Share(1.0, 20.0) if tenant == "c" else Share()
-        each = request(f"{tenant}{number}", positions, share=share, interactive=interactive)
+        each = request(tenant, positions, share=share, interactive=interactive, nbytes=number)
         worker.scheduler.add(each)
-        seconds[each.session] = length
+        seconds[number] = length
     done: list[Request[Any]] = []
     while len(worker.scheduler):
         batch = worker.begin()
@@ -316,8 +317,8 @@ def test_everything_is_done_once_and_the_worker_never_idles_while_something_may_
             worker.pass_time()
             continue
         done += batch
-        worker.end(batch, seconds[batch[0].session])
-    assert sorted(each.session for each in done) == sorted(seconds)
+        worker.end(batch, seconds[batch[0].nbytes])
+    assert sorted(each.nbytes for each in done) == sorted(seconds)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.floats(0.1, 2.0)), min_size=50, max_size=80))

@@ -25,11 +25,8 @@ def test_a_charge_is_by_weight() -> None:
     assert account.virtual_time == 1.5
 
 
-def test_work_is_paced_by_its_part_and_idle_time_counts_within_the_lead() -> None:
+def test_work_is_paced_by_its_part() -> None:
     account = TenantAccount(Share(), 0.0, 0.0)
-    account.pace(10.0, 1.0, 0.25, max_lead=0.0)
-    assert account.paced_until == 14.0
-    account.pace(12.0, 1.0, 0.25, max_lead=0.0)
-    assert account.paced_until == 18.0
-    account.pace(100.0, 1.0, 0.25, max_lead=3.0)
-    assert account.paced_until == 101.0
+    for begun, until in ((10.0, 14.0), (12.0, 18.0), (100.0, 104.0)):
+        account.pace(begun, 1.0, 0.25)
+        assert account.paced_until == until
