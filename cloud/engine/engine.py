@@ -19,10 +19,11 @@ import torch
 
 from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_batch_invariance
 from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.heap_trimming import HeapTrimmer
 from isthmus.cloud.engine.requests import Request, TooLate
-from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler, SchedulerLimits
+from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
 
 R = TypeVar("R")
 

@@ -20,41 +20,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from isthmus.cloud.engine.answered_sessions import AnsweredSessions
+from isthmus.cloud.engine.batching import Batching, MeasuredPace, SchedulerLimits, deadline_of
 from isthmus.cloud.engine.memory_admission import MemoryAdmission, Snapshot
 from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.engine.tenant_account import TenantAccount
 
 POLL_SECONDS = 0.05
 """What changes with time alone, such as who is expected back, is looked at so often."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What the scheduler keeps to.
-
-    Attributes:
-        max_batch_tokens: Token positions of a batch at most.
-        max_wait: Seconds that a request is held back at most, though it could begin, for batching partners or for
-            memory of forward states. A session that has been silent for so long is not at work.
-        interactive_lead: Seconds of computing, over its weight, that a tenant may be ahead by interactive requests.
-        compute_threads: Batches that may run at a time.
-        smallest: Token positions of a request that may share a batch, at least; infinity where none may.
-        compute_bytes: Memory of all that runs at a time; one request alone may take more.
-        state_bytes: Memory of the forward states of the sessions at work.
-    """
-
-    max_batch_tokens: int = 512
-    max_wait: float = 2.0
-    interactive_lead: float = 2.0
-    compute_threads: int = 1
-    smallest: float = 1
-    compute_bytes: float = math.inf
-    state_bytes: float = math.inf
 
 
 class Scheduler:
@@ -65,6 +41,8 @@ class Scheduler:
         limits: What it keeps to.
         held: Returns session -> bytes of the forward states that it has in memory now.
     """
+
+    batching = Batching
 
     def __init__(
         self,
@@ -80,7 +58,8 @@ class Scheduler:
         self._answered = AnsweredSessions(own.max_wait)
         self._tenants: dict[str, TenantAccount] = {}
         self._present = 0.0  # the lowest virtual time of those that wanted something at the last turn
-        self._pace: dict[str, dict[str, float]] = {}  # kind -> tenant -> seconds that a token position took last
+        self._pace = MeasuredPace()
+        self._batching = self.batching(own, self._memory, self._pace)
         self._over: set[bytes] = set()  # sessions that were cancelled while their requests ran
         self._late: list[Request[Any]] = []
         self._partners_until: float | None = None  # when the first batch that waits for partners waits no longer
@@ -119,8 +98,7 @@ class Scheduler:
             tenant = self._tenants[request.tenant] = TenantAccount(request.share, self._present, now)
         tenant.refill(now)
         tenant.share = request.share
-        if not tenant.busy:
-            tenant.virtual_time = max(tenant.virtual_time, self._present)
+        tenant.virtual_time = self._standing(tenant)
         tenant.busy += 1
         self._answered.asks(request.session, now)
         self._waiting.append(request)
@@ -139,6 +117,8 @@ class Scheduler:
         ready = [each for each in self._first_of_each_session() if self._may_begin(each, snapshot)]
         times = {each.tenant: self._tenants[each.tenant].virtual_time for each in ready}
         lowest, reserved = min(times.values(), default=0.0), 0
+        at_work = {name: self._standing(self._tenants[name]) for name in snapshot.at_work}
+        away = [last for last in self._answered.expected(now) if not self._tenants[last.tenant].busy]
 
         def rank(request: Request[Any]) -> tuple[bool, float, float]:
             first = request.interactive and times[request.tenant] <= lowest + self._limits.interactive_lead
@@ -148,8 +128,8 @@ class Scheduler:
             if parallel and not (first.kind and first.kind.parallel):
                 reserved = max(reserved, first.nbytes)  # small requests are not to keep it out
                 continue
-            batch = self._batch(first, ready, reserved, snapshot)
-            until = self._waits_until(batch, snapshot)
+            batch = self._batching.batch(first, ready, at_work, reserved, snapshot)
+            until = self._batching.waits_until(batch, away, snapshot)
             if until > now:
                 self._partners_until = min(until, self._partners_until or until)
                 continue
@@ -178,7 +158,7 @@ class Scheduler:
                 part = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
                 tenant.pace(now - seconds, spent, part)
             if positions and kind is not None and not failed:
-                self._pace.setdefault(kind.name, {})[request.tenant] = seconds / positions
+                self._pace.measured(kind, request.tenant, seconds / positions)
             if kind is not None and not request.interactive and request.session not in self._over:
                 self._answered.answered(request.session, request.tenant, now, request.positions)
         self._over.difference_update(request.session for request in batch)
@@ -200,7 +180,7 @@ class Scheduler:
         for request in self._waiting:
             tenant = self._tenants[request.tenant]
             waits = (now + tenant.overdrawn, tenant.paced_until, request.since + self._limits.max_wait)
-            moments += [moment for moment in (*waits, _deadline(request)) if moment > now]
+            moments += [moment for moment in (*waits, deadline_of(request)) if moment > now]
         return min(moments)
 
     def cancel(self, session: bytes) -> list[Request[Any]]:
@@ -213,6 +193,10 @@ class Scheduler:
     def clear(self) -> list[Request[Any]]:
         """Take out everything."""
         return self._take_out(list(self._waiting))
+
+    def _standing(self, tenant: TenantAccount) -> float:
+        """A tenant's virtual time; of one that is away, what it will be when it asks again."""
+        return tenant.virtual_time if tenant.busy else max(tenant.virtual_time, self._present)
 
     def _refill(self, now: float) -> None:
         for tenant in self._tenants.values():
@@ -227,7 +211,7 @@ class Scheduler:
     def _begin(self, batch: Sequence[Request[Any]]) -> None:
         for request in batch:
             self._waiting.remove(request)
-            tenant, charge = self._tenants[request.tenant], self._seconds([request])
+            tenant, charge = self._tenants[request.tenant], self._pace.seconds([request])
             tenant.charge(charge)  # what it takes in fact is charged at its end
             self._running[request.session] = request, charge
             if tenant.share.positions_per_second is not None and not request.continues:
@@ -268,95 +252,5 @@ class Scheduler:
             return False
         return self._within_rate(request) and self._memory.can_keep(request, [], snapshot)
 
-    def _may_share(self, request: Request[Any]) -> bool:
-        return request.kind is not None and request.positions >= self._limits.smallest
-
-    def _even_part(self, snapshot: Snapshot) -> float:
-        """Token positions of a batch, so that each compute thread has an even part of all that is at work."""
-        if self._limits.compute_threads == 1:
-            return math.inf
-        return sum(sum(of_one.values()) for of_one in snapshot.at_work.values()) / self._limits.compute_threads
-
-    def _may_grow(self, positions: int, more: int, part: float) -> bool:
-        """Whether so many more positions in a batch bring it nearer to its even part, within `max_batch_tokens`."""
-        return positions + more / 2 <= part and positions + more <= self._limits.max_batch_tokens
-
-    def _batch(
-        self, first: Request[Any], ready: Iterable[Request[Any]], reserved: int, snapshot: Snapshot
-    ) -> list[Request[Any]]:
-        """What is computed together with a request, so that all keep their deadlines, and reserved memory stays free.
-
-        Of a tenant there are several requests in it only as far as that puts it ahead of nobody at work.
-        """
-        batch = [first]
-        if not self._may_share(first):
-            return batch
-        times = {}  # of those that are away, what they will have when they ask again
-        for name in snapshot.at_work:
-            tenant = self._tenants[name]
-            times[name] = tenant.virtual_time if tenant.busy else max(tenant.virtual_time, self._present)
-        times[first.tenant] += self._seconds(batch) / first.share.weight
-        pool = [each for each in ready if each is not first and self._may_share(each)]
-        pool = [each for each in pool if _alike(each, first)]
-        part = self._even_part(snapshot)
-        while pool:
-            request = min(pool, key=lambda each: (times[each.tenant], each.since))
-            pool.remove(request)
-            ahead = times[request.tenant] > min(
-                (time for name, time in times.items() if name != request.tenant), default=math.inf
-            )
-            if ahead and any(each.tenant == request.tenant for each in batch):
-                continue
-            together = [*batch, request]
-            if (
-                self._may_grow(sum(each.positions for each in batch), request.positions, part)
-                and snapshot.now + self._seconds(together) <= min(map(_deadline, together))
-                and self._memory.can_run(together, reserved, snapshot)
-                and self._memory.can_keep(request, batch, snapshot)
-            ):
-                batch = together
-                times[request.tenant] += self._seconds([request]) / request.share.weight
-        return batch
-
-    def _waits_until(self, batch: Sequence[Request[Any]], snapshot: Snapshot) -> float:
-        """How long a batch waits for partners; at most as long as computing it with them takes, and `max_wait`.
-
-        They are the sessions that are expected back and whose tenants have nothing else here.
-        """
-        if batch[0].interactive or not self._may_share(batch[0]):
-            return snapshot.now
-        positions, part = sum(each.positions for each in batch), self._even_part(snapshot)
-        away = (last for last in self._answered.expected(snapshot.now) if not self._tenants[last.tenant].busy)
-        expected = [last.positions for last in away if self._may_grow(positions, last.positions, part)]
-        if not expected:
-            return snapshot.now
-        since = min(each.since for each in batch)
-        seconds = self._seconds(batch) * (positions + sum(expected)) / positions
-        until = since + min(seconds, self._limits.max_wait)
-        return min(until, *(_deadline(each) - self._seconds(batch) for each in batch))
-
-    def _seconds(self, requests: Iterable[Request[Any]]) -> float:
-        """How long requests take, by the pace of their tenants at such work; by the quickest's where it has none."""
-        total = 0.0
-        for request in requests:
-            known = self._pace.get(request.kind.name) if request.kind else None
-            if known:
-                total += request.positions * known.get(request.tenant, min(known.values()))
-        return total
-
     def _refuse(self, now: float) -> None:
-        self._late += self._take_out([each for each in self._waiting if _deadline(each) < now])
-
-
-def _deadline(request: Request[Any]) -> float:
-    return math.inf if request.deadline is None else request.deadline
-
-
-def _alike(one: Request[Any], other: Request[Any]) -> bool:
-    """Whether two requests may share a batch."""
-    return (
-        one.kind is not None
-        and other.kind is not None
-        and one.kind.name == other.kind.name
-        and one.interactive == other.interactive
-    )
+        self._late += self._take_out([each for each in self._waiting if deadline_of(each) < now])

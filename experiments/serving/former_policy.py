@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.engine.scheduler import Scheduler as ShippedScheduler, SchedulerLimits
+from isthmus.cloud.engine.scheduler import Scheduler as ShippedScheduler
 from isthmus.experiments.serving.former_requests import Batching, Job, Kind, Share
 from isthmus.experiments.serving.former_scheduler import Scheduler as OldScheduler
 

@@ -6,13 +6,15 @@ A mechanism of the shipped scheduler is switched off in a subclass of it, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from isthmus.cloud.engine.answered_sessions import Answered
+from isthmus.cloud.engine.batching import Batching, SchedulerLimits
 from isthmus.cloud.engine.memory_admission import Snapshot
 from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.engine.scheduler import Scheduler, SchedulerLimits
+from isthmus.cloud.engine.scheduler import Scheduler
 from isthmus.experiments.serving.former_policy import FormerScheduler
 from isthmus.experiments.serving.simulated_cloud import STATE_ROOM, MakeScheduler
 
@@ -20,11 +22,23 @@ FORMER_ROOM = 287.0
 """Token positions for whose forward states the former scheduler has room."""
 
 
-class _WithoutWaiting(Scheduler):
+class _NoWait(Batching):
     """Batches wait for no partners."""
 
-    def _waits_until(self, batch: Sequence[Request[Any]], snapshot: Snapshot) -> float:
+    def waits_until(self, batch: Sequence[Request[Any]], away: Iterable[Answered], snapshot: Snapshot) -> float:
+        """See `Batching`."""
         return snapshot.now
+
+
+class _WholeBatches(Batching):
+    """A batch takes all that waits, up to `max_batch_tokens`."""
+
+    def _even_part(self, snapshot: Snapshot) -> float:
+        return math.inf
+
+
+class _WithoutWaiting(Scheduler):
+    batching = _NoWait
 
 
 class _WithoutPacing(Scheduler):
@@ -36,10 +50,7 @@ class _WithoutPacing(Scheduler):
 
 
 class _WithoutEvenParts(Scheduler):
-    """A batch takes all that waits, up to `max_batch_tokens`."""
-
-    def _even_part(self, snapshot: Snapshot) -> float:
-        return math.inf
+    batching = _WholeBatches
 
 
 class _WithPace(Scheduler):
@@ -51,7 +62,7 @@ class _WithPace(Scheduler):
             each
             for each in self._waiting
             if each.deadline is not None
-            and now > max(each.deadline - self._seconds([each]), (each.since + each.deadline) / 2)
+            and now > max(each.deadline - self._pace.seconds([each]), (each.since + each.deadline) / 2)
         ]
         self._late += self._take_out(hopeless)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.requests import Kind, Request, Share
-from isthmus.cloud.engine.scheduler import Scheduler, SchedulerLimits
+from isthmus.cloud.engine.scheduler import Scheduler
 
 FORWARD, BACKWARD = Kind("forward", parallel=True), Kind("backward", parallel=True)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 from support.scheduled import BACKWARD, FORWARD, Worker, names, request
 
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.requests import Kind, Request, Share
-from isthmus.cloud.engine.scheduler import SchedulerLimits
 
 
 def worker_with(**limits: float) -> Worker:

@@ -22,10 +22,11 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import load_span
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine import engine as engine_module
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import Engine, start_engine
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
-from isthmus.cloud.engine.scheduler import Scheduler, SchedulerLimits
+from isthmus.cloud.engine.scheduler import Scheduler
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.scheduled import BACKWARD, FORWARD, Worker, names
 
-from isthmus.cloud.engine.scheduler import SchedulerLimits
+from isthmus.cloud.engine.batching import SchedulerLimits
 
 LIMITS = SchedulerLimits(max_wait=0.5, state_bytes=100, smallest=float("inf"))
 

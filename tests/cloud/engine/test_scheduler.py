@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 from support.scheduled import FORWARD, Worker, names, request
 
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.requests import Request, Share
-from isthmus.cloud.engine.scheduler import SchedulerLimits
 
 
 class Alone(Worker):
