@@ -237,7 +237,7 @@ def start_engine(
     )
     engine = Engine(
         threads,
-        Scheduler(time.monotonic, limits, executor.held) if make_scheduler is None else make_scheduler(limits),
+        Scheduler(time.monotonic, limits, executor.cache.held) if make_scheduler is None else make_scheduler(limits),
         compute_threads=compute_threads,
         all_threads_from=0.0 if found is None else found.all_threads_from,
         is_computed=is_computed,

@@ -281,13 +281,6 @@ def test_a_limit_of_the_process_s_control_group_counts(tmp_path: Path) -> None:
 # What others have to do with it ---------------------------------------------------------------------------------------
 
 
-def test_one_tenant_s_calls_say_nothing_of_another_s_room(tenant: TenantSession) -> None:
-    before = tenant.executor.room
-    packed = (torch.arange(LONGEST) % 5)[None]
-    tenant.handle(forward(inputs(1, LONGEST, packed)))  # with a mask, whose state is larger for each position
-    assert tenant.executor.room == before < float("inf")
-
-
 def test_a_basis_from_an_svd_is_computed_once_for_all_sessions(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     original = site_host.site_basis
