@@ -17,7 +17,8 @@ from typing import Any
 from isthmus.backbone.families import check_positions
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
+from isthmus.cloud.engine.activation_cache import Key, StashLost
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests
 from isthmus.cloud.engine.paused_batches import Step, take_steps
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.fault_points import reached

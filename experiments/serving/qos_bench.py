@@ -25,9 +25,10 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import SpanInput, load_span
+from isthmus.cloud.engine.activation_cache import Key
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import start_engine
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Key
+from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
 from isthmus.cloud.engine.scheduler import Scheduler
 from isthmus.common.errors import ConfigError

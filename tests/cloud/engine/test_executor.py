@@ -21,7 +21,8 @@ from isthmus.backbone.runtime.graph_memory import KeptBytes
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
 from isthmus.cloud.engine import executor as executor_module
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients, StashLost
+from isthmus.cloud.engine.activation_cache import StashLost
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients
 
 A, B = b"session a", b"session b"
 BIG = 1 << 30
