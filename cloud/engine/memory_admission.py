@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,11 @@ class MemoryAdmission:
     state_bytes: float
     max_wait: float
 
-    def can_run(self, requests: Iterable[Request[Any]], reserved: int, snapshot: Snapshot) -> bool:
-        """Whether requests fit beside what runs and what is reserved; anything does where that is nothing."""
+    def can_run(self, requests: Sequence[Request[Any]], reserved: int, snapshot: Snapshot) -> bool:
+        """Whether requests fit beside what runs and what is reserved; one alone does where that is nothing."""
         taken = snapshot.running_bytes + reserved
-        return not taken or taken + sum(each.nbytes for each in requests) <= self.compute_bytes
+        alone = not taken and len(requests) == 1
+        return alone or taken + sum(each.nbytes for each in requests) <= self.compute_bytes
 
     def can_keep(self, request: Request[Any], batch: Sequence[Request[Any]], snapshot: Snapshot) -> bool:
         """Whether the forward state that a request would leave fits beside the others', and those of its batch.

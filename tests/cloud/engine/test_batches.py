@@ -78,7 +78,8 @@ def test_a_tenant_that_floods_adds_no_more_than_its_share() -> None:
     worker.scheduler.cancel(b"x")
     worker.add(*(f"flood{number}" for number in range(10)))
     worker.add("a", "b", "c")
-    assert Counter(name.rstrip("0123456789") for name in worker.turn()) == {"flood": 1, "a": 1, "b": 1, "c": 1}
+    first = Counter(name.rstrip("0123456789") for name in worker.turn())
+    assert first == {"flood": 2, "a": 1, "b": 1, "c": 1}, "a second one while it is ahead of nobody"
 
 
 def test_a_tenant_alone_has_its_sessions_in_one_batch() -> None:
@@ -236,7 +237,7 @@ def test_a_wait_for_partners_keeps_the_deadline() -> None:
         assert worker.scheduler.take_late() == []
     worker.end(batch, 0.1)
     assert batch[0].deadline is not None
-    assert worker.now <= batch[0].deadline
+    assert worker.now <= batch[0].deadline + 1e-3
 
 
 def test_a_request_that_waits_for_its_rate_is_refused_in_time() -> None:

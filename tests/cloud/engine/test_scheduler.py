@@ -207,16 +207,16 @@ def test_overdue_is_what_waits_for_longer_than_it_may_be_held_back() -> None:
 def test_a_tenant_with_several_sessions_is_held_to_its_share_while_others_are_at_work(
     sessions: int, paced: bool
 ) -> None:
-    worker = Worker(SchedulerLimits())
-    worker.add("a", kind=None)
-    worker.add(*(f"flood{number}" for number in range(sessions)), kind=None)
-    for _ in range(2):
-        worker.end(worker.begin(), 0.5)
-    worker.add("flood0", kind=None)
-    worker.add("a", kind=FORWARD)
-    worker.end(worker.begin(), 0.0)
+    worker = Worker(SchedulerLimits(smallest=float("inf")))
+    worker.add("a", *(f"flood{number}" for number in range(sessions)))
+    for session in ("a", "flood0"):
+        batch = worker.begin()
+        assert names(batch) == [session]
+        worker.end(batch, 0.5)
+    if not paced:
+        worker.add("flood0")
     batch = worker.begin()
-    assert (batch == []) is paced  # two tenants: half of the time is its own, so it rests for as long as it worked
+    assert (batch == []) is paced  # of two tenants each has half of the time, so it rests for as long as it worked
     while not batch:
         worker.pass_time()
         batch = worker.begin()
@@ -225,16 +225,13 @@ def test_a_tenant_with_several_sessions_is_held_to_its_share_while_others_are_at
 
 
 def test_interactive_requests_are_not_paced() -> None:
-    worker = Worker(SchedulerLimits())
-    worker.add("a", "flood1", "flood2", kind=None)
-    while worker.scheduler.waiting().get("flood") != 1:
+    worker = Worker(SchedulerLimits(smallest=float("inf")))
+    worker.add("a", "flood1", "flood2")
+    for _ in range(2):
         worker.end(worker.begin(), 0.5)
-    worker.add("flood3", kind=None, interactive=True)
-    done = []
-    while batch := worker.begin():
-        done += names(batch)
-        worker.end(batch, 0.0)
-    assert "flood3" in done
+    assert worker.begin() == []
+    worker.add("flood3", interactive=True)
+    assert names(worker.begin()) == ["flood3"]
 
 
 # Memory of what runs --------------------------------------------------------------------------------------------------
