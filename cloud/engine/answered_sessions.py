@@ -56,4 +56,5 @@ class AnsweredSessions:
 
     def expected(self, now: float) -> Iterator[Answered]:
         """Of these, the ones that have been away for no more than twice as long as the last time."""
-        return (last for _, last in self.at_work(now) if now - last.at <= 2 * last.returned_after)
+        back = (last for _, last in self.at_work(now) if last.returned_after)
+        return (last for last in back if now - last.at <= 2 * last.returned_after)
