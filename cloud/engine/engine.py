@@ -51,7 +51,7 @@ class Engine:
         is_computed: Callable[[Any], bool] = lambda _: True,
         trim_growth: float | None = None,
     ) -> None:
-        self._scheduler = scheduler or Scheduler(time.monotonic)
+        self._scheduler = Scheduler(time.monotonic) if scheduler is None else scheduler  # an empty one is false
         self._all_threads_from, self._is_computed = all_threads_from, is_computed
         self._torch_threads = threads
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
