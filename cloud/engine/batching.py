@@ -70,7 +70,8 @@ class Batching:
     memory: MemoryAdmission
     pace: MeasuredPace
 
-    def _may_share(self, request: Request[Any]) -> bool:
+    def may_share(self, request: Request[Any]) -> bool:
+        """Whether a request may share a batch."""
         return request.kind is not None and request.positions >= self.limits.smallest
 
     def _even_part(self, snapshot: Snapshot) -> float:
@@ -103,10 +104,10 @@ class Batching:
             snapshot: How things are.
         """
         batch, times = [first], dict(virtual_times)
-        if not self._may_share(first):
+        if not self.may_share(first):
             return batch
         times[first.tenant] += self.pace.seconds(batch) / first.share.weight
-        pool = [each for each in ready if each is not first and self._may_share(each)]
+        pool = [each for each in ready if each is not first and self.may_share(each)]
         pool = [each for each in pool if _alike(each, first)]
         part = self._even_part(snapshot)
         while pool:
@@ -136,7 +137,7 @@ class Batching:
             away: The sessions that are expected back.
             snapshot: How things are.
         """
-        if batch[0].interactive or not self._may_share(batch[0]):
+        if batch[0].interactive or not self.may_share(batch[0]):
             return snapshot.now
         positions, part = sum(each.positions for each in batch), self._even_part(snapshot)
         expected = [last.positions for last in away if self._may_grow(positions, last.positions, part)]

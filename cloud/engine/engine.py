@@ -144,7 +144,7 @@ class Engine:
             failed = [each for each in batch if not self._was_computed(each.future)]
         finally:
             with self._changed:
-                if batch[0].kind is not None:
+                if self._scheduler.may_share(batch[0]):
                     self._batched += len(batch)
                     self._batches += 1
                 self._scheduler.finished(batch, time.perf_counter() - start, failed)
@@ -171,7 +171,7 @@ class Engine:
                 return batch, threads
 
     def _threads_for(self, batch: Sequence[Request[Any]]) -> int:
-        if not batch or batch[0].kind is None:
+        if not batch or not self._scheduler.may_share(batch[0]):
             return self._torch_threads
         smallest = min(request.positions for request in batch)
         alone = self._scheduler.sessions_at_work() <= 1 and smallest >= self._all_threads_from

@@ -90,6 +90,10 @@ class Scheduler:
         """How many sessions have a request here, or were answered within `max_wait`."""
         return sum(map(len, self._at_work(self._clock()).values()))
 
+    def may_share(self, request: Request[Any]) -> bool:
+        """Whether a request may share a batch."""
+        return self._batching.may_share(request)
+
     def add(self, request: Request[Any]) -> None:
         """Let a request wait for its turn. The requests of a session keep their order."""
         request.since = now = self._clock()

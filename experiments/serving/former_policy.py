@@ -43,6 +43,10 @@ class FormerScheduler(ShippedScheduler):
         """See `Scheduler`."""
         return self._old.dated
 
+    def may_share(self, request: Request[Any]) -> bool:
+        """See `Scheduler`."""
+        return request.kind is not None
+
     def add(self, request: Request[Any]) -> None:
         """See `Scheduler`."""
         now, kind = self._seconds_now(), None

@@ -267,7 +267,7 @@ def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteH
         elif stash == "inputs":
             for entry in executor.cache._entries.values():
                 if entry.graph is not None:
-                    executor._drop(entry.graph)
+                    executor.cache._drop(entry.graph)
 
     play(edges, forget, lambda ready: order.sample(list(ready), order.randint(1, len(ready))))
     for mine, theirs in zip(edges, expected, strict=True):

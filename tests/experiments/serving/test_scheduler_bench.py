@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.serving.scheduler_bench import REAL_OPTIONS, SchedulerSettings
 from isthmus.experiments.serving.scheduler_policies import POLICIES, SHIPPED
@@ -32,7 +34,7 @@ def test_one_edge_alone_takes_what_its_step_takes() -> None:
 
 
 def test_a_backward_without_those_of_its_forward_costs_more() -> None:
-    unlimited = next(policy for policy in POLICIES if policy.name == "shipped, no limit of states")
+    unlimited = replace(SHIPPED, limits=SchedulerLimits(compute_threads=1))
 
     def seconds(sessions: int) -> float:
         """Of the backwards of so many of eight sessions whose forwards had a pass together."""
