@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from isthmus.cloud.bounds import Bounds
+from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.protocol.limits import Pace
 
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
@@ -198,6 +198,36 @@ def serve(
         float,
         typer.Option(min=1, help="Seconds until a session ends, between two calls; the edge opens another."),
     ] = BOUNDS.max_session_age,
+    max_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Token positions of a batch of several edges' calls, at most.")
+    ] = BOUNDS.engine.max_batch_tokens,
+    max_wait: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that a call is held back at most, for others to share its batch, or memory."),
+    ] = BOUNDS.engine.max_wait,
+    interactive_lead: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds of computing that interactive calls may put an edge ahead of training."),
+    ] = BOUNDS.engine.interactive_lead,
+    compute_threads: Annotated[
+        int, typer.Option(min=1, help="Batches that each worker computes at a time; they share its --threads.")
+    ] = BOUNDS.engine.compute_threads,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Forward states of the edges at work, before further forwards wait; by default half of what the "
+            "span's weights take. Those of silent edges count against --stash-bytes only."
+        ),
+    ] = None,
+    trim_heap: Annotated[
+        bool, typer.Option(help="Give free memory back to the system while several edges are at work.")
+    ] = BOUNDS.engine.trim_heap,
+    paused_calls: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Calls of each worker that may wait for edges' adapters in the middle; each has a thread."
+        ),
+    ] = BOUNDS.engine.paused_calls,
 ) -> None:
     """Serve a model's middle layers until SIGTERM or Ctrl-C; prints the connection string for the edges.
 
@@ -247,6 +277,15 @@ def serve(
             pace=Pace(stall_seconds, parse_size(least_rate), message_seconds),
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
+            engine=EngineOptions(
+                max_batch_tokens=max_batch_tokens,
+                max_wait=max_wait,
+                interactive_lead=interactive_lead,
+                compute_threads=compute_threads,
+                state_bytes=None if state_bytes is None else parse_size(state_bytes),
+                trim_heap=trim_heap,
+                paused_calls=paused_calls,
+            ),
         ),
     )
     if not run(options, ready=typer.echo):

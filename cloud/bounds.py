@@ -14,6 +14,34 @@ REVIEW_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How one worker computes for several sessions. docs/scheduler.md has the formulas.
+
+    Attributes:
+        max_batch_tokens: token positions of a batch at most. With so many, what a pass takes by itself is a few percent
+            of it, and a larger batch only makes others wait for its end.
+        max_wait: seconds that a request is held back at most though it could begin, for batching partners or for memory
+            of forward states. Longer than an edge on a busy core computes between two calls of a step.
+        interactive_lead: seconds of computing, over its weight, that a tenant may be ahead of the others' training by
+            interactive requests, so that nobody gets more by calling everything interactive. A few calls' worth.
+        compute_threads: batches that may run at a time, each with its part of the torch threads, so that a pass does
+            not wait at every product for a core that an edge or another pass is on.
+        state_bytes: forward states that sessions at work leave before further forwards wait; None for half of what the
+            span's weights take, so that many tenants take less than a second copy of the span.
+        trim_heap: whether free memory goes back to the system while batches run beside each other.
+        paused_calls: calls with sites of all sessions that may have begun and not ended. Each has a thread.
+    """
+
+    max_batch_tokens: int = 512
+    max_wait: float = 2.0
+    interactive_lead: float = 2.0
+    compute_threads: int = 2
+    state_bytes: int | None = None
+    trim_heap: bool = True
+    paused_calls: int = 16
+
+
+@dataclass(frozen=True, slots=True)
 class Bounds:
     """The bounds of one worker's data plane.
 
@@ -31,6 +59,7 @@ class Bounds:
         linger_seconds: how long a gRPC call may take to end once its handler has returned; then its connection is
             closed, as its peer takes nothing. A session has in addition the time that its answers may take to arrive at
             the least rate of `pace`.
+        engine: how it computes for several sessions.
     """
 
     max_connections: int = 1024
@@ -44,6 +73,7 @@ class Bounds:
     pings_per_minute: int = 60
     max_session_age: float = 86_400.0
     linger_seconds: float = 2.0
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 class Allowance:

@@ -1,61 +1,276 @@
-"""The compute threads of one executor: how many lanes, and what may share a pass without a change of any bit."""
+"""The engine: compute threads that take requests in the scheduler's order, batch by batch.
+
+Everything that touches the span or the activation cache runs on a compute thread, and all but batches of calls without
+sites on the first one. With two compute threads, each has half of torch's threads, whose number belongs to the thread
+that sets it. A session that is alone at work has all of them, where its bits do not depend on that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_batch_invariance
-from isthmus.cloud.engine.compute_threads import LANES, Dispatcher
+from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Batching
+from isthmus.cloud.engine.heap_trimming import HeapTrimmer
+from isthmus.cloud.engine.requests import Request, TooLate
+from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
+
+R = TypeVar("R")
+
+
+class Engine:
+    """The threads that compute for all sessions.
+
+    Args:
+        threads: torch threads, of all compute threads together.
+        scheduler: Says which requests are computed next, on the clock `time.monotonic`.
+        compute_threads: How many batches may run at a time.
+        all_threads_from: Token positions from which a request of a session that is alone at work has all torch
+            threads; smaller ones would have other bits with them.
+        is_computed: Whether a result was computed, and not refused.
+        trim_growth: Bytes by which the process may grow before its heap is trimmed; None where it never is.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        scheduler: Scheduler | None = None,
+        *,
+        compute_threads: int = 1,
+        all_threads_from: float = 0.0,
+        is_computed: Callable[[Any], bool] = lambda _: True,
+        trim_growth: float | None = None,
+    ) -> None:
+        self._scheduler = Scheduler(time.monotonic) if scheduler is None else scheduler  # an empty one is false
+        self._all_threads_from, self._is_computed = all_threads_from, is_computed
+        self._torch_threads = threads
+        self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
+        self._changed = threading.Condition()
+        self._ending = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"compute {number}", daemon=True)
+            for number in range(compute_threads)
+        ]
+        self._trimmer = None if trim_growth is None else HeapTrimmer(self.sessions_at_work, trim_growth)
+        self._deadlines, self._ended = threading.Event(), threading.Event()
+        for thread in (*self._threads, threading.Thread(target=self._keep_deadlines, name="deadlines", daemon=True)):
+            thread.start()
+
+    def submit(self, request: Request[R]) -> Future[R]:
+        """Have a request computed when its turn comes.
+
+        Returns:
+            The request's future, which raises `TooLate` where its deadline cannot be kept.
+
+        Raises:
+            RuntimeError: The engine is ending.
+        """
+        with self._changed:
+            if self._ending:
+                raise RuntimeError("the engine takes no more requests")
+            self._scheduler.add(request)
+            self._changed.notify_all()
+        if request.deadline is not None:
+            self._deadlines.set()
+        return request.future
+
+    def cancel(self, session: bytes) -> None:
+        """Cancel what waits of a session."""
+        with self._changed:
+            gone = self._scheduler.cancel(session)
+        for request in gone:
+            request.future.cancel()
+
+    def waiting(self) -> Mapping[str, int]:
+        """How many requests of each tenant wait."""
+        with self._changed:
+            return self._scheduler.waiting()
+
+    def overdue(self) -> int:
+        """How many requests have waited for longer than for batching partners or memory."""
+        with self._changed:
+            return self._scheduler.overdue()
+
+    def sessions_at_work(self) -> int:
+        """How many sessions have a request here, or had one lately."""
+        with self._changed:
+            return self._scheduler.sessions_at_work()
+
+    @property
+    def calls_per_pass(self) -> float:
+        """How many requests have shared a batch on average, of those that may; 0 before the first."""
+        with self._changed:
+            return self._batched / self._batches if self._batches else 0.0
+
+    def shutdown(self, *, cancel: bool) -> None:
+        """Take no more requests, and end once those that wait are computed, or, with `cancel`, cancelled."""
+        self._ended.set()
+        self._deadlines.set()
+        if self._trimmer is not None:
+            self._trimmer.shutdown()
+        with self._changed:
+            self._ending = True
+            gone = self._scheduler.clear() if cancel else []
+            self._changed.notify_all()
+        for request in gone:
+            request.future.cancel()
+        if not cancel:
+            for thread in self._threads:
+                thread.join()
+
+    def _run(self, number: int) -> None:
+        while self._turn(number):
+            pass
+
+    def _turn(self, number: int) -> bool:
+        """Compute one batch; nothing of it stays here while the next one is waited for. False at the end."""
+        batch, threads = self._take(number)
+        if not batch:
+            return False
+        start, failed = time.perf_counter(), batch
+        try:
+            torch.set_num_threads(threads)
+            _compute(batch)
+            failed = [each for each in batch if not self._was_computed(each.future)]
+        finally:
+            with self._changed:
+                if self._scheduler.may_share(batch[0]):
+                    self._batched += len(batch)
+                    self._batches += 1
+                self._scheduler.finished(batch, time.perf_counter() - start, failed)
+                self._changed.notify_all()
+        if self._trimmer is not None:
+            self._trimmer.worked()
+        return True
+
+    def _was_computed(self, future: Future[Any]) -> bool:
+        return not future.cancelled() and future.exception() is None and self._is_computed(future.result())
+
+    def _take(self, number: int) -> tuple[list[Request[Any]], int]:
+        """Wait for the next batch, and for how many torch threads; empty at the end."""
+        while True:
+            with self._changed:
+                batch = self._scheduler.next(parallel=number > 0)
+                late = self._scheduler.take_late()
+                threads, over = self._threads_for(batch), self._ending and not len(self._scheduler)
+                if not batch and not late and not over:
+                    ready = self._scheduler.ready_at()
+                    self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)
+            _refuse(late)
+            if batch or over:
+                return batch, threads
+
+    def _threads_for(self, batch: Sequence[Request[Any]]) -> int:
+        if not batch or not self._scheduler.may_share(batch[0]):
+            return self._torch_threads
+        smallest = min(request.positions for request in batch)
+        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= self._all_threads_from
+        return self._torch_threads if alone else max(1, self._torch_threads // len(self._threads))
+
+    def _keep_deadlines(self) -> None:
+        """Refuse what has become too late, also while all threads compute."""
+        while self._deadlines.wait() and not self._ended.wait(POLL_SECONDS):
+            with self._changed:
+                late = self._scheduler.take_late()
+                if not self._scheduler.has_deadlines:
+                    self._deadlines.clear()
+            _refuse(late)
 
 
 @dataclass(frozen=True, slots=True)
-class Computing:
+class ComputeSetup:
     """What computes for an executor.
 
     Attributes:
-        dispatcher: The compute threads.
+        engine: The compute threads.
         invariance: What was measured of the span's products; None without batching.
-        threads_of_a_call: torch threads of a call that computes on a thread of its own, as it may pause: those of a
-            lane where bits depend on it.
+        threads_of_a_call: torch threads of a call that computes on a thread of its own, as it may pause: all of them,
+            or those of a compute thread where bits depend on their number.
     """
 
-    dispatcher: Dispatcher
+    engine: Engine
     invariance: BatchInvariance | None
     threads_of_a_call: int
 
 
-def compute_threads(
-    executor: Executor, threads: int, *, batching: bool, computed: Callable[[Any], bool] = lambda _: True
-) -> Computing:
+def start_engine(
+    executor: Executor,
+    threads: int,
+    options: EngineOptions | None = None,
+    *,
+    batching: bool,
+    is_computed: Callable[[Any], bool] = lambda _: True,
+    make_scheduler: Callable[[SchedulerLimits], Scheduler] | None = None,
+) -> ComputeSetup:
     """Start what computes for an executor.
 
     Args:
-        executor: What its passes run on.
-        threads: torch threads, of all lanes together.
-        batching: Whether calls of several sessions may share a pass.
-        computed: `Dispatcher`'s.
+        executor: What the batches run on.
+        threads: torch threads, of all compute threads together.
+        options: The operator's.
+        batching: Whether requests of several sessions may share a batch.
+        is_computed: `Engine`'s.
+        make_scheduler: Makes another scheduler than `Scheduler`, for comparison.
     """
-    if not batching:
-        return Computing(
-            Dispatcher(threads, computed=computed, growth=executor.working_bytes, memory=executor.compute_bytes),
-            None,
-            threads,
-        )
-    lanes = min(LANES if executor.side_by_side else 1, threads)
-    invariance = measure_batch_invariance(executor.host.span, threads, threads // lanes)
-    dispatcher = Dispatcher(
-        threads,
-        Batching(smallest=invariance.rows or 1),
-        computed=computed,
-        room=lambda: executor.room,
-        lanes=lanes,
-        growth=executor.working_bytes,
-        all_threads_from=invariance.all_threads_from,
-        memory=executor.compute_bytes,
+    options = options or EngineOptions()
+    compute_threads = min(options.compute_threads if batching and executor.side_by_side else 1, threads)
+    found = measure_batch_invariance(executor.host.span, threads, threads // compute_threads) if batching else None
+    state_bytes = options.state_bytes or executor.span_bytes / 2
+    limits = SchedulerLimits(
+        max_batch_tokens=options.max_batch_tokens,
+        max_wait=options.max_wait if batching else 0.0,
+        interactive_lead=options.interactive_lead,
+        compute_threads=compute_threads,
+        smallest=math.inf if found is None else found.rows or 1,
+        compute_bytes=executor.compute_bytes,
+        state_bytes=state_bytes,
     )
-    same = invariance.all_threads_from <= (invariance.rows or 0)
-    return Computing(dispatcher, invariance, threads if same else threads // lanes)
+    engine = Engine(
+        threads,
+        Scheduler(time.monotonic, limits, executor.cache.held) if make_scheduler is None else make_scheduler(limits),
+        compute_threads=compute_threads,
+        all_threads_from=0.0 if found is None else found.all_threads_from,
+        is_computed=is_computed,
+        trim_growth=state_bytes if options.trim_heap else None,
+    )
+    same_bits = found is None or found.all_threads_from <= (found.rows or 0)
+    return ComputeSetup(engine, found, threads if same_bits else threads // compute_threads)
+
+
+def _compute(batch: Sequence[Request[Any]]) -> None:
+    """Compute a batch, or one request alone, and hand out what comes of it, errors too."""
+    wanted = [request for request in batch if request.future.set_running_or_notify_cancel()]
+    if not wanted:
+        return
+    run_batch = wanted[0].run_batch
+    try:
+        if run_batch is None or len(wanted) == 1:
+            results = [wanted[0].run()]
+        else:
+            results = list(run_batch([request.item for request in wanted]))
+    except BaseException as error:  # noqa: BLE001  # raised again by whoever waits
+        for request in wanted:
+            request.future.set_exception(error)
+    else:
+        for request, result in zip(wanted, results, strict=True):
+            if isinstance(result, Exception):
+                request.future.set_exception(result)
+            else:
+                request.future.set_result(result)
+
+
+def _refuse(late: Sequence[Request[Any]]) -> None:
+    """Say that requests are too late. Not under the engine's lock: whoever waits for them may ask it something."""
+    for request in late:
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_exception(TooLate())

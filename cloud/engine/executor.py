@@ -1,25 +1,16 @@
-"""The span's executor: forward, input gradient, and the stash of forward states between the two.
+"""The span's executor: forward, and the gradient of the input.
 
-A worker is a pure function of its input, because the backbone is frozen. The stash is therefore only ever a saving of
-time: whatever it has forgotten is computed again, and the answer has the same bits.
-
-    kept     autograd graph of the forward; backward costs one backward
-    input    the graph was evicted, the span's input is still here; backward costs one forward more
-    lost     nothing is here; `StashLost` asks the edge to send the input again
-
-All of it lives within one budget of bytes, over all sessions of the worker. Over budget, the oldest graphs shrink to
-their inputs first; if that is not enough, the oldest inputs go.
+A worker is a pure function of its input, because the backbone is frozen. Between a forward and its backward, the state
+of the forward is in the activation cache; what that has forgotten is computed again, with the same bits.
 
 Calls of several sessions may share a pass (`isthmus.backbone.runtime.sequence_packing`), and then a graph. Their
-backwards share one too where they come together. One that comes alone takes the shared graph, with nothing for the
+backwards share one too where they are in one batch. One that comes alone takes the shared graph, with nothing for the
 others, or computes its own forward again, whichever is less work; the bits are the same.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +19,7 @@ from torch import Tensor
 
 from isthmus.backbone.checkpoints.weight_quantization import largest_weight
 from isthmus.backbone.runtime.batched_products import BatchingPartners
-from isthmus.backbone.runtime.call_memory import CallMemory, call_memory
+from isthmus.backbone.runtime.call_memory import call_memory
 from isthmus.backbone.runtime.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.runtime.sequence_packing import Packer
 from isthmus.backbone.runtime.site_host import SiteHost
@@ -37,6 +28,15 @@ from isthmus.backbone.runtime.sited_pass import BoundSites, SiteAdapters, SitedP
 from isthmus.backbone.sites.leasing import LeasedWeights
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
+from isthmus.cloud.engine.activation_cache import (
+    ActivationCache,
+    CacheCounters,
+    Entry,
+    Graph,
+    Key,
+    StashLost,
+    Taken,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,6 @@ class Gradients:
     recomputed: bool = False
 
 
-class StashLost(Exception):  # noqa: N818 - a signal between the executor and the tenant's session, never shown to anybody
-    """The forward state of this call is gone and its input with it; the edge has to send the input again."""
-
-
-Key = tuple[bytes, int]  # (session id, call)
-
-
 @dataclass(frozen=True, slots=True)
 class BackwardCall:
     """A backward without sites.
@@ -98,61 +91,6 @@ class BackwardCall:
     replay: SpanInput | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Graph:
-    outputs: dict[Key, Tensor]  # of the calls whose backward is yet to begin
-    left: set[Key]  # the calls whose backward has not gone through it, and may yet
-    positions: int  # of all calls that it was built for
-    nbytes: int
-    visit: SitedPass | None = None  # the pass that it was built in; None without sites
-    turn: threading.Lock = field(default_factory=threading.Lock)  # one backward goes through it at a time
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    inputs: SpanInput  # the executor's own copy, in the span's dtype; its hidden states are the root of the graph
-    specs: tuple[SiteSpec, ...] = ()  # the sites that the forward has visited
-    graph: _Graph | None = None  # None after eviction
-
-    def wipe(self) -> None:
-        """Overwrite the activations that crossed the strip.
-
-        What the graph held besides is freed, which is best effort.
-        """
-        self.graph = None
-        self.inputs.hidden.detach().zero_()
-
-
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """A backward that has begun: its entry is the executor's no more."""
-
-    key: Key
-    entry: _Entry
-    graph: _Graph | None
-    output: Tensor | None
-
-    @property
-    def positions(self) -> int:
-        return self.entry.inputs.positions
-
-
-@dataclass(slots=True)
-class StashCounters:
-    """Counts since the worker started."""
-
-    graphs_evicted: int = 0
-    inputs_evicted: int = 0
-    recomputed: int = 0
-
-
-STATE_SHARE = 0.47
-"""Forward states of several calls should not take more than so much of what the span's weights take."""
-WORKING_SHARE = 0.63
-"""From so much of that on, in all, what is free in the heap goes back to the system."""
-
-
-@dataclass(slots=True)
 class Executor:
     """Runs one frozen span for many sessions, on several threads where there are several.
 
@@ -162,34 +100,33 @@ class Executor:
     Args:
         host: the frozen layers.
         dtype: dtype the span computes in; inputs are cast to it, outputs are returned in it.
-        stash_bytes: budget for forward states over all sessions, in bytes.
+        stash_bytes: budget of the activation cache over all sessions, in bytes.
         compute_bytes: what all that is computed at a time may take besides, in bytes. Who calls has to keep to it.
+        count_graphs: whether the bytes of every graph are counted, and not estimated from those counted before.
 
     Attributes:
+        cache: forward states that wait for their backward.
+        compute_bytes: see above.
         memory: estimates what a call takes while it is computed.
     """
 
-    host: SiteHost
-    dtype: torch.dtype
-    stash_bytes: int
-    compute_bytes: float = math.inf
-    memory: CallMemory = field(init=False)
-    counters: StashCounters = field(default_factory=StashCounters)
-    _stash: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
-    _used: int = 0
-    _packer: Packer = field(init=False)
-    _weights: dict[int, int] = field(init=False)  # address and bytes of their storages
-    _span_bytes: int = field(init=False)  # of its weights, were they not quantized
-    _graph_bytes: GraphBytes = field(init=False)  # of graphs without sites
-    _books: threading.RLock = field(default_factory=threading.RLock)  # of whoever looks into the stash
-
-    def __post_init__(self) -> None:
-        self._packer = Packer(self.host.span)
-        self._weights = storages_of(self.host.span)
-        keep_little(self.host.span)
-        self._graph_bytes = GraphBytes(getattr(self.host.span.config, "sliding_window", None))
-        self._span_bytes = self.host.span.n_params * self.dtype.itemsize
-        self.memory = call_memory(self.host.span, fixed=largest_weight(self.host.span) * self.dtype.itemsize)
+    def __init__(
+        self,
+        host: SiteHost,
+        dtype: torch.dtype,
+        stash_bytes: int,
+        compute_bytes: float = math.inf,
+        *,
+        count_graphs: bool = False,
+    ) -> None:
+        self.host, self.dtype, self.compute_bytes = host, dtype, compute_bytes
+        self.cache = ActivationCache(stash_bytes)
+        self.memory = call_memory(host.span, fixed=largest_weight(host.span) * dtype.itemsize)
+        self._packer = Packer(host.span)
+        self._weights = storages_of(host.span)  # address and bytes
+        self._count_graphs = count_graphs
+        self._graph_bytes = GraphBytes(getattr(host.span.config, "sliding_window", None))  # of graphs without sites
+        keep_little(host.span)
 
     @property
     def device(self) -> torch.device:
@@ -206,22 +143,44 @@ class Executor:
         return not (isinstance(rope, dict) and rope.get("rope_type") == "longrope")
 
     @property
-    def room(self) -> float:
-        """Token positions whose forward states take `STATE_SHARE` of what the weights take, or would unquantized.
-
-        A property of the span: what one tenant sends says nothing of how much room another has.
-        """
-        return STATE_SHARE * self._span_bytes / self.memory.kept_per_position
+    def span_bytes(self) -> int:
+        """Bytes of the span's weights, were they not quantized."""
+        return self.host.span.n_params * self.dtype.itemsize
 
     @property
-    def working_bytes(self) -> float:
-        """By how much passes of several sessions may make the process grow before its heap is trimmed."""
-        return WORKING_SHARE * self._span_bytes
+    def stash_bytes(self) -> int:
+        """The budget of the activation cache, in bytes."""
+        return self.cache.budget
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that the stash holds now."""
-        return self._used
+        """Bytes that the activation cache holds now."""
+        return self.cache.used
+
+    @property
+    def counters(self) -> CacheCounters:
+        """What the activation cache has evicted."""
+        return self.cache.counters
+
+    def shape_of(self, session: bytes, call: int) -> torch.Size | None:
+        """Shape of the kept forward's input, or None where nothing is kept."""
+        return self.cache.shape_of((session, call))
+
+    def is_masked(self, session: bytes, call: int) -> bool | None:
+        """Whether the kept forward's input may need a mask; None where nothing is kept."""
+        return self.cache.is_masked((session, call))
+
+    def release(self, session: bytes) -> None:
+        """Forget a session's forward states."""
+        self.cache.release(session)
+
+    def forget_leased(self, session: bytes) -> None:
+        """Forget a session's forward states that hold leased weights."""
+        self.cache.release(session, lambda entry: any(spec.is_leased for spec in entry.specs))
+
+    def evict_all(self) -> None:
+        """Forget every forward state, as a budget that is used up would."""
+        self.cache.evict_all()
 
     def forward(
         self,
@@ -236,7 +195,7 @@ class Executor:
         """Run the span.
 
         Args:
-            session: id of the session, part of the stash's key.
+            session: id of the session, part of the cache's key.
             call: number of the call within the session. A repeated call replaces what was kept for it.
             inputs: the span's input.
             keep: whether a backward will follow; if not, nothing is kept.
@@ -255,7 +214,7 @@ class Executor:
             finally:
                 own.hidden.zero_()
         key = (session, call)
-        graph = self._keep({key: _Entry(own, _specs(guests))}, guests)
+        graph = self._keep({key: Entry(own, _specs(guests))}, guests)
         return _forwarded(graph.outputs[key], graph.visit)
 
     def forward_together(self, calls: Mapping[Key, SpanInput], *, keep: bool) -> list[Forwarded]:
@@ -276,7 +235,7 @@ class Executor:
             finally:
                 for each in own.values():
                     each.hidden.zero_()
-        graph = self._keep({key: _Entry(each) for key, each in own.items()}, None)
+        graph = self._keep({key: Entry(each) for key, each in own.items()}, None)
         return [Forwarded(graph.outputs[key].detach()) for key in calls]
 
     def backward(
@@ -312,7 +271,7 @@ class Executor:
                 return self._differentiate([due], [given])[0]
             graph, output = due.graph, due.output
             if graph is None or output is None:
-                self._count_recomputed(1)
+                self.cache.count_recomputed(1)
                 graph = self._compute({due.key: due.entry}, guests, again=True)
                 output = graph.outputs[due.key]
             hidden, lent = _through_sites(due.entry.inputs.hidden, output, graph.visit, given, guests, wanted=wanted)
@@ -329,7 +288,7 @@ class Executor:
             For each call its gradients, or the error that `backward` would raise.
         """
         outcomes: list[Gradients | Exception | None] = [None] * len(calls)
-        due: dict[int, _Due] = {}
+        due: dict[int, Taken] = {}
         try:
             for at, call in enumerate(calls):
                 try:
@@ -344,49 +303,6 @@ class Executor:
                 each.entry.wipe()
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def shape_of(self, session: bytes, call: int) -> torch.Size | None:
-        """Shape of the kept forward's input, or None where nothing is kept."""
-        with self._books:
-            entry = self._stash.get((session, call))
-            return None if entry is None else entry.inputs.hidden.shape
-
-    def is_masked(self, session: bytes, call: int) -> bool | None:
-        """Whether the kept forward's input may need a mask; None where nothing is kept."""
-        with self._books:
-            entry = self._stash.get((session, call))
-            if entry is None:
-                return None
-            return entry.inputs.attention_mask is not None or entry.inputs.position_ids is not None
-
-    def release(self, session: bytes) -> None:
-        """Forget a session's forward states. A graph that others share stays until they need it no more.
-
-        It is one graph, and would cost each of them a forward: a tenant that comes and goes would make others pay.
-        """
-        with self._books:
-            for key in [key for key in self._stash if key[0] == session]:
-                self._forget(key)
-
-    def forget_leased(self, session: bytes) -> None:
-        """Forget a session's forward states that hold lent weights."""
-        with self._books:
-            for key, entry in list(self._stash.items()):
-                if key[0] == session and any(spec.is_leased for spec in entry.specs):
-                    self._forget(key)
-
-    def evict_all(self) -> None:
-        """Forget every forward state, as a budget that is used up would."""
-        with self._books:
-            for key, entry in list(self._stash.items()):
-                if entry.graph is not None:
-                    self._drop(entry.graph)
-                self.counters.inputs_evicted += 1
-                self._forget(key)
-
-    def _count_recomputed(self, calls: int) -> None:
-        with self._books:
-            self.counters.recomputed += calls
-
     def _span(self, inputs: SpanInput, guests: Guests | None, *, again: bool) -> tuple[Tensor, SitedPass | None]:
         span = self.host.span
         arguments = (inputs.hidden, inputs.attention_mask, inputs.position_ids)
@@ -398,29 +314,31 @@ class Executor:
 
     def _begin(
         self, key: Key, shape: torch.Size, replay: SpanInput | None, specs: tuple[SiteSpec, ...], *, wanted: bool
-    ) -> _Due:
-        """Take what a backward needs out of the stash. Raises what `backward` raises."""
-        with self._books:
-            kept = self._stash.get(key)
-            inputs = replay if kept is None else kept.inputs
-            if inputs is not None and inputs.hidden.shape != shape:
+    ) -> Taken:
+        """Take what a backward needs out of the cache. Raises what `backward` raises."""
+
+        def check(inputs: SpanInput) -> None:
+            if inputs.hidden.shape != shape:
                 raise ValueError(
                     f"a gradient of shape {list(shape)} does not fit a forward of shape {list(inputs.hidden.shape)}"
                 )
-            if kept is not None and (kept.specs != specs or (wanted and not kept.inputs.hidden.requires_grad)):
+
+        def check_entry(entry: Entry) -> None:
+            check(entry.inputs)
+            if entry.specs != specs or (wanted and not entry.inputs.hidden.requires_grad):
                 raise ValueError(
                     "a backward names the sites of its forward, and wants no gradient that this did not want"
                 )
-            graph = None if kept is None else kept.graph
-            output = None if graph is None else graph.outputs[key]
-            entry = self._take(key)
-        if entry is None:
-            if replay is None:
-                raise StashLost
-            entry = _Entry(self._own(replay, wanted=wanted), specs)
-        return _Due(key, entry, graph, output)
 
-    def _differentiate(self, due: Sequence[_Due], given: Sequence[Tensor]) -> list[Gradients]:
+        taken = self.cache.take(key, check_entry)
+        if taken is not None:
+            return taken
+        if replay is None:
+            raise StashLost
+        check(replay)
+        return Taken(key, Entry(self._own(replay, wanted=wanted), specs))
+
+    def _differentiate(self, due: Sequence[Taken], given: Sequence[Tensor]) -> list[Gradients]:
         """Backwards without sites. Those of one graph go through it together.
 
         Where some of a graph's calls are not among them, a pass through all of it costs as much as with them; a new
@@ -429,7 +347,7 @@ class Executor:
         gradients: dict[Key, Tensor] = {}
         upstream = {each.key: gradient for each, gradient in zip(due, given, strict=True)}
 
-        def run(members: Sequence[_Due], graph: _Graph, outputs: Sequence[Tensor]) -> None:
+        def run(members: Sequence[Taken], graph: Graph, outputs: Sequence[Tensor]) -> None:
             leaves = [each.entry.inputs.hidden for each in members]
             with graph.turn:
                 found = torch.autograd.grad(
@@ -447,17 +365,15 @@ class Executor:
             else:
                 run(members, graph, [each.output for each in members if each.output is not None])
         if again:
-            self._count_recomputed(len(again))
+            self.cache.count_recomputed(len(again))
             graph = self._compute({each.key: each.entry for each in again}, None, again=True)
             outputs = [graph.outputs.pop(each.key) for each in again]
             run(again, graph, outputs)
         return [Gradients(gradients[each.key], (), each in again) for each in due]
 
-    def _leave(self, graph: _Graph, members: Sequence[_Due]) -> bool:
-        """Some of a graph's calls need it no more once this backward is done; whether others may."""
-        with self._books:
-            graph.left.difference_update(each.key for each in members)
-            return bool(graph.left)
+    def _leave(self, graph: Graph, members: Sequence[Taken]) -> bool:
+        """See `Graph.leave`."""
+        return self.cache.leave(graph, [each.key for each in members])
 
     def _own(self, inputs: SpanInput, *, wanted: bool) -> SpanInput:
         """A copy that lives longer than the message it came in; a leaf of the graph if its gradient is wanted."""
@@ -469,26 +385,19 @@ class Executor:
             None if positions is None else positions.to(self.device),
         )
 
-    def _keep(self, entries: Mapping[Key, _Entry], guests: Guests | None) -> _Graph:
-        """Compute a forward of several calls, and put all into the stash."""
+    def _keep(self, entries: Mapping[Key, Entry], guests: Guests | None) -> Graph:
+        """Compute a forward of several calls, and keep all."""
         try:
             graph = self._compute(entries, guests, again=False)
         except BaseException:
             for entry in entries.values():
                 entry.wipe()
             raise
-        kept = _Graph(dict(graph.outputs), set(), graph.positions, graph.nbytes, graph.visit)
-        with self._books:
-            for key, entry in entries.items():
-                self._forget(key)
-                entry.graph = graph
-                self._stash[key] = entry
-                self._used += entry.inputs.nbytes
-            self._used += graph.nbytes
-            self._shrink()
+        kept = Graph(dict(graph.outputs), set(), graph.positions, graph.nbytes, graph.visit)
+        self.cache.put(entries, graph)
         return kept
 
-    def _compute(self, entries: Mapping[Key, _Entry], guests: Guests | None, *, again: bool) -> _Graph:
+    def _compute(self, entries: Mapping[Key, Entry], guests: Guests | None, *, again: bool) -> Graph:
         """The graph of a forward: of several calls, or of one, with sites or without."""
         inputs = [entry.inputs for entry in entries.values()]
         sites = any(spec.placement != Placement.TAP for spec in _specs(guests))
@@ -502,7 +411,8 @@ class Executor:
             return [output], visit
 
         positions = sum(each.positions for each in inputs)
-        nbytes = None if guests is not None else self._graph_bytes.expected(inputs)
+        counts = self._count_graphs or guests is not None
+        nbytes = None if counts else self._graph_bytes.expected(inputs)
         if nbytes is None:
             with counting(self._weights) as kept:
                 outputs, visit = run()
@@ -510,51 +420,10 @@ class Executor:
                 kept.add(output)
             nbytes = kept.total
             if guests is None:
-                with self._books:
-                    self._graph_bytes.learn(inputs, nbytes)
+                self._graph_bytes.learn(inputs, nbytes)
         else:
             outputs, visit = run()
-        return _Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, visit)
-
-    def _shrink(self) -> None:
-        for entry in self._stash.values():
-            if self._used <= self.stash_bytes:
-                return
-            if entry.graph is not None:
-                self._drop(entry.graph)
-        while self._stash and self._used > self.stash_bytes:
-            self._forget(next(iter(self._stash)))
-            self.counters.inputs_evicted += 1
-
-    def _drop(self, graph: _Graph) -> None:
-        """Evict a graph, for all calls that it was kept for."""
-        self._used -= graph.nbytes
-        self.counters.graphs_evicted += len(graph.outputs)
-        for key in graph.outputs:
-            self._stash[key].graph = None
-        graph.left.difference_update(graph.outputs)
-        graph.outputs.clear()
-
-    def _take(self, key: Key) -> _Entry | None:
-        """An entry, which is the caller's from now on; a graph is counted until the last of its calls is gone."""
-        entry = self._stash.pop(key, None)
-        if entry is None:
-            return None
-        self._used -= entry.inputs.nbytes
-        if entry.graph is not None:
-            del entry.graph.outputs[key]
-            if not entry.graph.outputs:
-                self._used -= entry.graph.nbytes
-        return entry
-
-    def _forget(self, key: Key) -> None:
-        with self._books:
-            entry = self._take(key)
-            if entry is None:
-                return
-            if entry.graph is not None:
-                entry.graph.left.discard(key)
-        entry.wipe()
+        return Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, visit)
 
 
 def _specs(guests: Guests | None) -> tuple[SiteSpec, ...]:

@@ -107,41 +107,16 @@ def _products(parties: Sequence[ProductRequest], meetings: ProductBatches) -> Se
 FORWARD, BACKWARD = "sites forward", "sites backward"
 
 
-def first_kind(message: m.Forward | m.Backward, pauses: Sequence[int]) -> Kind:
-    """That of a call's first step.
-
-    Args:
-        message: The call.
-        pauses: Where it pauses, in running order.
-    """
-    if isinstance(message, m.Forward):
-        return _kind(FORWARD, f"{FORWARD} {pauses[0]}" if pauses else _after(message))
-    return _kind(BACKWARD, f"{BACKWARD} {pauses[-1]}" if pauses else FORWARD)
+def first_kind(message: m.Forward | m.Backward) -> Kind:
+    """That of a call's first step."""
+    return Kind(FORWARD if isinstance(message, m.Forward) else BACKWARD)
 
 
-def next_kind(message: m.Forward | m.Backward, pauses: Sequence[int], phase: m.SitePhase, place: int) -> Kind:
+def next_kind(phase: m.SitePhase, place: int) -> Kind:
     """That of the step that comes after a question.
 
     Args:
-        message: The call.
-        pauses: As for `first_kind`.
         phase: The question's.
-        place: Where it was asked, one of `pauses`.
+        place: Where it was asked, one of the places where the call pauses.
     """
-    if phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN):
-        later = next((each for each in pauses if each > place), None)
-        if later is not None:
-            return _kind(f"{FORWARD} {place}", f"{FORWARD} {later}")
-        again = phase == m.SitePhase.AGAIN  # the backward follows in the same call
-        return _kind(f"{FORWARD} {place}", f"{BACKWARD} {pauses[-1]}" if again else _after(message))
-    before = next((each for each in reversed(pauses) if each < place), None)
-    return _kind(f"{BACKWARD} {place}", FORWARD if before is None else f"{BACKWARD} {before}")
-
-
-def _kind(name: str, then: str) -> Kind:
-    return Kind(name, then, pace=name)  # a step is a part of a pass, and each part takes its own time
-
-
-def _after(message: m.Forward | m.Backward) -> str:
-    """The kind of the call after a forward."""
-    return BACKWARD if isinstance(message, m.Forward) and message.keep else FORWARD
+    return Kind(f"{FORWARD if phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN) else BACKWARD} {place}")

@@ -21,9 +21,6 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 R = TypeVar("R")
 
-MAX_CALLS = 256
-"""Calls of all sessions of a worker that may have begun and not ended."""
-
 
 class Abandoned(BaseException):
     """Raised inside a call whose session is over."""
@@ -62,14 +59,15 @@ class CallThreads:
     Args:
         threads: torch threads of each, as bits depend on it.
         nbytes: What all calls that have begun may take together until they end.
+        limit: Calls of all sessions that may have begun and not ended.
     """
 
-    def __init__(self, threads: int, nbytes: float = math.inf) -> None:
+    def __init__(self, threads: int, nbytes: float = math.inf, limit: int = 16) -> None:
         self._nbytes, self._free_bytes = nbytes, nbytes
         self._held_bytes: Counter[str] = Counter()  # by tenant
-        self._pool = ThreadPoolExecutor(MAX_CALLS, "call", initializer=torch.set_num_threads, initargs=(threads,))
+        self._pool = ThreadPoolExecutor(limit, "call", initializer=torch.set_num_threads, initargs=(threads,))
         self._books = threading.Lock()
-        self._free = MAX_CALLS
+        self._free = limit
         self._held: Counter[str] = Counter()  # by tenant
         self._waiting: list[CallThread] = []
 

@@ -1,21 +1,25 @@
-"""Pieces of work, whose they are, and what each tenant has had of a worker: what the scheduler orders."""
+"""What is submitted to the engine: one request for each thing that a session wants computed."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
+R = TypeVar("R")
+
+
+class TooLate(Exception):  # noqa: N818 - tells the gateway what to answer, is never shown to anybody
+    """A request's deadline has passed before it could begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a tenant may have of a worker's time.
+    """What a tenant may have of a worker's computing time.
 
     Attributes:
-        weight: Its share against the others', where all want more than there is.
+        weight: Its share against the other tenants', where all want more than there is.
         positions_per_second: Token positions at most, on average; None for no limit.
     """
 
@@ -24,110 +28,54 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Batching:
-    """What may be done together.
-
-    Attributes:
-        positions: Token positions of a batch at most.
-        smallest: Token positions of a piece that may be in one, at least.
-        window: Seconds that the first piece waits for company at most.
-        open_calls: So many things may be open at a time, whatever there is room for.
-    """
-
-    positions: int = 2048
-    smallest: int = 1
-    window: float = 2.0
-    open_calls: int = 4
-
-
-@dataclass(frozen=True, slots=True)
 class Kind:
-    """What pieces may be done together: those of one name.
+    """What requests may share a batch: those whose kind has the same name.
 
     Attributes:
-        name: The kind's own.
-        then: That of the kind of the same session's next piece.
-        pace: Names kinds whose token positions take equally long.
-        opens: Whether it leaves something in memory for a piece that closes it.
-        closes: Whether it takes that out.
-        anywhere: Whether it may be done beside whatever else is done.
+        name: Also names what the time that a token position takes is measured for.
+        parallel: Whether such a batch may be computed beside another one. All else is left to the first compute
+            thread.
     """
 
     name: str
-    then: str
-    pace: str = ""
-    opens: bool = False
-    closes: bool = False
-    anywhere: bool = False
+    parallel: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Job(Generic[T]):
-    """A piece of work.
+@dataclass(slots=True, eq=False)
+class Request(Generic[R]):
+    """Something that a session wants computed. Built once, where its message is taken in.
 
     Attributes:
-        tenant: Whose.
-        owner: The session that it belongs to, for `cancel`.
-        interactive: Whether somebody waits for it.
-        positions: Token positions that it is charged with; 0 for what computes none.
-        work: What the caller wants back.
-        kind: What it may be done together with; None for nothing.
-        since: When it came.
-        until: When it has to be done; None for whenever.
-        computes: Whether all of its time is computing for its positions.
-        anywhere: Whether it may be done beside whatever else is done.
-        pace: Its kind's, also where it is done alone.
-        continues: Whether its positions count already against what the tenant may have a second.
-        nbytes: Memory that it takes while it is done, as far as that is to be held to a budget.
+        tenant: Whose it is.
+        session: Id of the session that it belongs to.
+        share: What its tenant may have.
+        run: Computes it alone.
+        kind: What it may share a batch with; None for nothing.
+        item: What `run_batch` is given of it.
+        run_batch: Computes several requests of the kind: takes their items, returns as many results, in the same
+            order, an error where one raises.
+        interactive: Whether a person waits for the result.
+        positions: Token positions that it computes; 0 for none.
+        deadline: When it has to be done, on the engine's clock; None for whenever.
+        continues: Whether its positions have been counted against the tenant's rate before.
+        nbytes: Memory that it takes while it is computed.
+        keeps_bytes: Memory of the forward state that it leaves for a later backward.
+        future: Its result.
+        since: When it was added to the queue, on the engine's clock.
     """
 
     tenant: str
-    owner: bytes
-    interactive: bool
-    positions: int
-    work: T
+    session: bytes
+    share: Share
+    run: Callable[[], R]
     kind: Kind | None = None
-    since: float = 0.0
-    until: float | None = None
-    computes: bool = False
-    anywhere: bool = False
-    pace: str = ""
+    item: Any = None
+    run_batch: Callable[[Sequence[Any]], Sequence[R | Exception]] | None = None
+    interactive: bool = False
+    positions: int = 0
+    deadline: float | None = None
     continues: bool = False
     nbytes: int = 0
-
-
-@dataclass(slots=True)
-class Account(Generic[T]):
-    """What a tenant has had, what it may have, and what of its work waits."""
-
-    share: Share
-    used: float = 0.0  # seconds of computing over the weight
-    budget: float = 0.0  # positions left, negative when overdrawn
-    seen: float = 0.0  # when the budget was last brought up to date
-    waiting: tuple[deque[Job[T]], deque[Job[T]]] = field(default_factory=lambda: (deque(), deque()))
-    running: int = 0
-    rests_until: float = 0.0  # when it has had no more than its share of the time
-
-    def __len__(self) -> int:
-        return sum(map(len, self.waiting))
-
-    def refill(self, now: float) -> None:
-        """Add what has come in since; no more than a second's worth is saved up."""
-        rate = self.share.positions_per_second
-        if rate is not None:
-            self.budget = min(rate, self.budget + rate * (now - self.seen))
-        self.seen = now
-
-    @property
-    def overdrawn(self) -> float:
-        """Seconds until something new may begin; 0 for now."""
-        rate = self.share.positions_per_second
-        return 0.0 if rate is None or self.budget >= 0 else -self.budget / rate
-
-    def heads(self, interactive: bool, running: Collection[bytes]) -> Iterator[Job[T]]:
-        """The first piece of each session, of those that may go on now, in their order."""
-        sessions = set(running)
-        for job in self.waiting[0 if interactive else 1]:
-            if job.owner not in sessions and (job.continues or not (job.positions and self.overdrawn)):
-                yield job
-            sessions.add(job.owner)
+    keeps_bytes: int = 0
+    future: Future[R] = field(default_factory=Future)
+    since: float = 0.0

@@ -1,4 +1,4 @@
-"""The messages of sessions: each has its turn on the compute threads, within what its tenant may have, and is answered.
+"""The messages of sessions: each becomes a request to the engine, within what its tenant may have, and is answered.
 
 Before its turn, a call with sites waits for a thread, and any call for room beside its tenant's calls in flight. One
 that cannot be computed by its session's deadline is refused.
@@ -16,10 +16,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from isthmus.cloud.engine.compute_threads import Shared, TooLate
-from isthmus.cloud.engine.engine import compute_threads
+from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.engine.requests import Share
+from isthmus.cloud.engine.requests import Request, Share, TooLate
 from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
@@ -43,13 +43,14 @@ ANSWER_SECONDS = 600.0
 
 
 class Calls:
-    """What the calls of all sessions share: threads, turns, and what is in flight.
+    """What the calls of all sessions share: the engine, the threads of paused calls, and what is in flight.
 
     Args:
         served: the span and what belongs to it.
         threads: torch threads for computing.
         part: the part of a tenant's quotas that is this worker's to give, which may change.
         metrics: where calls are counted.
+        options: how the engine computes.
         batching: whether calls of several sessions may share a pass.
         clock: seconds that never go back, by which deadlines are kept.
 
@@ -67,6 +68,7 @@ class Calls:
         threads: int,
         part: Callable[[Tenant], float],
         metrics: Metrics,
+        options: EngineOptions | None = None,
         *,
         batching: bool,
         clock: Callable[[], float],
@@ -77,11 +79,17 @@ class Calls:
         self._served = served
         self._part = part
         self._batching = batching
-        computing = compute_threads(
-            served.executor, threads, batching=batching, computed=lambda reply: isinstance(reply, m.Timed)
+        options = options or EngineOptions()
+        setup = start_engine(
+            served.executor,
+            threads,
+            options,
+            batching=batching,
+            is_computed=lambda reply: isinstance(reply, m.Timed),
         )
-        self._compute, self._invariance = computing.dispatcher, computing.invariance
-        self._call_threads = CallThreads(computing.threads_of_a_call, served.executor.compute_bytes)
+        self._engine, self._invariance = setup.engine, setup.invariance
+        memory = served.executor.compute_bytes
+        self._call_threads = CallThreads(setup.threads_of_a_call, memory, options.paused_calls)
         self.files = FileThreads()
         self.records_history = event_history.is_written()
 
@@ -96,44 +104,27 @@ class Calls:
         work = self._served.session(session.id, session.tenant, self._call_threads, limits, batching=self._batching)
         return SessionCalls(self, session, work, stage)
 
-    def turn(
-        self,
-        session: OpenSession,
-        run: Callable[[], R],
-        positions: int = 0,
-        shared: Shared[Any, R] | None = None,
-        deadline: float | None = None,
-        *,
-        continues: bool = False,
-        nbytes: int = 0,
-        share: Share | None = None,
-    ) -> Future[R]:
-        """Have something done by the compute thread when it is the tenant's turn.
+    def submit(self, request: Request[R]) -> Future[R]:
+        """Have a request computed when its turn comes. May be called from any thread.
 
-        With the tenant's `share` it may be called from any thread. The other arguments are `Dispatcher.submit`'s, as is
-        what is raised.
+        Raises:
+            RuntimeError: a drain was cut short.
         """
-        return self._compute.submit(
-            run,
-            tenant=session.tenant.name,
-            owner=session.id,
-            share=share or self.share(session.tenant),
-            interactive=session.interactive,
-            positions=positions,
-            shared=shared,
-            deadline=deadline,
-            continues=continues,
-            nbytes=nbytes,
-        )
+        return self._engine.submit(request)
+
+    def request(self, session: OpenSession, run: Callable[[], R]) -> Request[R]:
+        """A request of a session to have something done that computes no token positions."""
+        tenant = session.tenant
+        return Request(tenant.name, session.id, self.share(tenant), run, interactive=session.interactive)
 
     def cancel(self, session: OpenSession) -> None:
         """Cancel what waits for a turn of a session."""
-        self._compute.cancel(session.id)
+        self._engine.cancel(session.id)
 
     def shutdown(self, *, cancel: bool) -> None:
         """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
         self.files.shutdown()
-        self._compute.shutdown(cancel=cancel)
+        self._engine.shutdown(cancel=cancel)
 
     def observe_stash(self) -> None:
         """Have the metrics show how full the stash is."""
@@ -145,16 +136,16 @@ class Calls:
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows of them and of the stash. May be called from any thread."""
         executor = self._served.executor
-        waiting = self._compute.waiting()
+        waiting = self._engine.waiting()
         return {
             "in_flight": self.in_flight.calls,
             "waiting": dict(waiting),
-            "calls_per_pass": self._compute.calls_per_pass,
+            "calls_per_pass": self._engine.calls_per_pass,
             "same_bits_from": 0 if self._invariance is None else self._invariance.rows,
             "all_threads_from": 0 if self._invariance is None else self._invariance.threads,
             "calls_per_meeting": executor.host.product_batches.requests_per_batch,
             "queue_depth": sum(waiting.values()),
-            "overdue": self._compute.overdue(),
+            "overdue": self._engine.overdue(),
             "deadlines": self.metrics.outcomes(),
             "stash_bytes": executor.used_bytes,
             "stash_budget_bytes": executor.stash_bytes,
@@ -165,7 +156,7 @@ class Calls:
         }
 
     def share(self, tenant: Tenant) -> Share:
-        """What a tenant may have of the compute threads' time."""
+        """What a tenant may have of the engine's time."""
         rate = tenant.quota.max_tokens_per_second
         return Share(tenant.quota.weight, None if rate is None else rate * self._part(tenant))
 
@@ -240,7 +231,7 @@ class SessionCalls:
         name, allowed = self._session.tenant.name, self._session.tenant.quota.max_inflight_bytes
         if refused.kind is m.SiteAnswer and refused.id is not None:
             drop = partial(self._work.calls.drop, refused.id.call)
-            await asyncio.wrap_future(self._calls.turn(self._session, drop))
+            await asyncio.wrap_future(self._calls.submit(self._calls.request(self._session, drop)))
         self._calls.metrics.refused.labels(m.StatusCode.OVER_QUOTA.name).inc()
         text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
@@ -248,12 +239,13 @@ class SessionCalls:
     def close(self) -> None:
         """Forget the session."""
         calls, session = self._calls, self._session
-        # The stash belongs to the compute thread; the release waits its turn behind a call in flight. After a drain
-        # that was cut short there is no thread any more, and no need.
+        # What a call in flight leaves in the activation cache is released behind it. After a drain that was cut short
+        # there is no engine any more, and no need.
         calls.cancel(session)
         with contextlib.suppress(RuntimeError):
             # A call in flight counts as answered when it ends: only then nothing of the session is left to forget.
-            calls.turn(session, self._work.close).add_done_callback(lambda _: calls.cancel(session))
+            closed = calls.submit(calls.request(session, self._work.close))
+            closed.add_done_callback(lambda _: calls.cancel(session))
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
@@ -299,12 +291,21 @@ class SessionCalls:
         message = received.message
         if not isinstance(message, FILE_MESSAGES):
             return await asyncio.wrap_future(self._submit(received, due))
-        share = self._calls.share(self._session.tenant)  # for the event loop alone to ask
+        plain = self._calls.request(self._session, lambda: None)  # the share is for the event loop alone to ask
 
         def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
             # It does not wait for its tenant's rate: other tenants' checks wait for the thread that waits here.
-            turn = self._calls.turn(self._session, run, positions, continues=True, nbytes=nbytes, share=share)
-            return turn.result()
+            request = Request(
+                plain.tenant,
+                plain.session,
+                plain.share,
+                run,
+                interactive=plain.interactive,
+                positions=positions,
+                continues=True,
+                nbytes=nbytes,
+            )
+            return self._calls.submit(request).result()
 
         return await self._calls.files.run(
             self._session.tenant.fingerprint.digest,
@@ -318,33 +319,37 @@ class SessionCalls:
         pieces = self._work.bind(message)
         answer: m.Message | None = None
         while answer is None:
-            answer = await asyncio.wrap_future(self._calls.turn(self._session, partial(next, pieces)))
+            request = self._calls.request(self._session, partial(next, pieces))
+            answer = await asyncio.wrap_future(self._calls.submit(request))
         return answer
 
     def _submit(self, received: Received, due: float | None = None) -> Future[m.Message | None]:
-        """Have a message handled by the compute thread, and its body overwritten, also where nobody waits any more."""
-        message, work = received.message, self._work
-        kind, in_pass = work.kind_of(message), kind_of(message) is not None
-        sited = isinstance(message, m.Forward | m.Backward) and bool(message.sites)
-        shared: Shared[Any, m.Message | None] | None = None
-        if kind is not None:
-            shared = Shared(kind, (work, message), handle_batch if in_pass else step_batch)
+        """Have a message handled by the engine, and its body overwritten, also where nobody waits any more."""
         try:
-            running = self._calls.turn(
-                self._session,
-                partial(work.handle, message),
-                work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message),
-                shared,
-                None if due is None else due - self._calls.clock(),
-                continues=isinstance(message, m.SiteAnswer),
-                nbytes=0 if sited else work.call_bytes(message),  # with sites, its thread has them until it ends
-            )
+            running = self._calls.submit(self._request(received.message, due))
         except RuntimeError:  # a drain was cut short
             wipe(received.body)
             raise
         # What is needed longer, the executor has copied.
         running.add_done_callback(lambda _: wipe(received.body))
         return running
+
+    def _request(self, message: m.Message, due: float | None) -> Request[m.Message | None]:
+        """What a message wants of the engine."""
+        work, session = self._work, self._session
+        request = self._calls.request(session, partial(work.handle, message))
+        request.kind, request.item = work.kind_of(message), (work, message)
+        request.run_batch = handle_batch if kind_of(message) is not None else step_batch
+        request.continues = isinstance(message, m.SiteAnswer)
+        request.positions = work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message)
+        sited = isinstance(message, m.Forward | m.Backward) and bool(message.sites)
+        if not sited:  # the thread of a call with sites has memory for it until it ends
+            request.nbytes = work.call_bytes(message)
+        if isinstance(message, m.Forward) and message.keep and not sited:
+            request.keeps_bytes = request.positions * work.executor.memory.kept_per_position
+        if due is not None:
+            request.deadline = time.monotonic() + due - self._calls.clock()
+        return request
 
     def _count(self, message: m.Message, reply: m.Timed, due: float | None) -> None:
         """Have the metrics show what was computed for a message."""

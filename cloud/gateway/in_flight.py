@@ -7,7 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from isthmus.cloud.engine.compute_threads import TooLate
+from isthmus.cloud.engine.requests import TooLate
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.secure.record import wipe
 

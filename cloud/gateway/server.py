@@ -102,7 +102,9 @@ class GatewayServer:
         self._next_stage = next_stage
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
-        self._calls = Calls(served, threads, self.sessions.part_of, self.metrics, batching=batching, clock=clock)
+        self._calls = Calls(
+            served, threads, self.sessions.part_of, self.metrics, self._bounds.engine, batching=batching, clock=clock
+        )
         self._hang_up = HangUp(self._bounds.linger_seconds)
         self._health = Health(half_open, self._hang_up)
         self._reviewing: asyncio.Task[None] | None = None

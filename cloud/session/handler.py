@@ -21,7 +21,8 @@ from typing import Any
 from isthmus.backbone.families import check_positions
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests, Key, StashLost
+from isthmus.cloud.engine.activation_cache import Key, StashLost
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.session.file_store import FileStore
@@ -39,10 +40,8 @@ _EMPTY = {
     m.FileSet.ADAPTER: "no adapter of yours is plugged in: return one first (`isthmus emulator return`)",
 }
 
-FORWARD = Kind("forward", "forward", anywhere=True)
-"""Forwards whose state is not kept: the session's next call is a forward as well."""
-KEPT_FORWARD = Kind("kept forward", "backward", opens=True, anywhere=True)
-BACKWARD = Kind("backward", "kept forward", closes=True, anywhere=True)
+FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forward", "kept forward", "backward"))
+"""Forwards that nothing is kept of, those before a backward, and backwards."""
 
 
 def kind_of(message: m.Message) -> Kind | None:

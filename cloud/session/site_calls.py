@@ -47,10 +47,8 @@ class _BegunCall:
     def kind(self) -> Kind:
         """The kind of its next step."""
         if self.question is None:
-            return first_kind(self.message, self.list.places)
-        return next_kind(
-            self.message, self.list.places, self.question.phase, self.list.sites.pauses[self.question.site]
-        )
+            return first_kind(self.message)
+        return next_kind(self.question.phase, self.list.sites.pauses[self.question.site])
 
 
 @dataclass(slots=True)
@@ -96,8 +94,7 @@ class SiteCalls:
         if isinstance(message, m.SiteAnswer):
             begun = self.begun.get(message.id.call)
             return None if begun is None else begun.kind
-        sites = self.lists.find(message.sites)
-        return None if sites is None else first_kind(message, sites.places)
+        return None if self.lists.find(message.sites) is None else first_kind(message)
 
     def positions(self, message: m.SiteAnswer) -> int:
         """Token positions of the call that an answer lets go on; 0 if it has not begun. The event loop may ask."""

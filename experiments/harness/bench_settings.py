@@ -255,7 +255,7 @@ class TenantsFlags:
 
 @dataclass(frozen=True, slots=True)
 class QosFlags:
-    """See what the scheduler does for interactive calls among training: latency, missed deadlines, throughput.
+    """Compare the scheduler with the former one: latency and deadlines of interactive calls, throughput.
 
     Example: isthmus bench qos --json
     """
@@ -275,6 +275,32 @@ class QosFlags:
         None
     )
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0
+    rounds: Annotated[int, typer.Option(min=1, help="How often both schedulers have their turn.")] = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerFlags:
+    """See what each mechanism of the scheduler is worth: a table of schedulers over the same simulated arrivals.
+
+    Example: isthmus bench scheduler
+    """
+
+    seeds: Annotated[int, typer.Option(min=2, help="Simulations of each scene.")] = 5
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each edge, in the simulation and in real runs.")] = 24
+    loads: Annotated[
+        str, typer.Option(help="Computing time that is asked for over the time there is, comma-separated.")
+    ] = "0.4,0.8,1.2,1.6"
+    seconds: Annotated[float, typer.Option(min=1, help="Simulated seconds for which calls arrive.")] = 60.0
+    deadline: Annotated[float, typer.Option(min=0.01, help="Of interactive calls, in seconds.")] = 1.0
+    real: Annotated[
+        bool, typer.Option("--real", help="Run `bench tenants` for the rows that it can measure; on a quiet machine.")
+    ] = False
+    model: Model = "smollm2-135m"
+    edge_layers: EdgeLayers = "2:2"
+    n: Annotated[int, typer.Option("--n", min=2, help="Tenants of real runs.")] = 8
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads of real runs' cloud; by default all cores.")
+    ] = None
 
 
 MEASUREMENTS: Final = {
@@ -296,6 +322,9 @@ MEASUREMENTS: Final = {
     ),
     "tenants": Measurement(TenantsFlags, "serving.tenants_command:run", folder="temporary"),
     "qos": Measurement(QosFlags, "serving.qos_command:run", "serving.qos_command:show", folder="none"),
+    "scheduler": Measurement(
+        SchedulerFlags, "serving.scheduler_command:run", "serving.scheduler_command:show", folder="temporary"
+    ),
     **RIGS,
 }
 """The commands of `isthmus bench` by name, in the order of its help."""

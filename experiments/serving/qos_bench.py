@@ -1,12 +1,13 @@
-"""What the scheduler does for those who wait: interactive and training calls that come by themselves, at several loads.
+"""The shipped scheduler beside the former one: interactive and training calls that come by themselves.
 
 Calls arrive as a Poisson process or in bursts (gamma-distributed gaps), whoever is still being served. All of it is
-computed by the cloud's own compute thread over the real span; the network is left out. Without the scheduler, calls are
-computed one at a time in the order in which they came.
+computed by the cloud's own engine over the real span; the network is left out. The two schedulers take turns over the
+same arrivals, as a machine's speed drifts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -24,22 +25,25 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import SpanInput, load_span
-from isthmus.cloud.engine.compute_threads import Shared, TooLate
-from isthmus.cloud.engine.engine import compute_threads
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Key
-from isthmus.cloud.engine.requests import Kind, Share
+from isthmus.cloud.engine.activation_cache import Key
+from isthmus.cloud.engine.batching import SchedulerLimits
+from isthmus.cloud.engine.engine import start_engine
+from isthmus.cloud.engine.executor import BackwardCall, Executor
+from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
+from isthmus.cloud.engine.scheduler import Scheduler
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.launch import stderr_progress
+from isthmus.experiments.serving.former_policy import FormerScheduler
+from isthmus.experiments.serving.simulated_cloud import BACKWARD, FORWARD, KEPT_FORWARD
 
 Arrivals = Literal["poisson", "bursty"]
 ARRIVALS: Final[tuple[Arrivals, ...]] = ("poisson", "bursty")
-Policy = Literal["scheduler", "fifo"]
-POLICIES: Final[tuple[Policy, ...]] = ("scheduler", "fifo")
+Policy = Literal["scheduler", "former"]
+POLICIES: Final[tuple[Policy, ...]] = ("scheduler", "former")
 BURST_SHAPE = 0.25  # of the gamma distribution: gaps with twice the variation of a Poisson process
-INTERACTIVE = Kind("interactive", "", anywhere=True)
-FORWARD = Kind("forward", "backward", opens=True, anywhere=True)
-BACKWARD = Kind("backward", "forward", closes=True, anywhere=True)
 DRAIN_SECONDS = 30.0
+FORMER_STATE_SHARE = 0.47
+"""Of the span's weights: what forward states take at which the former scheduler holds forwards back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class QosSettings:
         tenants: Among whom the calls are drawn, of either kind.
         threads: torch threads.
         seed: Of the arrivals, which are the same for both policies.
+        rounds: How often both policies have their turn.
     """
 
     model: str
@@ -71,6 +76,7 @@ class QosSettings:
     tenants: int = 8
     threads: int = 2
     seed: int = 0
+    rounds: int = 5
 
     def __post_init__(self) -> None:
         if not 0 < self.interactive_share < 1 or min(self.loads, default=0) <= 0:
@@ -119,9 +125,9 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
     """Measure; see the module.
 
     Returns:
-        `runs`: `arrivals`, `load`, `policy`; `throughput` in token positions per second, a training call's counted for
-        its forward and its backward; `p50_s` and `p99_s` of the interactive calls that were answered; `missed`, the
-        share of them that were refused or late.
+        `runs`: `arrivals`, `load`, `policy`, `round`; `throughput` in token positions per second, a training call's
+        counted for its forward and its backward; `p50_s` and `p99_s` of the interactive calls that were answered;
+        `missed`, the share of them that were refused or late.
 
     Raises:
         ConfigError: The settings leave nothing to compare.
@@ -132,25 +138,25 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
     executor = Executor(SiteHost(span), torch.float32, 1 << 40)
     lab = _Lab(settings, executor, span.hidden_size)
     runs = []
-    with stderr_progress("runs", len(ARRIVALS) * len(settings.loads) * len(POLICIES)) as advance:
+    turns = list(itertools.product(ARRIVALS, settings.loads, range(settings.rounds), POLICIES))
+    with stderr_progress("runs", len(turns)) as advance:
         service = lab.service_seconds()
-        for kind in ARRIVALS:
-            for load in settings.loads:
-                for policy in POLICIES:
-                    outcome = lab.run(policy, list(arrivals(settings, kind, load / service)))
-                    runs.append(
-                        {
-                            "arrivals": kind,
-                            "load": load,
-                            "policy": policy,
-                            "throughput": outcome.positions / settings.seconds,
-                            "p50_s": percentile(outcome.latencies, 0.5),
-                            "p99_s": percentile(outcome.latencies, 0.99),
-                            "missed": outcome.missed / max(1, outcome.interactive),
-                            "interactive_calls": outcome.interactive,
-                        }
-                    )
-                    advance()
+        for kind, load, number, policy in turns:
+            outcome = lab.run(policy, list(arrivals(settings, kind, load / service)))
+            runs.append(
+                {
+                    "arrivals": kind,
+                    "load": load,
+                    "policy": policy,
+                    "round": number,
+                    "throughput": outcome.positions / settings.seconds,
+                    "p50_s": percentile(outcome.latencies, 0.5),
+                    "p99_s": percentile(outcome.latencies, 0.99),
+                    "missed": outcome.missed / max(1, outcome.interactive),
+                    "interactive_calls": outcome.interactive,
+                }
+            )
+            advance()
     return {"runs": runs, "service_s": service, **asdict(settings)}
 
 
@@ -180,25 +186,34 @@ class _Lab:
     def run(self, policy: Policy, calls: Sequence[Arrival]) -> Outcome:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
-        dispatcher = compute_threads(self._executor, settings.threads, batching=policy == "scheduler").dispatcher
+        setup = start_engine(
+            self._executor,
+            settings.threads,
+            batching=True,
+            make_scheduler=None if policy == "scheduler" else self._former_scheduler,
+        )
+        engine = setup.engine
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
 
         def submit(
-            number: int, call: Arrival, kind: Kind, run: Callable[[], Any], item: Any, together: Callable[[Any], Any]
+            number: int, call: Arrival, kind: Kind, run: Callable[[], Any], item: Any, run_batch: Callable[[Any], Any]
         ) -> Future[Any]:
-            own = policy == "scheduler"
             positions = (self._short if call.interactive else self._long).positions
-            return dispatcher.submit(
+            request = Request(
+                f"{call.tenant}",
+                str(number).encode(),
+                Share(),
                 run,
-                tenant=f"{call.tenant}" if own else "all",
-                owner=str(number).encode(),
-                share=Share(),
-                interactive=own and call.interactive,
+                kind,
+                item,
+                run_batch,
+                interactive=call.interactive,
                 positions=positions,
-                shared=Shared(kind, item, together) if own else None,
-                deadline=settings.deadline if own and call.interactive else None,
+                deadline=time.monotonic() + settings.deadline if call.interactive else None,
+                keeps_bytes=positions * self._executor.memory.kept_per_position if kind is KEPT_FORWARD else 0,
             )
+            return engine.submit(request)
 
         def count(positions: int) -> None:
             if time.monotonic() - begun <= settings.seconds:
@@ -223,18 +238,19 @@ class _Lab:
                 number, call, BACKWARD, partial(self._executor.backward, *key, self._gradient), back,
                 self._executor.backward_together,
             )  # fmt: skip
-            later.add_done_callback(finished)
+            later.add_done_callback(partial(finished, number))
 
-        def finished(_future: Future[Any]) -> None:
+        def finished(number: int, _future: Future[Any]) -> None:
             with lock:
                 count(self._long.positions)
+            engine.cancel(str(number).encode())  # the session is over
             open_calls.release()
 
         for number, call in enumerate(calls):
             time.sleep(max(0.0, begun + call.at - time.monotonic()))
             key = (str(number).encode(), 1)
             given = self._short if call.interactive else self._long
-            kind = INTERACTIVE if call.interactive else FORWARD
+            kind = FORWARD if call.interactive else KEPT_FORWARD
             keep = not call.interactive
             run = partial(self._executor.forward, *key, given, keep=keep)
             future = submit(number, call, kind, run, (key, given), partial(self._forward_together, keep=keep))
@@ -247,10 +263,14 @@ class _Lab:
                 break
         with lock:
             waiting = outcome.interactive - len(outcome.latencies) - outcome.missed
-        dispatcher.shutdown(cancel=True)
+        engine.shutdown(cancel=True)
         self._executor.evict_all()
         outcome.missed += max(0, waiting)
         return outcome
+
+    def _former_scheduler(self, limits: SchedulerLimits) -> Scheduler:
+        room = FORMER_STATE_SHARE * self._executor.span_bytes / self._executor.memory.kept_per_position
+        return FormerScheduler(time.monotonic, limits, room)
 
     def _forward_together(self, asked: Sequence[tuple[Key, SpanInput]], *, keep: bool) -> Sequence[Any]:
         return self._executor.forward_together(dict(asked), keep=keep)

@@ -3,11 +3,13 @@
 Every tenant is an edge in a process of its own, with a PEFT method and a length of sequences of its own, and so is
 every single process. A machine's speed drifts within minutes, so they work in turns, a few steps each: single
 processes, tenants, single processes and so on, and a ratio is of what is next to each other. In a turn all begin
-together, and what counts is the time in which all of them are at work. The best possible gain is
-`1 / (e + (1 - e) / b)`: of all work the share `e` is the edges' and is done once for each tenant; the rest is the
-span's, which a pass over all tenants' calls does in `1 / b` of the time. Both are measured between the turns, in
-seconds of a processor and with one torch thread, which is what the single processes have: with more, small products by
-themselves take longer, and `b` would be larger than what there is to gain over the single processes.
+together, and what counts is the time in which all of them are at work.
+
+The bound of the gain is `1 / (e + (1 - e) / b)`, in seconds of a processor, of which both sides use all that there are.
+`e` is the edges' share: what a step takes of an edge over what it takes of a single process, both measured in the turns
+that are compared, as eight models that compete for caches are slower than one alone. The rest of a single process's
+step is the span's; `b` is that, over what one pass over all tenants' calls takes with one thread, between the turns,
+when nothing competes with it. A ratio above the bound is an error of measuring, and fails the run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -75,7 +77,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
             processes, and their `ratio`. Only where there are such counts.
 
     Raises:
-        IsthmusError: A process failed.
+        IsthmusError: A process failed, or the ratio is above the bound.
     """
     tenants = range(settings.n)
     settings = replace(settings, model=str(resolve(settings.model).folder))
@@ -118,11 +120,14 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
                     fast[precision] = statistics.median(each.ratio for each in turns)
                 advance()
     edges_cpu = statistics.mean(each.tenants.cpu_per_step for each in done)
-    share = edges_cpu / (edges_cpu + gain.apart)
+    singles_cpu = statistics.mean(turn.cpu_per_step for each in done for turn in (each.before, each.after))
+    share = edges_cpu / singles_cpu
+    span_gain = (singles_cpu - edges_cpu) / gain.together
     cloud_memory = max(each.tenants.cloud_memory for each in done)
     grown = (cloud_memory - first.cloud_memory) / gain.span_bytes
-    bound = 1 / (share + (1 - share) / gain.gain)
+    bound = singles_cpu / (edges_cpu + gain.together)  # 1 / (share + (1 - share) / span_gain)
     ratio = statistics.median(each.ratio for each in done)
+    check_bound(ratio, bound)
     return {
         "throughput_ratio": ratio,
         "throughput_bound": bound,
@@ -130,7 +135,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "throughput_ratio_bf16_cloud": fast["fp32"],
         "throughput_ratio_bf16": fast["bf16"],
         "edge_share": share,
-        "span_batching_gain": gain.gain,
+        "span_batching_gain": span_gain,
         "calls_per_pass": calls_per_pass,
         "cloud_growth_share": grown,
         "backbone_copies": 1 + max(0, math.floor(grown)),
@@ -151,8 +156,21 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "tokens_per_s": statistics.median(each.tenants.throughput for each in done),
         "single_tokens_per_s": statistics.median(each.single for each in done),
         **({"growth": growth} if growth else {}),
-        **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts")},
+        **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts", "cloud_options")},
     }
+
+
+def check_bound(ratio: float, bound: float) -> None:
+    """Check that no more was measured than is possible.
+
+    Raises:
+        IsthmusError: It was.
+    """
+    if ratio > bound:
+        raise IsthmusError(
+            f"the tenants' throughput is {ratio:.3f} of the single processes', and {bound:.3f} is possible: one of the "
+            "turns was disturbed; measure again on a machine that does nothing else"
+        )
 
 
 def most(turns: Sequence[Turn]) -> list[int]:
@@ -210,7 +228,7 @@ def _losses(run: Path, steps: int) -> list[float]:
 
 
 class SpanGain:
-    """What a pass over all tenants' calls gains, with one thread and in seconds of a processor."""
+    """What one pass over all tenants' calls takes, with one thread and in seconds of a processor."""
 
     def __init__(self, settings: TenantSettings) -> None:
         torch.set_num_threads(1)
@@ -224,33 +242,21 @@ class SpanGain:
             for tenant in range(settings.n)
         }
         self._gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in self._calls.items()]
-        self._seconds: dict[Callable[[], None], list[float]] = {self._apart: [], self._together: []}
-        for way in self._seconds:  # for warming up
-            way()
+        self._seconds: list[float] = []
+        self._pass()  # for warming up
 
     def measure(self) -> None:
-        """Compute everything in passes of one call and in one pass, in turns."""
+        """Compute everything in one pass, a few times."""
         for _ in range(GAIN_ROUNDS):
-            for way, seconds in self._seconds.items():
-                start = time.process_time()
-                way()
-                seconds.append(time.process_time() - start)
+            start = time.process_time()
+            self._pass()
+            self._seconds.append(time.process_time() - start)
 
     @property
-    def apart(self) -> float:
-        """Seconds of forward and backward of all, each in a pass of its own."""
-        return statistics.median(self._seconds[self._apart])
+    def together(self) -> float:
+        """Seconds of forward and backward of all in one pass."""
+        return statistics.median(self._seconds)
 
-    @property
-    def gain(self) -> float:
-        """That over the seconds of one pass over all."""
-        return self.apart / statistics.median(self._seconds[self._together])
-
-    def _apart(self) -> None:
-        for (key, given), gradient in zip(self._calls.items(), self._gradients, strict=True):
-            self._executor.forward(*key, given, keep=True)
-            self._executor.backward(*key, gradient.gradient)
-
-    def _together(self) -> None:
+    def _pass(self) -> None:
         self._executor.forward_together(self._calls, keep=True)
         self._executor.backward_together(self._gradients)

@@ -42,6 +42,7 @@ class TenantSettings:
         threads: torch threads of the cloud; edges and single processes have one.
         batching: Whether the cloud computes calls of several tenants in one pass.
         counts: So many of the tenants by themselves are measured, too.
+        cloud_options: Further options of `isthmus cloud serve`.
     """
 
     model: str
@@ -52,6 +53,7 @@ class TenantSettings:
     threads: int = 2
     batching: bool = True
     counts: tuple[int, ...] = ()
+    cloud_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens < 16 or self.n < 2:
@@ -252,7 +254,7 @@ def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> Iterator[Loc
     """A cloud in `folder`, which is made, that computes in a dtype."""
     folder.mkdir(parents=True)
     options = ["--edge-layers", settings.edge_layers, "--threads", str(settings.threads), "--dtype", dtype]
-    options += ["--batching", "on" if settings.batching else "off"]
+    options += ["--batching", "on" if settings.batching else "off", *settings.cloud_options]
     with LocalCloud(folder, settings.model, *options) as cloud:
         yield cloud
 

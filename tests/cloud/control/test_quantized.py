@@ -147,11 +147,11 @@ def test_the_command_writes_what_serve_takes(folder: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_there_is_as_much_room_for_forward_states_as_without(folder: Path, name: str) -> None:
-    room, working = set(), set()
+    span_bytes, state_bytes = set(), set()
     for quantizer in (None, QUANTIZERS[name]):
         host = SiteHost(load_span(folder, PLAN, quantizer=quantizer))
         executor = Executor(host, torch.float32, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
-        room.add(executor.room * executor.used_bytes)
-        working.add(executor.working_bytes)
-    assert len(room) == len(working) == 1
+        span_bytes.add(executor.span_bytes)
+        state_bytes.add(executor.used_bytes)
+    assert len(span_bytes) == len(state_bytes) == 1

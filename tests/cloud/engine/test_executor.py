@@ -21,7 +21,8 @@ from isthmus.backbone.runtime.graph_memory import KeptBytes
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
 from isthmus.cloud.engine import executor as executor_module
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients, StashLost
+from isthmus.cloud.engine.activation_cache import StashLost
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients
 
 A, B = b"session a", b"session b"
 BIG = 1 << 30
@@ -138,7 +139,7 @@ def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
 
 def counted(executor: Executor) -> int:
     """What the stash holds: inputs, and each graph once."""
-    entries = executor._stash.values()
+    entries = executor.cache._entries.values()
     graphs = {id(entry.graph): entry.graph.nbytes for entry in entries if entry.graph is not None}
     return sum(entry.inputs.nbytes for entry in entries) + sum(graphs.values())
 
@@ -405,7 +406,7 @@ def test_a_session_that_ends_leaves_no_input_of_its_own(span: FrozenSpan) -> Non
     executor = Executor(SiteHost(span), torch.float32, BIG)
     calls = several()
     executor.forward_together(calls, keep=True)
-    entries = {key: executor._stash[key] for key in calls}
+    entries = {key: executor.cache._entries[key] for key in calls}
     executor.release(A)
     for (session, _), entry in entries.items():
         assert bool(entry.inputs.hidden.any()) == (session == B)
@@ -415,7 +416,7 @@ def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenS
     executor = Executor(SiteHost(span), torch.float32, BIG)
     calls = several()
     executor.forward_together(calls, keep=True)
-    kept = [executor._stash[key].inputs.hidden for key in calls]
+    kept = [executor.cache._entries[key].inputs.hidden for key in calls]
     check_backward(executor, span, calls, recomputed=False)
     assert not any(hidden.any() for hidden in kept)
 

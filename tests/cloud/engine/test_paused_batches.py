@@ -267,9 +267,9 @@ def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteH
         if stash == "nothing":
             executor.evict_all()
         elif stash == "inputs":
-            for entry in executor._stash.values():
+            for entry in executor.cache._entries.values():
                 if entry.graph is not None:
-                    executor._drop(entry.graph)
+                    executor.cache._drop(entry.graph)
 
     play(edges, forget, lambda ready: order.sample(list(ready), order.randint(1, len(ready))))
     for mine, theirs in zip(edges, expected, strict=True):
@@ -498,7 +498,7 @@ def test_a_call_that_fails_holds_no_memory_while_others_go_on(llama: SiteHost) -
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 
-def test_each_step_says_of_what_kind_the_next_one_is(llama: SiteHost) -> None:
+def test_each_step_of_a_call_has_a_kind_of_its_own(llama: SiteHost) -> None:
     executor = Executor(llama, torch.float32, BIG)
     for number, tenant in enumerate(tenants_of(llama)):
         mine = edge(executor, tenant, number)
@@ -506,7 +506,7 @@ def test_each_step_says_of_what_kind_the_next_one_is(llama: SiteHost) -> None:
         kinds = [kind for kind in mine.kinds if kind is not None]
         assert len(kinds) == len(mine.kinds)
         assert kinds[0].name == "sites forward"
-        assert [kind.then for kind in kinds] == [*(kind.name for kind in kinds[1:]), "sites forward"]
+        assert not any(kind.parallel for kind in kinds)
         assert len({kind.name for kind in kinds}) == len(kinds)
 
 

@@ -197,11 +197,8 @@ def test_one_computes_at_a_time(threads: CallThreads) -> None:
     assert results == [4 * sum(range(500)) + 4] * 12
 
 
-def test_no_more_calls_begin_than_there_are_threads_and_the_others_wait_in_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(paused_calls, "MAX_CALLS", 2)
-    threads = CallThreads(1)
+def test_no_more_calls_begin_than_there_are_threads_and_the_others_wait_in_order() -> None:
+    threads = CallThreads(1, limit=2)
 
     def work(ask: Ask) -> int:
         return ask("?")
@@ -224,9 +221,8 @@ def test_no_more_calls_begin_than_there_are_threads_and_the_others_wait_in_order
         call.abandon()
 
 
-def test_a_tenant_has_no_more_threads_than_it_leaves_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paused_calls, "MAX_CALLS", 4)
-    threads = CallThreads(1)
+def test_a_tenant_has_no_more_threads_than_it_leaves_free() -> None:
+    threads = CallThreads(1, limit=4)
     many = [threads.claim("many") for _ in range(4)]
     assert [each.ready.done() for each in many] == [True, True, False, False]
     few = threads.claim("few")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from support.cloud.sessions import call_in_flight, channel, channels, eventually
 from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.directory import Peer, SessionEntry
+from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.gateway import calls as calls_module, in_flight
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError, ConnectionLostError, OverQuotaError, TooLateError, UnreachableError
@@ -224,19 +227,18 @@ def test_calls_have_their_turns_by_tenant_and_interactive_ones_come_first(cloud:
 
 @pytest.mark.parametrize("batching", [True, False])
 def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
-    cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch, batching: bool
+    cloud: Served, home: Home, batching: bool
 ) -> None:
-    monkeypatch.setattr(
-        "isthmus.cloud.engine.executor.STATE_SHARE", 1e6
-    )  # a tiny span is less than a call's forward state
-    tenants = ("carol", "dave", "erin")  # who has a call in flight already would rest now
+    # A tiny span is less than a call's forward state.
+    bounds = Bounds(engine=EngineOptions(state_bytes=1 << 30))
+    tenants = ("carol", "dave", "erin")
     for name in tenants:
         home.new_edge(name)
     keys = [home.key_file.parent / name for name in tenants]
     inputs = [hidden(rows, length) for rows, length in ((2, 6), (1, 16), (3, 12))]
     gradients = [torch.randn(each.shape) for each in inputs]
     results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    with ThreadServer(cloud, home, batching=batching) as server, contextlib.ExitStack() as stack:
+    with ThreadServer(cloud, home, batching=batching, bounds=bounds) as server, contextlib.ExitStack() as stack:
         links = [stack.enter_context(server.link(key)) for key in keys]
         for link in links:
             link.open(5)
@@ -391,21 +393,21 @@ def test_the_wait_beside_others_is_taken_off_the_deadline(
     home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))
     with ThreadServer(cloud, home, clock=lambda: now[0]) as server, server.link(deadline=30.0) as link:
         link.open(5)
-        submit = server.server._calls._compute.submit
+        submit = server.server._calls._engine.submit
 
-        def noted(*args: Any, deadline: float | None = None, **options: Any) -> Any:
-            left.append(deadline)
-            return submit(*args, deadline=deadline, **options)
+        def noted(request: Request[Any]) -> Any:
+            left.append(request.deadline and request.deadline - time.monotonic())
+            return submit(request)
 
         with call_in_flight(server, cloud) as held:
-            monkeypatch.setattr(server.server._calls._compute, "submit", noted)
+            monkeypatch.setattr(server.server._calls._engine, "submit", noted)
             calling = threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
             calling.start()
             eventually(lambda: len(server.server._calls.in_flight._waiting) == 1)
             now[0] += 10.0
             held.release.set()
             calling.join(10)
-    assert left[0] == 20.0
+    assert left[0] == pytest.approx(20.0, abs=5.0)
 
 
 def test_a_deadline_that_is_none_is_refused(cloud: Served, home: Home) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.wire import TENANT
 
-from isthmus.cloud.engine.compute_threads import TooLate
+from isthmus.cloud.engine.requests import TooLate
 from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.protocol.enrolment import Quota
 

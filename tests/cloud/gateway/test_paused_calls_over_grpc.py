@@ -21,7 +21,7 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
-from isthmus.cloud.engine import paused_calls
+from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.gateway import calls as calls_module, server as server_module
 from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.session.served_model import Served
@@ -31,10 +31,16 @@ from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
 
+def allow_paused_calls(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that start after this let so many calls pause."""
+    bounds = Bounds(engine=EngineOptions(paused_calls=limit))
+    monkeypatch.setattr(server_module, "Bounds", lambda: bounds)
+
+
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a server that starts after this, one call may have paused."""
-    monkeypatch.setattr(paused_calls, "MAX_CALLS", 1)
+    allow_paused_calls(1, monkeypatch)
 
 
 @pytest.fixture
@@ -203,7 +209,7 @@ def test_a_refused_call_keeps_no_thread(one_call: ThreadServer) -> None:
 def test_a_tenant_with_many_calls_leaves_threads_to_the_others(
     cloud: Served, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paused_calls, "MAX_CALLS", 2)
+    allow_paused_calls(2, monkeypatch)
     bob = home.new_edge("bob")
     with (
         ThreadServer(cloud, home) as server,

