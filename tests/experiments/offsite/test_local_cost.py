@@ -12,6 +12,8 @@ from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.turns import TurnProcess
 from isthmus.experiments.offsite.local_cost import KINDS, CostSettings, run_cost
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

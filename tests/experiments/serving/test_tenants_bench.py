@@ -134,6 +134,7 @@ def test_adalora_prunes_within_the_steps_whose_losses_are_compared(tmp_path: Pat
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = tiny_checkpoint("llama", tmp_path / "model")

@@ -114,6 +114,7 @@ def test_the_way_is_measured() -> None:
 
 @namespaces
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "tiny")
     settings = LinkSettings(str(model), 50_000_000, 0.01, "1:1", batch=1, seq=32, micro_batches=2, overlap=2, steps=1)
