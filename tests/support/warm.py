@@ -181,7 +181,10 @@ def _main(tasks: socket.socket) -> None:
             answer: int | None = os.fork()
             if not answer:
                 tasks.close()
-                _become(descriptors, **about)
+                try:
+                    _become(descriptors, **about)
+                finally:
+                    gc.unfreeze()  # else the end finds objects that are left, and says so
                 return
             for each in descriptors:
                 os.close(each)
