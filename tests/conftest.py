@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.warm_processes import WarmPopen
 
 from isthmus.backbone.checkpoints.built_in import BUILT_IN
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, resolve
@@ -66,6 +68,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in serving)
 
 
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over what has been imported: hundreds of thousands of objects, which all stay."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the end of the process look through all again."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose marker names something that this machine lacks."""
@@ -84,6 +97,12 @@ def shared_data() -> Path:
 def real_model() -> Checkpoint:
     """SmolLM2-135M; for tests with the marker `real_model`."""
     return resolve(BUILT_IN, console=Console(quiet=True))
+
+
+@pytest.fixture
+def warm_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a test runs fork its processes, which saves the seconds of imports in each; see `WarmPopen`."""
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
 
 
 @functools.cache

@@ -24,6 +24,8 @@ from isthmus.experiments.placements.placement_scores import Regime, Scorer
 from isthmus.experiments.precision.codec_bench import measure_cosines
 from isthmus.experiments.scoring.tasks import Sizes, load_task
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 LAYERS = 6
 
 

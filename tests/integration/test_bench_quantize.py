@@ -25,6 +25,7 @@ def settings_of(folder: Path, *forms: str) -> QuantizeSettings:
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     tiny_checkpoint("llama", tmp_path / "model")

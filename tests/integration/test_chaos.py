@@ -24,6 +24,7 @@ SEED = 27  # the first two fall in this order; the others where there is time
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_what_breaks_changes_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     model = tiny_checkpoint("llama", tmp_path / "model")

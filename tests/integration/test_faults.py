@@ -14,6 +14,7 @@ from isthmus.experiments.rigs.faults.faults import run_faults
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     model = tiny_checkpoint("llama", tmp_path / "model")

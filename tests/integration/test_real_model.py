@@ -6,20 +6,23 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.commands import in_process
 
 from isthmus.backbone.checkpoints.built_in import BUILT_IN
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter
+from isthmus.experiments.benchmarks import parity
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import isthmus
 from isthmus.experiments.harness.single_process import whole_model
 
-pytestmark = [pytest.mark.real_model, pytest.mark.server]
+pytestmark = [pytest.mark.real_model, pytest.mark.server, pytest.mark.usefixtures("warm_children")]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +37,33 @@ def link(cloud: LocalCloud) -> Iterator[Link]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def without_a_cloud() -> dict[str, Any]:
+    """The runs of the whole model and of the control, which know nothing of stages."""
+    return {}
+
+
 @pytest.mark.parametrize("stages", [1, 2])
-def test_parity_is_bitwise_and_its_control_is_caught(real_model: Checkpoint, stages: int) -> None:
+def test_parity_is_bitwise_and_its_control_is_caught(
+    real_model: Checkpoint,
+    without_a_cloud: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stages: int,
+) -> None:
+    run = parity._run
+
+    def run_once(mode: str, settings: Any, folder: Path, cloud: LocalCloud | None = None) -> Any:
+        if cloud is not None:
+            return run(mode, settings, folder, cloud)
+        if mode not in without_a_cloud:
+            without_a_cloud[mode] = run(mode, settings, folder)
+        return without_a_cloud[mode]
+
+    monkeypatch.setattr(parity, "_run", run_once)
     options = ("--steps", "6", "--seq", "64", "--pipeline", str(stages), "--json")
-    done = subprocess.run(
-        isthmus("bench", "parity", "--model", BUILT_IN, *options),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    done = in_process(capsys, "bench", "parity", "--model", BUILT_IN, *options)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["bitwise_equal"] is True
     assert result["max_abs_loss_diff"] == result["gradient_max_abs_diff"] == result["adapter_max_abs_diff"] == 0.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.warm_processes import Forked, warm
+from support.warm_processes import WarmPopen, warm
 
 from isthmus.cli.main import main
 
@@ -46,7 +46,7 @@ class Shell:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *words: object) -> Forked:
+    def start(self, *words: object) -> WarmPopen:
         """Start a command."""
         return warm().start(tuple(map(str, words)), _environment(), self.folder)
 
@@ -85,7 +85,7 @@ class Shell:
         return done.stdout
 
 
-def ended(process: Forked, number: signal.Signals | None = None) -> subprocess.CompletedProcess[str]:
+def ended(process: WarmPopen, number: signal.Signals | None = None) -> subprocess.CompletedProcess[str]:
     """Wait for the end of a command, which a signal may hasten."""
     if number is not None:
         process.send_signal(number)
@@ -93,7 +93,7 @@ def ended(process: Forked, number: signal.Signals | None = None) -> subprocess.C
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def wait_for(happened: Callable[[], bool], process: Forked) -> None:
+def wait_for(happened: Callable[[], bool], process: WarmPopen) -> None:
     """Wait until something happens while a command runs; the command is killed if it does not."""
     deadline = time.monotonic() + 120
     while not happened():

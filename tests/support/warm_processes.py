@@ -1,94 +1,129 @@
-"""Commands in processes that have imported everything when they begin.
+"""Python processes that have imported everything when they begin.
 
 An interpreter takes seconds to import torch, transformers and PEFT. So one process per test process imports them, does
-nothing else, and forks for each command; the fork runs the command's entry point and ends as any process does.
+nothing else, and forks for each program; the fork runs the program's entry point and ends as any process does.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import fcntl
 import functools
 import gc
 import json
 import os
 import runpy
-import select
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 COMMAND = "isthmus.cli.main"
 TESTS = Path(__file__).parents[1]
+MESSAGE_BYTES = 1 << 17
+POLL_SECONDS = 0.01
+NETWORK = Path("/proc/thread-self/ns/net")
+_Popen = subprocess.Popen  # tests put the one below in its place
 
 
-class Forked:
-    """A started process; what `subprocess.Popen` can do, of which the tests need this much."""
+class WarmPopen(_Popen[Any]):
+    """`subprocess.Popen`, but `python -m isthmus.…`, and `python FILE` for a file of the tests, fork a warm process.
 
-    def __init__(self, warm: Warm, program: str, words: Sequence[str], environment: Mapping[str, str], folder: Path):
-        self.args = words
-        self.returncode: int | None = None
-        self._warm = warm
-        self._place = tempfile.TemporaryDirectory()
-        self._out, self._errors = (str(Path(self._place.name, name)) for name in ("out", "errors"))
-        self.pid: int = warm.ask(["start", program, words, dict(environment), str(folder), self._out, self._errors])
+    The fork gets what a child gets of its parent: standard streams, `pass_fds`, environment, folder, session, and the
+    network namespace of the thread. It does not get the parent's limits and priorities. All else is started as
+    `subprocess.Popen` does it, and so is `isthmus cloud serve`, whose process imports none of what is heavy.
+    """
 
-    def __enter__(self) -> Forked:
-        return self
+    def _execute_child(  # the place where Popen starts the process
+        self, args: Sequence[str], executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Sequence[int],
+        cwd: Any, env: Mapping[str, str] | None, startupinfo: Any, creationflags: Any, shell: Any, *rest: Any,
+    ) -> None:  # fmt: skip
+        self._forked = _forks(args)
+        if not self._forked:
+            super()._execute_child(  # type: ignore[misc]  # it is not public
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
+            )
+            return
+        pipes, new_session = rest[:6], rest[-2]
+        streams = [own if given < 0 else given for own, given in enumerate((pipes[0], pipes[3], pipes[5]))]
+        words = [os.fspath(word) for word in args[1:]]
+        module = words[0] == "-m"
+        task = {
+            "program": words[module],
+            "module": module,
+            "words": words[module + 1 :],
+            "environment": dict(os.environ if env is None else env),
+            "folder": str(cwd or Path.cwd()),
+            "session": bool(new_session),
+            "targets": [0, 1, 2, *pass_fds],
+        }
+        network = os.open(NETWORK, os.O_RDONLY)
+        try:
+            self.pid = warm().ask(["start", task], [*streams, *pass_fds, network])
+        finally:
+            os.close(network)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]  # as Popen's own method does
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-
-    def poll(self) -> int | None:
-        """The exit code, or None where there is none yet."""
+    def _internal_poll(self, *others: Any, **options: Any) -> int | None:  # what `poll` calls
+        if not self._forked:
+            return super()._internal_poll(*others, **options)  # type: ignore[misc,no-any-return]  # it is not public
         if self.returncode is None:
-            self.returncode = self._warm.ask(["poll", self.pid])
+            self.returncode = warm().ask(["poll", self.pid])
         return self.returncode
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+    def _wait(self, timeout: float | None) -> int:  # what `wait` calls
+        if not self._forked:
+            return super()._wait(timeout)  # type: ignore[misc,no-any-return]  # it is not public
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self._internal_poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(POLL_SECONDS)
+        return code
 
-    def kill(self) -> None:
-        """End it at once."""
-        self.send_signal(signal.SIGKILL)
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises subprocess.TimeoutExpired where that takes too long; it is killed then."""
-        if self.returncode is None:
-            self.returncode = self._warm.ask(["wait", self.pid], timeout, lambda: os.kill(self.pid, signal.SIGKILL))
-        return self.returncode
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; returns what it has printed, once. Raises what `wait` raises."""
-        with self._place:
-            self.wait(timeout)
-            return Path(self._out).read_text(), Path(self._errors).read_text()
+def _forks(args: Any) -> bool:
+    if not isinstance(args, list | tuple) or len(args) < 2 or args[0] != sys.executable:
+        return False
+    if args[1] == "-m":
+        return str(args[2]).startswith("isthmus.") and list(args[3:5]) != ["cloud", "serve"]
+    return TESTS in Path(args[1]).parents
 
 
 class Warm:
     """The process that forks."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = _Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
         self._turn = threading.Lock()
 
     def start(
         self, words: Sequence[str], environment: Mapping[str, str], folder: Path, program: str = COMMAND
-    ) -> Forked:
+    ) -> WarmPopen:
         """Start a command, or a program that is a file of the tests."""
-        return Forked(self, program, words, environment, folder)
+        return WarmPopen(
+            [sys.executable, *(("-m", program) if program == COMMAND else (program,)), *words],
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(
         self,
@@ -98,29 +133,26 @@ class Warm:
         seconds: float,
         program: str = COMMAND,
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end. Raises subprocess.TimeoutExpired where that takes too long."""
-        process = self.start(words, environment, folder, program)
-        out, errors = process.communicate(seconds)
-        return subprocess.CompletedProcess(words, process.wait(), out, errors)
+        """Run it to its end. Raises subprocess.TimeoutExpired where that takes too long; it is killed then."""
+        with self.start(words, environment, folder, program) as process:
+            try:
+                out, errors = process.communicate(timeout=seconds)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(words, process.returncode, out, errors)
 
-    def ask(self, task: Sequence[Any], seconds: float | None = None, late: Any = None) -> Any:
-        """The answer of the process that forks; after so many seconds `late` is called, which has to hasten it."""
-        ours, theirs = self._process.stdin, self._process.stdout
-        assert ours is not None
-        assert theirs is not None
+    def ask(self, task: Sequence[Any], descriptors: Sequence[int] = ()) -> Any:
+        """The answer of the process that forks, which gets these descriptors."""
         with self._turn:
-            ours.write(json.dumps(task) + "\n")
-            ours.flush()
-            if select.select([theirs], [], [], seconds)[0]:
-                return json.loads(theirs.readline())
-            late()
-            theirs.readline()
-            raise subprocess.TimeoutExpired(str(task), seconds or 0)
+            socket.send_fds(self._ours, [json.dumps(task).encode()], descriptors)
+            return json.loads(self._ours.recv(MESSAGE_BYTES))
 
     def end(self) -> None:
         """End it."""
         self._process.kill()
         self._process.wait()
+        self._ours.close()
 
 
 @functools.cache
@@ -131,7 +163,7 @@ def warm() -> Warm:
     return made
 
 
-def _main() -> None:
+def _main(tasks: socket.socket) -> None:
     import isthmus.cli.main
     import isthmus.edge.split_run
     import isthmus.emulator.package.build  # noqa: F401  # all that is heavy
@@ -140,40 +172,67 @@ def _main() -> None:
         raise RuntimeError("a process with several threads must not fork")
     gc.collect()
     gc.freeze()  # else each fork looks through everything, and so copies it
-    for line in sys.stdin:
-        what, *given = json.loads(line)
+    while True:
+        text, descriptors, _, _ = socket.recv_fds(tasks, MESSAGE_BYTES, 64)
+        if not text:
+            return
+        what, about = json.loads(text)
         if what == "start":
             answer: int | None = os.fork()
             if not answer:
-                _become(*given)
+                tasks.close()
+                try:
+                    _become(descriptors, **about)
+                finally:
+                    gc.unfreeze()  # else the end finds objects that are left, and says so
                 return
+            for each in descriptors:
+                os.close(each)
         else:
-            pid, status = os.waitpid(given[0], os.WNOHANG if what == "poll" else 0)
+            pid, status = os.waitpid(about, os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        sys.stdout.write(f"{json.dumps(answer)}\n")
-        sys.stdout.flush()
+        tasks.send(json.dumps(answer).encode())
 
 
 def _become(
-    program: str, words: Sequence[str], environment: Mapping[str, str], folder: str, out: str, errors: str
+    descriptors: Sequence[int],
+    *,
+    program: str,
+    module: bool,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    session: bool,
+    targets: Sequence[int],
 ) -> None:
-    """Be a process that a shell has started."""
+    """Be a process that was started anew."""
+    if session:
+        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, errors, os.O_WRONLY)):
-        opened = os.open(path, flags | (os.O_CREAT if number else 0), 0o600)
-        os.dup2(opened, number)
-        os.close(opened)
+    above = 1 + max((*targets, *descriptors))
+    *moved, network = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, above) for each in descriptors]
+    for each in descriptors:
+        os.close(each)
+    for each, target in zip(moved, targets, strict=True):
+        os.dup2(each, target)
+        os.close(each)
+    if os.fstat(network).st_ino != NETWORK.stat().st_ino and ctypes.CDLL(None, use_errno=True).setns(network, 0):
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace")
+    os.close(network)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if (threads := environment.get("OMP_NUM_THREADS")) != "1":  # what this process has begun with
+        sys.modules["torch"].set_num_threads(int(threads or len(os.sched_getaffinity(0))))
     sys.argv = [program, *words]
-    if program == COMMAND:
-        del sys.modules[COMMAND]
-        runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+    if module:
+        sys.path[0] = folder
+        sys.modules.pop(program, None)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(TESTS)
         runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":
-    _main()
+    _main(socket.socket(fileno=int(sys.argv[1])))

@@ -114,7 +114,7 @@ def test_the_cache_gives_what_the_whole_text_gives(model: Any, monkeypatch: pyte
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_writes(checkpoints: Checkpoints, family: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoints(family).folder).eval()
-    texts = sample_text(model, tiny_tokenizer(), 40, batch=2, length=20, progress=QUIET)
+    texts = sample_text(model, tiny_tokenizer(), 12, batch=2, length=6, progress=QUIET)
     assert 1 <= len(texts) <= 2
 
 

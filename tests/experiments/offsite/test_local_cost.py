@@ -13,6 +13,8 @@ from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.offsite.local_cost import KINDS, run_cost
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -152,6 +152,7 @@ def test_a_ratio_above_the_bound_is_an_error_of_measuring() -> None:
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(tenants_bench, "check_bound", lambda *_: None)  # this machine may do other things, too

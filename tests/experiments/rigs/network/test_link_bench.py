@@ -108,6 +108,7 @@ def test_the_way_is_measured() -> None:
 
 @namespaces
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "tiny")
     settings = LinkSettings("50mbit", "10ms", str(model), "1:1", batch=1, seq=32, micro_batches=2, overlap=2, steps=1)
