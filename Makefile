@@ -93,7 +93,7 @@ $(PROTO)/.installed-$(PROTO_COMPILER):
 
 # The known answers of tests/vectors, for a protocol that is meant to change; see the README there.
 vectors: $(STAMP)
-	PYTHONPATH=tests $(BIN)/python -m support.make_vectors
+	PYTHONPATH=tests $(BIN)/python -m support.protocol.make_vectors
 
 # Write lock/requirements.txt anew, with the newest versions that the ranges and lock/tested.txt allow.
 lock: $(STAMP)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from support.example_messages import MESSAGES
-from support.wire import TENANT, session_info
+from support.protocol.example_messages import MESSAGES
+from support.protocol.wire import TENANT, session_info
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError

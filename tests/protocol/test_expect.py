@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.wire import new_edge, new_pair
+from support.protocol.wire import new_edge, new_pair
 
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol import messages as m

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from support.mutations import mutations
-from support.wire import GENERATORS
+from support.protocol.mutations import mutations
+from support.protocol.wire import GENERATORS
 
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError
 from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.wire import cloud_messages, edge_messages, forward
+from support.protocol.wire import cloud_messages, edge_messages, forward
 
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError, RemoteProtocolError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from support.wire import new_pair
+from support.protocol.wire import new_pair
 
 from isthmus.protocol import isthmus_pb2 as pb, messages as m
 from isthmus.protocol.secure.handshake import version_refusal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.wire import unchecked
+from support.protocol.wire import unchecked
 
 from isthmus.common.errors import (
     ConfigError,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.wire import EDGE, NOW, PIN, identity, session_info
+from support.protocol.wire import EDGE, NOW, PIN, identity, session_info
 
 from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m

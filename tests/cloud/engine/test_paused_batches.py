@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.models.tiny import CONFIGS, tiny_checkpoint
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.cloud.engine.requests import TooLate
 from isthmus.cloud.gateway.in_flight import InFlight

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.cloud.clouds import Home, ThreadServer
 from support.cloud.sessions import channel, eventually
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.cloud.gateway.open_sessions import FENCED, OpenSession
 from isthmus.cloud.session.served_model import Served

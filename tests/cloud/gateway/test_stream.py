@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer
 from support.cloud.sessions import channel
-from support.wire import SMALL, new_pair
+from support.protocol.wire import SMALL, new_pair
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.gateway.stream import SealedStream, StalledError

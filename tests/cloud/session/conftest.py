@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cloud.clouds import served
 from support.models.tiny import tiny_checkpoint
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession

@@ -12,7 +12,7 @@ import torch
 from support.cloud.clouds import served
 from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
 from support.models.tiny import HIDDEN, tiny_checkpoint
-from support.wire import EDGE, PIN, TENANT
+from support.protocol.wire import EDGE, PIN, TENANT
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models.tiny import HIDDEN
-from support.wire import TENANT, unchecked
+from support.protocol.wire import TENANT, unchecked
 from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec

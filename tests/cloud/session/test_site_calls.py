@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 import torch
 from support.models.tiny import HIDDEN
+from support.protocol.wire import TENANT
 from support.site_messages import (
     SHAPE,
     answer,
@@ -23,7 +24,6 @@ from support.site_messages import (
     tensor,
 )
 from support.span_messages import FP32
-from support.wire import TENANT
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site

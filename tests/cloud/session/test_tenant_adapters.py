@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.cloud.packages import Owner
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.cloud.session import tenant_adapters as adapters_module
 from isthmus.cloud.session.tenant_adapters import AdapterStore, TenantAdapters

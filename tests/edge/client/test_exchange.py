@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
 from support.cloud.packages import Owner, tiny_package
 from support.models.tiny import tiny_checkpoint
-from support.wire import EDGE, NOW, PIN, identity
+from support.protocol.wire import EDGE, NOW, PIN, identity
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import default_cache

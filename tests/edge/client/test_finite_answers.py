@@ -13,7 +13,7 @@ import torch
 from support.cloud.clouds import served
 from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
 from support.models.tiny import VOCAB, tiny_checkpoint
-from support.wire import EDGE, PIN, unchecked
+from support.protocol.wire import EDGE, PIN, unchecked
 from torch import Tensor
 
 from isthmus.backbone.plan import Span

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.clouds import served
 from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
 from support.models.tiny import HIDDEN, tiny_checkpoint
-from support.wire import EDGE, PIN
+from support.protocol.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, load_tokenizer
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader

@@ -29,7 +29,7 @@ from support.cloud.memory_cloud import (
     truncate,
 )
 from support.models.tiny import HIDDEN, tiny_checkpoint
-from support.wire import EDGE, PIN
+from support.protocol.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import default_cache
 from isthmus.cloud.session.served_model import Served

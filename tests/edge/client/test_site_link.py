@@ -27,7 +27,7 @@ from support.cloud.memory_cloud import (
     messages,
 )
 from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint
-from support.wire import EDGE, PIN
+from support.protocol.wire import EDGE, PIN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ import torch
 from support.cloud.clouds import served
 from support.cloud.memory_cloud import MemoryCloud, MemoryTransport
 from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint, tiny_config
-from support.wire import EDGE, PIN
+from support.protocol.wire import EDGE, PIN
 from torch import nn
 
 from isthmus.backbone.sites.edge_sites import Site

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fuzz.target import Target
-from support.wire import EDGE, WORKER
+from support.protocol.wire import EDGE, WORKER
 
 from isthmus.common.errors import ConfigError
 from isthmus.protocol import enrolment

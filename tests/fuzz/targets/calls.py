@@ -11,7 +11,7 @@ from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, canonical, filled
 from support.cloud.clouds import served
 from support.models.tiny import HIDDEN, tiny_checkpoint
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads

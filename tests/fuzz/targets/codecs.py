@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from fuzz.target import Cursor, Target
-from support.example_messages import tensor
+from support.protocol.example_messages import tensor
 
 from isthmus.common.errors import ReceivedNonFiniteError, RemoteProtocolError
 from isthmus.protocol import tensor_codecs

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, canonical, packed
-from support.wire import TENANT, session_info
+from support.protocol.wire import TENANT, session_info
 
 from isthmus.backbone.split.edge_parts import Weights
 from isthmus.common.errors import IsthmusError, RemoteProtocolError

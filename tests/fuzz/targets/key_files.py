@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 from fuzz.target import Cursor, Target, scratch
-from support.wire import EDGE, NOW, WORKER, identity
+from support.protocol.wire import EDGE, NOW, WORKER, identity
 
 from isthmus.common.errors import KeyFileError
 from isthmus.protocol.secure import keyfiles, keys

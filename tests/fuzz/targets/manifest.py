@@ -10,7 +10,7 @@ from typing import Any
 
 from fuzz.target import Cursor, Target
 from fuzz.targets.messages import safe_name
-from support.wire import NOW, PIN, WORKER, identity
+from support.protocol.wire import NOW, PIN, WORKER, identity
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import PackageError, SignerError

@@ -10,8 +10,8 @@ from unittest import mock
 
 from fuzz.target import Cursor, Target, block
 from google.protobuf.message import DecodeError
-from support.example_messages import MESSAGES
-from support.mutations import mutations
+from support.protocol.example_messages import MESSAGES
+from support.protocol.mutations import mutations
 
 from isthmus.common.errors import LocalProtocolError, RemoteProtocolError
 from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m, validation

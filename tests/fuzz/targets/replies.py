@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fuzz.target import Cursor, Target, block
 from fuzz.targets.messages import LIMITS, canonical, filled
-from support.wire import TENANT, session_info
+from support.protocol.wire import TENANT, session_info
 from torch import Tensor, nn
 
 from isthmus.backbone.sites.edge_sites import Site

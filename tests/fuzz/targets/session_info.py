@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fuzz.target import Target
 from fuzz.targets.sessions import _check, info_with
-from support.wire import TENANT, session_info
+from support.protocol.wire import TENANT, session_info
 
 from isthmus.common.errors import MessageError
 from isthmus.edge.client.fetch import _name

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fuzz.target import Cursor, Target, block, patched
-from support.example_messages import MESSAGES
-from support.wire import EDGE, NOW, ROOT, TENANT, WORKER, identity, new_cloud, new_edge, session_info
+from support.protocol.example_messages import MESSAGES
+from support.protocol.wire import EDGE, NOW, ROOT, TENANT, WORKER, identity, new_cloud, new_edge, session_info
 
 from isthmus.common.errors import (
     FingerprintError,

@@ -12,7 +12,7 @@ from typing import Any
 
 from fuzz.target import Cursor, Target, block, scratch
 from fuzz.targets.messages import LIMITS, canonical, packed
-from support.wire import TENANT
+from support.protocol.wire import TENANT
 
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
 from isthmus.backbone.plan import SplitPlan

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings, strategies as st
-from support.wire import (
+from support.protocol.wire import (
     EDGE,
     NOW,
     PIN,

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from hypothesis import given, settings, strategies as st
 from support.commands import in_process, refused
-from support.wire import NOW, PIN, ROOT, identity
+from support.protocol.wire import NOW, PIN, ROOT, identity
 
 from isthmus.cli.cloud_commands import keygen
 from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError, NotEnrolledError

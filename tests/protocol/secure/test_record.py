@@ -12,7 +12,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings, strategies as st
-from support.wire import (
+from support.protocol.wire import (
     SMALL,
     TENANT,
     cloud_messages,

@@ -1,6 +1,6 @@
 """Known answers: the handshake and the record layer give exactly the frozen vectors of `tests/vectors`.
 
-So does an implementation that knows nothing of this one, `support.reference`.
+So does an implementation that knows nothing of this one, `support.protocol.reference`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from support import reference, replay, vectors
+from support import replay
+from support.protocol import reference, vectors
 
 from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
@@ -77,7 +78,7 @@ def test_a_flipped_bit_anywhere_in_the_handshake_is_noticed(part: str) -> None:
 
 
 def check_records(case: dict[str, Any]) -> None:
-    """What `support.reference` finds in the frames of a case, and what the project makes of the inputs."""
+    """What `support.protocol.reference` finds in the frames of a case, and what the project makes of the inputs."""
     frames = replay.replay_records(case)
     found = reference.open_records(case, frames)
     expected = [{"header": s["header"], "body": replay.body_of(s)} for s in case["steps"] if "header" in s]

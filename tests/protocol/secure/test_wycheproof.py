@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM768X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
-from support import replay, vectors
-from support.reference import transcript
+from support import replay
+from support.protocol import vectors
+from support.protocol.reference import transcript
 
 from isthmus.common.errors import FingerprintError, FrameError
 from isthmus.protocol.secure import handshake

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from support.cloud.clouds import PLAN, served
 from support.models.tiny import tiny_checkpoint
-from support.wire import NOW, identity
+from support.protocol.wire import NOW, identity
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint

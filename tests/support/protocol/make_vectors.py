@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from support import reference, replay, vectors
+from support import replay
+from support.protocol import reference, vectors
 
 from isthmus.protocol.secure.framing import VERSION, Direction
 from isthmus.protocol.secure.handshake import SUITE, version_refusal

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / "vectors"
+FOLDER = Path(__file__).parents[2] / "vectors"
 WORDS = ("about", "name", "of", "error", "piece", "flight", "to", "replaced_by")
 """Keys whose values are words; every other text is bytes in hexadecimal."""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from support.wire import payload
+from support.protocol.wire import payload
 
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.protocol import messages as m
