@@ -217,7 +217,7 @@ class SkeletonLayer(nn.Module):
         return self
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Return `hidden_states` as they are: the gate has already done the work."""
+        """Return `hidden_states` as they are: the cloud has already done the work."""
         return hidden_states
 
 

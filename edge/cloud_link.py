@@ -83,7 +83,7 @@ class Wire:
         """
         model: Any = self.links[0].load_model()
         leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
-        model.span_gate.span = RemoteSpan(self.in_flight or self.links[0].span, leased=leased, summed=config.summed)
+        model.remote_layers.span = RemoteSpan(self.in_flight or self.links[0].span, leased=leased, summed=config.summed)
         return model
 
     def watch(self, check: Callable[[], None]) -> None:

@@ -57,7 +57,7 @@ def run_tuning(config: TuneConfig) -> Report:
             attn_implementation=package.manifest.attn_implementation,
             package=package.id,
         ),
-        emulator_parameters=_parameters_run(model.span_gate.span),
+        emulator_parameters=_parameters_run(model.remote_layers.span),
     )
     return trainer.fit().report
 

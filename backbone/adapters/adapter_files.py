@@ -110,8 +110,8 @@ def _without_dead_sites(model: Any) -> Iterator[dict[str, Any] | None]:
     Meanwhile PEFT's configurations name the modules that are left. None where all of it is to be saved.
     """
     base = model.get_base_model()
-    gate = None if getattr(base, "isthmus_origin", None) is None else base.span_gate
-    live = None if gate is None or gate.lend_dead else gate.live_sites
+    remote = None if getattr(base, "isthmus_origin", None) is None else base.remote_layers
+    live = None if remote is None or remote.lend_dead else remote.live_sites
     dead = () if live is None else tuple(site.name for site in base.find_sites() if site.name not in live)
     if not dead:
         yield None

@@ -98,7 +98,7 @@ class LayerAdapter:
     def _check_layers(self, model: Any) -> None:
         plan = getattr(model, "split_plan", None)
         held = range(model.config.num_hidden_layers)
-        if plan is not None and not (self.method == "bottleneck" and isinstance(model.span_gate.span, SitedSpan)):
+        if plan is not None and not (self.method == "bottleneck" and isinstance(model.remote_layers.span, SitedSpan)):
             held = plan.edge_layers
         for index in self.layers:
             if index not in held:

@@ -41,10 +41,12 @@ class PeftChecks:
             check_config(config)
         origin, base = model.isthmus_origin, model.layered_model
         layers = getattr(base, origin.family.layers)
-        cloud = [index for index in origin.plan.cloud if index < len(layers)]  # a model may be cut behind the gate
+        cloud = [
+            index for index in origin.plan.cloud if index < len(layers)
+        ]  # a model may be cut behind its cloud layers
         check_layers(layers, origin.family.layers_path, cloud, configs)
         if configs:
-            model.span_gate.check_span(base)
+            model.remote_layers.check_span(base)
             for adapter, config in configs.items():
                 if asked[adapter] != self._passed.get(adapter):
                     check_against_whole(model, adapter, config)

@@ -110,7 +110,7 @@ class LadderAdapter:
         if getattr(model, "split_plan", None) is None:
             _WholeSpan(side, self).watch(model)
         else:
-            model.span_gate.attach_ladder(side, self.taps)
+            model.remote_layers.attach_ladder(side, self.taps)
 
     @property
     def taps(self) -> tuple[SiteSpec, ...]:
@@ -145,8 +145,8 @@ def add_ladder(
     """Give a model a ladder; it alone is trainable then.
 
     Names are the same in a split and in a whole model. In a whole model, hooks collect the taps and change what the
-    span's last layer returns. In a split one, the gate asks the span for the taps and passes its output through the
-    ladder.
+    span's last layer returns. In a split one, the remote layers ask the span for the taps, and their output goes
+    through the ladder.
 
     Args:
         model: A transformers causal LM, whole or split.

@@ -19,7 +19,7 @@ from isthmus.backbone.families import Family
 from isthmus.backbone.peft_checks import PeftChecks
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites.edge_sites import Site
-from isthmus.backbone.split.remote_layers import SpanGate
+from isthmus.backbone.split.remote_layers import RemoteLayers
 from isthmus.common.errors import CheckpointError, UnsupportedCallError
 from isthmus.common.files import disk_errors
 
@@ -60,11 +60,11 @@ class EdgeModelMixin:
         return self.isthmus_origin.plan
 
     @property
-    def span_gate(self) -> SpanGate:
+    def remote_layers(self) -> RemoteLayers:
         """The module that calls the span."""
         origin = self.isthmus_origin
         path = f"{origin.family.layers_path}.{origin.plan.bottom}"
-        return cast(SpanGate, cast(nn.Module, self).get_submodule(path))
+        return cast(RemoteLayers, cast(nn.Module, self).get_submodule(path))
 
     @property
     def layered_model(self) -> nn.Module:
@@ -72,8 +72,8 @@ class EdgeModelMixin:
         return cast(nn.Module, self).get_submodule(self.isthmus_origin.family.base)
 
     def find_sites(self) -> Iterator[Site]:
-        """The places inside the cloud's layers that carry an adapter, also those that are switched off by the gate."""
-        return self.span_gate.find_sites(self.layered_model)
+        """The places inside the cloud's layers that carry an adapter, also those that are switched off."""
+        return self.remote_layers.find_sites(self.layered_model)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, without a key-value cache: each new token runs the whole sequence through the span.

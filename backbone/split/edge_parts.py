@@ -24,14 +24,14 @@ from isthmus.backbone.peft_checks import PeftChecks
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.split.edge_model import EdgeModelMixin, EdgeOrigin, edge_class, load_edge_weights
-from isthmus.backbone.split.remote_layers import SpanFn, SpanGate
+from isthmus.backbone.split.remote_layers import RemoteLayers, SpanFn
 from isthmus.common.errors import CheckpointError, IsthmusError, PlanError
 from isthmus.common.files import disk_errors, new_folder
 
 __all__ = [
     "EdgeModelMixin",
+    "RemoteLayers",
     "SpanFn",
-    "SpanGate",
     "export_edge_parts",
     "load_edge_parts",
     "load_edge_weights",
@@ -54,9 +54,9 @@ def load_edge_parts(
     """The edge's model: the family's own class, with the original layer indices, and the cloud's layers behind `span`.
 
     `model.model.layers` (or what the family calls it) has all the layers' places: the edge's are real, the first of
-    the cloud's is a `SpanGate`, the others pass through, and their linears are skeletons. None of the cloud's has
+    the cloud's is a `RemoteLayers`, the others pass through, and their linears are skeletons. None of the cloud's has
     weights, so PEFT, Trainer and `generate` see a transformers model, and an adapter made on it loads into the whole
-    model. `model.split_plan` and `model.span_gate` tell about the cut.
+    model. `model.split_plan` and `model.remote_layers` tell about the cut.
 
     Args:
         source: A whole model's checkpoint, or what `export_edge_parts` wrote. Only the edge's tensors are read.
@@ -83,10 +83,12 @@ def load_edge_parts(
     base = model.get_submodule(family.base)
     layers = getattr(base, family.layers)
 
-    gate = SpanGate(layers[plan.bottom], span, family.layers, family.layers_path, plan.cloud)
+    remote = RemoteLayers(layers[plan.bottom], span, family.layers, family.layers_path, plan.cloud)
     for layer in plan.cloud:
-        layers[layer] = gate if layer == plan.bottom else SkeletonLayer(layers[layer], f"{family.layers_path}.{layer}")
-    gate.attach(base)
+        layers[layer] = (
+            remote if layer == plan.bottom else SkeletonLayer(layers[layer], f"{family.layers_path}.{layer}")
+        )
+    remote.attach(base)
 
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)

@@ -1,4 +1,4 @@
-"""Where the cloud's layers stand in the edge's model: one gate that calls the span, and layers that pass through."""
+"""Where the cloud's layers stand in the edge's model: one module that calls the span, and layers that pass through."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Held:
         return self
 
 
-class SpanGate(SkeletonLayer):
+class RemoteLayers(SkeletonLayer):
     """The first cloud layer: sends the hidden states through the whole span, and tells it the sites inside.
 
     A decoder layer sees only the mask that the base model made of the caller's, so two hooks on the base model keep
@@ -123,7 +123,7 @@ class SpanGate(SkeletonLayer):
     def attach_ladder(self, ladder: LadderSide, taps: Sequence[SiteSpec]) -> None:
         """Let what comes back of the span pass through a side network, which reads `taps`.
 
-        The network is a submodule of the model, not of the gate; a deep copy of the model uses the copy's.
+        The network is a submodule of the model, not of this module; a deep copy of the model uses the copy's.
         """
         self._ladder = (ladder, tuple(taps))
 
@@ -147,7 +147,7 @@ class SpanGate(SkeletonLayer):
             UnsupportedCallError: An adapter is merged.
         """
         layers = getattr(base, self._layers)
-        here = [index for index in self._cloud if index < len(layers)]  # a model may be cut behind the gate
+        here = [index for index in self._cloud if index < len(layers)]  # a model may be cut behind its cloud layers
         return find_sites(layers, self._path, here)
 
     def check_span(self, base: nn.Module) -> None:
@@ -164,7 +164,7 @@ class SpanGate(SkeletonLayer):
 
     def attach(self, base: nn.Module) -> None:
         """Put the two hooks on the base model."""
-        # Bound methods: a deep copy of the model binds them to the copy's gate.
+        # Bound methods: a deep copy of the model binds them to those of the copy.
         base.register_forward_pre_hook(self._enter, with_kwargs=True)
         base.register_forward_hook(self._leave, always_call=True)
 

@@ -46,11 +46,11 @@ class Guests:
     sites: BoundSites
     visitor: SiteAdapters
     leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
-    company: BatchingPartners | None = None
+    partners: BatchingPartners | None = None
 
     def visit(self, *, again: bool = False) -> SitedPass:
         """A pass with them."""
-        return SitedPass(self.sites, self.visitor, self.leased, again, self.company)
+        return SitedPass(self.sites, self.visitor, self.leased, again, self.partners)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
-"""Calls that may pause, several at once: each goes on until it asks its edge or ends, and they meet at the linears.
+"""Steps of several calls with sites in one batch: the products of the frozen linears are computed for all at once.
 
-A call's *step* is what it computes between two pauses. In a batch the steps of all calls begin together. Whenever each
-has enlisted for the products of a group of linears (`isthmus.backbone.runtime.batched_products`), has asked, or has
-ended, the place that is furthest behind holds its meeting, and the calls that were there go on. So calls that are
-behind catch up, and all go through a layer together where they can. A call that fails leaves, and the others do not
-notice; a meeting that fails is held again for each of its calls. The last one that is left computes for itself.
+A *step* is what a call computes between two questions to its edge. The steps of a batch begin at the same time. Each
+call runs until it requests the products of a group of linears (`isthmus.backbone.runtime.batched_products`), asks its
+edge, or ends. When all calls wait, the requests for the earliest group in the model are computed as one batch, and
+those calls go on. So calls that are behind catch up with the others, and they share the layers that follow.
+
+A call that fails leaves the batch, and the others go on. If a batch of products fails, each of its requests is computed
+by itself. The last call of a batch computes its products itself.
 """
 
 from __future__ import annotations
@@ -31,37 +33,41 @@ class Step:
     Attributes:
         number: The call's.
         call: The call.
-        company: How it meets others; None for a call that never does.
+        partners: Tells the call whether others share its batch; None for a call that computes for itself.
         answer: The edge's answer to its last question; None for the first step.
         since_ns: How long it had computed before.
     """
 
     number: int
     call: SitedCall
-    company: BatchingPartners | None
+    partners: BatchingPartners | None
     answer: m.SiteAnswer | None
     since_ns: int
 
     def resume(self, answer: Answered | None, *, beside: bool) -> Outcome:
         """Let the call go on, `beside` others or by itself. Raises what it raises."""
-        if self.company is not None:
-            self.company.present = beside
+        if self.partners is not None:
+            self.partners.present = beside
         return self.call.resume(answer)
 
 
-def take_steps(steps: Sequence[Step], meetings: ProductBatches) -> list[Outcome | Exception]:
-    """Take steps of different calls, all of which may meet; what comes of each, or its error, in the same order."""
+def take_steps(steps: Sequence[Step], batches: ProductBatches) -> list[Outcome | Exception]:
+    """Take steps of different calls, which share products where they can.
+
+    Returns:
+        What comes of each step, or its error, in the same order.
+    """
     outcomes: dict[int, Outcome | Exception] = {}
-    enlisted: dict[int, ProductRequest] = {}
+    waiting: dict[int, ProductRequest] = {}
     ready: list[tuple[int, Answered | None]] = [(at, step.answer) for at, step in enumerate(steps)]
     while ready:
         for at, answer in ready:
             outcome = _outcome(steps[at], answer, beside=len(steps) - len(outcomes) > 1)
             if isinstance(outcome, Pause) and isinstance(outcome.question, ProductRequest):
-                enlisted[at] = outcome.question
+                waiting[at] = outcome.question
             else:
                 outcomes[at] = outcome
-        ready = list(_meeting(steps, enlisted, meetings).items())
+        ready = list(_compute_earliest(steps, waiting, batches).items())
     return [outcomes[at] for at in range(len(steps))]
 
 
@@ -74,35 +80,37 @@ def _outcome(step: Step, answer: Answered | None, *, beside: bool) -> Outcome | 
         return RuntimeError(f"a call ended with {type(error).__name__}")
 
 
-def _meeting(
-    steps: Sequence[Step], enlisted: dict[int, ProductRequest], meetings: ProductBatches
+def _compute_earliest(
+    steps: Sequence[Step], waiting: dict[int, ProductRequest], batches: ProductBatches
 ) -> dict[int, Answered]:
-    """Take those who are furthest behind out of `enlisted`; returns what each of them gets."""
-    if not enlisted:
+    """Compute the waiting requests for the earliest group, and take them out of `waiting`; returns their products."""
+    if not waiting:
         return {}
-    place = min(enlisted.values(), key=lambda each: each.order).key
-    here = [at for at, each in enlisted.items() if each.key == place]
-    parties = [enlisted.pop(at) for at in here]
+    place = min(waiting.values(), key=lambda each: each.order).key
+    here = [at for at, each in waiting.items() if each.key == place]
+    requests = [waiting.pop(at) for at in here]
     start = time.perf_counter_ns()
-    products = _products(parties, meetings)
+    products = _products(requests, batches)
     spent = time.perf_counter_ns() - start
-    rows = [party.n_rows for party in parties]
+    rows = [request.n_rows for request in requests]
     for at, count in zip(here, rows, strict=True):
         steps[at].call.busy_ns += spent * count // sum(rows)
     return dict(zip(here, products, strict=True))
 
 
-def _products(parties: Sequence[ProductRequest], meetings: ProductBatches) -> Sequence[Products | RuntimeError]:
-    """What each party gets: of a meeting of all, or, where that fails, of one for itself, which may fail again."""
+def _products(requests: Sequence[ProductRequest], batches: ProductBatches) -> Sequence[Products | RuntimeError]:
+    """The products of each request: of all as one batch, or, if that fails, of each by itself, which may fail again."""
     try:
-        return meetings.compute(parties)
-    except Exception as error:  # noqa: BLE001  # out of memory, or whatever a kernel raises; each party gets its own
-        if len(parties) == 1:
+        return batches.compute(requests)
+    except Exception as error:  # noqa: BLE001  # out of memory, or whatever a kernel raises; each request has its own
+        if len(requests) == 1:
             return [RuntimeError(f"a product failed: {error}")]
-    return [_products([party], meetings)[0] for party in parties]  # here, as the error would hold the meeting's tensors
+    return [
+        _products([request], batches)[0] for request in requests
+    ]  # here, as the error would hold the batch's tensors
 
 
-# Which steps are taken together ---------------------------------------------------------------------------------------
+# Which steps may share a batch ----------------------------------------------------------------------------------------
 
 FORWARD, BACKWARD = "sites forward", "sites backward"
 

@@ -40,7 +40,7 @@ class _BegunCall:
     message: Call
     list: SiteList
     call: SitedCall
-    company: BatchingPartners | None
+    partners: BatchingPartners | None
     question: _Question | None = None  # its last one; None until it has asked
 
     @property
@@ -148,15 +148,15 @@ class SiteCalls:
 
         def run(ask: Callable[[Asked], Any]) -> m.Message:
             visitor = EdgeVisitor(self.lists.executor, sites.sites, message, self.lists.limits, ask)
-            return work(Guests(sites.sites, visitor, leased, company))
+            return work(Guests(sites.sites, visitor, leased, partners))
 
         call: SitedCall = PausingCall(run, thread)
-        company = (
+        partners = (
             BatchingPartners(cast("Callable[[ProductRequest], Products | RuntimeError]", call.ask))
             if self.batching
             else None
         )
-        self.begun[message.id.call] = _BegunCall(message, sites, call, company)
+        self.begun[message.id.call] = _BegunCall(message, sites, call, partners)
         return self._step(message.id.call, None)
 
     def answer(self, message: m.SiteAnswer) -> Step:
@@ -211,4 +211,4 @@ class SiteCalls:
 
     def _step(self, number: int, answer: m.SiteAnswer | None) -> Step:
         begun = self.begun[number]
-        return Step(number, begun.call, begun.company, answer, begun.call.busy_ns)
+        return Step(number, begun.call, begun.partners, answer, begun.call.busy_ns)

@@ -1,4 +1,4 @@
-"""Fetching files from the cloud's shelves, over the sealed session.
+"""Fetching files from the sets that the cloud offers, over the sealed session.
 
     parts      the edge's parts of the model, into the cache
     emulator   the package, into a folder of the user's, which appears when it is whole and verified
@@ -219,9 +219,9 @@ def _remove_oldest(folder: Path, size: int, max_bytes: int) -> None:
             shutil.rmtree(other)
 
 
-def _listing(shelf: m.FileSet, cloud: SessionKeeper, max_bytes: int) -> m.FileList:
-    listing = cloud.ask(m.FileList, m.FetchList(shelf))
-    check_offer(listing.entries, shelf, max_bytes)
+def _listing(file_set: m.FileSet, cloud: SessionKeeper, max_bytes: int) -> m.FileList:
+    listing = cloud.ask(m.FileList, m.FetchList(file_set))
+    check_offer(listing.entries, file_set, max_bytes)
     return listing
 
 
@@ -233,7 +233,7 @@ def _weights(folder: Path, info: m.SessionInfo) -> Weights:
 
 
 def _complete(
-    folder: Path, shelf: m.FileSet, listing: m.FileList, what: str, cloud: SessionKeeper, weigh: Weigh
+    folder: Path, file_set: m.FileSet, listing: m.FileList, what: str, cloud: SessionKeeper, weigh: Weigh
 ) -> None:
     """Bring a folder up to what is listed. What is not, is removed."""
     with disk_errors(folder):
@@ -251,11 +251,11 @@ def _complete(
             if entry.name in WEIGHTS:
                 most = most or weigh()
                 check_size(entry, most[entry.name])
-            _fetch(folder, shelf, entry, cloud, advance)
+            _fetch(folder, file_set, entry, cloud, advance)
 
 
 def _fetch(
-    folder: Path, shelf: m.FileSet, entry: m.FileEntry, cloud: SessionKeeper, advance: Callable[[int], None]
+    folder: Path, file_set: m.FileSet, entry: m.FileEntry, cloud: SessionKeeper, advance: Callable[[int], None]
 ) -> None:
     unfinished = folder / _unfinished(entry)
     offset = _begun(folder, entry)
@@ -264,7 +264,7 @@ def _fetch(
         file.truncate(offset)
         while offset < entry.size:
             most = min(m.MAX_FILE_CHUNK, entry.size - offset)
-            chunk = cloud.ask(m.Blob, m.Fetch(shelf, entry.name, offset), answer_bytes=most)
+            chunk = cloud.ask(m.Blob, m.Fetch(file_set, entry.name, offset), answer_bytes=most)
             came = (chunk.name, chunk.offset, chunk.total, chunk.sha256)
             if came != (entry.name, offset, entry.size, entry.sha256) or not len(chunk.data):
                 raise RemoteProtocolError(f"the cloud sent another chunk of {entry.name} than the one at {offset}")

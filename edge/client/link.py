@@ -69,7 +69,7 @@ def connect(
     Args:
         address: the connection string that `isthmus cloud serve` prints: `isthmus://host:port#SHA256:…`.
         key: the edge's private key file; by default ~/.isthmus/edge/id_ed25519, as `isthmus edge keygen` makes it.
-        codec: how activations and gradients cross the strip: one of fp32, bf16, fp16, int8, int4, int4-outliers, or one
+        codec: how activations and gradients cross the wire: one of fp32, bf16, fp16, int8, int4, int4-outliers, or one
             for each direction; see `isthmus.edge.codecs.wire_codecs.WireCodecs.parse`.
         tls: the outer TLS layer, for `isthmus+tls://` addresses; by default the system's certificates.
         connect_timeout: seconds to wait for the cloud at first.
@@ -296,7 +296,7 @@ class Link:
         self.span.step = step
 
     def totals(self) -> WireTotals:
-        """What has crossed the strip so far, and where the time went."""
+        """What has crossed the wire so far, and where the time went."""
         t = self.traffic
         cloud = t.compute_ns + t.queue_ns
         return WireTotals(

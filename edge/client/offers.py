@@ -49,12 +49,12 @@ _NAMES = {
 }
 
 
-def check_offer(entries: Iterable[m.FileEntry], shelf: m.FileSet, max_bytes: int) -> None:
+def check_offer(entries: Iterable[m.FileEntry], file_set: m.FileSet, max_bytes: int) -> None:
     """Look at a list of files before any of them is fetched.
 
     Args:
         entries: what the cloud offers.
-        shelf: where.
+        file_set: where.
         max_bytes: most bytes of all files.
 
     Raises:
@@ -63,9 +63,10 @@ def check_offer(entries: Iterable[m.FileEntry], shelf: m.FileSet, max_bytes: int
     """
     offered = tuple(entries)
     for entry in offered:
-        if not belongs(entry.name, shelf):
+        if not belongs(entry.name, file_set):
             raise RemoteProtocolError(
-                f"the cloud offers the file {entry.name!r}, which is none of {_NAMES[shelf]}: ask its owner what it is"
+                f"the cloud offers the file {entry.name!r}, which is none of {_NAMES[file_set]}: "
+                "ask its owner what it is"
             )
         if entry.name not in WEIGHTS:
             check_size(entry, MAX_SETTINGS if entry.name in _SETTINGS else MAX_TOKENIZER)
@@ -74,8 +75,8 @@ def check_offer(entries: Iterable[m.FileEntry], shelf: m.FileSet, max_bytes: int
     total = sum(entry.size for entry in offered)
     if total > max_bytes:
         raise LimitError(
-            f"the cloud offers {total} bytes of {_NAMES[shelf]}: at most {max_bytes} are taken. If the model is that "
-            "large, raise --max-fetch-gib"
+            f"the cloud offers {total} bytes of {_NAMES[file_set]}: at most {max_bytes} are taken. "
+            "If the model is that large, raise --max-fetch-gib"
         )
 
 

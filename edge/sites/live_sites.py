@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isthmus.backbone.runtime.site_host import linear_groups
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.split.edge_model import EdgeModelMixin
-from isthmus.backbone.split.remote_layers import SpanGate
+from isthmus.backbone.split.remote_layers import RemoteLayers
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import write_atomic
 from isthmus.edge.config.schedule import learning_rate
@@ -54,7 +54,7 @@ class LiveSites:
 
     def __init__(
         self,
-        gate: SpanGate,
+        gate: RemoteLayers,
         sites: Mapping[str, Site],
         costs: Sites,
         policy: SitePolicy,
@@ -165,7 +165,7 @@ def live_sites(
     """
     if config.site_policy == "always":
         return None
-    gate = model.span_gate
+    gate = model.remote_layers
     sites = {site.name: site for site in model.find_sites()}
     if not sites:
         raise ConfigError(

@@ -105,14 +105,14 @@ def cached_span(model: Any, folder: Path, identity: SpanIdentity, *, max_bytes: 
     warned = check_cacheable(model)
     below = fingerprint(edge) if edge.split_plan.bottom else b""
     with SpanStore(folder, identity.key(below), max_bytes=max_bytes) as store:
-        span = edge.span_gate.span
+        span = edge.remote_layers.span
         cached = CachedSpan(span, store, model, warned=warned)
         hooks = cached.know_rows_by_input(edge) if below else ()
-        edge.span_gate.span = cached
+        edge.remote_layers.span = cached
         try:
             yield cached
         finally:
-            edge.span_gate.span = span
+            edge.remote_layers.span = span
             for hook in hooks:
                 hook.remove()
 

@@ -38,7 +38,7 @@ class OuterLayers:
         model = load_edge_parts(checkpoint, plan, _unchanged, dtype=dtype, attn_implementation=attn_implementation)
         model.requires_grad_(False)
         family = model.isthmus_origin.family
-        self._gate = model.span_gate
+        self._gate = model.remote_layers
         self._base: Any = model.get_submodule(family.base)
         self._list = family.layers
         self._layers = getattr(self._base, self._list)

@@ -9,9 +9,9 @@ from isthmus.emulator.package.manifest import MANIFEST_FILE
 from isthmus.protocol.messages import FileSet
 
 
-def belongs(name: str, shelf: FileSet) -> bool:
-    """Whether a file of this name may lie on the shelf."""
-    match shelf:
+def belongs(name: str, file_set: FileSet) -> bool:
+    """Whether a file of this name may be in the file set."""
+    match file_set:
         case FileSet.PARTS:
             return is_part(name)
         case FileSet.EMULATOR:

@@ -55,14 +55,14 @@ def search_the_wire(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         activations: list[torch.Tensor] = []
-        span = model.get_base_model().span_gate.span
+        span = model.get_base_model().remote_layers.span
 
         def watched(hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
             activations.append(hidden.detach())
             output: torch.Tensor = span(hidden, mask, positions)
             return output
 
-        model.get_base_model().span_gate.span = watched
+        model.get_base_model().remote_layers.span = watched
         model.train()
         model(**batch, use_cache=False).loss.backward()
     needles = {

@@ -259,7 +259,7 @@ def over(model: Any, span: SpanFn | None) -> Any:
     scored = model.edge if isinstance(model, Everything) else model
     if span is not None:
         base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
-        base.span_gate.span = span
+        base.remote_layers.span = span
     return scored
 
 

@@ -105,7 +105,7 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
     if settings.package is not None:
         package = open_package(settings.package)
         model, tokenizer, digest = package.load_model(), package.load_tokenizer(), package.digest
-        model.span_gate.span.to(device)
+        model.remote_layers.span.to(device)
         what = f"{package.model} over the emulator {package.manifest.recipe}, keep {package.manifest.keep:g}"
     else:
         checkpoint = resolve(str(settings.model))

@@ -110,7 +110,7 @@ def test_sites_that_are_switched_off_are_not_saved(pairs: Pairs, tmp_path: Path,
     pair = pairs("llama", num_hidden_layers=14, plan="1:1")  # a name of layer 1 opens one of layer 11
     model = get_peft_model(load_edge_parts(pair.folder, pair.plan, Sited()), SITED[method](targets))
     disturb(model)
-    gate = model.get_base_model().span_gate
+    gate = model.get_base_model().remote_layers
     gate.live_sites = frozenset({"model.layers.2.self_attn.q_proj", "model.layers.11.self_attn.q_proj"})
     save_adapter(model, tmp_path / "some")
     kept = {name: value for name, value in model.state_dict().items() if _is_adapter(name)}
@@ -144,7 +144,7 @@ def test_a_configuration_is_itself_again_when_saving_fails(
 ) -> None:
     pair = pairs("llama")
     model = get_peft_model(load_edge_parts(pair.folder, pair.plan, Sited()), SITED["lora"](["q_proj"]))
-    model.get_base_model().span_gate.live_sites = frozenset()
+    model.get_base_model().remote_layers.live_sites = frozenset()
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "adapter")

@@ -31,7 +31,7 @@ def test_it_is_the_familys_own_class_and_holds_no_weight_of_the_cloud(pairs: Pai
     assert isinstance(pair.edge, PreTrainedModel)
     assert type(pair.edge).__name__ == "LlamaForCausalLM"
     assert pair.edge.split_plan == pair.plan
-    assert pair.edge.span_gate.span is pair.span
+    assert pair.edge.remote_layers.span is pair.span
     assert pair.edge.name_or_path == str(pair.folder)
     interior = tuple(f"model.layers.{layer}." for layer in pair.plan.cloud)
     whole = pair.whole.state_dict()
@@ -90,14 +90,14 @@ def test_mask_and_positions_reach_the_span_and_are_forgotten_even_after_an_error
 
     inputs = batch("right_padded")
     positions = torch.arange(24).unsqueeze(0)
-    pair.edge.span_gate.span = failing
+    pair.edge.remote_layers.span = failing
     with pytest.raises(ConnectionError):
         pair.edge(inputs["input_ids"], None, inputs["attention_mask"], position_ids=positions)
     assert seen[0][0] is inputs["attention_mask"]
     assert seen[0][1] is positions
     with pytest.raises(UnsupportedCallError, match="by itself"):
-        pair.edge.span_gate(torch.zeros(1, 2, 32))
-    pair.edge.span_gate.span = pair.span
+        pair.edge.remote_layers(torch.zeros(1, 2, 32))
+    pair.edge.remote_layers.span = pair.span
     assert torch.equal(pair.edge(**batch("no_mask")).logits, pair.whole(**batch("no_mask")).logits)
 
 
@@ -120,9 +120,9 @@ def test_generation_that_needs_a_cache_is_refused(pairs: Pairs) -> None:
 def test_a_copy_talks_to_the_same_span_through_its_own_gate(pairs: Pairs) -> None:
     pair = pairs("llama_tied")
     twin = copy.deepcopy(pair.edge)
-    assert twin.span_gate is not pair.edge.span_gate
-    assert twin.span_gate.span is pair.span
-    pair.edge.span_gate.span = lambda hidden, _mask, _positions: torch.zeros_like(hidden)
+    assert twin.remote_layers is not pair.edge.remote_layers
+    assert twin.remote_layers.span is pair.span
+    pair.edge.remote_layers.span = lambda hidden, _mask, _positions: torch.zeros_like(hidden)
     inputs = batch("left_padded")
     assert torch.equal(twin(**inputs).logits, pair.whole(**inputs).logits)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
@@ -131,7 +131,9 @@ def test_a_copy_talks_to_the_same_span_through_its_own_gate(pairs: Pairs) -> Non
 def test_it_can_be_cast(pairs: Pairs) -> None:
     pair = pairs("llama")
     edge = pair.edge.to(torch.bfloat16)
-    edge.span_gate.span = lambda hidden, mask, positions: pair.span(hidden.float(), mask, positions).to(hidden.dtype)
+    edge.remote_layers.span = lambda hidden, mask, positions: pair.span(hidden.float(), mask, positions).to(
+        hidden.dtype
+    )
     assert edge(**batch("no_mask")).logits.dtype == torch.bfloat16
     assert pair.span.dtype == torch.float32
 
@@ -146,7 +148,7 @@ def test_gradient_checkpointing_runs_the_span_once_and_changes_no_gradient(pairs
         calls += 1
         return pair.span(hidden, mask, positions)
 
-    pair.edge.span_gate.span = counting
+    pair.edge.remote_layers.span = counting
     pair.edge.activation_checkpointing_enable({"use_reentrant": reentrant})
     pair.edge.train()
     inputs = batch("left_padded")

@@ -113,7 +113,7 @@ def test_lent_dead_sites_act_on_and_equal_one_process_bit_for_bit(
     """Others are live at each step; in one process the dead ones are frozen meanwhile."""
     link = new_link(cloud)
     model = adapted(link.load_model())
-    gate = model.get_base_model().span_gate
+    gate = model.get_base_model().remote_layers
     sites = {site.name: site for site in model.get_base_model().find_sites()}
     turns = [frozenset(sorted(sites)[number::3]) for number in range(3)]
     gate.lend_dead = True

@@ -111,7 +111,7 @@ class Watched:
         self.said: list[str] = []
         self.log = log / DECISIONS
         self.live = LiveSites(
-            self.model.span_gate,
+            self.model.remote_layers,
             self.sites,
             site_costs(self.model, self.sites.values()),
             self.policy,
@@ -137,7 +137,7 @@ def watched(folder: Path, tmp_path: Path) -> Watched:
 
 
 def test_the_gate_has_the_policy_s_sites_at_every_step(watched: Watched) -> None:
-    gate = watched.model.span_gate
+    gate = watched.model.remote_layers
     assert gate.live_sites is None
     for number in (1, 2, 3):
         watched.step(number)
@@ -202,16 +202,16 @@ def test_its_state_goes_through_json_and_forgets_what_came_after(
 
     watched.live.load_state(early)
     assert watched.log.read_text() == ""
-    assert watched.model.span_gate.live_sites == watched.turns[0]
+    assert watched.model.remote_layers.live_sites == watched.turns[0]
     assert watched.live.state() == early
     watched.live.load_state(start)
-    assert watched.model.span_gate.live_sites is None
+    assert watched.model.remote_layers.live_sites is None
 
     (tmp_path / "other").mkdir()
     other = Watched(folder, tmp_path / "other")
     other.live.load_state(late)
     assert other.log.read_text() == written
-    assert other.model.span_gate.live_sites == other.turns[1]
+    assert other.model.remote_layers.live_sites == other.turns[1]
     assert other.live.accounting.shares() == watched_shares(late)
     other.step(3)
     assert other.log.read_text() == written

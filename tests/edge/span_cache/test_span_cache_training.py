@@ -217,12 +217,12 @@ def test_after_the_block_the_model_is_as_before(folders: Callable[[str], Path], 
 
     def interrupted() -> None:
         with run.cached(tmp_path) as cached:
-            assert run.edge.span_gate.span is cached
+            assert run.edge.remote_layers.span is cached
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    assert run.edge.span_gate.span is run.asked
+    assert run.edge.remote_layers.span is run.asked
     assert (len(run.edge.model._forward_hooks), len(run.edge.model._forward_pre_hooks)) == hooks
     run.gradients(batch)
     assert len(run.asked.calls) == 1
