@@ -40,6 +40,8 @@ ENTRY_BYTES = 160
 """What a row takes in the index at most, where pages of the index are half full."""
 
 _ROWS = "rows.bin"
+# What SQLite says of a damaged file may quote its bytes, which need not be UTF-8.
+_SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _INDEX = "index.sqlite"
 _LOG_PAGES = 256  # of 4 KiB, after which the write-ahead log is copied into the index
 _SCHEMA = """
@@ -161,7 +163,7 @@ class SpanStore:
                 if entry is not None and row is None:
                     self._damaged += 1
                     self._rows -= self._index.execute("DELETE FROM rows WHERE key = ?", (key,)).rowcount
-            except (sqlite3.Error, OSError):
+            except (*_SQLITE_ERRORS, OSError):
                 row = None
                 self._damaged += 1
             if row is None:
@@ -206,7 +208,7 @@ class SpanStore:
                 entry = _Entry(*shape, self._end, stop, _checksum(key, *shape, payload))
                 self._write(payload)
                 self._index.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", (key, *entry))
-            except (sqlite3.Error, OSError) as error:
+            except (*_SQLITE_ERRORS, OSError) as error:
                 self._fail(error)
                 return False
             self._rows, self._end = self._rows + 1, stop
@@ -244,7 +246,7 @@ class SpanStore:
             index = self._connect()
             if index is not None:
                 return index
-        except sqlite3.DatabaseError:
+        except _SQLITE_ERRORS:
             pass  # it is deleted below
         for name in (_INDEX, f"{_INDEX}-wal", f"{_INDEX}-shm", f"{_INDEX}-journal"):
             (self.folder / name).unlink(missing_ok=True)
@@ -337,7 +339,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     with disk_errors(folder):
         try:
             yield
-        except sqlite3.Error as error:
+        except _SQLITE_ERRORS as error:
             raise OSError(str(error)) from error
 
 

@@ -22,7 +22,7 @@ from isthmus.backbone.sites.site_spec import Placement
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import UnsupportedCallError
-from isthmus.edge.client.remote_span import RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
 
 from ..conftest import Pair, Pairs, batch
 
@@ -35,9 +35,10 @@ class HereLink:
     forget: bool = False  # run the forward again for each backward, as a cloud without memory does
     asked: int = 0
 
-    def forward_span(
-        self, hidden: Tensor, mask: Any, positions: Any, *, keep: bool, sites: SiteCall | None = None
-    ) -> tuple[Tensor, Any]:
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, Any]:
+        inputs = request.inputs
+        hidden, mask, positions = inputs.hidden, inputs.attention_mask, inputs.position_ids
+        keep, sites = request.keep, request.sites
         with torch.set_grad_enabled(keep):
             leaf = hidden.detach().requires_grad_(keep)
             output, visit = self._run(leaf, mask, positions, sites)
@@ -54,23 +55,14 @@ class HereLink:
             number: LeasedWeights(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
             for number, one in zip(leased, sites.lease, strict=True)
         }
-        visit = SitedPass(self.host.bind(specs), self, lent, again)
-        self.sites = sites
+        visit = SitedPass(self.host.bind(specs), Counting(self, sites), lent, again)
         with sites_active(visit):
             return self.host.span(leaf, mask, positions), visit
 
-    def backward_span(
-        self,
-        kept: Any,
-        gradient: Tensor,
-        hidden: Tensor,
-        mask: Any,
-        positions: Any,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
-    ) -> Tensor | None:
-        leaf, output, visit = kept
+    def backward(self, request: BackwardRequest) -> Tensor | None:
+        mask, positions = request.inputs.attention_mask, request.inputs.position_ids
+        gradient, sites, wanted = request.gradient, request.sites, request.wanted
+        leaf, output, visit = request.kept
         if self.forget:
             with torch.enable_grad():
                 output, visit = self._run(leaf, mask, positions, sites, again=True)
@@ -84,12 +76,20 @@ class HereLink:
         sites.take_gradients(back)
         return result if wanted else None
 
+
+@dataclass
+class Counting:
+    """Asks the sites of a call, and counts how often."""
+
+    link: HereLink
+    sites: SiteCall
+
     def forward(self, sites: Sequence[int], inputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        self.asked += 1
+        self.link.asked += 1
         return self.sites.forward(sites, inputs)
 
     def backward(self, sites: Sequence[int], gradients: Sequence[Tensor], *, wanted: bool) -> Sequence[Tensor | None]:
-        self.asked += 1
+        self.link.asked += 1
         return self.sites.backward(sites, gradients, wanted=wanted)
 
 

@@ -217,9 +217,9 @@ def test_every_stage_shares_its_time_out_among_the_edges_tenants(pipeline: Pipel
         check_pass(second, pipeline.whole, 2)
         for server in pipeline.servers:
             assert server.server.status()["sessions"] == {"alice": 1, "bob": 1}
-            accounts = server.server._calls._engine._scheduler._accounts
+            accounts = server.server._calls._engine._scheduler._tenants
             assert {name: account.share for name, account in accounts.items()} == {"alice": Share(1), "bob": Share(3)}
-            assert all(account.used > 0 for account in accounts.values())
+            assert all(account.virtual_time > 0 for account in accounts.values())
 
 
 def test_a_pipeline_refuses_what_needs_the_whole_span(pipeline: Pipeline) -> None:
