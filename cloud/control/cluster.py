@@ -20,10 +20,13 @@ from isthmus.cloud.telemetry.logs import log, log_file, log_to
 from isthmus.common.errors import ConfigError, IsthmusError, UnreachableError
 
 ANSWER_SECONDS = 10.0
+"""How long an actor may take to answer, or to end, before it counts as gone: longer than torch takes to import."""
 CONNECT_SECONDS = 1.0
+"""How long Ray's control store, on this machine, may take to accept a connection before it counts as silent."""
 SILENT_POLLS, SILENT_POLLS_OF_OTHERS = 3, 15
 """Polls in a row that Ray's control store may leave unanswered; somebody else's cluster may come back by itself."""
 LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
+"""How long Ray's processes may take to end, and the pause between two looks."""
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
 # slower). It gives each thread an arena of its own, and memory that one thread takes and another frees would lie idle

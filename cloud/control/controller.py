@@ -26,8 +26,11 @@ from isthmus.cloud.telemetry.metrics import merged, serve_metrics
 from isthmus.common.errors import PortInUseError
 
 TICK_SECONDS = 0.5
+"""Between two rounds of questions to the workers."""
 ANSWER_SECONDS = 1.0
+"""How long a round waits for answers; a worker that is slower keeps its last report."""
 RATE_SECONDS = 5.0
+"""The window over which calls a second are averaged."""
 SPREAD_SECONDS = 5.0
 """Between two moves of sessions: the sessions of the first one have arrived by then."""
 REBINDS, REBIND_PAUSE = 10, 0.5

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from isthmus.backbone.runtime.sited_pass import SitedPass
@@ -166,12 +165,6 @@ class ActivationCache:
         """So many calls had their forward computed again."""
         with self._lock:
             self.counters.recomputed += calls
-
-    def shape_of(self, key: Key) -> torch.Size | None:
-        """Shape of the kept forward's input, or None where nothing is kept."""
-        with self._lock:
-            entry = self._entries.get(key)
-            return None if entry is None else entry.inputs.hidden.shape
 
     def is_masked(self, key: Key) -> bool | None:
         """Whether the kept forward's input may need a mask; None where nothing is kept."""

@@ -70,7 +70,7 @@ class Engine:
         """Have a request computed when its turn comes.
 
         Returns:
-            The request's future, which raises `TooLate` where its deadline cannot be kept.
+            The request's future, which raises `TooLate` where its deadline passes before it begins.
 
         Raises:
             RuntimeError: The engine is ending.

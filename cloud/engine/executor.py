@@ -162,10 +162,6 @@ class Executor:
         """What the activation cache has evicted."""
         return self.cache.counters
 
-    def shape_of(self, session: bytes, call: int) -> torch.Size | None:
-        """Shape of the kept forward's input, or None where nothing is kept."""
-        return self.cache.shape_of((session, call))
-
     def is_masked(self, session: bytes, call: int) -> bool | None:
         """Whether the kept forward's input may need a mask; None where nothing is kept."""
         return self.cache.is_masked((session, call))

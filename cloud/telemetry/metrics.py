@@ -22,7 +22,7 @@ MAX_CONNECTIONS = 32
 SILENT_SECONDS = 10.0
 """How long a connection may take to send its request's next bytes, or to take its answer's."""
 OUTCOMES = ("met", "late", "refused")
-"""Of a call with a deadline: computed within it, computed later, or not begun as it could not be in time."""
+"""Of a call with a deadline: computed within it, computed later, or refused, as it had not begun by then."""
 
 
 class Metrics:

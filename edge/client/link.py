@@ -77,8 +77,8 @@ def connect(
         call_timeout: seconds that one call may take before the connection counts as lost.
         interactive: whether somebody waits for the calls, as in generation; the cloud then computes them before those
             of training, within the edge's share.
-        deadline: seconds within which the cloud has to compute a call without sites, once it has come in; one that
-            cannot make it is refused before it is begun (`TooLateError`). None for no deadline.
+        deadline: seconds within which the cloud has to compute a call without sites, once it has come in; one
+            that has not begun by then is refused (`TooLateError`). None for no deadline.
         max_fetch_bytes: most bytes that are fetched for the edge's parts, a package, or an adapter; a cloud that offers
             more is refused.
 

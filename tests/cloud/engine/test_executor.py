@@ -94,7 +94,7 @@ def test_without_keep_nothing_is_kept(span: FrozenSpan) -> None:
     executor.release(A)
     assert torch.equal(executor.forward(A, 1, inputs(), keep=False).hidden, kept)
     assert executor.used_bytes == 0
-    assert executor.shape_of(A, 1) is None
+    assert executor.is_masked(A, 1) is None
     with pytest.raises(StashLost):
         executor.backward(A, 1, upstream())
 
@@ -130,8 +130,8 @@ def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
     for call in (1, 2, 3):
         executor.forward(A, call, inputs(seed=call), keep=True)
     assert (executor.counters.graphs_evicted, executor.counters.inputs_evicted) == (3, 1)
-    assert executor.shape_of(A, 1) is None
-    assert executor.shape_of(A, 2) == inputs().hidden.shape
+    assert executor.is_masked(A, 1) is None
+    assert executor.cache._entries[A, 2].inputs.hidden.shape == inputs().hidden.shape
     with pytest.raises(StashLost):
         executor.backward(A, 1, upstream())
     assert torch.equal(executor.backward(A, 2, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
