@@ -74,7 +74,7 @@ class StatusCode(enum.IntEnum):
     INTERNAL = 7
     NOT_ENROLLED = 8
     TOO_LATE = 9
-    """The call could not be computed within the session's deadline, and was not begun."""
+    """The call had not begun when the session's deadline for it passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ class Attach:
 
     The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
     `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
-    within how many milliseconds a call without sites has to be computed, or else not to be begun; 0 for no deadline.
+    within how many milliseconds a call without sites has to begin, or else is refused; 0 for no deadline.
     `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere. `account`:
     the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
     """

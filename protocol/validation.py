@@ -221,7 +221,7 @@ def _check_question(message: m.SiteQuestion) -> None:
         raise MessageError(f"a question about site {max(message.sites)} is refused: a list has {m.MAX_SITES} at most")
     backward = message.phase in (m.SitePhase.BACKWARD, m.SitePhase.BACKWARD_ONLY)
     most = 0 if message.phase == m.SitePhase.AGAIN else len(message.sites)
-    # m.Sites that share their input share its tensor on the way forward.
+    # Sites that share their input share its tensor on the way forward.
     least = {m.SitePhase.FORWARD: 1}.get(message.phase, most)
     if not least <= len(message.tensors) <= most:
         raise MessageError(

@@ -24,6 +24,7 @@ from isthmus.protocol.service import CLIENT_CODING, METHOD, stream_options
 WINDOW_BYTES = MIB
 """What the cloud may send before it is asked for. One frame is asked for at a time, so that HTTP/2's flow control holds
 back a cloud that sends more."""
+_WRITTEN_AFTER_END = "Internal error from Core"  # how grpc.aio reports a stream that has ended before a write
 FIRST_PAUSE, PAUSE_FACTOR = 0.1, 1.7
 
 
@@ -172,7 +173,8 @@ class _GrpcStream:
         return frame
 
     async def finish(self) -> None:
-        await self._call.done_writing()
+        with contextlib.suppress(grpc.RpcError, grpc.aio.InternalError, asyncio.InvalidStateError):  # it is broken
+            await self._call.done_writing()
         with contextlib.suppress(ConnectionLostError):
             while True:
                 await self.receive()
@@ -184,6 +186,8 @@ class _GrpcStream:
         try:
             frame = await self._call.read()
         except grpc.aio.AioRpcError as error:
+            if error.details() == _WRITTEN_AFTER_END:
+                return ConnectionLostError("the cloud closed the stream")
             return ConnectionLostError(f"{error.code().name.lower()}: {error.details() or type(error).__name__}")
         except asyncio.CancelledError:
             return ConnectionLostError("the stream is closed")

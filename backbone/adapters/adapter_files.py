@@ -68,7 +68,7 @@ def save_adapter(model: Any, folder: Path, *, record: Mapping[str, Any] | None =
     model whose layers were tuned plainly is saved as transformers does.
 
     Args:
-        model: What `edge.methods.build_peft` or `load_adapter` returned.
+        model: What `isthmus.edge.training.methods.build_peft` or `load_adapter` returned.
         folder: Where to write; an older one is replaced.
         record: What `isthmus_tuning.json` shall say; without it there is none.
 

@@ -11,6 +11,9 @@ from isthmus.cloud.engine.answered_sessions import Answered
 from isthmus.cloud.engine.memory_admission import MemoryAdmission, Snapshot
 from isthmus.cloud.engine.requests import Kind, Request
 
+MARGIN_SECONDS = 0.01
+"""A batch begins so long before a deadline can be missed: a waiting thread wakes up late by a millisecond or more."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -146,7 +149,8 @@ class Batching:
         since = min(each.since for each in batch)
         seconds = self.pace.seconds(batch) * (positions + sum(expected)) / positions
         until = since + min(seconds, self.limits.max_wait)
-        return min(until, *(deadline_of(each) - self.pace.seconds(batch) for each in batch))
+        own = self.pace.seconds(batch) + MARGIN_SECONDS
+        return min(until, *(deadline_of(each) - own for each in batch))
 
 
 def deadline_of(request: Request[Any]) -> float:

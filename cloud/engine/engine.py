@@ -225,7 +225,7 @@ def start_engine(
     options = options or EngineOptions()
     compute_threads = min(options.compute_threads if batching and executor.side_by_side else 1, threads)
     found = measure_batch_invariance(executor.host.span, threads, threads // compute_threads) if batching else None
-    state_bytes = options.state_bytes or executor.span_bytes / 2
+    state_bytes = executor.span_bytes / 2 if options.state_bytes is None else options.state_bytes
     limits = SchedulerLimits(
         max_batch_tokens=options.max_batch_tokens,
         max_wait=options.max_wait if batching else 0.0,

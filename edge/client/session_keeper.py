@@ -45,7 +45,8 @@ LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""
 PROTOCOL_FAULTS = 5
 """In a row: bad luck ends, an attacker or a defect does not."""
-MAX_ATTEMPT = (1 << 16) - 1
+MAX_ATTEMPT = (1 << 32) - 1
+"""As the wire carries it."""
 MAX_DEADLINE = 86_400
 """Seconds."""
 
@@ -62,7 +63,7 @@ class SessionOptions:
         give_up_after: seconds that the cloud may stay away.
         call_timeout: seconds that one call may take.
         interactive: whether somebody waits for the calls, which the cloud then computes before those of training.
-        deadline: seconds within which the cloud has to compute a call, or else not to begin it; None for no deadline.
+        deadline: seconds within which a call has to begin in the cloud, or else is refused; None for no deadline.
 
     Raises:
         ConfigError: The deadline is no length of time.

@@ -111,7 +111,7 @@ class SpanStore:
         self.identity = identity
         self._max_bytes = max_bytes
         self._hits = self._misses = self._damaged = 0
-        self._full = self._failed = False
+        self._full = self._failed = self._closed = False
         self._mutex = threading.Lock()
         with _disk_errors(folder), ExitStack() as held:
             try:
@@ -128,8 +128,9 @@ class SpanStore:
             self._held = held.pop_all()
 
     def close(self) -> None:
-        """Release the folder, for another process to use."""
+        """Release the folder, for another process to use. After it no row is found or kept."""
         with self._mutex:
+            self._closed = True  # the numbers of closed files may be other files' by now
             self._held.close()
 
     def __enter__(self) -> Self:
@@ -157,6 +158,9 @@ class SpanStore:
             shape: What the row must have, None for any. One that has another counts as damaged.
         """
         with self._mutex:
+            if self._closed:
+                self._misses += 1
+                return None
             try:
                 entry = self._entry(key)
                 row = None if entry is None else self._read(key, entry, shape)
@@ -193,7 +197,7 @@ class SpanStore:
                 f"the span cache keeps floating point rows of rank 2, not {row.dtype} of shape {list(row.shape)}"
             )
         with self._mutex:
-            if self._failed:
+            if self._failed or self._closed:
                 return False
             row = _narrowed(row.detach().cpu()).contiguous()
             payload = row.reshape(-1).view(torch.uint8).numpy().data

@@ -7,7 +7,6 @@ has nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -266,9 +265,3 @@ def over(model: Any, span: SpanFn | None) -> Any:
 def scores_of(result: Mapping[str, Any], view: str) -> dict[str, Score]:
     """The scores of a run's result, by metric."""
     return {metric: Score.from_json(score) for metric, score in result["scores"][view].items()}
-
-
-def describe(regime: Regime) -> dict[str, Any]:
-    """The regime as a cell's settings say it."""
-    value: dict[str, Any] = json.loads(json.dumps({name: getattr(regime, name) for name in regime.__slots__}))
-    return value

@@ -341,7 +341,7 @@ class Opener:
             return None
         message = self._message
         if message is None:
-            message = self._check_start(header_bytes, chunk, chunks, total, len(frame))
+            message = self._check_start(header_bytes, chunk, chunks, total)
         elif (header_bytes, chunk, chunks, total) != (
             message.header_bytes,
             message.chunk,
@@ -388,7 +388,7 @@ class Opener:
         self._keys.ratchet()
         self._rekeys += 1
 
-    def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int, frame_bytes: int) -> _Partial:
+    def _check_start(self, header_bytes: int, chunk: int, chunks: int, total: int) -> _Partial:
         limits = self._limits
         if total > limits.max_message_bytes:
             raise LimitError(f"a message body of {total} bytes is refused: {limits.max_message_bytes} are accepted")

@@ -1,7 +1,7 @@
 """Checkpoints as the loops before `isthmus.training` wrote them, made of today's: the layouts are frozen here.
 
 `rewrite_edge` and `rewrite_distillation` take what a run has saved and write it anew, file by file and key by key, as
-`edge/training/training_checkpoint.py` (format 2) and `emulator/distill/distillation_checkpoint.py` (format 1) did.
+the former loops of the edge (format 2) and of distillation (format 1) did.
 """
 
 from __future__ import annotations

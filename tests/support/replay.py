@@ -19,8 +19,6 @@ from isthmus.protocol.secure.handshake import ClientHandshake, Secrets, ServerHa
 from isthmus.protocol.secure.keys import Fingerprint, WorkerCertificate, WorkerIdentity
 from isthmus.protocol.secure.record import Opener, Sealer
 
-FLIGHTS = ("client_hello", "server_hello", "client_auth", "server_done")
-
 
 def client(inputs: dict[str, Any]) -> ClientHandshake:
     """The edge's side, with the random bytes of the vectors."""

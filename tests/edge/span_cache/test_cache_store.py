@@ -385,3 +385,20 @@ def test_arguments_that_make_no_sense(tmp_path: Path, max_bytes: int, owner: byt
 def test_what_is_no_row(store: SpanStore, value: Tensor) -> None:
     with pytest.raises(UnsupportedCallError, match="rows of rank 2"):
         store.put(key(0), value)
+
+
+def test_after_its_end_a_store_touches_no_file(tmp_path: Path) -> None:
+    store = opened(tmp_path / "cache")
+    assert store.put(key(0), row(0))
+    store.close()
+    others = []
+    for number in range(8):  # they take the numbers of the files that were closed
+        path = tmp_path / f"other-{number}"
+        others.append(path.open("w+b"))
+        others[-1].write(b"somebody else's")
+        others[-1].flush()
+    assert not store.put(key(1), row(1))
+    assert store.get(key(0)) is None
+    for other in others:
+        other.close()
+    assert {path.read_bytes() for path in tmp_path.glob("other-*")} == {b"somebody else's"}
