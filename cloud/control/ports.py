@@ -90,12 +90,17 @@ class Listener:
     @property
     def private(self) -> bool:
         """Whether this machine alone can reach it."""
+        return self._address.is_loopback
+
+    @property
+    def _address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """The address; an IPv4 one inside IPv6 is taken out, as Python versions judge the pair differently."""
         address = ipaddress.ip_address(self.host.partition("%")[0])
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-        return (mapped or address).is_loopback
+        return mapped or address
 
     def __str__(self) -> str:
-        where = "every interface" if ipaddress.ip_address(self.host.partition("%")[0]).is_unspecified else self.host
+        where = "every interface" if self._address.is_unspecified else self.host
         return f"{self.process} (process {self.pid}) on port {self.port} of {where}"
 
 
