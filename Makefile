@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud common edge emulator experiments kernels planner protocol rpc training
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit bench bench-strip bench-emulators clean
+.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit bench bench-wire bench-emulators clean
 
 setup: $(STAMP)
 
@@ -124,24 +124,24 @@ bench: $(STAMP)
 	$(BIN)/isthmus bench curve --data $(DATA)/e2e/train.csv --prompt-template 'Meaning: {mr}\nText:' --completion-template ' {ref}' \
 	  --steps 200 --figure docs/figures/e2e-curve.png --json
 
-# The figures of placements, codecs and slow links. Takes about six hours on two cores; what is finished is kept in STRIP,
+# The figures of placements, codecs and slow links. Takes about six hours on two cores; what is finished is kept in WIRE,
 # and the same command goes on there. The last one makes network namespaces, which needs root.
-STRIP  ?= isthmus-strip
+WIRE   ?= isthmus-wire
 LINEAR := q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
-bench-strip: $(STAMP)
-	$(BIN)/isthmus bench placements --no-scores --out $(STRIP) --json
-	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --learning-rates 3e-3 --out $(STRIP) \
+bench-wire: $(STAMP)
+	$(BIN)/isthmus bench placements --no-scores --out $(WIRE) --json
+	$(BIN)/isthmus bench placements --data-folder $(DATA) --steps 100 --seeds 1 --learning-rates 3e-3 --out $(WIRE) \
 	  --figure docs/figures/placements.png --json
 	$(BIN)/isthmus bench placements --no-costs --task openbookqa --data-folder $(DATA) --steps 100 --seeds 1 \
-	  --learning-rates 3e-3 --out $(STRIP) --json
-	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(STRIP) \
+	  --learning-rates 3e-3 --out $(WIRE) --json
+	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(WIRE) \
 	  --modes single,kill_revive,random,even,kill_revive@0.083,random@0.083 \
 	  --sites-figure docs/figures/live-sites.png --json
-	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(STRIP) \
+	$(BIN)/isthmus bench placements --no-costs --target-modules $(LINEAR) --data-folder $(DATA) --out $(WIRE) \
 	  --modes single,kill_revive@0.05,random@0.05,kill_revive@0.083,random@0.083,kill_revive,random,even \
 	  --seeds 1 --learning-rates 3e-3 --budget-figure docs/figures/budgets.png --json
-	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(STRIP) --json
+	$(BIN)/isthmus bench codecs --data-folder $(DATA) --out $(WIRE) --json
 	$(BIN)/isthmus bench link --rate 100mbit --rtt 50ms --json
 
 # The figures of emulators. Takes about five hours on two cores; what is finished is kept in TABLE, and the same command

@@ -386,7 +386,7 @@ def test_a_flag_that_makes_no_sense(place: Place, arguments: tuple[str, ...], te
         (("--site-policy", "even", "--sites", "all", "--method", "adalora"), ["needs them of all"]),
     ],
 )
-def test_a_way_across_the_strip_that_makes_no_sense(
+def test_a_way_of_training_that_makes_no_sense(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], texts: list[str]
 ) -> None:
     needed = ("--cloud", f"isthmus://127.0.0.1:1#SHA256:{'A' * 43}", "--key", tmp_path / "none", "--data", "none.jsonl")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import load_tokenizer
 from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError, UnsupportedCallError
-from isthmus.edge import cloud_link as strips
+from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.site_visits import SiteVisits
 from isthmus.edge.cloud_link import CACHE_FOLDER, open_link
@@ -291,7 +291,7 @@ def test_the_chosen_codecs_are_those_of_every_link_and_are_told(
         )
         return link
 
-    monkeypatch.setattr(strips, "open_link", noted)
+    monkeypatch.setattr(cloud_link, "open_link", noted)
     every_step = {"save_every": 1, "keep_checkpoints": 9}
     config = runs.config(tmp_path, codec="auto:0.999", codec_every=2, overlap=2, sites="all", steps=5, **every_step)
     with noted(config) as link:
@@ -343,7 +343,7 @@ def test_codecs_are_chosen_for_the_sites_of_the_coming_step(
 CACHED: dict[str, Any] = {"span_cache_mib": 8, "steps": None, "epochs": 3, "validation_split": 0.2}
 
 
-def test_from_the_second_epoch_on_nothing_crosses_the_strip(top_runs: Runs, tmp_path: Path) -> None:
+def test_from_the_second_epoch_on_nothing_crosses_the_wire(top_runs: Runs, tmp_path: Path) -> None:
     values = {**CACHED, "save_every": 1, "keep_checkpoints": 99}
     cached = top_runs.train(tmp_path / "cached", **values)
     report = json.loads((tmp_path / "cached" / "report.json").read_text())

@@ -412,7 +412,7 @@ def test_a_session_that_ends_leaves_no_input_of_its_own(span: FrozenSpan) -> Non
         assert bool(entry.inputs.hidden.any()) == (session == B)
 
 
-def test_what_crossed_the_strip_is_overwritten_after_a_shared_pass(span: FrozenSpan) -> None:
+def test_what_crossed_the_wire_is_overwritten_after_a_shared_pass(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     calls = several()
     executor.forward_together(calls, keep=True)

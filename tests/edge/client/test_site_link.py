@@ -484,7 +484,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.mark.parametrize(("summed", "backward"), [(False, 10 / 3), (True, 7 / 3)])
-def test_the_strip_carries_what_the_design_says(smol: Served, summed: bool, backward: float) -> None:
+def test_the_wire_carries_what_the_design_says(smol: Served, summed: bool, backward: float) -> None:
     """Per layer with q and v sites: x down, two deltas up; their gradients down, and dx up for each or for both."""
     link = new_link(MemoryTransport(MemoryCloud(smol)))
     model = adapted(link.load_model(summed=summed), lora())

@@ -28,7 +28,7 @@ LOSSES = {
 }
 
 
-class Strip:
+class Wire:
     """Gradients whose loss is the sum of the directions' losses, times `worse` where directions come together."""
 
     def __init__(self, losses: dict[str, tuple[float, ...]] = LOSSES, worse: float = 1.0) -> None:
@@ -46,18 +46,18 @@ class Strip:
         return 3.0 * torch.tensor([kept, math.sqrt(1.0 - kept**2)], dtype=torch.float64)
 
 
-def choose(strip: Strip, target: float = 0.99, offered: tuple[str, ...] = ACTIVATION_CODECS) -> Choice:
-    choice = choose_codecs(strip, offered, HIDDEN, target)
-    assert choice.trials == len(strip.asked) == len(set(strip.asked))  # nothing is measured twice
-    assert strip.asked[0] == WireCodecs()
+def choose(wire: Wire, target: float = 0.99, offered: tuple[str, ...] = ACTIVATION_CODECS) -> Choice:
+    choice = choose_codecs(wire, offered, HIDDEN, target)
+    assert choice.trials == len(wire.asked) == len(set(wire.asked))  # nothing is measured twice
+    assert wire.asked[0] == WireCodecs()
     return choice
 
 
 def test_each_direction_gets_what_it_can_bear() -> None:
-    strip = Strip()
-    choice = choose(strip)
+    wire = Wire()
+    choice = choose(wire)
     assert str(choice.codecs) == "forward=int4-outliers,forward_up=int8,backward=int4"
-    assert choice.cosine == pytest.approx(1 - strip.loss(choice.codecs), abs=1e-9)
+    assert choice.cosine == pytest.approx(1 - wire.loss(choice.codecs), abs=1e-9)
     assert choice.cosine >= 0.99
     assert choice.trials <= 12
 
@@ -67,7 +67,7 @@ def test_each_direction_gets_what_it_can_bear() -> None:
     [(0.5, "int4"), (0.96, "forward=int4,forward_up=int4-outliers,backward=int4"), (1 - 1e-9, "fp32")],
 )
 def test_the_target_decides(target: float, expected: str) -> None:
-    assert str(choose(Strip(), target).codecs) == expected
+    assert str(choose(Wire(), target).codecs) == expected
 
 
 @QUICK
@@ -76,34 +76,34 @@ def test_nothing_cheaper_keeps_to_the_target_where_losses_add_up(
     losses: list[tuple[float, float, float, float]], target: float
 ) -> None:
     offered = ("fp32", "int8", "int4-outliers", "int4")
-    strip = Strip(dict(zip(offered, [(0.0,) * 4, *losses], strict=True)))
-    choice = choose(strip, target, offered)
+    wire = Wire(dict(zip(offered, [(0.0,) * 4, *losses], strict=True)))
+    choice = choose(wire, target, offered)
     best = choice.codecs.bytes_per_token(HIDDEN)
-    assert strip.loss(choice.codecs) <= 1 - target + 1e-9
+    assert wire.loss(choice.codecs) <= 1 - target + 1e-9
     for codecs in (WireCodecs(*names) for names in product(offered, repeat=4)):
-        assert codecs.bytes_per_token(HIDDEN) >= best or strip.loss(codecs) > 1 - target - 1e-9
+        assert codecs.bytes_per_token(HIDDEN) >= best or wire.loss(codecs) > 1 - target - 1e-9
 
 
 @pytest.mark.parametrize("worse", [1.5, 4.0, 50.0])
 def test_it_steps_back_where_directions_make_each_other_worse(worse: float) -> None:
-    strip = Strip(worse=worse)
-    choice = choose(strip)
-    assert strip.loss(choice.codecs) <= 0.01
+    wire = Wire(worse=worse)
+    choice = choose(wire)
+    assert wire.loss(choice.codecs) <= 0.01
     assert choice.codecs != WireCodecs()
     assert choice.trials <= 20
 
 
 def test_only_what_the_cloud_and_this_version_speak_is_tried() -> None:
-    strip = Strip()
-    choice = choose(strip, 0.5, offered=("fp32", "int8", "from-the-future"))
+    wire = Wire()
+    choice = choose(wire, 0.5, offered=("fp32", "int8", "from-the-future"))
     assert str(choice.codecs) == "int8"
-    assert {name for codecs in strip.asked for name in codecs.names} == {"fp32", "int8"}
+    assert {name for codecs in wire.asked for name in codecs.names} == {"fp32", "int8"}
     with pytest.raises(ConfigError, match="'fp32'"):
-        choose_codecs(strip, ("int8",), HIDDEN, 0.99)
+        choose_codecs(wire, ("int8",), HIDDEN, 0.99)
 
 
 def test_fp32_alone_takes_one_trial() -> None:
-    assert choose(Strip(), offered=("fp32",)) == Choice(WireCodecs(), 1.0, 1)
+    assert choose(Wire(), offered=("fp32",)) == Choice(WireCodecs(), 1.0, 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -152,18 +152,18 @@ def test_a_reference_that_says_nothing_is_an_error() -> None:
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.5, 2.0, math.nan])
 def test_a_target_out_of_range_is_refused(target: float) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        choose_codecs(Strip(), ACTIVATION_CODECS, HIDDEN, target)
+        choose_codecs(Wire(), ACTIVATION_CODECS, HIDDEN, target)
 
 
 def test_the_reference_may_be_overwritten_by_the_next_gradients() -> None:
     buffer = torch.zeros(2, dtype=torch.float64)
-    strip = Strip()
-    choice = choose_codecs(lambda codecs: buffer.copy_(strip(codecs)), ACTIVATION_CODECS, HIDDEN, 0.96)
-    assert choice == choose(Strip(), 0.96)
+    wire = Wire()
+    choice = choose_codecs(lambda codecs: buffer.copy_(wire(codecs)), ACTIVATION_CODECS, HIDDEN, 0.96)
+    assert choice == choose(Wire(), 0.96)
 
 
 def test_a_true_strip_between_two_layers() -> None:
-    """Real codecs on a linear layer, a frozen middle and a second linear layer, as across the strip."""
+    """Real codecs on a linear layer, a frozen middle and a second linear layer, as across the wire."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 64, generator=generator)
     first, middle, last = (torch.randn(64, 64, generator=generator) / 8 for _ in range(3))

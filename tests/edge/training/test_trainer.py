@@ -408,7 +408,7 @@ def test_a_folder_is_trained_into_by_one_process_at_a_time(model_folder: Path, t
     assert other.fit().report.steps == 9
 
 
-def test_a_signal_ends_a_wait_of_the_strip(model_folder: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_a_wait_for_the_cloud(model_folder: Path, tmp_path: Path) -> None:
     """As the link does while the cloud is away: it asks again and again whether the wait is still wanted."""
     asked: list[int] = []
 
