@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from isthmus.edge.codecs.codec_choice import CodecTuner, choose_codecs
+from isthmus.edge.codecs.codec_choice import choose_codecs
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.data.batches import Batch
 
@@ -21,6 +21,8 @@ class CodedLink(Protocol):
 
 class AutoCodec:
     """Chooses codecs before a step when it is time; a `isthmus.edge.training.edge_steps.StepObserver`.
+
+    What is worth little at the first step may matter at the thousandth, so codecs are chosen anew again and again.
 
     Args:
         links: Whose codecs are set; all alike.
@@ -51,7 +53,9 @@ class AutoCodec:
         self._offered = offered
         self._hidden_size = hidden_size
         self._target = target
-        self._tuner = CodecTuner(every)
+        self._every = every
+        self._codecs = WireCodecs()
+        self._chosen_at: int | None = None  # applied steps at the last choice
         self._trained = trained
         self._loss = loss
         self._probe = probe
@@ -60,7 +64,7 @@ class AutoCodec:
 
     def before_step(self, step: int) -> None:
         """Choose, if it is time, from the random state that the step would have; it has the same one afterwards."""
-        if not self._tuner.due(step - 1):
+        if self._chosen_at is not None and step - 1 - self._chosen_at < self._every:
             return
         random = torch.get_rng_state()
         trained = [parameter for parameter in self._trained if parameter.requires_grad]  # a rule may freeze some
@@ -75,9 +79,8 @@ class AutoCodec:
             choice = choose_codecs(gradients, self._offered, self._hidden_size, self._target)
         finally:
             torch.set_rng_state(random)
-            self._set(self._tuner.codecs)
-        self._tuner.chose(step - 1, choice.codecs)
-        self._cosine = choice.cosine
+            self._set(self._codecs)
+        self._codecs, self._cosine, self._chosen_at = choice.codecs, choice.cosine, step - 1
         self._set(choice.codecs)
         self._say(
             f"codecs from step {step} on: {choice.codecs}, {choice.codecs.bytes_per_token(self._hidden_size)} bytes "
@@ -89,18 +92,18 @@ class AutoCodec:
 
     def points(self) -> dict[str, float]:
         """For the curves."""
-        size = self._tuner.codecs.bytes_per_token(self._hidden_size)
+        size = self._codecs.bytes_per_token(self._hidden_size)
         return {"codecs/bytes_per_token": float(size), "codecs/cosine": self._cosine}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {**self._tuner.state(), "cosine": self._cosine}
+        """What a checkpoint keeps: a resumed run goes on with the same codecs and chooses again at the same steps."""
+        return {"codecs": str(self._codecs), "chosen_at": self._chosen_at, "cosine": self._cosine}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the same codecs."""
-        self._tuner.restore(state)
-        self._cosine = float(state["cosine"])
-        self._set(self._tuner.codecs)
+        self._codecs, self._cosine = WireCodecs.parse(state["codecs"]), float(state["cosine"])
+        self._chosen_at = state["chosen_at"]
+        self._set(self._codecs)
 
     def _set(self, codecs: WireCodecs) -> None:
         for link in self._links:

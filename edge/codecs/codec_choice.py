@@ -14,8 +14,8 @@ A trial costs a forward and a backward. A choice takes about ten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -36,12 +36,10 @@ class Choice:
     Attributes:
         codecs: the codecs.
         cosine: of the gradients with them to the gradients with fp32, at least the target.
-        trials: how many times the gradients were computed, the one with fp32 counted.
     """
 
     codecs: WireCodecs
     cosine: float
-    trials: int
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -56,7 +54,6 @@ def choose_codecs(
     offered: tuple[str, ...],
     hidden_size: int,
     target: float,
-    on_trial: Callable[[WireCodecs, float], None] | None = None,
 ) -> Choice:
     """Find the codecs with the fewest bytes whose gradients keep to a target.
 
@@ -67,19 +64,16 @@ def choose_codecs(
         offered: names of the cloud's codecs; those that this version does not know are left out.
         hidden_size: of the model.
         target: the smallest cosine to the gradients with fp32, between 0 and 1.
-        on_trial: Called with each measured combination and its cosine, NaN where the gradients were not finite.
 
     Returns:
         The choice; fp32 with a cosine of 1 where nothing else holds the target.
 
     Raises:
-        ConfigError: the target is out of range, the cloud does not offer fp32, or the gradients are zero with it.
+        ConfigError: the cloud does not offer fp32, or the gradients are zero with it.
         NonFiniteError: the gradients are not finite with fp32.
     """
-    if not 0.0 < target < 1.0:
-        raise ConfigError(f"the target cosine {target} is out of range: it lies between 0 and 1, such as 0.99")
     WireCodecs().check(offered)
-    trials = _Trials(gradients, on_trial)
+    trials = _Trials(gradients)
     known = [name for name in ACTIVATION_CODECS if name in offered]
     combinations = [WireCodecs(*names) for names in product(known, repeat=len(DIRECTIONS))]
     combinations.sort(key=lambda codecs: codecs.bytes_per_token(hidden_size))
@@ -90,27 +84,16 @@ def choose_codecs(
             continue
         reached = trials.cosine(codecs)
         if reached >= target:
-            return Choice(codecs, reached, trials.count)
+            return Choice(codecs, reached)
         promise = min(promise, (1.0 - target) * max(expected, _TINY_LOSS) / (1.0 - reached))
-    return Choice(WireCodecs(), 1.0, trials.count)
+    return Choice(WireCodecs(), 1.0)
 
 
 class _Trials:
-    """Measures the gradients of each combination once.
+    """Measures the gradients of each combination once; `gradients` as of `choose_codecs`."""
 
-    Args:
-        gradients: as of `choose_codecs`.
-        on_trial: as of `choose_codecs`.
-    """
-
-    def __init__(
-        self,
-        gradients: Callable[[WireCodecs], Tensor],
-        on_trial: Callable[[WireCodecs, float], None] | None,
-    ) -> None:
-        self.count = 1
+    def __init__(self, gradients: Callable[[WireCodecs], Tensor]) -> None:
         self._gradients = gradients
-        self._on_trial = on_trial
         self._cosines = {WireCodecs(): 1.0}
         self._reference = gradients(WireCodecs()).detach().clone()
         if not bool(self._reference.isfinite().all()):
@@ -124,11 +107,11 @@ class _Trials:
     def cosine(self, codecs: WireCodecs) -> float:
         """The cosine of the gradients with these codecs to those with fp32."""
         if codecs not in self._cosines:
-            self.count += 1
-            value = self._measure(codecs)
+            try:
+                value = cosine(self._gradients(codecs), self._reference)
+            except NonFiniteError:
+                value = math.nan
             self._cosines[codecs] = min(1.0, value) if math.isfinite(value) else _MISSED
-            if self._on_trial is not None:
-                self._on_trial(codecs, value)
         return self._cosines[codecs]
 
     def expected_loss(self, codecs: WireCodecs, enough: float) -> float:
@@ -141,46 +124,3 @@ class _Trials:
             if one not in self._cosines:
                 total += 1.0 - self.cosine(one)
         return total
-
-    def _measure(self, codecs: WireCodecs) -> float:
-        try:
-            return cosine(self._gradients(codecs), self._reference)
-        except NonFiniteError:
-            return math.nan
-
-
-@dataclass(slots=True)
-class CodecTuner:
-    """When to choose again, and what was chosen: what is worth little at the first step may matter at the thousandth.
-
-    Attributes:
-        every: optimizer steps from one choice to the next.
-        codecs: the last choice.
-        chosen_at: the step before which it was made; None before the first.
-    """
-
-    every: int
-    codecs: WireCodecs = field(default_factory=WireCodecs)
-    chosen_at: int | None = None
-
-    def due(self, step: int) -> bool:
-        """Tell whether to choose before the step after `step` applied ones."""
-        return self.chosen_at is None or step - self.chosen_at >= self.every
-
-    def chose(self, step: int, codecs: WireCodecs) -> None:
-        """Remember a choice that was made after `step` applied steps."""
-        self.codecs, self.chosen_at = codecs, step
-
-    def state(self) -> dict[str, str | int | None]:
-        """What a checkpoint keeps: a resumed run goes on with the same codecs and chooses again at the same steps."""
-        return {"codecs": str(self.codecs), "chosen_at": self.chosen_at}
-
-    def restore(self, state: Mapping[str, str | int | None]) -> None:
-        """Take back what `state` gave.
-
-        Raises:
-            ConfigError: it names a codec that does not exist.
-        """
-        chosen_at = state["chosen_at"]
-        self.codecs = WireCodecs.parse(str(state["codecs"]))
-        self.chosen_at = None if chosen_at is None else int(chosen_at)

@@ -197,14 +197,5 @@ def _policy(costs: Sites, config: TrainConfig, total_steps: int) -> SitePolicy:
 
 def _score(moved: Iterable[tuple[nn.Parameter, Tensor]], rate: float) -> float:
     """By how much a site's step has lowered the loss, to first order; 0 for what is not finite or had no gradient."""
-    with_gradient = [(parameter, before) for parameter, before in moved if parameter.grad is not None]
-    if not with_gradient or rate <= 0:
-        return 0.0
-    names = [str(number) for number in range(len(with_gradient))]
-    score = gain(
-        dict(zip(names, (parameter.grad for parameter, _ in with_gradient if parameter.grad is not None), strict=True)),
-        dict(zip(names, (before for _, before in with_gradient), strict=True)),
-        dict(zip(names, (parameter.detach() for parameter, _ in with_gradient), strict=True)),
-        rate,
-    )
+    score = gain(moved, rate) if rate > 0 else 0.0
     return score if math.isfinite(score) else 0.0

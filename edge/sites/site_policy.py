@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -84,9 +84,6 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.traffic + other.traffic, self.computation + other.computation, self.groups + other.groups)
 
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.traffic * times, self.computation * times, self.groups * times)
-
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -98,49 +95,16 @@ class Budget:
     traffic: float = 0.145
     computation: float = 0.195
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            share = getattr(self, field.name)
-            if not 0 < share <= 1:
-                raise ConfigError(
-                    f"the budget of {field.name} is {share}: give a share of always-on's, above 0 up to 1."
-                )
-
 
 class Sites:
     """All sites of a model, what any set of them costs, and how to fill a budget with them.
 
     A *load* is a cost in units of a budget: a load of 1 is what the budget allows per step on average, in traffic or in
     computation, whichever is nearer to its limit. If the loads of all steps average 1 or less, both budgets are kept.
-
-    Raises:
-        ConfigError: There are no sites, two of one name, or sites of a group that disagree about what they share.
     """
 
     def __init__(self, sites: Iterable[SiteInfo]) -> None:
-        self.infos: dict[str, SiteInfo] = {}
-        self.groups: dict[str, tuple[str, ...]] = {}
-        shared: dict[str, int] = {}
-        for site in sites:
-            if site.name in self.infos:
-                raise ConfigError(f"the site {site.name} is given twice: name each site once.")
-            if (
-                min(site.traffic, site.shared_traffic) < 0
-                or site.traffic + site.shared_traffic == 0
-                or site.computation <= 0
-            ):
-                raise ConfigError(
-                    f"the site {site.name} costs nothing or less ({site}): give what it moves and computes."
-                )
-            if shared.setdefault(site.group, site.shared_traffic) != site.shared_traffic:
-                raise ConfigError(
-                    f"the site {site.name} shares {site.shared_traffic} with its group {site.group}, others "
-                    f"{shared[site.group]}: sites of a group have one input."
-                )
-            self.infos[site.name] = site
-            self.groups[site.group] = (*self.groups.get(site.group, ()), site.name)
-        if not self.infos:
-            raise ConfigError("there are no sites to choose from: name target modules in the cloud's layers.")
+        self.infos = {site.name: site for site in sites}
         self.names = frozenset(self.infos)
         self.total = self.cost(self.names)
 
@@ -238,7 +202,7 @@ class SitePolicy(Protocol):
         """The sites that are live in the optimizer step after `step` applied ones; asking again changes nothing."""
 
     def observe(self, step: int, scores: Mapping[str, float]) -> Decision | None:
-        """Take in the scores of the live sites after that step; `movement` and `gain` are scores.
+        """Take in the scores of the live sites after that step; see `gain`.
 
         Returns:
             The change of the live sites from the next step on; None without a change.
@@ -316,10 +280,10 @@ class Accounting:
         self.spent = Cost()
         self.always_on = Cost()
 
-    def add(self, live: Iterable[str], tokens: int = 1) -> None:
-        """Count a step of `tokens` token positions with these sites live."""
-        self.spent += self._sites.cost(live) * tokens
-        self.always_on += self._sites.total * tokens
+    def add(self, live: Iterable[str]) -> None:
+        """Count a step with these sites live."""
+        self.spent += self._sites.cost(live)
+        self.always_on += self._sites.total
 
     def shares(self) -> dict[str, float]:
         """Traffic, computation and groups (round trips) as shares of always-on's; 0 before the first step."""
@@ -335,31 +299,7 @@ class Accounting:
         self.spent, self.always_on = Cost(**state["spent"]), Cost(**state["always_on"])
 
 
-def movement(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], learning_rate: float, epsilon: float = 1e-8
-) -> float:
-    """How far one site's parameters moved in a step, relative to their size: `‖θ' - θ‖ / (‖θ‖ + ε) / learning rate`.
-
-    - Norms are over all parameters of the site as one vector, because LoRA's B starts at zero and has no size of its
-      own then.
-    - It is divided by the learning rate, because a schedule would look like a site's decline otherwise.
-    - AdamW normalises each number's step, so this measures how steadily a site is pushed, not how hard. Compare it
-      within a kind of sites.
-
-    Args:
-        before: The site's parameters before the step, by any names.
-        after: The same after it.
-        learning_rate: The step's, above 0.
-        epsilon: Keeps parameters that are all zero from dividing by zero.
-    """
-    moved = sum(_dot(after[name] - value, after[name] - value) for name, value in before.items()) ** 0.5
-    size = sum(_dot(value, value) for value in before.values()) ** 0.5
-    return float(moved / (size + epsilon) / learning_rate)
-
-
-def gain(
-    gradients: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor], learning_rate: float
-) -> float:
+def gain(moved: Iterable[tuple[Tensor, Tensor]], learning_rate: float) -> float:
     """How much one site's step lowered the loss, to first order: `-⟨∇θ, θ' - θ⟩ / learning rate`.
 
     The sum over the sites is the step's whole first-order decrease, so sites of all kinds can be compared. It is
@@ -367,14 +307,12 @@ def gain(
     sensitivity are similar.
 
     Args:
-        gradients: What the optimizer was given, clipped if it clips.
-        before: The site's parameters before the step, by the same names.
-        after: The same after it.
+        moved: The site's parameters after the step, with the gradients that the optimizer was given (those without one
+            do not count), and the values that they had before it.
         learning_rate: The step's, above 0.
     """
-    fallen = sum(_dot(gradient, before[name] - after[name]) for name, gradient in gradients.items())
-    return float(fallen / learning_rate)
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float((left.detach().double() * right.detach().double()).sum())
+    fallen = 0.0
+    for parameter, before in moved:
+        if parameter.grad is not None:
+            fallen += float((parameter.grad.double() * (before - parameter.detach()).double()).sum())
+    return fallen / learning_rate

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from isthmus.common.errors import CheckpointError, ConfigError, NonFiniteError
+from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge.sites.kill_revive import KillRevive, KillReviveOptions, plan
 from isthmus.edge.sites.site_policy import (
     Accounting,
@@ -25,7 +24,6 @@ from isthmus.edge.sites.site_policy import (
     Sites,
     evenly_spaced,
     gain,
-    movement,
     random_sites,
 )
 
@@ -77,7 +75,7 @@ def test_a_layer_with_q_and_v_costs_what_the_table_of_bytes_says() -> None:
     for summed, per_layer in ((False, (7 + 10) * H // 3), (True, (7 + 7) * H // 3)):
         sites = layout(summed=summed)
         assert sites.cost({name(4), name(4, "q")}) == Cost(per_layer, 6 * 8 * (3 * H + H // 3), 1)
-        assert sites.total == sites.cost({name(4), name(4, "q")}) * 26
+        assert sites.total == sum([sites.cost({name(4), name(4, "q")})] * 26, Cost())
 
 
 def test_the_second_site_of_a_group_shares_its_input() -> None:
@@ -92,28 +90,6 @@ def test_a_load_is_the_nearer_of_two_limits() -> None:
     assert sites.load(sites.names, Budget(0.5, 1)) == pytest.approx(2)
     assert sites.load(sites.names, Budget(1, 0.25)) == pytest.approx(4)
     assert sites.load((), Budget()) == 0
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
-def test_a_budget_is_a_share(share: float) -> None:
-    with pytest.raises(ConfigError, match=str(share)):
-        Budget(traffic=share)
-    with pytest.raises(ConfigError, match=str(share)):
-        Budget(computation=share)
-
-
-def test_sites_that_make_no_sense_are_refused() -> None:
-    site = SiteInfo("a.v", 0, "v", "g", 1, 1, 1)
-    with pytest.raises(ConfigError, match="no sites"):
-        Sites([])
-    with pytest.raises(ConfigError, match=r"a\.v is given twice"):
-        Sites([site, site])
-    with pytest.raises(ConfigError, match=r"b\.v shares 2 with its group g"):
-        Sites([site, replace(site, name="b.v", shared_traffic=2)])
-    with pytest.raises(ConfigError, match="costs nothing"):
-        Sites([replace(site, computation=0)])
-    with pytest.raises(ConfigError, match="costs nothing"):
-        Sites([replace(site, traffic=0, shared_traffic=0)])
 
 
 # Filling --------------------------------------------------------------------------------------------------------------
@@ -195,9 +171,10 @@ def test_accounts_are_shares_of_always_on() -> None:
     sites, budget = layout(4), Budget(0.5, 0.5)
     accounts = Accounting(sites)
     assert set(accounts.shares().values()) == {0}
-    accounts.add(sites.names, tokens=10)
-    accounts.add({name(2), name(2, "q")}, tokens=30)
-    assert accounts.shares() == pytest.approx(dict.fromkeys(("traffic", "computation", "groups"), (10 + 30 / 4) / 40))
+    accounts.add(sites.names)
+    for _ in range(3):
+        accounts.add({name(2), name(2, "q")})
+    assert accounts.shares() == pytest.approx(dict.fromkeys(("traffic", "computation", "groups"), (1 + 3 / 4) / 4))
     resumed = Accounting(sites)
     resumed.load_state(json.loads(json.dumps(accounts.state())))
     for account in (accounts, resumed):
@@ -206,18 +183,6 @@ def test_accounts_are_shares_of_always_on() -> None:
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
-
-
-def test_movement_is_relative_to_all_parameters_of_the_site() -> None:
-    before = {"A": torch.tensor([[3.0, 4.0]]), "B": torch.zeros(2, 1)}
-    after = {"A": before["A"], "B": torch.tensor([[0.3], [0.4]])}
-    assert movement(before, after, learning_rate=0.1) == pytest.approx(0.5 / 5 / 0.1)
-    assert movement({k: 7 * v for k, v in before.items()}, {k: 7 * v for k, v in after.items()}, 0.1) == pytest.approx(
-        1
-    )
-    assert movement(before, before, 0.1) == 0
-    nothing = {"B": torch.zeros(3)}
-    assert movement(nothing, nothing, 0.1) == 0
 
 
 def test_gains_add_up_to_what_the_loss_falls_by() -> None:
@@ -233,10 +198,13 @@ def test_gains_add_up_to_what_the_loss_falls_by() -> None:
     before = {site: weight.detach().clone() for site, weight in weights.items()}
     rate = 1e-6
     torch.optim.SGD(weights.values(), lr=rate).step()
-    gains = {s: gain({"w": w.grad}, {"w": before[s]}, {"w": w}, rate) for s, w in weights.items() if w.grad is not None}
+    gains = {site: gain([(weight, before[site])], rate) for site, weight in weights.items()}
     assert sum(gains.values()) * rate == pytest.approx((first - loss()).item(), rel=1e-4)
     assert gains["a"] == pytest.approx(4 * gains["b"])
-    assert gain({"w": -torch.ones(3)}, {"w": torch.ones(3)}, {"w": torch.zeros(3)}, 1.0) == -3
+    uphill = torch.zeros(3, requires_grad=True)
+    assert gain([(uphill, torch.ones(3))], 1.0) == 0  # no gradient
+    uphill.grad = -torch.ones(3)
+    assert gain([(uphill, torch.ones(3))], 1.0) == -3
 
 
 # Kill and revive ------------------------------------------------------------------------------------------------------
@@ -262,7 +230,6 @@ def test_the_default_keeps_the_budget_of_a_run_of_400_steps_and_uses_it(summed: 
     st.builds(
         KillReviveOptions,
         budget=st.builds(Budget, st.floats(0.1, 1), st.floats(0.1, 1)),
-        score=st.sampled_from(["movement", "gain"]),
         visits=st.integers(1, 4),
         period=st.integers(1, 12),
         kill_from=st.floats(1, 4),
@@ -328,23 +295,6 @@ def test_the_live_sites_shrink_to_the_best_and_then_stay() -> None:
     assert len(set(lives[decisions[-1].step :])) == 1
 
 
-def test_movements_compare_within_a_kind() -> None:
-    sites = layout()
-
-    def score(step: int, site: str) -> float:
-        return (10 if site.endswith("q_proj") else 1) * (1 + (sites.infos[site].layer == 9))
-
-    def kinds(options: KillReviveOptions) -> set[str]:
-        policy = KillRevive(sites, 400, options)
-        return {sites.infos[site].kind for site in run(policy, sites, score)[0][policy.plan.settled]}
-
-    assert {name(9), name(9, "q")} <= run(KillRevive(sites, 400, KillReviveOptions(score="movement")), sites, score)[0][
-        -1
-    ]
-    assert "v_proj" in kinds(KillReviveOptions(score="movement"))
-    assert kinds(KillReviveOptions(score="gain", exploration=0)) == {"q_proj"}
-
-
 @pytest.mark.parametrize(("later", "stays"), [(0.5, False), (1.5, False), (9.0, True)])
 def test_a_revived_site_stays_only_if_it_is_much_better(later: float, stays: bool) -> None:
     """One site seems useless in the warm-up, where all do ten times what they do later; in its trial it does `later`
@@ -398,9 +348,9 @@ def test_equal_sites_are_decided_between_by_the_seed() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 118), st.integers(0, 99), st.sampled_from(["movement", "gain"]))
-def test_a_restored_policy_goes_on_identically(stop: int, seed: int, score: Any) -> None:
-    sites, options = layout(9), KillReviveOptions(score=score, period=4, seed=seed)
+@given(st.integers(0, 118), st.integers(0, 99))
+def test_a_restored_policy_goes_on_identically(stop: int, seed: int) -> None:
+    sites, options = layout(9), KillReviveOptions(period=4, seed=seed)
     straight = run(KillRevive(sites, 120, options), sites, noise(seed))
     first = KillRevive(sites, 120, options)
     for step in range(stop):
@@ -418,24 +368,6 @@ def test_asking_again_changes_nothing_and_other_steps_are_refused() -> None:
     for step in (1, 5):
         with pytest.raises(ConfigError, match=f"step {step} are asked for, but 0 steps"):
             policy.live(step)
-    with pytest.raises(ConfigError, match="planned for 400 steps"):
-        policy.live(400)
-
-
-def test_bad_scores_are_refused_and_leave_the_policy_as_it_was() -> None:
-    policy = KillRevive(layout(), 400)
-    live = policy.live(0)
-    scores, before = dict.fromkeys(live, 1.0), policy.state()
-    bad: list[tuple[Mapping[str, float], type[Exception], str]] = [
-        (scores | {name(99): 1.0}, ConfigError, r"layers\.99"),
-        (dict(list(scores.items())[1:]), ConfigError, "None"),
-        (scores | {max(live): float("nan")}, NonFiniteError, "nan"),
-        (scores | {max(live): float("inf")}, NonFiniteError, "inf"),
-    ]
-    for given_scores, error, words in bad:
-        with pytest.raises(error, match=words):
-            policy.observe(0, given_scores)
-    assert policy.state() == before
 
 
 def test_sites_that_do_nothing_at_all_are_still_chosen_within_the_budget() -> None:
@@ -457,19 +389,3 @@ def test_the_state_of_another_run_is_refused() -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         policy.load_state(state | {"scores": 3})
     assert policy.state() == state
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("visits", 0),
-        ("period", 0),
-        ("beta", 1.0),
-        ("kill_from", 0.9),
-        ("settle_share", 1.5),
-        ("incumbency", 0),
-    ],
-)
-def test_options_out_of_range_are_refused(option: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{option} = {value}"):
-        KillReviveOptions(**{option: value})
