@@ -10,9 +10,6 @@
                                  SHA-256 of each file above, that of `state.json` itself without this entry, and beside
                                  them the run's own entries
 
-Format 1, which distillations wrote, has neither a random state nor a digest of `state.json`, and some checkpoints of
-format 2 lack the latter, too; both are read.
-
 A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
 is whole.
 """
@@ -21,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from torch import Tensor
 
 from isthmus.common.errors import CheckpointError
 from isthmus.common.files import new_folder, remove_folder, sweep
-from isthmus.training.random_state import RandomState
 
 FORMAT = 2
 
@@ -42,6 +39,31 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _FILE = re.compile(r"([a-z_]+)\.(safetensors|jsonl)")
 _OWN_DIGEST = "own_sha256"
 _COMMON = {"format", "step", "settings", "python_random", "sha256", _OWN_DIGEST}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """Python's and torch's global random states, on which a step depends.
+
+    `host` is the state of torch's CPU generator, uint8; `device` that of the CUDA generator, if there is one.
+    """
+
+    python: tuple[Any, ...]
+    host: Tensor
+    device: Tensor | None = None
+
+    @classmethod
+    def take(cls, device: torch.device) -> RandomState:
+        """The states of now."""
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), torch.get_rng_state(), on_device)
+
+    def restore(self, device: torch.device) -> None:
+        """Make them the states of now."""
+        random.setstate(self.python)
+        torch.set_rng_state(self.host)
+        if self.device is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.device, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +76,7 @@ class RunCheckpoint:
         parameters: What is trained.
         optimizer: What the optimizer remembers.
         log: The lines of the log, with their line breaks.
-        random: The random states; None where format 1 has none.
+        random: The random states before the next step.
         tensors: Further tensors, by the file that they are in.
         entries: The run's own entries of `state.json`, plain values.
     """
@@ -64,7 +86,7 @@ class RunCheckpoint:
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     log: tuple[str, ...]
-    random: RandomState | None
+    random: RandomState
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,11 +111,8 @@ def save(out: Path, checkpoint: RunCheckpoint, log_name: str, keep: int) -> Path
 
 def _write(folder: Path, checkpoint: RunCheckpoint, log_name: str) -> None:
     files = {"parameters": checkpoint.parameters, "optimizer": checkpoint.optimizer, **checkpoint.tensors}
-    own: dict[str, Any] = {}
-    if checkpoint.random is not None:
-        device = checkpoint.random.device
-        files["random"] = {"torch": checkpoint.random.host} | ({} if device is None else {"device": device})
-        own = {"python_random": checkpoint.random.python}
+    device = checkpoint.random.device
+    files["random"] = {"torch": checkpoint.random.host} | ({} if device is None else {"device": device})
     for name, tensors in files.items():
         values = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         save_file(values, folder / f"{name}.safetensors")
@@ -103,7 +122,7 @@ def _write(folder: Path, checkpoint: RunCheckpoint, log_name: str) -> None:
         "step": checkpoint.step,
         "settings": dict(checkpoint.settings),
         **checkpoint.entries,
-        **own,
+        "python_random": checkpoint.random.python,
         "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
     }
     state[_OWN_DIGEST] = _digest_of_state(state)
@@ -124,12 +143,8 @@ def _folders(out: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load(folder: Path, formats: Collection[int] = (FORMAT,)) -> RunCheckpoint:
+def load(folder: Path) -> RunCheckpoint:
     """Read a checkpoint back, every file checked against its digest.
-
-    Args:
-        folder: The checkpoint.
-        formats: The formats that this kind of run has written.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the format is another; the message says which.
@@ -137,13 +152,12 @@ def load(folder: Path, formats: Collection[int] = (FORMAT,)) -> RunCheckpoint:
     state = _state(folder)
     with_reason: Callable[[str], CheckpointError] = lambda why: _damaged(folder / "state.json", why)  # noqa: E731
     try:
-        if state["format"] not in formats:
+        if state["format"] != FORMAT:
             raise CheckpointError(
-                f"{folder} has format {state['format']}, this version reads {', '.join(map(str, sorted(formats)))}: "
+                f"{folder} has format {state['format']}, this version reads {FORMAT}: "
                 "resume with the version that wrote it."
             )
-        recorded = state.pop(_OWN_DIGEST, None)
-        if recorded is not None and recorded != _digest_of_state(state):
+        if state.pop(_OWN_DIGEST) != _digest_of_state(state):
             raise with_reason("its SHA-256 differs from the one in it")
         digests = state["sha256"]
         for name, digest in digests.items():
@@ -159,7 +173,7 @@ def load(folder: Path, formats: Collection[int] = (FORMAT,)) -> RunCheckpoint:
             parameters=tensors.pop("parameters"),
             optimizer=tensors.pop("optimizer"),
             log=tuple((folder / log).read_text(encoding="utf-8").splitlines(keepends=True)),
-            random=_random(state, tensors.pop("random", None)),
+            random=_random(state["python_random"], tensors.pop("random")),
             tensors=tensors,
             entries={name: value for name, value in state.items() if name not in _COMMON},
         )
@@ -175,12 +189,8 @@ def load(folder: Path, formats: Collection[int] = (FORMAT,)) -> RunCheckpoint:
         raise with_reason(f"an entry makes no sense: {error}") from error
 
 
-def _random(state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> RandomState | None:
-    if state["format"] == 1:
-        return None
-    if tensors is None:
-        raise KeyError("random.safetensors")
-    version, numbers, gauss = state["python_random"]
+def _random(python: Any, tensors: Mapping[str, Tensor]) -> RandomState:
+    version, numbers, gauss = python
     return RandomState((version, tuple(numbers), gauss), tensors["torch"], tensors.get("device"))
 
 

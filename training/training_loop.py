@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.training import run_checkpoint as checkpoints
 from isthmus.training.gradient_step import StepRule
-from isthmus.training.random_state import RandomState
-from isthmus.training.run_checkpoint import RunCheckpoint
+from isthmus.training.run_checkpoint import RandomState, RunCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,6 @@ class LoopOptions:
         go_on: What the user does to resume, as a command: "repeat the command".
         start_anew: What the user does to begin a new run.
         keep: Checkpoints to keep.
-        formats: Formats of checkpoints that this kind of run has written.
     """
 
     folder: Path
@@ -53,34 +52,32 @@ class LoopOptions:
     go_on: str
     start_anew: str
     keep: int = 1
-    formats: tuple[int, ...] = (checkpoints.FORMAT,)
 
 
-class Task(Protocol):
-    """What a kind of run trains, and what its steps do."""
+class Task(ABC):
+    """What a kind of run trains, and what its steps do.
 
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, by name."""
+    Attributes:
+        parameters: What is trained, by name.
+        rule: What moves the parameters.
+        device: Whose random state a step depends on, beside the CPU's.
+        settings: What may not change half-way, by its name in messages; plain values, as JSON has them.
+    """
 
-    @property
-    def rule(self) -> StepRule:
-        """What moves the parameters."""
+    parameters: Mapping[str, nn.Parameter]
+    rule: StepRule
+    device: torch.device
+    settings: Mapping[str, Any]
 
-    @property
-    def device(self) -> torch.device:
-        """Whose random state a step depends on, beside the CPU's."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What may not change half-way, by its name in messages; plain values, as JSON has them."""
-
+    @abstractmethod
     def begin(self) -> None:
         """Called before the first step that this process makes."""
 
+    @abstractmethod
     def rate(self, step: int) -> float:
         """The learning rate of the step after `step` applied ones."""
 
+    @abstractmethod
     def measure(self, step: int) -> tuple[dict[str, Any], float]:
         """Find out how step number `step` (from 1) moves the parameters, and leave them as they are.
 
@@ -93,29 +90,35 @@ class Task(Protocol):
 
     def applied(self, step: int) -> dict[str, Any]:
         """Called when step number `step` has been applied, so it must not raise. Returns further log entries."""
+        return {}
 
+    @abstractmethod
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """Called when the step of a log line, which took so long, is in the log. Returns figures for the progress."""
 
-    def between(self, step: int) -> None:
+    def between(self, step: int) -> None:  # noqa: B027  # most tasks have nothing to do here
         """Called after `step` steps, and after the checkpoint if one was due."""
 
+    @abstractmethod
     def end(self) -> None:
         """Called after the last step, also where a resumed run has no step to make."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the next step depends on besides parameters and optimizer, by file."""
+        return {}
 
+    @abstractmethod
     def entries(self) -> Mapping[str, Any]:
         """Plain values, as JSON has them, that the next step or the report depends on."""
 
-    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """Refuse a checkpoint of another run.
+    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:  # noqa: B027  # the loop compares the settings
+        """Refuse a checkpoint of another run by more than `settings`.
 
         Raises:
             CheckpointError: It is one; the message says how it differs.
         """
 
+    @abstractmethod
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """Take `tensors` and `entries` from a checkpoint, whose parameters are already restored.
 
@@ -145,8 +148,8 @@ class TrainingLoop:
         self._options = options
         self._progress = progress
         self._stop = stop
-        self._random: RandomState | None = None
-        self._entries: Mapping[str, Any] = {}
+        self._random: RandomState  # these two come from `_note_state`
+        self._entries: Mapping[str, Any]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -167,14 +170,14 @@ class TrainingLoop:
             self._note_state()
             write_atomic(options.folder / options.log_name, b"")
             return False
-        saved = checkpoints.load(folder, options.formats)
+        saved = checkpoints.load(folder)
         task.check(saved, folder)
+        checkpoints.check_settings(folder, saved.settings, task.settings, options.start_anew)
         checkpoints.check_shapes(folder, saved.parameters, task.parameters)
         checkpoints.restore_parameters(saved.parameters, task.parameters)
         task.rule.load_state(dict(saved.optimizer))
         task.load(saved, folder)
-        if saved.random is not None:
-            saved.random.restore(task.device)
+        saved.random.restore(task.device)
         self.step, self.log = saved.step, list(saved.log)
         self._note_state()
         write_atomic(options.folder / options.log_name, "".join(self.log).encode())

@@ -13,7 +13,7 @@ just before it is wanted, and in a shuffled one a cache that holds half of the r
 stays finds the half that it holds, which is also the best that any rule can do in a fixed order.
 
 **Privacy.** The rows are activations of private data, from which the text can be reconstructed by whoever has the
-model. The folder is made with mode 0700 and the files with 0600, unencrypted; `clear` deletes the rows.
+model. The folder is made with mode 0700 and the files with 0600, unencrypted.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ class SpanStore:
                 raise ConfigError(
                     f"another process uses the span cache {folder}: wait for it or stop it, or give another folder."
                 ) from None
-            self._drop_older_format()
             self._file = os.open(folder / _ROWS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, self._file)
             self._index = held.enter_context(closing(self._open_index()))
@@ -138,9 +137,6 @@ class SpanStore:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def __len__(self) -> int:
-        return self._rows
 
     def stats(self) -> CacheStats:
         """Counters since the opening, and what is on the disk."""
@@ -218,31 +214,7 @@ class SpanStore:
             self._rows, self._end = self._rows + 1, stop
             return True
 
-    def clear(self) -> None:
-        """Delete every row.
-
-        Raises:
-            DiskError: A file cannot be written.
-        """
-        with self._mutex, _disk_errors(self.folder):
-            self._index.execute("DELETE FROM rows")
-            os.truncate(self._file, 0)
-            self._rows = self._end = 0
-            self._full = self._failed = False
-
     # The index --------------------------------------------------------------------------------------------------------
-
-    def _drop_older_format(self) -> None:
-        """Delete what versions before the index wrote: files `000000.rows`, `000001.rows`, …"""
-        older = [path for path in self.folder.glob("*.rows") if path.stem.isdecimal()]
-        for path in older:
-            path.unlink()
-        if older:
-            warnings.warn(
-                f"the span cache {self.folder} had rows of an older format, which are deleted: "
-                "they cross the wire once more.",
-                stacklevel=4,
-            )
 
     def _open_index(self) -> sqlite3.Connection:
         """The index of this owner's rows; one that is damaged or another's is replaced by an empty one."""

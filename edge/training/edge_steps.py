@@ -32,6 +32,7 @@ from isthmus.edge.training.run_identity import ModelIdentity, check_fits, fixed_
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
+from isthmus.training.training_loop import Task
 
 
 class StepObserver(Protocol):
@@ -53,8 +54,8 @@ class StepObserver(Protocol):
         """The inverse of `state`, on a resume; the parameters are those of the checkpoint already."""
 
 
-class EdgeSteps:
-    """The `Task` of edge training.
+class EdgeSteps(Task):
+    """The steps of edge training.
 
     Attributes:
         total: Optimizer steps of the whole run.
@@ -182,7 +183,7 @@ class EdgeSteps:
 
     def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """See `Task`."""
-        check_fits(checkpoint, folder, self._identity, self._data.fingerprint, self.settings)
+        check_fits(checkpoint, folder, self._identity, self._data.fingerprint)
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """See `Task`."""

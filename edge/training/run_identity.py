@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,8 @@ def identity_entries(model: ModelIdentity, data: str) -> dict[str, Any]:
     return {"model": asdict(model), "data": data}
 
 
-def check_fits(
-    checkpoint: RunCheckpoint, folder: Path, model: ModelIdentity, data: str, settings: Mapping[str, Any]
-) -> None:
-    """Refuse to go on with a checkpoint of another model, other data or other settings.
+def check_fits(checkpoint: RunCheckpoint, folder: Path, model: ModelIdentity, data: str) -> None:
+    """Refuse to go on with a checkpoint of another model or other data.
 
     Raises:
         CheckpointError: They differ; the message names both.
@@ -103,8 +100,7 @@ def check_fits(
         theirs, their_data = ModelIdentity(**checkpoint.entries["model"]), checkpoint.entries["data"]
     except (KeyError, TypeError) as error:
         raise damaged_entry(folder, error) from error
-    saved = _named(theirs, their_data) | dict(checkpoint.settings)
-    check_settings(folder, saved, _named(model, data) | dict(settings), START_ANEW)
+    check_settings(folder, _named(theirs, their_data), _named(model, data), START_ANEW)
 
 
 def _named(model: ModelIdentity, data: str) -> dict[str, Any]:

@@ -38,19 +38,13 @@ _TOKENS_AT_ONCE = 4096
 
 
 class Bridge(nn.Linear):
-    """`h -> h + W h + b`: hidden states before a run of layers to those after it.
+    """`h -> h + W h + b`: hidden states before a run of layers to those after it, `[..., width]`."""
 
-    Args:
-        width: Width h of the hidden states.
-        dtype: Of W and b.
-        device: Where they lie.
-    """
-
-    def __init__(self, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(width, width, dtype=dtype, device=device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, width, dtype=torch.float32, device=device)
 
     def reset_parameters(self) -> None:
-        """Start as what changes nothing, without a draw from the global generator."""
+        """Called by `nn.Linear`: start as what changes nothing, without a draw from the global generator."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -62,11 +56,7 @@ class Bridge(nn.Linear):
 def bridge_places(layers: Sequence[int], plan: SplitPlan) -> tuple[int, ...]:
     """The layers after which a run of the middle is dropped, by their indices in the whole model.
 
-    The layer before the middle is among them if the middle's first layer is dropped.
-
-    Args:
-        layers: The layers that are kept.
-        plan: Where the middle is.
+    The layer before the middle is among them if the middle's first layer is dropped. `layers` are those that are kept.
     """
     kept = {*layers, plan.bottom - 1}
     return tuple(layer - 1 for layer in plan.cloud if layer not in kept and layer - 1 in kept)
@@ -84,8 +74,7 @@ def add_bridges(base: nn.Module, layers: Sequence[int], bridges: Sequence[int]) 
     config: Any = base.config
     for place in bridges:
         layer = distinct.get(place, distinct[layers[0]])
-        like = next(layer.parameters())
-        bridge = Bridge(config.hidden_size, dtype=like.dtype, device=like.device)
+        bridge = Bridge(config.hidden_size, next(layer.parameters()).device)
         if place in distinct:
             layer.add_module("bridge", bridge)
             layer.register_forward_hook(_after)
@@ -103,7 +92,6 @@ def fit_bridges(
     bridges: Sequence[int],
     blocks: Tensor,
     *,
-    attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
 ) -> None:
@@ -117,7 +105,6 @@ def fit_bridges(
         bridges: Where the bridges are.
         blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens and at
             most `MOST_TOKENS`.
-        attn_implementation: Attention implementation; None for the family's default.
         device: Where to compute.
         progress: Where progress is shown; None for standard error.
 
@@ -132,17 +119,15 @@ def fit_bridges(
             f"{LEAST_TOKENS_PER_INPUT * width} or more, better {TOKENS_PER_INPUT * width}"
         )
     used = spread(blocks, min(TOKENS_PER_INPUT * width, MOST_TOKENS)).to(device)
-    ends = OuterLayers(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device)
+    ends = OuterLayers(checkpoint, plan, with_top=False, device=device)
     rows = max(1, _TOKENS_AT_ONCE // blocks.shape[1])
     teacher = student = torch.cat([ends.entry(part) for part in torch.split(used, rows)])
-    whole = Middle.of(checkpoint, plan, attn_implementation, device)
+    whole = Middle.of(checkpoint, plan, device)
     kept = Middle(base, layers, plan.bottom, checkpoint.config)
     distinct: dict[int, Any] = distinct_layers(base, layers)
-    dtype = next(base.parameters()).dtype
 
-    def run(middle: Middle, layer: int, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        parts = torch.split(hidden.to(dtype), rows)
-        return torch.cat([middle.run((layer - plan.bottom,), part) for part in parts]).float()
+    def run(middle: Middle, layer: int, hidden: Tensor) -> Tensor:
+        return torch.cat([middle.run((layer - plan.bottom,), part) for part in torch.split(hidden, rows)])
 
     # A bridge is fitted at the end of its run: before the next kept layer, or at the middle's end.
     after = {place: [layer for layer in layers if layer > place] for place in bridges}
@@ -151,12 +136,12 @@ def fit_bridges(
         for layer in plan.cloud:
             teacher = run(whole, layer, teacher)
             if layer in distinct:
-                student = run(kept, layer, student, dtype)
+                student = run(kept, layer, student)
             place = fitted_before.get(layer + 1)
             if place is not None and place in distinct:
                 bridge = distinct[place].bridge
                 _fit(bridge, student, teacher)
-                student = bridge(student.to(dtype)).float()
+                student = bridge(student)
             elif place is not None:
                 _fit(distinct[layers[0]].entry, student, teacher)  # it acts when that layer runs
             advance()
@@ -172,7 +157,7 @@ def _fit(bridge: Bridge, hidden: Tensor, target: Tensor) -> None:
     gram, moments = (weighted @ x).double(), (weighted @ residual).double()
     diagonal = gram.diagonal()
     gram = gram + torch.diag(_RIDGE * diagonal + 1e-9 * diagonal.mean())
-    solution = torch.linalg.solve(gram, moments).to(bridge.weight.dtype)  # [h + 1, h]
+    solution = torch.linalg.solve(gram, moments).float()  # [h + 1, h]
     if not solution.isfinite().all():
         raise NonFiniteError("a linear map fitted to this text is not finite; check the checkpoint")
     bridge.weight.copy_(solution[:-1].T)

@@ -86,21 +86,16 @@ def save_emulator(emulator: Emulator, folder: Path) -> None:
 
 
 def load_emulator(
-    folder: Path,
-    config: Any,
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    device: torch.device | str = "cpu",
+    folder: Path, config: Any, *, attn_implementation: str | None = None, device: torch.device | str = "cpu"
 ) -> Emulator:
     """Read an emulator that `save_emulator` wrote. The files may come from anywhere: what does not fit is refused.
 
     Names, shapes and dtypes are compared with what the recipe and the configuration ask for before any tensor is read.
+    In memory all weights are fp32, at which quantized ones are exact.
 
     Args:
         folder: Where the two files are.
         config: Configuration of the whole model.
-        dtype: Floating point dtype of the weights in memory; quantized weights are exact at fp32.
         attn_implementation: Attention implementation; None for the family's default.
         device: Where the weights lie.
 
@@ -110,14 +105,14 @@ def load_emulator(
         UnsupportedFamilyError: The architecture cannot be cut.
     """
     recipe, layers, bridges = _read_info(folder / EMULATOR_INFO, config)
-    base = empty_layers(config, layers, dtype=dtype, attn_implementation=attn_implementation)
+    base = empty_layers(config, layers, dtype=torch.float32, attn_implementation=attn_implementation)
     distinct = distinct_layers(base, layers)
     if recipe.low_rank is not None:
         for layer in distinct.values():
             replace_linears(layer, recipe.low_rank)
     add_bridges(base, layers, bridges)
     emulator = Emulator(base, layers, recipe, config, bridges=bridges)
-    values = _read_tensors(folder / EMULATOR_FILE, emulator, dtype)
+    values = _read_tensors(folder / EMULATOR_FILE, emulator)
     for index, layer in distinct.items():
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
@@ -174,8 +169,8 @@ def _bridges_fit(bridges: Any, layers: list[int], recipe: Recipe) -> bool:
     )
 
 
-def _read_tensors(path: Path, emulator: Emulator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights by their names in the emulator, in `dtype`."""
+def _read_tensors(path: Path, emulator: Emulator) -> dict[str, Tensor]:
+    """The weights by their names in the emulator, in fp32."""
     bits, forms = emulator.recipe.bits, emulator.stored_forms()
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -189,9 +184,9 @@ def _read_tensors(path: Path, emulator: Emulator, dtype: torch.dtype) -> dict[st
     values = {}
     for name, weight in emulator.tensors().items():
         if bits is None or name in stored:
-            values[name] = stored[name].to(dtype, copy=True)
+            values[name] = stored[name].to(torch.float32, copy=True)
         else:  # only a quantized weight is not in the file by its own name
-            values[name] = from_stored(name, stored, weight.shape[-1], bits).to(dtype)
+            values[name] = from_stored(name, stored, weight.shape[-1], bits)
     return values
 
 

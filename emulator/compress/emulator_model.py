@@ -84,12 +84,6 @@ class Emulator(nn.Module):
         """Number of weights held; those of a shared layer count once, those of a low-rank layer as its factors'."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the tensors in the emulator's file."""
-        forms = self.stored_forms().values()
-        return sum(torch.Size(shape).numel() * (dtype or self.dtype).itemsize for shape, dtype in forms)
-
     def train(self, _mode: bool = True) -> Self:
         """Stay in eval mode: dropout never acts."""
         return super().train(False)
@@ -159,28 +153,24 @@ def build_emulator(
     recipe: Recipe,
     blocks: Tensor | None,
     *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
     measures: Measures | None = None,
 ) -> Emulator:
-    """Make an emulator of a model's middle. Nothing is trained.
+    """Make an emulator of a model's middle, in fp32. Nothing is trained.
 
     Args:
         checkpoint: The whole model.
         plan: Where the middle is.
         recipe: Which layers are kept, and what is done to them.
         blocks: Public text, `[n, length]` tokens, for the recipes that need it; else None.
-        dtype: Floating point dtype of the weights.
-        attn_implementation: Attention implementation; None for the family's default.
         device: Where to measure, and where the emulator lies.
         progress: Where progress is shown; None for standard error.
         measures: What `measure` found for this recipe, if it has been asked already.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
-        ConfigError: The recipe needs text and there is none, or the attention implementation does not fit.
+        ConfigError: The recipe needs text and there is none.
         DataError: There is too little text to fit bridges to.
         NonFiniteError: The model gives NaN or infinite hidden states.
         PlanError: The plan is for another number of layers, or the recipe leaves no layer.
@@ -196,11 +186,10 @@ def build_emulator(
     recipe.layers_kept(n_middle)  # before the text is measured
     if recipe.bridged and blocks is None:
         raise ConfigError("+bridged fits linear maps to public text; give some with --text")
-    where: dict[str, Any] = {"attn_implementation": attn_implementation, "device": device}
     if measures is None and recipe.chooses_by_text and blocks is not None:
-        measures = measure(checkpoint, plan, recipe, blocks, **where, progress=progress)
+        measures = measure(checkpoint, plan, recipe, blocks, device=device, progress=progress)
     layers = tuple(plan.bottom + layer for layer in select_layers(recipe, n_middle, measures))
-    base = load_layers(checkpoint, layers, dtype=dtype, attn_implementation=attn_implementation).to(device)
+    base = load_layers(checkpoint, layers).to(device)
     if recipe.low_rank is not None:
         distinct = distinct_layers(base, layers)
         with bar(progress, "factorising layers", len(distinct)) as advance:
@@ -211,6 +200,6 @@ def build_emulator(
     fitted_to = None
     if bridges and blocks is not None:
         add_bridges(base, layers, bridges)
-        fit_bridges(checkpoint, plan, base, layers, bridges, blocks, **where, progress=progress)
+        fit_bridges(checkpoint, plan, base, layers, bridges, blocks, device=device, progress=progress)
         fitted_to = fingerprint(blocks)
     return Emulator(base, layers, recipe, config, bridges=bridges, measures=measures, fitted_to=fitted_to)

@@ -55,7 +55,6 @@ def measure(
     recipe: Recipe,
     blocks: Tensor,
     *,
-    attn_implementation: str | None = None,
     device: torch.device | str = "cpu",
     progress: Console | None = None,
     known: Measures = _NOTHING,
@@ -67,7 +66,6 @@ def measure(
         plan: Where the middle is.
         recipe: Says what is needed: the order of removal for `importance`, similarities for `crash`.
         blocks: Public text, `[n, length]`; blocks at even distances are used.
-        attn_implementation: Attention implementation; None for the family's default.
         device: Where to compute.
         progress: Where progress is shown; None for standard error.
         known: What was measured before on the same text, for another recipe; a removal order goes on from there.
@@ -77,10 +75,8 @@ def measure(
         PlanError: The recipe leaves no layer.
     """
     used = spread(blocks, MEASURED_TOKENS).to(device)
-    entry = OuterLayers(checkpoint, plan, with_top=False, attn_implementation=attn_implementation, device=device).entry(
-        used
-    )
-    middle = Middle.of(checkpoint, plan, attn_implementation, device)
+    entry = OuterLayers(checkpoint, plan, with_top=False, device=device).entry(used)
+    middle = Middle.of(checkpoint, plan, device)
     n_middle = len(plan.cloud)
     everything = tuple(range(n_middle))
     n_removed = n_middle - recipe.layers_kept(n_middle) if recipe.selection == "importance" else 0
@@ -115,12 +111,10 @@ class Middle:
         self._layers = distinct_layers(base, layers)
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, plan: SplitPlan, attn_implementation: str | None, device: torch.device | str
-    ) -> Self:
+    def of(cls, checkpoint: Checkpoint, plan: SplitPlan, device: torch.device | str) -> Self:
         """The whole middle, frozen."""
         layers = tuple(plan.cloud)
-        base = load_layers(checkpoint, layers, attn_implementation=attn_implementation)
+        base = load_layers(checkpoint, layers)
         return cls(base.requires_grad_(False).eval().to(device), layers, plan.bottom, checkpoint.config)
 
     def run(self, layers: Sequence[int], hidden: Tensor) -> Tensor:

@@ -14,28 +14,12 @@ from isthmus.backbone.split.remote_layers import SpanFn
 
 
 class OuterLayers:
-    """Embedding, bottom layers and, if wanted, top layers, norm and head; frozen, in eval mode.
-
-    Args:
-        checkpoint: The model, or an edge's parts.
-        plan: Where the middle is.
-        with_top: Whether there is a loss to compute. Without it nothing above the middle is kept.
-        dtype: Floating point dtype of the weights.
-        attn_implementation: Attention implementation; None for the family's default.
-        device: Where the weights lie.
-    """
+    """Embedding, bottom layers and, `with_top`, top layers, norm and head; frozen, in eval mode, fp32."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: SplitPlan,
-        *,
-        with_top: bool,
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str | None = None,
-        device: torch.device | str = "cpu",
+        self, checkpoint: Checkpoint, plan: SplitPlan, *, with_top: bool, device: torch.device | str = "cpu"
     ) -> None:
-        model = load_edge_parts(checkpoint, plan, _unchanged, dtype=dtype, attn_implementation=attn_implementation)
+        model = load_edge_parts(checkpoint, plan, _unchanged)
         model.requires_grad_(False)
         family = model.isthmus_origin.family
         self._gate = model.remote_layers

@@ -9,7 +9,6 @@ goes on to the same bits.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,15 +32,13 @@ from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
-from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
-from isthmus.training.training_loop import LoopOptions, TrainingLoop
+from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
+from isthmus.training.training_loop import LoopOptions, Task, TrainingLoop
 
 LOG_FILE = "distill.jsonl"
 PRECISIONS = ("fp32", "bf16")
 
 _REMEDY = "lower the learning rate."
-_GO_ON = "repeat the command to go on"
-_START_ANEW = "remove its folder to start anew"
 _MAX_NORM = 1.0
 _LAST_RATE = 0.1  # of the peak
 _HELD_OUT = 20  # one block in so many
@@ -105,8 +102,6 @@ class DistillReport:
         error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
             have been fitted to some of these blocks, if they were fitted to the same text.
         error_after: The same after the last one, before any quantization.
-        loss_first, loss_last: The objective in the first and the last step.
-        lm_first, lm_last: Its cross entropy, in nats a token; None with `lm_weight` 0.
     """
 
     steps: int
@@ -114,20 +109,6 @@ class DistillReport:
     text: str
     error_before: float
     error_after: float
-    loss_first: float
-    loss_last: float
-    lm_first: float | None
-    lm_last: float | None
-
-    def summary(self) -> dict[str, Any]:
-        """What a package's manifest says of it."""
-        return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "text": self.text,
-            "error_before": self.error_before,
-            "error_after": self.error_after,
-        }
 
 
 def distill(
@@ -171,7 +152,12 @@ def distill(
     with claim(folder):
         task = _Distillation(checkpoint, plan, emulator, blocks, config, stop)
         options = LoopOptions(
-            folder, LOG_FILE, config.steps, config.save_every, go_on=_GO_ON, start_anew=_START_ANEW, formats=(1, 2)
+            folder,
+            LOG_FILE,
+            config.steps,
+            config.save_every,
+            go_on="repeat the command to go on",
+            start_anew="remove its folder to start anew",
         )
         loop = TrainingLoop(task, options, shown, stop)
         emulator.trainable(True)
@@ -181,26 +167,11 @@ def distill(
                 loop.run()
         finally:
             emulator.trainable(False)
-    return _report(task, loop)
+    return DistillReport(loop.step, loop.step * task.tokens_per_step, task.text, task.error_before, task.error_after)
 
 
-def _report(task: _Distillation, loop: TrainingLoop) -> DistillReport:
-    first, last = json.loads(loop.log[0]), json.loads(loop.log[-1])
-    return DistillReport(
-        steps=loop.step,
-        tokens=loop.step * task.tokens_per_step,
-        text=task.text,
-        error_before=task.error_before,
-        error_after=task.error_after,
-        loss_first=first["loss"],
-        loss_last=last["loss"],
-        lm_first=first["lm"],
-        lm_last=last["lm"],
-    )
-
-
-class _Distillation:
-    """The `Task` of a distillation: see `distill`."""
+class _Distillation(Task):
+    """See `distill`."""
 
     def __init__(
         self,
@@ -213,11 +184,8 @@ class _Distillation:
     ) -> None:
         self._emulator, self._config, self._stop = emulator, config, stop
         self.device = emulator.device
-        attention = emulator.attn_implementation
-        self._teacher = load_span(checkpoint, plan, attn_implementation=attention).to(self.device)
-        self._ends = OuterLayers(
-            checkpoint, plan, with_top=config.lm_weight > 0, attn_implementation=attention, device=self.device
-        )
+        self._teacher = load_span(checkpoint, plan).to(self.device)
+        self._ends = OuterLayers(checkpoint, plan, with_top=config.lm_weight > 0, device=self.device)
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
         n_held_out = min(_HELD_OUT_MOST, max(1, len(blocks) // _HELD_OUT))
         self._held_out, self._train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
@@ -275,34 +243,19 @@ class _Distillation:
         _, norm = self.rule.gradients(step, backward)
         return line, norm
 
-    def applied(self, step: int) -> dict[str, Any]:
-        """See `Task`."""
-        return {}
-
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
         lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
         speed = self.tokens_per_step / seconds
         return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}  {speed:,.0f} tokens/s"
 
-    def between(self, step: int) -> None:
-        """See `Task`."""
-
     def end(self) -> None:
         """See `Task`."""
         self.error_after = self._held_out_error()
 
-    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """See `Task`."""
-        return {}
-
     def entries(self) -> Mapping[str, Any]:
         """See `Task`."""
         return {"error_before": None if math.isnan(self.error_before) else self.error_before}
-
-    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """See `Task`."""
-        check_settings(folder, checkpoint.settings, self.settings, _START_ANEW)
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """See `Task`."""
@@ -319,7 +272,7 @@ class _Distillation:
         def middle(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
             with torch.no_grad():
                 target = self._teacher(hidden, mask, positions)
-            output: Tensor = self._emulator(hidden.to(self._emulator.dtype), mask, positions)
+            output: Tensor = self._emulator(hidden.float(), mask, positions)  # autocast may have made it bf16
             errors.append(relative_error(output, target))
             return output.to(hidden.dtype)
 
@@ -335,7 +288,7 @@ class _Distillation:
             with self._autocast():
                 hidden = self._ends.entry(ids.to(self.device))
                 target = self._teacher(hidden)
-                output = self._emulator(hidden.to(self._emulator.dtype))
+                output = self._emulator(hidden.float())
             total += relative_error(output, target).item() * len(ids)
             self._stop.check()
         error = total / len(self._held_out)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -90,12 +89,11 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
     emulator = build_emulator(
         checkpoint, config.plan, config.recipe, blocks, device=pick_device(config.device), progress=progress
     )
-    distilled: dict[str, Any] | None = None
+    distilled = None
     state = config.out.with_name(f"{config.out.name}.distill")
     if config.distil is not None and config.distil_text is not None:
         text = load_blocks(config.distil_text, tokenizer, config.length)
-        report = distill(checkpoint, config.plan, emulator, text, config.distil, state, progress=progress)
-        distilled = report.summary()
+        distilled = asdict(distill(checkpoint, config.plan, emulator, text, config.distil, state, progress=progress))
         if config.figure is not None:
             loss_figure(state, config.figure)
     package = write_package(

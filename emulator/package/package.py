@@ -73,38 +73,23 @@ class Package:
         """The edge's parts."""
         return Checkpoint(self.folder, self.manifest.model)
 
-    def load_emulator(self, dtype: torch.dtype = torch.float32) -> Emulator:
-        """The emulator, frozen and in eval mode.
-
-        Args:
-            dtype: Floating point dtype of its weights in memory.
+    def load_emulator(self) -> Emulator:
+        """The emulator, fp32, frozen and in eval mode.
 
         Raises:
             CheckpointError: Its file does not fit the configuration.
         """
-        return load_emulator(
-            self.folder,
-            self.checkpoint.config,
-            dtype=dtype,
-            attn_implementation=self.manifest.attn_implementation,
-        )
+        attention = self.manifest.attn_implementation
+        return load_emulator(self.folder, self.checkpoint.config, attn_implementation=attention)
 
-    def load_model(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The edge's model over the emulator: the family's own class, with the layer numbers of the whole model.
-
-        Args:
-            dtype: Floating point dtype of all weights in memory.
+    def load_model(self) -> Any:
+        """The edge's model over the emulator, fp32: the family's own class, with the whole model's layer numbers.
 
         Raises:
             CheckpointError: A file does not fit the configuration.
         """
-        return load_edge_parts(
-            self.checkpoint,
-            self.plan,
-            self.load_emulator(dtype),
-            dtype=dtype,
-            attn_implementation=self.manifest.attn_implementation,
-        )
+        attention = self.manifest.attn_implementation
+        return load_edge_parts(self.checkpoint, self.plan, self.load_emulator(), attn_implementation=attention)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer, with a padding token.
@@ -123,7 +108,6 @@ def write_package(
     *,
     signer: WorkerIdentity,
     licence: str,
-    protection: Sequence[Mapping[str, Any]] = (),
     distilled: Mapping[str, Any] | None = None,
     now: Callable[[], float] = time.time,
 ) -> Package:
@@ -136,16 +120,15 @@ def write_package(
         emulator: The emulator of the plan's middle.
         signer: The model owner's worker.
         licence: A note about what may be done with the package.
-        protection: Rows of scores that were measured with this emulator; see `protection_rows`.
         distilled: The fields of `Distilled`; None without distillation.
         now: The clock, Unix seconds.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
-        ConfigError: The licence note or the figures are too long, or a figure is malformed.
+        ConfigError: The licence note is too long.
         DiskError: The disk is full or cannot be written; an older package is unchanged.
         FingerprintError: The signer's certificate has expired.
-        PackageError: A row of scores belongs to another emulator, or the emulator to another middle.
+        PackageError: The emulator is of another middle.
         PlanError: The plan is for another number of layers.
     """
     family = family_of(checkpoint.config)
@@ -177,7 +160,6 @@ def write_package(
                 middle_bytes=middle_bytes,
                 licence=licence,
                 distilled=None if distilled is None else Distilled.model_validate(dict(distilled)),
-                protection=protection_rows(protection, files[EMULATOR_FILE].sha256),
                 files=files,
                 created=int(now()),
             )

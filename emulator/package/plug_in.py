@@ -34,7 +34,6 @@ def plug_in(
     plan: SplitPlan,
     span: SpanFn,
     *,
-    dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> Any:
     """The edge's model with a checked adapter over the full middle, once it has computed something finite.
@@ -44,7 +43,6 @@ def plug_in(
         parts: The edge's parts.
         plan: Who holds which layers.
         span: Runs the full middle.
-        dtype: Floating point dtype of the edge's weights; that of the span.
         attn_implementation: Attention implementation of the span; None for the family's default.
 
     Returns:
@@ -54,7 +52,7 @@ def plug_in(
         AdapterError: It does not load, the model cannot run with it, or its logits over a few tokens are not finite.
         CheckpointError: The edge's parts are damaged.
     """
-    base = load_edge_parts(parts, plan, span, dtype=dtype, attn_implementation=attn_implementation)
+    base = load_edge_parts(parts, plan, span, attn_implementation=attn_implementation)
     model = _with_adapter(base, adapter)
     model.eval()
     tokens = torch.arange(_PROBE_TOKENS).remainder(base.config.vocab_size).unsqueeze(0)

@@ -28,8 +28,8 @@ from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
-from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
-from isthmus.training.training_loop import LoopOptions, TrainingLoop
+from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
+from isthmus.training.training_loop import LoopOptions, Task, TrainingLoop
 
 EOS = "<|endoftext|>"
 LOG_FILE = "pretrain.jsonl"
@@ -201,8 +201,8 @@ def _model(settings: PretrainSettings) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
-class _Pretraining:
-    """The `Task` of a pretraining: see `run_pretrain`."""
+class _Pretraining(Task):
+    """See `run_pretrain`."""
 
     device = torch.device("cpu")
 
@@ -255,34 +255,19 @@ class _Pretraining:
         """Which blocks the next step has, `[batch]`."""
         return torch.randint(len(self._train), (self._options.batch,), generator=self._rows)
 
-    def applied(self, step: int) -> dict[str, Any]:
-        """See `Task`."""
-        return {}
-
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
         speed = self._options.batch * self._options.length / seconds
         return f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s"
-
-    def between(self, step: int) -> None:
-        """See `Task`."""
 
     def end(self) -> None:
         """See `Task`."""
         self.loss_after = self._held_out_loss()
         self.seconds += time.monotonic() - self._started
 
-    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """See `Task`."""
-        return {}
-
     def entries(self) -> Mapping[str, Any]:
         """See `Task`."""
         return {"loss_before": self.loss_before, "seconds": self.seconds + time.monotonic() - self._started}
-
-    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """See `Task`."""
-        check_settings(folder, checkpoint.settings, self.settings, f"remove {folder.parent} or give another --out")
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """See `Task`."""

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.common.errors import CheckpointError, DataError, DiskError, NonFiniteError
 from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.training.gradient_step import GradientStep, require_finite
-from isthmus.training.run_checkpoint import RunCheckpoint, check_settings
-from isthmus.training.training_loop import LoopOptions, TrainingLoop
+from isthmus.training.run_checkpoint import RunCheckpoint
+from isthmus.training.training_loop import LoopOptions, Task, TrainingLoop
 
 TOTAL = 7
 
 
-class Numbers:
+class Numbers(Task):
     """Moves three numbers towards random targets, and counts; `act` is called in the step that the test names."""
 
     device = torch.device("cpu")
@@ -73,14 +73,8 @@ class Numbers:
     def end(self) -> None:
         self.calls.append("end")
 
-    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return {}
-
     def entries(self) -> Mapping[str, Any]:
         return {"count": self.count}
-
-    def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        check_settings(folder, checkpoint.settings, self.settings, "remove it")
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         self.count = checkpoint.entries["count"]

@@ -45,7 +45,6 @@ def test_what_is_saved_is_what_is_loaded(checkpoints: Checkpoints, blocks: Tenso
         assert {name: tuple(each.shape) for name, each in loaded.tensors().items()} == {
             name: tuple(each.shape) for name, each in emulator.tensors().items()
         }
-        assert sum(each.nbytes for each in load_file(folder / "emulator.safetensors").values()) == emulator.n_bytes
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
         save_emulator(loaded, tmp_path / "again")
         for name in ("emulator.json", "emulator.safetensors"):
@@ -60,6 +59,7 @@ def test_quantized_weights_are_near_and_their_file_is_small(
     whole = make(checkpoint, "uniform", 0.5)
     emulator = make(checkpoint, f"uniform+int{bits}", 0.5)
     save_emulator(emulator, tmp_path)
+    save_emulator(whole, tmp_path / "whole")
     loaded = load_emulator(tmp_path, checkpoint.config)
     assert torch.equal(emulator(hidden_states()), whole(hidden_states()))  # saving leaves it as it was
     weights = emulator.tensors()
@@ -68,7 +68,11 @@ def test_quantized_weights_are_near_and_their_file_is_small(
         assert 0 < error < most
     others = weights.keys() - emulator.quantized_names()
     assert all(torch.equal(loaded.tensors()[name], weights[name]) for name in others)
-    assert emulator.n_bytes < whole.n_bytes * (bits / 32 + 0.1)
+    small, large = (
+        sum(each.nbytes for each in load_file(folder / "emulator.safetensors").values())
+        for folder in (tmp_path, tmp_path / "whole")
+    )
+    assert small < large * (bits / 32 + 0.1)
 
 
 def test_weights_that_are_not_finite_are_not_saved(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -163,13 +167,3 @@ def test_a_damaged_or_missing_file_and_another_model_are_refused(checkpoints: Ch
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"emulator\.safetensors is damaged"):
         load_emulator(tmp_path, checkpoint.config)
-
-
-def test_half_precision_is_kept(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    checkpoint = checkpoints("llama")
-    emulator = make(checkpoint, "uniform", 0.5, dtype=torch.bfloat16)
-    assert emulator.dtype == torch.bfloat16
-    save_emulator(emulator, tmp_path)
-    loaded = load_emulator(tmp_path, checkpoint.config, dtype=torch.bfloat16)
-    assert torch.equal(loaded(hidden_states().bfloat16()), emulator(hidden_states().bfloat16()))
-    assert emulator.n_bytes * 2 == make(checkpoint, "uniform", 0.5).n_bytes
