@@ -11,8 +11,8 @@ import typer
 
 from isthmus.common.terminal import shown
 from isthmus.edge.config.client_config import DEFAULT_KEY, EvalConfig, GenerateConfig
-from isthmus.edge.config.flags import GroupedCommand, SharedConfigFile, run_to_its_end, with_flags
-from isthmus.edge.config.training_config import TrainConfig, load_config
+from isthmus.edge.config.flags import GroupedCommand, SharedConfigFile, read_settings, run_to_its_end, with_flags
+from isthmus.edge.config.training_config import TrainConfig
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
@@ -59,7 +59,7 @@ def train(
 
     Example: isthmus edge train --cloud cloud.txt --data tickets.jsonl --steps 200 --out run
     """
-    settings = load_config(config, flags)
+    settings = read_settings(TrainConfig, config, flags)
     from isthmus.edge.split_run import run_training
 
     run_to_its_end(lambda: run_training(settings), settings.out, as_json=as_json)
@@ -77,7 +77,7 @@ def evaluate(
 
     Example: isthmus edge eval --cloud cloud.txt --data held-out.jsonl --adapter run/adapter --json
     """
-    settings = load_config(config, flags, EvalConfig)
+    settings = read_settings(EvalConfig, config, flags)
     from isthmus.edge.split_run import run_evaluation
 
     result = run_evaluation(settings, adapter)
@@ -100,7 +100,7 @@ def generate(
 
     Example: isthmus edge generate --cloud cloud.txt --adapter run/adapter "Ticket: my card was charged twice"
     """
-    settings = load_config(config, flags, GenerateConfig)
+    settings = read_settings(GenerateConfig, config, flags)
     from isthmus.edge.cloud_link import open_link
     from isthmus.edge.split_run import run_generation
 

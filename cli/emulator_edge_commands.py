@@ -12,8 +12,8 @@ import typer
 
 from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.client_config import ClientConfig
-from isthmus.edge.config.flags import ConfigFile, GroupedCommand, run_to_its_end, with_flags
-from isthmus.edge.config.training_config import TuneConfig, load_config
+from isthmus.edge.config.flags import ConfigFile, GroupedCommand, read_settings, run_to_its_end, with_flags
+from isthmus.edge.config.training_config import TuneConfig
 
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
@@ -61,7 +61,7 @@ def tune(
 
     Example: isthmus emulator tune --package package --data tickets.jsonl --steps 200 --out run
     """
-    settings = load_config(config, flags, TuneConfig)
+    settings = read_settings(TuneConfig, config, flags)
     from isthmus.edge.emulator_run import run_tuning
 
     run_to_its_end(lambda: run_tuning(settings), settings.out, as_json=as_json)
@@ -89,7 +89,7 @@ def give_back(
 @contextmanager
 def _session(flags: dict[str, Any]) -> Iterator[Link]:
     """A link for a command that may be interrupted and repeated."""
-    settings = load_config(None, flags, ClientConfig)
+    settings = read_settings(ClientConfig, None, flags)
     from isthmus.edge.cloud_link import open_link
 
     with interruptible("stopped; the same command goes on from here"), open_link(settings) as link:

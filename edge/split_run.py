@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,9 +30,6 @@ from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def run_training(config: TrainConfig) -> Report:
@@ -87,7 +84,7 @@ def run_evaluation(config: EvalConfig, adapter: Path | None) -> dict[str, Any]:
     use_threads(config.threads)
     with open_link(config) as link:
         data = load_examples(config, link.load_tokenizer())
-        model = with_adapter(link.load_model(), _chosen(link, adapter, plugged=config.plugged))
+        model = _with_adapter(link, adapter, plugged=config.plugged)
         batches = Batches(data.train, config.batch, data.pad_id)
         loss = evaluate(model, batches, precision=config.precision)
         totals = dataclasses.asdict(link.totals())
@@ -99,24 +96,17 @@ def run_generation(
     adapter: Path | None,
     prompt: str,
     *,
-    plugged: bool = False,
+    plugged: bool,
     chat: bool,
     max_new_tokens: int,
     temperature: float,
 ) -> str:
-    """Continue a prompt; the work of `isthmus edge generate`.
+    """Continue a prompt, with `chat` a user's message in the chat template; the work of `isthmus edge generate`.
 
-    Args:
-        link: an open link.
-        adapter: the folder of an adapter, or None.
-        plugged: whether to use the adapter that the cloud has plugged in for this edge.
-        prompt: the text to continue, or with `chat` the user's message.
-        chat: whether to put the prompt into the model's chat template.
-        max_new_tokens: tokens to generate at most.
-        temperature: 0 for greedy, else the softness of sampling.
+    A temperature of 0 is greedy.
     """
     tokenizer: Any = link.load_tokenizer()
-    model: Any = with_adapter(link.load_model(), _chosen(link, adapter, plugged=plugged)).eval()
+    model = _with_adapter(link, adapter, plugged=plugged).eval()
     if chat:
         with ChatTemplate(tokenizer) as template:
             if not template.exists:
@@ -133,24 +123,13 @@ def run_generation(
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Any:
-    """Load the adapter of a folder, if there is one, into a model.
-
-    Raises:
-        CheckpointError: the folder is no adapter's, or does not fit the model.
-    """
-    if adapter is None:
-        return model
-    return load_adapter(model, adapter)
-
-
-def _chosen(link: Link, adapter: Path | None, *, plugged: bool) -> Path | None:
-    """The adapter's folder: the one given, the one that the cloud has plugged in, or none."""
-    if not plugged:
-        return adapter
-    if adapter is not None:
+def _with_adapter(link: Link, adapter: Path | None, *, plugged: bool) -> Any:
+    """The split model with the adapter given, the one that the cloud has plugged in, or none."""
+    if plugged and adapter is not None:
         raise ConfigError(f"--plugged and --adapter {adapter} exclude each other: give one of them")
-    return link.plugged_adapter()
+    model: Any = link.load_model()
+    folder = link.plugged_adapter() if plugged else adapter
+    return model if folder is None else load_adapter(model, folder)
 
 
 def _span_parameters(model: Any, plan: SplitPlan) -> int:

@@ -28,8 +28,9 @@ class ClientConfig(Settings):
     )
     codec: str = Field(
         "fp32",
-        description="How activations cross the wire: fp32, bf16, fp16, int8, int4 or int4-outliers, as for "
-        "`edge train`, where `auto` chooses; elsewhere `auto` is fp32.",
+        description="How activations and gradients cross the wire: fp32, bf16, fp16, int8, int4 or int4-outliers; "
+        "FORWARD,BACKWARD; one for each of forward_up=, forward_down=, backward_up=, backward_down=; or auto, "
+        "auto:0.99, for the narrowest that keep the gradient's cosine (`edge train`; elsewhere fp32).",
     )
     connect_timeout: float = Field(10.0, gt=0, description="Seconds to wait for the cloud at the start.")
     give_up_after: float = Field(
@@ -71,7 +72,9 @@ class PluggedConfig(Settings):
 
     panel = "Adapter"
 
-    plugged: bool = Field(False, description="Use the adapter that the cloud has plugged in for this edge.")
+    plugged: bool = Field(
+        False, description="Use the adapter that the cloud has plugged in for this edge; to train is to go on from it."
+    )
 
 
 class EvalConfig(ClientConfig, ExamplesConfig, PluggedConfig, ComputationConfig):

@@ -54,7 +54,6 @@ class ExamplesConfig(Settings):
 class DataConfig(ExamplesConfig):
     """Examples to train on, and examples that are held out."""
 
-    data: str = Field(description="Training data: a .jsonl, .csv or .tsv file, or hub:NAME[:SPLIT].")
     validation: str | None = Field(
         None, description="Held-out data in the same form; without it, a part of the training data."
     )

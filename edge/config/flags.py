@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
+from pydantic import ValidationError
 
+from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.settings import PANELS, Settings, field_names, panel_of
+from isthmus.edge.config.training_config import Config, load_config
 
 if TYPE_CHECKING:
     from isthmus.edge.run_report import Report
@@ -70,14 +73,24 @@ def with_flags(cls: type[Settings], *, without: Collection[str] = ()) -> Callabl
     return decorate
 
 
-def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> None:
-    """Make a training run and print its report; Ctrl-C ends the command with what the run says about going on.
+def read_settings(cls: type[Config], file: Path | None, flags: dict[str, Any]) -> Config:
+    """The settings of a command, from its file and its flags.
 
-    Args:
-        run: The run.
-        out: Its folder.
-        as_json: Whether to print JSON.
+    Raises:
+        BadParameter: A required one is in neither: a usage error, as for any option that is missing.
+        ConfigError: See `load_config`.
     """
+    try:
+        return load_config(file, flags, cls)
+    except ConfigError as error:
+        reason = error.__cause__
+        if isinstance(reason, ValidationError) and reason.errors()[0]["type"] == "missing":
+            raise typer.BadParameter(str(error)) from error
+        raise
+
+
+def run_to_its_end(run: Callable[[], Report], out: Path, *, as_json: bool) -> None:
+    """Make a training run into `out` and print its report; Ctrl-C ends it with what the run says about going on."""
     with interruptible():
         report = run()
     typer.echo(report.to_json() if as_json else report.lines(out))

@@ -127,12 +127,6 @@ class TuningConfig(DataConfig, AdapterConfig, OptimizationConfig, ComputationCon
 class TrainClientConfig(ClientConfig):
     """How a training run connects, and how it uses its connection."""
 
-    codec: str = Field(
-        "fp32",
-        description="How activations and gradients cross the wire: fp32, bf16, fp16, int8, int4 or int4-outliers; "
-        "FORWARD,BACKWARD; one for each of forward_up=, forward_down=, backward_up=, backward_down=; or auto, "
-        "auto:0.99, for the narrowest that keep the gradient's cosine.",
-    )
     codec_every: int = Field(100, ge=1, description="Steps after which `auto` chooses the codecs again.")
     overlap: int = Field(
         1,
@@ -149,10 +143,6 @@ class TrainClientConfig(ClientConfig):
 
 class TrainConfig(TrainClientConfig, SitesConfig, PluggedConfig, TuningConfig):
     """A run whose middle layers are in the cloud."""
-
-    plugged: bool = Field(
-        False, description="Use the adapter that the cloud has plugged in for this edge; to train is to go on from it."
-    )
 
     @model_validator(mode="after")
     def _check_cloud_pairs(self) -> Self:
@@ -260,16 +250,13 @@ def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Co
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Settings] = TrainConfig) -> Settings:
-    """Read a TOML file, lay the flags over it, and check the whole.
+    """Read a TOML file, lay the flags over it, and check the whole. Relative paths are of the working directory.
 
     Args:
         path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone. The commands `edge train`,
             `edge eval` and `edge generate` can share a file: each takes its own keys and ignores those of the others.
         overrides: Flags by field name. `None` means that a flag was not given.
         cls: The kind of configuration.
-
-    Returns:
-        The checked configuration. Relative paths stay relative to the working directory, also those of the file.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.

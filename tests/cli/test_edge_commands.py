@@ -66,4 +66,5 @@ def test_a_flag_of_another_command_is_refused_by_its_name(words: tuple[str, ...]
 def test_a_missing_cloud_is_named(command: str, tmp_path: Path) -> None:
     words = ["hello"] if command == "generate" else ["--data", str(tmp_path / "d.jsonl")]
     result = CliRunner().invoke(app, ["edge", command, *words])
-    assert "'cloud' is missing: give --cloud" in str(result.exception)
+    assert "'cloud' is missing: give --cloud" in result.output
+    assert result.exit_code == 2
