@@ -33,28 +33,27 @@ _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
-def quantize_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`isthmus.kernels.blockwise.quantize_int8`."""
     x = x.detach().contiguous()
     n = x.shape[-1]
-    blocks = -(-n // block)
+    blocks = -(-n // BLOCK)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _quantize_int8_kernel[(triton.cdiv(scale.numel(), TILE),)](
-            q, scale, x, scale.numel(), n, blocks, block,
-            width=triton.next_power_of_2(block), tile=TILE, enable_fp_fusion=False,
+            q, scale, x, scale.numel(), n, blocks, tile=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return q, scale
 
 
-def dequantize_int8(q: Tensor, scale: Tensor, block: int) -> Tensor:
+def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
     """`isthmus.kernels.blockwise.dequantize_int8`."""
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     with on_device_of(q):
         _dequantize_int8_kernel[(triton.cdiv(scale.numel(), TILE),)](
-            out, q.contiguous(), scale.contiguous(), scale.numel(), q.shape[-1], scale.shape[-1], block,
-            width=triton.next_power_of_2(block), tile=TILE, enable_fp_fusion=False,
+            out, q.contiguous(), scale.contiguous(), scale.numel(), q.shape[-1], scale.shape[-1],
+            tile=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -109,14 +108,12 @@ def _to_bf16(scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _quantize_int8_kernel(
-    q: tl.tensor, scales: tl.tensor, x: tl.tensor,
-    count: tl.tensor, n: tl.tensor, blocks: tl.tensor, block: tl.tensor,
-    width: tl.constexpr, tile: tl.constexpr,
+    q: tl.tensor, scales: tl.tensor, x: tl.tensor, count: tl.tensor, n: tl.tensor, blocks: tl.tensor,
+    tile: tl.constexpr,
 ) -> None:  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
-    place = tl.arange(0, width)
-    column = (number % blocks)[:, None] * block + place[None, :]
-    there = (number < count)[:, None] & (place < block)[None, :] & (column < n)
+    column = (number % blocks)[:, None] * (2 * _HALF) + tl.arange(0, 2 * _HALF)[None, :]
+    there = (number < count)[:, None] & (column < n)
     at = (number // blocks)[:, None] * n + column
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     scale = _largest(value).to(tl.float32, bitcast=True) * _SCALE_FACTOR
@@ -127,14 +124,12 @@ def _quantize_int8_kernel(
 
 @triton.jit
 def _dequantize_int8_kernel(
-    out: tl.tensor, q: tl.tensor, scales: tl.tensor,
-    count: tl.tensor, n: tl.tensor, blocks: tl.tensor, block: tl.tensor,
-    width: tl.constexpr, tile: tl.constexpr,
+    out: tl.tensor, q: tl.tensor, scales: tl.tensor, count: tl.tensor, n: tl.tensor, blocks: tl.tensor,
+    tile: tl.constexpr,
 ) -> None:  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
-    place = tl.arange(0, width)
-    column = (number % blocks)[:, None] * block + place[None, :]
-    there = (number < count)[:, None] & (place < block)[None, :] & (column < n)
+    column = (number % blocks)[:, None] * (2 * _HALF) + tl.arange(0, 2 * _HALF)[None, :]
+    there = (number < count)[:, None] & (column < n)
     at = (number // blocks)[:, None] * n + column
     scale = tl.load(scales + number, mask=number < count, other=0.0)
     tl.store(out + at, tl.load(q + at, mask=there, other=0).to(tl.float32) * scale[:, None], mask=there)
