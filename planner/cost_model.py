@@ -43,10 +43,7 @@ class PlanSettings:
             top.
         batch: Sequences of a micro-batch.
         length: Token positions of each.
-        codecs: The codec of each direction.
-        rank: Rank of the adapters.
         live_share: Share of the sites' traffic that `kill_revive` leaves, over a whole run.
-        taps: How many taps `taps` has.
         tap_width: How wide they are; None for the hidden states' width.
         emulator_keep: Share of the cloud's layers that `emulator` keeps.
         summed: Whether the edge answers a backward with one gradient per input instead of one per site.

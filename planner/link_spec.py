@@ -47,7 +47,6 @@ class LinkSpec:
     """What a link carries. What the software at its ends costs is not the link's.
 
     Attributes:
-        text: The link as it was written.
         bytes_per_s: Its rate in either direction, in bytes per second; infinity for `local`.
         rtt_s: The round-trip time, in seconds.
     """

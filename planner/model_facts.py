@@ -88,8 +88,6 @@ class ModelFacts:
         """The facts of a transformers configuration.
 
         Args:
-            config: A configuration of a supported family.
-            rank: Rank of the adapters.
             targets: Names of the linears that carry adapters; None for PEFT's usual ones.
 
         Raises:

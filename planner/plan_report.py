@@ -22,7 +22,6 @@ def rows(costs: Sequence[ModeCost], positions: int) -> list[dict[str, Any]]:
     """One row per mode, for JSON. Where later epochs are cheaper, the plain keys are theirs.
 
     Args:
-        costs: What was predicted.
         positions: Token positions of a step.
     """
     return [_row(cost, positions) for cost in costs]
@@ -39,8 +38,6 @@ def recommend(costs: Sequence[ModeCost], goal: Goal, positions: int, memory_byte
     privacy: the fewest bytes over the wire, of the first epoch where they are more; `emulator` needs none.
 
     Args:
-        costs: What was predicted.
-        goal: What matters most.
         positions: Token positions of a step.
         memory_bytes: Memory that the edge has; 0 if unknown.
     """

@@ -43,9 +43,6 @@ def measure(
     """Measure this machine. Takes some seconds for a small model.
 
     Args:
-        config: The model's transformers configuration.
-        facts: Its sizes.
-        settings: Shapes, dtype and threads.
         advance: Called after each of `ROUNDS` rounds.
 
     Raises:

@@ -74,7 +74,6 @@ class Wire:
         batch: Sequences, B.
         length: Token positions of each, S, padding included.
         hidden: Width h of the hidden states.
-        codecs: The codec of each direction.
     """
 
     batch: int

@@ -31,8 +31,6 @@ class GradientStep:
     Args:
         optimizer: Moves the parameters. The learning rate of each of its groups is a multiple of the run's peak rate,
             and stays this multiple of the rate of each step.
-        parameters: What is trained, by name.
-        peak_rate: The run's peak learning rate.
         max_norm: Gradients are scaled down to this norm; `math.inf` leaves them as they are.
         remedy: What the user can do about gradients that are not finite.
     """
@@ -56,7 +54,6 @@ class GradientStep:
         """Compute and clip the gradients of step number `step` (from 1), and leave the parameters as they are.
 
         Args:
-            step: The step's number, for messages.
             backward: Adds the gradients of all micro-batches to the parameters, and returns the loss.
 
         Returns:

@@ -15,11 +15,6 @@ def scheduled_rate(peak: float, schedule: Schedule, step: int, total: int, warmu
     along half a cosine (Loshchilov & Hutter 2017, without restarts) towards `last` of the peak after the last step.
 
     Args:
-        peak: The highest rate.
-        schedule: Its shape after the warm-up.
-        step: Applied steps.
-        total: Steps of the whole run.
-        warmup: Steps of the warm-up.
         last: Where it ends, as a share of the peak.
     """
     if step < warmup:

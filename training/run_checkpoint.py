@@ -211,8 +211,6 @@ def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
     """Refuse to go on with a checkpoint of another run.
 
     Args:
-        folder: The checkpoint.
-        saved: Its settings.
         wanted: Those of this run. Others that were saved do not matter.
         start_anew: What the user does to begin a new run instead.
 

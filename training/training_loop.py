@@ -38,11 +38,9 @@ class LoopOptions:
     Attributes:
         folder: Of the log and the checkpoints. The caller holds it (`isthmus.common.files.claim`).
         log_name: The log's file, `<name>.jsonl`.
-        total: Optimizer steps of the whole run.
         save_every: Steps between checkpoints; one more is written after the last step.
         go_on: What the user does to resume, as a command: "repeat the command".
         start_anew: What the user does to begin a new run.
-        keep: Checkpoints to keep.
     """
 
     folder: Path
@@ -133,12 +131,6 @@ class TrainingLoop:
     Attributes:
         step: Applied steps.
         log: The lines of the log, with their line breaks.
-
-    Args:
-        task: What is trained.
-        options: How the run is kept.
-        progress: Where progress is shown.
-        stop: The user's request to stop.
     """
 
     def __init__(self, task: Task, options: LoopOptions, progress: StepProgress, stop: StopRequest) -> None:

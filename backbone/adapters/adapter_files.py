@@ -155,7 +155,6 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False, digest: s
 
     Args:
         model: A transformers causal LM, whole or split, without an adapter.
-        folder: A folder of one of the three kinds.
         trainable: Whether to train on.
         digest: The model's digest (`Checkpoint.digest`); a split model knows its own.
 

@@ -112,10 +112,7 @@ def add_bottlenecks(model: Any, layers: Sequence[int], width: int, *, dropout: f
     """Put a bottleneck adapter behind each of `layers`; they alone are trainable then (Houlsby et al. 2019).
 
     Args:
-        model: A transformers causal LM, whole or split.
         layers: Decoder layers by their indices in the whole model.
-        width: Width of the narrow part.
-        dropout: Dropout in front of it.
 
     Raises:
         ConfigError: A layer has one already, or the model has no list of decoder layers.

@@ -32,8 +32,6 @@ def build_on_meta(
     """The whole language model of `config` on the meta device, with a configuration of its own, in eval mode.
 
     Args:
-        config: The model's configuration.
-        family: Its family.
         dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default.
         subclass: Makes the class to build of the family's own.
@@ -58,9 +56,7 @@ def load_parameters(module: nn.Module, prefix: str, reader: TensorReader, skip: 
     """Read every parameter and persistent buffer of `module` that is still on the meta device.
 
     Args:
-        module: The module to fill, in place.
         prefix: What precedes the module's own names in the whole model, such as `"model.layers.3."`.
-        reader: The checkpoint.
         skip: Names in the whole model to leave alone.
 
     Raises:

@@ -41,11 +41,6 @@ class TemplateLimits:
     """What one rendering may take.
 
     A long conversation takes milliseconds and some megabytes in templates that are known.
-
-    Attributes:
-        cpu_seconds: seconds of computing.
-        memory_bytes: bytes of memory.
-        characters: characters of the result.
     """
 
     cpu_seconds: float = 5.0
@@ -54,12 +49,7 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; use it as a context manager.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        limits: What one rendering may take.
-    """
+    """A tokenizer's chat template; use it as a context manager."""
 
     def __init__(self, tokenizer: Any, limits: TemplateLimits | None = None) -> None:
         self._tokenizer = tokenizer

@@ -50,7 +50,6 @@ class Checkpoint:
     """A folder with `config.json`, safetensors and tokenizer files: a whole model, or what `export_edge_parts` wrote.
 
     Attributes:
-        folder: The folder.
         name: How the model is called; never a path of this machine.
     """
 
@@ -152,7 +151,6 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
         model: A folder, a `.gguf` file, a hub identifier such as `Qwen/Qwen3-0.6B`, one with a revision such as
             `Qwen/Qwen3-0.6B@c1899de2…`, or `smollm2-135m`.
         cache_dir: The cache; None for the default.
-        console: Where progress is shown; None for standard error.
 
     Raises:
         CheckpointError: the model was found, but is damaged or not in a form that can be used.

@@ -47,8 +47,6 @@ class SpanInfo:
     """What a saved span is.
 
     Attributes:
-        model: The name of the model that it was cut from.
-        plan: The split plan.
         dtype: What it computes in, `fp32` or `bf16`.
         quantize: How its linears are held.
     """

@@ -70,7 +70,6 @@ class TensorReader:
     A name may lack the prefix of the base model (old GPT-2 and OPT checkpoints have `h.0…` for `transformer.h.0…`).
 
     Args:
-        folder: Folder of the checkpoint.
         prefix: The prefix that may be missing, such as `"transformer."`.
 
     Raises:
@@ -118,7 +117,6 @@ class TensorReader:
         """A copy of the stored tensor in memory of its own.
 
         Args:
-            name: The tensor's name in the whole model.
             shape: The shape that the architecture wants.
             dtype: The floating point dtype to convert to.
 

@@ -55,7 +55,6 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear whose weight is held in small tensors, as buffers.
 
     Args:
-        quantizer: How.
         shape: `[out, in]`.
         dtype: Dtype that the weight is dequantized to.
         tensors: What `quantizer.pack` made of the weight.
@@ -186,7 +185,6 @@ def quantize_linears(layer: nn.Module, quantizer: Quantizer) -> None:
 
     Args:
         layer: A decoder layer with its weights; GPT-2's `Conv1D`s become linears.
-        quantizer: How.
     """
     for name, linear in list(named_linears(layer)):
         weight = weight_of(linear)

@@ -26,14 +26,11 @@ class AutoCodec:
 
     Args:
         links: Whose codecs are set; all alike.
-        offered: The cloud's codecs.
-        hidden_size: The model's.
         target: The smallest cosine to the gradients with fp32.
         every: Optimizer steps between two choices.
         trained: The parameters whose gradients count.
         loss: Computes the loss of a micro-batch, with its graph.
         probe: The micro-batch that the codecs are tried on.
-        say: Shows a line.
     """
 
     def __init__(

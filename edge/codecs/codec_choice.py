@@ -34,7 +34,6 @@ class Choice:
     """What was chosen.
 
     Attributes:
-        codecs: the codecs.
         cosine: of the gradients with them to the gradients with fp32, at least the target.
     """
 
@@ -62,7 +61,6 @@ def choose_codecs(
             the wire with these codecs, and returns the adapters' gradients as one vector. A `NonFiniteError` of it
             counts as a miss.
         offered: names of the cloud's codecs; those that this version does not know are left out.
-        hidden_size: of the model.
         target: the smallest cosine to the gradients with fp32, between 0 and 1.
 
     Returns:

@@ -103,9 +103,6 @@ class WireCodecs:
     def check(self, offered: tuple[str, ...]) -> None:
         """Make sure that the cloud speaks these codecs.
 
-        Args:
-            offered: names of the cloud's codecs, from the handshake.
-
         Raises:
             ConfigError: it does not speak one of them.
         """

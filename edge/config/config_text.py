@@ -72,9 +72,7 @@ def check_name(name: str, path: Path | None, known: Sequence[str]) -> None:
     """Refuse a setting whose name is not `known`.
 
     Args:
-        name: The name.
         path: The file that it stands in; None for a flag.
-        known: The names that there are.
 
     Raises:
         ConfigError: It is unknown; the message offers the nearest name.

@@ -57,7 +57,6 @@ def with_flags(cls: type[Settings], *, without: Collection[str] = ()) -> Callabl
     """Give a command that takes `**flags` the flags of a configuration: one for every field, with its description.
 
     Args:
-        cls: The configuration.
         without: Fields that the command does not use, and which get no flag.
     """
 

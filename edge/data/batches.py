@@ -67,7 +67,6 @@ def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
 
     Args:
         config: `data`, `validation`, `validation_split`, the columns, `max_length` and `seed` are used.
-        tokenizer: A transformers tokenizer.
 
     Raises:
         DataError: The data are missing, malformed, empty, or too long for `max_length`.
@@ -82,12 +81,7 @@ def load_data(config: TuningConfig, tokenizer: Any) -> TrainingData:
 
 
 def load_examples(config: ExamplesConfig, tokenizer: Any) -> TrainingData:
-    """Read and tokenize all data that `config` names, and hold nothing out. Raises what `load_data` raises.
-
-    Args:
-        config: Where the examples are.
-        tokenizer: A transformers tokenizer.
-    """
+    """Read and tokenize all data that `config` names, and hold nothing out. Raises what `load_data` raises."""
     return _encoded(read_examples(config.data, config), [], config, tokenizer)
 
 
@@ -112,7 +106,6 @@ def split(examples: Sequence[T], fraction: float, seed: int) -> tuple[list[T], l
     Args:
         examples: At least one; at least two when something is held out.
         fraction: Held-out part, 0 <= fraction < 1. Above 0 at least one example is held out and at least one is left.
-        seed: Seed of the choice.
 
     Raises:
         DataError: Fewer than two examples for two sets.
@@ -134,8 +127,6 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tupl
     """Tokenize examples; see the top of the file for the rules.
 
     Args:
-        examples: In order.
-        tokenizer: A transformers tokenizer.
         max_length: Tokens per example at most. What is longer is cut at its end.
 
     Returns:

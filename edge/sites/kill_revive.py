@@ -73,7 +73,6 @@ class Plan:
     """The schedule of a run, which does not depend on scores.
 
     Attributes:
-        steps: Optimizer steps of the run.
         decisions: The numbers of applied steps at which the live sites may change.
         trials: Those decisions at which sites are revived.
         settled: The last decision that may kill.
@@ -139,11 +138,6 @@ def _check(sites: Sites, options: KillReviveOptions, laid_out: Plan) -> None:
 
 class KillRevive:
     """The policy; see the module. Equal seeds and scores give equal decisions.
-
-    Args:
-        sites: All sites.
-        steps: Optimizer steps of the whole run; the policy ends with them.
-        options: How the budget is spent.
 
     Raises:
         ConfigError: See `plan`.

@@ -43,13 +43,7 @@ class LiveSites:
     gradient, so AdamW leaves them and their moments as they are.
 
     Args:
-        gate: The model's remote layers.
-        sites: The sites of the model, by name.
-        costs: What the sites cost.
-        policy: Chooses the live ones.
         rate: The learning rate of the step after so many applied ones.
-        log: Where the decisions are written.
-        say: Shows a line.
     """
 
     def __init__(

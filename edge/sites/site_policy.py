@@ -31,8 +31,6 @@ class SiteInfo:
     Only shares of the sums count, so any units do, if all sites have the same ones.
 
     Attributes:
-        name: The full name of the linear.
-        layer: Its decoder layer.
         kind: The last part of its name, such as `v_proj`.
         group: The sites that read the same input.
         traffic: What the site itself moves: elements, or bytes where the two directions differ in width.
@@ -129,7 +127,6 @@ class Sites:
         Args:
             values: Of the candidates, not negative. Of equal ones the earlier is taken.
             level: The load that must not be exceeded.
-            budget: What the load is measured in.
             base: Sites that are in already.
 
         Returns:

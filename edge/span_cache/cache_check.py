@@ -17,9 +17,6 @@ from isthmus.common.errors import ConfigError, UnsupportedCallError
 def check_cacheable(model: Any) -> bool:
     """Find out whether the span's outputs are the same in every epoch, and need no gradient.
 
-    Args:
-        model: The edge's model, plain or in a `PeftModel`, with its adapters in place.
-
     Returns:
         Whether `enable_input_require_grads` is on, which is warned about: the cache ignores it.
 

@@ -64,9 +64,7 @@ class SpanIdentity:
 
     Attributes:
         digest: of the model's weights and configuration.
-        plan: the split plan, such as "0:2".
         span_dtype: what the cloud computes in.
-        attn_implementation: the attention implementation.
         codec_up: how activations go up.
         codec_down: how activations come down.
     """
@@ -88,10 +86,7 @@ def cached_span(model: Any, folder: Path, identity: SpanIdentity, *, max_bytes: 
     """Let a split model's span go through a cache, as long as the block runs.
 
     Args:
-        model: The edge's model, plain or in a `PeftModel`, with its adapters in place.
         folder: Where rows are kept; see `SpanStore` for what that means for private data.
-        identity: Which span it is.
-        max_bytes: Bound on the folder's files.
 
     Yields:
         The span that the model calls meanwhile; `stats()` tells how it does.
@@ -135,7 +130,6 @@ class CachedSpan:
     Deliberately not an `nn.Module`, like `RemoteSpan`.
 
     Args:
-        span: What computes a row that is not there.
         store: Where rows are kept. Its identity must be that of `span`.
         model: The model that calls it, where `enable_input_require_grads` is to be understood: with it, a gradient of
             the input is asked for though nothing below the cut is trainable. Without the model, that is refused too.

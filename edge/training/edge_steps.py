@@ -58,19 +58,12 @@ class EdgeSteps(Task):
     """The steps of edge training.
 
     Attributes:
-        total: Optimizer steps of the whole run.
         spent: What the applied steps have used, over all restarts.
         loss_before, loss_after: The loss on held-out data before and after the run; None where there are none.
         add_points: Where points of curves go.
 
     Args:
-        model: What is trained.
-        data: The examples.
-        config: The run's options.
-        identity: Which model this is.
         stop: The user's request to stop, which is looked at after every micro-batch.
-        progress: Where losses on held-out data are shown.
-        meter: The wire's meter, where there is one.
         observers: Called around every step, in this order.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
     """

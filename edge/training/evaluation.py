@@ -22,9 +22,7 @@ def evaluate(
 
     Args:
         model: A causal LM, plain or PEFT. It is in eval mode meanwhile.
-        batches: At least one.
         between: Called after every batch; what it raises ends the evaluation.
-        precision: What the forward computes in.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.

@@ -64,7 +64,6 @@ def build_peft(
     torch's random state is seeded with `config.seed` first, so equal models get equal adapters.
 
     Args:
-        model: A transformers causal LM, whole or split.
         config: `method`, `rank`, `alpha`, `dropout`, `target_modules`, `virtual_tokens`, `seed`, `start_from` and, of a
             `TrainConfig`, `sites` are used.
         total_steps: Steps of the run; AdaLoRA plans its ranks by them.

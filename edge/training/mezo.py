@@ -44,7 +44,6 @@ class Mezo:
     Args:
         parameters: What is trained. The order decides which part of a direction each one gets.
         config: `seed`, `mezo_eps`, `max_grad_norm` and `weight_decay` are used.
-        loss: Measures the loss.
     """
 
     goes_backward = False

@@ -90,7 +90,6 @@ class InFlight:
 
         Args:
             work: Forward and backward of a micro-batch. It has the turn, and must not add to shared tensors.
-            items: Micro-batches.
 
         Yields:
             The results, in the order of the items. Of several failures the earliest item's is raised.

@@ -37,11 +37,7 @@ def step_rule(
     """The rule that `config.optimizer` names.
 
     Args:
-        model: What is trained.
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
-        config: The run's options.
-        check_stop: Called after every micro-batch; what it raises ends the step.
-        in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
     loss = BatchLoss(model, config.precision, check_stop, in_flight)
     if config.optimizer == "mezo":
@@ -74,9 +70,7 @@ class Backprop(GradientStep):
 
     Args:
         optimizer: Moves the parameters. The learning rate of each of its groups is a multiple of the run's.
-        parameters: What is trained, by name.
         config: `learning_rate` and `max_grad_norm` are used.
-        loss: Measures the loss.
     """
 
     goes_backward = True

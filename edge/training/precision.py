@@ -33,7 +33,6 @@ def hold_frozen_linears(model: nn.Module, config: TuningConfig) -> None:
     takes norms of them, which differ by rounding.
 
     Args:
-        model: What `build_peft` returned.
         config: What it is trained with; its forwards are within `computing_in`.
     """
     if config.precision == "fp32" or config.method == "full":

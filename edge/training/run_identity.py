@@ -72,7 +72,6 @@ def fixed_settings(config: TuningConfig, total: int, start: str | None) -> dict[
     """The options that a run may not change half-way.
 
     Args:
-        config: The run's options.
         total: Its optimizer steps, which may change where nothing was planned by them.
         start: The digest of the adapter that it went on from.
     """

@@ -50,8 +50,6 @@ class BatchLoss:
     """The loss of one micro-batch after another.
 
     Args:
-        model: A causal LM, plain or PEFT.
-        precision: What the forward computes in.
         check_stop: Called after every micro-batch; what it raises ends the step.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
     """
@@ -68,8 +66,6 @@ class BatchLoss:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
 
         Args:
-            step: The step's number, for messages.
-            batches: At least one.
             trained: Parameters that its gradient is added to, in the order of the micro-batches; none to go forward
                 alone.
 

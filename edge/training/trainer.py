@@ -45,15 +45,11 @@ class Trainer:
 
     Args:
         model: A transformers `PreTrainedModel` or a `PeftModel` with something trainable.
-        data: From `load_data`.
         config: The run's options. `out` is created.
-        identity: Which model this is; a checkpoint of another one is refused.
-        meter: The wire, where there is one.
         codec: How it carries tensors, for the report; "none" where nothing crosses.
         span_parameters: Weights of linear layers in the cloud's span, for the FLOPs of the report.
         emulator_parameters: The same of an emulator that stands for the span here, each time that one is used.
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
-        progress: Where progress is shown; standard error by default.
         step_observers: Called around every step, in this order; their states are in the checkpoints.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
     """

@@ -67,7 +67,6 @@ def add_bridges(base: nn.Module, layers: Sequence[int], bridges: Sequence[int]) 
 
     Args:
         base: From `load_layers` or `empty_layers`.
-        layers: The layers that it was made with.
         bridges: From `bridge_places`; a layer that is none of `layers` stands for the input of the first one.
     """
     distinct = distinct_layers(base, layers)
@@ -98,15 +97,9 @@ def fit_bridges(
     """Fit the bridges that `add_bridges` put into `base`, one after another, in place.
 
     Args:
-        checkpoint: The whole model.
-        plan: Where the middle is.
         base: The kept layers with their bridges; what else was done to the layers has been done.
-        layers: The kept layers.
-        bridges: Where the bridges are.
         blocks: Public text, `[n, length]`; blocks at even distances are used, of `TOKENS_PER_INPUT * h` tokens and at
             most `MOST_TOKENS`.
-        device: Where to compute.
-        progress: Where progress is shown; None for standard error.
 
     Raises:
         DataError: There is too little text, less than `LEAST_TOKENS_PER_INPUT * h` tokens.

@@ -93,12 +93,6 @@ def load_emulator(
     Names, shapes and dtypes are compared with what the recipe and the configuration ask for before any tensor is read.
     In memory all weights are fp32, at which quantized ones are exact.
 
-    Args:
-        folder: Where the two files are.
-        config: Configuration of the whole model.
-        attn_implementation: Attention implementation; None for the family's default.
-        device: Where the weights lie.
-
     Raises:
         CheckpointError: A file is missing, damaged, of another model, or holds a number that is not finite.
         ConfigError: The attention implementation does not fit the family.

@@ -34,9 +34,7 @@ class Emulator(nn.Module):
     Attributes:
         base: transformers' base model with these layers and nothing else.
         layers: Indices in the whole model, in running order; one that stands several times is one module.
-        recipe: How it was made.
         bridges: Where linear maps stand in for dropped layers, as in `bridges.bridge_places`.
-        config: Configuration of the whole model.
         measures: What the layers were chosen by; None for a loaded emulator, and where no text was given.
         fitted_to: Fingerprint of the text that the bridges were fitted to; None for a loaded emulator and without any.
     """
@@ -160,12 +158,7 @@ def build_emulator(
     """Make an emulator of a model's middle, in fp32. Nothing is trained.
 
     Args:
-        checkpoint: The whole model.
-        plan: Where the middle is.
-        recipe: Which layers are kept, and what is done to them.
         blocks: Public text, `[n, length]` tokens, for the recipes that need it; else None.
-        device: Where to measure, and where the emulator lies.
-        progress: Where progress is shown; None for standard error.
         measures: What `measure` found for this recipe, if it has been asked already.
 
     Raises:

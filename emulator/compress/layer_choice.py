@@ -34,7 +34,6 @@ def select_layers(recipe: Recipe, n_middle: int, measures: Measures | None) -> t
     """The layers that an emulator runs, in running order; a layer that stands several times is shared.
 
     Args:
-        recipe: How to choose.
         n_middle: Number of layers of the middle, M.
         measures: What public text says about them; None where there is no text.
 

@@ -62,12 +62,8 @@ def measure(
     """Run about `MEASURED_TOKENS` of public text through the middle and measure what its layers do.
 
     Args:
-        checkpoint: The whole model.
-        plan: Where the middle is.
         recipe: Says what is needed: the order of removal for `importance`, similarities for `crash`.
         blocks: Public text, `[n, length]`; blocks at even distances are used.
-        device: Where to compute.
-        progress: Where progress is shown; None for standard error.
         known: What was measured before on the same text, for another recipe; a removal order goes on from there.
 
     Raises:
@@ -103,7 +99,6 @@ class Middle:
         base: From `load_layers`; its own order is not kept.
         layers: What it was loaded with.
         first: Index of the middle's first layer in the whole model.
-        config: Configuration of the whole model.
     """
 
     def __init__(self, base: Any, layers: Sequence[int], first: int, config: Any) -> None:
@@ -142,11 +137,9 @@ def removal_order(
     A layer's absence is tried from the cached state before it, so only the layers after it run.
 
     Args:
-        middle: The layers.
         states: The hidden states of the whole middle, from its entry to its output.
         gone: Layers that have gone before, in their order.
         rounds: How many more go.
-        advance: Called once for each trial.
 
     Returns:
         The layers in the order in which they go, those that have gone before first, and the output's relative error

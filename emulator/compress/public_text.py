@@ -25,8 +25,6 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
 
     Args:
         path: UTF-8 text, or JSON lines if it ends in `.jsonl`.
-        tokenizer: The model's tokenizer.
-        length: Tokens of a block.
 
     Returns:
         `[n, length]`, int64, n >= 1.

@@ -65,10 +65,6 @@ class Recipe:
     def parse(cls, text: str, keep: float) -> Recipe:
         """The recipe that a flag names, such as `"importance+bridged+int8"`.
 
-        Args:
-            text: A selection and what is done to its layers, as above.
-            keep: Share of the middle's layers that are kept.
-
         Raises:
             ConfigError: `text` has another form, or a value is out of its range.
         """

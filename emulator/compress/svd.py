@@ -46,7 +46,6 @@ def replace_linears(layer: nn.Module, share: float) -> None:
     meta device the factors have shapes only.
 
     Args:
-        layer: The decoder layer.
         share: Rank as a share of the smaller side, between 0 and 1.
     """
     for name, module in list(named_linears(layer)):

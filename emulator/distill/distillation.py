@@ -50,14 +50,10 @@ class DistillConfig:
     """Options of a distillation.
 
     Attributes:
-        steps: Steps of the optimizer.
-        batch: Blocks of a step.
         learning_rate: Peak of AdamW's learning rate; after the warm-up it falls along a cosine to a tenth.
-        warmup_steps: Steps in which the learning rate rises.
         mse_weight: Weight of the relative error of the hidden states.
         lm_weight: Weight of the cross entropy; 0 leaves out the top of the model and is much faster.
         seed: Seed of the order of the blocks and of those held out.
-        save_every: Steps between checkpoints.
         precision: `fp32`, or `bf16` for autocast; the weights stay as they are.
 
     Raises:
@@ -96,8 +92,6 @@ class DistillReport:
     """What a distillation did.
 
     Attributes:
-        steps: Steps of the optimizer.
-        tokens: Tokens that were seen.
         text: Fingerprint of the public text.
         error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
             have been fitted to some of these blocks, if they were fitted to the same text.
@@ -127,13 +121,7 @@ def distill(
     the run goes on where that was taken; one that was finished is only loaded.
 
     Args:
-        checkpoint: The whole model.
-        plan: Where the middle is.
-        emulator: As `build_emulator` makes it.
         blocks: Public text, `[n, length]` tokens; one block in twenty is held out, 64 at most.
-        config: The options.
-        folder: Where the state is kept.
-        progress: Where progress is shown; None for standard error.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the last applied step is saved, and the message says how to go on.

@@ -15,10 +15,6 @@ _TITLES = {"error": "relative error of the hidden states", "lm": "cross entropy,
 def loss_figure(folder: Path, path: Path) -> None:
     """Draw the log of a distillation: its relative error and, where there is one, its cross entropy, by step.
 
-    Args:
-        folder: The folder that `distill` was given.
-        path: The PNG to write.
-
     Raises:
         ConfigError: matplotlib is not installed.
         DataError: `folder` has no log.

@@ -63,10 +63,8 @@ def write_sample(
         model: A whole transformers language model, in eval mode.
         tokenizer: Its tokenizer; with a chat template the model writes conversations.
         tokens: How many to write at least.
-        seed: Seed of the sampling.
         batch: Texts that are written at once.
         length: Tokens of a text at most.
-        progress: Where progress is shown; None for standard error.
 
     Returns:
         The number of texts.

@@ -28,15 +28,9 @@ class BuildConfig:
     """The options of `build_package`.
 
     Attributes:
-        plan: Which layers are the edge's.
-        recipe: Which of the others the emulator keeps, and how they are made smaller.
-        licence: A note about what may be done with the package.
         home: The cloud's folder with `worker_key` and `worker_cert`.
-        out: Where the package goes.
-        length: Tokens of a block of public text.
         text: Public text to choose layers and to fit bridges by; None for that of the distillation.
         distil_text: Public text to distil on; None for no distillation.
-        distil: Options of the distillation; None for none.
         figure: A PNG to draw the losses of the distillation to; None for none.
         device: Where to compute: `cpu`, `cuda`, or `auto` for a GPU if there is one.
     """
@@ -59,11 +53,6 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
 
     The state of a distillation lies beside the package, in `<out>.distill`, and is removed once the package is written:
     the same call goes on where an interrupted one stopped.
-
-    Args:
-        checkpoint: The whole model.
-        config: What to build.
-        progress: Where progress is shown; None for standard error.
 
     Raises:
         KeyboardInterrupt: The distillation was stopped; its message says where it is saved.

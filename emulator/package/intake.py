@@ -60,7 +60,6 @@ class AdapterSummary:
     Attributes:
         method: How it was made, as `--method` names it.
         n_params: Numbers in its tensors.
-        size: Bytes of its files.
         package: Id of the package that it was tuned on; None for one made by split training.
     """
 
@@ -82,11 +81,9 @@ def check_adapter(
     """Check an adapter that a tenant returned. No model is touched; the edge's model is built without weights.
 
     Args:
-        folder: The adapter as it came.
         package: The package that it must have been tuned on; None where none is offered. In both cases an adapter is
             taken that was made by split training on the same model, whose `isthmus_tuning.json` names no package.
         parts: The edge's parts of the model: what `export_edge_parts` wrote, or a package.
-        plan: Who holds which layers.
         max_bytes: Most bytes of all its files; by default twice the edge's parts at fp32, plus 64 MiB.
         any_package: Take an adapter of any package of this model: for the tenant, who gets its own one back.
 

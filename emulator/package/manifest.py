@@ -67,8 +67,6 @@ class Distilled(_Part):
     """How an emulator was distilled.
 
     Attributes:
-        steps: Steps of the optimizer.
-        tokens: Tokens that were seen.
         text: Fingerprint of the public text, SHA-256 (hex) of its tokens.
         error_before: Relative error of the emulator's output on held-out blocks before the first step; bridges may
             have been fitted to some of them, if they were fitted to the same text.
@@ -89,7 +87,6 @@ class Protection(_Part):
     keeps the package and tunes all of it on the same data.
 
     Attributes:
-        task: The task.
         metric: What `full_zero_shot`, `plug_in` and `thief` are in.
         plug_in_recovery: Recovery of the tuned adapter on the full middle; None where there is no gain to recover.
         thief_recovery: Recovery of the thief; None likewise.
@@ -114,11 +111,8 @@ class Manifest(_Part):
 
     Attributes:
         format: Version of this form.
-        model: The model's name.
         digest: SHA-256 (hex) of the whole model's configuration and weights.
-        n_layers: Decoder layers of the whole model.
         plan: Split plan, `BOTTOM:TOP`.
-        family: The model's family, such as `llama`.
         attn_implementation: Attention implementation that the edge and the full middle use.
         dtype: Floating point dtype of the edge's weights, such as `float32`.
         recipe: How the emulator was made, as `Recipe` writes it.
@@ -130,7 +124,6 @@ class Manifest(_Part):
         emulator_bytes: Size of the emulator's file.
         middle_bytes: Size of the full middle in the model's own checkpoint.
         licence: The owner's note about what may be done with the package.
-        distilled: How the emulator was distilled, or None.
         protection: What was measured; empty for "not measured".
         files: Every other file of the package.
         created: When the manifest was signed, Unix seconds.
@@ -216,7 +209,6 @@ def sign(manifest: Manifest, signer: WorkerIdentity) -> bytes:
     """The contents of `manifest.json`.
 
     Args:
-        manifest: What to sign.
         signer: The model owner's worker, whose certificate is valid.
 
     Raises:
@@ -243,7 +235,6 @@ def verify(data: bytes, pin: Fingerprint | None) -> tuple[Manifest, str, Fingerp
     """Check the signature of a `manifest.json` and read it.
 
     Args:
-        data: The file's contents.
         pin: Fingerprint of the root key that must have certified the signer; None for any, which the caller shows.
 
     Returns:
@@ -301,7 +292,6 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
     layers tuned with the full middle. Further keys have no place in a manifest.
 
     Args:
-        table: The rows.
         emulator: SHA-256 (hex) of the package's emulator file.
 
     Raises:

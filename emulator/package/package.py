@@ -43,7 +43,6 @@ class Package:
 
     Attributes:
         folder: Where it lies. It is a `Checkpoint` of an edge's parts as well.
-        manifest: What it says about itself.
         id: SHA-256 (hex) of the signed bytes.
         signer: Fingerprint of the root key that certified its signer.
     """
@@ -114,14 +113,8 @@ def write_package(
     """Write and sign a package, whole or not at all; it replaces an older one.
 
     Args:
-        folder: Where to write.
-        checkpoint: The whole model.
-        plan: Who holds which layers.
         emulator: The emulator of the plan's middle.
-        signer: The model owner's worker.
-        licence: A note about what may be done with the package.
         distilled: The fields of `Distilled`; None without distillation.
-        now: The clock, Unix seconds.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
@@ -177,7 +170,6 @@ def open_package(folder: Path, *, signer: Fingerprint | None = None) -> Package:
     """Verify a package: the signature first, then the names, sizes and hashes of all files.
 
     Args:
-        folder: The package.
         signer: Fingerprint of the root key that must have certified its signer; None for any. The result's `signer`
             says which it was.
 
@@ -205,10 +197,7 @@ def sign_package(
     The package's id changes, so adapters that were tuned on it before no longer name it: sign before handing it out.
 
     Args:
-        folder: The model owner's own package.
-        signer: The model owner's worker.
         protection: Rows of scores; see `protection_rows`. None keeps those that are there.
-        now: The clock, Unix seconds.
 
     Raises:
         ConfigError: A figure is missing or malformed, or there are too many.

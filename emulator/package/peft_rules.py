@@ -34,7 +34,6 @@ def peft_config(settings: Mapping[str, Any], hidden_size: int, plan: SplitPlan) 
     """The configuration that the settings of an `adapter_config.json` describe.
 
     Args:
-        settings: What the file says.
         hidden_size: Width of the model, which a rank may not exceed.
         plan: Who holds which layers; only the edge's may be named.
 

@@ -40,8 +40,6 @@ def plug_in(
 
     Args:
         adapter: An adapter that `check_adapter` accepted.
-        parts: The edge's parts.
-        plan: Who holds which layers.
         span: Runs the full middle.
         attn_implementation: Attention implementation of the span; None for the family's default.
 
@@ -78,8 +76,6 @@ def export_plugged(adapter: Path, checkpoint: Checkpoint, plan: SplitPlan, out: 
 
     Args:
         adapter: An adapter that `check_adapter` accepted.
-        checkpoint: The whole model.
-        plan: The plan that it was made for.
         out: Where to write; an older folder is replaced.
 
     Returns:

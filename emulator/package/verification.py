@@ -20,10 +20,6 @@ _AGAIN = "fetch the package again"
 def verified(folder: Path, signer: Fingerprint | None) -> tuple[Manifest, str, Fingerprint]:
     """Verify a package, as `open_package` says.
 
-    Args:
-        folder: The package.
-        signer: Fingerprint of the root key that must have certified its signer; None for any.
-
     Returns:
         The manifest; the package's id; the fingerprint of the root key that certified its signer.
 
