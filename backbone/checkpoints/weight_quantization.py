@@ -183,23 +183,20 @@ def quantizer_of(name: str) -> Quantizer | None:
 def quantize_linears(layer: nn.Module, quantizer: Quantizer) -> None:
     """Put a quantized linear in the place of every linear of a decoder layer, one after another.
 
-    Args:
-        layer: A decoder layer with its weights; GPT-2's `Conv1D`s become linears.
+    GPT-2's `Conv1D`s become linears. On the meta device the small tensors are there to be read from a file.
     """
+    linear: Any
     for name, linear in list(named_linears(layer)):
-        weight = weight_of(linear)
-        with torch.no_grad():
-            tensors = quantizer.pack(weight)
-        _put(layer, name, QuantizedLinear(quantizer, weight.shape, weight.dtype, tensors, _bias(linear)))
-
-
-def empty_linears(layer: nn.Module, quantizer: Quantizer) -> None:
-    """The same for a layer on the meta device, with small tensors that are there to be read from a file."""
-    for name, linear in list(named_linears(layer)):
-        weight = weight_of(linear)
-        shapes = quantizer.empty(weight.shape)
-        tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()}
-        _put(layer, name, QuantizedLinear(quantizer, weight.shape, weight.dtype, tensors, _bias(linear)))
+        weight, bias = weight_of(linear), linear.bias
+        if weight.is_meta:
+            forms = quantizer.empty(weight.shape)
+            tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in forms.items()}
+        else:
+            with torch.no_grad():
+                tensors = quantizer.pack(weight)
+        parent, _, leaf = name.rpartition(".")
+        quantized = QuantizedLinear(quantizer, weight.shape, weight.dtype, tensors, bias)
+        setattr(layer.get_submodule(parent), leaf, quantized)
 
 
 def weight_of(linear: Any) -> Tensor:
@@ -217,13 +214,3 @@ def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, each piece of memory once."""
     storages = (tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _bias(linear: Any) -> Tensor | None:
-    bias: Tensor | None = linear.bias
-    return bias
-
-
-def _put(layer: nn.Module, name: str, linear: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(layer.get_submodule(parent), leaf, linear)

@@ -16,7 +16,7 @@ from isthmus.backbone.checkpoints.assembly import check_materialised, load_param
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.span_format import INFO_FILE, PARTS, SpanInfo, is_saved_span, read_info
 from isthmus.backbone.checkpoints.tensor_reader import SPAN_FILE, TensorReader, write_json
-from isthmus.backbone.checkpoints.weight_quantization import Quantizer, bytes_of, empty_linears, quantizer_of
+from isthmus.backbone.checkpoints.weight_quantization import Quantizer, bytes_of, quantize_linears, quantizer_of
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import Span, SplitPlan
 from isthmus.backbone.split.edge_parts import export_edge_parts
@@ -87,7 +87,7 @@ def load_saved_span(folder: Path, layers: Span | None = None) -> FrozenSpan:
     reader = TensorReader(folder)
     for index, layer in distinct_layers(base, tuple(wanted)).items():
         if quantizer is not None:
-            empty_linears(layer, quantizer)
+            quantize_linears(layer, quantizer)
         load_parameters(layer, f"{family_of(config).layers_path}.{index}.", reader)
     check_materialised(base)
     return FrozenSpan(base, wanted, config, config.hidden_size, DTYPES[info.dtype])

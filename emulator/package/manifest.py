@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Annotated, Any, Literal
@@ -286,10 +285,8 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
 
     Rows that were measured with other emulators are passed over.
 
-    A row needs `emulator`, the SHA-256 (hex) of the emulator's file that it was measured with, `task`, `metric`,
-    `full_zero_shot`, `plug_in`, `thief` and `seeds` (a number, or a list of them). The recoveries are taken from
-    `plug_in_recovery` and `thief_recovery`, or computed from `edge_layers_full_middle`, the score of the same edge
-    layers tuned with the full middle. Further keys have no place in a manifest.
+    A row needs `emulator`, the SHA-256 (hex) of the emulator's file that it was measured with, and the fields of
+    `Protection`; `seeds` may be a list of them. Further keys have no place in a manifest.
 
     Args:
         emulator: SHA-256 (hex) of the package's emulator file.
@@ -306,15 +303,9 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
         )
     rows = []
     for number, row in own:
-        seeds = row.get("seeds")
-        values = {
-            "task": row.get("task"),
-            "metric": row.get("metric"),
-            **{name: _number(row.get(name)) for name in ("full_zero_shot", "plug_in", "thief")},
-            "plug_in_recovery": _recovery(row, "plug_in"),
-            "thief_recovery": _recovery(row, "thief"),
-            "seeds": len(seeds) if isinstance(seeds, list | tuple) else seeds,
-        }
+        values = {name: row[name] for name in Protection.model_fields if name in row}
+        if isinstance(values.get("seeds"), list):
+            values["seeds"] = len(values["seeds"])
         try:
             rows.append(Protection.model_validate(values))
         except ValidationError as error:
@@ -324,20 +315,3 @@ def protection_rows(table: Sequence[Mapping[str, Any]], emulator: str) -> tuple[
                 "give the table as `isthmus emulator table --json` prints it"
             ) from error
     return tuple(rows)
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _recovery(row: Mapping[str, Any], who: str) -> Any:
-    """The share of the reference's gain that `who` has: given, computed, or None without a gain to compare with."""
-    if f"{who}_recovery" in row:  # null where the table saw no clear gain
-        return _number(row[f"{who}_recovery"])
-    numbers = [row.get(name) for name in (who, "full_zero_shot", "edge_layers_full_middle")]
-    if not all(isinstance(value, int | float) for value in numbers):
-        return None
-    score, start, reference = (float(value) for value in numbers if value is not None)
-    gain = reference - start
-    share = (score - start) / gain if gain else math.nan
-    return share if math.isfinite(share) else None

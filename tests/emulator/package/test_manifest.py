@@ -39,9 +39,10 @@ ROW = {
     "task": "e2e",
     "metric": "perplexity",
     "full_zero_shot": 4.0,
-    "edge_layers_full_middle": 2.0,
     "plug_in": 2.2,
     "thief": 3,
+    "plug_in_recovery": 0.9,
+    "thief_recovery": 0.5,
     "seeds": [0, 1, 2],
     "method": "uniform",
 }
@@ -193,18 +194,14 @@ def test_a_manifest_that_would_be_too_large_is_not_signed(signer: WorkerIdentity
         sign(manifest(files=names, protection=rows), signer)
 
 
-def test_recoveries_are_computed_or_taken() -> None:
-    computed, taken, without = protection_rows(
-        [ROW, {**ROW, "plug_in_recovery": 0.5, "seeds": 3}, {**ROW, "edge_layers_full_middle": 4.0}], HASH
+def test_recoveries_are_null_where_the_table_saw_no_clear_gain() -> None:
+    with_gain, without = protection_rows(
+        [{**ROW, "seeds": 3}, {**ROW, "plug_in_recovery": None, "thief_recovery": None}], HASH
     )
-    assert (computed.plug_in_recovery, computed.thief_recovery, computed.seeds) == (pytest.approx(0.9), 0.5, 3)
-    assert (taken.plug_in_recovery, taken.thief_recovery, taken.seeds) == (0.5, 0.5, 3)
-    assert without.plug_in_recovery is None
-
-
-def test_a_table_without_a_clear_gain_has_no_recovery() -> None:
-    (row,) = protection_rows([{**ROW, "plug_in_recovery": None, "thief_recovery": None}], HASH)
-    assert (row.plug_in_recovery, row.thief_recovery) == (None, None)
+    assert (with_gain.plug_in_recovery, with_gain.thief_recovery, with_gain.seeds) == (0.9, 0.5, 3)
+    assert (without.plug_in_recovery, without.thief_recovery, without.seeds) == (None, None, 3)
+    with pytest.raises(ConfigError, match="thief_recovery"):
+        protection_rows([{name: value for name, value in ROW.items() if name != "thief_recovery"}], HASH)
 
 
 @pytest.mark.parametrize("measured", ["cd" * 32, None, ""])

@@ -65,7 +65,7 @@ def folder(original: Package, tmp_path: Path) -> Path:
 
 
 def row(package: Package, **changes: Any) -> dict[str, Any]:
-    scores = {"full_zero_shot": 4.0, "edge_layers_full_middle": 2.0, "plug_in": 2.5, "thief": 3.5}
+    scores = {"full_zero_shot": 4.0, "plug_in": 2.5, "thief": 3.5, "plug_in_recovery": 0.75, "thief_recovery": 0.25}
     emulator = package.manifest.files["emulator.safetensors"].sha256
     return {"task": "e2e", "metric": "perplexity", "seeds": 3, "emulator": emulator, **scores, **changes}
 
