@@ -235,7 +235,7 @@ class _Predictor:
             s for site in self._facts.sites for s in ((self._set.rank, site.inputs), (site.outputs, self._set.rank))
         ]
         cloud = self._adapters(self._cloud, self._span)
-        leased = self._wire.lending(shapes * self._span)
+        leased = self._wire.leasing(shapes * self._span)
         return self._inside("leased", self._optimizer(2 * len(self._facts.sites) * self._span), cloud, leased, 0.0)
 
     def _emulator(self) -> ModeCost:

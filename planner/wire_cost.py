@@ -119,7 +119,7 @@ class Wire:
         answer = frame_bytes(answer_header(len(up)), sum(self._body(answered, width) for width in up))
         return Traffic(answer, question, 1) + self._handled(asked, down) + self._handled(answered, up)
 
-    def lending(self, shapes: Sequence[tuple[int, int]]) -> Traffic:
+    def leasing(self, shapes: Sequence[tuple[int, int]]) -> Traffic:
         """The weights of leased sites up, two matrices of each in fp32, and about as many bytes of gradients down."""
         body = sum(_padded(4 * rows * columns) for rows, columns in shapes)
         one_way = frame_bytes(lease_header(len(shapes) // 2), body)

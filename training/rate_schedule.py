@@ -19,11 +19,11 @@ def scheduled_rate(peak: float, schedule: Schedule, step: int, total: int, warmu
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    part = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / max(1, total - warmup)
     match schedule:
         case "constant":
             return peak
         case "linear":
-            return peak * (last + (1 - last) * (1 - part))
+            return peak * (last + (1 - last) * (1 - progress))
         case "cosine":
-            return peak * (last + (1 - last) * (1 + math.cos(math.pi * part)) / 2)
+            return peak * (last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2)

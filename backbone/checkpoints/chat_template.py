@@ -117,7 +117,7 @@ class ChatTemplate:
             template = self._tokenizer.get_chat_template()
         except ValueError as error:  # of several named templates, none is called `default`
             reason = printable(" ".join(str(error).split()))[:_MAX_REASON]
-            raise DataError(f"the model's chat template cannot be told ({reason}); {_REMEDY}") from None
+            raise DataError(f"the model's chat template is not clear ({reason}); {_REMEDY}") from None
         # -P: nothing is imported from the folder that the user happens to be in.
         command = [sys.executable, "-P", "-m", "isthmus.backbone.checkpoints.chat_template"]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}

@@ -147,9 +147,9 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tupl
         ids: list[int] = [] if example.messages else list(opening)
         labels = [IGNORED] * len(ids)
         for _, trained in row:
-            part = next(tokens)
-            ids += part
-            labels += part if trained else [IGNORED] * len(part)
+            segment = next(tokens)
+            ids += segment
+            labels += segment if trained else [IGNORED] * len(segment)
         # A template closes a turn with EOS, perhaps with a line feed after it.
         if eos is not None and not (example.messages and eos in ids[-2:]):
             ids.append(eos)

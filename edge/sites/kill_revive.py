@@ -181,8 +181,8 @@ class KillRevive:
         for name, value in scores.items():
             self._visits[name] += 1
             self._ages[name] += 1
-            part = max(1 - self.options.beta, 1 / self._ages[name])
-            self._scores[name] += part * (value / usual - self._scores[name])
+            weight = max(1 - self.options.beta, 1 / self._ages[name])
+            self._scores[name] += weight * (value / usual - self._scores[name])
         self._spent += self._sites.load(live, self.options.budget)
         self._step += 1
         return self._decide() if self._step in self.plan.decisions else None

@@ -48,7 +48,7 @@ class LiveSites:
 
     def __init__(
         self,
-        gate: RemoteLayers,
+        remote_layers: RemoteLayers,
         sites: Mapping[str, Site],
         costs: Sites,
         policy: SitePolicy,
@@ -57,7 +57,7 @@ class LiveSites:
         say: Callable[[str], None],
     ) -> None:
         self.accounting = Accounting(costs)
-        self._gate = gate
+        self._remote_layers = remote_layers
         self._sites = sites
         self._policy = policy
         self._rate = rate
@@ -71,7 +71,7 @@ class LiveSites:
         if step == 1:
             self._save()  # replaces the log of a run that was stopped before its first checkpoint
         live = self._policy.live(step - 1)
-        self._gate.live_sites = live
+        self._remote_layers.live_sites = live
         self._before = {
             name: [(parameter, parameter.detach().clone()) for parameter in self._sites[name].parameters]
             for name in live
@@ -90,12 +90,12 @@ class LiveSites:
     def points(self) -> dict[str, float]:
         """For the curves: how many sites are live, and which shares of always-on's cost were spent."""
         shares = self.accounting.shares()
-        live = float(len(self._gate.live_sites or ()))
+        live = float(len(self._remote_layers.live_sites or ()))
         return {"sites/live": live, **{f"sites/{name}": share for name, share in shares.items()}}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        live = self._gate.live_sites  # None, which is all, before the first step
+        live = self._remote_layers.live_sites  # None, which is all, before the first step
         return {
             "policy": self._policy.state(),
             "accounting": self.accounting.state(),
@@ -108,7 +108,7 @@ class LiveSites:
         self._policy.load_state(state["policy"])
         self.accounting.load_state(state["accounting"])
         self._decisions = list(state["decisions"])
-        self._gate.live_sites = None if state["live"] is None else frozenset(state["live"])
+        self._remote_layers.live_sites = None if state["live"] is None else frozenset(state["live"])
         self._save()
 
     def _write(self, decision: Decision) -> None:
@@ -159,7 +159,7 @@ def live_sites(
     """
     if config.site_policy == "always":
         return None
-    gate = model.remote_layers
+    remote_layers = model.remote_layers
     sites = {site.name: site for site in model.find_sites()}
     if not sites:
         raise ConfigError(
@@ -167,9 +167,9 @@ def live_sites(
             "none: give --sites"
         )
     costs = site_costs(model, sites.values(), summed=config.summed)
-    gate.lend_dead = config.lend_dead
+    remote_layers.lend_dead = config.lend_dead
     return LiveSites(
-        gate,
+        remote_layers,
         sites,
         costs,
         _policy(costs, config, total_steps),

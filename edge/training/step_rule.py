@@ -77,9 +77,9 @@ class BatchLoss:
             return self._over_in_flight(self._in_flight, step, labels, batches, trained)
         total = 0.0
         for batch in batches:
-            share, value = self._share(step, labels, batch)
+            loss, value = self._weighted(step, labels, batch)
             if trained:
-                share.backward()  # type: ignore[no-untyped-call]  # torch
+                loss.backward()  # type: ignore[no-untyped-call]  # torch
             self._check_stop()
             total += value
         return total
@@ -88,8 +88,8 @@ class BatchLoss:
         self, in_flight: InFlight, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
     ) -> float:
         def work(batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
-            share, value = self._share(step, labels, batch)
-            gradients = torch.autograd.grad(share, trained, allow_unused=True) if trained else ()
+            loss, value = self._weighted(step, labels, batch)
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
             self._check_stop()
             return value, gradients
 
@@ -101,7 +101,7 @@ class BatchLoss:
                 total += value
         return total
 
-    def _share(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float]:
+    def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float]:
         """What a micro-batch adds to the loss, with its graph and as a number."""
         with computing_in(self._precision, self._model):
             loss: Tensor = self._model(**to_device(batch, self._model), use_cache=False).loss

@@ -22,11 +22,11 @@ class OuterLayers:
         model = load_edge_parts(checkpoint, plan, _unchanged)
         model.requires_grad_(False)
         family = model.isthmus_origin.family
-        self._gate = model.remote_layers
+        self._remote_layers = model.remote_layers
         self._base: Any = model.get_submodule(family.base)
         self._list = family.layers
         self._layers = getattr(self._base, self._list)
-        self._below = nn.ModuleList(list(self._layers)[: plan.bottom + 1])  # to the gate
+        self._below = nn.ModuleList(list(self._layers)[: plan.bottom + 1])  # to the remote layers
         if not with_top:
             self._layers = self._below
             setattr(self._base, self._list, self._below)
@@ -58,11 +58,11 @@ class OuterLayers:
         return loss
 
     def _run(self, model: Any, middle: SpanFn, **inputs: Tensor) -> Any:
-        self._gate.span = middle
+        self._remote_layers.span = middle
         try:
             return model(**inputs, use_cache=False)
         finally:
-            self._gate.span = _unchanged
+            self._remote_layers.span = _unchanged
 
 
 def _unchanged(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | None) -> Tensor:

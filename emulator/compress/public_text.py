@@ -14,7 +14,7 @@ from torch import Tensor
 from isthmus.common.errors import ConfigError, DataError
 
 # A tokenizer is given whole lines up to about this many characters at once: its time grows faster than the text.
-_PIECE = 1 << 16
+_CHUNK = 1 << 16
 
 
 def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
@@ -45,8 +45,8 @@ def load_blocks(path: Path, tokenizer: Any, length: int) -> Tensor:
     tokens: list[int] = []
     for document in _documents(path, text):
         tokens += between if tokens else []
-        for piece in _pieces(document):
-            tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        for chunk in _chunks(document):
+            tokens += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
     n_blocks = len(tokens) // length
     if not n_blocks:
         raise DataError(
@@ -85,14 +85,14 @@ def _documents(path: Path, text: str) -> Iterator[str]:
         yield value["text"]
 
 
-def _pieces(document: str) -> Iterator[str]:
-    piece: list[str] = []
+def _chunks(document: str) -> Iterator[str]:
+    chunk: list[str] = []
     size = 0
     for line in document.splitlines(keepends=True):
-        piece.append(line)
+        chunk.append(line)
         size += len(line)
-        if size >= _PIECE:
-            yield "".join(piece)
-            piece, size = [], 0
-    if piece:
-        yield "".join(piece)
+        if size >= _CHUNK:
+            yield "".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield "".join(chunk)

@@ -34,15 +34,15 @@ class _Script:
 
     Attributes:
         start: Tokens before its first one; none for a random first token.
-        joints: Tokens after the end of a piece, in turn; the model itself has written the end.
-        ends: Tokens that end a piece.
-        together: Whether the pieces of a row make one text.
+        joints: Tokens after the end of a segment, in turn; the model itself has written the end.
+        ends: Tokens that end a segment.
+        joined: Whether the segments of a row make one text.
     """
 
     start: tuple[int, ...]
     joints: tuple[tuple[int, ...], ...]
     ends: frozenset[int]
-    together: bool
+    joined: bool
 
 
 def write_sample(
@@ -103,7 +103,7 @@ def _rounds(
     with bar(console, "writing text", n_rounds * length) as advance:
         for _ in range(n_rounds):
             rows = _write(model, len(tokenizer), script, batch, length, generator, advance)
-            yield [text for row in rows for text in _texts(tokenizer, row, script.together)]
+            yield [text for row in rows for text in _texts(tokenizer, row, script.joined)]
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def _write(
     generator: torch.Generator,
     advance: Callable[[], None],
 ) -> list[list[list[int]]]:
-    """`length` tokens of each of `batch` rows: for each row its pieces, which the model has written."""
+    """`length` tokens of each of `batch` rows: for each row its segments, which the model has written."""
     rows: list[list[list[int]]] = [[[]] for _ in range(batch)]
     # What comes next in a row without asking the model, the last one first.
     waiting: list[list[int]] = [[] for _ in range(batch)]
@@ -130,14 +130,14 @@ def _write(
             output = model(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output.cache
             drawn = _draw(output.logits[:, -1, :n_vocabulary], generator)
-        for row, (pieces, queue) in enumerate(zip(rows, waiting, strict=True)):
+        for row, (segments, queue) in enumerate(zip(rows, waiting, strict=True)):
             if queue:
                 drawn[row] = queue.pop()
             elif drawn[row] in script.ends:
-                queue.extend(reversed(script.joints[(len(pieces) - 1) % len(script.joints)]))
-                pieces.append([])
+                queue.extend(reversed(script.joints[(len(segments) - 1) % len(script.joints)]))
+                segments.append([])
             else:
-                pieces[-1].append(drawn[row])
+                segments[-1].append(drawn[row])
         fed = torch.tensor(drawn, device=model.device).unsqueeze(1)
         advance()
     return rows
@@ -152,10 +152,10 @@ def _draw(logits: Tensor, generator: torch.Generator) -> list[int]:
     return drawn
 
 
-def _texts(tokenizer: Any, pieces: list[list[int]], together: bool) -> list[str]:
-    decoded = [tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces]
+def _texts(tokenizer: Any, segments: list[list[int]], joined: bool) -> list[str]:
+    decoded = [tokenizer.decode(segment, skip_special_tokens=True).strip() for segment in segments]
     kept = [text for text in decoded if text]
-    return ["\n".join(kept)] if together and kept else kept
+    return ["\n".join(kept)] if joined and kept else kept
 
 
 def _script(model: Any, tokenizer: Any) -> _Script:
@@ -167,11 +167,11 @@ def _script(model: Any, tokenizer: Any) -> _Script:
     if parts is None:
         start = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
         # A beginning that is also the end has been written already.
-        return _Script(start, (tuple(token for token in start if token not in ends),), ends, together=False)
+        return _Script(start, (tuple(token for token in start if token not in ends),), ends, joined=False)
     special = set(tokenizer.all_special_ids)
     header, *joints = (tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
     ends |= {joint[0] for joint in joints if joint[0] in special}
-    return _Script(header, tuple(_after_the_end(joint, ends) for joint in joints), ends, together=True)
+    return _Script(header, tuple(_after_the_end(joint, ends) for joint in joints), ends, joined=True)
 
 
 def _template_parts(tokenizer: Any) -> tuple[str, str, str] | None:

@@ -96,7 +96,7 @@ def test_taps_come_down_with_the_forward() -> None:
 
 
 def test_a_leased_adapter_goes_up_and_its_gradients_come_down() -> None:
-    leased = Wire(1, 1, 8, WireCodecs()).lending([(8, 576), (576, 8)] * 100)
+    leased = Wire(1, 1, 8, WireCodecs()).leasing([(8, 576), (576, 8)] * 100)
     down, up = (encode(torch.zeros(shape), "fp32", Role.ACTIVATION) for shape in ((8, 576), (576, 8)))
     assert leased.up == framed(m.Lease(7, 3, (m.LeasedWeights(down, up, 2.5),) * 100))
     assert leased.up == leased.down == pytest.approx(100 * 2 * 8 * 576 * 4, rel=0.01)

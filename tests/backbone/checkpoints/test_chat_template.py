@@ -164,7 +164,7 @@ def test_a_process_that_ends_while_it_is_given_its_template_is_told_of_and_waite
 def test_named_templates_without_a_default_are_one_clear_error() -> None:
     made = tokenizer()
     made.chat_template = {"tool_use": "{{ 1 }}", "rag": "{{ 2 }}"}
-    with ChatTemplate(made) as template, pytest.raises(DataError, match=r"cannot be told \(.*tool_use.*") as caught:
+    with ChatTemplate(made) as template, pytest.raises(DataError, match=r"is not clear \(.*tool_use.*") as caught:
         template.render(CHAT, add_generation_prompt=False)
     assert str(caught.value).isprintable()
     made.chat_template = {"tool_use": "{{ 1 }}", "default": "{{ 2 }}"}
