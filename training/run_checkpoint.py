@@ -225,8 +225,8 @@ def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
             )
 
 
-def check_shapes(folder: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose parameters are not those of this run.
+def restore_parameters(folder: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Give the parameters the values of a checkpoint; refuse one whose parameters are not those of this run.
 
     Raises:
         CheckpointError: A name or a shape differs.
@@ -239,10 +239,6 @@ def check_shapes(folder: Path, saved: Mapping[str, Tensor], parameters: Mapping[
             f"{folder} cannot be resumed: {name} has shape {there.get(name)} there and {wanted.get(name)} "
             "in this model. Resume with the model and method that it was started with."
         )
-
-
-def restore_parameters(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Give the parameters the values of a checkpoint that `check_shapes` accepted."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

@@ -14,7 +14,6 @@ Method = Literal[
     "lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"
 ]
 Sites = Literal["none", "all"] | tuple[int, ...]
-SitePolicyName = Literal["always", "kill-revive", "random", "even"]
 
 
 class AdapterConfig(Settings):
@@ -88,7 +87,7 @@ class SitesConfig(Settings):
         description="Answer for all sites with one input by a single gradient of it: fewer bytes, and not the same "
         "bits as in one process.",
     )
-    site_policy: SitePolicyName = Field(
+    site_policy: Literal["always", "kill-revive", "random", "even"] = Field(
         "always",
         description="Which sites act at a step: `always` all; `kill-revive` those that lower the loss most for their "
         "traffic; `random` and `even` a fixed choice within the same budget.",

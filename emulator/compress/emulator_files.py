@@ -12,8 +12,6 @@ Shapes follow from these two and the model's configuration, and a file that has 
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.assembly import check_materialised
-from isthmus.backbone.checkpoints.tensor_reader import read_json
+from isthmus.backbone.checkpoints.tensor_reader import read_json, write_json
 from isthmus.backbone.split.span import distinct_layers, empty_layers
 from isthmus.common.errors import CheckpointError, IsthmusError, NonFiniteError
-from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.files import disk_errors
 from isthmus.emulator.compress.bridges import add_bridges
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO, Recipe
@@ -47,7 +45,7 @@ _FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def save_emulator(emulator: Emulator, folder: Path) -> None:
-    """Write `emulator.safetensors` and `emulator.json` into `folder`, each whole or not at all.
+    """Write `emulator.safetensors` and `emulator.json` into `folder`, a new one that is given its name afterwards.
 
     Weights that the recipe quantizes are written quantized; the emulator itself stays as it is (see
     `Emulator.quantize`).
@@ -71,18 +69,10 @@ def save_emulator(emulator: Emulator, folder: Path) -> None:
     }
     if emulator.recipe.bridged:
         info["bridges"] = list(emulator.bridges)
-    path = folder / EMULATOR_FILE
-    temporary = folder / f".{EMULATOR_FILE}.new"
-    with disk_errors(path):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(stored, temporary, metadata={"format": "pt"})
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    write_atomic(folder / EMULATOR_INFO, (json.dumps(info, indent=2, sort_keys=True) + "\n").encode())
+        save_file(stored, folder / EMULATOR_FILE, metadata={"format": "pt"})
+        write_json(folder / EMULATOR_INFO, info)
 
 
 def load_emulator(

@@ -30,14 +30,9 @@ _FORM = f"{' | '.join(SELECTIONS)}, then optionally +bridged, then +lowrank:F wi
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an emulator is made of the middle layers. `str(recipe)` and `Recipe.parse` are inverse to each other.
+    """How an emulator is made of the middle layers, of which it keeps the share `keep`; the module says the rest.
 
-    Attributes:
-        selection: One of `SELECTIONS`.
-        keep: Share of the middle's layers that are kept, 0 to 1.
-        bridged: Whether linear maps stand in for the layers that are dropped.
-        low_rank: Rank of the linear layers as a share of the smaller of their two sides; None for whole layers.
-        bits: Bits of a linear weight in the file, 8 or 4; None for the dtype of the emulator.
+    `str(recipe)` and `Recipe.parse` are inverse to each other.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -18,7 +18,7 @@ import torch
 from isthmus.common.errors import CheckpointError, DiskError
 from isthmus.common.files import new_folder, write_atomic
 from isthmus.training import run_checkpoint as checkpoints
-from isthmus.training.run_checkpoint import RandomState, RunCheckpoint, check_settings, check_shapes, latest, load
+from isthmus.training.run_checkpoint import RandomState, RunCheckpoint, check_settings, latest, load, restore_parameters
 
 CPU = torch.device("cpu")
 LOG = "losses.jsonl"
@@ -176,9 +176,9 @@ def test_parameters_of_another_model_are_refused(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
     saved = state().parameters
-    check_shapes(tmp_path, saved, dict(saved))
+    restore_parameters(tmp_path, saved, dict(saved))
     with pytest.raises(CheckpointError, match=message):
-        check_shapes(tmp_path, saved, {name: torch.zeros(shape) for name, shape in shapes.items()})
+        restore_parameters(tmp_path, saved, {name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
 def test_settings_that_differ_are_refused_and_both_values_are_named(tmp_path: Path) -> None:
