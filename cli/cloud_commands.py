@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from isthmus.cloud.bounds import Bounds, EngineOptions
+from isthmus.experiments.harness.bench_flags import EdgeLayers, Model
 from isthmus.protocol.limits import Pace
 
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
@@ -298,12 +299,10 @@ UNANSWERED = 60  # documented in docs/exit-codes.md
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; what `serve --model` is then given.")],
     to: Annotated[str, typer.Option("--quantize", help="How the span's weights are held: int8 or nf4.")] = "nf4",
-    edge_layers: Annotated[
-        str, typer.Option(help="How many of the first and of the last layers the edge holds.")
-    ] = "2:2",
+    edge_layers: EdgeLayers = "2:2",
     dtype: Annotated[str, typer.Option(help="What the span computes in: fp32 or bf16.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -326,14 +325,8 @@ def quantize(
     plan = SplitPlan.parse(edge_layers, checkpoint.n_layers)
     size, dense = save_span(checkpoint, plan, out.expanduser(), dtype=dtype, quantizer=quantizer)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    **{"out": str(out), "model": checkpoint.name, "plan": str(plan), "dtype": dtype, "quantize": to},
-                    **{"span_bytes": size, "dense_bytes": dense},
-                }
-            )
-        )
+        said = {"out": str(out), "model": checkpoint.name, "plan": str(plan), "dtype": dtype, "quantize": to}
+        typer.echo(json.dumps({**said, "span_bytes": size, "dense_bytes": dense}))
         return
     typer.echo(
         f"{out}: layers {plan.cloud} of {checkpoint.name} as {to}, {size / 2**20:.1f} MiB of memory instead of "

@@ -11,7 +11,14 @@ import typer
 
 from isthmus.common.terminal import shown
 from isthmus.edge.config.client_config import DEFAULT_KEY, EvalConfig, GenerateConfig
-from isthmus.edge.config.flags import GroupedCommand, SharedConfigFile, read_settings, run_to_its_end, with_flags
+from isthmus.edge.config.flags import (
+    AsJson,
+    GroupedCommand,
+    SharedConfigFile,
+    read_settings,
+    run_to_its_end,
+    with_flags,
+)
 from isthmus.edge.config.training_config import TrainConfig
 
 app = typer.Typer(
@@ -50,7 +57,7 @@ def keygen(
 @with_flags(TrainConfig)
 def train(
     config: SharedConfigFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
+    as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Tune adapters on your data; the cloud sees activations, never text, labels or adapters.
@@ -70,7 +77,7 @@ def train(
 def evaluate(
     config: SharedConfigFile = None,
     adapter: Adapter = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Measure the loss on all of your data, with or without an adapter.
@@ -93,7 +100,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Continue a prompt with the split model.

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.cli.cloud_commands import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
+from isthmus.edge.config.flags import AsJson
+from isthmus.experiments.harness.bench_flags import Model
 
 if TYPE_CHECKING:
     from isthmus.emulator.package.package import Package
@@ -19,14 +22,11 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-DEFAULT_HOME = Path("~/.isthmus/cloud")
 _LAST_DATE = 253_402_300_799  # the year 9999
 
-Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]
 Home = Annotated[Path, typer.Option("--home", help="The cloud's folder with worker_key and worker_cert, which sign.")]
 PackagePath = Annotated[Path, typer.Option("--package", help="The package's folder.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or auto for a GPU if there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()

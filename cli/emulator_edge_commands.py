@@ -12,15 +12,13 @@ import typer
 
 from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.client_config import ClientConfig
-from isthmus.edge.config.flags import ConfigFile, GroupedCommand, read_settings, run_to_its_end, with_flags
+from isthmus.edge.config.flags import AsJson, ConfigFile, GroupedCommand, read_settings, run_to_its_end, with_flags
 from isthmus.edge.config.training_config import TuneConfig
 
 if TYPE_CHECKING:
     from isthmus.edge.client.link import Link
 
 app = typer.Typer(no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(cls=GroupedCommand)
@@ -52,7 +50,7 @@ def fetch(
 @with_flags(TuneConfig)
 def tune(
     config: ConfigFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON at the end.")] = False,
+    as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Tune adapters on your data and an emulator of the model's middle layers; nothing connects to anywhere.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from isthmus.common.readable import lines
+from isthmus.edge.config.flags import AsJson
+from isthmus.experiments.harness.bench_flags import EdgeLayers, Model, Threads
 
 if TYPE_CHECKING:
     from isthmus.planner.model_facts import ModelFacts
@@ -21,15 +24,11 @@ Speed = Annotated[
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")] = (
-        "smollm2-135m"
-    ),
+    model: Model = "smollm2-135m",
     link: Annotated[str, typer.Option(help="Rate and round-trip time: 100mbit,50ms or 12.5MB/s,20ms; or local.")] = (
         "local"
     ),
-    edge_layers: Annotated[str, typer.Option(help="How many of the first and of the last layers the edge holds.")] = (
-        "2:2"
-    ),
+    edge_layers: EdgeLayers = "2:2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Token positions of a sequence.")] = 128,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
@@ -41,7 +40,7 @@ def plan(
     ] = "fp32",
     dtype: Annotated[str, typer.Option(help="Of the edge's weights: fp32 or bf16.")] = "fp32",
     cloud_dtype: Annotated[str, typer.Option(help="Of the cloud's weights: fp32 or bf16.")] = "fp32",
-    threads: Annotated[int, typer.Option(min=1, help="torch threads on either side.")] = 1,
+    threads: Threads = 1,
     edge_speed: Speed = None,
     cloud_speed: Speed = None,
     live_share: Annotated[
@@ -60,7 +59,7 @@ def plan(
         Literal["quality", "speed", "privacy"], typer.Option(help="What the recommendation is for.")
     ] = "quality",
     probe: Annotated[bool, typer.Option("--probe", help="Only measure this machine, for another's plan.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict step time, bytes, memory and FLOPs of every way of training over a link, and recommend one.
 
@@ -130,7 +129,7 @@ def _measure(config: Any, facts: ModelFacts, settings: ProbeSettings) -> SpeedPr
 
 def _print_speed(speed: SpeedProfile, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(speed.to_json()))
+        typer.echo(json.dumps(asdict(speed)))
         return
-    for line in lines(speed.to_json(), 20):
+    for line in lines(asdict(speed), 20):
         typer.echo(line)

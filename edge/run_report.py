@@ -28,8 +28,6 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from isthmus.common.files import write_atomic
-
 
 @dataclass(frozen=True, slots=True)
 class WireTotals:
@@ -160,14 +158,6 @@ class Report:
             f"{wire if self.calls else ''}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
-
-    def write(self, path: Path) -> None:
-        """Write as indented JSON, whole or not at all.
-
-        Raises:
-            DiskError: The disk is full or cannot be written.
-        """
-        write_atomic(path, f"{self.to_json()}\n".encode())
 
 
 def shares(spent: Spent) -> dict[str, float]:

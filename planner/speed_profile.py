@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from isthmus.common.errors import ConfigError
 
@@ -67,10 +66,6 @@ class SpeedProfile:
     activation_bytes: float
     process_bytes: int
     memory_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A tree of plain values."""
-        return asdict(self)
 
     @classmethod
     def read(cls, path: Path) -> SpeedProfile:

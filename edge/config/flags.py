@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 Command = Callable[..., None]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A TOML file with the same names; flags win over it.")
 ]

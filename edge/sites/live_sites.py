@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class LiveSites:
         self._save()
 
     def _write(self, decision: Decision) -> None:
-        self._decisions.append(json.dumps(decision.to_json()) + "\n")
+        self._decisions.append(json.dumps(asdict(decision)) + "\n")
         self._save()
         shares = self.accounting.shares()
         self._say(

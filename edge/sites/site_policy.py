@@ -142,20 +142,12 @@ class Sites:
                     continue
                 added = self._added(name, open_groups)
                 per_load = value / self._as_load(added, budget)
-                if per_load > best_value and self._fits(spent + added, level, budget):
+                if per_load > best_value and self._as_load(spent + added, budget) <= level + _ROUNDING:
                     best, best_value, best_added = name, per_load, added
             if best is None:
                 return frozenset(chosen)
             chosen.add(best)
             spent += best_added
-
-    def fill_in_order(self, order: Iterable[str], level: float, budget: Budget) -> frozenset[str]:
-        """Add sites in `order`; those that would exceed the load `level` are passed over."""
-        chosen: set[str] = set()
-        for name in order:
-            if self._fits(self.cost({*chosen, name}), level, budget):
-                chosen.add(name)
-        return frozenset(chosen)
 
     def _added(self, name: str, open_groups: set[str]) -> Cost:
         site = self.infos[name]
@@ -168,9 +160,6 @@ class Sites:
             cost.traffic / (budget.traffic * self.total.traffic),
             cost.computation / (budget.computation * self.total.computation),
         )
-
-    def _fits(self, cost: Cost, level: float, budget: Budget) -> bool:
-        return self._as_load(cost, budget) <= level + _ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +175,6 @@ class Decision:
     revived: tuple[str, ...]
     live: tuple[str, ...]
     scores: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 class SitePolicy(Protocol):
@@ -246,7 +231,11 @@ def random_sites(sites: Sites, budget: Budget, seed: int) -> frozenset[str]:
     """Sites drawn by `seed`, as many as fit the budget at every step."""
     order = sorted(sites.names)
     random.Random(seed).shuffle(order)  # noqa: S311  # a draw, no secret
-    return sites.fill_in_order(order, 1.0, budget)
+    chosen: set[str] = set()
+    for name in order:
+        if sites.load({*chosen, name}, budget) <= 1 + _ROUNDING:
+            chosen.add(name)
+    return frozenset(chosen)
 
 
 def evenly_spaced(sites: Sites, kind: str, budget: Budget) -> frozenset[str]:

@@ -13,7 +13,7 @@ import torch
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.common.errors import ConfigError
-from isthmus.common.files import claim
+from isthmus.common.files import claim, write_atomic
 from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.common.torch_threads import use_threads
@@ -141,7 +141,7 @@ class Trainer:
         adapter = self.config.out / "adapter"
         save_adapter(self.model, adapter, record=self._record())
         report = self._report()
-        report.write(self.config.out / "report.json")
+        write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
         return TrainResult(report, adapter)
 
     def _record(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     paths = {}
     for name, machine in machines.items():
         paths[name] = tmp_path / f"{name}.json"
-        paths[name].write_text(json.dumps(machine.to_json()))
+        paths[name].write_text(json.dumps(asdict(machine)))
     return paths
 
 

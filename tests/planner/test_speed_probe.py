@@ -81,7 +81,7 @@ def test_real_messages_are_exchanged_over_loopback() -> None:
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "cloud.json"
-    path.write_text(json.dumps(speed(head=123.5).to_json()))
+    path.write_text(json.dumps(asdict(speed(head=123.5))))
     assert SpeedProfile.read(path) == speed(head=123.5)
 
 
@@ -100,7 +100,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    tree = {name: value for name, value in (speed().to_json() | change).items() if value is not None}
+    tree = {name: value for name, value in (asdict(speed()) | change).items() if value is not None}
     path = tmp_path / "cloud.json"
     path.write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=message) as failure:

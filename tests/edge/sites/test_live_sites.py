@@ -242,7 +242,7 @@ def test_a_fixed_choice_keeps_the_budget_and_is_the_same_every_time(folder: Path
     values = {"site_policy": policy, "site_traffic": 0.4, "site_computation": 0.5}
     observer = chosen(folder, tmp_path, seed=1, **values)
     observer.before_step(1)
-    live = observer._gate.live_sites
+    live = observer._remote_layers.live_sites
     observer.after_step(1)
     shares = observer.accounting.shares()
     assert 0 < shares["traffic"] <= 0.4
