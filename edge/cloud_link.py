@@ -19,7 +19,8 @@ from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.process_setup import no_core_files
-from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_span, check_cacheable
+from isthmus.edge.span_cache.cache_check import check_cacheable
+from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_span
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 from isthmus.edge.training.precision import computing_in

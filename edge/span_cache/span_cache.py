@@ -52,8 +52,6 @@ from isthmus.edge.span_cache.cache_check import (
 )
 from isthmus.edge.span_cache.cache_store import KEY_BYTES, CacheStats, SpanStore
 
-__all__ = ["CacheStats", "CachedSpan", "SpanIdentity", "SpanStore", "cached_span", "check_cacheable"]
-
 # The arguments of a base model that say what a row is; another tensor among them leaves a row's tokens ambiguous.
 _KNOWN_TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 

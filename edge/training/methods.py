@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from isthmus.backbone.adapters.adapter_files import (
     adapter_method,
     load_adapter,
-    save_adapter,
     unfreeze_layers,
     without_known_warnings,
 )
@@ -33,17 +32,6 @@ from isthmus.backbone.sites.ladder import add_ladder
 from isthmus.backbone.sites.low_rank import add_low_rank
 from isthmus.common.errors import ConfigError
 from isthmus.edge.config.training_config import TrainConfig, TuningConfig
-
-__all__ = [
-    "after_step",
-    "build_peft",
-    "load_adapter",
-    "load_method_state",
-    "method_state",
-    "save_adapter",
-    "scoring_model",
-    "trained",
-]
 
 # Families that PEFT has no default for.
 _LORA_DEFAULTS = {"phi3": ["qkv_proj"]}

@@ -10,11 +10,12 @@ from unittest.mock import patch
 
 import torch
 
+from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode
 from isthmus.edge.data.readers import read_examples
-from isthmus.edge.training.methods import load_adapter, trained
+from isthmus.edge.training.methods import trained
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.protocol.encoding import pack
 from isthmus.protocol.limits import Buffer

@@ -12,11 +12,12 @@ import pytest
 import torch
 from support.commands import in_process
 
+from isthmus.backbone.adapters.adapter_files import load_adapter, save_adapter
 from isthmus.backbone.checkpoints.built_in import BUILT_IN
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter
+from isthmus.edge.training.methods import build_peft
 from isthmus.experiments.benchmarks import parity
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import isthmus

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import UnsupportedCallError
-from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, SpanStore
+from isthmus.edge.span_cache.cache_store import SpanStore
+from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity
 
 PLENTY = 1 << 24
 WIDTH = 4

@@ -18,6 +18,7 @@ from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from isthmus.backbone.adapters.adapter_files import load_adapter, save_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites.bottleneck import Bottleneck
@@ -26,7 +27,7 @@ from isthmus.backbone.split.span import load_span
 from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError
 from isthmus.edge.data.batches import Batches
 from isthmus.edge.training.evaluation import evaluate
-from isthmus.edge.training.methods import build_peft, load_adapter, save_adapter, trained
+from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 
