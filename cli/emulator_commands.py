@@ -128,39 +128,38 @@ def build(
     from isthmus.backbone.plan import SplitPlan
     from isthmus.emulator.compress.recipe import Recipe
     from isthmus.emulator.distill.distillation import DistillConfig
-    from isthmus.emulator.package.build import BuildConfig, build_package, check_free
+    from isthmus.emulator.package.build import build_package, check_free
 
     recipe = Recipe.parse(method, keep)
     check_free(out)
-    options = None
-    if distill is not None:
-        options = DistillConfig(
-            steps=distill_steps,
-            batch=batch,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            mse_weight=mse_weight,
-            lm_weight=lm_weight,
-            seed=seed,
-            save_every=save_every,
-            precision=precision,
-        )
-    checkpoint = resolve(model)
-    config = BuildConfig(
-        plan=SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers),
-        recipe=recipe,
-        licence=licence,
-        home=home.expanduser(),
-        out=out,
-        length=length,
-        text=text,
-        distil_text=distill,
-        distil=options,
-        figure=figure,
-        device=device,
+    options = DistillConfig(
+        steps=distill_steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        mse_weight=mse_weight,
+        lm_weight=lm_weight,
+        seed=seed,
+        save_every=save_every,
+        precision=precision,
     )
+    checkpoint = resolve(model)
+    plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
     with interruptible():
-        package = build_package(checkpoint, config)
+        package = build_package(
+            out,
+            checkpoint,
+            plan,
+            recipe,
+            options,
+            home=home.expanduser(),
+            licence=licence,
+            length=length,
+            text=text,
+            distil_text=distill,
+            figure=figure,
+            device=device,
+        )
     _show(package, as_json)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.backbone.plan import SplitPlan
@@ -23,36 +22,33 @@ from isthmus.emulator.package.package import Package, is_package, write_package
 from isthmus.protocol.secure.keys import load_worker
 
 
-@dataclass(frozen=True, slots=True)
-class BuildConfig:
-    """The options of `build_package`.
-
-    Attributes:
-        home: The cloud's folder with `worker_key` and `worker_cert`.
-        text: Public text to choose layers and to fit bridges by; None for that of the distillation.
-        distil_text: Public text to distil on; None for no distillation.
-        figure: A PNG to draw the losses of the distillation to; None for none.
-        device: Where to compute: `cpu`, `cuda`, or `auto` for a GPU if there is one.
-    """
-
-    plan: SplitPlan
-    recipe: Recipe
-    licence: str
-    home: Path
-    out: Path
-    length: int = 256
-    text: Path | None = None
-    distil_text: Path | None = None
-    distil: DistillConfig | None = None
-    figure: Path | None = None
-    device: str = "auto"
-
-
-def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Console | None = None) -> Package:
-    """Build an emulator, distil it if asked, and write the signed package.
+def build_package(
+    out: Path,
+    checkpoint: Checkpoint,
+    plan: SplitPlan,
+    recipe: Recipe,
+    distil: DistillConfig,
+    *,
+    home: Path,
+    licence: str,
+    length: int,
+    text: Path | None,
+    distil_text: Path | None,
+    figure: Path | None,
+    device: str,
+) -> Package:
+    """Build an emulator, distil it if there is a text for that, and write the signed package to `out`.
 
     The state of a distillation lies beside the package, in `<out>.distill`, and is removed once the package is written:
     the same call goes on where an interrupted one stopped.
+
+    Args:
+        home: The cloud's folder with `worker_key` and `worker_cert`.
+        length: Tokens of a block of public text.
+        text: Public text to choose layers and to fit bridges by; None for that of the distillation.
+        distil_text: Public text to distil on; None for no distillation.
+        figure: A PNG to draw the losses of the distillation to; None for none.
+        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
 
     Raises:
         KeyboardInterrupt: The distillation was stopped; its message says where it is saved.
@@ -64,36 +60,26 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
         NonFiniteError: The model or the distillation gives NaN or infinity.
         PlanError: The recipe leaves no layer.
     """
-    check_free(config.out)
-    if len(config.licence) > MAX_LICENCE:
-        raise ConfigError(f"--licence has {len(config.licence)} characters; a manifest takes {MAX_LICENCE}: shorten it")
-    if config.figure is not None:
+    check_free(out)
+    if len(licence) > MAX_LICENCE:
+        raise ConfigError(f"--licence has {len(licence)} characters; a manifest takes {MAX_LICENCE}: shorten it")
+    if figure is not None:
         plotting()  # a missing package is an error before the long run, not after it
-    signer = load_worker(config.home)
-    config.recipe.layers_kept(len(config.plan.cloud))
+    signer = load_worker(home)
+    recipe.layers_kept(len(plan.cloud))
 
     tokenizer = load_tokenizer(checkpoint.folder)
-    chosen_by = config.text or config.distil_text
-    blocks = load_blocks(chosen_by, tokenizer, config.length) if chosen_by and config.recipe.needs_text else None
-    emulator = build_emulator(
-        checkpoint, config.plan, config.recipe, blocks, device=pick_device(config.device), progress=progress
-    )
+    chosen_by = text or distil_text
+    blocks = load_blocks(chosen_by, tokenizer, length) if chosen_by and recipe.needs_text else None
+    emulator = build_emulator(checkpoint, plan, recipe, blocks, device=pick_device(device))
     distilled = None
-    state = config.out.with_name(f"{config.out.name}.distill")
-    if config.distil is not None and config.distil_text is not None:
-        text = load_blocks(config.distil_text, tokenizer, config.length)
-        distilled = asdict(distill(checkpoint, config.plan, emulator, text, config.distil, state, progress=progress))
-        if config.figure is not None:
-            loss_figure(state, config.figure)
-    package = write_package(
-        config.out,
-        checkpoint,
-        config.plan,
-        emulator,
-        signer=signer,
-        licence=config.licence,
-        distilled=distilled,
-    )
+    state = out.with_name(f"{out.name}.distill")
+    if distil_text is not None:
+        blocks = load_blocks(distil_text, tokenizer, length)
+        distilled = asdict(distill(checkpoint, plan, emulator, blocks, distil, state))
+        if figure is not None:
+            loss_figure(state, figure)
+    package = write_package(out, checkpoint, plan, emulator, signer=signer, licence=licence, distilled=distilled)
     if distilled is not None:
         remove_folder(state)
     return package
