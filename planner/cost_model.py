@@ -41,11 +41,8 @@ class PlanSettings:
     Attributes:
         plan: Who holds which layers. `tail_cache` gives the edge the last layers only, as many as are at this plan's
             top.
-        batch: Sequences of a micro-batch.
         length: Token positions of each.
-        live_share: Share of the sites' traffic that `kill_revive` leaves, over a whole run.
         tap_width: Width of a tap of `taps`; None for that of the hidden states.
-        emulator_keep: Share of the cloud's layers that `emulator` keeps.
         summed: Whether the edge answers a backward with one gradient per input instead of one per site.
         own_layers: Whether the modes that train inside the cloud's layers adapt the edge's own as well.
     """

@@ -35,10 +35,7 @@ class Linear:
 
     Attributes:
         name: Its name inside the layer, such as `self_attn.q_proj`.
-        inputs: Features that it reads.
-        outputs: Features that it writes.
         group: Number of the input that it reads; linears of one group share it.
-        is_site: Whether it carries an adapter.
     """
 
     name: str
@@ -63,13 +60,11 @@ class ModelFacts:
 
     Attributes:
         hidden: Width h of the hidden states.
-        n_layers: Decoder layers.
         vocabulary: Rows of the LM head.
         heads: Attention heads.
         attention: Heads times their width.
         layer_parameters: All weights of one decoder layer.
         outside_parameters: All weights outside the decoder layers, those that are tied counted once.
-        head_parameters: Weights of the LM head.
         linears: The linears of one decoder layer, in the order in which they run.
     """
 

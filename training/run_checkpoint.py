@@ -71,10 +71,7 @@ class RunCheckpoint:
     """The state between two optimizer steps.
 
     Attributes:
-        step: Applied steps.
         settings: What may not change half-way, by its name in messages.
-        parameters: What is trained.
-        optimizer: What the optimizer remembers.
         log: The lines of the log, with their line breaks.
         random: The random states before the next step.
         tensors: Further tensors, by the file that they are in.

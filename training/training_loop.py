@@ -37,10 +37,8 @@ class LoopOptions:
 
     Attributes:
         folder: Of the log and the checkpoints. The caller holds it (`isthmus.common.files.claim`).
-        log_name: The log's file, `<name>.jsonl`.
         save_every: Steps between checkpoints; one more is written after the last step.
         go_on: What the user does to resume, as a command: "repeat the command".
-        start_anew: What the user does to begin a new run.
     """
 
     folder: Path

@@ -154,8 +154,6 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False, digest: s
     adapter is the one thing in the model that is trainable, or, without `trainable`, nothing is.
 
     Args:
-        model: A transformers causal LM, whole or split, without an adapter.
-        trainable: Whether to train on.
         digest: The model's digest (`Checkpoint.digest`); a split model knows its own.
 
     Returns:

@@ -42,7 +42,6 @@ def save_custom(model: Any, folder: Path, *, digest: str | None) -> None:
 
     Args:
         model: A model with the attribute `isthmus_adapter`.
-        digest: The digest of the model that a split one was cut from, where it is known.
     """
     adapter: CustomAdapter = model.isthmus_adapter
     origin: EdgeOrigin | None = getattr(model, "isthmus_origin", None)

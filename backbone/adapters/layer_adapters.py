@@ -111,9 +111,6 @@ class LayerAdapter:
 def add_bottlenecks(model: Any, layers: Sequence[int], width: int, *, dropout: float = 0.0) -> None:
     """Put a bottleneck adapter behind each of `layers`; they alone are trainable then (Houlsby et al. 2019).
 
-    Args:
-        layers: Decoder layers by their indices in the whole model.
-
     Raises:
         ConfigError: A layer has one already, or the model has no list of decoder layers.
     """

@@ -32,7 +32,6 @@ def build_on_meta(
     """The whole language model of `config` on the meta device, with a configuration of its own, in eval mode.
 
     Args:
-        dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default.
         subclass: Makes the class to build of the family's own.
 

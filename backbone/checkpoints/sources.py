@@ -150,7 +150,6 @@ def resolve(model: str, *, cache_dir: Path | None = None, console: Console | Non
     Args:
         model: A folder, a `.gguf` file, a hub identifier such as `Qwen/Qwen3-0.6B`, one with a revision such as
             `Qwen/Qwen3-0.6B@c1899de2…`, or `smollm2-135m`.
-        cache_dir: The cache; None for the default.
 
     Raises:
         CheckpointError: the model was found, but is damaged or not in a form that can be used.

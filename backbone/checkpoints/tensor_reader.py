@@ -116,10 +116,6 @@ class TensorReader:
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the stored tensor in memory of its own.
 
-        Args:
-            shape: The shape that the architecture wants.
-            dtype: The floating point dtype to convert to.
-
         Raises:
             CheckpointError: there is no such tensor, or it has another shape.
         """

@@ -34,7 +34,6 @@ class Quantizer:
     """One way to hold a weight in fewer bits.
 
     Attributes:
-        name: As `--quantize` has it.
         pack: A weight `[out, in]` as small tensors, by name.
         dense: The inverse: small tensors, shape and dtype of the weight.
         empty: The shapes and dtypes of the small tensors, for a shape of the weight.
@@ -56,7 +55,6 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         shape: `[out, in]`.
-        dtype: Dtype that the weight is dequantized to.
         tensors: What `quantizer.pack` made of the weight.
         bias: `[out]`, or None.
     """

@@ -256,7 +256,6 @@ def load_config(path: Path | None, overrides: Mapping[str, object], cls: type[Se
         path: The TOML file, flat, with the names of `cls`'s fields; `None` for flags alone. The commands `edge train`,
             `edge eval` and `edge generate` can share a file: each takes its own keys and ignores those of the others.
         overrides: Flags by field name. `None` means that a flag was not given.
-        cls: The kind of configuration.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not make sense. The message is one line.

@@ -126,8 +126,6 @@ class Sites:
 
         Args:
             values: Of the candidates, not negative. Of equal ones the earlier is taken.
-            level: The load that must not be exceeded.
-            base: Sites that are in already.
 
         Returns:
             `base` and what was added.

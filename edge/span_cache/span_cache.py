@@ -58,14 +58,7 @@ _KNOWN_TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"
 
 @dataclass(frozen=True, slots=True)
 class SpanIdentity:
-    """Which function a span is: what its output depends on besides its input.
-
-    Attributes:
-        digest: of the model's weights and configuration.
-        span_dtype: what the cloud computes in.
-        codec_up: how activations go up.
-        codec_down: how activations come down.
-    """
+    """Which function a span is: what its output depends on besides its input."""
 
     digest: str
     plan: str
@@ -131,7 +124,6 @@ class CachedSpan:
         store: Where rows are kept. Its identity must be that of `span`.
         model: The model that calls it, where `enable_input_require_grads` is to be understood: with it, a gradient of
             the input is asked for though nothing below the cut is trainable. Without the model, that is refused too.
-        warned: Whether the user knows about that.
     """
 
     def __init__(self, span: SpanFn, store: SpanStore, model: Any = None, *, warned: bool = False) -> None:

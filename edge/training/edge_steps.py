@@ -60,7 +60,6 @@ class EdgeSteps(Task):
     Attributes:
         spent: What the applied steps have used, over all restarts.
         loss_before, loss_after: The loss on held-out data before and after the run; None where there are none.
-        add_points: Where points of curves go.
 
     Args:
         stop: The user's request to stop, which is looked at after every micro-batch.

@@ -43,7 +43,6 @@ class Mezo:
 
     Args:
         parameters: What is trained. The order decides which part of a direction each one gets.
-        config: `seed`, `mezo_eps`, `max_grad_norm` and `weight_decay` are used.
     """
 
     goes_backward = False

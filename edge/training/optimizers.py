@@ -70,7 +70,6 @@ class Backprop(GradientStep):
 
     Args:
         optimizer: Moves the parameters. The learning rate of each of its groups is a multiple of the run's.
-        config: `learning_rate` and `max_grad_norm` are used.
     """
 
     goes_backward = True

@@ -45,7 +45,6 @@ class Trainer:
 
     Args:
         model: A transformers `PreTrainedModel` or a `PeftModel` with something trainable.
-        config: The run's options. `out` is created.
         codec: How it carries tensors, for the report; "none" where nothing crosses.
         span_parameters: Weights of linear layers in the cloud's span, for the FLOPs of the report.
         emulator_parameters: The same of an emulator that stands for the span here, each time that one is used.

@@ -66,7 +66,6 @@ def add_bridges(base: nn.Module, layers: Sequence[int], bridges: Sequence[int]) 
     """Put bridges that change nothing yet into a base model, as `bridge` and `entry` of its layers.
 
     Args:
-        base: From `load_layers` or `empty_layers`.
         bridges: From `bridge_places`; a layer that is none of `layers` stands for the input of the first one.
     """
     distinct = distinct_layers(base, layers)

@@ -97,7 +97,6 @@ class Middle:
 
     Args:
         base: From `load_layers`; its own order is not kept.
-        layers: What it was loaded with.
         first: Index of the middle's first layer in the whole model.
     """
 

@@ -92,7 +92,6 @@ class DistillReport:
     """What a distillation did.
 
     Attributes:
-        text: Fingerprint of the public text.
         error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
             have been fitted to some of these blocks, if they were fitted to the same text.
         error_after: The same after the last one, before any quantization.

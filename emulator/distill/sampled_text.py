@@ -63,7 +63,6 @@ def write_sample(
         model: A whole transformers language model, in eval mode.
         tokenizer: Its tokenizer; with a chat template the model writes conversations.
         tokens: How many to write at least.
-        batch: Texts that are written at once.
         length: Tokens of a text at most.
 
     Returns:

@@ -69,7 +69,6 @@ class Distilled(_Part):
         text: Fingerprint of the public text, SHA-256 (hex) of its tokens.
         error_before: Relative error of the emulator's output on held-out blocks before the first step; bridges may
             have been fitted to some of them, if they were fitted to the same text.
-        error_after: The same after the last one.
     """
 
     steps: Count
@@ -109,13 +108,11 @@ class Manifest(_Part):
     """What a package says about itself.
 
     Attributes:
-        format: Version of this form.
         digest: SHA-256 (hex) of the whole model's configuration and weights.
         plan: Split plan, `BOTTOM:TOP`.
         attn_implementation: Attention implementation that the edge and the full middle use.
         dtype: Floating point dtype of the edge's weights, such as `float32`.
         recipe: How the emulator was made, as `Recipe` writes it.
-        keep: Share of the middle's layers that were kept.
         layers: The emulator's layers in running order, by their indices in the whole model; repeats are shared.
         edge_params: Weights of the edge's parts.
         emulator_params: Distinct weights of the emulator.

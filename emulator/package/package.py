@@ -113,7 +113,6 @@ def write_package(
     """Write and sign a package, whole or not at all; it replaces an older one.
 
     Args:
-        emulator: The emulator of the plan's middle.
         distilled: The fields of `Distilled`; None without distillation.
 
     Raises:

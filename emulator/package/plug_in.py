@@ -40,7 +40,6 @@ def plug_in(
 
     Args:
         adapter: An adapter that `check_adapter` accepted.
-        span: Runs the full middle.
         attn_implementation: Attention implementation of the span; None for the family's default.
 
     Returns:
