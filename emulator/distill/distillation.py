@@ -160,6 +160,8 @@ def distill(
 class _Distillation(Task):
     """See `distill`."""
 
+    rule: GradientStep
+
     def __init__(
         self,
         checkpoint: Checkpoint,

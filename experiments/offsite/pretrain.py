@@ -204,6 +204,7 @@ def _model(settings: PretrainSettings) -> Any:
 class _Pretraining(Task):
     """See `run_pretrain`."""
 
+    rule: GradientStep
     device = torch.device("cpu")
 
     def __init__(self, model: Any, blocks: Tensor, settings: PretrainSettings, stop: StopRequest) -> None:

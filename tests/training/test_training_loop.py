@@ -27,6 +27,7 @@ TOTAL = 7
 class Numbers(Task):
     """Moves three numbers towards random targets, and counts; `act` is called in the step that the test names."""
 
+    rule: GradientStep
     device = torch.device("cpu")
 
     def __init__(self, act_at: int = 0, act: Callable[[], None] = lambda: None, rate: float = 0.1) -> None:
