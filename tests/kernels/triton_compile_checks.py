@@ -58,7 +58,7 @@ SIZES = pytest.mark.parametrize("ones", [(), ("count", "n", "blocks")], ids=["an
 def test_quantize(dtype: str, ones: tuple[str, ...]) -> None:
     int8, int4 = blockwise_triton._quantize_int8_kernel, blockwise_triton._quantize_int4_kernel
     tile, x = {"tile": blockwise_triton.TILE}, {"x": f"*{dtype}"}
-    eight = _machine_code(int8, INT8 | x, tile | {"width": 64}, fusion=False, ones=ones)
+    eight = _machine_code(int8, INT8 | x, tile, fusion=False, ones=ones)
     four = _machine_code(int4, INT4 | x, tile, fusion=False, ones=ones)
     for ptx in (eight, four):
         assert "div.rn.f32" in ptx
@@ -71,5 +71,5 @@ def test_quantize(dtype: str, ones: tuple[str, ...]) -> None:
 def test_dequantize(ones: tuple[str, ...]) -> None:
     int8, int4 = blockwise_triton._dequantize_int8_kernel, blockwise_triton._dequantize_int4_kernel
     tile = {"tile": blockwise_triton.TILE}
-    _machine_code(int8, INT8, tile | {"width": 64}, fusion=False, ones=ones)
+    _machine_code(int8, INT8, tile, fusion=False, ones=ones)
     assert "tf32" not in _machine_code(int4, INT4, tile, fusion=False, ones=ones)
