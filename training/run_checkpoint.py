@@ -10,6 +10,9 @@
                                  SHA-256 of each file above, that of `state.json` itself without this entry, and beside
                                  them the run's own entries
 
+Format 1, which distillations wrote, has neither a random state nor a digest of `state.json`, and some checkpoints of
+format 2 lack the latter, too; both are read.
+
 A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
 is whole.
 """
@@ -34,6 +37,7 @@ from isthmus.common.errors import CheckpointError
 from isthmus.common.files import new_folder, remove_folder, sweep
 
 FORMAT = 2
+READ = (1, FORMAT)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILE = re.compile(r"([a-z_]+)\.(safetensors|jsonl)")
@@ -73,7 +77,7 @@ class RunCheckpoint:
     Attributes:
         settings: What may not change half-way, by its name in messages.
         log: The lines of the log, with their line breaks.
-        random: The random states before the next step.
+        random: The random states before the next step; None where format 1 has none.
         tensors: Further tensors, by the file that they are in.
         entries: The run's own entries of `state.json`, plain values.
     """
@@ -83,7 +87,7 @@ class RunCheckpoint:
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     log: tuple[str, ...]
-    random: RandomState
+    random: RandomState | None
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
 
@@ -108,8 +112,11 @@ def save(out: Path, checkpoint: RunCheckpoint, log_name: str, keep: int) -> Path
 
 def _write(folder: Path, checkpoint: RunCheckpoint, log_name: str) -> None:
     files = {"parameters": checkpoint.parameters, "optimizer": checkpoint.optimizer, **checkpoint.tensors}
-    device = checkpoint.random.device
-    files["random"] = {"torch": checkpoint.random.host} | ({} if device is None else {"device": device})
+    own: dict[str, Any] = {}
+    if checkpoint.random is not None:
+        device = checkpoint.random.device
+        files["random"] = {"torch": checkpoint.random.host} | ({} if device is None else {"device": device})
+        own = {"python_random": checkpoint.random.python}
     for name, tensors in files.items():
         values = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         save_file(values, folder / f"{name}.safetensors")
@@ -119,7 +126,7 @@ def _write(folder: Path, checkpoint: RunCheckpoint, log_name: str) -> None:
         "step": checkpoint.step,
         "settings": dict(checkpoint.settings),
         **checkpoint.entries,
-        "python_random": checkpoint.random.python,
+        **own,
         "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
     }
     state[_OWN_DIGEST] = _digest_of_state(state)
@@ -149,12 +156,13 @@ def load(folder: Path) -> RunCheckpoint:
     state = _state(folder)
     with_reason: Callable[[str], CheckpointError] = lambda why: _damaged(folder / "state.json", why)  # noqa: E731
     try:
-        if state["format"] != FORMAT:
+        if state["format"] not in READ:
             raise CheckpointError(
-                f"{folder} has format {state['format']}, this version reads {FORMAT}: "
+                f"{folder} has format {state['format']}, this version reads {' and '.join(map(str, READ))}: "
                 "resume with the version that wrote it."
             )
-        if state.pop(_OWN_DIGEST) != _digest_of_state(state):
+        recorded = state.pop(_OWN_DIGEST, None)
+        if recorded is not None and recorded != _digest_of_state(state):
             raise with_reason("its SHA-256 differs from the one in it")
         digests = state["sha256"]
         for name, digest in digests.items():
@@ -170,7 +178,7 @@ def load(folder: Path) -> RunCheckpoint:
             parameters=tensors.pop("parameters"),
             optimizer=tensors.pop("optimizer"),
             log=tuple((folder / log).read_text(encoding="utf-8").splitlines(keepends=True)),
-            random=_random(state["python_random"], tensors.pop("random")),
+            random=None if state["format"] == 1 else _random(state["python_random"], tensors.pop("random")),
             tensors=tensors,
             entries={name: value for name, value in state.items() if name not in _COMMON},
         )

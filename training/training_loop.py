@@ -166,7 +166,8 @@ class TrainingLoop:
         checkpoints.restore_parameters(folder, saved.parameters, task.parameters)
         task.rule.load_state(dict(saved.optimizer))
         task.load(saved, folder)
-        saved.random.restore(task.device)
+        if saved.random is not None:
+            saved.random.restore(task.device)
         self.step, self.log = saved.step, list(saved.log)
         self._note_state()
         write_atomic(options.folder / options.log_name, "".join(self.log).encode())

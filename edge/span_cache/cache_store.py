@@ -120,6 +120,7 @@ class SpanStore:
                 raise ConfigError(
                     f"another process uses the span cache {folder}: wait for it or stop it, or give another folder."
                 ) from None
+            self._drop_older_format()
             self._file = os.open(folder / _ROWS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, self._file)
             self._index = held.enter_context(closing(self._open_index()))
@@ -215,6 +216,18 @@ class SpanStore:
             return True
 
     # The index --------------------------------------------------------------------------------------------------------
+
+    def _drop_older_format(self) -> None:
+        """Delete what versions before the index wrote: files `000000.rows`, `000001.rows`, …"""
+        older = [path for path in self.folder.glob("*.rows") if path.stem.isdecimal()]
+        for path in older:
+            path.unlink()
+        if older:
+            warnings.warn(
+                f"the span cache {self.folder} had rows of an older format, which are deleted: "
+                "they cross the wire once more.",
+                stacklevel=4,
+            )
 
     def _open_index(self) -> sqlite3.Connection:
         """The index of this owner's rows; one that is damaged or another's is replaced by an empty one."""

@@ -334,6 +334,15 @@ def test_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
     assert target.read_text() == "mine"
 
 
+def test_rows_of_the_older_format_go_with_a_warning(tmp_path: Path) -> None:
+    for name in ("000000.rows", "000012.rows", "mine.rows"):
+        (tmp_path / name).write_bytes(b"ISTHROWS" + OWNER)
+    with pytest.warns(UserWarning, match="older format, which are deleted"):
+        opened(tmp_path).close()
+    assert [path.name for path in tmp_path.glob("*.rows")] == ["mine.rows"]
+    opened(tmp_path).close()  # without a second warning
+
+
 def test_only_the_user_can_read_it(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

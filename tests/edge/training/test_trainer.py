@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from support import older_checkpoints as older
 from support.models import small_training as training
 from support.models.sited_span import Sited
 from support.models.small_training import Wire, config, data, trainer
@@ -458,6 +459,18 @@ def test_a_constant_schedule_can_be_made_longer(model_folder: Path, tmp_path: Pa
     for steps, name in ((4, "grown"), (7, "grown"), (7, "straight")):
         trainer(model_folder, config(tmp_path / name, steps=steps, schedule="constant", resume=True)).fit()
     assert_same_run(tmp_path / "grown", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "adalora", "steps": 12}, {"optimizer": "lora-fa"}])
+def test_a_checkpoint_of_the_loop_before_is_resumed(model_folder: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    trainer(model_folder, config(tmp_path / "straight", **values), Wire(), step_observers=[Turns()]).fit()
+    wire = Wire("begin", 5, raise_unreachable)
+    with pytest.raises(UnreachableError):
+        trainer(model_folder, config(tmp_path / "run", **values), wire, step_observers=[Turns()]).fit()
+    older.rewrite_edge(tmp_path / "run" / "checkpoint-4", epoch=1, position=1, learning_rate=1e-3)
+    resumed = config(tmp_path / "run", resume=True, **values)
+    trainer(model_folder, resumed, Wire(), step_observers=[Turns()]).fit()
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_checkpoint_of_other_layers_is_refused(undisturbed: Path, tmp_path: Path) -> None:

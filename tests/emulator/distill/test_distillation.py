@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support import older_checkpoints as older
 from support.models.tiny import N_LAYERS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -155,6 +156,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert same_weights(emulator, undisturbed)
     assert report == expected
     assert (tmp_path / "two" / "distill.jsonl").read_bytes() == (tmp_path / "one" / "distill.jsonl").read_bytes()
+
+
+def test_a_checkpoint_of_format_1_is_gone_on_with(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = bench.emulator("crash")
+    expected = bench.run(undisturbed, tmp_path / "one")
+    interrupt_at(monkeypatch, 4, "int")
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(bench.emulator("crash"), tmp_path / "two")
+    older.rewrite_distillation(tmp_path / "two" / "checkpoint-3")
+    emulator = bench.emulator("crash")
+    assert bench.run(emulator, tmp_path / "two") == expected
+    assert same_weights(emulator, undisturbed)
+    assert log_of(tmp_path / "two") == log_of(tmp_path / "one")
 
 
 def test_a_finished_run_is_only_loaded(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
