@@ -26,7 +26,7 @@ StepExamples = Annotated[int, typer.Option(min=1, help="Examples of a step.")]
 MaxLength = Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")]
 OneRate = Annotated[float, typer.Option(min=0, help="Of every run.")]
 Test = Annotated[int | None, typer.Option(min=2, help="Held-out documents; by default the task's.")]
-Out = Annotated[Path, typer.Option(help="Folder for finished pieces; the same command goes on there.")]
+Out = Annotated[Path, typer.Option(help="Folder for finished runs; the same command goes on there.")]
 
 
 def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:

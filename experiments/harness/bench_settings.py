@@ -11,24 +11,8 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from isthmus.experiments.harness.bench_flags import (
-    CloudDtype,
-    Codec,
-    DataFolder,
-    EdgeDtype,
-    EdgeLayers,
-    Examples,
-    MaxLength,
-    Model,
-    OneRate,
-    Out,
-    RunSteps,
-    StepExamples,
-    Steps,
-    Task,
-    Test,
-    Threads,
-)
+from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness import bench_flags as flags
 from isthmus.experiments.harness.command import Measurement
 from isthmus.experiments.harness.rig_settings import RIGS
 
@@ -40,15 +24,15 @@ class ParitySettings:
     Example: isthmus bench parity --model smollm2-135m --steps 10 --json
     """
 
-    model: Model = "smollm2-135m"
-    steps: Steps = 10
-    edge_layers: EdgeLayers = "2:2"
-    codec: Codec = "fp32"
+    model: flags.Model = "smollm2-135m"
+    steps: flags.Steps = 10
+    edge_layers: flags.EdgeLayers = "2:2"
+    codec: flags.Codec = "fp32"
     dtype: Annotated[str, typer.Option("--cloud-dtype", help="What the cloud computes in: fp32 or bf16.")] = "fp32"
-    batch: Examples = 4
+    batch: flags.Examples = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per example at most.")] = 128
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3
-    threads: Threads = 1
+    threads: flags.Threads = 1
     data: Annotated[
         str, typer.Option(help="A data file as for `edge train`; by default a few sentences of real text.")
     ] = ""
@@ -62,10 +46,10 @@ class StepSettings:
     Example: isthmus bench step --model smollm2-135m --cloud-dtype bf16 --codec bf16 --json
     """
 
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
-    codec: Codec = "fp32"
-    cloud_dtype: CloudDtype = "fp32"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    codec: flags.Codec = "fp32"
+    cloud_dtype: flags.CloudDtype = "fp32"
     quantize: Annotated[str, typer.Option(help="How the cloud holds its weights: none, int8 or nf4.")] = "none"
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128
@@ -80,8 +64,8 @@ class PathSettings:
     Example: isthmus bench path --json
     """
 
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +76,15 @@ class CurveSettings:
     """
 
     data: Annotated[str, typer.Option(help="A data file as for `edge train`.")]
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     prompt_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None
     completion_template: Annotated[str | None, typer.Option(help="As for `edge train`.")] = None
-    steps: Steps = 200
-    batch: Examples = 4
+    steps: flags.Steps = 200
+    batch: flags.Examples = 4
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak, of AdamW.")] = 1e-3
     validation_split: Annotated[float, typer.Option(min=0, max=0.9, help="Fraction held out.")] = 0.03
-    threads: Threads = 2
+    threads: flags.Threads = 2
     figure: Annotated[Path | None, typer.Option(help="PNG to draw the two curves to (needs matplotlib).")] = None
 
 
@@ -134,9 +118,9 @@ class PlacementSettings:
     The costs alone: isthmus bench placements --no-scores
     """
 
-    model: Model = "smollm2-135m"
+    model: flags.Model = "smollm2-135m"
     modes: Annotated[str, typer.Option(help="Modes, comma-separated; by default all.")] = ""
-    edge_layers: EdgeLayers = "2:2"
+    edge_layers: flags.EdgeLayers = "2:2"
     costs: Annotated[bool, typer.Option(help="Whether to measure what a step costs, at fp32.")] = True
     scores: Annotated[bool, typer.Option(help="Whether to train and to score on held-out data.")] = True
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8
@@ -150,11 +134,11 @@ class PlacementSettings:
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step whose cost is measured.")] = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens of such a sequence.")] = 128
     rounds: Annotated[int, typer.Option(min=1, help="Steps that count, of each run whose cost is measured.")] = 7
-    task: Task = "e2e"
-    data_folder: DataFolder = None
+    task: flags.Task = "e2e"
+    data_folder: flags.DataFolder = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a scored run.")] = 400
     score_batch: Annotated[int, typer.Option(min=1, help="Examples of a step of a scored run.")] = 2
-    max_length: MaxLength = 256
+    max_length: flags.MaxLength = 256
     learning_rates: Annotated[str, typer.Option(help="Candidate learning rates, for every mode.")] = "1e-3,3e-3"
     seeds: Annotated[
         int,
@@ -162,15 +146,15 @@ class PlacementSettings:
             min=1, help="Seeds of the modes that choose sites, and of `edge` or else `single`; one of the others."
         ),
     ] = 3
-    test: Test = None
+    test: flags.Test = None
     validation: Annotated[int, typer.Option(min=1, help="Training examples that rates are chosen by.")] = 32
     precision: Annotated[str, typer.Option(help="What the edge of a scored run computes in: fp32 or bf16.")] = "bf16"
     cloud_dtype: Annotated[str, typer.Option(help="What its cloud computes in: fp32 or bf16.")] = "bf16"
-    threads: Threads = 1
+    threads: flags.Threads = 1
     figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against bytes.")] = None
     budget_figure: Annotated[Path | None, typer.Option(help="PNG of the held-out loss against site traffic.")] = None
     sites_figure: Annotated[Path | None, typer.Option(help="PNG of kill-and-revive's live sites over time.")] = None
-    out: Out = Path("isthmus-placements")
+    out: flags.Out = Path("isthmus-placements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +166,24 @@ class CodecSettings:
     Two of them: isthmus bench codecs --codec int8 --codec int4-outliers,int4
     """
 
-    model: Model = "smollm2-135m"
+    model: flags.Model = "smollm2-135m"
     codec: Annotated[
         list[str] | None,
         typer.Option(help="Codecs as `edge train --codec` has them, repeatable; by default a choice of all."),
     ] = None
-    edge_layers: EdgeLayers = "2:2"
-    task: Task = "e2e"
-    data_folder: DataFolder = None
-    steps: RunSteps = 200
-    batch: StepExamples = 4
-    max_length: MaxLength = 256
-    learning_rate: OneRate = 1e-3
-    test: Test = None
+    edge_layers: flags.EdgeLayers = "2:2"
+    task: flags.Task = "e2e"
+    data_folder: flags.DataFolder = None
+    steps: flags.RunSteps = 200
+    batch: flags.StepExamples = 4
+    max_length: flags.MaxLength = 256
+    learning_rate: flags.OneRate = 1e-3
+    test: flags.Test = None
     probes: Annotated[int, typer.Option(min=1, help="Micro-batches that gradients are compared on.")] = 8
-    precision: EdgeDtype = "fp32"
-    cloud_dtype: CloudDtype = "fp32"
-    threads: Threads = 1
-    out: Out = Path("isthmus-codecs")
+    precision: flags.EdgeDtype = "fp32"
+    cloud_dtype: flags.CloudDtype = "fp32"
+    threads: flags.Threads = 1
+    out: flags.Out = Path("isthmus-codecs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,36 +195,36 @@ class QuantizeSettings:
     Two of them: isthmus bench quantize --form none --form nf4
     """
 
-    model: Model = "smollm2-135m"
+    model: flags.Model = "smollm2-135m"
     form: Annotated[
         list[str] | None, typer.Option(help="Any of none (fp32), bf16, int8 and nf4, repeatable; by default all.")
     ] = None
-    edge_layers: EdgeLayers = "2:2"
-    task: Task = "e2e"
-    data_folder: DataFolder = None
+    edge_layers: flags.EdgeLayers = "2:2"
+    task: flags.Task = "e2e"
+    data_folder: flags.DataFolder = None
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a scored run.")] = 200
-    batch: StepExamples = 4
+    batch: flags.StepExamples = 4
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence of a timed step.")] = 128
     pairs: Annotated[int, typer.Option(min=5, help="Timed steps of either kind, in turns.")] = 9
-    max_length: MaxLength = 256
-    learning_rate: OneRate = 1e-3
-    test: Test = None
-    precision: EdgeDtype = "fp32"
-    threads: Threads = 1
-    out: Out = Path("isthmus-quantize")
+    max_length: flags.MaxLength = 256
+    learning_rate: flags.OneRate = 1e-3
+    test: flags.Test = None
+    precision: flags.EdgeDtype = "fp32"
+    threads: flags.Threads = 1
+    out: flags.Out = Path("isthmus-quantize")
 
 
 @dataclass(frozen=True, slots=True)
-class TenantsFlags:
+class TenantSettings:
     """Compare many edges on one cloud with as many single processes: throughput, memory, fairness, losses.
 
     Example: isthmus bench tenants --n 8 --json
     """
 
     n: Annotated[int, typer.Option("--n", min=2, help="Tenants.")] = 8
-    model: Model = "smollm2-135m"
+    model: flags.Model = "smollm2-135m"
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of a tenant's step, on average.")] = 64
-    edge_layers: EdgeLayers = "2:2"
+    edge_layers: flags.EdgeLayers = "2:2"
     steps: Annotated[int, typer.Option(min=2, help="Steps of each tenant that count.")] = 24
     threads: Annotated[
         int | None, typer.Option(min=1, help="torch threads of the cloud; by default all cores that it may use.")
@@ -251,17 +235,18 @@ class TenantsFlags:
     figure: Annotated[
         Path | None, typer.Option(help="PNG of the throughput against the number of tenants; measures 1, 2, 4 … too.")
     ] = None
+    cloud_options: tuple[str, ...] = ()  # further ones of `isthmus cloud serve`
 
 
 @dataclass(frozen=True, slots=True)
-class QosFlags:
+class QosSettings:
     """Compare the scheduler with the former one: latency and deadlines of interactive calls, throughput.
 
     Example: isthmus bench qos --json
     """
 
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     loads: Annotated[
         str, typer.Option(help="Computing time that is asked for over the time there is, comma-separated.")
     ] = "0.4,0.8,1.0,1.2"
@@ -277,9 +262,15 @@ class QosFlags:
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0
     rounds: Annotated[int, typer.Option(min=1, help="How often both schedulers have their turn.")] = 5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.interactive_share < 1:
+            raise ConfigError(
+                f"an interactive share of {self.interactive_share} leaves nothing to compare: give one between 0 and 1"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerFlags:
+class SchedulerSettings:
     """See what each mechanism of the scheduler is worth: a table of schedulers over the same simulated arrivals.
 
     Example: isthmus bench scheduler
@@ -295,8 +286,8 @@ class SchedulerFlags:
     real: Annotated[
         bool, typer.Option("--real", help="Run `bench tenants` for the rows that it can measure; on a quiet machine.")
     ] = False
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     n: Annotated[int, typer.Option("--n", min=2, help="Tenants of real runs.")] = 8
     threads: Annotated[
         int | None, typer.Option(min=1, help="torch threads of real runs' cloud; by default all cores.")
@@ -320,10 +311,10 @@ MEASUREMENTS: Final = {
     "quantize": Measurement(
         QuantizeSettings, "precision.quantize_bench:run_quantize", "precision.quantize_bench:show", folder="none"
     ),
-    "tenants": Measurement(TenantsFlags, "serving.tenants_command:run", folder="temporary"),
-    "qos": Measurement(QosFlags, "serving.qos_command:run", "serving.qos_command:show", folder="none"),
+    "tenants": Measurement(TenantSettings, "serving.tenants_bench:run_tenants", folder="temporary"),
+    "qos": Measurement(QosSettings, "serving.qos_bench:run_qos", "serving.qos_bench:show", folder="none"),
     "scheduler": Measurement(
-        SchedulerFlags, "serving.scheduler_command:run", "serving.scheduler_command:show", folder="temporary"
+        SchedulerSettings, "serving.scheduler_bench:run_scheduler", "serving.scheduler_bench:show", folder="temporary"
     ),
     **RIGS,
 }

@@ -7,7 +7,6 @@ import inspect
 import json
 import typing
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,7 @@ RIGS = f"{EXPERIMENTS}.rigs"
 
 _KEEP = Annotated[Path | None, typer.Option(help="Folder for the run's files; by default they are gone afterwards.")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_NO_DEFAULT = inspect.Parameter.empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,36 +62,32 @@ class Measurement:
             if not all(result[name] for name in self.passed):
                 raise typer.Exit(1)
 
-        own = {"keep": (_KEEP, None)} if self.folder == "keep" else {}
+        folder = {"keep": (_KEEP, None)} if self.folder == "keep" else {}
         parameters = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in {**flags_of(self.settings), **own, "as_json": (_JSON, False)}.items()
+            for name, (annotation, default) in {**flags_of(self.settings), **folder, "as_json": (_JSON, False)}.items()
         ]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
         call.__doc__ = self.settings.__doc__
         return call
 
     def measure(self, settings: Any, keep: Path | None = None) -> dict[str, Any]:
-        """Measure, and return the result. Ctrl-C and SIGTERM end the command as shells expect it.
-
-        Raises:
-            ConfigError: It needs what the installed package leaves out.
-            IsthmusError: Of whatever kind fits.
-        """
+        """Measure, and return the result. Ctrl-C and SIGTERM end the command as shells expect it."""
         run = load(self.run)
-        with interruptible(), ExitStack() as stack:
+        with interruptible():
             if self.folder == "none":
                 return typing.cast(dict[str, Any], run(settings))
             from isthmus.experiments.harness.launch import working_folder
 
-            return typing.cast(dict[str, Any], run(settings, stack.enter_context(working_folder(keep))))
+            with working_folder(keep) as folder:
+                return typing.cast(dict[str, Any], run(settings, folder))
 
 
 def flags_of(settings: type[Any]) -> dict[str, tuple[Any, Any]]:
     """The annotation and the default of each field that is a flag."""
     hints = typing.get_type_hints(settings, include_extras=True)
     return {
-        field.name: (hints[field.name], _default_of(field))
+        field.name: (hints[field.name], _NO_DEFAULT if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(settings)
         if any(isinstance(extra, typer.models.OptionInfo) for extra in getattr(hints[field.name], "__metadata__", ()))
     }
@@ -113,7 +109,3 @@ def load(place: str) -> Callable[..., Any]:
             f"this command needs {RIGS}, which the installed package leaves out: run it in the source tree, after "
             "`make setup`"
         ) from None
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

@@ -21,7 +21,7 @@ _Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or auto
 
 
 @dataclass(frozen=True, slots=True)
-class TableFlags:
+class TableSettings:
     """Score emulators: what the data owner gains by plug-in, what a thief does, and the references beside them.
 
     With several shares to keep and --figure, this is the frontier between the two. An interrupted table goes on when
@@ -135,11 +135,33 @@ class LocalCostSettings:
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each process.")] = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainSettings:
+    """Pretrain a tiny model of any family on public text, to run the table on a second architecture.
+
+    Example: isthmus emulator pretrain --family qwen3 --text public.txt --out tiny-qwen3
+    """
+
+    out: Annotated[Path, typer.Option(help="Folder of the model; must not exist.")]
+    text: Annotated[Path, typer.Option(help="Public text, .txt, or .jsonl with `text`.")]
+    family: Annotated[str, typer.Option(help="Architecture: gpt2, qwen3, llama, …")] = "gpt2"
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600
+    layers: Annotated[int, typer.Option(min=3, help="Decoder layers.")] = 10
+    hidden: Annotated[int, typer.Option(min=32, help="Width of the hidden states, a multiple of 32.")] = 96
+    vocabulary: Annotated[int, typer.Option(min=260, help="Tokens of the tokenizer.")] = 1024
+    batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 16
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak of AdamW's learning rate.")] = 2e-3
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the text.")] = 0
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None
+
+
 MEASUREMENTS: Final = {
-    "table": Measurement(TableFlags, "offsite.table_command:run", "offsite.table_command:show", folder="none"),
+    "table": Measurement(TableSettings, "offsite.table:run_table", "offsite.table_rows:show", folder="none"),
     "score": Measurement(ScoreSettings, "scoring.task_scoring:run_score", "scoring.task_scoring:show", folder="none"),
     "cost": Measurement(
         LocalCostSettings, "offsite.local_cost:run_cost", "offsite.local_cost:show", folder="temporary"
     ),
+    "pretrain": Measurement(PretrainSettings, "offsite.pretrain:run_pretrain", folder="none"),
 }
-"""The researcher's commands by name, but for `pretrain`."""
+"""The researcher's commands by name."""

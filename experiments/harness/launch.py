@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -29,17 +29,6 @@ from isthmus.protocol.secure.keys import generate_edge, generate_root, issue_wor
 
 START_SECONDS = 180.0
 FIRST_PORT, PORT_TRIES = 10_000, 20
-
-
-class Endpoint(Protocol):
-    """A cloud that an edge can connect to."""
-
-    edge_key: Path
-    """The private key of an enrolled edge."""
-
-    @property
-    def connection(self) -> str:
-        """The connection string."""
 
 
 class LocalCloud:
@@ -186,7 +175,7 @@ def free_ports(host: str, count: int) -> list[int]:
 
 
 def _of_session(leader: int) -> list[int]:
-    """Processes of a session, by the process that began it; those that only wait to be looked after do not count."""
+    """Processes of a session, by the process that began it, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # it is gone, or no process
@@ -212,7 +201,7 @@ def working_folder(keep: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; call what it yields once per piece of work."""
+    """A progress bar on standard error; call what it yields once for each unit of work."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

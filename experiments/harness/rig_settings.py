@@ -12,14 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from isthmus.common.errors import ConfigError
-from isthmus.experiments.harness.bench_flags import (
-    CloudDtype,
-    EdgeLayers,
-    Examples,
-    ExampleTokens,
-    Model,
-    Threads,
-)
+from isthmus.experiments.harness import bench_flags as flags
 from isthmus.experiments.harness.command import Measurement
 
 
@@ -33,14 +26,14 @@ class FaultSettings:
     Example: isthmus bench faults --json
     """
 
-    model: Model = "smollm2-135m"
+    model: flags.Model = "smollm2-135m"
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of either run.")] = 40
     per_phase: Annotated[int, typer.Option(min=1, help="Faults of each phase that have to count.")] = 3
     phases: Annotated[str, typer.Option(help="Phases to break, comma-separated; by default all.")] = ""
-    edge_layers: EdgeLayers = "2:2"
-    batch: Examples = 2
-    seq: ExampleTokens = 64
-    threads: Threads = 1
+    edge_layers: flags.EdgeLayers = "2:2"
+    batch: flags.Examples = 2
+    seq: flags.ExampleTokens = 64
+    threads: flags.Threads = 1
     save_every: int = 4  # steps between the edge's checkpoints
 
 
@@ -55,16 +48,16 @@ class LinkSettings:
 
     rate: Annotated[str, typer.Option(help="Of the way in each direction: 100mbit, 1gbit, …")] = "100mbit"
     rtt: Annotated[str, typer.Option(help="Round trip of the way: 50ms, 1.5s, …")] = "50ms"
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     codec: Annotated[str, typer.Option(help="Codec of the wire.")] = "fp32"
-    cloud_dtype: CloudDtype = "fp32"
+    cloud_dtype: flags.CloudDtype = "fp32"
     batch: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 2
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128
     micro_batches: Annotated[int, typer.Option(min=2, help="Micro-batches per optimizer step.")] = 4
     overlap: Annotated[int, typer.Option(min=2, help="Micro-batches in flight in the run with overlap.")] = 4
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that count, of each run.")] = 7
-    threads: Threads = 1
+    threads: flags.Threads = 1
 
     def __post_init__(self) -> None:
         if not 2 <= self.overlap <= self.micro_batches:
@@ -88,15 +81,15 @@ class ChaosSettings:
     """
 
     seconds: Annotated[float, typer.Option(min=1, help="During which faults fall.")] = 600.0
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     tenants: Annotated[int, typer.Option(min=1, help="That train at the same time.")] = 3
     workers: Annotated[
         int | None, typer.Option(min=1, help="Of the cloud, about 1 GB each of smollm2-135m; 2, or 1 in a soak.")
     ] = None
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of a training.")] = 30
-    batch: Examples = 1
-    seq: ExampleTokens = 64
+    batch: flags.Examples = 1
+    seq: flags.ExampleTokens = 64
     kinds: Annotated[str, typer.Option(help="Faults, comma-separated; by default all that the machine can make.")] = ""
     seed: Annotated[int, typer.Option(help="Of the faults.")] = 0
     silence_s: Annotated[
@@ -109,7 +102,7 @@ class ChaosSettings:
             "--warm-up", min=0, help="Of a worker's life, whose memory does not count; 15, or a quarter of a soak."
         ),
     ] = None
-    threads: Threads = 1
+    threads: flags.Threads = 1
     soak: Annotated[bool, typer.Option("--soak", help="Break nothing: tenants come and go.")] = False
     bad_s: float = 5.0  # seconds for which a tenant misbehaves or a way is bad
     save_every: int = 4  # steps between an edge's checkpoints
@@ -127,8 +120,8 @@ class AbuseSettings:
     Example: isthmus bench abuse --json
     """
 
-    model: Model = "smollm2-135m"
-    edge_layers: EdgeLayers = "2:2"
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
     attacks: Annotated[str, typer.Option(help="Attacks, comma-separated; by default all.")] = ""
     seconds: Annotated[float, typer.Option(min=0.5, help="For which each attack on a worker goes on, twice.")] = 5.0
     threads: Annotated[int, typer.Option(min=1, help="torch threads of the worker.")] = 1

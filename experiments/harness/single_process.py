@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer, resolve
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
@@ -41,43 +41,35 @@ def train_in_one_process(
     """Run `edge train`'s trainer on the whole model.
 
     Args:
-        model_name: As for `--model`.
         edge_layers: The split plan. Adapters go to the layers that the edge would hold; a ladder stands beside those
             that the cloud would.
-        config: The run's options, without those of sites.
         everywhere: Put adapters on all layers.
-        watchers: Called around every step.
     """
-    use_threads(config.threads)
-    checkpoint = resolve(model_name)
     model, tokenizer, plan = whole_model(model_name, edge_layers)
-    data = load_data(config, tokenizer)
     layers = range(plan.n_layers) if everywhere else plan.edge_layers
-    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), layers=layers, beside=plan)
-    hold_frozen_linears(adapted, config)
-    identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")
-    return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
+    return _train(model, model_name, tokenizer, config, watchers, layers=layers, beside=plan)
 
 
 def train_parts_alone(
     model_name: str, edge_layers: str, config: TrainConfig, *, watchers: Sequence[StepObserver] = ()
 ) -> Report:
-    """Run `edge train`'s trainer on an edge's parts, with nothing in the cloud's place: all that an edge must hold.
-
-    Args:
-        model_name: As for `--model`.
-        edge_layers: The split plan.
-        config: The run's options, without those of sites.
-        watchers: Called around every step.
-    """
-    use_threads(config.threads)
+    """Run `edge train`'s trainer on an edge's parts, with nothing in the cloud's place: all that an edge must hold."""
     checkpoint = resolve(model_name)
     plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
     model = load_edge_parts(checkpoint, plan, _nothing_between)
-    data = load_data(config, load_tokenizer(checkpoint.folder))
-    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)))
+    return _train(model, model_name, load_tokenizer(checkpoint.folder), config, watchers)
+
+
+def _train(
+    model: Any, name: str, tokenizer: Any, config: TrainConfig, watchers: Sequence[StepObserver], **where: Any
+) -> Report:
+    """Run the trainer; `where` says to `build_peft` which layers get adapters."""
+    use_threads(config.threads)
+    data = load_data(config, tokenizer)
+    adapted = build_peft(model, config, total_steps=total_steps(config, len(data.train)), **where)
     hold_frozen_linears(adapted, config)
-    identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "parts")
+    checkpoint = resolve(name)
+    identity = ModelIdentity(checkpoint.name, checkpoint.digest(), "whole")
     return Trainer(adapted, data, config, identity, step_observers=watchers).fit().report
 
 
@@ -89,10 +81,7 @@ def train_whole(model_name: str, edge_layers: str, options: Mapping[str, Any], *
     """Have `train_in_one_process` done in a process of its own, whose progress the user sees.
 
     Args:
-        model_name: As for `--model`.
-        edge_layers: The split plan.
         options: Fields of `TrainConfig`.
-        everywhere: Put adapters on all layers.
 
     Raises:
         IsthmusError: It failed.
@@ -120,7 +109,7 @@ def losses_of(out: Path) -> list[float]:
 
 
 class StepWatch:
-    """What a `StepObserver` of the trainer that only looks at the beginnings of steps does for the rest."""
+    """The methods of a `StepObserver` that looks at the beginnings of steps alone, but for `before_step`."""
 
     def after_step(self, step: int) -> None:
         """Nothing: what follows a step is a part of it."""
@@ -137,23 +126,28 @@ class StepWatch:
         """There is nothing in it."""
 
 
-def whole_model(name: str, edge_layers: str) -> tuple[Any, Any, SplitPlan]:
-    """The whole model in one process as the split one runs it, its tokenizer, and the plan.
-
-    The attention implementation is the same, and the layers that would be the cloud's stay in eval mode: GPT-2's and
-    OPT's have a dropout of their own, which a frozen span does not apply.
-    """
+def whole(checkpoint: Checkpoint) -> Any:
+    """The whole model of a checkpoint in fp32, with the attention that the split one has, in eval mode."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    attention = family_of(checkpoint.config).attention(None)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+
+
+def whole_model(name: str, edge_layers: str) -> tuple[Any, Any, SplitPlan]:
+    """The whole model in one process as the split one runs it, its tokenizer, and the plan.
+
+    The layers that would be the cloud's stay in eval mode: GPT-2's and OPT's have a dropout of their own, which a
+    frozen span does not apply.
+    """
     checkpoint = resolve(name)
-    family = family_of(checkpoint.config)
     plan = SplitPlan.parse(edge_layers, checkpoint.config.num_hidden_layers)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, attn_implementation=family.attention(None)
-    )
-    layers = model.get_submodule(family.layers_path)
+    model = whole(checkpoint)
+    layers = model.get_submodule(family_of(checkpoint.config).layers_path)
     for index in plan.cloud:
         layers[index].eval()
         layers[index].train = partial(_stay, layers[index])  # model.train() reaches every layer through this

@@ -7,43 +7,14 @@ know it before.
 
 from __future__ import annotations
 
+import calendar
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-FIRST = (
-    "Amara",
-    "Bogdan",
-    "Chen",
-    "Dagny",
-    "Elif",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kavya",
-    "Lior",
-    "Mette",
-    "Nuria",
-    "Olek",
-)
-LAST = (
-    "Abara",
-    "Brandt",
-    "Castell",
-    "Dahl",
-    "Eriksen",
-    "Fontaine",
-    "Grossi",
-    "Haddad",
-    "Ito",
-    "Jansen",
-    "Kovacs",
-    "Lindqvist",
-    "Moreau",
-)
+FIRST = "Amara Bogdan Chen Dagny Elif Farid Greta Hugo Ines Jonas Kavya Lior Mette Nuria Olek"
+LAST = "Abara Brandt Castell Dahl Eriksen Fontaine Grossi Haddad Ito Jansen Kovacs Lindqvist Moreau"
 PRODUCTS = ("Harbor", "Lantern", "Quill", "Tessera", "Voyage")
 
 # What the customer writes, the team, the topic, and how urgent it is.
@@ -63,20 +34,7 @@ CASES = (
 )
 OPENINGS = ("Hello,", "Hi team,", "Good morning,", "To whom it may concern:", "Dear support,")
 CLOSINGS = ("Thanks", "Kind regards", "Please help", "Best", "Waiting for your answer")
-MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
+MONTHS = tuple(calendar.month_name)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +46,7 @@ class Ticket:
 
 
 def make_tickets(count: int, seed: int = 0) -> list[Ticket]:
-    """Make tickets; the same seed gives the same ones.
-
-    Args:
-        count: how many.
-        seed: of the generator.
-    """
+    """Make tickets; the same seed gives the same ones."""
     source = random.Random(seed)  # noqa: S311 - a data set, not a secret
     return [_ticket(source) for _ in range(count)]
 
@@ -107,7 +60,7 @@ def write_tickets(path: Path, tickets: list[Ticket]) -> None:
 def _ticket(source: random.Random) -> Ticket:
     template, team, topic, urgency = source.choice(CASES)
     product = source.choice(PRODUCTS)
-    name = f"{source.choice(FIRST)} {source.choice(LAST)}"
+    name = f"{source.choice(FIRST.split())} {source.choice(LAST.split())}"
     body = template.format(
         product=product,
         date=f"{source.randint(1, 28)} {source.choice(MONTHS)}",

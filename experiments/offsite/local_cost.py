@@ -30,7 +30,7 @@ from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.process_memory import own_bytes
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
-from isthmus.experiments.scoring.task_scoring import whole
+from isthmus.experiments.harness.single_process import whole
 
 WARM_UP = 2
 _MODULE = "isthmus.experiments.offsite.local_cost"

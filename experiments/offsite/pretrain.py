@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
+from isthmus.experiments.harness.emulator_settings import PretrainSettings
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
 from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damaged_entry
@@ -39,39 +40,6 @@ _WARM_UP = 0.05  # of the steps
 _MAX_NORM = 1.0
 _SAVE_EVERY = 100  # steps
 _REMEDY = "lower the learning rate."
-
-
-@dataclass(frozen=True, slots=True)
-class PretrainSettings:
-    """What is pretrained.
-
-    Attributes:
-        family: `model_type` of a supported family.
-        text: Public text, `.txt` or `.jsonl`.
-        out: Folder of the model; must not exist.
-        steps: Optimizer steps.
-        layers: Decoder layers.
-        hidden: Width of the hidden states; a multiple of 32.
-        vocabulary: Tokens of the tokenizer.
-        batch: Blocks of a step.
-        length: Tokens of a block.
-        learning_rate: Peak of AdamW's; it falls along a line to 0.
-        seed: Of the weights and of the blocks' order.
-        threads: Threads of torch; None for torch's choice.
-    """
-
-    family: str
-    text: Path
-    out: Path
-    steps: int = 600
-    layers: int = 10
-    hidden: int = 96
-    vocabulary: int = 1024
-    batch: int = 16
-    length: int = 128
-    learning_rate: float = 2e-3
-    seed: int = 0
-    threads: int | None = None
 
 
 def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) -> dict[str, Any]:

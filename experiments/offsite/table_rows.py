@@ -154,8 +154,9 @@ def verdict_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"verdict": verdict, "no_signal": no_signal, "methods": methods}
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print a table's result for people."""
+def show(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a table's result for people, on standard output unless `console` is another."""
+    console = console or Console()
     for method, keep in dict.fromkeys((row["method"], row["keep"]) for row in result["runs"]):
         table = Table(title=f"{method}, keep {keep:g}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("task", "metric"):

@@ -20,7 +20,7 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.run_report import WireTotals
 from isthmus.edge.split_run import train_over
-from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.process_memory import own_bytes
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.harness.prose import write_long_texts
@@ -105,7 +105,7 @@ class Cost:
         return statistics.median(step.seconds for step in self.steps)
 
 
-def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, folder: Path) -> Cost:
+def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, folder: Path) -> Cost:
     """Measure a mode; see the module.
 
     Args:
@@ -144,7 +144,7 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, fol
 
 
 def _start(
-    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: Endpoint | None, made: int
+    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: LocalCloud | None, made: int
 ) -> TaskProcess:
     where = "alone" if cloud is None else "split"
     chooses = mode.chooses and cloud is not None

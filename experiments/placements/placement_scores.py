@@ -23,12 +23,12 @@ from isthmus.edge.sites.live_sites import DECISIONS
 from isthmus.experiments.harness.bench_flags import precision_of
 from isthmus.experiments.harness.bench_settings import CodecSettings, QuantizeSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
-from isthmus.experiments.harness.single_process import train_whole
+from isthmus.experiments.harness.single_process import train_whole, whole
 from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
-from isthmus.experiments.scoring.task_scoring import score_task, whole
+from isthmus.experiments.scoring.task_scoring import score_task
 from isthmus.experiments.scoring.tasks import Question, Sizes, Task, default_data_folder, load_task, read_task
 from isthmus.training import run_checkpoint as checkpoints
 
@@ -115,7 +115,7 @@ class Scorer:
         regime: Regime,
         cells: Cells,
         folder: Path,
-        cloud: Callable[[str], Endpoint],
+        cloud: Callable[[str], LocalCloud],
         model: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._checkpoint = checkpoint

@@ -28,7 +28,7 @@ from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in
 from isthmus.experiments.harness.bench_settings import CodecSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint, working_folder
+from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.placements.placement_modes import Mode
 from isthmus.experiments.placements.placement_scores import Regime, Scorer, one_rate_regime
 from isthmus.experiments.placements.placements import CELLS, clouds
@@ -111,7 +111,7 @@ def _both(up: str, down: str) -> str:
 
 
 def measure_cosines(
-    cloud: Endpoint, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
+    cloud: LocalCloud, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
 ) -> dict[str, list[float]]:
     """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches.
 
