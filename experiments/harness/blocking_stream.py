@@ -20,12 +20,7 @@ class BlockingStream:
     """One stream of frames over a connection of its own. Not for two threads at once.
 
     Args:
-        target: `host:port`.
-        tls: the outer TLS layer, or None.
         connect_timeout: seconds to wait for the cloud's first sign.
-
-    Attributes:
-        stream: what it drives.
 
     Raises:
         ConnectionLostError: The cloud does not take the stream.

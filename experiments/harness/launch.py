@@ -35,9 +35,6 @@ class LocalCloud:
     """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge.
 
     Args:
-        folder: where keys, logs and the connection file go.
-        model: as for `--model`.
-        options: further options of `serve`.
         environment: variables that it gets besides those of this process.
     """
 

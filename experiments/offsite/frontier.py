@@ -26,8 +26,6 @@ def draw(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     Args:
         methods: `method`, `keep`, `plug_in_recovery`, `emulator_tuned_recovery`, `thief_recovery`; those without a
             recovery have no point.
-        path: Where the figure goes.
-        title: Its title.
 
     Raises:
         ConfigError: The package matplotlib is missing.

@@ -42,18 +42,11 @@ KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
 def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
-    Args:
-        settings: What is measured.
-        folder: Where the emulator goes.
-
     Returns:
         `runs`: for each kind `tokens_per_s`, `step_s`, `peak_bytes` and `model_bytes` (the peak without what the
         process held before it had a model), and for the two local ones how many times faster and smaller they are:
         `faster_than_full_fine_tuning`, `less_memory_than_full_fine_tuning` (of `model_bytes`), and the same for
         `lora_full`. Beside it the settings.
-
-    Raises:
-        IsthmusError: Of whatever kind fits; one of the processes failed.
     """
     precision_of(settings.precision, "precision")  # before the first process finds it wrong
     _build(settings, folder / "emulator")

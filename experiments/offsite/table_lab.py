@@ -75,7 +75,6 @@ class Everything(nn.Module):
 
     Args:
         edge: From `load_edge_parts` over `middle`.
-        middle: An emulator or a span.
     """
 
     def __init__(self, edge: Any, middle: nn.Module) -> None:
@@ -100,15 +99,7 @@ class Everything(nn.Module):
 
 
 class Lab:
-    """Builds, trains and scores.
-
-    Args:
-        checkpoint: The whole model.
-        plan: Who holds which layers.
-        tokenizer: The model's.
-        regime: How to train and score.
-        device: Where to compute.
-    """
+    """Builds, trains and scores."""
 
     def __init__(self, checkpoint: Checkpoint, plan: SplitPlan, tokenizer: Any, regime: Regime, device: str) -> None:
         self.checkpoint, self.plan, self.regime = checkpoint, plan, regime
@@ -156,14 +147,6 @@ class Lab:
         method: str = "full",
     ) -> dict[str, Any]:
         """Train at each of the rates, keep what has the least validation loss, and score it.
-
-        Args:
-            task: What is trained on and scored.
-            seed: Of the adapter's start and the data's order.
-            rates: Candidate learning rates; a single one is taken as it is.
-            build: Makes a fresh model with something trainable.
-            views: Name -> the middle that the trained model is scored over; None for the one it was trained with.
-            method: Of `edge train`.
 
         Returns:
             `rate`, `validation_loss`, `tried` (rate -> validation loss; null where training ran away) and `scores`

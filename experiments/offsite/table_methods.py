@@ -63,9 +63,7 @@ class Built:
     """An emulator on the disk.
 
     Attributes:
-        label: Of its method.
         keep: Share of the middle's layers that it keeps.
-        folder: Where its two files lie.
         sha256: Of its weights' file, hex: the row of a table names it, and a package's manifest has the same.
     """
 
@@ -84,14 +82,8 @@ class Workshop:
     """Builds emulators into `folder` and finds those that are there.
 
     Attributes:
-        folder: Where they are kept.
-        checkpoint: The whole model.
-        plan: Where the middle is.
-        tokenizer: The model's.
         text: Public text to choose layers by, to fit bridges and to distil on.
         length: Tokens of a block of it.
-        options: Of the distillation.
-        device: Where to compute.
     """
 
     folder: Path
@@ -121,7 +113,6 @@ class Workshop:
 
         Raises:
             KeyboardInterrupt: The distillation was stopped and saved.
-            IsthmusError: Of whatever kind fits.
         """
         if method.given is not None:
             recipe_keep = float(json.loads((method.given / EMULATOR_INFO).read_text(encoding="utf-8"))["keep"])

@@ -50,13 +50,10 @@ class Group:
     """Everything that was measured with one emulator on one task.
 
     Attributes:
-        method: The emulator's method.
         keep: Share of the middle's layers that it keeps.
-        task: The task.
         emulator: SHA-256 (hex) of the emulator's file.
         share_given_away: Parameters of the emulator over those of the middle.
         scores: Column -> metric -> scores, one for each seed or a single one. A column that was not run is missing.
-        facts: Further figures for the row, such as the chosen learning rates.
     """
 
     method: str

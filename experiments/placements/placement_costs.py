@@ -38,15 +38,10 @@ class CostSettings:
     """What is measured.
 
     Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
         shared: Fields of `TrainConfig` that all modes have: rank, taps and the like.
         dropout: In front of the adapters, in the modes that can have it.
-        batch: Sequences of a step.
-        seq: Tokens of a sequence.
         rounds: Steps that count, after an epoch of warming up.
         steps: Length that a run is planned for where a policy chooses among sites; only its first steps are made.
-        threads: Threads of torch on either side.
     """
 
     model: str
@@ -109,13 +104,8 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, f
     """Measure a mode; see the module.
 
     Args:
-        mode: Which.
-        settings: What is measured.
         cloud: With the mode's plan; None for the single process.
         folder: For both runs, empty.
-
-    Raises:
-        IsthmusError: One of the processes failed.
     """
     folder.mkdir(parents=True)
     write_long_texts(folder / "texts.jsonl", EPOCH_STEPS * settings.batch, settings.seq)
@@ -203,12 +193,7 @@ def _shares(out: Path) -> dict[str, float]:
 
 
 class Turns(StepWatch):
-    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a question before each.
-
-    Args:
-        parent: Whose questions are the turns.
-        totals: What has crossed the wire so far.
-    """
+    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a question before each."""
 
     def __init__(self, parent: Parent, totals: Callable[[], WireTotals] = WireTotals) -> None:
         self._parent, self._totals = parent, totals

@@ -117,8 +117,6 @@ def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -
 
     Args:
         decisions: `step` and `live`, the names of the sites from that step on.
-        steps: Of the run.
-        path: Where the figure goes.
 
     Raises:
         ConfigError: The package matplotlib is missing.

@@ -21,7 +21,6 @@ class Mode:
     """A way of training.
 
     Attributes:
-        name: As in the figures.
         options: Fields of `TrainConfig`, beside those that all modes share.
         planned_as: The mode of `isthmus plan` that predicts it.
         tail: Whether the edge holds top layers only.

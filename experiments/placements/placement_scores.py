@@ -40,17 +40,9 @@ class Regime:
     """How every run is trained and scored.
 
     Attributes:
-        task: A task's name.
-        data_folder: Where the tasks lie.
-        sizes: How much of it is used.
-        steps: Optimizer steps.
-        batch: Examples of a step.
         rates: Candidate learning rates, the same for all modes.
         seeds: Of the modes whose sites a policy chooses, and of always-on or, without it, of the single process; the
             others have the first one.
-        precision: What the edge computes in.
-        cloud_dtype: What the cloud computes in.
-        threads: Threads of torch on either side.
         shared: Fields of `TrainConfig` that all modes have.
     """
 
@@ -96,11 +88,6 @@ class Scorer:
     """Trains and scores.
 
     Args:
-        checkpoint: The model.
-        edge_layers: The split plan.
-        regime: How.
-        cells: Where finished runs are.
-        folder: For data and runs.
         cloud: A started cloud with a plan.
         model: What is scored with the adapter in it; by default the whole model.
 

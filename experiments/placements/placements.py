@@ -61,9 +61,6 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
 
         Also `kill_revive`: its part of always-on's gain and its yardsticks', and `decisions` of its first seed; and
         `zero_shot`, and the settings.
-
-    Raises:
-        IsthmusError: Of whatever kind fits.
     """
     cost, regime, modes = _cost_settings(settings), _regime(settings), modes_of(settings.modes)
     if settings.figure or settings.budget_figure or settings.sites_figure:

@@ -54,7 +54,6 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
 
     Raises:
         ConfigError: A codec does not exist.
-        IsthmusError: Of whatever kind fits.
     """
     parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *(settings.codec or CODECS)))}
     regime = one_rate_regime(settings, settings.cloud_dtype)
@@ -113,15 +112,7 @@ def _both(up: str, down: str) -> str:
 def measure_cosines(
     cloud: LocalCloud, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
 ) -> dict[str, list[float]]:
-    """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches.
-
-    Args:
-        cloud: A started one.
-        task: Whose training examples are used.
-        regime: How the adapter is trained before.
-        probes: How many micro-batches.
-        parsed: The codecs.
-    """
+    """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches."""
     config = TrainConfig(cloud="-", data="-", learning_rate=regime.rates[0], **regime.shared)
     batches = Batches(task.train, regime.batch, task.pad_id, config.seed).epoch(0, 0, _STEPS_BEFORE + probes)
     with connect(cloud.connection, key=cloud.edge_key) as link:

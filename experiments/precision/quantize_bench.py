@@ -43,7 +43,6 @@ def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
 
     Raises:
         ConfigError: There is no such form, or its package is not installed.
-        IsthmusError: Of whatever kind fits.
     """
     forms = settings.form or list(FORMS)
     unknown = [form for form in forms if form not in FORMS]

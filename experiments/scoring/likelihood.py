@@ -46,9 +46,6 @@ def answer_questions(
 
     Args:
         model: A causal LM, plain, split or PEFT.
-        tokenizer: Its tokenizer.
-        questions: At least one.
-        batch: Sequences of a forward.
         precision: What the forward computes in.
 
     Raises:
@@ -94,8 +91,6 @@ def run_tasks(
     """Run lm-eval's tasks, or those of a folder of YAML files, without examples in the prompt unless a task has some.
 
     Args:
-        lm: From `language_model`.
-        names: Names of tasks.
         include_path: Folder with further tasks; None for lm-eval's own alone.
         limit: Documents of each task; None for all.
         seed: Of whatever a task draws.
@@ -152,7 +147,6 @@ def language_model(model: Any, tokenizer: Any, *, batch: int, precision: Precisi
     Args:
         model: A causal LM, plain, split or PEFT. It is put in eval mode.
         tokenizer: Its tokenizer, with a padding token.
-        batch: Sequences of a forward.
         precision: What the forward computes in; likelihoods are always of fp32.
 
     Raises:

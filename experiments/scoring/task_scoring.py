@@ -31,9 +31,6 @@ def score_task(model: Any, tokenizer: Any, task: Task, *, batch: int, precision:
 
     Args:
         model: A causal LM, plain, split or PEFT. It is in eval mode meanwhile.
-        tokenizer: Its tokenizer.
-        task: The task.
-        batch: Documents of a forward.
         precision: What the forward computes in; losses and likelihoods are of fp32.
 
     Returns:
@@ -95,7 +92,6 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
     Raises:
         ConfigError: Neither or both of model and package are given, a task is unknown, or lm-eval is missing.
         DataError: A task's data cannot be loaded.
-        IsthmusError: The model, the package or the adapter cannot be read.
     """
     if (settings.model is None) == (settings.package is None):
         raise ConfigError("give either --model or --package: a whole model, or an emulator of its middle")

@@ -79,7 +79,6 @@ class Task:
     """A task, as tokens of one tokenizer.
 
     Attributes:
-        name: As on the command line.
         train: What is trained on.
         validation: What a learning rate is chosen by; not in `train`.
         held_out: Documents that a loss is measured on; empty for multiple choice.
@@ -115,8 +114,6 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     Args:
         name: One of `NAMES`, or `text:PATH`.
         folder: Where the tasks' folders lie.
-        tokenizer: The model's.
-        sizes: How much of it to use.
 
     Raises:
         ConfigError: There is no such task.

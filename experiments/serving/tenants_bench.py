@@ -58,10 +58,6 @@ GAIN_ROUNDS: Final = 2
 def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
-    Args:
-        settings: What is measured.
-        folder: Of all files.
-
     Returns:
         `throughput_ratio`: Tokens per second of all edges over those of as many single processes, the median of the
             turns, whose ratios are `turns`.

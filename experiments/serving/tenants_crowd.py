@@ -77,7 +77,6 @@ class Turn:
     """What came of processes that worked together for some steps.
 
     Attributes:
-        seen: Of each.
         tokens: Of a step of each.
         memory: The most PSS that each had, in bytes.
         cloud_memory: The most PSS that the cloud's worker had; 0 without one.
@@ -142,12 +141,9 @@ class Crowd:
     """Processes that have done their first steps and wait for their turn.
 
     Args:
-        settings: What each does.
         folder: Of their files; made.
         cloud: Whose tenants they are; None for single processes.
-        tenants: Their numbers.
         parts: Whether single processes have an edge's parts only, and not the whole model.
-        precision: What they compute in.
     """
 
     def __init__(

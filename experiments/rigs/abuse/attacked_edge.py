@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 from unittest import mock
 
 import torch
@@ -45,7 +45,6 @@ class EdgeAttack:
     prepare: Callable[[Link], Callable[[], object]]
     error: type[IsthmusError]
     says: str
-    by: Literal["cloud"] = "cloud"
 
 
 def _call(link: Link) -> Callable[[], object]:
@@ -95,13 +94,7 @@ LIFTED: Final[dict[str, Callable[[], Any]]] = {
 
 
 class Edge(TaskProcess):
-    """The process; a context manager, which ends it.
-
-    Args:
-        key: The edge's private key.
-        folder: For its cache.
-        log: File for its output.
-    """
+    """The process; a context manager, which ends it."""
 
     def __init__(self, key: Path, folder: Path, log: Path) -> None:
         module, cache = "isthmus.experiments.rigs.abuse.attacked_edge", str(folder / "edge-cache")
@@ -109,13 +102,7 @@ class Edge(TaskProcess):
         super().__init__("the attacked edge", module, {"key": str(key)}, log=log, environment=environment)
 
     def attacked(self, name: str, cloud: HostileCloud, *, lifted: bool = False) -> Taken:
-        """Let a cloud attack it; what it took.
-
-        Args:
-            name: A name of `EDGE_ATTACKS`.
-            cloud: The cloud, which gets the trick.
-            lifted: Whether the edge does without the bound that holds the attack back, a name of `LIFTED`; then it may
-                end with any error.
+        """Let a cloud make an attack of `EDGE_ATTACKS`; what the edge took.
 
         Raises:
             IsthmusError: The edge has not answered the attack by its own refusal.

@@ -34,9 +34,6 @@ class Taken:
 class Gauge:
     """Watches a process; a context manager, after which `taken` has the figures.
 
-    Args:
-        pid: The process.
-
     Raises:
         IsthmusError: The process has ended, or the system does not say.
     """
@@ -77,7 +74,10 @@ class Gauge:
 
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has had, user and system, with all its threads and the children that have ended."""
-    fields = _read(pid, "stat").rpartition(")")[2].split()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        raise _gone(pid, error) from None
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -96,13 +96,6 @@ def _children(pid: int) -> list[int]:
 def _descriptors(pid: int) -> int:
     try:
         return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError as error:
-        raise _gone(pid, error) from None
-
-
-def _read(pid: int, file: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{file}").read_text()
     except OSError as error:
         raise _gone(pid, error) from None
 

@@ -18,12 +18,7 @@ LEAST_CALLS = 3
 
 
 class Honest:
-    """Calls without a pause from a thread of its own; a context manager.
-
-    Args:
-        connection: The cloud's connection string.
-        key: The private key of an enrolled edge.
-    """
+    """Calls without a pause from a thread of its own; a context manager."""
 
     def __init__(self, connection: str, key: Path) -> None:
         self._link = connect(connection, key=key)

@@ -22,8 +22,6 @@ class Connection:
     """A connection that speaks HTTP/2 frame by frame: it acknowledges what it must, and keeps to the windows.
 
     Args:
-        host: of the server.
-        port: of the server.
         opening: what it sends first; by default the preface and empty settings, as it should.
         deaf: whether it reads nothing of what comes back.
         mute: whether it sends only what the caller sends: it acknowledges nothing.
@@ -50,13 +48,7 @@ class Connection:
             self._socket.sendall(raw)
 
     def request(self, path: str, extra: bytes = b"", flags: int = END_HEADERS) -> int:
-        """Open a stream for a method; returns its number.
-
-        Args:
-            path: of the method.
-            extra: further header fields, encoded.
-            flags: of the frame.
-        """
+        """Open a stream for a method; returns its number."""
         with self._changed:
             stream, self._next_stream = self._next_stream, self._next_stream + 2
             self._windows[stream] = self._first_window

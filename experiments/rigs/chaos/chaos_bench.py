@@ -29,6 +29,7 @@ from typing import Any
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
@@ -47,7 +48,7 @@ from isthmus.experiments.rigs.fault_points.fault_points import Point, arm, is_ar
 from isthmus.experiments.rigs.faults.faults import write_texts
 from isthmus.experiments.rigs.histories.events import read_history
 from isthmus.experiments.rigs.histories.invariants import violations
-from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS, HostileProcess
+from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import NetSpace, missing
 from isthmus.protocol.enrolment import ConnectionString, parse_size
@@ -60,10 +61,6 @@ PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, a
 
 def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
     """Train and break; see the module.
-
-    Args:
-        settings: what is trained, and what breaks.
-        folder: for keys, data, logs and all runs' output.
 
     Returns:
         The figures of `isthmus bench chaos`; see `isthmus.experiments.rigs.chaos.chaos_figures.figures`. Beside them,
@@ -148,17 +145,17 @@ class _Chaos:
         """Break things, until the time is over."""
         self._go()
         self._wait_for_a_step()
-        started = time.monotonic()
+        end = time.monotonic() + self._settings.seconds
         pending: list[tuple[Fall, float, list[Tenant]]] = []
-        while time.monotonic() < started + self._settings.seconds:
+        while time.monotonic() < end:
             fall = plan.next()
             if fall.recovered:
-                self._recover(pending, started)
+                self._recover(pending)
             self._pause(fall.gap_s)
             self._wait_for_a_step()
             fell, hit = self._inject(fall)
             pending.append((fall, fell, hit))
-        self._recover(pending, started)
+        self._recover(pending)
 
     def finish(self) -> None:
         """Wait until every tenant has trained to the end of its round, and the cloud is whole again."""
@@ -193,7 +190,7 @@ class _Chaos:
         for tenant in self.tenants:
             tenant.disturb()
 
-    def _recover(self, pending: list[tuple[Fall, float, list[Tenant]]], started: float) -> None:
+    def _recover(self, pending: list[tuple[Fall, float, list[Tenant]]]) -> None:
         """Wait until whoever was hit has made a step since, and note how long that took."""
         for fall, fell, hit in pending:
             what = f"a step of {len(hit)} tenants after {fall.kind}"
@@ -202,7 +199,7 @@ class _Chaos:
                 continue
             steps = [moment for tenant in hit if (moment := tenant.recovered_at(fell)) is not None]
             recovery = max(steps) - fell if steps and fall.kind not in NOBODY_FEELS else None
-            self.faults.append(Fallen(fall.kind, round(fell - started, 2), len(hit), recovery))
+            self.faults.append(Fallen(fall.kind, recovery))
             with self._record.open("a") as file:
                 file.write(json.dumps(asdict(self.faults[-1])) + "\n")
         pending.clear()
@@ -214,7 +211,6 @@ class _Chaos:
     def _inject(self, fall: Fall) -> tuple[float, list[Tenant]]:
         """Let a fault fall. Returns when it fell, and the tenants that were at a step then and may have been hit."""
         fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
-        number = next((n for n in self._from(fall.victim) if self.tenants[n] in hit), fall.victim)
         match fall.kind:
             case kind if kind in AT_POINT:
                 return self._at(AT_POINT[kind], "kill")
@@ -229,12 +225,13 @@ class _Chaos:
             case "control_store_killed":
                 return self._end_cluster()
             case "cloud_killed":
-                self._cloud.kill()
+                self._cloud.cloud.kill()
                 fell = time.monotonic()
                 self._cloud.start()
             case "edge_killed":
-                hit = [tenant for tenant in hit if tenant is self.tenants[number]]
-                self.tenants[number].kill_edge()
+                victims = self.tenants[fall.victim :] + self.tenants[: fall.victim]
+                hit = [tenant for tenant in victims if tenant in hit][:1]
+                (hit or victims)[0].kill_edge()
             case "connection_cut":
                 self._cloud.cut()
                 fell = time.monotonic()
@@ -270,11 +267,11 @@ class _Chaos:
         workers = self._all_workers()
         self._wait_for_a_step()
         hit = [tenant for tenant in self.tenants if tenant.training]
-        self._kill(self._cloud.control_store, "Ray's control store")
+        self._kill(self._cloud.cloud.control_store, "Ray's control store")
         self.wait_for(lambda: not any(map(resident_bytes, workers)), "the workers' end", RECOVERY_SECONDS)
         return time.monotonic(), hit
 
-    def _misbehave(self, deed: str, hostile: HostileProcess) -> tuple[float, list[Tenant]]:
+    def _misbehave(self, deed: str, hostile: TaskProcess) -> tuple[float, list[Tenant]]:
         """Have the hostile tenant do something in a whole cloud, while all others train, and not all to their end."""
         self._all_workers()
         self.wait_for(
@@ -283,13 +280,9 @@ class _Chaos:
             RECOVERY_SECONDS,
         )
         fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
-        hostile.do(deed, self._settings.bad_s)
+        hostile.ask([deed, self._settings.bad_s])
         self.quiet.deeds.setdefault(deed, []).append((fell, time.monotonic()))
         return fell, hit
-
-    def _from(self, number: int) -> list[int]:
-        """The tenants' numbers, from one on."""
-        return [*range(number, len(self.tenants)), *range(number)]
 
     def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:
         """Arm a point, and wait until a worker has got there."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.rigs.chaos.chaos_plan import Span, percentile_95, pooled_slope, slowdown, warmed_up
@@ -28,15 +28,11 @@ class Fallen:
     """A fault that fell.
 
     Attributes:
-        kind: Of `isthmus.experiments.rigs.chaos.chaos_plan.KINDS`.
-        at_s: Seconds since the first could fall.
-        hit: Tenants that were at a step.
-        recovery_s: Seconds until the last of them went on; None where it was to hit nobody, or there was none.
+        kind: Of `chaos_plan.KINDS`.
+        recovery_s: Until the last tenant that was at a step went on; None where it hit nobody, as it was to or not.
     """
 
     kind: str
-    at_s: float
-    hit: int
     recovery_s: float | None
 
 
@@ -46,7 +42,7 @@ class Quiet:
 
     Attributes:
         calm: When nobody misbehaved: in the undisturbed trainings, while all made steps.
-        deeds: When somebody did, by what he did.
+        deeds: When somebody did, by what they did.
     """
 
     calm: list[Span]
@@ -102,8 +98,8 @@ class WorkerMemory:
 def resident_bytes(pid: int) -> int | None:
     """A process's resident size; None where it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") or None
-    except (OSError, IndexError):
+        return int(psutil.Process(pid).memory_info().rss) or None
+    except psutil.NoSuchProcess:
         return None
 
 
@@ -129,10 +125,10 @@ def figures(
     """
     rounds = [one for tenant in tenants for one in tenant.rounds]
     recovered = [fault.recovery_s for fault in faults if fault.recovery_s is not None]
-    by_kind: dict[str, list[float]] = {}
-    for fault in faults:
-        if fault.recovery_s is not None:
-            by_kind.setdefault(fault.kind, []).append(fault.recovery_s)
+    by_kind = {
+        kind: [fault.recovery_s for fault in faults if fault.kind == kind and fault.recovery_s is not None]
+        for kind in sorted({fault.kind for fault in faults if fault.recovery_s is not None})
+    }
     lives = memory.since_mark()
     counted = [warmed_up(life, warm_up_s) for life in lives]
     slope = pooled_slope(counted)
@@ -149,7 +145,7 @@ def figures(
         "losses_identical": bool(rounds) and all(one["losses_identical"] for one in rounds),
         "retries": sum(tenant.retries for tenant in tenants),
         "recovery_p95_s": percentile_95(recovered),
-        "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in sorted(by_kind.items())},
+        "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in by_kind.items()},
         "felt": {deed: None if ratio is None else round(ratio, 2) for deed, ratio in ratios.items()},
         "rss_slope_bytes_per_s": None if slope is None else round(slope),
         "rss_lives": len(lives),
@@ -161,10 +157,6 @@ def figures(
 
 def soaked(lives: Sequence[Life], workers: int) -> dict[str, Any]:
     """Resident size of all workers after the warm-up and at the end, a median over `SOAK_WINDOW` of the time for each.
-
-    Args:
-        lives: what was seen of each, without the warm-up.
-        workers: how many there are.
 
     Raises:
         IsthmusError: a worker did not live through it, or not for longer than the warm-up.

@@ -56,8 +56,6 @@ class Fall:
     """The next fault.
 
     Attributes:
-        kind: of `KINDS`.
-        gap_s: seconds to wait before it.
         recovered: whether whatever fell before must have been recovered from; always where a tenant misbehaves, so that
             nothing else shows in the figures then.
         point: where a worker fails or stands still.
@@ -75,11 +73,6 @@ class Fall:
 
 class ChaosPlan:
     """Draws faults: each kind once in a random order, then again in another one.
-
-    Args:
-        kinds: of `KINDS`.
-        tenants: how many there are.
-        seed: of all draws.
 
     Raises:
         ConfigError: there is no such kind, or none at all.
@@ -142,11 +135,7 @@ def warmed_up(life: Sequence[tuple[float, float]], seconds: float) -> Sequence[t
 
 
 def common(tenants: Sequence[Sequence[Span]]) -> list[Span]:
-    """The time in which all tenants make steps at once, without their first ones, which are slower; none is possible.
-
-    Args:
-        tenants: the steps of each.
-    """
+    """The time in which all tenants make steps at once, without their first ones, which are slower; none is possible."""
     if not tenants or any(len(steps) <= WARM_STEPS for steps in tenants):
         return []
     begin, end = max(steps[WARM_STEPS][0] for steps in tenants), min(steps[-1][1] for steps in tenants)
@@ -160,7 +149,6 @@ def slowdown(tenants: Iterable[Sequence[Span]], calm: Sequence[Span], deeds: Seq
     calm, as parts of the mean of the tenant's steps that lie wholly in calm times.
 
     Args:
-        tenants: the steps of each.
         calm: when nothing fell and nobody misbehaved.
         deeds: when somebody misbehaved; they do not overlap.
 

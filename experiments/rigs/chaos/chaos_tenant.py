@@ -32,9 +32,7 @@ class Tenant:
     """Trains from `start` on; a context manager, which ends it in the middle of whatever it does.
 
     Args:
-        name: of the tenant, and of its folder.
         config: the fields of `TrainConfig`, without `out`.
-        folder: for its runs and its log.
         inside: enters the namespace of the edges.
 
     Attributes:

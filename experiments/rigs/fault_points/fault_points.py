@@ -43,8 +43,6 @@ class Wrapped:
     """A method of a worker, and the points that are reached before and after it.
 
     Attributes:
-        owner: The class.
-        method: Its name.
         before: The point that is reached when it is called.
         after: The point that is reached when it returns.
     """
@@ -144,7 +142,6 @@ def arm(folder: Path, point: Point, instruction: str) -> None:
 
     Args:
         folder: what `ISTHMUS_FAULT_POINTS` named when the cloud was started.
-        point: where.
         instruction: see the module.
 
     Raises:

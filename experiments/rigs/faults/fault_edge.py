@@ -22,12 +22,7 @@ SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
 
 
 class Reporter:
-    """The edge's side: reports each phase to the parent and waits until that lets it begin.
-
-    Args:
-        link: whose phases these are.
-        parent: who is reported to.
-    """
+    """The edge's side: reports each phase to the parent and waits until that lets it begin."""
 
     def __init__(self, link: Link, parent: Parent) -> None:
         self._link = link
@@ -45,7 +40,6 @@ class Edge(TaskProcess):
 
     Args:
         config: the fields of `TrainConfig`.
-        log: file for its output.
         watched: whether it reports its phases.
     """
 

@@ -43,10 +43,6 @@ IN_HANDSHAKE: dict[Direction, int] = {"down": 700, "up": 900}
 def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
     """Run both trainings and compare them; see the module.
 
-    Args:
-        settings: what is trained, and what breaks.
-        folder: for keys, data, logs and both runs' output.
-
     Returns:
         The figures of `isthmus bench faults`.
 

@@ -24,11 +24,7 @@ INVARIANTS: Final = (ONE_SESSION, QUOTA, ONCE, FENCED)
 
 
 def violations(events: Sequence[Event]) -> dict[str, list[str]]:
-    """Where a history breaks the invariants: by invariant, a line for each place; no line where it keeps it.
-
-    Args:
-        events: Of all workers, in the order of time.
-    """
+    """Where a history breaks the invariants: by invariant, a line for each place; no line where it keeps it."""
     sessions, heard = sessions_of(events), reports_heard(events)
     return {
         ONE_SESSION: _two_of_a_link(sessions, heard),

@@ -196,11 +196,7 @@ def _train(
 
 
 class StepClock:
-    """An observer of a link that notes when each step asks its first question, and what has crossed until then.
-
-    Args:
-        link: which it observes.
-    """
+    """An observer of a link that notes when each step asks its first question, and what has crossed until then."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

@@ -31,8 +31,6 @@ class Relay:
     """Relays an address of this machine to a target.
 
     Args:
-        host: the target's host.
-        port: the target's port.
         listen: host and port of its own; port 0 is any free one.
     """
 
