@@ -96,8 +96,7 @@ def flags_of(settings: type[Any]) -> dict[str, tuple[Any, Any]]:
 def load(place: str) -> Callable[..., Any]:
     """The function at `module:function` below `isthmus.experiments`.
 
-    Raises:
-        ConfigError: It is one of the rigs, which the installed package leaves out.
+    Raises ConfigError where it is one of the rigs, which the installed package leaves out.
     """
     module, name = place.split(":")
     try:

@@ -21,7 +21,6 @@ class Cells:
 
     Args:
         path: The file; made with its folder when it is needed. Several processes may add to it.
-        console: Where it is said what was done.
 
     Raises:
         CheckpointError: A line of the file is damaged.
@@ -43,13 +42,7 @@ class Cells:
     def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for these settings: from the file, or made now and written.
 
-        Args:
-            name: Says what it is, for people.
-            settings: Everything that the result depends on, as JSON can say it.
-            make: Makes the result, as JSON can say it.
-
-        Raises:
-            DiskError: The disk is full or cannot be written.
+        Raises DiskError where the disk is full or cannot be written.
         """
         self._done += 1
         key = _key(name, settings)

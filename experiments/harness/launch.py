@@ -32,11 +32,7 @@ FIRST_PORT, PORT_TRIES = 10_000, 20
 
 
 class LocalCloud:
-    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge.
-
-    Args:
-        environment: variables that it gets besides those of this process.
-    """
+    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge."""
 
     def __init__(self, folder: Path, model: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
         self.home = folder / "cloud"
@@ -70,8 +66,7 @@ class LocalCloud:
     def start(self) -> None:
         """Start and wait until the workers answer; again at the same addresses only where `--listen` names a port.
 
-        Raises:
-            UnreachableError: it does not answer; the message has the end of its output.
+        Raises UnreachableError where it does not answer; the message has the end of its output.
         """
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log, uninterrupted():
@@ -160,8 +155,7 @@ class LocalCloud:
 def free_ports(host: str, count: int) -> list[int]:
     """Ports one after the other on which nobody listens, below those that the kernel gives away by itself.
 
-    Raises:
-        PortInUseError: there are none.
+    Raises PortInUseError where there are none.
     """
     for _ in range(PORT_TRIES):
         first = FIRST_PORT + secrets.randbelow(FIRST_PORT)  # others may look at the same time

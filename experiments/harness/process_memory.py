@@ -38,8 +38,7 @@ def peak_bytes(pid: int) -> int:
 def memory_bytes(pid: int | str, file: str, name: str) -> int:
     """A size in bytes from a file of the process in /proc.
 
-    Raises:
-        IsthmusError: The process has ended, or this system does not say.
+    Raises IsthmusError where the process has ended, or this system does not say.
     """
     path = Path(f"/proc/{pid}/{file}")
     try:

@@ -26,14 +26,10 @@ class TaskProcess:
     """One of the processes; a context manager, which kills it.
 
     Args:
-        name: Of what it does, for messages.
-        module: What it runs.
         task: What it does, as JSON can say it.
         threads: Threads of torch in it; None for torch's choice.
         log: File that its output is added to; None to keep the output for the message of a failure alone.
         shown: Whether its output is the parent's instead.
-        environment: Variables that it gets besides those of this process.
-        pass_fds: Descriptors that it inherits.
         patience: Seconds that an answer may take; None for no limit.
     """
 
@@ -110,8 +106,7 @@ class TaskProcess:
     def finish(self, seconds: float | None = None) -> None:
         """Have no more questions, and wait for its end; it is killed after so many seconds.
 
-        Raises:
-            IsthmusError: It did not end well.
+        Raises IsthmusError where it did not end well.
         """
         with contextlib.suppress(OSError):  # it has ended already
             self._wire.shutdown(socket.SHUT_WR)
@@ -211,8 +206,7 @@ def isthmus(*arguments: str) -> list[str]:
 def run_isthmus(*arguments: str) -> dict[str, Any]:
     """What a command of `isthmus` prints with `--json`; the user sees its progress.
 
-    Raises:
-        IsthmusError: It failed.
+    Raises IsthmusError where it failed.
     """
     done = subprocess.run(isthmus(*arguments, "--json"), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -43,7 +43,6 @@ def train_in_one_process(
     Args:
         edge_layers: The split plan. Adapters go to the layers that the edge would hold; a ladder stands beside those
             that the cloud would.
-        everywhere: Put adapters on all layers.
     """
     model, tokenizer, plan = whole_model(model_name, edge_layers)
     layers = range(plan.n_layers) if everywhere else plan.edge_layers
@@ -80,11 +79,7 @@ def _nothing_between(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | 
 def train_whole(model_name: str, edge_layers: str, options: Mapping[str, Any], *, everywhere: bool = False) -> None:
     """Have `train_in_one_process` done in a process of its own, whose progress the user sees.
 
-    Args:
-        options: Fields of `TrainConfig`.
-
-    Raises:
-        IsthmusError: It failed.
+    Raises IsthmusError where it failed.
     """
     task = {"model": model_name, "edge_layers": edge_layers, "options": dict(options), "everywhere": everywhere}
     run_task("the single-process run", "isthmus.experiments.harness.single_process", task, shown=True)

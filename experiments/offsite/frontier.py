@@ -26,10 +26,6 @@ def draw(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     Args:
         methods: `method`, `keep`, `plug_in_recovery`, `emulator_tuned_recovery`, `thief_recovery`; those without a
             recovery have no point.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
     """
     points = [entry for entry in methods if entry["plug_in_recovery"] is not None]
     figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)

@@ -105,8 +105,7 @@ def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) 
 def train_tokenizer(text: Path, vocabulary: int, length: int) -> Any:
     """A byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) trained on a text.
 
-    Raises:
-        DataError: The text cannot be read.
+    Raises DataError where the text cannot be read.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

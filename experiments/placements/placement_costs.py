@@ -69,8 +69,6 @@ class Cost:
     """What a mode costs.
 
     Attributes:
-        steps: Those that count.
-        first_epoch: Those before them.
         alone: The steps of the single process, one for each of `steps`.
         parity: `bitwise_equal` and `max_abs_diff` to the single process; both None where a policy chooses.
         shares: Of always-on's site traffic and adapter computation, over all steps, where a policy chooses.
@@ -105,7 +103,6 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, f
 
     Args:
         cloud: With the mode's plan; None for the single process.
-        folder: For both runs, empty.
     """
     folder.mkdir(parents=True)
     write_long_texts(folder / "texts.jsonl", EPOCH_STEPS * settings.batch, settings.seq)

@@ -43,7 +43,6 @@ class Regime:
         rates: Candidate learning rates, the same for all modes.
         seeds: Of the modes whose sites a policy chooses, and of always-on or, without it, of the single process; the
             others have the first one.
-        shared: Fields of `TrainConfig` that all modes have.
     """
 
     task: str
@@ -62,8 +61,7 @@ class Regime:
 def one_rate_regime(settings: CodecSettings | QuantizeSettings, cloud_dtype: str) -> Regime:
     """The regime of a benchmark that trains each candidate once, at one rate.
 
-    Raises:
-        ConfigError: The precision is neither fp32 nor bf16.
+    Raises ConfigError where the precision is neither fp32 nor bf16.
     """
     return Regime(
         task=settings.task,
@@ -88,11 +86,7 @@ class Scorer:
     """Trains and scores.
 
     Args:
-        cloud: A started cloud with a plan.
         model: What is scored with the adapter in it; by default the whole model.
-
-    Attributes:
-        task: What is trained and scored on.
     """
 
     def __init__(

@@ -66,7 +66,6 @@ class Sizes:
     Attributes:
         test: Held-out documents; None for the task's own default (160 for e2e, 200 for the others).
         validation: Examples of the training file that a learning rate is chosen by.
-        max_length: Tokens of an example at most.
     """
 
     test: int | None = None
@@ -79,12 +78,9 @@ class Task:
     """A task, as tokens of one tokenizer.
 
     Attributes:
-        train: What is trained on.
         validation: What a learning rate is chosen by; not in `train`.
         held_out: Documents that a loss is measured on; empty for multiple choice.
         questions: Questions of multiple choice; empty for the others.
-        metrics: What is measured, each a row of the table.
-        pad_id: Token that fills short rows.
     """
 
     name: str
@@ -113,7 +109,6 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
 
     Args:
         name: One of `NAMES`, or `text:PATH`.
-        folder: Where the tasks' folders lie.
 
     Raises:
         ConfigError: There is no such task.
@@ -140,11 +135,6 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
 
 def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
     """Read a task's questions.
-
-    Args:
-        name: One of `NAMES`.
-        folder: Where the tasks' folders lie.
-        sizes: How many of them to use; `max_length` has no part in it.
 
     Raises:
         ConfigError: There is no such task.

@@ -60,10 +60,8 @@ class SimulatedCloud:
         seed: Of the small differences between times.
         make_scheduler: Makes the scheduler, with the cloud's clock and the forward states that sessions hold.
         compute_threads: Batches that the worker computes at a time; each has its part of the cores.
-        cores: Cores of the machine.
 
     Attributes:
-        now: Seconds since the beginning.
         began: Edge -> when it began each of its steps.
         most_state: The most token positions that graphs were held for at a time.
     """

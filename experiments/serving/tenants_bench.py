@@ -168,11 +168,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
 
 
 def check_bound(ratio: float, bound: float) -> None:
-    """Check that no more was measured than is possible.
-
-    Raises:
-        IsthmusError: It was.
-    """
+    """Check that no more was measured than is possible. Raises IsthmusError where it was."""
     if ratio > bound:
         raise IsthmusError(
             f"the tenants' throughput is {ratio:.3f} of the single processes', and {bound:.3f} is possible: one of the "
@@ -195,12 +191,7 @@ def _growth(n: int, turns: Sequence[Beside]) -> dict[str, float]:
 
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the `growth` that `run_tenants` returns.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
-    """
+    """Draw the `growth` that `run_tenants` returns."""
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
     counts = [row["n"] for row in rows]
     axes.plot(counts, [row["tenants"] for row in rows], marker="o", label="edges on one cloud")
@@ -220,8 +211,7 @@ def jain(values: Sequence[float]) -> float:
 def loss_difference(ours: Path, theirs: Path, steps: int) -> float:
     """The largest relative difference of two runs' losses in their first steps.
 
-    Raises:
-        IsthmusError: One of them has come less far.
+    Raises IsthmusError where one of them has come less far.
     """
     pairs = zip(_losses(ours, steps), _losses(theirs, steps), strict=True)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)

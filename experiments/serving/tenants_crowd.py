@@ -77,7 +77,6 @@ class Turn:
     """What came of processes that worked together for some steps.
 
     Attributes:
-        tokens: Of a step of each.
         memory: The most PSS that each had, in bytes.
         cloud_memory: The most PSS that the cloud's worker had; 0 without one.
     """
@@ -141,7 +140,6 @@ class Crowd:
     """Processes that have done their first steps and wait for their turn.
 
     Args:
-        folder: Of their files; made.
         cloud: Whose tenants they are; None for single processes.
         parts: Whether single processes have an edge's parts only, and not the whole model.
     """
@@ -181,8 +179,7 @@ class Crowd:
     def work(self, steps: int, tenants: Sequence[int] | None = None) -> Turn:
         """Let all take so many steps, or some of them, and look at the memory that it takes.
 
-        Raises:
-            IsthmusError: A process failed.
+        Raises IsthmusError where a process failed.
         """
         who = list(self._processes) if tenants is None else tenants
         worker = None if self._cloud is None else self._cloud.status()["pid"]

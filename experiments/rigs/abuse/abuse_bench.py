@@ -196,8 +196,7 @@ def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
 def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds: float) -> Taken:
     """Make an attack on the worker of a connection string while nobody else asks for anything; what the worker took.
 
-    Raises:
-        IsthmusError: The attack could not be made, or has ended the worker.
+    Raises IsthmusError where the attack could not be made, or has ended the worker.
     """
     with Gauge(pid) as gauge:
         attacker.ask([name, seconds, where])

@@ -38,8 +38,6 @@ class EdgeAttack:
 
     Attributes:
         prepare: Brings the edge to where the attack waits, and gives what it does then.
-        error: The class of the error that it must end with.
-        says: Part of its text.
     """
 
     prepare: Callable[[Link], Callable[[], object]]
@@ -104,8 +102,7 @@ class Edge(TaskProcess):
     def attacked(self, name: str, cloud: HostileCloud, *, lifted: bool = False) -> Taken:
         """Let a cloud make an attack of `EDGE_ATTACKS`; what the edge took.
 
-        Raises:
-            IsthmusError: The edge has not answered the attack by its own refusal.
+        Raises IsthmusError where the edge has not answered the attack by its own refusal.
         """
         attack = EDGE_ATTACKS[name]
         cloud.trick = name

@@ -57,12 +57,7 @@ ATTACKS: Final[dict[str, Attack]] = {
 
 @contextlib.contextmanager
 def attacker_process(key: Path, log: Path) -> Iterator[TaskProcess]:
-    """A process that makes attacks, one after the other: ask it for `[attack, seconds, connection string]`.
-
-    Args:
-        key: The private key of an enrolled edge, for attacks by a tenant.
-        log: File for the output of the process.
-    """
+    """A process that makes attacks, one after the other: ask it for `[attack, seconds, connection string]`."""
     with TaskProcess("the attacker", "isthmus.experiments.rigs.abuse.attacks", {"key": str(key)}, log=log) as process:
         process.answer()  # it has imported what it needs
         yield process

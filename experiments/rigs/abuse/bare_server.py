@@ -56,14 +56,8 @@ class BareServer(TaskProcess):
     """The process; a context manager.
 
     Args:
-        model: Folder of a checkpoint.
         parts: Folder for the edge's parts, made where they are not there yet.
         home: Folder with the worker's key, its certificate and `authorized_edges`.
-        log: File for the server's output.
-
-    Attributes:
-        address: Where it listens, host:port, on the loopback.
-        port: The port of it.
     """
 
     def __init__(self, model: Path, parts: Path, home: Path, log: Path) -> None:

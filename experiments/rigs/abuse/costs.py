@@ -68,12 +68,7 @@ COSTS: dict[str, Callable[[Session, float], m.Message | None]] = {
 
 
 def run(deed: str, cloud: str, key: Path, seconds: float) -> m.Message | None:
-    """Do a deed of `COSTS` for so long, where it goes on; returns the last answer to a call.
-
-    Args:
-        cloud: the connection string.
-        key: the file with an enrolled edge's key.
-    """
+    """Do a deed of `COSTS` for so long, where it goes on; returns the last answer to a call."""
     session = Session(ConnectionString.parse(cloud), key)
     try:
         return COSTS[deed](session, seconds)

@@ -34,8 +34,7 @@ class Taken:
 class Gauge:
     """Watches a process; a context manager, after which `taken` has the figures.
 
-    Raises:
-        IsthmusError: The process has ended, or the system does not say.
+    Raises IsthmusError where the process has ended, or the system does not say.
     """
 
     def __init__(self, pid: int) -> None:

@@ -101,12 +101,9 @@ class HostileCloud:
     Args:
         home: Folder with the worker's key and its certificate.
         parts: Folder of an edge's parts, as `isthmus.cloud.control.worker_setup.make_parts` writes it.
-        plan: The split plan of these parts.
 
     Attributes:
         trick: What it does instead of answering honestly: a name of `TRICKS`, or the empty string.
-        info: What it says of itself.
-        connection: The connection string.
     """
 
     def __init__(self, home: Path, parts: Path, plan: str) -> None:

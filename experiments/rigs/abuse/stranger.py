@@ -72,12 +72,8 @@ def open_streams(
     """Opens streams of a method, and leaves them open.
 
     Args:
-        method: its path.
-        connections: how many hold so many streams each.
-        streams: of each connection.
         extra: further header fields, encoded.
         body: makes what is sent of each stream's data, as far as the windows take it at once.
-        opening: of the connection, see `Connection`.
     """
 
     def connect(host: str, port: int) -> Connection:

@@ -168,8 +168,7 @@ class _Chaos:
     def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
         """Wait for something, and look after the tenants meanwhile.
 
-        Raises:
-            IsthmusError: it does not happen, or a tenant ended with an error.
+        Raises IsthmusError where it does not happen, or a tenant ended with an error.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while not happened():

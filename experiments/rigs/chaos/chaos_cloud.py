@@ -31,16 +31,10 @@ class ChaosCloud:
     """A cloud with relays in front of its workers. Everything is ended with `stack`.
 
     Args:
-        workers: How many it has.
-        model: Folder of a checkpoint.
         space: The namespaces of edges and cloud; None without them.
-        hostile: Whether there is a tenant who misbehaves.
 
     Attributes:
         cloud: The cloud itself; `start` starts it anew in its namespace.
-        where: The connection string for the edges.
-        points: Folder of the fault points.
-        hostile: The process of the tenant who misbehaves.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ class Fallen:
     """A fault that fell.
 
     Attributes:
-        kind: Of `chaos_plan.KINDS`.
         recovery_s: Until the last tenant that was at a step went on; None where it hit nobody, as it was to or not.
     """
 
@@ -158,8 +157,7 @@ def figures(
 def soaked(lives: Sequence[Life], workers: int) -> dict[str, Any]:
     """Resident size of all workers after the warm-up and at the end, a median over `SOAK_WINDOW` of the time for each.
 
-    Raises:
-        IsthmusError: a worker did not live through it, or not for longer than the warm-up.
+    Raises IsthmusError where a worker did not live through it, or not for longer than the warm-up.
     """
     if len(lives) != workers or not all(lives):
         raise IsthmusError(

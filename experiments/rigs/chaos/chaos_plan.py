@@ -58,7 +58,6 @@ class Fall:
     Attributes:
         recovered: whether whatever fell before must have been recovered from; always where a tenant misbehaves, so that
             nothing else shows in the figures then.
-        point: where a worker fails or stands still.
         victim: number of the tenant that is hit, where it is a single one.
         seed: of what the fault itself draws, and of which worker it hits.
     """
@@ -74,8 +73,7 @@ class Fall:
 class ChaosPlan:
     """Draws faults: each kind once in a random order, then again in another one.
 
-    Raises:
-        ConfigError: there is no such kind, or none at all.
+    Raises ConfigError where there is no such kind, or none at all.
     """
 
     def __init__(self, kinds: Sequence[str], tenants: int, seed: int) -> None:
@@ -112,9 +110,6 @@ def percentile_95(values: Sequence[float]) -> float | None:
 def pooled_slope(lives: Iterable[Sequence[tuple[float, float]]]) -> float | None:
     """One slope by least squares for several series, each with an intercept of its own.
 
-    Args:
-        lives: points (x, y) of each series.
-
     Returns:
         The slope; None where no series has two different x.
     """
@@ -135,7 +130,7 @@ def warmed_up(life: Sequence[tuple[float, float]], seconds: float) -> Sequence[t
 
 
 def common(tenants: Sequence[Sequence[Span]]) -> list[Span]:
-    """The time in which all tenants make steps at once, without their first ones, which are slower; none is possible."""
+    """The time in which all tenants make steps at once, without their first ones, which are slower. It may be none."""
     if not tenants or any(len(steps) <= WARM_STEPS for steps in tenants):
         return []
     begin, end = max(steps[WARM_STEPS][0] for steps in tenants), min(steps[-1][1] for steps in tenants)

@@ -37,7 +37,6 @@ class Tenant:
 
     Attributes:
         rounds: Of each finished training but the first, what differs from the first.
-        retries: Calls that were made again.
         error: What ended the tenant, where something has that must not.
         calm: Whether its first training is over; it waits for `disturb` then.
     """

@@ -40,12 +40,7 @@ POINTS: Final[tuple[Point, ...]] = get_args(Point)
 
 @dataclass(frozen=True, slots=True)
 class Wrapped:
-    """A method of a worker, and the points that are reached before and after it.
-
-    Attributes:
-        before: The point that is reached when it is called.
-        after: The point that is reached when it returns.
-    """
+    """A method of a worker, and the points that are reached before and after it."""
 
     owner: str
     method: str
@@ -142,7 +137,6 @@ def arm(folder: Path, point: Point, instruction: str) -> None:
 
     Args:
         folder: what `ISTHMUS_FAULT_POINTS` named when the cloud was started.
-        instruction: see the module.
 
     Raises:
         ConfigError: there is no such point or instruction.

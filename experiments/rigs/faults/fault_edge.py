@@ -36,12 +36,7 @@ class Reporter:
 
 
 class Edge(TaskProcess):
-    """The parent's side: an edge in a process of its own that stops at every phase.
-
-    Args:
-        config: the fields of `TrainConfig`.
-        watched: whether it reports its phases.
-    """
+    """The parent's side: an edge in a process of its own that stops at every phase."""
 
     def __init__(self, config: dict[str, Any], log: Path, *, watched: bool = True) -> None:
         task = {"config": config, "watched": watched}

@@ -86,9 +86,7 @@ class FaultPlan:
     """Decides.
 
     Args:
-        phases: of `PHASES`, in any order.
         per_phase: faults of each that have to count.
-        steps: optimizer steps of the run.
     """
 
     def __init__(self, phases: Sequence[str], per_phase: int, steps: int) -> None:

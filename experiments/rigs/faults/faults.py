@@ -103,8 +103,7 @@ class _Clouds:
     def restart(self) -> None:
         """Drain and end the cloud, and start one whose stash is small.
 
-        Raises:
-            IsthmusError: it left a call unanswered.
+        Raises IsthmusError where it left a call unanswered.
         """
         hidden_size = self._second_tenant().info.hidden_size
         self._leave()
@@ -304,9 +303,7 @@ def compare_runs(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, An
     """What of a disturbed run's folder differs from the undisturbed run's.
 
     Args:
-        steps: the steps that either log has to have, each once.
         undisturbed: folder with `losses.jsonl` and `adapter/`, as the trainer leaves it.
-        disturbed: likewise.
     """
     logs = [(out / "losses.jsonl").read_text().splitlines() for out in (undisturbed, disturbed)]
     seen = Counter(json.loads(line)["step"] for line in logs[1])

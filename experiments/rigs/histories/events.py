@@ -16,10 +16,7 @@ class Event:
     """Something that a worker did.
 
     Attributes:
-        at: Seconds of the monotonic clock.
-        process: The worker's.
         name: What; see `isthmus.cloud.telemetry.event_history`.
-        fields: The rest.
     """
 
     at: float
@@ -33,12 +30,8 @@ class Session:
     """A session, by its history.
 
     Attributes:
-        id: The session's.
-        process: The worker's that had it.
         link: The edge's name for its link.
-        tenant: Whose it is.
         allowed: How many sessions the tenant may have.
-        opened: When it was admitted.
         ended: When it was asked to end, or closed, or gave its last sign of life where its process was killed.
     """
 
@@ -54,8 +47,7 @@ class Session:
 def read_history(folder: Path) -> list[Event]:
     """The events of all processes that wrote to a folder, in the order of time.
 
-    Raises:
-        IsthmusError: There are none.
+    Raises IsthmusError where there are none.
     """
     events = []
     for file in folder.glob("*.jsonl"):

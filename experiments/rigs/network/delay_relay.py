@@ -75,7 +75,6 @@ class PacketSchedule:
     """Which packet leaves at which end, and when.
 
     Args:
-        conditions: what the way does to packets.
         clock: seconds, never running backwards; the schedule starts when it is made.
     """
 
@@ -124,7 +123,6 @@ def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answer
 
     Args:
         ends: descriptors of which each read and each write is one packet.
-        schedule: decides.
         commands: a descriptor; each line from it is the JSON of new conditions.
         answers: a descriptor; a line, `null`, goes to it when conditions have begun.
 
