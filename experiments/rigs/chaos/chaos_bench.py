@@ -32,7 +32,7 @@ from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
-from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
+from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
     KINDS,
@@ -41,6 +41,7 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     NOBODY_FEELS,
     ChaosPlan,
     Fall,
+    Span,
     common,
 )
 from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
@@ -91,7 +92,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         hostile = not settings.soak and any(kind in DEEDS for kind in kinds)
         cloud = ChaosCloud(settings, workers, model, folder, space, stack, hostile=hostile)
         chaos = _Chaos(settings, cloud, folder, stack)
-        chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings", None)
+        chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings")
         started = time.monotonic()
         if settings.soak:
             chaos.soak()
@@ -103,7 +104,8 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         **figures(
             chaos.faults,
             chaos.tenants,
-            chaos.quiet,
+            chaos.calm,
+            chaos.deeds,
             chaos.memory,
             workers=workers,
             warm_up_s=warm_up_s,
@@ -124,7 +126,8 @@ class _Chaos:
     def __init__(self, settings: ChaosSettings, cloud: ChaosCloud, folder: Path, stack: ExitStack) -> None:
         self.faults: list[Fallen] = []
         self.tenants: list[Tenant] = []
-        self.quiet = Quiet([])
+        self.calm: list[Span] = []  # when all made steps of their undisturbed trainings
+        self.deeds: dict[str, list[Span]] = {}  # when somebody misbehaved, by what they did
         self._settings, self._cloud = settings, cloud
         self._record = folder / "faults.jsonl"
         self.memory = stack.enter_context(WorkerMemory(cloud.pids, cloud.workers))
@@ -138,8 +141,7 @@ class _Chaos:
     def soak(self) -> None:
         """Let the tenants come and go."""
         self._go()
-        end = time.monotonic() + self._settings.seconds
-        self.wait_for(lambda: time.monotonic() >= end, "the end", None)
+        self._pause(self._settings.seconds)
 
     def disturb(self, plan: ChaosPlan) -> None:
         """Break things, until the time is over."""
@@ -161,11 +163,11 @@ class _Chaos:
         """Wait until every tenant has trained to the end of its round, and the cloud is whole again."""
         for tenant in self.tenants:
             tenant.last_round()
-        self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds", None)
+        self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds")
         self._look_after_tenants()
         self._all_workers()
 
-    def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
+    def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None = None) -> None:
         """Wait for something, and look after the tenants meanwhile.
 
         Raises IsthmusError where it does not happen, or a tenant ended with an error.
@@ -184,7 +186,7 @@ class _Chaos:
                 raise tenant.error
 
     def _go(self) -> None:
-        self.quiet.calm.extend(common([tenant.steps for tenant in self.tenants]))
+        self.calm.extend(common([tenant.steps for tenant in self.tenants]))
         self.memory.mark()
         for tenant in self.tenants:
             tenant.disturb()
@@ -205,7 +207,7 @@ class _Chaos:
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        self.wait_for(lambda: time.monotonic() >= end, "the next fault", None)
+        self.wait_for(lambda: time.monotonic() >= end, "the end of a pause")
 
     def _inject(self, fall: Fall) -> tuple[float, list[Tenant]]:
         """Let a fault fall. Returns when it fell, and the tenants that were at a step then and may have been hit."""
@@ -280,7 +282,7 @@ class _Chaos:
         )
         fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
         hostile.ask([deed, self._settings.bad_s])
-        self.quiet.deeds.setdefault(deed, []).append((fell, time.monotonic()))
+        self.deeds.setdefault(deed, []).append((fell, time.monotonic()))
         return fell, hit
 
     def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:

@@ -6,8 +6,8 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -33,19 +33,6 @@ class Fallen:
 
     kind: str
     recovery_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Quiet:
-    """When tenants trained while nothing fell.
-
-    Attributes:
-        calm: When nobody misbehaved: in the undisturbed trainings, while all made steps.
-        deeds: When somebody did, by what they did.
-    """
-
-    calm: list[Span]
-    deeds: dict[str, list[Span]] = field(default_factory=dict)
 
 
 class WorkerMemory:
@@ -105,7 +92,8 @@ def resident_bytes(pid: int) -> int | None:
 def figures(
     faults: Sequence[Fallen],
     tenants: Sequence[Tenant],
-    quiet: Quiet,
+    calm: Sequence[Span],
+    deeds: Mapping[str, Sequence[Span]],
     memory: WorkerMemory,
     *,
     workers: int,
@@ -114,13 +102,12 @@ def figures(
 ) -> dict[str, Any]:
     """What is printed.
 
-    `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
-    tenants that were at a step has finished one for which the cloud has answered since. `felt` has, for each deed of
-    the hostile tenant, how much longer the others' steps took meanwhile than in calm, over all times that it was done;
-    1 where they took no longer; of `further_tenant`, which is no fault, the slowdown by one more that behaves.
-    `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
-    time, with an intercept for each life of each worker's process, as a kill starts a new one; the first `warm_up_s` of
-    each life do not count. None where no life was longer.
+    `recovery_p95_s`: over the faults that have hit somebody; from the fault to the moment when the last of the tenants
+        that were at a step has finished one for which the cloud has answered since.
+    `felt`: the slowdown of the others (`chaos_plan.slowdown`) during each deed of the hostile tenant; of
+        `further_tenant`, which is no fault, that by one more tenant that behaves.
+    `rss_slope_bytes_per_s`: one slope, by least squares, of a worker's resident size over time, with an intercept for
+        each life of each worker's process; the first `warm_up_s` of each do not count. None where no life was longer.
     """
     rounds = [one for tenant in tenants for one in tenant.rounds]
     recovered = [fault.recovery_s for fault in faults if fault.recovery_s is not None]
@@ -132,7 +119,7 @@ def figures(
     counted = [warmed_up(life, warm_up_s) for life in lives]
     slope = pooled_slope(counted)
     steps = [tenant.steps for tenant in tenants]
-    ratios = {deed: slowdown(steps, quiet.calm, spans) for deed, spans in sorted(quiet.deeds.items())}
+    ratios = {deed: slowdown(steps, calm, spans) for deed, spans in sorted(deeds.items())}
     found = {
         "faults": len(faults),
         "faults_by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),

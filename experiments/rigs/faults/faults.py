@@ -8,14 +8,13 @@ phase of every call until this process lets it go on, so a fault falls where it 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,15 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
         task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
         with Edge(task, folder / "undisturbed.log", watched=False) as edge:
             edge.finish()
-        with Relay(*clouds.endpoint) as relay, _plan_progress(settings, phases) as (plan, advance):
-            run = _DisturbedRun(
-                settings=settings, folder=folder, clouds=clouds, relay=relay, plan=plan, advance=advance
-            )
+        plan = FaultPlan(phases, settings.per_phase, settings.steps)
+        with Relay(*clouds.endpoint) as relay, stderr_progress("faults", plan.wanted) as advance:
+            run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
             run.run()
-    _write_outcomes(folder / "faults.jsonl", plan)
+    counted = plan.counted
     return {
-        **_figures(plan, phases),
+        "faults": counted.total(),
+        "faults_injected": plan.injected,
+        "faults_by_phase": {phase: counted[phase] for phase in phases},
         **compare_runs(settings.steps, folder / "undisturbed", folder / "disturbed"),
         "retries": run.retries,
         "seconds": round(time.monotonic() - started, 1),
@@ -112,7 +112,8 @@ class _Clouds:
             raise IsthmusError(
                 f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}"
             )
-        self._cloud = self._new("--stash-bytes", str(2 * self._entry_bytes(hidden_size)))
+        state = self._settings.batch * self._settings.seq * hidden_size * 4
+        self._cloud = self._new("--stash-bytes", str(2 * state))
         self._cloud.start()
 
     def evict(self) -> None:
@@ -141,9 +142,6 @@ class _Clouds:
         plan = ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
         return LocalCloud(self._folder, settings.model, *plan, *options)
 
-    def _entry_bytes(self, hidden_size: int) -> int:
-        return self._settings.batch * self._settings.seq * hidden_size * 4
-
     def _second_tenant(self) -> Link:
         if self._other is None:
             self._other = connect(str(self.address), key=self._other_key)
@@ -155,40 +153,31 @@ class _Clouds:
             self._other = None
 
 
+@dataclasses.dataclass
 class _DisturbedRun:
     """The training that is disturbed."""
 
-    def __init__(
-        self,
-        *,
-        settings: FaultSettings,
-        folder: Path,
-        clouds: _Clouds,
-        relay: Relay,
-        plan: FaultPlan,
-        advance: Callable[[], None],
-    ) -> None:
-        self._settings = settings
-        self._folder = folder
-        self._clouds = clouds
-        self._relay = relay
-        self._plan = plan
-        self._advance = advance
-        self._asked = (0, 0)  # bytes at the beginning of the question: passed by the relay, handed over by the edge
-        self.retries = 0
+    settings: FaultSettings
+    folder: Path
+    clouds: _Clouds
+    relay: Relay
+    plan: FaultPlan
+    advance: Callable[[], None]
+    retries: int = 0
+    asked: tuple[int, int] = (0, 0)
+    """Bytes at the beginning of the question: passed by the relay, and handed over by the edge."""
 
     def run(self) -> None:
         """Train to the end, with as many edges as that takes."""
         while not self._one_life():
-            self._plan.reborn()
+            self.plan.reborn()
 
     def _one_life(self) -> bool:
         """Run one edge; True if it came to the training's end, False if it was killed."""
-        pin = self._clouds.address.pin
-        address = ConnectionString("127.0.0.1", self._relay.port, pin)
+        address = ConnectionString("127.0.0.1", self.relay.port, self.clouds.address.pin)
         last = 0
-        task = _task(self._settings, self._folder, "disturbed", address, self._clouds.key)
-        with Edge(task, self._folder / "disturbed.log") as edge:
+        task = _task(self.settings, self.folder, "disturbed", address, self.clouds.key)
+        with Edge(task, self.folder / "disturbed.log") as edge:
             for moment in edge.moments():
                 last = moment.retries
                 if self._at(moment, edge):
@@ -200,19 +189,19 @@ class _DisturbedRun:
 
     def _at(self, moment: Moment, edge: Edge) -> bool:
         """Do what this moment asks for; True if the edge was killed in it."""
-        outcome = self._plan.settle(moment)
-        if outcome is not None:
-            self._relay.disarm()
-            if outcome.counted:
-                self._advance()
+        counted = self.plan.settle(moment)
+        if counted is not None:
+            self.relay.disarm()
+            if counted:
+                self.advance()
         if moment.phase == "sending":
-            self._asked = (self._relay.bytes_passed("up"), moment.bytes_up)
-            self._relay.release()
-            if self._plan.wants_hold(moment):
-                self._relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
-        if self._plan.wants_reconnect(moment):
-            self._relay.cut()
-        fault = self._plan.choose(moment)
+            self.asked = (self.relay.bytes_passed("up"), moment.bytes_up)
+            self.relay.release()
+            if self.plan.wants_hold(moment):
+                self.relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
+        if self.plan.wants_reconnect(moment):
+            self.relay.cut()
+        fault = self.plan.choose(moment)
         if fault is None:
             return False
         if fault.phase == "edge_killed":
@@ -222,7 +211,7 @@ class _DisturbedRun:
         return False
 
     def _inject(self, fault: Fault, moment: Moment) -> None:
-        relay, size = self._relay, moment.bytes_up - self._asked[1]
+        relay, size = self.relay, moment.bytes_up - self.asked[1]
         match fault.phase:
             case "handshake":
                 direction: Direction = "up" if fault.number % 2 else "down"
@@ -240,18 +229,18 @@ class _DisturbedRun:
                 relay.cut()
             case "worker_killed":
                 self._delivered(size)
-                self._clouds.kill_worker()
+                self.clouds.kill_worker()
                 relay.cut()  # an answer that it had sent by then is lost with it
             case "cloud_restarted":
                 self._delivered(size)
-                self._clouds.restart()
-                relay.point_at(*self._clouds.endpoint)
+                self.clouds.restart()
+                relay.point_at(*self.clouds.endpoint)
             case "stash_evicted":
-                self._clouds.evict()
+                self.clouds.evict()
 
     def _delivered(self, size: int) -> None:
         """Wait until the whole question is through the relay: only then the cloud is at work on it."""
-        self._relay.wait_passed("up", self._asked[0] + size, PASSED_SECONDS)
+        self.relay.wait_passed("up", self.asked[0] + size, PASSED_SECONDS)
 
 
 def write_texts(path: Path, count: int) -> None:
@@ -276,26 +265,6 @@ def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionStr
         "save_every": settings.save_every,
         "threads": settings.threads,
         "resume": True,
-    }
-
-
-@contextlib.contextmanager
-def _plan_progress(settings: FaultSettings, phases: tuple[str, ...]) -> Iterator[tuple[FaultPlan, Callable[[], None]]]:
-    plan = FaultPlan(phases, settings.per_phase, settings.steps)
-    with stderr_progress("faults", plan.wanted) as advance:
-        yield plan, advance
-
-
-def _write_outcomes(path: Path, plan: FaultPlan) -> None:
-    path.write_text("".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in plan.outcomes))
-
-
-def _figures(plan: FaultPlan, phases: tuple[str, ...]) -> dict[str, Any]:
-    counted = plan.counted()
-    return {
-        "faults": counted.total(),
-        "faults_injected": plan.injected,
-        "faults_by_phase": {phase: counted[phase] for phase in phases},
     }
 
 

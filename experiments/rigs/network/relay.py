@@ -41,7 +41,6 @@ class Relay:
         self._released = asyncio.Event()
         self._bytes: dict[Direction, int] = {"up": 0, "down": 0}
         self._refuse_until = 0.0  # on the loop's clock
-        self._cuts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -53,11 +52,6 @@ class Relay:
     def port(self) -> int:
         """The port that the relay listens on."""
         return self._port
-
-    @property
-    def cuts(self) -> int:
-        """How many times connections were reset so far, on command or because a byte budget ran out."""
-        return self._cuts
 
     def bytes_passed(self, direction: Direction) -> int:
         """Bytes copied in one direction so far, over all connections."""
@@ -192,7 +186,6 @@ class Relay:
             self._passed.notify_all()
 
     def _cut(self) -> None:
-        self._cuts += 1
         for writer in tuple(self._writers):
             _reset(writer)
         self._release()

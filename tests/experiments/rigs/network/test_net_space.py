@@ -230,9 +230,9 @@ def _json(*command: str) -> list[dict[str, object]]:
 def _read(end: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = end.recv(count - len(data))
-        assert piece, "the other side has closed"
-        data += piece
+        chunk = end.recv(count - len(data))
+        assert chunk, "the other side has closed"
+        data += chunk
     return data
 
 
