@@ -47,8 +47,7 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
 from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
 from isthmus.experiments.rigs.fault_points.fault_points import Point, arm, is_armed
 from isthmus.experiments.rigs.faults.faults import write_texts
-from isthmus.experiments.rigs.histories.events import read_history
-from isthmus.experiments.rigs.histories.invariants import violations
+from isthmus.experiments.rigs.histories import read_history, violations
 from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import NetSpace, missing
@@ -66,7 +65,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
     Returns:
         The figures of `isthmus bench chaos`; see `isthmus.experiments.rigs.chaos.chaos_figures.figures`. Beside them,
         `invariants` says how often the workers' histories break each of
-        `isthmus.experiments.rigs.histories.invariants`, and `violations` where.
+        `isthmus.experiments.rigs.histories`, and `violations` where.
 
     Raises:
         ConfigError: there is no such kind of fault, or none that this machine can make.
@@ -237,7 +236,7 @@ class _Chaos:
                 self._cloud.cut()
                 fell = time.monotonic()
             case "silence":
-                self._cloud.change_way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
+                self._cloud.change_way(Conditions(silence_s=self._settings.silence_s))
                 self._pause(self._settings.silence_s)
                 self._cloud.change_way(Conditions())
             case kind if kind in NETWORK:
