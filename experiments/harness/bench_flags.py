@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,13 +39,21 @@ def precision_of(text: str, flag: str) -> Literal["fp32", "bf16"]:
     raise ConfigError(f"--{flag} {text!r} is not known; use fp32 or bf16")
 
 
-def names_of(text: str, flag: str) -> tuple[str, ...]:
-    """Names with commas between. Raises ConfigError if one is empty or comes twice."""
+def names_of(text: str, flag: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names with commas between, of those that are `known` where such are given; all of these for an empty text.
+
+    Raises ConfigError where a name is empty, comes twice, or is not known.
+    """
+    if known and not text:
+        return tuple(known)
     names = tuple(name.strip() for name in text.split(","))
     if "" in names:
         raise ConfigError(f"--{flag} {text!r} has an empty name; write them with commas between")
     if len(set(names)) < len(names):
         raise ConfigError(f"--{flag} {text!r} names something twice")
+    unknown = [name for name in names if known and name not in known]
+    if unknown:
+        raise ConfigError(f"--{flag} {unknown[0]!r} is not known: choose of {', '.join(known)}")
     return names
 
 

@@ -20,7 +20,7 @@ import grpc
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker_setup import make_parts
-from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
@@ -64,10 +64,7 @@ def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
         ConfigError: There is no such attack.
         IsthmusError: The cloud did not start, an attack could not be made, or an edge did not end one as it must.
     """
-    attacks = names_of(settings.attacks, "attacks") if settings.attacks else ALL
-    unknown = [name for name in attacks if name not in ALL]
-    if unknown:
-        raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
+    attacks = names_of(settings.attacks, "attacks", ALL)
     with stderr_progress("attacks", len(attacks) + len(PLANTED) + len(LIFTED)) as advance:
         return _run(settings, attacks, folder, advance)
 

@@ -77,7 +77,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         warm_up_s = settings.seconds / 4 if settings.soak else 15.0
     stash_bytes = parse_size(settings.stash_bytes)
     reason = missing()
-    asked = names_of(settings.kinds, "kinds") if settings.kinds else KINDS
+    asked = names_of(settings.kinds, "kinds", KINDS)
     kinds = tuple(kind for kind in asked if reason is None or kind not in NEED_NAMESPACES)
     if not kinds and not settings.soak:
         raise ConfigError(f"none of the faults asked for can be made here: {reason}")
