@@ -78,8 +78,7 @@ def search_the_wire(cloud: LocalCloud, data: Path, adapter: Path) -> dict[str, A
         "activations": [_values(hidden) for hidden in activations],
     }
     return {
-        "messages": dict(messages),
-        "bytes": len(plaintext),
+        "messages": messages,
         "found": {name: any(needle in plaintext for needle in parts) for name, parts in needles.items()},
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.common.errors import IsthmusError
 from isthmus.common.torch_threads import use_threads
+from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.data.batches import load_data
 from isthmus.edge.run_report import Report
 from isthmus.edge.training.edge_steps import StepObserver
-from isthmus.edge.training.methods import build_peft
-from isthmus.edge.training.precision import hold_frozen_linears
+from isthmus.edge.training.methods import build_peft, trained
+from isthmus.edge.training.precision import computing_in, hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 from isthmus.experiments.harness.processes import Parent, run_task, serve
@@ -101,6 +103,29 @@ def parity_of(split: Path, single: Path) -> dict[str, Any]:
 def losses_of(out: Path) -> list[float]:
     """The loss of each step of a run, by the log in its folder."""
     return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+def random_batch(vocabulary: int, rows: int, seq: int) -> dict[str, Tensor]:
+    """Random tokens `[rows, seq]`, all of which are labels, for steps whose cost alone is of interest."""
+    tokens = torch.randint(vocabulary, (rows, seq), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def stepper(model: Any, batch: Mapping[str, Tensor], precision: Precision = "fp32") -> Callable[[], float]:
+    """What makes an optimizer step on what is trainable, always on the same batch, and returns its seconds."""
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-5, foreach=False)
+    model.train()
+
+    def step() -> float:
+        start = time.perf_counter()
+        with computing_in(precision, model):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step
 
 
 class StepWatch:

@@ -67,7 +67,7 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
         plotting()  # a missing package is reported before the long run, not after it
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     checkpoint = resolve(settings.model)
-    rows = {mode.name: _empty(mode) for mode in modes}
+    rows = {mode.name: {**dict.fromkeys(_COLUMNS), "mode": mode.name} for mode in modes}
     zero_shot = None
     with working_folder() as folder:
         if settings.costs:
@@ -76,9 +76,8 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
         if settings.scores:
             zero_shot = _add_scores(modes, settings.edge_layers, regime, checkpoint, cells, folder, rows)
     runs = list(rows.values())
-    decisions = rows.get(KILL_REVIVE, {}).pop("decisions", None)
-    for row in runs:
-        row.pop("decisions", None)
+    decided = {name: row.pop("decisions", None) for name, row in rows.items()}
+    decisions = decided.get(KILL_REVIVE)
     result = {
         "runs": runs,
         "kill_revive": _verdict(rows, zero_shot),
@@ -101,17 +100,8 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
 
 
 def _cost_settings(settings: PlacementSettings) -> CostSettings:
-    return CostSettings(
-        model=settings.model,
-        edge_layers=settings.edge_layers,
-        shared=_shared(settings),
-        dropout=settings.dropout,
-        batch=settings.batch,
-        seq=settings.seq,
-        rounds=settings.rounds,
-        steps=settings.steps,
-        threads=settings.threads,
-    )
+    names = ("model", "edge_layers", "dropout", "batch", "seq", "rounds", "steps", "threads")
+    return CostSettings(shared=_shared(settings), **{name: getattr(settings, name) for name in names})
 
 
 def _regime(settings: PlacementSettings) -> Regime:
@@ -141,10 +131,6 @@ _COLUMNS = (
     *("edge_flops_share", "edge_peak_bytes", "step_ratio", "score", "scores", "rate", "seeds", "bitwise_equal"),
     *("max_abs_diff", "site_traffic_share", "site_computation_share", "step_s", "step_over_plan", "bytes_over_plan"),
 )
-
-
-def _empty(mode: Mode) -> dict[str, Any]:
-    return {**dict.fromkeys(_COLUMNS), "mode": mode.name}
 
 
 # Costs ----------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from support.cloud.clouds import Home, ThreadServer, served
 from support.cloud.dying_worker import MortalWorker
 from support.models.tiny import tiny_checkpoint
 
-from isthmus.common.errors import ConfigError
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.split_run import train_over
@@ -66,17 +65,8 @@ def test_a_fault_falls_once(points: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         for point in POINTS:
             reached(point)
-    assert done == [1.5, (os.getpid(), signal.SIGKILL), 0.0]
+    assert done == [1.5, (os.getpid(), signal.SIGKILL)]
     assert not any(is_armed(points, point) for point in POINTS)
-
-
-@pytest.mark.parametrize("instruction", ["", "explode", "wait", "wait long", "wait -1", "wait 1.2.3", "kill 3"])
-def test_an_instruction_that_makes_no_sense_is_refused(points: Path, instruction: str) -> None:
-    with pytest.raises(ConfigError, match="is no instruction"):
-        arm(points, "opened", instruction)
-    with pytest.raises(ConfigError, match=r"no fault point 'lunch'.*reply_sent"):
-        arm(points, "lunch", "kill")  # type: ignore[arg-type]  # there is none of that name
-    assert not list(points.iterdir())
 
 
 Seen = list[str]

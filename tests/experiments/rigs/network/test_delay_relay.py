@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.common.errors import ConfigError
 from isthmus.experiments.rigs.network.delay_relay import REORDER_SECONDS, Conditions, PacketSchedule, relay
 
 EDGE, CLOUD = 0, 1
@@ -122,21 +121,6 @@ def test_nothing_that_is_sent_during_a_silence_arrives() -> None:
     clock.now += 1.0
     # What was on its way when the silence began still arrives.
     assert list(made.due()) == [(1 - end, sent) for sent in (b"before", b"30.0") for end in (EDGE, CLOUD)]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"loss": 1.5}, "loss = 1.5 is not a probability"),
-        ({"reorder": -0.1}, r"reorder = -0.1"),
-        ({"duplicate": float("nan")}, "duplicate = nan"),
-        ({"rtt_s": -1.0}, r"rtt_s = -1.0 is not a length of time"),
-        ({"silence_s": float("inf")}, "silence_s = inf"),
-    ],
-)
-def test_conditions_that_make_no_sense_are_refused(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Conditions(**given)
 
 
 def test_conditions_survive_json() -> None:
