@@ -35,8 +35,8 @@ SCALE_FACTOR = (1.0 - 2.0**-22) / QMAX
 MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
-def quantize_int8(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Quantize to int8, symmetric, one scale per `block` neighbours along the last dimension (the last may be shorter).
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize to int8, symmetric, one scale per 64 neighbours along the last dimension (the last may be shorter).
 
     For finite `x` the error is bounded: `|x - dequantize_int8(q, scale)| <= scale / 2`, up to fp32 rounding (1e-5 of
     the scale). A NaN or an infinity makes the scale of its block NaN or infinite, so `scale.isfinite().all()` tells
@@ -44,36 +44,34 @@ def quantize_int8(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
 
     Args:
         x: floating tensor `[..., n]`, n >= 1.
-        block: neighbours that share a scale.
 
     Returns:
         q: int8 `[..., n]`, values in -127..127.
-        scale: fp32 `[..., ceil(n / block)]`, positive.
+        scale: fp32 `[..., ceil(n / 64)]`, positive.
     """
     if runs_triton(x):
         from isthmus.kernels import blockwise_triton
 
-        return blockwise_triton.quantize_int8(x, block)
+        return blockwise_triton.quantize_int8(x)
     n = x.shape[-1]
-    blocks = -(-n // block)
+    blocks = -(-n // BLOCK)
     values = x.detach().to(torch.float32)
-    if blocks * block != n:
-        values = pad(values, (0, blocks * block - n))
-    values = values.reshape(-1, block)  # [rows * blocks, block]
+    if blocks * BLOCK != n:
+        values = pad(values, (0, blocks * BLOCK - n))
+    values = values.reshape(-1, BLOCK)  # [rows * blocks, 64]
     scale = values.abs().amax(-1, keepdim=True).mul_(SCALE_FACTOR).clamp_(min=MIN_SCALE)
     # The division is out of place: `values` may share the caller's memory.
     q = values.div(scale).round_().clamp_(-QMAX, QMAX).to(torch.int8)
-    q = q.view(*x.shape[:-1], blocks * block)[..., :n]
+    q = q.view(*x.shape[:-1], blocks * BLOCK)[..., :n]
     return q.contiguous(), scale.view(*x.shape[:-1], blocks)
 
 
-def dequantize_int8(q: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
+def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
     """Invert `quantize_int8`.
 
     Args:
         q: int8 `[..., n]`.
-        scale: fp32 `[..., ceil(n / block)]`.
-        block: the block size of the quantization.
+        scale: fp32 `[..., ceil(n / 64)]`.
 
     Returns:
         fp32 `[..., n]`, newly allocated.
@@ -81,18 +79,18 @@ def dequantize_int8(q: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     if runs_triton(scale):
         from isthmus.kernels import blockwise_triton
 
-        return blockwise_triton.dequantize_int8(q, scale, block)
+        return blockwise_triton.dequantize_int8(q, scale)
     n = q.shape[-1]
-    blocks = -(-n // block)
-    if blocks * block != n:
-        q = pad(q, (0, blocks * block - n))
+    blocks = -(-n // BLOCK)
+    if blocks * BLOCK != n:
+        q = pad(q, (0, blocks * BLOCK - n))
     # Converting first and multiplying in place is many times faster than the mixed product int8 * fp32.
-    values = q.reshape(-1, block).to(torch.float32).mul_(scale.reshape(-1, 1))
-    return values.view(*q.shape[:-1], blocks * block)[..., :n].contiguous()
+    values = q.reshape(-1, BLOCK).to(torch.float32).mul_(scale.reshape(-1, 1))
+    return values.view(*q.shape[:-1], blocks * BLOCK)[..., :n].contiguous()
 
 
-def quantize_weight(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Quantize a weight for a file: symmetric, one scale per `block` neighbours along the last dimension.
+def quantize_weight(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize a weight for a file: symmetric, one scale per 64 neighbours along the last dimension.
 
     Scales are rounded to bf16, so that a value times its scale is exact in fp32: quantizing what `dequantize_weight`
     gives back changes nothing. For finite `x` below 1e38 the error is at most half a scale, up to fp32 rounding. A NaN
@@ -101,39 +99,37 @@ def quantize_weight(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, T
     Args:
         x: floating tensor `[..., n]`, n >= 1.
         bits: 8 or 4.
-        block: neighbours that share a scale.
 
     Returns:
         q: with 8 bits int8 `[..., n]`, values in -127..127; with 4 bits uint8 `[..., ceil(n / 2)]`, two values in
             -7..7 a byte, each plus 8, the earlier in the lower half.
-        scale: bf16 `[..., ceil(n / block)]`, positive.
+        scale: bf16 `[..., ceil(n / 64)]`, positive.
     """
     n = x.shape[-1]
-    blocks = -(-n // block)
+    blocks = -(-n // BLOCK)
     limit = 2 ** (bits - 1) - 1
-    values = pad(x.detach().to(torch.float32), (0, blocks * block - n)).reshape(-1, block)  # [rows * blocks, block]
+    values = pad(x.detach().to(torch.float32), (0, blocks * BLOCK - n)).reshape(-1, BLOCK)  # [rows * blocks, 64]
     scale = values.abs().amax(-1, keepdim=True).div_(limit).clamp_(min=MIN_SCALE).to(torch.bfloat16)
     rounded = values.div(scale.float()).round_().clamp_(-limit, limit).to(torch.int8)
-    q = rounded.view(*x.shape[:-1], blocks * block)[..., :n]
+    q = rounded.view(*x.shape[:-1], blocks * BLOCK)[..., :n]
     scale = scale.view(*x.shape[:-1], blocks)
     return (_pack(q) if bits == 4 else q.contiguous()), scale
 
 
-def dequantize_weight(q: Tensor, scale: Tensor, n: int, bits: int, block: int = BLOCK) -> Tensor:
+def dequantize_weight(q: Tensor, scale: Tensor, n: int, bits: int) -> Tensor:
     """Invert `quantize_weight`.
 
     Args:
         q: what `quantize_weight` returned.
-        scale: bf16 `[..., ceil(n / block)]`.
+        scale: bf16 `[..., ceil(n / 64)]`.
         n: length of the weight's last dimension.
         bits: 8 or 4.
-        block: the block size of the quantization.
 
     Returns:
         fp32 `[..., n]`, newly allocated.
     """
     values = _unpack(q)[..., :n] if bits == 4 else q
-    return dequantize_int8(values, scale.to(torch.float32), block)
+    return dequantize_int8(values, scale.to(torch.float32))
 
 
 def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,28 +33,28 @@ _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
-def quantize_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`isthmus.kernels.blockwise.quantize_int8`."""
     x = x.detach().contiguous()
     n = x.shape[-1]
-    blocks = -(-n // block)
+    blocks = -(-n // BLOCK)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _quantize_int8_kernel[(triton.cdiv(scale.numel(), TILE),)](
-            q, scale, x, scale.numel(), n, blocks, block,
-            width=triton.next_power_of_2(block), tile=TILE, enable_fp_fusion=False,
+            q, scale, x, scale.numel(), n, blocks, BLOCK,
+            width=BLOCK, tile=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return q, scale
 
 
-def dequantize_int8(q: Tensor, scale: Tensor, block: int) -> Tensor:
+def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
     """`isthmus.kernels.blockwise.dequantize_int8`."""
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     with on_device_of(q):
         _dequantize_int8_kernel[(triton.cdiv(scale.numel(), TILE),)](
-            out, q.contiguous(), scale.contiguous(), scale.numel(), q.shape[-1], scale.shape[-1], block,
-            width=triton.next_power_of_2(block), tile=TILE, enable_fp_fusion=False,
+            out, q.contiguous(), scale.contiguous(), scale.numel(), q.shape[-1], scale.shape[-1], BLOCK,
+            width=BLOCK, tile=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -20,7 +20,6 @@ class OuterLayers:
         checkpoint: The model, or an edge's parts.
         plan: Where the middle is.
         with_top: Whether there is a loss to compute. Without it nothing above the middle is kept.
-        dtype: Floating point dtype of the weights.
         attn_implementation: Attention implementation; None for the family's default.
         device: Where the weights lie.
     """
@@ -31,11 +30,10 @@ class OuterLayers:
         plan: SplitPlan,
         *,
         with_top: bool,
-        dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        model = load_edge_parts(checkpoint, plan, _unchanged, dtype=dtype, attn_implementation=attn_implementation)
+        model = load_edge_parts(checkpoint, plan, _unchanged, attn_implementation=attn_implementation)
         model.requires_grad_(False)
         family = model.isthmus_origin.family
         self._gate = model.remote_layers

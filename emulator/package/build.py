@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.backbone.plan import SplitPlan
@@ -55,16 +54,11 @@ class BuildConfig:
     device: str = "auto"
 
 
-def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Console | None = None) -> Package:
+def build_package(checkpoint: Checkpoint, config: BuildConfig) -> Package:
     """Build an emulator, distil it if asked, and write the signed package.
 
     The state of a distillation lies beside the package, in `<out>.distill`, and is removed once the package is written:
     the same call goes on where an interrupted one stopped.
-
-    Args:
-        checkpoint: The whole model.
-        config: What to build.
-        progress: Where progress is shown; None for standard error.
 
     Raises:
         KeyboardInterrupt: The distillation was stopped; its message says where it is saved.
@@ -87,14 +81,12 @@ def build_package(checkpoint: Checkpoint, config: BuildConfig, *, progress: Cons
     tokenizer = load_tokenizer(checkpoint.folder)
     chosen_by = config.text or config.distil_text
     blocks = load_blocks(chosen_by, tokenizer, config.length) if chosen_by and config.recipe.needs_text else None
-    emulator = build_emulator(
-        checkpoint, config.plan, config.recipe, blocks, device=pick_device(config.device), progress=progress
-    )
+    emulator = build_emulator(checkpoint, config.plan, config.recipe, blocks, device=pick_device(config.device))
     distilled: dict[str, Any] | None = None
     state = config.out.with_name(f"{config.out.name}.distill")
     if config.distil is not None and config.distil_text is not None:
         text = load_blocks(config.distil_text, tokenizer, config.length)
-        report = distill(checkpoint, config.plan, emulator, text, config.distil, state, progress=progress)
+        report = distill(checkpoint, config.plan, emulator, text, config.distil, state)
         distilled = report.summary()
         if config.figure is not None:
             loss_figure(state, config.figure)

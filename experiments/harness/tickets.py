@@ -8,10 +8,11 @@ know it before.
 from __future__ import annotations
 
 import calendar
-import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from isthmus.experiments.harness.prose import write_jsonl
 
 FIRST = "Amara Bogdan Chen Dagny Elif Farid Greta Hugo Ines Jonas Kavya Lior Mette Nuria Olek"
 LAST = "Abara Brandt Castell Dahl Eriksen Fontaine Grossi Haddad Ito Jansen Kovacs Lindqvist Moreau"
@@ -53,8 +54,7 @@ def make_tickets(count: int, seed: int = 0) -> list[Ticket]:
 
 def write_tickets(path: Path, tickets: list[Ticket]) -> None:
     """Write tickets as JSONL with `prompt` and `completion`."""
-    lines = (json.dumps({"prompt": ticket.prompt, "completion": ticket.completion}) for ticket in tickets)
-    path.write_text("".join(f"{line}\n" for line in lines))
+    write_jsonl(path, map(asdict, tickets))
 
 
 def _ticket(source: random.Random) -> Ticket:

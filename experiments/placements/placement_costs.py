@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,18 +106,19 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, f
     """
     folder.mkdir(parents=True)
     write_long_texts(folder / "texts.jsonl", EPOCH_STEPS * settings.batch, settings.seq)
-    made = EPOCH_STEPS + settings.rounds
+    count = EPOCH_STEPS + settings.rounds
     theirs: list[Step] = []
     ours: list[Step] = theirs if cloud is None else []
     with ExitStack() as stack:
-        turns = [(_start(stack, mode, settings, folder, cloud, made), ours)]
+        turns = [(_start(stack, mode, settings, folder, cloud, count), ours)]
         if cloud is not None:
-            turns.append((_start(stack, mode, settings, folder, None, made), theirs))
+            turns.append((_start(stack, mode, settings, folder, None, count), theirs))
         for process, _ in turns:
             process.answer()  # it has its model
-        for number in range(made):
+        for number in range(count):
             for process, steps in turns[:: 1 if number % 2 else -1]:
-                steps.append(_step(process.ask("step")))
+                made = process.ask("step")
+                steps.append(Step(made["seconds"], WireTotals(**made["spent"]), made["peak"]))
         for process, steps in turns:
             if not (mode.chooses and steps is ours):
                 process.ask("step")  # the last one, whose end nobody sees; and the run's
@@ -126,24 +127,23 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, f
         first_epoch=tuple(ours[:EPOCH_STEPS]),
         alone=tuple(theirs[EPOCH_STEPS:]),
         parity=_parity(mode, folder),
-        shares=_shares(folder / "split") if mode.chooses else {},
+        shares=site_shares(folder / "split") if mode.chooses else {},
     )
 
 
 def _start(
-    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: LocalCloud | None, made: int
+    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: LocalCloud | None, count: int
 ) -> TaskProcess:
     where = "alone" if cloud is None else "split"
-    chooses = mode.chooses and cloud is not None
     config = {
         "data": str(folder / "texts.jsonl"),
         "validation_split": 0.0,
         "out": str(folder / where),
-        "steps": settings.steps if chooses else made + 1,
+        "steps": settings.steps if mode.chooses and cloud is not None else count + 1,
         "batch": settings.batch,
         "max_length": settings.seq,
         "learning_rate": 1e-3,
-        "save_every": made,
+        "save_every": count,
         "threads": settings.threads,
         "dropout": settings.dropout if mode.drops_out else 0.0,
         **settings.shared,
@@ -161,10 +161,6 @@ def _start(
     return stack.enter_context(TaskProcess(f"{mode.name}, {where}", _MODULE, task, threads=settings.threads))
 
 
-def _step(made: dict[str, Any]) -> Step:
-    return Step(made["seconds"], WireTotals(**made["spent"]), made["peak"])
-
-
 def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
     if mode.chooses or mode.name == SINGLE:
         return {"bitwise_equal": None, "max_abs_diff": None}
@@ -175,15 +171,13 @@ def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
     }
 
 
-def site_shares(state: Sequence[Any]) -> dict[str, float]:
-    """The shares of always-on's site traffic and adapter computation, from the states of a checkpoint's observers."""
-    accounting = state[0]["accounting"]
-    return {name: accounting["spent"][name] / accounting["always_on"][name] for name in ("traffic", "computation")}
-
-
-def _shares(out: Path) -> dict[str, float]:
+def site_shares(out: Path) -> dict[str, float]:
+    """The shares of always-on's site traffic and adapter computation that a run had; empty where it saved nothing."""
     folder = checkpoints.latest(out)
-    return {} if folder is None else site_shares(checkpoints.load(folder).entries["observers"])
+    if folder is None:
+        return {}
+    accounting = checkpoints.load(folder).entries["observers"][0]["accounting"]
+    return {name: accounting["spent"][name] / accounting["always_on"][name] for name in ("traffic", "computation")}
 
 
 # Inside one of the processes ------------------------------------------------------------------------------------------

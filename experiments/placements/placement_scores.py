@@ -30,7 +30,6 @@ from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
 from isthmus.experiments.scoring.task_scoring import score_task
 from isthmus.experiments.scoring.tasks import Question, Sizes, Task, default_data_folder, load_task, read_task
-from isthmus.training import run_checkpoint as checkpoints
 
 SCORE_BATCH = 16  # documents of a forward in scoring
 
@@ -171,11 +170,10 @@ class Scorer:
         report = json.loads((out / "report.json").read_text())
         result = {"validation": report["loss_after"], "scores": self._score(out / "adapter"), "report": report}
         if mode.chooses:
-            newest = checkpoints.latest(out)
-            if newest is not None:
-                result["shares"] = site_shares(checkpoints.load(newest).entries["observers"])
-            lines = (out / DECISIONS).read_text().splitlines()
-            result["decisions"] = [_brief(json.loads(line)) for line in lines]
+            result["shares"] = site_shares(out)
+            decisions = map(json.loads, (out / DECISIONS).read_text().splitlines())
+            kept = ("step", "killed", "revived", "live")  # without the scores, which are long
+            result["decisions"] = [{name: decision[name] for name in kept} for decision in decisions]
         shutil.rmtree(out)
         return result
 
@@ -200,8 +198,3 @@ class Scorer:
 def _line(question: Question) -> str:
     example = question.example
     return json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n"
-
-
-def _brief(decision: dict[str, Any]) -> dict[str, Any]:
-    """A decision without its scores, which are long."""
-    return {name: decision[name] for name in ("step", "killed", "revived", "live")}

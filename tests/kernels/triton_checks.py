@@ -108,23 +108,22 @@ def test_strided_tensors() -> None:
         assert_close(one, exact, BOUNDS[torch.float32])
 
 
-def _torch_int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _torch_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference on the CPU, whose bytes the wire has."""
     with torch_only():
-        return blockwise.quantize_int8(x.cpu(), block)
+        return blockwise.quantize_int8(x.cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (64,), (5, 65), (2, 3, 130), (70, 64)], ids=str)
-@pytest.mark.parametrize("block", [64, 3, 1])
-def test_int8_has_the_bytes_of_torch(shape: tuple[int, ...], dtype: torch.dtype, block: int) -> None:
+def test_int8_has_the_bytes_of_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 100).to(DEVICE, dtype)
-    q, scale = blockwise_triton.quantize_int8(x, block)
-    wanted, wanted_scale = _torch_int8(x, block)
+    q, scale = blockwise_triton.quantize_int8(x)
+    wanted, wanted_scale = _torch_int8(x)
     assert torch.equal(q.cpu(), wanted)
     assert torch.equal(scale.cpu(), wanted_scale)
-    back = blockwise_triton.dequantize_int8(q, scale, block)
-    assert torch.equal(back.cpu(), blockwise.dequantize_int8(wanted, wanted_scale, block))
+    back = blockwise_triton.dequantize_int8(q, scale)
+    assert torch.equal(back.cpu(), blockwise.dequantize_int8(wanted, wanted_scale))
 
 
 @pytest.mark.parametrize(
@@ -140,15 +139,15 @@ def test_int8_has_the_bytes_of_torch(shape: tuple[int, ...], dtype: torch.dtype,
 )
 def test_int8_at_the_ends_of_fp32(values: list[float]) -> None:
     x = torch.tensor(values, device=DEVICE)
-    q, scale = blockwise_triton.quantize_int8(x, 64)
-    wanted, wanted_scale = _torch_int8(x, 64)
+    q, scale = blockwise_triton.quantize_int8(x)
+    wanted, wanted_scale = _torch_int8(x)
     assert torch.equal(q.cpu(), wanted)
     assert torch.equal(scale.cpu(), wanted_scale)
 
 
 def test_strided_blocks() -> None:
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)).to(DEVICE).T
-    assert torch.equal(blockwise_triton.quantize_int8(x, 64)[0].cpu(), _torch_int8(x, 64)[0])
+    assert torch.equal(blockwise_triton.quantize_int8(x)[0].cpu(), _torch_int8(x)[0])
     q, _ = blockwise_triton.quantize_int4(x)
     assert torch.equal(q, blockwise_triton.quantize_int4(x.contiguous())[0])
 
@@ -202,7 +201,7 @@ def test_any_bytes_of_int4_decode_to_finite_values() -> None:
 def test_a_non_finite_value_shows_in_its_scale(bad: float) -> None:
     x = torch.ones(2, 128, device=DEVICE)
     x[1, 70] = bad
-    assert blockwise_triton.quantize_int8(x, 64)[1].isfinite().tolist() == [[True, True], [True, False]]
+    assert blockwise_triton.quantize_int8(x)[1].isfinite().tolist() == [[True, True], [True, False]]
     assert blockwise_triton.quantize_int4(x)[1].isfinite().tolist() == [[True, True], [True, False]]
 
 

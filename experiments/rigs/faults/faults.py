@@ -25,6 +25,7 @@ from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.link import Link, connect
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.harness.tickets import make_tickets
 from isthmus.experiments.rigs.faults.fault_edge import Edge
@@ -242,8 +243,7 @@ class _DisturbedRun:
 
 def write_texts(path: Path, count: int) -> None:
     """Tickets as plain text: every token has a label, so that even the shortest `seq` leaves something to learn."""
-    texts = (ticket.prompt + ticket.completion for ticket in make_tickets(count))
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_jsonl(path, ({"text": ticket.prompt + ticket.completion} for ticket in make_tickets(count)))
 
 
 def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionString, key: Path) -> dict[str, Any]:
