@@ -107,14 +107,6 @@ class LocalCloud:
                     return pid
         return None
 
-    def terminate(self) -> int:
-        """SIGTERM, and the exit code after the graceful drain."""
-        process = self._process
-        if process is None:
-            raise IsthmusError("the cloud was not started")
-        process.send_signal(signal.SIGTERM)
-        return process.wait(60)
-
     def kill(self) -> None:
         """SIGKILL to every process of it, those of Ray too, as when a machine loses its power."""
         process, self._process = self._process, None
@@ -128,17 +120,17 @@ class LocalCloud:
             time.sleep(0.01)
         process.wait()
 
-    def stop(self) -> None:
-        """End it, gracefully where that works."""
+    def stop(self) -> int | None:
+        """End it, gracefully where that works. Returns its exit code; None where it was not started."""
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
-            return
+            return None if process is None else process.returncode
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return process.wait()
 
     def __enter__(self) -> LocalCloud:
         try:

@@ -28,10 +28,9 @@ from isthmus.emulator.package.build import pick_device
 from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
 from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.offsite.frontier import draw
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
 from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
-from isthmus.experiments.offsite.table_rows import Group, rows_of, verdict_of
+from isthmus.experiments.offsite.table_rows import Group, draw_frontier, rows_of, verdict_of
 from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
@@ -59,7 +58,7 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
             f"Stopped; what is finished is kept in {settings.out}: repeat the command to go on."
         ) from None
     if settings.figure is not None:
-        draw(result["methods"], settings.figure, f"{settings.model}, {settings.tasks}")
+        draw_frontier(result["methods"], settings.figure, f"{settings.model}, {settings.tasks}")
     return result
 
 

