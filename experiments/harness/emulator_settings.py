@@ -92,8 +92,8 @@ class TableSettings:
         Path | None,
         Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator."),
     ] = None
-    out: Annotated[Path, Option(help="Folder for emulators and finished pieces; the same command goes on there.")] = (
-        Path("isthmus-table")
+    out: Annotated[Path, Option(help="Folder for emulators and finished runs; the same command goes on there.")] = Path(
+        "isthmus-table"
     )
 
 

@@ -1,4 +1,4 @@
-"""Finished work of a long table on the disk, one line a piece, so that an interrupted table goes on."""
+"""Finished work of a long table on the disk, a line for each result, so that an interrupted table goes on."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             cell = json.loads(line)
             known[_key(cell["name"], cell["settings"])] = cell["result"]
         except json.JSONDecodeError:
-            continue  # cut off while it was written: the piece is made again
+            continue  # cut off while it was written: the result is made again
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}, line {number}: no finished piece of a table; remove the line") from error
+            raise CheckpointError(f"{path}, line {number}: no finished result of a table; remove the line") from error
     return known
 
 

@@ -49,7 +49,7 @@ class TaskProcess:
         self._name, self._log, self._patience = name, log, patience
         extra = dict(environment or {})
         if threads is not None:
-            # A thread that waits for its next piece of work must not spin on a processor that another process uses.
+            # A thread that waits for its next work must not spin on a processor that another process uses.
             extra |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
         # A pipe that nobody reads would fill up.
         self._output: IO[bytes] | None = None

@@ -6,7 +6,7 @@ edge layers tuned over the emulator (scored there, and plugged into the full mid
 package and trains all of it on the same data for as many steps. The thief takes the better of that and the tuned
 emulator, by the validation slice.
 
-Each piece of this is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
+Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every way of training side by side: what a step costs, whether it equals a single process, and how well it learns.
 
-Costs are in `isthmus.experiments.placements.placement_costs`, scores in `placement_scores`; each piece is a cell in
+Costs are in `isthmus.experiments.placements.placement_costs`, scores in `placement_scores`; each result is a cell in
 `out`, so an interrupted benchmark goes on. Beside what was measured stands what `isthmus plan` says of the same step,
 from this machine's speed as it is measured right before it.
 """

@@ -1,7 +1,7 @@
 """What fewer bits for the backbone's weights cost: memory of the span, time of a step, and loss after the same tuning.
 
 Steps are those of `isthmus bench step`, next to a single process in fp32. Losses are of `isthmus edge train` on real
-data, scored on test data over the span as the cloud serves it, which is what a data owner has. Each piece is a cell on
+data, scored on test data over the span as the cloud serves it, which is what a data owner has. Each result is a cell on
 the disk.
 """
 

@@ -38,7 +38,7 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     KINDS,
     NEED_NAMESPACES,
     NETWORK,
-    NOBODY_FEELS,
+    HIT_NOBODY,
     ChaosPlan,
     Fall,
     Span,
@@ -163,23 +163,23 @@ class _Chaos:
         for tenant in self.tenants:
             tenant.last_round()
         self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds")
-        self._look_after_tenants()
+        self._check_tenants()
         self._all_workers()
 
     def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None = None) -> None:
-        """Wait for something, and look after the tenants meanwhile.
+        """Wait for something, and check the tenants meanwhile.
 
         Raises IsthmusError where it does not happen, or a tenant ended with an error.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while not happened():
-            self._look_after_tenants()
+            self._check_tenants()
             if deadline is not None and time.monotonic() > deadline:
                 raise IsthmusError(f"{what} did not come within {seconds:.0f} s: look into the logs (--keep)")
             time.sleep(LOOK_SECONDS)
 
-    def _look_after_tenants(self) -> None:
-        """Raise what has ended one, if something has."""
+    def _check_tenants(self) -> None:
+        """Raise the error that has ended one, if there is one."""
         for tenant in self.tenants:
             if tenant.error is not None:
                 raise tenant.error
@@ -198,7 +198,7 @@ class _Chaos:
             if fall.kind == CONTROL:
                 continue
             steps = [moment for tenant in hit if (moment := tenant.recovered_at(fell)) is not None]
-            recovery = max(steps) - fell if steps and fall.kind not in NOBODY_FEELS else None
+            recovery = max(steps) - fell if steps and fall.kind not in HIT_NOBODY else None
             self.faults.append(Fallen(fall.kind, recovery))
             with self._record.open("a") as file:
                 file.write(json.dumps(asdict(self.faults[-1])) + "\n")

@@ -39,7 +39,7 @@ KINDS: Final = (
 )
 """What falls. Of the deeds, `CONTROL` is no fault, and not counted as one: read the others' slowdown beside its."""
 NEED_NAMESPACES: Final = (*NETWORK, "silence")
-NOBODY_FEELS: Final = tuple(deed for deed in DEEDS if deed != "stash_evicted")
+HIT_NOBODY: Final = tuple(deed for deed in DEEDS if deed != "stash_evicted")
 """These may hit nobody, so there is nothing to recover from; the slowdown says whether that holds."""
 
 Span = tuple[float, float]
@@ -131,7 +131,7 @@ def common(tenants: Sequence[Sequence[Span]]) -> list[Span]:
 
 
 def slowdown(tenants: Iterable[Sequence[Span]], calm: Sequence[Span], deeds: Sequence[Span]) -> float | None:
-    """How much longer a step takes while somebody misbehaves: 1 where nobody feels it.
+    """How much longer a step takes while somebody misbehaves: 1 where it takes no longer.
 
     Only the part of a step counts that lies in a deed: all these parts' seconds, over those that the same parts take in
     calm, as parts of the mean of the tenant's steps that lie wholly in calm times.

@@ -123,7 +123,7 @@ class Tenant:
                         self.rounds.append(
                             compare_runs(self._config["steps"], self._folder / CALM, self._folder / name)
                         )
-        except BaseException as error:  # noqa: BLE001  # raised again by whoever looks after the tenants
+        except BaseException as error:  # noqa: BLE001  # raised again in the thread of the benchmark
             self.error = error
 
     def _train(self, name: str) -> bool:

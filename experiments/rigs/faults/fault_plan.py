@@ -85,7 +85,7 @@ class FaultPlan:
     """
 
     def __init__(self, phases: Sequence[str], per_phase: int, steps: int) -> None:
-        # The small stash comes with the first restart of the cloud, so that evictions come after it.
+        # The small activation cache comes with the first restart of the cloud, so that evictions come after it.
         late = [phase for phase in ("cloud_restarted", "stash_evicted") if phase in phases]
         early = [phase for phase in phases if phase not in late]
         order = [Fault(phase, number) for number in range(per_phase) for phase in early]

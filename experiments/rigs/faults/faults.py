@@ -74,7 +74,7 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
 
 
 class _Clouds:
-    """The cloud, its successor with a small stash, and a second tenant who fills that stash."""
+    """The cloud, its successor with a small activation cache, and a second tenant who fills that cache."""
 
     def __init__(self, settings: FaultSettings, folder: Path) -> None:
         self._settings = settings
@@ -99,7 +99,7 @@ class _Clouds:
         os.kill(self._cloud.status()["pid"], signal.SIGKILL)
 
     def restart(self) -> None:
-        """Drain and end the cloud, and start one whose stash is small.
+        """Drain and end the cloud, and start one whose activation cache is small.
 
         Raises IsthmusError where it left a call unanswered.
         """
@@ -115,7 +115,7 @@ class _Clouds:
         self._cloud.start()
 
     def evict(self) -> None:
-        """Fill the small stash as another tenant, so that everybody else's forward states are lost, inputs too."""
+        """Fill the small activation cache as another tenant, so that everybody else's forward states are lost, inputs too."""
         other = self._second_tenant()
         batch, seq = self._settings.batch, self._settings.seq
         hidden = torch.randn(2 * batch, seq, other.info.hidden_size)

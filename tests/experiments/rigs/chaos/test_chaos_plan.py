@@ -17,7 +17,7 @@ from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
     KINDS,
     NEED_NAMESPACES,
-    NOBODY_FEELS,
+    HIT_NOBODY,
     ChaosPlan,
     common,
     percentile_95,
@@ -49,7 +49,7 @@ def test_every_kind_falls_before_one_falls_again_and_the_seed_decides() -> None:
 def test_a_worker_dies_at_every_point_and_so_does_every_process_of_a_cloud() -> None:
     assert set(AT_POINT.values()) == set(POINTS)
     assert {"worker_killed", "controller_killed", "control_store_killed", "cloud_killed", *DEEDS} < set(KINDS)
-    assert set(NEED_NAMESPACES) | set(NOBODY_FEELS) < set(KINDS)
+    assert set(NEED_NAMESPACES) | set(HIT_NOBODY) < set(KINDS)
 
 
 @given(
