@@ -35,10 +35,10 @@ from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
+    HIT_NOBODY,
     KINDS,
     NEED_NAMESPACES,
     NETWORK,
-    HIT_NOBODY,
     ChaosPlan,
     Fall,
     Span,

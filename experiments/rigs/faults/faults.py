@@ -115,7 +115,7 @@ class _Clouds:
         self._cloud.start()
 
     def evict(self) -> None:
-        """Fill the small activation cache as another tenant, so that everybody else's forward states are lost, inputs too."""
+        """Fill the small activation cache as another tenant, so that all other forward states and inputs are lost."""
         other = self._second_tenant()
         batch, seq = self._settings.batch, self._settings.seq
         hidden = torch.randn(2 * batch, seq, other.info.hidden_size)

@@ -15,9 +15,9 @@ from isthmus.experiments.rigs.chaos import chaos_figures
 from isthmus.experiments.rigs.chaos.chaos_figures import WorkerMemory, soaked
 from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
+    HIT_NOBODY,
     KINDS,
     NEED_NAMESPACES,
-    HIT_NOBODY,
     ChaosPlan,
     common,
     percentile_95,
