@@ -7,6 +7,7 @@ done. What the cloud does to defend itself (it ends sessions, say) is no error h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
@@ -139,9 +140,7 @@ class Hostile:
         """Ask until the cloud takes no more questions, as nobody takes its answers."""
         end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            number = 0
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 for frame in session.seal(self._forward(session, number)):
                     self._send(session.stream, frame, end)
 
@@ -167,37 +166,28 @@ class Hostile:
 
     def session_pings(self, seconds: float) -> None:
         """Ping a session as fast as it answers, and ask nothing else."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 session.ask(m.Ping(number))
 
     def stash_evicted(self, seconds: float) -> None:
         """Have one forward state after the other kept, so that those of everybody else must go."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 session.ask(self._forward(session, number))
 
     def further_tenant(self, seconds: float) -> None:
         """Nothing bad: a forward and its backward, one after the other, as any tenant more would."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
             gradient = encode(torch.ones(*self._shape, session.info.hidden_size), "fp32", Role.GRADIENT)
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 forward = self._forward(session, number)
                 session.ask(forward)
                 session.ask(m.Backward(forward.id, gradient, None, forward.reply_codec))
 
     def _flood(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            number = 0
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 session.send(self._forward(session, number))
                 if number > AHEAD:
                     session.receive()
@@ -224,6 +214,12 @@ class Hostile:
             yield session
         finally:
             session.stream.close()
+
+
+def during(seconds: float) -> Iterator[int]:
+    """1, 2, 3 … until so much time is over."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda _: time.monotonic() < end, itertools.count(1))
 
 
 CONTROL: Final = "further_tenant"

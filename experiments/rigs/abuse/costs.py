@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.rigs.hostile_tenants import Session
+from isthmus.experiments.rigs.hostile_tenants import Session, during
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 
@@ -38,9 +38,7 @@ def large_call(session: Session, seconds: float) -> m.Message:
 
 def disconnect(session: Session, seconds: float) -> None:
     """Kept forwards for a while, and then the stream is cut without a goodbye."""
-    end, number = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        number += 1
+    for number in during(seconds):
         session.ask(session.forward(number, 2, 64))
     session.stream.close()
 
