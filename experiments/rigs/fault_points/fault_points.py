@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -37,28 +36,18 @@ reply has been handed to the network, or is none. All but the two in the middle 
 POINTS: Final[tuple[Point, ...]] = get_args(Point)
 
 
-@dataclass(frozen=True, slots=True)
-class Wrapped:
-    """A method of a worker, and the points that are reached before and after it."""
-
-    owner: str
-    method: str
-    before: Point | None = None
-    after: Point | None = None
-
-
-WRAPPED: Final[dict[str, tuple[Wrapped, ...]]] = {
-    "isthmus.protocol.session": (Wrapped("CloudSession", "receive", before="received"),),
-    "isthmus.cloud.gateway.calls": (
-        Wrapped("SessionCalls", "answer", before="opened", after="reply_sent"),
-        Wrapped("SessionCalls", "_submit", after="queued"),
-    ),
-    "isthmus.cloud.session.handler": (
-        Wrapped("TenantSession", "_forward_reply", before="forward_done"),
-        Wrapped("TenantSession", "_backward_reply", before="backward_done"),
-    ),
+WRAPPED: Final[dict[str, dict[str, tuple[Point | None, Point | None]]]] = {
+    "isthmus.protocol.session": {"CloudSession.receive": ("received", None)},
+    "isthmus.cloud.gateway.calls": {
+        "SessionCalls.answer": ("opened", "reply_sent"),
+        "SessionCalls._submit": (None, "queued"),
+    },
+    "isthmus.cloud.session.handler": {
+        "TenantSession._forward_reply": ("forward_done", None),
+        "TenantSession._backward_reply": ("backward_done", None),
+    },
 }
-"""Where the points are, by module."""
+"""By module, methods of a worker, and the points that are reached when each is called and when it returns."""
 
 
 class InjectedFaultError(Exception):
@@ -78,9 +67,10 @@ def install() -> None:
 
 def wrap(module: ModuleType) -> None:
     """Wrap the methods of a module that have points. Raises AttributeError where one of them is not there."""
-    for wrapped in WRAPPED[module.__name__]:
-        owner = getattr(module, wrapped.owner)
-        setattr(owner, wrapped.method, _with_points(getattr(owner, wrapped.method), wrapped))
+    for name, points in WRAPPED[module.__name__].items():
+        owner, method = name.split(".")
+        wrapped = getattr(module, owner)
+        setattr(wrapped, method, _with_points(getattr(wrapped, method), *points))
 
 
 class _WrappingFinder:
@@ -104,9 +94,7 @@ class _WrappingFinder:
         return spec
 
 
-def _with_points(method: Callable[..., Any], wrapped: Wrapped) -> Callable[..., Any]:
-    before, after = wrapped.before, wrapped.after
-
+def _with_points(method: Callable[..., Any], before: Point | None, after: Point | None) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **named: Any) -> Any:
         if before is not None:

@@ -81,12 +81,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def wrap_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, methods in WRAPPED.items():
-        module = importlib.import_module(name)
-        for wrapped in methods:
-            owner = getattr(module, wrapped.owner)
-            method = getattr(owner, wrapped.method)
-            monkeypatch.setattr(owner, wrapped.method, fault_points._with_points(method, wrapped))
+    for module, methods in WRAPPED.items():
+        for name, points in methods.items():
+            owner, method = name.split(".")
+            wrapped = getattr(importlib.import_module(module), owner)
+            monkeypatch.setattr(wrapped, method, fault_points._with_points(getattr(wrapped, method), *points))
 
 
 def reached_by(call: Callable[[], object], seen: Seen) -> Seen:
@@ -134,7 +133,7 @@ def test_every_python_of_the_cloud_has_the_points_and_no_other_one(broken: bool,
         "names = json.loads(sys.argv[1])\n"
         "print([hasattr(getattr(getattr(importlib.import_module(m), o), f), '__wrapped__') for m, o, f in names])\n"
     )
-    names = [(module, one.owner, one.method) for module, methods in WRAPPED.items() for one in methods]
+    names = [(module, *name.split(".")) for module, methods in WRAPPED.items() for name in methods]
     extra = fault_points.environment(tmp_path) if broken else {}
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(names)], capture_output=True, text=True, check=True,
