@@ -30,7 +30,7 @@ from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
 from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
-from isthmus.experiments.offsite.table_rows import Group, draw_frontier, rows_of, verdict_of
+from isthmus.experiments.offsite.table_rows import draw_frontier, rows_of, verdict_of
 from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
@@ -119,8 +119,7 @@ class _Run:
             built = self._workshop.build(method, self._console)
             emulator = built.load(self._workshop.checkpoint, self._device)
             for task in self._tasks:
-                group = self._with_emulator(built, emulator, task, references[task.name])
-                rows += rows_of(group, self._settings.seeds)
+                rows += self._with_emulator(built, emulator, task, references[task.name])
         return {"runs": rows, **verdict_of(rows), "settings": self._described()}
 
     def _described(self) -> dict[str, Any]:
@@ -161,8 +160,8 @@ class _Run:
 
     def _with_emulator(
         self, built: Built, emulator: Emulator, task: Task, references: Mapping[str, Sequence[Mapping[str, Any]]]
-    ) -> Group:
-        """Everything about one emulator and one task."""
+    ) -> list[dict[str, Any]]:
+        """The rows of one emulator and one task."""
         lab = self._lab
         zero_shot = self._cells.get(
             f"{task.name} {built.label} {built.keep:g} emulator_zero_shot",
@@ -193,14 +192,19 @@ class _Run:
             for trained, kept in zip(thief, tuned, strict=True)
         ]
         scores["thief"] = _join([scores_of(result, view) for result, view in better])
-        facts = {
-            "learning_rate": tuned[0]["rate"],
-            "learning_rate_full_middle": references["edge_layers_full_middle"][0]["rate"],
-            "learning_rate_thief": thief[0]["rate"],
-            "thief_trains_all": sum(view == "thief" for _, view in better),
-        }
-        share = emulator.n_params / lab.middle.n_params
-        return Group(built.label, built.keep, task.name, built.sha256, share, scores, facts)
+        return rows_of(
+            scores,
+            self._settings.seeds,
+            method=built.label,
+            task=task.name,
+            keep=built.keep,
+            emulator=built.sha256,
+            share_given_away=emulator.n_params / lab.middle.n_params,
+            learning_rate=tuned[0]["rate"],
+            learning_rate_full_middle=references["edge_layers_full_middle"][0]["rate"],
+            learning_rate_thief=thief[0]["rate"],
+            thief_trains_all=sum(view == "thief" for _, view in better),
+        )
 
     def _seeds(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,54 +48,32 @@ PROTECTION_GAP = 0.2
 _COLOURS = ("#1f4e79", "#f2a33a", "#3a7d44", "#b5302a", "#7b4fa3", "#008b9a", "#8a6d3b", "#555555")
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Everything that was measured with one emulator on one task.
+def rows_of(scores: Mapping[str, Mapping[str, Sequence[Score]]], seeds: int, **about: Any) -> list[dict[str, Any]]:
+    """One row for each metric of one emulator on one task; `about` is said in each row.
 
-    Attributes:
-        keep: Share of the middle's layers that it keeps.
-        emulator: SHA-256 (hex) of the emulator's file.
-        share_given_away: Parameters of the emulator over those of the middle.
-        scores: Column -> metric -> scores, one for each seed or a single one. A column that was not run is missing.
-    """
-
-    method: str
-    keep: float
-    task: str
-    emulator: str
-    share_given_away: float
-    scores: Mapping[str, Mapping[str, Sequence[Score]]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def rows_of(group: Group, seeds: int) -> list[dict[str, Any]]:
-    """One row for each metric.
+    `scores` has, by column and metric, a score for each seed or a single one. A column that was not run is missing.
 
     `<column>_se` is the standard error of a column, of seeds and held-out documents together. `gain` is what the edge's
     layers gain with the full middle, and `signal` whether it is above two of its standard errors; without signal the
     recoveries are null. `plug_in_recovery`, `emulator_tuned_recovery` and `thief_recovery` are shares of that gain.
     """
     rows = []
-    for metric in group.scores["full_zero_shot"]:
-        columns = {name: group.scores[name][metric] for name in FIELDS if name in group.scores}
+    for metric in scores["full_zero_shot"]:
+        columns = {name: scores[name][metric] for name in FIELDS if name in scores}
         base = columns["full_zero_shot"]
         reference = gain(columns["edge_layers_full_middle"], base)
         signal = reference.is_clear
         row: dict[str, Any] = {
-            "method": group.method,
-            "task": group.task,
+            **about,
             "metric": metric,
             "higher_is_better": METRICS[metric],
+            "seeds": seeds,
         }
         for name in FIELDS:
             row[name] = mean(columns[name]).value if name in columns else None
         for name in FIELDS:
             row[f"{name}_se"] = mean(columns[name]).error if name in columns else None
         row |= {
-            "seeds": seeds,
-            "keep": group.keep,
-            "emulator": group.emulator,
-            "share_given_away": group.share_given_away,
             "gain": reference.value,
             "gain_se": reference.error,
             "signal": signal,
@@ -106,7 +83,7 @@ def rows_of(group: Group, seeds: int) -> list[dict[str, Any]]:
         for name, other in (("zero_shot", "full_zero_shot"), ("emulator_tuned", "emulator_tuned")):
             margin = gain(columns["plug_in"], columns[other])
             row[f"plug_in_over_{name}"], row[f"plug_in_over_{name}_se"] = margin.value, margin.error
-        rows.append(row | dict(group.facts))
+        rows.append(row)
     return rows
 
 
