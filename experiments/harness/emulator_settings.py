@@ -89,8 +89,7 @@ class TableSettings:
         bool, Option(help="Whether the whole model is fine-tuned too, and tuned with LoRA, for comparison.")
     ] = True
     figure: Annotated[
-        Path | None,
-        Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator."),
+        Path | None, Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator.")
     ] = None
     out: Annotated[Path, Option(help="Folder for emulators and finished runs; the same command goes on there.")] = Path(
         "isthmus-table"

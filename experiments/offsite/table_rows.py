@@ -63,21 +63,12 @@ def rows_of(scores: Mapping[str, Mapping[str, Sequence[Score]]], seeds: int, **a
         base = columns["full_zero_shot"]
         reference = gain(columns["edge_layers_full_middle"], base)
         signal = reference.is_clear
-        row: dict[str, Any] = {
-            **about,
-            "metric": metric,
-            "higher_is_better": METRICS[metric],
-            "seeds": seeds,
-        }
+        row: dict[str, Any] = {**about, "metric": metric, "higher_is_better": METRICS[metric], "seeds": seeds}
         for name in FIELDS:
             row[name] = mean(columns[name]).value if name in columns else None
         for name in FIELDS:
             row[f"{name}_se"] = mean(columns[name]).error if name in columns else None
-        row |= {
-            "gain": reference.value,
-            "gain_se": reference.error,
-            "signal": signal,
-        }
+        row |= {"gain": reference.value, "gain_se": reference.error, "signal": signal}
         for name in RECOVERIES:
             row[f"{name}_recovery"] = gain(columns[name], base).value / reference.value if signal else None
         for name, other in (("zero_shot", "full_zero_shot"), ("emulator_tuned", "emulator_tuned")):

@@ -187,11 +187,7 @@ def language_model(model: Any, tokenizer: Any, *, batch: int, precision: Precisi
     model.eval()
     with quiet():
         return LanguageModel(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch,
-            softmax_dtype=torch.float32,
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32
         )
 
 

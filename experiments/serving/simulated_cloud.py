@@ -90,14 +90,7 @@ class SimulatedCloud:
         self._tasks.append(_Task(seconds * self._random.uniform(0.95, 1.05), then, cores))
 
     def call(
-        self,
-        tenant: str,
-        session: int,
-        positions: int,
-        kind: Kind,
-        then: Then,
-        *,
-        deadline: float | None = None,
+        self, tenant: str, session: int, positions: int, kind: Kind, then: Then, *, deadline: float | None = None
     ) -> None:
         """Ask the worker; with a `deadline` in seconds from now the call is an interactive one."""
         request = Request(

@@ -28,13 +28,7 @@ from isthmus.experiments.harness.rig_settings import AbuseSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, attacker_process
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
-from isthmus.experiments.rigs.abuse.ceilings import (
-    CEILINGS,
-    COMPUTE_BYTES,
-    PLANTED_CEILING,
-    STASH_BYTES,
-    Ceiling,
-)
+from isthmus.experiments.rigs.abuse.ceilings import CEILINGS, COMPUTE_BYTES, PLANTED_CEILING, STASH_BYTES, Ceiling
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud

@@ -63,11 +63,7 @@ class ChaosCloud:
             *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
             *("--stash-bytes", settings.stash_bytes, "--workers", str(workers)),
             *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
-            environment={
-                **environment(self.points),
-                event_history.ENVIRONMENT: str(history.absolute()),
-                **AS_URGENT,
-            },
+            environment={**environment(self.points), event_history.ENVIRONMENT: str(history.absolute()), **AS_URGENT},
         )
         with self.inside("cloud"):
             stack.enter_context(self.cloud)
