@@ -195,18 +195,15 @@ class _Pretraining:
         self._started = time.monotonic()
 
     def begin(self) -> None:
-        """See `Task`."""
         if self.loss_before is None:
             self.loss_before = self._held_out_loss()
         self._model.train()
 
     def rate(self, step: int) -> float:
-        """See `Task`."""
         settings = self._options
         return settings.learning_rate * scheduled_rate(1.0, "linear", step, settings.steps, self._warm_up)
 
     def measure(self, step: int) -> tuple[dict[str, Any], float]:
-        """See `Task`."""
         ids = self._train[self._draw_rows()]
 
         def backward() -> float:
@@ -223,11 +220,9 @@ class _Pretraining:
         return torch.randint(len(self._train), (self._options.batch,), generator=self._rows)
 
     def applied(self, step: int) -> dict[str, Any]:
-        """See `Task`."""
         return {}
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
-        """See `Task`."""
         speed = self._options.batch * self._options.length / seconds
         return f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s"
 
@@ -235,24 +230,19 @@ class _Pretraining:
         """See `Task`."""
 
     def end(self) -> None:
-        """See `Task`."""
         self.loss_after = self._held_out_loss()
         self.seconds += time.monotonic() - self._started
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """See `Task`."""
         return {}
 
     def entries(self) -> Mapping[str, Any]:
-        """See `Task`."""
         return {"loss_before": self.loss_before, "seconds": self.seconds + time.monotonic() - self._started}
 
     def check(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """See `Task`."""
         check_settings(folder, checkpoint.settings, self.settings, f"remove {folder.parent} or give another --out")
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """See `Task`."""
         try:
             before = checkpoint.entries["loss_before"]
             self.loss_before = None if before is None else float(before)
