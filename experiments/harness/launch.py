@@ -49,7 +49,6 @@ class LocalCloud:
         self._process: subprocess.Popen[bytes] | None = None
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
-            self.edge_key.parent.mkdir(parents=True, mode=0o700)
             generate_root(self.home)
             issue_worker(self.home)
             self.enroll("edge", self.edge_key)
@@ -61,6 +60,7 @@ class LocalCloud:
 
     def enroll(self, name: str, key: Path, quota: Quota | None = None) -> None:
         """Make a key and enrol it."""
+        key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
 
     def start(self) -> None:

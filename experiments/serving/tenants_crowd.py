@@ -218,21 +218,18 @@ def in_turns(
     return done
 
 
-@contextlib.contextmanager
-def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> Iterator[LocalCloud]:
-    """A cloud in `folder`, which is made, that computes in a dtype."""
+def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> LocalCloud:
+    """A cloud in `folder`, which is made, that computes in a dtype; a context manager."""
     folder.mkdir(parents=True)
     options = ["--edge-layers", settings.edge_layers, "--threads", str(settings.threads), "--dtype", dtype]
     options += ["--batching", settings.batching, *settings.cloud_options]
-    with LocalCloud(folder, settings.model, *options) as cloud:
-        yield cloud
+    return LocalCloud(folder, settings.model, *options)
 
 
 def _key(cloud: LocalCloud, tenant: int) -> Path:
     """The key of a tenant, enrolled when it is first asked for."""
     key = cloud.home.parent / f"tenant{tenant}" / "id_ed25519"
     if not key.exists():
-        key.parent.mkdir(mode=0o700)
         cloud.enroll(f"tenant{tenant}", key, Quota(max_sessions=2 * FLOOD_SESSIONS))
     return key
 

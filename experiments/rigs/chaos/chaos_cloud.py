@@ -112,7 +112,6 @@ class ChaosCloud:
     def enroll(self, name: str) -> Path:
         """The key of a new tenant."""
         key = self._keys / name
-        key.parent.mkdir(mode=0o700, exist_ok=True)
         self.cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self.workers))
         return key
 

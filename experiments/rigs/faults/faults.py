@@ -124,7 +124,6 @@ class _Clouds:
     def __enter__(self) -> _Clouds:
         try:
             self._cloud.start()
-            self._other_key.parent.mkdir(mode=0o700)
             self._cloud.enroll("other", self._other_key)
         except BaseException:
             self._cloud.stop()

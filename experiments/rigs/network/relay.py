@@ -32,6 +32,9 @@ class Relay:
 
     Args:
         listen: host and port of its own; port 0 is any free one.
+
+    Attributes:
+        port: on which it listens.
     """
 
     def __init__(self, host: str, port: int, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
@@ -46,12 +49,7 @@ class Relay:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
         self._passed = threading.Condition()
-        self._port = 0
-
-    @property
-    def port(self) -> int:
-        """The port that the relay listens on."""
-        return self._port
+        self.port = 0
 
     def bytes_passed(self, direction: Direction) -> int:
         """Bytes copied in one direction so far, over all connections."""
@@ -98,7 +96,7 @@ class Relay:
     def __enter__(self) -> Relay:
         self._thread.start()
         self._server = self._wait(asyncio.start_server(self._accept, *self._listen, limit=CHUNK))
-        self._port = self._server.sockets[0].getsockname()[1]
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
