@@ -30,7 +30,7 @@ class TaskProcess:
         threads: Threads of torch in it; None for torch's choice.
         log: File that its output is added to; None to keep the output for the message of a failure alone.
         shown: Whether its output is the parent's instead.
-        patience: Seconds that an answer may take; None for no limit.
+        patience: Seconds that an answer and the end may take; None for no limit.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class TaskProcess:
             yield json.loads(line)
 
     def finish(self, seconds: float | None = None) -> None:
-        """Have no more questions, and wait for its end; it is killed after so many seconds.
+        """Have no more questions, and wait for its end; it is killed after so many seconds, by default `patience`.
 
         Raises IsthmusError where it did not end well.
         """
         with contextlib.suppress(OSError):  # it has ended already
             self._wire.shutdown(socket.SHUT_WR)
         try:
-            code = self._process.wait(seconds)
+            code = self._process.wait(self._patience if seconds is None else seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             code = self._process.returncode

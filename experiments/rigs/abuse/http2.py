@@ -31,7 +31,7 @@ class Connection:
         self, host: str, port: int, opening: bytes | None = None, *, deaf: bool = False, mute: bool = False
     ) -> None:
         self._socket = socket.create_connection((host, port), CONNECT_SECONDS)
-        self._socket.settimeout(None)
+        self._socket.settimeout(CONNECT_SECONDS if deaf else None)  # as the server takes nothing for ever, then
         self._next_stream = 1
         self._windows: dict[int, int] = {0: WINDOW_BYTES}  # what may be sent: of the connection, and of each stream
         self._first_window = WINDOW_BYTES
@@ -77,10 +77,6 @@ class Connection:
             self.send(frame(DATA, 0, stream, raw[sent : sent + size]))
             sent += size
         return sent
-
-    def limit(self, seconds: float) -> None:
-        """Wait no longer than so for a server that takes nothing; then the rest is not sent."""
-        self._socket.settimeout(seconds)
 
     def hung_up(self, seconds: float) -> bool:
         """Whether the server hangs up within so many seconds."""

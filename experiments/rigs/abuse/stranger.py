@@ -106,7 +106,6 @@ def _compressed(method: str, message: Callable[[], bytes], count: int = 100) -> 
 def _flood(one: bytes) -> Attack:
     def connect(host: str, port: int) -> Connection:
         connection = Connection(host, port, deaf=True)
-        connection.limit(5.0)
         for _ in range(50):
             connection.send(one * 1000)
         return connection
