@@ -66,8 +66,7 @@ def run_path(settings: PathSettings, folder: Path) -> dict[str, Any]:
         `edge` and `cloud`: the files of each side, in the order of their first calls; `both`: those that ran on both;
         `files`: how many there are in all.
 
-    Raises:
-        IsthmusError: A side has failed; the message says where its output is.
+    Raises IsthmusError where a side has failed; the message says where its output is.
     """
     keys = {"side": "cloud", "folder": str(folder), **asdict(settings)}
     with TaskProcess("the cloud", MODULE, keys, log=folder / "cloud.log") as cloud:

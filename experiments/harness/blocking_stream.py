@@ -22,8 +22,7 @@ class BlockingStream:
     Args:
         connect_timeout: seconds to wait for the cloud's first sign.
 
-    Raises:
-        ConnectionLostError: The cloud does not take the stream.
+    Raises ConnectionLostError where the cloud does not take the stream.
     """
 
     def __init__(self, target: str, tls: Tls | None = None, connect_timeout: float = 5.0) -> None:

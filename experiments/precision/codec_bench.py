@@ -52,8 +52,7 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         where they differ), `bytes_per_token` over a whole run with headers and tags, `gradient_cosine` (mean over the
         micro-batches) and `gradient_cosine_min`, `held_out_loss`, and `loss_over_fp32`. Also the settings.
 
-    Raises:
-        ConfigError: A codec does not exist.
+    Raises ConfigError where a codec does not exist.
     """
     parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *(settings.codec or CODECS)))}
     regime = one_rate_regime(settings, settings.cloud_dtype)

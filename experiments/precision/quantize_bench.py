@@ -41,8 +41,7 @@ def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
         `step_ratio` (over a single fp32 process with the same trainables, median), `held_out_loss`, and
         `zero_shot_loss` of the same span without an adapter. Also the settings.
 
-    Raises:
-        ConfigError: There is no such form, or its package is not installed.
+    Raises ConfigError where there is no such form, or its package is not installed.
     """
     forms = settings.form or list(FORMS)
     unknown = [form for form in forms if form not in FORMS]

@@ -46,8 +46,7 @@ def answer_questions(
     Args:
         model: A causal LM, plain, split or PEFT.
 
-    Raises:
-        ConfigError: The package lm-eval is missing.
+    Raises ConfigError where the package lm-eval is missing.
     """
     require_lm_eval()
     from datasets import Dataset  # lm-eval depends on it
@@ -144,8 +143,7 @@ def language_model(model: Any, tokenizer: Any, *, batch: int, precision: Precisi
         model: A causal LM, plain, split or PEFT. It is put in eval mode.
         precision: What the forward computes in; likelihoods are always of fp32.
 
-    Raises:
-        ConfigError: The package lm-eval is missing.
+    Raises ConfigError where the package lm-eval is missing.
     """
     require_lm_eval()
     from lm_eval.models.huggingface import HFLM

@@ -219,8 +219,7 @@ def _instructions(path: Path) -> list[Question]:
 def parse_instruction(row: Any, where: str) -> Question:
     """A question from an entry with `instruction` and `answer` ("answer2").
 
-    Raises:
-        DataError: The entry has another form; the message names `where`.
+    Raises DataError where the entry has another form; the message names `where`.
     """
     try:
         found = _INSTRUCTION.search(row["instruction"])

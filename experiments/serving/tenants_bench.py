@@ -77,8 +77,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         `growth`: For each of `counts_of(settings)` in `n`, tokens per second of so many `tenants` and of as many
             `single` processes, and their `ratio`. Only where there are such counts.
 
-    Raises:
-        IsthmusError: A process failed, or the ratio is above the bound.
+    Raises IsthmusError where a process failed, or the ratio is above the bound.
     """
     tenants = range(settings.n)
     threads = settings.threads or usable_cores()
