@@ -51,7 +51,15 @@ class Measurement:
 
         def call(*, as_json: bool, **flags: Any) -> None:
             keep = flags.pop("keep") if self.folder == "keep" else None  # a setting of that name is something else
-            result = self.measure(self.settings(**flags), keep)
+            run, settings = load(self.run), self.settings(**flags)
+            with interruptible():
+                if self.folder == "none":
+                    result = run(settings)
+                else:
+                    from isthmus.experiments.harness.launch import working_folder
+
+                    with working_folder(keep) as folder:
+                        result = run(settings, folder)
             if as_json:
                 typer.echo(json.dumps(result))
             elif self.show is not None:
@@ -62,25 +70,14 @@ class Measurement:
             if not all(result[name] for name in self.passed):
                 raise typer.Exit(1)
 
-        folder = {"keep": (_KEEP, None)} if self.folder == "keep" else {}
+        own = {"keep": (_KEEP, None)} if self.folder == "keep" else {}
         parameters = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in {**flags_of(self.settings), **folder, "as_json": (_JSON, False)}.items()
+            for name, (annotation, default) in {**flags_of(self.settings), **own, "as_json": (_JSON, False)}.items()
         ]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
         call.__doc__ = self.settings.__doc__
         return call
-
-    def measure(self, settings: Any, keep: Path | None = None) -> dict[str, Any]:
-        """Measure, and return the result. Ctrl-C and SIGTERM end the command as shells expect it."""
-        run = load(self.run)
-        with interruptible():
-            if self.folder == "none":
-                return typing.cast(dict[str, Any], run(settings))
-            from isthmus.experiments.harness.launch import working_folder
-
-            with working_folder(keep) as folder:
-                return typing.cast(dict[str, Any], run(settings, folder))
 
 
 def flags_of(settings: type[Any]) -> dict[str, tuple[Any, Any]]:
