@@ -67,7 +67,7 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
         plotting()  # a missing package is reported before the long run, not after it
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     checkpoint = resolve(settings.model)
-    rows = {mode.name: {**dict.fromkeys(_COLUMNS), "mode": mode.name} for mode in modes}
+    rows: dict[str, dict[str, Any]] = {mode.name: {**dict.fromkeys(_COLUMNS), "mode": mode.name} for mode in modes}
     zero_shot = None
     with working_folder() as folder:
         if settings.costs:
