@@ -61,7 +61,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def install() -> None:
-    """Wrap the methods at the points as soon as their modules are imported."""
+    """Wrap the methods at the points: now where their modules have been imported, and else as soon as they are."""
+    for name in WRAPPED:
+        if name in sys.modules:
+            wrap(sys.modules[name])
     sys.meta_path.insert(0, _WrappingFinder())
 
 
