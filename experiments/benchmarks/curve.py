@@ -20,10 +20,6 @@ from isthmus.experiments.harness.single_process import losses_of, parity_of, tra
 def run_curve(settings: CurveSettings, folder: Path) -> dict[str, Any]:
     """Train both ways, compare step by step, and draw the curves.
 
-    Args:
-        settings: what is trained, and the figure.
-        folder: where both runs go.
-
     Returns:
         The report of the split run, the losses of both, and their largest difference.
     """

@@ -57,8 +57,7 @@ def run_kernels(settings: KernelSettings) -> dict[str, Any]:
         row for each call and shape: `seconds` of ours and `ratio` over each candidate. Also whether ours ran in
         `triton`, and the settings. Ratios are of medians; below 1 ours is faster.
 
-    Raises:
-        ConfigError: There is no such device, or bitsandbytes is not installed.
+    Raises ConfigError where there is no such device, or bitsandbytes is not installed.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):

@@ -7,8 +7,9 @@ changed a little, which the comparison has to notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,16 @@ def run_parity(settings: ParitySettings, folder: Path) -> dict[str, Any]:
         split = _run("split", settings, folder, cloud)
     whole = _run("whole", settings, folder)
     control = _run("control", settings, folder)
-    difference, caught = _compare(split, whole), _compare(split, control)
-    lora_b = [tensor for name, tensor in split.adapter.items() if "lora_B" in name]
     return {
-        "bitwise_equal": difference.equal,
-        "max_abs_loss_diff": difference.loss,
-        "gradient_max_abs_diff": difference.gradient,
-        "adapter_max_abs_diff": difference.adapter,
-        "lora_b_max_abs": max(float(tensor.abs().max()) for tensor in lora_b),
+        "bitwise_equal": _equal(split, whole),
+        "max_abs_loss_diff": max(abs(a - b) for a, b in zip(split.losses, whole.losses, strict=True)),
+        "gradient_max_abs_diff": _distance(split.gradients, whole.gradients),
+        "adapter_max_abs_diff": _distance(split.adapter, whole.adapter),
+        "lora_b_max_abs": max(float(each.abs().max()) for name, each in split.adapter.items() if "lora_B" in name),
         "loss_first": split.losses[0],
         "loss_last": split.losses[-1],
-        "control_detected": not caught.equal,
-        "control_gradient_max_abs_diff": caught.gradient,
+        "control_detected": not _equal(split, control),
+        "control_gradient_max_abs_diff": _distance(split.gradients, control.gradients),
         "tokens_padded": split.padded,
         "ragged_batch": split.ragged,
         **asdict(settings),
@@ -75,30 +74,17 @@ class _Outcome:
     ragged: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Difference:
-    equal: bool
-    loss: float
-    gradient: float
-    adapter: float
-
-
-def _compare(one: _Outcome, other: _Outcome) -> _Difference:
-    if one.gradients.keys() != other.gradients.keys() or one.adapter.keys() != other.adapter.keys():
+def _equal(one: _Outcome, other: _Outcome) -> bool:
+    pairs = ((one.gradients, other.gradients), (one.adapter, other.adapter))
+    if any(mine.keys() != theirs.keys() for mine, theirs in pairs):
         raise IsthmusError("the two runs trained different parameters: nothing can be compared")
-    losses = [abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)]
-    gradients = [_distance(one.gradients[name], other.gradients[name]) for name in one.gradients]
-    adapters = [_distance(one.adapter[name], other.adapter[name]) for name in one.adapter]
-    equal = one.losses == other.losses and all(
-        torch.equal(mine[name], theirs[name])
-        for mine, theirs in ((one.gradients, other.gradients), (one.adapter, other.adapter))
-        for name in mine
+    return one.losses == other.losses and all(
+        torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine
     )
-    return _Difference(equal, max(losses), max(gradients), max(adapters))
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | None = None) -> _Outcome:
@@ -118,9 +104,14 @@ def _run(mode: str, settings: ParitySettings, folder: Path, cloud: LocalCloud | 
     )
 
 
-def train_config(settings: ParitySettings) -> TrainConfig:
-    """The adapter and the data of a parity run, as the trainer has them."""
-    return TrainConfig(
+# Inside one of the processes ------------------------------------------------------------------------------------------
+
+
+def _main(parent: Parent) -> None:
+    task = parent.task
+    settings = ParitySettings(**task["settings"])
+    torch.set_num_threads(settings.threads)
+    config = TrainConfig(
         cloud="-",
         data=settings.data,
         max_length=settings.seq,
@@ -129,35 +120,34 @@ def train_config(settings: ParitySettings) -> TrainConfig:
         codec=settings.codec,
         method="lora",
     )
+    if task["mode"] == "split":
+        with connect(task["cloud"], key=task["key"], codec=settings.codec) as link:
+            result = _train(build_peft(link.load_model(), config), link.load_tokenizer(), config, settings)
+    else:
+        model, tokenizer, plan = whole_model(settings.model, settings.edge_layers)
+        if task["mode"] == "control":
+            _perturb(model, plan)
+        result = _train(build_peft(model, config, layers=plan.edge_layers), tokenizer, config, settings)
+    out = Path(task["out"])
+    save_file(result.pop("gradients"), out / "gradients.safetensors")
+    save_file(result.pop("adapter"), out / "adapter.safetensors")
+    parent.say(result)
 
 
-def batches_of(settings: ParitySettings, tokenizer: Any) -> Batches:
-    """The run's batches: real tokens, padded on the right."""
-    config = train_config(settings)
+def _train(model: Any, tokenizer: Any, config: TrainConfig, settings: ParitySettings) -> dict[str, Any]:
+    """A plain training loop over real tokens, padded on the right: the fields of `_Outcome`."""
     examples, dropped = encode(read_examples(settings.data, config), tokenizer, settings.seq)
     if not examples:
         raise DataError(
             f"none of the {dropped} examples of {settings.data} has a label within {settings.seq} tokens: raise --seq"
         )
-    return Batches(examples, settings.batch, tokenizer.pad_token_id or 0, seed=0)
-
-
-def endless(batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """Batches of one epoch after another."""
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
-
-
-def train_steps(model: Any, batches: Iterator[dict[str, Tensor]], settings: ParitySettings) -> dict[str, Any]:
-    """A plain training loop, the same for every mode. Returns losses, all gradients of all steps, and the adapter."""
+    batches = Batches(examples, settings.batch, tokenizer.pad_token_id or 0, seed=0)
+    endless = (batch for epoch in count() for batch in batches.epoch(epoch))
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate)
     losses, gradients, padded, ragged = [], {}, 0, 0
     model.train()
-    for step in range(settings.steps):
-        batch = next(batches)
+    for step, batch in zip(range(settings.steps), endless, strict=False):
         padded += int((batch["attention_mask"] == 0).sum())
         ragged += int(len(batch["input_ids"]) < settings.batch)
         loss = model(**batch, use_cache=False).loss
@@ -171,29 +161,6 @@ def train_steps(model: Any, batches: Iterator[dict[str, Tensor]], settings: Pari
         losses.append(float(loss.detach()))
     adapter = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return {"losses": losses, "padded": padded, "ragged": ragged, "gradients": gradients, "adapter": adapter}
-
-
-def _main(parent: Parent) -> None:
-    task = parent.task
-    settings = ParitySettings(**task["settings"])
-    torch.set_num_threads(settings.threads)
-    if task["mode"] == "split":
-        with connect(task["cloud"], key=task["key"], codec=settings.codec) as link:
-            result = train_steps(
-                build_peft(link.load_model(), train_config(settings)),
-                endless(batches_of(settings, link.load_tokenizer())),
-                settings,
-            )
-    else:
-        model, tokenizer, plan = whole_model(settings.model, settings.edge_layers)
-        if task["mode"] == "control":
-            _perturb(model, plan)
-        adapted = build_peft(model, train_config(settings), layers=plan.edge_layers)
-        result = train_steps(adapted, endless(batches_of(settings, tokenizer)), settings)
-    out = Path(task["out"])
-    save_file(result.pop("gradients"), out / "gradients.safetensors")
-    save_file(result.pop("adapter"), out / "adapter.safetensors")
-    parent.say(result)
 
 
 def _perturb(model: Any, plan: SplitPlan) -> None:

@@ -1,21 +1,15 @@
 """Through which source files does one forward go, there and back? A cloud and an edge trace one, and name the files.
 
-    python -m isthmus.experiments.benchmarks.path cloud '{"folder": …, "model": …, "edge_layers": …}'
-    python -m isthmus.experiments.benchmarks.path edge '{"cloud": …, "key": …}'
-
-Each side is a process of its own, which does what it is told on standard input: `record` and `report`, and the edge
-`forward`, a word a line; each is answered by a line. The profile function of Python stands in every thread from its
+Each side is a process of its own. It answers three questions: `record` begins a trace, `forward` makes the edge run one
+forward, and `report` ends the trace and gives its files. The profile function of Python is set in every thread from its
 start on, so production code knows nothing of it.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -23,13 +17,13 @@ from typing import Any
 
 import typer
 
-from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.bench_settings import PathSettings
+from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 
+MODULE = "isthmus.experiments.benchmarks.path"
 PACKAGE = "isthmus."
 OURS = "isthmus.experiments."
 """What measures is no part of the path."""
-END_SECONDS = 60
 ROUNDS = 3
 """Forwards that are traced. What is in every trace belongs to a forward; what a cloud does now and then is not."""
 
@@ -42,7 +36,7 @@ class FileTrace:
         self._files: dict[str, None] = {}
 
     def install(self) -> None:
-        """Stand in this thread, and in every one that starts from now on."""
+        """Watch this thread, and every one that starts from now on."""
         threading.setprofile(self._called)
         sys.setprofile(self._called)
 
@@ -68,28 +62,24 @@ class FileTrace:
 def run_path(settings: PathSettings, folder: Path) -> dict[str, Any]:
     """Trace a forward without sites, after one that warms up.
 
-    Args:
-        settings: see there.
-        folder: for keys, the edge's parts and logs.
-
     Returns:
         `edge` and `cloud`: the files of each side, in the order of their first calls; `both`: those that ran on both;
-        `files`: how many there are together.
+        `files`: how many there are in all.
 
-    Raises:
-        IsthmusError: A side has failed; the message says where its output is.
+    Raises IsthmusError where a side has failed; the message says where its output is.
     """
-    with _side("cloud", {"folder": str(folder), **asdict(settings)}, folder) as cloud:
-        started = json.loads(cloud.hear())
-        with _side("edge", {"cloud": started["cloud"], "key": started["key"]}, folder) as edge:
-            edge.hear()
-            edge.tell("forward")
+    keys = {"side": "cloud", "folder": str(folder), **asdict(settings)}
+    with TaskProcess("the cloud", MODULE, keys, log=folder / "cloud.log") as cloud:
+        address = {"side": "edge", **cloud.answer()}
+        with TaskProcess("the edge", MODULE, address, log=folder / "edge.log") as edge:
+            edge.answer()  # it is connected
+            edge.ask("forward")
             traced = []
             for _ in range(ROUNDS):
-                cloud.tell("record")
-                edge.tell("record")
-                edge.tell("forward")
-                traced.append({"edge": json.loads(edge.tell("report")), "cloud": json.loads(cloud.tell("report"))})
+                cloud.ask("record")
+                edge.ask("record")
+                edge.ask("forward")
+                traced.append({"edge": edge.ask("report"), "cloud": cloud.ask("report")})
     found = {side: in_all([each[side] for each in traced]) for side in ("edge", "cloud")}
     both = [file for file in found["edge"] if file in found["cloud"]]
     files = len({*found["edge"], *found["cloud"]})
@@ -110,68 +100,10 @@ def in_all(traces: Sequence[Sequence[str]]) -> list[str]:
     return [file for file in traces[0] if all(file in trace for trace in traces)]
 
 
-class _Side:
-    """A side's process, from outside."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process = process
-        self._log = log
-
-    def tell(self, word: str) -> str:
-        """Say a word, and wait for the answer."""
-        if self._process.stdin is None:
-            raise IsthmusError("the process has no standard input")
-        self._process.stdin.write(f"{word}\n")
-        self._process.stdin.flush()
-        return self.hear()
-
-    def hear(self) -> str:
-        """The next line."""
-        line = "" if self._process.stdout is None else self._process.stdout.readline()
-        if not line:
-            raise IsthmusError(f"a side of the forward has failed; its output is in {self._log}")
-        return line
-
-
-@contextmanager
-def _side(name: str, task: dict[str, str], folder: Path) -> Iterator[_Side]:
-    log = folder / f"{name}.log"
-    arguments = [sys.executable, "-m", "isthmus.experiments.benchmarks.path", name, json.dumps(task)]
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True) as process,
-    ):
-        try:
-            yield _Side(process, log)
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait(END_SECONDS)
-        finally:
-            process.kill()
-
-
 # Inside the processes -------------------------------------------------------------------------------------------------
 
 
-def _answer(trace: FileTrace, forward: Callable[[], object] = lambda: None) -> None:
-    """Do what standard input says."""
-    for line in sys.stdin:
-        match line.strip():
-            case "forward":
-                forward()
-                _say("done")
-            case "record":
-                trace.record()
-                _say("recording")
-            case "report":
-                _say(json.dumps(trace.report()))
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _cloud(task: dict[str, str], trace: FileTrace) -> None:
+def _cloud(parent: Parent, trace: FileTrace) -> None:
     """A worker of `isthmus cloud serve`, without Ray."""
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.cloud.control.worker import Worker, WorkerSpec
@@ -179,7 +111,7 @@ def _cloud(task: dict[str, str], trace: FileTrace) -> None:
     from isthmus.protocol.enrolment import ConnectionString
     from isthmus.protocol.secure.keys import load_worker
 
-    folder = Path(task["folder"])
+    task, folder = parent.task, Path(parent.task["folder"])
     keys = LocalCloud(folder, task["model"])  # which is not started
     checkpoint = resolve(task["model"])
     worker = Worker(
@@ -198,30 +130,42 @@ def _cloud(task: dict[str, str], trace: FileTrace) -> None:
         )
     )
     connection = ConnectionString("127.0.0.1", worker.port(), load_worker(keys.home).pin)
-    _say(json.dumps({"cloud": str(connection), "key": str(keys.edge_key)}))
-    _answer(trace)
-    worker.drain(1.0)
+    parent.say({"cloud": str(connection), "key": str(keys.edge_key)})
+    _answer(parent, trace)
 
 
-def _edge(task: dict[str, str], trace: FileTrace) -> None:
+def _edge(parent: Parent, trace: FileTrace) -> None:
     """An edge with its model, as a user has it."""
     import torch
 
     from isthmus.edge.client.link import connect
 
-    with connect(task["cloud"], key=task["key"]) as link:
+    with connect(parent.task["cloud"], key=parent.task["key"]) as link:
         model: Any = link.load_model()
         ids = torch.arange(1, 17)[None]
-        _say("connected")
-        _answer(trace, lambda: model(input_ids=ids, use_cache=False))
+        parent.say("connected")
+        _answer(parent, trace, lambda: model(input_ids=ids, use_cache=False))
 
 
-def main(side: str, task: dict[str, str]) -> None:
-    """Be one side; see the module."""
+def _answer(parent: Parent, trace: FileTrace, forward: Callable[[], object] = lambda: None) -> None:
+    """Answer the parent's questions; see the module."""
+    for question in parent.questions():
+        match question:
+            case "forward":
+                forward()
+                parent.say()
+            case "record":
+                trace.record()
+                parent.say()
+            case "report":
+                parent.say(trace.report())
+
+
+def _main(parent: Parent) -> None:
     trace = FileTrace()
     trace.install()
-    (_cloud if side == "cloud" else _edge)(task, trace)
+    (_cloud if parent.task["side"] == "cloud" else _edge)(parent, trace)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    serve(_main)

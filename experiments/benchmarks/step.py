@@ -8,7 +8,6 @@ are ratios. The cloud is in processes of its own and waits while the whole model
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,12 @@ import torch
 
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.training.methods import build_peft, trained
+from isthmus.edge.training.methods import build_peft
 from isthmus.experiments.harness.bench_settings import StepSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
-from isthmus.experiments.harness.single_process import whole_model
+from isthmus.experiments.harness.single_process import random_batch, stepper, whole_model
 
 WARM_UP = 2
-
-
-class _Stepper:
-    """Takes optimizer steps on one model, always on the same batch: only the time is of interest."""
-
-    def __init__(self, model: Any, batch: dict[str, torch.Tensor], layers: tuple[int, ...]) -> None:
-        config = TrainConfig(cloud="-", data="-", method="lora")
-        self._model = build_peft(model, config, layers=layers)
-        self._model.train()
-        self._batch = batch
-        self._optimizer = torch.optim.AdamW(trained(self._model).values(), lr=1e-4)
-
-    def step(self) -> float:
-        """One step; returns its seconds."""
-        start = time.perf_counter()
-        self._model(**self._batch, use_cache=False).loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
@@ -61,12 +41,11 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
         connect(cloud.connection, key=cloud.edge_key, codec=settings.codec) as link,
     ):
         whole, _, plan = whole_model(settings.model, settings.edge_layers)
-        tokens = torch.randint(
-            whole.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
+        batch = random_batch(whole.config.vocab_size, settings.batch, settings.seq)
+        config = TrainConfig(cloud="-", data="-", method="lora")
+        split_step, whole_step = (
+            stepper(build_peft(model, config, layers=plan.edge_layers), batch) for model in (link.load_model(), whole)
         )
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-        split_run = _Stepper(link.load_model(), batch, plan.edge_layers)
-        whole_run = _Stepper(whole, batch, plan.edge_layers)
         ratios: list[float] = []
         split_s: list[float] = []
         whole_s: list[float] = []
@@ -75,14 +54,14 @@ def run_step(settings: StepSettings, folder: Path) -> dict[str, Any]:
                 if pair == WARM_UP:
                     before = link.totals()
                 # Turn about, so that neither always follows the other.
-                for run, seconds in ((split_run, split_s), (whole_run, whole_s))[:: 1 if pair % 2 else -1]:
-                    seconds.append(run.step())
+                for step, seconds in ((split_step, split_s), (whole_step, whole_s))[:: 1 if pair % 2 else -1]:
+                    seconds.append(step())
                 ratios.append(split_s[-1] / whole_s[-1])
                 advance()
         spent = link.totals() - before
         span_bytes = cloud.status()["span_bytes"]
     ratios, split_s, whole_s = ratios[WARM_UP:], split_s[WARM_UP:], whole_s[WARM_UP:]
-    total, positions = sum(split_s), settings.pairs * tokens.numel()
+    total, positions = sum(split_s), settings.pairs * batch["input_ids"].numel()
     return {
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),

@@ -20,15 +20,9 @@ class BlockingStream:
     """One stream of frames over a connection of its own. Not for two threads at once.
 
     Args:
-        target: `host:port`.
-        tls: the outer TLS layer, or None.
         connect_timeout: seconds to wait for the cloud's first sign.
 
-    Attributes:
-        stream: what it drives.
-
-    Raises:
-        ConnectionLostError: The cloud does not take the stream.
+    Raises ConnectionLostError where the cloud does not take the stream.
     """
 
     def __init__(self, target: str, tls: Tls | None = None, connect_timeout: float = 5.0) -> None:

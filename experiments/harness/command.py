@@ -7,7 +7,6 @@ import inspect
 import json
 import typing
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,7 @@ RIGS = f"{EXPERIMENTS}.rigs"
 
 _KEEP = Annotated[Path | None, typer.Option(help="Folder for the run's files; by default they are gone afterwards.")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_NO_DEFAULT = inspect.Parameter.empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,15 @@ class Measurement:
 
         def call(*, as_json: bool, **flags: Any) -> None:
             keep = flags.pop("keep") if self.folder == "keep" else None  # a setting of that name is something else
-            result = self.measure(self.settings(**flags), keep)
+            run, settings = load(self.run), self.settings(**flags)
+            with interruptible():
+                if self.folder == "none":
+                    result = run(settings)
+                else:
+                    from isthmus.experiments.harness.launch import working_folder
+
+                    with working_folder(keep) as folder:
+                        result = run(settings, folder)
             if as_json:
                 typer.echo(json.dumps(result))
             elif self.show is not None:
@@ -71,27 +79,12 @@ class Measurement:
         call.__doc__ = self.settings.__doc__
         return call
 
-    def measure(self, settings: Any, keep: Path | None = None) -> dict[str, Any]:
-        """Measure, and return the result. Ctrl-C and SIGTERM end the command as shells expect it.
-
-        Raises:
-            ConfigError: It needs what the installed package leaves out.
-            IsthmusError: Of whatever kind fits.
-        """
-        run = load(self.run)
-        with interruptible(), ExitStack() as stack:
-            if self.folder == "none":
-                return typing.cast(dict[str, Any], run(settings))
-            from isthmus.experiments.harness.launch import working_folder
-
-            return typing.cast(dict[str, Any], run(settings, stack.enter_context(working_folder(keep))))
-
 
 def flags_of(settings: type[Any]) -> dict[str, tuple[Any, Any]]:
     """The annotation and the default of each field that is a flag."""
     hints = typing.get_type_hints(settings, include_extras=True)
     return {
-        field.name: (hints[field.name], _default_of(field))
+        field.name: (hints[field.name], _NO_DEFAULT if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(settings)
         if any(isinstance(extra, typer.models.OptionInfo) for extra in getattr(hints[field.name], "__metadata__", ()))
     }
@@ -100,8 +93,7 @@ def flags_of(settings: type[Any]) -> dict[str, tuple[Any, Any]]:
 def load(place: str) -> Callable[..., Any]:
     """The function at `module:function` below `isthmus.experiments`.
 
-    Raises:
-        ConfigError: It is one of the rigs, which the installed package leaves out.
+    Raises ConfigError where it is one of the rigs, which the installed package leaves out.
     """
     module, name = place.split(":")
     try:
@@ -113,7 +105,3 @@ def load(place: str) -> Callable[..., Any]:
             f"this command needs {RIGS}, which the installed package leaves out: run it in the source tree, after "
             "`make setup`"
         ) from None
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
-import typer
+from typer import Option
 
 from isthmus.experiments.harness.bench_flags import Model
 from isthmus.experiments.harness.command import Measurement
 
-_AdapterLayers = Annotated[str, typer.Option(help="How many of the first and of the last layers are tuned.")]
-_Rank = Annotated[int, typer.Option(min=1, help="Rank of adapters.")]
-_Precision = Annotated[str, typer.Option(help="What training computes in: fp32 or bf16.")]
-_Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or auto for a GPU if there is one.")]
+_AdapterLayers = Annotated[str, Option(help="How many of the first and of the last layers are tuned.")]
+_Rank = Annotated[int, Option(min=1, help="Rank of adapters.")]
+_Precision = Annotated[str, Option(help="What training computes in: fp32 or bf16.")]
+_Device = Annotated[str, Option(help="Where to compute: cpu, cuda, or auto for a GPU if there is one.")]
 
 
 @dataclass(frozen=True, slots=True)
-class TableFlags:
+class TableSettings:
     """Score emulators: what the data owner gains by plug-in, what a thief does, and the references beside them.
 
     With several shares to keep and --figure, this is the frontier between the two. An interrupted table goes on when
@@ -31,70 +31,69 @@ class TableFlags:
     """
 
     model: Model = "smollm2-135m"
-    tasks: Annotated[str, typer.Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, text:PATH.")] = (
+    tasks: Annotated[str, Option(help="Tasks, comma-separated: e2e, openbookqa, arc_easy, sst2, text:PATH.")] = (
         "e2e,openbookqa,arc_easy,sst2"
     )
     methods: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Ways to make the emulator, comma-separated: recipes of `emulator build`, with +distilled at the end "
             "of those to distil, or folders of emulators or packages."
         ),
     ] = "uniform,crash,importance,importance+distilled"
     keep: Annotated[
-        str, typer.Option(help="Share of the middle's layers that the emulators keep; several, comma-separated.")
+        str, Option(help="Share of the middle's layers that the emulators keep; several, comma-separated.")
     ] = "0.5"
     adapter_layers: _AdapterLayers = "2:2"
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training run.")] = 40
-    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example at most.")] = 256
+    seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 3
+    steps: Annotated[int, Option(min=1, help="Optimizer steps of every training run.")] = 40
+    batch: Annotated[int, Option(min=1, help="Examples of a step.")] = 8
+    max_length: Annotated[int, Option(min=8, help="Tokens of an example at most.")] = 256
     trainables: Annotated[
-        str, typer.Option(help="What is trained on the edge's layers: full, lora, bottleneck, bitfit, …")
+        str, Option(help="What is trained on the edge's layers: full, lora, bottleneck, bitfit, …")
     ] = "full"
     rank: _Rank = 8
     learning_rates: Annotated[
-        str, typer.Option(help="Candidate learning rates where the edge's layers are trained whole.")
+        str, Option(help="Candidate learning rates where the edge's layers are trained whole.")
     ] = "1e-4,3e-4,1e-3"
-    adapter_rates: Annotated[str, typer.Option(help="Candidate learning rates where adapters are trained.")] = (
+    adapter_rates: Annotated[str, Option(help="Candidate learning rates where adapters are trained.")] = (
         "1e-3,3e-3,1e-2"
     )
-    whole_rates: Annotated[
-        str, typer.Option(help="Candidate learning rates where all weights of a model are trained.")
-    ] = "3e-5,1e-4,3e-4"
+    whole_rates: Annotated[str, Option(help="Candidate learning rates where all weights of a model are trained.")] = (
+        "3e-5,1e-4,3e-4"
+    )
     text: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Public text to choose layers, fit bridges and distil by; default: Shakespeare of the data folder."
         ),
     ] = None
-    text_length: Annotated[int, typer.Option(min=2, help="Tokens of a block of the text.")] = 256
-    distill_steps: Annotated[int, typer.Option(min=1, help="Steps of the distillation.")] = 400
-    distill_batch: Annotated[int, typer.Option(min=1, help="Blocks of text of a step of it.")] = 8
-    distill_learning_rate: Annotated[float, typer.Option(min=0, help="Peak of its learning rate.")] = 3e-4
-    mse_weight: Annotated[float, typer.Option(min=0, help="Its weight of the hidden states' error.")] = 30.0
-    lm_weight: Annotated[float, typer.Option(min=0, help="Its weight of the language model's loss.")] = 1.0
+    text_length: Annotated[int, Option(min=2, help="Tokens of a block of the text.")] = 256
+    distill_steps: Annotated[int, Option(min=1, help="Steps of the distillation.")] = 400
+    distill_batch: Annotated[int, Option(min=1, help="Blocks of text of a step of it.")] = 8
+    distill_learning_rate: Annotated[float, Option(min=0, help="Peak of its learning rate.")] = 3e-4
+    mse_weight: Annotated[float, Option(min=0, help="Its weight of the hidden states' error.")] = 30.0
+    lm_weight: Annotated[float, Option(min=0, help="Its weight of the language model's loss.")] = 1.0
     precision: _Precision = "fp32"
-    score_precision: Annotated[str, typer.Option(help="What scoring computes in: fp32 or bf16.")] = "fp32"
-    test: Annotated[
-        int | None, typer.Option(min=2, help="Held-out documents of a task; default: 160 of e2e, else 200.")
-    ] = None
-    validation: Annotated[int, typer.Option(min=1, help="Examples of the training file that rates are chosen by.")] = 64
+    score_precision: Annotated[str, Option(help="What scoring computes in: fp32 or bf16.")] = "fp32"
+    test: Annotated[int | None, Option(min=2, help="Held-out documents of a task; default: 160 of e2e, else 200.")] = (
+        None
+    )
+    validation: Annotated[int, Option(min=1, help="Examples of the training file that rates are chosen by.")] = 64
     data_folder: Annotated[
-        Path | None, typer.Option(help="Where the tasks lie; default: shared/data beside the checkout.")
+        Path | None, Option(help="Where the tasks lie; default: shared/data beside the checkout.")
     ] = None
     device: _Device = "auto"
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None
+    threads: Annotated[int | None, Option(min=1, help="Threads of torch.")] = None
     whole_runs: Annotated[
-        bool, typer.Option(help="Whether the whole model is fine-tuned too, and tuned with LoRA, for comparison.")
+        bool, Option(help="Whether the whole model is fine-tuned too, and tuned with LoRA, for comparison.")
     ] = True
     figure: Annotated[
-        Path | None,
-        typer.Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator."),
+        Path | None, Option(help="PNG to draw plug-in's recovery against a thief's to, a point for each emulator.")
     ] = None
-    out: Annotated[
-        Path, typer.Option(help="Folder for emulators and finished pieces; the same command goes on there.")
-    ] = Path("isthmus-table")
+    out: Annotated[Path, Option(help="Folder for emulators and finished runs; the same command goes on there.")] = Path(
+        "isthmus-table"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +103,14 @@ class ScoreSettings:
     Example: isthmus emulator score --package package --adapter run/adapter --tasks my_task --include-path tasks --json
     """
 
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, comma-separated.")]
-    model: Annotated[str | None, typer.Option(help="The whole model, as for `build`.")] = None
-    package: Annotated[Path | None, typer.Option(help="A package, whose emulator stands for the middle.")] = None
-    adapter: Annotated[Path | None, typer.Option(help="An adapter on it; on the whole model this is plug-in.")] = None
-    include_path: Annotated[Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a forward.")] = 16
-    precision: Annotated[str, typer.Option(help="What the forward computes in: fp32 or bf16.")] = "fp32"
+    tasks: Annotated[str, Option(help="Tasks of lm-eval, comma-separated.")]
+    model: Annotated[str | None, Option(help="The whole model, as for `build`.")] = None
+    package: Annotated[Path | None, Option(help="A package, whose emulator stands for the middle.")] = None
+    adapter: Annotated[Path | None, Option(help="An adapter on it; on the whole model this is plug-in.")] = None
+    include_path: Annotated[Path | None, Option(help="Folder with YAML files of tasks of your own.")] = None
+    limit: Annotated[int | None, Option(min=1, help="Documents of each task; all by default.")] = None
+    batch: Annotated[int, Option(min=1, help="Sequences of a forward.")] = 16
+    precision: Annotated[str, Option(help="What the forward computes in: fp32 or bf16.")] = "fp32"
     device: _Device = "auto"
 
 
@@ -123,23 +122,45 @@ class LocalCostSettings:
     """
 
     model: Model = "smollm2-135m"
-    keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5
-    method: Annotated[str, typer.Option(help="The emulator's recipe, as for `build`.")] = "uniform"
-    text: Annotated[Path | None, typer.Option(help="Public text, for a recipe that needs it.")] = None
+    keep: Annotated[float, Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5
+    method: Annotated[str, Option(help="The emulator's recipe, as for `build`.")] = "uniform"
+    text: Annotated[Path | None, Option(help="Public text, for a recipe that needs it.")] = None
     adapter_layers: _AdapterLayers = "2:2"
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4
-    seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each kind, in turns.")] = 7
+    batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 4
+    seq: Annotated[int, Option(min=2, help="Tokens of a sequence.")] = 128
+    rounds: Annotated[int, Option(min=1, help="Steps of each kind, in turns.")] = 7
     rank: _Rank = 8
     precision: _Precision = "fp32"
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each process.")] = 2
+    threads: Annotated[int, Option(min=1, help="Threads of torch in each process.")] = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainSettings:
+    """Pretrain a tiny model of any family on public text, to run the table on a second architecture.
+
+    Example: isthmus emulator pretrain --family qwen3 --text public.txt --out tiny-qwen3
+    """
+
+    out: Annotated[Path, Option(help="Folder of the model; must not exist.")]
+    text: Annotated[Path, Option(help="Public text, .txt, or .jsonl with `text`.")]
+    family: Annotated[str, Option(help="Architecture: gpt2, qwen3, llama, …")] = "gpt2"
+    steps: Annotated[int, Option(min=1, help="Optimizer steps.")] = 600
+    layers: Annotated[int, Option(min=3, help="Decoder layers.")] = 10
+    hidden: Annotated[int, Option(min=32, help="Width of the hidden states, a multiple of 32.")] = 96
+    vocabulary: Annotated[int, Option(min=260, help="Tokens of the tokenizer.")] = 1024
+    batch: Annotated[int, Option(min=1, help="Blocks of a step.")] = 16
+    length: Annotated[int, Option(min=2, help="Tokens of a block.")] = 128
+    learning_rate: Annotated[float, Option(min=0, help="Peak of AdamW's learning rate.")] = 2e-3
+    seed: Annotated[int, Option(min=0, help="Of the weights and of the order of the text.")] = 0
+    threads: Annotated[int | None, Option(min=1, help="Threads of torch.")] = None
 
 
 MEASUREMENTS: Final = {
-    "table": Measurement(TableFlags, "offsite.table_command:run", "offsite.table_command:show", folder="none"),
+    "table": Measurement(TableSettings, "offsite.table:run_table", "offsite.table_rows:show", folder="none"),
     "score": Measurement(ScoreSettings, "scoring.task_scoring:run_score", "scoring.task_scoring:show", folder="none"),
     "cost": Measurement(
         LocalCostSettings, "offsite.local_cost:run_cost", "offsite.local_cost:show", folder="temporary"
     ),
+    "pretrain": Measurement(PretrainSettings, "offsite.pretrain:run_pretrain", folder="none"),
 }
-"""The researcher's commands by name, but for `pretrain`."""
+"""The researcher's commands by name."""

@@ -1,4 +1,4 @@
-"""Finished work of a long table on the disk, one line a piece, so that an interrupted table goes on."""
+"""Finished work of a long table on the disk, a line for each result, so that an interrupted table goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Cells:
 
     Args:
         path: The file; made with its folder when it is needed. Several processes may add to it.
-        console: Where it is said what was done.
 
     Raises:
         CheckpointError: A line of the file is damaged.
@@ -43,13 +42,7 @@ class Cells:
     def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for these settings: from the file, or made now and written.
 
-        Args:
-            name: Says what it is, for people.
-            settings: Everything that the result depends on, as JSON can say it.
-            make: Makes the result, as JSON can say it.
-
-        Raises:
-            DiskError: The disk is full or cannot be written.
+        Raises DiskError where the disk is full or cannot be written.
         """
         self._done += 1
         key = _key(name, settings)
@@ -82,9 +75,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             cell = json.loads(line)
             known[_key(cell["name"], cell["settings"])] = cell["result"]
         except json.JSONDecodeError:
-            continue  # cut off while it was written: the piece is made again
+            continue  # cut off while it was written: the result is made again
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}, line {number}: no finished piece of a table; remove the line") from error
+            raise CheckpointError(f"{path}, line {number}: no finished result of a table; remove the line") from error
     return known
 
 

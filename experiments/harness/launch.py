@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -31,26 +31,8 @@ START_SECONDS = 180.0
 FIRST_PORT, PORT_TRIES = 10_000, 20
 
 
-class Endpoint(Protocol):
-    """A cloud that an edge can connect to."""
-
-    edge_key: Path
-    """The private key of an enrolled edge."""
-
-    @property
-    def connection(self) -> str:
-        """The connection string."""
-
-
 class LocalCloud:
-    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge.
-
-    Args:
-        folder: where keys, logs and the connection file go.
-        model: as for `--model`.
-        options: further options of `serve`.
-        environment: variables that it gets besides those of this process.
-    """
+    """`isthmus cloud serve` in a process of its own, with keys of its own and one enrolled edge."""
 
     def __init__(self, folder: Path, model: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
         self.home = folder / "cloud"
@@ -67,7 +49,6 @@ class LocalCloud:
         self._process: subprocess.Popen[bytes] | None = None
         if not self.home.exists():
             self.home.mkdir(parents=True, mode=0o700)
-            self.edge_key.parent.mkdir(parents=True, mode=0o700)
             generate_root(self.home)
             issue_worker(self.home)
             self.enroll("edge", self.edge_key)
@@ -79,13 +60,13 @@ class LocalCloud:
 
     def enroll(self, name: str, key: Path, quota: Quota | None = None) -> None:
         """Make a key and enrol it."""
+        key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         add_line(self.home / "authorized_edges", generate_edge(key, name), name, quota)
 
     def start(self) -> None:
         """Start and wait until the workers answer; again at the same addresses only where `--listen` names a port.
 
-        Raises:
-            UnreachableError: it does not answer; the message has the end of its output.
+        Raises UnreachableError where it does not answer; the message has the end of its output.
         """
         self.connection_file.unlink(missing_ok=True)
         with self._log.open("ab") as log, uninterrupted():
@@ -126,14 +107,6 @@ class LocalCloud:
                     return pid
         return None
 
-    def terminate(self) -> int:
-        """SIGTERM, and the exit code after the graceful drain."""
-        process = self._process
-        if process is None:
-            raise IsthmusError("the cloud was not started")
-        process.send_signal(signal.SIGTERM)
-        return process.wait(60)
-
     def kill(self) -> None:
         """SIGKILL to every process of it, those of Ray too, as when a machine loses its power."""
         process, self._process = self._process, None
@@ -147,17 +120,17 @@ class LocalCloud:
             time.sleep(0.01)
         process.wait()
 
-    def stop(self) -> None:
-        """End it, gracefully where that works."""
+    def stop(self) -> int | None:
+        """End it, gracefully where that works. Returns its exit code; None where it was not started."""
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
-            return
+            return None if process is None else process.returncode
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return process.wait()
 
     def __enter__(self) -> LocalCloud:
         try:
@@ -174,8 +147,7 @@ class LocalCloud:
 def free_ports(host: str, count: int) -> list[int]:
     """Ports one after the other on which nobody listens, below those that the kernel gives away by itself.
 
-    Raises:
-        PortInUseError: there are none.
+    Raises PortInUseError where there are none.
     """
     for _ in range(PORT_TRIES):
         first = FIRST_PORT + secrets.randbelow(FIRST_PORT)  # others may look at the same time
@@ -186,7 +158,7 @@ def free_ports(host: str, count: int) -> list[int]:
 
 
 def _of_session(leader: int) -> list[int]:
-    """Processes of a session, by the process that began it; those that only wait to be looked after do not count."""
+    """Processes of a session, by the process that began it, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # it is gone, or no process
@@ -212,7 +184,7 @@ def working_folder(keep: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def stderr_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; call what it yields once per piece of work."""
+    """A progress bar on standard error; call what it yields once for each unit of work."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

@@ -8,31 +8,17 @@ from isthmus.common.errors import IsthmusError
 
 
 def own_bytes(name: str) -> int:
-    """A figure of this process's memory, in bytes: `VmRSS` now, `VmHWM` at the most.
-
-    Not getrusage's, which begins with the parent's.
-
-    Raises:
-        IsthmusError: The process has ended, or this system does not say.
-    """
+    """A figure of this process, in bytes: `VmRSS` now, `VmHWM` at most. (getrusage's begins with the parent's.)"""
     return memory_bytes("self", "status", name)
 
 
 def proportional_bytes(pid: int) -> int:
-    """PSS of a process: its own memory, and its part of what it shares with others.
-
-    Raises:
-        IsthmusError: The process has ended, or this system does not say.
-    """
+    """PSS of a process, in bytes: its own memory, and its part of what it shares with others."""
     return memory_bytes(pid, "smaps_rollup", "Pss")
 
 
 def forget_peak(pid: int) -> None:
-    """Let the most that a process has had in memory count from now on.
-
-    Raises:
-        IsthmusError: This system does not let us.
-    """
+    """Count the peak of a process anew. Raises IsthmusError where this system does not allow it."""
     path = Path(f"/proc/{pid}/clear_refs")
     try:
         path.write_text("5")
@@ -43,11 +29,8 @@ def forget_peak(pid: int) -> None:
 def peak_bytes(pid: int) -> int:
     """The most PSS that a process has had since `forget_peak`.
 
-    The kernel keeps the peak of the resident size, at no cost; looking at PSS again and again would take the time of
-    which the figures are. What is shared with others is taken to be the same at the peak as it is now.
-
-    Raises:
-        IsthmusError: The process has ended, or this system does not say.
+    The kernel keeps the peak of the resident size, at no cost; reading PSS again and again would slow down what is
+    measured. What is shared with others is taken to be the same at the peak as it is now.
     """
     return proportional_bytes(pid) + memory_bytes(pid, "status", "VmHWM") - memory_bytes(pid, "status", "VmRSS")
 
@@ -55,8 +38,7 @@ def peak_bytes(pid: int) -> int:
 def memory_bytes(pid: int | str, file: str, name: str) -> int:
     """A size in bytes from a file of the process in /proc.
 
-    Raises:
-        IsthmusError: The process has ended, or this system does not say.
+    Raises IsthmusError where the process has ended, or this system does not say.
     """
     path = Path(f"/proc/{pid}/{file}")
     try:

@@ -26,15 +26,11 @@ class TaskProcess:
     """One of the processes; a context manager, which kills it.
 
     Args:
-        name: Of what it does, for messages.
-        module: What it runs.
         task: What it does, as JSON can say it.
         threads: Threads of torch in it; None for torch's choice.
         log: File that its output is added to; None to keep the output for the message of a failure alone.
         shown: Whether its output is the parent's instead.
-        environment: Variables that it gets besides those of this process.
-        pass_fds: Descriptors that it inherits.
-        patience: Seconds that an answer may take; None for no limit.
+        patience: Seconds that an answer and the end may take; None for no limit.
     """
 
     def __init__(
@@ -53,7 +49,7 @@ class TaskProcess:
         self._name, self._log, self._patience = name, log, patience
         extra = dict(environment or {})
         if threads is not None:
-            # A thread that waits for its next piece of work must not spin on a processor that another process uses.
+            # A thread that waits for its next work must not spin on a processor that another process uses.
             extra |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
         # A pipe that nobody reads would fill up.
         self._output: IO[bytes] | None = None
@@ -108,15 +104,14 @@ class TaskProcess:
             yield json.loads(line)
 
     def finish(self, seconds: float | None = None) -> None:
-        """Have no more questions, and wait for its end; it is killed after so many seconds.
+        """Have no more questions, and wait for its end; it is killed after so many seconds, by default `patience`.
 
-        Raises:
-            IsthmusError: It did not end well.
+        Raises IsthmusError where it did not end well.
         """
         with contextlib.suppress(OSError):  # it has ended already
             self._wire.shutdown(socket.SHUT_WR)
         try:
-            code = self._process.wait(seconds)
+            code = self._process.wait(self._patience if seconds is None else seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             code = self._process.returncode
@@ -211,8 +206,7 @@ def isthmus(*arguments: str) -> list[str]:
 def run_isthmus(*arguments: str) -> dict[str, Any]:
     """What a command of `isthmus` prints with `--json`; the user sees its progress.
 
-    Raises:
-        IsthmusError: It failed.
+    Raises IsthmusError where it failed.
     """
     done = subprocess.run(isthmus(*arguments, "--json"), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

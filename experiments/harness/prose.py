@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _CHARACTERS_PER_TOKEN = 10  # more than any tokenizer makes of English prose
@@ -38,12 +39,15 @@ SENTENCES = (
 )
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def write_prose(path: Path, batch: int) -> None:
     """Write sentences as JSONL with `text`; the last batch of `batch` is a ragged one of a single sentence."""
-    rounds = max(1, (len(SENTENCES) - 1) // batch)
-    count = rounds * batch + 1
-    lines = (json.dumps({"text": SENTENCES[index % len(SENTENCES)]}) for index in range(count))
-    path.write_text("".join(f"{line}\n" for line in lines))
+    count = max(1, (len(SENTENCES) - 1) // batch) * batch + 1
+    write_jsonl(path, ({"text": SENTENCES[index % len(SENTENCES)]} for index in range(count)))
 
 
 def write_long_texts(path: Path, count: int, seq: int) -> None:
@@ -53,4 +57,4 @@ def write_long_texts(path: Path, count: int, seq: int) -> None:
     long = prose * (2 + length // len(prose))
     starts = (len(" ".join(SENTENCES[:number])) for number in range(len(SENTENCES)))
     texts = [long[start : start + length] for start in starts]
-    path.write_text("".join(json.dumps({"text": texts[n % len(texts)]}) + "\n" for n in range(count)))
+    write_jsonl(path, ({"text": texts[n % len(texts)]} for n in range(count)))

@@ -7,43 +7,15 @@ know it before.
 
 from __future__ import annotations
 
-import json
+import calendar
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FIRST = (
-    "Amara",
-    "Bogdan",
-    "Chen",
-    "Dagny",
-    "Elif",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kavya",
-    "Lior",
-    "Mette",
-    "Nuria",
-    "Olek",
-)
-LAST = (
-    "Abara",
-    "Brandt",
-    "Castell",
-    "Dahl",
-    "Eriksen",
-    "Fontaine",
-    "Grossi",
-    "Haddad",
-    "Ito",
-    "Jansen",
-    "Kovacs",
-    "Lindqvist",
-    "Moreau",
-)
+from isthmus.experiments.harness.prose import write_jsonl
+
+FIRST = "Amara Bogdan Chen Dagny Elif Farid Greta Hugo Ines Jonas Kavya Lior Mette Nuria Olek"
+LAST = "Abara Brandt Castell Dahl Eriksen Fontaine Grossi Haddad Ito Jansen Kovacs Lindqvist Moreau"
 PRODUCTS = ("Harbor", "Lantern", "Quill", "Tessera", "Voyage")
 
 # What the customer writes, the team, the topic, and how urgent it is.
@@ -63,20 +35,7 @@ CASES = (
 )
 OPENINGS = ("Hello,", "Hi team,", "Good morning,", "To whom it may concern:", "Dear support,")
 CLOSINGS = ("Thanks", "Kind regards", "Please help", "Best", "Waiting for your answer")
-MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
+MONTHS = tuple(calendar.month_name)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +47,20 @@ class Ticket:
 
 
 def make_tickets(count: int, seed: int = 0) -> list[Ticket]:
-    """Make tickets; the same seed gives the same ones.
-
-    Args:
-        count: how many.
-        seed: of the generator.
-    """
+    """Make tickets; the same seed gives the same ones."""
     source = random.Random(seed)  # noqa: S311 - a data set, not a secret
     return [_ticket(source) for _ in range(count)]
 
 
 def write_tickets(path: Path, tickets: list[Ticket]) -> None:
     """Write tickets as JSONL with `prompt` and `completion`."""
-    lines = (json.dumps({"prompt": ticket.prompt, "completion": ticket.completion}) for ticket in tickets)
-    path.write_text("".join(f"{line}\n" for line in lines))
+    write_jsonl(path, map(asdict, tickets))
 
 
 def _ticket(source: random.Random) -> Ticket:
     template, team, topic, urgency = source.choice(CASES)
     product = source.choice(PRODUCTS)
-    name = f"{source.choice(FIRST)} {source.choice(LAST)}"
+    name = f"{source.choice(FIRST.split())} {source.choice(LAST.split())}"
     body = template.format(
         product=product,
         date=f"{source.randint(1, 28)} {source.choice(MONTHS)}",

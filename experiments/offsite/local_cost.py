@@ -6,8 +6,6 @@ Each way to tune runs in a process of its own, and they take turns, one step eac
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +17,8 @@ from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts
 from isthmus.edge.config.training_config import TuningConfig
-from isthmus.edge.training.methods import build_peft, trained
-from isthmus.edge.training.precision import computing_in, hold_frozen_linears
+from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.public_text import load_blocks
@@ -30,7 +28,7 @@ from isthmus.experiments.harness.emulator_settings import LocalCostSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.harness.process_memory import own_bytes
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
-from isthmus.experiments.scoring.task_scoring import whole
+from isthmus.experiments.harness.single_process import random_batch, stepper, whole
 
 WARM_UP = 2
 _MODULE = "isthmus.experiments.offsite.local_cost"
@@ -42,18 +40,11 @@ KINDS = ("full_fine_tuning", "lora_full", "local_layers", "local_lora")
 def run_cost(settings: LocalCostSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
-    Args:
-        settings: What is measured.
-        folder: Where the emulator goes.
-
     Returns:
         `runs`: for each kind `tokens_per_s`, `step_s`, `peak_bytes` and `model_bytes` (the peak without what the
         process held before it had a model), and for the two local ones how many times faster and smaller they are:
         `faster_than_full_fine_tuning`, `less_memory_than_full_fine_tuning` (of `model_bytes`), and the same for
         `lora_full`. Beside it the settings.
-
-    Raises:
-        IsthmusError: Of whatever kind fits; one of the processes failed.
     """
     precision_of(settings.precision, "precision")  # before the first process finds it wrong
     _build(settings, folder / "emulator")
@@ -124,7 +115,9 @@ def _main(parent: Parent) -> None:
     settings = LocalCostSettings(**task)
     torch.set_num_threads(settings.threads)
     before = own_bytes("VmRSS")
-    step = _stepper(_model(kind, settings, emulator), settings)
+    model = _model(kind, settings, emulator)
+    batch = random_batch(model.config.vocab_size, settings.batch, settings.seq)
+    step = stepper(model, batch, precision_of(settings.precision, "precision"))
     parent.say("ready")
     for question in parent.questions():
         if question == "step":
@@ -149,27 +142,6 @@ def _model(kind: str, settings: LocalCostSettings, emulator: Path) -> Any:
     model = build_peft(base, config)
     hold_frozen_linears(model, config)
     return model
-
-
-def _stepper(model: Any, settings: LocalCostSettings) -> Callable[[], float]:
-    """Makes optimizer steps, always on the same batch: only the cost is of interest."""
-    tokens = torch.randint(
-        model.config.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
-    )
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-5, foreach=False)
-    model.train()
-
-    def step() -> float:
-        start = time.perf_counter()
-        with computing_in(precision_of(settings.precision, "precision"), model):
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
-
-    return step
 
 
 if __name__ == "__main__":

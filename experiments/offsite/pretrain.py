@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.public_text import fingerprint, load_blocks
+from isthmus.experiments.harness.emulator_settings import PretrainSettings
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -39,39 +40,6 @@ _WARM_UP = 0.05  # of the steps
 _MAX_NORM = 1.0
 _SAVE_EVERY = 100  # steps
 _REMEDY = "lower the learning rate."
-
-
-@dataclass(frozen=True, slots=True)
-class PretrainSettings:
-    """What is pretrained.
-
-    Attributes:
-        family: `model_type` of a supported family.
-        text: Public text, `.txt` or `.jsonl`.
-        out: Folder of the model; must not exist.
-        steps: Optimizer steps.
-        layers: Decoder layers.
-        hidden: Width of the hidden states; a multiple of 32.
-        vocabulary: Tokens of the tokenizer.
-        batch: Blocks of a step.
-        length: Tokens of a block.
-        learning_rate: Peak of AdamW's; it falls along a line to 0.
-        seed: Of the weights and of the blocks' order.
-        threads: Threads of torch; None for torch's choice.
-    """
-
-    family: str
-    text: Path
-    out: Path
-    steps: int = 600
-    layers: int = 10
-    hidden: int = 96
-    vocabulary: int = 1024
-    batch: int = 16
-    length: int = 128
-    learning_rate: float = 2e-3
-    seed: int = 0
-    threads: int | None = None
 
 
 def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) -> dict[str, Any]:
@@ -137,8 +105,7 @@ def run_pretrain(settings: PretrainSettings, *, console: Console | None = None) 
 def train_tokenizer(text: Path, vocabulary: int, length: int) -> Any:
     """A byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) trained on a text.
 
-    Raises:
-        DataError: The text cannot be read.
+    Raises DataError where the text cannot be read.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -229,18 +196,15 @@ class _Pretraining(Task):
         self._started = time.monotonic()
 
     def begin(self) -> None:
-        """See `Task`."""
         if self.loss_before is None:
             self.loss_before = self._held_out_loss()
         self._model.train()
 
     def rate(self, step: int) -> float:
-        """See `Task`."""
         settings = self._options
         return settings.learning_rate * scheduled_rate(1.0, "linear", step, settings.steps, self._warm_up)
 
     def measure(self, step: int) -> tuple[dict[str, Any], float]:
-        """See `Task`."""
         ids = self._train[self._draw_rows()]
 
         def backward() -> float:
@@ -257,21 +221,17 @@ class _Pretraining(Task):
         return torch.randint(len(self._train), (self._options.batch,), generator=self._rows)
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
-        """See `Task`."""
         speed = self._options.batch * self._options.length / seconds
         return f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s"
 
     def end(self) -> None:
-        """See `Task`."""
         self.loss_after = self._held_out_loss()
         self.seconds += time.monotonic() - self._started
 
     def entries(self) -> Mapping[str, Any]:
-        """See `Task`."""
         return {"loss_before": self.loss_before, "seconds": self.seconds + time.monotonic() - self._started}
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
-        """See `Task`."""
         try:
             before = checkpoint.entries["loss_before"]
             self.loss_before = None if before is None else float(before)

@@ -6,29 +6,31 @@ edge layers tuned over the emulator (scored there, and plugged into the full mid
 package and trains all of it on the same data for as many steps. The thief takes the better of that and the tuned
 emulator, by the validation slice.
 
-Each piece of this is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
+Each result is a cell, kept in `out`; a table that was interrupted goes on with what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError
+from isthmus.common.figures import plotting
 from isthmus.common.torch_threads import use_threads
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.distill.distillation import DistillConfig
+from isthmus.emulator.package.build import pick_device
+from isthmus.experiments.harness.bench_flags import names_of, numbers_of, precision_of
+from isthmus.experiments.harness.emulator_settings import TableSettings
 from isthmus.experiments.harness.finished_cells import Cells
 from isthmus.experiments.offsite.table_lab import Lab, Regime, scores_of
 from isthmus.experiments.offsite.table_methods import Built, Method, Workshop
-from isthmus.experiments.offsite.table_rows import Group, rows_of, verdict_of
+from isthmus.experiments.offsite.table_rows import draw_frontier, rows_of, verdict_of
 from isthmus.experiments.scoring.likelihood import require_lm_eval
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, load_task
@@ -36,53 +38,8 @@ from isthmus.experiments.scoring.tasks import Sizes, Task, default_data_folder, 
 _WHOLE = ("full_fine_tuned", "lora_full")
 
 
-@dataclass(frozen=True, slots=True)
-class TableSettings:
-    """What a table is made of.
-
-    Attributes:
-        model: As for `--model`.
-        tasks: Names of tasks.
-        out: Where emulators and finished cells are kept.
-        methods: Recipes, with `+distilled` at the end of those to distil, or folders of emulators.
-        keeps: Shares of the middle's layers to keep.
-        adapter_layers: The split plan.
-        seeds: How many, from 0 on.
-        regime: How everything is trained and scored.
-        sizes: How much of the tasks is used.
-        text: Public text to choose layers, fit bridges and distil by; None for the Shakespeare beside the tasks.
-        text_length: Tokens of a block of it.
-        distill: Options of the distillation.
-        data_folder: Where the tasks lie; None for the default.
-        whole_runs: Whether the whole model is fine-tuned too, as two columns for comparison.
-        device: `cpu` or `cuda`.
-        threads: Threads of torch; None for torch's choice.
-    """
-
-    model: str
-    tasks: tuple[str, ...]
-    out: Path
-    methods: tuple[str, ...] = ("uniform", "crash", "importance", "importance+distilled")
-    keeps: tuple[float, ...] = (0.5,)
-    adapter_layers: str = "2:2"
-    seeds: int = 3
-    regime: Regime = field(default_factory=Regime)
-    sizes: Sizes = field(default_factory=Sizes)
-    text: Path | None = None
-    text_length: int = 256
-    distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=400))
-    data_folder: Path | None = None
-    whole_runs: bool = True
-    device: str = "cpu"
-    threads: int | None = None
-
-
 def run_table(settings: TableSettings, *, console: Console | None = None) -> dict[str, Any]:
-    """Make the table, or go on with it.
-
-    Args:
-        settings: What it is made of.
-        console: Where progress is shown; None for standard error.
+    """Make the table, or go on with it, and draw the frontier if it is asked for.
 
     Returns:
         `runs` (see `rows_of`), `verdict`, `no_signal`, `methods` (see `verdict_of`) and `settings`.
@@ -91,28 +48,43 @@ def run_table(settings: TableSettings, *, console: Console | None = None) -> dic
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
         ConfigError: A task, a method or an option does not make sense, or the package lm-eval is needed and missing.
         DataError: Data are missing or malformed.
-        IsthmusError: Of whatever kind fits.
     """
-    shown = console or Console(stderr=True, highlight=False)
+    if settings.figure is not None:
+        plotting()  # a missing package is reported before the long run, not after it
     try:
-        return _Run(settings, shown).make()
+        result = _Run(settings, console or Console(stderr=True, highlight=False)).make()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Stopped; what is finished is kept in {settings.out}: repeat the command to go on."
         ) from None
+    if settings.figure is not None:
+        draw_frontier(result["methods"], settings.figure, f"{settings.model}, {settings.tasks}")
+    return result
 
 
 class _Run:
     def __init__(self, settings: TableSettings, console: Console) -> None:
-        if settings.seeds < 1:
-            raise ConfigError(f"--seeds {settings.seeds} leaves nothing to do; use 1 or more")
-        use_threads(settings.threads)
         self._settings, self._console = settings, console
+        self._regime = _regime(settings)
+        self._sizes = Sizes(test=settings.test, validation=settings.validation, max_length=settings.max_length)
+        self._names = names_of(settings.tasks, "tasks")
+        self._method_names = names_of(settings.methods, "methods")
+        self._keeps = numbers_of(settings.keep, "keep")
+        self._device = pick_device(settings.device)
+        self._distill = DistillConfig(
+            steps=settings.distill_steps,
+            batch=settings.distill_batch,
+            learning_rate=settings.distill_learning_rate,
+            mse_weight=settings.mse_weight,
+            lm_weight=settings.lm_weight,
+            precision=self._regime.precision,
+        )
+        use_threads(settings.threads)
         checkpoint = resolve(settings.model)
         plan = SplitPlan.parse(settings.adapter_layers, checkpoint.config.num_hidden_layers)
         tokenizer = load_tokenizer(checkpoint.folder)
         folder = settings.data_folder or default_data_folder()
-        self._tasks = [load_task(name, folder, tokenizer, settings.sizes) for name in settings.tasks]
+        self._tasks = [load_task(name, folder, tokenizer, self._sizes) for name in self._names]
         if any(task.questions for task in self._tasks):
             require_lm_eval()
         self._workshop = Workshop(
@@ -122,19 +94,21 @@ class _Run:
             tokenizer=tokenizer,
             text=settings.text or folder / "shakespeare" / "input.txt",
             length=settings.text_length,
-            options=settings.distill,
-            device=settings.device,
+            options=self._distill,
+            device=self._device,
         )
-        self._methods = _methods(settings)
+        # A given emulator has a share of its own, so it comes once.
+        methods = [Method.parse(text, keep) for text in self._method_names for keep in self._keeps]
+        self._methods = list(dict.fromkeys(methods))
         for method in self._methods:
             self._workshop.check(method)
-        self._lab = Lab(checkpoint, plan, tokenizer, settings.regime, settings.device)
+        self._lab = Lab(checkpoint, plan, tokenizer, self._regime, self._device)
         self._cells = Cells(settings.out / "cells.jsonl", console)
         self._cells.expect(self._expected())
         self._common = {
             "model": checkpoint.digest(),
             "plan": str(plan),
-            "score_precision": settings.regime.score_precision,
+            "score_precision": self._regime.score_precision,
         }
 
     def make(self) -> dict[str, Any]:
@@ -143,11 +117,26 @@ class _Run:
         rows: list[dict[str, Any]] = []
         for method in self._methods:
             built = self._workshop.build(method, self._console)
-            emulator = built.load(self._workshop.checkpoint, self._settings.device)
+            emulator = built.load(self._workshop.checkpoint, self._device)
             for task in self._tasks:
-                group = self._with_emulator(built, emulator, task, references[task.name])
-                rows += rows_of(group, self._settings.seeds)
-        return {"runs": rows, **verdict_of(rows), "settings": _describe(self._settings)}
+                rows += self._with_emulator(built, emulator, task, references[task.name])
+        return {"runs": rows, **verdict_of(rows), "settings": self._described()}
+
+    def _described(self) -> dict[str, Any]:
+        """The settings as JSON can say them, without paths of this machine."""
+        settings = self._settings
+        return {
+            **{name: getattr(settings, name) for name in ("model", "adapter_layers", "seeds", "text_length")},
+            **{name: getattr(settings, name) for name in ("whole_runs", "threads")},
+            "tasks": self._names,
+            "methods": self._method_names,
+            "keeps": self._keeps,
+            "regime": asdict(self._regime),
+            "sizes": asdict(self._sizes),
+            "distill": asdict(self._distill),
+            "text": None if settings.text is None else settings.text.name,
+            "device": self._device,
+        }
 
     # Cells ------------------------------------------------------------------------------------------------------------
 
@@ -171,8 +160,8 @@ class _Run:
 
     def _with_emulator(
         self, built: Built, emulator: Emulator, task: Task, references: Mapping[str, Sequence[Mapping[str, Any]]]
-    ) -> Group:
-        """Everything about one emulator and one task."""
+    ) -> list[dict[str, Any]]:
+        """The rows of one emulator and one task."""
         lab = self._lab
         zero_shot = self._cells.get(
             f"{task.name} {built.label} {built.keep:g} emulator_zero_shot",
@@ -190,7 +179,7 @@ class _Run:
         thief = self._seeds(
             task,
             "thief",
-            lab.everything(lambda: built.load(self._workshop.checkpoint, self._settings.device)),
+            lab.everything(lambda: built.load(self._workshop.checkpoint, self._device)),
             everything=True,
             built=built,
         )
@@ -203,14 +192,19 @@ class _Run:
             for trained, kept in zip(thief, tuned, strict=True)
         ]
         scores["thief"] = _join([scores_of(result, view) for result, view in better])
-        facts = {
-            "learning_rate": tuned[0]["rate"],
-            "learning_rate_full_middle": references["edge_layers_full_middle"][0]["rate"],
-            "learning_rate_thief": thief[0]["rate"],
-            "thief_trains_all": sum(view == "thief" for _, view in better),
-        }
-        share = emulator.n_params / lab.middle.n_params
-        return Group(built.label, built.keep, task.name, built.sha256, share, scores, facts)
+        return rows_of(
+            scores,
+            self._settings.seeds,
+            method=built.label,
+            task=task.name,
+            keep=built.keep,
+            emulator=built.sha256,
+            share_given_away=emulator.n_params / lab.middle.n_params,
+            learning_rate=tuned[0]["rate"],
+            learning_rate_full_middle=references["edge_layers_full_middle"][0]["rate"],
+            learning_rate_thief=thief[0]["rate"],
+            thief_trains_all=sum(view == "thief" for _, view in better),
+        )
 
     def _seeds(
         self,
@@ -224,7 +218,7 @@ class _Run:
         built: Built | None = None,
     ) -> list[dict[str, Any]]:
         """A run for each seed: the first one chooses among the candidate rates, the others take its choice."""
-        regime = self._settings.regime
+        regime = self._regime
         candidates = regime.rates(method, everything=everything)
         trained = {
             "task": task.fingerprint,
@@ -252,15 +246,6 @@ class _Run:
         return len(self._tasks) * (of_task + len(self._methods) * of_emulator)
 
 
-def _methods(settings: TableSettings) -> list[Method]:
-    """Each method at each ratio; a given emulator has its own ratio."""
-    methods = [Method.parse(text, keep) for text in settings.methods for keep in settings.keeps]
-    unique = list(dict.fromkeys(methods))
-    if not unique:
-        raise ConfigError("there is no method to compare: give --methods and --keep")
-    return unique
-
-
 def _by_metric(results: Sequence[Mapping[str, Any]], view: str) -> dict[str, list[Score]]:
     return _join([scores_of(result, view) for result in results])
 
@@ -269,11 +254,16 @@ def _join(scores: Sequence[Mapping[str, Score]]) -> dict[str, list[Score]]:
     return {metric: [each[metric] for each in scores] for metric in scores[0]}
 
 
-def _describe(settings: TableSettings) -> dict[str, Any]:
-    """The settings as JSON can say them, without paths of this machine."""
-    value = asdict(settings)
-    for name in ("out", "data_folder"):
-        value.pop(name)
-    value["text"] = None if settings.text is None else settings.text.name
-    value["tasks"] = list(settings.tasks)
-    return value
+def _regime(settings: TableSettings) -> Regime:
+    return Regime(
+        trainables=settings.trainables,
+        steps=settings.steps,
+        batch=settings.batch,
+        max_length=settings.max_length,
+        rank=settings.rank,
+        weight_rates=numbers_of(settings.learning_rates, "learning-rates"),
+        adapter_rates=numbers_of(settings.adapter_rates, "adapter-rates"),
+        whole_rates=numbers_of(settings.whole_rates, "whole-rates"),
+        precision=precision_of(settings.precision, "precision"),
+        score_precision=precision_of(settings.score_precision, "score-precision"),
+    )

@@ -32,18 +32,10 @@ from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
+from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.scoring.scores import Score
-from isthmus.experiments.scoring.task_scoring import score_task, whole
+from isthmus.experiments.scoring.task_scoring import score_task
 from isthmus.experiments.scoring.tasks import Task
-
-WEIGHT_RATES = (1e-4, 3e-4, 1e-3)
-"""Candidates where weights of the model itself are trained."""
-
-ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
-"""Candidates where adapters are trained."""
-
-WHOLE_RATES = (3e-5, 1e-4, 3e-4)
-"""Candidates where all weights of a model are trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +44,23 @@ class Regime:
 
     Attributes:
         trainables: What is trained on the edge's layers, as `--method` of `edge train`.
-        steps: Optimizer steps of a run.
-        batch: Examples of a step.
-        max_length: Tokens of an example at most.
-        rank: Of adapters.
-        alpha: Scale of adapters.
-        weight_rates: Candidate rates where the edge's layers are trained.
-        adapter_rates: Candidate rates where adapters are trained.
-        whole_rates: Candidate rates where all weights are trained.
-        precision: What training computes in.
-        score_precision: What scoring computes in.
+        weight_rates: Candidate rates where weights of the edge's layers are trained.
+        adapter_rates: Candidate rates where adapters are.
+        whole_rates: Candidate rates where all weights of a model are.
         score_batch: Documents of a forward in scoring.
     """
 
-    trainables: str = "full"
-    steps: int = 40
-    batch: int = 8
-    max_length: int = 256
-    rank: int = 8
+    trainables: str
+    steps: int
+    batch: int
+    max_length: int
+    rank: int
+    weight_rates: tuple[float, ...]
+    adapter_rates: tuple[float, ...]
+    whole_rates: tuple[float, ...]
+    precision: Precision
+    score_precision: Precision
     alpha: float = 16.0
-    weight_rates: tuple[float, ...] = WEIGHT_RATES
-    adapter_rates: tuple[float, ...] = ADAPTER_RATES
-    whole_rates: tuple[float, ...] = WHOLE_RATES
-    precision: Precision = "fp32"
-    score_precision: Precision = "fp32"
     score_batch: int = 16
 
     def rates(self, method: str, *, everything: bool = False) -> tuple[float, ...]:
@@ -90,7 +75,6 @@ class Everything(nn.Module):
 
     Args:
         edge: From `load_edge_parts` over `middle`.
-        middle: An emulator or a span.
     """
 
     def __init__(self, edge: Any, middle: nn.Module) -> None:
@@ -115,15 +99,7 @@ class Everything(nn.Module):
 
 
 class Lab:
-    """Builds, trains and scores.
-
-    Args:
-        checkpoint: The whole model.
-        plan: Who holds which layers.
-        tokenizer: The model's.
-        regime: How to train and score.
-        device: Where to compute.
-    """
+    """Builds, trains and scores."""
 
     def __init__(self, checkpoint: Checkpoint, plan: SplitPlan, tokenizer: Any, regime: Regime, device: str) -> None:
         self.checkpoint, self.plan, self.regime = checkpoint, plan, regime
@@ -171,14 +147,6 @@ class Lab:
         method: str = "full",
     ) -> dict[str, Any]:
         """Train at each of the rates, keep what has the least validation loss, and score it.
-
-        Args:
-            task: What is trained on and scored.
-            seed: Of the adapter's start and the data's order.
-            rates: Candidate learning rates; a single one is taken as it is.
-            build: Makes a fresh model with something trainable.
-            views: Name -> the middle that the trained model is scored over; None for the one it was trained with.
-            method: Of `edge train`.
 
         Returns:
             `rate`, `validation_loss`, `tried` (rate -> validation loss; null where training ran away) and `scores`

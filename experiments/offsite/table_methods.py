@@ -34,7 +34,6 @@ class Method:
     Attributes:
         label: What the table calls it: `importance+distilled`, or the name of a given emulator's folder.
         recipe: Which layers are kept, and how they are made smaller; None for a given emulator.
-        distilled: Whether it is distilled afterwards.
         given: Folder of an emulator or of a package that exists already; None for one to build.
     """
 
@@ -47,8 +46,7 @@ class Method:
     def parse(cls, text: str, keep: float) -> Method:
         """The method that a flag names: a recipe, one with `+distilled` at its end, or an emulator's folder.
 
-        Raises:
-            ConfigError: It is neither.
+        Raises ConfigError where it is neither.
         """
         folder = Path(text)
         if (folder / EMULATOR_INFO).is_file():
@@ -63,9 +61,7 @@ class Built:
     """An emulator on the disk.
 
     Attributes:
-        label: Of its method.
         keep: Share of the middle's layers that it keeps.
-        folder: Where its two files lie.
         sha256: Of its weights' file, hex: the row of a table names it, and a package's manifest has the same.
     """
 
@@ -84,14 +80,7 @@ class Workshop:
     """Builds emulators into `folder` and finds those that are there.
 
     Attributes:
-        folder: Where they are kept.
-        checkpoint: The whole model.
-        plan: Where the middle is.
-        tokenizer: The model's.
         text: Public text to choose layers by, to fit bridges and to distil on.
-        length: Tokens of a block of it.
-        options: Of the distillation.
-        device: Where to compute.
     """
 
     folder: Path
@@ -119,9 +108,7 @@ class Workshop:
     def build(self, method: Method, console: Console) -> Built:
         """The method's emulator, built if it is not there; an interrupted distillation goes on.
 
-        Raises:
-            KeyboardInterrupt: The distillation was stopped and saved.
-            IsthmusError: Of whatever kind fits.
+        Raises KeyboardInterrupt where the distillation was stopped and saved.
         """
         if method.given is not None:
             recipe_keep = float(json.loads((method.given / EMULATOR_INFO).read_text(encoding="utf-8"))["keep"])

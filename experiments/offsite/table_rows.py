@@ -1,16 +1,17 @@
-"""From the scores of a table's runs to its rows, its verdict, and what a person sees. Pure, no torch."""
+"""From the scores of a table's runs to its rows, its verdict, and what a person sees. No torch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.scoring.scores import METRICS, Score, gain, mean
 
 FIELDS = (
@@ -44,68 +45,36 @@ data owner trains, and that of a thief who trains whatever is best."""
 PROTECTION_GAP = 0.2
 """How much lower the thief's recovery should be than the plug-in's."""
 
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Everything that was measured with one emulator on one task.
-
-    Attributes:
-        method: The emulator's method.
-        keep: Share of the middle's layers that it keeps.
-        task: The task.
-        emulator: SHA-256 (hex) of the emulator's file.
-        share_given_away: Parameters of the emulator over those of the middle.
-        scores: Column -> metric -> scores, one for each seed or a single one. A column that was not run is missing.
-        facts: Further figures for the row, such as the chosen learning rates.
-    """
-
-    method: str
-    keep: float
-    task: str
-    emulator: str
-    share_given_away: float
-    scores: Mapping[str, Mapping[str, Sequence[Score]]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+_COLOURS = ("#1f4e79", "#f2a33a", "#3a7d44", "#b5302a", "#7b4fa3", "#008b9a", "#8a6d3b", "#555555")
 
 
-def rows_of(group: Group, seeds: int) -> list[dict[str, Any]]:
-    """One row for each metric.
+def rows_of(scores: Mapping[str, Mapping[str, Sequence[Score]]], seeds: int, **about: Any) -> list[dict[str, Any]]:
+    """One row for each metric of one emulator on one task; `about` is said in each row.
+
+    `scores` has, by column and metric, a score for each seed or a single one. A column that was not run is missing.
 
     `<column>_se` is the standard error of a column, of seeds and held-out documents together. `gain` is what the edge's
     layers gain with the full middle, and `signal` whether it is above two of its standard errors; without signal the
     recoveries are null. `plug_in_recovery`, `emulator_tuned_recovery` and `thief_recovery` are shares of that gain.
     """
     rows = []
-    for metric in group.scores["full_zero_shot"]:
-        columns = {name: group.scores[name][metric] for name in FIELDS if name in group.scores}
+    for metric in scores["full_zero_shot"]:
+        columns = {name: scores[name][metric] for name in FIELDS if name in scores}
         base = columns["full_zero_shot"]
         reference = gain(columns["edge_layers_full_middle"], base)
         signal = reference.is_clear
-        row: dict[str, Any] = {
-            "method": group.method,
-            "task": group.task,
-            "metric": metric,
-            "higher_is_better": METRICS[metric],
-        }
+        row: dict[str, Any] = {**about, "metric": metric, "higher_is_better": METRICS[metric], "seeds": seeds}
         for name in FIELDS:
             row[name] = mean(columns[name]).value if name in columns else None
         for name in FIELDS:
             row[f"{name}_se"] = mean(columns[name]).error if name in columns else None
-        row |= {
-            "seeds": seeds,
-            "keep": group.keep,
-            "emulator": group.emulator,
-            "share_given_away": group.share_given_away,
-            "gain": reference.value,
-            "gain_se": reference.error,
-            "signal": signal,
-        }
+        row |= {"gain": reference.value, "gain_se": reference.error, "signal": signal}
         for name in RECOVERIES:
             row[f"{name}_recovery"] = gain(columns[name], base).value / reference.value if signal else None
         for name, other in (("zero_shot", "full_zero_shot"), ("emulator_tuned", "emulator_tuned")):
             margin = gain(columns["plug_in"], columns[other])
             row[f"plug_in_over_{name}"], row[f"plug_in_over_{name}_se"] = margin.value, margin.error
-        rows.append(row | dict(group.facts))
+        rows.append(row)
     return rows
 
 
@@ -154,8 +123,9 @@ def verdict_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"verdict": verdict, "no_signal": no_signal, "methods": methods}
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print a table's result for people."""
+def show(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a table's result for people, on standard output unless `console` is another."""
+    console = console or Console()
     for method, keep in dict.fromkeys((row["method"], row["keep"]) for row in result["runs"]):
         table = Table(title=f"{method}, keep {keep:g}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("task", "metric"):
@@ -186,6 +156,47 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def draw_frontier(methods: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw what each method gives the data owner against what it gives a thief, at several sizes of the emulator.
+
+    Each emulator is a point: the share of the reference's gain that plug-in recovers, over the share that a thief of
+    the package has. A hollow point beside it stands for a thief who trains no more than the data owner does. On the
+    diagonal the emulator does what the middle does, so it gives the model away; a good one is high and far to the left.
+
+    Args:
+        methods: `methods` of a table's result; those without a recovery have no point.
+    """
+    points = [entry for entry in methods if entry["plug_in_recovery"] is not None]
+    figure, axes = plotting().subplots(figsize=(7, 5.5), dpi=144)
+    shares = [100 * point[f"{name}_recovery"] for point in points for name in RECOVERIES]
+    low, high = min([0.0, *shares]) - 5, max([100.0, *shares]) + 5
+    axes.plot([low, high], [low, high], color="#999999", linewidth=1, label="thief gets as much")
+    gap = 100 * PROTECTION_GAP
+    axes.plot(
+        [low, high], [low + gap, high + gap], color="#999999", linewidth=1, linestyle="--", label="20 points less"
+    )
+    for index, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+        own = sorted((point for point in points if point["method"] == method), key=lambda point: float(point["keep"]))
+        across = [100 * point["thief_recovery"] for point in own]
+        same = [100 * point["emulator_tuned_recovery"] for point in own]
+        up = [100 * point["plug_in_recovery"] for point in own]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(across, up, marker="o", linewidth=0.8, color=colour, label=method)
+        axes.plot(same, up, marker="o", linewidth=0, color=colour, fillstyle="none")
+        for point, x, y in zip(own, across, up, strict=True):
+            axes.annotate(f"{point['keep']:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set(
+        xlim=(low, high),
+        ylim=(low, high),
+        xlabel="what a thief of the package gets, % of the gain",
+        ylabel="what plug-in recovers, % of the gain",
+        title=title,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
 
 
 def _mean(values: Sequence[float]) -> float | None:

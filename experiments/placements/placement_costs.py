@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.run_report import WireTotals
 from isthmus.edge.split_run import train_over
-from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.process_memory import own_bytes
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.harness.prose import write_long_texts
@@ -38,15 +38,10 @@ class CostSettings:
     """What is measured.
 
     Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
         shared: Fields of `TrainConfig` that all modes have: rank, taps and the like.
         dropout: In front of the adapters, in the modes that can have it.
-        batch: Sequences of a step.
-        seq: Tokens of a sequence.
         rounds: Steps that count, after an epoch of warming up.
         steps: Length that a run is planned for where a policy chooses among sites; only its first steps are made.
-        threads: Threads of torch on either side.
     """
 
     model: str
@@ -74,8 +69,6 @@ class Cost:
     """What a mode costs.
 
     Attributes:
-        steps: Those that count.
-        first_epoch: Those before them.
         alone: The steps of the single process, one for each of `steps`.
         parity: `bitwise_equal` and `max_abs_diff` to the single process; both None where a policy chooses.
         shares: Of always-on's site traffic and adapter computation, over all steps, where a policy chooses.
@@ -105,32 +98,27 @@ class Cost:
         return statistics.median(step.seconds for step in self.steps)
 
 
-def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, folder: Path) -> Cost:
+def measure_cost(mode: Mode, settings: CostSettings, cloud: LocalCloud | None, folder: Path) -> Cost:
     """Measure a mode; see the module.
 
     Args:
-        mode: Which.
-        settings: What is measured.
         cloud: With the mode's plan; None for the single process.
-        folder: For both runs, empty.
-
-    Raises:
-        IsthmusError: One of the processes failed.
     """
     folder.mkdir(parents=True)
     write_long_texts(folder / "texts.jsonl", EPOCH_STEPS * settings.batch, settings.seq)
-    made = EPOCH_STEPS + settings.rounds
+    count = EPOCH_STEPS + settings.rounds
     theirs: list[Step] = []
     ours: list[Step] = theirs if cloud is None else []
     with ExitStack() as stack:
-        turns = [(_start(stack, mode, settings, folder, cloud, made), ours)]
+        turns = [(_start(stack, mode, settings, folder, cloud, count), ours)]
         if cloud is not None:
-            turns.append((_start(stack, mode, settings, folder, None, made), theirs))
+            turns.append((_start(stack, mode, settings, folder, None, count), theirs))
         for process, _ in turns:
             process.answer()  # it has its model
-        for number in range(made):
+        for number in range(count):
             for process, steps in turns[:: 1 if number % 2 else -1]:
-                steps.append(_step(process.ask("step")))
+                made = process.ask("step")
+                steps.append(Step(made["seconds"], WireTotals(**made["spent"]), made["peak"]))
         for process, steps in turns:
             if not (mode.chooses and steps is ours):
                 process.ask("step")  # the last one, whose end nobody sees; and the run's
@@ -139,24 +127,23 @@ def measure_cost(mode: Mode, settings: CostSettings, cloud: Endpoint | None, fol
         first_epoch=tuple(ours[:EPOCH_STEPS]),
         alone=tuple(theirs[EPOCH_STEPS:]),
         parity=_parity(mode, folder),
-        shares=_shares(folder / "split") if mode.chooses else {},
+        shares=site_shares(folder / "split") if mode.chooses else {},
     )
 
 
 def _start(
-    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: Endpoint | None, made: int
+    stack: ExitStack, mode: Mode, settings: CostSettings, folder: Path, cloud: LocalCloud | None, count: int
 ) -> TaskProcess:
     where = "alone" if cloud is None else "split"
-    chooses = mode.chooses and cloud is not None
     config = {
         "data": str(folder / "texts.jsonl"),
         "validation_split": 0.0,
         "out": str(folder / where),
-        "steps": settings.steps if chooses else made + 1,
+        "steps": settings.steps if mode.chooses and cloud is not None else count + 1,
         "batch": settings.batch,
         "max_length": settings.seq,
         "learning_rate": 1e-3,
-        "save_every": made,
+        "save_every": count,
         "threads": settings.threads,
         "dropout": settings.dropout if mode.drops_out else 0.0,
         **settings.shared,
@@ -174,10 +161,6 @@ def _start(
     return stack.enter_context(TaskProcess(f"{mode.name}, {where}", _MODULE, task, threads=settings.threads))
 
 
-def _step(made: dict[str, Any]) -> Step:
-    return Step(made["seconds"], WireTotals(**made["spent"]), made["peak"])
-
-
 def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
     if mode.chooses or mode.name == SINGLE:
         return {"bitwise_equal": None, "max_abs_diff": None}
@@ -188,27 +171,20 @@ def _parity(mode: Mode, folder: Path) -> dict[str, Any]:
     }
 
 
-def site_shares(state: Sequence[Any]) -> dict[str, float]:
-    """The shares of always-on's site traffic and adapter computation, from the states of a checkpoint's observers."""
-    accounting = state[0]["accounting"]
-    return {name: accounting["spent"][name] / accounting["always_on"][name] for name in ("traffic", "computation")}
-
-
-def _shares(out: Path) -> dict[str, float]:
+def site_shares(out: Path) -> dict[str, float]:
+    """The shares of always-on's site traffic and adapter computation that a run had; empty where it saved nothing."""
     folder = checkpoints.latest(out)
-    return {} if folder is None else site_shares(checkpoints.load(folder).entries["observers"])
+    if folder is None:
+        return {}
+    accounting = checkpoints.load(folder).entries["observers"][0]["accounting"]
+    return {name: accounting["spent"][name] / accounting["always_on"][name] for name in ("traffic", "computation")}
 
 
 # Inside one of the processes ------------------------------------------------------------------------------------------
 
 
 class Turns(StepWatch):
-    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a question before each.
-
-    Args:
-        parent: Whose questions are the turns.
-        totals: What has crossed the wire so far.
-    """
+    """Makes a step when it is its turn: a `StepObserver` of the trainer that waits for a question before each."""
 
     def __init__(self, parent: Parent, totals: Callable[[], WireTotals] = WireTotals) -> None:
         self._parent, self._totals = parent, totals

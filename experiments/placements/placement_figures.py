@@ -46,10 +46,6 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
 
     Where nothing crosses after the first epoch, the bytes are the first one's; where a policy chooses sites, they are
     those of its share of always-on's site traffic over a whole run.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
     """
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
     rows = {row["mode"]: row for row in result["runs"]}
@@ -71,12 +67,7 @@ def draw_losses(result: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the held-out loss of each policy over the share of always-on's site traffic that it had.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
-    """
+    """Draw the held-out loss of each policy over the share of always-on's site traffic that it had."""
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in result["runs"]:
@@ -100,7 +91,6 @@ def bytes_of(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]] | Non
     """Bytes per token and step in both directions, of the first epoch where later ones are cheaper; 0 if unknown.
 
     Args:
-        row: A mode's row.
         rows: All of them, by mode: with those of `edge` and `u_shape` a policy's bytes are those of a whole run.
     """
     share = float(row.get("site_traffic_share") or 0)
@@ -117,12 +107,6 @@ def draw_sites(decisions: Sequence[Mapping[str, Any]], steps: int, path: Path) -
 
     Args:
         decisions: `step` and `live`, the names of the sites from that step on.
-        steps: Of the run.
-        path: Where the figure goes.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
     """
     names = sorted({name for decision in decisions for name in decision["live"]}, key=_place)
     figure, axes = plotting().subplots(figsize=(7, 1.5 + 0.14 * len(names)), dpi=144)

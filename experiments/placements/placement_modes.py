@@ -21,7 +21,6 @@ class Mode:
     """A way of training.
 
     Attributes:
-        name: As in the figures.
         options: Fields of `TrainConfig`, beside those that all modes share.
         planned_as: The mode of `isthmus plan` that predicts it.
         tail: Whether the edge holds top layers only.
@@ -87,8 +86,7 @@ def modes_of(text: str) -> list[Mode]:
     One whose sites a policy chooses can have another budget: `kill_revive@0.05` is for 5 % of always-on's site traffic,
     and of its computation in proportion.
 
-    Raises:
-        ConfigError: There is no such mode, or no such budget.
+    Raises ConfigError where there is no such mode, or no such budget.
     """
     names = [name.strip() for name in text.split(",")] if text else list(MODES)
     return [_mode_of(name) for name in dict.fromkeys(names)]

@@ -23,14 +23,13 @@ from isthmus.edge.sites.live_sites import DECISIONS
 from isthmus.experiments.harness.bench_flags import precision_of
 from isthmus.experiments.harness.bench_settings import CodecSettings, QuantizeSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint
+from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
-from isthmus.experiments.harness.single_process import train_whole
+from isthmus.experiments.harness.single_process import train_whole, whole
 from isthmus.experiments.placements.placement_costs import site_shares
 from isthmus.experiments.placements.placement_modes import SINGLE, Mode
-from isthmus.experiments.scoring.task_scoring import score_task, whole
+from isthmus.experiments.scoring.task_scoring import score_task
 from isthmus.experiments.scoring.tasks import Question, Sizes, Task, default_data_folder, load_task, read_task
-from isthmus.training import run_checkpoint as checkpoints
 
 SCORE_BATCH = 16  # documents of a forward in scoring
 
@@ -40,18 +39,9 @@ class Regime:
     """How every run is trained and scored.
 
     Attributes:
-        task: A task's name.
-        data_folder: Where the tasks lie.
-        sizes: How much of it is used.
-        steps: Optimizer steps.
-        batch: Examples of a step.
         rates: Candidate learning rates, the same for all modes.
         seeds: Of the modes whose sites a policy chooses, and of always-on or, without it, of the single process; the
             others have the first one.
-        precision: What the edge computes in.
-        cloud_dtype: What the cloud computes in.
-        threads: Threads of torch on either side.
-        shared: Fields of `TrainConfig` that all modes have.
     """
 
     task: str
@@ -70,8 +60,7 @@ class Regime:
 def one_rate_regime(settings: CodecSettings | QuantizeSettings, cloud_dtype: str) -> Regime:
     """The regime of a benchmark that trains each candidate once, at one rate.
 
-    Raises:
-        ConfigError: The precision is neither fp32 nor bf16.
+    Raises ConfigError where the precision is neither fp32 nor bf16.
     """
     return Regime(
         task=settings.task,
@@ -96,16 +85,7 @@ class Scorer:
     """Trains and scores.
 
     Args:
-        checkpoint: The model.
-        edge_layers: The split plan.
-        regime: How.
-        cells: Where finished runs are.
-        folder: For data and runs.
-        cloud: A started cloud with a plan.
         model: What is scored with the adapter in it; by default the whole model.
-
-    Attributes:
-        task: What is trained and scored on.
     """
 
     def __init__(
@@ -115,7 +95,7 @@ class Scorer:
         regime: Regime,
         cells: Cells,
         folder: Path,
-        cloud: Callable[[str], Endpoint],
+        cloud: Callable[[str], LocalCloud],
         model: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -190,11 +170,10 @@ class Scorer:
         report = json.loads((out / "report.json").read_text())
         result = {"validation": report["loss_after"], "scores": self._score(out / "adapter"), "report": report}
         if mode.chooses:
-            newest = checkpoints.latest(out)
-            if newest is not None:
-                result["shares"] = site_shares(checkpoints.load(newest).entries["observers"])
-            lines = (out / DECISIONS).read_text().splitlines()
-            result["decisions"] = [_brief(json.loads(line)) for line in lines]
+            result["shares"] = site_shares(out)
+            decisions = map(json.loads, (out / DECISIONS).read_text().splitlines())
+            kept = ("step", "killed", "revived", "live")  # without the scores, which are long
+            result["decisions"] = [{name: decision[name] for name in kept} for decision in decisions]
         shutil.rmtree(out)
         return result
 
@@ -219,8 +198,3 @@ class Scorer:
 def _line(question: Question) -> str:
     example = question.example
     return json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n"
-
-
-def _brief(decision: dict[str, Any]) -> dict[str, Any]:
-    """A decision without its scores, which are long."""
-    return {name: decision[name] for name in ("step", "killed", "revived", "live")}

@@ -1,6 +1,6 @@
 """Every way of training side by side: what a step costs, whether it equals a single process, and how well it learns.
 
-Costs are in `isthmus.experiments.placements.placement_costs`, scores in `placement_scores`; each piece is a cell in
+Costs are in `isthmus.experiments.placements.placement_costs`, scores in `placement_scores`; each result is a cell in
 `out`, so an interrupted benchmark goes on. Beside what was measured stands what `isthmus plan` says of the same step,
 from this machine's speed as it is measured right before it.
 """
@@ -61,16 +61,13 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
 
         Also `kill_revive`: its part of always-on's gain and its yardsticks', and `decisions` of its first seed; and
         `zero_shot`, and the settings.
-
-    Raises:
-        IsthmusError: Of whatever kind fits.
     """
     cost, regime, modes = _cost_settings(settings), _regime(settings), modes_of(settings.modes)
     if settings.figure or settings.budget_figure or settings.sites_figure:
         plotting()  # a missing package is reported before the long run, not after it
     cells = Cells(settings.out / CELLS, Console(stderr=True))
     checkpoint = resolve(settings.model)
-    rows = {mode.name: _empty(mode) for mode in modes}
+    rows: dict[str, dict[str, Any]] = {mode.name: {**dict.fromkeys(_COLUMNS), "mode": mode.name} for mode in modes}
     zero_shot = None
     with working_folder() as folder:
         if settings.costs:
@@ -79,9 +76,8 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
         if settings.scores:
             zero_shot = _add_scores(modes, settings.edge_layers, regime, checkpoint, cells, folder, rows)
     runs = list(rows.values())
-    decisions = rows.get(KILL_REVIVE, {}).pop("decisions", None)
-    for row in runs:
-        row.pop("decisions", None)
+    decided = {name: row.pop("decisions", None) for name, row in rows.items()}
+    decisions = decided.get(KILL_REVIVE)
     result = {
         "runs": runs,
         "kill_revive": _verdict(rows, zero_shot),
@@ -104,17 +100,8 @@ def run_placements(settings: PlacementSettings) -> dict[str, Any]:
 
 
 def _cost_settings(settings: PlacementSettings) -> CostSettings:
-    return CostSettings(
-        model=settings.model,
-        edge_layers=settings.edge_layers,
-        shared=_shared(settings),
-        dropout=settings.dropout,
-        batch=settings.batch,
-        seq=settings.seq,
-        rounds=settings.rounds,
-        steps=settings.steps,
-        threads=settings.threads,
-    )
+    names = ("model", "edge_layers", "dropout", "batch", "seq", "rounds", "steps", "threads")
+    return CostSettings(shared=_shared(settings), **{name: getattr(settings, name) for name in names})
 
 
 def _regime(settings: PlacementSettings) -> Regime:
@@ -144,10 +131,6 @@ _COLUMNS = (
     *("edge_flops_share", "edge_peak_bytes", "step_ratio", "score", "scores", "rate", "seeds", "bitwise_equal"),
     *("max_abs_diff", "site_traffic_share", "site_computation_share", "step_s", "step_over_plan", "bytes_over_plan"),
 )
-
-
-def _empty(mode: Mode) -> dict[str, Any]:
-    return {**dict.fromkeys(_COLUMNS), "mode": mode.name}
 
 
 # Costs ----------------------------------------------------------------------------------------------------------------

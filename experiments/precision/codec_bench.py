@@ -28,7 +28,7 @@ from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import computing_in
 from isthmus.experiments.harness.bench_settings import CodecSettings
 from isthmus.experiments.harness.finished_cells import Cells
-from isthmus.experiments.harness.launch import Endpoint, working_folder
+from isthmus.experiments.harness.launch import LocalCloud, working_folder
 from isthmus.experiments.placements.placement_modes import Mode
 from isthmus.experiments.placements.placement_scores import Regime, Scorer, one_rate_regime
 from isthmus.experiments.placements.placements import CELLS, clouds
@@ -52,9 +52,7 @@ def run_codecs(settings: CodecSettings) -> dict[str, Any]:
         where they differ), `bytes_per_token` over a whole run with headers and tags, `gradient_cosine` (mean over the
         micro-batches) and `gradient_cosine_min`, `held_out_loss`, and `loss_over_fp32`. Also the settings.
 
-    Raises:
-        ConfigError: A codec does not exist.
-        IsthmusError: Of whatever kind fits.
+    Raises ConfigError where a codec does not exist.
     """
     parsed = {text: WireCodecs.parse(text) for text in dict.fromkeys((BASELINE, *(settings.codec or CODECS)))}
     regime = one_rate_regime(settings, settings.cloud_dtype)
@@ -111,17 +109,9 @@ def _both(up: str, down: str) -> str:
 
 
 def measure_cosines(
-    cloud: Endpoint, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
+    cloud: LocalCloud, task: Task, regime: Regime, probes: int, parsed: Mapping[str, WireCodecs]
 ) -> dict[str, list[float]]:
-    """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches.
-
-    Args:
-        cloud: A started one.
-        task: Whose training examples are used.
-        regime: How the adapter is trained before.
-        probes: How many micro-batches.
-        parsed: The codecs.
-    """
+    """The cosine of LoRA's gradients over each codec to those over fp32, on each of some micro-batches."""
     config = TrainConfig(cloud="-", data="-", learning_rate=regime.rates[0], **regime.shared)
     batches = Batches(task.train, regime.batch, task.pad_id, config.seed).epoch(0, 0, _STEPS_BEFORE + probes)
     with connect(cloud.connection, key=cloud.edge_key) as link:

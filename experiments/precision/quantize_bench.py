@@ -1,7 +1,7 @@
 """What fewer bits for the backbone's weights cost: memory of the span, time of a step, and loss after the same tuning.
 
 Steps are those of `isthmus bench step`, next to a single process in fp32. Losses are of `isthmus edge train` on real
-data, scored on test data over the span as the cloud serves it, which is what a data owner has. Each piece is a cell on
+data, scored on test data over the span as the cloud serves it, which is what a data owner has. Each result is a cell on
 the disk.
 """
 
@@ -41,9 +41,7 @@ def run_quantize(settings: QuantizeSettings) -> dict[str, Any]:
         `step_ratio` (over a single fp32 process with the same trainables, median), `held_out_loss`, and
         `zero_shot_loss` of the same span without an adapter. Also the settings.
 
-    Raises:
-        ConfigError: There is no such form, or its package is not installed.
-        IsthmusError: Of whatever kind fits.
+    Raises ConfigError where there is no such form, or its package is not installed.
     """
     forms = settings.form or list(FORMS)
     unknown = [form for form in forms if form not in FORMS]

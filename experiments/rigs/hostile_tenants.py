@@ -7,12 +7,12 @@ done. What the cloud does to defend itself (it ends sessions, say) is no error h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -46,22 +46,19 @@ class Session:
         if isinstance(flight, NeedSend):
             self.stream.send(flight.frames[0])
         self._edge.receive(self.stream.receive(WAIT_SECONDS))
-        self.send(m.Attach(os.urandom(16), settled=True))
-        self.receive()
+        self.ask(m.Attach(os.urandom(16), settled=True))
 
     @property
-    def hidden_size(self) -> int:
-        """Of the span."""
+    def info(self) -> m.SessionInfo:
+        """What the cloud says of itself."""
         if self._edge.info is None:
             raise IsthmusError("the session has not been established")
-        return self._edge.info.hidden_size
+        return self._edge.info
 
-    @property
-    def max_tokens(self) -> int:
-        """Token positions of a call at most, as the cloud says."""
-        if self._edge.info is None:
-            raise IsthmusError("the session has not been established")
-        return self._edge.info.limits.max_tokens_per_call
+    def forward(self, number: int, rows: int, seq: int) -> m.Forward:
+        """A call of zeros, `[rows, seq, hidden_size]`, whose forward state is to be kept."""
+        payload = encode(torch.zeros(rows, seq, self.info.hidden_size), "fp32", Role.ACTIVATION)
+        return m.Forward(m.CallId(1, number), True, payload, None, None, codec_id("fp32"))
 
     def seal(self, message: m.Message) -> Iterator[bytes]:
         """Its frames."""
@@ -83,16 +80,19 @@ class Session:
             if isinstance(event, Received):
                 return event.message
 
+    def ask(self, message: m.Message) -> m.Message:
+        """Send a message; returns the next one that comes."""
+        self.send(message)
+        return self.receive()
+
 
 class Hostile:
     """Does what it is asked to.
 
     Args:
         cloud: the connection string of the worker that it does it to.
-        key: the key of an enrolled edge.
         batch: sequences of a call.
         seq: their tokens.
-        seed: of what is random.
     """
 
     def __init__(self, cloud: str, key: Path, batch: int, seq: int, seed: int = 0) -> None:
@@ -119,7 +119,8 @@ class Hostile:
 
     def flood(self, seconds: float) -> None:
         """Calls as fast as the cloud takes them, over all sessions that it allows, with forward states to keep."""
-        self._together([lambda: self._flood(seconds)] * SESSIONS)
+        with ThreadPoolExecutor(SESSIONS) as pool:
+            list(pool.map(self._flood, [seconds] * SESSIONS))
 
     def held_sessions(self, seconds: float) -> None:
         """Open as many sessions and half of as many handshakes as there can be, and leave them so."""
@@ -139,9 +140,7 @@ class Hostile:
         """Ask until the cloud takes no more questions, as nobody takes its answers."""
         end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            number = 0
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 for frame in session.seal(self._forward(session, number)):
                     self._send(session.stream, frame, end)
 
@@ -149,8 +148,8 @@ class Hostile:
         """Begin a message of the largest size, and send its frames far apart."""
         end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            rows = (8 << 20) // (4 * session.hidden_size * self._shape[1])
-            for frame in session.seal(self._forward(session, 1, rows)):
+            rows = (8 << 20) // (4 * session.info.hidden_size * self._shape[1])
+            for frame in session.seal(session.forward(1, rows, self._shape[1])):
                 self._send(session.stream, frame, end)
                 time.sleep(min(1.0, max(0.0, end - time.monotonic())))
                 if time.monotonic() >= end:
@@ -167,49 +166,34 @@ class Hostile:
 
     def session_pings(self, seconds: float) -> None:
         """Ping a session as fast as it answers, and ask nothing else."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            while time.monotonic() < end:
-                number += 1
-                session.send(m.Ping(number))
-                session.receive()
+            for number in during(seconds):
+                session.ask(m.Ping(number))
 
     def stash_evicted(self, seconds: float) -> None:
         """Have one forward state after the other kept, so that those of everybody else must go."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            while time.monotonic() < end:
-                number += 1
-                session.send(self._forward(session, number))
-                session.receive()
+            for number in during(seconds):
+                session.ask(self._forward(session, number))
 
     def further_tenant(self, seconds: float) -> None:
         """Nothing bad: a forward and its backward, one after the other, as any tenant more would."""
-        end, number = time.monotonic() + seconds, 0
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            gradient = encode(torch.ones(*self._shape, session.hidden_size), "fp32", Role.GRADIENT)
-            while time.monotonic() < end:
-                number += 1
+            gradient = encode(torch.ones(*self._shape, session.info.hidden_size), "fp32", Role.GRADIENT)
+            for number in during(seconds):
                 forward = self._forward(session, number)
-                session.send(forward)
-                session.receive()
-                session.send(m.Backward(forward.id, gradient, None, forward.reply_codec))
-                session.receive()
+                session.ask(forward)
+                session.ask(m.Backward(forward.id, gradient, None, forward.reply_codec))
 
     def _flood(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
         with contextlib.suppress(ConnectionLostError), self._session() as session:
-            number = 0
-            while time.monotonic() < end:
-                number += 1
+            for number in during(seconds):
                 session.send(self._forward(session, number))
                 if number > AHEAD:
                     session.receive()
 
-    def _forward(self, session: Session, number: int, rows: int | None = None) -> m.Forward:
-        shape = (rows or self._shape[0], self._shape[1], session.hidden_size)
-        payload = encode(torch.zeros(shape), "fp32", Role.ACTIVATION)
-        return m.Forward(m.CallId(1, number), True, payload, None, None, codec_id("fp32"))
+    def _forward(self, session: Session, number: int) -> m.Forward:
+        return session.forward(number, *self._shape)
 
     def _send(self, stream: BlockingStream, frame: bytes, end: float) -> None:
         """Send a frame, however long the cloud does not take it, up to a time."""
@@ -231,35 +215,27 @@ class Hostile:
         finally:
             session.stream.close()
 
-    def _together(self, deeds: list[Callable[[], None]]) -> None:
-        threads = [threading.Thread(target=deed, daemon=True) for deed in deeds]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+
+def during(seconds: float) -> Iterator[int]:
+    """1, 2, 3 … until so much time is over."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda _: time.monotonic() < end, itertools.count(1))
 
 
 CONTROL: Final = "further_tenant"
-"""What a tenant that behaves does: others feel that there is one more, and of a hostile one not much more than that."""
+"""What a tenant that behaves does: it slows the others down, too, and a hostile one should not do so much more."""
 ENDED: Final = ("rekeys", "session_pings")
-"""What a cloud ends at once, so that others feel nothing of it."""
+"""What a cloud ends at once, so that it slows nobody down."""
 DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 
-class HostileProcess(TaskProcess):
-    """The process; a context manager.
+def hostile_process(task: dict[str, Any], log: Path) -> TaskProcess:
+    """The process; ask it for `[deed, seconds]`, and it answers when that is done.
 
     Args:
         task: the arguments of `Hostile` by name, and for `cloud`, in `workers`, all workers' connection strings.
-        log: file for its output.
     """
-
-    def __init__(self, task: dict[str, Any], log: Path) -> None:
-        super().__init__("the hostile tenant", "isthmus.experiments.rigs.hostile_tenants", task, log=log)
-
-    def do(self, deed: str, seconds: float) -> None:
-        """Have it do one of `DEEDS` or `ENDED`; returns when it is done. Raises IsthmusError where it could not."""
-        self.ask([deed, seconds])
+    return TaskProcess("the hostile tenant", "isthmus.experiments.rigs.hostile_tenants", task, log=log)
 
 
 def yield_to_all() -> None:
@@ -274,7 +250,7 @@ def main(parent: Parent) -> None:
     task = parent.task
     yield_to_all()  # elsewhere it would take none of these cores: what it makes the cloud do is what counts
     torch.set_num_threads(1)
-    rest = (Path(task["key"]), task["batch"], task["seq"], task.get("seed", 0))
+    rest = (Path(task["key"]), task["batch"], task["seq"], task["seed"])
     tenants = [Hostile(worker, *rest) for worker in task["workers"]]
 
     def do(tenant: Hostile, deed: str, seconds: float) -> None:
@@ -283,8 +259,6 @@ def main(parent: Parent) -> None:
 
     with ThreadPoolExecutor(len(tenants)) as pool:
         for deed, seconds in parent.questions():
-            if deed not in DEEDS + ENDED:
-                raise IsthmusError(f"there is no deed {deed!r}: choose one of {', '.join(DEEDS + ENDED)}")
             for done in [pool.submit(do, tenant, deed, seconds) for tenant in tenants]:
                 done.result()
             parent.say()

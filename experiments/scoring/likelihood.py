@@ -31,7 +31,6 @@ class Answers:
     Attributes:
         right: Whether the likeliest answer is the right one (lm-eval's `acc`).
         losses: Negative log-likelihood of the right answer, in nats.
-        tokens: Tokens of the right answer.
     """
 
     right: tuple[bool, ...]
@@ -46,13 +45,8 @@ def answer_questions(
 
     Args:
         model: A causal LM, plain, split or PEFT.
-        tokenizer: Its tokenizer.
-        questions: At least one.
-        batch: Sequences of a forward.
-        precision: What the forward computes in.
 
-    Raises:
-        ConfigError: The package lm-eval is missing.
+    Raises ConfigError where the package lm-eval is missing.
     """
     require_lm_eval()
     from datasets import Dataset  # lm-eval depends on it
@@ -89,16 +83,12 @@ def answer_questions(
 
 
 def run_tasks(
-    lm: Any, names: Sequence[str], *, include_path: Path | None, limit: int | None, seed: int = 0
+    lm: Any, names: Sequence[str], *, include_path: Path | None, limit: int | None
 ) -> dict[str, dict[str, float]]:
     """Run lm-eval's tasks, or those of a folder of YAML files, without examples in the prompt unless a task has some.
 
     Args:
-        lm: From `language_model`.
-        names: Names of tasks.
         include_path: Folder with further tasks; None for lm-eval's own alone.
-        limit: Documents of each task; None for all.
-        seed: Of whatever a task draws.
 
     Returns:
         Metric -> value for each task.
@@ -134,7 +124,7 @@ def run_tasks(
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=seed)
+            task.set_fewshot_seed(seed=0)
         results = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return {
         name: {
@@ -151,12 +141,9 @@ def language_model(model: Any, tokenizer: Any, *, batch: int, precision: Precisi
 
     Args:
         model: A causal LM, plain, split or PEFT. It is put in eval mode.
-        tokenizer: Its tokenizer, with a padding token.
-        batch: Sequences of a forward.
         precision: What the forward computes in; likelihoods are always of fp32.
 
-    Raises:
-        ConfigError: The package lm-eval is missing.
+    Raises ConfigError where the package lm-eval is missing.
     """
     require_lm_eval()
     from lm_eval.models.huggingface import HFLM
@@ -198,19 +185,14 @@ def language_model(model: Any, tokenizer: Any, *, batch: int, precision: Precisi
     model.eval()
     with quiet():
         return LanguageModel(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch,
-            softmax_dtype=torch.float32,
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32
         )
 
 
 def require_lm_eval() -> None:
     """Make sure that lm-eval is there, before a long run rather than in its middle.
 
-    Raises:
-        ConfigError: It is missing.
+    Raises ConfigError where it is missing.
     """
     try:
         with quiet():

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
-from isthmus.backbone.families import family_of
 from isthmus.common.errors import ConfigError, NonFiniteError
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.data.batches import IGNORED, Encoded, collate
@@ -21,6 +20,7 @@ from isthmus.emulator.package.build import pick_device
 from isthmus.emulator.package.package import open_package
 from isthmus.experiments.harness.bench_flags import names_of, precision_of
 from isthmus.experiments.harness.emulator_settings import ScoreSettings
+from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.scoring.likelihood import answer_questions, language_model, require_lm_eval, run_tasks
 from isthmus.experiments.scoring.scores import Score
 from isthmus.experiments.scoring.tasks import Task
@@ -31,9 +31,6 @@ def score_task(model: Any, tokenizer: Any, task: Task, *, batch: int, precision:
 
     Args:
         model: A causal LM, plain, split or PEFT. It is in eval mode meanwhile.
-        tokenizer: Its tokenizer.
-        task: The task.
-        batch: Documents of a forward.
         precision: What the forward computes in; losses and likelihoods are of fp32.
 
     Returns:
@@ -95,7 +92,6 @@ def run_score(settings: ScoreSettings) -> dict[str, Any]:
     Raises:
         ConfigError: Neither or both of model and package are given, a task is unknown, or lm-eval is missing.
         DataError: A task's data cannot be loaded.
-        IsthmusError: The model, the package or the adapter cannot be read.
     """
     if (settings.model is None) == (settings.package is None):
         raise ConfigError("give either --model or --package: a whole model, or an emulator of its middle")
@@ -128,15 +124,3 @@ def show(result: dict[str, Any]) -> None:
     for name, metrics in result["tasks"].items():
         for metric, value in metrics.items():
             print(f"{name:24} {metric:16} {value:.4f}")
-
-
-def whole(checkpoint: Any) -> Any:
-    """The whole model of a checkpoint in fp32, with the attention that the split one has."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    attention = family_of(checkpoint.config).attention(None)
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, attn_implementation=attention
-    ).eval()

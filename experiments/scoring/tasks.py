@@ -26,8 +26,6 @@ from isthmus.edge.data.batches import Encoded, encode, fingerprint, pad_id
 from isthmus.edge.data.readers import Example, read_examples
 from isthmus.emulator.compress.public_text import load_blocks
 
-NAMES = ("e2e", "openbookqa", "arc_easy", "sst2")
-
 _CHOICE_TESTS = 200
 _TESTS = {"e2e": 160}
 _TEXT_HELD_OUT = 10  # one block in so many
@@ -66,7 +64,6 @@ class Sizes:
     Attributes:
         test: Held-out documents; None for the task's own default (160 for e2e, 200 for the others).
         validation: Examples of the training file that a learning rate is chosen by.
-        max_length: Tokens of an example at most.
     """
 
     test: int | None = None
@@ -79,13 +76,9 @@ class Task:
     """A task, as tokens of one tokenizer.
 
     Attributes:
-        name: As on the command line.
-        train: What is trained on.
         validation: What a learning rate is chosen by; not in `train`.
         held_out: Documents that a loss is measured on; empty for multiple choice.
         questions: Questions of multiple choice; empty for the others.
-        metrics: What is measured, each a row of the table.
-        pad_id: Token that fills short rows.
     """
 
     name: str
@@ -113,10 +106,7 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
     """Read and tokenize a task.
 
     Args:
-        name: One of `NAMES`, or `text:PATH`.
-        folder: Where the tasks' folders lie.
-        tokenizer: The model's.
-        sizes: How much of it to use.
+        name: `e2e`, `openbookqa`, `arc_easy`, `sst2` or `text:PATH`.
 
     Raises:
         ConfigError: There is no such task.
@@ -144,22 +134,18 @@ def load_task(name: str, folder: Path, tokenizer: Any, sizes: Sizes) -> Task:
 def read_task(name: str, folder: Path, sizes: Sizes) -> Split:
     """Read a task's questions.
 
-    Args:
-        name: One of `NAMES`.
-        folder: Where the tasks' folders lie.
-        sizes: How many of them to use; `max_length` has no part in it.
-
     Raises:
         ConfigError: There is no such task.
         DataError: A file is missing, malformed or too small; the message names it.
     """
-    if name not in NAMES:
-        raise ConfigError(f"{name!r} is not a task; use {', '.join(NAMES)} or text:PATH")
+    if name not in _READERS:
+        raise ConfigError(f"{name!r} is not a task; use {', '.join(_READERS)} or text:PATH")
     if not folder.is_dir():
         raise DataError(
             f"the data folder {folder} is missing; name with --data-folder where {name} and the other tasks lie"
         )
-    train, test = _readers()[name](folder / name)
+    read, suffix = _READERS[name]
+    train, test = (read(folder / name / f"{part}.{suffix}") for part in ("train", "test"))
     n_test = sizes.test if sizes.test is not None else _TESTS.get(name, _CHOICE_TESTS)
     validation = set(_sample(range(len(train)), sizes.validation, "validation"))
     if len(validation) >= len(train):
@@ -208,30 +194,15 @@ def _sample(things: Sequence[T], n: int, what: str) -> list[T]:
     return [things[index] for index in sorted(chosen)]
 
 
-Reader = Callable[[Path], tuple[list[Question], list[Question]]]
-
-
-def _readers() -> dict[str, Reader]:
-    return {"e2e": _e2e, "openbookqa": _choices, "arc_easy": _choices, "sst2": _sst2}
-
-
-def _e2e(folder: Path) -> tuple[list[Question], list[Question]]:
-    def read(name: str) -> list[Question]:
-        path = str(folder / name)
-        config = TuningConfig(
-            data=path, prompt_template="Meaning: {mr}\nText:", completion_template=" {ref}", header=True
-        )
-        return [Question(example.prompt, (example.completion,), 0) for example in read_examples(path, config)]
-
-    return read("train.csv"), read("test.csv")
+def _e2e(path: Path) -> list[Question]:
+    config = TuningConfig(
+        data=str(path), prompt_template="Meaning: {mr}\nText:", completion_template=" {ref}", header=True
+    )
+    return [Question(example.prompt, (example.completion,), 0) for example in read_examples(str(path), config)]
 
 
 _INSTRUCTION = re.compile(r"question: (.*?)\s*\n\s*\n(.*?)\n\s*\nAnswer format", re.DOTALL)
 _ANSWER = re.compile(r"Answer(\d+): (.*?)(?=\s+Answer\d+: |\s*$)", re.DOTALL)
-
-
-def _choices(folder: Path) -> tuple[list[Question], list[Question]]:
-    return _instructions(folder / "train.json"), _instructions(folder / "test.json")
 
 
 def _instructions(path: Path) -> list[Question]:
@@ -248,8 +219,7 @@ def _instructions(path: Path) -> list[Question]:
 def parse_instruction(row: Any, where: str) -> Question:
     """A question from an entry with `instruction` and `answer` ("answer2").
 
-    Raises:
-        DataError: The entry has another form; the message names `where`.
+    Raises DataError where the entry has another form; the message names `where`.
     """
     try:
         found = _INSTRUCTION.search(row["instruction"])
@@ -267,22 +237,18 @@ def parse_instruction(row: Any, where: str) -> Question:
     )
 
 
-def _sst2(folder: Path) -> tuple[list[Question], list[Question]]:
-    def read(name: str) -> list[Question]:
-        path = folder / name
-        questions = []
-        for number, line in enumerate(_read(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            text, tab, label = line.rstrip("\r").rpartition("\t")
-            if not tab or label not in ("0", "1"):
-                raise DataError(f"{path}, line {number}: not a text, a tab and the label 0 or 1")
-            questions.append(Question(f"Review: {text}\nSentiment:", _SENTIMENTS, int(label)))
-        if not questions:
-            raise DataError(f"{path} is empty")
-        return questions
-
-    return read("train.tsv"), read("test.tsv")
+def _sst2(path: Path) -> list[Question]:
+    questions = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        text, tab, label = line.rstrip("\r").rpartition("\t")
+        if not tab or label not in ("0", "1"):
+            raise DataError(f"{path}, line {number}: not a text, a tab and the label 0 or 1")
+        questions.append(Question(f"Review: {text}\nSentiment:", _SENTIMENTS, int(label)))
+    if not questions:
+        raise DataError(f"{path} is empty")
+    return questions
 
 
 def _read(path: Path) -> str:
@@ -292,3 +258,12 @@ def _read(path: Path) -> str:
         raise DataError(f"the data file {path} cannot be read ({error.strerror}): check --data-folder") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8") from error
+
+
+_READERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
+    "e2e": (_e2e, "csv"),
+    "openbookqa": (_instructions, "json"),
+    "arc_easy": (_instructions, "json"),
+    "sst2": (_sst2, "tsv"),
+}
+"""What reads a file of a task, and how the names of its files end."""

@@ -8,7 +8,6 @@ same arrivals, as a machine's speed drifts.
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import statistics
 import threading
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 
@@ -31,59 +30,19 @@ from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
 from isthmus.cloud.engine.scheduler import Scheduler
-from isthmus.common.errors import ConfigError
+from isthmus.common.machine import usable_cores
+from isthmus.experiments.harness.bench_flags import numbers_of
+from isthmus.experiments.harness.bench_settings import QosSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.serving.former_policy import FormerScheduler
 from isthmus.experiments.serving.simulated_cloud import BACKWARD, FORWARD, KEPT_FORWARD
+from isthmus.experiments.serving.tenants_crowd import percentile
 
-Arrivals = Literal["poisson", "bursty"]
-ARRIVALS: Final[tuple[Arrivals, ...]] = ("poisson", "bursty")
-Policy = Literal["scheduler", "former"]
-POLICIES: Final[tuple[Policy, ...]] = ("scheduler", "former")
-BURST_SHAPE = 0.25  # of the gamma distribution: gaps with twice the variation of a Poisson process
+ARRIVALS, POLICIES = ("poisson", "bursty"), ("scheduler", "former")
+BURST_SHAPE = 0.25  # of the gamma distribution
 DRAIN_SECONDS = 30.0
 FORMER_STATE_SHARE = 0.47
 """Of the span's weights: what forward states take at which the former scheduler holds forwards back."""
-
-
-@dataclass(frozen=True, slots=True)
-class QosSettings:
-    """What is measured.
-
-    Attributes:
-        model: As for `--model`.
-        edge_layers: The split plan.
-        loads: Computing time that is asked for, over the time there is.
-        seconds: For which calls arrive.
-        interactive_share: Of the arrivals.
-        interactive_tokens: Token positions of an interactive call, a forward.
-        training_tokens: Token positions of a training call, a forward and then its backward.
-        deadline: Seconds within which an interactive call has to be computed.
-        tenants: Among whom the calls are drawn, of either kind.
-        threads: torch threads.
-        seed: Of the arrivals, which are the same for both policies.
-        rounds: How often both policies have their turn.
-    """
-
-    model: str
-    edge_layers: str = "2:2"
-    loads: tuple[float, ...] = (0.4, 0.8, 1.0, 1.2)
-    seconds: float = 15.0
-    interactive_share: float = 0.5
-    interactive_tokens: int = 32
-    training_tokens: int = 64
-    deadline: float = 1.0
-    tenants: int = 8
-    threads: int = 2
-    seed: int = 0
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.interactive_share < 1 or min(self.loads, default=0) <= 0:
-            raise ConfigError(
-                f"an interactive share of {self.interactive_share} and loads of {self.loads} leave nothing to compare: "
-                "give a share between 0 and 1, and loads above 0"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +64,22 @@ class Outcome:
     positions: int = 0
 
 
-def arrivals(settings: QosSettings, kind: Arrivals, rate: float) -> Iterator[Arrival]:
+def gap(draw: random.Random, kind: str, rate: float) -> float:
+    """Seconds until the next call; in bursts the gaps have twice the variation of those of a Poisson process."""
+    if kind == "poisson":
+        return draw.expovariate(rate)
+    return draw.gammavariate(BURST_SHAPE, 1 / (rate * BURST_SHAPE))
+
+
+def arrivals(settings: QosSettings, kind: str, rate: float) -> Iterator[Arrival]:
     """Calls at `rate` a second on average, until the time is over."""
     draw = random.Random(settings.seed)  # noqa: S311 - no secret
     at = 0.0
     while True:
-        at += draw.expovariate(rate) if kind == "poisson" else draw.gammavariate(BURST_SHAPE, 1 / (rate * BURST_SHAPE))
+        at += gap(draw, kind, rate)
         if at >= settings.seconds:
             return
         yield Arrival(at, draw.randrange(settings.tenants), draw.random() < settings.interactive_share)
-
-
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value that `share` of the others do not exceed; None of none."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
 def run_qos(settings: QosSettings) -> dict[str, Any]:
@@ -128,17 +89,16 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
         `runs`: `arrivals`, `load`, `policy`, `round`; `throughput` in token positions per second, a training call's
         counted for its forward and its backward; `p50_s` and `p99_s` of the interactive calls that were answered;
         `missed`, the share of them that were refused or late.
-
-    Raises:
-        ConfigError: The settings leave nothing to compare.
     """
-    torch.set_num_threads(settings.threads)
+    loads = numbers_of(settings.loads, "loads")
+    threads = settings.threads or usable_cores()
+    torch.set_num_threads(threads)
     checkpoint = resolve(settings.model)
     span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
     executor = Executor(SiteHost(span), torch.float32, 1 << 40)
-    lab = _Lab(settings, executor, span.hidden_size)
+    lab = _Lab(settings, executor, span.hidden_size, threads)
     runs = []
-    turns = list(itertools.product(ARRIVALS, settings.loads, range(settings.rounds), POLICIES))
+    turns = list(itertools.product(ARRIVALS, loads, range(settings.rounds), POLICIES))
     with stderr_progress("runs", len(turns)) as advance:
         service = lab.service_seconds()
         for kind, load, number, policy in turns:
@@ -157,15 +117,24 @@ def run_qos(settings: QosSettings) -> dict[str, Any]:
                 }
             )
             advance()
-    return {"runs": runs, "service_s": service, **asdict(settings)}
+    return {"runs": runs, "service_s": service, **asdict(settings), "loads": loads, "threads": threads}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for row in result["runs"]:
+        p50, p99 = (f"{row[name]:.3f}" if row[name] is not None else "-" for name in ("p50_s", "p99_s"))
+        print(
+            f"{row['arrivals']:8} load {row['load']:4.2f}  {row['policy']:9}  {row['throughput']:7.0f} positions/s   "
+            f"interactive: median {p50} s, 99 % within {p99} s, missed {row['missed']:.1%}"
+        )
 
 
 class _Lab:
     """Runs calls over one executor."""
 
-    def __init__(self, settings: QosSettings, executor: Executor, width: int) -> None:
-        self._settings = settings
-        self._executor = executor
+    def __init__(self, settings: QosSettings, executor: Executor, width: int, threads: int) -> None:
+        self._settings, self._executor, self._threads = settings, executor, threads
         self._short = SpanInput(torch.randn(1, settings.interactive_tokens, width))
         self._long = SpanInput(torch.randn(1, settings.training_tokens, width))
         self._gradient = torch.randn_like(self._long.hidden)
@@ -183,12 +152,12 @@ class _Lab:
             seconds.append(share * (middle - start) + (1 - share) * (end - middle))
         return statistics.median(seconds[1:])
 
-    def run(self, policy: Policy, calls: Sequence[Arrival]) -> Outcome:
+    def run(self, policy: str, calls: Sequence[Arrival]) -> Outcome:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
         setup = start_engine(
             self._executor,
-            settings.threads,
+            self._threads,
             batching=True,
             make_scheduler=None if policy == "scheduler" else self._former_scheduler,
         )

@@ -12,21 +12,21 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import typer
 
-from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.split.span import SpanInput, load_span
-from isthmus.cloud.engine.executor import BackwardCall, Executor
+from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.requests import Kind
-from isthmus.common.errors import ConfigError
+from isthmus.common.machine import usable_cores
+from isthmus.experiments.harness.bench_flags import numbers_of
+from isthmus.experiments.harness.bench_settings import SchedulerSettings, TenantSettings
 from isthmus.experiments.harness.launch import stderr_progress
-from isthmus.experiments.serving.qos_bench import ARRIVALS, Arrivals, percentile
+from isthmus.experiments.serving.qos_bench import ARRIVALS, gap
 from isthmus.experiments.serving.scheduler_policies import POLICIES, Policy
 from isthmus.experiments.serving.simulated_cloud import (
     BACKWARD,
@@ -38,8 +38,8 @@ from isthmus.experiments.serving.simulated_cloud import (
     STATE_ROOM,
     SimulatedCloud,
 )
-from isthmus.experiments.serving.tenants_bench import jain, run_tenants
-from isthmus.experiments.serving.tenants_crowd import LENGTHS, TenantSettings
+from isthmus.experiments.serving.tenants_bench import jain, run_tenants, tenants_calls
+from isthmus.experiments.serving.tenants_crowd import LENGTHS, percentile
 
 TOKENS: Final = 64
 CORES: Final = 2
@@ -62,37 +62,8 @@ REAL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
 """Rows that `isthmus bench tenants` can measure, by the options of `isthmus cloud serve`."""
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerSettings:
-    """What is measured.
-
-    Attributes:
-        seeds: Simulations of each scene.
-        steps: Steps of each edge in the closed loop that count.
-        loads: Computing time that is asked for by calls that come by themselves, over the time there is.
-        seconds: For which such calls arrive.
-        deadline: Seconds within which an interactive call has to be computed.
-        real: What `isthmus bench tenants` measures besides; None for nothing.
-    """
-
-    seeds: int = 5
-    steps: int = 24
-    loads: tuple[float, ...] = (0.4, 0.8, 1.2, 1.6)
-    seconds: float = 60.0
-    deadline: float = 1.0
-    real: TenantSettings | None = None
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ConfigError(f"{self.seeds} seeds have no spread: give at least 2")
-
-
-def run_scheduler(settings: SchedulerSettings, folder: Path | None = None) -> dict[str, Any]:
-    """Measure; see the module.
-
-    Args:
-        settings: What is measured.
-        folder: Of the real runs' files.
+def run_scheduler(settings: SchedulerSettings, folder: Path) -> dict[str, Any]:
+    """Simulate, and measure where `real` asks for it; see the module.
 
     Returns:
         `rows`, each with a `policy` and, for the closed loop, `throughput_over_bound` of eight edges (all their calls
@@ -107,15 +78,49 @@ def run_scheduler(settings: SchedulerSettings, folder: Path | None = None) -> di
         for policy in POLICIES:
             rows.append({"policy": policy.name, **closed_loop(policy, settings), **open_loop(policy, settings)})
             advance()
-    described = {name: value for name, value in asdict(settings).items() if name != "real"}
-    result: dict[str, Any] = {"rows": rows, **described}
-    if settings.real is not None and folder is not None:
+    result: dict[str, Any] = {
+        "rows": rows,
+        **{name: getattr(settings, name) for name in ("seeds", "steps", "seconds", "deadline")},
+        "loads": numbers_of(settings.loads, "loads"),
+    }
+    if settings.real:
+        threads = settings.threads or usable_cores()
+        tenants = TenantSettings(
+            settings.n, settings.model, edge_layers=settings.edge_layers, steps=settings.steps, threads=threads
+        )
         result["real"] = {
-            name: run_tenants(replace(settings.real, cloud_options=options), folder / f"{number}")
+            name: run_tenants(replace(tenants, cloud_options=options), folder / f"{number}")
             for number, (name, options) in enumerate(REAL_OPTIONS.items())
         }
-        result["graph_counting"] = graph_counting(settings.real)
+        result["graph_counting"] = graph_counting(tenants)
     return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table of schedulers, which stands in docs/scheduler.md."""
+    rows = {row["policy"]: row for row in result["rows"]}
+    measured = result.get("real", {})
+    titles = ("/ bound", "spread", "2 edges", "4 edges", "Jain", "states", "flood", "missed", "p99 s", "tokens/s")
+    keys = (
+        *("throughput_over_bound", "spread", "throughput_of_2_over_bound", "throughput_of_4_over_bound", "jain"),
+        *("state_share", "flood_p99_ratio", "missed", "p99_s", "positions_per_s"),
+    )
+    real_titles = ("real ratio", "/ bound", "growth", "flood", "Jain")
+    real_keys = ("throughput_ratio", "throughput_over_bound", "cloud_growth_share", "flood_p99_ratio", "jain")
+    typer.echo(f"| scheduler | {' | '.join((*titles, *real_titles))} |")
+    typer.echo(f"|---|{'---|' * (len(titles) + len(real_titles))}")
+    for name in (*rows, *(set(measured) - set(rows))):
+        cells = [_cell(rows.get(name, {}).get(key)) for key in keys]
+        cells += [_cell(measured.get(name, {}).get(key)) for key in real_keys]
+        typer.echo(f"| {name} | {' | '.join(cells)} |")
+    if "graph_counting" in result:
+        typer.echo(f"counting the bytes of every graph: passes take {result['graph_counting']:.3f} x")
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
 
 
 def closed_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def open_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, float]:
     scenes = [
         _arrivals(policy, settings, kind, load, seed)
         for kind in ARRIVALS
-        for load in settings.loads
+        for load in numbers_of(settings.loads, "loads")
         for seed in range(settings.seeds)
     ]
     return {name: statistics.mean(scene[name] for scene in scenes) for name in ("missed", "p99_s", "positions_per_s")}
@@ -161,14 +166,8 @@ def open_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, float]:
 
 def graph_counting(settings: TenantSettings) -> float:
     """Seconds of passes in which each graph's bytes are counted, over those in which they are estimated."""
-    torch.set_num_threads(settings.threads)
-    checkpoint = resolve(settings.model)
-    span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
-    calls = {
-        (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
-        for tenant in range(settings.n)
-    }
-    gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in calls.items()]
+    torch.set_num_threads(settings.threads or usable_cores())
+    span, calls, gradients = tenants_calls(settings)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     executors = {counts: Executor(SiteHost(span), torch.float32, 1 << 40, count_graphs=counts) for counts in seconds}
     for _ in range(settings.steps):
@@ -213,7 +212,7 @@ def _p99(clouds: Sequence[SimulatedCloud], steps: int) -> float:
     return percentile([step for cloud in clouds for step in cloud.steps(steps)], 0.99) or 0.0
 
 
-def _arrivals(policy: Policy, settings: SchedulerSettings, kind: Arrivals, load: float, seed: int) -> dict[str, float]:
+def _arrivals(policy: Policy, settings: SchedulerSettings, kind: str, load: float, seed: int) -> dict[str, float]:
     """Half of the calls are interactive; each is of a session of its own."""
     cloud = SimulatedCloud(seed, policy.scheduler(), policy.limits.compute_threads, CORES)
     draw = random.Random(seed)  # noqa: S311  # a simulation
@@ -248,7 +247,7 @@ def _arrivals(policy: Policy, settings: SchedulerSettings, kind: Arrivals, load:
         cloud.call(tenant, number, TOKENS, KEPT_FORWARD, backward)
 
     number = 0
-    while (at := at + _gap(draw, kind, rate)) < settings.seconds:
+    while (at := at + gap(draw, kind, rate)) < settings.seconds:
         cloud.run_until(at)
         number += 1
         (chat if draw.random() < 0.5 else train)(number)
@@ -259,9 +258,3 @@ def _arrivals(policy: Policy, settings: SchedulerSettings, kind: Arrivals, load:
         "p99_s": percentile(latencies, 0.99) or 0.0,
         "positions_per_s": positions / settings.seconds,
     }
-
-
-def _gap(draw: random.Random, kind: Arrivals, rate: float) -> float:
-    if kind == "poisson":
-        return draw.expovariate(rate)
-    return draw.gammavariate(0.25, 4 / rate)  # bursts: gaps with twice the variation

@@ -75,7 +75,6 @@ class Policy:
     """A scheduler to compare.
 
     Attributes:
-        name: As the table names it.
         make: Makes it, of the clock, its limits, and the forward states that sessions hold.
         limits: What it keeps to; `compute_threads` of them is the machine's as well.
     """

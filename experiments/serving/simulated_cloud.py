@@ -60,13 +60,9 @@ class SimulatedCloud:
         seed: Of the small differences between times.
         make_scheduler: Makes the scheduler, with the cloud's clock and the forward states that sessions hold.
         compute_threads: Batches that the worker computes at a time; each has its part of the cores.
-        cores: Cores of the machine.
 
     Attributes:
-        now: Seconds since the beginning.
-        worked: Core seconds that were used.
         began: Edge -> when it began each of its steps.
-        batch_sizes: How many requests each batch had.
         most_state: The most token positions that graphs were held for at a time.
     """
 
@@ -75,9 +71,7 @@ class SimulatedCloud:
     compute_threads: int = 2
     cores: int = 2
     now: float = 0.0
-    worked: float = 0.0
     began: dict[str, list[float]] = field(default_factory=dict)
-    batch_sizes: list[int] = field(default_factory=list)
     most_state: int = 0
     _random: random.Random = field(init=False)
     _scheduler: Scheduler = field(init=False)
@@ -96,15 +90,7 @@ class SimulatedCloud:
         self._tasks.append(_Task(seconds * self._random.uniform(0.95, 1.05), then, cores))
 
     def call(
-        self,
-        tenant: str,
-        session: int,
-        positions: int,
-        kind: Kind,
-        then: Then,
-        *,
-        deadline: float | None = None,
-        refused: Then = lambda: None,
+        self, tenant: str, session: int, positions: int, kind: Kind, then: Then, *, deadline: float | None = None
     ) -> None:
         """Ask the worker; with a `deadline` in seconds from now the call is an interactive one."""
         request = Request(
@@ -113,7 +99,6 @@ class SimulatedCloud:
             Share(),
             then,
             kind,
-            item=refused,
             interactive=deadline is not None,
             positions=positions,
             deadline=None if deadline is None else self.now + deadline,
@@ -121,13 +106,13 @@ class SimulatedCloud:
         )
         self._scheduler.add(request)
 
-    def train(self, tenant: str, positions: int, own_seconds: float = OWN_SECONDS) -> None:
+    def train(self, tenant: str, positions: int) -> None:
         """An edge's steps, one after the other."""
-        own = own_seconds * positions
+        own = OWN_SECONDS * positions
         self.began.setdefault(tenant, []).append(self.now)
 
         def after() -> None:
-            self.compute(0.2 * own, lambda: self.train(tenant, positions, own_seconds))
+            self.compute(0.2 * own, lambda: self.train(tenant, positions))
 
         def between() -> None:
             self.compute(0.6 * own, lambda: self.call(tenant, 0, positions, BACKWARD, after))
@@ -170,7 +155,6 @@ class SimulatedCloud:
             moments.append(max(ready - self.now, 0.0) + 1e-3)
         passed = min(moments)
         self.now += passed
-        self.worked += passed * rate * wanted
         for task in self._tasks:
             task.seconds -= passed * rate * task.cores
         done = [task for task in self._tasks if task.seconds <= 1e-9]
@@ -179,14 +163,12 @@ class SimulatedCloud:
             task.then()
 
     def _begin_batches(self) -> None:
-        for request in self._scheduler.take_late():
-            request.item()
+        self._scheduler.take_late()  # whoever asked for them goes on without an answer
         for thread in sorted(self._idle):
             batch = self._scheduler.next(parallel=thread > 0)
             if not batch:
                 continue
             self._idle.remove(thread)
-            self.batch_sizes.append(len(batch))
             seconds = self._core_seconds(batch)
             sessions = {request.session for request in batch}
             if batch[0].kind is BACKWARD:

@@ -14,12 +14,11 @@ when nothing competes with it. A ratio above the bound is an error of measuring,
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,21 +27,27 @@ import torch
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.split.span import SpanInput, load_span
+from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
+from isthmus.cloud.engine.activation_cache import Key
 from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.common.errors import IsthmusError
 from isthmus.common.figures import plotting, save_figure
+from isthmus.common.machine import usable_cores
+from isthmus.experiments.harness.bench_settings import TenantSettings
 from isthmus.experiments.harness.launch import stderr_progress
+from isthmus.experiments.harness.single_process import losses_of
 from isthmus.experiments.serving.tenants_crowd import (
     TURNS,
     Beside,
     Crowd,
-    TenantSettings,
     Turn,
     cloud_of,
+    counts_of,
     flood_of,
     in_turns,
+    length_of,
     p99,
+    steps_in_turn,
 )
 from isthmus.experiments.serving.tenants_process import WARM_UP
 
@@ -52,10 +57,6 @@ GAIN_ROUNDS: Final = 2
 
 def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
-
-    Args:
-        settings: What is measured.
-        folder: Of all files.
 
     Returns:
         `throughput_ratio`: Tokens per second of all edges over those of as many single processes, the median of the
@@ -73,23 +74,25 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         `flood_p99_ratio`: The 99th percentile of the others' steps while one tenant floods with ten sessions that
             want computing all the time, over the same without.
         `max_loss_diff`: The largest relative difference of a loss from the single process's.
-        `growth`: For each of `settings.counts` in `n`, tokens per second of so many `tenants` and of as many `single`
-            processes, and their `ratio`. Only where there are such counts.
+        `growth`: For each of `counts_of(settings)` in `n`, tokens per second of so many `tenants` and of as many
+            `single` processes, and their `ratio`. Only where there are such counts.
 
-    Raises:
-        IsthmusError: A process failed, or the ratio is above the bound.
+    Raises IsthmusError where a process failed, or the ratio is above the bound.
     """
     tenants = range(settings.n)
-    settings = replace(settings, model=str(resolve(settings.model).folder))
-    steps = settings.steps_in_turn
+    threads = settings.threads or usable_cores()
+    settings = replace(settings, model=str(resolve(settings.model).folder), threads=threads)
+    counts = counts_of(settings)
+    steps = steps_in_turn(settings)
+    longest = max(tenants, key=lambda tenant: length_of(settings, tenant))
     gain, growth = SpanGain(settings), []
     with (
-        stderr_progress("phases", 8 + len(settings.counts)) as advance,
+        stderr_progress("phases", 8 + len(counts)) as advance,
         Crowd(settings, folder / "alone", None, tenants) as singles,
     ):
         advance()
         with cloud_of(settings, folder / "fp32", "fp32") as cloud:
-            with Crowd(settings, folder / "first", cloud, [max(tenants, key=settings.length)]) as lone:
+            with Crowd(settings, folder / "first", cloud, [longest]) as lone:
                 first = lone.work(settings.steps)
             advance()
             with Crowd(settings, folder / "parts", None, tenants, parts=True) as crowd:
@@ -101,7 +104,7 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
                 calls_per_pass = cloud.status()["calls_per_pass"]
                 memory, single_memory = crowd.memory, singles.memory
                 advance()
-                for n in settings.counts:
+                for n in counts:
                     growth.append(_growth(n, in_turns(singles, crowd, TURNS // 2, steps, range(n))))
                     advance()
                 calm, flooded = [], []
@@ -128,6 +131,8 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
     bound = singles_cpu / (edges_cpu + gain.together)  # 1 / (share + (1 - share) / span_gain)
     ratio = statistics.median(each.ratio for each in done)
     check_bound(ratio, bound)
+    if settings.figure is not None:
+        draw_growth(growth, settings.figure)
     return {
         "throughput_ratio": ratio,
         "throughput_bound": bound,
@@ -156,16 +161,13 @@ def run_tenants(settings: TenantSettings, folder: Path) -> dict[str, Any]:
         "tokens_per_s": statistics.median(each.tenants.throughput for each in done),
         "single_tokens_per_s": statistics.median(each.single for each in done),
         **({"growth": growth} if growth else {}),
-        **{name: value for name, value in asdict(settings).items() if name not in ("model", "counts", "cloud_options")},
+        **{name: getattr(settings, name) for name in ("n", "tokens", "edge_layers", "steps", "threads")},
+        "batching": settings.batching == "on",
     }
 
 
 def check_bound(ratio: float, bound: float) -> None:
-    """Check that no more was measured than is possible.
-
-    Raises:
-        IsthmusError: It was.
-    """
+    """Check that no more was measured than is possible. Raises IsthmusError where it was."""
     if ratio > bound:
         raise IsthmusError(
             f"the tenants' throughput is {ratio:.3f} of the single processes', and {bound:.3f} is possible: one of the "
@@ -188,12 +190,7 @@ def _growth(n: int, turns: Sequence[Beside]) -> dict[str, float]:
 
 
 def draw_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the `growth` that `run_tenants` returns.
-
-    Raises:
-        ConfigError: The package matplotlib is missing.
-        DiskError: The disk is full or cannot be written.
-    """
+    """Draw the `growth` that `run_tenants` returns."""
     figure, axes = plotting().subplots(figsize=(7, 4.5), dpi=144)
     counts = [row["n"] for row in rows]
     axes.plot(counts, [row["tenants"] for row in rows], marker="o", label="edges on one cloud")
@@ -213,18 +210,28 @@ def jain(values: Sequence[float]) -> float:
 def loss_difference(ours: Path, theirs: Path, steps: int) -> float:
     """The largest relative difference of two runs' losses in their first steps.
 
-    Raises:
-        IsthmusError: One of them has come less far.
+    Raises IsthmusError where one of them has come less far.
     """
     pairs = zip(_losses(ours, steps), _losses(theirs, steps), strict=True)
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
 def _losses(run: Path, steps: int) -> list[float]:
-    losses = [json.loads(line)["loss"] for line in (run / "losses.jsonl").read_text().splitlines()[:steps]]
+    losses = losses_of(run)[:steps]
     if len(losses) < steps:
         raise IsthmusError(f"the run in {run} has {len(losses)} losses, and {steps} are to be compared")
     return losses
+
+
+def tenants_calls(settings: TenantSettings) -> tuple[FrozenSpan, dict[Key, SpanInput], list[BackwardCall]]:
+    """The cloud's span, and a call of each tenant: its forward, and the backward of that."""
+    checkpoint = resolve(settings.model)
+    span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
+    calls = {
+        (b"", tenant): SpanInput(torch.randn(1, length_of(settings, tenant), span.hidden_size))
+        for tenant in range(settings.n)
+    }
+    return span, calls, [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in calls.items()]
 
 
 class SpanGain:
@@ -232,16 +239,9 @@ class SpanGain:
 
     def __init__(self, settings: TenantSettings) -> None:
         torch.set_num_threads(1)
-        checkpoint = resolve(settings.model)
-        plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
-        span = load_span(checkpoint, plan)
+        span, self._calls, self._gradients = tenants_calls(settings)
         self.span_bytes = sum(each.numel() * each.element_size() for each in (*span.parameters(), *span.buffers()))
         self._executor = Executor(SiteHost(span), torch.float32, 1 << 40)
-        self._calls = {
-            (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
-            for tenant in range(settings.n)
-        }
-        self._gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in self._calls.items()]
         self._seconds: list[float] = []
         self._pass()  # for warming up
 

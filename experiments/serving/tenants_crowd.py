@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from isthmus.common.errors import ConfigError
+from isthmus.experiments.harness.bench_settings import TenantSettings
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.process_memory import forget_peak, peak_bytes, proportional_bytes
 from isthmus.experiments.harness.processes import TaskProcess
@@ -29,58 +30,33 @@ LENGTHS: Final = (1.0, 0.75, 1.25, 1.0, 0.5, 1.5, 0.75, 1.25)
 TURNS: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
-class TenantSettings:
-    """What is measured.
+def steps_in_turn(settings: TenantSettings) -> int:
+    """Steps of each tenant in a turn."""
+    return max(1, settings.steps // TURNS)
 
-    Attributes:
-        model: As for `--model`.
-        n: Tenants.
-        tokens: Tokens of a tenant's step, on average over the tenants.
-        edge_layers: The split plan.
-        steps: Steps that count, of each tenant, over all its turns.
-        threads: torch threads of the cloud; edges and single processes have one.
-        batching: Whether the cloud computes calls of several tenants in one pass.
-        counts: So many of the tenants by themselves are measured, too.
-        cloud_options: Further options of `isthmus cloud serve`.
-    """
 
-    model: str
-    n: int = 8
-    tokens: int = 64
-    edge_layers: str = "2:2"
-    steps: int = 24
-    threads: int = 2
-    batching: bool = True
-    counts: tuple[int, ...] = ()
-    cloud_options: tuple[str, ...] = ()
+def counts_of(settings: TenantSettings) -> list[int]:
+    """How many tenants are measured by themselves too, for the figure: 1, 2, 4 … and all."""
+    powers = (2**power for power in range(settings.n.bit_length()))
+    return sorted({settings.n, *powers}) if settings.figure else []
 
-    def __post_init__(self) -> None:
-        if self.tokens < 16 or self.n < 2:
-            raise ConfigError(
-                f"{self.n} tenants of {self.tokens} tokens say nothing about tenants: give at least 2 of 16"
-            )
 
-    @property
-    def steps_in_turn(self) -> int:
-        """Steps of each tenant in a turn."""
-        return max(1, self.steps // TURNS)
+def steps_at_most(settings: TenantSettings) -> int:
+    """More steps than any process makes: those of AdaLoRA's schedule."""
+    counts = len(counts_of(settings))
+    of_singles = TURNS + 1 + (counts + 2) * (TURNS // 2 + 1)
+    of_tenants = 3 * TURNS + counts * (TURNS // 2)
+    return WARM_UP + steps_in_turn(settings) * max(of_singles, of_tenants) + 1
 
-    @property
-    def steps_at_most(self) -> int:
-        """More steps than any process is told to do: those of AdaLoRA's schedule."""
-        of_singles = TURNS + 1 + (len(self.counts) + 2) * (TURNS // 2 + 1)
-        of_tenants = 3 * TURNS + len(self.counts) * (TURNS // 2)
-        return WARM_UP + self.steps_in_turn * max(of_singles, of_tenants) + 1
 
-    def length(self, tenant: int) -> int:
-        """Tokens of a step of a tenant."""
-        return round(self.tokens * LENGTHS[tenant % len(LENGTHS)])
+def length_of(settings: TenantSettings, tenant: int) -> int:
+    """Tokens of a step of a tenant."""
+    return round(settings.tokens * LENGTHS[tenant % len(LENGTHS)])
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a process tells: when its counted steps began and ended, and its processor time in them, in seconds."""
+    """What a process reports: when its counted steps began and ended, and its processor time in them, in seconds."""
 
     moments: tuple[float, ...]
     cpu_s: float
@@ -90,7 +66,7 @@ class Seen:
         return self._steps_at(until) - self._steps_at(since)
 
     def _steps_at(self, moment: float) -> float:
-        for number, (begun, ended) in enumerate(zip(self.moments, self.moments[1:], strict=False)):
+        for number, (begun, ended) in enumerate(pairwise(self.moments)):
             if moment < ended:
                 return number + max(0.0, moment - begun) / (ended - begun)
         return len(self.moments) - 1.0
@@ -101,8 +77,6 @@ class Turn:
     """What came of processes that worked together for some steps.
 
     Attributes:
-        seen: Of each.
-        tokens: Of a step of each.
         memory: The most PSS that each had, in bytes.
         cloud_memory: The most PSS that the cloud's worker had; 0 without one.
     """
@@ -151,27 +125,23 @@ class Beside:
         return self.tenants.throughput / self.single
 
 
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The value that `share` of the others do not exceed; None of none."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
 def p99(turns: Sequence[Turn], tenants: Sequence[int]) -> float:
     """The 99th percentile of these tenants' steps, in seconds."""
-    seconds = sorted(
-        after - before
-        for turn in turns
-        for tenant in tenants
-        for before, after in zip(turn.seen[tenant].moments, turn.seen[tenant].moments[1:], strict=False)
-    )
-    return seconds[min(len(seconds) - 1, math.ceil(0.99 * len(seconds)) - 1)]
+    moments = [turn.seen[tenant].moments for turn in turns for tenant in tenants]
+    return percentile([after - before for each in moments for before, after in pairwise(each)], 0.99) or math.nan
 
 
 class Crowd:
     """Processes that have done their first steps and wait for their turn.
 
     Args:
-        settings: What each does.
-        folder: Of their files; made.
         cloud: Whose tenants they are; None for single processes.
-        tenants: Their numbers.
         parts: Whether single processes have an edge's parts only, and not the whole model.
-        precision: What they compute in.
     """
 
     def __init__(
@@ -209,8 +179,7 @@ class Crowd:
     def work(self, steps: int, tenants: Sequence[int] | None = None) -> Turn:
         """Let all take so many steps, or some of them, and look at the memory that it takes.
 
-        Raises:
-            IsthmusError: A process failed.
+        Raises IsthmusError where a process failed.
         """
         who = list(self._processes) if tenants is None else tenants
         worker = None if self._cloud is None else self._cloud.status()["pid"]
@@ -221,7 +190,7 @@ class Crowd:
             self._processes[tenant].send(steps)
         seen = [Seen(**self._processes[tenant].answer()) for tenant in who]
         memory = [peak_bytes(pid) for pid in looked_at]
-        tokens = [self._settings.length(tenant) for tenant in who]
+        tokens = [length_of(self._settings, tenant) for tenant in who]
         return Turn(seen, tokens, memory[: len(who)], 0 if worker is None else memory[-1])
 
     @property
@@ -249,21 +218,18 @@ def in_turns(
     return done
 
 
-@contextlib.contextmanager
-def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> Iterator[LocalCloud]:
-    """A cloud in `folder`, which is made, that computes in a dtype."""
+def cloud_of(settings: TenantSettings, folder: Path, dtype: str) -> LocalCloud:
+    """A cloud in `folder`, which is made, that computes in a dtype; a context manager."""
     folder.mkdir(parents=True)
     options = ["--edge-layers", settings.edge_layers, "--threads", str(settings.threads), "--dtype", dtype]
-    options += ["--batching", "on" if settings.batching else "off", *settings.cloud_options]
-    with LocalCloud(folder, settings.model, *options) as cloud:
-        yield cloud
+    options += ["--batching", settings.batching, *settings.cloud_options]
+    return LocalCloud(folder, settings.model, *options)
 
 
 def _key(cloud: LocalCloud, tenant: int) -> Path:
     """The key of a tenant, enrolled when it is first asked for."""
     key = cloud.home.parent / f"tenant{tenant}" / "id_ed25519"
     if not key.exists():
-        key.parent.mkdir(mode=0o700)
         cloud.enroll(f"tenant{tenant}", key, Quota(max_sessions=2 * FLOOD_SESSIONS))
     return key
 
@@ -272,16 +238,16 @@ def _process(
     settings: TenantSettings, folder: Path, cloud: LocalCloud | None, tenant: int, *, parts: bool, precision: str
 ) -> TaskProcess:
     texts = folder / f"{tenant}.jsonl"
-    write_long_texts(texts, WARM_UP + settings.steps, settings.length(tenant))
+    write_long_texts(texts, WARM_UP + settings.steps, length_of(settings, tenant))
     config = {
         "data": str(texts),
         "validation_split": 0.0,
         "out": str(folder / str(tenant)),
-        "steps": settings.steps_at_most,
+        "steps": steps_at_most(settings),
         "batch": 1,
-        "max_length": settings.length(tenant),
+        "max_length": length_of(settings, tenant),
         "learning_rate": 1e-3,
-        "save_every": settings.steps_at_most,
+        "save_every": steps_at_most(settings),
         "method": METHODS[tenant % len(METHODS)],
         "precision": precision,
         "seed": tenant,
@@ -296,7 +262,7 @@ def _process(
 @contextlib.contextmanager
 def flood_of(settings: TenantSettings, cloud: LocalCloud) -> Iterator[TaskProcess]:
     """A tenant with ten sessions in a process of its own; each wants computing all the time, from `pour` to `rest`."""
-    task = {"flood": cloud.connection, "key": str(_key(cloud, 0)), "tokens": settings.length(0)}
+    task = {"flood": cloud.connection, "key": str(_key(cloud, 0)), "tokens": length_of(settings, 0)}
     with TaskProcess("the flood", MODULE, task, threads=1) as process:
         process.answer()
         yield process

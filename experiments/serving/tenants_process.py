@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from isthmus.edge.client.link import connect
 from isthmus.edge.cloud_link import open_link
@@ -110,7 +109,7 @@ class _Flood:
                     self._changed.wait_for(lambda: self._pouring)
                     self._working += 1
                 _, kept = link.forward_span(hidden, None, None, keep=True)
-                link.backward_span(kept, _gradient(hidden), hidden, None, None)
+                link.backward_span(kept, torch.ones_like(hidden), hidden, None, None)
 
 
 def _pour(parent: Parent) -> None:
@@ -121,10 +120,6 @@ def _pour(parent: Parent) -> None:
         flood.turn(pouring=question == "pour")
         parent.say("done")
     os._exit(0)  # the sessions never end by themselves
-
-
-def _gradient(hidden: Tensor) -> Tensor:
-    return torch.ones_like(hidden)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of quantized backbones: real clouds, real training, and finished pieces that are kept."""
+"""The benchmark of quantized backbones: real clouds, real training, and finished results that are kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkey
     assert row["held_out_loss"] != row["zero_shot_loss"]
 
     def refuse(*_: Any) -> Any:
-        raise AssertionError("a finished piece was made again")
+        raise AssertionError("a finished result was made again")
 
     monkeypatch.setattr(quantize_bench, "run_step", refuse)
     monkeypatch.setattr(quantize_bench, "clouds", lambda *_: refuse)

@@ -71,7 +71,7 @@ def test_what_cannot_be_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chaos_bench, "missing", lambda: "network namespaces need root: run as root")
     with pytest.raises(ConfigError, match=r"can be made here: network namespaces need root"):
         run_chaos(ChaosSettings(model="unused", kinds="silence,packets_lost"), tmp_path)
-    with pytest.raises(ConfigError, match="no fault 'meteor'"):
+    with pytest.raises(ConfigError, match="'meteor' is not known"):
         run_chaos(ChaosSettings(model="unused", kinds="meteor"), tmp_path)
 
 

@@ -238,5 +238,5 @@ def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[st
             time.sleep(0.2)
         assert [(worker["span"], worker["front"]) for worker in status["workers"]] == [("2:3", True), ("3:5", False)]
         assert stat.S_IMODE((cloud.home / "pipeline" / "1" / "id_ed25519").stat().st_mode) == 0o600
-        assert cloud.terminate() == 0
+        assert cloud.stop() == 0
     assert not (cloud.home / "pipeline").exists()

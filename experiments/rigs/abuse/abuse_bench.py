@@ -17,23 +17,18 @@ from typing import Any, Final
 
 import grpc
 
-from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
+from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.cloud.control.worker_setup import make_parts
-from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import AbuseSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
-from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker
+from isthmus.experiments.rigs.abuse.attacks import ATTACKS, attacker_process
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
-from isthmus.experiments.rigs.abuse.ceilings import (
-    CEILINGS,
-    COMPUTE_BYTES,
-    PLANTED_CEILING,
-    STASH_BYTES,
-    Ceiling,
-)
+from isthmus.experiments.rigs.abuse.ceilings import CEILINGS, COMPUTE_BYTES, PLANTED_CEILING, STASH_BYTES, Ceiling
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
@@ -53,10 +48,6 @@ ALL: Final = (*ATTACKS, *EDGE_ATTACKS)
 def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
     """Attack a cloud and an edge; see the module.
 
-    Args:
-        settings: What is attacked, and how.
-        folder: For keys and logs.
-
     Returns:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
         `unit`, `held`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
@@ -67,10 +58,7 @@ def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
         ConfigError: There is no such attack.
         IsthmusError: The cloud did not start, an attack could not be made, or an edge did not end one as it must.
     """
-    attacks = names_of(settings.attacks, "attacks") if settings.attacks else ALL
-    unknown = [name for name in attacks if name not in ALL]
-    if unknown:
-        raise ConfigError(f"there is no attack {unknown[0]!r}: choose of {', '.join(ALL)}")
+    attacks = names_of(settings.attacks, "attacks", ALL)
     with stderr_progress("attacks", len(attacks) + len(PLANTED) + len(LIFTED)) as advance:
         return _run(settings, attacks, folder, advance)
 
@@ -87,7 +75,11 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
     )
     on_worker = [name for name in attacks if name in ATTACKS]
     runs = _on_worker(settings, on_worker, cloud, folder, advance) if on_worker else []
-    planted = _planted(checkpoint, parts, cloud, folder, advance)
+    planted = []
+    with BareServer(checkpoint.folder, parts, cloud.home, folder / LOG) as server:
+        for weakness in PLANTED:
+            planted.append(planted_row(server, weakness))
+            advance()
     with (
         HostileCloud(cloud.home, parts, settings.edge_layers) as hostile,
         Edge(cloud.edge_key, folder, folder / LOG) as edge,
@@ -95,8 +87,7 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
         for name in attacks:
             if name in EDGE_ATTACKS:
                 taken = edge.attacked(name, hostile)
-                about = {"attack": name, "by": "cloud"}
-                runs += [{**row, "latency_ratio": None} for row in rows(taken, CEILINGS[name], **about)]
+                runs += rows(taken, CEILINGS[name], attack=name, by="cloud", latency_ratio=None)
                 advance()
         for name in LIFTED:
             planted.append(lifted_row(edge, hostile, name))
@@ -118,7 +109,7 @@ def _on_worker(
     key = folder / "hostile"
     cloud.enroll("hostile", key)
     runs: list[dict[str, Any]] = []
-    with Attacker(key, folder / LOG) as attacker, cloud:
+    with attacker_process(key, folder / LOG) as attacker, cloud:
         pid = cloud.status()["pid"]
         with Honest(cloud.connection, cloud.edge_key) as honest:
             honest.latency_s(time.monotonic())  # the first calls warm both sides up
@@ -127,9 +118,7 @@ def _on_worker(
             _settle(cloud)
             ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
             _settle(cloud)
-            runs.extend(
-                {**row, "latency_ratio": ratio} for row in rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by)
-            )
+            runs += rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by, latency_ratio=ratio)
             advance()
     return runs
 
@@ -150,11 +139,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _settle(cloud: LocalCloud) -> None:
-    """Wait until the worker has got rid of the last attack's sessions: they count against its tenant's quota.
-
-    Raises:
-        IsthmusError: It does not.
-    """
+    """Wait until the worker has ended the last attack's sessions, which count against its tenant's quota."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while cloud.status()["sessions"]:
         if time.monotonic() > deadline:
@@ -162,29 +147,11 @@ def _settle(cloud: LocalCloud) -> None:
         time.sleep(0.1)
 
 
-def _planted(
-    checkpoint: Checkpoint, parts: Path, cloud: LocalCloud, folder: Path, advance: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """The rows of the servers with a planted weakness."""
-    planted = []
-    with BareServer(checkpoint.folder, parts, cloud.home, folder / LOG) as server:
-        for weakness in PLANTED:
-            planted.append(planted_row(server, weakness))
-            advance()
-    return planted
-
-
 UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
 
 
-def rows(taken: Taken, ceiling: Ceiling, **about: str) -> list[dict[str, Any]]:
-    """What was measured of an attack, against its ceilings.
-
-    Args:
-        taken: What the worker took.
-        ceiling: What it may take.
-        about: Said in each row.
-    """
+def rows(taken: Taken, ceiling: Ceiling, **about: object) -> list[dict[str, Any]]:
+    """What was measured of an attack, against its ceilings; `about` is said in each row."""
     measured = [
         ("memory", taken.memory_mib, ceiling.memory_mib),
         ("descriptors", taken.descriptors, ceiling.descriptors),
@@ -197,27 +164,16 @@ def rows(taken: Taken, ceiling: Ceiling, **about: str) -> list[dict[str, Any]]:
     ]
 
 
-def attack_planted(pid: int, address: str) -> Taken:
-    """Send `FRAMES` frames of noise, one a stream, to a server with a planted weakness; what it took.
-
-    Args:
-        pid: Its process.
-        address: Where it listens, host:port.
-    """
+def planted_row(server: BareServer, weakness: Weakness) -> dict[str, Any]:
+    """Plant a weakness in a server, and send it `FRAMES` frames of noise, one a stream; the row where it must show."""
+    server.plant(weakness)
     noise = os.urandom(FRAME_BYTES)
-    with Gauge(pid) as gauge, grpc.insecure_channel(address) as channel:
+    with Gauge(server.pid) as gauge, grpc.insecure_channel(server.address) as channel:
         session = channel.stream_stream(METHOD, **CLIENT_CODING)
         for _ in range(FRAMES):
             with contextlib.suppress(grpc.RpcError):
                 list(session(iter([noise]), timeout=60))
-    return gauge.taken
-
-
-def planted_row(server: BareServer, weakness: Weakness) -> dict[str, Any]:
-    """Plant a weakness in a server, and measure it; the one row where it must show."""
-    server.plant(weakness)
-    taken = attack_planted(server.pid, server.address)
-    row = next(row for row in rows(taken, PLANTED_CEILING) if row["unit"] == UNIT_OF[weakness])
+    row = next(row for row in rows(gauge.taken, PLANTED_CEILING) if row["unit"] == UNIT_OF[weakness])
     return {"weakness": weakness, **row, "caught": not row["held"]}
 
 
@@ -228,30 +184,22 @@ def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
     return {"weakness": f"no bound: {name}", **row, "caught": not row["held"]}
 
 
-def attack_alone(attacker: Attacker, name: str, pid: int, where: str, seconds: float) -> Taken:
-    """Make an attack while nobody else asks for anything; what the worker took.
+def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds: float) -> Taken:
+    """Make an attack on the worker of a connection string while nobody else asks for anything; what the worker took.
 
-    Args:
-        attacker: Makes it.
-        name: Of the attack.
-        pid: The worker's process.
-        where: Its connection string.
-        seconds: How long.
-
-    Raises:
-        IsthmusError: The attack could not be made, or has ended the worker.
+    Raises IsthmusError where the attack could not be made, or has ended the worker.
     """
     with Gauge(pid) as gauge:
-        attacker.attack(name, seconds, where)
+        attacker.ask([name, seconds, where])
     return gauge.taken
 
 
-def _latency_ratio(attacker: Attacker, name: str, cloud: LocalCloud, seconds: float) -> float:
+def _latency_ratio(attacker: TaskProcess, name: str, cloud: LocalCloud, seconds: float) -> float:
     """A tenant's median latency during an attack, over that just before."""
     with Honest(cloud.connection, cloud.edge_key) as honest:
         begun = time.monotonic()
         time.sleep(CALM_SECONDS)
         calm = honest.latency_s(begun)
         begun = time.monotonic()
-        attacker.attack(name, seconds, cloud.connection)
+        attacker.ask([name, seconds, cloud.connection])
         return round(honest.latency_s(begun) / calm, 2)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 from unittest import mock
 
 import torch
@@ -38,14 +38,11 @@ class EdgeAttack:
 
     Attributes:
         prepare: Brings the edge to where the attack waits, and gives what it does then.
-        error: The class of the error that it must end with.
-        says: Part of its text.
     """
 
     prepare: Callable[[Link], Callable[[], object]]
     error: type[IsthmusError]
     says: str
-    by: Literal["cloud"] = "cloud"
 
 
 def _call(link: Link) -> Callable[[], object]:
@@ -95,13 +92,7 @@ LIFTED: Final[dict[str, Callable[[], Any]]] = {
 
 
 class Edge(TaskProcess):
-    """The process; a context manager, which ends it.
-
-    Args:
-        key: The edge's private key.
-        folder: For its cache.
-        log: File for its output.
-    """
+    """The process; a context manager, which ends it."""
 
     def __init__(self, key: Path, folder: Path, log: Path) -> None:
         module, cache = "isthmus.experiments.rigs.abuse.attacked_edge", str(folder / "edge-cache")
@@ -109,16 +100,9 @@ class Edge(TaskProcess):
         super().__init__("the attacked edge", module, {"key": str(key)}, log=log, environment=environment)
 
     def attacked(self, name: str, cloud: HostileCloud, *, lifted: bool = False) -> Taken:
-        """Let a cloud attack it; what it took.
+        """Let a cloud make an attack of `EDGE_ATTACKS`; what the edge took.
 
-        Args:
-            name: A name of `EDGE_ATTACKS`.
-            cloud: The cloud, which gets the trick.
-            lifted: Whether the edge does without the bound that holds the attack back, a name of `LIFTED`; then it may
-                end with any error.
-
-        Raises:
-            IsthmusError: The edge has not answered the attack by its own refusal.
+        Raises IsthmusError where the edge has not answered the attack by its own refusal.
         """
         attack = EDGE_ATTACKS[name]
         cloud.trick = name

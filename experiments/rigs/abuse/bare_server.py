@@ -21,7 +21,6 @@ from isthmus.cloud.control.worker import WorkerSpec
 from isthmus.cloud.control.worker_setup import EdgesFile, make_parts, served_by
 from isthmus.cloud.gateway.server import GatewayServer
 from isthmus.cloud.home.identity import IdentityFiles
-from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 
 Weakness = Literal["none", "memory", "processor", "descriptors"]
@@ -30,22 +29,10 @@ HASH_ROUNDS = 200_000
 _kept: list[object] = []
 
 
-def _keep_frame(frame: bytes) -> None:
-    _kept.append(bytes(frame))
-
-
-def _hash_frame(frame: bytes) -> None:
-    hashlib.pbkdf2_hmac("sha256", frame[:64], b"salt", HASH_ROUNDS)
-
-
-def _open_file(frame: bytes) -> None:
-    _kept.append(os.open(os.devnull, os.O_RDONLY))
-
-
-PLANTED: Final[dict[Weakness, Callable[[bytes], None]]] = {
-    "memory": _keep_frame,
-    "processor": _hash_frame,
-    "descriptors": _open_file,
+PLANTED: Final[dict[Weakness, Callable[[bytes], object]]] = {
+    "memory": lambda frame: _kept.append(bytes(frame)),
+    "processor": lambda frame: hashlib.pbkdf2_hmac("sha256", frame[:64], b"salt", HASH_ROUNDS),
+    "descriptors": lambda frame: _kept.append(os.open(os.devnull, os.O_RDONLY)),
 }
 """What is done with the first frame of each stream, before anybody has said who they are."""
 
@@ -69,19 +56,12 @@ class BareServer(TaskProcess):
     """The process; a context manager.
 
     Args:
-        model: Folder of a checkpoint.
         parts: Folder for the edge's parts, made where they are not there yet.
         home: Folder with the worker's key, its certificate and `authorized_edges`.
-        log: File for the server's output.
-        options: Further fields of `WorkerSpec`.
-
-    Attributes:
-        address: Where it listens, host:port, on the loopback.
-        port: The port of it.
     """
 
-    def __init__(self, model: Path, parts: Path, home: Path, log: Path, **options: Any) -> None:
-        task = {"model": str(model), "parts": str(parts), "home": str(home), "options": options}
+    def __init__(self, model: Path, parts: Path, home: Path, log: Path) -> None:
+        task = {"model": str(model), "parts": str(parts), "home": str(home)}
         super().__init__("the bare server", "isthmus.experiments.rigs.abuse.bare_server", task, log=log)
         self.address, self.port = "", 0
 
@@ -90,11 +70,7 @@ class BareServer(TaskProcess):
         self.ask(weakness)
 
     def __enter__(self) -> Self:
-        try:
-            self.port = self.answer()
-        except IsthmusError:
-            self.__exit__()
-            raise
+        self.port = self.answer()
         self.address = f"127.0.0.1:{self.port}"
         return self
 
@@ -105,21 +81,19 @@ async def _serve(parent: Parent) -> None:
     checkpoint = Checkpoint(folder, "model")
     plan = SplitPlan.parse("2:2", checkpoint.config.num_hidden_layers)
     make_parts(checkpoint, plan, Path(task["parts"]))
-    options = {
-        "checkpoint": str(folder),
-        "model": "model",
-        "plan": str(plan),
-        "dtype": "fp32",
-        "parts": task["parts"],
-        "home": str(home),
-        "listen": "127.0.0.1:0",
-        "stash_bytes": 1 << 26,
-        "max_tokens": 4096,
-        "threads": 1,
-        "log_file": "",
-        **task["options"],
-    }
-    spec = WorkerSpec(**options)
+    spec = WorkerSpec(
+        checkpoint=str(folder),
+        model="model",
+        plan=str(plan),
+        dtype="fp32",
+        parts=task["parts"],
+        home=str(home),
+        listen="127.0.0.1:0",
+        stash_bytes=1 << 26,
+        max_tokens=4096,
+        threads=1,
+        log_file="",
+    )
     server = WeakServer(served_by(spec), IdentityFiles(home), EdgesFile(home), spec.threads)
     parent.say(await server.start(spec.listen, None))
     while True:

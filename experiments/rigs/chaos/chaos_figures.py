@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.rigs.chaos.chaos_plan import Span, percentile_95, pooled_slope, slowdown, warmed_up
@@ -28,29 +28,11 @@ class Fallen:
     """A fault that fell.
 
     Attributes:
-        kind: Of `isthmus.experiments.rigs.chaos.chaos_plan.KINDS`.
-        at_s: Seconds since the first could fall.
-        hit: Tenants that were at a step.
-        recovery_s: Seconds until the last of them went on; None where it was to hit nobody, or there was none.
+        recovery_s: Until the last tenant that was at a step went on; None where it hit nobody, as it was to or not.
     """
 
     kind: str
-    at_s: float
-    hit: int
     recovery_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Quiet:
-    """When tenants trained while nothing fell.
-
-    Attributes:
-        calm: When nobody misbehaved: in the undisturbed trainings, while all made steps.
-        deeds: When somebody did, by what he did.
-    """
-
-    calm: list[Span]
-    deeds: dict[str, list[Span]] = field(default_factory=dict)
 
 
 class WorkerMemory:
@@ -102,15 +84,16 @@ class WorkerMemory:
 def resident_bytes(pid: int) -> int | None:
     """A process's resident size; None where it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") or None
-    except (OSError, IndexError):
+        return int(psutil.Process(pid).memory_info().rss) or None
+    except psutil.NoSuchProcess:
         return None
 
 
 def figures(
     faults: Sequence[Fallen],
     tenants: Sequence[Tenant],
-    quiet: Quiet,
+    calm: Sequence[Span],
+    deeds: Mapping[str, Sequence[Span]],
     memory: WorkerMemory,
     *,
     workers: int,
@@ -119,25 +102,24 @@ def figures(
 ) -> dict[str, Any]:
     """What is printed.
 
-    `recovery_p95_s` is over the faults that have hit somebody: from the fault to the moment when the last of the
-    tenants that were at a step has finished one for which the cloud has answered since. `felt` has, for each deed of
-    the hostile tenant, how much longer the others' steps took meanwhile than in calm, over all times that it was done;
-    1 where they took no longer; of `further_tenant`, which is no fault, the slowdown by one more that behaves.
-    `rss_slope_bytes_per_s` is one slope, by least squares, of a worker's resident size over
-    time, with an intercept for each life of each worker's process, as a kill starts a new one; the first `warm_up_s` of
-    each life do not count. None where no life was longer.
+    `recovery_p95_s`: over the faults that have hit somebody; from the fault to the moment when the last of the tenants
+        that were at a step has finished one for which the cloud has answered since.
+    `felt`: the slowdown of the others (`chaos_plan.slowdown`) during each deed of the hostile tenant; of
+        `further_tenant`, which is no fault, that by one more tenant that behaves.
+    `rss_slope_bytes_per_s`: one slope, by least squares, of a worker's resident size over time, with an intercept for
+        each life of each worker's process; the first `warm_up_s` of each do not count. None where no life was longer.
     """
     rounds = [one for tenant in tenants for one in tenant.rounds]
     recovered = [fault.recovery_s for fault in faults if fault.recovery_s is not None]
-    by_kind: dict[str, list[float]] = {}
-    for fault in faults:
-        if fault.recovery_s is not None:
-            by_kind.setdefault(fault.kind, []).append(fault.recovery_s)
+    by_kind = {
+        kind: [fault.recovery_s for fault in faults if fault.kind == kind and fault.recovery_s is not None]
+        for kind in sorted({fault.kind for fault in faults if fault.recovery_s is not None})
+    }
     lives = memory.since_mark()
     counted = [warmed_up(life, warm_up_s) for life in lives]
     slope = pooled_slope(counted)
     steps = [tenant.steps for tenant in tenants]
-    ratios = {deed: slowdown(steps, quiet.calm, spans) for deed, spans in sorted(quiet.deeds.items())}
+    ratios = {deed: slowdown(steps, calm, spans) for deed, spans in sorted(deeds.items())}
     found = {
         "faults": len(faults),
         "faults_by_kind": dict(sorted(Counter(fault.kind for fault in faults).items())),
@@ -149,7 +131,7 @@ def figures(
         "losses_identical": bool(rounds) and all(one["losses_identical"] for one in rounds),
         "retries": sum(tenant.retries for tenant in tenants),
         "recovery_p95_s": percentile_95(recovered),
-        "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in sorted(by_kind.items())},
+        "recovery_s_by_kind": {kind: round(statistics.median(seconds), 2) for kind, seconds in by_kind.items()},
         "felt": {deed: None if ratio is None else round(ratio, 2) for deed, ratio in ratios.items()},
         "rss_slope_bytes_per_s": None if slope is None else round(slope),
         "rss_lives": len(lives),
@@ -162,12 +144,7 @@ def figures(
 def soaked(lives: Sequence[Life], workers: int) -> dict[str, Any]:
     """Resident size of all workers after the warm-up and at the end, a median over `SOAK_WINDOW` of the time for each.
 
-    Args:
-        lives: what was seen of each, without the warm-up.
-        workers: how many there are.
-
-    Raises:
-        IsthmusError: a worker did not live through it, or not for longer than the warm-up.
+    Raises IsthmusError where a worker did not live through it, or not for longer than the warm-up.
     """
     if len(lives) != workers or not all(lives):
         raise IsthmusError(

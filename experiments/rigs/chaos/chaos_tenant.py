@@ -32,14 +32,13 @@ class Tenant:
     """Trains from `start` on; a context manager, which ends it in the middle of whatever it does.
 
     Args:
-        name: of the tenant, and of its folder.
         config: the fields of `TrainConfig`, without `out`.
-        folder: for its runs and its log.
         inside: enters the namespace of the edges.
 
     Attributes:
         rounds: Of each finished training but the first, what differs from the first.
-        retries: Calls that were made again.
+        finished: The steps so far; those that a killed edge had to make again, too.
+        steps: When those were that another one of the same edge followed: the last one ends with the edge's process.
         error: What ended the tenant, where something has that must not.
         calm: Whether its first training is over; it waits for `disturb` then.
     """
@@ -48,14 +47,14 @@ class Tenant:
         self, name: str, config: dict[str, Any], folder: Path, inside: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.rounds: list[dict[str, Any]] = []
+        self.finished: list[Finished] = []
+        self.steps: list[Span] = []
         self.retries = 0
         self.error: BaseException | None = None
         self.calm = False
         self._config = config
         self._folder = folder / name
         self._inside = inside
-        self._finished: list[Finished] = []
-        self._steps: list[Span] = []
         self._begun = 0.0  # when the step did that the edge is at
         self._answered = 0.0  # when the cloud last did
         self._step = 0  # that the edge is at; 0 while it only begins or ends
@@ -81,19 +80,9 @@ class Tenant:
         """Whether it has trained for the last time."""
         return not self._thread.is_alive()
 
-    @property
-    def finished(self) -> list[Finished]:
-        """The steps so far; those that a killed edge had to make again, too."""
-        return self._finished.copy()
-
-    @property
-    def steps(self) -> list[Span]:
-        """When the steps were that another one of the same edge followed: the last one ends with the edge's process."""
-        return self._steps.copy()
-
     def recovered_at(self, fault: float) -> float | None:
         """When it finished the first step for which the cloud has answered something after a fault; None if not yet."""
-        return next((step.at for step in self.finished if step.answered_at > fault), None)
+        return next((step.at for step in tuple(self.finished) if step.answered_at > fault), None)
 
     def disturb(self) -> None:
         """Go on with trainings that may be disturbed."""
@@ -134,7 +123,7 @@ class Tenant:
                         self.rounds.append(
                             compare_runs(self._config["steps"], self._folder / CALM, self._folder / name)
                         )
-        except BaseException as error:  # noqa: BLE001  # raised again by whoever looks after the tenants
+        except BaseException as error:  # noqa: BLE001  # raised again in the thread of the benchmark
             self.error = error
 
     def _train(self, name: str) -> bool:
@@ -156,7 +145,7 @@ class Tenant:
                     if moment.step > self._step:
                         now = time.monotonic()
                         if self._step:
-                            self._steps.append((self._begun, now))
+                            self.steps.append((self._begun, now))
                             self._note_step()
                         self._begun = now
                     self._step = moment.step
@@ -176,4 +165,4 @@ class Tenant:
                     self._edge = None
 
     def _note_step(self) -> None:
-        self._finished.append(Finished(time.monotonic(), self._answered))
+        self.finished.append(Finished(time.monotonic(), self._answered))

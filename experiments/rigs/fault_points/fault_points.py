@@ -20,13 +20,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, get_args
 
-from isthmus.common.errors import ConfigError
 from isthmus.common.files import write_atomic
 
 ENVIRONMENT: Final = "ISTHMUS_FAULT_POINTS"
@@ -38,35 +36,18 @@ reply has been handed to the network, or is none. All but the two in the middle 
 POINTS: Final[tuple[Point, ...]] = get_args(Point)
 
 
-@dataclass(frozen=True, slots=True)
-class Wrapped:
-    """A method of a worker, and the points that are reached before and after it.
-
-    Attributes:
-        owner: The class.
-        method: Its name.
-        before: The point that is reached when it is called.
-        after: The point that is reached when it returns.
-    """
-
-    owner: str
-    method: str
-    before: Point | None = None
-    after: Point | None = None
-
-
-WRAPPED: Final[dict[str, tuple[Wrapped, ...]]] = {
-    "isthmus.protocol.session": (Wrapped("CloudSession", "receive", before="received"),),
-    "isthmus.cloud.gateway.calls": (
-        Wrapped("SessionCalls", "answer", before="opened", after="reply_sent"),
-        Wrapped("SessionCalls", "_submit", after="queued"),
-    ),
-    "isthmus.cloud.session.handler": (
-        Wrapped("TenantSession", "_forward_reply", before="forward_done"),
-        Wrapped("TenantSession", "_backward_reply", before="backward_done"),
-    ),
+WRAPPED: Final[dict[str, dict[str, tuple[Point | None, Point | None]]]] = {
+    "isthmus.protocol.session": {"CloudSession.receive": ("received", None)},
+    "isthmus.cloud.gateway.calls": {
+        "SessionCalls.answer": ("opened", "reply_sent"),
+        "SessionCalls._submit": (None, "queued"),
+    },
+    "isthmus.cloud.session.handler": {
+        "TenantSession._forward_reply": ("forward_done", None),
+        "TenantSession._backward_reply": ("backward_done", None),
+    },
 }
-"""Where the points are, by module."""
+"""By module, methods of a worker, and the points that are reached when each is called and when it returns."""
 
 
 class InjectedFaultError(Exception):
@@ -89,9 +70,10 @@ def install() -> None:
 
 def wrap(module: ModuleType) -> None:
     """Wrap the methods of a module that have points. Raises AttributeError where one of them is not there."""
-    for wrapped in WRAPPED[module.__name__]:
-        owner = getattr(module, wrapped.owner)
-        setattr(owner, wrapped.method, _with_points(getattr(owner, wrapped.method), wrapped))
+    for name, points in WRAPPED[module.__name__].items():
+        owner, method = name.split(".")
+        wrapped = getattr(module, owner)
+        setattr(wrapped, method, _with_points(getattr(wrapped, method), *points))
 
 
 class _WrappingFinder:
@@ -115,9 +97,7 @@ class _WrappingFinder:
         return spec
 
 
-def _with_points(method: Callable[..., Any], wrapped: Wrapped) -> Callable[..., Any]:
-    before, after = wrapped.before, wrapped.after
-
+def _with_points(method: Callable[..., Any], before: Point | None, after: Point | None) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **named: Any) -> Any:
         if before is not None:
@@ -140,19 +120,7 @@ def _with_points(method: Callable[..., Any], wrapped: Wrapped) -> Callable[..., 
 
 
 def arm(folder: Path, point: Point, instruction: str) -> None:
-    """Let a fault fall when a worker next reaches a point.
-
-    Args:
-        folder: what `ISTHMUS_FAULT_POINTS` named when the cloud was started.
-        point: where.
-        instruction: see the module.
-
-    Raises:
-        ConfigError: there is no such point or instruction.
-    """
-    if point not in POINTS:
-        raise ConfigError(f"there is no fault point {point!r}: choose one of {', '.join(POINTS)}")
-    _parse(instruction)
+    """Let a fault fall when a worker next reaches a point of a cloud that was started with `environment(folder)`."""
     write_atomic(folder / point, instruction.encode())
 
 
@@ -164,9 +132,7 @@ def is_armed(folder: Path, point: Point) -> bool:
 def reached(point: Point) -> None:
     """Say that the worker is at a point; does what the instruction there says, if there is one.
 
-    Raises:
-        InjectedFaultError: the instruction is `raise`.
-        ConfigError: it makes no sense.
+    Raises InjectedFaultError where the instruction is `raise`.
     """
     folder = os.environ.get(ENVIRONMENT)
     if not folder:
@@ -177,18 +143,10 @@ def reached(point: Point) -> None:
         file.unlink()
     except FileNotFoundError:
         return  # nothing is armed here, or somebody else was first
-    act, seconds = _parse(instruction)
-    if act == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if act == "raise":
-        raise InjectedFaultError(f"a fault was asked for at {point}")
-    time.sleep(seconds)
-
-
-def _parse(instruction: str) -> tuple[str, float]:
     match instruction.split():
-        case [("kill" | "raise") as act]:
-            return act, 0.0
-        case ["wait", seconds] if seconds.replace(".", "", 1).isdecimal():
-            return "wait", float(seconds)
-    raise ConfigError(f"{instruction!r} is no instruction for a fault point: write kill, raise, or wait and seconds")
+        case ["kill"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["wait", seconds]:
+            time.sleep(float(seconds))
+        case _:
+            raise InjectedFaultError(f"{instruction!r} was asked for at {point}")

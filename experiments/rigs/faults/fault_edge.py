@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.split_run import train_over
@@ -21,33 +20,8 @@ from isthmus.experiments.rigs.faults.fault_plan import Moment
 SILENCE_SECONDS = 300.0  # an edge that reports nothing for so long hangs
 
 
-class Reporter:
-    """The edge's side: reports each phase to the parent and waits until that lets it begin.
-
-    Args:
-        link: whose phases these are.
-        parent: who is reported to.
-    """
-
-    def __init__(self, link: Link, parent: Parent) -> None:
-        self._link = link
-        self._parent = parent
-
-    def __call__(self, question: str, phase: str) -> None:
-        """A phase begins. Raises EOFError or BrokenPipeError when the parent is gone, so that no edge outlives it."""
-        traffic = self._link.traffic
-        self._parent.say(asdict(Moment(question, phase, self._link.step, traffic.retries, traffic.bytes_up)))
-        self._parent.question()
-
-
 class Edge(TaskProcess):
-    """The parent's side: an edge in a process of its own that stops at every phase.
-
-    Args:
-        config: the fields of `TrainConfig`.
-        log: file for its output.
-        watched: whether it reports its phases.
-    """
+    """The parent's side: an edge in a process of its own that stops at every phase."""
 
     def __init__(self, config: dict[str, Any], log: Path, *, watched: bool = True) -> None:
         task = {"config": config, "watched": watched}
@@ -60,17 +34,20 @@ class Edge(TaskProcess):
             yield Moment(**moment)
             self.send("go on")
 
-    def finish(self, seconds: float | None = SILENCE_SECONDS) -> None:
-        """Wait for its end. Raises IsthmusError if it does not come, or is an error."""
-        super().finish(seconds)
-
 
 def main(parent: Parent) -> None:
     """Train as the task says; raises what `isthmus.edge.split_run.run_training` raises."""
     config = load_config(None, parent.task["config"])
     with open_link(config) as link:
+
+        def report(question: str, phase: str) -> None:
+            """A phase begins. Raises EOFError or BrokenPipeError where the parent is gone, so no edge outlives it."""
+            traffic = link.traffic
+            parent.say(asdict(Moment(question, phase, link.step, traffic.retries, traffic.bytes_up)))
+            parent.question()
+
         if parent.task["watched"]:
-            link.observer = Reporter(link, parent)
+            link.observer = report
         train_over(link, config)
         link.observer = lambda question, phase: None
 

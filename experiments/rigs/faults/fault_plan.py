@@ -65,15 +65,6 @@ class Fault:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a fault that was injected at a moment."""
-
-    fault: Fault
-    moment: Moment
-    counted: bool
-
-
 @dataclass(slots=True)
 class _Open:
     fault: Fault
@@ -86,13 +77,15 @@ class FaultPlan:
     """Decides.
 
     Args:
-        phases: of `PHASES`, in any order.
-        per_phase: faults of each that have to count.
-        steps: optimizer steps of the run.
+        per_phase: faults of each phase that have to count.
+
+    Attributes:
+        wanted: faults that have to count in all.
+        counted: faults that have counted so far, by phase.
     """
 
     def __init__(self, phases: Sequence[str], per_phase: int, steps: int) -> None:
-        # The small stash comes with the first restart of the cloud, so that evictions come after it.
+        # The small activation cache comes with the first restart of the cloud, so that evictions come after it.
         late = [phase for phase in ("cloud_restarted", "stash_evicted") if phase in phases]
         early = [phase for phase in phases if phase not in late]
         order = [Fault(phase, number) for number in range(per_phase) for phase in early]
@@ -104,7 +97,7 @@ class FaultPlan:
         self._life = 0
         self._tries: Counter[str] = Counter()
         self._most = per_phase * EXHAUSTED
-        self.outcomes: list[Outcome] = []
+        self.counted: Counter[str] = Counter()
 
     @property
     def left(self) -> int:
@@ -116,34 +109,29 @@ class FaultPlan:
         """Faults injected so far, also those that did not count."""
         return self._tries.total()
 
-    def counted(self) -> Counter[str]:
-        """Counted faults by phase."""
-        return Counter(outcome.fault.phase for outcome in self.outcomes if outcome.counted)
-
     def reborn(self) -> None:
         """The edge's process was started again; its counts start at zero."""
         self._life += 1
 
-    def settle(self, moment: Moment) -> Outcome | None:
-        """Look whether this moment says what became of the open fault."""
+    def settle(self, moment: Moment) -> bool | None:
+        """Whether the open fault has counted; None where this moment does not say, and where no fault is open."""
         pending = self._open
         if pending is None:
             return None
         if self._life != pending.life:
-            repeated = (moment.step, moment.question, moment.phase) == (
-                pending.moment.step,
-                pending.moment.question,
-                "idle",
-            )
-            return self._close(counted=True) if repeated else None
+            then = pending.moment
+            repeated = (moment.step, moment.question, moment.phase) == (then.step, then.question, "idle")
+            return self._close(pending.fault, counted=True) if repeated else None
         if moment.retries > pending.moment.retries:
-            return self._close(counted=True)
+            return self._close(pending.fault, counted=True)
         pending.sendings += moment.phase == "sending"
-        return self._close(counted=False) if pending.sendings >= PATIENCE.get(pending.fault.phase, 1) else None
+        if pending.sendings < PATIENCE.get(pending.fault.phase, 1):
+            return None
+        return self._close(pending.fault, counted=False)
 
     def choose(self, moment: Moment) -> Fault | None:
         """The fault to inject at this moment, if there is one."""
-        if not self._is_due(moment):
+        if not self._next_is_due(moment, PHASES):
             return None
         fault = self._queue[0]
         if not _meets(fault, moment) or moment.phase != TRIGGERS[fault.phase][1]:
@@ -156,35 +144,24 @@ class FaultPlan:
 
     def wants_reconnect(self, moment: Moment) -> bool:
         """Whether to break the connection now, because the next fault is one of the handshake and needs a new one."""
-        return (
-            self._is_due(moment)
-            and self._queue[0].phase == "handshake"
-            and moment.question in CALLS
-            and moment.phase == "sending"
-        )
+        return self._next_is_due(moment, ("handshake",)) and moment.question in CALLS and moment.phase == "sending"
 
     def wants_hold(self, moment: Moment) -> bool:
         """Whether to hold back the answer to the question that begins now, because the next fault falls before it."""
-        return (
-            self._is_due(moment)
-            and self._queue[0].phase in HELD
-            and _meets(self._queue[0], moment)
-            and moment.phase == "sending"
-        )
+        return self._next_is_due(moment, HELD) and _meets(self._queue[0], moment) and moment.phase == "sending"
 
-    def _is_due(self, moment: Moment) -> bool:
-        return self._open is None and bool(self._queue) and moment.step >= self._due[0]
+    def _next_is_due(self, moment: Moment, phases: Sequence[str]) -> bool:
+        """Whether the next fault may fall now, and is one of these."""
+        free = self._open is None and bool(self._queue)
+        return free and moment.step >= self._due[0] and self._queue[0].phase in phases
 
-    def _close(self, counted: bool) -> Outcome:
-        pending, self._open = self._open, None
-        if pending is None:
-            raise RuntimeError("no fault is open")
-        outcome = Outcome(pending.fault, pending.moment, counted)
-        self.outcomes.append(outcome)
-        if not counted and self._tries[pending.fault.phase] < self._most:
-            self._queue.appendleft(pending.fault)
+    def _close(self, fault: Fault, *, counted: bool) -> bool:
+        self._open = None
+        self.counted[fault.phase] += counted
+        if not counted and self._tries[fault.phase] < self._most:
+            self._queue.appendleft(fault)
             self._due.appendleft(0)
-        return outcome
+        return counted
 
 
 def _meets(fault: Fault, moment: Moment) -> bool:

@@ -8,24 +8,24 @@ phase of every call until this process lets it go on, so a fault falls where it 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.link import Link, connect
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.harness.tickets import make_tickets
 from isthmus.experiments.rigs.faults.fault_edge import Edge
@@ -43,10 +43,6 @@ IN_HANDSHAKE: dict[Direction, int] = {"down": 700, "up": 900}
 def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
     """Run both trainings and compare them; see the module.
 
-    Args:
-        settings: what is trained, and what breaks.
-        folder: for keys, data, logs and both runs' output.
-
     Returns:
         The figures of `isthmus bench faults`.
 
@@ -54,24 +50,22 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
         ConfigError: an unknown phase.
         IsthmusError: the cloud did not start, or an edge ended with an error that no fault explains.
     """
-    phases = names_of(settings.phases, "phases") if settings.phases else PHASES
-    unknown = sorted(set(phases) - set(PHASES))
-    if unknown:
-        raise ConfigError(f"unknown phases {', '.join(unknown)}: choose of {', '.join(PHASES)}")
+    phases = names_of(settings.phases, "phases", PHASES)
     write_texts(folder / "tickets.jsonl", 4 * settings.steps)
     started = time.monotonic()
     with _Clouds(settings, folder) as clouds:
         task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
         with Edge(task, folder / "undisturbed.log", watched=False) as edge:
             edge.finish()
-        with Relay(*clouds.endpoint) as relay, _plan_progress(settings, phases) as (plan, advance):
-            run = _DisturbedRun(
-                settings=settings, folder=folder, clouds=clouds, relay=relay, plan=plan, advance=advance
-            )
+        plan = FaultPlan(phases, settings.per_phase, settings.steps)
+        with Relay(*clouds.endpoint) as relay, stderr_progress("faults", plan.wanted) as advance:
+            run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
             run.run()
-    _write_outcomes(folder / "faults.jsonl", plan)
+    counted = plan.counted
     return {
-        **_figures(plan, phases),
+        "faults": counted.total(),
+        "faults_injected": plan.injected,
+        "faults_by_phase": {phase: counted[phase] for phase in phases},
         **compare_runs(settings.steps, folder / "undisturbed", folder / "disturbed"),
         "retries": run.retries,
         "seconds": round(time.monotonic() - started, 1),
@@ -80,7 +74,7 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
 
 
 class _Clouds:
-    """The cloud, its successor with a small stash, and a second tenant who fills that stash."""
+    """The cloud, its successor with a small activation cache, and a second tenant who fills that cache."""
 
     def __init__(self, settings: FaultSettings, folder: Path) -> None:
         self._settings = settings
@@ -105,23 +99,23 @@ class _Clouds:
         os.kill(self._cloud.status()["pid"], signal.SIGKILL)
 
     def restart(self) -> None:
-        """Drain and end the cloud, and start one whose stash is small.
+        """Drain and end the cloud, and start one whose activation cache is small.
 
-        Raises:
-            IsthmusError: it left a call unanswered.
+        Raises IsthmusError where it left a call unanswered.
         """
         hidden_size = self._second_tenant().info.hidden_size
         self._leave()
-        code = self._cloud.terminate()
+        code = self._cloud.stop()
         if code:
             raise IsthmusError(
                 f"the drained cloud ended with exit code {code}; its output is in {self._folder / 'serve.log'}"
             )
-        self._cloud = self._new("--stash-bytes", str(2 * self._entry_bytes(hidden_size)))
+        state = self._settings.batch * self._settings.seq * hidden_size * 4
+        self._cloud = self._new("--stash-bytes", str(2 * state))
         self._cloud.start()
 
     def evict(self) -> None:
-        """Fill the small stash as another tenant, so that everybody else's forward states are lost, inputs too."""
+        """Fill the small activation cache as another tenant, so that all other forward states and inputs are lost."""
         other = self._second_tenant()
         batch, seq = self._settings.batch, self._settings.seq
         hidden = torch.randn(2 * batch, seq, other.info.hidden_size)
@@ -130,7 +124,6 @@ class _Clouds:
     def __enter__(self) -> _Clouds:
         try:
             self._cloud.start()
-            self._other_key.parent.mkdir(mode=0o700)
             self._cloud.enroll("other", self._other_key)
         except BaseException:
             self._cloud.stop()
@@ -146,9 +139,6 @@ class _Clouds:
         plan = ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
         return LocalCloud(self._folder, settings.model, *plan, *options)
 
-    def _entry_bytes(self, hidden_size: int) -> int:
-        return self._settings.batch * self._settings.seq * hidden_size * 4
-
     def _second_tenant(self) -> Link:
         if self._other is None:
             self._other = connect(str(self.address), key=self._other_key)
@@ -160,40 +150,31 @@ class _Clouds:
             self._other = None
 
 
+@dataclasses.dataclass
 class _DisturbedRun:
     """The training that is disturbed."""
 
-    def __init__(
-        self,
-        *,
-        settings: FaultSettings,
-        folder: Path,
-        clouds: _Clouds,
-        relay: Relay,
-        plan: FaultPlan,
-        advance: Callable[[], None],
-    ) -> None:
-        self._settings = settings
-        self._folder = folder
-        self._clouds = clouds
-        self._relay = relay
-        self._plan = plan
-        self._advance = advance
-        self._asked = (0, 0)  # bytes at the beginning of the question: passed by the relay, handed over by the edge
-        self.retries = 0
+    settings: FaultSettings
+    folder: Path
+    clouds: _Clouds
+    relay: Relay
+    plan: FaultPlan
+    advance: Callable[[], None]
+    retries: int = 0
+    asked: tuple[int, int] = (0, 0)
+    """Bytes at the beginning of the question: passed by the relay, and handed over by the edge."""
 
     def run(self) -> None:
         """Train to the end, with as many edges as that takes."""
         while not self._one_life():
-            self._plan.reborn()
+            self.plan.reborn()
 
     def _one_life(self) -> bool:
         """Run one edge; True if it came to the training's end, False if it was killed."""
-        pin = self._clouds.address.pin
-        address = ConnectionString("127.0.0.1", self._relay.port, pin)
+        address = ConnectionString("127.0.0.1", self.relay.port, self.clouds.address.pin)
         last = 0
-        task = _task(self._settings, self._folder, "disturbed", address, self._clouds.key)
-        with Edge(task, self._folder / "disturbed.log") as edge:
+        task = _task(self.settings, self.folder, "disturbed", address, self.clouds.key)
+        with Edge(task, self.folder / "disturbed.log") as edge:
             for moment in edge.moments():
                 last = moment.retries
                 if self._at(moment, edge):
@@ -205,19 +186,19 @@ class _DisturbedRun:
 
     def _at(self, moment: Moment, edge: Edge) -> bool:
         """Do what this moment asks for; True if the edge was killed in it."""
-        outcome = self._plan.settle(moment)
-        if outcome is not None:
-            self._relay.disarm()
-            if outcome.counted:
-                self._advance()
+        counted = self.plan.settle(moment)
+        if counted is not None:
+            self.relay.disarm()
+            if counted:
+                self.advance()
         if moment.phase == "sending":
-            self._asked = (self._relay.bytes_passed("up"), moment.bytes_up)
-            self._relay.release()
-            if self._plan.wants_hold(moment):
-                self._relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
-        if self._plan.wants_reconnect(moment):
-            self._relay.cut()
-        fault = self._plan.choose(moment)
+            self.asked = (self.relay.bytes_passed("up"), moment.bytes_up)
+            self.relay.release()
+            if self.plan.wants_hold(moment):
+                self.relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
+        if self.plan.wants_reconnect(moment):
+            self.relay.cut()
+        fault = self.plan.choose(moment)
         if fault is None:
             return False
         if fault.phase == "edge_killed":
@@ -227,7 +208,7 @@ class _DisturbedRun:
         return False
 
     def _inject(self, fault: Fault, moment: Moment) -> None:
-        relay, size = self._relay, moment.bytes_up - self._asked[1]
+        relay, size = self.relay, moment.bytes_up - self.asked[1]
         match fault.phase:
             case "handshake":
                 direction: Direction = "up" if fault.number % 2 else "down"
@@ -245,24 +226,23 @@ class _DisturbedRun:
                 relay.cut()
             case "worker_killed":
                 self._delivered(size)
-                self._clouds.kill_worker()
+                self.clouds.kill_worker()
                 relay.cut()  # an answer that it had sent by then is lost with it
             case "cloud_restarted":
                 self._delivered(size)
-                self._clouds.restart()
-                relay.point_at(*self._clouds.endpoint)
+                self.clouds.restart()
+                relay.point_at(*self.clouds.endpoint)
             case "stash_evicted":
-                self._clouds.evict()
+                self.clouds.evict()
 
     def _delivered(self, size: int) -> None:
         """Wait until the whole question is through the relay: only then the cloud is at work on it."""
-        self._relay.wait_passed("up", self._asked[0] + size, PASSED_SECONDS)
+        self.relay.wait_passed("up", self.asked[0] + size, PASSED_SECONDS)
 
 
 def write_texts(path: Path, count: int) -> None:
     """Tickets as plain text: every token has a label, so that even the shortest `seq` leaves something to learn."""
-    texts = (ticket.prompt + ticket.completion for ticket in make_tickets(count))
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_jsonl(path, ({"text": ticket.prompt + ticket.completion} for ticket in make_tickets(count)))
 
 
 def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionString, key: Path) -> dict[str, Any]:
@@ -284,33 +264,11 @@ def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionStr
     }
 
 
-@contextlib.contextmanager
-def _plan_progress(settings: FaultSettings, phases: tuple[str, ...]) -> Iterator[tuple[FaultPlan, Callable[[], None]]]:
-    plan = FaultPlan(phases, settings.per_phase, settings.steps)
-    with stderr_progress("faults", plan.wanted) as advance:
-        yield plan, advance
-
-
-def _write_outcomes(path: Path, plan: FaultPlan) -> None:
-    path.write_text("".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in plan.outcomes))
-
-
-def _figures(plan: FaultPlan, phases: tuple[str, ...]) -> dict[str, Any]:
-    counted = plan.counted()
-    return {
-        "faults": counted.total(),
-        "faults_injected": plan.injected,
-        "faults_by_phase": {phase: counted[phase] for phase in phases},
-    }
-
-
 def compare_runs(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, Any]:
     """What of a disturbed run's folder differs from the undisturbed run's.
 
     Args:
-        steps: the steps that either log has to have, each once.
         undisturbed: folder with `losses.jsonl` and `adapter/`, as the trainer leaves it.
-        disturbed: likewise.
     """
     logs = [(out / "losses.jsonl").read_text().splitlines() for out in (undisturbed, disturbed)]
     seen = Counter(json.loads(line)["step"] for line in logs[1])

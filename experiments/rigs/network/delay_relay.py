@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.common.errors import ConfigError
-
 REORDER_SECONDS = 0.005  # a reordered packet is held so much longer: some 40 packets of 1500 bytes at 100 Mbit/s
 LARGEST_PACKET = 1 << 16
 LARGEST_COMMAND = 1 << 16
@@ -42,40 +40,22 @@ class Conditions:
         loss: probability that a packet is lost.
         duplicate: probability that it arrives twice.
         reorder: probability that it is held for `REORDER_SECONDS` more, so that later ones overtake it.
-        silences: times during which every packet sent is lost: (start, length) in seconds since the conditions began.
+        silence_s: seconds, from the beginning of the conditions on, during which every packet sent is lost.
         seed: of the random draws; the n-th packet of a direction always has the same fate.
-
-    Raises:
-        ConfigError: a negative time, or a probability outside [0, 1].
     """
 
     rtt_s: float = 0.0
     loss: float = 0.0
     duplicate: float = 0.0
     reorder: float = 0.0
-    silences: tuple[tuple[float, float], ...] = ()
+    silence_s: float = 0.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("loss", "duplicate", "reorder"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} = {value} is not a probability: give a number from 0 to 1")
-        for name, value in (("rtt_s", self.rtt_s), *(("silences", v) for pair in self.silences for v in pair)):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} = {value} is not a length of time: give seconds, 0 or more")
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Conditions:
-        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-        return cls(**{**tree, "silences": tuple((start, length) for start, length in tree.get("silences", ()))})
 
 
 class PacketSchedule:
     """Which packet leaves at which end, and when.
 
     Args:
-        conditions: what the way does to packets.
         clock: seconds, never running backwards; the schedule starts when it is made.
     """
 
@@ -98,7 +78,7 @@ class PacketSchedule:
         lost, twice, late = (
             self._draws[end].random() < chance for chance in (conditions.loss, conditions.duplicate, conditions.reorder)
         )
-        if lost or self._is_silent(now):
+        if lost or now - self._start < conditions.silence_s:
             return
         due = now + conditions.rtt_s / 2 + (REORDER_SECONDS if late else 0.0)
         for _ in range(1 + twice):
@@ -115,21 +95,14 @@ class PacketSchedule:
         """Seconds until the next packet is due, 0 where one is late; None where none is held."""
         return max(0.0, self._held[0][0] - self._clock()) if self._held else None
 
-    def _is_silent(self, now: float) -> bool:
-        return any(start <= now - self._start < start + length for start, length in self._conditions.silences)
-
 
 def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answers: int) -> None:
     """Relay packets until `commands` ends.
 
     Args:
         ends: descriptors of which each read and each write is one packet.
-        schedule: decides.
         commands: a descriptor; each line from it is the JSON of new conditions.
         answers: a descriptor; a line, `null`, goes to it when conditions have begun.
-
-    Raises:
-        ConfigError: the conditions of a command make no sense.
     """
     for end in ends:
         os.set_blocking(end, False)
@@ -142,7 +115,7 @@ def relay(ends: tuple[int, int], schedule: PacketSchedule, commands: int, answer
                 return
             *lines, begun = (begun + command).split(b"\n")
             for line in lines:
-                schedule.change(Conditions.from_json(json.loads(line)))
+                schedule.change(Conditions(**json.loads(line)))
                 os.write(answers, b"null\n")
         for number, end in enumerate(ends):
             if end in readable:
@@ -163,7 +136,7 @@ def main(task: dict[str, Any]) -> None:
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
     first, second = task["ends"]
-    schedule = PacketSchedule(Conditions.from_json(task["conditions"]))
+    schedule = PacketSchedule(Conditions(**task["conditions"]))
     os.write(sys.stdout.fileno(), b"null\n")  # it is there
     relay((first, second), schedule, sys.stdin.fileno(), sys.stdout.fileno())
 

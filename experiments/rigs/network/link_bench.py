@@ -94,12 +94,6 @@ def figures(way: Way, free: Measured, alone: Measured, overlapped: Measured) -> 
     `wire_s` is what the way needs for a step's bytes, one after the other, and its round trips. The bound is the larger
     of the two. `floor_s` is stricter: the busiest of the edge, the cloud and the way's two directions in a step, before
     which no schedule can end.
-
-    Args:
-        way: as it was measured.
-        free: the training over the loopback.
-        alone: the one across the way, with one micro-batch in flight.
-        overlapped: the one across the way, with several in flight.
     """
     up, down, calls = (alone.per_step(name) for name in ("bytes_up", "bytes_down", "calls"))
     computation = free.median_s
@@ -196,11 +190,7 @@ def _train(
 
 
 class StepClock:
-    """An observer of a link that notes when each step asks its first question, and what has crossed until then.
-
-    Args:
-        link: which it observes.
-    """
+    """An observer of a link that notes when each step asks its first question, and what has crossed until then."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

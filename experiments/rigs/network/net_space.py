@@ -101,8 +101,7 @@ class NetSpace:
     def change(self, conditions: Conditions) -> None:
         """Let the way treat packets otherwise from now on; returns when it does.
 
-        Raises:
-            IsthmusError: the relay is gone.
+        Raises IsthmusError where the relay is gone.
         """
         if self._relay is None:
             raise IsthmusError("the way's conditions can be changed only inside `with`: there is no relay yet")

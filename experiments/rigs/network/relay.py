@@ -31,9 +31,10 @@ class Relay:
     """Relays an address of this machine to a target.
 
     Args:
-        host: the target's host.
-        port: the target's port.
         listen: host and port of its own; port 0 is any free one.
+
+    Attributes:
+        port: on which it listens.
     """
 
     def __init__(self, host: str, port: int, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
@@ -43,23 +44,12 @@ class Relay:
         self._released = asyncio.Event()
         self._bytes: dict[Direction, int] = {"up": 0, "down": 0}
         self._refuse_until = 0.0  # on the loop's clock
-        self._cuts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
         self._passed = threading.Condition()
-        self._port = 0
-
-    @property
-    def port(self) -> int:
-        """The port that the relay listens on."""
-        return self._port
-
-    @property
-    def cuts(self) -> int:
-        """How many times connections were reset so far, on command or because a byte budget ran out."""
-        return self._cuts
+        self.port = 0
 
     def bytes_passed(self, direction: Direction) -> int:
         """Bytes copied in one direction so far, over all connections."""
@@ -106,7 +96,7 @@ class Relay:
     def __enter__(self) -> Relay:
         self._thread.start()
         self._server = self._wait(asyncio.start_server(self._accept, *self._listen, limit=CHUNK))
-        self._port = self._server.sockets[0].getsockname()[1]
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,7 +184,6 @@ class Relay:
             self._passed.notify_all()
 
     def _cut(self) -> None:
-        self._cuts += 1
         for writer in tuple(self._writers):
             _reset(writer)
         self._release()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.experiments.serving.scheduler_bench import SchedulerSettings, closed_loop, open_loop
+from isthmus.experiments.harness.bench_settings import SchedulerSettings
+from isthmus.experiments.serving.scheduler_bench import closed_loop, open_loop
 from isthmus.experiments.serving.scheduler_policies import FORMER, POLICIES, SHIPPED
 
-SETTINGS = SchedulerSettings(seeds=3, steps=16, loads=(0.8, 1.2), seconds=40.0)
+SETTINGS = SchedulerSettings(seeds=3, steps=16, loads="0.8,1.2", seconds=40.0)
 BY_NAME = {policy.name: policy for policy in POLICIES}
 
 

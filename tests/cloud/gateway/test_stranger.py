@@ -15,7 +15,7 @@ from support.cloud.sessions import eventually, hidden, status_of_call, streams_o
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.session.served_model import Served
 from isthmus.experiments.rigs.abuse.http2 import PING, Connection, frame
-from isthmus.experiments.rigs.abuse.stranger import ATTACKS, CHECK, METHOD, idle_connections, silent_streams
+from isthmus.experiments.rigs.abuse.stranger import ATTACKS, CHECK, METHOD, idle_connections, open_streams
 from isthmus.protocol.service import MAX_GRPC_MESSAGE_BYTES, SERVICE
 
 MIB = 1 << 20
@@ -74,7 +74,7 @@ def test_calls_whose_answer_is_not_taken_are_ended_with_their_connection(
 def test_connections_are_bounded_and_one_that_closes_makes_room(cloud: Served, home: Home) -> None:
     with (
         ThreadServer(cloud, home, bounds=Bounds(max_connections=3)) as server,
-        idle_connections("127.0.0.1", server.port, 3) as held,
+        idle_connections(3)("127.0.0.1", server.port) as held,
     ):
         with Connection("127.0.0.1", server.port) as further:
             assert further.hung_up(20)
@@ -87,7 +87,7 @@ def test_connections_are_bounded_and_one_that_closes_makes_room(cloud: Served, h
 def test_all_calls_together_are_bounded(cloud: Served, home: Home) -> None:
     with (
         ThreadServer(cloud, home, bounds=Bounds(max_streams=2)) as server,
-        silent_streams("127.0.0.1", server.port, 1, 2),
+        open_streams(METHOD, connections=1, streams=2)("127.0.0.1", server.port),
     ):
         eventually(lambda: streams_of(server) == 2)
         assert status_of_call(server, CHECK, QUESTION)[0] == "RESOURCE_EXHAUSTED"

@@ -18,7 +18,7 @@ def cells(path: Path) -> Cells:
     return Cells(path, Console(quiet=True))
 
 
-def test_a_finished_piece_is_found_by_its_settings(tmp_path: Path) -> None:
+def test_a_finished_result_is_found_by_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cells.jsonl"
     assert cells(path).get("one", {"seed": 0}, lambda: {"score": 1.5}) == {"score": 1.5}
     assert cells(path).get("one", {"seed": 0}, never) == {"score": 1.5}

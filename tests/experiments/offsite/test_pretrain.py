@@ -16,10 +16,11 @@ from support.models.small_tasks import table_settings, task_folder
 from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from isthmus.experiments.harness.emulator_settings import PretrainSettings
+from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.offsite import pretrain as pretraining
-from isthmus.experiments.offsite.pretrain import PretrainSettings, run_pretrain
+from isthmus.experiments.offsite.pretrain import run_pretrain
 from isthmus.experiments.offsite.table import run_table
-from isthmus.experiments.scoring.task_scoring import whole
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_the_table_runs_on_it(text: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     run_pretrain(settings(text, model, steps=2), console=Console(file=io.StringIO()))
     data = task_folder(tmp_path / "data")
-    table = table_settings(model, data, tmp_path / "out", tasks=(f"text:{text}",), seeds=1, whole_runs=False)
+    table = table_settings(model, data, tmp_path / "out", tasks=f"text:{text}", seeds=1, whole_runs=False)
     (row,) = run_table(table, console=Console(file=io.StringIO()))["runs"]
     assert row["metric"] == "perplexity"
     assert row["plug_in"] > 1

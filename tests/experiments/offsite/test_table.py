@@ -12,7 +12,6 @@ from support.models.small_tasks import table_settings, task_folder
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError, PlanError
-from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.experiments.offsite import table_lab
 from isthmus.experiments.offsite.table import run_table
 from isthmus.experiments.offsite.table_rows import FIELDS, show
@@ -33,7 +32,7 @@ def quiet() -> Console:
 
 
 def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(model: Path, data: Path, tmp_path: Path) -> None:
-    result = run_table(table_settings(model, data, tmp_path, keeps=(1.0,), whole_runs=False), console=quiet())
+    result = run_table(table_settings(model, data, tmp_path, keep="1.0", whole_runs=False), console=quiet())
     (row,) = result["runs"]
     assert row["plug_in"] == row["emulator_tuned"] == row["edge_layers_full_middle"]
     assert row["full_zero_shot"] == row["emulator_zero_shot"]
@@ -44,7 +43,7 @@ def test_a_whole_emulator_gives_plug_in_tuned_and_reference_exactly(model: Path,
 def test_the_rows_have_every_column_and_a_given_emulator_is_scored_as_it_is(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = table_settings(model, data, tmp_path, tasks=("openbookqa", "e2e"), seeds=1)
+    settings = table_settings(model, data, tmp_path, tasks="openbookqa,e2e", seeds=1)
     result = run_table(settings, console=quiet())
     assert [(row["task"], row["metric"]) for row in result["runs"]] == [
         ("openbookqa", "accuracy"),
@@ -60,7 +59,7 @@ def test_the_rows_have_every_column_and_a_given_emulator_is_scored_as_it_is(
     assert "openbookqa" in shown.getvalue()
 
     (folder,) = (path for path in (tmp_path / "emulators").iterdir() if path.is_dir())
-    given = run_table(table_settings(model, data, tmp_path, methods=(str(folder),), seeds=1), console=quiet())
+    given = run_table(table_settings(model, data, tmp_path, methods=str(folder), seeds=1), console=quiet())
     again = next(row for row in result["runs"] if row["task"] == "e2e")
     assert given["runs"][0] == again | {"method": folder.name}
 
@@ -68,7 +67,7 @@ def test_the_rows_have_every_column_and_a_given_emulator_is_scored_as_it_is(
 def test_finished_cells_are_not_made_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = table_settings(model, data, tmp_path, methods=("uniform", "importance"), whole_runs=False)
+    settings = table_settings(model, data, tmp_path, methods="uniform,importance", whole_runs=False)
     train = table_lab.Lab._train
     calls: list[int] = []
 
@@ -99,10 +98,12 @@ def test_adapters_are_trained_at_their_own_rates_and_a_distilled_emulator_differ
         model,
         data,
         tmp_path,
-        methods=("importance", "importance+distilled"),
-        distill=DistillConfig(steps=2, batch=2),
+        methods="importance,importance+distilled",
+        distill_steps=2,
+        distill_batch=2,
         seeds=1,
-        regime=table_lab.Regime(trainables="lora", steps=3, batch=4, adapter_rates=(1e-2,), whole_rates=(1e-3,)),
+        trainables="lora",
+        whole_rates="1e-3",
     )
     plain, distilled = run_table(settings, console=quiet())["runs"]
     assert plain["learning_rate"] == 1e-2
@@ -114,16 +115,16 @@ def test_adapters_are_trained_at_their_own_rates_and_a_distilled_emulator_differ
 
 
 def test_training_that_runs_away_is_no_candidate(model: Path, data: Path, tmp_path: Path) -> None:
-    regime = table_lab.Regime(steps=3, batch=4, max_length=96, weight_rates=(1e-3, 1e30), whole_rates=(1e-3,))
-    result = run_table(table_settings(model, data, tmp_path, regime=regime, seeds=1, whole_runs=False), console=quiet())
+    rates = {"learning_rates": "1e-3,1e30", "whole_rates": "1e-3"}
+    result = run_table(table_settings(model, data, tmp_path, **rates, seeds=1, whole_runs=False), console=quiet())
     assert result["runs"][0]["learning_rate"] == 1e-3
 
 
 def test_what_cannot_be_done_is_said_before_the_work(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="leaves none"):
-        run_table(table_settings(model, data, tmp_path, keeps=(0.01,)), console=quiet())
+        run_table(table_settings(model, data, tmp_path, keep="0.01"), console=quiet())
     with pytest.raises(ConfigError, match="not a task"):
-        run_table(table_settings(model, data, tmp_path, tasks=("glue",)), console=quiet())
+        run_table(table_settings(model, data, tmp_path, tasks="glue"), console=quiet())
     with pytest.raises(ConfigError, match="no emulator's or package's folder"):
-        run_table(table_settings(model, data, tmp_path, methods=("./nowhere",)), console=quiet())
+        run_table(table_settings(model, data, tmp_path, methods="./nowhere"), console=quiet())
     assert not (tmp_path / "cells.jsonl").exists()

@@ -24,8 +24,9 @@ from isthmus.common.errors import ConfigError, DataError
 from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.harness.emulator_settings import ScoreSettings
+from isthmus.experiments.harness.single_process import whole
 from isthmus.experiments.scoring.likelihood import answer_questions
-from isthmus.experiments.scoring.task_scoring import document_losses, run_score, whole
+from isthmus.experiments.scoring.task_scoring import document_losses, run_score
 from isthmus.experiments.scoring.tasks import Question
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")

@@ -9,8 +9,10 @@ import statistics
 
 import pytest
 
-from isthmus.experiments.offsite.table_rows import FIELDS, Group, rows_of, verdict_of
+from isthmus.experiments.offsite.table_rows import FIELDS, rows_of, verdict_of
 from isthmus.experiments.scoring.scores import Score, gain, mean
+
+ABOUT = {"method": "uniform", "task": "e2e", "keep": 0.5, "emulator": "hash", "share_given_away": 0.5}
 
 
 def source(seed: int) -> random.Random:
@@ -68,7 +70,7 @@ def constant(value: float) -> list[Score]:
 def test_rows_have_recoveries_and_the_verdict_says_who_wins() -> None:
     values = (3.0, 5.0, 2.4, 2.1, 1.9, 1.8, 2.0, 2.5)
     scores = {name: {"completion_loss": constant(value)} for name, value in zip(FIELDS, values, strict=True)}
-    (row,) = rows_of(Group("uniform", 0.5, "e2e", "hash", 0.5, scores), 1)
+    (row,) = rows_of(scores, 1, **ABOUT)
     assert row["plug_in_recovery"] == pytest.approx(0.9)
     assert row["thief_recovery"] == pytest.approx(0.5)
     assert row["emulator_tuned_recovery"] == pytest.approx(0.6)
@@ -84,7 +86,7 @@ def test_rows_have_recoveries_and_the_verdict_says_who_wins() -> None:
 
 def test_a_row_without_signal_is_listed_and_has_no_recovery() -> None:
     scores = {name: {"completion_loss": constant(3.0)} for name in FIELDS}
-    (row,) = rows_of(Group("uniform", 0.5, "e2e", "hash", 0.5, scores), 1)
+    (row,) = rows_of(scores, 1, **ABOUT)
     assert row["plug_in_recovery"] is None
     says = verdict_of([row])
     assert says["verdict"] == []

@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.cloud.engine.batching import SchedulerLimits
-from isthmus.common.errors import ConfigError
-from isthmus.experiments.serving.scheduler_bench import REAL_OPTIONS, SchedulerSettings
+from isthmus.experiments.serving.scheduler_bench import REAL_OPTIONS
 from isthmus.experiments.serving.scheduler_policies import POLICIES, SHIPPED
 from isthmus.experiments.serving.simulated_cloud import (
     BACKWARD,
@@ -50,11 +49,6 @@ def test_a_backward_without_those_of_its_forward_costs_more() -> None:
 
     assert seconds(5) == pytest.approx(seconds(8), rel=0.15)
     assert seconds(2) > 1.3 * seconds(8) * 2 / 8
-
-
-def test_settings_without_a_spread_are_refused() -> None:
-    with pytest.raises(ConfigError, match="1 seeds have no spread"):
-        SchedulerSettings(seeds=1)
 
 
 def test_the_table_has_a_row_for_each_scheduler() -> None:

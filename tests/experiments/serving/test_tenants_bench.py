@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import load_span
 from isthmus.cli.main import app
-from isthmus.common.errors import ConfigError, IsthmusError
+from isthmus.common.errors import IsthmusError
 from isthmus.edge.training.methods import build_peft
+from isthmus.experiments.harness.bench_settings import TenantSettings
 from isthmus.experiments.harness.process_memory import forget_peak, peak_bytes, proportional_bytes
 from isthmus.experiments.serving import tenants_bench
 from isthmus.experiments.serving.tenants_bench import check_bound, jain, loss_difference, most
-from isthmus.experiments.serving.tenants_crowd import Beside, Seen, TenantSettings, Turn, in_turns, p99
+from isthmus.experiments.serving.tenants_crowd import Beside, Seen, Turn, counts_of, in_turns, p99, steps_at_most
 from isthmus.experiments.serving.tenants_process import WARM_UP, Enough, Moments
 
 
@@ -80,7 +81,7 @@ def test_tenants_are_compared_with_the_single_processes_before_and_after_them() 
 
 
 class Asked:
-    """A parent with some questions; notes what it is told."""
+    """A parent with some questions; notes what is said to it."""
 
     def __init__(self, *questions: object) -> None:
         self.said: list[Any] = []
@@ -127,19 +128,14 @@ def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
         loss_difference(tmp_path / "a", tmp_path / "b", 3)
 
 
-@pytest.mark.parametrize("values", [{"n": 1}, {"tokens": 4}])
-def test_settings_that_say_nothing_are_refused(values: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 2 of 16"):
-        TenantSettings("tiny", **values)
-
-
-@pytest.mark.parametrize("counts", [(), (1, 2, 4, 8)])
-def test_adalora_prunes_within_the_steps_whose_losses_are_compared(tmp_path: Path, counts: tuple[int, ...]) -> None:
-    settings = TenantSettings("tiny", counts=counts)
+@pytest.mark.parametrize("figure", [None, Path("figure.png")])
+def test_adalora_prunes_within_the_steps_whose_losses_are_compared(tmp_path: Path, figure: Path | None) -> None:
+    settings = TenantSettings(figure=figure)
+    assert counts_of(settings) == ([] if figure is None else [1, 2, 4, 8])
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    tuned = build_peft(model, config(tmp_path, method="adalora", steps=settings.steps_at_most))
+    tuned = build_peft(model, config(tmp_path, method="adalora", steps=steps_at_most(settings)))
     schedule = tuned.base_model.rankallocator
-    schedule.set_total_step(settings.steps_at_most)
+    schedule.set_total_step(steps_at_most(settings))
     compared = WARM_UP + settings.steps
     budgets = [schedule.budget_schedule(step)[0] for step in (0, compared)]
     assert budgets[0] > budgets[1] > schedule.target_bgt

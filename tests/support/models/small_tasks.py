@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from isthmus.experiments.offsite.table import TableSettings
-from isthmus.experiments.offsite.table_lab import Regime
-from isthmus.experiments.scoring.tasks import Sizes
+from isthmus.experiments.harness.emulator_settings import TableSettings
 
 _WORDS = ("red", "blue", "green", "black", "white", "pink")
 
@@ -40,20 +38,24 @@ def task_folder(folder: Path, n: int = 40) -> Path:
 
 def table_settings(model: Path, data: Path, out: Path, **values: Any) -> TableSettings:
     """Three steps, two seeds, two candidate rates."""
-    regime = Regime(
-        steps=3, batch=4, max_length=96, weight_rates=(1e-3, 3e-3), adapter_rates=(1e-2,), whole_rates=(1e-3, 3e-3)
-    )
     defaults = {
         "model": str(model),
-        "tasks": ("e2e",),
+        "tasks": "e2e",
         "out": out,
-        "methods": ("uniform",),
+        "methods": "uniform",
         "adapter_layers": "1:1",
         "seeds": 2,
-        "regime": regime,
-        "sizes": Sizes(test=12, validation=6, max_length=96),
+        "steps": 3,
+        "batch": 4,
+        "max_length": 96,
+        "learning_rates": "1e-3,3e-3",
+        "adapter_rates": "1e-2",
+        "whole_rates": "1e-3,3e-3",
+        "test": 12,
+        "validation": 6,
         "text_length": 32,
         "data_folder": data,
+        "device": "cpu",
         "threads": 1,
     }
     return TableSettings(**{**defaults, **values})

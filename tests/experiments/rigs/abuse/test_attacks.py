@@ -9,8 +9,9 @@ import pytest
 from support.cloud.clouds import Home
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.rigs.abuse.abuse_bench import attack_alone, planted_row, rows
-from isthmus.experiments.rigs.abuse.attacks import ATTACKS, Attacker
+from isthmus.experiments.rigs.abuse.attacks import ATTACKS, attacker_process
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
 from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
 from isthmus.protocol.enrolment import ConnectionString
@@ -41,8 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def attacker(place: Place) -> Iterator[Attacker]:
-    with Attacker(place.key, place.log) as attacker:
+def attacker(place: Place) -> Iterator[TaskProcess]:
+    with attacker_process(place.key, place.log) as attacker:
         yield attacker
 
 
@@ -54,7 +55,7 @@ def server(place: Place) -> Iterator[BareServer]:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_costs_no_more_than_its_ceilings(
-    place: Place, attacker: Attacker, server: BareServer, attack: str
+    place: Place, attacker: TaskProcess, server: BareServer, attack: str
 ) -> None:
     taken = attack_alone(attacker, attack, server.pid, place.address(server), SECONDS)
     assert [row for row in rows(taken, CEILINGS[attack]) if not row["held"]] == []

@@ -11,6 +11,7 @@ from support.models.tiny import tiny_checkpoint
 
 from isthmus.experiments.rigs.abuse.costs import COSTS, run
 from isthmus.experiments.rigs.abuse.honest import Honest
+from isthmus.protocol import messages as m
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_a_deed_is_answered_and_another_tenant_goes_on(server: ThreadServer, dee
         found = run(deed, server.address, key, 0.3)
         assert honest.latency_s(begun) > 0  # it raises where calls fail or none are answered
     if deed == "long_call":
-        assert found["answer"] == "Status"
-        assert "16384 tokens is longer than the 128" in found["says"]
+        assert isinstance(found, m.Status)
+        assert "16384 tokens is longer than the 128" in found.message
     if deed == "large_call":
-        assert found["answer"] == "ForwardReply"
+        assert isinstance(found, m.ForwardReply)

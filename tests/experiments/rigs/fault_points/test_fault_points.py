@@ -19,7 +19,6 @@ from support.cloud.clouds import Home, ThreadServer, served
 from support.cloud.dying_worker import MortalWorker
 from support.models.tiny import tiny_checkpoint
 
-from isthmus.common.errors import ConfigError
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.split_run import train_over
@@ -66,17 +65,8 @@ def test_a_fault_falls_once(points: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         for point in POINTS:
             reached(point)
-    assert done == [1.5, (os.getpid(), signal.SIGKILL), 0.0]
+    assert done == [1.5, (os.getpid(), signal.SIGKILL)]
     assert not any(is_armed(points, point) for point in POINTS)
-
-
-@pytest.mark.parametrize("instruction", ["", "explode", "wait", "wait long", "wait -1", "wait 1.2.3", "kill 3"])
-def test_an_instruction_that_makes_no_sense_is_refused(points: Path, instruction: str) -> None:
-    with pytest.raises(ConfigError, match="is no instruction"):
-        arm(points, "opened", instruction)
-    with pytest.raises(ConfigError, match=r"no fault point 'lunch'.*reply_sent"):
-        arm(points, "lunch", "kill")  # type: ignore[arg-type]  # there is none of that name
-    assert not list(points.iterdir())
 
 
 Seen = list[str]
@@ -91,12 +81,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def wrap_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, methods in WRAPPED.items():
-        module = importlib.import_module(name)
-        for wrapped in methods:
-            owner = getattr(module, wrapped.owner)
-            method = getattr(owner, wrapped.method)
-            monkeypatch.setattr(owner, wrapped.method, fault_points._with_points(method, wrapped))
+    for module, methods in WRAPPED.items():
+        for name, points in methods.items():
+            owner, method = name.split(".")
+            wrapped = getattr(importlib.import_module(module), owner)
+            monkeypatch.setattr(wrapped, method, fault_points._with_points(getattr(wrapped, method), *points))
 
 
 def reached_by(call: Callable[[], object], seen: Seen) -> Seen:
@@ -144,7 +133,7 @@ def test_every_python_of_the_cloud_has_the_points_and_no_other_one(broken: bool,
         "names = json.loads(sys.argv[1])\n"
         "print([hasattr(getattr(getattr(importlib.import_module(m), o), f), '__wrapped__') for m, o, f in names])\n"
     )
-    names = [(module, one.owner, one.method) for module, methods in WRAPPED.items() for one in methods]
+    names = [(module, *name.split(".")) for module, methods in WRAPPED.items() for name in methods]
     extra = fault_points.environment(tmp_path) if broken else {}
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(names)], capture_output=True, text=True, check=True,

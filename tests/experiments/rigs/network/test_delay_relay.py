@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.common.errors import ConfigError
 from isthmus.experiments.rigs.network.delay_relay import REORDER_SECONDS, Conditions, PacketSchedule, relay
 
 EDGE, CLOUD = 0, 1
@@ -110,37 +109,23 @@ def test_a_reordered_packet_is_overtaken() -> None:
 
 
 def test_nothing_that_is_sent_during_a_silence_arrives() -> None:
-    made, clock = schedule(rtt_s=0.5, silences=((1.0, 30.0), (40.0, 1.0)))
+    made, clock = schedule(rtt_s=0.5)
     start = clock.now
-    for second in (0.9, 1.0, 30.9, 31.0, 40.5, 41.0):
+    for end in (EDGE, CLOUD):
+        made.add(end, b"before")
+    made.change(Conditions(rtt_s=0.5, silence_s=30.0))
+    for second in (0.0, 29.9, 30.0):
         clock.now = start + second
         for end in (EDGE, CLOUD):
             made.add(end, str(second).encode())
     clock.now += 1.0
     # What was on its way when the silence began still arrives.
-    arrived = list(made.due())
-    assert arrived == [(1 - end, second) for second in (b"0.9", b"31.0", b"41.0") for end in (EDGE, CLOUD)]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"loss": 1.5}, "loss = 1.5 is not a probability"),
-        ({"reorder": -0.1}, r"reorder = -0.1"),
-        ({"duplicate": float("nan")}, "duplicate = nan"),
-        ({"rtt_s": -1.0}, r"rtt_s = -1.0 is not a length of time"),
-        ({"silences": ((0.0, float("inf")),)}, "silences = inf"),
-    ],
-)
-def test_conditions_that_make_no_sense_are_refused(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Conditions(**given)
+    assert list(made.due()) == [(1 - end, sent) for sent in (b"before", b"30.0") for end in (EDGE, CLOUD)]
 
 
 def test_conditions_survive_json() -> None:
-    conditions = Conditions(0.05, 0.1, 0.2, 0.3, ((1.0, 2.0), (5.0, 0.5)), 7)
-    assert Conditions.from_json(json.loads(json.dumps(dataclasses.asdict(conditions)))) == conditions
-    assert Conditions.from_json({"rtt_s": 0.05}) == Conditions(0.05)
+    conditions = Conditions(0.05, 0.1, 0.2, 0.3, 1.5, 7)
+    assert Conditions(**json.loads(json.dumps(dataclasses.asdict(conditions)))) == conditions
 
 
 def test_conditions_may_change_and_what_is_on_its_way_does_not_notice() -> None:
@@ -158,7 +143,7 @@ def test_conditions_may_change_and_what_is_on_its_way_does_not_notice() -> None:
 def test_a_silence_begins_with_its_conditions_and_ends_by_itself() -> None:
     made, clock = schedule()
     clock.now += 100.0
-    made.change(Conditions(silences=((0.0, 30.0),)))
+    made.change(Conditions(silence_s=30.0))
     for second in (0.0, 29.9, 30.0):
         clock.now = 1100.0 + second
         made.add(CLOUD, str(second).encode())

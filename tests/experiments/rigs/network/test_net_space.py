@@ -105,7 +105,7 @@ def test_the_way_can_be_changed_while_it_is_used() -> None:
     with NetSpace(None, Conditions()) as space, space.connection() as (edge, cloud):
         edge.sendall(b"before")
         assert _read(cloud, 6) == b"before"
-        space.change(Conditions(silences=((0.0, 0.3),)))
+        space.change(Conditions(silence_s=0.3))
         edge.sendall(b"during")  # TCP sends it again until it has passed
         assert _read(cloud, 6) == b"during"
         space.change(Conditions(0.002, loss=1.0))
@@ -230,9 +230,9 @@ def _json(*command: str) -> list[dict[str, object]]:
 def _read(end: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = end.recv(count - len(data))
-        assert piece, "the other side has closed"
-        data += piece
+        chunk = end.recv(count - len(data))
+        assert chunk, "the other side has closed"
+        data += chunk
     return data
 
 

@@ -55,10 +55,10 @@ def connected(relay: Relay, peer: Peer) -> Iterator[tuple[socket.socket, socket.
 def read(end: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = end.recv(count - len(data))
-        if not piece:
+        chunk = end.recv(count - len(data))
+        if not chunk:
             break
-        data += piece
+        data += chunk
     return data
 
 
@@ -66,8 +66,8 @@ def read_until_reset(end: socket.socket) -> bytes:
     """What arrives before the reset. A graceful end fails the test."""
     data = b""
     try:
-        while piece := end.recv(1 << 16):
-            data += piece
+        while chunk := end.recv(1 << 16):
+            data += chunk
     except ConnectionResetError:
         return data
     pytest.fail(f"a graceful end after {len(data)} bytes, and no reset")
@@ -93,7 +93,7 @@ def test_bytes_pass_both_ways_and_are_counted(relay: Relay, peer: Peer) -> None:
         assert relay.wait_passed("up", len(sent), TIMEOUT)
         assert relay.wait_passed("down", 6, TIMEOUT)
         assert not relay.wait_passed("down", 7, 0.0)
-    assert (relay.bytes_passed("up"), relay.bytes_passed("down"), relay.cuts) == (len(sent), 6, 0)
+    assert (relay.bytes_passed("up"), relay.bytes_passed("down")) == (len(sent), 6)
 
 
 def test_an_end_is_passed_on_and_the_other_direction_stays_open(relay: Relay, peer: Peer) -> None:
@@ -113,7 +113,6 @@ def test_a_cut_resets_both_ends(relay: Relay, peer: Peer) -> None:
         relay.cut()
         assert read_until_reset(edge) == b""
         assert read_until_reset(cloud) == b""
-    assert relay.cuts == 1
     with connected(relay, peer) as (edge, cloud):  # new connections are welcome
         edge.sendall(b"again")
         assert read(cloud, 5) == b"again"
@@ -131,7 +130,6 @@ def test_a_cut_after_some_bytes_up_lets_no_byte_more_through(relay: Relay, peer:
         # A reset throws away what the sending socket still holds, so fewer may arrive; never more.
         assert len(arrived) <= count
         assert relay.bytes_passed("up") == count
-    assert relay.cuts == 1
 
 
 def test_a_cut_after_some_bytes_down_leaves_the_other_direction_alone(relay: Relay, peer: Peer) -> None:
@@ -150,7 +148,6 @@ def test_a_disarmed_cut_does_not_come(relay: Relay, peer: Peer) -> None:
         relay.disarm()
         edge.sendall(b"whole")
         assert read(cloud, 5) == b"whole"
-    assert relay.cuts == 0
 
 
 def test_what_is_held_back_comes_in_order_once_it_is_released(relay: Relay, peer: Peer) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.experiments.offsite.frontier import draw
+from isthmus.experiments.offsite.table_rows import draw_frontier
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -21,7 +21,7 @@ def entry(method: str, keep: float, plug_in: float | None, thief: float | None) 
 def test_each_emulator_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyplot, "close", lambda _figure: None)
     methods = [entry("uniform", 0.75, 0.7, 0.6), entry("uniform", 0.5, 0.3, 0.5), entry("crash", 0.5, None, None)]
-    draw(methods, tmp_path / "new" / "frontier.png", "tiny")
+    draw_frontier(methods, tmp_path / "new" / "frontier.png", "tiny")
     assert (tmp_path / "new" / "frontier.png").read_bytes().startswith(PNG)
     (line,) = [line for line in pyplot.gcf().axes[0].lines if line.get_label() == "uniform"]
     assert line.get_xydata().tolist() == [[50.0, 30.0], [60.0, 70.0]]
@@ -29,5 +29,5 @@ def test_each_emulator_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_figure_without_a_point_is_a_figure(tmp_path: Path) -> None:
-    draw([], tmp_path / "empty.png", "nothing")
+    draw_frontier([], tmp_path / "empty.png", "nothing")
     assert (tmp_path / "empty.png").read_bytes().startswith(PNG)

@@ -1,4 +1,4 @@
-"""Four invariants of a cloud's history, and the places where it breaks them.
+"""Histories that workers have written, four invariants that each must keep, and the places where one breaks them.
 
 A worker learns from the controller's reports that another worker has admitted a session. The `REPORTS`-th report after
 that admission was surely asked for after it, so from there on the invariants hold across workers. Within one worker
@@ -9,12 +9,15 @@ The idea, histories written by the system under test and checked afterwards, is 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
 
 from isthmus.cloud.gateway.open_sessions import REPORTS
-from isthmus.experiments.rigs.histories.events import Event, Session, reports_heard, sessions_of
+from isthmus.common.errors import IsthmusError
 
 ONE_SESSION: Final = "one_session_per_link"
 QUOTA: Final = "quota_over_all_workers"
@@ -23,12 +26,91 @@ FENCED: Final = "no_answer_when_fenced"
 INVARIANTS: Final = (ONE_SESSION, QUOTA, ONCE, FENCED)
 
 
-def violations(events: Sequence[Event]) -> dict[str, list[str]]:
-    """Where a history breaks the invariants: by invariant, a line for each place; no line where it keeps it.
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a worker did.
 
-    Args:
-        events: Of all workers, in the order of time.
+    Attributes:
+        name: What; see `isthmus.cloud.telemetry.event_history`.
     """
+
+    at: float
+    process: int
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session, by its history.
+
+    Attributes:
+        link: The edge's name for its link.
+        allowed: How many sessions the tenant may have.
+        ended: When it was asked to end, or closed, or gave its last sign of life where its process was killed.
+    """
+
+    id: str
+    process: int
+    link: str
+    tenant: str
+    allowed: int
+    opened: float
+    ended: float
+
+
+def read_history(folder: Path) -> list[Event]:
+    """The events of all processes that wrote to a folder, in the order of time.
+
+    Raises IsthmusError where there are none.
+    """
+    events = []
+    for file in folder.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            read = json.loads(line)
+            events.append(Event(read.pop("at"), int(file.stem), read.pop("event"), read))
+    if not events:
+        raise IsthmusError(f"no worker has written a history to {folder}, so there is nothing to check")
+    return sorted(events, key=lambda event: event.at)
+
+
+def sessions_of(events: Sequence[Event]) -> list[Session]:
+    """All sessions, in the order of their opening.
+
+    Of a process that was killed, nobody knows when exactly: its sessions live until its last event, which is the least
+    that is certain.
+    """
+    last = {event.process: event.at for event in events}
+    ends: dict[str, float] = {}
+    for event in events:
+        if event.name in ("ended", "closed"):
+            ends.setdefault(event.fields["session"], event.at)
+    return [
+        Session(
+            event.fields["session"],
+            event.process,
+            event.fields["link"],
+            event.fields["tenant"],
+            event.fields["allowed"],
+            event.at,
+            ends.get(event.fields["session"], last[event.process]),
+        )
+        for event in events
+        if event.name == "opened"
+    ]
+
+
+def reports_heard(events: Iterable[Event]) -> dict[int, list[float]]:
+    """By process, when it heard of the other workers."""
+    heard: dict[int, list[float]] = {}
+    for event in events:
+        if event.name == "heard":
+            heard.setdefault(event.process, []).append(event.at)
+    return heard
+
+
+def violations(events: Sequence[Event]) -> dict[str, list[str]]:
+    """Where a history breaks the invariants: by invariant, a line for each place; no line where it keeps it."""
     sessions, heard = sessions_of(events), reports_heard(events)
     return {
         ONE_SESSION: _two_of_a_link(sessions, heard),

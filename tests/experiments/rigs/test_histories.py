@@ -9,8 +9,17 @@ import pytest
 
 from isthmus.cloud.telemetry.event_history import ENVIRONMENT, record
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.rigs.histories.events import Event, read_history, sessions_of
-from isthmus.experiments.rigs.histories.invariants import FENCED, INVARIANTS, ONCE, ONE_SESSION, QUOTA, violations
+from isthmus.experiments.rigs.histories import (
+    FENCED,
+    INVARIANTS,
+    ONCE,
+    ONE_SESSION,
+    QUOTA,
+    Event,
+    read_history,
+    sessions_of,
+    violations,
+)
 
 
 def opened(at: float, process: int, session: str, link: str = "a", allowed: int = 1, tenant: str = "alice") -> Event:
