@@ -15,13 +15,14 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
+from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.link import connect
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, encode
 from isthmus.edge.data.readers import read_examples
-from isthmus.edge.training.methods import load_adapter, trained
+from isthmus.edge.training.methods import trained
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.harness.single_process import parity_of, train_whole
