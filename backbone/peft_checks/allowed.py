@@ -8,13 +8,13 @@ every entry has a test of its gradients at such a site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
-from isthmus.backbone.skeleton import ALLOWED, SkeletonConv1D, SkeletonLinear
+from isthmus.backbone.skeleton import ALLOWED, SkeletonConv1D, SkeletonLayer, SkeletonLinear
 from isthmus.common.errors import UnsupportedCallError
 
 # Module of PEFT -> names of its layer classes.
@@ -52,22 +52,20 @@ def check_config(config: Any) -> None:
         )
 
 
-def check_layers(layers: nn.ModuleList, path: str, cloud: Sequence[int], configs: Mapping[str, Any]) -> None:
+def check_layers(layers: Iterable[SkeletonLayer], configs: Mapping[str, Any]) -> None:
     """Make sure that what PEFT has put on the cloud's layers works there.
 
     Args:
-        layers: The decoder layers of the edge's model.
-        path: Their path in the whole model, such as `model.layers`.
-        cloud: Indices of the layers that the cloud holds.
+        layers: What stands for the cloud's layers in the edge's model.
         configs: PEFT's configurations by adapter.
 
     Raises:
         UnsupportedCallError: A method would be silently wrong, or something else than a linear is wrapped.
     """
-    for index in cloud:
+    for layer in layers:
         wrapped: list[str] = []
-        for part, module in layers[index].named_modules():
-            name = f"{path}.{index}.{part}".rstrip(".")
+        for part, module in layer.named_modules():
+            name = f"{layer.name}.{part}".rstrip(".")
             if is_peft_layer(module):
                 wrapped.append(f"{part}.")
                 for adapter in adapters_of(module):

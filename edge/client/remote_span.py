@@ -98,7 +98,7 @@ class RemoteSpan:
     def at_sites(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
     ) -> Tensor:
-        """The same, with adapters inside the span; see `isthmus.backbone.split.remote_layers.SitedSpan`.
+        """The same, with adapters inside the span; see `isthmus.backbone.split.edge_model.SitedSpan`.
 
         Raises:
             UnsupportedCallError: A site that is to be leased cannot be.
@@ -108,7 +108,7 @@ class RemoteSpan:
         return self._run(hidden, attention_mask, position_ids, placed)
 
     def expect_sites(self, sites: Sequence[Site]) -> None:
-        """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.remote_layers.SitedSpan`."""
+        """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.edge_model.SitedSpan`."""
         self.notice([site for site in sites if not self._leased(site.name)])
 
     def tapped(

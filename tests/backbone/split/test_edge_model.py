@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.split.edge_parts import load_edge_parts, load_edge_weights
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.backbone.split.edge_weights import load_edge_weights
 from isthmus.common.errors import CheckpointError, UnsupportedCallError
 
 from ..conftest import Checkpoints, Pairs, batch, whole_model

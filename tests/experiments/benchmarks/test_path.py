@@ -57,7 +57,7 @@ def test_a_forward_between_two_processes_names_its_files(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     edge, cloud = result["edge"], result["cloud"]
-    assert edge[0] == "backbone/split/remote_layers.py"  # the first of ours that a forward enters
+    assert edge[0] == "backbone/split/edge_model.py"  # the first of ours that a forward enters
     assert edge.index("edge/client/span_calls.py") < edge.index("rpc/transport.py")
     assert "cloud/gateway/server.py" in cloud
     assert cloud.index("cloud/gateway/stream.py") < cloud.index("backbone/split/span.py")
