@@ -22,17 +22,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
-from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, KeptCall, RemoteSpan, SpanCalls
 from isthmus.edge.client.return_adapter import return_adapter
 from isthmus.edge.client.session_keeper import Question, SessionKeeper, SessionOptions
 from isthmus.edge.client.site_traffic import SiteNotice
-from isthmus.edge.client.span_calls import KeptCall, SpanCalls
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.run_report import WireTotals
@@ -111,7 +109,11 @@ def connect(
         reach=reach,
         max_fetch_bytes=max_fetch_bytes,
     )
-    link.open(connect_timeout)
+    try:
+        link.open(connect_timeout)
+    except BaseException:
+        link.close()
+        raise
     return link
 
 
@@ -271,10 +273,9 @@ class Link:
         position_ids: Tensor | None,
         *,
         keep: bool,
-        sites: SiteCall | None = None,
     ) -> tuple[Tensor, KeptCall]:
         """One forward of the cloud's layers without a model; see `ForwardRequest`."""
-        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep, sites))
+        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep))
 
     def backward_span(
         self,
@@ -283,13 +284,9 @@ class Link:
         hidden: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
     ) -> Tensor | None:
         """The backward of such a forward; see `BackwardRequest`."""
-        inputs = SpanInput(hidden, attention_mask, position_ids)
-        return self.span.backward(BackwardRequest(kept, gradient, inputs, sites, wanted))
+        return self.span.backward(BackwardRequest(kept, gradient, SpanInput(hidden, attention_mask, position_ids)))
 
     def begin_step(self, step: int) -> None:
         """Name the optimizer step that the next calls belong to."""

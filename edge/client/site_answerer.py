@@ -83,8 +83,8 @@ def _packed(lent: LeasedWeights) -> m.LeasedWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class SiteVisits:
-    """One call's sites; the call's `isthmus.edge.client.session_keeper.SiteAdapters`.
+class SiteAnswerer:
+    """Answers for one call's sites; an `isthmus.edge.client.session_keeper.Answerer`.
 
     Args:
         sites: what answers for them.
