@@ -37,9 +37,8 @@ from isthmus.edge.run_report import WireTotals
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
-from isthmus.rpc.event_loop import Check
 from isthmus.rpc.secure_stream import Observer, Traffic
-from isthmus.rpc.transport import GrpcTransport, Tls, Transport
+from isthmus.rpc.transport import Check, GrpcTransport, Tls, Transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

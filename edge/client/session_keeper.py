@@ -38,9 +38,8 @@ from isthmus.common.terminal import printable
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.rpc.event_loop import CHECK_SECONDS, Check, run
 from isthmus.rpc.secure_stream import Observer, RedirectedError, SecureStream, Traffic
-from isthmus.rpc.transport import pauses
+from isthmus.rpc.transport import CHECK_SECONDS, Check, pauses, run
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""

@@ -58,7 +58,7 @@ def test_a_forward_between_two_processes_names_its_files(tmp_path: Path) -> None
     result = json.loads(done.stdout)
     edge, cloud = result["edge"], result["cloud"]
     assert edge[0] == "backbone/split/edge_model.py"  # the first of ours that a forward enters
-    assert edge.index("edge/client/remote_span.py") < edge.index("rpc/transport.py")
+    assert edge.index("edge/client/remote_span.py") < edge.index("rpc/secure_stream.py")
     assert "cloud/gateway/server.py" in cloud
     assert cloud.index("cloud/gateway/stream.py") < cloud.index("backbone/split/span.py")
     assert result["both"] == [file for file in edge if file in cloud]
