@@ -468,6 +468,19 @@ def test_a_call_without_sites_answers_no_question(cloud: MemoryCloud) -> None:
     assert not messages(cloud, m.SiteAnswer)
 
 
+@pytest.mark.parametrize("evict", [False, True])
+def test_opt_whose_feed_forward_part_knows_no_sequences(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, evict: bool
+) -> None:
+    folder = tiny_checkpoint("opt", tmp_path / "model", dropout=0.0)
+    link = new_link(MemoryTransport(MemoryCloud(cloud := served(folder, tmp_path_factory.mktemp("cloud") / "parts"))))
+    config = lora("all-linear", lora_dropout=0.1)
+    split = adapted(link.load_model(), config)
+    assert {"fc1", "fc2"} <= {site.part for site in split.get_base_model().find_sites()}
+    mine = train(split, between=cloud.executor.evict_all if evict else (lambda: None))
+    assert_same(mine, train(adapted(whole(folder), config)))
+
+
 # What it costs --------------------------------------------------------------------------------------------------------
 
 WIDE, KEYS = 576, 192  # SmolLM2-135M's hidden states, and its keys and values
