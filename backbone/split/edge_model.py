@@ -93,7 +93,7 @@ class RemoteLayers(SkeletonLayer):
     Attributes:
         layers: What stands for the cloud's layers: this module, and one `PassingLayer` for each further one.
         live_sites: Names of the sites that are trained; None for all.
-        lend_dead: Whether all others act as well, lent to the cloud as they are; else they do not act.
+        lend_dead: Whether all others act as well, leased to the cloud as they are; else they do not act.
     """
 
     def __init__(self, real: Sequence[nn.Module], path: str, first: int, span: SpanFn) -> None:

@@ -233,7 +233,7 @@ class Link:
 
         Args:
             dtype: floating point dtype of the edge's weights.
-            leased: whether the LoRA at the site of that name may be lent to the cloud, which then sees its weights and
+            leased: whether the LoRA at the site of that name is leased to the cloud, which then sees its weights and
                 runs it; by default no adapter ever leaves the edge.
             summed: whether the sites that share an input answer a backward with one gradient of it: fewer bytes, and
                 other ones in the last place than a single process has.

@@ -85,7 +85,7 @@ class RemoteSpan:
 
     Args:
         link: What is called.
-        leased: Whether the weights of the site of that name may be lent to the cloud, which then runs its adapter.
+        leased: Whether the weights of the site of that name may be leased to the cloud, which then runs its adapter.
         summed: Whether the sites that share an input answer a backward with one gradient of it, the sum of theirs. That
             saves traffic, and adds up in another order than a single process does.
 
@@ -287,7 +287,7 @@ class SpanCalls:
         if answerer is not None:
             answerer.take_back(reply)
         elif reply.leased:
-            raise RemoteProtocolError("the cloud answered with gradients of weights, and was lent none")
+            raise RemoteProtocolError("the cloud answered with gradients of leased weights, and none are leased")
         if (reply.gradient is None) == request.wanted:
             raise RemoteProtocolError("the cloud answered with a gradient that was not wanted, or with none")
         if reply.gradient is None:

@@ -118,7 +118,7 @@ def test_generation_that_needs_a_cache_is_refused(pairs: Pairs) -> None:
     assert pair.edge.generate(ids, generation_config=config).shape[1] > ids.shape[1]
 
 
-def test_a_copy_talks_to_the_same_span_through_its_own_gate(pairs: Pairs) -> None:
+def test_a_copy_talks_to_the_same_span_through_its_own_layers(pairs: Pairs) -> None:
     pair = pairs("llama_tied")
     twin = copy.deepcopy(pair.edge)
     assert twin.remote_layers is not pair.edge.remote_layers
