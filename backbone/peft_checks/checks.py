@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import nn
+
 from isthmus.backbone.peft_checks.allowed import check_config, check_layers, is_adalora
 from isthmus.backbone.peft_checks.probe import check_sites
 from isthmus.backbone.peft_checks.whole import check_against_whole
@@ -20,11 +22,12 @@ def asked_of(config: Any) -> dict[str, Any]:
     return {"class": type(config), **{field: value for field, value in vars(config).items() if field not in own}}
 
 
-def check_adapters(model: Any, configs: Mapping[str, Any], passed: Collection[str]) -> None:
+def check_adapters(model: Any, stack: nn.ModuleList, configs: Mapping[str, Any], passed: Collection[str]) -> None:
     """Make sure that adapters compute what they would on the whole model.
 
     Args:
         model: The split language model.
+        stack: Its decoder layers.
         configs: PEFT's configurations by adapter.
         passed: The adapters that need not be compared with the whole model again.
 
@@ -34,7 +37,7 @@ def check_adapters(model: Any, configs: Mapping[str, Any], passed: Collection[st
     for config in configs.values():
         check_config(config)
     layers = model.remote_layers.layers
-    check_layers(layers, configs)
+    check_layers(layers, stack, configs)
     if not configs:
         return
     model.remote_layers.check_span()

@@ -218,14 +218,14 @@ class EdgeModelMixin:
 
     Attributes:
         isthmus_origin: What the model was made of.
-        isthmus_remote: Path of the module that calls the span.
+        isthmus_parts: The module that calls the span, and the list of all layers; a tuple hides them from torch.
         isthmus_longest: Token positions of a sequence that the whole model is made for.
         isthmus_passed: What has passed the checks: PEFT's configurations by adapter, and what stood in the places of
             the cloud's modules.
     """
 
     isthmus_origin: EdgeOrigin
-    isthmus_remote: str
+    isthmus_parts: tuple[RemoteLayers, nn.ModuleList]
     isthmus_longest: int
     isthmus_passed: tuple[dict[str, Any], list[nn.Module]]
 
@@ -237,7 +237,7 @@ class EdgeModelMixin:
     @property
     def remote_layers(self) -> RemoteLayers:
         """The module that calls the span."""
-        return cast(RemoteLayers, cast(nn.Module, self).get_submodule(self.isthmus_remote))
+        return self.isthmus_parts[0]
 
     def find_sites(self) -> Iterator[Site]:
         """See `RemoteLayers.find_sites`."""
@@ -293,12 +293,12 @@ class EdgeModelMixin:
         """
         configs = getattr(self, "peft_config", {})
         asked = {adapter: asked_of(config) for adapter, config in configs.items()}
-        remote = self.remote_layers
-        placed = remote.placed()
+        remote, layers = self.isthmus_parts
+        placed = [*layers, *remote.placed()]
         if (asked, placed) == self.isthmus_passed:
             return
         passed = {adapter for adapter, before in self.isthmus_passed[0].items() if before == asked.get(adapter)}
-        check_adapters(self, configs, passed)
+        check_adapters(self, layers, configs, passed)
         remote.take_up()
         self.isthmus_passed = copy.deepcopy(asked), placed  # a configuration can be changed and used again
 

@@ -77,9 +77,9 @@ def load_edge_parts(
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
-    model.isthmus_remote = remote.name
+    model.isthmus_parts = remote, layers
     model.isthmus_longest = longest_sequence(config)
-    model.isthmus_passed = {}, remote.placed()
+    model.isthmus_passed = {}, [*layers, *remote.placed()]
     # Bound methods: a deep copy of the model binds them to the copy.
     base.register_forward_pre_hook(model.enter_forward, with_kwargs=True)
     base.register_forward_hook(model.leave_forward, always_call=True)
