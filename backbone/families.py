@@ -142,34 +142,3 @@ def longest_sequence(config: Any) -> int:
         original = rope.get("original_max_position_embeddings") or longest
         return max(longest, int(original * rope.get("factor", 1.0)))
     return longest  # with parameters for each kind of layer (Gemma 3), a scaled length is what the configuration says
-
-
-LOWEST_POSITION = -1
-"""What `attention_mask.cumsum(-1) - 1` numbers padding on the left with."""
-
-
-def check_positions(config: Any, sequence: int, position_ids: Any = None) -> None:
-    """Check that a model is made for sequences of this length, and for these position ids.
-
-    Args:
-        config: Configuration of the whole model.
-        sequence: Token positions of a sequence.
-        position_ids: A tensor of whole numbers, or None where they are counted.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    longest = longest_sequence(config)
-    if sequence > longest:
-        raise ConfigError(
-            f"a sequence of {sequence} tokens is longer than the {longest} that the model is made for: cut it into "
-            "shorter ones"
-        )
-    if position_ids is None or not position_ids.numel():
-        return
-    lowest, highest = int(position_ids.min()), int(position_ids.max())
-    if lowest < LOWEST_POSITION or highest >= longest:
-        raise ConfigError(
-            f"position ids from {lowest} to {highest} do not fit the model, which knows 0 to {longest - 1} "
-            f"({LOWEST_POSITION} for padding): count each sequence's tokens from 0"
-        )

@@ -195,30 +195,31 @@ class SkeletonConv1D(_Skeleton, Conv1D):  # type: ignore[misc]  # transformers' 
 
 
 class SkeletonLayer(nn.Module):
-    """A decoder layer of the cloud: passes its input through, and has a place for each module of the real one.
+    """A decoder layer of the cloud, with a place for each module of the real one. Subclasses say what a call does.
 
     Args:
         real: The layer that it stands for.
+        path: Path of the list of layers in the whole model, such as `model.layers`.
+        index: The layer's index in the whole model.
+
+    Attributes:
         name: The layer's name in the whole model, such as `model.layers.7`.
+        index: See above.
     """
 
-    def __init__(self, real: nn.Module, name: str) -> None:
+    def __init__(self, real: nn.Module, path: str, index: int) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.index = f"{path}.{index}", index
         for part, module in real.named_modules():  # a parent comes before its children
             if part:
                 parent, _, leaf = part.rpartition(".")
-                self.get_submodule(parent).add_module(leaf, _skeleton_of(module, f"{name}.{part}"))
+                self.get_submodule(parent).add_module(leaf, _skeleton_of(module, f"{self.name}.{part}"))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of `SkeletonPart`."""
         if requires_grad:
             raise UnsupportedCallError(_not_here(self.name))
         return self
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Return `hidden_states` as they are: the cloud has already done the work."""
-        return hidden_states
 
 
 def _skeleton_of(real: nn.Module, name: str) -> nn.Module:

@@ -94,7 +94,7 @@ def _layers(config: Any, facts: ModelFacts, settings: ProbeSettings) -> tuple[Pi
     shape = (settings.batch, settings.length)
     leaf = torch.randn(*shape, facts.hidden, dtype=DTYPES[settings.dtype], requires_grad=True)
     mask, gradient = torch.ones(shape, dtype=torch.long), torch.randn_like(leaf)
-    positions = base.config.num_hidden_layers * settings.batch * settings.length
+    positions = _n_layers(config) * settings.batch * settings.length
     forward_flops = positions * facts.forward_flops(settings.length)
 
     def piece() -> dict[str, float]:
@@ -115,10 +115,13 @@ def _layers(config: Any, facts: ModelFacts, settings: ProbeSettings) -> tuple[Pi
     return piece, _kept_bytes(base, leaf, mask) / positions
 
 
+def _n_layers(config: Any) -> int:
+    return min(LAYERS, int(config.num_hidden_layers))
+
+
 def _random_layers(config: Any, dtype: torch.dtype) -> Any:
     """The model's first layers with random weights."""
-    layers = range(min(LAYERS, config.num_hidden_layers))
-    base = empty_layers(config, layers, dtype=dtype, attn_implementation=None)
+    base = empty_layers(config, range(_n_layers(config)), dtype=dtype, attn_implementation=None)
     for module in list(base.modules()):
         for name, empty in list(module.named_parameters(recurse=False)):
             value = torch.ones(empty.shape) if empty.dim() == 1 else torch.randn(empty.shape) * 0.02

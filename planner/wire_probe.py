@@ -27,8 +27,7 @@ from isthmus.protocol.secure.framing import KEY_BYTES, Direction
 from isthmus.protocol.secure.record import Opened, Opener, Sealer
 from isthmus.protocol.service import METHOD, SERVER_CODING, SERVICE, stream_options
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, encode
-from isthmus.rpc.event_loop import run
-from isthmus.rpc.transport import GrpcTransport
+from isthmus.rpc.transport import GrpcTransport, run
 
 LARGE = 1 << 18
 """Numbers of the larger of the two messages: 1 MiB."""

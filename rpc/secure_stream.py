@@ -50,6 +50,14 @@ class Traffic:
     sites_ns: int = 0  # what the edge computed meanwhile, for adapters inside the span
     queue_ns: int = 0  # the rest of the cloud's handling (waiting for its turn, codecs), as the cloud reports it
 
+    def answered(self, answer: m.Message) -> None:
+        """Count an answer, and the times that the cloud reports with it."""
+        self.round_trips += 1
+        if isinstance(answer, m.Timed):
+            self.compute_ns += answer.compute_ns
+            self.queue_ns += answer.queue_ns
+            self.crypto_ns += answer.crypto_ns
+
 
 # Called at each phase as it begins, on the event loop, which it must not wait for: what is asked ("handshake", or the
 # question's name: "forward", "backward", "attach", …), and how far it is ("sending", "waiting", "receiving", "idle").
@@ -161,7 +169,7 @@ class SecureStream:
             if isinstance(event, Received):
                 break
         self._observer(name, "idle")
-        self._traffic.round_trips += 1
+        self._traffic.answered(event.message)
         if isinstance(event.message, m.Goodbye):
             raise ConnectionLostError(f"the cloud ended the session: {printable(event.message.reason)}")
         return event

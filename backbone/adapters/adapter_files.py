@@ -33,12 +33,12 @@ from isthmus.backbone.adapters.custom_adapters import (
 )
 from isthmus.backbone.adapters.layer_adapters import decoder_layers
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader, read_json, write_json
-from isthmus.backbone.split.edge_model import EDGE_WEIGHTS_INFO, load_edge_weights
+from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO, load_edge_weights
 from isthmus.common.errors import CheckpointError
 from isthmus.common.files import new_folder
 
 if TYPE_CHECKING:
-    from isthmus.backbone.split.edge_model import EdgeOrigin
+    from isthmus.backbone.split.edge_weights import EdgeOrigin
 
 PEFT_INFO = "adapter_config.json"
 TUNING_INFO = "isthmus_tuning.json"

@@ -23,7 +23,7 @@ from isthmus.backbone.sites.low_rank import LowRankAdapter
 from isthmus.common.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from isthmus.backbone.split.edge_model import EdgeOrigin
+    from isthmus.backbone.split.edge_weights import EdgeOrigin
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CUSTOM_INFO = "isthmus_adapter.json"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from isthmus.backbone.sites.bottleneck import BOTTLENECK, Bottleneck, attach_bottleneck
-from isthmus.backbone.split.remote_layers import SitedSpan
+from isthmus.backbone.split.edge_model import SitedSpan
 from isthmus.common.errors import CheckpointError, ConfigError
 
 _WIDEST = 1 << 20

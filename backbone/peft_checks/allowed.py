@@ -8,13 +8,13 @@ every entry has a test of its gradients at such a site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
-from isthmus.backbone.skeleton import ALLOWED, SkeletonConv1D, SkeletonLinear
+from isthmus.backbone.skeleton import ALLOWED, SkeletonConv1D, SkeletonLayer, SkeletonLinear
 from isthmus.common.errors import UnsupportedCallError
 
 # Module of PEFT -> names of its layer classes.
@@ -52,22 +52,23 @@ def check_config(config: Any) -> None:
         )
 
 
-def check_layers(layers: nn.ModuleList, path: str, cloud: Sequence[int], configs: Mapping[str, Any]) -> None:
+def check_layers(layers: Iterable[SkeletonLayer], stack: nn.ModuleList, configs: Mapping[str, Any]) -> None:
     """Make sure that what PEFT has put on the cloud's layers works there.
 
     Args:
-        layers: The decoder layers of the edge's model.
-        path: Their path in the whole model, such as `model.layers`.
-        cloud: Indices of the layers that the cloud holds.
+        layers: What stands for the cloud's layers in the edge's model.
+        stack: All decoder layers of the model.
         configs: PEFT's configurations by adapter.
 
     Raises:
         UnsupportedCallError: A method would be silently wrong, or something else than a linear is wrapped.
     """
-    for index in cloud:
+    for layer in layers:
+        if stack[layer.index] is not layer:
+            _refuse_whole(layer.name)
         wrapped: list[str] = []
-        for part, module in layers[index].named_modules():
-            name = f"{path}.{index}.{part}".rstrip(".")
+        for part, module in layer.named_modules():
+            name = f"{layer.name}.{part}".rstrip(".")
             if is_peft_layer(module):
                 wrapped.append(f"{part}.")
                 for adapter in adapters_of(module):
@@ -78,10 +79,7 @@ def check_layers(layers: nn.ModuleList, path: str, cloud: Sequence[int], configs
                         )
                     check_method(name, module, configs[adapter])
             elif type(module).__module__.startswith("peft.") and not part.startswith(tuple(wrapped)):
-                raise UnsupportedCallError(
-                    f"{name} is in the cloud and cannot be trained as a whole: name modules of the edge's own layers "
-                    "in modules_to_save"
-                )
+                _refuse_whole(name)
 
 
 def check_method(name: str, module: nn.Module, config: Any) -> None:
@@ -118,6 +116,13 @@ def check_method(name: str, module: nn.Module, config: Any) -> None:
 def is_adalora(config: Any) -> bool:
     """Whether a configuration is AdaLoRA's, which gives its parameters other shapes while it trains or loads."""
     return _kind(config) == "ADALORA"
+
+
+def _refuse_whole(name: str) -> None:
+    raise UnsupportedCallError(
+        f"{name} is in the cloud and cannot be trained as a whole: name modules of the edge's own layers in "
+        "modules_to_save"
+    )
 
 
 def _refuse(name: str, method: str, remedy: str) -> None:

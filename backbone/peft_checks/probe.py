@@ -7,7 +7,7 @@ right exactly if `f_W(x) - W x = f_0(x)` for every `W`. So a copy of the wrapper
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,28 +16,26 @@ from transformers.pytorch_utils import Conv1D
 
 from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
-from isthmus.backbone.skeleton import ALLOWED, SkeletonLinear
+from isthmus.backbone.skeleton import ALLOWED, SkeletonLayer, SkeletonLinear
 from isthmus.common.errors import UnsupportedCallError
 
 _ROWS = 3  # of the input that is tried
 
 
-def check_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> None:
+def check_sites(layers: Iterable[SkeletonLayer]) -> None:
     """Try one wrapper of each kind, with each of its adapters.
 
     Wrappers of one class and with the same shapes are of one kind.
 
     Args:
-        layers: The decoder layers of the edge's model.
-        path: Their path in the whole model, such as `model.layers`.
-        cloud: Indices of the layers that the cloud holds.
+        layers: What stands for the cloud's layers in the edge's model.
 
     Raises:
         UnsupportedCallError: One looks at the weight.
     """
     tried: set[Any] = set()
-    for index in cloud:
-        for part, module in layers[index].named_modules():
+    for layer in layers:
+        for part, module in layer.named_modules():
             if not is_peft_layer(module):
                 continue
             wrapper: Any = module
@@ -49,7 +47,7 @@ def check_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> None:
             for adapter in sorted(adapters_of(wrapper)):
                 if not adds_to_its_linear(wrapper, adapter):
                     raise UnsupportedCallError(
-                        f"adapter {adapter!r} on {path}.{index}.{part}, which the cloud holds, depends on that "
+                        f"adapter {adapter!r} on {layer.name}.{part}, which the cloud holds, depends on that "
                         f"linear's weight: use a method that works on the input alone ({ALLOWED}), or keep it to the "
                         "edge's own layers (layers_to_transform)"
                     )

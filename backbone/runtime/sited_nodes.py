@@ -50,6 +50,7 @@ class GroupState:
         group: The group; None for the site behind a layer.
         sites: The sites that the edge is asked about.
         wanted: Whether the input's gradient leads anywhere.
+        shape: `[B, S]`, which the group's tensors may have as one dimension (OPT), and the edge's never.
         leased: The LoRA that is leased at each member, None where there is none.
         x: The group's input, where a backward with batched products needs it.
         gradients: The edge's answers in the backward, one for each of `sites`.
@@ -59,6 +60,7 @@ class GroupState:
     group: Group | None
     sites: tuple[int, ...]
     wanted: bool
+    shape: torch.Size
     leased: tuple[LeasedWeights | None, ...] = ()
     x: Tensor | None = None
     gradients: list[Tensor | None] = field(default_factory=list)

@@ -107,10 +107,16 @@ class SitedPass:
     partners: BatchingPartners | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     tapped: dict[int, Tensor] = field(default_factory=dict)
+    _shape: torch.Size = field(default_factory=torch.Size)  # `[B, S]` of what the linears read
     _ready: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def linear(self, module: SitedLinear, x: Tensor) -> Tensor:
-        """The output of a linear for `x` `[B, S, in]`, with what its site adds: `[B, S, out]`."""
+        """The output of a linear for `x` `[B, S, in]`, with what its site adds: `[B, S, out]`.
+
+        OPT's feed-forward part, behind its attention, reads `[B * S, in]` and gives `[B * S, out]`.
+        """
+        if x.dim() == 3:
+            self._shape = x.shape[:2]
         group = self.sites.groups.get(module)
         if group is None or (self.partners is None and not group.sites):
             return module.plain(x)
@@ -129,7 +135,7 @@ class SitedPass:
         site = self.sites.blocks.get(module)
         if site is None:
             return output
-        state = GroupState(None, (site,), hidden.requires_grad)
+        state = GroupState(None, (site,), hidden.requires_grad, hidden.shape[:2])
         (answer,) = self._answers(state, [hidden])
         contribution = edge_contribution(self.anchor, hidden, answer, state, 0).to(hidden.dtype)
         (result,) = group_outputs(state, (0,), [hidden + contribution])
@@ -141,7 +147,10 @@ class SitedPass:
             functional.linear(gradient, self.sites.matrices[site].each[1].T) if self._is_low_rank(site) else gradient
             for site, gradient in zip(state.sites, gradients, strict=True)
         ]
-        return list(self.adapters.backward(state.sites, given, wanted=state.wanted))
+        given = [each.reshape(*state.shape, each.shape[-1]) for each in given]
+        answers = self.adapters.backward(state.sites, given, wanted=state.wanted)
+        rows = gradients[0].shape[:-1]
+        return [None if answer is None else answer.reshape(*rows, answer.shape[-1]) for answer in answers]
 
     def backward_products(self, state: GroupState, gradients: Sequence[Tensor]) -> dict[int, Product]:
         """Batched products by member, of the `gradients` of a group's outputs; none where no other call runs beside."""
@@ -155,7 +164,7 @@ class SitedPass:
         """The outputs of all linears of a group, in the order in which a single process computes them."""
         asked = {index: site for index, site in group.sites.items() if self.sites.specs[site].asks}
         leased = tuple(self.leased.get(group.sites.get(index, -1)) for index in range(len(group.members)))
-        state = GroupState(group, tuple(asked.values()), x.requires_grad, leased)
+        state = GroupState(group, tuple(asked.values()), x.requires_grad, self._shape, leased)
         inputs = [self._site_input(site, x) for site in state.sites]
         answers = self._answers(state, inputs) if asked else ()
         if self.partners is not None and self.partners.present:
@@ -185,5 +194,8 @@ class SitedPass:
     def _site_input(self, site: int, x: Tensor) -> Tensor:
         return functional.linear(x, self.sites.matrices[site].each[0]) if self._is_low_rank(site) else x
 
-    def _answers(self, state: GroupState, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.adapters.forward(state.sites, None if self.again else inputs)
+    def _answers(self, state: GroupState, inputs: Sequence[Tensor]) -> list[Tensor]:
+        # Sites that share an input still do, and the edge is sent it once.
+        asked = {id(x): x.reshape(*state.shape, x.shape[-1]) for x in inputs}
+        answers = self.adapters.forward(state.sites, None if self.again else [asked[id(x)] for x in inputs])
+        return [answer.reshape(*x.shape[:-1], answer.shape[-1]) for answer, x in zip(answers, inputs, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from isthmus.backbone.sites.bottleneck import BOTTLENECK, Bottleneck
 from isthmus.backbone.sites.low_rank import LOW_RANK, LowRankSite
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.common.errors import UnsupportedCallError
 
 
@@ -48,6 +49,20 @@ class Site:
         return tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
+    def acts(self) -> bool:
+        """Whether its adapter is switched on.
+
+        Raises:
+            UnsupportedCallError: It is merged.
+        """
+        module: Any = self.module
+        if not is_peft_layer(module):
+            return True
+        if module.merged:
+            raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
+        return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))
+
+    @property
     def widths(self) -> tuple[int, int]:
         """Widths of the site's input and of its contribution: numbers for a token position."""
         if isinstance(self.module, Bottleneck):
@@ -74,31 +89,22 @@ class Site:
         return cast(Tensor, self.module(x))  # its base is a skeleton, which gives zeros
 
 
-def find_sites(layers: nn.ModuleList, path: str, cloud: Sequence[int]) -> Iterator[Site]:
-    """The sites of a model, layer by layer, in the order of the real layer's modules.
+def find_sites(layers: Iterable[SkeletonLayer]) -> Iterator[Site]:
+    """The sites in the cloud's layers, layer by layer, in the order of the real layer's modules.
 
-    Adapters that are switched off are none.
-
-    Args:
-        layers: The decoder layers of the edge's model.
-        path: Their path in the whole model, such as `model.layers`.
-        cloud: Indices of the layers that the cloud holds.
-
-    Raises:
-        UnsupportedCallError: An adapter is merged.
+    Those whose adapters are switched off are among them.
     """
-    for index in cloud:
-        layer = layers[index]
+    for layer in layers:
         for part, module in layer.named_modules():
-            if is_peft_layer(module) and _acts(module):
-                yield Site(f"{path}.{index}.{part}", SiteSpec(index, part), module)
+            if is_peft_layer(module):
+                yield Site(f"{layer.name}.{part}", SiteSpec(layer.index, part), module)
             elif isinstance(module, LowRankSite):
                 linear, basis = part.removesuffix(f".{LOW_RANK}"), Basis[module.init.upper()]
-                spec = SiteSpec(index, linear, Placement.LOW_RANK, module.rank, module.seed, basis)
-                yield Site(f"{path}.{index}.{linear}", spec, module)
+                spec = SiteSpec(layer.index, linear, Placement.LOW_RANK, module.rank, module.seed, basis)
+                yield Site(f"{layer.name}.{linear}", spec, module)
         block = getattr(layer, BOTTLENECK, None)
         if isinstance(block, Bottleneck):
-            yield Site(f"{path}.{index}", SiteSpec(index, ""), block)
+            yield Site(layer.name, SiteSpec(layer.index, ""), block)
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -113,9 +119,3 @@ def is_peft_layer(module: nn.Module) -> bool:
 def adapters_of(module: Any) -> set[str]:
     """Names of the adapters on a layer of PEFT, active or not."""
     return {adapter for part in module.adapter_layer_names for adapter in getattr(module, part)}
-
-
-def _acts(module: Any) -> bool:
-    if module.merged:
-        raise UnsupportedCallError("an adapter of a layer that the cloud holds is merged; merge on the whole model")
-    return not module.disable_adapters and bool(adapters_of(module) & set(module.active_adapters))

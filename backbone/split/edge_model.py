@@ -1,58 +1,233 @@
-"""The class of the edge's model: its family's own class, with saving and generating fitted to what an edge holds."""
+"""The edge's model: its family's own class, whose middle layers are one call of the span.
+
+The cloud's layers have their places in the list of layers. The first one calls the span, the others pass their input
+on. A decoder layer sees only the mask that the base model made of the caller's, so two hooks on the base model frame
+its forward: the first one checks the call and the adapters, and keeps the caller's own mask and positions.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isthmus.backbone.checkpoints.sources import Checkpoint
-from isthmus.backbone.checkpoints.tensor_reader import WHOLE_FILE, TensorReader, read_json, write_json
-from isthmus.backbone.families import Family
-from isthmus.backbone.peft_checks import PeftChecks
+from isthmus.backbone.peft_checks import asked_of, check_adapters
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sites.edge_sites import Site
-from isthmus.backbone.split.remote_layers import RemoteLayers
-from isthmus.common.errors import CheckpointError, UnsupportedCallError
-from isthmus.common.files import disk_errors
+from isthmus.backbone.sites.edge_sites import Site, find_sites
+from isthmus.backbone.sites.ladder_network import LadderSide
+from isthmus.backbone.sites.leasing import leased
+from isthmus.backbone.sites.site_spec import SiteSpec
+from isthmus.backbone.skeleton import SkeletonLayer
+from isthmus.backbone.split.edge_weights import EdgeOrigin, save_edge_weights
+from isthmus.backbone.split.span import check_positions
+from isthmus.common.errors import UnsupportedCallError
 
-EDGE_WEIGHTS_INFO = "isthmus_edge.json"
+SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""`(hidden [B, S, h], attention_mask [B, S] or None, position_ids [B, S] or [1, S] or None) -> hidden [B, S, h]`"""
+
+# Arguments that act inside every layer, or replace what the base model computes for it, and that the span never sees.
+_REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
+_RECORDED = ("output_attentions", "output_hidden_states")
 
 # generate() options that need a cache, or a layer's inner values.
 _NEEDS_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeOrigin:
-    """What an edge's model was made of.
+@runtime_checkable
+class SitedSpan(Protocol):
+    """A span that can turn to the edge at sites inside it. It is a `SpanFn` too."""
+
+    def at_sites(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
+    ) -> Tensor:
+        """As a `SpanFn`, with what `sites` add inside."""
+
+    def expect_sites(self, sites: Sequence[Site]) -> None:
+        """Adapters have just been put on the cloud's layers; called before a first pass."""
+
+
+@runtime_checkable
+class TappedSpan(Protocol):
+    """A span that can tell what comes out of layers inside it. It is a `SpanFn` too."""
+
+    def tapped(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As a `SpanFn`, and what comes out of `taps`, `[B, S, h or width]` each. No gradient flows through it."""
+
+
+class _Held:
+    """Keeps a callable out of a module's submodules, weights and copies: a copied model talks to the same span."""
+
+    def __init__(self, span: SpanFn) -> None:
+        self.span = span
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return self
+
+
+class PassingLayer(SkeletonLayer):
+    """A further cloud layer: `RemoteLayers` has had its work done with that of all others."""
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Return `hidden_states` as they are."""
+        return hidden_states
+
+
+class RemoteLayers(SkeletonLayer):
+    """The first cloud layer: sends the hidden states through the whole span, and tells it the sites inside.
+
+    It is no transformers layer on purpose: a checkpointing layer would run the span twice.
+
+    Args:
+        real: The layers that the cloud holds, whose names and shapes count.
+        path: Path of the list of layers in the whole model.
+        first: The first one's index in the whole model.
+        span: What runs the layers.
 
     Attributes:
-        checkpoint: The checkpoint that was read.
-        family: The model's family.
-        plan: The split plan.
-        names: The tensors of the edge, by their names in the whole model; a tied one counts once.
-        tied: Name -> name of the tensor that it shares.
+        layers: What stands for the cloud's layers: this module, and one `PassingLayer` for each further one.
+        live_sites: Names of the sites that are trained; None for all.
+        lend_dead: Whether all others act as well, leased to the cloud as they are; else they do not act.
     """
 
-    checkpoint: Checkpoint
-    family: Family
-    plan: SplitPlan
-    names: frozenset[str]
-    tied: dict[str, str]
+    def __init__(self, real: Sequence[nn.Module], path: str, first: int, span: SpanFn) -> None:
+        super().__init__(real[0], path, first)
+        others = (PassingLayer(layer, path, index) for index, layer in enumerate(real[1:], first + 1))
+        self.layers: tuple[SkeletonLayer, ...] = (self, *others)
+        self.live_sites: frozenset[str] | None = None
+        self.lend_dead = False
+        self._skeletons = tuple(module for layer in self.layers for module in layer.modules())
+        self._held = _Held(span)
+        self._ladder: tuple[LadderSide, tuple[SiteSpec, ...]] | None = None
+        self._places: tuple[Site, ...] = ()  # those of all adapters on the cloud's layers
+        # During a forward of the base model: the caller's mask and positions, and the sites that act.
+        self._inputs: tuple[Tensor | None, Tensor | None] | None = None
+        self._sites: tuple[Site, ...] = ()
+
+    @property
+    def span(self) -> SpanFn:
+        """What runs the layers. May be replaced, by one that counts or records, for instance."""
+        return self._held.span
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "span":
+            self._held = _Held(value)  # torch would register a module as a part of this one
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Run the cloud's layers on `hidden_states`, `[B, S, h]`.
+
+        Raises:
+            UnsupportedCallError: called outside the base model's forward, where mask and positions are not known.
+        """
+        if self._inputs is None:
+            raise UnsupportedCallError(
+                "a cloud layer was called by itself; call the model, which knows mask and positions"
+            )
+        if self._ladder is not None:
+            return self._climb(hidden_states, self._inputs, *self._ladder)
+        if not self._sites:
+            return self.span(hidden_states, *self._inputs)
+        return self._sited(self._sites).at_sites(hidden_states, *self._inputs, self._sites)
+
+    def enter(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """A forward of the base model begins, with these arguments of its caller."""
+        live = self.live_sites
+        sites = [site for site in self._places if site.acts]
+        if live is not None and self.lend_dead:
+            sites = [site if site.name in live else leased(site, trained=False) for site in sites]
+        elif live is not None:
+            sites = [site for site in sites if site.name in live]
+        self._inputs, self._sites = (attention_mask, position_ids), tuple(sites)
+
+    def leave(self) -> None:
+        """The forward is over, or has failed."""
+        self._inputs, self._sites = None, ()
+
+    def attach_ladder(self, ladder: LadderSide, taps: Sequence[SiteSpec]) -> None:
+        """Let what comes back of the span pass through a side network, which reads `taps`.
+
+        The network is a submodule of the model, not of this module; a deep copy of the model uses the copy's.
+        """
+        self._ladder = (ladder, tuple(taps))
+
+    def find_sites(self) -> Iterator[Site]:
+        """The sites in the cloud's layers whose adapters are switched on, dead ones too.
+
+        Raises:
+            UnsupportedCallError: An adapter is merged.
+        """
+        return (site for site in find_sites(self.layers) if site.acts)
+
+    def placed(self) -> list[nn.Module]:
+        """What stands in the places of the cloud's modules: skeletons, or what adapters have put there."""
+        return [module for skeleton in self._skeletons for module in skeleton.children()]
+
+    def take_up(self) -> None:
+        """Use from now on what adapters have put on the cloud's layers."""
+        self._places = tuple(find_sites(self.layers))
+
+    def check_span(self) -> None:
+        """Make sure that the span takes the adapters that are on the cloud's layers, and let it know them.
+
+        Raises:
+            UnsupportedCallError: It takes none.
+        """
+        sites = tuple(self.find_sites())
+        if sites:
+            self._sited(sites).expect_sites(sites)
+
+    def _sited(self, sites: Sequence[Site]) -> SitedSpan:
+        span: object = self.span
+        if not isinstance(span, SitedSpan):
+            raise UnsupportedCallError(
+                f"{sites[0].name} carries an adapter, and what stands for the cloud's layers here takes none: keep it "
+                "to the edge's own layers (layers_to_transform)"
+            )
+        return span
+
+    def _climb(
+        self,
+        hidden: Tensor,
+        inputs: tuple[Tensor | None, Tensor | None],
+        ladder: LadderSide,
+        taps: tuple[SiteSpec, ...],
+    ) -> Tensor:
+        span: object = self.span
+        if self._sites:
+            raise UnsupportedCallError(
+                f"{self._sites[0].name} carries an adapter beside a ladder, through which no gradient reaches it: "
+                "use one of the two"
+            )
+        if not isinstance(span, TappedSpan):
+            raise UnsupportedCallError("what stands for the cloud's layers here has no taps: use another method")
+        output, tapped = span.tapped(hidden, *inputs, taps)
+        result: Tensor = ladder(hidden, tapped, output, *inputs)
+        return result
 
 
 class EdgeModelMixin:
-    """Stands before a transformers class in the edge model's bases; see `load_edge_parts`."""
+    """Stands before a transformers class in the edge model's bases; see `load_edge_parts`.
+
+    Attributes:
+        isthmus_origin: What the model was made of.
+        isthmus_parts: The module that calls the span, and the list of all layers; a tuple hides them from torch.
+        isthmus_longest: Token positions of a sequence that the whole model is made for.
+        isthmus_passed: What has passed the checks: PEFT's configurations by adapter, and what stood in the places of
+            the cloud's modules.
+    """
 
     isthmus_origin: EdgeOrigin
-    isthmus_checks: PeftChecks
+    isthmus_parts: tuple[RemoteLayers, nn.ModuleList]
+    isthmus_longest: int
+    isthmus_passed: tuple[dict[str, Any], list[nn.Module]]
 
     @property
     def split_plan(self) -> SplitPlan:
@@ -62,18 +237,11 @@ class EdgeModelMixin:
     @property
     def remote_layers(self) -> RemoteLayers:
         """The module that calls the span."""
-        origin = self.isthmus_origin
-        path = f"{origin.family.layers_path}.{origin.plan.bottom}"
-        return cast(RemoteLayers, cast(nn.Module, self).get_submodule(path))
-
-    @property
-    def layered_model(self) -> nn.Module:
-        """The base model, whose forward loops over the layers."""
-        return cast(nn.Module, self).get_submodule(self.isthmus_origin.family.base)
+        return self.isthmus_parts[0]
 
     def find_sites(self) -> Iterator[Site]:
-        """The places inside the cloud's layers that carry an adapter, also those that are switched off."""
-        return self.remote_layers.find_sites(self.layered_model)
+        """See `RemoteLayers.find_sites`."""
+        return self.remote_layers.find_sites()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, without a key-value cache: each new token runs the whole sequence through the span.
@@ -92,15 +260,47 @@ class EdgeModelMixin:
                 )
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
 
-    def check_adapters(self, *_: Any) -> None:
-        """Make sure that PEFT's adapters compute what they would on the whole model.
-
-        Runs when PEFT has wrapped the model and before each forward; an adapter that has passed is not looked at again.
+    def enter_forward(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward of the base model: check the call and the adapters, and keep the mask and positions.
 
         Raises:
-            UnsupportedCallError: One would not.
+            ConfigError: The sequences are too long, or a position is none of the model's.
+            UnsupportedCallError: A cut model cannot do exactly what is asked.
         """
-        self.isthmus_checks.check(self, getattr(self, "peft_config", {}))
+        named = dict(kwargs)
+        if args:
+            named.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
+        _check_call(base.config, named)
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        if isinstance(tokens, Tensor):  # a cloud would refuse it, after the edge's own layers have computed
+            check_positions(self.isthmus_longest, tokens.shape[1], positions)
+        self.check_adapters()
+        self.remote_layers.enter(mask, positions)
+
+    def leave_forward(self, *_: Any) -> None:
+        """After a forward of the base model, or its failure."""
+        self.remote_layers.leave()
+
+    def check_adapters(self) -> None:
+        """Make sure that the adapters on the cloud's layers compute what they would on the whole model.
+
+        Runs when PEFT has wrapped the model and before each forward, since PEFT tells of the first adapter and not of
+        a second. Nothing is looked at again until a configuration, or a module of the cloud's layers, is another one.
+
+        Raises:
+            UnsupportedCallError: One would not, or PEFT broke off while it wrapped the model.
+        """
+        configs = getattr(self, "peft_config", {})
+        asked = {adapter: asked_of(config) for adapter, config in configs.items()}
+        remote, layers = self.isthmus_parts
+        placed = [*layers, *remote.placed()]
+        if (asked, placed) == self.isthmus_passed:
+            return
+        passed = {adapter for adapter, before in self.isthmus_passed[0].items() if before == asked.get(adapter)}
+        check_adapters(self, layers, configs, passed)
+        remote.take_up()
+        self.isthmus_passed = copy.deepcopy(asked), placed  # a configuration can be changed and used again
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -141,7 +341,8 @@ class EdgeModelMixin:
             )
             return
         if is_main_process:
-            _save(self, Path(save_directory), state_dict)
+            state = cast(nn.Module, self).state_dict() if state_dict is None else state_dict
+            save_edge_weights(self.isthmus_origin, state, Path(save_directory))
 
 
 def edge_class(model_class: type[Any]) -> type[Any]:
@@ -150,57 +351,25 @@ def edge_class(model_class: type[Any]) -> type[Any]:
     return type(model_class.__name__, (EdgeModelMixin, model_class), names)
 
 
-def _save(model: EdgeModelMixin, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-    origin = model.isthmus_origin
-    state = cast(nn.Module, model).state_dict() if state_dict is None else state_dict
-    expected = origin.names | origin.tied.keys()
-    strange = sorted(state.keys() - expected)
-    missing = sorted(origin.names - state.keys())
-    if strange or missing:
-        raise UnsupportedCallError(
-            f"the model's state is not the edge's own (for example {(strange or missing)[0]}); "
-            "save the PEFT model, or merge it"
-        )
-    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(origin.names)}
-    try:
-        digest = origin.checkpoint.digest()
-    except CheckpointError:
-        digest = ""  # the checkpoint is gone; what was learned must not be lost with it
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
-            written = Path(temporary) / WHOLE_FILE
-            save_file(tensors, written, metadata={"format": "pt"})
-            written.replace(folder / WHOLE_FILE)
-        write_json(
-            folder / EDGE_WEIGHTS_INFO, {"model": origin.checkpoint.name, "plan": str(origin.plan), "digest": digest}
-        )
-
-
-def load_edge_weights(full_model: nn.Module, folder: Path) -> None:
-    """Put what an edge model's `save_pretrained` wrote into the whole model, in place.
-
-    Args:
-        full_model: The whole model of the same architecture.
-        folder: The folder.
-
-    Raises:
-        CheckpointError: the folder holds something else, or a name or a shape does not fit. The model is then
-            unchanged.
-    """
-    read_json(folder / EDGE_WEIGHTS_INFO)
-    reader = TensorReader(folder)
-    state = full_model.state_dict(keep_vars=True)
-    for name in reader:
-        if name not in state:
-            raise CheckpointError(
-                f"the model has no tensor {name}, which {folder} holds; load the model that it was cut from"
+def _check_call(config: Any, named: dict[str, Any]) -> None:
+    """Refuse arguments of a forward, by name, that a cut model cannot do exactly."""
+    use_cache = named.get("use_cache")
+    if config.use_cache if use_cache is None else use_cache:
+        raise UnsupportedCallError("the split model keeps no key-value cache; pass use_cache=False")
+    for name in _REFUSED:
+        if named.get(name) is not None:
+            raise UnsupportedCallError(
+                f"{name} does not reach the cloud's layers: leave it out, and use prompt tuning in the place of "
+                "prefix tuning and cartridges, which pass it"
+                if name in ("cache", "past_key_values")
+                else f"{name} does not reach the cloud's layers; leave it out"
             )
-        if reader.view(name).shape != state[name].shape:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(reader.view(name).shape)} in {folder} and "
-                f"{list(state[name].shape)} in the model; load the model that it was cut from"
-            )
-    with torch.no_grad():
-        for name in reader:
-            state[name].copy_(reader.view(name))
+    for name in _RECORDED:
+        value = named.get(name)
+        if getattr(config, name, False) if value is None else value:
+            raise UnsupportedCallError(f"{name} would lack the cloud's layers; leave it out")
+    for name in ("attention_mask", "position_ids"):
+        value = named.get(name)
+        if value is not None and not (isinstance(value, Tensor) and value.dim() == 2):
+            got = f"of {value.dim()} dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UnsupportedCallError(f"{name} is {got}; the split model takes a tensor [batch, sequence]")

@@ -19,25 +19,12 @@ from isthmus.backbone.checkpoints.assembly import (
 )
 from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint, files_beside_the_weights
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, TensorReader, read_json, write_json
-from isthmus.backbone.families import family_of
-from isthmus.backbone.peft_checks import PeftChecks
+from isthmus.backbone.families import family_of, longest_sequence
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.skeleton import SkeletonLayer
-from isthmus.backbone.split.edge_model import EdgeModelMixin, EdgeOrigin, edge_class, load_edge_weights
-from isthmus.backbone.split.remote_layers import RemoteLayers, SpanFn
+from isthmus.backbone.split.edge_model import RemoteLayers, SpanFn, edge_class
+from isthmus.backbone.split.edge_weights import EdgeOrigin
 from isthmus.common.errors import CheckpointError, IsthmusError, PlanError
 from isthmus.common.files import disk_errors, new_folder
-
-__all__ = [
-    "EdgeModelMixin",
-    "RemoteLayers",
-    "SpanFn",
-    "export_edge_parts",
-    "load_edge_parts",
-    "load_edge_weights",
-    "weigh_parts",
-]
-
 
 MAX_COPIES = 64
 """Most beams, or answers to one prompt, that a checkpoint's generation settings may ask for."""
@@ -83,18 +70,19 @@ def load_edge_parts(
     base = model.get_submodule(family.base)
     layers = getattr(base, family.layers)
 
-    remote = RemoteLayers(layers[plan.bottom], span, family.layers, family.layers_path, plan.cloud)
-    for layer in plan.cloud:
-        layers[layer] = (
-            remote if layer == plan.bottom else SkeletonLayer(layers[layer], f"{family.layers_path}.{layer}")
-        )
-    remote.attach(base)
+    remote = RemoteLayers([layers[layer] for layer in plan.cloud], family.layers_path, plan.bottom, span)
+    for layer in remote.layers:
+        layers[layer.index] = layer
 
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
-    model.isthmus_checks = PeftChecks()
-    base.register_forward_pre_hook(model.check_adapters)  # PEFT tells of the first adapter and not of a second
+    model.isthmus_parts = remote, layers
+    model.isthmus_longest = longest_sequence(config)
+    model.isthmus_passed = {}, [*layers, *remote.placed()]
+    # Bound methods: a deep copy of the model binds them to the copy.
+    base.register_forward_pre_hook(model.enter_forward, with_kwargs=True)
+    base.register_forward_hook(model.leave_forward, always_call=True)
     return model
 
 

@@ -16,12 +16,40 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.span_format import DTYPE_NAMES
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader
 from isthmus.backbone.checkpoints.weight_quantization import QuantizedLinear, Quantizer, quantize_linears
-from isthmus.backbone.families import Family, family_of
+from isthmus.backbone.families import Family, family_of, longest_sequence
 from isthmus.backbone.plan import Span, SplitPlan
-from isthmus.common.errors import PlanError
+from isthmus.common.errors import ConfigError, PlanError
 
 DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.bfloat16), strict=True))
 """What a span computes in, by the names that options have."""
+LOWEST_POSITION = -1
+"""What `attention_mask.cumsum(-1) - 1` numbers padding on the left with."""
+
+
+def check_positions(longest: int, length: int, position_ids: Tensor | None) -> None:
+    """Check that a model is made for sequences of this length, and for these position ids.
+
+    Args:
+        longest: Token positions of a sequence at most, see `isthmus.backbone.families.longest_sequence`.
+        length: Token positions of a sequence.
+        position_ids: Whole numbers, or None where they are counted.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if length > longest:
+        raise ConfigError(
+            f"a sequence of {length} tokens is longer than the {longest} that the model is made for: cut it into "
+            "shorter ones"
+        )
+    if position_ids is None or not position_ids.numel():
+        return
+    lowest, highest = int(position_ids.min()), int(position_ids.max())
+    if lowest < LOWEST_POSITION or highest >= longest:
+        raise ConfigError(
+            f"position ids from {lowest} to {highest} do not fit the model, which knows 0 to {longest - 1} "
+            f"({LOWEST_POSITION} for padding): count each sequence's tokens from 0"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +88,7 @@ class FrozenSpan(nn.Module):
         config: Configuration of the whole model.
         hidden_size: Width `h` of the hidden states.
         dtype: Floating point dtype that it computes in, and that its weights have unless they are quantized.
+        longest: Token positions of a sequence that the model is made for.
     """
 
     def __init__(self, base: nn.Module, layer_span: Span, config: Any, hidden_size: int, dtype: torch.dtype) -> None:
@@ -69,6 +98,7 @@ class FrozenSpan(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.dtype = dtype
+        self.longest = longest_sequence(config)
         self.requires_grad_(False)
         self.train(False)
 
@@ -194,7 +224,7 @@ def empty_layers(config: Any, layers: Sequence[int], *, dtype: torch.dtype, attn
 
     Raises:
         ConfigError: the attention implementation does not fit the family.
-        PlanError: there are no layers, or the model has no such layer.
+        PlanError: there are no layers or too many, or the model has no such layer.
         UnsupportedFamilyError: the architecture cannot be cut.
     """
     family = family_of(config)
@@ -218,17 +248,23 @@ def arrange_layers(base: Any, modules: Sequence[nn.Module], layers: Sequence[int
 
     Args:
         base: The base model.
-        modules: Decoder layers in running order; one may stand several times.
+        modules: Decoder layers in running order, no more than the model has; one may stand several times.
         layers: Their indices in the whole model.
         config: Configuration of the whole model.
+
+    Raises:
+        PlanError: There are more layers than the model has, and its base model would leave out the last ones.
     """
     family = family_of(config)
+    if len(modules) > config.num_hidden_layers:
+        raise PlanError(f"{len(modules)} layers are more than the {config.num_hidden_layers} that the model has")
     # Existing layers are arranged: layers built from a shortened configuration would take their index for their depth.
     setattr(base, family.layers, nn.ModuleList(modules))
-    base.config = copy.deepcopy(base.config)  # the layers and the rotary embedding keep the whole model's
-    base.config.num_hidden_layers = len(modules)
     types = getattr(config, "layer_types", None)
     if types is not None:
+        # The base models of Qwen and Gemma choose a layer's mask by its place in the loop, before the layer is called.
+        # The layers themselves and the rotary embedding keep the whole model's configuration.
+        base.config = copy.deepcopy(base.config)
         base.config.layer_types = [types[layer] for layer in layers]
 
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from isthmus.backbone.families import check_positions
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
-from isthmus.backbone.split.span import SpanInput
+from isthmus.backbone.split.span import SpanInput, check_positions
 from isthmus.cloud.engine.activation_cache import Key, StashLost
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests
 from isthmus.cloud.engine.paused_batches import Step
@@ -274,7 +273,7 @@ class TenantSession:
                 "send less at a time"
             )
         positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
-        check_positions(self.executor.host.span.config, sequence, positions)
+        check_positions(self.executor.host.span.longest, sequence, positions)
         self._check_memory(message)
         hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)

@@ -22,26 +22,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import IsthmusError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.fetch import fetch_adapter, fetch_package, fetch_parts
 from isthmus.edge.client.offers import DEFAULT_MAX_BYTES
-from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, KeptCall, RemoteSpan, SpanCalls
 from isthmus.edge.client.return_adapter import return_adapter
 from isthmus.edge.client.session_keeper import Question, SessionKeeper, SessionOptions
 from isthmus.edge.client.site_traffic import SiteNotice
-from isthmus.edge.client.span_calls import KeptCall, SpanCalls
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.config.client_config import DEFAULT_KEY
 from isthmus.edge.run_report import WireTotals
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.secure.keys import Fingerprint, load_edge
-from isthmus.rpc.event_loop import Check
 from isthmus.rpc.secure_stream import Observer, Traffic
-from isthmus.rpc.transport import GrpcTransport, Tls, Transport
+from isthmus.rpc.transport import Check, GrpcTransport, Tls, Transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +108,11 @@ def connect(
         reach=reach,
         max_fetch_bytes=max_fetch_bytes,
     )
-    link.open(connect_timeout)
+    try:
+        link.open(connect_timeout)
+    except BaseException:
+        link.close()
+        raise
     return link
 
 
@@ -232,7 +233,7 @@ class Link:
 
         Args:
             dtype: floating point dtype of the edge's weights.
-            leased: whether the LoRA at the site of that name may be lent to the cloud, which then sees its weights and
+            leased: whether the LoRA at the site of that name is leased to the cloud, which then sees its weights and
                 runs it; by default no adapter ever leaves the edge.
             summed: whether the sites that share an input answer a backward with one gradient of it: fewer bytes, and
                 other ones in the last place than a single process has.
@@ -271,10 +272,9 @@ class Link:
         position_ids: Tensor | None,
         *,
         keep: bool,
-        sites: SiteCall | None = None,
     ) -> tuple[Tensor, KeptCall]:
         """One forward of the cloud's layers without a model; see `ForwardRequest`."""
-        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep, sites))
+        return self.span.forward(ForwardRequest(SpanInput(hidden, attention_mask, position_ids), keep))
 
     def backward_span(
         self,
@@ -283,13 +283,9 @@ class Link:
         hidden: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        *,
-        sites: SiteCall | None = None,
-        wanted: bool = True,
     ) -> Tensor | None:
         """The backward of such a forward; see `BackwardRequest`."""
-        inputs = SpanInput(hidden, attention_mask, position_ids)
-        return self.span.backward(BackwardRequest(kept, gradient, inputs, sites, wanted))
+        return self.span.backward(BackwardRequest(kept, gradient, SpanInput(hidden, attention_mask, position_ids)))
 
     def begin_step(self, step: int) -> None:
         """Name the optimizer step that the next calls belong to."""

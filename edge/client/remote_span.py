@@ -1,12 +1,16 @@
 """The cloud's layers as one differentiable function of hidden states and of the adapters inside them.
 
 The backbone is frozen, so what can want a gradient is the input and the parameters of the sites. The input is kept on
-the edge until the backward has been answered: whatever happens to the cloud's stash or to the connection, the call can
-be repeated and gives the same bits (Petals keeps inputs for the same reason, Borzunov et al., 2023).
+the edge until the backward has been answered: whatever happens to the cloud's activation cache or to the connection,
+the call can be repeated and gives the same bits (Petals keeps inputs for the same reason, Borzunov et al., 2023).
+
+    RemoteSpan       what the model calls; an autograd function makes two requests of it
+    SpanCalls        sends the requests as messages, and checks what comes back
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +24,14 @@ from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.span import SpanInput
-from isthmus.common.errors import UnsupportedCallError
+from isthmus.common.errors import RefusedError, RemoteProtocolError, UnsupportedCallError
+from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, SessionKeeper
+from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer
+from isthmus.edge.codecs.wire_codecs import WireCodecs
+from isthmus.protocol import messages as m
+from isthmus.protocol.encoding import body_bytes
+from isthmus.protocol.session import edge_limits
+from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,7 @@ class RemoteSpan:
 
     Args:
         link: What is called.
-        leased: Whether the weights of the site of that name may be lent to the cloud, which then runs its adapter.
+        leased: Whether the weights of the site of that name may be leased to the cloud, which then runs its adapter.
         summed: Whether the sites that share an input answer a backward with one gradient of it, the sum of theirs. That
             saves traffic, and adds up in another order than a single process does.
 
@@ -98,7 +109,7 @@ class RemoteSpan:
     def at_sites(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site]
     ) -> Tensor:
-        """The same, with adapters inside the span; see `isthmus.backbone.split.remote_layers.SitedSpan`.
+        """The same, with adapters inside the span; see `isthmus.backbone.split.edge_model.SitedSpan`.
 
         Raises:
             UnsupportedCallError: A site that is to be leased cannot be.
@@ -108,7 +119,7 @@ class RemoteSpan:
         return self._run(hidden, attention_mask, position_ids, placed)
 
     def expect_sites(self, sites: Sequence[Site]) -> None:
-        """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.remote_layers.SitedSpan`."""
+        """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.edge_model.SitedSpan`."""
         self.notice([site for site in sites if not self._leased(site.name)])
 
     def tapped(
@@ -186,3 +197,117 @@ class _SpanFunction(torch.autograd.Function):
             gradients = sites.gradients()
             sites.close()
         return result, None, None, None, None, None, *gradients
+
+
+@dataclass(slots=True)
+class KeptCall:
+    """A forward whose backward may come: its number, and the session whose activation cache has it."""
+
+    call: int
+    session: int = 0
+
+
+class SpanCalls:
+    """A `SpanLink` over a session keeper.
+
+    A call is a pure function of what is sent and of the answers of its sites, which a `SiteCall` keeps. So a call that
+    broke in the middle begins anew and ends in the same bits.
+
+    Attributes:
+        codecs: how tensors cross; may be replaced between two calls.
+        step: the optimizer step that calls belong to; 0 before the first.
+    """
+
+    def __init__(self, keeper: SessionKeeper, codecs: WireCodecs) -> None:
+        self.codecs = codecs
+        self.step = 0
+        self._keeper = keeper
+        self._numbers = itertools.count(1)
+        self._lists = SentLists()
+
+    def forward(self, request: ForwardRequest) -> tuple[Tensor, KeptCall]:
+        """Run the cloud's span."""
+        codec, hidden = self.codecs.forward_down, request.inputs.hidden
+        sent, answerer = self._sent(request.inputs), self._answerer(request.sites)
+        kept = KeptCall(next(self._numbers))
+        # Without sites the input's gradient is all that a backward can want.
+        wanted = hidden.requires_grad or request.sites is None
+
+        def message(attempt: Attempt) -> m.Forward:
+            kept.session = attempt.session
+            sites, lease = (0, 0) if answerer is None else self._lists.send(answerer.sites, attempt)
+            return m.Forward(
+                m.CallId(self.step, kept.call, attempt.number),
+                request.keep,
+                sent.hidden,
+                sent.attention_mask,
+                sent.position_ids,
+                codec_id(codec),
+                sites,
+                wanted,
+                lease,
+            )
+
+        most = body_bytes(codec, hidden.shape) if answerer is None else answerer.forward_bytes(hidden.shape)
+        reply = self._keeper.call(Question(m.ForwardReply, message, most, answerer))
+        if answerer is not None:
+            answerer.take_taps(reply, hidden.shape)
+        limits = edge_limits(self._keeper.info)
+        return decode_as(reply.hidden, hidden.shape, codec, limits, "the output of the cloud's layers"), kept
+
+    def backward(self, request: BackwardRequest) -> Tensor | None:
+        """The gradient of the span's input, None unless it is `wanted`."""
+        codec, shape, kept = self.codecs.backward_down, request.inputs.hidden.shape, request.kept
+        answerer = self._answerer(request.sites)
+        what = "the gradient for the cloud's layers"
+        gradient = encode(request.gradient, self.codecs.backward_up, Role.GRADIENT, what)
+        lost = False
+
+        def message(attempt: Attempt) -> m.Backward:
+            # The activations live as long as their session: after a reconnect the input goes along unasked.
+            replay = self._sent(request.inputs) if lost or kept.session != attempt.session else None
+            sites, lease = (0, 0) if answerer is None else self._lists.send(answerer.sites, attempt)
+            call = m.CallId(self.step, kept.call, attempt.number)
+            return m.Backward(call, gradient, replay, codec_id(codec), sites, request.wanted, lease)
+
+        most = body_bytes(codec, shape) if request.wanted else 0
+        most = most if answerer is None else answerer.backward_bytes(shape, most)
+        question = Question(m.BackwardReply, message, most, answerer)
+        try:
+            reply = self._keeper.call(question)
+        except ActivationsLostError:
+            lost = True
+            self._keeper.traffic.retries += 1
+            try:
+                reply = self._keeper.call(question)
+            except ActivationsLostError:
+                raise RemoteProtocolError(
+                    "the cloud says that it lost a forward state whose input it was just sent"
+                ) from None
+        if answerer is not None:
+            answerer.take_back(reply)
+        elif reply.leased:
+            raise RemoteProtocolError("the cloud answered with gradients of leased weights, and none are leased")
+        if (reply.gradient is None) == request.wanted:
+            raise RemoteProtocolError("the cloud answered with a gradient that was not wanted, or with none")
+        if reply.gradient is None:
+            return None
+        limits = edge_limits(self._keeper.info)
+        return decode_as(reply.gradient, shape, codec, limits, "the gradient from the cloud's layers")
+
+    def _answerer(self, sites: SiteCall | None) -> SiteAnswerer | None:
+        return None if sites is None else SiteAnswerer(sites, self.codecs, edge_limits(self._keeper.info))
+
+    def _sent(self, inputs: SpanInput) -> m.SpanInputs:
+        limit = self._keeper.info.limits.max_tokens_per_call
+        if inputs.positions > limit:  # the cloud would cut the stream in the middle of a message that is far too large
+            batch, length = inputs.hidden.shape[:2]
+            raise RefusedError(
+                f"{batch} x {length} tokens in one call; the cloud takes at most {limit}: use smaller batches"
+            )
+        mask, positions = inputs.attention_mask, inputs.position_ids
+        return m.SpanInputs(
+            encode(inputs.hidden, self.codecs.forward_up, Role.ACTIVATION, "the hidden states for the cloud's layers"),
+            None if mask is None else encode_mask(mask),
+            None if positions is None else encode_positions(positions),
+        )

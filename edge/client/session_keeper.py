@@ -12,9 +12,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -24,6 +24,7 @@ from isthmus.common.errors import (
     ConfigError,
     ConnectionLostError,
     FingerprintError,
+    IsthmusError,
     LocalProtocolError,
     NonFiniteError,
     OverQuotaError,
@@ -37,9 +38,8 @@ from isthmus.common.terminal import printable
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.rpc.event_loop import CHECK_SECONDS, Check, run
 from isthmus.rpc.secure_stream import Observer, RedirectedError, SecureStream, Traffic
-from isthmus.rpc.transport import pauses
+from isthmus.rpc.transport import CHECK_SECONDS, Check, pauses, run
 
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""
@@ -81,13 +81,8 @@ class SessionOptions:
                 f"a deadline of {self.deadline} s does not make sense: give more than 0 and at most {MAX_DEADLINE}"
             )
 
-    def attach(self, link: bytes, *, settled: bool) -> m.Attach:
-        """What a session begins with."""
-        milliseconds = 0 if self.deadline is None else max(1, round(self.deadline * 1000))
-        return m.Attach(link, self.interactive, milliseconds, settled)
 
-
-class SiteAdapters(Protocol):
+class Answerer(Protocol):
     """Answers what the cloud asks in the middle of a call."""
 
     @property
@@ -121,7 +116,7 @@ class Question(Generic[R]):
         kind: of the answer.
         message: makes an attempt's message.
         answer_bytes: the most bytes of the body of an answer, or of what the cloud asks in the middle.
-        visitor: answers what the cloud asks in the middle; None where it must not ask.
+        answerer: answers what the cloud asks in the middle; None where it must not ask.
         timeout: seconds that an attempt may take; None for the session's own.
         patience: seconds that the cloud may stay away; None for the session's own.
     """
@@ -129,7 +124,7 @@ class Question(Generic[R]):
     kind: type[R]
     message: Callable[[Attempt], m.Message]
     answer_bytes: int = 0
-    visitor: SiteAdapters | None = None
+    answerer: Answerer | None = None
     timeout: float | None = None
     patience: float | None = None
 
@@ -191,18 +186,14 @@ class SessionKeeper:
     def close(self) -> None:
         """Say goodbye and close."""
         with self._lock:
-            stream, self._stream = self._stream, None
             self._closed = True
-            if stream is not None:
-                run(stream.close())
+            run(self._end(SecureStream.close))
             run(self._endpoints.close())
 
     def drop(self) -> None:
         """Abandon the session, if there is one; the next question opens another."""
         with self._lock:
-            stream, self._stream = self._stream, None
-            if stream is not None:
-                run(stream.abandon())
+            run(self._end(SecureStream.abandon))
 
     def ask(self, kind: type[R], message: m.Message, *, answer_bytes: int = 0) -> R:
         """Ask until there is an answer of this kind, whose body has at most `answer_bytes`; raises what `call` does."""
@@ -213,7 +204,7 @@ class SessionKeeper:
 
         Raises:
             UnreachableError: the cloud has stayed away for too long.
-            StashLostError: the cloud has forgotten the forward that is asked about.
+            ActivationsLostError: the cloud has forgotten the forward that is asked about.
             IsthmusError: of whatever kind fits what the cloud answered.
         """
         patience = self._options.give_up_after if question.patience is None else question.patience
@@ -224,7 +215,6 @@ class SessionKeeper:
             finally:
                 self.traffic.asking_ns += time.perf_counter_ns() - start
             self.traffic.calls += 1
-            self._count(answer)
             return answer
 
     # Below: one attempt, and what follows when it fails ---------------------------------------------------------------
@@ -237,14 +227,13 @@ class SessionKeeper:
             attempt = Attempt(number, self.traffic.sessions, lambda said: self._ask(stream, said, timeout, 0))
             message = question.message(attempt)
             answer = self._ask(stream, message, timeout, question.answer_bytes)
-            visitor, visits = question.visitor, 0
-            while visitor is not None and isinstance(answer, m.SiteQuestion) and _same_call(answer, message):
-                if visits == visitor.questions:
-                    raise RemoteProtocolError(f"the cloud asks about sites more than {visits} times in one call")
-                visits += 1
-                self._count(answer)
+            answerer, asked = question.answerer, 0
+            while answerer is not None and isinstance(answer, m.SiteQuestion) and _same_call(answer, message):
+                if asked == answerer.questions:
+                    raise RemoteProtocolError(f"the cloud asks about sites more than {asked} times in one call")
+                asked += 1
                 begun = time.perf_counter_ns()
-                reply = visitor.answer(answer)
+                reply = answerer.answer(answer)
                 self.traffic.sites_ns += time.perf_counter_ns() - begun
                 answer = self._ask(stream, reply, timeout, question.answer_bytes)
         except BaseException:
@@ -297,27 +286,42 @@ class SessionKeeper:
 
     def _session(self) -> SecureStream:
         """The open session, or a new one."""
-        if self._stream is None:
-            stream = self._run(self._opened())
-            try:
-                self._check_identity(stream.info)
-                self._accept(stream.info)
-            except BaseException:
-                run(stream.close())
-                raise
-            self._info, self._stream = stream.info, stream
-        return self._stream
+        if self._stream is not None:
+            return self._stream
+        try:
+            return run(self._open(), self.check)
+        except BaseException:  # an interrupt: the session may stand all the same
+            self.drop()
+            raise
 
-    async def _opened(self) -> SecureStream:
+    async def _open(self) -> SecureStream:
+        stream = await self._attached()
+        try:
+            self._check_identity(stream.info)
+            self._accept(stream.info)
+        except BaseException:
+            await stream.close()
+            raise
+        self._info, self._stream = stream.info, stream
+        return stream
+
+    async def _end(self, end: Callable[[SecureStream], Awaitable[None]]) -> None:
+        """End the session, if there is one. On the event loop, which has then ended an opening that was interrupted."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await end(stream)
+
+    async def _attached(self) -> SecureStream:
         """A new session with the chosen worker, or with the one where that sends us."""
-        endpoints = self._endpoints
+        endpoints, options = self._endpoints, self._options
+        milliseconds = 0 if options.deadline is None else max(1, round(options.deadline * 1000))
         while True:
             try:
                 stream = await SecureStream.open(
                     await endpoints.open(),
                     self._pin,
                     self._key,
-                    self._options.attach(self._link_id, settled=endpoints.settled),
+                    m.Attach(self._link_id, options.interactive, milliseconds, endpoints.settled),
                     traffic=self.traffic,
                     observer=self._observe,
                 )
@@ -349,22 +353,13 @@ class SessionKeeper:
             )
 
     def _ask(self, stream: SecureStream, message: m.Message, timeout: float, answer_bytes: int) -> m.Message:
-        return self._run(stream.ask(message, timeout, answer_bytes)).message
+        return run(stream.ask(message, timeout, answer_bytes), self.check).message
 
     def _observe(self, question: str, phase: str) -> None:
         self.observer(question, phase)  # looked up each time: it may be replaced while a session is open
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return run(work, self.check)
 
-    def _count(self, answer: m.Message) -> None:
-        if isinstance(answer, m.Timed):
-            self.traffic.compute_ns += answer.compute_ns
-            self.traffic.queue_ns += answer.queue_ns
-            self.traffic.crypto_ns += answer.crypto_ns
-
-
-class StashLostError(Exception):
+class ActivationsLostError(Exception):
     """The cloud has forgotten a forward: its input has to go along with the backward."""
 
 
@@ -384,20 +379,20 @@ def _described(info: m.SessionInfo) -> str:
     )
 
 
+_REFUSALS: dict[m.StatusCode, type[IsthmusError]] = {
+    m.StatusCode.NON_FINITE: NonFiniteError,
+    m.StatusCode.OVER_QUOTA: OverQuotaError,
+    m.StatusCode.TOO_LATE: TooLateError,
+    m.StatusCode.INTERNAL: CloudFailedError,
+}
+
+
 def refusal(status: m.Status) -> Exception:
     """What a status that is not OK means for the edge."""
     said = printable(status.message)
-    match status.code:
-        case m.StatusCode.ACTIVATIONS_LOST:
-            return StashLostError()
-        case m.StatusCode.NON_FINITE:
-            return NonFiniteError(f"the cloud refused the call (not finite): {said}")
-        case m.StatusCode.DRAINING:
-            return ConnectionLostError(said)
-        case m.StatusCode.OVER_QUOTA:
-            return OverQuotaError(f"the cloud refused the call (over quota): {said}")
-        case m.StatusCode.TOO_LATE:
-            return TooLateError(f"the cloud refused the call (too late): {said}")
-        case code:
-            kind = CloudFailedError if code == m.StatusCode.INTERNAL else RefusedError
-            return kind(f"the cloud refused the call ({code.name.lower().replace('_', ' ')}): {said}")
+    if status.code == m.StatusCode.ACTIVATIONS_LOST:
+        return ActivationsLostError()
+    if status.code == m.StatusCode.DRAINING:
+        return ConnectionLostError(said)
+    kind = _REFUSALS.get(status.code, RefusedError)
+    return kind(f"the cloud refused the call ({status.code.name.lower().replace('_', ' ')}): {said}")

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.backbone.runtime.site_host import linear_groups
 from isthmus.backbone.sites.edge_sites import Site
-from isthmus.backbone.split.edge_model import EdgeModelMixin
-from isthmus.backbone.split.remote_layers import RemoteLayers
+from isthmus.backbone.split.edge_model import EdgeModelMixin, RemoteLayers
 from isthmus.common.errors import ConfigError
 from isthmus.common.files import write_atomic
 from isthmus.edge.config.schedule import learning_rate

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.backbone.sites.site_spec import SiteSpec
-from isthmus.backbone.split.remote_layers import SpanFn, TappedSpan
+from isthmus.backbone.split.edge_model import SpanFn, TappedSpan
 from isthmus.common.errors import UnsupportedCallError
 from isthmus.edge.span_cache.cache_check import (
     check_cacheable,

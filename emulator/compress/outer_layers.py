@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.backbone.split.remote_layers import SpanFn
 
 
 class OuterLayers:

@@ -32,7 +32,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.split.edge_model import EDGE_WEIGHTS_INFO
+from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO
 from isthmus.common.errors import AdapterError, PlanError
 from isthmus.emulator.package.peft_rules import held, is_int, is_layers, peft_config
 

@@ -16,8 +16,8 @@ from isthmus.backbone.checkpoints.gguf import quiet_transformers
 from isthmus.backbone.checkpoints.sources import Checkpoint, files_beside_the_weights
 from isthmus.backbone.checkpoints.tensor_reader import write_json
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.backbone.split.remote_layers import SpanFn
 from isthmus.common.errors import AdapterError, CheckpointError, ConfigError, UnsupportedCallError
 from isthmus.common.files import disk_errors, new_folder
 from isthmus.emulator.package.intake import ADAPTER_FILES

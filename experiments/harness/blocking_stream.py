@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from isthmus.common.errors import ConnectionLostError
-from isthmus.rpc.event_loop import run
-from isthmus.rpc.transport import GrpcTransport, Tls
+from isthmus.rpc.transport import GrpcTransport, Tls, run
 
 SEND_SECONDS = 0.5
 """That sending waits for room by default."""

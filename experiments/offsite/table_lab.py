@@ -20,8 +20,8 @@ from torch import nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_model import SpanFn
 from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.backbone.split.remote_layers import SpanFn
 from isthmus.backbone.split.span import FrozenSpan, load_span
 from isthmus.common.errors import NonFiniteError
 from isthmus.common.progress import StepProgress

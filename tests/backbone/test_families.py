@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from support.models.tiny import CONFIGS, N_LAYERS, tiny_config
 from transformers import AutoConfig
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import write_json
-from isthmus.backbone.families import SUPPORTED, check_positions, family_named, family_of, longest_sequence
+from isthmus.backbone.families import SUPPORTED, family_named, family_of, longest_sequence
 from isthmus.common.errors import CheckpointError, ConfigError, UnsupportedFamilyError
 
 
@@ -86,13 +85,3 @@ def test_the_longest_sequence_is_what_the_configuration_says(family: str) -> Non
 @pytest.mark.parametrize(("rope", "longest"), [(YARN, 512), (LINEAR, 256), (LLAMA3, 128)])
 def test_scaled_rotary_embeddings_make_a_model_longer(rope: dict[str, object], longest: int) -> None:
     assert longest_sequence(tiny_config("llama", rope_parameters=rope)) == longest
-
-
-def test_a_sequence_or_positions_beyond_the_model_are_refused_with_the_number() -> None:
-    config = tiny_config("llama")
-    check_positions(config, 128, torch.arange(128)[None] - 1)
-    with pytest.raises(ConfigError, match="129 tokens is longer than the 128"):
-        check_positions(config, 129)
-    for wrong, says in ((torch.tensor([[0, 128]]), "0 to 128"), (torch.tensor([[-2, 3]]), "-2 to 3")):
-        with pytest.raises(ConfigError, match=says):
-            check_positions(config, 2, wrong)

@@ -19,7 +19,7 @@ from support.models.tiny import PAD, VOCAB, tiny_checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from isthmus.backbone.split.edge_parts import load_edge_weights
+from isthmus.backbone.split.edge_weights import load_edge_weights
 from isthmus.common.errors import ConfigError, UnsupportedCallError
 from isthmus.edge import connect
 from isthmus.edge.client.link import Link

@@ -20,7 +20,7 @@ from isthmus.backbone.checkpoints.sources import load_tokenizer
 from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError, UnsupportedCallError
 from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
-from isthmus.edge.client.site_visits import SiteVisits
+from isthmus.edge.client.site_answerer import SiteAnswerer
 from isthmus.edge.cloud_link import CACHE_FOLDER, open_link
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.config.training_config import TrainConfig
@@ -102,9 +102,9 @@ def revived(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     pytest.importorskip("tensorboard")
     out, asked = tmp_path_factory.mktemp("revived"), Asked()
     config = runs.config(out, report_to="tensorboard", **REVIVED)
-    real = SiteVisits.answer
+    real = SiteAnswerer.answer
 
-    def noting(self: SiteVisits, question: m.SiteQuestion) -> m.SiteAnswer:
+    def noting(self: SiteAnswerer, question: m.SiteQuestion) -> m.SiteAnswer:
         answer = real(self, question)
         names = {self.sites.sites[number].name for number in question.sites}
         asked.names.setdefault(question.id.step, set()).update(names)
@@ -114,7 +114,7 @@ def revived(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SiteVisits, "answer", noting)
+        patch.setattr(SiteAnswerer, "answer", noting)
         with open_link(config) as link:
             train_over(link, config)
     return out, asked

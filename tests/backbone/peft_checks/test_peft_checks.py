@@ -16,6 +16,7 @@ from support.models.tiny import CONFIGS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.peft_checks import checks, probe, whole
+from isthmus.backbone.split import edge_model
 from isthmus.common.errors import UnsupportedCallError
 
 from ..conftest import Pairs, batch
@@ -260,6 +261,36 @@ def test_each_adapter_is_looked_at_once_also_in_a_copy(pairs: Pairs, monkeypatch
     assert looked == ["default", "second"]
 
 
+def test_what_is_put_on_a_layer_by_hand_is_noticed(pairs: Pairs) -> None:
+    model, _ = split(pairs("llama"))
+    wrapped = peft.get_peft_model(pairs("llama").edge, edge_lora()).get_base_model()
+    assert torch.isfinite(model(**batch("no_mask")).loss)
+    model.model.layers[3].self_attn.q_proj = wrapped.model.layers[0].self_attn.q_proj
+    with pytest.raises(UnsupportedCallError, match="PEFT has not finished"):
+        model(**batch("no_mask"))
+
+
+def test_nothing_is_looked_at_where_nothing_has_changed(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+    real = edge_model.find_sites
+
+    def spy(layers: Any) -> Any:
+        walks.append(len(layers))
+        return real(layers)
+
+    base, _ = split(pairs("llama"))
+    model = peft.get_peft_model(base, lora(["q_proj"]))
+    monkeypatch.setattr(edge_model, "find_sites", spy)
+    for _ in range(2):
+        model(**batch("no_mask"))
+        with model.disable_adapter():  # the sites are known, and do not act
+            model(**batch("no_mask"))
+    assert walks == []
+    model.add_adapter("second", lora(["v_proj"]))  # the control
+    model(**batch("no_mask"))
+    assert walks == [2, 2]  # for the span, and for the calls
+
+
 @pytest.mark.parametrize(
     "config",
     [lambda: lora(["q_proj"]), lambda: peft.ShiraConfig(r=2, target_modules=names(EDGE, "self_attn.q_proj"))],
@@ -268,7 +299,7 @@ def test_the_checks_draw_no_random_numbers(pairs: Pairs, config: Any) -> None:
     model, _ = split(pairs("llama"))
     base = peft.get_peft_model(model, config()).get_base_model()
     state = torch.get_rng_state()
-    base.isthmus_checks = checks.PeftChecks()  # which has seen nothing
+    base.isthmus_passed = {}, []  # nothing has been looked at
     base.check_adapters()
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.split.edge_parts import load_edge_parts, load_edge_weights
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.backbone.split.edge_weights import load_edge_weights
 from isthmus.common.errors import CheckpointError, UnsupportedCallError
 
 from ..conftest import Checkpoints, Pairs, batch, whole_model
@@ -117,7 +118,7 @@ def test_generation_that_needs_a_cache_is_refused(pairs: Pairs) -> None:
     assert pair.edge.generate(ids, generation_config=config).shape[1] > ids.shape[1]
 
 
-def test_a_copy_talks_to_the_same_span_through_its_own_gate(pairs: Pairs) -> None:
+def test_a_copy_talks_to_the_same_span_through_its_own_layers(pairs: Pairs) -> None:
     pair = pairs("llama_tied")
     twin = copy.deepcopy(pair.edge)
     assert twin.remote_layers is not pair.edge.remote_layers

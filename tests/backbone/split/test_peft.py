@@ -119,7 +119,7 @@ def test_prompt_tuning_passes_and_prefix_tuning_is_refused(pairs: Pairs) -> None
 def test_the_bare_model_does_not_save_itself_with_an_adapter_inside_and_does_once_merged(
     pairs: Pairs, tmp_path: Path
 ) -> None:
-    from isthmus.backbone.split.edge_parts import load_edge_weights
+    from isthmus.backbone.split.edge_weights import load_edge_weights
 
     pair = pairs("llama")
     model = get_peft_model(pair.edge, lora(["q_proj"]))

@@ -7,7 +7,7 @@ import torch
 from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS
 
 from isthmus.backbone.plan import Span
-from isthmus.backbone.split.span import distinct_layers, load_layers, load_span, run_layers
+from isthmus.backbone.split.span import check_positions, distinct_layers, load_layers, load_span, run_layers
 from isthmus.common.errors import CheckpointError, ConfigError, PlanError
 
 from ..conftest import Checkpoints
@@ -43,10 +43,36 @@ def test_a_layer_that_stands_twice_is_one_module(checkpoints: Checkpoints) -> No
     assert sum(parameter.numel() for parameter in base.parameters()) == once
 
 
+def test_a_layer_keeps_its_index_and_the_model_its_configuration(checkpoints: Checkpoints) -> None:
+    span = load_span(checkpoints("gemma2"), Span(1, 4))  # its layers' attentions take turns
+    types = span.config.layer_types
+    assert types[1] != types[2]
+    assert [layer.self_attn.layer_type for layer in span.base.layers] == types[1:4]
+    assert span.base.config.layer_types == types[1:4]
+    assert [layer.self_attn.layer_idx for layer in span.base.layers] == [1, 2, 3]
+    assert span.base.config.num_hidden_layers == span.base.layers[0].config.num_hidden_layers == N_LAYERS
+    assert len(span.base.layers[0].config.layer_types) == N_LAYERS
+
+
 @pytest.mark.parametrize(("layers", "named"), [((), "none"), ((0, N_LAYERS), "6"), ((-1,), "-1")])
 def test_layers_that_are_not_there_are_refused(checkpoints: Checkpoints, layers: tuple[int, ...], named: str) -> None:
     with pytest.raises(PlanError, match=rf"6 layers.* {named}|6 layers.*\({named}\)"):
         load_layers(checkpoints("llama"), layers)
+
+
+def test_more_layers_than_the_model_has_are_refused(checkpoints: Checkpoints) -> None:
+    load_layers(checkpoints("llama"), (1,) * N_LAYERS)  # the control
+    with pytest.raises(PlanError, match="7 layers are more than the 6"):
+        load_layers(checkpoints("llama"), (1,) * (N_LAYERS + 1))
+
+
+def test_a_sequence_or_positions_beyond_the_model_are_refused_with_the_number() -> None:
+    check_positions(128, 128, torch.arange(128)[None] - 1)
+    with pytest.raises(ConfigError, match="129 tokens is longer than the 128"):
+        check_positions(128, 129, None)
+    for wrong, says in ((torch.tensor([[0, 128]]), "0 to 128"), (torch.tensor([[-2, 3]]), "-2 to 3")):
+        with pytest.raises(ConfigError, match=says):
+            check_positions(128, 2, wrong)
 
 
 def test_a_missing_tensor_and_a_wrong_attention_are_refused(checkpoints: Checkpoints) -> None:

@@ -27,7 +27,7 @@ from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.secure.record import Opener
 from isthmus.protocol.session import Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.event_loop import run
+from isthmus.rpc.transport import run
 
 # Bytes in flight ------------------------------------------------------------------------------------------------------
 

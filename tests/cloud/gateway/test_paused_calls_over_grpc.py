@@ -21,11 +21,13 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
+from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.gateway import calls as calls_module, server as server_module
 from isthmus.cloud.gateway.stream import SealedStream
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError
+from isthmus.edge.client.remote_span import ForwardRequest
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
@@ -162,8 +164,8 @@ def test_a_call_with_sites_waits_for_a_thread_and_is_answered_like_any_other(
     with channels(one_call, 1) as (first,), one_call.link(bob) as second:
         question = begin(first)
         second.open(5)
-        call = SiteCall([site], keep=False)
-        with beside(lambda: second.forward_span(hidden(), None, None, keep=False, sites=call)) as waiting:
+        request = ForwardRequest(SpanInput(hidden()), False, SiteCall([site], keep=False))
+        with beside(lambda: second.span.forward(request)) as waiting:
             eventually(lambda: claimed(one_call) == 1)
             assert not waiting.done()
             assert isinstance(answered(first, question), m.ForwardReply)

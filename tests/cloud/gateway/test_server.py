@@ -53,9 +53,8 @@ from isthmus.protocol.secure.keys import load_edge
 from isthmus.protocol.service import CLIENT_CODING, METHOD, OLD_METHOD, SERVICE
 from isthmus.protocol.session import EdgeSession
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.event_loop import run
 from isthmus.rpc.secure_stream import SecureStream
-from isthmus.rpc.transport import GrpcTransport, Tls
+from isthmus.rpc.transport import GrpcTransport, Tls, run
 
 
 @contextlib.contextmanager

@@ -18,8 +18,7 @@ from isthmus.common.errors import ConnectionLostError, OverQuotaError
 from isthmus.edge.client.endpoints import Endpoints
 from isthmus.edge.client.link import Link, connect
 from isthmus.protocol.enrolment import Quota
-from isthmus.rpc.event_loop import run
-from isthmus.rpc.transport import Stream
+from isthmus.rpc.transport import Stream, run
 
 
 class Named:

@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[Link], Any], Callable[[Any, float], m.Message |
     "lent": (
         leased,
         lambda a, v: replace(a, leased=in_last(a.leased, v)) if isinstance(a, m.BackwardReply) else None,
-        "the gradient of a lent matrix",
+        "the gradient of a leased matrix",
     ),
     "site's input": (
         inside,

@@ -37,7 +37,7 @@ from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.tensor_codecs import Role, encode
-from isthmus.rpc.event_loop import run
+from isthmus.rpc.transport import run
 
 MIB = 1 << 20
 LARGE = m.Blob("config.json", 0, 8 * MIB, bytes(32), bytes(8 * MIB))

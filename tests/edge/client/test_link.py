@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -57,7 +58,7 @@ from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, decode, encode
-from isthmus.rpc.transport import Stream, Transport
+from isthmus.rpc.transport import Stream, Transport, run
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 
@@ -318,6 +319,33 @@ def test_a_wait_for_a_cloud_that_is_away_ends_when_nobody_wants_it(cloud: Memory
     assert link.forward_span(hidden(), None, None, keep=False)[0].shape == (2, 6, HIDDEN)
 
 
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_an_interrupt_just_as_a_session_opens_leaves_none_at_the_cloud(cloud: MemoryCloud, interrupts: bool) -> None:
+    link = Link(MemoryTransport(cloud), PIN, EDGE, name="cloud:1")
+    attached = Event()
+
+    def attaches(question: str, phase: str) -> None:
+        if (question, phase) == ("attach", "idle"):
+            attached.set()
+
+    def check() -> None:
+        assert attached.wait(10)
+        run(asyncio.sleep(0))  # the opening is over, and the thread that waits for it does not know yet
+        if interrupts:
+            raise KeyboardInterrupt
+
+    link.observer = attaches
+    link.watch(check)
+    with pytest.raises(KeyboardInterrupt) if interrupts else nullcontext():
+        link.open(5)
+    assert [stream.is_open for stream in cloud.streams] == [not interrupts]
+    link.watch(lambda: None)
+    link.forward_span(hidden(), None, None, keep=False)  # a later call opens another
+    assert len(cloud.streams) == 1 + interrupts
+    link.close()
+    assert not any(stream.is_open for stream in cloud.streams)
+
+
 def test_a_wait_for_an_answer_ends_when_nobody_wants_it(cloud: MemoryCloud) -> None:
     waiting, given_up = Event(), Event()
 
@@ -370,10 +398,10 @@ def test_the_clouds_peak_memory_is_not_waited_for(cloud: MemoryCloud, no_waiting
     assert link.cloud_peak_bytes() is None
 
 
-# The stash ------------------------------------------------------------------------------------------------------------
+# The activation cache -------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_stash_is_replayed(cloud: MemoryCloud, shared: Served, undisturbed: list[torch.Tensor]) -> None:
+def test_lost_activations_are_replayed(cloud: MemoryCloud, shared: Served, undisturbed: list[torch.Tensor]) -> None:
     link = new_link(MemoryTransport(cloud))
     output, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
     assert torch.equal(output, undisturbed[0])

@@ -37,7 +37,7 @@ from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link
-from isthmus.edge.client.site_visits import SiteVisits
+from isthmus.edge.client.site_answerer import SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, encode
@@ -289,7 +289,7 @@ def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.M
     others: list[Run] = []
     busy: list[bool] = []
 
-    def step_in(visits: SiteVisits, question: m.SiteQuestion) -> m.SiteAnswer:
+    def step_in(visits: SiteAnswerer, question: m.SiteQuestion) -> m.SiteAnswer:
         answered = answer(visits, question)
         if not busy:  # the second one's own questions
             busy.append(True)
@@ -304,8 +304,8 @@ def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.M
             busy.clear()
         return answered
 
-    answer = SiteVisits.answer
-    monkeypatch.setattr(SiteVisits, "answer", step_in)
+    answer = SiteAnswerer.answer
+    monkeypatch.setattr(SiteAnswerer, "answer", step_in)
     assert_same(train(mine, steps=2), expected[0])
     assert len(others) == 2 * 2 * 2
     for other in others:
@@ -466,6 +466,19 @@ def test_a_call_without_sites_answers_no_question(cloud: MemoryCloud) -> None:
     with pytest.raises(RemoteProtocolError, match="answered Forward with SiteQuestion"):
         model(**batch(0))
     assert not messages(cloud, m.SiteAnswer)
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_opt_whose_feed_forward_part_knows_no_sequences(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, evict: bool
+) -> None:
+    folder = tiny_checkpoint("opt", tmp_path / "model", dropout=0.0)
+    link = new_link(MemoryTransport(MemoryCloud(cloud := served(folder, tmp_path_factory.mktemp("cloud") / "parts"))))
+    config = lora("all-linear", lora_dropout=0.1)
+    split = adapted(link.load_model(), config)
+    assert {"fc1", "fc2"} <= {site.part for site in split.get_base_model().find_sites()}
+    mine = train(split, between=cloud.executor.evict_all if evict else (lambda: None))
+    assert_same(mine, train(adapted(whole(folder), config)))
 
 
 # What it costs --------------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, U
 from isthmus.common.shutdown import Interrupted, StopRequest
 from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
-from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
-from isthmus.edge.client.span_calls import SpanCalls
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan, SpanCalls
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.run_report import WireTotals

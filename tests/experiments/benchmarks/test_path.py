@@ -57,13 +57,13 @@ def test_a_forward_between_two_processes_names_its_files(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     edge, cloud = result["edge"], result["cloud"]
-    assert edge[0] == "backbone/split/remote_layers.py"  # the first of ours that a forward enters
-    assert edge.index("edge/client/span_calls.py") < edge.index("rpc/transport.py")
+    assert edge[0] == "backbone/split/edge_model.py"  # the first of ours that a forward enters
+    assert edge.index("edge/client/remote_span.py") < edge.index("rpc/secure_stream.py")
     assert "cloud/gateway/server.py" in cloud
     assert cloud.index("cloud/gateway/stream.py") < cloud.index("backbone/split/span.py")
     assert result["both"] == [file for file in edge if file in cloud]
     assert result["files"] == len(edge) + len(cloud) - len(result["both"])
     root = Path(__file__).parents[3]
     assert all((root / file).is_file() for file in (*edge, *cloud))
-    for file in ("edge/client/fetch.py", "edge/client/site_visits.py", "edge/client/link.py"):  # of other calls
+    for file in ("edge/client/fetch.py", "edge/client/site_answerer.py", "edge/client/link.py"):  # of other calls
         assert file not in edge

@@ -21,8 +21,8 @@ from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS, CUSTOM_IN
 from isthmus.backbone.checkpoints.sources import PARTS_FILE, Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import WHOLE_FILE, write_json
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.split.edge_model import EDGE_WEIGHTS_INFO
 from isthmus.backbone.split.edge_parts import export_edge_parts
+from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO
 from isthmus.common.errors import AdapterError
 from isthmus.emulator.package import intake
 

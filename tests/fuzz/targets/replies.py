@@ -18,10 +18,9 @@ from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import ConnectionLostError, NonFiniteError, RefusedError, RemoteProtocolError
-from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest
-from isthmus.edge.client.session_keeper import Attempt, Question, StashLostError, refusal
-from isthmus.edge.client.site_visits import SiteVisits
-from isthmus.edge.client.span_calls import SpanCalls
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, SpanCalls
+from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, refusal
+from isthmus.edge.client.site_answerer import SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
@@ -43,8 +42,8 @@ class _Script:
         accepted = m.Status(m.StatusCode.OK, None, "")
         pack(question.message(Attempt(0, 1, lambda message: accepted)))
         answer = self._next()
-        while question.visitor is not None and isinstance(answer, m.SiteQuestion):
-            pack(question.visitor.answer(answer))
+        while question.answerer is not None and isinstance(answer, m.SiteQuestion):
+            pack(question.answerer.answer(answer))
             answer = self._next()
         if isinstance(answer, m.Status):
             raise refusal(answer)
@@ -65,7 +64,8 @@ def _run(data: bytes) -> None:
     edge = SpanCalls(keeper, WireCodecs.parse("bf16"))
     inputs = SpanInput(torch.ones(SHAPE, requires_grad=True), torch.ones(SHAPE[:2]))
     call = _sites(bool(flags & 4)) if flags & 1 else None
-    with contextlib.suppress(RemoteProtocolError, RefusedError, ConnectionLostError, NonFiniteError, StashLostError):
+    expected = RemoteProtocolError, RefusedError, ConnectionLostError, NonFiniteError, ActivationsLostError
+    with contextlib.suppress(*expected):
         output, kept = edge.forward(ForwardRequest(inputs, True, call))
         _check(output)
         wanted = not flags & 2
@@ -129,7 +129,7 @@ TARGET = Target(
     [
         SpanCalls.forward,
         SpanCalls.backward,
-        SiteVisits,
+        SiteAnswerer,
         SiteCall,
         decode_as,
         refusal,

@@ -75,7 +75,7 @@ class _MemoryStream:
         )
         self._work: TenantSession | None = None
         self._answers: deque[bytes] = deque()
-        self._open = True
+        self.is_open = True
 
     async def send(self, frame: bytes) -> None:
         await asyncio.to_thread(self._take, frame)  # the cloud computes elsewhere than the edge's event loop
@@ -92,7 +92,7 @@ class _MemoryStream:
         self._end()
 
     def _take(self, frame: bytes) -> None:
-        if not self._open:
+        if not self.is_open:
             raise ConnectionLostError("the stream is closed")
         try:
             event = self._session.receive(frame)
@@ -109,7 +109,7 @@ class _MemoryStream:
                 self._answers.extend(self._session.send(answer))
 
     def _end(self) -> None:
-        self._open = False
+        self.is_open = False
         if self._work is not None:
             self._work.close()
 

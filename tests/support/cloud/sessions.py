@@ -22,8 +22,8 @@ from isthmus.common.errors import NotEnrolledError, UnreachableError
 from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.keys import load_edge
-from isthmus.rpc.event_loop import run
 from isthmus.rpc.secure_stream import SecureStream
+from isthmus.rpc.transport import run
 
 
 def hidden(rows: int = 2, length: int = 6) -> torch.Tensor:

@@ -11,7 +11,7 @@ from isthmus.backbone.sites.edge_sites import Site
 
 
 class Sited:
-    """Gives back what it gets; see `isthmus.backbone.split.remote_layers.SitedSpan`."""
+    """Gives back what it gets; see `isthmus.backbone.split.edge_model.SitedSpan`."""
 
     def __call__(self, hidden: Tensor, mask: Any, positions: Any) -> Tensor:
         return hidden

@@ -76,15 +76,15 @@ def _accepted(answer: m.Message) -> None:
         raise RefusedError(f"the cloud refused the adapters inside its layers: {printable(answer.message)}")
 
 
-def _packed(lent: LeasedWeights) -> m.LeasedWeights:
-    what = "a matrix lent to the cloud's layers"
-    down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lent.down, lent.up))
-    return m.LeasedWeights(down, up, lent.scale)
+def _packed(lora: LeasedWeights) -> m.LeasedWeights:
+    what = "a matrix leased to the cloud's layers"
+    down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lora.down, lora.up))
+    return m.LeasedWeights(down, up, lora.scale)
 
 
 @dataclass(frozen=True, slots=True)
-class SiteVisits:
-    """One call's sites; the call's `isthmus.edge.client.session_keeper.SiteAdapters`.
+class SiteAnswerer:
+    """Answers for one call's sites; an `isthmus.edge.client.session_keeper.Answerer`.
 
     Args:
         sites: what answers for them.
@@ -108,9 +108,9 @@ class SiteVisits:
         return max(reply, self._question_bytes(codec, shape, given=0))
 
     def backward_bytes(self, shape: torch.Size, reply_bytes: int) -> int:
-        """Most bytes of what comes back in a backward: `reply_bytes` and what was lent, or gradients of sites."""
-        lent = sum(body_bytes("fp32", matrix.shape) for matrix in self.sites.leased_parameters)
-        return max(reply_bytes + lent, self._question_bytes(self.codecs.backward_down, shape, given=1))
+        """Most bytes of what comes back in a backward: `reply_bytes` and what belongs to leases, or to sites."""
+        leased = sum(body_bytes("fp32", matrix.shape) for matrix in self.sites.leased_parameters)
+        return max(reply_bytes + leased, self._question_bytes(self.codecs.backward_down, shape, given=1))
 
     def take_taps(self, reply: m.ForwardReply, shape: torch.Size) -> None:
         """Hand on what has come out of the taps in a forward of hidden states of `shape`."""
@@ -123,16 +123,18 @@ class SiteVisits:
         )
 
     def take_back(self, reply: m.BackwardReply) -> None:
-        """Hand on the gradients of what was lent."""
+        """Hand on the gradients of leased weights."""
         for payload in reply.leased:
             check_codec(payload, "fp32")
-        what = "the gradient of a lent matrix"
+        what = "the gradient of a leased matrix"
         try:
             self.sites.take_gradients(
                 [decode(payload, limits=self.limits, what=what).clone() for payload in reply.leased]
             )
         except PlanError as error:
-            raise RemoteProtocolError(f"the cloud answered with other gradients than were lent: {error}") from None
+            raise RemoteProtocolError(
+                f"the cloud answered with other gradients than those of the leased weights: {error}"
+            ) from None
 
     def answer(self, question: m.SiteQuestion) -> m.SiteAnswer:
         """Answer what the cloud asks in the middle of the call.
