@@ -107,8 +107,8 @@ def serve(
     stash_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Each worker's memory for forward states that wait for their backward; by default a quarter of what "
-            "the machine leaves beside the weights, 2GiB at most."
+            help="Each worker's memory for its stash, the activation cache: forward states that wait for their "
+            "backward. By default a quarter of what the machine leaves beside the weights, 2GiB at most."
         ),
     ] = None,
     compute_bytes: Annotated[

@@ -44,7 +44,7 @@ class WorkerSpec:
     parts: str  # folder of the edge's parts, which the first worker makes
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    stash_bytes: int | None  # None for a part of what the machine has
+    stash_bytes: int | None  # budget of the activation cache; None for a quarter of what the machine has
     max_tokens: int
     threads: int
     log_file: str  # "" for standard error
@@ -62,7 +62,7 @@ class WorkerSpec:
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
-    compute_bytes: int | None = None  # budget of calls that are computed; None as for the stash
+    compute_bytes: int | None = None  # budget of calls that are computed; None as above
     beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold

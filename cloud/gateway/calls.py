@@ -129,9 +129,9 @@ class Calls:
     def observe_stash(self) -> None:
         """Have the metrics show how full the stash is."""
         executor = self._served.executor
-        self.metrics.stash_bytes.set(executor.used_bytes)
-        self.metrics.evictions.set(executor.counters.graphs_evicted)
-        self.metrics.recomputed.set(executor.counters.recomputed)
+        self.metrics.cached_bytes.set(executor.cache.used)
+        self.metrics.evictions.set(executor.cache.counters.graphs_evicted)
+        self.metrics.recomputed.set(executor.cache.counters.recomputed)
 
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows of them and of the stash. May be called from any thread."""
@@ -147,12 +147,12 @@ class Calls:
             "queue_depth": sum(waiting.values()),
             "overdue": self._engine.overdue(),
             "deadlines": self.metrics.outcomes(),
-            "stash_bytes": executor.used_bytes,
-            "stash_budget_bytes": executor.stash_bytes,
+            "stash_bytes": executor.cache.used,
+            "stash_budget_bytes": executor.cache.budget,
             "compute_budget_bytes": executor.compute_bytes if math.isfinite(executor.compute_bytes) else None,
-            "graphs_evicted": executor.counters.graphs_evicted,
-            "inputs_evicted": executor.counters.inputs_evicted,
-            "recomputed": executor.counters.recomputed,
+            "graphs_evicted": executor.cache.counters.graphs_evicted,
+            "inputs_evicted": executor.cache.counters.inputs_evicted,
+            "recomputed": executor.cache.counters.recomputed,
         }
 
     def share(self, tenant: Tenant) -> Share:

@@ -5,7 +5,7 @@ Theory of operation
     edge   Backward  -> stage 0: Backward -> stage 1: ... its layers' gradient -> stage 0: its layers' gradient
 
     A stage is a client of the next one, in a session of its own for each session that it serves, over the protocol that
-    edges speak. Calls keep their numbers, so each stage has a stash entry for each call. Between stages hidden states
+    edges speak. Calls keep their numbers, so each stage has a cache entry for each call. Between stages hidden states
     and gradients cross as they are computed: the result has the bits of one worker with the whole span. The gradient
     from the edge, and the last stage's output, are passed on in the edge's own codecs.
 
@@ -14,7 +14,7 @@ Theory of operation
 
     A stage that has lost the forward says so, and so does every stage before it: the edge sends the input again, and
     each stage computes its output anew for the next one. That is also what happens when a stage was killed: a new
-    session begins with an empty stash.
+    session begins with an empty activation cache.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from typing import Any
 from isthmus.backbone.families import check_positions
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput
-from isthmus.cloud.engine.activation_cache import Key, StashLost
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests
+from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
+from isthmus.cloud.engine.call_sites import CallSites
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.session.file_store import FileStore
@@ -73,11 +74,11 @@ class TenantSession:
     """Answers the messages of one session.
 
     Args:
-        session_id: the session's id, which keys its entries in the stash.
+        session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
         stores: the files that every edge may fetch.
         adapters: the tenant's own adapters.
-        calls: runs the calls that visit the edge's sites.
+        calls: runs the calls with sites.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch x sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
@@ -141,7 +142,7 @@ class TenantSession:
     def close(self) -> None:
         """Forget the session's forward states, and end its paused calls."""
         self.calls.close()
-        self.executor.release(self.session_id)
+        self.executor.cache.release(self.session_id)
 
     def _store(self, which: m.FileSet) -> FileStore | m.Status:
         store = self.adapters.files() if which == m.FileSet.ADAPTER else self.stores.get(which)
@@ -215,7 +216,7 @@ class TenantSession:
         """The answer to a message that raised an error. Raises the error itself where an edge must not see it."""
         call = message.id if isinstance(message, m.Forward | m.Backward | m.SiteAnswer) else None
         match error:
-            case StashLost():
+            case ActivationsLost():
                 return m.Status(
                     m.StatusCode.ACTIVATIONS_LOST, call, "the forward state was evicted; send the input again"
                 )
@@ -232,18 +233,18 @@ class TenantSession:
                 )
         raise error
 
-    def _run(self, message: m.Forward | m.Backward, guests: Guests | None) -> m.Message:
+    def _run(self, message: m.Forward | m.Backward, sites: CallSites | None) -> m.Message:
         """Compute one call by itself."""
         checked = self.check(message)
         start = time.perf_counter_ns()
         result: Forwarded | Gradients
         if isinstance(message, m.Forward) and isinstance(checked.call, SpanInput):
             result = self.executor.forward(
-                *checked.key, checked.call, keep=message.keep, guests=guests, wanted=message.wanted
+                *checked.key, checked.call, keep=message.keep, sites=sites, wanted=message.wanted
             )
         elif isinstance(checked.call, BackwardCall):
             given, replay = checked.call.gradient, checked.call.replay
-            result = self.executor.backward(*checked.key, given, replay, guests=guests, wanted=message.wanted)
+            result = self.executor.backward(*checked.key, given, replay, sites=sites, wanted=message.wanted)
         return checked.reply(result, time.perf_counter_ns() - start)
 
     def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
@@ -256,7 +257,7 @@ class TenantSession:
         codec = codec_by_id(message.reply_codec).name
         what = "the gradient from the cloud's layers"
         payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT, what)
-        leased = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a leased matrix") for each in result.lent)
+        leased = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a leased matrix") for each in result.leased)
         return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, leased)
 
     # Checks -----------------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ class TenantSession:
         if isinstance(message, m.Forward):
             what, masked = Pass.KEPT_FORWARD if message.keep else Pass.FORWARD, _is_masked(message.inputs)
         else:
-            kept_masked = self.executor.is_masked(self.session_id, message.id.call)
+            kept_masked = self.executor.cache.is_masked((self.session_id, message.id.call))
             if kept_masked is None and message.replay is None:
                 return None  # the edge will be asked to send the input again
             replay_masked = message.replay is not None and _is_masked(message.replay)

@@ -52,7 +52,7 @@ class Metrics:
             "When the worker's certificate expires, in Unix seconds.",
             registry=self.registry,
         )
-        self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
+        self.cached_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
         self.evictions = Gauge(
             "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry
         )

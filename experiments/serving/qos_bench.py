@@ -264,7 +264,7 @@ class _Lab:
         with lock:
             waiting = outcome.interactive - len(outcome.latencies) - outcome.missed
         engine.shutdown(cancel=True)
-        self._executor.evict_all()
+        self._executor.cache.evict_all()
         outcome.missed += max(0, waiting)
         return outcome
 

@@ -39,7 +39,7 @@ def compare(span: FrozenSpan, memory: CallMemory, batch: int, length: int, *, ma
     # What goes out is encoded as fp32 at the most.
     forward = peak_bytes(lambda: executor.forward(b"s", 1, given, keep=False).hidden.float())
     kept = peak_bytes(lambda: executor.forward(b"s", 1, given, keep=True).hidden.float())
-    graph = executor.used_bytes
+    graph = executor.cache.used
     through = graph + peak_bytes(lambda: executor.backward(b"s", 1, gradient).hidden)
     again = peak_bytes(lambda: executor.backward(b"s", 1, gradient, given).hidden)
     call = CallShape(batch, length, Pass.FORWARD, masked)

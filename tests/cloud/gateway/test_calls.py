@@ -310,7 +310,7 @@ def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadSer
         del cloud.executor.host.span.forward
     link._keeper._closed = True
     eventually(lambda: server.server.status()["in_flight"] == 0)
-    eventually(lambda: cloud.executor.used_bytes == 0)
+    eventually(lambda: cloud.executor.cache.used == 0)
 
 
 def _swallow(link: Any) -> None:

@@ -136,12 +136,12 @@ def test_a_stage_that_has_lost_the_forward_gets_it_again(pipeline: Pipeline, for
         given = hidden(1).requires_grad_()
         mine, kept = link.forward_span(given, MASK, POSITIONS, keep=True)
         for number in forgetful:
-            pipeline.parts[number].executor.evict_all()
+            pipeline.parts[number].executor.cache.evict_all()
         back = link.backward_span(kept, hidden(2), given, MASK, POSITIONS)
         assert back is not None
         assert torch.equal(mine, output)
         assert torch.equal(back, gradient)
-        assert all(part.executor.used_bytes == 0 for part in pipeline.parts)
+        assert all(part.executor.cache.used == 0 for part in pipeline.parts)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -32,7 +32,7 @@ def session(cloud: Served, number: int = 0) -> TenantSession:
 
 @pytest.fixture
 def tenant(cloud: Served) -> TenantSession:
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     return session(cloud)
 
 
@@ -69,9 +69,9 @@ def refused(answer: m.Message | Exception | None, name: str) -> None:
 @pytest.mark.parametrize("value", BAD)
 def test_hidden_states(tenant: TenantSession, cloud: Served, value: float) -> None:
     assert isinstance(tenant.handle(forward()), m.ForwardReply)
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     refused(tenant.handle(forward(value)), "the hidden states for the cloud's layers")
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -119,13 +119,13 @@ def test_contributions_and_gradients_of_sites(tenant: TenantSession, cloud: Serv
     tenant.handle(forward(sites=1))
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), value=value),))), name)
     assert not tenant.calls.begun
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     tenant.handle(forward(sites=1))
     assert isinstance(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (good,))), m.ForwardReply)
     assert isinstance(tenant.handle(replace(backward(), sites=1)), m.SiteQuestion)
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), Role.GRADIENT, value),))), name)
     assert not tenant.calls.begun
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 # What several sessions share ------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def gradient_of(answer: m.Message | Exception | None) -> Payload:
 
 def run(cloud: Served, spoil: Callable[[int, m.Message], m.Message]) -> list[list[m.Message | Exception]]:
     """A forward and a backward of three sessions together; `spoil` may change the messages of a session."""
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     sessions = [session(cloud, number) for number in range(3)]
     answers = []
     for kind in (forward, backward):
@@ -196,7 +196,7 @@ def test_a_shared_backward_gives_the_others_the_same_bits(cloud: Served, value: 
 @pytest.mark.parametrize("value", BAD)
 def test_calls_with_sites_that_go_on_together(cloud: Served, value: float) -> None:
     def outputs(spoilt: int | None) -> list[m.Message | Exception]:
-        cloud.executor.evict_all()
+        cloud.executor.cache.evict_all()
         sessions = [session(cloud, number) for number in range(3)]
         for each in sessions:
             each.handle(m.Sites(1, (SiteSpec(2, Q),)))

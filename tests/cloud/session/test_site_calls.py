@@ -92,7 +92,7 @@ def test_forward_and_backward_are_those_of_one_graph(
     for got, expected in zip(mine, directly(cloud, sites, tensor(*SHAPE), tensor(*SHAPE, seed=9)), strict=True):
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def test_a_question_has_the_input_once_and_says_what_it_is_about(tenant: TenantSession) -> None:
@@ -119,12 +119,12 @@ def test_without_keep_nothing_is_kept_and_the_answer_is_the_same(tenant: TenantS
     for call, keep in enumerate((True, False)):
         said = tenant.handle(forward(call=call, keep=keep))
         replies.append(converse(tenant, SiteCall(sites, keep=keep), said)[0])
-        cloud.executor.release(b"s" * 16)
+        cloud.executor.cache.release(b"s" * 16)
     kept, plain = replies
     assert isinstance(kept, m.ForwardReply)
     assert isinstance(plain, m.ForwardReply)
     assert kept.hidden == plain.hidden
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def test_what_nothing_below_needs_is_not_asked_for(tenant: TenantSession, cloud: Served) -> None:
@@ -246,7 +246,7 @@ def test_contributions_that_do_not_fit_end_the_call_and_no_more(
     text = refusal(tenant.handle(m.SiteAnswer(question.id, tensors)))
     assert all(each in text for each in texts), text
     assert "has not asked" in refusal(tenant.handle(m.SiteAnswer(question.id, (GOOD_Q, GOOD_V))))
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     reply, _ = converse(tenant, SiteCall(sites, keep=False), tenant.handle(forward(keep=False)))
     assert isinstance(reply, m.ForwardReply)
 
@@ -275,7 +275,7 @@ def test_gradients_that_do_not_fit_end_the_call_and_no_more(
     question = asked(tenant.handle(backward(wanted=wanted)))
     text = refusal(tenant.handle(m.SiteAnswer(question.id, tensors)))
     assert all(each in text for each in texts), text
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     said = tenant.handle(backward(wanted=wanted))
     assert isinstance(said, m.Status)
     assert said.code == m.StatusCode.ACTIVATIONS_LOST  # what has begun is gone, and can be repeated
@@ -353,13 +353,13 @@ def test_a_call_whose_gradient_nobody_wants_is_not_kept(tenant: TenantSession) -
 
 
 def test_a_graph_that_begins_inside_is_not_taken_for_a_whole_one(tenant: TenantSession, cloud: Served) -> None:
-    """The stash measures a shape once; what is kept of a call depends on where its gradients end, too."""
+    """A shape may be measured once; what is kept of a call depends on where its gradients end, too."""
     sites = [site(3, "mlp.down_proj")]
     bind(tenant, sites)
     sizes = []
     for call, wanted in enumerate((False, True, False, True)):
         converse(tenant, SiteCall(sites, keep=True), tenant.handle(forward(call=call, wanted=wanted)))
-        sizes.append(cloud.executor.used_bytes - sum(sizes))
+        sizes.append(cloud.executor.cache.used - sum(sizes))
     assert sizes[0] == sizes[2] < sizes[1] / 2
     assert sizes[1] == sizes[3]
 
@@ -371,7 +371,7 @@ def test_a_graph_that_begins_inside_is_not_taken_for_a_whole_one(tenant: TenantS
 def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(cloud: Served, where: str) -> None:
     threads = CallThreads(1, limit=1)  # one thread: while it waits, no other call begins
     sites = q_and_v()
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     session, other = (cloud.session(each * 16, TENANT, threads) for each in (b"s", b"t"))
     for each in (session, other):
         bind(each, sites)
@@ -382,7 +382,7 @@ def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(cloud: Serve
         asked(session.handle(forward()))
     assert "no thread is free" in refusal(other.handle(forward(keep=False)))
     session.close()
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     assert "has not asked" in refusal(session.handle(m.SiteAnswer(m.CallId(1, 1), ())))
     reply, _ = converse(other, SiteCall(sites, keep=False), other.handle(forward(keep=False)))
     assert isinstance(reply, m.ForwardReply)

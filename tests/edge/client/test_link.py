@@ -70,7 +70,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 
@@ -377,7 +377,7 @@ def test_a_lost_stash_is_replayed(cloud: MemoryCloud, shared: Served, undisturbe
     link = new_link(MemoryTransport(cloud))
     output, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
     assert torch.equal(output, undisturbed[0])
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     result = link.backward_span(kept, hidden(11), hidden(1), MASK, POSITIONS)
     assert torch.equal(result, undisturbed[3])
     first, second = messages(cloud, m.Backward)

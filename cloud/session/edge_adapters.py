@@ -1,4 +1,4 @@
-"""The edge as the visitor of a call: what the span asks about a group of sites becomes a question on the wire."""
+"""The adapters on the edge: what a pass asks them at a group of sites becomes a question on the wire."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeVisitor:
-    """Asks the edge; see `isthmus.backbone.runtime.sited_pass.SiteAdapters`.
+class EdgeAdapters:
+    """Asks the edge; a `SiteAdapters` of `isthmus.backbone.runtime.sited_pass`.
 
     Args:
         executor: the span.
-        sites: those that the call visits.
+        sites: those of the call.
         message: the call.
         limits: what the session accepts.
         ask: sends a question, and returns the edge's answer.
