@@ -263,7 +263,6 @@ def serve(
         connection_file=connection_file,
         emulator=emulator,
         sites=sites,
-        batching=batching == "on",
         device=device,
         tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
@@ -278,6 +277,7 @@ def serve(
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
             engine=EngineOptions(
+                batching=batching == "on",
                 max_batch_tokens=max_batch_tokens,
                 max_wait=max_wait,
                 interactive_lead=interactive_lead,

@@ -55,7 +55,6 @@ class WorkerSpec:
     sites: bool = True
     quantize: str = "none"
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
-    batching: bool = True  # whether calls of several sessions may share a pass
     device: str = CPU  # where the span computes, one of `DEVICES`
     number: int = 0  # of the worker, from 0 on
     address: str = ""  # host:port that edges get
@@ -97,9 +96,7 @@ class Worker:
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
-        self._server = GatewayServer(
-            served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds, batching=spec.batching
-        )
+        self._server = GatewayServer(served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         self._port = self._listen(spec.listen, tls_of(spec), rebinds)

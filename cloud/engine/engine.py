@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -35,10 +34,13 @@ class Engine:
         threads: torch threads, of all compute threads together.
         scheduler: Says which requests are computed next, on the clock `time.monotonic`.
         compute_threads: How many batches may run at a time.
-        all_threads_from: Token positions from which a request of a session that is alone at work has all torch
-            threads; smaller ones would have other bits with them.
         is_computed: Whether a result was computed, and not refused.
         trim_growth: Bytes by which the process may grow before its heap is trimmed; None where it never is.
+
+    Attributes:
+        invariance: What was measured of the span's products: requests of a session that is alone at work have all torch
+            threads from so many token positions on, as smaller ones would have other bits with them. None without
+            batching: then all have them.
     """
 
     def __init__(
@@ -47,13 +49,12 @@ class Engine:
         scheduler: Scheduler | None = None,
         *,
         compute_threads: int = 1,
-        all_threads_from: float = 0.0,
+        invariance: BatchInvariance | None = None,
         is_computed: Callable[[Any], bool] = lambda _: True,
         trim_growth: float | None = None,
     ) -> None:
         self._scheduler = Scheduler(time.monotonic) if scheduler is None else scheduler  # an empty one is false
-        self._all_threads_from, self._is_computed = all_threads_from, is_computed
-        self._torch_threads = threads
+        self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
         self._changed = threading.Condition()
         self._ending = False
@@ -111,6 +112,16 @@ class Engine:
         """How many requests have shared a batch on average, of those that may; 0 before the first."""
         with self._changed:
             return self._batched / self._batches if self._batches else 0.0
+
+    @property
+    def threads_of_a_call(self) -> int:
+        """torch threads of a call that computes on a thread of its own, as it may pause.
+
+        All of them, or those of a compute thread where bits depend on their number.
+        """
+        found = self.invariance
+        same_bits = found is None or found.all_threads_from <= (found.rows or 0)
+        return self._torch_threads if same_bits else self._torch_threads // len(self._threads)
 
     def shutdown(self, *, cancel: bool) -> None:
         """Take no more requests, and end once those that wait are computed, or, with `cancel`, cancelled."""
@@ -174,7 +185,8 @@ class Engine:
         if not batch or not self._scheduler.may_share(batch[0]):
             return self._torch_threads
         smallest = min(request.positions for request in batch)
-        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= self._all_threads_from
+        all_threads_from = 0.0 if self.invariance is None else self.invariance.all_threads_from
+        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= all_threads_from
         return self._torch_threads if alone else max(1, self._torch_threads // len(self._threads))
 
     def _keep_deadlines(self) -> None:
@@ -187,45 +199,26 @@ class Engine:
             _refuse(late)
 
 
-@dataclass(frozen=True, slots=True)
-class ComputeSetup:
-    """What computes for an executor.
-
-    Attributes:
-        engine: The compute threads.
-        invariance: What was measured of the span's products; None without batching.
-        threads_of_a_call: torch threads of a call that computes on a thread of its own, as it may pause: all of them,
-            or those of a compute thread where bits depend on their number.
-    """
-
-    engine: Engine
-    invariance: BatchInvariance | None
-    threads_of_a_call: int
-
-
 def start_engine(
     executor: Executor,
     threads: int,
-    options: EngineOptions | None = None,
+    options: EngineOptions,
     *,
-    batching: bool,
     is_computed: Callable[[Any], bool] = lambda _: True,
     make_scheduler: Callable[[SchedulerLimits], Scheduler] | None = None,
-) -> ComputeSetup:
+) -> Engine:
     """Start what computes for an executor.
 
     Args:
         executor: What the batches run on.
         threads: torch threads, of all compute threads together.
         options: The operator's.
-        batching: Whether requests of several sessions may share a batch.
         is_computed: `Engine`'s.
         make_scheduler: Makes another scheduler than `Scheduler`, for comparison.
     """
-    options = options or EngineOptions()
+    batching = options.batching
     compute_threads = min(options.compute_threads if batching and executor.side_by_side else 1, threads)
     found = measure_batch_invariance(executor.host.span, threads, threads // compute_threads) if batching else None
-    state_bytes = executor.span_bytes / 2 if options.state_bytes is None else options.state_bytes
     limits = SchedulerLimits(
         max_batch_tokens=options.max_batch_tokens,
         max_wait=options.max_wait if batching else 0.0,
@@ -233,18 +226,16 @@ def start_engine(
         compute_threads=compute_threads,
         smallest=math.inf if found is None else found.rows or 1,
         compute_bytes=executor.compute_bytes,
-        state_bytes=state_bytes,
+        state_bytes=executor.span_bytes / 2 if options.state_bytes is None else options.state_bytes,
     )
-    engine = Engine(
+    return Engine(
         threads,
         Scheduler(time.monotonic, limits, executor.cache.held) if make_scheduler is None else make_scheduler(limits),
         compute_threads=compute_threads,
-        all_threads_from=0.0 if found is None else found.all_threads_from,
+        invariance=found,
         is_computed=is_computed,
-        trim_growth=state_bytes if options.trim_heap else None,
+        trim_growth=limits.state_bytes if options.trim_heap else None,
     )
-    same_bits = found is None or found.all_threads_from <= (found.rows or 0)
-    return ComputeSetup(engine, found, threads if same_bits else threads // compute_threads)
 
 
 def _compute(batch: Sequence[Request[Any]]) -> None:

@@ -222,8 +222,8 @@ class Sessions:
         """Wait until none is open."""
         await self._empty.wait()
 
-    def part_of(self, tenant: Tenant) -> float:
-        """This worker's part of a tenant's quotas: the part of the tenant's sessions that are here."""
+    def fraction_of(self, tenant: Tenant) -> float:
+        """This worker's fraction of a tenant's quotas: that of the tenant's sessions that are here."""
         here = sum(other.tenant.fingerprint == tenant.fingerprint for other in self._open.values())
         return here / (here + sessions_elsewhere(str(tenant.fingerprint), "", self._peers)) if here else 1.0
 

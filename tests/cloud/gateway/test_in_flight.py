@@ -9,7 +9,7 @@ import pytest
 from support.protocol.wire import TENANT
 
 from isthmus.cloud.engine.requests import TooLate
-from isthmus.cloud.gateway.in_flight import InFlight
+from isthmus.cloud.gateway.calls import InFlight
 from isthmus.protocol.enrolment import Quota
 
 OF_100 = replace(TENANT, quota=Quota(max_inflight_bytes=100))

@@ -217,7 +217,7 @@ def test_every_stage_shares_its_time_out_among_the_edges_tenants(pipeline: Pipel
         check_pass(second, pipeline.whole, 2)
         for server in pipeline.servers:
             assert server.server.status()["sessions"] == {"alice": 1, "bob": 1}
-            accounts = server.server._calls._engine._scheduler._tenants
+            accounts = server.server._calls.engine._scheduler._tenants
             assert {name: account.share for name, account in accounts.items()} == {"alice": Share(1), "bob": Share(3)}
             assert all(account.virtual_time > 0 for account in accounts.values())
 

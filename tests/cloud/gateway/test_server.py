@@ -30,7 +30,7 @@ from support.cloud.sessions import call_in_flight, channel, eventually, hidden
 from support.models.tiny import HIDDEN
 
 from isthmus.cloud.bounds import Bounds
-from isthmus.cloud.gateway import calls as calls_module, in_flight
+from isthmus.cloud.gateway import calls as calls_module
 from isthmus.cloud.gateway.server import ServerTls
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -91,8 +91,7 @@ def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
     edge = channel(server)
     bodies: list[bytearray] = []
     monkeypatch.setattr(TenantSession, "handle", fail)
-    for module in (calls_module, in_flight):
-        monkeypatch.setattr(module, "wipe", bodies.append)
+    monkeypatch.setattr(calls_module, "wipe", bodies.append)
     with pytest.raises(ConnectionLostError, match="the session failed") as caught:
         edge.ask(m.Ping(1), 5)
     edge.abandon()

@@ -63,7 +63,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
             link.open(5)
             models[name] = adapted(link.load_model(leased=lambda _, name=name: name == "leased"), name)
         first = threading.Event()  # the compute thread has something else to do until all have asked
-        compute = server.server._calls._engine
+        compute = server.server._calls.engine
         compute.submit(Request("first", b"first", Share(), lambda: first.wait(20)))
         threads = [
             threading.Thread(target=lambda name=name, model=model: runs.update({name: train(model, name)}))

@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,6 +106,7 @@ class ThreadServer:
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
     ) -> None:
+        bounds = bounds or Bounds()
         self.served = cloud
         self.home = home
         self._tls = tls
@@ -117,8 +119,7 @@ class ThreadServer:
             EdgesFile(home.folder),
             1,
             next_stage,
-            bounds=bounds,
-            batching=batching,
+            bounds=replace(bounds, engine=replace(bounds.engine, batching=batching)),
             clock=clock,
         )
         self.port = 0
