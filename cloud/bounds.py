@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from isthmus.protocol.limits import MIB, Pace
 
 REVIEW_SECONDS = 1.0
-"""Between two reviews of the enrolments. A line counts as removed when two reviews in a row have read the same file."""
+"""Between two reviews of the enrolments: an editor has written its file by then.
+
+A line counts as removed when two reviews in a row have read the same file.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
-REBINDS = 5
-REBIND_PAUSE = 1.0  # seconds
-RESTART_PAUSE = 5.0  # seconds
+REBINDS, REBIND_PAUSE = 5, 1.0
+"""Further attempts to take a port that the process before this one may still hold, and the seconds between two."""
+RESTART_PAUSE = 5.0
+"""Seconds before a worker that could not be started again ends: Ray tries at once, and its cause may pass."""
 
 
 @dataclass(frozen=True, slots=True)

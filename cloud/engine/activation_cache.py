@@ -23,7 +23,7 @@ from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.span import SpanInput
 
 
-class ActivationsLost(Exception):  # noqa: N818 - a signal between the executor and the tenant's session, never shown to anybody
+class ActivationsLost(Exception):  # noqa: N818  # a signal between executor and session, never shown to anybody
     """The forward state of this call is gone and its input with it; the edge has to send the input again."""
 
 

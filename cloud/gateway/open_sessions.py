@@ -22,7 +22,10 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 
 REPORT_SECONDS = 2.0
-"""How long a new session waits for the next report of the other workers, where it is over its tenant's quota."""
+"""How long a new session waits for the next report of the other workers, where it is over its tenant's quota.
+
+The controller's rounds are 0.5 s apart, and wait up to 1 s for a worker that does not answer.
+"""
 FENCED = "fenced"
 """Why a session ends whose link has opened a newer one."""
 REPORTS = 3

@@ -47,9 +47,12 @@ from isthmus.rpc.secure_stream import SecureStream
 from isthmus.rpc.transport import GrpcTransport, pauses
 
 PATIENCE_SECONDS = 120.0
-"""For a next stage that does not answer; then the session ends, and the edge makes the call again."""
+"""For a next stage that does not answer: a killed worker has loaded its model again by then.
+
+Then the session ends, and the edge makes the call again.
+"""
 LONGEST_PAUSE = 2.0
-"""Seconds between two attempts to reach the next stage."""
+"""Seconds between two attempts to reach the next stage, at most: little beside what loading a model takes."""
 
 Run = Callable[[m.Message], Awaitable[m.Message | None]]
 """Has a message answered by this worker's own layers."""

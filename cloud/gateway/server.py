@@ -43,10 +43,14 @@ from isthmus.protocol.service import KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CO
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
+"""After which a connection without a stream is closed: it takes one of `max_connections`, and no edge needs it."""
 PING_STRIKES = 2
-"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed."""
+"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed.
+
+gRPC's own default: an honest peer's timer may be early once.
+"""
 GOODBYE_SECONDS = 2.0
-"""How long sessions may take to leave in a drain, once all calls are answered."""
+"""How long sessions may take to leave in a drain, once all calls are answered: each only gets one small message."""
 
 
 @dataclass(frozen=True, slots=True)

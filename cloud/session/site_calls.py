@@ -18,7 +18,10 @@ from isthmus.cloud.session.site_lists import SiteList, SiteLists
 from isthmus.protocol import messages as m
 
 MAX_PAUSED = 8
-"""Calls of one session that may have paused at a time."""
+"""Calls of one session that may have paused at a time (docs/protocol.md). This project's edges have one.
+
+Their threads and memory are bounded for all sessions together (`CallThreads`).
+"""
 
 Call = m.Forward | m.Backward
 Work = Callable[[CallSites], m.Message]

@@ -91,10 +91,10 @@ class Edge:
     def __post_init__(self) -> None:
         host, specs = self.session.executor.host, self.tenant.sites
         self.session.handle(m.Sites(1, specs))
-        lent = [spec for spec in specs if spec.is_leased]
-        if lent:
+        leased = [spec for spec in specs if spec.is_leased]
+        if leased:
             weights = []
-            for number, spec in enumerate(lent):
+            for number, spec in enumerate(leased):
                 n_in, n_out = host.widths(spec)
                 rank = RANK + self.seed // 1000  # each edge has one of its own
                 down, up = (
@@ -295,7 +295,7 @@ def test_a_quantized_span_has_the_bits_of_each_by_itself(tmp_path: Path, quantiz
 
 
 def products(host: SiteHost, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The calls at each meeting, in order."""
+    """The calls in each batch of products, in order."""
     host.product_batches = ProductBatches()
     met: list[int] = []
     hold = ProductBatches.compute
@@ -427,7 +427,7 @@ def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, mo
         assert said.code == m.StatusCode.INTERNAL
         assert "1.2345" not in said.message
     assert not any(each.session.calls.begun for each in edges[:2])
-    message = edges[2].next(question)  # type: ignore[arg-type]  # it asked before the others' meeting
+    message = edges[2].next(question)  # type: ignore[arg-type]  # it asked before the others' products
     while message is not None:
         message = edges[2].next(edges[2].session.handle(message))
     assert edges[2].heard == expected
@@ -447,7 +447,7 @@ def test_a_meeting_that_fails_is_held_again_for_each_of_its_calls(
     limit = 10_000
 
     def limited(self: ProductBatches, parties: Sequence[ProductRequest]) -> list[Products]:
-        assert not any(each() is not None for each in failed), "a meeting that has failed still holds memory"
+        assert not any(each() is not None for each in failed), "a batch that has failed still holds memory"
         rows = torch.empty(sum(party.n_rows for party in parties))
         if len(parties) > 1 or len(rows) > limit:
             failed.append(weakref.ref(rows))

@@ -95,15 +95,16 @@ def test_a_scale_that_makes_no_number_is_one_of_them(tenant: TenantSession) -> N
 @pytest.mark.parametrize("value", BAD)
 def test_lent_weights(tenant: TenantSession, value: float, place: str) -> None:
     tenant.handle(m.Sites(1, (SiteSpec(2, Q, Placement.LEASED),)))
-    lent = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
-    good = m.Lease(1, 1, (lent,))
+    leased = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
+    good = m.Lease(1, 1, (leased,))
     answer = tenant.handle(good)
     assert isinstance(answer, m.Status)
     assert answer.code == m.StatusCode.OK
     before = tenant.handle(forward(sites=1, lease=1))
-    worse = sent(decode(getattr(lent, place)), value=value)
+    worse = sent(decode(getattr(leased, place)), value=value)
     refused(
-        tenant.handle(m.Lease(2, 1, (replace(lent, **{place: worse}),))), "a matrix leased for site 2.self_attn.q_proj"
+        tenant.handle(m.Lease(2, 1, (replace(leased, **{place: worse}),))),
+        "a matrix leased for site 2.self_attn.q_proj",
     )
     after = tenant.handle(forward(sites=1, lease=1))  # the lease before is still the one
     assert isinstance(before, m.ForwardReply)

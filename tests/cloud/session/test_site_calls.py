@@ -78,17 +78,17 @@ def test_forward_and_backward_are_those_of_one_graph(
 ) -> None:
     sites = [site(*place) for place in places]
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    reply, phases = converse(tenant, visitor, tenant.handle(forward()))
+    adapters = SiteCall(sites, keep=True)
+    reply, phases = converse(tenant, adapters, tenant.handle(forward()))
     groups = len({(layer, part.split("_")[0]) for layer, part in places})  # q and v share their input
     assert phases == ["FORWARD"] * groups
-    back, phases = converse(tenant, visitor, tenant.handle(backward()))
+    back, phases = converse(tenant, adapters, tenant.handle(backward()))
     assert phases == ["BACKWARD"] * groups
     assert isinstance(reply, m.ForwardReply)
     assert isinstance(back, m.BackwardReply)
     assert (reply.id, back.id) == (m.CallId(1, 1), m.CallId(1, 1, 3))
     assert back.gradient is not None
-    mine = [decode(reply.hidden), decode(back.gradient), *visitor.gradients()]
+    mine = [decode(reply.hidden), decode(back.gradient), *adapters.gradients()]
     for got, expected in zip(mine, directly(cloud, sites, tensor(*SHAPE), tensor(*SHAPE, seed=9)), strict=True):
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -133,13 +133,13 @@ def test_what_nothing_below_needs_is_not_asked_for(tenant: TenantSession, cloud:
     exact = SiteCall(sites, keep=True)
     converse(tenant, exact, tenant.handle(forward()))
     converse(tenant, exact, tenant.handle(backward()))
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(call=2, wanted=False)))
-    back, phases = converse(tenant, visitor, tenant.handle(backward(call=2, wanted=False)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(call=2, wanted=False)))
+    back, phases = converse(tenant, adapters, tenant.handle(backward(call=2, wanted=False)))
     assert phases == ["BACKWARD", "BACKWARD_ONLY"]
     assert isinstance(back, m.BackwardReply)
     assert back.gradient is None
-    for mine, expected in zip(visitor.gradients(), exact.gradients(), strict=True):
+    for mine, expected in zip(adapters.gradients(), exact.gradients(), strict=True):
         assert mine is not None
         assert expected is not None
         assert torch.equal(mine, expected)
@@ -155,20 +155,20 @@ def test_a_forgetful_cloud_asks_again_and_ends_in_the_same_bits(
     exact = SiteCall(sites, keep=True)
     converse(tenant, exact, tenant.handle(forward(wanted=wanted)))
     expected, _ = converse(tenant, exact, tenant.handle(backward(wanted=wanted)))
-    visitor = SiteCall(sites, keep=True)
+    adapters = SiteCall(sites, keep=True)
     monkeypatch.setattr(cloud.executor.cache, "budget", 0 if lost else tensor(*SHAPE).nbytes)
-    converse(tenant, visitor, tenant.handle(forward(wanted=wanted)))
+    converse(tenant, adapters, tenant.handle(forward(wanted=wanted)))
     if lost:
         said = tenant.handle(backward(wanted=wanted))
         assert isinstance(said, m.Status)
         assert said.code == m.StatusCode.ACTIVATIONS_LOST
-    back, phases = converse(tenant, visitor, tenant.handle(backward(replay=lost, wanted=wanted)))
+    back, phases = converse(tenant, adapters, tenant.handle(backward(replay=lost, wanted=wanted)))
     assert phases == ["AGAIN", "AGAIN", "BACKWARD", "BACKWARD" if wanted else "BACKWARD_ONLY"]
     assert isinstance(back, m.BackwardReply)
     assert isinstance(expected, m.BackwardReply)
     assert back.recomputed
     assert back.gradient == expected.gradient
-    for mine, theirs in zip(visitor.gradients(), exact.gradients(), strict=True):
+    for mine, theirs in zip(adapters.gradients(), exact.gradients(), strict=True):
         assert mine is not None
         assert theirs is not None
         assert torch.equal(mine, theirs)
@@ -192,11 +192,11 @@ def test_calls_that_have_paused_do_not_disturb_each_other(tenant: TenantSession,
         for session, n, seed in ((tenant, 1, 1), (tenant, 1, 2), (other, 5, 3))
     ]
     for turn in count():
-        session, seed, visitor, said = open_calls.pop(turn % len(open_calls))
+        session, seed, adapters, said = open_calls.pop(turn % len(open_calls))
         if isinstance(said, m.ForwardReply):
             assert said.hidden == alone[seed]
         else:
-            open_calls.append((session, seed, visitor, session.handle(answer(visitor, asked(said)))))
+            open_calls.append((session, seed, adapters, session.handle(answer(adapters, asked(said)))))
         if not open_calls:
             break
 
@@ -270,8 +270,8 @@ def test_gradients_that_do_not_fit_end_the_call_and_no_more(
 ) -> None:
     sites = q_and_v()[:2]
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(wanted=wanted)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(wanted=wanted)))
     question = asked(tenant.handle(backward(wanted=wanted)))
     text = refusal(tenant.handle(m.SiteAnswer(question.id, tensors)))
     assert all(each in text for each in texts), text
@@ -279,7 +279,7 @@ def test_gradients_that_do_not_fit_end_the_call_and_no_more(
     said = tenant.handle(backward(wanted=wanted))
     assert isinstance(said, m.Status)
     assert said.code == m.StatusCode.ACTIVATIONS_LOST  # what has begun is gone, and can be repeated
-    back, _ = converse(tenant, visitor, tenant.handle(backward(wanted=wanted, replay=True)))
+    back, _ = converse(tenant, adapters, tenant.handle(backward(wanted=wanted, replay=True)))
     assert isinstance(back, m.BackwardReply)
 
 
@@ -288,11 +288,11 @@ def test_one_gradient_may_stand_for_all_sites_of_a_group(tenant: TenantSession) 
     bind(tenant, sites)
     results = []
     for call, summed in enumerate((False, True)):
-        visitor = SiteCall(sites, keep=True, summed=summed)
-        converse(tenant, visitor, tenant.handle(forward(call=call)))
+        adapters = SiteCall(sites, keep=True, summed=summed)
+        converse(tenant, adapters, tenant.handle(forward(call=call)))
         question = asked(tenant.handle(backward(call=call)))
-        assert len(answer(visitor, question).tensors) == (1 if summed else 2)
-        back, _ = converse(tenant, visitor, question)
+        assert len(answer(adapters, question).tensors) == (1 if summed else 2)
+        back, _ = converse(tenant, adapters, question)
         assert isinstance(back, m.BackwardReply)
         assert back.gradient is not None
         results.append(decode(back.gradient))
@@ -327,11 +327,11 @@ def test_a_backward_names_the_sites_of_its_forward(tenant: TenantSession) -> Non
     bind(tenant, sites)
     bind(tenant, sites[:1], number=2)
     bind(tenant, sites, number=3)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward()))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward()))
     for number in (0, 2):
         assert "the sites of its forward" in refusal(tenant.handle(backward(sites=number)))
-    back, _ = converse(tenant, visitor, tenant.handle(backward(sites=3)))  # the same list under a newer number
+    back, _ = converse(tenant, adapters, tenant.handle(backward(sites=3)))  # the same list under a newer number
     assert isinstance(back, m.BackwardReply)
     assert not back.recomputed
 
@@ -339,10 +339,10 @@ def test_a_backward_names_the_sites_of_its_forward(tenant: TenantSession) -> Non
 def test_a_backward_wants_no_gradient_that_its_forward_did_not_want(tenant: TenantSession) -> None:
     sites = q_and_v()
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(wanted=False)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(wanted=False)))
     assert "wants no gradient" in refusal(tenant.handle(backward(wanted=True)))
-    back, _ = converse(tenant, visitor, tenant.handle(backward(wanted=False)))
+    back, _ = converse(tenant, adapters, tenant.handle(backward(wanted=False)))
     assert isinstance(back, m.BackwardReply)
 
 
