@@ -46,14 +46,14 @@ class Engine:
     def __init__(
         self,
         threads: int,
-        scheduler: Scheduler | None = None,
+        scheduler: Scheduler,
         *,
         compute_threads: int = 1,
         invariance: BatchInvariance | None = None,
         is_computed: Callable[[Any], bool] = lambda _: True,
         trim_growth: float | None = None,
     ) -> None:
-        self._scheduler = Scheduler(time.monotonic) if scheduler is None else scheduler  # an empty one is false
+        self._scheduler = scheduler
         self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
         self._changed = threading.Condition()
@@ -176,6 +176,7 @@ class Engine:
                 threads, over = self._threads_for(batch), self._ending and not len(self._scheduler)
                 if not batch and not late and not over:
                     ready = self._scheduler.ready_at()
+                    # A millisecond later, so that the moment has passed on the scheduler's clock as well.
                     self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)
             _refuse(late)
             if batch or over:

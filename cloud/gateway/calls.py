@@ -157,7 +157,7 @@ class Calls:
         self._options = options
         executor = served.executor
         self.engine = start_engine(executor, threads, options, is_computed=lambda reply: isinstance(reply, m.Timed))
-        self._call_threads = CallThreads(self.engine.threads_of_a_call, executor.compute_bytes, options.paused_calls)
+        self._call_threads = CallThreads(self.engine.threads_of_a_call, options.paused_calls, executor.compute_bytes)
         self.files = FileThreads()
         self.records_history = event_history.is_written()
 

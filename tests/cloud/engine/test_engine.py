@@ -31,7 +31,7 @@ from isthmus.cloud.engine.scheduler import Scheduler
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    made = Engine(1)
+    made = Engine(1, Scheduler(time.monotonic))
     yield made
     made.shutdown(cancel=True)
 
@@ -120,7 +120,7 @@ def test_what_comes_too_late_is_refused_while_all_threads_compute(engine: Engine
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_an_end_does_what_waits_or_cancels_it(cancel: bool) -> None:
-    engine = Engine(1)
+    engine = Engine(1, Scheduler(time.monotonic))
     gate = Gate(engine)
     waiting = submit(engine, lambda: "done")
     threading.Timer(0.05, gate.open).start()

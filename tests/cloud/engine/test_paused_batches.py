@@ -35,7 +35,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode, encode_mask, encode_positions
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 FP32 = codec_id("fp32")
 BIG = 1 << 26
 LAYERS = (1, 2, 3, 4)

@@ -21,7 +21,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id, decode
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def test_messages_that_are_handled_together_are_answered_as_alone(cloud: Served) -> None:

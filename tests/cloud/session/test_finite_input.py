@@ -21,7 +21,7 @@ from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, enco
 
 FP32 = codec_id("fp32")
 SHAPE = (2, 6, HIDDEN)
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 BAD = [torch.nan, torch.inf, -torch.inf]
 Q = "self_attn.q_proj"
 

@@ -18,7 +18,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id, decode
 from isthmus.protocol.validation import check
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def test_a_forward_and_its_backward_are_answered_with_their_ids(tenant: TenantSession, cloud: Served) -> None:

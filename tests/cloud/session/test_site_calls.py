@@ -36,7 +36,7 @@ from isthmus.common.errors import MessageError
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def directly(cloud: Served, sites: Sequence[Site], hidden: Tensor, gradient: Tensor) -> list[Tensor]:

@@ -38,7 +38,7 @@ def _cloud() -> Served:
 
 @functools.cache
 def _threads() -> CallThreads:
-    return CallThreads(1)
+    return CallThreads(1, 16)
 
 
 def _run(data: bytes) -> None:
