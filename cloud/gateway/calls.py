@@ -332,9 +332,7 @@ class SessionCalls:
 
     def _request_for(self, message: m.Message, due: float | None) -> Request[m.Message | None]:
         """What a message wants of the engine."""
-        work, sited, positions = self._work, _has_sites(message), _positions(message)
-        if isinstance(message, m.SiteAnswer):
-            positions = work.calls.positions(message)
+        work, sited, positions = self._work, _has_sites(message), self._work.positions(message)
         keeps = isinstance(message, m.Forward) and message.keep and not sited
         return self._request(
             partial(work.handle, message),
@@ -362,7 +360,7 @@ class SessionCalls:
         metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
         metrics.waited.labels("interactive" if self._session.interactive else "training").observe(reply.queue_ns / 1e9)
         if isinstance(message, m.Forward | m.Backward):
-            metrics.tokens.labels(operation).inc(_positions(message))
+            metrics.tokens.labels(operation).inc(self._work.positions(message))
 
     def _record(self, reply: m.Message) -> None:
         """Have the history show an answer, and of which call it is the result."""
@@ -383,11 +381,3 @@ def _too_late(session: OpenSession) -> str:
 
 def _has_sites(message: m.Message) -> bool:
     return isinstance(message, m.Forward | m.Backward) and bool(message.sites)
-
-
-def _positions(message: m.Message) -> int:
-    """Token positions that a message wants computed."""
-    if not isinstance(message, m.Forward | m.Backward):
-        return 0
-    sent = message.hidden if isinstance(message, m.Forward) else message.gradient
-    return sent.shape[0] * sent.shape[1]

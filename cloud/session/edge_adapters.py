@@ -91,14 +91,10 @@ class EdgeAdapters:
 
     def _check(self, answer: Tensor, site: int, width: int) -> None:
         """Check an answer's shape, which only the site and the call can tell. Raises ValueError."""
-        needed = [*_hidden_shape(self.message)[:2], width]
+        sent = self.message.hidden if isinstance(self.message, m.Forward) else self.message.gradient
+        needed = [*sent.shape[:2], width]
         if list(answer.shape) != needed:
             raise ValueError(
                 f"an answer of shape {list(answer.shape)} does not fit site {self.sites.specs[site]}: "
                 f"{needed} is needed"
             )
-
-
-def _hidden_shape(message: m.Forward | m.Backward) -> tuple[int, ...]:
-    """The shape `[B, S, h]` of the hidden states that go through the span."""
-    return message.hidden.shape if isinstance(message, m.Forward) else message.gradient.shape

@@ -181,6 +181,15 @@ class TenantSession:
             return self.calls.kind(message)
         return kind_of(message)
 
+    def positions(self, message: m.Message) -> int:
+        """Token positions that a message wants computed. The event loop may ask."""
+        if isinstance(message, m.SiteAnswer):
+            return self.calls.positions(message)
+        if not isinstance(message, m.Forward | m.Backward):
+            return 0
+        batch, sequence, _ = _hidden_shape(message)
+        return batch * sequence
+
     def call_bytes(self, message: m.Message) -> int:
         """The memory that a call takes while it is computed; 0 for what is no call, or will be refused.
 
@@ -321,8 +330,7 @@ class TenantSession:
         A backward may use the kept forward, or lose it to eviction and use its replay: it counts as masked where either
         of them is.
         """
-        sent = message.hidden if isinstance(message, m.Forward) else message.gradient
-        batch, sequence, _ = sent.shape
+        batch, sequence, _ = _hidden_shape(message)
         if batch * sequence > self.max_tokens:
             return None
         if isinstance(message, m.Forward):
@@ -336,6 +344,11 @@ class TenantSession:
         sites = self.calls.lists.find(message.sites) if message.sites else None
         kept, passing = (0, 0) if sites is None else (sites.kept, sites.passing)
         return CallShape(batch, sequence, what, masked, kept, passing)
+
+
+def _hidden_shape(message: m.Forward | m.Backward) -> tuple[int, ...]:
+    """The shape `[B, S, h]` of the hidden states that go through the span."""
+    return message.hidden.shape if isinstance(message, m.Forward) else message.gradient.shape
 
 
 def _is_masked(inputs: m.SpanInputs) -> bool:
