@@ -88,7 +88,8 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, state: GroupState, index: int) -> Tensor:
         ctx.state, ctx.index = state, index
         found = state.products.get(index)
-        return state.member(index)(x) if found is None else found.plain.view(*x.shape[:-1], -1)
+        output: Tensor = state.member(index)(x) if found is None else found.plain.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
