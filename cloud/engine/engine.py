@@ -3,15 +3,22 @@
 Everything that touches the span or the activation cache runs on a compute thread, and all but batches of calls without
 sites on the first one. With two compute threads, each has half of torch's threads, whose number belongs to the thread
 that sets it. A session that is alone at work has all of them, where its bits do not depend on that.
+
+A backward frees its graph while a forward beside it builds one. glibc's heap gives the new tensors a place that the
+system has to fill with pages, while the freed pages stay. `malloc_trim` returns them; what is returned has to be filled
+again, so the heap is trimmed only while the process has grown, and once when nothing is at work.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +27,15 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_b
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.heap_trimming import HeapTrimmer
 from isthmus.cloud.engine.requests import Request, TooLate
 from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
 
 R = TypeVar("R")
+
+TRIM_SECONDS = 0.2
+"""Between two checks of the process's size: about as long as a pass takes, whose memory is to go back."""
+IDLE_SECONDS = 1.0
+"""After so long without work the heap is trimmed once more: an edge that trains comes back sooner."""
 
 
 class Engine:
@@ -266,3 +277,59 @@ def _refuse(late: Sequence[Request[Any]]) -> None:
     for request in late:
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(TooLate())
+
+
+# The heap -------------------------------------------------------------------------------------------------------------
+
+
+def trim_heap() -> None:
+    """Have glibc return what is free in its heap, where it is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory; 0 where the system does not say it as Linux does."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class HeapTrimmer:
+    """A thread that trims the heap after work.
+
+    Args:
+        sessions_at_work: How many sessions are at work.
+        growth_bytes: By so much the process may have grown since it was idle, before its heap is trimmed while several
+            sessions are at work.
+    """
+
+    def __init__(self, sessions_at_work: Callable[[], int], growth_bytes: float) -> None:
+        self._sessions_at_work, self._growth_bytes = sessions_at_work, growth_bytes
+        self._idle_bytes = resident_bytes()
+        self._worked, self._ended = threading.Event(), threading.Event()
+        self._worked_at = 0.0
+        threading.Thread(target=self._run, name="heap trimmer", daemon=True).start()
+
+    def worked(self) -> None:
+        """Something was computed. May be called from any thread."""
+        self._worked_at = time.monotonic()
+        self._worked.set()
+
+    def shutdown(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._worked.set()
+
+    def _run(self) -> None:
+        while self._worked.wait() and not self._ended.wait(TRIM_SECONDS):
+            sessions = self._sessions_at_work()
+            idle = not sessions and time.monotonic() > self._worked_at + IDLE_SECONDS
+            if idle:
+                self._worked.clear()
+            if idle or (sessions > 1 and resident_bytes() > self._idle_bytes + self._growth_bytes):
+                trim_heap()
+            if idle:
+                self._idle_bytes = resident_bytes()
