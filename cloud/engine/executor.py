@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.weight_quantization import largest_weight
-from isthmus.backbone.runtime.call_memory import call_memory
-from isthmus.backbone.runtime.graph_memory import GraphBytes, counting, keep_little, storages_of
+from isthmus.backbone.runtime.call_memory import call_memory, frugal_graph, storages_of
 from isthmus.backbone.runtime.sequence_packing import Packer
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_pass import SitedPass
@@ -78,7 +77,6 @@ class Executor:
         dtype: dtype the span computes in; inputs are cast to it, outputs are returned in it.
         cache_bytes: budget of the activation cache over all sessions, in bytes.
         compute_bytes: what all that is computed at a time may take besides, in bytes. Who calls has to keep to it.
-        count_graphs: whether the bytes of every graph are counted, and not estimated from those counted before.
 
     Attributes:
         cache: forward states that wait for their backward.
@@ -86,23 +84,12 @@ class Executor:
         memory: estimates what a call takes while it is computed.
     """
 
-    def __init__(
-        self,
-        host: SiteHost,
-        dtype: torch.dtype,
-        cache_bytes: int,
-        compute_bytes: float = math.inf,
-        *,
-        count_graphs: bool = False,
-    ) -> None:
+    def __init__(self, host: SiteHost, dtype: torch.dtype, cache_bytes: int, compute_bytes: float = math.inf) -> None:
         self.host, self.dtype, self.compute_bytes = host, dtype, compute_bytes
         self.cache = ActivationCache(cache_bytes)
         self.memory = call_memory(host.span, fixed=largest_weight(host.span) * dtype.itemsize)
         self._packer = Packer(host.span)
-        self._weights = storages_of(host.span)  # address and bytes
-        self._count_graphs = count_graphs
-        self._graph_bytes = GraphBytes(getattr(host.span.config, "sliding_window", None))  # of graphs without sites
-        keep_little(host.span)
+        self._weights = storages_of(host.span)
 
     @property
     def device(self) -> torch.device:
@@ -266,20 +253,12 @@ class Executor:
         inputs = [entry.inputs for entry in entries.values()]
         if not (sites is not None and sites.have_gradients) and not all(each.hidden.requires_grad for each in inputs):
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
-        counts = self._count_graphs or sites is not None
-        nbytes = None if counts else self._graph_bytes.expected(inputs)
-        if nbytes is None:
-            with counting(self._weights) as kept:
-                outputs, sited = self._run(entries, sites, again=again)
-            for output in outputs:
-                kept.add(output)
-            nbytes = kept.total
-            if sites is None:
-                self._graph_bytes.learn(inputs, nbytes)
-        else:
+        with frugal_graph(self._weights) as kept:
             outputs, sited = self._run(entries, sites, again=again)
+        for output in outputs:
+            kept.add(output)
         positions = sum(each.positions for each in inputs)
-        return Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, sited)
+        return Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, kept.total, sited)
 
     # Backward ---------------------------------------------------------------------------------------------------------
 

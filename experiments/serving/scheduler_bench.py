@@ -10,19 +10,11 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
-from isthmus.backbone.checkpoints.sources import resolve
-from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.backbone.split.span import SpanInput, load_span
-from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.cloud.engine.requests import Kind
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.launch import stderr_progress
@@ -100,7 +92,7 @@ def run_scheduler(settings: SchedulerSettings, folder: Path | None = None) -> di
         `jain` (the least), `state_share` (the most forward states held at a time, over the span's weights), and
         `flood_p99_ratio` of the worst flood (see `tenants_bench`), which is `flood`; for calls that come by themselves,
         the means over the loads of `missed`, `p99_s` and `positions_per_s`. `real` is what `tenants_bench` returns, for
-        the rows that it can measure, and `graph_counting` how much longer passes take in which every graph is counted.
+        the rows that it can measure.
     """
     rows = []
     with stderr_progress("schedulers", len(POLICIES)) as advance:
@@ -114,7 +106,6 @@ def run_scheduler(settings: SchedulerSettings, folder: Path | None = None) -> di
             name: run_tenants(replace(settings.real, cloud_options=options), folder / f"{number}")
             for number, (name, options) in enumerate(REAL_OPTIONS.items())
         }
-        result["graph_counting"] = graph_counting(settings.real)
     return result
 
 
@@ -157,27 +148,6 @@ def open_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, float]:
         for seed in range(settings.seeds)
     ]
     return {name: statistics.mean(scene[name] for scene in scenes) for name in ("missed", "p99_s", "positions_per_s")}
-
-
-def graph_counting(settings: TenantSettings) -> float:
-    """Seconds of passes in which each graph's bytes are counted, over those in which they are estimated."""
-    torch.set_num_threads(settings.threads)
-    checkpoint = resolve(settings.model)
-    span = load_span(checkpoint, SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers))
-    calls = {
-        (b"", tenant): SpanInput(torch.randn(1, settings.length(tenant), span.hidden_size))
-        for tenant in range(settings.n)
-    }
-    gradients = [BackwardCall(key, torch.randn_like(given.hidden)) for key, given in calls.items()]
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    executors = {counts: Executor(SiteHost(span), torch.float32, 1 << 40, count_graphs=counts) for counts in seconds}
-    for _ in range(settings.steps):
-        for counts, executor in executors.items():
-            start = time.perf_counter()
-            executor.forward_together(calls, keep=True)
-            executor.backward_together(gradients)
-            seconds[counts].append(time.perf_counter() - start)
-    return statistics.median(seconds[True]) / statistics.median(seconds[False])
 
 
 def _crowd(

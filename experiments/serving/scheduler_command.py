@@ -48,8 +48,6 @@ def show(result: dict[str, Any]) -> None:
         cells = [_cell(rows.get(name, {}).get(key)) for key in keys]
         cells += [_cell(measured.get(name, {}).get(key)) for key in real_keys]
         typer.echo(f"| {name} | {' | '.join(cells)} |")
-    if "graph_counting" in result:
-        typer.echo(f"counting the bytes of every graph: passes take {result['graph_counting']:.3f} x")
 
 
 def _cell(value: float | None) -> str:
