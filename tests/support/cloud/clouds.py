@@ -106,7 +106,9 @@ class ThreadServer:
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
     ) -> None:
-        bounds = bounds or Bounds()
+        if not batching:
+            bounds = bounds or Bounds()
+            bounds = replace(bounds, engine=replace(bounds.engine, batching=False))
         self.served = cloud
         self.home = home
         self._tls = tls
@@ -119,7 +121,7 @@ class ThreadServer:
             EdgesFile(home.folder),
             1,
             next_stage,
-            bounds=replace(bounds, engine=replace(bounds.engine, batching=batching)),
+            bounds=bounds,
             clock=clock,
         )
         self.port = 0
