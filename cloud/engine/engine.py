@@ -66,6 +66,7 @@ class Engine:
     ) -> None:
         self._scheduler = scheduler
         self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
+        self._all_threads_from = 0.0 if invariance is None else invariance.all_threads_from
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
         self._changed = threading.Condition()
         self._ending = False
@@ -131,7 +132,7 @@ class Engine:
         All of them, or those of a compute thread where bits depend on their number.
         """
         found = self.invariance
-        same_bits = found is None or found.all_threads_from <= (found.rows or 0)
+        same_bits = found is None or self._all_threads_from <= (found.rows or 0)
         return self._torch_threads if same_bits else self._torch_threads // len(self._threads)
 
     def shutdown(self, *, cancel: bool) -> None:
@@ -197,8 +198,7 @@ class Engine:
         if not batch or not self._scheduler.may_share(batch[0]):
             return self._torch_threads
         smallest = min(request.positions for request in batch)
-        all_threads_from = 0.0 if self.invariance is None else self.invariance.all_threads_from
-        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= all_threads_from
+        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= self._all_threads_from
         return self._torch_threads if alone else max(1, self._torch_threads // len(self._threads))
 
     def _keep_deadlines(self) -> None:

@@ -264,7 +264,7 @@ def test_bits_decide_what_is_batched_and_with_how_many_threads(
     monkeypatch.setattr(engine_module, "measure_batch_invariance", lambda *_: measured)
     found = start_engine(executor, 2, EngineOptions())
     limits = found._scheduler._limits
-    assert (limits.smallest, measured.all_threads_from) == (smallest, all_from)
+    assert (limits.smallest, found._all_threads_from) == (smallest, all_from)
     assert found.threads_of_a_call == of_a_call
     assert found.invariance == measured
     found.shutdown(cancel=True)
