@@ -108,8 +108,8 @@ def serve(
     stash_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Each worker's memory for forward states that wait for their backward; by default a quarter of what "
-            "the machine leaves beside the weights, 2GiB at most."
+            help="Each worker's memory for its stash, the activation cache: forward states that wait for their "
+            "backward. By default a quarter of what the machine leaves beside the weights, 2GiB at most."
         ),
     ] = None,
     compute_bytes: Annotated[
@@ -264,7 +264,6 @@ def serve(
         connection_file=connection_file,
         emulator=emulator,
         sites=sites,
-        batching=batching == "on",
         device=device,
         tls=None if tls_cert is None or tls_key is None else TlsFiles(tls_cert, tls_key, tls_client_ca),
         bounds=Bounds(
@@ -279,6 +278,7 @@ def serve(
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
             engine=EngineOptions(
+                batching=batching == "on",
                 max_batch_tokens=max_batch_tokens,
                 max_wait=max_wait,
                 interactive_lead=interactive_lead,

@@ -10,31 +10,46 @@ from dataclasses import dataclass, field
 from isthmus.protocol.limits import MIB, Pace
 
 REVIEW_SECONDS = 1.0
-"""Between two reviews of the enrolments. A line counts as removed when two reviews in a row have read the same file."""
+"""Between two reviews of the enrolments: an editor has written its file by then.
+
+A line counts as removed when two reviews in a row have read the same file.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How one worker computes for several sessions. docs/scheduler.md has the formulas.
+class SchedulerOptions:
+    """How one worker takes turns. docs/scheduler.md has the formulas.
 
     Attributes:
         max_batch_tokens: token positions of a batch at most. With so many, what a pass takes by itself is a few percent
             of it, and a larger batch only makes others wait for its end.
         max_wait: seconds that a request is held back at most though it could begin, for batching partners or for memory
-            of forward states. Longer than an edge on a busy core computes between two calls of a step.
+            of forward states; a session that has been silent for so long is not at work. Longer than an edge on a busy
+            core computes between two calls of a step.
         interactive_lead: seconds of computing, over its weight, that a tenant may be ahead of the others' training by
             interactive requests, so that nobody gets more by calling everything interactive. A few calls' worth.
-        compute_threads: batches that may run at a time, each with its part of the torch threads, so that a pass does
-            not wait at every product for a core that an edge or another pass is on.
+    """
+
+    max_batch_tokens: int = 512
+    max_wait: float = 2.0
+    interactive_lead: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions(SchedulerOptions):
+    """How one worker computes for several sessions.
+
+    Attributes:
+        batching: whether calls of several sessions may share a batch.
+        compute_threads: batches that may run at a time, each with its even part of the torch threads, so that a pass
+            does not wait at every product for a core that an edge or another pass is on.
         state_bytes: forward states that sessions at work leave before further forwards wait; None for half of what the
             span's weights take, so that many tenants take less than a second copy of the span.
         trim_heap: whether free memory goes back to the system while batches run beside each other.
         paused_calls: calls with sites of all sessions that may have begun and not ended. Each has a thread.
     """
 
-    max_batch_tokens: int = 512
-    max_wait: float = 2.0
-    interactive_lead: float = 2.0
+    batching: bool = True
     compute_threads: int = 2
     state_bytes: int | None = None
     trim_heap: bool = True

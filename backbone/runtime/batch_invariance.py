@@ -23,7 +23,7 @@ from isthmus.common.torch_threads import torch_threads
 SIZES = (5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Numbers of rows that are tried."""
 ROWS = 1031
-"""Rows of the product that they are compared with."""
+"""Rows of the product that they are compared with: more than a batch has, and a prime, which no tile divides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.backbone.checkpoints.weight_quantization import weight_of
 from isthmus.backbone.runtime.leased_lora import LoraGradients, contributions, lora_gradients
 from isthmus.backbone.sites.leasing import LeasedWeights
-
-
-class FrozenLinear(Protocol):
-    """A linear of the span; see `isthmus.backbone.runtime.sited_modules.SitedLinear`."""
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The output `[..., out]` of the linear itself for `x` `[..., in]`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +34,7 @@ class ProductRequest:
     """
 
     group: int
-    linears: tuple[FrozenLinear, ...]
+    linears: tuple[nn.Module, ...]
     leased: tuple[LeasedWeights | None, ...]
     x: Tensor | None
     gradients: tuple[Tensor, ...] = ()
@@ -59,7 +51,7 @@ class ProductRequest:
         return bool(self.gradients)
 
     @property
-    def key(self) -> tuple[bool, int, tuple[FrozenLinear, ...]]:
+    def key(self) -> tuple[bool, int, tuple[nn.Module, ...]]:
         """Requests with the same key can be computed as one batch."""
         return self.is_backward, self.group, self.linears
 
@@ -101,7 +93,7 @@ class BatchingPartners:
         self._submit = submit
 
     def forward(
-        self, group: int, linears: tuple[FrozenLinear, ...], leased: tuple[LeasedWeights | None, ...], x: Tensor
+        self, group: int, linears: tuple[nn.Module, ...], leased: tuple[LeasedWeights | None, ...], x: Tensor
     ) -> Products:
         """The outputs of linears, and of the LoRAs leased at them, for `x` `[..., in]`, without a graph.
 
@@ -113,7 +105,7 @@ class BatchingPartners:
     def backward(
         self,
         group: int,
-        linears: tuple[FrozenLinear, ...],
+        linears: tuple[nn.Module, ...],
         leased: tuple[LeasedWeights | None, ...],
         x: Tensor | None,
         gradients: Sequence[Tensor],
@@ -163,7 +155,7 @@ def _products_of(index: int, requests: Sequence[ProductRequest]) -> list[Product
     linear, backward = requests[0].linears[index], requests[0].is_backward
     rows = [_required(request.gradients[index] if backward else request.x) for request in requests]
     all_rows = torch.cat(rows)[None]
-    product = input_gradient(linear, all_rows) if backward else linear.plain(all_rows)
+    product = input_gradient(linear, all_rows) if backward else linear(all_rows)
     parts = [part.clone() for part in torch.split(product[0], [len(each) for each in rows])]
     with_lora = {at: lora for at, request in enumerate(requests) if (lora := request.leased[index]) is not None}
     added: Sequence[Tensor | LoraGradients] = []
@@ -175,7 +167,7 @@ def _products_of(index: int, requests: Sequence[ProductRequest]) -> list[Product
     return [Product(part, added_to.get(at)) for at, part in enumerate(parts)]
 
 
-def input_gradient(linear: FrozenLinear, gradient: Tensor) -> Tensor:
+def input_gradient(linear: nn.Module, gradient: Tensor) -> Tensor:
     """The gradient `[..., in]` of a linear's input, of its output's `[..., out]`: torch's own product."""
     return (rows_of(gradient) @ weight_of(linear)).view(*gradient.shape[:-1], -1)
 

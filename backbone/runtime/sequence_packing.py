@@ -19,14 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from isthmus.backbone.families import family_of
-from isthmus.backbone.split.span import FrozenSpan, SpanInput, run_layers
-
-ATTENTION = "isthmus_packed_"
-"""Begins the names of attention implementations that also take several inputs in a row."""
+from isthmus.backbone.split.span import FrozenSpan, LayerStandIn, SpanInput, sharing_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +37,13 @@ class _Segment:
         return self.batch * self.length
 
 
-class _Recorder(nn.Module):
-    """Takes the place of a layer and records the arguments that the layer would get."""
+class _Recorder(LayerStandIn):
+    """Stands for a layer and records the arguments that the layer would get."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = [layer]  # not a child of it
-        signatures = (
-            inspect.signature(each.__dict__["forward"]) for each in type(layer).__mro__ if "forward" in vars(each)
-        )
-        self._signature = next(each for each in signatures if "hidden_states" in each.parameters)
+        super().__init__(layer)
+        self._signature = inspect.signature(type(layer).forward)
         self.recorded: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._layer[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments, and return the hidden states unchanged."""
@@ -72,20 +57,18 @@ class Packer:
     """Runs a span over several inputs at once; several threads may call it.
 
     Args:
-        span: The span, whose layers attend as before, but from now on also to several inputs in a row.
+        span: The span, which stays as it is: copies of its layers share its weights, and attend to several inputs.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
-        path = family_of(span.config).layers
-        self._layers: nn.ModuleList = getattr(span.base, path)
-        self._recorders = [_Recorder(layer) for layer in self._layers]
-        # The same model, with recorders in the place of its layers.
-        self._recording = copy.copy(span.base)
-        self._recording._modules = {**span.base._modules, path: nn.ModuleList(self._recorders)}
+        self._recorders = [_Recorder(layer) for layer in span.layers]
+        self._recording = span.with_layers(self._recorders)
         self._turn = threading.Lock()
-        attending = (config for m in self._layers.modules() if (config := getattr(m, "config", None)) is not None)
-        for config in {id(config): config for config in (span.base.config, *attending)}.values():
-            config._attn_implementation = _taking_several(config._attn_implementation)
+        self._layers: list[nn.Module] = [sharing_copy(layer) for layer in span.layers]
+        attending: list[Any] = [m for layer in self._layers for m in layer.modules() if hasattr(m, "config")]
+        for module in attending:
+            module.config = copy.deepcopy(module.config)
+            module.config._attn_implementation = _taking_several(module.config._attn_implementation)
 
     def __call__(self, inputs: Sequence[SpanInput]) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
@@ -107,7 +90,7 @@ class Packer:
         """The arguments that the base model would give each layer for an input."""
         with self._turn:
             try:
-                run_layers(self._recording, each.hidden, each.attention_mask, each.position_ids)
+                self._recording(each.hidden, each.attention_mask, each.position_ids)
                 return [recorder.recorded for recorder in self._recorders]
             finally:
                 for recorder in self._recorders:
@@ -166,24 +149,18 @@ def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
 
 
 def _taking_several(inner: str) -> str:
-    """The name of the attention implementation that does what `inner` does, and also takes several inputs in a row."""
-    if inner.startswith(ATTENTION):
-        return inner
-    name = ATTENTION + inner
+    """The name of the attention implementation that does what `inner` does for each of several inputs in a row."""
+    name = f"isthmus_packed_{inner}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Segments, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             plain: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-            if not isinstance(attention_mask, _Segments):
-                return plain(module, query, key, value, attention_mask, **options)
             return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
 
         ALL_ATTENTION_FUNCTIONS.register(name, attend)
-        if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name
 
 

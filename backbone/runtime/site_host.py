@@ -17,44 +17,39 @@ from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import Span
 from isthmus.backbone.runtime.batched_products import ProductBatches
-from isthmus.backbone.runtime.sited_modules import InputRecorder, SitedLayer, SitedLinear, mix_in, sites_active
+from isthmus.backbone.runtime.sited_modules import InputRecorder, SitedLayer, SitedLinear, sites_active
 from isthmus.backbone.runtime.sited_nodes import Group
 from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
 from isthmus.backbone.sites.ladder_network import tap_projection
 from isthmus.backbone.sites.low_rank_basis import site_basis
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.skeleton import named_linears
-from isthmus.backbone.split.span import FrozenSpan, empty_layers
+from isthmus.backbone.split.span import FrozenSpan, empty_layers, sharing_copy
 from isthmus.common.errors import PlanError
 
 _Place = tuple[int, str]
 
 
 class SiteHost:
-    """A frozen span whose linears and layers can take part in passes with sites.
+    """A frozen span, and the same span with stand-ins for its linears and layers, for passes with sites.
 
     Args:
-        span: The span; its modules get classes of their own, which compute the same in a pass without sites.
+        span: The span, which stays as it is.
 
     Attributes:
+        sited_span: The span with stand-ins; it shares all tensors, and computes inside of `sites_active`.
         product_batches: Computes the linears' products for several calls at once.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
         self.span = span
         self._made: WeakValueDictionary[SiteSpec, SiteMatrices] = WeakValueDictionary()
-        config: Any = span.config
-        family = family_of(config)
-        self._path = family.layers_path
-        layers = getattr(span.base, family.layers)
-        self._layers: dict[int, nn.Module] = dict(zip(span.layer_span, layers, strict=True))
+        self._path = family_of(span.config).layers_path
+        self._layers: dict[int, nn.Module] = dict(zip(span.layer_span, span.layers, strict=True))
         self._linears: dict[_Place, nn.Module] = {
             (index, name): linear for index, layer in self._layers.items() for name, linear in named_linears(layer)
         }
-        for linear in self._linears.values():
-            mix_in(linear, SitedLinear)
-        for layer in self._layers.values():
-            mix_in(layer, SitedLayer)
+        self.sited_span = span.with_layers([_with_stand_ins(layer) for layer in span.layers])
         self._groups = self._find_groups()
         self.product_batches = ProductBatches()
 
@@ -175,7 +170,7 @@ class SiteHost:
             )
         return self._linears[layer, part]
 
-    def _find_groups(self) -> list[tuple[SitedLinear, ...]]:
+    def _find_groups(self) -> list[tuple[nn.Module, ...]]:
         """Which linears read the same tensor, recorded in one pass over two positions."""
         recorder = InputRecorder()
         device = self.span.device
@@ -183,8 +178,15 @@ class SiteHost:
         # A mask of four dimensions is taken as it is; on the meta device none could be made from another.
         mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
         with torch.no_grad(), sites_active(recorder):
-            self.span(hidden, mask)
+            self.sited_span(hidden, mask)
         return [tuple(members) for _, members in recorder.inputs]
+
+
+def _with_stand_ins(layer: nn.Module) -> SitedLayer:
+    inner = sharing_copy(layer)
+    for name, linear in named_linears(layer):
+        inner.set_submodule(name, SitedLinear(linear))
+    return SitedLayer(layer, inner)
 
 
 def linear_groups(config: Any) -> tuple[tuple[str, ...], ...]:

@@ -1,7 +1,7 @@
-"""A span's linears and layers, made able to take part in a pass with sites.
+"""Stand-ins for a span's linears and layers, in a span of their own that calls with sites go through.
 
-Which pass goes on is a matter of the thread: within `sites_active(…)` the modules that the thread runs, forward or
-backward, turn to that pass. Outside of it they compute what they would without this module.
+They turn to the pass that the thread is in, forward or backward: the one that `sites_active(…)` names. A call without
+sites goes through the plain span, and never comes here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from isthmus.backbone.split.span import LayerStandIn
+
 if TYPE_CHECKING:
     from isthmus.backbone.runtime.sited_pass import SitedPass
 
@@ -21,7 +23,7 @@ _thread = threading.local()
 
 @contextmanager
 def sites_active(active: SitedPass | InputRecorder) -> Iterator[None]:
-    """Let the span's modules turn to `active` in what this thread computes inside, forward or backward."""
+    """Let the stand-ins turn to `active` in what this thread computes inside, forward or backward."""
     before = getattr(_thread, "active", None)
     _thread.active = active
     try:
@@ -43,54 +45,47 @@ class InputRecorder:
     """
 
     def __init__(self) -> None:
-        self.inputs: list[tuple[Tensor, list[SitedLinear]]] = []
+        self.inputs: list[tuple[Tensor, list[nn.Module]]] = []
 
-    def linear(self, module: SitedLinear, x: Tensor) -> Tensor:
+    def linear(self, linear: nn.Module, x: Tensor) -> Any:
         """The plain output."""
         for known, readers in self.inputs:
-            if known is x and module not in readers:
-                readers.append(module)
+            if known is x and linear not in readers:
+                readers.append(linear)
                 break
         else:
-            self.inputs.append((x, [module]))
-        return module.plain(x)
+            self.inputs.append((x, [linear]))
+        return linear(x)
 
-    def layer(self, _module: nn.Module, output: Any) -> Any:
+    def layer(self, _layer: nn.Module, output: Any) -> Any:
         """The plain output."""
         return output
 
 
 class SitedLinear(nn.Module):
-    """Mixed into the class of a linear by `mix_in`."""
+    """Stands for a linear: its output, with what its site adds."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear's output, with what its site adds in a pass with sites."""
-        active: SitedPass | InputRecorder | None = getattr(_thread, "active", None)
-        return self.plain(x) if active is None else active.linear(self, x)
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
 
-    def plain(self, x: Tensor) -> Tensor:
-        """The output of the linear itself."""
-        return cast(Tensor, super().forward(x))  # that of the class behind this one
+    def forward(self, x: Tensor) -> Any:
+        """`[..., out]` for `x` `[..., in]`."""
+        return current_pass().linear(self.linear, x)
 
 
-class SitedLayer(nn.Module):
-    """Mixed into the class of a decoder layer by `mix_in`."""
+class SitedLayer(LayerStandIn):
+    """Stands for a decoder layer: its output, with what the site behind it adds.
+
+    Args:
+        layer: The layer.
+        inner: A copy of it with stand-ins for its linears.
+    """
+
+    def __init__(self, layer: nn.Module, inner: nn.Module) -> None:
+        super().__init__(layer)
+        self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output, with what the site behind it adds in a pass with sites."""
-        output = super().forward(*args, **kwargs)  # that of the class behind this one
-        active: SitedPass | InputRecorder | None = getattr(_thread, "active", None)
-        return output if active is None else active.layer(self, output)
-
-
-_classes: dict[tuple[type, type], type] = {}
-
-
-def mix_in(module: nn.Module, mixin: type) -> None:
-    """Put `SitedLinear` or `SitedLayer` in front of a module's class."""
-    real = type(module)
-    if issubclass(real, mixin):
-        return
-    if (real, mixin) not in _classes:
-        _classes[real, mixin] = type(real.__name__, (mixin, real), {"__module__": real.__module__})
-    module.__class__ = _classes[real, mixin]
+        """What the layer returns."""
+        return current_pass().layer(self._stands_for[0], self.inner(*args, **kwargs))

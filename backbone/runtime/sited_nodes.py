@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.backbone.runtime.batched_products import Product, input_gradient, rows_of
 from isthmus.backbone.runtime.leased_lora import LoraGradients, lora_gradients
-from isthmus.backbone.runtime.sited_modules import SitedLinear, current_pass
+from isthmus.backbone.runtime.sited_modules import current_pass
 from isthmus.backbone.sites.leasing import LeasedWeights
 
 
@@ -38,7 +38,7 @@ class Group:
     """
 
     number: int
-    members: tuple[SitedLinear, ...]
+    members: tuple[nn.Module, ...]
     sites: Mapping[int, int]
 
 
@@ -66,7 +66,7 @@ class GroupState:
     gradients: list[Tensor | None] = field(default_factory=list)
     products: dict[int, Product] = field(default_factory=dict)
 
-    def member(self, index: int) -> SitedLinear:
+    def member(self, index: int) -> nn.Module:
         """The linear at `index` in the group."""
         if self.group is None:
             raise RuntimeError("there is no linear behind a layer")
@@ -90,7 +90,8 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, state: GroupState, index: int) -> Tensor:
         ctx.state, ctx.index = state, index
         found = state.products.get(index)
-        return state.member(index).plain(x) if found is None else found.plain.view(*x.shape[:-1], -1)
+        output: Tensor = state.member(index)(x) if found is None else found.plain.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

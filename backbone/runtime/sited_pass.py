@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isthmus.backbone.runtime.batched_products import BatchingPartners, Product
-from isthmus.backbone.runtime.sited_modules import SitedLinear
 from isthmus.backbone.runtime.sited_nodes import (
     Group,
     GroupState,
@@ -110,29 +109,34 @@ class SitedPass:
     _shape: torch.Size = field(default_factory=torch.Size)  # `[B, S]` of what the linears read
     _ready: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def linear(self, module: SitedLinear, x: Tensor) -> Tensor:
+    @property
+    def taps(self) -> tuple[Tensor, ...]:
+        """The outputs of the taps, in their order."""
+        return tuple(self.tapped[number] for number in sorted(self.tapped))
+
+    def linear(self, linear: nn.Module, x: Tensor) -> Any:
         """The output of a linear for `x` `[B, S, in]`, with what its site adds: `[B, S, out]`.
 
         OPT's feed-forward part, behind its attention, reads `[B * S, in]` and gives `[B * S, out]`.
         """
         if x.dim() == 3:
             self._shape = x.shape[:2]
-        group = self.sites.groups.get(module)
+        group = self.sites.groups.get(linear)
         if group is None or (self.partners is None and not group.sites):
-            return module.plain(x)
-        if module not in self._ready:
+            return linear(x)
+        if linear not in self._ready:
             self._ready.update(zip(group.members, self._outputs(group, x), strict=True))
-        return self._ready.pop(module)
+        return self._ready.pop(linear)
 
-    def layer(self, module: nn.Module, output: Any) -> Any:
+    def layer(self, layer: nn.Module, output: Any) -> Any:
         """The output of a decoder layer, a tensor or a tuple that opens with one, with what the site behind it adds."""
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        tap = self.sites.taps.get(module)
+        tap = self.sites.taps.get(layer)
         if tap is not None:
             projection = self.sites.matrices.get(tap)
             tapped = hidden.detach()
             self.tapped[tap] = tapped if projection is None else functional.linear(tapped, projection.each[0])
-        site = self.sites.blocks.get(module)
+        site = self.sites.blocks.get(layer)
         if site is None:
             return output
         state = GroupState(None, (site,), hidden.requires_grad, hidden.shape[:2])
@@ -173,7 +177,7 @@ class SitedPass:
             state.x = x.detach()
         outputs = []
         for index, member in enumerate(group.members):
-            output = member.plain(x) if self.partners is None else frozen_product(x, state, index)
+            output = member(x) if self.partners is None else frozen_product(x, state, index)
             site, lora = group.sites.get(index), leased[index]
             if lora is not None:
                 output = output + (lora(x) if self.partners is None else leased_contribution(x, lora, state, index))

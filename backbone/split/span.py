@@ -108,6 +108,12 @@ class FrozenSpan(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in running order."""
+        layers: nn.ModuleList = getattr(self.base, family_of(self.config).layers)
+        return layers
+
+    @property
     def n_params(self) -> int:
         """Number of weights held; a quantized one counts as one."""
         packed = (m.in_features * m.out_features for m in self.modules() if isinstance(m, QuantizedLinear))
@@ -116,6 +122,12 @@ class FrozenSpan(nn.Module):
     def train(self, _mode: bool = True) -> Self:
         """Stay in eval mode."""
         return super().train(False)
+
+    def with_layers(self, layers: Sequence[nn.Module]) -> FrozenSpan:
+        """A span with other modules in the place of the layers; it shares everything else with this one."""
+        base = copy.copy(self.base)
+        base._modules = {**self.base._modules, family_of(self.config).layers: nn.ModuleList(layers)}
+        return FrozenSpan(base, self.layer_span, self.config, self.hidden_size, self.dtype)
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -133,6 +145,34 @@ class FrozenSpan(nn.Module):
             Hidden states after the last layer, `[B, S, h]`.
         """
         return run_layers(self.base, hidden, attention_mask, position_ids)
+
+
+class LayerStandIn(nn.Module):
+    """Stands for a decoder layer in a base model, which may ask it for the layer's attributes.
+
+    Args:
+        layer: The layer, which is no submodule of this one.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._stands_for = (layer,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stands_for[0], name)
+
+
+def sharing_copy(module: nn.Module) -> Any:
+    """A copy of a module and of all modules in it, which share tensors, attributes and hooks with the originals.
+
+    So submodules and attributes of the copy may be replaced, and the original stays as it is.
+    """
+    copied = copy.copy(module)
+    copied._modules = {name: None if child is None else sharing_copy(child) for name, child in module._modules.items()}
+    return copied
 
 
 class _NoPositions(nn.Module):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 GROW_DEPTH = 1.0
 """With so many overdue calls per worker, or more, there are too few workers."""
 GROW_SECONDS = 5.0
+"""For which calls must have been overdue: a burst of several edges' steps is over by then."""
 SHRINK_SECONDS = 60.0
+"""For which no call must have waited: longer than edges evaluate or write a checkpoint between two steps."""
 PAUSE_SECONDS = 15.0
 """After a change, until the next one: a new worker loads its model, and sessions move to it."""
 

@@ -26,7 +26,7 @@ CONNECT_SECONDS = 1.0
 SILENT_POLLS, SILENT_POLLS_OF_OTHERS = 3, 15
 """Polls in a row that Ray's control store may leave unanswered; somebody else's cluster may come back by itself."""
 LEAVE_SECONDS, LEAVE_PAUSE = 30.0, 0.2
-"""How long Ray's processes may take to end, and the pause between two looks."""
+"""How long Ray's processes may take to end, several times what a busy machine needs, and how often that is checked."""
 
 # glibc gives memory back to the kernel and takes it again at every large message unless it is told not to (20 times
 # slower). It gives each thread an arena of its own, and memory that one thread takes and another frees would lie idle

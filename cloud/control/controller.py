@@ -26,14 +26,15 @@ from isthmus.cloud.telemetry.metrics import merged, serve_metrics
 from isthmus.common.errors import PortInUseError
 
 TICK_SECONDS = 0.5
-"""Between two rounds of questions to the workers."""
+"""Between two rounds of questions to the workers, each of which takes them milliseconds: new sessions wait for one."""
 ANSWER_SECONDS = 1.0
 """How long a round waits for answers; a worker that is slower keeps its last report."""
 RATE_SECONDS = 5.0
-"""The window over which calls a second are averaged."""
+"""The window over which tokens a second are averaged: several steps, and short enough to follow a change."""
 SPREAD_SECONDS = 5.0
 """Between two moves of sessions: the sessions of the first one have arrived by then."""
 REBINDS, REBIND_PAUSE = 10, 0.5
+"""Further attempts to take a port that the process before this one may still hold, and the seconds between two."""
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from isthmus.protocol.secure.keyfiles import read_private
 
 NAMESPACE = "isthmus"
 GPU_SECONDS = 20.0
-"""How long Ray may take to reserve GPUs."""
+"""How long Ray may take to reserve GPUs: it needs a second, and another node that joins reports its GPUs late."""
 _THIS_NODE = 0.001
 """Of the resource that each node has one of, and that is named after it: it keeps a reservation on this node."""
 

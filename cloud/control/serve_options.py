@@ -49,7 +49,6 @@ class ServeOptions:
     connection_file: Path | None = None
     emulator: Path | None = None
     sites: bool = True
-    batching: bool = True
     device: str = "cpu"
     tls: TlsFiles | None = None
     bounds: Bounds = field(default_factory=Bounds)

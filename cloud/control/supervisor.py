@@ -37,7 +37,7 @@ from isthmus.protocol.secure.keyfiles import check_folder
 from isthmus.protocol.secure.keys import ROOT_KEY, WorkerIdentity, load_worker
 
 POLL_SECONDS = 2.0
-"""Between two looks at the actors."""
+"""Between two checks of the actors. Ray starts dead ones by itself; this decides when to give up."""
 DEAD_POLLS = 15
 """Polls in a row, half a minute, for which a worker may be dead: several times what Ray needs to start one again."""
 

@@ -15,7 +15,7 @@ from isthmus.cloud.home.expiry import ExpiryWatch
 from isthmus.cloud.home.identity import IdentityFiles
 
 CHECK_SECONDS = 30.0
-"""Between two looks at ports and certificate: both change rarely, and a look takes milliseconds."""
+"""Between two checks of ports and certificate: both change rarely, and a check takes milliseconds."""
 
 
 def watches(home: Path, specs: Sequence[WorkerSpec], metrics: str, console: Console) -> Callable[[], None]:

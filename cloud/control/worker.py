@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
-REBINDS = 5
-REBIND_PAUSE = 1.0  # seconds
-RESTART_PAUSE = 5.0  # seconds
+REBINDS, REBIND_PAUSE = 5, 1.0
+"""Further attempts to take a port that the process before this one may still hold, and the seconds between two."""
+RESTART_PAUSE = 5.0
+"""Seconds before a worker that could not be started again ends: Ray tries at once, and its cause may pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class WorkerSpec:
     parts: str  # folder of the edge's parts, which the first worker makes
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    stash_bytes: int | None  # None for a part of what the machine has
+    stash_bytes: int | None  # budget of the activation cache; None for a quarter of what the machine has
     max_tokens: int
     threads: int
     log_file: str  # "" for standard error
@@ -55,14 +56,13 @@ class WorkerSpec:
     sites: bool = True
     quantize: str = "none"
     saved_span: str = ""  # folder that `isthmus cloud quantize` wrote; "" for none
-    batching: bool = True  # whether calls of several sessions may share a pass
     device: str = CPU  # where the span computes, one of `DEVICES`
     number: int = 0  # of the worker, from 0 on
     address: str = ""  # host:port that edges get
     layers: str = ""  # start:stop of a pipeline's stage; "" for all of the plan's
     edges: str = ""  # folder with the authorized_edges of a stage that no edge talks to; "" for that in the home
     next_stage: str = ""  # host:port of the pipeline's next stage; "" for none
-    compute_bytes: int | None = None  # budget of calls that are computed; None as for the stash
+    compute_bytes: int | None = None  # budget of calls that are computed; None as above
     beside: int = 1  # workers that share this machine's memory
     next_key: str = ""  # file with the key that the next stage has enrolled
     bounds: Bounds = field(default_factory=Bounds)  # limits on what others can make it hold
@@ -97,9 +97,7 @@ class Worker:
         served = served_by(spec)
         self._span = str(served.executor.host.span.layer_span)
         identity, edges = IdentityFiles(Path(spec.home)), EdgesFile(Path(spec.edges or spec.home))
-        self._server = GatewayServer(
-            served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds, batching=spec.batching
-        )
+        self._server = GatewayServer(served, identity, edges, spec.threads, next_stage_of(spec), bounds=spec.bounds)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="data-plane", daemon=True).start()
         self._port = self._listen(spec.listen, tls_of(spec), rebinds)

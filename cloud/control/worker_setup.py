@@ -94,7 +94,7 @@ def served_by(spec: WorkerSpec) -> Served:
     else:
         span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span.to(spec.device))
-    stash_bytes, compute_bytes = memory_budgets(
+    cache_bytes, compute_bytes = memory_budgets(
         _memory_of(spec) // spec.beside, bytes_of(span), spec.stash_bytes, spec.compute_bytes
     )
     info = SessionInfo(
@@ -108,10 +108,10 @@ def served_by(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype if spec.quantize == NONE else f"{spec.dtype}+{spec.quantize}",
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), stash_bytes),
+        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), cache_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
-    executor = Executor(host, dtype, stash_bytes, compute_bytes)
+    executor = Executor(host, dtype, cache_bytes, compute_bytes)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
     adapters = AdapterStore(
         Path(spec.home) / "adapters",
@@ -135,23 +135,26 @@ def served_by(spec: WorkerSpec) -> Served:
 
 RESERVE_BYTES = 1 << 29
 """Left to Python, its libraries, messages and the system itself when the machine's memory is divided into budgets."""
-MOST_STASH, LEAST_COMPUTE = 2 << 30, 1 << 26
+MOST_CACHE_BYTES = 2 << 30
+"""Default budget of the activation cache at most: more of it only delays what evicts the states of silent edges."""
+LEAST_BUDGET_BYTES = 1 << 26
+"""Default budget at least: a machine whose memory the weights fill should still compute small calls, if slowly."""
 
 
-def memory_budgets(machine: int, span: int, stash: int | None, compute: int | None) -> tuple[int, int]:
-    """The budgets, in bytes, of the stash and of all calls that are computed at a time.
+def memory_budgets(machine: int, span: int, cache: int | None, compute: int | None) -> tuple[int, int]:
+    """The budgets, in bytes, of the activation cache and of all calls that are computed at a time.
 
-    A budget that the operator does not give is a quarter of the machine's memory without span and reserve. The stash
+    A budget that the operator does not give is a quarter of the machine's memory without span and reserve. The cache
     gets one quarter (2 GiB at most), calls that are computed one, paused calls one; one quarter stays free.
 
     Args:
         machine: this worker's bytes of the machine's memory.
         span: bytes of the weights.
-        stash: the operator's budget of the stash, or None.
+        cache: the operator's budget of the activation cache, or None.
         compute: the operator's budget of calls, or None.
     """
-    part = max(LEAST_COMPUTE, (machine - span - RESERVE_BYTES) // 4)
-    return min(MOST_STASH, part) if stash is None else stash, part if compute is None else compute
+    quarter = max(LEAST_BUDGET_BYTES, (machine - span - RESERVE_BYTES) // 4)
+    return min(MOST_CACHE_BYTES, quarter) if cache is None else cache, quarter if compute is None else compute
 
 
 def _memory_of(spec: WorkerSpec) -> int:

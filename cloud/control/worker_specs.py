@@ -218,7 +218,6 @@ def worker_specs(
         log_file="",
         emulator="" if options.emulator is None else str(options.emulator.absolute()),
         sites=options.sites,
-        batching=options.batching,
         device=options.device,
         bounds=options.bounds,
         tls_cert="" if tls is None else str(tls.cert.absolute()),

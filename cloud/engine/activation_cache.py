@@ -4,7 +4,7 @@ The cache only saves time. Whatever it has forgotten is computed again, with the
 
     kept     autograd graph of the forward; the backward costs one backward
     input    the graph was evicted, the span's input is still here; the backward costs one forward more
-    lost     nothing is here; `StashLost` asks the edge to send the input again
+    lost     nothing is here; `ActivationsLost` asks the edge to send the input again
 
 Over budget, the oldest graphs shrink to their inputs first; if that is not enough, the oldest inputs go.
 """
@@ -23,7 +23,7 @@ from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.span import SpanInput
 
 
-class StashLost(Exception):  # noqa: N818 - a signal between the executor and the tenant's session, never shown to anybody
+class ActivationsLost(Exception):  # noqa: N818  # a signal between executor and session, never shown to anybody
     """The forward state of this call is gone and its input with it; the edge has to send the input again."""
 
 
@@ -39,7 +39,7 @@ class Graph:
         left: The calls whose backward has not gone through it, and may yet.
         positions: Token positions of all calls that it was built for.
         nbytes: What it keeps in memory.
-        visit: The pass that it was built in; None without sites.
+        sited_pass: The pass that it was built in; None without sites.
         turn: Held by the backward that goes through it: one at a time.
     """
 
@@ -47,7 +47,7 @@ class Graph:
     left: set[Key]
     positions: int
     nbytes: int
-    visit: SitedPass | None = None
+    sited_pass: SitedPass | None = None
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def leave(self, keys: Sequence[Key]) -> bool:
@@ -62,7 +62,7 @@ class Entry:
 
     Attributes:
         inputs: The executor's own copy, in the span's dtype; its hidden states are the root of the graph.
-        specs: The sites that the forward has visited.
+        specs: The sites of the forward.
         graph: None after eviction.
     """
 

@@ -1,4 +1,4 @@
-"""Which requests share a batch, and how long it waits for partners."""
+"""Which requests share a batch, how long it waits for partners, and whether there is memory for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.cloud.engine.answered_sessions import Answered
-from isthmus.cloud.engine.memory_admission import MemoryAdmission, Snapshot
+from isthmus.cloud.bounds import SchedulerOptions
 from isthmus.cloud.engine.requests import Kind, Request
 
 MARGIN_SECONDS = 0.01
@@ -16,31 +15,59 @@ MARGIN_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What the scheduler keeps to.
+class SchedulerLimits(SchedulerOptions):
+    """What the scheduler keeps to: the operator's options, and what was measured of span and machine.
 
     Attributes:
-        max_batch_tokens: Token positions of a batch at most.
-        max_wait: Seconds that a request is held back at most, though it could begin, for batching partners or for
-            memory of forward states. A session that has been silent for so long is not at work.
-        interactive_lead: Seconds of computing, over its weight, that a tenant may be ahead by interactive requests.
         compute_threads: Batches that may run at a time.
         smallest: Token positions of a request that may share a batch, at least; infinity where none may.
-        compute_bytes: Memory of all that runs at a time; one request alone may take more.
+        compute_bytes: Memory of all that runs at a time. A request that needs more is refused where it comes in.
         state_bytes: Memory of the forward states of the sessions at work.
     """
 
-    max_batch_tokens: int = 512
-    max_wait: float = 2.0
-    interactive_lead: float = 2.0
     compute_threads: int = 1
     smallest: float = 1
     compute_bytes: float = math.inf
     state_bytes: float = math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is known of a session that was answered.
+
+    Attributes:
+        tenant: Whose it is.
+        at: When it was answered.
+        positions: Token positions of the request.
+        returned_after: Seconds that it took to ask again the last time; 0 where it never has.
+    """
+
+    tenant: str
+    at: float
+    positions: int
+    returned_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How things are at a moment.
+
+    Attributes:
+        now: The moment.
+        at_work: Tenant -> session -> token positions of its last request, of the sessions that have a request here or
+            were answered lately.
+        states: Tenant -> session -> bytes of forward states, of the sessions at work.
+        running_bytes: Memory of what runs.
+    """
+
+    now: float
+    at_work: Mapping[str, Mapping[bytes, int]]
+    states: Mapping[str, Mapping[bytes, float]]
+    running_bytes: int
+
+
 @dataclass(slots=True)
-class MeasuredPace:
+class MeasuredSpeed:
     """How long a token position of each tenant took in its last batch of a kind."""
 
     _seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> tenant -> seconds
@@ -50,7 +77,7 @@ class MeasuredPace:
         self._seconds.setdefault(kind.name, {})[tenant] = seconds
 
     def seconds(self, requests: Iterable[Request[Any]]) -> float:
-        """How long requests take, by the pace of their tenants at such work; by the quickest's where it has none."""
+        """How long requests take, by the speed of their tenants at such work; by the quickest's where it has none."""
         total = 0.0
         for request in requests:
             known = self._seconds.get(request.kind.name) if request.kind else None
@@ -61,17 +88,15 @@ class MeasuredPace:
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """Makes batches.
+    """Says what a batch is made of, how long it waits for partners, and whether there is memory for it.
 
     Attributes:
         limits: What it keeps to.
-        memory: Whether there is memory for a batch.
-        pace: How long it takes.
+        speed: How long a batch takes.
     """
 
     limits: SchedulerLimits
-    memory: MemoryAdmission
-    pace: MeasuredPace
+    speed: MeasuredSpeed
 
     def may_share(self, request: Request[Any]) -> bool:
         """Whether a request may share a batch."""
@@ -109,7 +134,7 @@ class Batching:
         batch, times = [first], dict(virtual_times)
         if not self.may_share(first):
             return batch
-        times[first.tenant] += self.pace.seconds(batch) / first.share.weight
+        times[first.tenant] += self.speed.seconds(batch) / first.share.weight
         pool = [each for each in ready if each is not first and self.may_share(each)]
         pool = [each for each in pool if _alike(each, first)]
         part = self._even_part(snapshot)
@@ -124,13 +149,34 @@ class Batching:
             together = [*batch, request]
             if (
                 self._may_grow(sum(each.positions for each in batch), request.positions, part)
-                and snapshot.now + self.pace.seconds(together) <= min(map(deadline_of, together))
-                and self.memory.can_run(together, reserved, snapshot)
-                and self.memory.can_keep(request, batch, snapshot)
+                and snapshot.now + self.speed.seconds(together) <= min(map(deadline_of, together))
+                and self.can_run(together, reserved, snapshot)
+                and self.can_keep(request, batch, snapshot)
             ):
                 batch = together
-                times[request.tenant] += self.pace.seconds([request]) / request.share.weight
+                times[request.tenant] += self.speed.seconds([request]) / request.share.weight
         return batch
+
+    def can_run(self, requests: Sequence[Request[Any]], reserved: int, snapshot: Snapshot) -> bool:
+        """Whether requests fit into memory beside what runs and the bytes that are reserved."""
+        taken = snapshot.running_bytes + reserved
+        return taken + sum(each.nbytes for each in requests) <= self.limits.compute_bytes
+
+    def can_keep(self, request: Request[Any], batch: Sequence[Request[Any]], snapshot: Snapshot) -> bool:
+        """Whether the forward state that a request would leave fits beside the others', and those of its batch.
+
+        What a tenant holds counts against other tenants only up to an even part of the budget, or up to one session's
+        state where that is more. So a tenant with many sessions keeps nobody else waiting.
+        """
+        if not request.keeps_bytes or snapshot.now >= request.since + self.limits.max_wait:
+            return True
+        even = self.limits.state_bytes / len(snapshot.at_work)
+        taken = float(sum(each.keeps_bytes for each in batch))
+        for name, states in snapshot.states.items():
+            sizes = [size for session, size in states.items() if session != request.session]
+            most = math.inf if name == request.tenant else max(even, *sizes, 0)
+            taken += min(sum(sizes), most)
+        return not taken or taken + request.keeps_bytes <= self.limits.state_bytes
 
     def waits_until(self, batch: Sequence[Request[Any]], away: Iterable[Answered], snapshot: Snapshot) -> float:
         """How long a batch waits for partners; at most as long as computing it with them takes, and `max_wait`.
@@ -147,9 +193,9 @@ class Batching:
         if not expected:
             return snapshot.now
         since = min(each.since for each in batch)
-        seconds = self.pace.seconds(batch) * (positions + sum(expected)) / positions
+        seconds = self.speed.seconds(batch) * (positions + sum(expected)) / positions
         until = since + min(seconds, self.limits.max_wait)
-        own = self.pace.seconds(batch) + MARGIN_SECONDS
+        own = self.speed.seconds(batch) + MARGIN_SECONDS
         return min(until, *(deadline_of(each) - own for each in batch))
 
 

@@ -3,16 +3,22 @@
 Everything that touches the span or the activation cache runs on a compute thread, and all but batches of calls without
 sites on the first one. With two compute threads, each has half of torch's threads, whose number belongs to the thread
 that sets it. A session that is alone at work has all of them, where its bits do not depend on that.
+
+A backward frees its graph while a forward beside it builds one. glibc's heap gives the new tensors a place that the
+system has to fill with pages, while the freed pages stay. `malloc_trim` returns them; what is returned has to be filled
+again, so the heap is trimmed only while the process has grown, and once when nothing is at work.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +27,15 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_b
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.heap_trimming import HeapTrimmer
 from isthmus.cloud.engine.requests import Request, TooLate
 from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
 
 R = TypeVar("R")
+
+TRIM_SECONDS = 0.2
+"""Between two checks of the process's size: about as long as a pass takes, whose memory is to go back."""
+IDLE_SECONDS = 1.0
+"""After so long without work the heap is trimmed once more: an edge that trains comes back sooner."""
 
 
 class Engine:
@@ -35,25 +45,28 @@ class Engine:
         threads: torch threads, of all compute threads together.
         scheduler: Says which requests are computed next, on the clock `time.monotonic`.
         compute_threads: How many batches may run at a time.
-        all_threads_from: Token positions from which a request of a session that is alone at work has all torch
-            threads; smaller ones would have other bits with them.
         is_computed: Whether a result was computed, and not refused.
         trim_growth: Bytes by which the process may grow before its heap is trimmed; None where it never is.
+
+    Attributes:
+        invariance: What was measured of the span's products: requests of a session that is alone at work have all torch
+            threads from so many token positions on, as smaller ones would have other bits with them. None without
+            batching: then all have them.
     """
 
     def __init__(
         self,
         threads: int,
-        scheduler: Scheduler | None = None,
+        scheduler: Scheduler,
         *,
         compute_threads: int = 1,
-        all_threads_from: float = 0.0,
+        invariance: BatchInvariance | None = None,
         is_computed: Callable[[Any], bool] = lambda _: True,
         trim_growth: float | None = None,
     ) -> None:
-        self._scheduler = Scheduler(time.monotonic) if scheduler is None else scheduler  # an empty one is false
-        self._all_threads_from, self._is_computed = all_threads_from, is_computed
-        self._torch_threads = threads
+        self._scheduler = scheduler
+        self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
+        self._all_threads_from = 0.0 if invariance is None else invariance.all_threads_from
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
         self._changed = threading.Condition()
         self._ending = False
@@ -112,6 +125,16 @@ class Engine:
         with self._changed:
             return self._batched / self._batches if self._batches else 0.0
 
+    @property
+    def threads_of_a_call(self) -> int:
+        """torch threads of a call that computes on a thread of its own, as it may pause.
+
+        All of them, or those of a compute thread where bits depend on their number.
+        """
+        found = self.invariance
+        same_bits = found is None or self._all_threads_from <= (found.rows or 0)
+        return self._torch_threads if same_bits else self._torch_threads // len(self._threads)
+
     def shutdown(self, *, cancel: bool) -> None:
         """Take no more requests, and end once those that wait are computed, or, with `cancel`, cancelled."""
         self._ended.set()
@@ -165,6 +188,7 @@ class Engine:
                 threads, over = self._threads_for(batch), self._ending and not len(self._scheduler)
                 if not batch and not late and not over:
                     ready = self._scheduler.ready_at()
+                    # A millisecond later, so that the moment has passed on the scheduler's clock as well.
                     self._changed.wait(None if ready is None else max(0.0, ready - time.monotonic()) + 1e-3)
             _refuse(late)
             if batch or over:
@@ -187,45 +211,26 @@ class Engine:
             _refuse(late)
 
 
-@dataclass(frozen=True, slots=True)
-class ComputeSetup:
-    """What computes for an executor.
-
-    Attributes:
-        engine: The compute threads.
-        invariance: What was measured of the span's products; None without batching.
-        threads_of_a_call: torch threads of a call that computes on a thread of its own, as it may pause: all of them,
-            or those of a compute thread where bits depend on their number.
-    """
-
-    engine: Engine
-    invariance: BatchInvariance | None
-    threads_of_a_call: int
-
-
 def start_engine(
     executor: Executor,
     threads: int,
-    options: EngineOptions | None = None,
+    options: EngineOptions,
     *,
-    batching: bool,
     is_computed: Callable[[Any], bool] = lambda _: True,
     make_scheduler: Callable[[SchedulerLimits], Scheduler] | None = None,
-) -> ComputeSetup:
+) -> Engine:
     """Start what computes for an executor.
 
     Args:
         executor: What the batches run on.
         threads: torch threads, of all compute threads together.
         options: The operator's.
-        batching: Whether requests of several sessions may share a batch.
         is_computed: `Engine`'s.
         make_scheduler: Makes another scheduler than `Scheduler`, for comparison.
     """
-    options = options or EngineOptions()
+    batching = options.batching
     compute_threads = min(options.compute_threads if batching and executor.side_by_side else 1, threads)
     found = measure_batch_invariance(executor.host.span, threads, threads // compute_threads) if batching else None
-    state_bytes = executor.span_bytes / 2 if options.state_bytes is None else options.state_bytes
     limits = SchedulerLimits(
         max_batch_tokens=options.max_batch_tokens,
         max_wait=options.max_wait if batching else 0.0,
@@ -233,18 +238,16 @@ def start_engine(
         compute_threads=compute_threads,
         smallest=math.inf if found is None else found.rows or 1,
         compute_bytes=executor.compute_bytes,
-        state_bytes=state_bytes,
+        state_bytes=executor.span_bytes / 2 if options.state_bytes is None else options.state_bytes,
     )
-    engine = Engine(
+    return Engine(
         threads,
         Scheduler(time.monotonic, limits, executor.cache.held) if make_scheduler is None else make_scheduler(limits),
         compute_threads=compute_threads,
-        all_threads_from=0.0 if found is None else found.all_threads_from,
+        invariance=found,
         is_computed=is_computed,
-        trim_growth=state_bytes if options.trim_heap else None,
+        trim_growth=limits.state_bytes if options.trim_heap else None,
     )
-    same_bits = found is None or found.all_threads_from <= (found.rows or 0)
-    return ComputeSetup(engine, found, threads if same_bits else threads // compute_threads)
 
 
 def _compute(batch: Sequence[Request[Any]]) -> None:
@@ -274,3 +277,59 @@ def _refuse(late: Sequence[Request[Any]]) -> None:
     for request in late:
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(TooLate())
+
+
+# The heap -------------------------------------------------------------------------------------------------------------
+
+
+def trim_heap() -> None:
+    """Have glibc return what is free in its heap, where it is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory; 0 where the system does not say it as Linux does."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class HeapTrimmer:
+    """A thread that trims the heap after work.
+
+    Args:
+        sessions_at_work: How many sessions are at work.
+        growth_bytes: By so much the process may have grown since it was idle, before its heap is trimmed while several
+            sessions are at work.
+    """
+
+    def __init__(self, sessions_at_work: Callable[[], int], growth_bytes: float) -> None:
+        self._sessions_at_work, self._growth_bytes = sessions_at_work, growth_bytes
+        self._idle_bytes = resident_bytes()
+        self._worked, self._ended = threading.Event(), threading.Event()
+        self._worked_at = 0.0
+        threading.Thread(target=self._run, name="heap trimmer", daemon=True).start()
+
+    def worked(self) -> None:
+        """Something was computed. May be called from any thread."""
+        self._worked_at = time.monotonic()
+        self._worked.set()
+
+    def shutdown(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._worked.set()
+
+    def _run(self) -> None:
+        while self._worked.wait() and not self._ended.wait(TRIM_SECONDS):
+            sessions = self._sessions_at_work()
+            idle = not sessions and time.monotonic() > self._worked_at + IDLE_SECONDS
+            if idle:
+                self._worked.clear()
+            if idle or (sessions > 1 and resident_bytes() > self._idle_bytes + self._growth_bytes):
+                trim_heap()
+            if idle:
+                self._idle_bytes = resident_bytes()

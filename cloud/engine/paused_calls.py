@@ -58,11 +58,11 @@ class CallThreads:
 
     Args:
         threads: torch threads of each, as bits depend on it.
-        nbytes: What all calls that have begun may take together until they end.
         limit: Calls of all sessions that may have begun and not ended.
+        nbytes: What all calls that have begun may take together until they end.
     """
 
-    def __init__(self, threads: int, nbytes: float = math.inf, limit: int = 16) -> None:
+    def __init__(self, threads: int, limit: int, nbytes: float = math.inf) -> None:
         self._nbytes, self._free_bytes = nbytes, nbytes
         self._held_bytes: Counter[str] = Counter()  # by tenant
         self._pool = ThreadPoolExecutor(limit, "call", initializer=torch.set_num_threads, initargs=(threads,))

@@ -13,24 +13,107 @@ Pure, with an injected clock. docs/scheduler.md has the formulas, and what each 
 - **Memory.** What runs takes at most `compute_bytes`. A request that would leave a forward state waits while there are
   `state_bytes` of them.
 - **Rates and deadlines.** A tenant over its rate begins nothing new. A request whose deadline has passed is refused. A
-  batch is no larger than keeps the deadlines of all, by their tenants' measured pace.
+  batch is no larger than keeps the deadlines of all, by their tenants' measured speed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from isthmus.cloud.engine.answered_sessions import AnsweredSessions
-from isthmus.cloud.engine.batching import Batching, MeasuredPace, SchedulerLimits, deadline_of
-from isthmus.cloud.engine.memory_admission import MemoryAdmission, Snapshot
-from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.engine.tenant_account import TenantAccount
+from isthmus.cloud.engine.batching import Answered, Batching, MeasuredSpeed, SchedulerLimits, Snapshot, deadline_of
+from isthmus.cloud.engine.requests import Request, Share
 
 POLL_SECONDS = 0.05
-"""What changes with time alone, such as who is expected back, is looked at so often."""
+"""What changes with time alone, such as who is expected back, is looked at so often: a small part of a batch's time."""
+
+
+@dataclass(slots=True)
+class TenantAccount:
+    """What a tenant has had of the computing time, and when it may have more.
+
+    Attributes:
+        share: What it may have.
+        virtual_time: Seconds of computing that it has had, over its weight.
+        refilled: When its budget was last brought up to date.
+        busy: How many of its requests wait or run.
+        paced_until: When it has had no more than its share of the time.
+        budget: Token positions that it may have now; negative when overdrawn.
+    """
+
+    share: Share
+    virtual_time: float
+    refilled: float
+    busy: int = 0
+    paced_until: float = -math.inf
+    budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.budget = self.share.positions_per_second or 0.0
+
+    def refill(self, now: float) -> None:
+        """Add what has come in since the last time; a second's worth is saved up at most (a token bucket)."""
+        rate = self.share.positions_per_second
+        if rate is not None:
+            self.budget = min(rate, self.budget + rate * (now - self.refilled))
+        self.refilled = now
+
+    @property
+    def overdrawn(self) -> float:
+        """Seconds until it may begin something new; 0 for now."""
+        rate = self.share.positions_per_second
+        return 0.0 if rate is None or self.budget >= 0 else -self.budget / rate
+
+    def charge(self, seconds: float) -> None:
+        """Add seconds of computing, or take back some that were charged too many."""
+        self.virtual_time += seconds / self.share.weight
+
+    def worked(self, begun: float, seconds: float, fraction: float) -> None:
+        """Note that work which began at a moment has taken so many seconds, where it may have a fraction of the time.
+
+        Each second of work moves `paced_until` on by `1 / fraction`: the generic cell rate algorithm (ITU-T I.371).
+        """
+        self.paced_until = max(self.paced_until, begun) + seconds / fraction
+
+
+@dataclass(slots=True)
+class AnsweredSessions:
+    """The last answer of each session, until `forget`.
+
+    Args:
+        longest: Seconds after which a session that is silent is not at work.
+    """
+
+    longest: float
+    _answered: dict[bytes, Answered] = field(default_factory=dict)
+
+    def answered(self, session: bytes, tenant: str, now: float, positions: int) -> None:
+        """A session was answered."""
+        before = self._answered.get(session)
+        returned_after = 0.0 if before is None else before.returned_after
+        self._answered[session] = Answered(tenant, now, positions, returned_after)
+
+    def asks(self, session: bytes, now: float) -> None:
+        """A session asks again."""
+        last = self._answered.get(session)
+        if last is not None:
+            self._answered[session] = replace(last, returned_after=now - last.at)
+
+    def forget(self, session: bytes) -> None:
+        """A session is over."""
+        self._answered.pop(session, None)
+
+    def at_work(self, now: float) -> Iterator[tuple[bytes, Answered]]:
+        """The sessions that were answered no longer ago than `longest`, also those that have asked again."""
+        return ((session, last) for session, last in self._answered.items() if now - last.at <= self.longest)
+
+    def expected(self, now: float) -> Iterator[Answered]:
+        """Of these, the ones that have been away for no more than twice as long as the last time."""
+        back = (last for _, last in self.at_work(now) if last.returned_after)
+        return (last for last in back if now - last.at <= 2 * last.returned_after)
 
 
 class Scheduler:
@@ -51,15 +134,13 @@ class Scheduler:
         held: Callable[[], Mapping[bytes, float]] = dict,
     ) -> None:
         self._clock, self._limits, self._held = clock, limits or SchedulerLimits(), held
-        own = self._limits
-        self._memory = MemoryAdmission(own.compute_bytes, own.state_bytes, own.max_wait)
         self._waiting: list[Request[Any]] = []  # in the order in which they came
         self._running: dict[bytes, tuple[Request[Any], float]] = {}  # session -> its request, and what it was charged
-        self._answered = AnsweredSessions(own.max_wait)
+        self._answered = AnsweredSessions(self._limits.max_wait)
         self._tenants: dict[str, TenantAccount] = {}
         self._present = 0.0  # the lowest virtual time of those that wanted something at the last turn
-        self._pace = MeasuredPace()
-        self._batching = self.batching(own, self._memory, self._pace)
+        self._speed = MeasuredSpeed()
+        self._batching = self.batching(self._limits, self._speed)
         self._over: set[bytes] = set()  # sessions that were cancelled while their requests ran
         self._late: list[Request[Any]] = []
         self._partners_until: float | None = None  # when the first batch that waits for partners waits no longer
@@ -81,10 +162,6 @@ class Scheduler:
         now = self._clock()
         self._refill(now)
         return sum(now - each.since > self._limits.max_wait and self._within_rate(each) for each in self._waiting)
-
-    def virtual_times(self) -> Mapping[str, float]:
-        """Each tenant's virtual time."""
-        return {name: tenant.virtual_time for name, tenant in self._tenants.items()}
 
     def sessions_at_work(self) -> int:
         """How many sessions have a request here, or were answered within `max_wait`."""
@@ -137,7 +214,7 @@ class Scheduler:
             if until > now:
                 self._partners_until = min(until, self._partners_until or until)
                 continue
-            if not self._memory.can_run([first], reserved, snapshot):
+            if not self._batching.can_run([first], reserved, snapshot):
                 return []
             self._present = max(self._present, lowest)
             self._begin(batch)
@@ -159,10 +236,10 @@ class Scheduler:
             spent = seconds * (request.positions / positions if positions else 1 / len(batch))
             tenant.charge(spent - charged)
             if request.positions:
-                part = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
-                tenant.pace(now - seconds, spent, part)
+                fraction = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
+                tenant.worked(now - seconds, spent, fraction)
             if positions and kind is not None and not failed:
-                self._pace.measured(kind, request.tenant, seconds / positions)
+                self._speed.measured(kind, request.tenant, seconds / positions)
             if kind is not None and not request.interactive and request.session not in self._over:
                 self._answered.answered(request.session, request.tenant, now, request.positions)
         self._over.difference_update(request.session for request in batch)
@@ -215,7 +292,7 @@ class Scheduler:
     def _begin(self, batch: Sequence[Request[Any]]) -> None:
         for request in batch:
             self._waiting.remove(request)
-            tenant, charge = self._tenants[request.tenant], self._pace.seconds([request])
+            tenant, charge = self._tenants[request.tenant], self._speed.seconds([request])
             tenant.charge(charge)  # what it takes in fact is charged at its end
             self._running[request.session] = request, charge
             if tenant.share.positions_per_second is not None and not request.continues:
@@ -249,12 +326,12 @@ class Scheduler:
         return request.continues or not request.positions or not self._tenants[request.tenant].overdrawn
 
     def _may_begin(self, request: Request[Any], snapshot: Snapshot) -> bool:
-        """Whether rate, pace and forward states allow it."""
+        """Whether rate, pacing and forward states allow it."""
         at_work = snapshot.at_work
         paced = request.positions and not request.interactive and len(at_work) > 1 < len(at_work[request.tenant])
         if paced and self._tenants[request.tenant].paced_until > snapshot.now:
             return False
-        return self._within_rate(request) and self._memory.can_keep(request, [], snapshot)
+        return self._within_rate(request) and self._batching.can_keep(request, [], snapshot)
 
     def _refuse(self, now: float) -> None:
         self._late += self._take_out([each for each in self._waiting if deadline_of(each) < now])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
-from isthmus.cloud.gateway.in_flight import InFlight
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
 from isthmus.cloud.gateway.stream import SealedStream
@@ -39,22 +38,101 @@ from isthmus.protocol.session import Oversized, Received
 R = TypeVar("R")
 
 ANSWER_SECONDS = 600.0
-"""That an edge may take for its answer to a question in the middle of a call, which holds a thread and memory."""
+"""That an edge may take for its answer to a question in the middle of a call, which holds a thread and memory.
+
+An edge computes for seconds; the rest is for one whose machine swaps, or that somebody debugs.
+"""
+
+
+@dataclass(slots=True)
+class _Room:
+    """A tenant's bytes in flight, and the calls that wait for room beside them."""
+
+    nbytes: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the call that has waited longest
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class InFlight:
+    """The calls that a worker has received and not answered. For the server's event loop alone.
+
+    Args:
+        fraction: this worker's fraction of a tenant's quotas, which may change.
+
+    Attributes:
+        calls: how many there are. May be asked from any thread.
+    """
+
+    def __init__(self, fraction: Callable[[Tenant], float]) -> None:
+        self.calls = 0
+        self._fraction = fraction
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._rooms: dict[str, _Room] = {}  # by tenant
+
+    async def all_answered(self) -> None:
+        """Wait until there are none."""
+        await self._idle.wait()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call until it is answered."""
+        self.calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.calls -= 1
+            if not self.calls:
+                self._idle.set()
+
+    @contextlib.asynccontextmanager
+    async def room_for(self, tenant: Tenant, body: bytearray, patience: float | None) -> AsyncIterator[None]:
+        """Count a call's bytes against its tenant's quota; wait until they fit.
+
+        A tenant's calls get room in the order in which they came, so that small ones do not keep a large one waiting.
+        A call that is larger than the quota gets room when it is alone.
+
+        Args:
+            tenant: whose call it is.
+            body: its bytes, which are overwritten where the call is given up.
+            patience: seconds that it may wait; None for no limit.
+
+        Raises:
+            TooLate: there was no room within `patience`.
+        """
+        room, size = self._rooms.setdefault(tenant.name, _Room()), len(body)
+        try:
+            async with asyncio.timeout(patience), room.turn:
+                while room.nbytes and room.nbytes + size > tenant.quota.max_inflight_bytes * self._fraction(tenant):
+                    room.freed.clear()
+                    await room.freed.wait()
+                room.nbytes += size
+        except BaseException as error:  # it is too late, or the edge is gone
+            wipe(body)
+            if isinstance(error, TimeoutError):
+                raise TooLate from None
+            raise
+        try:
+            yield
+        finally:
+            room.nbytes -= size
+            room.freed.set()
 
 
 class Calls:
-    """What the calls of all sessions share: the engine, the threads of paused calls, and what is in flight.
+    """What the calls of all sessions share.
 
     Args:
         served: the span and what belongs to it.
         threads: torch threads for computing.
-        part: the part of a tenant's quotas that is this worker's to give, which may change.
+        fraction: this worker's fraction of a tenant's quotas, which may change.
         metrics: where calls are counted.
         options: how the engine computes.
-        batching: whether calls of several sessions may share a pass.
         clock: seconds that never go back, by which deadlines are kept.
 
     Attributes:
+        engine: computes requests, in their turn.
         in_flight: the calls that have been taken and not answered.
         files: the threads that read and write files for edges.
         records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
@@ -66,30 +144,20 @@ class Calls:
         self,
         served: Served,
         threads: int,
-        part: Callable[[Tenant], float],
+        fraction: Callable[[Tenant], float],
         metrics: Metrics,
-        options: EngineOptions | None = None,
-        *,
-        batching: bool,
+        options: EngineOptions,
         clock: Callable[[], float],
     ) -> None:
-        self.in_flight = InFlight(part)
+        self.in_flight = InFlight(fraction)
         self.metrics = metrics
         self.clock = clock
         self._served = served
-        self._part = part
-        self._batching = batching
-        options = options or EngineOptions()
-        setup = start_engine(
-            served.executor,
-            threads,
-            options,
-            batching=batching,
-            is_computed=lambda reply: isinstance(reply, m.Timed),
-        )
-        self._engine, self._invariance = setup.engine, setup.invariance
-        memory = served.executor.compute_bytes
-        self._call_threads = CallThreads(setup.threads_of_a_call, memory, options.paused_calls)
+        self._fraction = fraction
+        self._options = options
+        executor = served.executor
+        self.engine = start_engine(executor, threads, options, is_computed=lambda reply: isinstance(reply, m.Timed))
+        self._call_threads = CallThreads(self.engine.threads_of_a_call, options.paused_calls, executor.compute_bytes)
         self.files = FileThreads()
         self.records_history = event_history.is_written()
 
@@ -101,64 +169,19 @@ class Calls:
             limits: what it accepts.
             stage: with the pipeline's next stage, where there is one.
         """
-        work = self._served.session(session.id, session.tenant, self._call_threads, limits, batching=self._batching)
+        batching = self._options.batching
+        work = self._served.session(session.id, session.tenant, self._call_threads, limits, batching=batching)
         return SessionCalls(self, session, work, stage)
-
-    def submit(self, request: Request[R]) -> Future[R]:
-        """Have a request computed when its turn comes. May be called from any thread.
-
-        Raises:
-            RuntimeError: a drain was cut short.
-        """
-        return self._engine.submit(request)
-
-    def request(self, session: OpenSession, run: Callable[[], R]) -> Request[R]:
-        """A request of a session to have something done that computes no token positions."""
-        tenant = session.tenant
-        return Request(tenant.name, session.id, self.share(tenant), run, interactive=session.interactive)
-
-    def cancel(self, session: OpenSession) -> None:
-        """Cancel what waits for a turn of a session."""
-        self._engine.cancel(session.id)
-
-    def shutdown(self, *, cancel: bool) -> None:
-        """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
-        self.files.shutdown()
-        self._engine.shutdown(cancel=cancel)
-
-    def observe_stash(self) -> None:
-        """Have the metrics show how full the stash is."""
-        executor = self._served.executor
-        self.metrics.stash_bytes.set(executor.used_bytes)
-        self.metrics.evictions.set(executor.counters.graphs_evicted)
-        self.metrics.recomputed.set(executor.counters.recomputed)
-
-    def status(self) -> dict[str, Any]:
-        """What `isthmus cloud status` shows of them and of the stash. May be called from any thread."""
-        executor = self._served.executor
-        waiting = self._engine.waiting()
-        return {
-            "in_flight": self.in_flight.calls,
-            "waiting": dict(waiting),
-            "calls_per_pass": self._engine.calls_per_pass,
-            "same_bits_from": 0 if self._invariance is None else self._invariance.rows,
-            "all_threads_from": 0 if self._invariance is None else self._invariance.threads,
-            "calls_per_meeting": executor.host.product_batches.requests_per_batch,
-            "queue_depth": sum(waiting.values()),
-            "overdue": self._engine.overdue(),
-            "deadlines": self.metrics.outcomes(),
-            "stash_bytes": executor.used_bytes,
-            "stash_budget_bytes": executor.stash_bytes,
-            "compute_budget_bytes": executor.compute_bytes if math.isfinite(executor.compute_bytes) else None,
-            "graphs_evicted": executor.counters.graphs_evicted,
-            "inputs_evicted": executor.counters.inputs_evicted,
-            "recomputed": executor.counters.recomputed,
-        }
 
     def share(self, tenant: Tenant) -> Share:
         """What a tenant may have of the engine's time."""
         rate = tenant.quota.max_tokens_per_second
-        return Share(tenant.quota.weight, None if rate is None else rate * self._part(tenant))
+        return Share(tenant.quota.weight, None if rate is None else rate * self._fraction(tenant))
+
+    def shutdown(self, *, cancel: bool) -> None:
+        """Give no more turns, and end once what waits is done, or, with `cancel`, cancelled."""
+        self.files.shutdown()
+        self.engine.shutdown(cancel=cancel)
 
 
 class SessionCalls:
@@ -185,67 +208,51 @@ class SessionCalls:
 
     async def answer(self, stream: SealedStream, received: Received) -> None:
         """Have a message answered when it has had its turn, and send the answer."""
-        due = self._due(received.message)
+        calls, session, message = self._calls, self._session, received.message
+        due = self._due(message)
         crypto_ns = stream.take_crypto_ns()
-        message, metrics = received.message, self._calls.metrics
-        with self._calls.in_flight.call():
+        with calls.in_flight.call():
             start = time.perf_counter_ns()
             await self._thread_for(received)
-            patience = None if due is None else due - self._calls.clock()
+            patience = None if due is None else due - calls.clock()
             try:
-                async with self._calls.in_flight.room_for(self._session.tenant, received.body, patience):
+                async with calls.in_flight.room_for(session.tenant, received.body, patience):
                     reply = await self._reply(received, due)
             except TooLate:
-                metrics.deadlines.labels("refused").inc()
-                reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(self._session))
-            elapsed = time.perf_counter_ns() - start
+                calls.metrics.deadlines.labels("refused").inc()
+                reply = m.Status(m.StatusCode.TOO_LATE, getattr(message, "id", None), _too_late(session))
             if isinstance(reply, m.Timed):
-                self._count(message, reply, due)
-                queue_ns = max(0, elapsed - reply.compute_ns)
-                priority = "interactive" if self._session.interactive else "training"
-                metrics.waited.labels(priority).observe(queue_ns / 1e9)
+                queue_ns = max(0, time.perf_counter_ns() - start - reply.compute_ns)
                 reply = dataclasses.replace(reply, crypto_ns=crypto_ns, queue_ns=queue_ns)
+                self._count(message, reply, due)
             elif isinstance(reply, m.Status) and reply.code != m.StatusCode.OK:
-                metrics.refused.labels(reply.code.name).inc()
-            self._calls.observe_stash()
-            if reply is not None and not self._session.fenced:  # the edge goes on in a newer session
-                if self._calls.records_history:
+                calls.metrics.refused.labels(reply.code.name).inc()
+            if reply is not None and not session.fenced:  # the edge goes on in a newer session
+                if calls.records_history:
                     self._record(reply)
                 await stream.send(reply)
-            metrics.calls.labels(_operation(message)).inc()
-
-    def _record(self, reply: m.Message) -> None:
-        """Have the history show an answer, and of which call it is the result."""
-        result = reply.id if isinstance(reply, m.ForwardReply | m.BackwardReply) else None
-        event_history.record(
-            "answered",
-            session=self._session.id.hex(),
-            link=self._session.link.hex(),
-            kind=_operation(reply),
-            call=None if result is None else dataclasses.astuple(result),
-        )
+            calls.metrics.calls.labels(_operation(message)).inc()
 
     async def refuse(self, stream: SealedStream, refused: Oversized) -> None:
         """Say that a message is over its tenant's bytes in flight. A paused call whose answer it was is over."""
         stream.take_crypto_ns()  # counted for no call
         name, allowed = self._session.tenant.name, self._session.tenant.quota.max_inflight_bytes
         if refused.kind is m.SiteAnswer and refused.id is not None:
-            drop = partial(self._work.calls.drop, refused.id.call)
-            await asyncio.wrap_future(self._calls.submit(self._calls.request(self._session, drop)))
+            drop = self._request(partial(self._work.calls.drop, refused.id.call))
+            await asyncio.wrap_future(self._calls.engine.submit(drop))
         self._calls.metrics.refused.labels(m.StatusCode.OVER_QUOTA.name).inc()
         text = f"a call of {refused.size} bytes is over the {allowed} that {name} may have: send smaller batches"
         await stream.send(m.Status.saying(m.StatusCode.OVER_QUOTA, refused.id, text))
 
     def close(self) -> None:
         """Forget the session."""
-        calls, session = self._calls, self._session
+        engine, session = self._calls.engine, self._session.id
         # What a call in flight leaves in the activation cache is released behind it. After a drain that was cut short
         # there is no engine any more, and no need.
-        calls.cancel(session)
+        engine.cancel(session)
         with contextlib.suppress(RuntimeError):
             # A call in flight counts as answered when it ends: only then nothing of the session is left to forget.
-            closed = calls.submit(calls.request(session, self._work.close))
-            closed.add_done_callback(lambda _: calls.cancel(session))
+            engine.submit(self._request(self._work.close)).add_done_callback(lambda _: engine.cancel(session))
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
@@ -259,8 +266,7 @@ class SessionCalls:
         One whose session has paused calls does not wait: others wait for the threads of these.
         """
         message = received.message
-        sited = isinstance(message, m.Forward | m.Backward) and message.sites and self._stage is None
-        if not sited or self._work.calls.begun:
+        if not _has_sites(message) or self._stage is not None or self._work.calls.begun:
             return
         try:
             thread = self._work.calls.claim(self._work.call_bytes(message))
@@ -279,7 +285,7 @@ class SessionCalls:
             return await self._bind(received.message)
         if self._stage is None:
             return await self._answered(received, due)
-        try:  # parts of the body go on to the next stage, so it is overwritten when all have answered
+        try:  # tensors of the body go on to the next stage, so it is overwritten when all have answered
             return await self._stage.answer(
                 received.message, lambda message: self._answered(Received(message, bytearray()), None)
             )
@@ -291,21 +297,12 @@ class SessionCalls:
         message = received.message
         if not isinstance(message, FILE_MESSAGES):
             return await asyncio.wrap_future(self._submit(received, due))
-        plain = self._calls.request(self._session, lambda: None)  # the share is for the event loop alone to ask
+        share = self._calls.share(self._session.tenant)  # which is for the event loop alone to ask
 
         def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
             # It does not wait for its tenant's rate: other tenants' checks wait for the thread that waits here.
-            request = Request(
-                plain.tenant,
-                plain.session,
-                plain.share,
-                run,
-                interactive=plain.interactive,
-                positions=positions,
-                continues=True,
-                nbytes=nbytes,
-            )
-            return self._calls.submit(request).result()
+            request = self._request(run, share, positions=positions, nbytes=nbytes, continues=True)
+            return self._calls.engine.submit(request).result()
 
         return await self._calls.files.run(
             self._session.tenant.fingerprint.digest,
@@ -315,18 +312,17 @@ class SessionCalls:
         )
 
     async def _bind(self, message: m.Sites) -> m.Message | None:
-        """Have a list of sites answered, which holds no tensors, in pieces, between which others have their turns."""
-        pieces = self._work.bind(message)
+        """Have a list of sites answered, which holds no tensors, step by step; others have their turns in between."""
+        steps = self._work.bind(message)
         answer: m.Message | None = None
         while answer is None:
-            request = self._calls.request(self._session, partial(next, pieces))
-            answer = await asyncio.wrap_future(self._calls.submit(request))
+            answer = await asyncio.wrap_future(self._calls.engine.submit(self._request(partial(next, steps))))
         return answer
 
-    def _submit(self, received: Received, due: float | None = None) -> Future[m.Message | None]:
+    def _submit(self, received: Received, due: float | None) -> Future[m.Message | None]:
         """Have a message handled by the engine, and its body overwritten, also where nobody waits any more."""
         try:
-            running = self._calls.submit(self._request(received.message, due))
+            running = self._calls.engine.submit(self._request_for(received.message, due))
         except RuntimeError:  # a drain was cut short
             wipe(received.body)
             raise
@@ -334,22 +330,27 @@ class SessionCalls:
         running.add_done_callback(lambda _: wipe(received.body))
         return running
 
-    def _request(self, message: m.Message, due: float | None) -> Request[m.Message | None]:
+    def _request_for(self, message: m.Message, due: float | None) -> Request[m.Message | None]:
         """What a message wants of the engine."""
-        work, session = self._work, self._session
-        request = self._calls.request(session, partial(work.handle, message))
-        request.kind, request.item = work.kind_of(message), (work, message)
-        request.run_batch = handle_batch if kind_of(message) is not None else step_batch
-        request.continues = isinstance(message, m.SiteAnswer)
-        request.positions = work.calls.positions(message) if isinstance(message, m.SiteAnswer) else _positions(message)
-        sited = isinstance(message, m.Forward | m.Backward) and bool(message.sites)
-        if not sited:  # the thread of a call with sites has memory for it until it ends
-            request.nbytes = work.call_bytes(message)
-        if isinstance(message, m.Forward) and message.keep and not sited:
-            request.keeps_bytes = request.positions * work.executor.memory.kept_per_position
-        if due is not None:
-            request.deadline = time.monotonic() + due - self._calls.clock()
-        return request
+        work, sited, positions = self._work, _has_sites(message), self._work.positions(message)
+        keeps = isinstance(message, m.Forward) and message.keep and not sited
+        return self._request(
+            partial(work.handle, message),
+            kind=work.kind_of(message),
+            item=(work, message),
+            run_batch=handle_batch if kind_of(message) is not None else step_batch,
+            positions=positions,
+            deadline=None if due is None else time.monotonic() + due - self._calls.clock(),
+            continues=isinstance(message, m.SiteAnswer),
+            nbytes=0 if sited else work.call_bytes(message),  # one with sites has memory with its thread
+            keeps_bytes=positions * work.executor.memory.kept_per_position if keeps else 0,
+        )
+
+    def _request(self, run: Callable[[], R], share: Share | None = None, **wishes: Any) -> Request[R]:
+        """A request of the session; `wishes` are further attributes of it."""
+        tenant = self._session.tenant
+        share = share or self._calls.share(tenant)
+        return Request(tenant.name, self._session.id, share, run, interactive=self._session.interactive, **wishes)
 
     def _count(self, message: m.Message, reply: m.Timed, due: float | None) -> None:
         """Have the metrics show what was computed for a message."""
@@ -357,8 +358,15 @@ class SessionCalls:
         if due is not None:
             metrics.deadlines.labels("met" if self._calls.clock() <= due else "late").inc()
         metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
+        metrics.waited.labels("interactive" if self._session.interactive else "training").observe(reply.queue_ns / 1e9)
         if isinstance(message, m.Forward | m.Backward):
-            metrics.tokens.labels(operation).inc(_positions(message))
+            metrics.tokens.labels(operation).inc(self._work.positions(message))
+
+    def _record(self, reply: m.Message) -> None:
+        """Have the history show an answer, and of which call it is the result."""
+        call = dataclasses.astuple(reply.id) if isinstance(reply, m.ForwardReply | m.BackwardReply) else None
+        session, link = self._session.id.hex(), self._session.link.hex()
+        event_history.record("answered", session=session, link=link, kind=_operation(reply), call=call)
 
 
 def _operation(message: m.Message) -> str:
@@ -371,9 +379,5 @@ def _too_late(session: OpenSession) -> str:
     )
 
 
-def _positions(message: m.Message) -> int:
-    """Token positions that a message wants computed."""
-    if not isinstance(message, m.Forward | m.Backward):
-        return 0
-    sent = message.hidden if isinstance(message, m.Forward) else message.gradient
-    return sent.shape[0] * sent.shape[1]
+def _has_sites(message: m.Message) -> bool:
+    return isinstance(message, m.Forward | m.Backward) and bool(message.sites)

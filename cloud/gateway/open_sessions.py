@@ -22,7 +22,10 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges, Tenant
 
 REPORT_SECONDS = 2.0
-"""How long a new session waits for the next report of the other workers, where it is over its tenant's quota."""
+"""How long a new session waits for the next report of the other workers, where it is over its tenant's quota.
+
+The controller's rounds are 0.5 s apart, and wait up to 1 s for a worker that does not answer.
+"""
 FENCED = "fenced"
 """Why a session ends whose link has opened a newer one."""
 REPORTS = 3
@@ -222,8 +225,8 @@ class Sessions:
         """Wait until none is open."""
         await self._empty.wait()
 
-    def part_of(self, tenant: Tenant) -> float:
-        """This worker's part of a tenant's quotas: the part of the tenant's sessions that are here."""
+    def fraction_of(self, tenant: Tenant) -> float:
+        """This worker's fraction of a tenant's quotas: that of the tenant's sessions that are here."""
         here = sum(other.tenant.fingerprint == tenant.fingerprint for other in self._open.values())
         return here / (here + sessions_elsewhere(str(tenant.fingerprint), "", self._peers)) if here else 1.0
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 FREE = 5.0
 """Offences without a penalty: honest peers make a few mistakes."""
 FORGIVEN_PER_SECOND = 0.5
+"""So an address whose edges make one mistake in two seconds never waits."""
 LONGEST_SECONDS = 3.0
+"""Penalty at most: honest edges of the same address wait as long, and give up after a multiple of it."""
 MAX_OFFENDERS = 1024
 """Offenders that are remembered; the one whose last offence is oldest is forgotten first."""
 

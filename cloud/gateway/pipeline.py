@@ -5,7 +5,7 @@ Theory of operation
     edge   Backward  -> stage 0: Backward -> stage 1: ... its layers' gradient -> stage 0: its layers' gradient
 
     A stage is a client of the next one, in a session of its own for each session that it serves, over the protocol that
-    edges speak. Calls keep their numbers, so each stage has a stash entry for each call. Between stages hidden states
+    edges speak. Calls keep their numbers, so each stage has a cache entry for each call. Between stages hidden states
     and gradients cross as they are computed: the result has the bits of one worker with the whole span. The gradient
     from the edge, and the last stage's output, are passed on in the edge's own codecs.
 
@@ -14,7 +14,7 @@ Theory of operation
 
     A stage that has lost the forward says so, and so does every stage before it: the edge sends the input again, and
     each stage computes its output anew for the next one. That is also what happens when a stage was killed: a new
-    session begins with an empty stash.
+    session begins with an empty activation cache.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ from isthmus.rpc.secure_stream import SecureStream
 from isthmus.rpc.transport import GrpcTransport, pauses
 
 PATIENCE_SECONDS = 120.0
-"""For a next stage that does not answer; then the session ends, and the edge makes the call again."""
+"""For a next stage that does not answer: a killed worker has loaded its model again by then.
+
+Then the session ends, and the edge makes the call again.
+"""
 LONGEST_PAUSE = 2.0
-"""Seconds between two attempts to reach the next stage."""
+"""Seconds between two attempts to reach the next stage, at most: little beside what loading a model takes."""
 
 Run = Callable[[m.Message], Awaitable[m.Message | None]]
 """Has a message answered by this worker's own layers."""

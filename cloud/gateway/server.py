@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -42,10 +43,14 @@ from isthmus.protocol.service import KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CO
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
+"""After which a connection without a stream is closed: it takes one of `max_connections`, and no edge needs it."""
 PING_STRIKES = 2
-"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed."""
+"""HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed.
+
+gRPC's own default: an honest peer's timer may be early once.
+"""
 GOODBYE_SECONDS = 2.0
-"""How long sessions may take to leave in a drain, once all calls are answered."""
+"""How long sessions may take to leave in a drain, once all calls are answered: each only gets one small message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,6 @@ class GatewayServer:
         edges: returns the current `authorized_edges`; called at every handshake, so that an enrolment needs no restart.
         threads: torch threads for computing.
         bounds: limits on what others can make it hold.
-        batching: whether calls of several sessions may share a pass.
         next_stage: where calls go on, in a pipeline; None where this worker has the span's last layer.
         clock: seconds that never go back, by which deadlines are kept.
 
@@ -88,23 +92,24 @@ class GatewayServer:
         next_stage: NextStage | None = None,
         *,
         bounds: Bounds | None = None,
-        batching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = Metrics()
         self.sessions = Sessions(self.metrics)
+        cache = served.executor.cache
         self.metrics.certificate.set_function(lambda: identity().certificate.not_after)
+        self.metrics.cached_bytes.set_function(lambda: cache.used)
+        self.metrics.evictions.set_function(lambda: cache.counters.graphs_evicted)
+        self.metrics.recomputed.set_function(lambda: cache.counters.recomputed)
         self._identity = identity
         self._bounds = bounds or Bounds()
         self._edges = edges
         self._clock = clock
-        self._info = served.info
+        self._info, self._executor = served.info, served.executor
         self._next_stage = next_stage
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
-        self._calls = Calls(
-            served, threads, self.sessions.part_of, self.metrics, self._bounds.engine, batching=batching, clock=clock
-        )
+        self._calls = Calls(served, threads, self.sessions.fraction_of, self.metrics, self._bounds.engine, clock)
         self._hang_up = HangUp(self._bounds.linger_seconds)
         self._health = Health(half_open, self._hang_up)
         self._reviewing: asyncio.Task[None] | None = None
@@ -175,6 +180,8 @@ class GatewayServer:
 
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows. May be called from any thread."""
+        executor, cache, engine = self._executor, self._executor.cache, self._calls.engine
+        waiting, invariance = engine.waiting(), engine.invariance
         return {
             "state": "draining" if self._admission.stopped else "serving",
             "model": self._info.model,
@@ -184,7 +191,21 @@ class GatewayServer:
             "uptime_s": time.time() - self._started,
             "certificate_not_after": self._identity().certificate.not_after,
             "sessions": self.sessions.by_tenant(),
-            **self._calls.status(),
+            "in_flight": self._calls.in_flight.calls,
+            "waiting": dict(waiting),
+            "calls_per_pass": engine.calls_per_pass,
+            "same_bits_from": 0 if invariance is None else invariance.rows,
+            "all_threads_from": 0 if invariance is None else invariance.threads,
+            "calls_per_meeting": executor.host.product_batches.requests_per_batch,
+            "queue_depth": sum(waiting.values()),
+            "overdue": engine.overdue(),
+            "deadlines": self.metrics.outcomes(),
+            "stash_bytes": cache.used,
+            "stash_budget_bytes": cache.budget,
+            "compute_budget_bytes": executor.compute_bytes if math.isfinite(executor.compute_bytes) else None,
+            "graphs_evicted": cache.counters.graphs_evicted,
+            "inputs_evicted": cache.counters.inputs_evicted,
+            "recomputed": cache.counters.recomputed,
         }
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:

@@ -16,7 +16,7 @@ from isthmus.protocol import messages as m
 R = TypeVar("R")
 
 FILE_THREADS = 4
-"""Tenants whose files are read, written or hashed at a time."""
+"""Tenants whose files are read, written or hashed at a time: more would only take turns at the disk."""
 
 FILE_MESSAGES = (m.Fetch, m.FetchList, m.Put, m.PlugIn)
 """Messages that are answered from files."""

@@ -20,8 +20,9 @@ from typing import Any
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput, check_positions
-from isthmus.cloud.engine.activation_cache import Key, StashLost
-from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients, Guests
+from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
+from isthmus.cloud.engine.call_sites import CallSites
+from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.session.file_store import FileStore
@@ -72,11 +73,11 @@ class TenantSession:
     """Answers the messages of one session.
 
     Args:
-        session_id: the session's id, which keys its entries in the stash.
+        session_id: the session's id, which keys its entries in the activation cache.
         executor: the span that every session of this worker shares.
         stores: the files that every edge may fetch.
         adapters: the tenant's own adapters.
-        calls: runs the calls that visit the edge's sites.
+        calls: runs the calls with sites.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch x sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
@@ -140,7 +141,7 @@ class TenantSession:
     def close(self) -> None:
         """Forget the session's forward states, and end its paused calls."""
         self.calls.close()
-        self.executor.release(self.session_id)
+        self.executor.cache.release(self.session_id)
 
     def _store(self, which: m.FileSet) -> FileStore | m.Status:
         store = self.adapters.files() if which == m.FileSet.ADAPTER else self.stores.get(which)
@@ -179,6 +180,15 @@ class TenantSession:
             return self.calls.kind(message)
         return kind_of(message)
 
+    def positions(self, message: m.Message) -> int:
+        """Token positions that a message wants computed. The event loop may ask."""
+        if isinstance(message, m.SiteAnswer):
+            return self.calls.positions(message)
+        if not isinstance(message, m.Forward | m.Backward):
+            return 0
+        batch, sequence, _ = _hidden_shape(message)
+        return batch * sequence
+
     def call_bytes(self, message: m.Message) -> int:
         """The memory that a call takes while it is computed; 0 for what is no call, or will be refused.
 
@@ -214,7 +224,7 @@ class TenantSession:
         """The answer to a message that raised an error. Raises the error itself where an edge must not see it."""
         call = message.id if isinstance(message, m.Forward | m.Backward | m.SiteAnswer) else None
         match error:
-            case StashLost():
+            case ActivationsLost():
                 return m.Status(
                     m.StatusCode.ACTIVATIONS_LOST, call, "the forward state was evicted; send the input again"
                 )
@@ -231,18 +241,18 @@ class TenantSession:
                 )
         raise error
 
-    def _run(self, message: m.Forward | m.Backward, guests: Guests | None) -> m.Message:
+    def _run(self, message: m.Forward | m.Backward, sites: CallSites | None) -> m.Message:
         """Compute one call by itself."""
         checked = self.check(message)
         start = time.perf_counter_ns()
         result: Forwarded | Gradients
         if isinstance(message, m.Forward) and isinstance(checked.call, SpanInput):
             result = self.executor.forward(
-                *checked.key, checked.call, keep=message.keep, guests=guests, wanted=message.wanted
+                *checked.key, checked.call, keep=message.keep, sites=sites, wanted=message.wanted
             )
         elif isinstance(checked.call, BackwardCall):
             given, replay = checked.call.gradient, checked.call.replay
-            result = self.executor.backward(*checked.key, given, replay, guests=guests, wanted=message.wanted)
+            result = self.executor.backward(*checked.key, given, replay, sites=sites, wanted=message.wanted)
         return checked.reply(result, time.perf_counter_ns() - start)
 
     def _forward_reply(self, message: m.Forward, result: Forwarded, compute_ns: int) -> m.ForwardReply:
@@ -255,7 +265,7 @@ class TenantSession:
         codec = codec_by_id(message.reply_codec).name
         what = "the gradient from the cloud's layers"
         payload = None if result.hidden is None else encode(result.hidden, codec, Role.GRADIENT, what)
-        leased = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a leased matrix") for each in result.lent)
+        leased = tuple(encode(each, "fp32", Role.GRADIENT, "the gradient of a leased matrix") for each in result.leased)
         return m.BackwardReply(message.id, payload, compute_ns, 0, 0, result.recomputed, leased)
 
     # Checks -----------------------------------------------------------------------------------------------------------
@@ -319,14 +329,13 @@ class TenantSession:
         A backward may use the kept forward, or lose it to eviction and use its replay: it counts as masked where either
         of them is.
         """
-        sent = message.hidden if isinstance(message, m.Forward) else message.gradient
-        batch, sequence, _ = sent.shape
+        batch, sequence, _ = _hidden_shape(message)
         if batch * sequence > self.max_tokens:
             return None
         if isinstance(message, m.Forward):
             what, masked = Pass.KEPT_FORWARD if message.keep else Pass.FORWARD, _is_masked(message.inputs)
         else:
-            kept_masked = self.executor.is_masked(self.session_id, message.id.call)
+            kept_masked = self.executor.cache.is_masked((self.session_id, message.id.call))
             if kept_masked is None and message.replay is None:
                 return None  # the edge will be asked to send the input again
             replay_masked = message.replay is not None and _is_masked(message.replay)
@@ -334,6 +343,11 @@ class TenantSession:
         sites = self.calls.lists.find(message.sites) if message.sites else None
         kept, passing = (0, 0) if sites is None else (sites.kept, sites.passing)
         return CallShape(batch, sequence, what, masked, kept, passing)
+
+
+def _hidden_shape(message: m.Forward | m.Backward) -> tuple[int, ...]:
+    """The shape `[B, S, h]` of the hidden states that go through the span."""
+    return message.hidden.shape if isinstance(message, m.Forward) else message.gradient.shape
 
 
 def _is_masked(inputs: m.SpanInputs) -> bool:

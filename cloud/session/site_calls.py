@@ -1,4 +1,4 @@
-"""A session's calls that visit the edge's sites: each begins on a thread of its own, pauses to ask, and ends."""
+"""A session's calls with sites: each begins on a thread of its own, pauses to ask, and ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from isthmus.backbone.runtime.batched_products import BatchingPartners, ProductRequest, Products
-from isthmus.cloud.engine.executor import Guests
+from isthmus.cloud.engine.call_sites import CallSites
 from isthmus.cloud.engine.paused_batches import Asked, Outcome, SitedCall, Step, first_kind, next_kind
 from isthmus.cloud.engine.paused_calls import CallThread, CallThreads, Pause, PausingCall
 from isthmus.cloud.engine.requests import Kind
-from isthmus.cloud.session.edge_visitor import EdgeVisitor
+from isthmus.cloud.session.edge_adapters import EdgeAdapters
 from isthmus.cloud.session.site_lists import SiteList, SiteLists
 from isthmus.protocol import messages as m
 
 MAX_PAUSED = 8
-"""Calls of one session that may have paused at a time."""
+"""Calls of one session that may have paused at a time (docs/protocol.md). This project's edges have one.
+
+Their threads and memory are bounded for all sessions together (`CallThreads`).
+"""
 
 Call = m.Forward | m.Backward
-Work = Callable[[Guests], m.Message]
+Work = Callable[[CallSites], m.Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class _BegunCall:
 
 @dataclass(slots=True)
 class SiteCalls:
-    """Runs the calls of one session that visit sites.
+    """Runs the calls of one session that have sites.
 
     A call's life:
 
@@ -147,8 +150,8 @@ class SiteCalls:
             raise
 
         def run(ask: Callable[[Asked], Any]) -> m.Message:
-            visitor = EdgeVisitor(self.lists.executor, sites.sites, message, self.lists.limits, ask)
-            return work(Guests(sites.sites, visitor, leased, partners))
+            adapters = EdgeAdapters(self.lists.executor, sites.sites, message, self.lists.limits, ask)
+            return work(CallSites(sites.sites, adapters, leased, partners))
 
         call: SitedCall = PausingCall(run, thread)
         partners = (

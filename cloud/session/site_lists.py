@@ -20,7 +20,7 @@ from isthmus.protocol.tensor_codecs import decode
 
 @dataclass(frozen=True, slots=True)
 class SiteList:
-    """A list of sites, and what every call that visits them needs.
+    """A list of sites, and what every call through them needs.
 
     Attributes:
         sites: the sites, bound to the span's modules.
@@ -49,7 +49,7 @@ class SiteLists:
     """The lists of sites and the lease of one session.
 
     Args:
-        session_id: the session's id, which keys its entries in the stash.
+        session_id: the session's id, which keys its entries in the activation cache.
         tenant: whose session it is.
         executor: the span.
         limits: what the session accepts.
@@ -145,7 +145,7 @@ class SiteLists:
         """Overwrite the leased weights. Kept forwards that hold the same tensors are forgotten."""
         if self._lease is None:
             return
-        self.executor.forget_leased(self.session_id)
+        self.executor.cache.release(self.session_id, lambda entry: any(spec.is_leased for spec in entry.specs))
         for weights in self._lease.weights.values():
             weights.down.detach().zero_()
             weights.up.detach().zero_()

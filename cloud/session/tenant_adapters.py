@@ -43,6 +43,7 @@ from isthmus.protocol.enrolment import Tenant
 R = TypeVar("R")
 
 SPARE_BYTES = 64 << 20
+"""Of an adapter beside twice the edge's weights: where those are few, a soft prompt or a wide adapter may be larger."""
 MAX_INCOMING = 2 * m.MAX_PUT_FILES
 """Most unfinished files of a tenant: those of two adapters."""
 

@@ -19,8 +19,9 @@ from prometheus_client.registry import Collector
 from isthmus.common.errors import PortInUseError
 
 MAX_CONNECTIONS = 32
+"""To the metrics, at a time: a scraper or two have one each, and every connection has a thread."""
 SILENT_SECONDS = 10.0
-"""How long a connection may take to send its request's next bytes, or to take its answer's."""
+"""How long a connection may take to send its request's next bytes, or to take its answer's: Prometheus' own timeout."""
 OUTCOMES = ("met", "late", "refused")
 """Of a call with a deadline: computed within it, computed later, or refused, as it had not begun by then."""
 
@@ -52,7 +53,7 @@ class Metrics:
             "When the worker's certificate expires, in Unix seconds.",
             registry=self.registry,
         )
-        self.stash_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
+        self.cached_bytes = Gauge("isthmus_stash_bytes", "Bytes of kept forward states.", registry=self.registry)
         self.evictions = Gauge(
             "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry
         )

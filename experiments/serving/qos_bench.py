@@ -24,6 +24,7 @@ from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import SpanInput, load_span
+from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.activation_cache import Key
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import start_engine
@@ -155,13 +156,12 @@ class _Lab:
     def run(self, policy: str, calls: Sequence[Arrival]) -> Outcome:
         """Let calls come at their time, and see what becomes of them."""
         settings, outcome, lock = self._settings, Outcome(), threading.Lock()
-        setup = start_engine(
+        engine = start_engine(
             self._executor,
             self._threads,
-            batching=True,
+            EngineOptions(),
             make_scheduler=None if policy == "scheduler" else self._former_scheduler,
         )
-        engine = setup.engine
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
 
@@ -233,7 +233,7 @@ class _Lab:
         with lock:
             waiting = outcome.interactive - len(outcome.latencies) - outcome.missed
         engine.shutdown(cancel=True)
-        self._executor.evict_all()
+        self._executor.cache.evict_all()
         outcome.missed += max(0, waiting)
         return outcome
 

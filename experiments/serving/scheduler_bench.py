@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 import typer
 
-from isthmus.backbone.runtime.site_host import SiteHost
-from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.requests import Kind
 from isthmus.common.machine import usable_cores
 from isthmus.experiments.harness.bench_flags import numbers_of
@@ -71,7 +67,7 @@ def run_scheduler(settings: SchedulerSettings, folder: Path) -> dict[str, Any]:
         `jain` (the least), `state_share` (the most forward states held at a time, over the span's weights), and
         `flood_p99_ratio` of the worst flood (see `tenants_bench`), which is `flood`; for calls that come by themselves,
         the means over the loads of `missed`, `p99_s` and `positions_per_s`. `real` is what `tenants_bench` returns, for
-        the rows that it can measure, and `graph_counting` how much longer passes take in which every graph is counted.
+        the rows that it can measure.
     """
     rows = []
     with stderr_progress("schedulers", len(POLICIES)) as advance:
@@ -92,7 +88,6 @@ def run_scheduler(settings: SchedulerSettings, folder: Path) -> dict[str, Any]:
             name: run_tenants(replace(tenants, cloud_options=options), folder / f"{number}")
             for number, (name, options) in enumerate(REAL_OPTIONS.items())
         }
-        result["graph_counting"] = graph_counting(tenants)
     return result
 
 
@@ -113,8 +108,6 @@ def show(result: dict[str, Any]) -> None:
         cells = [_cell(rows.get(name, {}).get(key)) for key in keys]
         cells += [_cell(measured.get(name, {}).get(key)) for key in real_keys]
         typer.echo(f"| {name} | {' | '.join(cells)} |")
-    if "graph_counting" in result:
-        typer.echo(f"counting the bytes of every graph: passes take {result['graph_counting']:.3f} x")
 
 
 def _cell(value: float | None) -> str:
@@ -162,21 +155,6 @@ def open_loop(policy: Policy, settings: SchedulerSettings) -> dict[str, float]:
         for seed in range(settings.seeds)
     ]
     return {name: statistics.mean(scene[name] for scene in scenes) for name in ("missed", "p99_s", "positions_per_s")}
-
-
-def graph_counting(settings: TenantSettings) -> float:
-    """Seconds of passes in which each graph's bytes are counted, over those in which they are estimated."""
-    torch.set_num_threads(settings.threads or usable_cores())
-    span, calls, gradients = tenants_calls(settings)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    executors = {counts: Executor(SiteHost(span), torch.float32, 1 << 40, count_graphs=counts) for counts in seconds}
-    for _ in range(settings.steps):
-        for counts, executor in executors.items():
-            start = time.perf_counter()
-            executor.forward_together(calls, keep=True)
-            executor.backward_together(gradients)
-            seconds[counts].append(time.perf_counter() - start)
-    return statistics.median(seconds[True]) / statistics.median(seconds[False])
 
 
 def _crowd(

@@ -10,9 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isthmus.cloud.engine.answered_sessions import Answered
-from isthmus.cloud.engine.batching import Batching, SchedulerLimits
-from isthmus.cloud.engine.memory_admission import Snapshot
+from isthmus.cloud.engine.batching import Answered, Batching, SchedulerLimits, Snapshot
 from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.engine.scheduler import Scheduler
 from isthmus.experiments.serving.former_policy import FormerScheduler
@@ -53,8 +51,8 @@ class _WithoutEvenParts(Scheduler):
     batching = _WholeBatches
 
 
-class _WithPace(Scheduler):
-    """A request is refused once it cannot be in time by its tenant's pace, but not in the first half of its time."""
+class _WithSpeed(Scheduler):
+    """A request is refused once it cannot be in time by its tenant's speed, but not in the first half of its time."""
 
     def _refuse(self, now: float) -> None:
         super()._refuse(now)
@@ -62,7 +60,7 @@ class _WithPace(Scheduler):
             each
             for each in self._waiting
             if each.deadline is not None
-            and now > max(each.deadline - self._pace.seconds([each]), (each.since + each.deadline) / 2)
+            and now > max(each.deadline - self._speed.seconds([each]), (each.since + each.deadline) / 2)
         ]
         self._late += self._take_out(hopeless)
 
@@ -100,7 +98,7 @@ POLICIES = (
     Policy("shipped, no waiting for partners", _WithoutWaiting),
     Policy("shipped, no pacing", _WithoutPacing),
     Policy("shipped, no even parts", _WithoutEvenParts),
-    Policy("shipped, hopeless requests refused", _WithPace),
+    Policy("shipped, hopeless requests refused", _WithSpeed),
     replace(SHIPPED, name="shipped, no limit of states", limits=replace(SHIPPED.limits, state_bytes=math.inf)),
     replace(SHIPPED, name="shipped, one compute thread", limits=replace(SHIPPED.limits, compute_threads=1)),
     FORMER,

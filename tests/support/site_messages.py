@@ -1,4 +1,4 @@
-"""Calls that visit sites of the tiny model, and an edge that answers their questions."""
+"""Calls with sites of the tiny model, and an edge that answers their questions."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ def backward(*, call: int = 1, sites: int = 1, wanted: bool = True, replay: bool
     return m.Backward(m.CallId(1, call, 3), gradient, inputs, FP32, sites, wanted)
 
 
-def answer(visitor: SiteCall, question: m.SiteQuestion) -> m.SiteAnswer:
+def answer(adapters: SiteCall, question: m.SiteQuestion) -> m.SiteAnswer:
     tensors = [decode(each).clone() for each in question.tensors]
     if question.phase in (m.SitePhase.FORWARD, m.SitePhase.AGAIN):
-        given: Sequence[Tensor | None] = visitor.forward(
+        given: Sequence[Tensor | None] = adapters.forward(
             question.sites, [tensors[0]] * len(question.sites) if tensors else None
         )
         role = Role.ACTIVATION
     else:
-        given = visitor.backward(question.sites, tensors, wanted=question.phase == m.SitePhase.BACKWARD)
+        given = adapters.backward(question.sites, tensors, wanted=question.phase == m.SitePhase.BACKWARD)
         role = Role.GRADIENT
     return m.SiteAnswer(question.id, tuple(encode(each, "fp32", role) for each in given if each is not None))
 
 
-def converse(tenant: TenantSession, visitor: SiteCall, said: m.Message | None) -> tuple[m.Message | None, list[str]]:
+def converse(tenant: TenantSession, adapters: SiteCall, said: m.Message | None) -> tuple[m.Message | None, list[str]]:
     """Answer until there is no further question; returns what came then, and the phases of the questions."""
     phases = []
     while isinstance(said, m.SiteQuestion):
         phases.append(said.phase.name)
-        said = tenant.handle(answer(visitor, said))
+        said = tenant.handle(answer(adapters, said))
     return said, phases
 
 

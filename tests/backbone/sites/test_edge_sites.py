@@ -41,37 +41,37 @@ class HereLink:
         keep, sites = request.keep, request.sites
         with torch.set_grad_enabled(keep):
             leaf = hidden.detach().requires_grad_(keep)
-            output, visit = self._run(leaf, mask, positions, sites)
+            output, sited = self._run(leaf, mask, positions, sites)
         if sites is not None:
-            sites.tapped = tuple(visit.tapped[number] for number in sorted(visit.tapped))
-        return output.detach(), (leaf, output, visit)
+            sites.tapped = sited.taps
+        return output.detach(), (leaf, output, sited)
 
     def _run(self, leaf: Tensor, mask: Any, positions: Any, sites: SiteCall | None, again: bool = False) -> Any:
         if sites is None:
             return self.host.span(leaf, mask, positions), None
         specs = sites.specs
         leased = [number for number, spec in enumerate(specs) if spec.placement == Placement.LEASED]
-        lent = {
+        leased_weights = {
             number: LeasedWeights(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
             for number, one in zip(leased, sites.lease, strict=True)
         }
-        visit = SitedPass(self.host.bind(specs), Counting(self, sites), lent, again)
-        with sites_active(visit):
-            return self.host.span(leaf, mask, positions), visit
+        sited = SitedPass(self.host.bind(specs), Counting(self, sites), leased_weights, again)
+        with sites_active(sited):
+            return self.host.sited_span(leaf, mask, positions), sited
 
     def backward(self, request: BackwardRequest) -> Tensor | None:
         mask, positions = request.inputs.attention_mask, request.inputs.position_ids
         gradient, sites, wanted = request.gradient, request.sites, request.wanted
-        leaf, output, visit = request.kept
+        leaf, output, sited = request.kept
         if self.forget:
             with torch.enable_grad():
-                output, visit = self._run(leaf, mask, positions, sites, again=True)
+                output, sited = self._run(leaf, mask, positions, sites, again=True)
         if sites is None:
             return torch.autograd.grad(output, [leaf], gradient)[0]
-        lent = [matrix for _, one in sorted(visit.leased.items()) for matrix in (one.down, one.up)]
-        with sites_active(visit):
+        leased_weights = [matrix for _, one in sorted(sited.leased.items()) for matrix in (one.down, one.up)]
+        with sites_active(sited):
             result, *back = torch.autograd.grad(
-                output, [leaf if wanted else visit.anchor, *lent], gradient, allow_unused=True
+                output, [leaf if wanted else sited.anchor, *leased_weights], gradient, allow_unused=True
             )
         sites.take_gradients(back)
         return result if wanted else None

@@ -90,7 +90,7 @@ def _everything(folder: Path, family: str, device: str, *, masked: bool) -> list
         executor.backward(*KEYS[0], gradient, call).hidden,
     ]
     together = [each.hidden for each in executor.forward_together(dict.fromkeys(KEYS, call), keep=True)]
-    executor.evict_all()
+    executor.cache.evict_all()
     again = executor.backward_together([BackwardCall(key, gradient, call) for key in KEYS])
     found = [*alone, *together, *(each if isinstance(each, Exception) else each.hidden for each in again)]
     assert all(isinstance(each, torch.Tensor) for each in found)

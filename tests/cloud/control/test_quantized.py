@@ -92,9 +92,9 @@ def test_a_waiting_call_keeps_no_weights(folder: Path, name: str) -> None:
         host = SiteHost(load_span(folder, PLAN, quantizer=quantizer))
         executor = Executor(host, torch.float32, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
-        kept[quantizer] = executor.used_bytes
+        kept[quantizer] = executor.cache.used
     assert kept[noted] <= kept[None]
-    assert executor.used_bytes > 0
+    assert executor.cache.used > 0
     gc.collect()
     assert weights
     assert not any(weight() is not None for weight in weights)
@@ -153,5 +153,5 @@ def test_there_is_as_much_room_for_forward_states_as_without(folder: Path, name:
         executor = Executor(host, torch.float32, 1 << 30)
         executor.forward(b"session", 1, SpanInput(torch.randn(1, 6, host.span.hidden_size)), keep=True)
         span_bytes.add(executor.span_bytes)
-        state_bytes.add(executor.used_bytes)
+        state_bytes.add(executor.cache.used)
     assert len(span_bytes) == len(state_bytes) == 1

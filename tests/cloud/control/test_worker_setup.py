@@ -62,7 +62,7 @@ def test_a_malformed_edges_file_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_what_is_left_of_the_machine_is_shared_out() -> None:
     gib = 1 << 30
     assert memory_budgets(4 * gib, gib // 2, None, None) == (3 * gib // 4, 3 * gib // 4)
-    stash, compute = memory_budgets(4 * gib, gib // 2, None, None)
-    assert gib // 2 + RESERVE_BYTES + stash + 2 * compute < 4 * gib, "a small machine survives all of it at once"
+    cache, compute = memory_budgets(4 * gib, gib // 2, None, None)
+    assert gib // 2 + RESERVE_BYTES + cache + 2 * compute < 4 * gib, "a small machine survives all of it at once"
     assert memory_budgets(100 * gib, gib, None, None)[0] == 2 * gib
     assert memory_budgets(4 * gib, gib, 5, 7) == (5, 7)

@@ -74,7 +74,7 @@ def test_interactive_requests_and_training_do_not_share_a_batch() -> None:
 def test_a_tenant_that_floods_adds_no_more_than_its_share() -> None:
     worker = worker_with(max_batch_tokens=1000)
     worker.add("x")
-    worker.turn()  # the pace of a position is known
+    worker.turn()  # the speed of a position is known
     worker.scheduler.cancel(b"x")
     worker.add(*(f"flood{number}" for number in range(10)))
     worker.add("a", "b", "c")
@@ -93,7 +93,7 @@ def test_the_time_of_a_batch_is_charged_by_positions() -> None:
     worker.add("a", positions=30)
     worker.add("b", positions=10)
     worker.turn(0.1)
-    assert worker.scheduler.virtual_times() == pytest.approx({"a": 3.0, "b": 1.0})
+    assert worker.virtual_times() == pytest.approx({"a": 3.0, "b": 1.0})
 
 
 def test_a_limited_tenant_joins_no_batch_while_its_budget_is_overdrawn() -> None:
@@ -220,7 +220,7 @@ def test_the_pace_is_the_tenant_s_own_and_what_computed_nothing_says_nothing_of_
     worker.add("a")
     worker.turn(0.00001, computed=False)  # refused
     for partner, together in (("quick", 2), ("a", 1)):
-        worker.add("new", deadline=0.5)  # at the quickest's pace as long as nothing is known of its own
+        worker.add("new", deadline=0.5)  # at the quickest's speed as long as nothing is known of its own
         worker.add(partner)
         assert len(worker.begin()) == together
         worker = paced(0.1)
@@ -288,3 +288,73 @@ def test_everything_is_done_once_in_the_order_of_its_session(asked: list[tuple[s
             done.setdefault(each.session, []).append(each)
         worker.end(batch, 0.1)
     assert done == expected
+
+
+# Memory of forward states ---------------------------------------------------------------------------------------------
+
+FEW_STATES = SchedulerLimits(max_wait=0.5, state_bytes=100, smallest=float("inf"))
+
+
+def holding(**states: int) -> Worker:
+    """A worker whose sessions at work hold such forward states."""
+    worker = Worker(FEW_STATES)
+    worker.add(*states, kind=FORWARD)
+    while batch := worker.begin():
+        worker.end(batch, 0.0)
+    worker.held = {session.encode(): size for session, size in states.items()}
+    return worker
+
+
+def test_a_forward_waits_while_there_are_many_states_and_a_backward_does_not() -> None:
+    worker = holding(a=40, b=40)
+    worker.add("c", keeps_bytes=40)
+    assert worker.begin() == []
+    worker.add("a", kind=BACKWARD)
+    batch = worker.begin()
+    assert names(batch) == ["a"]
+    worker.held = {b"b": 40}
+    assert names(worker.begin()) == ["c"]
+
+
+def test_what_is_being_computed_counts() -> None:
+    worker = Worker(FEW_STATES)
+    worker.add("a", "b", keeps_bytes=60)
+    assert len(worker.begin()) == 1
+    assert worker.begin() == []
+
+
+@pytest.mark.parametrize(
+    ("states", "size"),
+    [
+        pytest.param({}, 500, id="there are no others"),
+        pytest.param({"a": 60}, 40, id="it fits"),
+        pytest.param({"flood1": 30, "flood2": 30, "flood3": 30}, 40, id="a tenant holds more than its share"),
+    ],
+)
+def test_a_forward_does_not_wait_where(states: dict[str, int], size: int) -> None:
+    worker = holding(**states)
+    worker.add("c", keeps_bytes=size)
+    assert names(worker.begin()) == ["c"]
+
+
+def test_a_tenant_s_own_states_count_in_full() -> None:
+    worker = holding(flood1=30, flood2=30, flood3=30)
+    worker.add("flood4", keeps_bytes=40)
+    assert worker.begin() == []
+
+
+def test_a_session_s_own_state_does_not_bar_its_next_forward() -> None:
+    worker = holding(a=100)
+    worker.add("a", keeps_bytes=100)
+    assert names(worker.begin()) == ["a"]
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_no_wait_is_longer_than_max_wait_and_silent_sessions_keep_nobody_waiting(silent: bool) -> None:
+    worker = holding(a=100)
+    worker.now += 0.6 if silent else 0.0
+    since = worker.now
+    worker.add("c", keeps_bytes=40)
+    while not worker.begin():
+        worker.pass_time()
+    assert worker.now - since == pytest.approx(0.0 if silent else 0.5, abs=0.06)

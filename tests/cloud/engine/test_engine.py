@@ -31,7 +31,7 @@ from isthmus.cloud.engine.scheduler import Scheduler
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    made = Engine(1)
+    made = Engine(1, Scheduler(time.monotonic))
     yield made
     made.shutdown(cancel=True)
 
@@ -103,7 +103,7 @@ def test_what_a_session_has_waiting_is_cancelled_with_it(engine: Engine) -> None
     assert order == ["stays"]
 
 
-def test_what_comes_too_late_is_refused_while_all_lanes_compute(engine: Engine) -> None:
+def test_what_comes_too_late_is_refused_while_all_threads_compute(engine: Engine) -> None:
     gate = Gate(engine)
     late = [submit(engine, list, f"late {number}", deadline=0.1) for number in range(2)]
     waits = submit(engine, list, "waits")
@@ -120,7 +120,7 @@ def test_what_comes_too_late_is_refused_while_all_lanes_compute(engine: Engine) 
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_an_end_does_what_waits_or_cancels_it(cancel: bool) -> None:
-    engine = Engine(1)
+    engine = Engine(1, Scheduler(time.monotonic))
     gate = Gate(engine)
     waiting = submit(engine, lambda: "done")
     threading.Timer(0.05, gate.open).start()
@@ -134,7 +134,7 @@ def test_an_end_does_what_waits_or_cancels_it(cancel: bool) -> None:
         submit(engine, lambda: None)
 
 
-def test_nothing_of_a_piece_is_kept_while_the_next_one_is_waited_for(engine: Engine) -> None:
+def test_nothing_of_a_request_is_kept_while_the_next_one_is_waited_for(engine: Engine) -> None:
     class Thing:
         pass
 
@@ -206,7 +206,7 @@ def test_two_sessions_are_computed_for_at_the_same_time_with_half_of_the_threads
 
 
 def test_a_session_alone_has_all_threads_where_its_bits_do_not_depend_on_that() -> None:
-    engine = batching_engine(2, all_threads_from=200)
+    engine = batching_engine(2, invariance=BatchInvariance(5, 200))
     kind = Kind("a", parallel=True)
     for positions, own_kind, threads in ((199, kind, 1), (200, kind, 2), (199, None, 2)):
         asked = submit(engine, torch.get_num_threads, kind=own_kind, positions=positions)
@@ -262,31 +262,31 @@ def test_bits_decide_what_is_batched_and_with_how_many_threads(
     of_a_call: int,
 ) -> None:
     monkeypatch.setattr(engine_module, "measure_batch_invariance", lambda *_: measured)
-    found = start_engine(executor, 2, batching=True)
-    limits = found.engine._scheduler._limits
-    assert (limits.smallest, found.engine._all_threads_from) == (smallest, all_from)
+    found = start_engine(executor, 2, EngineOptions())
+    limits = found._scheduler._limits
+    assert (limits.smallest, found._all_threads_from) == (smallest, all_from)
     assert found.threads_of_a_call == of_a_call
     assert found.invariance == measured
-    found.engine.shutdown(cancel=True)
+    found.shutdown(cancel=True)
 
 
 def test_the_operator_s_options_reach_the_scheduler(executor: Executor) -> None:
     options = EngineOptions(max_batch_tokens=7, max_wait=3.0, interactive_lead=4.0, compute_threads=3, state_bytes=99)
-    found = start_engine(executor, 4, options, batching=True).engine
+    found = start_engine(executor, 4, options)
     limits = found._scheduler._limits
     assert (limits.max_batch_tokens, limits.max_wait, limits.interactive_lead) == (7, 3.0, 4.0)
     assert (limits.compute_threads, limits.state_bytes, len(found._threads)) == (3, 99, 3)
     assert found._trimmer is not None
     found.shutdown(cancel=True)
-    plain = start_engine(executor, 4, EngineOptions(trim_heap=False), batching=True).engine
+    plain = start_engine(executor, 4, EngineOptions(trim_heap=False))
     assert plain._trimmer is None
     assert plain._scheduler._limits.state_bytes == executor.span_bytes / 2
     plain.shutdown(cancel=True)
 
 
 def test_without_batching_nothing_is_measured_shared_or_held_back(executor: Executor) -> None:
-    found = start_engine(executor, 2, batching=False)
-    limits = found.engine._scheduler._limits
-    assert (found.invariance, found.threads_of_a_call, len(found.engine._threads)) == (None, 2, 1)
+    found = start_engine(executor, 2, EngineOptions(batching=False))
+    limits = found._scheduler._limits
+    assert (found.invariance, found.threads_of_a_call, len(found._threads)) == (None, 2, 1)
     assert (limits.smallest, limits.max_wait) == (float("inf"), 0.0)
-    found.engine.shutdown(cancel=True)
+    found.shutdown(cancel=True)

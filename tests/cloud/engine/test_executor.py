@@ -1,12 +1,10 @@
-"""The executor: gradients of a frozen span, and a stash that forgets without changing a bit."""
+"""The executor: gradients of a frozen span, and an activation cache that forgets without changing a bit."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,9 @@ from support.models.kept_activations import count_kept, given_by_activations
 from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.runtime import graph_memory
-from isthmus.backbone.runtime.graph_memory import KeptBytes
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
-from isthmus.cloud.engine import executor as executor_module
-from isthmus.cloud.engine.activation_cache import StashLost
+from isthmus.cloud.engine.activation_cache import ActivationsLost
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients
 
 A, B = b"session a", b"session b"
@@ -60,10 +55,10 @@ def direct(span: FrozenSpan, given: SpanInput, gradient: torch.Tensor) -> tuple[
 
 
 def one_call_bytes(span: FrozenSpan) -> int:
-    """What the stash holds for one kept call of `inputs()`."""
+    """What the activation cache holds for one kept call of `inputs()`."""
     probe = Executor(SiteHost(span), torch.float32, BIG)
     probe.forward(A, 1, inputs(), keep=True)
-    return probe.used_bytes
+    return probe.cache.used
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -76,35 +71,35 @@ def test_forward_and_backward_are_those_of_autograd(span: FrozenSpan, masked: bo
     result, recomputed = gradients.hidden, gradients.recomputed
     assert torch.equal(result, expected)
     assert not recomputed
-    assert executor.used_bytes == 0  # a backward comes once
+    assert executor.cache.used == 0  # a backward comes once
 
 
-def test_the_second_call_of_a_shape_is_not_measured_and_gives_the_same(span: FrozenSpan) -> None:
+def test_the_second_call_of_a_shape_gives_the_same(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     first = executor.forward(A, 1, inputs(), keep=True).hidden
-    size = executor.used_bytes
+    size = executor.cache.used
     assert torch.equal(executor.forward(A, 2, inputs(), keep=True).hidden, first)
-    assert executor.used_bytes == 2 * size
+    assert executor.cache.used == 2 * size
     assert torch.equal(executor.backward(A, 1, upstream()).hidden, executor.backward(A, 2, upstream()).hidden)
 
 
 def test_without_keep_nothing_is_kept(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     kept = executor.forward(A, 1, inputs(), keep=True).hidden
-    executor.release(A)
+    executor.cache.release(A)
     assert torch.equal(executor.forward(A, 1, inputs(), keep=False).hidden, kept)
-    assert executor.used_bytes == 0
-    assert executor.is_masked(A, 1) is None
-    with pytest.raises(StashLost):
+    assert executor.cache.used == 0
+    assert executor.cache.is_masked((A, 1)) is None
+    with pytest.raises(ActivationsLost):
         executor.backward(A, 1, upstream())
 
 
 def test_a_repeated_call_replaces_what_was_kept_for_it(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(seed=1), keep=True)
-    size = executor.used_bytes
+    size = executor.cache.used
     executor.forward(A, 1, inputs(seed=2), keep=True)
-    assert executor.used_bytes == size
+    assert executor.cache.used == size
     assert torch.equal(executor.backward(A, 1, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
@@ -113,15 +108,15 @@ def test_the_oldest_graph_goes_first_and_its_input_stays(span: FrozenSpan) -> No
     executor = Executor(SiteHost(span), torch.float32, 2 * one + small)
     for call in (1, 2, 3):
         executor.forward(A, call, inputs(seed=call), keep=True)
-    assert executor.counters.graphs_evicted == 1
-    assert executor.counters.inputs_evicted == 0
-    assert executor.used_bytes == 2 * one + small
+    assert executor.cache.counters.graphs_evicted == 1
+    assert executor.cache.counters.inputs_evicted == 0
+    assert executor.cache.used == 2 * one + small
     for call, again in ((3, False), (2, False), (1, True)):
         gradients = executor.backward(A, call, upstream())
         result, recomputed = gradients.hidden, gradients.recomputed
         assert torch.equal(result, direct(span, inputs(seed=call), upstream())[1])
         assert recomputed is again
-    assert executor.counters.recomputed == 1
+    assert executor.cache.counters.recomputed == 1
 
 
 def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
@@ -129,16 +124,16 @@ def test_inputs_go_once_all_graphs_have_gone(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, 2 * small)  # not one graph fits
     for call in (1, 2, 3):
         executor.forward(A, call, inputs(seed=call), keep=True)
-    assert (executor.counters.graphs_evicted, executor.counters.inputs_evicted) == (3, 1)
-    assert executor.is_masked(A, 1) is None
+    assert (executor.cache.counters.graphs_evicted, executor.cache.counters.inputs_evicted) == (3, 1)
+    assert executor.cache.is_masked((A, 1)) is None
     assert executor.cache._entries[A, 2].inputs.hidden.shape == inputs().hidden.shape
-    with pytest.raises(StashLost):
+    with pytest.raises(ActivationsLost):
         executor.backward(A, 1, upstream())
     assert torch.equal(executor.backward(A, 2, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
 
 def counted(executor: Executor) -> int:
-    """What the stash holds: inputs, and each graph once."""
+    """What the activation cache holds: inputs, and each graph once."""
     entries = executor.cache._entries.values()
     graphs = {id(entry.graph): entry.graph.nbytes for entry in entries if entry.graph is not None}
     return sum(entry.inputs.nbytes for entry in entries) + sum(graphs.values())
@@ -150,16 +145,16 @@ def test_the_budget_is_never_exceeded(span: FrozenSpan, share: float) -> None:
     for call in range(12):
         rows, length = 1 + call % 3, 4 + 3 * (call % 4)
         executor.forward((A, B)[call % 2], call, inputs(call, rows, length), keep=True)
-        assert executor.used_bytes <= executor.stash_bytes
-        assert executor.used_bytes == counted(executor)
+        assert executor.cache.used <= executor.cache.budget
+        assert executor.cache.used == counted(executor)
         if call % 5 == 4:
-            executor.release(A)
-    executor.release(A)
-    executor.release(B)
-    assert executor.used_bytes == 0
+            executor.cache.release(A)
+    executor.cache.release(A)
+    executor.cache.release(B)
+    assert executor.cache.used == 0
 
 
-def test_a_replay_needs_no_stash_and_gives_the_same_bits(span: FrozenSpan) -> None:
+def test_a_replay_needs_no_cache_and_gives_the_same_bits(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(masked=True), keep=True)
     expected = executor.backward(A, 1, upstream()).hidden
@@ -167,7 +162,7 @@ def test_a_replay_needs_no_stash_and_gives_the_same_bits(span: FrozenSpan) -> No
     result, recomputed = gradients.hidden, gradients.recomputed
     assert torch.equal(result, expected)
     assert recomputed
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 def test_what_is_kept_wins_over_a_replay(span: FrozenSpan) -> None:
@@ -183,8 +178,8 @@ def test_sessions_do_not_see_each_other(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(seed=1), keep=True)
     executor.forward(B, 1, inputs(seed=2), keep=True)
-    executor.release(A)
-    with pytest.raises(StashLost):
+    executor.cache.release(A)
+    with pytest.raises(ActivationsLost):
         executor.backward(A, 1, upstream())
     assert torch.equal(executor.backward(B, 1, upstream()).hidden, direct(span, inputs(seed=2), upstream())[1])
 
@@ -192,9 +187,9 @@ def test_sessions_do_not_see_each_other(span: FrozenSpan) -> None:
 def test_evict_all_forgets_everything(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, inputs(), keep=True)
-    executor.evict_all()
-    assert executor.used_bytes == 0
-    with pytest.raises(StashLost):
+    executor.cache.evict_all()
+    assert executor.cache.used == 0
+    with pytest.raises(ActivationsLost):
         executor.backward(A, 1, upstream())
 
 
@@ -222,68 +217,17 @@ def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation
     expected = sum(size for pointer, size in kept.items() if pointer not in weights) + output.nbytes
     executor = Executor(SiteHost(span), torch.float32, BIG)
     executor.forward(A, 1, given, keep=True)
-    graph = executor.used_bytes - given.nbytes
+    graph = executor.cache.used - given.nbytes
     assert activated > given.hidden.nbytes
     assert expected > 5 * given.hidden.nbytes
     assert 0.95 * expected <= graph <= 1.05 * expected
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_what_is_known_of_graphs_is_what_counting_says(
-    load: Callable[..., FrozenSpan], monkeypatch: pytest.MonkeyPatch, attention: str
-) -> None:
-    counted = []
-
-    def counting(weights: Collection[int]) -> AbstractContextManager[KeptBytes]:
-        counted.append(None)
-        return graph_memory.counting(weights)
-
-    monkeypatch.setattr(executor_module, "counting", counting)
-
-    def kept(executor: Executor, calls: Sequence[SpanInput]) -> tuple[int, int]:
-        counted.clear()
-        executor.forward_together({(A, number): given for number, given in enumerate(calls)}, keep=True)
-        nbytes = executor.used_bytes - sum(given.nbytes for given in calls)
-        executor.release(A)
-        return nbytes, len(counted)
-
-    def one(length: int, end: int | None = None) -> SpanInput:
-        """A sequence, or one that ends early."""
-        mask = None if end is None else (torch.arange(length) < end).long()[None]
-        return replace(inputs(rows=1, length=length), attention_mask=mask)
-
-    span = load(torch.float32, attn_implementation=attention)
-    executor = Executor(SiteHost(span), torch.float32, BIG)
-    for calls, counts in (
-        ([one(24)], 1),
-        ([one(24), one(24)], 0),
-        ([one(6)], 1),
-        ([one(12)], 0),
-        ([one(24), one(6), one(15)], 0),
-        ([one(12, end=9)], 1),
-        ([one(12, end=7)], 0),
-        ([one(12, end=9), one(20)], 0),
-        ([one(40, end=9), one(20)], 1),
-        ([one(40, end=9), one(20)], 1),
-        ([one(40, end=9), one(40, end=20)], 1),
-        ([one(40, end=9), one(20)], 0),
-        ([one(30, end=9)], 0),
-        ([one(40)], 1),
-        ([one(40, end=40)], 0),
-        ([one(9)], 0),
-    ):
-        nbytes, times = kept(executor, calls)
-        expected, once = kept(Executor(SiteHost(span), torch.float32, BIG), calls)
-        assert (times, once) == (counts, 1)
-        assert 0.93 * expected <= nbytes <= 1.03 * expected
-
-
-def test_graphs_keep_little_also_where_they_are_not_counted(load: Callable[..., FrozenSpan]) -> None:
+def test_graphs_keep_nothing_that_activation_functions_give(load: Callable[..., FrozenSpan]) -> None:
     span = load(torch.float32)
     executor = Executor(SiteHost(span), torch.float32, BIG)
-    executor.forward(A, 1, inputs(), keep=True)
     given = given_by_activations(span)
-    executor.forward(A, 2, inputs(), keep=True)
+    executor.forward(A, 1, inputs(), keep=True)
     assert (count_kept(given), len(given)) == (0, N_LAYERS - 4)
 
 
@@ -341,9 +285,9 @@ def test_calls_that_share_a_pass_have_the_bits_of_their_own(span: FrozenSpan) ->
         outputs = executor.forward_together(calls, keep=keep)
         for given, output in zip(calls.values(), outputs, strict=True):
             assert torch.equal(output.hidden, direct(span, given, gradient_of(given))[0])
-    assert executor.used_bytes == counted(executor)
+    assert executor.cache.used == counted(executor)
     check_backward(executor, span, calls, recomputed=False)
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 def test_a_backward_in_other_company_has_the_same_bits(span: FrozenSpan) -> None:
@@ -357,9 +301,9 @@ def test_a_backward_in_other_company_has_the_same_bits(span: FrozenSpan) -> None
     check_backward(
         executor, span, {**most, **extra}, recomputed=False
     )  # most of the shared graph: taken, for all of it
-    assert executor.used_bytes == counted(executor) > 0
+    assert executor.cache.used == counted(executor) > 0
     check_backward(executor, span, {keys[0]: calls[keys[0]]}, recomputed=True)  # a small part: less work anew
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 def test_what_is_evicted_is_computed_again_together(span: FrozenSpan) -> None:
@@ -367,8 +311,8 @@ def test_what_is_evicted_is_computed_again_together(span: FrozenSpan) -> None:
     all_inputs = sum(given.nbytes for given in calls.values())
     executor = Executor(SiteHost(span), torch.float32, all_inputs)
     executor.forward_together(calls, keep=True)
-    assert executor.counters.graphs_evicted == len(calls)
-    assert executor.used_bytes == counted(executor) == all_inputs
+    assert executor.cache.counters.graphs_evicted == len(calls)
+    assert executor.cache.used == counted(executor) == all_inputs
     check_backward(executor, span, calls, recomputed=True)
 
 
@@ -377,11 +321,11 @@ def test_one_bad_call_among_several_keeps_the_others_whole(span: FrozenSpan) -> 
     calls = several()
     executor.forward_together(calls, keep=True)
     executor.forward(B, 50, inputs(), keep=True, wanted=True)
-    executor.release(A)
+    executor.cache.release(A)
     asked = [BackwardCall(key, gradient_of(given)) for key, given in calls.items()]
     for (session, _), given, outcome in zip(calls, calls.values(), executor.backward_together(asked), strict=True):
         if session == A:
-            assert isinstance(outcome, StashLost)
+            assert isinstance(outcome, ActivationsLost)
         else:
             assert isinstance(outcome, Gradients)
             assert outcome.hidden is not None
@@ -393,13 +337,13 @@ def test_a_session_that_ends_costs_those_that_share_its_graph_nothing(span: Froz
     calls = several()
     executor.forward_together(calls, keep=True)
     gone = next(key for key in calls if key[0] == B)
-    executor.release(B)
+    executor.cache.release(B)
     left = {key: given for key, given in calls.items() if key[0] == A}
     assert gone not in left
-    assert executor.counters.graphs_evicted == 0
-    assert executor.used_bytes == counted(executor)
+    assert executor.cache.counters.graphs_evicted == 0
+    assert executor.cache.used == counted(executor)
     check_backward(executor, span, left, recomputed=False)
-    assert executor.used_bytes == 0  # the last of them takes the graph with it
+    assert executor.cache.used == 0  # the last of them takes the graph with it
 
 
 def test_a_session_that_ends_leaves_no_input_of_its_own(span: FrozenSpan) -> None:
@@ -407,7 +351,7 @@ def test_a_session_that_ends_leaves_no_input_of_its_own(span: FrozenSpan) -> Non
     calls = several()
     executor.forward_together(calls, keep=True)
     entries = {key: executor.cache._entries[key] for key in calls}
-    executor.release(A)
+    executor.cache.release(A)
     for (session, _), entry in entries.items():
         assert bool(entry.inputs.hidden.any()) == (session == B)
 
@@ -437,4 +381,4 @@ def test_backwards_through_one_graph_on_two_threads_have_the_bits_of_their_own(s
         for (_, given), result in zip(calls.items(), results, strict=True):
             _, expected = direct(span, given, gradient_of(given))
             assert torch.equal(result, expected)
-        assert executor.used_bytes == 0
+        assert executor.cache.used == 0

@@ -35,7 +35,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode, encode_mask, encode_positions
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 FP32 = codec_id("fp32")
 BIG = 1 << 26
 LAYERS = (1, 2, 3, 4)
@@ -91,10 +91,10 @@ class Edge:
     def __post_init__(self) -> None:
         host, specs = self.session.executor.host, self.tenant.sites
         self.session.handle(m.Sites(1, specs))
-        lent = [spec for spec in specs if spec.is_leased]
-        if lent:
+        leased = [spec for spec in specs if spec.is_leased]
+        if leased:
             weights = []
-            for number, spec in enumerate(lent):
+            for number, spec in enumerate(leased):
                 n_in, n_out = host.widths(spec)
                 rank = RANK + self.seed // 1000  # each edge has one of its own
                 down, up = (
@@ -250,12 +250,12 @@ def test_every_family_and_placement_has_the_bits_of_each_by_itself(
     for mine, theirs in zip(edges, expected, strict=True):
         assert mine.heard == theirs
     assert host.product_batches.requests_per_batch > 2
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
-@pytest.mark.parametrize("stash", ["kept", "inputs", "nothing"])
+@pytest.mark.parametrize("cached", ["kept", "inputs", "nothing"])
 @pytest.mark.parametrize("seed", range(2))
-def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteHost, seed: int, stash: str) -> None:
+def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteHost, seed: int, cached: str) -> None:
     """At each turn some have not answered yet; others are anywhere in their passes."""
     tenants = tenants_of(llama)
     executor = Executor(llama, torch.float32, BIG)
@@ -264,9 +264,9 @@ def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteH
     order = random.Random(seed)  # noqa: S311  # no secret
 
     def forget() -> None:
-        if stash == "nothing":
-            executor.evict_all()
-        elif stash == "inputs":
+        if cached == "nothing":
+            executor.cache.evict_all()
+        elif cached == "inputs":
             for entry in executor.cache._entries.values():
                 if entry.graph is not None:
                     executor.cache._drop(entry.graph)
@@ -276,7 +276,7 @@ def test_whoever_is_late_or_has_to_be_computed_again_changes_no_bit(llama: SiteH
         again = [entry for entry in mine.heard if m.SitePhase.AGAIN in entry]
         heard = [(*entry[:2], False) if entry[-1] is True else entry for entry in mine.heard if entry not in again]
         assert heard == theirs
-    assert executor.counters.recomputed == (0 if stash == "kept" else sum(tenant.keep for tenant in tenants))
+    assert executor.cache.counters.recomputed == (0 if cached == "kept" else sum(tenant.keep for tenant in tenants))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
@@ -295,7 +295,7 @@ def test_a_quantized_span_has_the_bits_of_each_by_itself(tmp_path: Path, quantiz
 
 
 def products(host: SiteHost, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The calls at each meeting, in order."""
+    """The calls in each batch of products, in order."""
     host.product_batches = ProductBatches()
     met: list[int] = []
     hold = ProductBatches.compute
@@ -360,11 +360,11 @@ def test_nobody_holds_memory_of_another(llama: SiteHost) -> None:
     for number in range(3):
         only = edge(executor, tenant, number)
         only.session.handle(only.forward())
-        own += executor.used_bytes
+        own += executor.cache.used
         only.session.close()
     edges = [edge(executor, tenant, number) for number in range(3)]
     step_batch([(each.session, each.forward()) for each in edges])
-    assert executor.used_bytes == own
+    assert executor.cache.used == own
     for each in edges:
         each.session.close()
 
@@ -406,7 +406,7 @@ def test_who_leaves_in_the_middle_disturbs_nobody(llama: SiteHost, ending: str) 
     assert said.code == m.StatusCode.BAD_REQUEST
     assert [mine.heard for mine in edges] == expected
     assert not leaver.session.calls.begun
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,11 +427,11 @@ def test_a_product_that_fails_ends_the_calls_that_were_there(llama: SiteHost, mo
         assert said.code == m.StatusCode.INTERNAL
         assert "1.2345" not in said.message
     assert not any(each.session.calls.begun for each in edges[:2])
-    message = edges[2].next(question)  # type: ignore[arg-type]  # it asked before the others' meeting
+    message = edges[2].next(question)  # type: ignore[arg-type]  # it asked before the others' products
     while message is not None:
         message = edges[2].next(edges[2].session.handle(message))
     assert edges[2].heard == expected
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])
@@ -447,7 +447,7 @@ def test_a_meeting_that_fails_is_held_again_for_each_of_its_calls(
     limit = 10_000
 
     def limited(self: ProductBatches, parties: Sequence[ProductRequest]) -> list[Products]:
-        assert not any(each() is not None for each in failed), "a meeting that has failed still holds memory"
+        assert not any(each() is not None for each in failed), "a batch that has failed still holds memory"
         rows = torch.empty(sum(party.n_rows for party in parties))
         if len(parties) > 1 or len(rows) > limit:
             failed.append(weakref.ref(rows))
@@ -468,7 +468,7 @@ def test_a_meeting_that_fails_is_held_again_for_each_of_its_calls(
     assert isinstance(said, m.Status)
     assert said.code == m.StatusCode.INTERNAL
     assert "1.2345" not in said.message
-    assert executor.used_bytes == 0
+    assert executor.cache.used == 0
 
 
 def test_a_call_that_fails_holds_no_memory_while_others_go_on(llama: SiteHost) -> None:

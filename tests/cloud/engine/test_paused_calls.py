@@ -20,7 +20,7 @@ Call = PausingCall[str, int, Any]
 
 @pytest.fixture
 def threads() -> CallThreads:
-    return CallThreads(1)
+    return CallThreads(1, 16)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from support.cloud.manual_scheduler import FORWARD, Worker, names, request
 
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.requests import Request, Share
+from isthmus.cloud.engine.scheduler import AnsweredSessions, TenantAccount
 
 
 class Alone(Worker):
@@ -68,7 +69,7 @@ def test_shares_are_of_time_and_not_of_requests() -> None:
     worker.ask("long", 100)
     worker.ask("short", 100)
     while worker.scheduler.waiting().keys() == {"long", "short"}:
-        times = worker.scheduler.virtual_times()
+        times = worker.virtual_times()
         worker.take(5.0 if times["long"] <= times["short"] else 1.0)
     assert jain([*worker.seconds.values()]) > 0.99
 
@@ -149,7 +150,7 @@ def test_what_continues_counts_once_against_the_rate_and_is_charged_its_time() -
     for continues in (False, True, True):
         worker.ask("limited", share=limited, positions=40, continues=continues)
     assert worker.takes(3, 0.1) == ["limited"] * 3
-    assert worker.scheduler.virtual_times()["limited"] == pytest.approx(0.3)
+    assert worker.virtual_times()["limited"] == pytest.approx(0.3)
     worker.ask("limited", share=limited, positions=1)
     assert worker.take() is None
     since = worker.now
@@ -279,12 +280,50 @@ def test_a_thread_leaves_memory_for_what_only_the_first_may_take(sited: int, tog
     assert names(worker.begin()) == ["sited"]
 
 
-def test_what_is_larger_than_the_budget_runs_alone() -> None:
-    worker = within(100)
-    worker.add("a", nbytes=500)
-    assert names(worker.begin()) == ["a"]
-    worker.add("b", nbytes=1)
-    assert worker.begin() == []
+# What is known of tenants and sessions --------------------------------------------------------------------------------
+
+
+def test_a_rate_saves_up_a_second_and_may_be_overdrawn_once() -> None:
+    account = TenantAccount(Share(1.0, 10.0), 0.0, 0.0)
+    account.refill(100.0)
+    assert account.budget == 10.0
+    account.budget -= 40
+    assert account.overdrawn == pytest.approx(3.0)
+    account.refill(103.0)
+    assert account.overdrawn == 0.0
+    assert TenantAccount(Share(), 0.0, 0.0).overdrawn == 0.0
+
+
+def test_a_charge_is_by_weight() -> None:
+    account = TenantAccount(Share(4.0), 1.0, 0.0)
+    account.charge(2.0)
+    assert account.virtual_time == 1.5
+
+
+def test_work_is_paced_by_its_fraction() -> None:
+    account = TenantAccount(Share(), 0.0, 0.0)
+    for begun, until in ((10.0, 14.0), (12.0, 18.0), (100.0, 104.0)):
+        account.worked(begun, 1.0, 0.25)
+        assert account.paced_until == until
+
+
+def test_a_session_is_at_work_for_a_while_after_its_answer() -> None:
+    sessions = AnsweredSessions(2.0)
+    sessions.answered(b"a", "tenant", 0.0, 10)
+    assert [session for session, _ in sessions.at_work(2.0)] == [b"a"]
+    assert [*sessions.at_work(2.1)] == []
+    sessions.forget(b"a")
+    assert [*sessions.at_work(0.0)] == []
+
+
+def test_a_session_is_expected_for_twice_as_long_as_it_was_away_the_last_time() -> None:
+    sessions = AnsweredSessions(2.0)
+    sessions.answered(b"a", "tenant", 0.0, 10)
+    assert [*sessions.expected(0.0)] == [*sessions.expected(0.1)] == [], "it has never come back"
+    sessions.asks(b"a", 0.5)
+    sessions.answered(b"a", "tenant", 1.0, 10)
+    assert [last.positions for last in sessions.expected(2.0)] == [10]
+    assert [*sessions.expected(2.01)] == []
 
 
 # In general -----------------------------------------------------------------------------------------------------------

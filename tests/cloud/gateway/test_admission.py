@@ -224,7 +224,7 @@ def test_a_stage_attaches_for_the_tenants_that_it_names(server: ThreadServer) ->
         assert attached == m.Status(m.StatusCode.OK, None, "attached")
         assert isinstance(told(stream, edge, m.Ping(1)), m.Pong)
     assert server.server.status()["sessions"] == {"bob": 2, "carol": 1, "stage-0": 1}
-    accounts = server.server._calls._engine._scheduler._tenants
+    accounts = server.server._calls.engine._scheduler._tenants
     shares = {name: account.share for name, account in accounts.items()}
     assert shares == {"bob": Share(3), "carol": Share(1), "stage-0": Share(1)}
     for stream in streams:
@@ -242,7 +242,7 @@ def test_an_edge_attaches_for_no_tenant_not_even_itself(server: ThreadServer, na
         stream.receive(5)
     stream.close()
     assert server.server.status()["sessions"] == {}
-    assert server.server._calls._engine._scheduler._tenants == {}
+    assert server.server._calls.engine._scheduler._tenants == {}
 
 
 # Penalties ------------------------------------------------------------------------------------------------------------

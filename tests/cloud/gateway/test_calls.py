@@ -19,7 +19,7 @@ from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.directory import Peer, SessionEntry
 from isthmus.cloud.engine.requests import Request
-from isthmus.cloud.gateway import calls as calls_module, in_flight
+from isthmus.cloud.gateway import calls as calls_module
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConfigError, ConnectionLostError, OverQuotaError, TooLateError, UnreachableError
 from isthmus.protocol import messages as m
@@ -113,8 +113,8 @@ def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
             thread.start()
         assert entered.wait(10)
         eventually(lambda: server.server.status()["in_flight"] == 2)
-        eventually(lambda: len(server.server._calls.in_flight._waiting) == 1)
-        assert server.server._calls.in_flight._bytes["alice"] <= quota
+        eventually(lambda: server.server._calls.in_flight._rooms["alice"].turn.locked())
+        assert server.server._calls.in_flight._rooms["alice"].nbytes <= quota
         release.set()
         for thread in threads:
             thread.join(10)
@@ -122,7 +122,7 @@ def test_calls_that_exceed_the_byte_quota_together_wait_for_each_other(
     assert torch.equal(answers[0], answers[1])
 
 
-def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has(
+def test_of_a_tenants_quotas_a_worker_gives_the_fraction_of_the_sessions_that_it_has(
     cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
@@ -149,9 +149,7 @@ def test_of_a_tenants_quotas_a_worker_gives_the_part_of_the_sessions_that_it_has
         for thread in threads:
             thread.start()
         eventually(lambda: server.server.status()["in_flight"] == 2)
-        eventually(
-            lambda: len(server.server._calls.in_flight._waiting) == 1
-        )  # five thirds of a call are this worker's part
+        eventually(lambda: server.server._calls.in_flight._rooms["alice"].turn.locked())  # 5/3 calls fit this worker
         release.set()
         for thread in threads:
             thread.join(20)
@@ -310,7 +308,7 @@ def test_an_edge_that_vanishes_in_a_call_leaves_nothing_behind(server: ThreadSer
         del cloud.executor.host.span.forward
     link._keeper._closed = True
     eventually(lambda: server.server.status()["in_flight"] == 0)
-    eventually(lambda: cloud.executor.used_bytes == 0)
+    eventually(lambda: cloud.executor.cache.used == 0)
 
 
 def _swallow(link: Any) -> None:
@@ -374,8 +372,7 @@ def test_a_call_that_waits_beside_others_until_its_deadline_is_refused(
         link.open(5)
         with call_in_flight(server, cloud):
             bodies: list[bytearray] = []
-            for module in (calls_module, in_flight):
-                monkeypatch.setattr(module, "wipe", bodies.append)
+            monkeypatch.setattr(calls_module, "wipe", bodies.append)
             with pytest.raises(TooLateError, match=r"within 0\.2 s"):
                 link.forward_span(hidden(), None, None, keep=False)
             eventually(lambda: server.server.status()["in_flight"] == 1)  # the other one goes on
@@ -393,17 +390,17 @@ def test_the_wait_beside_others_is_taken_off_the_deadline(
     home = Home(tmp_path, quota=Quota(max_inflight_bytes=hidden().nbytes + 64))
     with ThreadServer(cloud, home, clock=lambda: now[0]) as server, server.link(deadline=30.0) as link:
         link.open(5)
-        submit = server.server._calls._engine.submit
+        submit = server.server._calls.engine.submit
 
         def noted(request: Request[Any]) -> Any:
             left.append(request.deadline and request.deadline - time.monotonic())
             return submit(request)
 
         with call_in_flight(server, cloud) as held:
-            monkeypatch.setattr(server.server._calls._engine, "submit", noted)
+            monkeypatch.setattr(server.server._calls.engine, "submit", noted)
             calling = threading.Thread(target=link.forward_span, args=(hidden(), None, None), kwargs={"keep": False})
             calling.start()
-            eventually(lambda: len(server.server._calls.in_flight._waiting) == 1)
+            eventually(lambda: server.server._calls.in_flight._rooms["alice"].turn.locked())
             now[0] += 10.0
             held.release.set()
             calling.join(10)

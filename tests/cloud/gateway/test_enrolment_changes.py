@@ -68,7 +68,7 @@ def test_a_removed_line_cuts_a_session_in_the_middle_of_its_call(
         assert not held.release.is_set()
         eventually(lambda: to_drain.server.status()["in_flight"] == 0)
     assert "this edge is no longer enrolled" in [line.get("ending") for line in log()]
-    eventually(lambda: cloud.executor.used_bytes == 0)
+    eventually(lambda: cloud.executor.cache.used == 0)
     to_drain.drain(5)
 
 
@@ -146,7 +146,7 @@ def test_another_quota_holds_for_open_sessions_and_changes_no_result(server: Thr
         (session,) = server.server.sessions._open.values()
         quota = session.tenant.quota
         assert (quota.max_sessions, quota.max_inflight_bytes) == (1, 64 << 20)
-        account = server.server._calls._engine._scheduler._tenants["alice"]
+        account = server.server._calls.engine._scheduler._tenants["alice"]
         assert (account.share.weight, account.share.positions_per_second) == (3, 5000)
 
 

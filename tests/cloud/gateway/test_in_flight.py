@@ -9,28 +9,28 @@ import pytest
 from support.protocol.wire import TENANT
 
 from isthmus.cloud.engine.requests import TooLate
-from isthmus.cloud.gateway.in_flight import InFlight
+from isthmus.cloud.gateway.calls import InFlight
 from isthmus.protocol.enrolment import Quota
 
 OF_100 = replace(TENANT, quota=Quota(max_inflight_bytes=100))
 
 
 class Crowd:
-    """Calls of which each holds its room until it is let go."""
+    """Calls of which each holds its room until it is ended."""
 
     def __init__(self) -> None:
         self.in_flight = InFlight(lambda _: 1.0)
         self.begun: list[str] = []
-        self._let_go: dict[str, asyncio.Event] = {}
+        self._ends: dict[str, asyncio.Event] = {}
 
     async def call(self, name: str, size: int, patience: float | None = None) -> None:
-        self._let_go[name] = asyncio.Event()
+        self._ends[name] = asyncio.Event()
         async with self.in_flight.room_for(OF_100, bytearray(size), patience):
             self.begun.append(name)
-            await self._let_go[name].wait()
+            await self._ends[name].wait()
 
-    async def let_go(self, name: str) -> None:
-        self._let_go[name].set()
+    async def end(self, name: str) -> None:
+        self._ends[name].set()
         await settled()
 
 
@@ -45,10 +45,10 @@ def test_a_small_call_does_not_pass_a_large_one_that_waits() -> None:
         calls = [asyncio.create_task(crowd.call(*each)) for each in (("first", 60), ("large", 90), ("small", 10))]
         await settled()
         assert crowd.begun == ["first"]
-        await crowd.let_go("first")
+        await crowd.end("first")
         assert crowd.begun == ["first", "large", "small"]
         for name in ("large", "small"):
-            await crowd.let_go(name)
+            await crowd.end(name)
         await asyncio.gather(*calls)
 
     asyncio.run(run())
@@ -68,7 +68,7 @@ def test_one_that_is_given_up_leaves_its_place_to_the_next() -> None:
         await settled()
         assert crowd.begun == ["first", "small"]
         for name in crowd.begun.copy():
-            await crowd.let_go(name)
+            await crowd.end(name)
         await asyncio.gather(first, small)
 
     asyncio.run(run())

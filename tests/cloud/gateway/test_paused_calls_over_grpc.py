@@ -48,7 +48,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_call(cloud: Served, home: Home, one_thread: None) -> Iterator[ThreadServer]:
     """A server on which one call may have paused, so that one that is not over shows."""
-    cloud.executor.evict_all()  # a server that ended in a hurry leaves forward states
+    cloud.executor.cache.evict_all()  # a server that ended in a hurry leaves forward states
     with ThreadServer(cloud, home) as running:
         yield running
 
@@ -122,7 +122,7 @@ def test_an_edge_that_vanishes_at_a_question_leaves_nothing_behind(one_call: Thr
         assert one_call.server.status()["sessions"] == {"alice": 1}
         eventually(lambda: one_call.server.status()["in_flight"] == 0)  # a pause is the edge's time
     eventually(lambda: one_call.server.status()["sessions"] == {})
-    eventually(lambda: cloud.executor.used_bytes == 0)
+    eventually(lambda: cloud.executor.cache.used == 0)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -136,12 +136,12 @@ def test_a_stage_that_has_lost_the_forward_gets_it_again(pipeline: Pipeline, for
         given = hidden(1).requires_grad_()
         mine, kept = link.forward_span(given, MASK, POSITIONS, keep=True)
         for number in forgetful:
-            pipeline.parts[number].executor.evict_all()
+            pipeline.parts[number].executor.cache.evict_all()
         back = link.backward_span(kept, hidden(2), given, MASK, POSITIONS)
         assert back is not None
         assert torch.equal(mine, output)
         assert torch.equal(back, gradient)
-        assert all(part.executor.used_bytes == 0 for part in pipeline.parts)
+        assert all(part.executor.cache.used == 0 for part in pipeline.parts)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -217,7 +217,7 @@ def test_every_stage_shares_its_time_out_among_the_edges_tenants(pipeline: Pipel
         check_pass(second, pipeline.whole, 2)
         for server in pipeline.servers:
             assert server.server.status()["sessions"] == {"alice": 1, "bob": 1}
-            accounts = server.server._calls._engine._scheduler._tenants
+            accounts = server.server._calls.engine._scheduler._tenants
             assert {name: account.share for name, account in accounts.items()} == {"alice": Share(1), "bob": Share(3)}
             assert all(account.virtual_time > 0 for account in accounts.values())
 

@@ -30,7 +30,7 @@ from support.cloud.sessions import call_in_flight, channel, eventually, hidden
 from support.models.tiny import HIDDEN
 
 from isthmus.cloud.bounds import Bounds
-from isthmus.cloud.gateway import calls as calls_module, in_flight
+from isthmus.cloud.gateway import calls as calls_module
 from isthmus.cloud.gateway.server import ServerTls
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
@@ -78,7 +78,7 @@ def test_an_enrolled_edge_gets_the_spans_answers(server: ThreadServer, cloud: Se
         assert server.server.status()["sessions"] == {"alice": 1}
         assert link.cloud_peak_bytes() is not None
     eventually(lambda: server.server.status()["sessions"] == {})
-    eventually(lambda: cloud.executor.used_bytes == 0)
+    eventually(lambda: cloud.executor.cache.used == 0)
 
 
 def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
@@ -90,8 +90,7 @@ def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
     edge = channel(server)
     bodies: list[bytearray] = []
     monkeypatch.setattr(TenantSession, "handle", fail)
-    for module in (calls_module, in_flight):
-        monkeypatch.setattr(module, "wipe", bodies.append)
+    monkeypatch.setattr(calls_module, "wipe", bodies.append)
     with pytest.raises(ConnectionLostError, match="the session failed") as caught:
         edge.ask(m.Ping(1), 5)
     edge.abandon()
@@ -126,7 +125,7 @@ def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go
             assert torch.equal(witness.forward_span(hidden(), None, None, keep=False)[0], expected)
             assert witness.traffic.sessions == 1
         eventually(lambda: server.server.status()["in_flight"] == 0)
-        eventually(lambda: cloud.executor.used_bytes == 0)
+        eventually(lambda: cloud.executor.cache.used == 0)
         eventually(lambda: streams_of(server) == 0, 30)  # though what was sent on it has never been taken
         asked.cancel()
 

@@ -22,5 +22,5 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def tenant(cloud: Served) -> TenantSession:
-    cloud.executor.evict_all()
-    return cloud.session(b"s" * 16, TENANT, CallThreads(1))
+    cloud.executor.cache.evict_all()
+    return cloud.session(b"s" * 16, TENANT, CallThreads(1, 16))

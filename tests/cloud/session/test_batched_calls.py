@@ -21,11 +21,11 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id, decode
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def test_messages_that_are_handled_together_are_answered_as_alone(cloud: Served) -> None:
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(4)]
     good = span_inputs(mask=(2, 6))
     asked = [
@@ -60,7 +60,7 @@ def test_messages_that_are_handled_together_are_answered_as_alone(cloud: Served)
 
 
 def test_a_failure_of_one_message_is_no_other_sessions(cloud: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(3)]
     original = TenantSession._forward_reply
 
@@ -80,12 +80,12 @@ SHAPES = ((2, 6, HIDDEN), (5, 8, HIDDEN), (3, 6, HIDDEN))
 
 @pytest.fixture
 def several(cloud: Served) -> Iterator[list[TenantSession]]:
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     sessions = [cloud.session(bytes([number]) * 16, TENANT, THREADS) for number in range(len(SHAPES))]
     yield sessions
     for session in sessions:
         session.close()
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def forwards(sessions: Sequence[TenantSession], *, keep: bool = True) -> list[Call]:
@@ -158,7 +158,7 @@ def test_backwards_of_a_pass_that_fails_want_their_inputs_again(
         patch.setattr(torch.autograd, "grad", exhausted)
         for answer in handle_batch(backwards(several)):
             refusal(answer, m.StatusCode.ACTIVATIONS_LOST)
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     with memory_for(cloud, 39) as failed:
         small, large, other = handle_batch(backwards(several, replay=True))
     assert len(failed) == 2

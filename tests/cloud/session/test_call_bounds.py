@@ -37,7 +37,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def tenant(cloud: Served) -> Iterator[TenantSession]:
-    session = cloud.session(b"s" * 16, TENANT, CallThreads(1))
+    session = cloud.session(b"s" * 16, TENANT, CallThreads(1, 16))
     yield session
     session.close()
     cloud.executor.compute_bytes = 1 << 40
@@ -158,7 +158,7 @@ def test_a_call_that_may_pause_takes_half_of_the_budget_at_most(tenant: TenantSe
 
 
 def test_of_the_memory_of_calls_that_have_begun_a_tenant_has_no_more_than_it_leaves() -> None:
-    threads = CallThreads(1, 100)
+    threads = CallThreads(1, 16, 100)
     first = threads.claim("a", 40)
     assert first.ready.done()
     second, other = threads.claim("a", 30), threads.claim("b", 30)
@@ -172,7 +172,7 @@ def test_of_the_memory_of_calls_that_have_begun_a_tenant_has_no_more_than_it_lea
 
 
 def test_small_calls_do_not_keep_the_memory_from_a_large_one_that_waits_for_other_tenants() -> None:
-    threads = CallThreads(1, 100)
+    threads = CallThreads(1, 16, 100)
     first = threads.claim("a", 50)
     large = threads.claim("b", 30)
     small = [threads.claim(tenant, 10) for tenant in ("c", "d")]
@@ -183,7 +183,7 @@ def test_small_calls_do_not_keep_the_memory_from_a_large_one_that_waits_for_othe
 
 
 def test_a_call_that_waits_for_its_own_tenant_keeps_no_memory_from_others() -> None:
-    threads = CallThreads(1, 100)
+    threads = CallThreads(1, 16, 100)
     first, more = threads.claim("a", 40), threads.claim("a", 20)
     other = threads.claim("b", 20)
     assert [each.ready.done() for each in (first, more, other)] == [True, False, True]
@@ -195,7 +195,7 @@ def test_a_call_that_waits_for_its_own_tenant_keeps_no_memory_from_others() -> N
 
 
 def test_a_call_that_waits_and_is_given_up_frees_those_behind_it() -> None:
-    threads = CallThreads(1, 100)
+    threads = CallThreads(1, 16, 100)
     threads.claim("a", 50)
     large, small = threads.claim("b", 30), threads.claim("c", 10)
     assert not small.ready.done()
@@ -204,7 +204,7 @@ def test_a_call_that_waits_and_is_given_up_frees_those_behind_it() -> None:
 
 
 def test_a_call_that_takes_more_than_a_tenant_may_have_claims_no_thread() -> None:
-    threads = CallThreads(1, 100)
+    threads = CallThreads(1, 16, 100)
     with pytest.raises(ValueError, match=r"about 51 bytes .* within 100, half of it"):
         threads.claim("a", 51)
     assert threads.claim("a", 50).ready.done()
@@ -215,7 +215,7 @@ def test_backwards_whose_forwards_are_lost_pause_within_the_budget(cloud: Served
     shape = CallShape(1, 64, Pass.BACKWARD, passing=2 * (HIDDEN + 32))
     needed = cloud.executor.memory.of(shape)
     assert cloud.executor.memory.of(dataclasses.replace(shape, masked=True)) > needed
-    threads = CallThreads(1, 2 * needed)
+    threads = CallThreads(1, 16, 2 * needed)
     session = cloud.session(b"l" * 16, TENANT, threads)
     session.handle(m.Sites(1, (SiteSpec(2, "self_attn.q_proj"),)))
     try:
@@ -244,7 +244,7 @@ def test_a_backward_counts_as_masked_where_its_forward_or_its_replay_is(tenant: 
 @pytest.mark.usefixtures("idle")
 def test_taps_whose_answer_fits_no_message_are_refused_before_they_are_computed(cloud: Served) -> None:
     limits = Limits(max_message_bytes=3 * 4 * 64 * HIDDEN * 4)
-    tenant = cloud.session(b"t" * 16, TENANT, CallThreads(1), limits)
+    tenant = cloud.session(b"t" * 16, TENANT, CallThreads(1, 16), limits)
     taps = tuple(SiteSpec(layer, "", Placement.TAP) for layer in (2, 3))
     tenant.handle(m.Sites(1, taps))
     refused(tenant.handle(forward(inputs(8, 64), keep=False, sites=1)), "2 taps", 3 * 8 * 64 * HIDDEN * 4)

@@ -89,7 +89,7 @@ def test_the_check_of_a_tenant_that_is_over_its_rate_keeps_no_others_waiting(
     with ThreadServer(cloud, home) as server, channels(server, 1) as (over,), channels(server, 1, bob) as (other,):
         payload = encode(torch.zeros(2, 33, HIDDEN), "fp32", Role.ACTIVATION)
         over.ask(m.Forward(m.CallId(1, 1), False, payload, None, None, codec_id("fp32")), 10)
-        account = server.server._calls._engine._scheduler._tenants["alice"]
+        account = server.server._calls.engine._scheduler._tenants["alice"]
         for each in (over, other):
             answer = each.ask(request, 10)
             assert isinstance(answer, m.Status)

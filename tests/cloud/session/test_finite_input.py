@@ -21,7 +21,7 @@ from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, enco
 
 FP32 = codec_id("fp32")
 SHAPE = (2, 6, HIDDEN)
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 BAD = [torch.nan, torch.inf, -torch.inf]
 Q = "self_attn.q_proj"
 
@@ -32,7 +32,7 @@ def session(cloud: Served, number: int = 0) -> TenantSession:
 
 @pytest.fixture
 def tenant(cloud: Served) -> TenantSession:
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     return session(cloud)
 
 
@@ -69,9 +69,9 @@ def refused(answer: m.Message | Exception | None, name: str) -> None:
 @pytest.mark.parametrize("value", BAD)
 def test_hidden_states(tenant: TenantSession, cloud: Served, value: float) -> None:
     assert isinstance(tenant.handle(forward()), m.ForwardReply)
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     refused(tenant.handle(forward(value)), "the hidden states for the cloud's layers")
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -95,15 +95,16 @@ def test_a_scale_that_makes_no_number_is_one_of_them(tenant: TenantSession) -> N
 @pytest.mark.parametrize("value", BAD)
 def test_lent_weights(tenant: TenantSession, value: float, place: str) -> None:
     tenant.handle(m.Sites(1, (SiteSpec(2, Q, Placement.LEASED),)))
-    lent = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
-    good = m.Lease(1, 1, (lent,))
+    leased = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
+    good = m.Lease(1, 1, (leased,))
     answer = tenant.handle(good)
     assert isinstance(answer, m.Status)
     assert answer.code == m.StatusCode.OK
     before = tenant.handle(forward(sites=1, lease=1))
-    worse = sent(decode(getattr(lent, place)), value=value)
+    worse = sent(decode(getattr(leased, place)), value=value)
     refused(
-        tenant.handle(m.Lease(2, 1, (replace(lent, **{place: worse}),))), "a matrix leased for site 2.self_attn.q_proj"
+        tenant.handle(m.Lease(2, 1, (replace(leased, **{place: worse}),))),
+        "a matrix leased for site 2.self_attn.q_proj",
     )
     after = tenant.handle(forward(sites=1, lease=1))  # the lease before is still the one
     assert isinstance(before, m.ForwardReply)
@@ -119,13 +120,13 @@ def test_contributions_and_gradients_of_sites(tenant: TenantSession, cloud: Serv
     tenant.handle(forward(sites=1))
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), value=value),))), name)
     assert not tenant.calls.begun
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     tenant.handle(forward(sites=1))
     assert isinstance(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (good,))), m.ForwardReply)
     assert isinstance(tenant.handle(replace(backward(), sites=1)), m.SiteQuestion)
     refused(tenant.handle(m.SiteAnswer(m.CallId(1, 1), (sent(tensor(*SHAPE), Role.GRADIENT, value),))), name)
     assert not tenant.calls.begun
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 # What several sessions share ------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def gradient_of(answer: m.Message | Exception | None) -> Payload:
 
 def run(cloud: Served, spoil: Callable[[int, m.Message], m.Message]) -> list[list[m.Message | Exception]]:
     """A forward and a backward of three sessions together; `spoil` may change the messages of a session."""
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     sessions = [session(cloud, number) for number in range(3)]
     answers = []
     for kind in (forward, backward):
@@ -196,7 +197,7 @@ def test_a_shared_backward_gives_the_others_the_same_bits(cloud: Served, value: 
 @pytest.mark.parametrize("value", BAD)
 def test_calls_with_sites_that_go_on_together(cloud: Served, value: float) -> None:
     def outputs(spoilt: int | None) -> list[m.Message | Exception]:
-        cloud.executor.evict_all()
+        cloud.executor.cache.evict_all()
         sessions = [session(cloud, number) for number in range(3)]
         for each in sessions:
             each.handle(m.Sites(1, (SiteSpec(2, Q),)))

@@ -18,7 +18,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import codec_id, decode
 from isthmus.protocol.validation import check
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def test_a_forward_and_its_backward_are_answered_with_their_ids(tenant: TenantSession, cloud: Served) -> None:
@@ -95,7 +95,7 @@ def test_a_replay_of_another_shape_than_the_kept_forward_is_harmless(tenant: Ten
     assert "[2, 5, 32]" in text
 
 
-def test_a_lost_stash_is_named_and_a_replay_is_as_good(tenant: TenantSession, cloud: Served) -> None:
+def test_a_lost_forward_state_is_named_and_a_replay_is_as_good(tenant: TenantSession, cloud: Served) -> None:
     tenant.handle(forward(span_inputs()))
     first = tenant.handle(backward((2, 6, HIDDEN)))
     lost = tenant.handle(backward((2, 6, HIDDEN)))
@@ -140,9 +140,9 @@ def test_ping_and_goodbye(tenant: TenantSession) -> None:
 
 def test_close_releases_the_session(tenant: TenantSession, cloud: Served) -> None:
     tenant.handle(forward(span_inputs()))
-    assert cloud.executor.used_bytes > 0
+    assert cloud.executor.cache.used > 0
     tenant.close()
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def test_what_may_share_a_pass() -> None:

@@ -36,7 +36,7 @@ from isthmus.common.errors import MessageError
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, decode, encode
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def directly(cloud: Served, sites: Sequence[Site], hidden: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -78,21 +78,21 @@ def test_forward_and_backward_are_those_of_one_graph(
 ) -> None:
     sites = [site(*place) for place in places]
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    reply, phases = converse(tenant, visitor, tenant.handle(forward()))
+    adapters = SiteCall(sites, keep=True)
+    reply, phases = converse(tenant, adapters, tenant.handle(forward()))
     groups = len({(layer, part.split("_")[0]) for layer, part in places})  # q and v share their input
     assert phases == ["FORWARD"] * groups
-    back, phases = converse(tenant, visitor, tenant.handle(backward()))
+    back, phases = converse(tenant, adapters, tenant.handle(backward()))
     assert phases == ["BACKWARD"] * groups
     assert isinstance(reply, m.ForwardReply)
     assert isinstance(back, m.BackwardReply)
     assert (reply.id, back.id) == (m.CallId(1, 1), m.CallId(1, 1, 3))
     assert back.gradient is not None
-    mine = [decode(reply.hidden), decode(back.gradient), *visitor.gradients()]
+    mine = [decode(reply.hidden), decode(back.gradient), *adapters.gradients()]
     for got, expected in zip(mine, directly(cloud, sites, tensor(*SHAPE), tensor(*SHAPE, seed=9)), strict=True):
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def test_a_question_has_the_input_once_and_says_what_it_is_about(tenant: TenantSession) -> None:
@@ -119,12 +119,12 @@ def test_without_keep_nothing_is_kept_and_the_answer_is_the_same(tenant: TenantS
     for call, keep in enumerate((True, False)):
         said = tenant.handle(forward(call=call, keep=keep))
         replies.append(converse(tenant, SiteCall(sites, keep=keep), said)[0])
-        cloud.executor.release(b"s" * 16)
+        cloud.executor.cache.release(b"s" * 16)
     kept, plain = replies
     assert isinstance(kept, m.ForwardReply)
     assert isinstance(plain, m.ForwardReply)
     assert kept.hidden == plain.hidden
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
 
 
 def test_what_nothing_below_needs_is_not_asked_for(tenant: TenantSession, cloud: Served) -> None:
@@ -133,13 +133,13 @@ def test_what_nothing_below_needs_is_not_asked_for(tenant: TenantSession, cloud:
     exact = SiteCall(sites, keep=True)
     converse(tenant, exact, tenant.handle(forward()))
     converse(tenant, exact, tenant.handle(backward()))
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(call=2, wanted=False)))
-    back, phases = converse(tenant, visitor, tenant.handle(backward(call=2, wanted=False)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(call=2, wanted=False)))
+    back, phases = converse(tenant, adapters, tenant.handle(backward(call=2, wanted=False)))
     assert phases == ["BACKWARD", "BACKWARD_ONLY"]
     assert isinstance(back, m.BackwardReply)
     assert back.gradient is None
-    for mine, expected in zip(visitor.gradients(), exact.gradients(), strict=True):
+    for mine, expected in zip(adapters.gradients(), exact.gradients(), strict=True):
         assert mine is not None
         assert expected is not None
         assert torch.equal(mine, expected)
@@ -155,20 +155,20 @@ def test_a_forgetful_cloud_asks_again_and_ends_in_the_same_bits(
     exact = SiteCall(sites, keep=True)
     converse(tenant, exact, tenant.handle(forward(wanted=wanted)))
     expected, _ = converse(tenant, exact, tenant.handle(backward(wanted=wanted)))
-    visitor = SiteCall(sites, keep=True)
+    adapters = SiteCall(sites, keep=True)
     monkeypatch.setattr(cloud.executor.cache, "budget", 0 if lost else tensor(*SHAPE).nbytes)
-    converse(tenant, visitor, tenant.handle(forward(wanted=wanted)))
+    converse(tenant, adapters, tenant.handle(forward(wanted=wanted)))
     if lost:
         said = tenant.handle(backward(wanted=wanted))
         assert isinstance(said, m.Status)
         assert said.code == m.StatusCode.ACTIVATIONS_LOST
-    back, phases = converse(tenant, visitor, tenant.handle(backward(replay=lost, wanted=wanted)))
+    back, phases = converse(tenant, adapters, tenant.handle(backward(replay=lost, wanted=wanted)))
     assert phases == ["AGAIN", "AGAIN", "BACKWARD", "BACKWARD" if wanted else "BACKWARD_ONLY"]
     assert isinstance(back, m.BackwardReply)
     assert isinstance(expected, m.BackwardReply)
     assert back.recomputed
     assert back.gradient == expected.gradient
-    for mine, theirs in zip(visitor.gradients(), exact.gradients(), strict=True):
+    for mine, theirs in zip(adapters.gradients(), exact.gradients(), strict=True):
         assert mine is not None
         assert theirs is not None
         assert torch.equal(mine, theirs)
@@ -192,11 +192,11 @@ def test_calls_that_have_paused_do_not_disturb_each_other(tenant: TenantSession,
         for session, n, seed in ((tenant, 1, 1), (tenant, 1, 2), (other, 5, 3))
     ]
     for turn in count():
-        session, seed, visitor, said = open_calls.pop(turn % len(open_calls))
+        session, seed, adapters, said = open_calls.pop(turn % len(open_calls))
         if isinstance(said, m.ForwardReply):
             assert said.hidden == alone[seed]
         else:
-            open_calls.append((session, seed, visitor, session.handle(answer(visitor, asked(said)))))
+            open_calls.append((session, seed, adapters, session.handle(answer(adapters, asked(said)))))
         if not open_calls:
             break
 
@@ -246,7 +246,7 @@ def test_contributions_that_do_not_fit_end_the_call_and_no_more(
     text = refusal(tenant.handle(m.SiteAnswer(question.id, tensors)))
     assert all(each in text for each in texts), text
     assert "has not asked" in refusal(tenant.handle(m.SiteAnswer(question.id, (GOOD_Q, GOOD_V))))
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     reply, _ = converse(tenant, SiteCall(sites, keep=False), tenant.handle(forward(keep=False)))
     assert isinstance(reply, m.ForwardReply)
 
@@ -270,16 +270,16 @@ def test_gradients_that_do_not_fit_end_the_call_and_no_more(
 ) -> None:
     sites = q_and_v()[:2]
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(wanted=wanted)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(wanted=wanted)))
     question = asked(tenant.handle(backward(wanted=wanted)))
     text = refusal(tenant.handle(m.SiteAnswer(question.id, tensors)))
     assert all(each in text for each in texts), text
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     said = tenant.handle(backward(wanted=wanted))
     assert isinstance(said, m.Status)
     assert said.code == m.StatusCode.ACTIVATIONS_LOST  # what has begun is gone, and can be repeated
-    back, _ = converse(tenant, visitor, tenant.handle(backward(wanted=wanted, replay=True)))
+    back, _ = converse(tenant, adapters, tenant.handle(backward(wanted=wanted, replay=True)))
     assert isinstance(back, m.BackwardReply)
 
 
@@ -288,11 +288,11 @@ def test_one_gradient_may_stand_for_all_sites_of_a_group(tenant: TenantSession) 
     bind(tenant, sites)
     results = []
     for call, summed in enumerate((False, True)):
-        visitor = SiteCall(sites, keep=True, summed=summed)
-        converse(tenant, visitor, tenant.handle(forward(call=call)))
+        adapters = SiteCall(sites, keep=True, summed=summed)
+        converse(tenant, adapters, tenant.handle(forward(call=call)))
         question = asked(tenant.handle(backward(call=call)))
-        assert len(answer(visitor, question).tensors) == (1 if summed else 2)
-        back, _ = converse(tenant, visitor, question)
+        assert len(answer(adapters, question).tensors) == (1 if summed else 2)
+        back, _ = converse(tenant, adapters, question)
         assert isinstance(back, m.BackwardReply)
         assert back.gradient is not None
         results.append(decode(back.gradient))
@@ -327,11 +327,11 @@ def test_a_backward_names_the_sites_of_its_forward(tenant: TenantSession) -> Non
     bind(tenant, sites)
     bind(tenant, sites[:1], number=2)
     bind(tenant, sites, number=3)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward()))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward()))
     for number in (0, 2):
         assert "the sites of its forward" in refusal(tenant.handle(backward(sites=number)))
-    back, _ = converse(tenant, visitor, tenant.handle(backward(sites=3)))  # the same list under a newer number
+    back, _ = converse(tenant, adapters, tenant.handle(backward(sites=3)))  # the same list under a newer number
     assert isinstance(back, m.BackwardReply)
     assert not back.recomputed
 
@@ -339,10 +339,10 @@ def test_a_backward_names_the_sites_of_its_forward(tenant: TenantSession) -> Non
 def test_a_backward_wants_no_gradient_that_its_forward_did_not_want(tenant: TenantSession) -> None:
     sites = q_and_v()
     bind(tenant, sites)
-    visitor = SiteCall(sites, keep=True)
-    converse(tenant, visitor, tenant.handle(forward(wanted=False)))
+    adapters = SiteCall(sites, keep=True)
+    converse(tenant, adapters, tenant.handle(forward(wanted=False)))
     assert "wants no gradient" in refusal(tenant.handle(backward(wanted=True)))
-    back, _ = converse(tenant, visitor, tenant.handle(backward(wanted=False)))
+    back, _ = converse(tenant, adapters, tenant.handle(backward(wanted=False)))
     assert isinstance(back, m.BackwardReply)
 
 
@@ -353,13 +353,13 @@ def test_a_call_whose_gradient_nobody_wants_is_not_kept(tenant: TenantSession) -
 
 
 def test_a_graph_that_begins_inside_is_not_taken_for_a_whole_one(tenant: TenantSession, cloud: Served) -> None:
-    """The stash measures a shape once; what is kept of a call depends on where its gradients end, too."""
+    """A shape may be measured once; what is kept of a call depends on where its gradients end, too."""
     sites = [site(3, "mlp.down_proj")]
     bind(tenant, sites)
     sizes = []
     for call, wanted in enumerate((False, True, False, True)):
         converse(tenant, SiteCall(sites, keep=True), tenant.handle(forward(call=call, wanted=wanted)))
-        sizes.append(cloud.executor.used_bytes - sum(sizes))
+        sizes.append(cloud.executor.cache.used - sum(sizes))
     assert sizes[0] == sizes[2] < sizes[1] / 2
     assert sizes[1] == sizes[3]
 
@@ -371,7 +371,7 @@ def test_a_graph_that_begins_inside_is_not_taken_for_a_whole_one(tenant: TenantS
 def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(cloud: Served, where: str) -> None:
     threads = CallThreads(1, limit=1)  # one thread: while it waits, no other call begins
     sites = q_and_v()
-    cloud.executor.evict_all()
+    cloud.executor.cache.evict_all()
     session, other = (cloud.session(each * 16, TENANT, threads) for each in (b"s", b"t"))
     for each in (session, other):
         bind(each, sites)
@@ -382,7 +382,7 @@ def test_a_session_that_ends_while_a_call_has_paused_leaves_nothing(cloud: Serve
         asked(session.handle(forward()))
     assert "no thread is free" in refusal(other.handle(forward(keep=False)))
     session.close()
-    assert cloud.executor.used_bytes == 0
+    assert cloud.executor.cache.used == 0
     assert "has not asked" in refusal(session.handle(m.SiteAnswer(m.CallId(1, 1), ())))
     reply, _ = converse(other, SiteCall(sites, keep=False), other.handle(forward(keep=False)))
     assert isinstance(reply, m.ForwardReply)

@@ -21,7 +21,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 
-THREADS = CallThreads(1)
+THREADS = CallThreads(1, 16)
 
 
 def test_a_list_of_sites_is_taken(tenant: TenantSession) -> None:
@@ -181,7 +181,7 @@ def test_a_basis_from_an_svd_is_computed_once_for_all_sessions(cloud: Served, mo
 
     monkeypatch.setattr(site_host, "site_basis", counted)
     spec = SiteSpec(2, "self_attn.q_proj", Placement.LOW_RANK, rank=4, basis=Basis.SVD)
-    sessions = [cloud.session(bytes([number]) * 16, TENANT, CallThreads(1)) for number in range(3)]
+    sessions = [cloud.session(bytes([number]) * 16, TENANT, CallThreads(1, 16)) for number in range(3)]
     for session in sessions:
         session.handle(m.Sites(1, (spec,)))
     assert len(made) == 1

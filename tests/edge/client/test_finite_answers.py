@@ -35,7 +35,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.fixture
 def cloud(shared: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryCloud:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 

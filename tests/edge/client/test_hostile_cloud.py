@@ -54,7 +54,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 

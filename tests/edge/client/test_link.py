@@ -71,7 +71,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 
@@ -405,7 +405,7 @@ def test_lost_activations_are_replayed(cloud: MemoryCloud, shared: Served, undis
     link = new_link(MemoryTransport(cloud))
     output, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
     assert torch.equal(output, undisturbed[0])
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     result = link.backward_span(kept, hidden(11), hidden(1), MASK, POSITIONS)
     assert torch.equal(result, undisturbed[3])
     first, second = messages(cloud, m.Backward)

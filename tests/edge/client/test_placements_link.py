@@ -43,7 +43,7 @@ def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 
@@ -97,7 +97,7 @@ def adapted(model: Any) -> Any:
 @pytest.mark.parametrize("evict", [False, True])
 def test_leased_lora_equals_one_process_bit_for_bit(folder: Path, cloud: MemoryCloud, evict: bool) -> None:
     link = new_link(cloud)
-    forget = cloud.served.executor.evict_all if evict else (lambda: None)
+    forget = cloud.served.executor.cache.evict_all if evict else (lambda: None)
     losses, trained = train(adapted(link.load_model(leased=lambda name: True)), forget)
     expected_losses, expected = train(adapted(whole(folder)))
     assert losses == expected_losses
@@ -127,7 +127,7 @@ def test_lent_dead_sites_act_on_and_equal_one_process_bit_for_bit(
                 if parameter is not places[name].base_layer.weight:
                     parameter.requires_grad_(name in turns[step])
 
-    forget = cloud.served.executor.evict_all if evict else (lambda: None)
+    forget = cloud.served.executor.cache.evict_all if evict else (lambda: None)
     expected_losses, expected = train(reference, before=live)
     losses, trained = train(model, forget, live)
     assert losses == expected_losses
@@ -165,7 +165,7 @@ def test_low_rank_sites_equal_one_process_and_send_r_numbers(
     folder: Path, cloud: MemoryCloud, init: str, evict: bool
 ) -> None:
     link = new_link(cloud)
-    forget = cloud.served.executor.evict_all if evict else (lambda: None)
+    forget = cloud.served.executor.cache.evict_all if evict else (lambda: None)
     model, reference = link.load_model(), whole(folder)
     for each in (model, reference):
         add_low_rank(each, SITES, RANK, alpha=6.0, seed=5, init=init)

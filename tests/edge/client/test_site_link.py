@@ -63,7 +63,7 @@ def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture
 def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     return MemoryCloud(shared)
 
 
@@ -148,7 +148,7 @@ def test_training_equals_a_single_process(cloud: MemoryCloud, undisturbed: Run) 
     assert len(messages(cloud, m.Sites)) == 1
     assert len(messages(cloud, m.SiteAnswer)) == 3 * 2 * 2  # steps, directions, layers
     assert link.traffic.retries == 0
-    assert cloud.served.executor.used_bytes == 0
+    assert cloud.served.executor.cache.used == 0
 
 
 @pytest.mark.parametrize(
@@ -236,17 +236,17 @@ def test_a_bf16_backbone_rounds_as_a_single_process_does(bf16: Served, folder: P
 
 def test_a_cloud_that_forgets_between_forward_and_backward(cloud: MemoryCloud, undisturbed: Run) -> None:
     link = new_link(MemoryTransport(cloud))
-    assert_same(train(adapted(link.load_model()), between=cloud.served.executor.evict_all), undisturbed)
+    assert_same(train(adapted(link.load_model()), between=cloud.served.executor.cache.evict_all), undisturbed)
     assert len(messages(cloud, m.Backward)) == 6
-    assert cloud.served.executor.counters.recomputed >= 3
+    assert cloud.served.executor.cache.counters.recomputed >= 3
 
 
 def test_a_cloud_that_keeps_inputs_alone(cloud: MemoryCloud, undisturbed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud.served.executor.cache, "budget", 4000)
-    before = cloud.served.executor.counters.recomputed
+    before = cloud.served.executor.cache.counters.recomputed
     link = new_link(MemoryTransport(cloud))
     assert_same(train(adapted(link.load_model())), undisturbed)
-    assert cloud.served.executor.counters.recomputed == before + 3
+    assert cloud.served.executor.cache.counters.recomputed == before + 3
     assert link.traffic.retries == 0
 
 
@@ -266,7 +266,7 @@ def test_a_connection_that_breaks_anywhere_changes_no_bit(
     assert transport.hit == [hit]
     assert link.traffic.sessions == 2
     assert len(messages(cloud, m.Sites)) == (2 if (way, place) != ("send", 1) else 1)  # each session has its own lists
-    assert cloud.served.executor.used_bytes == 0
+    assert cloud.served.executor.cache.used == 0
 
 
 def test_a_connection_that_breaks_again_and_again(cloud: MemoryCloud, undisturbed: Run) -> None:
@@ -282,7 +282,7 @@ def test_a_connection_that_breaks_again_and_again(cloud: MemoryCloud, undisturbe
 
 def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever the first one's call has paused, the second one does as much as it can."""
-    shared.executor.evict_all()
+    shared.executor.cache.evict_all()
     first, second = (new_link(MemoryTransport(MemoryCloud(shared))) for _ in range(2))
     mine, theirs = adapted(first.load_model(), lora()), adapted(second.load_model(), lora(EVERY_LINEAR))
     expected = [train(adapted(whole(folder), config), steps=2) for config in (lora(), lora(EVERY_LINEAR))]
@@ -310,7 +310,7 @@ def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.M
     assert len(others) == 2 * 2 * 2
     for other in others:
         assert_same(other, expected[1])
-    assert shared.executor.used_bytes == 0
+    assert shared.executor.cache.used == 0
 
 
 def test_a_bad_contribution_is_the_edges_own_error_and_no_call_stays_open(cloud: MemoryCloud, folder: Path) -> None:
@@ -342,7 +342,7 @@ def test_evaluation_and_generation_are_the_whole_models(cloud: MemoryCloud, fold
         logits = split(**inputs).logits
         assert torch.equal(logits, reference(**inputs).logits)
     assert not any(each.keep for each in messages(cloud, m.Forward))
-    assert cloud.served.executor.used_bytes == 0
+    assert cloud.served.executor.cache.used == 0
     tokens = split.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(tokens, reference.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False))
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from support.models.tiny import VOCAB, tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from isthmus.cloud.engine.batching import MeasuredPace
+from isthmus.cloud.engine.batching import MeasuredSpeed
 from isthmus.cloud.engine.requests import Request, Share
 
 EDGES = {"q and v": ["q_proj", "v_proj"], "all": "all-linear", "leased": ["q_proj", "v_proj"]}
@@ -50,7 +50,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     # Steps of a tiny model take less than a busy machine lets an edge wait: time enough to meet, in any case.
-    monkeypatch.setattr(MeasuredPace, "seconds", lambda _self, _requests: 0.1)
+    monkeypatch.setattr(MeasuredSpeed, "seconds", lambda _self, _requests: 0.1)
     torch.set_num_threads(1)
     folder = tiny_checkpoint("llama", tmp_path / "model")
     cloud, home = served(folder, tmp_path / "parts"), Home(tmp_path)
@@ -63,7 +63,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
             link.open(5)
             models[name] = adapted(link.load_model(leased=lambda _, name=name: name == "leased"), name)
         first = threading.Event()  # the compute thread has something else to do until all have asked
-        compute = server.server._calls._engine
+        compute = server.server._calls.engine
         compute.submit(Request("first", b"first", Share(), lambda: first.wait(20)))
         threads = [
             threading.Thread(target=lambda name=name, model=model: runs.update({name: train(model, name)}))

@@ -15,7 +15,7 @@ from support.protocol.wire import TENANT
 
 from isthmus.backbone.sites.site_spec import Basis, Placement, SiteSpec
 from isthmus.cloud.engine.paused_calls import CallThreads
-from isthmus.cloud.session.edge_visitor import EdgeVisitor
+from isthmus.cloud.session.edge_adapters import EdgeAdapters
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import SiteCalls
@@ -25,7 +25,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.tensor_codecs import Payload, Role, codec_id, encode, encode_mask, encode_positions
 
-STASH = 1 << 16
+CACHE_BYTES = 1 << 16
 _MESSAGES = 8
 
 
@@ -33,12 +33,12 @@ _MESSAGES = 8
 def _cloud() -> Served:
     torch.set_num_threads(1)
     folder = scratch()
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=32, stash_bytes=STASH)
+    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=32, stash_bytes=CACHE_BYTES)
 
 
 @functools.cache
 def _threads() -> CallThreads:
-    return CallThreads(1)
+    return CallThreads(1, 16)
 
 
 def _run(data: bytes) -> None:
@@ -53,12 +53,12 @@ def _run(data: bytes) -> None:
                 message = unpack(header, filled(header, body), LIMITS)
                 if isinstance(message, m.EDGE_SENDS) and not isinstance(message, m.Put | m.PlugIn):
                     _check(message, session.handle(message))
-            if cloud.executor.used_bytes > STASH:
-                raise AssertionError(f"the stash holds {cloud.executor.used_bytes} bytes")
+            if cloud.executor.cache.used > CACHE_BYTES:
+                raise AssertionError(f"the activation cache holds {cloud.executor.cache.used} bytes")
     finally:
         session.close()
-    if cloud.executor.used_bytes:
-        raise AssertionError(f"a closed session leaves {cloud.executor.used_bytes} bytes behind")
+    if cloud.executor.cache.used:
+        raise AssertionError(f"a closed session leaves {cloud.executor.cache.used} bytes behind")
 
 
 def _check(message: m.Message, answer: m.Message | None) -> None:
@@ -121,4 +121,4 @@ def _seeds() -> Iterator[bytes]:
     )
 
 
-TARGET = Target(_run, _seeds, [TenantSession, SiteCalls, SiteLists, EdgeVisitor], floor=0.75, max_len=4096)
+TARGET = Target(_run, _seeds, [TenantSession, SiteCalls, SiteLists, EdgeAdapters], floor=0.75, max_len=4096)

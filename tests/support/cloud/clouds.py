@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,6 +106,9 @@ class ThreadServer:
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
     ) -> None:
+        if not batching:
+            bounds = bounds or Bounds()
+            bounds = replace(bounds, engine=replace(bounds.engine, batching=False))
         self.served = cloud
         self.home = home
         self._tls = tls
@@ -118,7 +122,6 @@ class ThreadServer:
             1,
             next_stage,
             bounds=bounds,
-            batching=batching,
             clock=clock,
         )
         self.port = 0

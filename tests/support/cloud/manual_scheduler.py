@@ -53,6 +53,10 @@ class Worker:
         self.now += seconds
         self.scheduler.finished(batch, seconds, () if computed else batch)
 
+    def virtual_times(self) -> dict[str, float]:
+        """Each tenant's virtual time."""
+        return {name: account.virtual_time for name, account in self.scheduler._tenants.items()}
+
     def turn(self, per_position: float = 0.01, *, computed: bool = True) -> list[str]:
         """Do the next batch; returns whose requests it had."""
         batch = self.begin()

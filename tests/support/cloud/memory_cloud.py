@@ -40,7 +40,7 @@ class MemoryCloud:
         None
     )  # a test's own answer instead of the real one
     spoil: Callable[[m.Message], m.Message] = lambda answer: answer  # what becomes of the real answer
-    threads: CallThreads = field(default_factory=lambda: CallThreads(1))
+    threads: CallThreads = field(default_factory=lambda: CallThreads(1, 16))
     streams: list[_MemoryStream] = field(default_factory=list)  # in the order of their opening
 
     def describe(self, tenant: Tenant, session_id: bytes) -> m.SessionInfo:

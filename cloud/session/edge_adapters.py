@@ -1,4 +1,4 @@
-"""The edge as the visitor of a call: what the span asks about a group of sites becomes a question on the wire."""
+"""The adapters on the edge: what a pass asks them at a group of sites becomes a question on the wire."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeVisitor:
-    """Asks the edge; see `isthmus.backbone.runtime.sited_pass.SiteAdapters`.
+class EdgeAdapters:
+    """Asks the edge; a `SiteAdapters` of `isthmus.backbone.runtime.sited_pass`.
 
     Args:
         executor: the span.
-        sites: those that the call visits.
+        sites: those of the call.
         message: the call.
         limits: what the session accepts.
         ask: sends a question, and returns the edge's answer.
@@ -91,14 +91,10 @@ class EdgeVisitor:
 
     def _check(self, answer: Tensor, site: int, width: int) -> None:
         """Check an answer's shape, which only the site and the call can tell. Raises ValueError."""
-        needed = [*_hidden_shape(self.message)[:2], width]
+        sent = self.message.hidden if isinstance(self.message, m.Forward) else self.message.gradient
+        needed = [*sent.shape[:2], width]
         if list(answer.shape) != needed:
             raise ValueError(
                 f"an answer of shape {list(answer.shape)} does not fit site {self.sites.specs[site]}: "
                 f"{needed} is needed"
             )
-
-
-def _hidden_shape(message: m.Forward | m.Backward) -> tuple[int, ...]:
-    """The shape `[B, S, h]` of the hidden states that go through the span."""
-    return message.hidden.shape if isinstance(message, m.Forward) else message.gradient.shape
