@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from isthmus.cloud.engine.requests import TooLate
 from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.secure.record import wipe
+from isthmus.protocol.secure.framing import wipe
 
 
 class InFlight:

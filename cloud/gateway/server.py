@@ -191,7 +191,7 @@ class GatewayServer:
         """One stream: the handshake, then calls until either side ends it."""
         limits = Limits(max_message_bytes=self._info.limits.max_message_bytes)
         protocol = self._admission.protocol(limits)
-        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.pace, self._clock)
+        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.transfer, self._clock)
         try:
             session = await self._admission.admit(protocol, stream, context)
             if session is not None and not await self._serve(stream, session, limits):
