@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from isthmus.cloud.bounds import Bounds, EngineOptions
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.limits import TransferTimeout
 
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 

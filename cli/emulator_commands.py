@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.cli.cloud_commands import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 
@@ -19,7 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-DEFAULT_HOME = Path("~/.isthmus/cloud")
 _LAST_DATE = 253_402_300_799  # the year 9999
 
 Model = Annotated[str, typer.Option(help="A name (smollm2-135m), a local folder, a GGUF file or a hub id.")]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from isthmus.protocol.limits import MIB
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.limits import MIB, TransferTimeout
 
 REVIEW_SECONDS = 1.0
 """Between two reviews of the enrolments. A line counts as removed when two reviews in a row have read the same file."""

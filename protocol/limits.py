@@ -43,6 +43,25 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+
+@dataclass(frozen=True, slots=True)
+class TransferTimeout:
+    """How long the other side may take to send a message, or to take one.
+
+    A message of n bytes may take `stall_seconds` + n / `least_rate` seconds, and never more than `message_seconds`. The
+    rule holds at every frame, for the bytes so far: a frame gains the time that its bytes may take, and no more.
+
+    Attributes:
+        stall_seconds: seconds beside those that the bytes take at the least rate.
+        least_rate: bytes per second.
+        message_seconds: the most seconds that any message may take.
+    """
+
+    stall_seconds: float = 120.0
+    least_rate: int = 16 * KIB
+    message_seconds: float = 3600.0
+
+
 MAX_NAME = 128
 """Most characters of a name."""
 

@@ -19,6 +19,8 @@ OLD_METHOD: Final = "/isthmus.v1.Strip/Session"
 
 MAX_GRPC_MESSAGE_BYTES: Final = DEFAULT_LIMITS.chunk_bytes + DEFAULT_LIMITS.max_header_bytes + KIB
 """A frame of the largest header and a whole chunk, with its prefix and tags."""
+GOODBYE_SECONDS: Final = 2.0
+"""How long either side waits for the end of a session that it ends, once all calls are answered."""
 KEEPALIVE_MS: Final = 20_000  # a peer that vanished without a word is noticed within two of these
 
 CLIENT_CODING: Final[dict[str, Callable[[bytes], bytes]]] = {

@@ -38,14 +38,12 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
-from isthmus.protocol.service import KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
+from isthmus.protocol.service import GOODBYE_SECONDS, KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
 PING_STRIKES = 2
 """HTTP/2 pings that come too soon after another, with nothing sent between them, before a connection is closed."""
-GOODBYE_SECONDS = 2.0
-"""How long sessions may take to leave in a drain, once all calls are answered."""
 
 
 @dataclass(frozen=True, slots=True)

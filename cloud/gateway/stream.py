@@ -10,8 +10,9 @@ from typing import Any
 
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import RemoteProtocolError
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.messages import Message
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.secure.framing import seconds_left
 from isthmus.protocol.session import CloudSession, Established, Oversized, Received, Refused
 
 
@@ -91,7 +92,7 @@ class SealedStream:
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
-                left = self._timeout.left(self._clock() - begun, size) if size else patience
+                left = seconds_left(self._timeout, self._clock() - begun, size) if size else patience
                 done, _ = await asyncio.wait({arrival, stopped}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     raise StalledError(f"nothing came in time, {size} bytes into a message, where something was due")
@@ -126,12 +127,12 @@ class SealedStream:
             if frame is None:
                 return
             try:
-                async with asyncio.timeout(self._timeout.left(self._clock() - begun, size)):
+                async with asyncio.timeout(seconds_left(self._timeout, self._clock() - begun, size)):
                     await self._write(frame)
             except TimeoutError:
                 raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
             size += len(frame)
-            carried = replace(self._timeout, stall_seconds=0.0).left(0.0, size)
+            carried = seconds_left(replace(self._timeout, stall_seconds=0.0), 0.0, size)
             self._delivered_by = max(self._delivered_by, begun + carried)  # a short goodbye may follow a long answer
 
     def take_crypto_ns(self) -> int:

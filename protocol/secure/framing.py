@@ -13,14 +13,13 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from isthmus.common.errors import LocalProtocolError
-from isthmus.protocol.limits import KIB, Buffer
+from isthmus.protocol.limits import Buffer, TransferTimeout
 
 MAGIC = b"ISTH"
 VERSION = 6
@@ -60,33 +59,6 @@ class Kind(enum.IntEnum):
     VERSION_REFUSED = 5
     DATA = 16
     REKEY = 17
-
-
-@dataclass(frozen=True, slots=True)
-class TransferTimeout:
-    """How long the other side may take to send a message, or to take one.
-
-    A message of n bytes may take `stall_seconds` + n / `least_rate` seconds, and never more than `message_seconds`. The
-    rule holds at every frame, for the bytes so far: a frame gains the time that its bytes may take, and no more.
-
-    Attributes:
-        stall_seconds: seconds beside those that the bytes take at the least rate.
-        least_rate: bytes per second.
-        message_seconds: the most seconds that any message may take.
-    """
-
-    stall_seconds: float = 120.0
-    least_rate: int = 16 * KIB
-    message_seconds: float = 3600.0
-
-    def left(self, passed: float, done: int) -> float:
-        """Seconds until the next frame is due, 0 where it is overdue.
-
-        Args:
-            passed: seconds since the message began.
-            done: bytes of it that have come, or have been taken.
-        """
-        return max(0.0, min(self.message_seconds, self.stall_seconds + done / self.least_rate) - passed)
 
 
 class ContentType(enum.IntEnum):
@@ -149,6 +121,17 @@ def _sealed_start(size: int) -> bytes:
         size >>= 7
     start.append(size)
     return bytes(start)
+
+
+def seconds_left(timeout: TransferTimeout, passed: float, done: int) -> float:
+    """Seconds until the next frame of a message is due, 0 where it is overdue.
+
+    Args:
+        timeout: how long the message may take.
+        passed: seconds since it began.
+        done: bytes of it that have come, or have been taken.
+    """
+    return max(0.0, min(timeout.message_seconds, timeout.stall_seconds + done / timeout.least_rate) - passed)
 
 
 class KeyChain:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from isthmus.cli.cloud_commands import app
 from isthmus.cloud.bounds import Allowance, Bounds
 from isthmus.cloud.control import supervisor
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.limits import TransferTimeout
 
 
 def test_an_allowance_comes_back_with_time() -> None:

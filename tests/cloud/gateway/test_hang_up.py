@@ -16,7 +16,7 @@ from isthmus.cloud.gateway.hang_up import HangUp, address_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError
 from isthmus.protocol import messages as m
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
 

@@ -18,7 +18,7 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m
-from isthmus.protocol.secure.framing import TransferTimeout
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.session import Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
