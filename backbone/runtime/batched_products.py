@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isthmus.backbone.checkpoints.weight_quantization import weight_of
 from isthmus.backbone.runtime.leased_lora import LoraGradients, contributions, lora_gradients
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 
 
 class FrozenLinear(Protocol):
@@ -43,7 +43,7 @@ class ProductRequest:
 
     group: int
     linears: tuple[FrozenLinear, ...]
-    leased: tuple[LeasedWeights | None, ...]
+    leased: tuple[LeasedLora | None, ...]
     x: Tensor | None
     gradients: tuple[Tensor, ...] = ()
 
@@ -101,7 +101,7 @@ class BatchingPartners:
         self._submit = submit
 
     def forward(
-        self, group: int, linears: tuple[FrozenLinear, ...], leased: tuple[LeasedWeights | None, ...], x: Tensor
+        self, group: int, linears: tuple[FrozenLinear, ...], leased: tuple[LeasedLora | None, ...], x: Tensor
     ) -> Products:
         """The outputs of linears, and of the LoRAs leased at them, for `x` `[..., in]`, without a graph.
 
@@ -114,7 +114,7 @@ class BatchingPartners:
         self,
         group: int,
         linears: tuple[FrozenLinear, ...],
-        leased: tuple[LeasedWeights | None, ...],
+        leased: tuple[LeasedLora | None, ...],
         x: Tensor | None,
         gradients: Sequence[Tensor],
     ) -> Products:

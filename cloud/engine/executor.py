@@ -25,7 +25,7 @@ from isthmus.backbone.runtime.sequence_packing import Packer
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_modules import sites_active
 from isthmus.backbone.runtime.sited_pass import BoundSites, SiteAdapters, SitedPass
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.engine.activation_cache import (
@@ -45,7 +45,7 @@ class Guests:
 
     sites: BoundSites
     visitor: SiteAdapters
-    leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
+    leased: Mapping[int, LeasedLora] = field(default_factory=dict)
     partners: BatchingPartners | None = None
 
     def visit(self, *, again: bool = False) -> SitedPass:

@@ -87,7 +87,7 @@ class SessionOptions:
         return m.Attach(link, self.interactive, milliseconds, settled)
 
 
-class SiteAdapters(Protocol):
+class SiteAnswerer(Protocol):
     """Answers what the cloud asks in the middle of a call."""
 
     @property
@@ -129,7 +129,7 @@ class Question(Generic[R]):
     kind: type[R]
     message: Callable[[Attempt], m.Message]
     answer_bytes: int = 0
-    visitor: SiteAdapters | None = None
+    visitor: SiteAnswerer | None = None
     timeout: float | None = None
     patience: float | None = None
 
