@@ -124,7 +124,7 @@ def check(value: Any) -> None:
     Raises:
         MessageError: one holds what it may not, or they do not fit each other.
     """
-    kind = type(value)
+    kind: Any = type(value)
     for field in _fields_of(kind):
         held = getattr(value, field.name)
         if held is None:
