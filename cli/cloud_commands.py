@@ -11,7 +11,7 @@ import typer
 
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.experiments.harness.bench_flags import EdgeLayers, Model
-from isthmus.protocol.limits import Pace
+from isthmus.protocol.limits import TransferTimeout
 
 app = typer.Typer(help="Serve a frozen backbone to enrolled edges.", no_args_is_help=True)
 
@@ -185,13 +185,13 @@ def serve(
     ] = "1MiB",
     stall_seconds: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a message may take beside what its bytes take at --least-rate.")
-    ] = BOUNDS.pace.stall_seconds,
+    ] = BOUNDS.transfer.stall_seconds,
     least_rate: Annotated[
         str, typer.Option(help="Bytes a second that an edge must send of a message, and take of an answer.")
     ] = "16KiB",
     message_seconds: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a message, or taking an answer, may last, whatever its size.")
-    ] = BOUNDS.pace.message_seconds,
+    ] = BOUNDS.transfer.message_seconds,
     pings_per_minute: Annotated[
         int, typer.Option(min=1, help="Pings that a session is answered; an edge sends one at the end of a run.")
     ] = BOUNDS.pings_per_minute,
@@ -274,7 +274,7 @@ def serve(
             max_half_open_per_host=max_half_open_per_host,
             handshake_seconds=handshake_seconds,
             stream_window=parse_size(stream_window),
-            pace=Pace(stall_seconds, parse_size(least_rate), message_seconds),
+            transfer=TransferTimeout(stall_seconds, parse_size(least_rate), message_seconds),
             pings_per_minute=pings_per_minute,
             max_session_age=max_session_age,
             engine=EngineOptions(

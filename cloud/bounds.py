@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from isthmus.protocol.limits import MIB, Pace
+from isthmus.protocol.limits import MIB, TransferTimeout
 
 REVIEW_SECONDS = 1.0
 """Between two reviews of the enrolments: an editor has written its file by then.
@@ -68,12 +68,12 @@ class Bounds:
         max_half_open_per_host: the same from one host, which is an IPv4 address, or the first 64 bits of an IPv6 one.
         handshake_seconds: within which a peer must be authenticated, or a health check be answered.
         stream_window: bytes that an edge may send ahead on a stream (HTTP/2's flow control).
-        pace: how slowly an edge may send a message, or take an answer.
+        transfer: how slowly an edge may send a message, or take an answer.
         pings_per_minute: pings of a session that are answered; a session that sends more breaks the rules.
         max_session_age: seconds after which a session ends, between two calls; its edge opens another with fresh keys.
         linger_seconds: how long a gRPC call may take to end once its handler has returned; then its connection is
             closed, as its peer takes nothing. A session has in addition the time that its answers may take to arrive at
-            the least rate of `pace`.
+            the least rate of `transfer`.
         engine: how it computes for several sessions.
     """
 
@@ -84,7 +84,7 @@ class Bounds:
     max_half_open_per_host: int = 64
     handshake_seconds: float = 10.0
     stream_window: int = MIB
-    pace: Pace = field(default_factory=Pace)
+    transfer: TransferTimeout = field(default_factory=TransferTimeout)
     pings_per_minute: int = 60
     max_session_age: float = 86_400.0
     linger_seconds: float = 2.0

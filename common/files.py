@@ -1,8 +1,9 @@
-"""Writing so that a crash or a full disk leaves either the old file or the new one, never half of one."""
+"""Writing so that a crash or a full disk leaves either the old file or the new one, never half; and files' hashes."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -56,6 +57,16 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def sha256_of(path: Path) -> bytes:
+    """SHA-256 of a file's contents.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @contextmanager

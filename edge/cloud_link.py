@@ -24,7 +24,7 @@ from isthmus.edge.span_cache.span_cache import CachedSpan, SpanIdentity, cached_
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 from isthmus.edge.training.precision import computing_in
-from isthmus.protocol.limits import GIB
+from isthmus.protocol.limits import GIB, MIB
 from isthmus.rpc.transport import Tls
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CACHE_FOLDER = "span-cache"
 """Inside the run's folder."""
-_MIB = 1 << 20
 
 
 def open_link(config: ClientConfig, *, interactive: bool = False, deadline: float | None = None) -> Link:
@@ -184,5 +183,5 @@ def cache_of(link: Link, config: TrainConfig, model: Any) -> Iterator[CachedSpan
     identity = SpanIdentity(
         info.digest, info.plan, info.span_dtype, info.attn_implementation, codecs.forward_up, codecs.forward_down
     )
-    with cached_span(model, config.out / CACHE_FOLDER, identity, max_bytes=config.span_cache_mib * _MIB) as cached:
+    with cached_span(model, config.out / CACHE_FOLDER, identity, max_bytes=config.span_cache_mib * MIB) as cached:
         yield cached

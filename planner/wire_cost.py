@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from isthmus.edge.codecs.wire_codecs import WireCodecs
-from isthmus.protocol.encoding import ALIGNMENT, pack
+from isthmus.protocol.encoding import body_bytes, pack
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.messages import (
     MAX_SITES,
@@ -121,7 +121,7 @@ class Wire:
 
     def leasing(self, shapes: Sequence[tuple[int, int]]) -> Traffic:
         """The weights of leased sites up, two matrices of each in fp32, and about as many bytes of gradients down."""
-        body = sum(_padded(4 * rows * columns) for rows, columns in shapes)
+        body = sum(body_bytes("fp32", (rows, columns)) for rows, columns in shapes)
         one_way = frame_bytes(lease_header(len(shapes) // 2), body)
         return Traffic(one_way, one_way)
 
@@ -139,7 +139,7 @@ class Wire:
         return Payload(codec.id, role, shape, tuple(bytes(size) for size in codec.sizes(shape)))
 
     def _body(self, direction: str, width: int) -> int:
-        return sum(_padded(size) for size in CODECS[self._codec(direction)].sizes((self.batch, self.length, width)))
+        return body_bytes(self._codec(direction), (self.batch, self.length, width))
 
     def _handled(self, direction: str, widths: Sequence[int]) -> Traffic:
         return Traffic(elements=Counter({self._codec(direction): self._tokens * sum(widths)}))
@@ -182,7 +182,3 @@ def frame_bytes(header: int, body: int) -> int:
 
 def _one_number() -> Payload:
     return Payload(codec_id("fp32"), Role.ACTIVATION, (1, 1, 1), (bytes(4),))
-
-
-def _padded(size: int) -> int:
-    return size + -size % ALIGNMENT

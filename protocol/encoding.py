@@ -7,32 +7,31 @@ Rules
     3. A header is parsed after it was authenticated, and within its limit. Nothing is allocated for a number in it
        before that was compared with a limit and with the bytes that are there. Tensors stay views of the body until
        `isthmus.protocol.tensor_codecs.decode`.
+    4. A message is checked by the rules of its fields, which `isthmus.protocol.messages` has, on both sides alike.
 
 Theory of operation
     The dataclasses of `isthmus.protocol.messages` have the names of the protobuf messages and of their fields, so one
     function writes all of them and one reads all of them. A `Payload` becomes a `Tensor` in the header, and its buffers
-    go to the body, in the header's order, each padded to a 16-byte boundary: a received tensor needs no copy. What the
-    fields must say is checked by `isthmus.protocol.validation`.
+    go to the body, in the header's order, each padded to a 16-byte boundary: a received tensor needs no copy.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-import types
 import typing
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any
 
 from google.protobuf.message import DecodeError
 
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError, PlanError
 from isthmus.protocol import isthmus_pb2 as pb
-from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
+from isthmus.protocol.limits import DEFAULT_LIMITS, MAX_NAME, Buffer, Limits, Size, Text
 from isthmus.protocol.messages import MAX_INFO, Blob, CallId, Message, Put, SessionInfo
-from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, checked_sizes, codec_by_id
-from isthmus.protocol.validation import check, check_info
+from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, check_hidden, checked_sizes, codec_by_id
 
 ALIGNMENT = 16
 _UNLIMITED = Limits(max_message_bytes=1 << 62)
@@ -91,7 +90,7 @@ def pack_info(info: SessionInfo) -> bytes:
         LocalProtocolError: a field is out of range.
     """
     try:
-        check_info(info)
+        check(info)
         raw = bytes(pb.SessionInfo(**_written(info, [])).SerializeToString(deterministic=True))
     except _UNWRITABLE as error:
         raise LocalProtocolError(f"the session's information cannot be sent: {error}") from error
@@ -110,7 +109,7 @@ def unpack_info(raw: Buffer) -> SessionInfo:
         raise MessageError(f"session information of {len(raw)} bytes is refused: {MAX_INFO} are accepted")
     parsed = _parse(pb.SessionInfo, raw, "session information")
     info: SessionInfo = _read(SessionInfo, parsed, _Body(b"", DEFAULT_LIMITS))
-    check_info(info)
+    check(info)
     return info
 
 
@@ -119,29 +118,87 @@ def body_bytes(codec: str, shape: tuple[int, ...]) -> int:
     return sum(size + -size % ALIGNMENT for size in CODECS[codec].sizes(shape))
 
 
+def check(value: Any) -> None:
+    """Check what the fields of a message, or of a dataclass in it, may hold, each by itself and all together.
+
+    Raises:
+        MessageError: one holds what it may not, or they do not fit each other.
+    """
+    kind: Any = type(value)
+    for field in _fields_of(kind):
+        held = getattr(value, field.name)
+        if held is None:
+            continue
+        for rule in field.rules:
+            _check_rule(rule, held, f"{kind.__name__}.{field.name}")
+        for each in held if field.many else (held,):
+            for rule in field.entry_rules:
+                _check_rule(rule, each, f"{kind.__name__}.{field.name}")
+            if field.nested:
+                check(each)
+    if hasattr(value, "check"):
+        value.check()
+
+
+def _check_rule(rule: Any, held: Any, where: str) -> None:
+    if isinstance(rule, Role):
+        check_hidden(held, rule)
+    elif isinstance(rule, Text):
+        if len(held) > MAX_NAME or not rule.pattern.fullmatch(held):
+            raise MessageError(f"{where} {held[:MAX_NAME]!r} is refused: {rule.needed}")
+    elif isinstance(rule, Size):
+        size = held if isinstance(held, int) else len(held.encode() if isinstance(held, str) else held)
+        unit = "" if isinstance(held, int) else " entries" if isinstance(held, tuple) else " bytes"
+        if not rule.least <= size <= rule.most:
+            raise MessageError(f"{where} of {size}{unit} is refused: {rule.least} to {rule.most} are accepted")
+
+
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field of a dataclass that is a field of the protobuf message of the same name."""
+    """A field of a dataclass that is a field of the protobuf message of the same name.
+
+    Attributes:
+        name: that of both.
+        kind: the type of its value, or of its entries.
+        many: whether it has entries.
+        optional: whether it may be absent.
+        rules: what its value, or the list of its entries, must be.
+        entry_rules: what each of its entries must be.
+    """
 
     name: str
     kind: Any
     many: bool
     optional: bool
+    rules: tuple[Any, ...]
+    entry_rules: tuple[Any, ...]
+
+    @property
+    def nested(self) -> bool:
+        """Whether a value is a dataclass with fields of its own."""
+        return is_dataclass(self.kind) and self.kind is not Payload
 
 
 @cache
 def _fields_of(kind: Any) -> tuple[_Field, ...]:
-    hints, found = typing.get_type_hints(kind), []
+    hints, found = typing.get_type_hints(kind, include_extras=True), []
     for name in (field.name for field in fields(kind)):
-        hint, many, optional = hints[name], False, False
+        hint = hints[name]
         if hint == Buffer:  # bytes of a file, which are the body
             continue
-        if typing.get_origin(hint) is tuple:
-            hint, many = typing.get_args(hint)[0], True
-        elif isinstance(hint, types.UnionType):
-            hint, optional = next(each for each in typing.get_args(hint) if each is not type(None)), True
-        found.append(_Field(name, hint, many, optional))
+        optional = NoneType in typing.get_args(hint)
+        if optional:
+            hint = next(each for each in typing.get_args(hint) if each is not NoneType)
+        hint, rules = _unwrapped(hint)
+        many = typing.get_origin(hint) is tuple
+        hint, entry_rules = _unwrapped(typing.get_args(hint)[0]) if many else (hint, ())
+        found.append(_Field(name, hint, many, optional, rules, entry_rules))
     return tuple(found)
+
+
+def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type without its annotations, and these."""
+    return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
 
 _NAMES = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in typing.get_args(Message)}

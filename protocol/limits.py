@@ -1,10 +1,11 @@
-"""The limits of a session: what this side accepts, and when it changes keys.
+"""The limits of a session: what this side accepts, and when it changes keys; and the rules of a message's fields.
 
 Every number that arrives in a frame or a message is compared with one of these before anything is allocated for it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 KIB = 1 << 10
@@ -28,7 +29,7 @@ class Limits:
         chunk_bytes: plaintext bytes of one body chunk. Both sides must use the same value.
         rekey_bytes: a sender changes its key before a message once it has sealed this much under the key.
         rekey_seconds: a sender changes its key before a message once the key is this old.
-        rekey_frames: a sender changes its key before a message once it has sealed this many pieces under the key.
+        rekey_frames: a sender changes its key before a message once it has sealed this many records under the key.
     """
 
     max_message_bytes: int = 256 * MIB
@@ -44,8 +45,8 @@ DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How slowly the other side may send a message, or take one.
+class TransferTimeout:
+    """How long the other side may take to send a message, or to take one.
 
     A message of n bytes may take `stall_seconds` + n / `least_rate` seconds, and never more than `message_seconds`. The
     rule holds at every frame, for the bytes so far: a frame gains the time that its bytes may take, and no more.
@@ -60,14 +61,22 @@ class Pace:
     least_rate: int = 16 * KIB
     message_seconds: float = 3600.0
 
-    def left(self, passed: float, done: int) -> float:
-        """Seconds until the next frame is due, 0 where it is overdue.
 
-        Args:
-            passed: seconds since the message began.
-            done: bytes of it that have come, or have been taken.
-        """
-        return max(0.0, min(self.message_seconds, self.stall_seconds + done / self.least_rate) - passed)
+MAX_NAME = 128
+"""Most characters of a name."""
 
 
-DEFAULT_PACE = Pace()
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A field's number, the bytes of its text, or the entries of its list are between these, both included."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A field's text is of this pattern, which `needed` tells people, and of `MAX_NAME` characters at most."""
+
+    pattern: re.Pattern[str]
+    needed: str

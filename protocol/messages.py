@@ -1,7 +1,9 @@
 """Messages: what the two sides of a session say to each other.
 
-Their fields are those of the protobuf messages of the same names in `isthmus.proto`, which says more of each; how they
-become bytes is in `isthmus.protocol.encoding`, and what they may say in `isthmus.protocol.validation`.
+Their fields are those of the protobuf messages of the same names in `isthmus.proto`, which says more of each. A field's
+annotation says what it may hold: a `Size`, a `Text`, or the role of hidden states. What the fields say together is
+checked by `check`. `isthmus.protocol.encoding` makes bytes of messages, and applies both before a message is sent and
+after it was read.
 
 Theory of operation
     edge                       cloud answers             or
@@ -30,14 +32,32 @@ Theory of operation
 from __future__ import annotations
 
 import enum
+import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
-from isthmus.protocol.limits import Buffer
+from isthmus.common.errors import MessageError
+from isthmus.protocol.enrolment import TENANT_NAME
+from isthmus.protocol.file_messages import (
+    MAX_FILE_CHUNK as MAX_FILE_CHUNK,
+    MAX_PUT_FILES as MAX_PUT_FILES,
+    Blob as Blob,
+    Fetch as Fetch,
+    FetchList as FetchList,
+    FileEntry as FileEntry,
+    FileList as FileList,
+    FileSet as FileSet,
+    PlugIn as PlugIn,
+    Put as Put,
+    PutReply as PutReply,
+)
+from isthmus.protocol.limits import MAX_NAME as MAX_NAME, MAX_WORKERS, Size, Text
 from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
 from isthmus.protocol.site_messages import (
     MAX_GROUP as MAX_GROUP,
     MAX_LISTS as MAX_LISTS,
+    MAX_RANK as MAX_RANK,
     MAX_SITES as MAX_SITES,
     CallId as CallId,
     Lease as Lease,
@@ -46,17 +66,25 @@ from isthmus.protocol.site_messages import (
     SitePhase as SitePhase,
     SiteQuestion as SiteQuestion,
     Sites as Sites,
+    check_lora,
 )
-from isthmus.protocol.tensor_codecs import Payload
+from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, codec_by_id
 
-MAX_NAME = 128
 MAX_TEXT = 1024
-MAX_FILE_CHUNK = 8 << 20
-"""Most bytes of a file in one message."""
-MAX_PUT_FILES = 8
-"""Most files of an adapter."""
 LINK_BYTES = 16
-DIGEST_BYTES = 32
+
+Activation = Annotated[Payload, Role.ACTIVATION]
+"""Hidden states, `[B, S, width]`, by a codec for them."""
+Gradient = Annotated[Payload, Role.GRADIENT]
+"""The gradient of such."""
+ForPeople = Annotated[str, Size(0, MAX_TEXT)]
+Address = Annotated[
+    str,
+    Text(
+        re.compile(r"([A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?\]):[0-9]{1,5}"),
+        "a worker's address is host:port",
+    ),
+]
 
 
 class StatusCode(enum.IntEnum):
@@ -81,9 +109,32 @@ class StatusCode(enum.IntEnum):
 class SpanInputs:
     """The span's inputs: hidden states `[B, S, h]`, mask `[B, S]` or None, position ids `[B or 1, S]` or None."""
 
-    hidden: Payload
+    hidden: Activation
     attention_mask: Payload | None = None
     position_ids: Payload | None = None
+
+    def check(self) -> None:
+        """Check that mask and positions are such, and fit the hidden states."""
+        batch, length, _ = self.hidden.shape
+        for name, payload, codec, batches in (
+            ("attention mask", self.attention_mask, "mask", (batch,)),
+            ("position ids", self.position_ids, "int32", (1, batch)),
+        ):
+            if payload is None:
+                continue
+            fits = len(payload.shape) == 2 and payload.shape[0] in batches and payload.shape[1] == length
+            if not fits or payload.codec != CODECS[codec].id or payload.role != Role.INDEX:
+                raise MessageError(
+                    f"{name} of shape {list(payload.shape)}, codec id {payload.codec} do not fit hidden states of "
+                    f"shape {list(self.hidden.shape)}"
+                )
+
+
+def _check_call(call: Forward | Backward) -> None:
+    if not codec_by_id(call.reply_codec).activation:
+        raise MessageError(f"codec id {call.reply_codec} is not one for activations")
+    if call.lease and not call.sites:
+        raise MessageError(f"a call with lease {call.lease} and no list of sites is refused: a lease is of a list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +155,7 @@ class Forward:
 
     id: CallId
     keep: bool
-    hidden: Payload
+    hidden: Activation
     attention_mask: Payload | None
     position_ids: Payload | None
     reply_codec: int
@@ -117,6 +168,11 @@ class Forward:
         """The three inputs of the span together."""
         return SpanInputs(self.hidden, self.attention_mask, self.position_ids)
 
+    def check(self) -> None:
+        """Check that the inputs fit each other, and the call's numbers."""
+        self.inputs.check()
+        _check_call(self)
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
@@ -126,11 +182,19 @@ class ForwardReply:
     """
 
     id: CallId
-    hidden: Payload
+    hidden: Activation
     compute_ns: int
     crypto_ns: int
     queue_ns: int
-    taps: tuple[Payload, ...] = ()
+    taps: Annotated[tuple[Activation, ...], Size(0, MAX_SITES)] = ()
+
+    def check(self) -> None:
+        """Check that the taps are of as many positions as the hidden states."""
+        for tap in self.taps:
+            if tap.shape[:2] != self.hidden.shape[:2]:
+                raise MessageError(
+                    f"a tap of shape {list(tap.shape)} does not fit hidden states of shape {list(self.hidden.shape)}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +206,21 @@ class Backward:
     """
 
     id: CallId
-    gradient: Payload
+    gradient: Gradient
     replay: SpanInputs | None
     reply_codec: int
     sites: int = 0
     wanted: bool = True
     lease: int = 0
+
+    def check(self) -> None:
+        """Check that what is replayed has the gradient's shape, and the call's numbers."""
+        _check_call(self)
+        if self.replay is not None and self.replay.hidden.shape != self.gradient.shape:
+            raise MessageError(
+                f"gradient {list(self.gradient.shape)} and hidden states {list(self.replay.hidden.shape)} differ in "
+                "shape"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,66 +232,19 @@ class BackwardReply:
     """
 
     id: CallId
-    gradient: Payload | None
+    gradient: Gradient | None
     compute_ns: int
     crypto_ns: int
     queue_ns: int
     recomputed: bool
-    leased: tuple[Payload, ...] = ()
+    leased: Annotated[tuple[Payload, ...], Size(0, 2 * MAX_SITES)] = ()
 
-
-class FileSet(enum.IntEnum):
-    """What an edge may fetch the files of."""
-
-    PARTS = 1
-    """The edge's parts of the model."""
-    EMULATOR = 2
-    """The package with an emulator of the middle layers, if the cloud offers one."""
-    ADAPTER = 3
-    """The adapter that this edge's own tenant has plugged in, if it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Ask for a file of a file set, from `offset` on."""
-
-    file_set: FileSet
-    name: str
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """A chunk of a file: `data` stands at `offset` of `total` bytes; `sha256` is that of the whole file."""
-
-    name: str
-    offset: int
-    total: int
-    sha256: bytes
-    data: Buffer = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class FetchList:
-    """Ask which files a file set has."""
-
-    file_set: FileSet
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file: its name, its size in bytes, and the SHA-256 of its contents."""
-
-    name: str
-    size: int
-    sha256: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FileList:
-    """The files of a file set."""
-
-    entries: tuple[FileEntry, ...]
+    def check(self) -> None:
+        """Check that the gradients of leased weights come in pairs."""
+        if len(self.leased) % 2:
+            raise MessageError(f"{len(self.leased)} gradients of leased matrices are refused: a site has two")
+        for down, up in zip(self.leased[::2], self.leased[1::2], strict=True):
+            check_lora(down, up, Role.GRADIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +253,7 @@ class Status:
 
     code: StatusCode
     id: CallId | None
-    message: str
+    message: ForPeople
 
     @classmethod
     def saying(cls, code: StatusCode, id: CallId | None, text: str) -> Status:
@@ -258,15 +284,15 @@ class Pong:
 class Goodbye:
     """This side ends the session on purpose. A stream that ends without it was cut."""
 
-    reason: str
+    reason: ForPeople
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """Whose work a pipeline's stage passes on: the edge's tenant, and its weight against the others', 1 or more."""
 
-    tenant: str
-    weight: int
+    tenant: Annotated[str, Text(TENANT_NAME, "the account of a tenant has the name of one")]
+    weight: Annotated[int, Size(1, (1 << 32) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +306,7 @@ class Attach:
     the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
     """
 
-    link: bytes
+    link: Annotated[bytes, Size(LINK_BYTES, LINK_BYTES)]
     interactive: bool = False
     deadline_ms: int = 0
     settled: bool = False
@@ -295,38 +321,15 @@ class Workers:
     attached here.
     """
 
-    addresses: tuple[str, ...]
+    addresses: Annotated[tuple[Address, ...], Size(1, MAX_WORKERS)]
     go_to: str = ""
 
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """A chunk of a file of an adapter: `data` stands at `offset` of `total` bytes; `sha256` is the whole file's.
-
-    Without data it asks how much of the file the cloud holds.
-    """
-
-    name: str
-    offset: int
-    total: int
-    sha256: bytes
-    data: Buffer = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class PutReply:
-    """How many bytes of a file the cloud holds now, from its beginning on: the next chunk stands there."""
-
-    name: str
-    sha256: bytes
-    held: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlugIn:
-    """Plug in the adapter that these files are, which the cloud holds whole. It takes the place of an older one."""
-
-    entries: tuple[FileEntry, ...]
+    def check(self) -> None:
+        """Check that the addresses differ, and that the edge is sent to one of them."""
+        if len(set(self.addresses)) != len(self.addresses):
+            raise MessageError("a list of workers names one address twice")
+        if self.go_to and self.go_to not in self.addresses:
+            raise MessageError(f"{self.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
 
 
 EdgeMessage = (

@@ -45,28 +45,17 @@ from isthmus.common.terminal import printable
 from isthmus.protocol.encoding import pack, pack_info, peek, unpack, unpack_info
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, Buffer, Limits
-from isthmus.protocol.messages import (
-    CLOUD_SENDS,
-    EDGE_SENDS,
-    MAX_TEXT,
-    CallId,
-    Message,
-    SessionInfo,
-    StatusCode,
-)
+from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, MAX_TEXT, CallId, Message, SessionInfo, StatusCode
 from isthmus.protocol.secure.framing import Direction
 from isthmus.protocol.secure.handshake import (
     SESSION_ID_BYTES,
     ClientHandshake,
-    Secrets,
     ServerHandshake,
     Verdict,
     version_refusal,
 )
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
-from isthmus.protocol.secure.record import Opened, Opener, Sealer
-
-NO_SESSION = bytes(SESSION_ID_BYTES)
+from isthmus.protocol.secure.record import Opener, Sealer
 
 # However much the cloud says that it takes: it does not decide how much the edge may be made to allocate.
 MAX_EDGE_MESSAGE_BYTES = 4 * GIB
@@ -95,7 +84,7 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A whole message. Its tensors are views of `body`, which the receiver owns and may overwrite (`sealing.wipe`)."""
+    """A whole message. Its tensors are views of `body`, which the receiver owns and may `wipe`."""
 
     message: Message
     body: bytearray = field(repr=False)
@@ -131,35 +120,30 @@ Event = NeedSend | Established | Received | Oversized | Incomplete | Refused
 
 
 class _Session:
-    """What both sides share: the states, and sealed messages once the handshake is done."""
+    """What both sides share: the states, and sealed messages once the handshake is done.
+
+    Attributes:
+        info: what the cloud said about the session, once it stands.
+        closed: whether the session is dead.
+    """
 
     _sends: tuple[type[Message], ...]
     _takes: tuple[type[Message], ...]
-    _up: bool
+    _exchange: ClientHandshake | ServerHandshake
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self.info: SessionInfo | None = None
+        self.closed = False
         self._limits = limits
         self._clock = clock
-        self._info: SessionInfo | None = None
         self._sealer: Sealer | None = None
         self._opener: Opener | None = None
-        self._closed = False
         self._reason = ""
 
     @property
     def established(self) -> bool:
         """Whether messages can be sent: the handshake is done and the session is not closed."""
-        return self._sealer is not None and not self._closed
-
-    @property
-    def closed(self) -> bool:
-        """Whether the session is dead."""
-        return self._closed
-
-    @property
-    def info(self) -> SessionInfo | None:
-        """What the cloud said about the session, once it stands."""
-        return self._info
+        return self._sealer is not None and not self.closed
 
     def close(self) -> None:
         """End the session and overwrite its keys. May be called more than once."""
@@ -175,7 +159,7 @@ class _Session:
                 malformed or too large.
         """
         sealer = self._sealer
-        if self._closed or sealer is None:
+        if self.closed or sealer is None:
             raise LocalProtocolError(f"{type(message).__name__} cannot be sent: the session is not open{self._why()}")
         if not isinstance(message, self._sends):
             raise LocalProtocolError(f"{type(message).__name__} is not a message that this side sends")
@@ -184,7 +168,7 @@ class _Session:
 
     def rekey(self) -> bytes:
         """Change this side's key now; send the returned frame before any other. It also happens by itself."""
-        if self._closed or self._sealer is None:
+        if self.closed or self._sealer is None:
             raise LocalProtocolError(f"the key cannot be changed: the session is not open{self._why()}")
         return self._sealer.rekey()
 
@@ -202,7 +186,7 @@ class _Session:
             NotEnrolledError, RefusedError: (edge) the cloud refused. The session is dead.
             LocalProtocolError: the session is closed, or waits for this side.
         """
-        if self._closed:
+        if self.closed:
             raise LocalProtocolError(f"a frame cannot be received: the session is not open{self._why()}")
         try:
             if self._opener is None:
@@ -211,39 +195,27 @@ class _Session:
             if opened is None:
                 return Incomplete()
             if opened.size > len(opened.body):
-                return self._oversized(opened)
+                kind, call = peek(opened.header, self._limits)
+                self._check_kind(kind)
+                return Oversized(kind, call, opened.size)
             message = unpack(opened.header, opened.body, self._limits)
-            if not isinstance(message, self._takes):
-                raise MessageError(f"{type(message).__name__} is not a message that the other side may send")
+            self._check_kind(type(message))
             return Received(message, opened.body)
         except (RemoteProtocolError, VersionError, FingerprintError, NotEnrolledError, RefusedError) as error:
             self._close(str(error))
             raise
 
-    def _oversized(self, opened: Opened) -> Oversized:
-        kind, call = peek(opened.header, self._limits)
+    def _check_kind(self, kind: type[Message]) -> None:
         if kind not in self._takes:
             raise MessageError(f"{kind.__name__} is not a message that the other side may send")
-        return Oversized(kind, call, opened.size)
 
     def _handshake(self, frame: Buffer) -> Event:
         raise NotImplementedError
 
-    def _start_traffic(
-        self, secrets: Secrets, session_id: bytes, sending: Limits | None = None, keep: int | None = None
-    ) -> None:
-        limits, up, down = self._limits, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
-        if self._up:
-            self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, sending or limits, self._clock)
-            self._opener = Opener(secrets.cloud_to_edge, session_id, down, limits, keep)
-        else:
-            self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, sending or limits, self._clock)
-            self._opener = Opener(secrets.edge_to_cloud, session_id, up, limits, keep)
-
     def _close(self, reason: str) -> None:
-        if not self._closed:
-            self._closed, self._reason = True, reason
-        for part in (self._sealer, self._opener):
+        if not self.closed:
+            self.closed, self._reason = True, reason
+        for part in (self._sealer, self._opener, self._exchange):
             if part is not None:
                 part.close()
 
@@ -267,7 +239,7 @@ class EdgeSession(_Session):
 
     _sends = EDGE_SENDS
     _takes = CLOUD_SENDS
-    _up = True
+    _exchange: ClientHandshake
 
     def __init__(
         self,
@@ -285,7 +257,7 @@ class EdgeSession(_Session):
 
     def start(self) -> bytes:
         """Make the first frame, once."""
-        if self._closed or self._flights:
+        if self.closed or self._flights:
             raise LocalProtocolError(f"a session starts once; open a new one{self._why()}")
         self._flights = 1
         return self._exchange.start()
@@ -302,7 +274,7 @@ class EdgeSession(_Session):
         Raises:
             LocalProtocolError: the session does not stand.
         """
-        if self._closed or self._opener is None:
+        if self.closed or self._opener is None:
             raise LocalProtocolError(f"nothing can be expected: the session is not open{self._why()}")
         self._opener.expect(body_bytes)
 
@@ -323,15 +295,14 @@ class EdgeSession(_Session):
             raise MessageError(
                 f"the session's information names session {info.session_id}, not {verdict.session_id.hex()}"
             )
-        self._info = info
+        self.info = info
         self._limits = edge_limits(info, self._limits)
-        sending = min(info.limits.max_message_bytes, self._limits.max_message_bytes)
-        self._start_traffic(secrets, verdict.session_id, replace(self._limits, max_message_bytes=sending))
+        most = min(info.limits.max_message_bytes, self._limits.max_message_bytes)
+        sending = replace(self._limits, max_message_bytes=most)
+        session_id, up, down = verdict.session_id, Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
+        self._sealer = Sealer(secrets.edge_to_cloud, session_id, up, sending, self._clock)
+        self._opener = Opener(secrets.cloud_to_edge, session_id, down, self._limits)
         return Established(info)
-
-    def _close(self, reason: str) -> None:
-        super()._close(reason)
-        self._exchange.close()
 
 
 class CloudSession(_Session):
@@ -346,11 +317,15 @@ class CloudSession(_Session):
         limits: what it accepts and when it changes keys.
         random: a cryptographic source of bytes.
         clock: seconds that never go back, for the age of a key.
+
+    Attributes:
+        greeted: whether the edge's hello has come, and was a valid one.
+        tenant: whose session it is, once it stands.
     """
 
     _sends = CLOUD_SENDS
     _takes = EDGE_SENDS
-    _up = False
+    _exchange: ServerHandshake
 
     def __init__(
         self,
@@ -367,27 +342,17 @@ class CloudSession(_Session):
         self._authorize = authorize
         self._describe = info
         self._random = random
-        self._greeted = False
-        self._tenant: Tenant | None = None
-
-    @property
-    def greeted(self) -> bool:
-        """Whether the edge's hello has come, and was a valid one."""
-        return self._greeted
-
-    @property
-    def tenant(self) -> Tenant | None:
-        """Whose session it is, once it stands."""
-        return self._tenant
+        self.greeted = False
+        self.tenant: Tenant | None = None
 
     def _handshake(self, frame: Buffer) -> Event:
-        if not self._greeted:
+        if not self.greeted:
             try:
                 reply = self._exchange.answer(frame)
             except VersionError as error:
                 self._close(str(error))
                 return Refused(error, (version_refusal(),))
-            self._greeted = True
+            self.greeted = True
             return NeedSend((reply,))
         edge = self._exchange.identify(frame)
         session_id = self._random(SESSION_ID_BYTES)
@@ -401,20 +366,18 @@ class CloudSession(_Session):
         reply, secrets = self._exchange.finish(Verdict(StatusCode.OK, session_id, pack_info(info)))
         if secrets is None:
             raise LocalProtocolError("an accepted handshake has no secrets")
-        self._info, self._tenant = info, tenant
-        self._start_traffic(secrets, session_id, keep=tenant.quota.max_inflight_bytes)
+        self.info, self.tenant = info, tenant
+        up, down = Direction.EDGE_TO_CLOUD, Direction.CLOUD_TO_EDGE
+        self._sealer = Sealer(secrets.cloud_to_edge, session_id, down, self._limits, self._clock)
+        self._opener = Opener(secrets.edge_to_cloud, session_id, up, self._limits, tenant.quota.max_inflight_bytes)
         return Established(info, (reply,))
 
     def _refuse(self, error: NotEnrolledError | RefusedError) -> Refused:
         code = next(code for kind, code in _REFUSALS if isinstance(error, kind))
         text = str(error).encode()[:MAX_TEXT].decode(errors="ignore").encode()
-        reply, _ = self._exchange.finish(Verdict(code, NO_SESSION, text))
+        reply, _ = self._exchange.finish(Verdict(code, bytes(SESSION_ID_BYTES), text))
         self._close(str(error))
         return Refused(error, (reply,))
-
-    def _close(self, reason: str) -> None:
-        super()._close(reason)
-        self._exchange.close()
 
 
 # What `authorize` may raise, and how the edge is told. The first fitting entry counts, so the general one comes last.

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Annotated
 
-MAX_INFO = 16 * 1024
+from isthmus.common.errors import MessageError
+from isthmus.protocol.limits import KIB, Text
+
+MAX_INFO = 16 * KIB
 """Most bytes of a session's information."""
+MAX_INFO_TEXT = 256
+"""Most characters of a text of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,8 @@ class SpanLimits:
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
     """What the cloud tells an edge in the handshake's last message.
+
+    Digest, plan and session id name files and sessions on the edge, so nothing but digits gets through.
 
     Attributes:
         session_id: 16 random bytes in hexadecimal.
@@ -37,15 +46,25 @@ class SessionInfo:
         server_version: the cloud's version of Isthmus.
     """
 
-    session_id: str
+    session_id: Annotated[str, Text(re.compile(r"[0-9a-f]{32}"), "32 hexadecimal digits are needed")]
     model: str
-    digest: str
+    digest: Annotated[str, Text(re.compile(r"[0-9a-f]{64}"), "64 hexadecimal digits are needed")]
     family: str
     n_layers: int
-    plan: str
+    plan: Annotated[str, Text(re.compile(r"[0-9]{1,6}:[0-9]{1,6}"), "two numbers with ':' between are needed")]
     hidden_size: int
     attn_implementation: str
     span_dtype: str
     codecs: tuple[str, ...]
     limits: SpanLimits
     server_version: str
+
+    def check(self) -> None:
+        """Check the texts that people read."""
+        texts = (self.model, self.family, self.attn_implementation, self.span_dtype, *self.codecs, self.server_version)
+        for text in texts:
+            if len(text) > MAX_INFO_TEXT or not text.isprintable():
+                raise MessageError(
+                    f"session information has the text {text[:80]!r}: at most {MAX_INFO_TEXT} printable characters "
+                    "are accepted"
+                )

@@ -50,16 +50,8 @@ from isthmus.common.errors import (
     RemoteProtocolError,
     UnsupportedCallError,
 )
-from isthmus.common.finite import is_finite
-from isthmus.kernels.blockwise import (
-    BLOCK,
-    INT4_BYTES,
-    INT4_MAX_SCALE,
-    dequantize_int4,
-    dequantize_int8,
-    quantize_int4,
-    quantize_int8,
-)
+from isthmus.protocol import block_codecs as blocks
+from isthmus.protocol.block_codecs import Parts, Shape
 from isthmus.protocol.limits import DEFAULT_LIMITS, Buffer, Limits
 
 if sys.byteorder != "little":
@@ -68,8 +60,6 @@ if sys.byteorder != "little":
 MAX_DIM = (1 << 32) - 1
 FP16_END = 65520.0
 """From here on fp16 rounds to infinity."""
-CHANNELS_PER_OUTLIER = 100
-"""One channel in so many is an outlier, by `int4-outliers`."""
 
 
 class Role(enum.IntEnum):
@@ -89,17 +79,21 @@ class Codec:
         name: the name that users and configuration files write.
         id: the number on the wire.
         activation: whether activations and gradients may use it (the others are for masks and positions).
-        sizes: bytes of each buffer for a shape.
-        encode: a contiguous tensor, and what messages call it, to buffers of exactly these sizes.
-        decode: buffers of these sizes, a shape and the wanted dtype to a tensor.
+        parts: the dtype and the shape of each buffer, for a tensor's shape.
+        encode: a contiguous tensor, and what messages call it, to one tensor for each buffer.
+        decode: the tensors of the buffers, and the tensor's shape, to the tensor.
     """
 
     name: str
     id: int
     activation: bool
-    sizes: Callable[[tuple[int, ...]], tuple[int, ...]]
-    encode: Callable[[Tensor, str], tuple[Buffer, ...]]
-    decode: Callable[[tuple[Buffer, ...], tuple[int, ...]], Tensor]
+    parts: Callable[[Shape], Parts]
+    encode: Callable[[Tensor, str], tuple[Tensor, ...]]
+    decode: Callable[[tuple[Tensor, ...], Shape], Tensor]
+
+    def sizes(self, shape: Shape) -> tuple[int, ...]:
+        """Bytes of each buffer. Python's integers, which do not overflow."""
+        return tuple(math.prod(dims) * dtype.itemsize for dtype, dims in self.parts(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +146,8 @@ def encode(tensor: Tensor, codec: str, role: Role, what: str = "") -> Payload:
         raise UnsupportedCallError(
             f"a tensor of shape {list(shape)} cannot be sent: rank 1 to 4 and no empty dimension is needed"
         )
-    buffers = entry.encode(tensor.detach().contiguous(), what or f"this {role.name.lower()}")
-    return Payload(codec=entry.id, role=role, shape=shape, buffers=buffers)
+    parts = entry.encode(tensor.detach().contiguous(), what or f"this {role.name.lower()}")
+    return Payload(codec=entry.id, role=role, shape=shape, buffers=tuple(map(_view, parts)))
 
 
 def decode(
@@ -180,7 +174,8 @@ def decode(
     got = tuple(len(buffer) for buffer in payload.buffers)
     if got != sizes:
         raise MessageError(f"a {entry.name} tensor of shape {list(payload.shape)} takes {sizes} bytes, not {got}")
-    tensor = entry.decode(payload.buffers, payload.shape)
+    parts = zip(payload.buffers, entry.parts(payload.shape), strict=True)
+    tensor = entry.decode(tuple(_tensor(buffer, *part) for buffer, part in parts), payload.shape)
     tensor = tensor.to(dtype or (torch.float32 if entry.activation else torch.int64))
     if entry.activation and not is_finite(tensor):
         raise ReceivedNonFiniteError(
@@ -212,6 +207,20 @@ def check_codec(payload: Payload, codec: str) -> None:
     if payload.codec != codec_id(codec):
         raise RemoteProtocolError(
             f"the cloud answered in the codec {codec_by_id(payload.codec).name} instead of {codec}"
+        )
+
+
+def check_hidden(payload: Payload, role: Role) -> None:
+    """Check that a tensor is one of hidden states or of their gradients, `[batch, length, hidden]`.
+
+    Raises:
+        MessageError: It is another one.
+    """
+    fits = len(payload.shape) == 3 and payload.role == role != Role.INDEX and codec_by_id(payload.codec).activation
+    if not fits:
+        raise MessageError(
+            f"a tensor of shape {list(payload.shape)}, role {payload.role.name}, codec id {payload.codec} is refused: "
+            f"[batch, length, hidden] of role {role.name} is needed"
         )
 
 
@@ -261,7 +270,7 @@ def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple
         raise MessageError(f"a tensor of shape {list(shape)} is refused: a dimension is empty")
     if any(dim > MAX_DIM for dim in shape):
         raise LimitError(f"a tensor of shape {list(shape)} is refused: a dimension is over {MAX_DIM}")
-    sizes = entry.sizes(shape)  # Python integers do not overflow
+    sizes = entry.sizes(shape)
     largest = max(sum(sizes), math.prod(shape) * 4)  # a narrow codec's tensor is several times larger than its bytes
     if largest > limits.max_message_bytes:
         raise LimitError(
@@ -271,13 +280,23 @@ def checked_sizes(entry: Codec, shape: tuple[int, ...], limits: Limits) -> tuple
     return sizes
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor of any shape but an empty one holds neither NaN nor infinity.
+
+    The smallest and the largest value tell it, as NaN passes through both. That takes a CPU a tenth of the time of
+    `torch.isfinite`, which writes a tensor of answers first.
+    """
+    lowest, highest = torch.aminmax(tensor)
+    return bool((lowest > -math.inf) & (highest < math.inf))  # NaN compares as false
+
+
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied from a CPU; the view keeps the tensor's memory alive."""
     flat: npt.NDArray[np.uint8] = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
     return flat.data
 
 
-def _tensor(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _tensor(buffer: Buffer, dtype: torch.dtype, shape: Shape) -> Tensor:
     """A tensor over a buffer: shared where the buffer is writable and aligned, else copied."""
     view = memoryview(buffer)
     if view.readonly or np.frombuffer(view, np.uint8).ctypes.data % dtype.itemsize:
@@ -288,19 +307,20 @@ def _tensor(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 def _plain(name: str, number: int, dtype: torch.dtype) -> Codec:
     """A codec whose bytes are the tensor's own in one float dtype."""
 
-    def pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+    def plain_encode(tensor: Tensor, what: str) -> tuple[Tensor, ...]:
         converted = tensor.to(dtype)
         if not is_finite(converted):
-            raise _cannot_carry(name, what, "NaN or infinite")
-        return (_view(converted),)
+            raise blocks.cannot_carry(name, what, "NaN or infinite")
+        return (converted,)
 
-    def unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-        return _tensor(buffers[0], dtype, shape)
-
-    return Codec(name, number, True, lambda shape: (math.prod(shape) * dtype.itemsize,), pack, unpack)
+    return Codec(name, number, True, lambda shape: ((dtype, shape),), plain_encode, _only)
 
 
-def _fp16_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+def _only(parts: tuple[Tensor, ...], shape: Shape) -> Tensor:
+    return parts[0]
+
+
+def _fp16_encode(tensor: Tensor, what: str) -> tuple[Tensor, ...]:
     # Checked before the conversion, so that the message can say how large. NaN fails the test, too.
     lowest, highest = torch.aminmax(tensor.to(torch.float32))
     largest = float(torch.maximum(-lowest, highest))
@@ -309,107 +329,32 @@ def _fp16_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
             f"fp16 cannot carry {what}: the largest absolute value is {largest:g}, the format ends at 65504. Use the "
             "codec bf16 or fp32."
         )
-    return (_view(tensor.to(torch.float16)),)
+    return (tensor.to(torch.float16),)
 
 
-def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor's scales: one for each block of the last dimension."""
-    return (*shape[:-1], -(-shape[-1] // BLOCK))
+def _mask_parts(shape: Shape) -> Parts:
+    return ((torch.uint8, (-(-math.prod(shape) // 8),)),)
 
 
-def _cannot_carry(codec: str, what: str, values: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"{codec} cannot carry {what} with {values} values: lower the learning rate or the loss scale, look for bad "
-        "values in the adapter, or use a wider codec or dtype"
-    )
-
-
-def _int8_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (math.prod(_scales(shape)) * 4, math.prod(shape))
-
-
-def _int8_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
-    q, scale = quantize_int8(tensor)
-    if not bool(scale.isfinite().all()):
-        raise _cannot_carry("int8", what, "NaN or infinite")
-    return (_view(scale), _view(q))
-
-
-def _int8_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    scale = _tensor(buffers[0], torch.float32, _scales(shape))
-    return dequantize_int8(_tensor(buffers[1], torch.int8, shape), scale)
-
-
-def _int4_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    blocks = math.prod(_scales(shape))
-    return (blocks * 2, blocks * INT4_BYTES)
-
-
-def _int4_pack(tensor: Tensor, what: str, name: str = "int4") -> tuple[Buffer, ...]:
-    q, scale = quantize_int4(tensor)
-    if not bool((scale <= INT4_MAX_SCALE).all()):  # NaN fails the test, too
-        raise _cannot_carry(name, what, "NaN, infinite or far too large")
-    return (_view(scale), _view(q))
-
-
-def _int4_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    scale = _tensor(buffers[0], torch.bfloat16, _scales(shape))
-    q = _tensor(buffers[1], torch.uint8, (*shape[:-1], scale.shape[-1] * INT4_BYTES))
-    return dequantize_int4(q, scale, shape[-1])
-
-
-def _outlier_channels(shape: tuple[int, ...]) -> int:
-    return -(-shape[-1] // CHANNELS_PER_OUTLIER)
-
-
-def _outliers_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    count = _outlier_channels(shape)
-    return (count * 4, math.prod(shape[:-1]) * count * 2, *_int4_sizes(shape))
-
-
-def _outliers_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
-    rows = tensor.to(torch.float32).view(-1, tensor.shape[-1])
-    channels = rows.abs().mean(0).topk(_outlier_channels(tensor.shape)).indices.sort().values
-    outliers = rows[:, channels].to(torch.bfloat16)
-    if not bool(outliers.isfinite().all()):
-        raise _cannot_carry("int4-outliers", what, "NaN, infinite or far too large")
-    rest = _int4_pack(rows.index_fill(1, channels, 0.0), what, "int4-outliers")
-    return (_view(channels.to(torch.int32)), _view(outliers), *rest)
-
-
-def _outliers_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    count = _outlier_channels(shape)
-    channels = _tensor(buffers[0], torch.int32, (count,)).to(torch.int64)
-    if int(channels[0]) < 0 or int(channels[-1]) >= shape[-1] or not bool((channels.diff() > 0).all()):
-        raise MessageError(f"the outlier channels of an int4 tensor of shape {list(shape)} do not ascend within it")
-    outliers = _tensor(buffers[1], torch.bfloat16, (*shape[:-1], count))
-    return _int4_unpack(buffers[2:], shape).index_copy_(-1, channels, outliers.to(torch.float32))
-
-
-def _mask_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+def _mask_encode(tensor: Tensor, what: str) -> tuple[Tensor, ...]:
     bits = tensor.to(torch.bool)
     if tensor.dtype != torch.bool and not bool((tensor == bits).all()):
         raise UnsupportedCallError("an attention mask holds zeros and ones: pass a 2-D mask of tokens, no additive one")
-    return (np.packbits(bits.cpu().numpy().reshape(-1)).tobytes(),)
+    return (torch.from_numpy(np.packbits(bits.cpu().numpy().reshape(-1))),)
 
 
-def _mask_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    count = math.prod(shape)
-    packed = np.frombuffer(buffers[0], np.uint8)
+def _mask_decode(parts: tuple[Tensor, ...], shape: Shape) -> Tensor:
+    count, packed = math.prod(shape), parts[0].numpy()
     if count % 8 and int(packed[-1]) & ((1 << (8 - count % 8)) - 1):
         raise MessageError(f"a mask of shape {list(shape)} has bits set behind its last element")
     return torch.from_numpy(np.unpackbits(packed, count=count)).view(shape)
 
 
-def _int32_pack(tensor: Tensor, what: str) -> tuple[Buffer, ...]:
+def _int32_encode(tensor: Tensor, what: str) -> tuple[Tensor, ...]:
     narrow = tensor.to(torch.int32)
     if not bool((narrow == tensor).all()):
         raise UnsupportedCallError(f"position ids up to {float(tensor.max()):g} do not fit whole numbers of 32 bits")
-    return (_view(narrow),)
-
-
-def _int32_unpack(buffers: tuple[Buffer, ...], shape: tuple[int, ...]) -> Tensor:
-    return _tensor(buffers[0], torch.int32, shape)
+    return (narrow,)
 
 
 CODECS: dict[str, Codec] = {
@@ -417,12 +362,12 @@ CODECS: dict[str, Codec] = {
     for entry in (
         _plain("fp32", 1, torch.float32),
         _plain("bf16", 2, torch.bfloat16),
-        replace(_plain("fp16", 3, torch.float16), encode=_fp16_pack),
-        Codec("int8", 4, True, _int8_sizes, _int8_pack, _int8_unpack),
-        Codec("mask", 5, False, lambda shape: (-(-math.prod(shape) // 8),), _mask_pack, _mask_unpack),
-        Codec("int32", 6, False, lambda shape: (math.prod(shape) * 4,), _int32_pack, _int32_unpack),
-        Codec("int4", 7, True, _int4_sizes, _int4_pack, _int4_unpack),
-        Codec("int4-outliers", 8, True, _outliers_sizes, _outliers_pack, _outliers_unpack),
+        replace(_plain("fp16", 3, torch.float16), encode=_fp16_encode),
+        Codec("int8", 4, True, blocks.int8_parts, blocks.int8_encode, blocks.int8_decode),
+        Codec("mask", 5, False, _mask_parts, _mask_encode, _mask_decode),
+        Codec("int32", 6, False, lambda shape: ((torch.int32, shape),), _int32_encode, _only),
+        Codec("int4", 7, True, blocks.int4_parts, blocks.int4_encode, blocks.int4_decode),
+        Codec("int4-outliers", 8, True, blocks.outliers_parts, blocks.outliers_encode, blocks.outliers_decode),
     )
 }
 _BY_ID = {entry.id: entry for entry in CODECS.values()}

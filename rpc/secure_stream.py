@@ -19,15 +19,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from isthmus.common.errors import ConnectionLostError, OverQuotaError, RefusedError, RemoteProtocolError
 from isthmus.common.terminal import printable
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import DEFAULT_LIMITS, Pace
+from isthmus.protocol.limits import DEFAULT_LIMITS, TransferTimeout
+from isthmus.protocol.secure.framing import seconds_left
 from isthmus.protocol.secure.keys import Fingerprint
+from isthmus.protocol.service import GOODBYE_SECONDS
 from isthmus.protocol.session import EdgeSession, Established, NeedSend, Received
 from isthmus.rpc.transport import Stream
 
 T = TypeVar("T")
 
 HANDSHAKE_SECONDS = 15.0
-GOODBYE_SECONDS = 2.0
 LEAST_RATE = 16 << 10  # bytes a second that a cloud must take of a question, and send of an answer
 
 
@@ -148,17 +149,17 @@ class SecureStream:
             RemoteProtocolError: a frame did not open, or the cloud broke the protocol.
         """
         name = type(question).__name__.lower()
-        pace = Pace(timeout, LEAST_RATE, math.inf)
+        transfer = TransferTimeout(timeout, LEAST_RATE, math.inf)
         self._observer(name, "sending")
         self._session.expect(answer_bytes)
         begun, size = self._clock(), 0
         for frame in self._sealed(question):
-            await self._send(frame, pace.left(self._clock() - begun, size))
+            await self._send(frame, seconds_left(transfer, self._clock() - begun, size))
             size += len(frame)
         self._observer(name, "waiting")
         begun, size = self._clock(), 0
         while True:
-            frame = await self._receive(pace.left(self._clock() - begun, size))
+            frame = await self._receive(seconds_left(transfer, self._clock() - begun, size))
             if not size:
                 begun = self._clock()
                 self._observer(name, "receiving")

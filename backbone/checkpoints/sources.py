@@ -12,7 +12,6 @@ transformers is imported where it is used, because the command line imports this
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from isthmus.backbone.checkpoints.hub import COMMIT, is_hub_name, snapshot, spli
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, ORIGIN_FILE, digest_of, read_json, write_json
 from isthmus.backbone.families import family_named
 from isthmus.common.errors import CheckpointError, UnknownModelError
-from isthmus.common.files import disk_errors, locked, new_folder
+from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
 from isthmus.common.ownership import check_contents, private_folder
 
 MAX_LAYERS = 1024
@@ -200,9 +199,8 @@ def _gguf(file: Path, cache: Path, console: Console) -> Checkpoint:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise CheckpointError(f"{file} is no GGUF file; fetch it again")
-        opened.seek(0)
-        with console.status(f"Reading {file.name}"):
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    with console.status(f"Reading {file.name}"):
+        digest = sha256_of(file).hex()
 
     def fill(folder: Path) -> None:
         convert_gguf(file, folder, console)

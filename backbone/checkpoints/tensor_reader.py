@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from isthmus.common.errors import CheckpointError
+from isthmus.common.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -151,5 +152,4 @@ def digest_of(folder: Path) -> str:
 @functools.lru_cache(maxsize=1024)
 def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     """Size and time are in the key, so that a file is hashed once and again after a change."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path).hex()

@@ -46,7 +46,7 @@ def check_config(config: Any) -> None:
         raise UnsupportedCallError(
             f"layer_replication={replication} repeats layers, and the cloud runs each of its own once: leave it out"
         )
-    if _kind(config) == "XLORA":
+    if peft_type(config) == "XLORA":
         raise UnsupportedCallError(
             "X-LoRA weighs its adapters by the hidden states of all layers, and the cloud's are not here: use one LoRA"
         )
@@ -115,7 +115,7 @@ def check_method(name: str, module: nn.Module, config: Any) -> None:
 
 def is_adalora(config: Any) -> bool:
     """Whether a configuration is AdaLoRA's, which gives its parameters other shapes while it trains or loads."""
-    return _kind(config) == "ADALORA"
+    return peft_type(config) == "ADALORA"
 
 
 def _refuse_whole(name: str) -> None:
@@ -135,8 +135,9 @@ def _refuse(name: str, method: str, remedy: str) -> None:
 def _spoken(config: Any) -> str:
     if getattr(config, "use_dora", False):
         return "DoRA"
-    return _SPOKEN.get(_kind(config), _kind(config))
+    return _SPOKEN.get(peft_type(config), peft_type(config))
 
 
-def _kind(config: Any) -> str:
+def peft_type(config: Any) -> str:
+    """PEFT's name of a method, such as "LORA"."""
     return str(getattr(config.peft_type, "value", config.peft_type))

@@ -19,7 +19,7 @@ from torch import nn
 
 from isthmus.backbone.checkpoints.assembly import build_on_meta
 from isthmus.backbone.families import family_of
-from isthmus.backbone.peft_checks.allowed import is_adalora
+from isthmus.backbone.peft_checks.allowed import is_adalora, peft_type
 from isthmus.backbone.sites.edge_sites import adapters_of, is_peft_layer
 from isthmus.common.errors import UnsupportedCallError
 
@@ -57,7 +57,7 @@ def check_against_whole(model: Any, adapter: str, config: Any) -> None:
         if failure is not None:
             reason = " ".join(str(failure).split()) or type(failure).__name__
             raise UnsupportedCallError(
-                f"{_spoken(config)} cannot be compared with what it does on the whole model ({reason[:200]}): check "
+                f"{peft_type(config)} cannot be compared with what it does on the whole model ({reason[:200]}): check "
                 "its configuration there, or use another method"
             ) from failure
     look = _parameters if exact else _places
@@ -168,12 +168,8 @@ def _asks_for(name: str, config: Any) -> str:
         for entry in entries:
             if isinstance(entry, str) and entry.rpartition(".")[2] in name.split("."):
                 return f"{field} with {entry!r}"
-    return _spoken(config)
+    return peft_type(config)
 
 
 def _shown(found: Any) -> str:
     return str(list(found)) if isinstance(found, tuple) else str(found)
-
-
-def _spoken(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))

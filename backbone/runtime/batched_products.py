@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isthmus.backbone.checkpoints.weight_quantization import weight_of
 from isthmus.backbone.runtime.leased_lora import LoraGradients, contributions, lora_gradients
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class ProductRequest:
 
     group: int
     linears: tuple[nn.Module, ...]
-    leased: tuple[LeasedWeights | None, ...]
+    leased: tuple[LeasedLora | None, ...]
     x: Tensor | None
     gradients: tuple[Tensor, ...] = ()
 
@@ -93,7 +93,7 @@ class BatchingPartners:
         self._submit = submit
 
     def forward(
-        self, group: int, linears: tuple[nn.Module, ...], leased: tuple[LeasedWeights | None, ...], x: Tensor
+        self, group: int, linears: tuple[nn.Module, ...], leased: tuple[LeasedLora | None, ...], x: Tensor
     ) -> Products:
         """The outputs of linears, and of the LoRAs leased at them, for `x` `[..., in]`, without a graph.
 
@@ -106,7 +106,7 @@ class BatchingPartners:
         self,
         group: int,
         linears: tuple[nn.Module, ...],
-        leased: tuple[LeasedWeights | None, ...],
+        leased: tuple[LeasedLora | None, ...],
         x: Tensor | None,
         gradients: Sequence[Tensor],
     ) -> Products:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.kernels.grouped import grouped_low_rank
 
 
@@ -21,7 +21,7 @@ class LoraGradients:
     up: Tensor | None
 
 
-def contributions(loras: Sequence[LeasedWeights], rows: Sequence[Tensor]) -> list[Tensor]:
+def contributions(loras: Sequence[LeasedLora], rows: Sequence[Tensor]) -> list[Tensor]:
     """What each LoRA adds, `[N, out]`, to its own rows `[N, in]`, without a graph; no result shares memory."""
     sizes = [len(each) for each in rows]
     with torch.no_grad():
@@ -30,7 +30,7 @@ def contributions(loras: Sequence[LeasedWeights], rows: Sequence[Tensor]) -> lis
 
 
 def lora_gradients(
-    loras: Sequence[LeasedWeights], rows: Sequence[Tensor], upstream: Sequence[Tensor]
+    loras: Sequence[LeasedLora], rows: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> list[LoraGradients]:
     """The gradients of each LoRA and of its rows `[N, in]`, of those of its contribution `upstream` `[N, out]`.
 
@@ -39,7 +39,7 @@ def lora_gradients(
     sizes = [len(each) for each in rows]
     with torch.enable_grad():
         x = torch.cat([each.detach() for each in rows]).requires_grad_()
-        leaves = [LeasedWeights(_leaf(lora.down), _leaf(lora.up), lora.scale) for lora in loras]
+        leaves = [LeasedLora(_leaf(lora.down), _leaf(lora.up), lora.scale) for lora in loras]
         trained = [each for leaf in leaves for each in (leaf.down, leaf.up) if each.requires_grad]
         of_rows, *found = torch.autograd.grad(_product(x, sizes, leaves), [x, *trained], torch.cat(list(upstream)))
     of_matrix = {id(matrix): gradient for matrix, gradient in zip(trained, found, strict=True)}
@@ -54,6 +54,6 @@ def _leaf(matrix: Tensor) -> Tensor:
     return matrix.detach().requires_grad_(matrix.requires_grad)
 
 
-def _product(x: Tensor, sizes: Sequence[int], loras: Sequence[LeasedWeights]) -> Tensor:
+def _product(x: Tensor, sizes: Sequence[int], loras: Sequence[LeasedLora]) -> Tensor:
     scales = [lora.scale for lora in loras]
     return grouped_low_rank(x, sizes, [lora.down for lora in loras], [lora.up for lora in loras], scales)

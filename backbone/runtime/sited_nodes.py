@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from isthmus.backbone.runtime.batched_products import Product, input_gradient, rows_of
 from isthmus.backbone.runtime.leased_lora import LoraGradients, lora_gradients
 from isthmus.backbone.runtime.sited_modules import current_pass
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +61,7 @@ class GroupState:
     sites: tuple[int, ...]
     wanted: bool
     shape: torch.Size
-    leased: tuple[LeasedWeights | None, ...] = ()
+    leased: tuple[LeasedLora | None, ...] = ()
     x: Tensor | None = None
     gradients: list[Tensor | None] = field(default_factory=list)
     products: dict[int, Product] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class _LeasedContribution(torch.autograd.Function):
         ctx.save_for_backward(x, down, up)
         found = state.products.get(index)
         if found is None or not isinstance(found.leased, Tensor):
-            return LeasedWeights(down, up, scale)(x)
+            return LeasedLora(down, up, scale)(x)
         return found.leased.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -122,7 +122,7 @@ class _LeasedContribution(torch.autograd.Function):
         product = state.products.get(ctx.index)
         found = None if product is None else product.leased
         if not isinstance(found, LoraGradients):
-            (found,) = lora_gradients([LeasedWeights(down, up, ctx.scale)], [rows_of(x)], [rows_of(gradient)])
+            (found,) = lora_gradients([LeasedLora(down, up, ctx.scale)], [rows_of(x)], [rows_of(gradient)])
         return found.x.view(x.shape) if ctx.needs_input_grad[0] else None, found.down, found.up, None, None, None
 
 
@@ -164,7 +164,7 @@ def frozen_product(x: Tensor, state: GroupState, index: int) -> Tensor:
     return result
 
 
-def leased_contribution(x: Tensor, lora: LeasedWeights, state: GroupState, index: int) -> Tensor:
+def leased_contribution(x: Tensor, lora: LeasedLora, state: GroupState, index: int) -> Tensor:
     """What a leased LoRA adds, `[..., out]`, for the linear's input `[..., in]`."""
     arguments = (x, lora.down, lora.up, lora.scale, state, index)
     result: Tensor = _LeasedContribution.apply(*arguments)  # type: ignore[no-untyped-call]  # torch

@@ -27,7 +27,7 @@ from isthmus.backbone.runtime.sited_nodes import (
     group_outputs,
     leased_contribution,
 )
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 
 
@@ -101,7 +101,7 @@ class SitedPass:
 
     sites: BoundSites
     adapters: SiteAdapters
-    leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
+    leased: Mapping[int, LeasedLora] = field(default_factory=dict)
     again: bool = False
     partners: BatchingPartners | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))

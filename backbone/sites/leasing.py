@@ -14,7 +14,7 @@ from isthmus.common.errors import UnsupportedCallError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LeasedWeights:
+class LeasedLora:
     """The LoRA of a leased site: `scale * B A x`, with `A` `[r, in]` (`down`) and `B` `[out, r]` (`up`)."""
 
     down: Tensor
@@ -56,11 +56,11 @@ def leased_parameters(site: Site) -> tuple[nn.Parameter, nn.Parameter]:
     return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
 
-def lease_of(site: Site) -> LeasedWeights:
+def lease_of(site: Site) -> LeasedLora:
     """Copies of a leased site's weights: a call that is repeated gets those that it began with."""
     module: Any = site.module
     down, up = leased_parameters(site)
-    return LeasedWeights(down.detach().clone(), up.detach().clone(), float(module.scaling[_adapter(module)]))
+    return LeasedLora(down.detach().clone(), up.detach().clone(), float(module.scaling[_adapter(module)]))
 
 
 def _adapter(module: Any) -> str:

@@ -7,6 +7,7 @@ answers, so dropout acts once and gradients are counted once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.leasing import lease_of, leased_parameters
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import NonFiniteError, PlanError
-from isthmus.common.finite import is_finite
 
 
 @dataclass(slots=True)
@@ -197,7 +197,7 @@ class SiteCall:
 
 
 def _check(tensor: Tensor, site: Site, what: str) -> None:
-    if not is_finite(tensor):
+    if not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN passes through both
         raise NonFiniteError(
             f"the {what} of {site.name} holds NaN or infinity: lower the learning rate, or look for bad values in the "
             "adapter"

@@ -21,11 +21,11 @@ from isthmus.cloud.control.ray_cluster import was_restarted
 from isthmus.cloud.directory import Peer, Report, Update
 from isthmus.cloud.telemetry.logs import log, log_to
 from isthmus.common.errors import ConfigError, IsthmusError, PortInUseError
+from isthmus.protocol.limits import MIB
 
 if TYPE_CHECKING:
     from isthmus.cloud.gateway.server import ServerTls
 
-MIB = 1 << 20
 CPU, CUDA = "cpu", "cuda"
 DEVICES = (CPU, CUDA)
 REBINDS, REBIND_PAUSE = 5, 1.0

@@ -30,7 +30,7 @@ from isthmus.cloud.control.serve_options import ServeOptions, TlsFiles
 from isthmus.cloud.control.worker import DEVICES, WorkerSpec
 from isthmus.cloud.telemetry.logs import log_file
 from isthmus.common.errors import ConfigError, PackageError
-from isthmus.common.files import disk_errors
+from isthmus.common.files import disk_errors, sha256_of
 from isthmus.emulator.package.verification import check_package_fits, verified
 from isthmus.protocol.enrolment import Quota, add_line
 from isthmus.protocol.limits import MAX_WORKERS
@@ -67,7 +67,7 @@ class Backbone:
             return self.checkpoint.folder
         small = hashlib.sha256()
         for file in files_beside_the_weights(self.checkpoint.folder):
-            small.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            small.update(f"{file.name} {sha256_of(file).hex()}\n".encode())
         name = f"{self.checkpoint.digest()[:16]}-{self.plan.bottom}-{self.plan.top}-{small.hexdigest()[:16]}"
         return default_cache().absolute() / "edge-parts" / name
 

@@ -12,7 +12,7 @@ from isthmus.backbone.runtime.batched_products import BatchingPartners
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_modules import sites_active
 from isthmus.backbone.runtime.sited_pass import BoundSites, SiteAdapters, SitedPass
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import SpanInput
 
@@ -30,7 +30,7 @@ class CallSites:
 
     bound: BoundSites
     adapters: SiteAdapters
-    leased: Mapping[int, LeasedWeights] = field(default_factory=dict)
+    leased: Mapping[int, LeasedLora] = field(default_factory=dict)
     partners: BatchingPartners | None = None
 
     @property

@@ -32,7 +32,7 @@ from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.secure.record import wipe
+from isthmus.protocol.secure.framing import wipe
 from isthmus.protocol.session import Oversized, Received
 
 R = TypeVar("R")

@@ -40,8 +40,8 @@ from isthmus.common.errors import (
     VersionError,
 )
 from isthmus.protocol import messages as m
+from isthmus.protocol.secure.framing import wipe
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.protocol.secure.record import wipe
 from isthmus.protocol.tensor_codecs import codec_id
 from isthmus.rpc.secure_stream import SecureStream
 from isthmus.rpc.transport import GrpcTransport, pauses

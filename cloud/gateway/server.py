@@ -39,7 +39,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import AuthorizedEdges
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure.keys import WorkerIdentity
-from isthmus.protocol.service import KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
+from isthmus.protocol.service import GOODBYE_SECONDS, KEEPALIVE_MS, METHOD, OLD_METHOD, SERVER_CODING, stream_options
 from isthmus.protocol.session import Oversized
 
 IDLE_MS = 60_000
@@ -49,8 +49,6 @@ PING_STRIKES = 2
 
 gRPC's own default: an honest peer's timer may be early once.
 """
-GOODBYE_SECONDS = 2.0
-"""How long sessions may take to leave in a drain, once all calls are answered: each only gets one small message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,7 @@ class GatewayServer:
         """One stream: the handshake, then calls until either side ends it."""
         limits = Limits(max_message_bytes=self._info.limits.max_message_bytes)
         protocol = self._admission.protocol(limits)
-        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.pace, self._clock)
+        stream = SealedStream(protocol, frames, context, self.metrics, self._bounds.transfer, self._clock)
         try:
             session = await self._admission.admit(protocol, stream, context)
             if session is not None and not await self._serve(stream, session, limits):

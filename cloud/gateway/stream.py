@@ -10,8 +10,9 @@ from typing import Any
 
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import RemoteProtocolError
-from isthmus.protocol.limits import DEFAULT_PACE, Pace
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.messages import Message
+from isthmus.protocol.secure.framing import seconds_left
 from isthmus.protocol.session import CloudSession, Established, Oversized, Received, Refused
 
 
@@ -27,7 +28,7 @@ class SealedStream:
         frames: what arrives.
         context: the grpc.aio context to write to.
         metrics: where bytes are counted.
-        pace: how slowly the edge may send a message, or take an answer.
+        timeout: how slowly the edge may send a message, or take an answer.
         clock: seconds that never go back.
     """
 
@@ -37,21 +38,21 @@ class SealedStream:
         frames: AsyncIterator[bytes],
         context: Any,
         metrics: Metrics,
-        pace: Pace = DEFAULT_PACE,
+        timeout: TransferTimeout,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
         self._frames = aiter(frames)
         self._context = context
         self._metrics = metrics
-        self._pace = pace
+        self._timeout = timeout
         self._clock = clock
         self._crypto_ns = 0
-        self._delivered_by = clock()  # when the answers so far have arrived, at the pace's least rate
+        self._delivered_by = clock()  # when the answers so far have arrived, at the timeout's least rate
 
     @property
     def in_transit(self) -> float:
-        """Seconds that an answer may still take to arrive, at the pace's least rate; 0 where none was sent.
+        """Seconds that an answer may still take to arrive, at the timeout's least rate; 0 where none was sent.
 
         Bytes that were written may lie in the system's buffers, before a slow network.
         """
@@ -77,7 +78,7 @@ class SealedStream:
         Args:
             stop: set to receive no further message, not even one that has just arrived: the edge repeats it elsewhere.
             patience: seconds until the message has to begin; None for no limit. From its first frame on, it keeps to
-                the pace. A key change counts as its first frame, as it comes just before a message.
+                the timeout. A key change counts as its first frame, as it comes just before a message.
 
         Returns:
             The message; None where the stream ended, or `stop` was set.
@@ -91,7 +92,7 @@ class SealedStream:
         try:
             while True:
                 arrival = asyncio.ensure_future(self._next())
-                left = self._pace.left(self._clock() - begun, size) if size else patience
+                left = seconds_left(self._timeout, self._clock() - begun, size) if size else patience
                 done, _ = await asyncio.wait({arrival, stopped}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     raise StalledError(f"nothing came in time, {size} bytes into a message, where something was due")
@@ -126,12 +127,12 @@ class SealedStream:
             if frame is None:
                 return
             try:
-                async with asyncio.timeout(self._pace.left(self._clock() - begun, size)):
+                async with asyncio.timeout(seconds_left(self._timeout, self._clock() - begun, size)):
                     await self._write(frame)
             except TimeoutError:
                 raise StalledError(f"an answer was not taken in time, {size} bytes into it") from None
             size += len(frame)
-            carried = replace(self._pace, stall_seconds=0.0).left(0.0, size)
+            carried = seconds_left(replace(self._timeout, stall_seconds=0.0), 0.0, size)
             self._delivered_by = max(self._delivered_by, begun + carried)  # a short goodbye may follow a long answer
 
     def take_crypto_ns(self) -> int:

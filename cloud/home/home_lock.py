@@ -74,7 +74,7 @@ class HomeLock:
         Raises:
             ConfigError: there is no place for one.
         """
-        self._ray_folder = private_folder(len(_LONGEST_SOCKET))
+        self._ray_folder = socket_folder(len(_LONGEST_SOCKET))
         self._write()
         return self._ray_folder / _INSIDE
 
@@ -91,7 +91,7 @@ class HomeLock:
         self._file.flush()
 
 
-def private_folder(inside: int) -> Path:
+def socket_folder(inside: int) -> Path:
     """Make a folder of mode 0700 with a random name, whose path is short enough for sockets.
 
     It is made in `RAY_TMPDIR` or the system's `TMPDIR`, or else in /tmp or the user's folder in /run.

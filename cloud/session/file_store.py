@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.cloud.telemetry.logs import log
+from isthmus.common.files import sha256_of
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.protocol import messages as m
 
@@ -32,9 +32,7 @@ class FileStore:
         for path in sorted(folder.iterdir()):
             if path.is_symlink() or not path.is_file() or not belongs(path.name, which):
                 continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            self._files[path.name] = _File(path, path.stat().st_size, digest)
+            self._files[path.name] = _File(path, path.stat().st_size, sha256_of(path))
 
     def listing(self) -> m.FileList:
         """Name, size and hash of every file."""

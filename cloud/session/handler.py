@@ -4,7 +4,7 @@
 runs on a thread of its own, which takes turns with the compute thread (`isthmus.cloud.engine.paused_calls`). Calls of
 several sessions that are computed at once are in `isthmus.cloud.session.batched_calls`.
 
-Which forms a tensor may have is checked where a message is read (`isthmus.protocol.validation`). Here it is checked
+Which forms a tensor may have is checked where a message is read (`isthmus.protocol.encoding`). Here it is checked
 against this cloud: hidden size, tokens of a call, positions of the model, memory.
 """
 

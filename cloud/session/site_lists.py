@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_pass import BoundSites, SiteMatrices
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.cloud.engine.executor import Executor
 from isthmus.protocol import messages as m
@@ -41,7 +41,7 @@ class SiteList:
 class _Lease:
     number: int
     list_number: int
-    weights: Mapping[int, LeasedWeights]  # by site
+    weights: Mapping[int, LeasedLora]  # by site
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class SiteLists:
         self._lease = _Lease(message.number, message.sites, weights)
         return m.Status(m.StatusCode.OK, None, f"{len(weights)} leased sites")
 
-    def leased_for(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedWeights]:
+    def leased_for(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedLora]:
         """The weights that a call's leased sites compute with. Raises LookupError where its lease is not here."""
         if not any(spec.is_leased for spec in sites.specs):
             return {}
@@ -151,7 +151,7 @@ class SiteLists:
             weights.up.detach().zero_()
         self._lease = None
 
-    def _copied(self, spec: SiteSpec, sent: m.LeasedWeights) -> LeasedWeights:
+    def _copied(self, spec: SiteSpec, sent: m.LeasedWeights) -> LeasedLora:
         """A copy of what the edge has sent for a leased site: the message's own bytes are overwritten soon."""
         n_in, n_out = self.executor.host.widths(spec)
         if (sent.up.shape[0], sent.down.shape[1]) != (n_out, n_in):
@@ -165,7 +165,7 @@ class SiteLists:
             .requires_grad_(spec.placement == Placement.LEASED)
             for each in (sent.down, sent.up)
         )
-        return LeasedWeights(down, up, sent.scale)
+        return LeasedLora(down, up, sent.scale)
 
 
 def _site_list(host: SiteHost, sites: BoundSites) -> SiteList:

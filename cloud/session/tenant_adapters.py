@@ -14,7 +14,6 @@ has a turn on a compute thread. A lock for each tenant keeps other workers of th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
-from isthmus.common.files import disk_errors, locked, new_folder
+from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
 from isthmus.emulator.package.intake import AdapterSummary, check_adapter
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.emulator.package.package import Package
@@ -252,9 +251,7 @@ class TenantAdapters:
             held = path.stat().st_size if path.exists() else 0
             if held != entry.size or not path.exists():
                 return f"{entry.name} is not here whole ({held} of {entry.size} bytes): send the rest"
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            if digest != entry.sha256:
+            if sha256_of(path) != entry.sha256:
                 path.unlink()
                 return f"{entry.name} arrived with another hash than was announced: return it again"
         return None

@@ -30,7 +30,7 @@ from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import Weights, weigh_parts
 from isthmus.common.errors import PackageError, RemoteProtocolError, SignerError
-from isthmus.common.files import disk_errors, locked, remove_folder, sync
+from isthmus.common.files import disk_errors, locked, remove_folder, sha256_of, sync
 from isthmus.common.ownership import check_contents, private_folder
 from isthmus.edge.client.offers import (
     DEFAULT_MAX_BYTES,
@@ -301,7 +301,4 @@ def _remove_others(folder: Path, listing: m.FileList) -> None:
 
 
 def _whole(path: Path, entry: m.FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest() == entry.sha256
+    return path.is_file() and path.stat().st_size == entry.size and sha256_of(path) == entry.sha256

@@ -5,12 +5,12 @@ An interrupted upload goes on where it stopped: the cloud says how much of a fil
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.backbone.adapters.adapter_files import TUNING_INFO
 from isthmus.common.errors import AdapterError, OverQuotaError, RemoteProtocolError
+from isthmus.common.files import sha256_of
 from isthmus.common.terminal import printable
 from isthmus.edge.client.fetch import transfer_bar
 from isthmus.edge.client.session_keeper import SessionKeeper
@@ -62,9 +62,7 @@ def _entries(folder: Path) -> tuple[m.FileEntry, ...]:
 
 def _entry(path: Path) -> m.FileEntry:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        return m.FileEntry(path.name, path.stat().st_size, digest)
+        return m.FileEntry(path.name, path.stat().st_size, sha256_of(path))
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}): check the file's rights") from error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.common.errors import PlanError, RefusedError, RemoteProtocolError
@@ -76,7 +76,7 @@ def _accepted(answer: m.Message) -> None:
         raise RefusedError(f"the cloud refused the adapters inside its layers: {printable(answer.message)}")
 
 
-def _packed(lora: LeasedWeights) -> m.LeasedWeights:
+def _packed(lora: LeasedLora) -> m.LeasedWeights:
     what = "a matrix leased to the cloud's layers"
     down, up = (encode(matrix.float(), "fp32", Role.ACTIVATION, what) for matrix in (lora.down, lora.up))
     return m.LeasedWeights(down, up, lora.scale)

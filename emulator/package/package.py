@@ -33,7 +33,7 @@ from isthmus.emulator.compress.emulator_files import load_emulator, save_emulato
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.package.manifest import MANIFEST_FILE, Distilled, FileInfo, Manifest, protection_rows, sign
-from isthmus.emulator.package.verification import sha256_of, verified
+from isthmus.emulator.package.verification import package_sha256, verified
 from isthmus.protocol.secure.keys import Fingerprint, WorkerIdentity
 
 
@@ -131,7 +131,7 @@ def write_package(
         export_edge_parts(checkpoint, plan, new)
         save_emulator(emulator, new)
         files = {
-            file.name: FileInfo(size=file.stat().st_size, sha256=sha256_of(file)) for file in sorted(new.iterdir())
+            file.name: FileInfo(size=file.stat().st_size, sha256=package_sha256(file)) for file in sorted(new.iterdir())
         }
         try:
             manifest = Manifest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from isthmus.backbone.checkpoints.sources import Checkpoint, is_part
 from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE
 from isthmus.common.errors import PackageError
+from isthmus.common.files import sha256_of
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO
 from isthmus.emulator.package.manifest import MANIFEST_FILE, MAX_MANIFEST, Manifest, verify
 from isthmus.protocol.secure.keys import Fingerprint
@@ -49,7 +49,7 @@ def verified(folder: Path, signer: Fingerprint | None) -> tuple[Manifest, str, F
         if name not in manifest.files:
             raise PackageError(f"{MANIFEST_FILE} names no {name}; {_AGAIN}")
     for name, info in sorted(manifest.files.items()):
-        if sha256_of(folder / name) != info.sha256:
+        if package_sha256(folder / name) != info.sha256:
             raise PackageError(f"{folder / name} was changed: its SHA-256 is not the manifest's; {_AGAIN}")
     return manifest, identity, root
 
@@ -68,15 +68,14 @@ def check_package_fits(manifest: Manifest, checkpoint: Checkpoint) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
+def package_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file of a package.
 
     Raises:
         PackageError: It cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path).hex()
     except OSError as error:
         raise PackageError(f"{path} cannot be read ({error.strerror}): check the file's rights") from error
 

@@ -15,7 +15,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.tensor_reader import read_json
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError
-from isthmus.common.files import locked, new_folder, remove_folder, write_atomic
+from isthmus.common.files import locked, new_folder, remove_folder, sha256_of, write_atomic
 from isthmus.emulator.compress.emulator_files import load_emulator, save_emulator
 from isthmus.emulator.compress.emulator_model import Emulator, build_emulator
 from isthmus.emulator.compress.layer_choice import Measures
@@ -112,7 +112,7 @@ class Workshop:
         """
         if method.given is not None:
             recipe_keep = float(json.loads((method.given / EMULATOR_INFO).read_text(encoding="utf-8"))["keep"])
-            return Built(method.label, recipe_keep, method.given, _sha256(method.given / EMULATOR_FILE))
+            return Built(method.label, recipe_keep, method.given, sha256_of(method.given / EMULATOR_FILE).hex())
         assert method.recipe is not None  # noqa: S101  # a method that is not given has one
         recipe = method.recipe
         needs_text = method.distilled or recipe.needs_text
@@ -131,7 +131,7 @@ class Workshop:
             if not folder.exists():
                 console.print(f"building {method.label}, keep {recipe.keep:g}", markup=False)
                 self._make(method, recipe, blocks, folder, console)
-        return Built(method.label, recipe.keep, folder, _sha256(folder / EMULATOR_FILE))
+        return Built(method.label, recipe.keep, folder, sha256_of(folder / EMULATOR_FILE).hex())
 
     def _make(self, method: Method, recipe: Recipe, blocks: Tensor | None, folder: Path, console: Console) -> None:
         measures = None if blocks is None or not recipe.chooses_by_text else self._measures(recipe, blocks, console)
@@ -170,8 +170,3 @@ def _read_measures(path: Path) -> Measures:
         tuple(kept["removal_errors"]),
         tuple(map(tuple, kept["similarity"])),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

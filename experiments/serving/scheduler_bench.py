@@ -34,7 +34,7 @@ from isthmus.experiments.serving.simulated_cloud import (
     STATE_ROOM,
     SimulatedCloud,
 )
-from isthmus.experiments.serving.tenants_bench import jain, run_tenants, tenants_calls
+from isthmus.experiments.serving.tenants_bench import jain, run_tenants
 from isthmus.experiments.serving.tenants_crowd import LENGTHS, percentile
 
 TOKENS: Final = 64

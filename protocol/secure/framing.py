@@ -1,7 +1,11 @@
-"""Frames: the plaintext prefix that every frame begins with, and the chain of keys behind one direction of a session.
+"""Frames: the prefix that they begin with, the gRPC message of each, the time that they may take, and their keys.
 
-How frames are sealed with them is told in `isthmus.protocol.secure.record`; the flights of
+How frames are sealed with these keys is told in `isthmus.protocol.secure.record`; the flights of
 `isthmus.protocol.secure.handshake` begin with the same magic, kind and version.
+
+A gRPC message is a `Frame` of `isthmus.proto`. Protobuf would take 1.2 ms to write one of 1 MiB, most of it in fresh
+pages for two copies more, where joining the same bytes takes 0.02 ms. So this file joins them, and takes nothing but
+what protobuf would write.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from isthmus.common.errors import LocalProtocolError
-from isthmus.protocol.limits import Buffer
+from isthmus.protocol.limits import Buffer, TransferTimeout
 
 MAGIC = b"ISTH"
 VERSION = 6
@@ -25,7 +29,10 @@ KEY_BYTES = 32
 FLIGHT_PREFIX = struct.Struct("!4sBB")
 """Magic, kind and version: what a flight of the handshake begins with."""
 PREFIX = struct.Struct("!4sBBIQIHHQ")
-"""What a sealed frame begins with, see `isthmus.protocol.secure.record`."""
+"""What a sealed frame begins with: magic "ISTH" | kind u8 | version u8 | epoch u32 | counter u64 | header bytes u32 |
+chunk u16 | chunks u16 | body bytes u64. `counter` is that of the frame's first record. Sizes are those of the
+plaintext; `header bytes` and `body bytes` are the whole message's and the same in all its frames."""
+_PREFIX_FIELD, _SEALED_FIELD = 0x0A, 0x12  # numbers 1 and 2 of `Frame`, of bytes
 _NONCE = struct.Struct("!IQ")
 _ZEROS = memoryview(bytes(1 << 16))
 MAX_CHUNKS = (1 << 16) - 1
@@ -54,8 +61,8 @@ class Kind(enum.IntEnum):
     REKEY = 17
 
 
-class Piece(enum.IntEnum):
-    """What one AEAD operation seals."""
+class ContentType(enum.IntEnum):
+    """What a record holds. A record is what one AEAD operation seals."""
 
     HEADER = 1
     CHUNK = 2
@@ -74,6 +81,57 @@ def wipe(*buffers: bytearray | memoryview) -> None:
 def chunk_count(body_bytes: int, chunk_bytes: int) -> int:
     """Count the frames of a message; an empty body takes one, too."""
     return max(1, -(-body_bytes // chunk_bytes))
+
+
+def write_frame(frame: bytes) -> bytes:
+    """Make the gRPC message of a frame."""
+    prefix = frame[: _prefix_size(frame)]
+    if not prefix:
+        return b""
+    start = bytes((_PREFIX_FIELD, len(prefix))) + prefix
+    if len(frame) == len(prefix):
+        return start
+    return b"".join((start, _sealed_start(len(frame) - len(prefix)), memoryview(frame)[len(prefix) :]))
+
+
+def read_frame(message: bytes) -> bytes:
+    """Take the frame out of a gRPC message. What is no `Frame` gives no bytes, which a session refuses as no frame."""
+    if len(message) < 2 or message[0] != _PREFIX_FIELD:
+        return b""
+    prefix, rest = message[2 : 2 + message[1]], memoryview(message)[2 + message[1] :]
+    if not 0 < message[1] == len(prefix) <= _prefix_size(prefix):
+        return b""
+    if not rest:
+        return prefix
+    for width in range(2, min(6, len(rest))):  # of the second field's start: its number, and a length of 1 to 4 bytes
+        if bytes(rest[:width]) == _sealed_start(len(rest) - width) and len(prefix) == _prefix_size(prefix):
+            return b"".join((prefix, rest[width:]))
+    return b""
+
+
+def _prefix_size(frame: bytes) -> int:
+    """Bytes of a frame that are in the clear, by its kind."""
+    return PREFIX.size if frame[4:5] >= bytes((Kind.DATA,)) else FLIGHT_PREFIX.size
+
+
+def _sealed_start(size: int) -> bytes:
+    start = bytearray((_SEALED_FIELD,))
+    while size > 127:
+        start.append(size & 127 | 128)
+        size >>= 7
+    start.append(size)
+    return bytes(start)
+
+
+def seconds_left(timeout: TransferTimeout, passed: float, done: int) -> float:
+    """Seconds until the next frame of a message is due, 0 where it is overdue.
+
+    Args:
+        timeout: how long the message may take.
+        passed: seconds since it began.
+        done: bytes of it that have come, or have been taken.
+    """
+    return max(0.0, min(timeout.message_seconds, timeout.stall_seconds + done / timeout.least_rate) - passed)
 
 
 class KeyChain:
@@ -95,7 +153,7 @@ class KeyChain:
         self._aead: AESGCM | None = AESGCM(key)
         wipe(key)
         self.bytes = 0
-        self.pieces = 0
+        self.records = 0
         self.since = self._clock()
 
     @property
@@ -115,16 +173,16 @@ class KeyChain:
         self._install()
 
     def use(self, plain_bytes: int) -> bytes:
-        """Take the nonce of the next piece."""
+        """Take the nonce of the next record."""
         nonce = _NONCE.pack(self.epoch, self.counter)
         self.counter += 1
-        self.pieces += 1
+        self.records += 1
         self.bytes += plain_bytes
         return nonce
 
-    def aad(self, piece: Piece, prefix: Buffer, header_hash: bytes = b"") -> bytes:
-        """What is authenticated with a piece: session, direction, what it is, the frame's prefix, the header's hash."""
-        return b"".join((self._aad_start, bytes((piece,)), prefix, header_hash))
+    def aad(self, content: ContentType, prefix: Buffer, header_hash: bytes = b"") -> bytes:
+        """What is authenticated with a record: session, direction, content, the frame's prefix, the header's hash."""
+        return b"".join((self._aad_start, bytes((content,)), prefix, header_hash))
 
     def wipe(self) -> None:
         """Overwrite the secret and drop the cipher; the library frees its copy of the key."""

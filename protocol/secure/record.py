@@ -1,9 +1,9 @@
 """Sealing: messages to encrypted frames and back, in one direction of one session.
 
 Rules
-    1. Every piece of plaintext is sealed by AES-256-GCM under a key that belongs to one session, one direction and one
-       epoch, with a nonce that is never used twice: epoch (32 bits) then counter (64 bits). The counter grows by one
-       with every piece and never restarts, not even with a new epoch.
+    1. A record is what AES-256-GCM seals in one operation: a header, a chunk of a body, or nothing (a change of keys).
+       Its key belongs to one session, one direction and one epoch, and its nonce is never used twice: epoch (32 bits)
+       then counter (64 bits). The counter grows by one with every record and never restarts, not even with a new epoch.
     2. The opener knows which counter, epoch, chunk and length must come next and takes nothing else: what is replayed,
        reordered, dropped, reflected, cut, extended, or of another session is refused.
     3. Sizes are compared with the limits before anything is allocated for them. A body of more bytes than are kept is
@@ -21,14 +21,9 @@ Theory of operation
 
         prefix | sealed header (first frame only) | sealed chunk (absent if the body is empty)
 
-    prefix (34 bytes, plaintext, big-endian):
-        magic "ISTH" | kind u8 | version u8 | epoch u32 | counter u64 | header bytes u32 | chunk u16 | chunks u16 |
-        body bytes u64
-
-    `counter` is that of the frame's first piece; a first frame with a chunk uses two. Sizes are those of the plaintext;
-    `header bytes` and `body bytes` are the whole message's and the same in all its frames. Authenticated with every
-    piece: session id, direction, the prefix, what the piece is (header, chunk or rekey), and for a chunk the SHA-256
-    of the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
+    A first frame with a chunk has two records. Authenticated with every record: session id, direction, the prefix
+    (see `isthmus.protocol.secure.framing`), what the record is (header, chunk or rekey), and for a chunk the SHA-256 of
+    the header: so step, call, attempt, operation, codec and shape are bound to every byte of the body.
 
     A rekey frame seals nothing under the old key and announces the next epoch, whose secret is HKDF(old secret). Old
     secrets are overwritten, so that who takes a key later cannot read what went before. After `MAX_REKEYS` in a row a
@@ -40,7 +35,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from cryptography.exceptions import InvalidTag
@@ -56,15 +51,13 @@ from isthmus.protocol.secure.framing import (
     PREFIX,
     TAG,
     VERSION,
+    ContentType,
     Direction,
     KeyChain,
     Kind,
-    Piece,
     chunk_count,
     wipe,
 )
-
-__all__ = ["Opened", "Opener", "Sealer", "wipe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +70,6 @@ class Opened:
     header: bytearray
     body: bytearray
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outgoing:
-    """A message on its way out."""
-
-    header: Buffer
-    header_hash: bytes
-    parts: list[memoryview]
-    total: int
-    chunks: int
 
 
 class Sealer:
@@ -116,11 +98,6 @@ class Sealer:
         self._busy = False
         self._dead = False
 
-    @property
-    def epoch(self) -> int:
-        """The number of the key in use, from 0."""
-        return self._keys.epoch
-
     def close(self) -> None:
         """Overwrite the secrets. Every later call raises LocalProtocolError."""
         self._dead = True
@@ -148,7 +125,7 @@ class Sealer:
                 f"a message header of {len(header)} bytes does not fit {self._limits.max_header_bytes}"
             )
         self._claim()
-        return self._frames(_Outgoing(header, sha256(header).digest(), parts, total, chunks))
+        return self._frames(header, parts, total, chunks)
 
     def rekey(self) -> bytes:
         """Change the key now; send the returned frame before any other."""
@@ -165,45 +142,45 @@ class Sealer:
             )
         self._busy = True
 
-    def _frames(self, message: _Outgoing) -> Iterator[bytes]:
+    def _frames(self, header: Buffer, parts: list[memoryview], total: int, count: int) -> Iterator[bytes]:
+        keys, header_hash = self._keys, sha256(header).digest()
         if self._is_rekey_due():
             yield self._rekey()
-        pieces = _cut(message.parts, self._limits.chunk_bytes, self._scratch)
-        for index in range(message.chunks):
+        chunks = _cut(parts, self._limits.chunk_bytes, self._scratch)
+        for index in range(count):
             if self._dead:
                 raise LocalProtocolError("the session was closed while a message was being sent")
-            frame = self._frame(message, index, next(pieces, None))
-            if index + 1 == message.chunks:
-                pieces.close()
+            sizes = (len(header), index, count, total)
+            prefix = PREFIX.pack(MAGIC, Kind.DATA, VERSION, keys.epoch, keys.counter, *sizes)
+            frame = self._frame(prefix, header if index == 0 else b"", next(chunks, None), header_hash)
+            if index + 1 == count:
+                chunks.close()
                 self._busy = False
             yield frame
 
-    def _frame(self, message: _Outgoing, index: int, chunk: memoryview | None) -> bytes:
-        keys, header = self._keys, message.header
-        sizes = (len(header), index, message.chunks, message.total)
-        prefix = PREFIX.pack(MAGIC, Kind.DATA, VERSION, keys.epoch, keys.counter, *sizes)
-        first = len(header) + TAG if index == 0 else 0
-        size = PREFIX.size + first + (0 if chunk is None else len(chunk) + TAG)
+    def _frame(self, prefix: bytes, header: Buffer, chunk: memoryview | None, header_hash: bytes) -> bytes:
+        """A prefix, and behind it a sealed header, unless it is empty, and a sealed chunk, unless it is None."""
+        keys = self._keys
+        behind = PREFIX.size + (len(header) + TAG if len(header) else 0)
+        size = behind + (0 if chunk is None else len(chunk) + TAG)
         # BytesIO gives its buffer away as `bytes` without a copy, which is what gRPC takes.
         frame = io.BytesIO(bytes(size))
         with frame.getbuffer() as view:
             view[: PREFIX.size] = prefix
-            at = PREFIX.size
-            if index == 0:
-                aad = keys.aad(Piece.HEADER, prefix)
-                keys.aead.encrypt_into(keys.use(len(header)), header, aad, view[at : at + first])
-                at += first
+            if len(header):
+                aad = keys.aad(ContentType.HEADER, prefix)
+                keys.aead.encrypt_into(keys.use(len(header)), header, aad, view[PREFIX.size : behind])
             if chunk is not None:
-                aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
-                keys.aead.encrypt_into(keys.use(len(chunk)), chunk, aad, view[at:])
+                aad = keys.aad(ContentType.CHUNK, prefix, header_hash)
+                keys.aead.encrypt_into(keys.use(len(chunk)), chunk, aad, view[behind:])
         return frame.getvalue()
 
     def _is_rekey_due(self) -> bool:
         keys, limits = self._keys, self._limits
         return (
             keys.bytes >= limits.rekey_bytes
-            or keys.pieces >= limits.rekey_frames
-            or (keys.pieces > 0 and self._clock() - keys.since >= limits.rekey_seconds)
+            or keys.records >= limits.rekey_frames
+            or (keys.records > 0 and self._clock() - keys.since >= limits.rekey_seconds)
         )
 
     def _rekey(self) -> bytes:
@@ -211,16 +188,16 @@ class Sealer:
         if keys.epoch >= MAX_EPOCH or keys.counter >= MAX_COUNTER - 4 * MAX_CHUNKS:
             raise LocalProtocolError("the session has used up its counters; open a new one")
         prefix = PREFIX.pack(MAGIC, Kind.REKEY, VERSION, keys.epoch, keys.counter, 0, 0, 1, 0)
-        frame = prefix + keys.aead.encrypt(keys.use(0), b"", keys.aad(Piece.REKEY, prefix))
+        frame = prefix + keys.aead.encrypt(keys.use(0), b"", keys.aad(ContentType.REKEY, prefix))
         keys.ratchet()
         return frame
 
 
 def _cut(parts: list[memoryview], size: int, scratch: bytearray) -> Generator[memoryview]:
-    """Cut consecutive buffers into pieces of `size` bytes (the last may be shorter).
+    """Cut consecutive buffers into chunks of `size` bytes (the last may be shorter).
 
-    A piece that lies within one buffer is a view of it. One that crosses a border is gathered in `scratch`, which is
-    wiped when the next piece is asked for: a fresh buffer would cost several times the copy, in page faults.
+    A chunk that lies within one buffer is a view of it. One that crosses a border is gathered in `scratch`, which is
+    wiped when the next chunk is asked for: a fresh buffer would cost several times the copy, in page faults.
     """
     pending: list[memoryview] = []
     missing = size
@@ -237,18 +214,18 @@ def _cut(parts: list[memoryview], size: int, scratch: bytearray) -> Generator[me
         yield from _gather(pending, scratch)
 
 
-def _gather(pieces: list[memoryview], scratch: bytearray) -> Generator[memoryview]:
-    if len(pieces) == 1:
-        yield pieces[0]
+def _gather(parts: list[memoryview], scratch: bytearray) -> Generator[memoryview]:
+    if len(parts) == 1:
+        yield parts[0]
         return
-    total = sum(len(piece) for piece in pieces)
+    total = sum(len(part) for part in parts)
     if len(scratch) < total:
         scratch.extend(bytes(total - len(scratch)))
     with memoryview(scratch) as whole:
         at = 0
-        for piece in pieces:
-            whole[at : at + len(piece)] = piece
-            at += len(piece)
+        for part in parts:
+            whole[at : at + len(part)] = part
+            at += len(part)
         with whole[:total] as gathered:
             try:
                 yield gathered
@@ -282,11 +259,6 @@ class Opener:
         self._rekeys = 0  # since the last message
         self._message: _Partial | None = None
         self._expected: int | None = None
-
-    @property
-    def epoch(self) -> int:
-        """The number of the key in use, from 0."""
-        return self._keys.epoch
 
     def expect(self, body_bytes: int | None) -> None:
         """Refuse larger bodies than this from the next message on; None for all that the limits accept."""
@@ -342,12 +314,7 @@ class Opener:
         message = self._message
         if message is None:
             message = self._check_start(header_bytes, chunk, chunks, total)
-        elif (header_bytes, chunk, chunks, total) != (
-            message.header_bytes,
-            message.chunk,
-            message.chunks,
-            message.total,
-        ):
+        elif (header_bytes, chunk, chunks, total) != message.next_sizes:
             raise FrameError(
                 f"chunk {chunk} of {chunks} came where {message.chunk} of {message.chunks} of a message was next"
             )
@@ -357,16 +324,16 @@ class Opener:
         if len(frame) != expected:
             raise FrameError(f"a frame has {len(frame)} bytes where {expected} are due")
         if self._message is None:
-            # Nothing of the size that the peer claims is allocated before its first piece is authentic.
+            # Nothing of the size that the peer claims is allocated before its first record is authentic.
             message.header = bytearray(header_bytes)
             sealed = frame[PREFIX.size : PREFIX.size + first]
-            self._decrypt(sealed, keys.aad(Piece.HEADER, prefix), memoryview(message.header))
+            self._decrypt(sealed, keys.aad(ContentType.HEADER, prefix), memoryview(message.header))
             message.header_hash = sha256(message.header).digest()
             message.body = bytearray(total if total <= self._keep else 0)
             self._message, self._rekeys = message, 0
         if size:
             start = chunk * self._limits.chunk_bytes if message.body else 0
-            aad = keys.aad(Piece.CHUNK, prefix, message.header_hash)
+            aad = keys.aad(ContentType.CHUNK, prefix, message.header_hash)
             with memoryview(message.body or bytearray(size)) as room:
                 self._decrypt(frame[PREFIX.size + first :], aad, room[start : start + size])
                 if not message.body:
@@ -384,7 +351,7 @@ class Opener:
             raise FrameError(f"more than {MAX_REKEYS} key changes came without a message between them")
         if rest != (0, 0, 1, 0) or len(frame) != PREFIX.size + TAG or self._keys.epoch >= MAX_EPOCH:
             raise FrameError("a key change is malformed")
-        self._decrypt(frame[PREFIX.size :], self._keys.aad(Piece.REKEY, prefix), memoryview(bytearray()))
+        self._decrypt(frame[PREFIX.size :], self._keys.aad(ContentType.REKEY, prefix), memoryview(bytearray()))
         self._keys.ratchet()
         self._rekeys += 1
 
@@ -394,10 +361,9 @@ class Opener:
             raise LimitError(f"a message body of {total} bytes is refused: {limits.max_message_bytes} are accepted")
         if self._expected is not None and total > self._expected:
             raise LimitError(f"a message body of {total} bytes is refused: at most {self._expected} were asked for")
-        if header_bytes > limits.max_header_bytes:
-            raise LimitError(
-                f"a message header of {header_bytes} bytes is refused: {limits.max_header_bytes} are accepted"
-            )
+        most = limits.max_header_bytes
+        if header_bytes > most:
+            raise LimitError(f"a message header of {header_bytes} bytes is refused: {most} are accepted")
         if chunk != 0 or header_bytes == 0 or chunks != chunk_count(total, limits.chunk_bytes):
             raise FrameError(
                 f"chunk {chunk} of {chunks} of a message of {header_bytes} + {total} bytes cannot begin a message"
@@ -415,16 +381,19 @@ class Opener:
             ) from None
 
 
+@dataclass(slots=True)
 class _Partial:
     """A message of which some frames are still to come."""
 
-    __slots__ = ("body", "chunk", "chunks", "header", "header_bytes", "header_hash", "total")
+    header_bytes: int
+    chunks: int
+    total: int
+    chunk: int = 0
+    header: bytearray = field(default_factory=bytearray)
+    header_hash: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
 
-    def __init__(self, header_bytes: int, chunks: int, total: int) -> None:
-        self.header_bytes = header_bytes
-        self.chunks = chunks
-        self.total = total
-        self.chunk = 0
-        self.header = bytearray()
-        self.header_hash = b""
-        self.body = bytearray()
+    @property
+    def next_sizes(self) -> tuple[int, int, int, int]:
+        """Those that the prefix of the next frame has."""
+        return self.header_bytes, self.chunk, self.chunks, self.total

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from isthmus.cli.cloud_commands import app
 from isthmus.cloud.bounds import Allowance, Bounds
 from isthmus.cloud.control import supervisor
-from isthmus.protocol.limits import Pace
+from isthmus.protocol.limits import TransferTimeout
 
 
 def test_an_allowance_comes_back_with_time() -> None:
@@ -27,4 +27,4 @@ def test_the_bounds_are_options_of_serve(monkeypatch: pytest.MonkeyPatch) -> Non
         result = CliRunner().invoke(app, ["serve", "--model", "tiny", *options])
         assert result.exit_code == 0, result.output
     assert given[0] == Bounds()
-    assert given[1] == Bounds(max_connections=9, max_session_age=60, pace=Pace(3, 1024))
+    assert given[1] == Bounds(max_connections=9, max_session_age=60, transfer=TransferTimeout(3, 1024))

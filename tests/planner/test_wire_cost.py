@@ -10,11 +10,11 @@ from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.planner.wire_cost import Traffic, Wire, answer_header, frame_bytes, lease_header, question_header, sizes
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.framing import KEY_BYTES, Direction
 from isthmus.protocol.secure.record import Sealer
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Payload, Role, codec_id, encode, encode_mask
 
-MIB = 1 << 20
 CALL = m.CallId(7, 9)
 
 

@@ -13,8 +13,7 @@ from support.protocol.wire import GENERATORS
 
 from isthmus.common.errors import LimitError, LocalProtocolError, MessageError
 from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m
-from isthmus.protocol.encoding import pack, unpack
-from isthmus.protocol.validation import check
+from isthmus.protocol.encoding import check, pack, unpack
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MESSAGES: tuple[type[m.Message], ...] = typing.get_args(m.Message)

@@ -19,8 +19,9 @@ from grpc_health.v1 import health_pb2
 
 from isthmus.experiments.rigs.abuse import http2
 from isthmus.experiments.rigs.abuse.http2 import Connection, field, frame
+from isthmus.protocol.secure.framing import write_frame
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.protocol.service import METHOD, write_frame
+from isthmus.protocol.service import METHOD
 from isthmus.protocol.session import EdgeSession
 
 CHECK: Final = "/grpc.health.v1.Health/Check"

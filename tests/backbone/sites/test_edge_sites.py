@@ -15,7 +15,7 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_modules import sites_active
 from isthmus.backbone.runtime.sited_pass import SitedPass
 from isthmus.backbone.sites.ladder import add_ladder
-from isthmus.backbone.sites.leasing import LeasedWeights
+from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.sites.low_rank import add_low_rank
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import Placement
@@ -52,7 +52,7 @@ class HereLink:
         specs = sites.specs
         leased = [number for number, spec in enumerate(specs) if spec.placement == Placement.LEASED]
         leased_weights = {
-            number: LeasedWeights(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
+            number: LeasedLora(one.down.clone().requires_grad_(), one.up.clone().requires_grad_(), one.scale)
             for number, one in zip(leased, sites.lease, strict=True)
         }
         sited = SitedPass(self.host.bind(specs), Counting(self, sites), leased_weights, again)

@@ -16,7 +16,7 @@ from isthmus.cloud.gateway.hang_up import HangUp, address_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NotEnrolledError
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import Pace
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
 
@@ -31,7 +31,7 @@ def test_a_connection_is_closed_after_what_its_session_may_have_in_transit(
         original(self, context, in_transit)
 
     monkeypatch.setattr(HangUp, "when_lingering", noted)
-    bounds = Bounds(pace=Pace(60, 1), linger_seconds=0.1)
+    bounds = Bounds(transfer=TransferTimeout(60, 1), linger_seconds=0.1)
     with ThreadServer(cloud, home, bounds=bounds) as server:
         with pytest.raises(NotEnrolledError):
             channel(server, key=home.new_edge("stranger", enrolled=False))

@@ -45,9 +45,8 @@ from isthmus.common.errors import (
 )
 from isthmus.experiments.harness.blocking_stream import BlockingStream
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import Pace
 from isthmus.protocol.secure import handshake
-from isthmus.protocol.secure.framing import VERSION
+from isthmus.protocol.secure.framing import VERSION, TransferTimeout
 from isthmus.protocol.secure.handshake import version_refusal
 from isthmus.protocol.secure.keys import load_edge
 from isthmus.protocol.service import CLIENT_CODING, METHOD, OLD_METHOD, SERVICE
@@ -103,7 +102,7 @@ def test_a_failure_of_the_server_is_logged_by_type_and_its_text_goes_nowhere(
 
 
 def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(cloud: Served, home: Home) -> None:
-    with ThreadServer(cloud, home, bounds=Bounds(pace=Pace(0.2, 1 << 30))) as server:
+    with ThreadServer(cloud, home, bounds=Bounds(transfer=TransferTimeout(0.2, 1 << 30))) as server:
         slow = channel(server)
         payload = encode(torch.zeros(128, 128, HIDDEN), "fp32", Role.ACTIVATION)  # two chunks
         frames = list(slow._session.send(m.Forward(m.CallId(1, 1), True, payload, None, None, codec_id("fp32"))))
@@ -115,7 +114,7 @@ def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(cloud: Served, h
 
 
 def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go(cloud: Served, home: Home) -> None:
-    bounds = Bounds(pace=Pace(0.5, 1 << 30), linger_seconds=0.2)
+    bounds = Bounds(transfer=TransferTimeout(0.5, 1 << 30), linger_seconds=0.2)
     with ThreadServer(cloud, home, bounds=bounds) as server, raw(server) as plain:
         asked = hasty(plain, server.home, 64)  # of 512 KiB each, and nobody reads the answers
         with server.link() as witness:

@@ -16,10 +16,8 @@ from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.session.served_model import Served
 from isthmus.experiments.rigs.abuse.http2 import PING, Connection, frame
 from isthmus.experiments.rigs.abuse.stranger import ATTACKS, CHECK, METHOD, idle_connections, open_streams
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.service import MAX_GRPC_MESSAGE_BYTES, SERVICE
-
-MIB = 1 << 20
-
 
 # Messages -------------------------------------------------------------------------------------------------------------
 

@@ -18,19 +18,19 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import Pace
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.session import Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
-PACE = Pace(stall_seconds=10, least_rate=100, message_seconds=60)
+TIMEOUT = TransferTimeout(stall_seconds=10, least_rate=100, message_seconds=60)
 
 
 def test_a_message_has_the_time_of_its_bytes_and_no_more() -> None:
-    assert PACE.left(0, 0) == 10
-    assert PACE.left(4, 500) == 11
-    assert PACE.left(16, 500) == 0
-    assert PACE.left(0, 1 << 30) == 60  # whatever its size
-    assert PACE.left(61, 1 << 30) == 0
+    assert TIMEOUT.left(0, 0) == 10
+    assert TIMEOUT.left(4, 500) == 11
+    assert TIMEOUT.left(16, 500) == 0
+    assert TIMEOUT.left(0, 1 << 30) == 60  # whatever its size
+    assert TIMEOUT.left(61, 1 << 30) == 0
 
 
 def test_a_forward_of_this_size_comes_in_many_frames() -> None:
@@ -70,7 +70,7 @@ def received(seconds: float, frames: Callable[[Any], Iterable[bytes]]) -> Any:
     """What a server gets of an edge's frames that come so many seconds apart."""
     edge, cloud = new_pair(limits=SMALL)
     slow = Slow(seconds)
-    stream = SealedStream(cloud, slow.frames(frames(edge)), slow, Metrics(), PACE, slow.clock)
+    stream = SealedStream(cloud, slow.frames(frames(edge)), slow, Metrics(), TIMEOUT, slow.clock)
 
     async def receive() -> Any:
         return await stream.receive(asyncio.Event())
@@ -107,7 +107,7 @@ def test_an_answer_that_is_taken_too_slowly_is_not_sent_on() -> None:
     def send(seconds: float) -> None:
         _, cloud = new_pair(limits=SMALL)
         slow = Slow(seconds)
-        stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), PACE, slow.clock)
+        stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), TIMEOUT, slow.clock)
         forward_reply = m.ForwardReply(m.CallId(1, 1), forward().hidden, 0, 0, 0)
         asyncio.run(stream.send(forward_reply))
 
@@ -119,12 +119,12 @@ def test_an_answer_that_is_taken_too_slowly_is_not_sent_on() -> None:
 def test_what_was_sent_has_the_time_of_its_bytes_to_arrive() -> None:
     _, cloud = new_pair(limits=SMALL)
     slow = Slow(0.0)
-    stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), PACE, slow.clock)
+    stream = SealedStream(cloud, slow.frames(()), slow, Metrics(), TIMEOUT, slow.clock)
     slow.now = 5.0
     assert stream.in_transit == 0  # nothing was sent
     asyncio.run(stream.send(m.ForwardReply(m.CallId(1, 1), forward().hidden, 0, 0, 0)))
     carried = stream.in_transit
-    assert carried > 2 * 12 * 16 * 4 / PACE.least_rate
+    assert carried > 2 * 12 * 16 * 4 / TIMEOUT.least_rate
     slow.now += 1
     asyncio.run(stream.send(m.Pong(1, 0)))
     assert stream.in_transit == pytest.approx(carried - 1)  # the longer one counts

@@ -18,7 +18,7 @@ from isthmus.cloud.control import supervisor as serve_module
 from isthmus.cloud.control.serve_options import ServeOptions
 from isthmus.cloud.control.serve_state import STATE_FILE, read_status, write_state
 from isthmus.cloud.home import home_lock as lock_module
-from isthmus.cloud.home.home_lock import LOCK_FILE, SOCKET_PATH_BYTES, occupied, private_folder
+from isthmus.cloud.home.home_lock import LOCK_FILE, SOCKET_PATH_BYTES, occupied, socket_folder
 from isthmus.common.errors import ConfigError, DiskError, HomeInUseError, UnreachableError
 
 HOLD = """
@@ -102,24 +102,24 @@ def test_the_sockets_path_is_short_enough_wherever_temporary_files_are_kept(
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     inside = len(lock_module._LONGEST_SOCKET)
-    folder = private_folder(inside)
+    folder = socket_folder(inside)
     assert folder.parent == Path("/tmp")  # noqa: S108  # compared only
     assert len(str(folder)) + 1 + inside <= SOCKET_PATH_BYTES
     assert not list(long.iterdir())
     folder.rmdir()
     with pytest.raises(ConfigError, match=r"at most 107 bytes.*would have paths of .*set TMPDIR"):
-        private_folder(100)
+        socket_folder(100)
 
 
 def test_a_folder_that_everybody_may_rename_is_none_for_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert private_folder(10).parent == tmp_path
+    assert socket_folder(10).parent == tmp_path
     tmp_path.chmod(0o777)
-    folder = private_folder(10)
+    folder = socket_folder(10)
     assert folder.parent != tmp_path
     folder.rmdir()
     tmp_path.chmod(0o1777)
-    assert private_folder(10).parent == tmp_path
+    assert socket_folder(10).parent == tmp_path
     tmp_path.chmod(0o700)
 
 

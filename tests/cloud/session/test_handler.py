@@ -15,8 +15,8 @@ from isthmus.cloud.session.handler import TenantSession, kind_of
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import MessageError
 from isthmus.protocol import messages as m
+from isthmus.protocol.encoding import check
 from isthmus.protocol.tensor_codecs import codec_id, decode
-from isthmus.protocol.validation import check
 
 THREADS = CallThreads(1, 16)
 

@@ -35,11 +35,11 @@ from isthmus.edge.client import fetch, offers, session_keeper
 from isthmus.edge.client.fetch import fetch_parts
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
+from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.tensor_codecs import Role, encode
 from isthmus.rpc.transport import run
 
-MIB = 1 << 20
 LARGE = m.Blob("config.json", 0, 8 * MIB, bytes(32), bytes(8 * MIB))
 OTHER_PIN = Fingerprint.of(Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw())
 Answer = Callable[[m.Message], m.Message | None]

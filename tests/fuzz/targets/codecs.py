@@ -11,7 +11,7 @@ from fuzz.target import Cursor, Target
 from support.protocol.example_messages import tensor
 
 from isthmus.common.errors import ReceivedNonFiniteError, RemoteProtocolError
-from isthmus.protocol import tensor_codecs
+from isthmus.protocol import block_codecs, tensor_codecs
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.tensor_codecs import (
     ACTIVATION_CODECS,
@@ -78,11 +78,10 @@ TARGET = Target(
         tensor_codecs.checked_sizes,
         tensor_codecs.codec_by_id,
         tensor_codecs._tensor,
-        tensor_codecs._int8_unpack,
-        tensor_codecs._int4_unpack,
-        tensor_codecs._outliers_unpack,
-        tensor_codecs._mask_unpack,
-        tensor_codecs._int32_unpack,
+        block_codecs.int8_decode,
+        block_codecs.int4_decode,
+        block_codecs.outliers_decode,
+        tensor_codecs._mask_decode,
     ],
     floor=0.9,
     max_len=2048,

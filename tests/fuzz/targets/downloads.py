@@ -1,4 +1,4 @@
-"""What the cloud answers to an edge that fetches files: lists, and pieces, until the folder is whole."""
+"""What the cloud answers to an edge that fetches files: lists, and chunks, until the folder is whole."""
 
 from __future__ import annotations
 

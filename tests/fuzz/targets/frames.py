@@ -14,7 +14,7 @@ from fuzz.target import Cursor, Target, block, patched
 
 from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.secure.framing import MAGIC, PREFIX, VERSION, Direction, KeyChain, Kind, Piece
+from isthmus.protocol.secure.framing import MAGIC, PREFIX, VERSION, ContentType, Direction, KeyChain, Kind
 from isthmus.protocol.secure.record import Opened, Opener, Sealer
 
 LIMITS = Limits(max_message_bytes=1 << 12, max_header_bytes=256, chunk_bytes=64)
@@ -91,7 +91,7 @@ class _Way:
     def forge(self, script: Cursor) -> None:
         """Seal a frame with a prefix of the peer's choice, under the key and counter that the opener waits for."""
         keys = KeyChain(bytearray(SECRET), SESSION, UP, lambda: 0.0)
-        for _ in range(self._opener.epoch):
+        for _ in range(self._opener._keys.epoch):
             keys.ratchet()
         keys.counter = self._opener._keys.counter
         kind = (Kind.DATA, Kind.REKEY)[script.number() & 1]
@@ -100,12 +100,12 @@ class _Way:
         prefix = PREFIX.pack(MAGIC, kind, VERSION, keys.epoch, keys.counter, claimed, chunk, chunks, total)
         frame = prefix
         if header or kind == Kind.REKEY:
-            piece = Piece.HEADER if kind == Kind.DATA else Piece.REKEY
-            frame += keys.aead.encrypt(keys.use(len(header)), header, keys.aad(piece, prefix))
+            content = ContentType.HEADER if kind == Kind.DATA else ContentType.REKEY
+            frame += keys.aead.encrypt(keys.use(len(header)), header, keys.aad(content, prefix))
         if body:
             message = self._opener._message
             known = message.header_hash if message is not None else sha256(header).digest()
-            frame += keys.aead.encrypt(keys.use(len(body)), body, keys.aad(Piece.CHUNK, prefix, known))
+            frame += keys.aead.encrypt(keys.use(len(body)), body, keys.aad(ContentType.CHUNK, prefix, known))
         self.open(frame)
 
 

@@ -14,10 +14,10 @@ from support.protocol.example_messages import MESSAGES
 from support.protocol.mutations import mutations
 
 from isthmus.common.errors import LocalProtocolError, RemoteProtocolError
-from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m, validation
+from isthmus.protocol import encoding, isthmus_pb2 as pb, messages as m
 from isthmus.protocol.encoding import pack, peek, unpack
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.tensor_codecs import Payload
+from isthmus.protocol.tensor_codecs import Payload, check_hidden
 
 MAX_LEN = 2048
 LIMITS = Limits(max_message_bytes=1 << 16, max_header_bytes=1 << 12)
@@ -113,5 +113,7 @@ def _seeds() -> Iterator[bytes]:
 
 
 DECODERS: list[Any] = [unpack, peek, encoding._parse_header, encoding._parse, encoding._read, encoding._Body]
-CHECKS = [value for name, value in vars(validation).items() if name.startswith("_check") or value is validation.check]
+KINDS = (*m.EDGE_SENDS, *m.CLOUD_SENDS, m.SpanInputs, m.LeasedWeights)
+CHECKS = [encoding.check, encoding._check_rule, check_hidden, m.check_lora, m._check_call]
+CHECKS += [kind.check for kind in KINDS if hasattr(kind, "check")]
 TARGET = Target(_run, _seeds, [*DECODERS, *CHECKS], floor=0.88, max_len=MAX_LEN)

@@ -11,9 +11,9 @@ from support.protocol.wire import TENANT, session_info
 
 from isthmus.common.errors import MessageError
 from isthmus.edge.client.fetch import _name
-from isthmus.protocol import encoding, validation
+from isthmus.protocol import encoding
 from isthmus.protocol.encoding import pack_info, unpack_info
-from isthmus.protocol.messages import MAX_INFO
+from isthmus.protocol.messages import MAX_INFO, SessionInfo
 
 INFO = session_info(TENANT, bytes(16))
 
@@ -44,7 +44,7 @@ def _seeds() -> Iterator[bytes]:
 TARGET = Target(
     _run,
     _seeds,
-    [unpack_info, encoding._parse, encoding._read, validation.check_info],
+    [unpack_info, encoding._parse, encoding._read, encoding.check, SessionInfo.check],
     floor=0.7,
     max_len=MAX_INFO + 2,
     words=[b"1:1", b"\x0a\x20", b"\x1a\x40", b"\x5a", b"\x60"],

@@ -1,4 +1,4 @@
-"""An adapter on its way in: pieces of files, as a tenant sends them, until they are plugged in."""
+"""An adapter on its way in: chunks of files, as a tenant sends them, until they are plugged in."""
 
 from __future__ import annotations
 

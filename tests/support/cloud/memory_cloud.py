@@ -23,7 +23,7 @@ from isthmus.common.errors import ConnectionLostError, RemoteProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Tenant
-from isthmus.protocol.secure.record import wipe
+from isthmus.protocol.secure.framing import wipe
 from isthmus.protocol.session import CloudSession, Received
 from isthmus.rpc.transport import Stream, Transport
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
@@ -50,7 +49,7 @@ def _bad(owner: type, name: str, kind: Any, value: Any) -> Iterator[tuple[str, A
     if kind == Buffer:
         yield " too long", bytes(m.MAX_FILE_CHUNK + 1)
         return
-    if isinstance(kind, types.UnionType):  # an optional one
+    if type(None) in typing.get_args(kind):  # an optional one
         (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
     if typing.get_origin(kind) is tuple:
         (kind, _) = typing.get_args(kind)
@@ -210,7 +209,7 @@ def _answer(good: m.SiteAnswer) -> Iterator[m.Message]:
     yield replace(good, tensors=(HIDDEN, GRADIENT))
 
 
-def _piece(good: m.Blob | m.Put) -> Iterator[m.Message]:
+def _chunk(good: m.Blob | m.Put) -> Iterator[m.Message]:
     yield replace(good, total=good.offset + len(good.data) - 1)
 
 
@@ -229,8 +228,8 @@ SIBLINGS: dict[type[m.Message], Callable[[Any], Iterator[m.Message]]] = {
     m.Sites: _sites,
     m.SiteQuestion: _question,
     m.SiteAnswer: _answer,
-    m.Blob: _piece,
-    m.Put: _piece,
+    m.Blob: _chunk,
+    m.Put: _chunk,
     m.Workers: _workers,
     m.FileList: lambda good: iter((m.FileList((FILE, FILE)), m.FileList((FILE,) * (1 << 16)))),
     m.PlugIn: lambda good: iter(

@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 from support.protocol.wire import new_pair
 
 from isthmus.protocol import isthmus_pb2 as pb, messages as m
+from isthmus.protocol.secure.framing import read_frame, write_frame
 from isthmus.protocol.secure.handshake import version_refusal
-from isthmus.protocol.service import METHOD, OLD_METHOD, SERVICE, read_frame, write_frame
+from isthmus.protocol.service import METHOD, OLD_METHOD, SERVICE
 
 FRAMES = [
     *new_pair()[0].send(m.Put("a", 0, 3 << 20, bytes(32), bytes((1 << 20) + 5))),
