@@ -217,7 +217,7 @@ def start_engine(
     options: EngineOptions,
     *,
     is_computed: Callable[[Any], bool] = lambda _: True,
-    make_scheduler: Callable[[SchedulerLimits], Scheduler] | None = None,
+    scheduler: type[Scheduler] = Scheduler,
 ) -> Engine:
     """Start what computes for an executor.
 
@@ -226,7 +226,7 @@ def start_engine(
         threads: torch threads, of all compute threads together.
         options: The operator's.
         is_computed: `Engine`'s.
-        make_scheduler: Makes another scheduler than `Scheduler`, for comparison.
+        scheduler: Another one, for comparison.
     """
     batching = options.batching
     compute_threads = min(options.compute_threads if batching and executor.side_by_side else 1, threads)
@@ -242,7 +242,7 @@ def start_engine(
     )
     return Engine(
         threads,
-        Scheduler(time.monotonic, limits, executor.cache.held) if make_scheduler is None else make_scheduler(limits),
+        scheduler(time.monotonic, limits, executor.cache.held),
         compute_threads=compute_threads,
         invariance=found,
         is_computed=is_computed,

@@ -232,7 +232,7 @@ class TenantSettings:
 
 @dataclass(frozen=True, slots=True)
 class QosSettings:
-    """Compare the scheduler with the former one: latency and deadlines of interactive calls, throughput.
+    """Compare the scheduler with a textbook's: latency and deadlines of interactive calls, throughput.
 
     Example: isthmus bench qos --json
     """

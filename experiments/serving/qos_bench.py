@@ -1,4 +1,4 @@
-"""The shipped scheduler beside the former one: interactive and training calls that come by themselves.
+"""The shipped scheduler beside the textbook's: interactive and training calls that come by themselves.
 
 Calls arrive as a Poisson process or in bursts (gamma-distributed gaps), whoever is still being served. All of it is
 computed by the cloud's own engine over the real span; the network is left out. The two schedulers take turns over the
@@ -26,7 +26,6 @@ from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import SpanInput, load_span
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.activation_cache import Key
-from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
@@ -35,15 +34,14 @@ from isthmus.common.machine import usable_cores
 from isthmus.experiments.harness.bench_flags import numbers_of
 from isthmus.experiments.harness.bench_settings import QosSettings
 from isthmus.experiments.harness.launch import stderr_progress
-from isthmus.experiments.serving.former_policy import FormerScheduler
+from isthmus.experiments.serving.scheduler_policies import Textbook
 from isthmus.experiments.serving.simulated_cloud import BACKWARD, FORWARD, KEPT_FORWARD
 from isthmus.experiments.serving.tenants_crowd import percentile
 
-ARRIVALS, POLICIES = ("poisson", "bursty"), ("scheduler", "former")
+ARRIVALS = ("poisson", "bursty")
+POLICIES = {"scheduler": Scheduler, "textbook": Textbook}
 BURST_SHAPE = 0.25  # of the gamma distribution
 DRAIN_SECONDS = 30.0
-FORMER_STATE_SHARE = 0.47
-"""Of the span's weights: what forward states take at which the former scheduler holds forwards back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ class _Lab:
             self._executor,
             self._threads,
             EngineOptions(),
-            make_scheduler=None if policy == "scheduler" else self._former_scheduler,
+            scheduler=POLICIES[policy],
         )
         open_calls = threading.Semaphore(0)
         begun = time.monotonic()
@@ -236,10 +234,6 @@ class _Lab:
         self._executor.cache.evict_all()
         outcome.missed += max(0, waiting)
         return outcome
-
-    def _former_scheduler(self, limits: SchedulerLimits) -> Scheduler:
-        room = FORMER_STATE_SHARE * self._executor.span_bytes / self._executor.memory.kept_per_position
-        return FormerScheduler(time.monotonic, limits, room)
 
     def _forward_together(self, asked: Sequence[tuple[Key, SpanInput]], *, keep: bool) -> Sequence[Any]:
         return self._executor.forward_together(dict(asked), keep=keep)

@@ -1,4 +1,4 @@
-"""The schedulers that `isthmus bench scheduler` compares: the shipped one, the former one, and each less one mechanism.
+"""The schedulers that `isthmus bench scheduler` compares: the shipped one, it less a mechanism, and the textbook's.
 
 A mechanism of the shipped scheduler is switched off in a subclass of it, so that nothing of that is in the cloud.
 """
@@ -6,18 +6,14 @@ A mechanism of the shipped scheduler is switched off in a subclass of it, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from isthmus.cloud.engine.batching import Answered, Batching, SchedulerLimits, Snapshot
 from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.engine.scheduler import Scheduler
-from isthmus.experiments.serving.former_policy import FormerScheduler
 from isthmus.experiments.serving.simulated_cloud import STATE_ROOM, MakeScheduler
-
-FORMER_ROOM = 287.0
-"""Token positions for whose forward states the former scheduler has room."""
 
 
 class _NoWait(Batching):
@@ -49,6 +45,16 @@ class _WithoutPacing(Scheduler):
 
 class _WithoutEvenParts(Scheduler):
     batching = _WholeBatches
+
+
+class _GreedyBatches(_NoWait, _WholeBatches):
+    """A batch takes all that waits, and begins at once."""
+
+
+class Textbook(_WithoutPacing):
+    """Weighted fair queueing over computing time, interactive first within a bound, greedy batches, memory by bytes."""
+
+    batching = _GreedyBatches
 
 
 class _WithSpeed(Scheduler):
@@ -86,13 +92,7 @@ class Policy:
         return lambda clock, held: self.make(clock, self.limits, held)
 
 
-def _former(
-    without: Collection[str] = (), room: float = FORMER_ROOM
-) -> Callable[[Callable[[], float], SchedulerLimits, Callable[[], Mapping[bytes, float]]], Scheduler]:
-    return lambda clock, limits, _held: FormerScheduler(clock, limits, room, without)
-
-
-SHIPPED, FORMER = Policy("shipped", Scheduler), Policy("former", _former())
+SHIPPED, TEXTBOOK = Policy("shipped", Scheduler), Policy("textbook", Textbook)
 POLICIES = (
     SHIPPED,
     Policy("shipped, no waiting for partners", _WithoutWaiting),
@@ -101,12 +101,6 @@ POLICIES = (
     Policy("shipped, hopeless requests refused", _WithSpeed),
     replace(SHIPPED, name="shipped, no limit of states", limits=replace(SHIPPED.limits, state_bytes=math.inf)),
     replace(SHIPPED, name="shipped, one compute thread", limits=replace(SHIPPED.limits, compute_threads=1)),
-    FORMER,
-    Policy("former, no waiting for partners", _former(["waiting"])),
-    Policy("former, no rests", _former(["rests"])),
-    Policy("former, no closing together", _former(["closing together"])),
-    Policy("former, deadlines without pace", _former(["pace"])),
-    Policy("former, no limit of states", _former(room=math.inf)),
-    replace(FORMER, name="former, one compute thread", limits=replace(FORMER.limits, compute_threads=1)),
+    TEXTBOOK,
 )
 """The rows of the table."""

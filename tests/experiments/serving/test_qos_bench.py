@@ -64,7 +64,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     runs = json.loads(result.stdout)["runs"]
     assert {(run["arrivals"], run["load"], run["policy"]) for run in runs} == set(
-        itertools.product(ARRIVALS, (0.5, 3.0), ("scheduler", "former"))
+        itertools.product(ARRIVALS, (0.5, 3.0), ("scheduler", "textbook"))
     )
     for run in runs:
         assert run["throughput"] > 0
