@@ -197,7 +197,7 @@ class SiteCall:
 
 
 def _check(tensor: Tensor, site: Site, what: str) -> None:
-    if not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN passes through both
+    if not all(map(math.isfinite, torch.aminmax(tensor.detach()))):  # NaN passes through both
         raise NonFiniteError(
             f"the {what} of {site.name} holds NaN or infinity: lower the learning rate, or look for bad values in the "
             "adapter"

@@ -19,6 +19,7 @@ from isthmus.cloud.telemetry.metrics import Metrics
 from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import TransferTimeout
+from isthmus.protocol.secure.framing import seconds_left
 from isthmus.protocol.session import Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
@@ -26,11 +27,11 @@ TIMEOUT = TransferTimeout(stall_seconds=10, least_rate=100, message_seconds=60)
 
 
 def test_a_message_has_the_time_of_its_bytes_and_no_more() -> None:
-    assert TIMEOUT.left(0, 0) == 10
-    assert TIMEOUT.left(4, 500) == 11
-    assert TIMEOUT.left(16, 500) == 0
-    assert TIMEOUT.left(0, 1 << 30) == 60  # whatever its size
-    assert TIMEOUT.left(61, 1 << 30) == 0
+    assert seconds_left(TIMEOUT, 0, 0) == 10
+    assert seconds_left(TIMEOUT, 4, 500) == 11
+    assert seconds_left(TIMEOUT, 16, 500) == 0
+    assert seconds_left(TIMEOUT, 0, 1 << 30) == 60  # whatever its size
+    assert seconds_left(TIMEOUT, 61, 1 << 30) == 0
 
 
 def test_a_forward_of_this_size_comes_in_many_frames() -> None:
