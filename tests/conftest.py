@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.file_order import begin_with_longest
 from support.warm_processes import FOLDER, WarmPopen
 
 from isthmus.backbone.checkpoints.built_in import BUILT_IN
@@ -65,9 +66,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that start real servers: they take longest, and none of them is to be left at the end."""
-    serving = {item.path for item in items if item.get_closest_marker("server") is not None}
-    items.sort(key=lambda item: item.path not in serving)
+    """Begin with the files that take longest."""
+    begin_with_longest(items)
 
 
 def pytest_collection_finish() -> None:
