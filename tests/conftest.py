@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,10 +70,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     begin_with_longest(items)
 
 
-def pytest_collection_finish() -> None:
-    """Let garbage collections pass over what has been imported: hundreds of thousands of objects, which all stay."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let no garbage collection look through what is imported: hundreds of thousands of objects, which all stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -186,6 +186,7 @@ def _start(path: Path) -> None:
 
 
 def _main(listening: socket.socket) -> None:
+    gc.disable()  # else it looks again and again through what stays
     import isthmus.cli.main
     import isthmus.edge.split_run
     import isthmus.emulator.package.build  # noqa: F401  # all that is heavy
@@ -194,6 +195,7 @@ def _main(listening: socket.socket) -> None:
         raise RuntimeError("a process with several threads must not fork")
     gc.collect()
     gc.freeze()  # else each fork looks through everything, and so copies it
+    gc.enable()
     asking: list[socket.socket] = []
     while True:
         ready, _, _ = select.select([listening, *asking], [], [], None if asking else LAST_SECONDS)
