@@ -20,12 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.warm_processes import WarmPopen
+from support.file_order import begin_with_longest
+from support.warm_processes import FOLDER, WarmPopen
 
 from isthmus.backbone.checkpoints.built_in import BUILT_IN
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, resolve
@@ -33,7 +34,7 @@ from isthmus.common.errors import IsthmusError
 
 ROOT = Path(__file__).parents[1]
 
-_own_cache = pytest.StashKey[Path]()
+_folder = pytest.StashKey[Path]()
 _before = pytest.StashKey[str | None]()
 _USERS_CACHE = "ISTHMUS_TESTS_USERS_CACHE"  # tells the processes that tests are spread over
 _users_cache = Path(os.environ.get(_USERS_CACHE) or default_cache())
@@ -45,33 +46,40 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ[_USERS_CACHE] = str(_users_cache)
     config.stash[_before] = os.environ.get("ISTHMUS_CACHE")
-    config.stash[_own_cache] = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
-    os.environ["ISTHMUS_CACHE"] = str(config.stash[_own_cache])
+    folder = config.stash[_folder] = Path(tempfile.mkdtemp(prefix="isthmus-tests-"))
+    (folder / "cache").mkdir(mode=0o700)
+    os.environ |= {"ISTHMUS_CACHE": str(folder / "cache"), FOLDER: str(folder)}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Take it away again; the real model is only linked from there, and stays."""
-    if _own_cache not in config.stash:
+    if _folder not in config.stash:
         return
-    os.environ.pop(_USERS_CACHE)
+    for name in (_USERS_CACHE, FOLDER):
+        os.environ.pop(name)
     before = config.stash.get(_before, None)
     if before is None:
         os.environ.pop("ISTHMUS_CACHE", None)
     else:
         os.environ["ISTHMUS_CACHE"] = before
-    shutil.rmtree(config.stash[_own_cache], ignore_errors=True)
+    shutil.rmtree(config.stash[_folder], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that start real servers: they take longest, and none of them is to be left at the end."""
-    serving = {item.path for item in items if item.get_closest_marker("server") is not None}
-    items.sort(key=lambda item: item.path not in serving)
+    """Begin with the files that take longest."""
+    begin_with_longest(items)
 
 
-def pytest_collection_finish() -> None:
-    """Let garbage collections pass over what has been imported: hundreds of thousands of objects, which all stay."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let no garbage collection look through what is imported: hundreds of thousands of objects, which all stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:
@@ -99,9 +107,17 @@ def real_model() -> Checkpoint:
     return resolve(BUILT_IN, console=Console(quiet=True))
 
 
+@pytest.fixture(scope="module")
+def warm_module() -> Iterator[None]:
+    """Let what a module runs fork its processes, which saves the seconds of imports in each; see `WarmPopen`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", WarmPopen)
+        yield
+
+
 @pytest.fixture
 def warm_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a test runs fork its processes, which saves the seconds of imports in each; see `WarmPopen`."""
+    """Let what a test runs do so."""
     monkeypatch.setattr(subprocess, "Popen", WarmPopen)
 
 

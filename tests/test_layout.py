@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.file_order import LONGEST
 from test_packaging import FOLDERS
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +60,7 @@ def test_no_folder_of_the_tests_support_is_crowded() -> None:
     support = ROOT / "tests" / "support"
     folders = [support, *(path for path in support.rglob("*") if path.is_dir() and path.name != "__pycache__")]
     assert {folder.name: n for folder in folders if (n := len(_modules(folder))) > MOST} == {}
+
+
+def test_the_files_that_begin_are_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []

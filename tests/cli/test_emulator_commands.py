@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.cloud.packages import tuned
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from isthmus.backbone.adapters.adapter_files import load_adapter, save_adapter
+from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.cli.emulator_commands import app
 from isthmus.common.errors import (
     AdapterError,
@@ -28,8 +29,6 @@ from isthmus.common.errors import (
     PlanError,
     SignerError,
 )
-from isthmus.edge.config.training_config import TuneConfig
-from isthmus.edge.training.methods import build_peft, trained
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.secure.keys import generate_root, issue_worker, load_worker
 
@@ -68,15 +67,7 @@ class Owner:
         return ["--distill", self.text, "--distill-steps", steps, "--batch", 2, "--length", 32]
 
     def tune(self, package: Path, out: Path, method: str = "lora") -> Path:
-        opened = open_package(package)
-        values = {"package": package, "data": "-", "out": out, "method": method, "rank": 4}
-        model = build_peft(opened.load_model(), TuneConfig.model_validate(values))
-        with torch.no_grad():
-            for parameter in trained(model).values():
-                parameter.add_(0.05)
-        record = {"package": opened.id, "digest": opened.digest, "plan": str(opened.plan), "method": method}
-        save_adapter(model, out, record=record)
-        return out
+        return tuned(open_package(package), out, method)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.models.tiny import tiny_checkpoint
+from support.run_folders import adapter, assert_same_run, same
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -84,17 +84,6 @@ def config(package: Package, data: Path, out: Path, **values: Any) -> TuneConfig
     return load_config(None, {**needed, **defaults, **values}, TuneConfig)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert isinstance(tensors, dict)
-    return tensors
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 @pytest.mark.parametrize("method", ["lora", "full", "bottleneck", "bitfit"])
 def test_what_is_tuned_on_the_emulator_loads_into_the_whole_model(
     package: Package, checkpoint: Checkpoint, data: Path, tmp_path: Path, method: str
@@ -132,9 +121,7 @@ def test_with_all_layers_kept_it_is_the_run_on_the_whole_model(
     whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     adapted = build_peft(whole, options, layers=package.plan.edge_layers)
     Trainer(adapted, load_data(options, package.load_tokenizer()), options, ModelIdentity("m", "", "whole")).fit()
-    assert_same(weights(tmp_path / "tuned"), weights(tmp_path / "whole"))
-    log = "losses.jsonl"
-    assert (tmp_path / "tuned" / log).read_text() == (tmp_path / "whole" / log).read_text()
+    assert_same_run(tmp_path / "tuned", tmp_path / "whole")
 
 
 def test_a_run_goes_on_and_only_with_its_own_package(
@@ -147,8 +134,8 @@ def test_a_run_goes_on_and_only_with_its_own_package(
         run_tuning(config(other, data, tmp_path / "grown", schedule="constant", resume=True))
     copied = open_package(Path(shutil.copytree(package.folder, tmp_path / "elsewhere")))
     run_tuning(config(copied, data, tmp_path / "grown", schedule="constant", resume=True))
-    straight, grown = (weights(tmp_path / name) for name in ("straight", "grown"))
-    assert_same(straight, grown)
+    straight, grown = (adapter(tmp_path / name) for name in ("straight", "grown"))
+    assert same(straight, grown)
     identity = ModelIdentity(**load(tmp_path / "grown" / "checkpoint-4").entries["model"])
     assert (identity.package, identity.plan) == (package.id, "1:1")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from support.models.small_tasks import task_folder
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
+from isthmus.experiments.benchmarks import step
 from isthmus.experiments.harness.bench_settings import QuantizeSettings
+from isthmus.experiments.harness.launch import LocalCloud
+from isthmus.experiments.placements import placements
 from isthmus.experiments.precision import quantize_bench
 from isthmus.experiments.precision.quantize_bench import run_quantize
 
@@ -24,6 +29,24 @@ def settings_of(folder: Path, *forms: str) -> QuantizeSettings:
     )  # fmt: skip
 
 
+@contextmanager
+def one_cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One cloud for all that is measured of a form, as the same is asked of it."""
+    started: dict[tuple[str, ...], LocalCloud] = {}
+    with ExitStack() as stack:
+
+        def start(_folder: Path, *options: str) -> AbstractContextManager[LocalCloud]:
+            asked = tuple(sorted(options))
+            if asked not in started:
+                started[asked] = stack.enter_context(LocalCloud(folder, *options))
+            return nullcontext(started[asked])
+
+        for module in (step, placements):
+            monkeypatch.setattr(module, "LocalCloud", start)
+        yield
+    assert len(started) == 1
+
+
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +54,8 @@ def test_a_form_is_measured_over_the_span_as_it_is_served(tmp_path: Path, monkey
     tiny_checkpoint("llama", tmp_path / "model")
     task_folder(tmp_path / "data")
     settings = settings_of(tmp_path, "nf4")
-    result = run_quantize(settings)
+    with one_cloud(tmp_path / "cloud", monkeypatch):
+        result = run_quantize(settings)
     (row,) = result["runs"]
     assert (row["quantize"], row["cloud_dtype"]) == ("nf4", "bf16")
     assert 0 < row["span_bytes"] < 4 * 4 * 12_000

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.cloud.clouds import Home, ThreadServer, served
 from support.cloud.packages import tiny_package, tuned
-from support.commands import Shell, ended, in_process, namespace, refused, wait_for
+from support.commands import Shell, ended, in_process, refused, skip_without_namespaces, wait_for
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ def roomy() -> Iterator[Path]:
 @pytest.mark.real_model
 @pytest.mark.server
 def test_from_the_build_to_the_second_stage_over_the_session(real_model: Checkpoint, roomy: Path) -> None:
-    namespace()
+    skip_without_namespaces()
     owner, edge = Shell(roomy / "owner"), Shell(roomy / "edge")
     text, label = "Ticket {}: the card of customer {} was charged twice.\nTriage:", " [high] billing / duplicate"
     tickets = [Ticket(text.format(n, 71 * n % 100), label) for n in range(40)]

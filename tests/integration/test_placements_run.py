@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.train_runs import Runs, adapter, assert_same_run, cloud_for_runs, losses
+from support.cloud.train_runs import Runs, cloud_for_runs
+from support.run_folders import adapter, assert_same_run, losses
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import load_adapter

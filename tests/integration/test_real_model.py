@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from isthmus.experiments.harness.processes import isthmus
 from isthmus.experiments.harness.single_process import whole_model
 
 pytestmark = [pytest.mark.real_model, pytest.mark.server, pytest.mark.usefixtures("warm_children")]
+OF_ONE_STAGE = ("--edge-layers", "2:2", "--dtype", "fp32", "--threads", "1", "--pipeline", "1")
 
 
 @pytest.fixture(scope="module")
 def cloud(real_model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
-    with LocalCloud(tmp_path_factory.mktemp("cloud"), BUILT_IN, "--threads", "1") as running:
+    with LocalCloud(tmp_path_factory.mktemp("cloud"), BUILT_IN, *OF_ONE_STAGE) as running:
         yield running
 
 
@@ -46,13 +48,13 @@ def without_a_cloud() -> dict[str, Any]:
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_parity_is_bitwise_and_its_control_is_caught(
-    real_model: Checkpoint,
+    cloud: LocalCloud,
     without_a_cloud: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     stages: int,
 ) -> None:
-    run = parity._run
+    run, start = parity._run, parity.LocalCloud
 
     def run_once(mode: str, settings: Any, folder: Path, cloud: LocalCloud | None = None) -> Any:
         if cloud is not None:
@@ -61,8 +63,13 @@ def test_parity_is_bitwise_and_its_control_is_caught(
             without_a_cloud[mode] = run(mode, settings, folder)
         return without_a_cloud[mode]
 
+    def started(folder: Path, model: str, *options: str) -> AbstractContextManager[LocalCloud]:
+        """The cloud of one stage is there already."""
+        return nullcontext(cloud) if (model, options) == (BUILT_IN, OF_ONE_STAGE) else start(folder, model, *options)
+
     monkeypatch.setattr(parity, "_run", run_once)
-    options = ("--steps", "6", "--seq", "64", "--pipeline", str(stages), "--json")
+    monkeypatch.setattr(parity, "LocalCloud", started)
+    options = ("--steps", "6", "--seq", "32", "--pipeline", str(stages), "--json")
     done = in_process(capsys, "bench", "parity", "--model", BUILT_IN, *options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

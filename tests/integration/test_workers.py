@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.cloud.clouds import Home, ThreadServer, served
 from support.commands import in_process
 from support.models.tiny import HIDDEN, tiny_checkpoint
+from support.run_folders import adapter, same
 
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.config.training_config import TrainConfig
@@ -54,7 +54,7 @@ def train(
     with connect(address, key=key) as link:
         watch(link)
         train_over(link, config)
-    return load_file(place / name / "adapter" / "adapter_model.safetensors")
+    return adapter(place / name)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,9 @@ def undisturbed(place: Path) -> dict[str, torch.Tensor]:
     """The adapter of a run over one server that nobody disturbs."""
     home = Home(place / "undisturbed")
     with ThreadServer(served(place / "model", place / "parts"), home) as server:
-        adapter = train(place, "run-undisturbed", server.address, home.key_file)
-    assert max(float(value.abs().max()) for name, value in adapter.items() if "lora_B" in name) > 0
-    return adapter
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        trained = train(place, "run-undisturbed", server.address, home.key_file)
+    assert max(float(value.abs().max()) for name, value in trained.items() if "lora_B" in name) > 0
+    return trained
 
 
 class Killer:
@@ -110,9 +106,9 @@ def test_workers_that_are_killed_in_turn_change_nothing(
         os.kill(pids[0], signal.SIGKILL)
 
     killer = Killer("backward", kill_mine, 3)  # one worker twice
-    adapter = train(place, "run-killed", two.connection, two.edge_key, killer.watch)
+    trained = train(place, "run-killed", two.connection, two.edge_key, killer.watch)
     assert killer.kills == 3
-    assert same(adapter, undisturbed)
+    assert same(trained, undisturbed)
 
     deadline = time.monotonic() + 120
     while two.cloud_status()["restarts"] < killer.kills:  # the last ones are still being started again
@@ -163,16 +159,20 @@ def test_a_cluster_without_its_control_store_is_started_again(
             time.sleep(0.2)
 
     killer = Killer("backward", kill_the_control_store, 1)
-    adapter = train(place, "run-store", two.connection, two.edge_key, killer.watch)
+    trained = train(place, "run-store", two.connection, two.edge_key, killer.watch)
     assert killer.kills == 1
-    assert same(adapter, undisturbed)
+    assert same(trained, undisturbed)
     deadline = time.monotonic() + 120
     while not (status := ask(two)):  # the workers are there before the controller
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not before & {worker["pid"] for worker in status["workers"]}
-    events = [json.loads(line)["event"] for line in (two.home / "serve.log").read_text().splitlines()]
-    assert "control_store_lost" in events
+    assert "control_store_lost" in events(two)
+
+
+def events(cloud: LocalCloud) -> list[str]:
+    """What `serve` has logged."""
+    return [json.loads(line)["event"] for line in (cloud.home / "serve.log").read_text().splitlines()]
 
 
 def children(pid: int) -> list[int]:
@@ -188,20 +188,24 @@ def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Pat
         key.parent.mkdir(mode=0o700)
         cloud.enroll("many", key, Quota(max_sessions=8))
         assert len(cloud.cloud_status()["workers"]) == 1
-        enough, outputs = threading.Event(), [torch.empty(0)] * 6
+        added, enough, outputs = threading.Event(), threading.Event(), [torch.empty(0)] * 6
         hidden = torch.randn(64, 128, HIDDEN, generator=torch.Generator().manual_seed(0))
 
         def want(number: int) -> None:
             """Nobody waits for company here: what waits is overdue."""
             with connect(cloud.connection, key=key) as link:
                 outputs[number] = link.forward_span(hidden, None, None, keep=False)[0]
-                while not enough.is_set():
+                while not enough.wait(0.5 if added.is_set() else 0):  # the new worker needs the processor, too
                     assert torch.equal(link.forward_span(hidden, None, None, keep=False)[0], outputs[number])
 
         with ThreadPoolExecutor(len(outputs)) as pool:
             asking = [pool.submit(want, number) for number in range(len(outputs))]
             try:
                 deadline = time.monotonic() + 120
+                while len(cloud.cloud_status()["workers"]) < 2:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.2)
+                added.set()
                 while len(status := ask(cloud).get("workers", [])) < 2 or not all(each["sessions"] for each in status):
                     assert time.monotonic() < deadline, status
                     time.sleep(0.2)
@@ -210,8 +214,7 @@ def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Pat
             for each in asking:
                 each.result()
         assert all(torch.equal(output, outputs[0]) for output in outputs)
-        events = [json.loads(line)["event"] for line in (cloud.home / "serve.log").read_text().splitlines()]
-        assert "worker_added" in events
+        assert "worker_added" in events(cloud)
 
 
 def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[str, torch.Tensor]) -> None:
@@ -228,9 +231,9 @@ def test_stages_that_are_killed_change_nothing(place: Path, undisturbed: dict[st
             os.kill(status["workers"][next(stages)]["pid"], signal.SIGKILL)
 
         killer = Killer("backward", kill_next, 2)
-        adapter = train(place, "run-stages", cloud.connection, cloud.edge_key, killer.watch)
+        trained = train(place, "run-stages", cloud.connection, cloud.edge_key, killer.watch)
         assert killer.kills == 2
-        assert same(adapter, undisturbed)
+        assert same(trained, undisturbed)
         deadline = time.monotonic() + 60
         # The controller asks twice a second.
         while not (status := ask(cloud)) or not all(worker["recomputed"] for worker in status["workers"]):

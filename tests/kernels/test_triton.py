@@ -19,8 +19,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 def _passes(file: str, cache: Path, **variables: str) -> None:
     """Run a file of checks in a process of its own, as Triton reads TRITON_INTERPRET once, when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    plain = ("-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)],
+        [sys.executable, "-m", "pytest", *plain, str(FOLDER / file)],
         cwd=ROOT,
         env=kept | {"TRITON_CACHE_DIR": str(cache)} | variables,
         capture_output=True,

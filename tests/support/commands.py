@@ -18,17 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import offline_command
 from support.warm_processes import WarmPopen, warm
 
 from isthmus.cli.main import main
-
-PROBE = """
-import errno, os, socket, sys
-with socket.socket() as probe:
-    result = probe.connect_ex(("127.0.0.1", int(sys.argv[1])))
-print("the probe says", errno.errorcode.get(result, "connected"), file=sys.stderr, flush=True)
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
 
 
 def _environment() -> dict[str, str]:
@@ -69,17 +62,9 @@ class Shell:
 
         Before the command starts, and in its process, a connection to `port` of 127.0.0.1 fails.
         """
-        command = [*namespace(), sys.executable, "-c", PROBE, str(port), "-m", "isthmus.cli.main", *map(str, words)]
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+        skip_without_namespaces()
+        program, arguments = offline_command.__file__, tuple(map(str, (port, *words)))
+        done = warm().run(arguments, _environment(), self.folder, 240, program=program)
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines()[0] == "the probe says ENETUNREACH"
         return done.stdout
@@ -103,15 +88,14 @@ def wait_for(happened: Callable[[], bool], process: WarmPopen) -> None:
         time.sleep(0.005)
 
 
-def namespace() -> tuple[str, ...]:
-    """What starts a command in a network namespace without interfaces; skips the test where the kernel refuses one."""
+def skip_without_namespaces() -> None:
+    """Skip the test where the kernel refuses a network namespace."""
     prefix = ("unshare", "--net") if os.geteuid() == 0 else ("unshare", "--map-root-user", "--net")
     if shutil.which("unshare") is None:
         pytest.skip("a network namespace needs the command unshare, which is not here")
     tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"the kernel refuses a network namespace: {tried.stderr.strip()}")
-    return prefix
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *words: object) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,14 @@
 """Python processes that have imported everything when they begin.
 
-An interpreter takes seconds to import torch, transformers and PEFT. So one process per test process imports them, does
-nothing else, and forks for each program; the fork runs the program's entry point and ends as any process does.
+An interpreter takes seconds to import torch, transformers and PEFT. So one process imports them, does nothing else,
+and forks for each program that a test process asks for; the fork runs the program's entry point and ends as any process
+does. The processes that tests are spread over share it: whoever needs it first starts it, and it ends with the last.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -14,6 +16,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -28,6 +31,9 @@ COMMAND = "isthmus.cli.main"
 TESTS = Path(__file__).parents[1]
 MESSAGE_BYTES = 1 << 17
 POLL_SECONDS = 0.01
+LAST_SECONDS = 1.0  # how long the process waits for another one that asks, when the last has ended
+FOLDER = "ISTHMUS_TESTS_FOLDER"
+"""Names a folder of this run of tests, which the processes share that tests are spread over."""
 NETWORK = Path("/proc/thread-self/ns/net")
 _Popen = subprocess.Popen  # tests put the one below in its place
 
@@ -98,17 +104,21 @@ def _forks(args: Any) -> bool:
 
 
 class Warm:
-    """The process that forks."""
+    """The process that forks.
 
-    def __init__(self) -> None:
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = _Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+    Args:
+        folder: where its socket is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with (folder / "warm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._ours.connect(str(folder / "warm"))
+            except OSError:  # there is none, or it has ended
+                _start(folder / "warm")
+                self._ours.connect(str(folder / "warm"))
         self._turn = threading.Lock()
 
     def start(
@@ -149,21 +159,34 @@ class Warm:
             return json.loads(self._ours.recv(MESSAGE_BYTES))
 
     def end(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
+        """Ask for no more."""
         self._ours.close()
 
 
 @functools.cache
 def warm() -> Warm:
-    """The one of this process."""
-    made = Warm()
+    """The one of this run of tests."""
+    made = Warm(Path(os.environ[FOLDER]))
     atexit.register(made.end)
     return made
 
 
-def _main(tasks: socket.socket) -> None:
+def _start(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        started = _Popen(
+            [sys.executable, __file__, str(listening.fileno())],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+        )
+    started.returncode = 0  # nobody waits for it
+
+
+def _main(listening: socket.socket) -> None:
+    gc.disable()  # else it looks again and again through what stays
     import isthmus.cli.main
     import isthmus.edge.split_run
     import isthmus.emulator.package.build  # noqa: F401  # all that is heavy
@@ -172,15 +195,27 @@ def _main(tasks: socket.socket) -> None:
         raise RuntimeError("a process with several threads must not fork")
     gc.collect()
     gc.freeze()  # else each fork looks through everything, and so copies it
+    gc.enable()
+    asking: list[socket.socket] = []
     while True:
+        ready, _, _ = select.select([listening, *asking], [], [], None if asking else LAST_SECONDS)
+        if not ready:
+            return
+        if listening in ready:
+            asking.append(listening.accept()[0])
+            continue
+        tasks = ready[0]
         text, descriptors, _, _ = socket.recv_fds(tasks, MESSAGE_BYTES, 64)
         if not text:
-            return
+            tasks.close()
+            asking.remove(tasks)
+            continue
         what, about = json.loads(text)
         if what == "start":
             answer: int | None = os.fork()
             if not answer:
-                tasks.close()
+                for each in (listening, *asking):
+                    each.close()
                 try:
                     _become(descriptors, **about)
                 finally:
@@ -191,7 +226,8 @@ def _main(tasks: socket.socket) -> None:
         else:
             pid, status = os.waitpid(about, os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        tasks.send(json.dumps(answer).encode())
+        with contextlib.suppress(BrokenPipeError):  # whoever asked has ended
+            tasks.send(json.dumps(answer).encode())
 
 
 def _become(

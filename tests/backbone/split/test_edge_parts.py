@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.models import loading_memory
 from support.models.tiny import CONFIGS, read_json, tiny_checkpoint
+from support.warm_processes import warm
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, load_tokenizer
 from isthmus.backbone.plan import Span, SplitPlan
@@ -179,43 +180,6 @@ def test_the_digest_tells_models_apart_and_ignores_where_they_lie(checkpoints: C
         Checkpoint(copy, "b").digest()
 
 
-_MEASURE = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from isthmus.backbone.split.edge_parts import load_edge_parts
-from isthmus.backbone.plan import SplitPlan
-from isthmus.backbone.split.span import load_span
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-def load(folder):
-    plan = SplitPlan(8, 2, 2)
-    return load_span(folder, plan) if sys.argv[1] == "span" else load_edge_parts(folder, plan, lambda h, m, p: h)
-
-small, large = Path(sys.argv[2]), Path(sys.argv[3])
-load(small)  # the imports and caches of a first load are not what is measured
-before = peak = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load(large)
-done.set()
-watcher.join()
-peak = max(peak, anonymous())
-kept = sum(p.numel() * p.element_size() for p in model.parameters())
-print((peak - before) / kept, kept)
-"""
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of about 300 MB, its embedding tied, so that each part is well above what a process allocates anyway."""
@@ -233,8 +197,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("part", ["span", "edge"])
 def test_loading_takes_little_more_memory_than_what_is_kept(large: Path, tmp_path: Path, part: str) -> None:
     small = tiny_checkpoint("llama", tmp_path / "small", num_hidden_layers=8)
-    command = [sys.executable, "-c", _MEASURE, part, str(small), str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = warm().run([part, str(small), str(large)], os.environ, tmp_path, 240, program=loading_memory.__file__)
+    assert done.returncode == 0, done.stderr
     ratio, kept = (float(value) for value in done.stdout.split())
     assert kept > 100e6
     assert 0.9 < ratio < 1.2

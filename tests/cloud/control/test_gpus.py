@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from support.cloud.clouds import Home
 from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
@@ -30,6 +29,8 @@ KEYS = [(b"a", 1), (b"b", 1)]
 @pytest.fixture(scope="module")
 def two_gpus() -> Iterator[None]:
     """A Ray that says that this machine has two: it counts them, and looks at none."""
+    import ray
+
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     counted = {"num_cpus": 0, "num_gpus": 2}
     ray.init(address="local", **counted, include_dashboard=False, configure_logging=False, log_to_driver=False)
@@ -41,6 +42,8 @@ def two_gpus() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_each_worker_has_a_gpu_of_its_own_and_all_of_a_group_or_none_has_one() -> None:
+    import ray
+
     class Probe:  # a local one goes to Ray's workers as it is: they do not find this module
         def gpus(self) -> str:
             return os.environ["CUDA_VISIBLE_DEVICES"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.cloud.clouds import Home, ThreadServer
+from support.cloud.server_process import start
 from support.cloud.sessions import eventually, hidden, status_of_call, streams_of
+from support.models.tiny import tiny_checkpoint
 
 from isthmus.cloud.bounds import Bounds
 from isthmus.cloud.session.served_model import Served
@@ -102,17 +102,6 @@ def test_a_connection_with_nothing_but_pings_is_closed(server: ThreadServer) -> 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
-SERVER = """
-import sys
-from pathlib import Path
-from support.cloud.clouds import Home, ThreadServer, served
-from support.models.tiny import tiny_checkpoint
-folder = Path(sys.argv[1])
-with ThreadServer(served(tiny_checkpoint("llama", folder / "model"), folder / "parts"), Home(folder)) as server:
-    print(server.port, flush=True)
-    sys.stdin.read()
-"""
-
 
 def resident(process: int) -> int:
     """Bytes of a process in memory."""
@@ -122,8 +111,8 @@ def resident(process: int) -> int:
 
 @pytest.mark.server
 def test_attacks_take_little_memory(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{SERVER}", str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    with start(model, tmp_path / "parts", Home(tmp_path)) as process:
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
+from support.cloud.memory_cloud import CUT, FaultyTransport, MemoryCloud, MemoryTransport, messages, new_link
 from support.cloud.packages import Owner, tiny_package
 from support.models.tiny import tiny_checkpoint
-from support.protocol.wire import EDGE, NOW, PIN, identity
+from support.protocol.wire import NOW, PIN, identity
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import default_cache
@@ -34,17 +34,17 @@ from isthmus.common.errors import (
     SignerError,
     UnreachableError,
 )
-from isthmus.edge.client import fetch, return_adapter, session_keeper
+from isthmus.edge.client import fetch, return_adapter
 from isthmus.edge.client.link import Link
 from isthmus.emulator.package.manifest import sign
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.secure.keys import Fingerprint
-from isthmus.rpc.transport import Transport
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
 PIECE = 4096
+pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 Answer = Callable[[m.Message], m.Message | None]
 
 
@@ -60,17 +60,8 @@ def cloud(owner: Owner, tmp_path: Path) -> MemoryCloud:
 
 
 @pytest.fixture(autouse=True)
-def _small_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pieces, a cache of the test's own, and a clock that moves only by sleeping."""
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isthmus.protocol.messages.MAX_FILE_CHUNK", PIECE)
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(session_keeper, "time", StillTime())
-
-
-def new_link(transport: Transport, **options: Any) -> Link:
-    link = Link(transport, PIN, EDGE, name="cloud:1", **options)
-    link.open(5)
-    return link
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -94,11 +85,11 @@ def die_at(transport: MemoryTransport, kind: type[Any], name: str, offset: int) 
 
 def test_the_package_arrives_whole_and_verified(owner: Owner, cloud: MemoryCloud, tmp_path: Path) -> None:
     out = tmp_path / "package"
-    assert new_link(MemoryTransport(cloud)).fetch_package(out).folder == out
+    assert new_link(cloud).fetch_package(out).folder == out
     assert files(out) == files(owner.package.folder)
     assert open_package(out, signer=PIN).id == owner.package.id
     assert not (tmp_path / "package.part").exists()
-    new_link(MemoryTransport(cloud)).fetch_package(out)  # an older one is replaced
+    new_link(cloud).fetch_package(out)  # an older one is replaced
     assert files(out) == files(owner.package.folder)
 
 
@@ -127,13 +118,13 @@ def test_what_is_left_of_an_older_package_does_not_stay(owner: Owner, cloud: Mem
     part.mkdir()
     (part / "merges.txt").write_text("of an older package")
     (part / ".emulator.safetensors.0123456789abcdef.part").write_text("likewise")
-    new_link(MemoryTransport(cloud)).fetch_package(out)
+    new_link(cloud).fetch_package(out)
     assert files(out) == files(owner.package.folder)
 
 
 def offering(cloud: MemoryCloud, folder: Path) -> Link:
     cloud.served = dataclasses.replace(cloud.served, package=FileStore(folder, m.FileSet.EMULATOR))
-    return new_link(MemoryTransport(cloud))
+    return new_link(cloud)
 
 
 def test_a_package_of_another_signer_is_not_taken(owner: Owner, cloud: MemoryCloud, tmp_path: Path) -> None:
@@ -167,7 +158,7 @@ def test_what_is_in_the_way_stays_and_nothing_is_asked(cloud: MemoryCloud, tmp_p
     out = tmp_path / "package"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     with pytest.raises(ConfigError, match="no package"):
         link.fetch_package(out)
     assert files(out) == {"thesis.txt": b"mine"}
@@ -177,7 +168,7 @@ def test_what_is_in_the_way_stays_and_nothing_is_asked(cloud: MemoryCloud, tmp_p
 def test_a_cloud_without_a_package_says_so(owner: Owner, tmp_path: Path) -> None:
     bare = MemoryCloud(owner.offer(tmp_path / "adapters", package=False))
     with pytest.raises(RefusedError, match="offers no package"):
-        new_link(MemoryTransport(bare)).fetch_package(tmp_path / "package")
+        new_link(bare).fetch_package(tmp_path / "package")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "modeling.py", "authorized_keys", "model.safetensors"])
@@ -185,7 +176,7 @@ def test_a_file_that_is_no_packages_is_refused(cloud: MemoryCloud, tmp_path: Pat
     listing = m.FileList((m.FileEntry(name, 1, bytes(32)),))
     cloud.answer = lambda message: listing if isinstance(message, m.FetchList) else None
     with pytest.raises(RemoteProtocolError, match=f"'{name}', which is none of a package's files"):
-        new_link(MemoryTransport(cloud)).fetch_package(tmp_path / "package")
+        new_link(cloud).fetch_package(tmp_path / "package")
     assert not messages(cloud, m.Fetch)
 
 
@@ -195,7 +186,7 @@ def test_a_file_that_is_no_packages_is_refused(cloud: MemoryCloud, tmp_path: Pat
 @pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
 def test_a_returned_adapter_computes_over_the_full_middle(owner: Owner, cloud: MemoryCloud, method: str) -> None:
     adapter = owner.adapter(method)
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     said = link.return_adapter(adapter)
     assert method in said
     folder = link.plugged_adapter()
@@ -213,7 +204,7 @@ def test_a_returned_adapter_computes_over_the_full_middle(owner: Owner, cloud: M
 
 def test_adapters_in_the_cache_are_bounded(owner: Owner, cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "MAX_FOLDERS", 2)
-    link, folders = new_link(MemoryTransport(cloud)), []
+    link, folders = new_link(cloud), []
     for seed in (1, 2, 3):
         link.return_adapter(owner.adapter(seed=seed))
         folders.append(link.plugged_adapter())
@@ -222,10 +213,10 @@ def test_adapters_in_the_cache_are_bounded(owner: Owner, cloud: MemoryCloud, mon
 
 
 def test_another_tenant_gets_no_adapter(owner: Owner, cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     link.return_adapter(owner.adapter())
     other = Tenant("hospital-b", Fingerprint.of(bytes(32)))
-    theirs = new_link(MemoryTransport(MemoryCloud(cloud.served, authorize=lambda key: other)))
+    theirs = new_link(MemoryCloud(cloud.served, authorize=lambda key: other))
     with pytest.raises(RefusedError, match="no adapter of yours is plugged in"):
         theirs.plugged_adapter()
     with pytest.raises(RefusedError, match="no adapter of yours"):
@@ -268,7 +259,7 @@ def test_a_lost_message_changes_nothing(owner: Owner, tmp_path: Path, way: str, 
 
 
 def test_a_refused_adapter_leaves_the_plugged_one(owner: Owner, cloud: MemoryCloud, tmp_path: Path) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     link.return_adapter(owner.adapter())
     before = files(link.plugged_adapter())
     bad = Path(shutil.copytree(owner.adapter("bottleneck"), tmp_path / "bad"))
@@ -288,7 +279,7 @@ def test_smaller_pieces_are_sent_where_the_quota_is_small(
         if isinstance(message, m.Put) and len(message.data) > 1000
         else None
     )
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     assert "plugged in" in link.return_adapter(owner.adapter())
     sizes = [len(each.data) for each in messages(cloud, m.Put)]
     assert 1 <= sum(size > 1000 for size in sizes) <= 2  # what fits is found once and kept to
@@ -302,7 +293,7 @@ def test_smaller_pieces_are_sent_where_the_quota_is_small(
 def test_a_cloud_that_forgets_what_it_was_sent_is_given_up(owner: Owner, cloud: MemoryCloud) -> None:
     cloud.answer = lambda message: m.PutReply(message.name, message.sha256, 0) if isinstance(message, m.Put) else None
     with pytest.raises(RemoteProtocolError, match="holds 0 bytes"):
-        new_link(MemoryTransport(cloud)).return_adapter(owner.adapter())
+        new_link(cloud).return_adapter(owner.adapter())
     assert len(messages(cloud, m.Put)) == 2 + return_adapter.MAX_SETBACKS
 
 
@@ -310,11 +301,11 @@ def test_a_cloud_that_forgets_what_it_was_sent_is_given_up(owner: Owner, cloud: 
 def test_an_answer_about_another_file_is_refused(owner: Owner, cloud: MemoryCloud, reply: m.PutReply) -> None:
     cloud.answer = lambda message: reply if isinstance(message, m.Put) else None
     with pytest.raises(RemoteProtocolError, match="something else"):
-        new_link(MemoryTransport(cloud)).return_adapter(owner.adapter())
+        new_link(cloud).return_adapter(owner.adapter())
 
 
 def test_a_folder_that_is_no_adapter_is_not_sent(owner: Owner, cloud: MemoryCloud, tmp_path: Path) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     with pytest.raises(AdapterError, match="is no adapter"):
         link.return_adapter(tmp_path / "nowhere")
     folder = Path(shutil.copytree(owner.adapter(), tmp_path / "adapter"))
@@ -331,7 +322,7 @@ def test_a_folder_that_is_no_adapter_is_not_sent(owner: Owner, cloud: MemoryClou
 def test_an_adapter_from_the_cloud_is_checked_before_it_is_given_away(
     owner: Owner, cloud: MemoryCloud, tmp_path: Path
 ) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     folder = Path(shutil.copytree(owner.adapter(), tmp_path / "theirs"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "megatron_core": "antigravity"}))
@@ -348,9 +339,9 @@ def test_an_adapter_from_the_cloud_is_checked_before_it_is_given_away(
 
 
 def test_an_adapter_that_is_replaced_while_it_is_fetched_is_not_mixed(owner: Owner, cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     link.return_adapter(owner.adapter())
-    other = new_link(MemoryTransport(MemoryCloud(cloud.served)))
+    other = new_link(MemoryCloud(cloud.served))
     swapped: list[str] = []
 
     def answer(message: m.Message) -> m.Message | None:

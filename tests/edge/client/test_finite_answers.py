@@ -4,45 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from support.cloud.clouds import served
-from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
-from support.models.tiny import VOCAB, tiny_checkpoint
-from support.protocol.wire import EDGE, PIN, unchecked
+from support.cloud.memory_cloud import MemoryCloud, messages, new_link
+from support.models.tiny import VOCAB
+from support.protocol.wire import unchecked
 from torch import Tensor
 
 from isthmus.backbone.plan import Span
 from isthmus.backbone.sites.ladder import add_ladder
-from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import NonFiniteError, ReceivedNonFiniteError
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, decode
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finite")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts")
-
-
-@pytest.fixture
-def cloud(shared: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryCloud:
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    shared.executor.cache.evict_all()
-    return MemoryCloud(shared)
-
-
-def new_link(cloud: MemoryCloud) -> Link:
-    link = Link(MemoryTransport(cloud), PIN, EDGE, name="cloud:1")
-    link.open(5)
-    return link
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def at_the_edge(link: Link) -> Any:

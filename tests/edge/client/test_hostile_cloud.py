@@ -17,9 +17,8 @@ import peft
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.cloud.clouds import served
-from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, StillTime, messages
-from support.models.tiny import HIDDEN, tiny_checkpoint
+from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, messages, new_link
+from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, default_cache, load_tokenizer
@@ -43,32 +42,7 @@ from isthmus.rpc.transport import run
 LARGE = m.Blob("config.json", 0, 8 * MIB, bytes(32), bytes(8 * MIB))
 OTHER_PIN = Fingerprint.of(Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw())
 Answer = Callable[[m.Message], m.Message | None]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("hostile")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=256)
-
-
-@pytest.fixture
-def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.cache.evict_all()
-    return MemoryCloud(shared)
-
-
-@pytest.fixture(autouse=True)
-def _own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own, and a clock that moves only by sleeping."""
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(session_keeper, "time", StillTime())
-
-
-def new_link(cloud: MemoryCloud, **options: Any) -> Link:
-    link = Link(MemoryTransport(cloud), PIN, EDGE, name="cloud:1", **options)
-    link.open(5)
-    return link
+pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 
 
 def hidden(rows: int = 2) -> torch.Tensor:

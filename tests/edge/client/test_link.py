@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.clouds import served, with_info
+from support.cloud.clouds import with_info
 from support.cloud.memory_cloud import (
     CUT,
     FAULTS,
@@ -24,12 +24,12 @@ from support.cloud.memory_cloud import (
     FaultyTransport,
     MemoryCloud,
     MemoryTransport,
-    StillTime,
     flip,
     messages,
+    new_link,
     truncate,
 )
-from support.models.tiny import HIDDEN, tiny_checkpoint
+from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
 
 from isthmus.backbone.checkpoints.sources import default_cache
@@ -58,40 +58,9 @@ from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, decode, encode
-from isthmus.rpc.transport import Stream, Transport, run
+from isthmus.rpc.transport import Stream, run
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder = tmp_path_factory.mktemp("link")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts", max_tokens=256)
-
-
-@pytest.fixture
-def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.cache.evict_all()
-    return MemoryCloud(shared)
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that moves only by sleeping; returns the pauses that the link made."""
-    still = StillTime()
-    monkeypatch.setattr(session_keeper, "time", still)
-    return still.pauses
-
-
-def new_link(transport: Transport, **options: Any) -> Link:
-    link = Link(transport, PIN, EDGE, name="cloud:1", **options)
-    link.open(5)
-    return link
 
 
 def hidden(seed: int = 0, rows: int = 2, length: int = 6) -> torch.Tensor:
@@ -116,7 +85,7 @@ def three_calls(link: Link) -> list[torch.Tensor]:
 
 @pytest.fixture
 def undisturbed(shared: Served) -> list[torch.Tensor]:
-    return three_calls(new_link(MemoryTransport(MemoryCloud(shared))))
+    return three_calls(new_link(MemoryCloud(shared)))
 
 
 # Faults on the way ----------------------------------------------------------------------------------------------------
@@ -267,7 +236,7 @@ def test_a_cloud_that_comes_back_is_found_again(
 
 
 def test_five_protocol_faults_in_a_row_surface(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.answer = lambda message: m.Pong(1, 1) if isinstance(message, m.Forward) else None
     with pytest.raises(RemoteProtocolError, match="answered Forward with Pong"):
         link.forward_span(hidden(), None, None, keep=False)
@@ -275,7 +244,7 @@ def test_five_protocol_faults_in_a_row_surface(cloud: MemoryCloud) -> None:
 
 
 def test_an_answer_to_another_call_is_not_taken(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     other = encode(hidden(), "fp32", Role.ACTIVATION)
     wrong = [m.ForwardReply(m.CallId(0, 99), other, 0, 0, 0)]
     cloud.answer = lambda message: wrong.pop() if wrong and isinstance(message, m.Forward) else None
@@ -285,7 +254,7 @@ def test_an_answer_to_another_call_is_not_taken(cloud: MemoryCloud) -> None:
 
 
 def test_an_answer_of_another_shape_is_refused(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
 
     def answer(message: m.Message) -> m.Message | None:
         if not isinstance(message, m.Forward):
@@ -402,7 +371,7 @@ def test_the_clouds_peak_memory_is_not_waited_for(cloud: MemoryCloud, no_waiting
 
 
 def test_lost_activations_are_replayed(cloud: MemoryCloud, shared: Served, undisturbed: list[torch.Tensor]) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     output, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
     assert torch.equal(output, undisturbed[0])
     shared.executor.cache.evict_all()
@@ -416,7 +385,7 @@ def test_lost_activations_are_replayed(cloud: MemoryCloud, shared: Served, undis
 
 
 def test_after_a_reconnect_the_input_goes_along_at_once(cloud: MemoryCloud, undisturbed: list[torch.Tensor]) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     _, kept = link.forward_span(hidden(1), MASK, POSITIONS, keep=True)
     link._keeper.drop()
     result = link.backward_span(kept, hidden(11), hidden(1), MASK, POSITIONS)
@@ -426,7 +395,7 @@ def test_after_a_reconnect_the_input_goes_along_at_once(cloud: MemoryCloud, undi
 
 
 def test_a_cloud_that_loses_what_it_was_just_sent_is_at_fault(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     _, kept = link.forward_span(hidden(), None, None, keep=True)
     cloud.answer = lambda message: (
         m.Status(m.StatusCode.ACTIVATIONS_LOST, message.id, "lost") if isinstance(message, m.Backward) else None
@@ -441,7 +410,7 @@ def test_a_cloud_that_loses_what_it_was_just_sent_is_at_fault(cloud: MemoryCloud
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_no_number_is_not_sent(cloud: MemoryCloud, value: float) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     bad = hidden()
     bad[1, 2, 3] = value
     with pytest.raises(NonFiniteError, match="hidden states"):
@@ -463,7 +432,7 @@ def test_a_value_that_is_no_number_is_not_sent(cloud: MemoryCloud, value: float)
     ],
 )
 def test_a_refused_call_is_not_repeated(cloud: MemoryCloud, code: m.StatusCode, error: type[Exception]) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.answer = lambda message: (
         m.Status(code, message.id, "because\x1b[2J") if isinstance(message, m.Forward) else None
     )
@@ -481,7 +450,7 @@ def test_a_cloud_that_fails_is_asked_a_few_times(cloud: MemoryCloud, undisturbed
         failures[type(message)] -= 1
         return m.Status(m.StatusCode.INTERNAL, message.id, "the span failed")
 
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.answer = failing
     results = three_calls(link)
     assert not any(failures.values())
@@ -496,7 +465,7 @@ def test_a_cloud_that_fails_is_asked_a_few_times(cloud: MemoryCloud, undisturbed
 
 
 def test_too_many_tokens_are_refused_before_they_are_sent(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     with pytest.raises(RefusedError, match="43 x 6 tokens in one call; the cloud takes at most 256"):
         link.forward_span(hidden(rows=43), None, None, keep=False)
     assert not messages(cloud, m.Forward)
@@ -506,7 +475,7 @@ def test_too_many_tokens_are_refused_before_they_are_sent(cloud: MemoryCloud) ->
 def test_a_lossy_codec_differs_and_is_close(
     cloud: MemoryCloud, undisturbed: list[torch.Tensor], codec: str, tolerance: float
 ) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse(codec))
+    link = new_link(cloud, codecs=WireCodecs.parse(codec))
     results = three_calls(link)
     for mine, exact in zip(results, undisturbed, strict=True):
         assert torch.equal(mine, exact) == (codec == "fp32")
@@ -519,7 +488,7 @@ def test_a_lossy_codec_differs_and_is_close(
 def test_a_codec_that_the_cloud_does_not_speak_is_a_mistake_of_the_configuration(cloud: MemoryCloud) -> None:
     cloud.served = with_info(cloud.served, codecs=("fp32",))
     with pytest.raises(ConfigError, match="does not speak the codec 'int8': choose one of fp32"):
-        new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("fp32,int8"))
+        new_link(cloud, codecs=WireCodecs.parse("fp32,int8"))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +496,7 @@ def test_a_codec_that_the_cloud_does_not_speak_is_a_mistake_of_the_configuration
     [{"digest": "ff" * 32}, {"plan": "1:2"}, {"span_dtype": "bf16"}, {"attn_implementation": "eager"}],
 )
 def test_another_model_behind_the_same_address_stops_the_run(cloud: MemoryCloud, changes: dict[str, Any]) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.served = with_info(cloud.served, **changes)
     link._keeper.drop()
     (now,) = changes.values()
@@ -544,7 +513,7 @@ def refuse_with(error: Exception) -> Callable[[bytes], Tenant]:
 
 
 def test_a_withdrawn_enrolment_stops_the_run(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.authorize = refuse_with(NotEnrolledError("not enrolled any more"))
     link._keeper.drop()
     with pytest.raises(NotEnrolledError):
@@ -552,17 +521,17 @@ def test_a_withdrawn_enrolment_stops_the_run(cloud: MemoryCloud) -> None:
 
 
 def test_a_draining_cloud_is_waited_for_but_not_at_first(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud), give_up_after=3)
+    link = new_link(cloud, give_up_after=3)
     cloud.authorize = refuse_with(DrainingError("drains"))
     with pytest.raises(DrainingError):
-        new_link(MemoryTransport(cloud))
+        new_link(cloud)
     link._keeper.drop()
     with pytest.raises(UnreachableError, match="drains"):
         link.forward_span(hidden(), None, None, keep=False)
 
 
 def test_a_goodbye_from_the_cloud_leads_to_a_new_session(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     goodbyes = [m.Goodbye("draining")]
     cloud.answer = lambda message: goodbyes.pop() if goodbyes and isinstance(message, m.Forward) else None
     link.forward_span(hidden(), None, None, keep=False)
@@ -573,7 +542,7 @@ def test_a_goodbye_from_the_cloud_leads_to_a_new_session(cloud: MemoryCloud) -> 
 
 
 def test_close_says_goodbye_and_is_final(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     link.close()
     link.close()
     assert messages(cloud, m.Goodbye) == [m.Goodbye("done")]
@@ -589,7 +558,7 @@ def test_a_link_that_was_never_open_says_so(cloud: MemoryCloud) -> None:
 
 
 def test_totals_count_both_directions(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     before = link.totals()
     link.forward_span(hidden(), None, None, keep=False)
     spent = link.totals() - before
@@ -623,7 +592,7 @@ def test_what_is_lost_to_a_fault_is_time_of_the_wire(
 def test_the_largest_message_is_what_the_cloud_takes(cloud: MemoryCloud) -> None:
     small = m.SpanLimits(max_tokens_per_call=256, max_message_bytes=1000, activation_cache_bytes=1 << 20)
     cloud.served = with_info(cloud.served, limits=small)
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     with pytest.raises(LocalProtocolError, match="1000 may be sent; use a smaller batch"):
         link.forward_span(hidden(), None, None, keep=False)
     assert not messages(cloud, m.Forward)
@@ -641,13 +610,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_parts_arrive_as_served_and_are_kept(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     folder = link._parts()
     assert folder.is_relative_to(default_cache())
     expected = {entry.name: entry.sha256 for entry in cloud.served.parts.listing().entries}
     assert {name: hashlib.sha256(data).digest() for name, data in files(folder).items()} == expected
     fetched = len(messages(cloud, m.Fetch))
-    assert new_link(MemoryTransport(cloud))._parts() == folder
+    assert new_link(cloud)._parts() == folder
     assert len(messages(cloud, m.Fetch)) == fetched  # the cache had them all
 
 
@@ -676,7 +645,7 @@ def test_a_download_goes_on_where_it_stopped(cloud: MemoryCloud, monkeypatch: py
 
 
 def test_a_changed_byte_is_refused_and_fetched_anew(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
 
     def answer(message: m.Message) -> m.Message | None:
         if not isinstance(message, m.Fetch) or message.name != "edge.safetensors":
@@ -695,7 +664,7 @@ def test_a_changed_byte_is_refused_and_fetched_anew(cloud: MemoryCloud) -> None:
 
 
 def test_a_piece_of_another_place_is_refused(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     cloud.answer = lambda message: (
         m.Blob(message.name, 1, 10**6, bytes(32), b"x") if isinstance(message, m.Fetch) else None
     )
@@ -705,7 +674,7 @@ def test_a_piece_of_another_place_is_refused(cloud: MemoryCloud) -> None:
 
 @pytest.mark.parametrize("name", ["authorized_keys", "modeling.py", "model.safetensors", "config.json.part"])
 def test_a_file_that_is_no_part_is_refused(cloud: MemoryCloud, name: str) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     listing = m.FileList((m.FileEntry(name, 1, bytes(32)),))
     cloud.answer = lambda message: listing if isinstance(message, m.FetchList) else None
     with pytest.raises(RemoteProtocolError, match=f"offers the file '{name}'"):
@@ -714,7 +683,7 @@ def test_a_file_that_is_no_part_is_refused(cloud: MemoryCloud, name: str) -> Non
 
 
 def test_two_edges_fetch_one_after_the_other(cloud: MemoryCloud) -> None:
-    first, second = new_link(MemoryTransport(cloud)), new_link(MemoryTransport(MemoryCloud(cloud.served)))
+    first, second = new_link(cloud), new_link(MemoryCloud(cloud.served))
     others: list[Thread] = []
 
     def answer(message: m.Message) -> m.Message | None:
@@ -733,11 +702,11 @@ def test_two_edges_fetch_one_after_the_other(cloud: MemoryCloud) -> None:
 
 
 def test_a_damaged_cache_is_repaired(cloud: MemoryCloud) -> None:
-    folder = new_link(MemoryTransport(cloud))._parts()
+    folder = new_link(cloud)._parts()
     good = files(folder)
     (folder / "config.json").write_bytes(b"{}")
     (folder / "edge.safetensors").write_bytes(good["edge.safetensors"][:-1] + b"!")
-    assert files(new_link(MemoryTransport(cloud))._parts()) == good
+    assert files(new_link(cloud)._parts()) == good
 
 
 def test_a_cache_that_cannot_be_written_is_a_disk_error(
@@ -746,4 +715,4 @@ def test_a_cache_that_cannot_be_written_is_a_disk_error(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file"))
     with pytest.raises(DiskError, match="file"):
-        new_link(MemoryTransport(cloud))._parts()
+        new_link(cloud)._parts()

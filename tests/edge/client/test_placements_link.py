@@ -10,54 +10,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.cloud.clouds import served
-from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages
-from support.models.tiny import VOCAB, tiny_checkpoint
-from support.protocol.wire import EDGE, PIN, TENANT
+from support.cloud.memory_cloud import MemoryCloud, messages, new_link
+from support.models.tiny import VOCAB
+from support.protocol.wire import TENANT
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.plan import Span
 from isthmus.backbone.sites.ladder import add_ladder
 from isthmus.backbone.sites.low_rank import add_low_rank
-from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import RefusedError
-from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SITES = [f"model.layers.{layer}.self_attn.{part}" for layer in (2, 3) for part in ("q_proj", "v_proj")]
 RANK = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("placements") / "model")
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return served(folder, tmp_path_factory.mktemp("cloud") / "parts")
-
-
-@pytest.fixture
-def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.cache.evict_all()
-    return MemoryCloud(shared)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ISTHMUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def new_link(cloud: MemoryCloud) -> Link:
-    link = Link(MemoryTransport(cloud), PIN, EDGE, name="cloud:1")
-    link.open(5)
-    return link
 
 
 def whole(folder: Path) -> Any:

@@ -22,12 +22,11 @@ from support.cloud.memory_cloud import (
     FaultyTransport,
     MemoryCloud,
     MemoryTransport,
-    StillTime,
     flip,
     messages,
+    new_link,
 )
 from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint
-from support.protocol.wire import EDGE, PIN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -36,54 +35,16 @@ from isthmus.cloud.session.served_model import Served
 from isthmus.cloud.session.site_calls import MAX_PAUSED
 from isthmus.common.errors import NonFiniteError, RefusedError, RemoteProtocolError
 from isthmus.edge.client import session_keeper
-from isthmus.edge.client.link import Link
 from isthmus.edge.client.site_answerer import SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, encode
-from isthmus.rpc.transport import Transport
 
-pytestmark = pytest.mark.usefixtures("no_waiting")
+pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
 
 Run = tuple[list[float], dict[str, Tensor]]
 Q_AND_V = ["q_proj", "v_proj"]
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("site_link") / "model")
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return served(folder, tmp_path_factory.mktemp("cloud") / "parts")
-
-
-@pytest.fixture
-def cloud(shared: Served) -> MemoryCloud:
-    shared.executor.cache.evict_all()
-    return MemoryCloud(shared)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ISTHMUS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that moves only by sleeping."""
-    monkeypatch.setattr(session_keeper, "time", StillTime())
-
-
-def new_link(transport: Transport, **options: Any) -> Link:
-    link = Link(transport, PIN, EDGE, name="cloud:1", **options)
-    link.open(5)
-    return link
 
 
 def whole(folder: Path) -> Any:
@@ -143,7 +104,7 @@ def undisturbed(folder: Path) -> Run:
 
 
 def test_training_equals_a_single_process(cloud: MemoryCloud, undisturbed: Run) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     assert_same(train(adapted(link.load_model())), undisturbed)
     assert len(messages(cloud, m.Sites)) == 1
     assert len(messages(cloud, m.SiteAnswer)) == 3 * 2 * 2  # steps, directions, layers
@@ -164,25 +125,25 @@ def test_training_equals_a_single_process(cloud: MemoryCloud, undisturbed: Run) 
     ids=["every linear", "last", "interior only", "below and inside", "all-linear", "by name"],
 )
 def test_wherever_the_adapters_are(cloud: MemoryCloud, folder: Path, config: peft.LoraConfig) -> None:
-    split = adapted(new_link(MemoryTransport(cloud)).load_model(), config)
+    split = adapted(new_link(cloud).load_model(), config)
     assert_same(train(split, steps=2), train(adapted(whole(folder), config), steps=2))
 
 
 def test_where_nothing_below_is_trained_no_gradient_comes_back(cloud: MemoryCloud) -> None:
-    train(adapted(new_link(MemoryTransport(cloud)).load_model(), lora(layers_to_transform=[2, 3])), steps=1)
+    train(adapted(new_link(cloud).load_model(), lora(layers_to_transform=[2, 3])), steps=1)
     assert [each.wanted for each in messages(cloud, m.Forward)] == [False]
     assert [each.wanted for each in messages(cloud, m.Backward)] == [False]
     assert [len(each.tensors) for each in messages(cloud, m.SiteAnswer)] == [2, 2, 2, 0]
 
 
 def test_micro_batches_wait_for_their_backwards_side_by_side(cloud: MemoryCloud, folder: Path) -> None:
-    split = adapted(new_link(MemoryTransport(cloud)).load_model())
+    split = adapted(new_link(cloud).load_model())
     assert_same(train(split, steps=2, accumulate=3), train(adapted(whole(folder)), steps=2, accumulate=3))
 
 
 def test_bottlenecks_behind_layers_of_the_cloud(cloud: MemoryCloud, folder: Path) -> None:
     runs = []
-    for model in (new_link(MemoryTransport(cloud)).load_model(), whole(folder)):
+    for model in (new_link(cloud).load_model(), whole(folder)):
         torch.manual_seed(3)
         add_bottlenecks(model, [1, 2, 3], 4, dropout=0.1)
         runs.append(train(model))
@@ -192,7 +153,7 @@ def test_bottlenecks_behind_layers_of_the_cloud(cloud: MemoryCloud, folder: Path
 
 def test_a_frozen_adapter_inside_and_a_trained_one_below(cloud: MemoryCloud, folder: Path) -> None:
     runs = []
-    for model in (new_link(MemoryTransport(cloud)).load_model(), whole(folder)):
+    for model in (new_link(cloud).load_model(), whole(folder)):
         split = adapted(model, lora())
         for name, parameter in split.named_parameters():
             parameter.requires_grad_("lora_" in name and ".layers.0." in name)
@@ -201,7 +162,7 @@ def test_a_frozen_adapter_inside_and_a_trained_one_below(cloud: MemoryCloud, fol
 
 
 def test_a_lossy_codec_is_close(cloud: MemoryCloud, undisturbed: Run) -> None:
-    link = new_link(MemoryTransport(cloud), codecs=WireCodecs.parse("int8"))
+    link = new_link(cloud, codecs=WireCodecs.parse("int8"))
     losses, _ = train(adapted(link.load_model()))
     assert losses != undisturbed[0]
     assert losses == pytest.approx(undisturbed[0], rel=0.02)
@@ -216,7 +177,7 @@ def bf16(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.mark.parametrize("kind", ["lora", "bf16 lora", "bottleneck"])
 def test_a_bf16_backbone_rounds_as_a_single_process_does(bf16: Served, folder: Path, kind: str) -> None:
     runs = []
-    link = new_link(MemoryTransport(MemoryCloud(bf16)))
+    link = new_link(MemoryCloud(bf16))
     whole_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     for model in (link.load_model(dtype=torch.bfloat16), whole_model):
         torch.manual_seed(3)
@@ -235,7 +196,7 @@ def test_a_bf16_backbone_rounds_as_a_single_process_does(bf16: Served, folder: P
 
 
 def test_a_cloud_that_forgets_between_forward_and_backward(cloud: MemoryCloud, undisturbed: Run) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     assert_same(train(adapted(link.load_model()), between=cloud.served.executor.cache.evict_all), undisturbed)
     assert len(messages(cloud, m.Backward)) == 6
     assert cloud.served.executor.cache.counters.recomputed >= 3
@@ -244,7 +205,7 @@ def test_a_cloud_that_forgets_between_forward_and_backward(cloud: MemoryCloud, u
 def test_a_cloud_that_keeps_inputs_alone(cloud: MemoryCloud, undisturbed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud.served.executor.cache, "budget", 4000)
     before = cloud.served.executor.cache.counters.recomputed
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     assert_same(train(adapted(link.load_model())), undisturbed)
     assert cloud.served.executor.cache.counters.recomputed == before + 3
     assert link.traffic.retries == 0
@@ -283,7 +244,7 @@ def test_a_connection_that_breaks_again_and_again(cloud: MemoryCloud, undisturbe
 def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever the first one's call has paused, the second one does as much as it can."""
     shared.executor.cache.evict_all()
-    first, second = (new_link(MemoryTransport(MemoryCloud(shared))) for _ in range(2))
+    first, second = (new_link(MemoryCloud(shared)) for _ in range(2))
     mine, theirs = adapted(first.load_model(), lora()), adapted(second.load_model(), lora(EVERY_LINEAR))
     expected = [train(adapted(whole(folder), config), steps=2) for config in (lora(), lora(EVERY_LINEAR))]
     others: list[Run] = []
@@ -314,7 +275,7 @@ def test_two_tenants_at_once(shared: Served, folder: Path, monkeypatch: pytest.M
 
 
 def test_a_bad_contribution_is_the_edges_own_error_and_no_call_stays_open(cloud: MemoryCloud, folder: Path) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     model = adapted(link.load_model(), lora())
     weight = model.get_parameter("base_model.model.model.layers.3.self_attn.v_proj.lora_B.default.weight")
     good = weight.detach().clone()
@@ -333,7 +294,7 @@ def test_a_bad_contribution_is_the_edges_own_error_and_no_call_stays_open(cloud:
 
 
 def test_evaluation_and_generation_are_the_whole_models(cloud: MemoryCloud, folder: Path) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     split, reference = adapted(link.load_model()), adapted(whole(folder))
     inputs = {name: value for name, value in batch(5).items() if name != "labels"}
     for model in (split, reference):
@@ -356,7 +317,7 @@ def test_evaluation_and_generation_are_the_whole_models(cloud: MemoryCloud, fold
 def test_the_saved_adapter_loads_into_the_whole_model_and_back(
     cloud: MemoryCloud, folder: Path, tmp_path: Path
 ) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     split = adapted(link.load_model())
     train(split, steps=1)
     split.save_pretrained(tmp_path)
@@ -372,7 +333,7 @@ def test_the_saved_adapter_loads_into_the_whole_model_and_back(
 
 
 def test_each_set_of_sites_is_told_once(cloud: MemoryCloud) -> None:
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     model = adapted(link.load_model(), lora())
     model.add_adapter("other", lora(["o_proj"]))
     with torch.no_grad():
@@ -389,7 +350,7 @@ def test_each_set_of_sites_is_told_once(cloud: MemoryCloud) -> None:
 
 def test_lists_that_the_cloud_has_forgotten_are_told_again(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isthmus.protocol.messages.MAX_LISTS", 1)
-    link = new_link(MemoryTransport(cloud))
+    link = new_link(cloud)
     model = adapted(link.load_model(), lora())
     model.add_adapter("other", lora(["o_proj"]))
     first = model(**batch(0)).loss
@@ -405,7 +366,7 @@ def test_lists_that_the_cloud_has_forgotten_are_told_again(cloud: MemoryCloud, m
 
 
 def test_a_cloud_that_takes_no_sites(cloud: MemoryCloud) -> None:
-    model = adapted(new_link(MemoryTransport(cloud)).load_model())
+    model = adapted(new_link(cloud).load_model())
     cloud.answer = lambda message: (
         m.Status(m.StatusCode.BAD_REQUEST, None, "there is no such site\x1b[2J")
         if isinstance(message, m.Sites)
@@ -435,7 +396,7 @@ FORWARD, AGAIN, BACKWARD = m.SitePhase.FORWARD, m.SitePhase.AGAIN, m.SitePhase.B
 def test_a_question_that_makes_no_sense_is_the_clouds_fault(
     cloud: MemoryCloud, phase: m.SitePhase, sites: tuple[int, ...], tensors: Any, call: int, text: str
 ) -> None:
-    model = adapted(new_link(MemoryTransport(cloud)).load_model())
+    model = adapted(new_link(cloud).load_model())
     cloud.answer = lambda message: (
         m.SiteQuestion(m.CallId(0, call, message.id.attempt), phase, sites, tensors, 0, 0, 0)
         if isinstance(message, m.Forward)
@@ -449,7 +410,7 @@ def test_a_question_that_makes_no_sense_is_the_clouds_fault(
 
 
 def test_a_gradient_of_another_shape_is_the_clouds_fault(cloud: MemoryCloud) -> None:
-    model = adapted(new_link(MemoryTransport(cloud)).load_model())
+    model = adapted(new_link(cloud).load_model())
     loss = model(**batch(0)).loss
     cloud.answer = lambda message: (
         m.SiteQuestion(message.id, BACKWARD, (1,), (G,), 0, 0, 0) if isinstance(message, m.Backward) else None
@@ -459,7 +420,7 @@ def test_a_gradient_of_another_shape_is_the_clouds_fault(cloud: MemoryCloud) -> 
 
 
 def test_a_call_without_sites_answers_no_question(cloud: MemoryCloud) -> None:
-    model = new_link(MemoryTransport(cloud)).load_model()
+    model = new_link(cloud).load_model()
     cloud.answer = lambda message: (
         m.SiteQuestion(message.id, FORWARD, (0,), (X,), 0, 0, 0) if isinstance(message, m.Forward) else None
     )
@@ -477,7 +438,7 @@ def test_opt_whose_feed_forward_part_knows_no_sequences(
     config = lora("all-linear", lora_dropout=0.1)
     split = adapted(link.load_model(), config)
     assert {"fc1", "fc2"} <= {site.part for site in split.get_base_model().find_sites()}
-    mine = train(split, between=cloud.executor.evict_all if evict else (lambda: None))
+    mine = train(split, between=cloud.executor.cache.evict_all if evict else (lambda: None))
     assert_same(mine, train(adapted(whole(folder), config)))
 
 
@@ -499,7 +460,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.mark.parametrize(("summed", "backward"), [(False, 10 / 3), (True, 7 / 3)])
 def test_the_wire_carries_what_the_design_says(smol: Served, summed: bool, backward: float) -> None:
     """Per layer with q and v sites: x down, two deltas up; their gradients down, and dx up for each or for both."""
-    link = new_link(MemoryTransport(MemoryCloud(smol)))
+    link = new_link(MemoryCloud(smol))
     model = adapted(link.load_model(summed=summed), lora())
     inputs = batch(0, rows=4, length=32)
     hb = 4 * 32 * WIDE * 4
@@ -529,7 +490,7 @@ def test_the_wire_carries_what_the_design_says(smol: Served, summed: bool, backw
 def test_a_summed_gradient_is_one_tensor_for_each_group_and_close(cloud: MemoryCloud, folder: Path) -> None:
     """Sums in another order: every gradient within 1e-5 of the exact one, as norms, at fp32."""
     gradients = []
-    for model in (new_link(MemoryTransport(cloud)).load_model(summed=True), whole(folder)):
+    for model in (new_link(cloud).load_model(summed=True), whole(folder)):
         tuned = adapted(model, lora(EVERY_LINEAR))
         tuned(**batch(0), use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in tuned.named_parameters() if p.requires_grad})

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from support.cloud.clouds import served
-from support.cloud.memory_cloud import MemoryCloud, MemoryTransport
-from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint, tiny_config
-from support.protocol.wire import EDGE, PIN
+from support.cloud.memory_cloud import MemoryCloud, new_link
+from support.models.tiny import HIDDEN, N_LAYERS, tiny_config
 from torch import nn
 
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.low_rank import LowRankSite
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
-from isthmus.cloud.session.served_model import Served
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.site_traffic import SiteNotice, SiteTraffic
 from isthmus.edge.codecs.wire_codecs import WireCodecs
@@ -74,19 +70,9 @@ def test_the_notice_is_given_once(caplog: pytest.LogCaptureFixture) -> None:
 # On a model -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("traffic")
-    return served(tiny_checkpoint("llama", folder / "model"), folder / "parts")
-
-
 @pytest.fixture
-def link(cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
-    opened = Link(MemoryTransport(MemoryCloud(cloud)), PIN, EDGE, name="cloud:1")
-    opened.open(5)
-    return opened
+def link(cloud: MemoryCloud, own_cache: None) -> Link:
+    return new_link(cloud)
 
 
 def adapted(model: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models.small_training import Wire, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer, weights
 from support.models.tiny import CONFIGS, tiny_checkpoint, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,10 +42,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unreachable() -> None:
     raise UnreachableError("away.")
-
-
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 
 @pytest.mark.parametrize("method", METHODS)

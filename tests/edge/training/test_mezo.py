@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
-from support.models.small_training import Wire, config, data, trainer
+from support.models.small_training import Wire, config, data, trainer, weights
 from support.models.tiny import tiny_checkpoint
+from support.run_folders import losses, same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -29,25 +29,8 @@ from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.mezo import Mezo
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
-
-
 def options(out: Path, **values: Any) -> Any:
     return config(out, **{"optimizer": "mezo", "dropout": 0.0, **values})
-
-
-def losses(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def direction_seed(seed: int, step: int) -> int:

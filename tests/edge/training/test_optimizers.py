@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models.small_training import Wire, config, data, trainer
-from support.models.tiny import tiny_checkpoint
-from torch import Tensor
+from support.run_folders import adapter, assert_same_run
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
@@ -25,19 +24,8 @@ from isthmus.edge.training.methods import build_peft, trained
 OPTIMIZERS = ["adamw", "lora-plus", "lora-fa", "mezo"]
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
-
-
 def options(out: Path, optimizer: str, **values: Any) -> Any:
     return config(out, optimizer=optimizer, dropout=0.0, **values)
-
-
-def adapter(out: Path) -> dict[str, Tensor]:
-    weights = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert isinstance(weights, dict)
-    return weights
 
 
 def fresh(model_folder: Path, settings: TuningConfig) -> Any:
@@ -122,11 +110,7 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_loads(model_folder: Path, tmp
             if "lora_" in name:
                 parameter.add_(1.0)
     run.fit()
-    ours, theirs = adapter(tmp_path / "broken"), adapter(tmp_path / "straight")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    log = "losses.jsonl"
-    assert (tmp_path / "broken" / log).read_text() == (tmp_path / "straight" / log).read_text()
+    assert_same_run(tmp_path / "broken", tmp_path / "straight")
 
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "straight" / "adapter")
     ids = torch.tensor([[5, 6, 7, 8]])

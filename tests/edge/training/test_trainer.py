@@ -17,12 +17,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file
 from support import older_checkpoints as older
 from support.models import small_training as training
 from support.models.sited_span import Sited
 from support.models.small_training import Wire, config, data, trainer
 from support.models.tiny import tiny_checkpoint
+from support.run_folders import adapter, assert_same_run, losses
 from support.warm_processes import warm
 from transformers import AutoModelForCausalLM
 
@@ -43,34 +43,11 @@ from isthmus.training import run_checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
 def undisturbed(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("undisturbed")
     trainer(model_folder, config(out), Wire()).fit()
     return out
-
-
-def adapter(out: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert isinstance(weights, dict)
-    return weights
-
-
-def assert_same_run(out: Path, other: Path) -> None:
-    """Bit for bit the same adapter, and the same loss log: no step lost, none doubled."""
-    ours, theirs = adapter(out), adapter(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (out / "losses.jsonl").read_text() == (other / "losses.jsonl").read_text()
-
-
-def losses(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
 
 
 def checkpoint_names(out: Path) -> list[str]:

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.cloud.packages import tuned
 from support.models.tiny import tiny_checkpoint
 from torch import Tensor
 
-from isthmus.backbone.adapters.adapter_files import save_adapter
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import load_span
-from isthmus.edge.config.training_config import TuneConfig
-from isthmus.edge.training.methods import build_peft, trained
 from isthmus.emulator.compress.emulator_model import build_emulator
 from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.package.intake import check_adapter
@@ -49,17 +47,7 @@ class Owner:
     def adapter(self, method: str) -> Path:
         """An adapter whose every trained tensor has moved; made once."""
         out = self.folder / f"adapter-{method}"
-        if out.exists():
-            return out
-        values = {"package": self.package.folder, "data": "-", "out": out, "method": method, "steps": 10, "rank": 4}
-        model = build_peft(self.package.load_model(), TuneConfig.model_validate(values), total_steps=10)
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(1)
-            for parameter in trained(model).values():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-            model(input_ids=IDS)
-        save_adapter(model, out, record=self.record(method))
-        return out
+        return out if out.exists() else tuned(self.package, out, method)
 
     def record(self, method: str) -> dict[str, str]:
         return {"package": self.package.id, "digest": self.package.digest, "plan": str(PLAN), "method": method}

@@ -50,6 +50,7 @@ def test_what_is_not_in_every_trace_is_no_part_of_the_path(traces: list[list[str
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_forward_between_two_processes_names_its_files(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     done = CliRunner().invoke(app, ["bench", "path", "--model", str(model), "--json"], catch_exceptions=False)

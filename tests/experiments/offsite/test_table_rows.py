@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from isthmus.experiments.offsite.table_rows import draw_frontier
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
+# Found without being imported: that takes a while, in each process that collects.
+pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -19,6 +21,7 @@ def entry(method: str, keep: float, plug_in: float | None, thief: float | None) 
 
 
 def test_each_emulator_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot, "close", lambda _figure: None)
     methods = [entry("uniform", 0.75, 0.7, 0.6), entry("uniform", 0.5, 0.3, 0.5), entry("crash", 0.5, None, None)]
     draw_frontier(methods, tmp_path / "new" / "frontier.png", "tiny")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from isthmus.edge.data.batches import encode
 from isthmus.edge.data.readers import Example
 from isthmus.experiments.harness.emulator_settings import ScoreSettings
 from isthmus.experiments.harness.single_process import whole
-from isthmus.experiments.scoring.likelihood import answer_questions
+from isthmus.experiments.scoring.likelihood import answer_questions, require_lm_eval
 from isthmus.experiments.scoring.task_scoring import document_losses, run_score
 from isthmus.experiments.scoring.tasks import Question
 
-lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+# Found without being imported: that takes seconds, in each process that collects.
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `lm-eval`)")
 
 QUESTIONS = tuple(
     Question(
@@ -136,18 +137,14 @@ def test_what_cannot_be_scored_is_said(checkpoint: Checkpoint, own_task: Path) -
 
 def test_an_unknown_task_is_named(checkpoint: Checkpoint, own_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # lm-eval's own tasks are thousands of files, which take a while to read.
-    few = partial(lm_eval_tasks.TaskManager, include_defaults=False)
+    tasks = pytest.importorskip("lm_eval.tasks")
+    few = partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path))
     with pytest.raises(ConfigError, match="no task 'other'"):
         run_score(ScoreSettings(tasks="other", model=str(checkpoint.folder), include_path=own_task))
 
 
-def test_without_lm_eval_the_remedy_is_named() -> None:
-    code = (
-        "import sys; sys.modules['lm_eval'] = None\n"
-        "from isthmus.experiments.scoring.likelihood import require_lm_eval\n"
-        "try:\n    require_lm_eval()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "ConfigError" in done.stdout
-    assert "pip install 'isthmus[lm-eval]'" in done.stdout
+def test_without_lm_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'isthmus\[lm-eval\]'"):
+        require_lm_eval()

@@ -47,19 +47,7 @@ def test_a_share_that_leaves_nothing_to_compare_is_refused(share: float) -> None
 
 def test_a_whole_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
-    options = [
-        "--edge-layers",
-        "1:1",
-        "--seconds",
-        "1",
-        "--loads",
-        "0.5,3",
-        "--threads",
-        "1",
-        "--rounds",
-        "1",
-        "--json",
-    ]
+    options = ["--edge-layers", "1:1", "--seconds", "1", "--loads", "0.5,3", "--threads", "1", "--rounds", "1"]
     result = CliRunner().invoke(app, ["bench", "qos", "--model", str(model), *options, "--json"])
     assert result.exit_code == 0, result.output
     runs = json.loads(result.stdout)["runs"]

@@ -23,7 +23,7 @@ from isthmus.cloud.home.identity import IdentityFiles
 from isthmus.cloud.session.served_model import Served
 from isthmus.edge.client.link import Link
 from isthmus.protocol.enrolment import ConnectionString, Quota, add_line
-from isthmus.protocol.secure.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge
+from isthmus.protocol.secure.keys import Fingerprint, generate_edge, generate_root, issue_worker, load_edge, load_worker
 from isthmus.rpc.transport import GrpcTransport, Tls
 
 PLAN = "2:2"
@@ -73,13 +73,16 @@ def with_info(cloud: Served, **changes: Any) -> Served:
 
 
 class Home:
-    """The cloud's folder and the keys of one enrolled edge."""
+    """The cloud's folder and the keys of one enrolled edge; made where they are not there yet."""
 
     def __init__(self, folder: Path, *, days: float = 1, quota: Quota | None = None) -> None:
         self.folder = folder / "cloud"
-        self.folder.mkdir(parents=True, mode=0o700)
         self.key_file = folder / "id_ed25519"
-        self.pin: Fingerprint = generate_root(self.folder)
+        if self.folder.exists():
+            self.pin: Fingerprint = load_worker(self.folder).pin
+            return
+        self.folder.mkdir(parents=True, mode=0o700)
+        self.pin = generate_root(self.folder)
         issue_worker(self.folder, days)
         add_line(self.folder / "authorized_edges", generate_edge(self.key_file, "alice"), "alice", quota)
 

@@ -1,32 +1,20 @@
-"""A worker that dies and is there again on the same port, as Ray does it, in a fraction of the time.
-
-Lives are forked from a server that has imported everything and has started nothing.
-"""
+"""A worker that dies and is there again on the same port, as Ray does it, in a fraction of the time."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home
+from support.cloud.server_process import start
+from support.warm_processes import WarmPopen
 
 from isthmus.experiments.rigs.fault_points import fault_points
 from isthmus.protocol.enrolment import ConnectionString
 
-START_SECONDS = 60.0
-FAMILY = ["transformers.models.llama.modeling_llama"]  # what the tests serve
-
-
-def live(model: Path, parts: Path, home: Home, port: int, points: Path) -> None:
-    """One life: serve until somebody kills this process."""
-    os.environ[fault_points.ENVIRONMENT] = str(points)
-    fault_points.install()
-    with ThreadServer(served(model, parts), home, listen=f"127.0.0.1:{port}"):
-        threading.Event().wait()
+END_SECONDS = 60.0
 
 
 class MortalWorker:
@@ -43,20 +31,15 @@ class MortalWorker:
         self.home = Home(folder)
         self.lives = 0
         self._port = free_port()
-        self._arguments = (model, folder / "parts", self.home, self._port, self.points)
-        self._context: Any = multiprocessing.get_context("forkserver")
-        # By what they import: the server of forks has not the path of the tests.
-        self._context.set_forkserver_preload(["isthmus.cloud.control.worker", "isthmus.edge.client.link", *FAMILY])
+        self._model, self._parts = model, folder / "parts"
+        self._turn = threading.Lock()
         self._ending = False
-        self._process: Any = None
+        self._process: WarmPopen | None = None
         self._keeper = threading.Thread(target=self._keep, daemon=True)
 
     @property
     def connection(self) -> str:
         return str(ConnectionString("127.0.0.1", self._port, self.home.pin))
-
-    def kill(self) -> None:
-        self._process.kill()
 
     def __enter__(self) -> Self:
         self._begin()
@@ -64,21 +47,25 @@ class MortalWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ending = True
-        self.kill()
-        self._keeper.join(START_SECONDS)
+        with self._turn:
+            self._ending = True
+            if self._process is not None:
+                self._process.kill()
+        self._keeper.join(END_SECONDS)
 
     def _begin(self) -> None:
-        self._process = self._context.Process(target=live, args=self._arguments, daemon=True)
-        self._process.start()
+        environment = {fault_points.ENVIRONMENT: str(self.points)}
+        self._process = start(self._model, self._parts, self.home, self._port, environment)
         self.lives += 1
 
     def _keep(self) -> None:
-        while True:
-            self._process.join()
-            if self._ending:
-                return
-            self._begin()
+        while self._process is not None:
+            with self._process as process:
+                process.wait()
+            with self._turn:
+                if self._ending:
+                    return
+                self._begin()
 
 
 def free_port() -> int:

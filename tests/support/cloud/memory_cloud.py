@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from support.protocol.wire import NOW, TENANT, identity
+from support.protocol.wire import EDGE, NOW, PIN, TENANT, identity
 
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, RemoteProtocolError
+from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Tenant
@@ -226,6 +227,14 @@ class _FaultyStream:
 def messages(cloud: MemoryCloud, kind: type[Any]) -> list[Any]:
     """What the edge has sent of one kind."""
     return [message for message in cloud.seen if isinstance(message, kind)]
+
+
+def new_link(to: MemoryCloud | Transport, **options: Any) -> Link:
+    """An open link to a cloud, or over a transport to one."""
+    transport = MemoryTransport(to) if isinstance(to, MemoryCloud) else to
+    link = Link(transport, PIN, EDGE, name="cloud:1", **options)
+    link.open(5)
+    return link
 
 
 class StillTime:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from support.cloud.clouds import Home, ThreadServer, served
 from support.models.tiny import tiny_checkpoint
-from torch import Tensor
 
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.run_report import Report
@@ -65,22 +63,3 @@ def cloud_for_runs(folder: Path, plan: str = "1:1", layers: int = 4) -> Iterator
             yield Runs(server, model, texts)
     finally:
         torch.set_num_threads(threads)
-
-
-def adapter(out: Path) -> dict[str, Tensor]:
-    """What a run has trained."""
-    weights: dict[str, Tensor] = load_file(out / "adapter" / "adapter_model.safetensors")
-    return weights
-
-
-def losses(out: Path) -> list[dict[str, Any]]:
-    """A run's loss log."""
-    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Both runs have the same losses and the same adapter, bit for bit."""
-    assert losses(ours) == losses(theirs)
-    mine, other = adapter(ours), adapter(theirs)
-    assert mine.keys() == other.keys()
-    assert not [name for name in mine if not torch.equal(mine[name], other[name])]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.common.progress import StepProgress
@@ -21,7 +22,7 @@ from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Encoded, TrainingData, fingerprint
 from isthmus.edge.run_report import WireTotals
-from isthmus.edge.training.methods import build_peft
+from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.run_identity import ModelIdentity
 from isthmus.edge.training.trainer import Trainer
 
@@ -96,6 +97,11 @@ def trainer(model_folder: Path, options: TrainConfig, wire: Wire | None = None, 
     progress = StepProgress("step", total, Console(file=io.StringIO()), every=options.log_every)
     keywords = {"identity": IDENTITY, "progress": progress, "meter": wire, **keywords}
     return Trainer(model, training_data, options, **keywords)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """Copies of what is trained."""
+    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 
 def kill() -> None:

@@ -17,7 +17,7 @@ from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, E
 from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
 from isthmus.experiments.rigs.abuse.hostile_cloud import TRICKS, HostileCloud
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_module")]
 Pair = tuple[HostileCloud, Edge]
 
 

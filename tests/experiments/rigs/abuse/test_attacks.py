@@ -16,7 +16,7 @@ from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weak
 from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
 from isthmus.protocol.enrolment import ConnectionString
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_module")]
 SECONDS = 0.3
 
 

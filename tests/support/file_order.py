@@ -1,0 +1,34 @@
+"""In which order the files of tests begin: the longest first, so that the processes end together that share them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+LONGEST = (
+    "integration/test_emulator_story.py",
+    "integration/test_workers.py",
+    "integration/test_real_model.py",
+    "experiments/serving/test_tenants_bench.py",
+    "integration/test_cli.py",
+    "experiments/rigs/abuse/test_attacks.py",
+    "integration/test_faults.py",
+    "integration/test_chaos.py",
+    "experiments/rigs/network/test_link_bench.py",
+    "kernels/test_triton.py",
+    "integration/test_bench_quantize.py",
+    "integration/test_sites_run.py",
+    "fuzz/test_corpus.py",
+    "test_lock.py",
+    "backbone/peft_checks/test_peft_table.py",
+    "backbone/split/test_split_equals_whole.py",
+)
+"""Whoever makes a file that takes more than a quarter of a minute puts it here."""
+
+
+def begin_with_longest(items: list[pytest.Item]) -> None:
+    """Sort tests; those of a file, and the files that are not among the longest, stay in their order."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
