@@ -56,6 +56,26 @@ REAL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "shipped, heap not trimmed": ("--no-trim-heap",),
 }
 """Rows that `isthmus bench tenants` can measure, by the options of `isthmus cloud serve`."""
+SIMULATED: Final[Mapping[str, str]] = {
+    "/ bound": "throughput_over_bound",
+    "spread": "spread",
+    "2 edges": "throughput_of_2_over_bound",
+    "4 edges": "throughput_of_4_over_bound",
+    "Jain": "jain",
+    "states": "state_share",
+    "flood": "flood_p99_ratio",
+    "missed": "missed",
+    "p99 s": "p99_s",
+    "tokens/s": "positions_per_s",
+}
+REAL: Final[Mapping[str, str]] = {
+    "ratio": "throughput_ratio",
+    "/ bound": "throughput_over_bound",
+    "growth": "cloud_growth_share",
+    "flood": "flood_p99_ratio",
+    "Jain": "jain",
+}
+"""Columns of the two tables: their titles, and the figures' names."""
 
 
 def run_scheduler(settings: SchedulerSettings, folder: Path) -> dict[str, Any]:
@@ -92,27 +112,21 @@ def run_scheduler(settings: SchedulerSettings, folder: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table of schedulers, which stands in docs/scheduler.md."""
-    rows = {row["policy"]: row for row in result["rows"]}
-    measured = result.get("real", {})
-    titles = ("/ bound", "spread", "2 edges", "4 edges", "Jain", "states", "flood", "missed", "p99 s", "tokens/s")
-    keys = (
-        *("throughput_over_bound", "spread", "throughput_of_2_over_bound", "throughput_of_4_over_bound", "jain"),
-        *("state_share", "flood_p99_ratio", "missed", "p99_s", "positions_per_s"),
-    )
-    real_titles = ("real ratio", "/ bound", "growth", "flood", "Jain")
-    real_keys = ("throughput_ratio", "throughput_over_bound", "cloud_growth_share", "flood_p99_ratio", "jain")
-    typer.echo(f"| scheduler | {' | '.join((*titles, *real_titles))} |")
-    typer.echo(f"|---|{'---|' * (len(titles) + len(real_titles))}")
-    for name in (*rows, *(set(measured) - set(rows))):
-        cells = [_cell(rows.get(name, {}).get(key)) for key in keys]
-        cells += [_cell(measured.get(name, {}).get(key)) for key in real_keys]
-        typer.echo(f"| {name} | {' | '.join(cells)} |")
+    """Print the tables that stand in docs/scheduler.md: of the simulations, and of the real runs."""
+    _print_table(SIMULATED, {row["policy"]: row for row in result["rows"]})
+    if "real" in result:
+        typer.echo()
+        _print_table(REAL, result["real"])
 
 
-def _cell(value: float | None) -> str:
-    if value is None:
-        return ""
+def _print_table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    typer.echo(f"| scheduler | {' | '.join(columns)} |")
+    typer.echo(f"|---|{'---|' * len(columns)}")
+    for name, row in rows.items():
+        typer.echo(f"| {name} | {' | '.join(_cell(row[key]) for key in columns.values())} |")
+
+
+def _cell(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
 
 
