@@ -39,6 +39,8 @@ def test_the_control_store_is_found_by_its_program(tmp_path: Path) -> None:
     for program in ("raylet", "gcs_server"):
         command = [f"/some/{program}", "-c", "import time; time.sleep(300)", "--of=gcs_server"]
         process = cloud._process = subprocess.Popen(command, executable=sys.executable, start_new_session=True)
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # empty for a moment, while the program takes the place of the fork
         assert cloud.control_store() == (process.pid if program == "gcs_server" else None)
         cloud.kill()
 
