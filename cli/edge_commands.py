@@ -19,7 +19,7 @@ from isthmus.edge.config.flags import (
     run_to_its_end,
     with_flags,
 )
-from isthmus.edge.config.training_config import TrainConfig
+from isthmus.edge.config.training_config import TrainConfig, load_config
 
 app = typer.Typer(
     help="Tune a model whose middle layers run in the cloud, on data that stay here.", no_args_is_help=True
@@ -66,7 +66,7 @@ def train(
 
     Example: isthmus edge train --cloud cloud.txt --data tickets.jsonl --steps 200 --out run
     """
-    settings = read_settings(TrainConfig, config, flags)
+    settings = load_config(config, flags, TrainConfig)
     from isthmus.edge.split_run import run_training
 
     run_to_its_end(lambda: run_training(settings), settings.out, as_json=as_json)
@@ -84,7 +84,7 @@ def evaluate(
 
     Example: isthmus edge eval --cloud cloud.txt --data held-out.jsonl --adapter run/adapter --json
     """
-    settings = read_settings(EvalConfig, config, flags)
+    settings = load_config(config, flags, EvalConfig)
     from isthmus.edge.split_run import run_evaluation
 
     result = run_evaluation(settings, adapter)

@@ -132,17 +132,20 @@ def build(
 
     recipe = Recipe.parse(method, keep)
     check_free(out)
-    options = DistillConfig(
-        steps=distill_steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        mse_weight=mse_weight,
-        lm_weight=lm_weight,
-        seed=seed,
-        save_every=save_every,
-        precision=precision,
-    )
+    distillation = None
+    if distill is not None:
+        options = DistillConfig(
+            steps=distill_steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            mse_weight=mse_weight,
+            lm_weight=lm_weight,
+            seed=seed,
+            save_every=save_every,
+            precision=precision,
+        )
+        distillation = options, distill
     checkpoint = resolve(model)
     plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
     with interruptible():
@@ -151,12 +154,11 @@ def build(
             checkpoint,
             plan,
             recipe,
-            options,
+            distillation,
             home=home.expanduser(),
             licence=licence,
             length=length,
             text=text,
-            distil_text=distill,
             figure=figure,
             device=device,
         )

@@ -10,8 +10,8 @@
                                  SHA-256 of each file above, that of `state.json` itself without this entry, and beside
                                  them the run's own entries
 
-Format 1, which distillations wrote, has neither a random state nor a digest of `state.json`, and some checkpoints of
-format 2 lack the latter, too; both are read.
+Format 1 of distillations, which has neither a random state nor a digest of `state.json`, is read, and so is format 2
+without the latter. Format 1 of other runs, which has a random state in another layout, is not.
 
 A checkpoint is written beside its place and renamed into it after everything is on the disk, so a folder of that name
 is whole.
@@ -37,7 +37,6 @@ from isthmus.common.errors import CheckpointError
 from isthmus.common.files import new_folder, remove_folder, sweep
 
 FORMAT = 2
-READ = (1, FORMAT)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILE = re.compile(r"([a-z_]+)\.(safetensors|jsonl)")
@@ -156,9 +155,10 @@ def load(folder: Path) -> RunCheckpoint:
     state = _state(folder)
     with_reason: Callable[[str], CheckpointError] = lambda why: _damaged(folder / "state.json", why)  # noqa: E731
     try:
-        if state["format"] not in READ:
+        of_distillation = state["format"] == 1 and "python_random" not in state
+        if state["format"] != FORMAT and not of_distillation:
             raise CheckpointError(
-                f"{folder} has format {state['format']}, this version reads {' and '.join(map(str, READ))}: "
+                f"{folder} has format {state['format']}, this version reads {FORMAT}, and 1 of distillations: "
                 "resume with the version that wrote it."
             )
         recorded = state.pop(_OWN_DIGEST, None)
@@ -178,7 +178,7 @@ def load(folder: Path) -> RunCheckpoint:
             parameters=tensors.pop("parameters"),
             optimizer=tensors.pop("optimizer"),
             log=tuple((folder / log).read_text(encoding="utf-8").splitlines(keepends=True)),
-            random=None if state["format"] == 1 else _random(state["python_random"], tensors.pop("random")),
+            random=None if of_distillation else _random(state["python_random"], tensors.pop("random")),
             tensors=tensors,
             entries={name: value for name, value in state.items() if name not in _COMMON},
         )

@@ -64,7 +64,8 @@ def check_layers(layers: Iterable[SkeletonLayer], stack: nn.ModuleList, configs:
         UnsupportedCallError: A method would be silently wrong, or something else than a linear is wrapped.
     """
     for layer in layers:
-        if stack[layer.index] is not layer:
+        # A model may be cut behind its cloud layers. Whatever else wraps a whole layer has no weights to train.
+        if layer.index < len(stack) and type(stack[layer.index]).__module__.startswith("peft."):
             _refuse_whole(layer.name)
         wrapped: list[str] = []
         for part, module in layer.named_modules():

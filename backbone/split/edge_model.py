@@ -218,14 +218,15 @@ class EdgeModelMixin:
 
     Attributes:
         isthmus_origin: What the model was made of.
-        isthmus_parts: The module that calls the span, and the list of all layers; a tuple hides them from torch.
+        isthmus_parts: The module that calls the span, the base model, and the name of its list of all layers; a tuple
+            hides them from torch.
         isthmus_longest: Token positions of a sequence that the whole model is made for.
         isthmus_passed: What has passed the checks: PEFT's configurations by adapter, and what stood in the places of
             the cloud's modules.
     """
 
     isthmus_origin: EdgeOrigin
-    isthmus_parts: tuple[RemoteLayers, nn.ModuleList]
+    isthmus_parts: tuple[RemoteLayers, nn.Module, str]
     isthmus_longest: int
     isthmus_passed: tuple[dict[str, Any], list[nn.Module]]
 
@@ -293,7 +294,8 @@ class EdgeModelMixin:
         """
         configs = getattr(self, "peft_config", {})
         asked = {adapter: asked_of(config) for adapter, config in configs.items()}
-        remote, layers = self.isthmus_parts
+        remote, base, name = self.isthmus_parts
+        layers = getattr(base, name)  # may have been replaced
         placed = [*layers, *remote.placed()]
         if (asked, placed) == self.isthmus_passed:
             return

@@ -77,7 +77,7 @@ def load_edge_parts(
     names, tied = _load(model, checkpoint)
     _settle(model, checkpoint)
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
-    model.isthmus_parts = remote, layers
+    model.isthmus_parts = remote, base, family.layers
     model.isthmus_longest = longest_sequence(config)
     model.isthmus_passed = {}, [*layers, *remote.placed()]
     # Bound methods: a deep copy of the model binds them to the copy.

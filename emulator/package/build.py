@@ -27,13 +27,12 @@ def build_package(
     checkpoint: Checkpoint,
     plan: SplitPlan,
     recipe: Recipe,
-    distil: DistillConfig,
+    distillation: tuple[DistillConfig, Path] | None,
     *,
     home: Path,
     licence: str,
     length: int,
     text: Path | None,
-    distil_text: Path | None,
     figure: Path | None,
     device: str,
 ) -> Package:
@@ -44,9 +43,9 @@ def build_package(
 
     Args:
         home: The cloud's folder with `worker_key` and `worker_cert`.
+        distillation: How to distil, and the public text for it; None for no distillation.
         length: Tokens of a block of public text.
         text: Public text to choose layers and to fit bridges by; None for that of the distillation.
-        distil_text: Public text to distil on; None for no distillation.
         figure: A PNG to draw the losses of the distillation to; None for none.
         device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
 
@@ -69,14 +68,15 @@ def build_package(
     recipe.layers_kept(len(plan.cloud))
 
     tokenizer = load_tokenizer(checkpoint.folder)
-    chosen_by = text or distil_text
+    chosen_by = text or (distillation[1] if distillation else None)
     blocks = load_blocks(chosen_by, tokenizer, length) if chosen_by and recipe.needs_text else None
     emulator = build_emulator(checkpoint, plan, recipe, blocks, device=pick_device(device))
     distilled = None
     state = out.with_name(f"{out.name}.distill")
-    if distil_text is not None:
+    if distillation is not None:
+        options, distil_text = distillation
         blocks = load_blocks(distil_text, tokenizer, length)
-        distilled = asdict(distill(checkpoint, plan, emulator, blocks, distil, state))
+        distilled = asdict(distill(checkpoint, plan, emulator, blocks, options, state))
         if figure is not None:
             loss_figure(state, figure)
     package = write_package(out, checkpoint, plan, emulator, signer=signer, licence=licence, distilled=distilled)

@@ -96,8 +96,8 @@ class Protection(_Part):
 
     task: Text
     metric: Text
-    plug_in_recovery: float | None
-    thief_recovery: float | None
+    plug_in_recovery: float | None = None
+    thief_recovery: float | None = None
     full_zero_shot: float
     plug_in: float
     thief: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.commands import in_process
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
@@ -62,9 +63,14 @@ def test_a_flag_of_another_command_is_refused_by_its_name(words: tuple[str, ...]
         assert f"No such option: {flag}" in result.output
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate"])
-def test_a_missing_cloud_is_named(command: str, tmp_path: Path) -> None:
-    words = ["hello"] if command == "generate" else ["--data", str(tmp_path / "d.jsonl")]
-    result = CliRunner().invoke(app, ["edge", command, *words])
-    assert "'cloud' is missing: give --cloud" in result.output
-    assert result.exit_code == 2
+@pytest.mark.parametrize(
+    ("command", "code"), [("edge train", 10), ("edge eval", 10), ("edge generate", 2), ("emulator tune", 10)]
+)
+def test_a_missing_setting_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, code: int
+) -> None:
+    words = ["hello"] if command == "edge generate" else ["--data", tmp_path / "d.jsonl"]
+    done = in_process(capsys, *command.split(), *words)
+    missing = "package" if command == "emulator tune" else "cloud"
+    assert f"'{missing}' is missing: give --{missing}" in done.stderr
+    assert done.returncode == code

@@ -156,11 +156,12 @@ def test_a_checkpoint_from_before_states_had_a_digest_is_read(tmp_path: Path) ->
     assert load(folder).entries["learning_rate"] == 1e-4
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [1, 3])
+def test_another_format_is_refused(tmp_path: Path, other: int) -> None:
     folder = save(tmp_path, state(), keep=1)
     tree = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**tree, "format": 3}))
-    with pytest.raises(CheckpointError, match="format 3, this version reads 1 and 2"):
+    (folder / "state.json").write_text(json.dumps({**tree, "format": other}))
+    with pytest.raises(CheckpointError, match=f"format {other}, this version reads 2, and 1 of distillations"):
         load(folder)
 
 

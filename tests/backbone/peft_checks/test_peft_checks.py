@@ -343,3 +343,11 @@ def test_the_parameters_of_a_part_of_the_cloud_cannot_be_asked_for(pairs: Pairs)
     with pytest.raises(UnsupportedCallError, match=r"layers\.3\.mlp is in the cloud"):
         next(layer.mlp.parameters())
     assert list(layer.parameters()) == []  # optimizers with a group for each layer ask that
+
+
+def test_a_model_that_is_cut_behind_its_cloud_layers_is_checked(pairs: Pairs) -> None:
+    model, _ = split(pairs("llama", "2:2"))
+    del model.model.layers[3:]
+    model.check_adapters()
+    with pytest.raises(UnsupportedCallError, match=r"layers\.2\.input_layernorm is in the cloud"):
+        peft.get_peft_model(model, NORMS["target_modules"]())
