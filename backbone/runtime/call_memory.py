@@ -1,8 +1,8 @@
-"""The memory of a call: an estimate before it is computed, and what its graph keeps, counted while it is built.
+"""An estimate of the memory that a call of a span takes while it is computed.
 
-The estimate follows from the shapes of the tensors that a decoder layer makes (Korthikanti et al. 2022, arXiv
-2205.05198, count them for another layer): those that the graph keeps for each token position and layer, those that one
-layer has in memory at a time, and those that attention makes for each pair of positions.
+It follows from the shapes of the tensors that a decoder layer makes (Korthikanti et al. 2022, arXiv 2205.05198, count
+them for another layer): those that the graph keeps for each token position and layer, those that one layer has in
+memory at a time, and those that attention makes for each pair of positions.
 
     sdpa    nothing, where it has no mask; with one, a byte for the mask, and in each layer the mask again as numbers of
             the span's dtype, which the graph keeps
@@ -11,25 +11,16 @@ layer has in memory at a time, and those that attention makes for each pair of p
 A mask is made where the edge sends one, where position ids may start anew (packed sequences), and in layers with a
 window that the sequence fills. The tests check that the estimate lies between the allocation that torch's
 profiler reports and twice that.
-
-A graph keeps the inputs of norms, of attention and of the activation functions; the weights are frozen, so a linear
-keeps nothing of its input. What an activation function gives, which the product after it wants, is not kept but
-computed again in the backward: elementwise, with the same bits, a fifth less memory with a gated MLP. That is the
-cheapest piece of selective recomputation (Korthikanti et al. 2022).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
 
 FP32 = 4
 """Bytes of a number on the wire's near side: codecs decode to it, norms and softmax compute in it."""
@@ -201,64 +192,3 @@ def _windows(config: Any, layers: Sequence[int]) -> tuple[int, ...]:
     types = getattr(config, "layer_types", None)
     sliding = layers if types is None else [layer for layer in layers if types[layer] == "sliding_attention"]
     return (int(window),) * len(sliding)
-
-
-# Graphs ---------------------------------------------------------------------------------------------------------------
-
-_AGAIN: Mapping[str, Callable[[Any], Tensor]] = {
-    "SiluBackward0": lambda node: functional.silu(node._saved_self),
-    "GeluBackward0": lambda node: functional.gelu(node._saved_self, approximate=node._saved_approximate),
-}
-"""Node of the graph -> its output, computed from what it keeps anyway."""
-
-
-@dataclass(slots=True)
-class GraphBytes:
-    """The tensors that a graph keeps, each storage once.
-
-    Attributes:
-        weights: The addresses of the storages that are not counted, as all graphs share them.
-    """
-
-    weights: Collection[int]
-    _storages: dict[int, int] = field(default_factory=dict)  # address -> bytes
-
-    @property
-    def total(self) -> int:
-        """In bytes."""
-        return sum(self._storages.values())
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-
-
-@contextmanager
-def frugal_graph(weights: Collection[int]) -> Iterator[GraphBytes]:
-    """Let the graph that this thread builds inside keep little, and count what it keeps.
-
-    Args:
-        weights: See `GraphBytes`.
-    """
-    kept = GraphBytes(weights)
-
-    def pack(tensor: Tensor) -> Any:
-        node = tensor.grad_fn
-        if node is not None and node.name() in _AGAIN:
-            return node
-        kept.add(tensor)
-        return tensor.detach()
-
-    with saved_tensors_hooks(pack, _unpack):
-        yield kept
-
-
-def _unpack(packed: Any) -> Tensor:
-    return packed if isinstance(packed, Tensor) else _AGAIN[packed.name()](packed)
-
-
-def storages_of(module: nn.Module) -> frozenset[int]:
-    """The addresses of the storages of a module's parameters and buffers."""
-    return frozenset(each.untyped_storage().data_ptr() for each in (*module.parameters(), *module.buffers()))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from isthmus.backbone.checkpoints.weight_quantization import largest_weight
-from isthmus.backbone.runtime.call_memory import call_memory, frugal_graph, storages_of
+from isthmus.backbone.runtime.call_memory import call_memory
+from isthmus.backbone.runtime.graph_memory import GraphBytes, counting, keep_little, storages_of
 from isthmus.backbone.runtime.sequence_packing import Packer
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.runtime.sited_pass import SitedPass
@@ -89,7 +90,9 @@ class Executor:
         self.cache = ActivationCache(cache_bytes)
         self.memory = call_memory(host.span, fixed=largest_weight(host.span) * dtype.itemsize)
         self._packer = Packer(host.span)
-        self._weights = storages_of(host.span)
+        self._weights = storages_of(host.span)  # address and bytes
+        self._graph_bytes = GraphBytes(getattr(host.span.config, "sliding_window", None))  # of graphs without sites
+        keep_little(host.span)
 
     @property
     def device(self) -> torch.device:
@@ -253,12 +256,19 @@ class Executor:
         inputs = [entry.inputs for entry in entries.values()]
         if not (sites is not None and sites.have_gradients) and not all(each.hidden.requires_grad for each in inputs):
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
-        with frugal_graph(self._weights) as kept:
+        nbytes = None if sites is not None else self._graph_bytes.expected(inputs)
+        if nbytes is None:
+            with counting(self._weights) as kept:
+                outputs, sited = self._run(entries, sites, again=again)
+            for output in outputs:
+                kept.add(output)
+            nbytes = kept.total
+            if sites is None:
+                self._graph_bytes.learn(inputs, nbytes)
+        else:
             outputs, sited = self._run(entries, sites, again=again)
-        for output in outputs:
-            kept.add(output)
         positions = sum(each.positions for each in inputs)
-        return Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, kept.total, sited)
+        return Graph(dict(zip(entries, outputs, strict=True)), set(entries), positions, nbytes, sited)
 
     # Backward ---------------------------------------------------------------------------------------------------------
 

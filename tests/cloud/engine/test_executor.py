@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from support.models.kept_activations import count_kept, given_by_activations
 from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.runtime import graph_memory
+from isthmus.backbone.runtime.graph_memory import KeptBytes
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
+from isthmus.cloud.engine import executor as executor_module
 from isthmus.cloud.engine.activation_cache import ActivationsLost
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Gradients
 
@@ -74,7 +79,7 @@ def test_forward_and_backward_are_those_of_autograd(span: FrozenSpan, masked: bo
     assert executor.cache.used == 0  # a backward comes once
 
 
-def test_the_second_call_of_a_shape_gives_the_same(span: FrozenSpan) -> None:
+def test_the_second_call_of_a_shape_is_not_measured_and_gives_the_same(span: FrozenSpan) -> None:
     executor = Executor(SiteHost(span), torch.float32, BIG)
     first = executor.forward(A, 1, inputs(), keep=True).hidden
     size = executor.cache.used
@@ -223,11 +228,62 @@ def test_the_measured_graph_is_what_autograd_saves_but_for_outputs_of_activation
     assert 0.95 * expected <= graph <= 1.05 * expected
 
 
-def test_graphs_keep_nothing_that_activation_functions_give(load: Callable[..., FrozenSpan]) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_known_of_graphs_is_what_counting_says(
+    load: Callable[..., FrozenSpan], monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    counted = []
+
+    def counting(weights: Collection[int]) -> AbstractContextManager[KeptBytes]:
+        counted.append(None)
+        return graph_memory.counting(weights)
+
+    monkeypatch.setattr(executor_module, "counting", counting)
+
+    def kept(executor: Executor, calls: Sequence[SpanInput]) -> tuple[int, int]:
+        counted.clear()
+        executor.forward_together({(A, number): given for number, given in enumerate(calls)}, keep=True)
+        nbytes = executor.cache.used - sum(given.nbytes for given in calls)
+        executor.cache.release(A)
+        return nbytes, len(counted)
+
+    def one(length: int, end: int | None = None) -> SpanInput:
+        """A sequence, or one that ends early."""
+        mask = None if end is None else (torch.arange(length) < end).long()[None]
+        return replace(inputs(rows=1, length=length), attention_mask=mask)
+
+    span = load(torch.float32, attn_implementation=attention)
+    executor = Executor(SiteHost(span), torch.float32, BIG)
+    for calls, counts in (
+        ([one(24)], 1),
+        ([one(24), one(24)], 0),
+        ([one(6)], 1),
+        ([one(12)], 0),
+        ([one(24), one(6), one(15)], 0),
+        ([one(12, end=9)], 1),
+        ([one(12, end=7)], 0),
+        ([one(12, end=9), one(20)], 0),
+        ([one(40, end=9), one(20)], 1),
+        ([one(40, end=9), one(20)], 1),
+        ([one(40, end=9), one(40, end=20)], 1),
+        ([one(40, end=9), one(20)], 0),
+        ([one(30, end=9)], 0),
+        ([one(40)], 1),
+        ([one(40, end=40)], 0),
+        ([one(9)], 0),
+    ):
+        nbytes, times = kept(executor, calls)
+        expected, once = kept(Executor(SiteHost(span), torch.float32, BIG), calls)
+        assert (times, once) == (counts, 1)
+        assert 0.93 * expected <= nbytes <= 1.03 * expected
+
+
+def test_graphs_keep_little_also_where_they_are_not_counted(load: Callable[..., FrozenSpan]) -> None:
     span = load(torch.float32)
     executor = Executor(SiteHost(span), torch.float32, BIG)
-    given = given_by_activations(span)
     executor.forward(A, 1, inputs(), keep=True)
+    given = given_by_activations(span)
+    executor.forward(A, 2, inputs(), keep=True)
     assert (count_kept(given), len(given)) == (0, N_LAYERS - 4)
 
 
