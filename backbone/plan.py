@@ -89,6 +89,13 @@ class SplitPlan:
             raise PlanError(f"{text!r} is not a split plan; write BOTTOM:TOP, two numbers of layers, such as 2:2")
         return cls(n_layers, int(match[1]), int(match[2]))
 
+    def check_layers(self, n_layers: int) -> None:
+        """Make sure that the plan is for a model of so many layers. Raises PlanError."""
+        if self.n_layers != n_layers:
+            raise PlanError(
+                f"split plan {self} is for {self.n_layers} layers, but the model has {n_layers}; parse it again"
+            )
+
     @property
     def cloud(self) -> Span:
         """The layers that the cloud holds."""

@@ -59,6 +59,11 @@ class PlanSettings:
     summed: bool = False
     own_layers: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("live_share", "emulator_keep"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} is no share; use a number above 0 and up to 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -118,7 +123,9 @@ def predict(
 
     Raises:
         ConfigError: a codec was not measured.
+        PlanError: the plan is for another number of layers.
     """
+    settings.plan.check_layers(facts.n_layers)
     return _Predictor(facts, settings, link, edge, cloud).all()
 
 

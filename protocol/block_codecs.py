@@ -20,7 +20,7 @@ from isthmus.kernels.blockwise import (
 )
 
 CHANNELS_PER_OUTLIER = 100
-"""One channel in so many is an outlier, by `int4-outliers`."""
+"""One channel in so many is an outlier, by `int4-outliers`. Part of the wire format; no other share was measured."""
 
 Shape = tuple[int, ...]
 Parts = tuple[tuple[torch.dtype, Shape], ...]
@@ -79,16 +79,20 @@ def int4_decode(parts: tuple[Tensor, ...], shape: Shape) -> Tensor:
     return dequantize_int4(q, scale, shape[-1])
 
 
+def _outliers(channels: int) -> int:
+    return -(-channels // CHANNELS_PER_OUTLIER)
+
+
 def outliers_parts(shape: Shape) -> Parts:
     """The outlier channels' indices and values, then the parts of `int4`."""
-    count = -(-shape[-1] // CHANNELS_PER_OUTLIER)
+    count = _outliers(shape[-1])
     return (torch.int32, (count,)), (torch.bfloat16, (*shape[:-1], count)), *int4_parts(shape)
 
 
 def outliers_encode(tensor: Tensor, what: str) -> tuple[Tensor, ...]:
     """Raises NonFiniteError as `int4_encode` does."""
     rows = tensor.to(torch.float32).view(-1, tensor.shape[-1])
-    count = -(-tensor.shape[-1] // CHANNELS_PER_OUTLIER)
+    count = _outliers(tensor.shape[-1])
     channels = rows.abs().mean(0).topk(count).indices.sort().values
     outliers = rows[:, channels].to(torch.bfloat16)
     if not bool(outliers.isfinite().all()):

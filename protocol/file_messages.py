@@ -11,9 +11,9 @@ from isthmus.common.errors import MessageError
 from isthmus.protocol.limits import MIB, Buffer, Size, Text
 
 MAX_FILE_CHUNK = 8 * MIB
-"""Most bytes of a file in one message."""
+"""Most bytes of a file in one message: what a broken connection costs of a download at most."""
 MAX_PUT_FILES = 8
-"""Most files of an adapter."""
+"""Most files of an adapter: one more than the names that one may have (`emulator.package.intake.ADAPTER_FILES`)."""
 
 # No separators, no leading dot, and therefore no "..": a name is safe to join to a folder.
 FileName = Annotated[

@@ -247,6 +247,11 @@ class BackwardReply:
             check_lora(down, up, Role.GRADIENT)
 
 
+def cut(text: str) -> str:
+    """A text for people, cut to what a message carries: `MAX_TEXT` bytes of UTF-8."""
+    return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """The cloud's answer without a result: `id` names the call, None means the session. `message` is for people."""
@@ -257,8 +262,8 @@ class Status:
 
     @classmethod
     def saying(cls, code: StatusCode, id: CallId | None, text: str) -> Status:
-        """A status whose text is cut to what a message carries, `MAX_TEXT` bytes of UTF-8."""
-        return cls(code, id, text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore"))
+        """A status whose text is cut to what a message carries."""
+        return cls(code, id, cut(text))
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from isthmus.common.terminal import printable
 from isthmus.protocol.encoding import pack, pack_info, peek, unpack, unpack_info
 from isthmus.protocol.enrolment import Tenant
 from isthmus.protocol.limits import DEFAULT_LIMITS, GIB, Buffer, Limits
-from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, MAX_TEXT, CallId, Message, SessionInfo, StatusCode
+from isthmus.protocol.messages import CLOUD_SENDS, EDGE_SENDS, MAX_TEXT, CallId, Message, SessionInfo, StatusCode, cut
 from isthmus.protocol.secure.framing import Direction
 from isthmus.protocol.secure.handshake import (
     SESSION_ID_BYTES,
@@ -374,8 +374,7 @@ class CloudSession(_Session):
 
     def _refuse(self, error: NotEnrolledError | RefusedError) -> Refused:
         code = next(code for kind, code in _REFUSALS if isinstance(error, kind))
-        text = str(error).encode()[:MAX_TEXT].decode(errors="ignore").encode()
-        reply, _ = self._exchange.finish(Verdict(code, bytes(SESSION_ID_BYTES), text))
+        reply, _ = self._exchange.finish(Verdict(code, bytes(SESSION_ID_BYTES), cut(str(error)).encode()))
         self._close(str(error))
         return Refused(error, (reply,))
 

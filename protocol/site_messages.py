@@ -29,7 +29,7 @@ _PART = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 @dataclass(frozen=True, slots=True, order=True)
 class CallId:
-    """The name of one call: optimizer step (32 bits), call (64 bits, grows), attempt (16 bits)."""
+    """The name of one call: optimizer step (32 bits), call (64 bits, grows), attempt (32 bits)."""
 
     step: int
     call: int

@@ -29,7 +29,6 @@ from isthmus.rpc.transport import Stream
 T = TypeVar("T")
 
 HANDSHAKE_SECONDS = 15.0
-LEAST_RATE = 16 << 10  # bytes a second that a cloud must take of a question, and send of an answer
 
 
 @dataclass(slots=True)
@@ -137,7 +136,7 @@ class SecureStream:
         """Send a message and wait for the answer.
 
         The cloud has `timeout` seconds to take the question, as many until the answer begins, and as many to send it;
-        for question and answer also what their bytes take at `LEAST_RATE`.
+        for question and answer also what their bytes take at `TransferTimeout.least_rate`.
 
         Args:
             question: what to send.
@@ -149,7 +148,7 @@ class SecureStream:
             RemoteProtocolError: a frame did not open, or the cloud broke the protocol.
         """
         name = type(question).__name__.lower()
-        transfer = TransferTimeout(timeout, LEAST_RATE, math.inf)
+        transfer = TransferTimeout(timeout, message_seconds=math.inf)
         self._observer(name, "sending")
         self._session.expect(answer_bytes)
         begun, size = self._clock(), 0

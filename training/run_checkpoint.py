@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isthmus.common.errors import CheckpointError
-from isthmus.common.files import new_folder, remove_folder, sweep
+from isthmus.common.files import new_folder, remove_folder, sha256_of, sweep
 
 FORMAT = 2
 
@@ -126,7 +126,7 @@ def _write(folder: Path, checkpoint: RunCheckpoint, log_name: str) -> None:
         "settings": dict(checkpoint.settings),
         **checkpoint.entries,
         **own,
-        "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: sha256_of(path).hex() for path in sorted(folder.iterdir())},
     }
     state[_OWN_DIGEST] = _digest_of_state(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -168,7 +168,7 @@ def load(folder: Path) -> RunCheckpoint:
         for name, digest in digests.items():
             if _FILE.fullmatch(name) is None:
                 raise with_reason(f"{name!r} is no file of a checkpoint")
-            if _digest(folder / name) != digest:
+            if sha256_of(folder / name).hex() != digest:
                 raise _damaged(folder / name, "its SHA-256 differs from the recorded one")
         tensors = {Path(name).stem: load_file(folder / name) for name in digests if name.endswith(".safetensors")}
         (log,) = (name for name in digests if name.endswith(".jsonl"))
@@ -252,11 +252,6 @@ def restore_parameters(folder: Path, saved: Mapping[str, Tensor], parameters: Ma
 def damaged_entry(folder: Path, error: Exception) -> CheckpointError:
     """The error for an entry of the run's own that is missing or of the wrong kind."""
     return _damaged(folder / "state.json", f"an entry is missing or of the wrong kind: {error}")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of_state(state: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ class Packer:
         """
         recorded = [self._arguments(each) for each in inputs]
         hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in recorded])[None]
-        memo: dict[tuple[int, ...], Any] = {}
+        memo: dict[tuple[Any, ...], Any] = {}
         shapes = [each.hidden.shape[:2] for each in inputs]
         for number, layer in enumerate(self._layers):
             output = layer(hidden, **_merged([each[number] for each in recorded], shapes, memo))
@@ -105,7 +105,7 @@ class _Segments:
 
 
 def _merged(
-    recorded: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[int, ...], Any]
+    recorded: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[Any, ...], Any]
 ) -> dict[str, Any]:
     """One layer's arguments for all inputs; layers that share theirs share what is made of them."""
     result = {}
@@ -113,7 +113,7 @@ def _merged(
         if name == "hidden_states":
             continue
         values = [each[name] for each in recorded]
-        key = (len(name), *map(id, values))
+        key = (name, *map(id, values))
         if key not in memo:
             memo[key] = _merged_argument(name, values, shapes)
         result[name] = memo[key]

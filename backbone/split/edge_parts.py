@@ -79,7 +79,7 @@ def load_edge_parts(
     model.isthmus_origin = EdgeOrigin(checkpoint, family, plan, names, tied)
     model.isthmus_parts = remote, base, family.layers
     model.isthmus_longest = longest_sequence(config)
-    model.isthmus_passed = {}, [*layers, *remote.placed()]
+    model.note_unwrapped()
     # Bound methods: a deep copy of the model binds them to the copy.
     base.register_forward_pre_hook(model.enter_forward, with_kwargs=True)
     base.register_forward_hook(model.leave_forward, always_call=True)
@@ -144,10 +144,7 @@ def weigh_parts(checkpoint: Checkpoint, plan: SplitPlan) -> Weights:
     """
     try:
         config = checkpoint.config
-        if plan.n_layers != config.num_hidden_layers:
-            raise PlanError(
-                f"split plan {plan} is for {plan.n_layers} layers, but the model has {config.num_hidden_layers}"
-            )
+        plan.check_layers(config.num_hidden_layers)
         model = build_on_meta(config, family_of(config), torch.float32, None)
     except IsthmusError:
         raise
@@ -179,10 +176,7 @@ def _no_span(hidden: torch.Tensor, _mask: torch.Tensor | None, _positions: torch
 
 
 def _check_plan(checkpoint: Checkpoint, n_layers: int, plan: SplitPlan) -> None:
-    if plan.n_layers != n_layers:
-        raise PlanError(
-            f"split plan {plan} is for {plan.n_layers} layers, but the model has {n_layers}; parse it again"
-        )
+    plan.check_layers(n_layers)
     if checkpoint.is_edge_parts:
         cut = read_json(checkpoint.folder / PARTS_FILE).get("plan")
         if cut != str(plan):

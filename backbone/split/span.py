@@ -340,10 +340,7 @@ def run_layers(
 
 def _layers_of(span: Span | SplitPlan, n_layers: int) -> Span:
     if isinstance(span, SplitPlan):
-        if span.n_layers != n_layers:
-            raise PlanError(
-                f"split plan {span} is for {span.n_layers} layers, but the model has {n_layers}; parse it again"
-            )
+        span.check_layers(n_layers)
         return span.cloud
     if not len(span) or span.stop > n_layers:
         raise PlanError(

@@ -136,7 +136,9 @@ def served_by(spec: WorkerSpec) -> Served:
 RESERVE_BYTES = 1 << 29
 """Left to Python, its libraries, messages and the system itself when the machine's memory is divided into budgets."""
 MOST_CACHE_BYTES = 2 << 30
-"""Default budget of the activation cache at most: more of it only delays what evicts the states of silent edges."""
+"""Default budget of the activation cache at most: more of it only delays what evicts the states of silent edges.
+
+`--stash-bytes` is the option; the number is a round one, and no figure hangs on it."""
 LEAST_BUDGET_BYTES = 1 << 26
 """Default budget at least: a machine whose memory the weights fill should still compute small calls, if slowly."""
 

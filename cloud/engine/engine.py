@@ -35,7 +35,7 @@ R = TypeVar("R")
 TRIM_SECONDS = 0.2
 """Between two checks of the process's size: about as long as a pass takes, whose memory is to go back."""
 IDLE_SECONDS = 1.0
-"""After so long without work the heap is trimmed once more: an edge that trains comes back sooner."""
+"""After so long without work the heap is trimmed once more, where no session counts as at work."""
 
 
 class Engine:
@@ -87,10 +87,13 @@ class Engine:
 
         Raises:
             RuntimeError: The engine is ending.
+            ValueError: The request takes more memory than there is for all: it would never begin, and nobody behind it.
         """
         with self._changed:
             if self._ending:
                 raise RuntimeError("the engine takes no more requests")
+            if request.nbytes > self._scheduler.compute_bytes:
+                raise ValueError(f"a request of {request.nbytes} bytes of memory never fits: refuse it as it comes in")
             self._scheduler.add(request)
             self._changed.notify_all()
         if request.deadline is not None:
@@ -110,7 +113,7 @@ class Engine:
             return self._scheduler.waiting()
 
     def overdue(self) -> int:
-        """How many requests have waited for longer than for batching partners or memory."""
+        """How many requests have waited for longer than `max_wait`, and not because of their tenant's rate."""
         with self._changed:
             return self._scheduler.overdue()
 

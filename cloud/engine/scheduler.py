@@ -157,6 +157,11 @@ class Scheduler:
         """How many requests of each tenant wait."""
         return Counter(request.tenant for request in self._waiting)
 
+    @property
+    def compute_bytes(self) -> float:
+        """Memory of all that runs at a time."""
+        return self._limits.compute_bytes
+
     def overdue(self) -> int:
         """How many requests have waited for longer than `max_wait`, and not because of their tenant's rate."""
         now = self._clock()

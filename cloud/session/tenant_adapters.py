@@ -32,7 +32,7 @@ from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import AdapterError, IsthmusError
 from isthmus.common.files import disk_errors, locked, new_folder, sha256_of
-from isthmus.emulator.package.intake import AdapterSummary, check_adapter
+from isthmus.emulator.package.intake import SPARE_BYTES, AdapterSummary, check_adapter
 from isthmus.emulator.package.offered_files import belongs
 from isthmus.emulator.package.package import Package
 from isthmus.emulator.package.plug_in import plug_in
@@ -41,8 +41,6 @@ from isthmus.protocol.enrolment import Tenant
 
 R = TypeVar("R")
 
-SPARE_BYTES = 64 << 20
-"""Of an adapter beside twice the edge's weights: where those are few, a soft prompt or a wide adapter may be larger."""
 MAX_INCOMING = 2 * m.MAX_PUT_FILES
 """Most unfinished files of a tenant: those of two adapters."""
 

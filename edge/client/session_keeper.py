@@ -45,8 +45,6 @@ LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach the cloud."""
 PROTOCOL_FAULTS = 5
 """In a row: bad luck ends, an attacker or a defect does not."""
-MAX_ATTEMPT = (1 << 32) - 1
-"""As the wire carries it."""
 MAX_DEADLINE = 86_400
 """Seconds."""
 
@@ -254,7 +252,7 @@ class SessionKeeper:
         faults = 0
         for attempt, pause in enumerate(pauses(LONGEST_PAUSE, self._jitter)):
             try:
-                return work(min(attempt, MAX_ATTEMPT))
+                return work(attempt)
             except ConnectionLostError as error:
                 reason, faults = str(error), 0
             except (RemoteProtocolError, FingerprintError, VersionError, CloudFailedError) as error:

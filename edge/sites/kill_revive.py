@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.common.errors import CheckpointError, ConfigError
+from isthmus.common.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.edge.sites.site_policy import Budget, Decision, Sites
 
 
@@ -66,6 +66,23 @@ class KillReviveOptions:
     incumbency: float = 2.0
     settle_share: float = 0.7
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("visits", 1, math.inf),
+            ("period", 1, math.inf),
+            ("beta", 0, 0.9999),
+            ("kill_from", 1, math.inf),
+            ("kill_share", 0, 1),
+            ("revive_every", 0, math.inf),
+            ("revive_load", 0, math.inf),
+            ("exploration", 0, math.inf),
+            ("incumbency", 1, math.inf),
+            ("settle_share", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} = {value} of kill-and-revive is out of range: give {low} to {high}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +178,10 @@ class KillRevive:
         """The sites that are live in the step after `step` applied ones, which must be the next one.
 
         Raises:
-            ConfigError: It is another one.
+            ConfigError: It is another one, or beyond the planned end.
         """
+        if step >= self.plan.steps:
+            raise ConfigError(f"the sites were planned for {self.plan.steps} steps: plan for more to go on after them.")
         if step != self._step:
             raise ConfigError(
                 f"the live sites of step {step} are asked for, but {self._step} steps were observed: "
@@ -171,12 +190,23 @@ class KillRevive:
         return self._live
 
     def observe(self, step: int, scores: Mapping[str, float]) -> Decision | None:
-        """Take in the finite scores of the live sites after that step; see `SitePolicy`.
+        """Take in the scores of the live sites after that step; see `SitePolicy`.
 
         Raises:
-            ConfigError: It is not the next step.
+            ConfigError: It is not the next step, or `scores` are of other sites than the live ones.
+            NonFiniteError: A score is NaN or infinite. The policy is as before.
         """
         live = self.live(step)
+        if scores.keys() != live:
+            name = min(scores.keys() ^ live)
+            raise ConfigError(
+                f"the score of {name} is {scores.get(name)}: give those of the live sites, and no others."
+            )
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"the score of the site {name} in step {step} is {value}: lower the learning rate."
+                )
         usual = math.fsum(max(0.0, value) for value in scores.values()) / len(scores) or 1.0
         for name, value in scores.items():
             self._visits[name] += 1

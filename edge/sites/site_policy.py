@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -93,16 +93,47 @@ class Budget:
     traffic: float = 0.145
     computation: float = 0.195
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            share = getattr(self, field.name)
+            if not 0 < share <= 1:
+                raise ConfigError(
+                    f"the budget of {field.name} is {share}: give a share of always-on's, above 0 up to 1."
+                )
+
 
 class Sites:
     """All sites of a model, what any set of them costs, and how to fill a budget with them.
 
     A *load* is a cost in units of a budget: a load of 1 is what the budget allows per step on average, in traffic or in
     computation, whichever is nearer to its limit. If the loads of all steps average 1 or less, both budgets are kept.
+
+    Raises:
+        ConfigError: There are no sites, two of one name, or sites of a group that disagree about what they share.
     """
 
     def __init__(self, sites: Iterable[SiteInfo]) -> None:
-        self.infos = {site.name: site for site in sites}
+        self.infos: dict[str, SiteInfo] = {}
+        shared: dict[str, int] = {}
+        for site in sites:
+            if site.name in self.infos:
+                raise ConfigError(f"the site {site.name} is given twice: name each site once.")
+            if (
+                min(site.traffic, site.shared_traffic) < 0
+                or site.traffic + site.shared_traffic == 0
+                or site.computation <= 0
+            ):
+                raise ConfigError(
+                    f"the site {site.name} costs nothing or less ({site}): give what it moves and computes."
+                )
+            if shared.setdefault(site.group, site.shared_traffic) != site.shared_traffic:
+                raise ConfigError(
+                    f"the site {site.name} shares {site.shared_traffic} with its group {site.group}, others "
+                    f"{shared[site.group]}: sites of a group have one input."
+                )
+            self.infos[site.name] = site
+        if not self.infos:
+            raise ConfigError("there are no sites to choose from: name target modules in the cloud's layers.")
         self.names = frozenset(self.infos)
         self.total = self.cost(self.names)
 

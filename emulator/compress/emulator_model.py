@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import distinct_layers, load_layers, run_layers
-from isthmus.common.errors import ConfigError, PlanError
+from isthmus.common.errors import ConfigError
 from isthmus.common.progress import bar
 from isthmus.emulator.compress.bridges import add_bridges, bridge_places, fit_bridges
 from isthmus.emulator.compress.layer_choice import Measures, select_layers
@@ -170,11 +170,7 @@ def build_emulator(
         UnsupportedFamilyError: The architecture cannot be cut.
     """
     config = checkpoint.config
-    if plan.n_layers != config.num_hidden_layers:
-        raise PlanError(
-            f"split plan {plan} is for {plan.n_layers} layers, but the model has {config.num_hidden_layers}; "
-            "parse it again"
-        )
+    plan.check_layers(config.num_hidden_layers)
     n_middle = len(plan.cloud)
     recipe.layers_kept(n_middle)  # before the text is measured
     if recipe.bridged and blocks is None:

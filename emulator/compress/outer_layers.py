@@ -31,7 +31,7 @@ class OuterLayers:
             self._layers = self._below
             setattr(self._base, self._list, self._below)
             # The layers that the model has been checked with keep those above the middle alive.
-            model.isthmus_passed = {}, [*self._below, *self._remote_layers.placed()]
+            model.note_unwrapped()
         self._model: Any = model.to(device) if with_top else None
         self._base.to(device)
 

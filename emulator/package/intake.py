@@ -33,7 +33,7 @@ from isthmus.backbone.checkpoints.tensor_reader import EDGE_FILE, WHOLE_FILE
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_weights import EDGE_WEIGHTS_INFO
-from isthmus.common.errors import AdapterError, PlanError
+from isthmus.common.errors import AdapterError
 from isthmus.emulator.package.peft_rules import held, is_int, is_layers, peft_config
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ ADAPTER_FILES = frozenset({*_KINDS, *_KINDS.values(), TUNING_INFO, "README.md"})
 
 _MAX_JSON = 256 << 10
 _MAX_HEADER = 4 << 20
-_SPARE_BYTES = 64 << 20
+SPARE_BYTES = 64 << 20
+"""Of an adapter beside twice the edge's weights: where those are few, a soft prompt or a wide adapter may be larger."""
 _FLOATS = ("F32", "F16", "BF16")
 _RETURN = "return the folder that `isthmus emulator tune` wrote"
 
@@ -121,17 +122,13 @@ def most_adapter_bytes(parts: Path, plan: SplitPlan) -> int:
 
 def _most_bytes(model: Any) -> int:
     n_values: int = sum(parameter.numel() for parameter in model.parameters())
-    return 2 * 4 * n_values + _SPARE_BYTES
+    return 2 * 4 * n_values + SPARE_BYTES
 
 
 def _edge_on_meta(checkpoint: Checkpoint, plan: SplitPlan) -> Any:
     """The edge's model without weights: what the tensors of an adapter must fit."""
     config = checkpoint.config
-    if plan.n_layers != config.num_hidden_layers:
-        raise PlanError(
-            f"split plan {plan} is for {plan.n_layers} layers, but the model has {config.num_hidden_layers}; "
-            "parse it again"
-        )
+    plan.check_layers(config.num_hidden_layers)
     family = family_of(config)
     model = build_on_meta(config, family, torch.float32, None)
     layers = model.get_submodule(family.layers_path)

@@ -35,8 +35,9 @@ MODEL = "smollm2-135m"
 EDGE_LAYERS = "2:2"
 TRAINING = 240
 HELD_OUT = 40
-NEEDLE_TOKENS = 4  # consecutive token ids that count as a find
-NEEDLE_VALUES = 4  # consecutive weights that count as a find
+# What counts as a find: so many token ids, or weights, in a row. They have 8 bytes at least, which sealed bytes do not
+# hold by chance, and longer ones would be missed where they are cut in two.
+NEEDLE_TOKENS, NEEDLE_VALUES = 4, 4
 
 
 def run_demo(folder: Path, steps: int, threads: int) -> None:

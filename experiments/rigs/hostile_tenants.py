@@ -103,8 +103,7 @@ class Hostile:
 
     def garbage(self, seconds: float) -> None:
         """Noise instead of TLS or HTTP/2, noise instead of a handshake, and a changed frame within a session."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        for _ in during(seconds):
             where = (self._where.host, self._where.port)
             with contextlib.suppress(OSError), socket.create_connection(where, WAIT_SECONDS) as plain:
                 plain.sendall(self._random.randbytes(self._random.randrange(1, 4096)))

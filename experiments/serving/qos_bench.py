@@ -30,17 +30,18 @@ from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.executor import BackwardCall, Executor
 from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
 from isthmus.cloud.engine.scheduler import Scheduler
+from isthmus.cloud.session.handler import BACKWARD, FORWARD, KEPT_FORWARD
 from isthmus.common.machine import usable_cores
 from isthmus.experiments.harness.bench_flags import numbers_of
 from isthmus.experiments.harness.bench_settings import QosSettings
 from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.serving.scheduler_policies import Textbook
-from isthmus.experiments.serving.simulated_cloud import BACKWARD, FORWARD, KEPT_FORWARD
 from isthmus.experiments.serving.tenants_crowd import percentile
 
 ARRIVALS = ("poisson", "bursty")
 POLICIES = {"scheduler": Scheduler, "textbook": Textbook}
-BURST_SHAPE = 0.25  # of the gamma distribution
+BURST_SHAPE = 0.25
+"""Of the gamma distribution: the gaps' coefficient of variation is 0.25 ** -0.5 = 2, and a Poisson process's is 1."""
 DRAIN_SECONDS = 30.0
 
 

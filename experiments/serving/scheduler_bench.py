@@ -18,6 +18,7 @@ from typing import Any, Final
 import typer
 
 from isthmus.cloud.engine.requests import Kind
+from isthmus.cloud.session.handler import BACKWARD, FORWARD, KEPT_FORWARD
 from isthmus.common.machine import usable_cores
 from isthmus.experiments.harness.bench_flags import numbers_of
 from isthmus.experiments.harness.bench_settings import SchedulerSettings, TenantSettings
@@ -25,9 +26,6 @@ from isthmus.experiments.harness.launch import stderr_progress
 from isthmus.experiments.serving.qos_bench import ARRIVALS, gap
 from isthmus.experiments.serving.scheduler_policies import POLICIES, Policy
 from isthmus.experiments.serving.simulated_cloud import (
-    BACKWARD,
-    FORWARD,
-    KEPT_FORWARD,
     OWN_SECONDS,
     PASS_SECONDS,
     POSITION_SECONDS,

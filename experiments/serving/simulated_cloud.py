@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from isthmus.cloud.engine.requests import Kind, Request, Share
 from isthmus.cloud.engine.scheduler import Scheduler
+from isthmus.cloud.session.handler import BACKWARD, KEPT_FORWARD
 
-FORWARD, KEPT_FORWARD, BACKWARD = (Kind(name, parallel=True) for name in ("forward", "kept forward", "backward"))
 PASS_SECONDS: Final = 0.114
 """Core seconds of a forward and a backward, whatever their size."""
 POSITION_SECONDS: Final = 0.0056

@@ -87,17 +87,19 @@ class Turn:
     cloud_memory: int = 0
 
     @property
+    def together(self) -> tuple[float, float]:
+        """From when to when all were at work."""
+        return max(each.moments[0] for each in self.seen), min(each.moments[-1] for each in self.seen)
+
+    @property
     def steps(self) -> list[float]:
         """Steps that each has done while all were at work."""
-        since = max(each.moments[0] for each in self.seen)
-        until = min(each.moments[-1] for each in self.seen)
-        return [each.done(since, until) for each in self.seen]
+        return [each.done(*self.together) for each in self.seen]
 
     @property
     def throughput(self) -> float:
         """Tokens per second of all together, while all were at work."""
-        since = max(each.moments[0] for each in self.seen)
-        until = min(each.moments[-1] for each in self.seen)
+        since, until = self.together
         return sum(n * tokens for n, tokens in zip(self.steps, self.tokens, strict=True)) / (until - since)
 
     @property

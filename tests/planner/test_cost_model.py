@@ -13,7 +13,7 @@ from support.models.round_speeds import speed
 from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
 
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError
+from isthmus.common.errors import ConfigError, PlanError
 from isthmus.edge import connect
 from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.run_report import WireTotals
@@ -252,6 +252,13 @@ def test_the_modes_that_train_inside() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="live_share = 0"):
+        settings(live_share=0)
+    with pytest.raises(ConfigError, match=r"emulator_keep = 1\.5"):
+        settings(emulator_keep=1.5)
+    other = PlanSettings(SplitPlan.parse("1:1", 7), 2, 10, WireCodecs())
+    with pytest.raises(PlanError, match="is for 7 layers, but the model has 6"):
+        predict(FACTS, other, LOCAL, speed(), speed())
     with pytest.raises(ConfigError, match="'int8' is not among those that were measured"):
         costs(codecs=WireCodecs.parse("int8"), edge=speed(codec_s={"fp32": 0.0}))
 

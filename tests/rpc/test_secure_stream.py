@@ -14,15 +14,16 @@ from support.protocol.wire import EDGE, NOW, PIN, identity, session_info
 from isthmus.common.errors import ConnectionLostError, FrameError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Tenant
+from isthmus.protocol.limits import TransferTimeout
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.session import CloudSession, Received
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
-from isthmus.rpc.secure_stream import LEAST_RATE, SecureStream
+from isthmus.rpc.secure_stream import SecureStream
 
 TENANT = Tenant("alice", Fingerprint.of(EDGE.public_key().public_bytes_raw()))
 PAYLOAD = encode(torch.zeros(8, 512, 512), "fp32", Role.ACTIVATION)  # 8 MiB, in nine frames
 QUESTION = m.Forward(m.CallId(1, 1), False, PAYLOAD, None, None, codec_id("fp32"))
-OF_A_FRAME = (1 << 20) / LEAST_RATE  # seconds
+OF_A_FRAME = (1 << 20) / TransferTimeout().least_rate  # seconds
 
 
 @dataclass

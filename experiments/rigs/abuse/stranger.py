@@ -78,7 +78,7 @@ def open_streams(
     return held(connect, connections)
 
 
-def _compressed(method: str, message: Callable[[], bytes], count: int = 100) -> Attack:
+def _compressed(method: str, message: Callable[[], bytes]) -> Attack:
     @contextlib.contextmanager
     def attack(host: str, port: int) -> Iterator[list[Connection]]:
         options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
@@ -90,7 +90,7 @@ def _compressed(method: str, message: Callable[[], bytes], count: int = 100) -> 
                 stop.wait()
 
             ask = channel.stream_stream(method)
-            calls = [ask(messages(), compression=grpc.Compression.Gzip) for _ in range(count)]
+            calls = [ask(messages(), compression=grpc.Compression.Gzip) for _ in range(100)]
             for call in calls:
                 with contextlib.suppress(grpc.RpcError):
                     call.initial_metadata()

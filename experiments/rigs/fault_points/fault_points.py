@@ -13,18 +13,20 @@ falls once, whoever of several workers reaches it first, and a worker that is re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, get_args
 
+from isthmus.common.errors import ConfigError
 from isthmus.common.files import write_atomic
 
 ENVIRONMENT: Final = "ISTHMUS_FAULT_POINTS"
@@ -97,30 +99,36 @@ class _WrappingFinder:
         return spec
 
 
+@contextlib.contextmanager
+def _points(before: Point | None, after: Point | None) -> Iterator[None]:
+    if before is not None:
+        reached(before)
+    yield
+    if after is not None:
+        reached(after)
+
+
 def _with_points(method: Callable[..., Any], before: Point | None, after: Point | None) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **named: Any) -> Any:
-        if before is not None:
-            reached(before)
-        result = method(*args, **named)
-        if after is not None:
-            reached(after)
-        return result
+        with _points(before, after):
+            return method(*args, **named)
 
     @functools.wraps(method)
     async def call_on_the_loop(*args: Any, **named: Any) -> Any:
-        if before is not None:
-            reached(before)
-        result = await method(*args, **named)
-        if after is not None:
-            reached(after)
-        return result
+        with _points(before, after):
+            return await method(*args, **named)
 
     return call_on_the_loop if inspect.iscoroutinefunction(method) else call
 
 
 def arm(folder: Path, point: Point, instruction: str) -> None:
-    """Let a fault fall when a worker next reaches a point of a cloud that was started with `environment(folder)`."""
+    """Let a fault fall when a worker next reaches a point of a cloud that was started with `environment(folder)`.
+
+    Raises ConfigError where there is no such point: nobody would ever reach it.
+    """
+    if point not in POINTS:
+        raise ConfigError(f"there is no fault point {point!r}: choose one of {', '.join(POINTS)}")
     write_atomic(folder / point, instruction.encode())
 
 

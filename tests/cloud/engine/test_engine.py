@@ -92,6 +92,14 @@ def test_the_order_is_the_schedulers(engine: Engine) -> None:
     assert [entry for entry in order if entry.startswith("flood")] == ["flood 0", "flood 1", "flood 2"]
 
 
+def test_what_never_fits_is_refused_and_keeps_nobody_waiting() -> None:
+    engine = Engine(1, Scheduler(time.monotonic, SchedulerLimits(compute_bytes=100)))
+    with pytest.raises(ValueError, match="101 bytes of memory never fits"):
+        submit(engine, lambda: "too large", nbytes=101)
+    assert submit(engine, lambda: "all of it", nbytes=100).result(10) == "all of it"
+    engine.shutdown(cancel=True)
+
+
 def test_what_a_session_has_waiting_is_cancelled_with_it(engine: Engine) -> None:
     gate, order = Gate(engine), []
     gone = submit(engine, lambda: order.append("gone"), "gone")

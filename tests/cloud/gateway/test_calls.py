@@ -254,7 +254,8 @@ def test_calls_of_several_tenants_share_a_pass_and_have_the_bits_of_their_own(
             for thread in threads:
                 thread.join(10)
         shared = server.server.status()["calls_per_pass"]
-    assert shared > 1.5 if batching else shared == 0
+    # The three forwards wait together, so that two at least share a pass; when the backwards come is up to the threads.
+    assert shared > 1 if batching else shared == 0
     for number, (output, gradient) in results.items():
         leaf = inputs[number].clone().requires_grad_()
         expected = cloud.executor.host.span(leaf)

@@ -152,7 +152,7 @@ def test_the_reference_may_be_overwritten_by_the_next_gradients() -> None:
     assert choice == choose(Wire(), 0.96)
 
 
-def test_a_true_strip_between_two_layers() -> None:
+def test_a_true_wire_between_two_layers() -> None:
     """Real codecs on a linear layer, a frozen middle and a second linear layer, as across the wire."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 64, generator=generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from isthmus.common.errors import CheckpointError, ConfigError
+from isthmus.common.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.edge.sites.kill_revive import KillRevive, KillReviveOptions, plan
 from isthmus.edge.sites.site_policy import (
     Accounting,
@@ -368,6 +368,8 @@ def test_asking_again_changes_nothing_and_other_steps_are_refused() -> None:
     for step in (1, 5):
         with pytest.raises(ConfigError, match=f"step {step} are asked for, but 0 steps"):
             policy.live(step)
+    with pytest.raises(ConfigError, match="planned for 400 steps"):
+        policy.live(400)
 
 
 def test_sites_that_do_nothing_at_all_are_still_chosen_within_the_budget() -> None:
@@ -389,3 +391,57 @@ def test_the_state_of_another_run_is_refused() -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         policy.load_state(state | {"scores": 3})
     assert policy.state() == state
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+def test_a_budget_is_a_share(share: float) -> None:
+    with pytest.raises(ConfigError, match=str(share)):
+        Budget(traffic=share)
+    with pytest.raises(ConfigError, match=str(share)):
+        Budget(computation=share)
+
+
+def test_sites_that_make_no_sense_are_refused() -> None:
+    site = SiteInfo("a.v", 0, "v", "g", 1, 1, 1)
+    with pytest.raises(ConfigError, match="no sites"):
+        Sites([])
+    with pytest.raises(ConfigError, match=r"a\.v is given twice"):
+        Sites([site, site])
+    with pytest.raises(ConfigError, match=r"b\.v shares 2 with its group g"):
+        Sites([site, replace(site, name="b.v", shared_traffic=2)])
+    with pytest.raises(ConfigError, match="costs nothing"):
+        Sites([replace(site, computation=0)])
+    with pytest.raises(ConfigError, match="costs nothing"):
+        Sites([replace(site, traffic=0, shared_traffic=0)])
+
+
+def test_bad_scores_are_refused_and_leave_the_policy_as_it_was() -> None:
+    policy = KillRevive(layout(), 400)
+    live = policy.live(0)
+    scores, before = dict.fromkeys(live, 1.0), policy.state()
+    bad: list[tuple[Mapping[str, float], type[Exception], str]] = [
+        (scores | {name(99): 1.0}, ConfigError, r"layers\.99"),
+        (dict(list(scores.items())[1:]), ConfigError, "None"),
+        (scores | {max(live): float("nan")}, NonFiniteError, "nan"),
+        (scores | {max(live): float("inf")}, NonFiniteError, "inf"),
+    ]
+    for given_scores, error, words in bad:
+        with pytest.raises(error, match=words):
+            policy.observe(0, given_scores)
+    assert policy.state() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("visits", 0),
+        ("period", 0),
+        ("beta", 1.0),
+        ("kill_from", 0.9),
+        ("settle_share", 1.5),
+        ("incumbency", 0),
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{option} = {value}"):
+        KillReviveOptions(**{option: value})

@@ -19,6 +19,7 @@ from support.cloud.clouds import Home, ThreadServer, served
 from support.cloud.dying_worker import MortalWorker
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.common.errors import ConfigError
 from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.split_run import train_over
@@ -70,6 +71,12 @@ def test_a_fault_falls_once(points: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 Seen = list[str]
+
+
+def test_a_point_that_nobody_reaches_is_refused(points: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no fault point 'lunch'.*reply_sent"):
+        arm(points, "lunch", "kill")  # type: ignore[arg-type]  # there is none of that name
+    assert not list(points.iterdir())
 
 
 @pytest.fixture
