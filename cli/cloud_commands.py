@@ -220,6 +220,9 @@ def serve(
             "span's weights take. Those of silent edges count against --stash-bytes only."
         ),
     ] = None,
+    count_graphs: Annotated[
+        bool, typer.Option(help="Count the bytes of every forward state, which is slower; else most are estimated.")
+    ] = BOUNDS.engine.count_graphs,
     trim_heap: Annotated[
         bool, typer.Option(help="Give free memory back to the system while several edges are at work.")
     ] = BOUNDS.engine.trim_heap,
@@ -284,6 +287,7 @@ def serve(
                 interactive_lead=interactive_lead,
                 compute_threads=compute_threads,
                 state_bytes=None if state_bytes is None else parse_size(state_bytes),
+                count_graphs=count_graphs,
                 trim_heap=trim_heap,
                 paused_calls=paused_calls,
             ),

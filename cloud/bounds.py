@@ -45,6 +45,8 @@ class EngineOptions(SchedulerOptions):
             does not wait at every product for a core that an edge or another pass is on.
         state_bytes: forward states that sessions at work leave before further forwards wait; None for half of what the
             span's weights take, so that many tenants take less than a second copy of the span.
+        count_graphs: whether every graph's bytes are counted, and not only those that tell of the others. Counting
+            takes Python's lock at each tensor that a graph keeps.
         trim_heap: whether free memory goes back to the system while batches run beside each other.
         paused_calls: calls with sites of all sessions that may have begun and not ended. Each has a thread.
     """
@@ -52,6 +54,7 @@ class EngineOptions(SchedulerOptions):
     batching: bool = True
     compute_threads: int = 2
     state_bytes: int | None = None
+    count_graphs: bool = False
     trim_heap: bool = True
     paused_calls: int = 16
 

@@ -111,7 +111,7 @@ def served_by(spec: WorkerSpec) -> Served:
         limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), cache_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
-    executor = Executor(host, dtype, cache_bytes, compute_bytes)
+    executor = Executor(host, dtype, cache_bytes, compute_bytes, count_graphs=spec.bounds.engine.count_graphs)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
     adapters = AdapterStore(
         Path(spec.home) / "adapters",

@@ -78,6 +78,7 @@ class Executor:
         dtype: dtype the span computes in; inputs are cast to it, outputs are returned in it.
         cache_bytes: budget of the activation cache over all sessions, in bytes.
         compute_bytes: what all that is computed at a time may take besides, in bytes. Who calls has to keep to it.
+        count_graphs: whether the bytes of each graph are counted, or only of those that tell of the others.
 
     Attributes:
         cache: forward states that wait for their backward.
@@ -85,12 +86,21 @@ class Executor:
         memory: estimates what a call takes while it is computed.
     """
 
-    def __init__(self, host: SiteHost, dtype: torch.dtype, cache_bytes: int, compute_bytes: float = math.inf) -> None:
+    def __init__(
+        self,
+        host: SiteHost,
+        dtype: torch.dtype,
+        cache_bytes: int,
+        compute_bytes: float = math.inf,
+        *,
+        count_graphs: bool = False,
+    ) -> None:
         self.host, self.dtype, self.compute_bytes = host, dtype, compute_bytes
         self.cache = ActivationCache(cache_bytes)
         self.memory = call_memory(host.span, fixed=largest_weight(host.span) * dtype.itemsize)
         self._packer = Packer(host.span)
         self._weights = storages_of(host.span)  # address and bytes
+        self._count_graphs = count_graphs
         self._graph_bytes = GraphBytes(getattr(host.span.config, "sliding_window", None))  # of graphs without sites
         keep_little(host.span)
 
@@ -256,14 +266,15 @@ class Executor:
         inputs = [entry.inputs for entry in entries.values()]
         if not (sites is not None and sites.have_gradients) and not all(each.hidden.requires_grad for each in inputs):
             raise ValueError("a call without sites, whose input wants no gradient, has no backward")
-        nbytes = None if sites is not None else self._graph_bytes.expected(inputs)
+        counted = sites is not None or self._count_graphs
+        nbytes = None if counted else self._graph_bytes.expected(inputs)
         if nbytes is None:
             with counting(self._weights) as kept:
                 outputs, sited = self._run(entries, sites, again=again)
             for output in outputs:
                 kept.add(output)
             nbytes = kept.total
-            if sites is None:
+            if not counted:
                 self._graph_bytes.learn(inputs, nbytes)
         else:
             outputs, sited = self._run(entries, sites, again=again)

@@ -51,6 +51,7 @@ REAL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "shipped, no waiting for partners": ("--max-wait", "0"),
     "shipped, one compute thread": ("--compute-threads", "1"),
     "shipped, no limit of states": ("--state-bytes", "1024GiB"),
+    "shipped, every graph counted": ("--count-graphs",),
     "shipped, heap not trimmed": ("--no-trim-heap",),
 }
 """Rows that `isthmus bench tenants` can measure, by the options of `isthmus cloud serve`."""

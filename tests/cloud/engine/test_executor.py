@@ -17,7 +17,7 @@ from support.models.tiny import HIDDEN, N_LAYERS, tiny_checkpoint
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime import graph_memory
-from isthmus.backbone.runtime.graph_memory import KeptBytes
+from isthmus.backbone.runtime.graph_memory import KeptBytes, counting
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import FrozenSpan, SpanInput, load_span
 from isthmus.cloud.engine import executor as executor_module
@@ -142,6 +142,21 @@ def counted(executor: Executor) -> int:
     entries = executor.cache._entries.values()
     graphs = {id(entry.graph): entry.graph.nbytes for entry in entries if entry.graph is not None}
     return sum(entry.inputs.nbytes for entry in entries) + sum(graphs.values())
+
+
+@pytest.mark.parametrize(("count_graphs", "times"), [(False, 2), (True, 3)])
+def test_graphs_between_two_that_were_counted_are_counted_where_the_operator_wants_it(
+    span: FrozenSpan, monkeypatch: pytest.MonkeyPatch, count_graphs: bool, times: int
+) -> None:
+    seen = []
+    monkeypatch.setattr(executor_module, "counting", lambda weights: seen.append(weights) or counting(weights))
+    executor = Executor(SiteHost(span), torch.float32, BIG, count_graphs=count_graphs)
+    kept = {}
+    for call, length in enumerate((4, 12, 8)):
+        executor.forward(A, call, inputs(call, 2, length), keep=True)
+        kept[length] = executor.cache._entries[A, call].graph.nbytes / length
+    assert len(seen) == times
+    assert kept[8] == pytest.approx((kept[4] + kept[12]) / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0, 1.7, 3.2])
