@@ -109,14 +109,14 @@ def serve(
         str | None,
         typer.Option(
             help="Each worker's memory for its stash, the activation cache: forward states that wait for their "
-            "backward. By default a quarter of what the machine leaves beside the weights, 2GiB at most."
+            "backward. By default a fifth of what the machine leaves beside the weights, 2GiB at most."
         ),
     ] = None,
     compute_bytes: Annotated[
         str | None,
         typer.Option(
             help="Each worker's memory for calls while they are computed, and as much again for calls that have "
-            "paused; a call that needs more by itself is refused, others wait. By default a quarter of what the "
+            "paused; a call that needs more by itself is refused, others wait. By default a fifth of what the "
             "machine leaves beside the weights."
         ),
     ] = None,
@@ -226,6 +226,16 @@ def serve(
     trim_heap: Annotated[
         bool, typer.Option(help="Give free memory back to the system while several edges are at work.")
     ] = BOUNDS.engine.trim_heap,
+    cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of past tokens, of all edges that generate; the oldest of whoever has most go first, "
+            "and are computed again. By default a fifth of what the machine leaves beside the weights, 2GiB at most."
+        ),
+    ] = None,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt that are computed at once; others' tokens come in between.")
+    ] = BOUNDS.engine.prefill_tokens,
     paused_calls: Annotated[
         int,
         typer.Option(
@@ -289,6 +299,8 @@ def serve(
                 state_bytes=None if state_bytes is None else parse_size(state_bytes),
                 count_graphs=count_graphs,
                 trim_heap=trim_heap,
+                cache_bytes=None if cache_bytes is None else parse_size(cache_bytes),
+                prefill_tokens=prefill_tokens,
                 paused_calls=paused_calls,
             ),
         ),

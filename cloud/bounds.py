@@ -48,6 +48,9 @@ class EngineOptions(SchedulerOptions):
         count_graphs: whether every graph's bytes are counted, and not only those that tell of the others. Counting
             takes Python's lock at each tensor that a graph keeps.
         trim_heap: whether free memory goes back to the system while batches run beside each other.
+        cache_bytes: keys and values of past tokens, of all sessions that generate; None for a fifth of what the machine
+            has.
+        prefill_tokens: token positions of a decode call that are computed at once; the steps of others come in between.
         paused_calls: calls with sites of all sessions that may have begun and not ended. Each has a thread.
     """
 
@@ -56,6 +59,8 @@ class EngineOptions(SchedulerOptions):
     state_bytes: int | None = None
     count_graphs: bool = False
     trim_heap: bool = True
+    cache_bytes: int | None = None
+    prefill_tokens: int = 512
     paused_calls: int = 16
 
 

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SUMMED = ("span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed")
+SUMMED = (
+    "span_bytes", "stash_bytes", "stash_budget_bytes", "graphs_evicted", "inputs_evicted", "recomputed",
+    "caches", "cache_bytes", "cache_budget_bytes", "caches_evicted", "caches_lost",
+)  # fmt: skip
 """Keys of a worker's status whose sum over all workers is the cloud's."""
 SUMMED_AT_THE_FRONT = ("in_flight", "queue_depth", "overdue", "tokens_per_s")
 """Keys that are summed over the workers that edges talk to: a pipeline's later stages do the same work again."""

@@ -125,7 +125,7 @@ class Tensor(_message.Message):
     def __init__(self, codec: _Optional[_Union[Codec, str]] = ..., role: _Optional[_Union[Role, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("forward", "forward_reply", "backward", "backward_reply", "fetch", "blob", "fetch_list", "file_list", "status", "ping", "pong", "goodbye", "attach", "put", "put_reply", "plug_in", "sites", "site_question", "site_answer", "lease", "workers")
+    __slots__ = ("forward", "forward_reply", "backward", "backward_reply", "fetch", "blob", "fetch_list", "file_list", "status", "ping", "pong", "goodbye", "attach", "put", "put_reply", "plug_in", "sites", "site_question", "site_answer", "lease", "workers", "decode", "cache_lost")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REPLY_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,8 @@ class Header(_message.Message):
     SITE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_LOST_FIELD_NUMBER: _ClassVar[int]
     forward: Forward
     forward_reply: ForwardReply
     backward: Backward
@@ -168,7 +170,9 @@ class Header(_message.Message):
     site_answer: SiteAnswer
     lease: Lease
     workers: Workers
-    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., fetch_list: _Optional[_Union[FetchList, _Mapping]] = ..., file_list: _Optional[_Union[FileList, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., put: _Optional[_Union[Put, _Mapping]] = ..., put_reply: _Optional[_Union[PutReply, _Mapping]] = ..., plug_in: _Optional[_Union[PlugIn, _Mapping]] = ..., sites: _Optional[_Union[Sites, _Mapping]] = ..., site_question: _Optional[_Union[SiteQuestion, _Mapping]] = ..., site_answer: _Optional[_Union[SiteAnswer, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ...) -> None: ...
+    decode: Decode
+    cache_lost: CacheLost
+    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_reply: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., backward_reply: _Optional[_Union[BackwardReply, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., fetch_list: _Optional[_Union[FetchList, _Mapping]] = ..., file_list: _Optional[_Union[FileList, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., put: _Optional[_Union[Put, _Mapping]] = ..., put_reply: _Optional[_Union[PutReply, _Mapping]] = ..., plug_in: _Optional[_Union[PlugIn, _Mapping]] = ..., sites: _Optional[_Union[Sites, _Mapping]] = ..., site_question: _Optional[_Union[SiteQuestion, _Mapping]] = ..., site_answer: _Optional[_Union[SiteAnswer, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., cache_lost: _Optional[_Union[CacheLost, _Mapping]] = ...) -> None: ...
 
 class CallId(_message.Message):
     __slots__ = ("step", "call", "attempt")
@@ -263,6 +267,40 @@ class BackwardReply(_message.Message):
     recomputed: bool
     leased: _containers.RepeatedCompositeFieldContainer[Tensor]
     def __init__(self, id: _Optional[_Union[CallId, _Mapping]] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., compute_ns: _Optional[int] = ..., crypto_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., recomputed: bool = ..., leased: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Decode(_message.Message):
+    __slots__ = ("id", "cache", "start", "rows", "blocks", "hidden", "attention_mask", "position_ids", "reply_codec", "sites", "lease")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
+    REPLY_CODEC_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    id: CallId
+    cache: int
+    start: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    hidden: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    reply_codec: Codec
+    sites: int
+    lease: int
+    def __init__(self, id: _Optional[_Union[CallId, _Mapping]] = ..., cache: _Optional[int] = ..., start: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[Tensor, _Mapping]] = ..., reply_codec: _Optional[_Union[Codec, str]] = ..., sites: _Optional[int] = ..., lease: _Optional[int] = ...) -> None: ...
+
+class CacheLost(_message.Message):
+    __slots__ = ("id", "have")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    id: CallId
+    have: int
+    def __init__(self, id: _Optional[_Union[CallId, _Mapping]] = ..., have: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "id", "message")

@@ -10,6 +10,7 @@ Theory of operation
     Attach, Sites, Lease       Status                    Workers (to Attach, where there are several)
     Forward                    ForwardReply              Status, or SiteQuestions before either
     Backward                   BackwardReply             Status, or SiteQuestions before either
+    Decode                     ForwardReply              Status, or CacheLost
     SiteAnswer                 goes on with the call that asked
     FetchList; Fetch           FileList; Blob            Status
     Put; PlugIn                PutReply; Status          Status
@@ -24,6 +25,10 @@ Theory of operation
     list in its calls. Such a call may pause: instead of its reply the cloud sends a SiteQuestion, and goes on when it
     has the SiteAnswer. Leased weights are sent before the call (Lease), and their gradients come with the
     BackwardReply. What taps give comes with the ForwardReply.
+
+    While text is generated, the cloud keeps the keys and values of past tokens, and the edge the hidden states that
+    they were made of. Each Decode says after how many positions its tokens come: a longer cache is cropped, and where
+    it is shorter, the cloud answers with CacheLost, and the edge sends what is missing again.
 
     A call is named by (step, call, attempt). `call` grows with every new call of an edge and stays the same when the
     call is repeated with a higher `attempt`.
@@ -70,6 +75,14 @@ from isthmus.protocol.site_messages import (
 )
 from isthmus.protocol.tensor_codecs import CODECS, Payload, Role, codec_by_id
 
+MAX_CACHES = 64
+"""Sequences, or batches of such, that a session generates at a time."""
+MAX_ROWS = 4096
+"""Sequences of a batch, at most."""
+MAX_BLOCK = 512
+"""Tokens that attend at once in an exact call, at most: a longer prompt is several blocks, on any worker."""
+MAX_BLOCKS = 8192
+"""Their lengths, and the rows, fit into a header."""
 MAX_TEXT = 1024
 LINK_BYTES = 16
 
@@ -113,16 +126,16 @@ class SpanInputs:
     attention_mask: Payload | None = None
     position_ids: Payload | None = None
 
-    def check(self) -> None:
-        """Check that mask and positions are such, and fit the hidden states."""
+    def check(self, before: int = 0) -> None:
+        """Check that mask and positions are such, and fit the hidden states and the positions before them."""
         batch, length, _ = self.hidden.shape
-        for name, payload, codec, batches in (
-            ("attention mask", self.attention_mask, "mask", (batch,)),
-            ("position ids", self.position_ids, "int32", (1, batch)),
+        for name, payload, codec, batches, long in (
+            ("attention mask", self.attention_mask, "mask", (batch,), before + length),
+            ("position ids", self.position_ids, "int32", (1, batch), length),
         ):
             if payload is None:
                 continue
-            fits = len(payload.shape) == 2 and payload.shape[0] in batches and payload.shape[1] == length
+            fits = len(payload.shape) == 2 and payload.shape[0] in batches and payload.shape[1] == long
             if not fits or payload.codec != CODECS[codec].id or payload.role != Role.INDEX:
                 raise MessageError(
                     f"{name} of shape {list(payload.shape)}, codec id {payload.codec} do not fit hidden states of "
@@ -130,7 +143,7 @@ class SpanInputs:
                 )
 
 
-def _check_call(call: Forward | Backward) -> None:
+def _check_call(call: Forward | Backward | Decode) -> None:
     if not codec_by_id(call.reply_codec).activation:
         raise MessageError(f"codec id {call.reply_codec} is not one for activations")
     if call.lease and not call.sites:
@@ -195,6 +208,60 @@ class ForwardReply:
                 raise MessageError(
                     f"a tap of shape {list(tap.shape)} does not fit hidden states of shape {list(self.hidden.shape)}"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Run the span over the next tokens of some sequences, whose keys and values the cloud keeps.
+
+    Attributes:
+        id: the call's name. A repeated call has the effect of one.
+        cache: the number of the cache.
+        start: positions before this call. What the cache has besides is forgotten.
+        rows: the cache's rows to go on with, in this order; none for all as they are.
+        blocks: to be exact: how many tokens attend at once, one block after another. None for fast.
+        hidden: of the tokens, `[B, S, h]`.
+        attention_mask: `[B, start + S]`.
+        position_ids: of the tokens, `[B or 1, S]`.
+        reply_codec: as in a forward.
+        sites: the number of a list of sites whose weights are leased; 0 for none.
+        lease: the number of the leased weights; 0 for none.
+    """
+
+    id: CallId
+    cache: Annotated[int, Size(0, MAX_CACHES - 1)]
+    start: int
+    rows: Annotated[tuple[int, ...], Size(0, MAX_ROWS)]
+    blocks: Annotated[tuple[Annotated[int, Size(1, MAX_BLOCK)], ...], Size(0, MAX_BLOCKS)]
+    hidden: Activation
+    attention_mask: Payload | None
+    position_ids: Payload | None
+    reply_codec: int
+    sites: int = 0
+    lease: int = 0
+
+    @property
+    def inputs(self) -> SpanInputs:
+        """The three inputs of the span together."""
+        return SpanInputs(self.hidden, self.attention_mask, self.position_ids)
+
+    def check(self) -> None:
+        """Check that the inputs, the rows and the blocks fit each other, and the call's numbers."""
+        self.inputs.check(self.start)
+        _check_call(self)
+        batch, length, _ = self.hidden.shape
+        if self.rows and len(self.rows) != batch:
+            raise MessageError(f"{len(self.rows)} rows of a cache do not fit hidden states of {batch} sequences")
+        if self.blocks and sum(self.blocks) != length:
+            raise MessageError(f"blocks of {sum(self.blocks)} tokens do not fit hidden states of {length}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLost:
+    """The cache has only `have` positions, which are fewer than the call begins with."""
+
+    id: CallId
+    have: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +405,20 @@ class Workers:
 
 
 EdgeMessage = (
-    Forward | Backward | Fetch | FetchList | Ping | Goodbye | Attach | Put | PlugIn | Sites | SiteAnswer | Lease
+    Forward | Backward | Decode | Fetch | FetchList | Ping | Goodbye | Attach | Put | PlugIn | Sites | SiteAnswer | Lease
 )
 CloudMessage = (
-    ForwardReply | BackwardReply | Blob | FileList | Status | Pong | Goodbye | PutReply | SiteQuestion | Workers
+    ForwardReply
+    | BackwardReply
+    | CacheLost
+    | Blob
+    | FileList
+    | Status
+    | Pong
+    | Goodbye
+    | PutReply
+    | SiteQuestion
+    | Workers
 )
 Message = EdgeMessage | CloudMessage
 

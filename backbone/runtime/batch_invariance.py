@@ -9,7 +9,7 @@ with AMX hardly ever. No library promises it, so it is measured, with the span's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +47,30 @@ class BatchInvariance:
 
 
 def measure_batch_invariance(span: FrozenSpan, threads: int, threads_of_a_pass: int) -> BatchInvariance:
-    """Measure a span's linears, one of each kind and shape.
+    """Measure a span's linears, one of each kind and shape; see `measure_linears`."""
+    linears = [each for each in span.modules() if isinstance(each, (nn.Linear, Conv1D))]
+    return measure_linears(linears, threads, threads_of_a_pass, span.device, span.dtype)
+
+
+def measure_linears(
+    linears: Iterable[nn.Linear | Conv1D],
+    threads: int,
+    threads_of_a_pass: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> BatchInvariance:
+    """Measure linears, one of each kind and shape.
 
     Args:
-        span: The span, where it computes.
+        linears: The linears, where they compute.
         threads: torch threads of a call that is alone.
         threads_of_a_pass: torch threads of a pass that several calls share.
+        device: Where that is.
+        dtype: Floating point dtype of what they are given.
     """
-    linears = {_shape(each): each for each in span.modules() if isinstance(each, (nn.Linear, Conv1D))}
+    distinct = {_shape(each): each for each in linears}
     generator = torch.Generator().manual_seed(0)
-    probes = [_Probe.of(each, span, generator) for each in linears.values()]
+    probes = [_Probe.of(each, device, dtype, generator) for each in distinct.values()]
     with torch_threads(threads_of_a_pass):
         wanted = [probe.run(slice(ROWS)) for probe in probes]
         rows = _smallest(lambda size: _agree(probes, wanted, size))
@@ -73,10 +87,12 @@ class _Probe:
     upstream: Tensor
 
     @classmethod
-    def of(cls, linear: nn.Linear | Conv1D, span: FrozenSpan, generator: torch.Generator) -> _Probe:
+    def of(
+        cls, linear: nn.Linear | Conv1D, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> _Probe:
         _, inner, outer = _shape(linear)
         given, upstream = (torch.randn(ROWS, width, generator=generator) for width in (inner, outer))
-        return cls(linear, given.to(span.device, span.dtype), upstream.to(span.device, span.dtype))
+        return cls(linear, given.to(device, dtype), upstream.to(device, dtype))
 
     def run(self, part: slice) -> tuple[Tensor, Tensor]:
         """The output and the input's gradient for some of the rows."""

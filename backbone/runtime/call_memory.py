@@ -45,6 +45,7 @@ class CallShape:
         length: Token positions of each.
         what: What is computed.
         masked: Whether attention may need a mask: one came, or position ids.
+        past: Token positions of each that are in a cache.
         kept: Numbers of the span's dtype that the call's sites keep of each token position besides (leased ones, taps).
         passing: Numbers in fp32 that its sites have of each token position for a while (questions and answers).
     """
@@ -55,6 +56,7 @@ class CallShape:
     masked: bool = False
     kept: int = 0
     passing: int = 0
+    past: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class CallMemory:
         """Bytes that a call takes while it is computed, at most at one time."""
         d, positions = self.itemsize, call.batch * call.length
         graph = call.what != Pass.FORWARD
-        masks = (call.masked and self.layers) or sum(call.length > window for window in self.windows)
+        seen = call.past + call.length
+        masks = ((call.masked or call.past) and self.layers) or sum(seen > window for window in self.windows)
         # In: as decoded, and the executor's copy. Out: in the span's dtype, and as the codec makes it.
         ends = 2 * self.hidden * (FP32 + d)
         # One layer at a time: the residual, a norm in fp32, and the larger one of attention and MLP.
@@ -119,7 +122,7 @@ class CallMemory:
         if masks and graph:  # keys and values are repeated for all heads
             kept += masks * d * 2 * max(0, self.queries - self.keys)
         per_position = ends + layer + kept + d * call.kept + FP32 * call.passing
-        return self.fixed + positions * (per_position + round(call.length * self._per_pair(masks, call.what)))
+        return self.fixed + positions * (per_position + round(seen * self._per_pair(masks, call.what)))
 
     def _per_pair(self, masks: int, what: Pass) -> float:
         """Bytes for each pair of positions of a sequence."""

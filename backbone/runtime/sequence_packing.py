@@ -15,13 +15,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.backbone.split.span import FrozenSpan, LayerStandIn, SpanInput, sharing_copy
+
+
+Plain = Callable[..., tuple[Tensor, Tensor | None]]
+"""transformers' attention: `(module, query, key, value, mask, **options) -> (output [B, S, heads, d], scores or None)`"""
+
+
+class Attending(Protocol):
+    """How an input attends that has keys and values from before."""
+
+    @property
+    def cache(self) -> Any:
+        """What the base model makes the mask and the positions by."""
+
+    def attend(
+        self, plain: Plain, module: nn.Module, states: Sequence[Tensor], mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """The attention `[B, S, heads, d]` of a layer, of the query, key and value `[B, heads, S, d]` of the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +48,7 @@ class _Segment:
     batch: int
     length: int
     mask: Tensor | None
+    attending: Attending | None = None  # None: to themselves
 
     @property
     def positions(self) -> int:
@@ -58,39 +76,47 @@ class Packer:
 
     Args:
         span: The span, which stays as it is: copies of its layers share its weights, and attend to several inputs.
+
+    Attributes:
+        layers: These copies.
     """
 
     def __init__(self, span: FrozenSpan) -> None:
         self._recorders = [_Recorder(layer) for layer in span.layers]
         self._recording = span.with_layers(self._recorders)
         self._turn = threading.Lock()
-        self._layers: list[nn.Module] = [sharing_copy(layer) for layer in span.layers]
-        attending: list[Any] = [m for layer in self._layers for m in layer.modules() if hasattr(m, "config")]
+        self.layers: list[nn.Module] = [sharing_copy(layer) for layer in span.layers]
+        attending: list[Any] = [m for layer in self.layers for m in layer.modules() if hasattr(m, "config")]
         for module in attending:
             module.config = copy.deepcopy(module.config)
             module.config._attn_implementation = _taking_several(module.config._attn_implementation)
 
-    def __call__(self, inputs: Sequence[SpanInput]) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[SpanInput], attending: Sequence[Attending] = ()) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
+
+        Args:
+            inputs: The inputs.
+            attending: How each of them attends; empty where each attends to itself.
 
         Outputs and gradients have the bits of a pass of each input by itself, where products of matrices add up a row
         in the same order whatever the number of rows: see `batch_invariance.py`.
         """
-        recorded = [self._arguments(each) for each in inputs]
+        own = attending or [None] * len(inputs)
+        recorded = [self._arguments(each, how and how.cache) for each, how in zip(inputs, own, strict=True)]
         hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in recorded])[None]
         memo: dict[tuple[Any, ...], Any] = {}
         shapes = [each.hidden.shape[:2] for each in inputs]
-        for number, layer in enumerate(self._layers):
-            output = layer(hidden, **_merged([each[number] for each in recorded], shapes, memo))
+        for number, layer in enumerate(self.layers):
+            output = layer(hidden, **_merged([each[number] for each in recorded], shapes, own, memo))
             hidden = output[0] if isinstance(output, tuple) else output
         parts = torch.split(hidden[0], [batch * length for batch, length in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _arguments(self, each: SpanInput) -> list[dict[str, Any]]:
+    def _arguments(self, each: SpanInput, cache: Any) -> list[dict[str, Any]]:
         """The arguments that the base model would give each layer for an input."""
         with self._turn:
             try:
-                self._recording(each.hidden, each.attention_mask, each.position_ids)
+                self._recording(each.hidden, each.attention_mask, each.position_ids, cache)
                 return [recorder.recorded for recorder in self._recorders]
             finally:
                 for recorder in self._recorders:
@@ -104,31 +130,47 @@ class _Segments:
     segments: Sequence[_Segment]
 
 
+class _Unchanged:
+    """In the place of a cache, where each input's attention asks its own: keys and values of all inputs pass it by."""
+
+    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a layer's attention calls."""
+        return keys, values
+
+
 def _merged(
-    recorded: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], memo: dict[tuple[Any, ...], Any]
+    recorded: Sequence[dict[str, Any]],
+    shapes: Sequence[torch.Size],
+    own: Sequence[Attending | None],
+    memo: dict[tuple[Any, ...], Any],
 ) -> dict[str, Any]:
     """One layer's arguments for all inputs; layers that share theirs share what is made of them."""
-    result = {}
+    result: dict[str, Any] = {}
     for name in recorded[0]:
         if name == "hidden_states":
             continue
         values = [each[name] for each in recorded]
+        if name == "cache":
+            result[name] = None if values[0] is None else _Unchanged()
+            continue
         key = (name, *map(id, values))
         if key not in memo:
-            memo[key] = _merged_argument(name, values, shapes)
+            memo[key] = _merged_argument(name, values, shapes, own)
         result[name] = memo[key]
     return result
 
 
-def _merged_argument(name: str, values: Sequence[Any], shapes: Sequence[torch.Size]) -> Any:
+def _merged_argument(
+    name: str, values: Sequence[Any], shapes: Sequence[torch.Size], own: Sequence[Attending | None]
+) -> Any:
     if name == "attention_mask":
-        each = [_Segment(shape[0], shape[1], mask) for shape, mask in zip(shapes, values, strict=True)]
+        each = [_Segment(*shape, mask, how) for shape, mask, how in zip(shapes, values, own, strict=True)]
         return _Segments(list(_joined(each)))
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat([_row(value, shape) for value, shape in zip(values, shapes, strict=True)])[None]
     if isinstance(first, tuple):
-        return tuple(_merged_argument(name, part, shapes) for part in zip(*values, strict=True))
+        return tuple(_merged_argument(name, part, shapes, own) for part in zip(*values, strict=True))
     if any(isinstance(value, Tensor) or value != first for value in values):
         raise ValueError(f"the layers' argument {name} differs between inputs, so they cannot share a pass")
     return first
@@ -140,9 +182,13 @@ def _row(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
-    """Merge neighbours of one length without masks: they attend in one call."""
-    for (length, masked), run in groupby(segments, key=lambda each: (each.length, each.mask is not None)):
-        if masked:
+    """Merge neighbours of one length that have no masks and attend to themselves: they attend in one call."""
+
+    def alone(each: _Segment) -> bool:
+        return each.mask is not None or each.attending is not None
+
+    for (length, apart), run in groupby(segments, key=lambda each: (each.length, alone(each))):
+        if apart:
             yield from run
         else:
             yield _Segment(sum(each.batch for each in run), length, None)
@@ -157,7 +203,7 @@ def _taking_several(inner: str) -> str:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Segments, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            plain: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+            plain: Plain = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
             return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
 
         ALL_ATTENTION_FUNCTIONS.register(name, attend)
@@ -165,7 +211,7 @@ def _taking_several(inner: str) -> str:
 
 
 def _attend(
-    plain: Callable[..., Any],
+    plain: Plain,
     module: nn.Module,
     states: tuple[Tensor, ...],
     segments: Sequence[_Segment],
@@ -176,6 +222,10 @@ def _attend(
     parts = (torch.split(each.transpose(1, 2)[0], sizes) for each in states)
     outputs = []
     for segment, *rows in zip(segments, *parts, strict=True):
-        heads = (each.unflatten(0, (segment.batch, segment.length)).transpose(1, 2) for each in rows)
-        outputs.append(plain(module, *heads, segment.mask, **options)[0].flatten(0, 1))
+        heads = [each.unflatten(0, (segment.batch, segment.length)).transpose(1, 2) for each in rows]
+        if segment.attending is None:
+            found = plain(module, *heads, segment.mask, **options)[0]
+        else:
+            found = segment.attending.attend(plain, module, heads, segment.mask, options)
+        outputs.append(found.flatten(0, 1))
     return torch.cat(outputs)[None]

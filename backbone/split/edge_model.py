@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from isthmus.backbone.split.split_cache import RemoteCache, remote_of
 from isthmus.backbone.peft_checks import asked_of, check_adapters
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites.edge_sites import Site, find_sites
@@ -23,6 +26,7 @@ from isthmus.backbone.sites.ladder_network import LadderSide
 from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.skeleton import SkeletonLayer
+from isthmus.backbone.split.cached_generation import CachedGeneration
 from isthmus.backbone.split.edge_weights import EdgeOrigin, save_edge_weights
 from isthmus.backbone.split.span import check_positions
 from isthmus.common.errors import UnsupportedCallError
@@ -31,12 +35,8 @@ SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """`(hidden [B, S, h], attention_mask [B, S] or None, position_ids [B, S] or [1, S] or None) -> hidden [B, S, h]`"""
 
 # Arguments that act inside every layer, or replace what the base model computes for it, and that the span never sees.
-_REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
+_REFUSED = ("encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
 _RECORDED = ("output_attentions", "output_hidden_states")
-
-# generate() options that need a cache, or a layer's inner values.
-_NEEDS_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
-
 
 @runtime_checkable
 class SitedSpan(Protocol):
@@ -59,6 +59,17 @@ class TappedSpan(Protocol):
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As a `SpanFn`, and what comes out of `taps`, `[B, S, h or width]` each. No gradient flows through it."""
+
+
+@runtime_checkable
+class CachingSpan(Protocol):
+    """A span that can keep keys and values of past tokens. It is a `SpanFn` too."""
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers."""
+
+    def placed(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """The same sites, those leased that are to be."""
 
 
 class _Held:
@@ -109,6 +120,7 @@ class RemoteLayers(SkeletonLayer):
         # During a forward of the base model: the caller's mask and positions, and the sites that act.
         self._inputs: tuple[Tensor | None, Tensor | None] | None = None
         self._sites: tuple[Site, ...] = ()
+        self._remote: RemoteCache | None = None
 
     @property
     def span(self) -> SpanFn:
@@ -131,25 +143,29 @@ class RemoteLayers(SkeletonLayer):
             raise UnsupportedCallError(
                 "a cloud layer was called by itself; call the model, which knows mask and positions"
             )
+        if self._remote is not None:
+            return self._extended(hidden_states, self._inputs, self._remote)
         if self._ladder is not None:
             return self._climb(hidden_states, self._inputs, *self._ladder)
         if not self._sites:
             return self.span(hidden_states, *self._inputs)
         return self._sited(self._sites).at_sites(hidden_states, *self._inputs, self._sites)
 
-    def enter(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """A forward of the base model begins, with these arguments of its caller."""
+    def enter(
+        self, attention_mask: Tensor | None, position_ids: Tensor | None, remote: RemoteCache | None = None
+    ) -> None:
+        """A forward of the base model begins, with these arguments of its caller, and the cloud's part of its cache."""
         live = self.live_sites
         sites = [site for site in self._places if site.acts]
         if live is not None and self.lend_dead:
             sites = [site if site.name in live else leased(site, trained=False) for site in sites]
         elif live is not None:
             sites = [site for site in sites if site.name in live]
-        self._inputs, self._sites = (attention_mask, position_ids), tuple(sites)
+        self._inputs, self._sites, self._remote = (attention_mask, position_ids), tuple(sites), remote
 
     def leave(self) -> None:
         """The forward is over, or has failed."""
-        self._inputs, self._sites = None, ()
+        self._inputs, self._sites, self._remote = None, (), None
 
     def attach_ladder(self, ladder: LadderSide, taps: Sequence[SiteSpec]) -> None:
         """Let what comes back of the span pass through a side network, which reads `taps`.
@@ -165,6 +181,19 @@ class RemoteLayers(SkeletonLayer):
             UnsupportedCallError: An adapter is merged.
         """
         return (site for site in find_sites(self.layers) if site.acts)
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers.
+
+        Raises:
+            UnsupportedCallError: What stands for them here keeps none.
+        """
+        span: object = self.span
+        if not isinstance(span, CachingSpan):
+            raise UnsupportedCallError(
+                "what stands for the cloud's layers here keeps no key-value cache; pass use_cache=False"
+            )
+        return span.new_cache()
 
     def placed(self) -> list[nn.Module]:
         """What stands in the places of the cloud's modules: skeletons, or what adapters have put there."""
@@ -193,6 +222,23 @@ class RemoteLayers(SkeletonLayer):
             )
         return span
 
+    def _extended(
+        self, hidden: Tensor, inputs: tuple[Tensor | None, Tensor | None], remote: RemoteCache
+    ) -> Tensor:
+        """The cloud's layers for the next tokens, with a cache on both sides."""
+        if self._ladder is not None:
+            raise UnsupportedCallError("a ladder reads inside the cloud's layers, which keep no cache of it: pass use_cache=False")
+        sites = cast(CachingSpan, self.span).placed(self._sites) if self._sites else ()
+        asking = [site.name for site in sites if not site.spec.is_leased]
+        if asking:
+            raise UnsupportedCallError(
+                f"{asking[0]} carries an adapter inside the cloud's layers, which would be asked at every token: "
+                "lease it to the cloud, or pass use_cache=False, which computes all tokens anew each time"
+            )
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise UnsupportedCallError("what is computed with a cache has no backward: pass use_cache=False to train")
+        return remote.extend(hidden, *inputs, sites)
+
     def _climb(
         self,
         hidden: Tensor,
@@ -213,7 +259,7 @@ class RemoteLayers(SkeletonLayer):
         return result
 
 
-class EdgeModelMixin:
+class EdgeModelMixin(CachedGeneration):
     """Stands before a transformers class in the edge model's bases; see `load_edge_parts`.
 
     Attributes:
@@ -244,25 +290,13 @@ class EdgeModelMixin:
         """See `RemoteLayers.find_sites`."""
         return self.remote_layers.find_sites()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, without a key-value cache: each new token runs the whole sequence through the span.
-
-        Raises:
-            UnsupportedCallError: an option needs a cache.
-        """
-        config = kwargs.get("generation_config")
-        asked = kwargs.get("use_cache", getattr(config, "use_cache", None))
-        if asked:
-            raise UnsupportedCallError("the split model generates without a key-value cache; leave out use_cache=True")
-        for name in _NEEDS_CACHE:
-            if kwargs.get(name, getattr(config, name, None)) is not None:
-                raise UnsupportedCallError(
-                    f"generate({name}=…) needs a key-value cache, which the split model lacks; leave it out"
-                )
-        return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": False})
-
-    def enter_forward(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_forward(
+        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a forward of the base model: check the call and the adapters, and keep the mask and positions.
+
+        Returns:
+            The arguments, where a cache came in.
 
         Raises:
             ConfigError: The sequences are too long, or a position is none of the model's.
@@ -271,13 +305,23 @@ class EdgeModelMixin:
         named = dict(kwargs)
         if args:
             named.update(zip(inspect.signature(base.forward).parameters, args, strict=False))
-        _check_call(base.config, named)
+        _check_call(named, base.config)
         mask, positions = named.get("attention_mask"), named.get("position_ids")
+        cache = named.get("cache", named.get("past_key_values"))
+        use_cache = named.get("use_cache")
+        if (base.config.use_cache if use_cache is None else use_cache) and cache is None:
+            cache = DynamicCache(config=base.config)
+            kwargs = {**kwargs, "cache": cache}
+        remote = None if cache is None else remote_of(cache, self.split_plan, self.remote_layers.new_cache)
         tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
         if isinstance(tokens, Tensor):  # a cloud would refuse it, after the edge's own layers have computed
-            check_positions(self.isthmus_longest, tokens.shape[1], positions)
+            past = 0 if remote is None else remote.length
+            check_positions(self.isthmus_longest, past + tokens.shape[1], positions)
         self.check_adapters()
-        self.remote_layers.enter(mask, positions)
+        if remote is not None:
+            self.check_version(remote)
+        self.remote_layers.enter(mask, positions, remote)
+        return args, kwargs
 
     def leave_forward(self, *_: Any) -> None:
         """After a forward of the base model, or its failure."""
@@ -358,19 +402,11 @@ def edge_class(model_class: type[Any]) -> type[Any]:
     return type(model_class.__name__, (EdgeModelMixin, model_class), names)
 
 
-def _check_call(config: Any, named: dict[str, Any]) -> None:
+def _check_call(named: dict[str, Any], config: Any) -> None:
     """Refuse arguments of a forward, by name, that a cut model cannot do exactly."""
-    use_cache = named.get("use_cache")
-    if config.use_cache if use_cache is None else use_cache:
-        raise UnsupportedCallError("the split model keeps no key-value cache; pass use_cache=False")
     for name in _REFUSED:
         if named.get(name) is not None:
-            raise UnsupportedCallError(
-                f"{name} does not reach the cloud's layers: leave it out, and use prompt tuning in the place of "
-                "prefix tuning and cartridges, which pass it"
-                if name in ("cache", "past_key_values")
-                else f"{name} does not reach the cloud's layers; leave it out"
-            )
+            raise UnsupportedCallError(f"{name} does not reach the cloud's layers; leave it out")
     for name in _RECORDED:
         value = named.get(name)
         if getattr(config, name, False) if value is None else value:

@@ -130,21 +130,27 @@ class FrozenSpan(nn.Module):
         return FrozenSpan(base, self.layer_span, self.config, self.hidden_size, self.dtype)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
             hidden: Hidden states before the first layer, `[B, S, h]`, in the span's dtype.
             attention_mask: `[B, S]`, 1 for tokens and 0 for padding, as the caller of the whole model gave it; None
-                for no padding.
+                for no padding. With a cache, `[B, P + S]`.
             position_ids: `[B, S]` or `[1, S]`, or None for what the whole model does without (count from 0; OPT
                 counts tokens).
+            cache: Keys and values of the `P` positions before, which gets those of these positions; None for none. See
+                `isthmus.backbone.decoding.key_values`.
 
         Returns:
             Hidden states after the last layer, `[B, S, h]`.
         """
-        return run_layers(self.base, hidden, attention_mask, position_ids)
+        return run_layers(self.base, hidden, attention_mask, position_ids, cache)
 
 
 class LayerStandIn(nn.Module):
@@ -320,7 +326,11 @@ def distinct_layers(base: nn.Module, layers: Sequence[int]) -> dict[int, nn.Modu
 
 
 def run_layers(
-    base: nn.Module, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    base: nn.Module,
+    hidden: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
 ) -> Tensor:
     """Run a base model that has layers only.
 
@@ -329,11 +339,18 @@ def run_layers(
         hidden: Hidden states before the first layer, `[B, S, h]`, in the weights' dtype.
         attention_mask: `[B, S]`, 1 for tokens and 0 for padding; None for no padding.
         position_ids: `[B, S]` or `[1, S]`, or None for what the whole model does without.
+        cache: See `FrozenSpan.forward`.
 
     Returns:
         Hidden states after the last layer, `[B, S, h]`.
     """
-    output = base(inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    output = base(
+        inputs_embeds=hidden,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache=cache,
+        use_cache=cache is not None,
+    )
     result: Tensor = output.last_hidden_state
     return result
 

@@ -52,7 +52,7 @@ def view(status: Mapping[str, Any], now: float | None = None) -> RenderableType:
 def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
     """Names and values for people; a key that is not known here is shown as it is."""
     for name, value in status.items():
-        if name in ("workers", "stash_budget_bytes"):
+        if name in ("workers", "stash_budget_bytes", "cache_budget_bytes"):
             continue
         if isinstance(value, Mapping):
             yield name.replace("_", " "), _tenants(value)
@@ -62,6 +62,8 @@ def _facts(status: Mapping[str, Any], now: float) -> Iterator[tuple[str, str]]:
             yield "certificate", expiry(value, now)
         elif name == "stash_bytes" and "stash_budget_bytes" in status:
             yield "stash", f"{size(value)} of {size(status['stash_budget_bytes'])}"
+        elif name == "cache_bytes" and "cache_budget_bytes" in status:
+            yield "keys and values", f"{size(value)} of {size(status['cache_budget_bytes'])}"
         elif name == "span_bytes":
             yield "span's weights", size(value)
         elif name == "tokens_per_s":

@@ -45,7 +45,7 @@ class WorkerSpec:
     parts: str  # folder of the edge's parts, which the first worker makes
     home: str  # folder with worker_key, worker_cert, authorized_edges and the tenants' adapters
     listen: str
-    stash_bytes: int | None  # budget of the activation cache; None for a quarter of what the machine has
+    stash_bytes: int | None  # budget of the activation cache; None for a fifth of what the machine has
     max_tokens: int
     threads: int
     log_file: str  # "" for standard error
@@ -124,11 +124,12 @@ class Worker:
         return self._port
 
     def budgets(self) -> str:
-        """A line on the memory that forward states and calls may take. Raises IsthmusError where it could not start."""
+        """A line on the memory that forward states, caches and calls may take. Raises IsthmusError where it could not start."""
         self.port()
         status = self._server.status()
         return (
             f"worker {self._spec.number}: {status['stash_budget_bytes'] / MIB:.0f} MiB for forward states, "
+            f"{status['cache_budget_bytes'] / MIB:.0f} MiB for keys and values, "
             f"{status['compute_budget_bytes'] / MIB:.0f} MiB for calls while they are computed and as much for calls "
             f"that have paused; at most {self._spec.max_tokens} tokens in a call"
         )

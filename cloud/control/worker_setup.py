@@ -94,8 +94,9 @@ def served_by(spec: WorkerSpec) -> Served:
     else:
         span = load_span(checkpoint, layers, dtype=dtype, quantizer=quantizer_of(spec.quantize))
     host = SiteHost(span.to(spec.device))
-    cache_bytes, compute_bytes = memory_budgets(
-        _memory_of(spec) // spec.beside, bytes_of(span), spec.stash_bytes, spec.compute_bytes
+    free = _memory_of(spec) // spec.beside - bytes_of(span)
+    stash_bytes, compute_bytes, cache_bytes = memory_budgets(
+        free, spec.stash_bytes, spec.compute_bytes, spec.bounds.engine.cache_bytes
     )
     info = SessionInfo(
         session_id="",
@@ -108,10 +109,10 @@ def served_by(spec: WorkerSpec) -> Served:
         attn_implementation=family_of(config).attention(None),
         span_dtype=spec.dtype if spec.quantize == NONE else f"{spec.dtype}+{spec.quantize}",
         codecs=ACTIVATION_CODECS,
-        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), cache_bytes),
+        limits=SpanLimits(spec.max_tokens, _message_bytes(spec.max_tokens, span.hidden_size, host.widest), stash_bytes),
         server_version=importlib.metadata.version("isthmus"),
     )
-    executor = Executor(host, dtype, cache_bytes, compute_bytes, count_graphs=spec.bounds.engine.count_graphs)
+    executor = Executor(host, dtype, stash_bytes, compute_bytes, count_graphs=spec.bounds.engine.count_graphs)
     package = open_package(Path(spec.emulator), signer=load_worker(Path(spec.home)).pin) if spec.emulator else None
     adapters = AdapterStore(
         Path(spec.home) / "adapters",
@@ -130,6 +131,7 @@ def served_by(spec: WorkerSpec) -> Served:
         adapters,
         None if package is None else FileStore(package.folder, FileSet.EMULATOR),
         spec.sites,
+        cache_bytes,
     )
 
 
@@ -143,20 +145,22 @@ LEAST_BUDGET_BYTES = 1 << 26
 """Default budget at least: a machine whose memory the weights fill should still compute small calls, if slowly."""
 
 
-def memory_budgets(machine: int, span: int, cache: int | None, compute: int | None) -> tuple[int, int]:
-    """The budgets, in bytes, of the activation cache and of all calls that are computed at a time.
+def memory_budgets(free: int, stash: int | None, compute: int | None, cache: int | None) -> tuple[int, int, int]:
+    """The budgets, in bytes, of the activation cache, of all calls that are computed at a time, and of keys and values.
 
-    A budget that the operator does not give is a quarter of the machine's memory without span and reserve. The cache
-    gets one quarter (2 GiB at most), calls that are computed one, paused calls one; one quarter stays free.
+    A budget that the operator does not give is a fifth of the memory without the reserve: one each for the activation
+    cache and the keys and values (2 GiB at most), one for calls that are computed, one for paused calls; one stays
+    free.
 
     Args:
-        machine: this worker's bytes of the machine's memory.
-        span: bytes of the weights.
-        cache: the operator's budget of the activation cache, or None.
+        free: this worker's bytes of the machine's memory, without the weights.
+        stash: the operator's budget of the activation cache, or None.
         compute: the operator's budget of calls, or None.
+        cache: the operator's budget of keys and values, or None.
     """
-    quarter = max(LEAST_BUDGET_BYTES, (machine - span - RESERVE_BYTES) // 4)
-    return min(MOST_CACHE_BYTES, quarter) if cache is None else cache, quarter if compute is None else compute
+    fifth = max(LEAST_BUDGET_BYTES, (free - RESERVE_BYTES) // 5)
+    most = min(MOST_CACHE_BYTES, fifth)
+    return (most if stash is None else stash), (fifth if compute is None else compute), (most if cache is None else cache)
 
 
 def _memory_of(spec: WorkerSpec) -> int:

@@ -100,7 +100,9 @@ class Batching:
 
     def may_share(self, request: Request[Any]) -> bool:
         """Whether a request may share a batch."""
-        return request.kind is not None and request.positions >= self.limits.smallest
+        if request.kind is None or self.limits.smallest == math.inf:
+            return False
+        return request.kind.any_size or request.positions >= self.limits.smallest
 
     def _even_part(self, snapshot: Snapshot) -> float:
         """Token positions of a batch, so that each compute thread has an even part of all that is at work."""

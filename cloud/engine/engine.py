@@ -200,8 +200,9 @@ class Engine:
     def _threads_for(self, batch: Sequence[Request[Any]]) -> int:
         if not batch or not self._scheduler.may_share(batch[0]):
             return self._torch_threads
-        smallest = min(request.positions for request in batch)
-        alone = self._scheduler.sessions_at_work() <= 1 and smallest >= self._all_threads_from
+        smallest, kind = min(request.positions for request in batch), batch[0].kind
+        any_threads = smallest >= self._all_threads_from or (kind is not None and kind.bits_vary)
+        alone = any_threads and self._scheduler.sessions_at_work() <= 1
         return self._torch_threads if alone else max(1, self._torch_threads // len(self._threads))
 
     def _keep_deadlines(self) -> None:

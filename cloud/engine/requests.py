@@ -35,10 +35,14 @@ class Kind:
         name: Also names what the time that a token position takes is measured for.
         parallel: Whether such a batch may be computed beside another one. All else is left to the first compute
             thread.
+        any_size: Whether a request may share a batch though products of so few positions have other bits in company.
+        bits_vary: Whether a request that is alone may have all of torch's threads though its bits depend on that.
     """
 
     name: str
     parallel: bool = False
+    any_size: bool = False
+    bits_vary: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.cloud.decoding.decode_calls import DecodeCall, Decoding, DecodeStep, run_step, run_steps
 from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
@@ -135,6 +138,7 @@ class Calls:
         engine: computes requests, in their turn.
         in_flight: the calls that have been taken and not answered.
         files: the threads that read and write files for edges.
+        caches: keys and values of all sessions.
         records_history: whether answers are recorded (`isthmus.cloud.telemetry.event_history`).
         metrics: see above.
         clock: see above.
@@ -159,6 +163,10 @@ class Calls:
         self.engine = start_engine(executor, threads, options, is_computed=lambda reply: isinstance(reply, m.Timed))
         self._call_threads = CallThreads(self.engine.threads_of_a_call, options.paused_calls, executor.compute_bytes)
         self.files = FileThreads()
+        self.caches = CachePool(served.cache_bytes)
+        rows = None if self.engine.invariance is None else self.engine.invariance.rows
+        decode_pass = DecodePass(executor.host.span, rows)
+        self._decoding = Decoding(executor, decode_pass, self.caches, options.prefill_tokens)
         self.records_history = event_history.is_written()
 
     def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
@@ -170,7 +178,9 @@ class Calls:
             stage: with the pipeline's next stage, where there is one.
         """
         batching = self._options.batching
-        work = self._served.session(session.id, session.tenant, self._call_threads, limits, batching=batching)
+        work = self._served.session(
+            session.id, session.tenant, self._call_threads, self._decoding, limits, batching=batching
+        )
         return SessionCalls(self, session, work, stage)
 
     def share(self, tenant: Tenant) -> Share:
@@ -295,6 +305,8 @@ class SessionCalls:
     async def _answered(self, received: Received, due: float | None) -> m.Message | None:
         """Have a message handled where it belongs: on a compute thread, or on one for files."""
         message = received.message
+        if isinstance(message, m.Decode):
+            return await self._decode(message, received.body)
         if not isinstance(message, FILE_MESSAGES):
             return await asyncio.wrap_future(self._submit(received, due))
         share = self._calls.share(self._session.tenant)  # which is for the event loop alone to ask
@@ -309,6 +321,33 @@ class SessionCalls:
             partial(self._work.handle, message, compute),
             lambda: wipe(received.body),
             check=isinstance(message, m.PlugIn),
+        )
+
+    async def _decode(self, message: m.Decode, body: bytearray) -> m.Message | None:
+        """Have a decode call answered, step by step; steps of others share its passes, or come in between."""
+        call: DecodeCall | None = None
+        try:
+            call = self._work.decode_call(message)
+            answer: m.Message | None = None
+            for step in call.steps():
+                answer = await asyncio.wrap_future(self._calls.engine.submit(self._request_of_step(call, step)))
+            return answer
+        except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
+            return self._work.refusal(message, error)
+        finally:
+            if call is not None:
+                call.fail()  # where it was given up in the middle
+            wipe(body)
+
+    def _request_of_step(self, call: DecodeCall, step: DecodeStep) -> Request[m.Message | None]:
+        """What a step of a decode call wants of the engine."""
+        return self._request(
+            partial(run_step, step),
+            kind=call.kind,
+            item=step,
+            run_batch=run_steps,
+            positions=step.positions,
+            nbytes=step.nbytes,
         )
 
     async def _bind(self, message: m.Sites) -> m.Message | None:
@@ -359,7 +398,7 @@ class SessionCalls:
             metrics.deadlines.labels("met" if self._calls.clock() <= due else "late").inc()
         metrics.seconds.labels(operation).observe(reply.compute_ns / 1e9)
         metrics.waited.labels("interactive" if self._session.interactive else "training").observe(reply.queue_ns / 1e9)
-        if isinstance(message, m.Forward | m.Backward):
+        if isinstance(message, m.Forward | m.Backward | m.Decode):
             metrics.tokens.labels(operation).inc(self._work.positions(message))
 
     def _record(self, reply: m.Message) -> None:

@@ -82,7 +82,7 @@ async def answer(message: m.Message, run: Run, ask: Ask, codec: str) -> m.Messag
         codec: how hidden states cross between stages; one that changes nothing.
     """
     match message:
-        case m.Forward():
+        case m.Forward() | m.Decode():
             return await _forward(message, run, ask, codec)
         case m.Backward():
             return await _backward(message, run, ask, codec)
@@ -94,7 +94,7 @@ async def answer(message: m.Message, run: Run, ask: Ask, codec: str) -> m.Messag
             return await run(message)
 
 
-async def _forward(message: m.Forward, run: Run, ask: Ask, codec: str) -> m.Message | None:
+async def _forward(message: m.Forward | m.Decode, run: Run, ask: Ask, codec: str) -> m.Message | None:
     own = await run(dataclasses.replace(message, reply_codec=codec_id(codec)))
     if not isinstance(own, m.ForwardReply):
         return own

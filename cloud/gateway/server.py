@@ -108,6 +108,10 @@ class GatewayServer:
         half_open = HalfOpen(self._bounds)
         self._admission = Admission(served.info, identity, edges, self.sessions, self.metrics, half_open, clock)
         self._calls = Calls(served, threads, self.sessions.fraction_of, self.metrics, self._bounds.engine, clock)
+        caches = self._calls.caches
+        self.metrics.cache_bytes.set_function(lambda: caches.used)
+        self.metrics.caches_evicted.set_function(lambda: caches.counters.evicted)
+        self.metrics.caches_lost.set_function(lambda: caches.counters.lost)
         self._hang_up = HangUp(self._bounds.linger_seconds)
         self._health = Health(half_open, self._hang_up)
         self._reviewing: asyncio.Task[None] | None = None
@@ -179,7 +183,7 @@ class GatewayServer:
     def status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows. May be called from any thread."""
         executor, cache, engine = self._executor, self._executor.cache, self._calls.engine
-        waiting, invariance = engine.waiting(), engine.invariance
+        waiting, invariance, caches = engine.waiting(), engine.invariance, self._calls.caches
         return {
             "state": "draining" if self._admission.stopped else "serving",
             "model": self._info.model,
@@ -204,6 +208,11 @@ class GatewayServer:
             "graphs_evicted": cache.counters.graphs_evicted,
             "inputs_evicted": cache.counters.inputs_evicted,
             "recomputed": cache.counters.recomputed,
+            "caches": len(caches),
+            "cache_bytes": caches.used,
+            "cache_budget_bytes": caches.budget,
+            "caches_evicted": caches.counters.evicted,
+            "caches_lost": caches.counters.lost,
         }
 
     async def _session(self, frames: AsyncIterator[bytes], context: Any) -> None:

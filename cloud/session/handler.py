@@ -20,6 +20,7 @@ from typing import Any
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.split.span import SpanInput, check_positions
+from isthmus.cloud.decoding.decode_calls import CacheGone, DecodeCall, Decoding
 from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
 from isthmus.cloud.engine.call_sites import CallSites
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients
@@ -78,6 +79,7 @@ class TenantSession:
         stores: the files that every edge may fetch.
         adapters: the tenant's own adapters.
         calls: runs the calls with sites.
+        decoding: what decode calls share.
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch x sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
@@ -91,6 +93,7 @@ class TenantSession:
     stores: Mapping[m.FileSet, FileStore]
     adapters: TenantAdapters
     calls: SiteCalls
+    decoding: Decoding
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
@@ -139,13 +142,29 @@ class TenantSession:
             yield self.refusal(message, error)
 
     def close(self) -> None:
-        """Forget the session's forward states, and end its paused calls."""
+        """Forget the session's forward states, keys and values, and end its paused calls."""
         self.calls.close()
         self.executor.cache.release(self.session_id)
+        self.decoding.pool.release(self.session_id)
 
     def _store(self, which: m.FileSet) -> FileStore | m.Status:
         store = self.adapters.files() if which == m.FileSet.ADAPTER else self.stores.get(which)
         return m.Status(m.StatusCode.BAD_REQUEST, None, _EMPTY[which]) if store is None else store
+
+    def decode_call(self, message: m.Decode) -> DecodeCall:
+        """A decode call, which is computed in steps. The event loop may ask.
+
+        Raises:
+            ValueError: it has too many tokens.
+        """
+        batch, length, _ = message.hidden.shape
+        if batch * length > self.max_tokens:
+            raise ValueError(
+                f"{batch} x {length} tokens in one call; this cloud takes at most {self.max_tokens}: "
+                "send less at a time"
+            )
+        tenant = self.adapters.tenant.name
+        return DecodeCall(self.decoding, self.session_id, tenant, message, self.limits, self.calls.lists.leased_at)
 
     # Calls ------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +203,7 @@ class TenantSession:
         """Token positions that a message wants computed. The event loop may ask."""
         if isinstance(message, m.SiteAnswer):
             return self.calls.positions(message)
-        if not isinstance(message, m.Forward | m.Backward):
+        if not isinstance(message, m.Forward | m.Backward | m.Decode):
             return 0
         batch, sequence, _ = _hidden_shape(message)
         return batch * sequence
@@ -220,10 +239,12 @@ class TenantSession:
         call = BackwardCall(key, gradient, replay)
         return CheckedCall(key, call, batch * sequence, partial(self._backward_reply, message))
 
-    def refusal(self, message: m.Message, error: Exception) -> m.Status:
+    def refusal(self, message: m.Message, error: Exception) -> m.Status | m.CacheLost:
         """The answer to a message that raised an error. Raises the error itself where an edge must not see it."""
-        call = message.id if isinstance(message, m.Forward | m.Backward | m.SiteAnswer) else None
+        call = message.id if isinstance(message, m.Forward | m.Backward | m.Decode | m.SiteAnswer) else None
         match error:
+            case CacheGone() if call is not None:
+                return m.CacheLost(call, error.have)
             case ActivationsLost():
                 return m.Status(
                     m.StatusCode.ACTIVATIONS_LOST, call, "the forward state was evicted; send the input again"
@@ -345,9 +366,9 @@ class TenantSession:
         return CallShape(batch, sequence, what, masked, kept, passing)
 
 
-def _hidden_shape(message: m.Forward | m.Backward) -> tuple[int, ...]:
+def _hidden_shape(message: m.Forward | m.Backward | m.Decode) -> tuple[int, ...]:
     """The shape `[B, S, h]` of the hidden states that go through the span."""
-    return message.hidden.shape if isinstance(message, m.Forward) else message.gradient.shape
+    return message.gradient.shape if isinstance(message, m.Backward) else message.hidden.shape
 
 
 def _is_masked(inputs: m.SpanInputs) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from isthmus.cloud.decoding.decode_calls import Decoding
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.file_store import FileStore
@@ -27,6 +28,7 @@ class Served:
         adapters: the tenants' adapters.
         package: the package with an emulator, if one is offered.
         sites: whether edges may have adapters inside the span.
+        cache_bytes: budget of the keys and values of all sessions that generate.
     """
 
     info: m.SessionInfo
@@ -35,17 +37,19 @@ class Served:
     adapters: AdapterStore
     package: FileStore | None = None
     sites: bool = True
+    cache_bytes: int = 1 << 30
 
     def session(
         self,
         session_id: bytes,
         tenant: Tenant,
         threads: CallThreads,
+        decoding: Decoding,
         limits: Limits = DEFAULT_LIMITS,
         *,
         batching: bool = True,
     ) -> TenantSession:
-        """What answers the messages of one session; its calls with sites run on `threads`."""
+        """What answers the messages of one session; its calls with sites run on `threads`, and its decode calls share `decoding`."""
         stores = {m.FileSet.PARTS: self.parts}
         if self.package is not None:
             stores[m.FileSet.EMULATOR] = self.package
@@ -56,6 +60,7 @@ class Served:
             stores,
             self.adapters.of(tenant),
             SiteCalls(lists, threads, batching),
+            decoding,
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,

@@ -132,7 +132,22 @@ class SiteLists:
         self._lease = _Lease(message.number, message.sites, weights)
         return m.Status(m.StatusCode.OK, None, f"{len(weights)} leased sites")
 
-    def leased_for(self, message: m.Forward | m.Backward, sites: BoundSites) -> Mapping[int, LeasedLora]:
+    def leased_at(self, message: m.Decode) -> Mapping[tuple[int, str], LeasedLora]:
+        """The weights that are leased for a decode call, by layer and linear.
+
+        Raises:
+            LookupError: Its list of sites or its lease is not here.
+            ValueError: A site of the list is not leased: it would ask the edge at every token.
+        """
+        if not message.sites:
+            return {}
+        sites = self.of(message.sites).sites
+        for spec in sites.specs:
+            if not spec.is_leased or not spec.part:
+                raise ValueError(f"site {spec} is not leased: a decode call takes leased adapters only")
+        return {(sites.specs[site].layer, sites.specs[site].part): lora for site, lora in self.leased_for(message, sites).items()}
+
+    def leased_for(self, message: m.Forward | m.Backward | m.Decode, sites: BoundSites) -> Mapping[int, LeasedLora]:
         """The weights that a call's leased sites compute with. Raises LookupError where its lease is not here."""
         if not any(spec.is_leased for spec in sites.specs):
             return {}

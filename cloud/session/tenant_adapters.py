@@ -146,11 +146,15 @@ class AdapterStore:
 
 
 class TenantAdapters:
-    """The adapters of one tenant. Made by `AdapterStore.of`."""
+    """The adapters of one tenant. Made by `AdapterStore.of`.
+
+    Attributes:
+        tenant: Whose they are.
+    """
 
     def __init__(self, store: AdapterStore, tenant: Tenant, folder: Path) -> None:
         self._store = store
-        self._tenant = tenant
+        self.tenant = tenant
         self._folder = folder
         self._incoming = folder / "incoming"
         self._plugged = folder / "plugged"
@@ -169,7 +173,7 @@ class TenantAdapters:
             with self._store.locked(self._folder):
                 held = self._append(entry, chunk)
         except OSError as error:  # its text has a path of this machine
-            log("adapter_not_stored", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            log("adapter_not_stored", logging.ERROR, tenant=self.tenant.name, error=type(error).__name__)
             text = f"the cloud cannot store {chunk.name}: its disk may be full; its owner has a log of it"
             return m.Status.saying(m.StatusCode.INTERNAL, None, text)
         return m.PutReply(chunk.name, chunk.sha256, held)
@@ -197,13 +201,13 @@ class TenantAdapters:
                     return _refused(fault)
                 summary = self._install(request.entries, compute)
         except AdapterError as error:
-            log("adapter_refused", logging.WARNING, tenant=self._tenant.name, reason=str(error))
+            log("adapter_refused", logging.WARNING, tenant=self.tenant.name, reason=str(error))
             return _refused(str(error))
         except _FAILURES as error:
-            log("plug_in_failed", logging.ERROR, tenant=self._tenant.name, error=type(error).__name__)
+            log("plug_in_failed", logging.ERROR, tenant=self.tenant.name, error=type(error).__name__)
             text = f"the cloud failed to plug the adapter in ({type(error).__name__}); its owner has a log of it"
             return m.Status.saying(m.StatusCode.INTERNAL, None, text)
-        log("adapter_plugged_in", tenant=self._tenant.name, method=summary.method, bytes=summary.size)
+        log("adapter_plugged_in", tenant=self.tenant.name, method=summary.method, bytes=summary.size)
         tuned = "the model itself" if summary.package is None else f"the package {summary.package[:16]}"
         return m.Status.saying(
             m.StatusCode.OK,

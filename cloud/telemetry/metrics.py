@@ -58,6 +58,13 @@ class Metrics:
             "isthmus_stash_evictions", "Forward states evicted since the start.", registry=self.registry
         )
         self.recomputed = Gauge("isthmus_recomputed", "Forwards computed again for a backward.", registry=self.registry)
+        self.cache_bytes = Gauge("isthmus_cache_bytes", "Bytes of keys and values.", registry=self.registry)
+        self.caches_evicted = Gauge(
+            "isthmus_caches_evicted", "Caches of keys and values that went for others.", registry=self.registry
+        )
+        self.caches_lost = Gauge(
+            "isthmus_caches_lost", "Decode calls that found less than they begin with.", registry=self.registry
+        )
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
@@ -69,8 +76,8 @@ class Metrics:
         return {each: int(value("isthmus_deadline_calls_total", {"outcome": each}) or 0) for each in OUTCOMES}
 
     def positions(self) -> float:
-        """Token positions computed since the worker's start, forward and backward."""
-        labels = ({"operation": operation} for operation in ("forward", "backward"))
+        """Token positions computed since the worker's start, forward, backward and decoding."""
+        labels = ({"operation": operation} for operation in ("forward", "backward", "decode"))
         return sum(self.registry.get_sample_value("isthmus_tokens_total", each) or 0.0 for each in labels)
 
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isthmus.backbone.split.split_cache import RemoteCache
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.span import SpanInput
 from isthmus.common.errors import RefusedError, RemoteProtocolError, UnsupportedCallError
+from isthmus.edge.client.cloud_cache import CloudCaches
 from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, SessionKeeper
 from isthmus.edge.client.site_answerer import SentLists, SiteAnswerer
 from isthmus.edge.codecs.wire_codecs import WireCodecs
@@ -77,6 +79,9 @@ class SpanLink(Protocol):
     def backward(self, request: BackwardRequest) -> Tensor | None:
         """Gradient of the span's input, None unless it is `wanted`; the sites find out their own."""
 
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers."""
+
 
 class RemoteSpan:
     """Calls the cloud's span: `(hidden, attention_mask, position_ids) -> hidden`.
@@ -114,13 +119,25 @@ class RemoteSpan:
         Raises:
             UnsupportedCallError: A site that is to be leased cannot be.
         """
-        placed = [leased(site) if not site.spec.is_leased and self._leased(site.name) else site for site in sites]
+        placed = self.placed(sites)
         self.notice(placed)
         return self._run(hidden, attention_mask, position_ids, placed)
+
+    def placed(self, sites: Sequence[Site]) -> list[Site]:
+        """The same sites, those leased that are to be.
+
+        Raises:
+            UnsupportedCallError: One cannot be.
+        """
+        return [leased(site) if not site.spec.is_leased and self._leased(site.name) else site for site in sites]
 
     def expect_sites(self, sites: Sequence[Site]) -> None:
         """Adapters have been put on the cloud's layers; see `isthmus.backbone.split.edge_model.SitedSpan`."""
         self.notice([site for site in sites if not self._leased(site.name)])
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers; see `isthmus.backbone.split.edge_model.CachingSpan`."""
+        return self._link.new_cache()
 
     def tapped(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
@@ -216,6 +233,7 @@ class SpanCalls:
     Attributes:
         codecs: how tensors cross; may be replaced between two calls.
         step: the optimizer step that calls belong to; 0 before the first.
+        caches: the caches in the cloud.
     """
 
     def __init__(self, keeper: SessionKeeper, codecs: WireCodecs) -> None:
@@ -224,6 +242,11 @@ class SpanCalls:
         self._keeper = keeper
         self._numbers = itertools.count(1)
         self._lists = SentLists()
+        self.caches = CloudCaches(keeper, lambda: self.codecs, self._numbers, self._lists)
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers."""
+        return self.caches.new()
 
     def forward(self, request: ForwardRequest) -> tuple[Tensor, KeptCall]:
         """Run the cloud's span."""

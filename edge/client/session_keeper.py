@@ -111,7 +111,7 @@ class Question(Generic[R]):
     """What is asked until there is an answer.
 
     Attributes:
-        kind: of the answer.
+        kind: of the answer, or those that it may be of.
         message: makes an attempt's message.
         answer_bytes: the most bytes of the body of an answer, or of what the cloud asks in the middle.
         answerer: answers what the cloud asks in the middle; None where it must not ask.
@@ -119,7 +119,7 @@ class Question(Generic[R]):
         patience: seconds that the cloud may stay away; None for the session's own.
     """
 
-    kind: type[R]
+    kind: type[R] | tuple[type[R], ...]
     message: Callable[[Attempt], m.Message]
     answer_bytes: int = 0
     answerer: Answerer | None = None

@@ -36,6 +36,11 @@ MESSAGES: tuple[m.Message, ...] = (
         for codec in ACTIVATION_CODECS
     ),
     m.Forward(_ID, False, tensor(), None, None, codec_id("fp32"), wanted=False),
+    m.Decode(
+        _ID, 3, 2, (0,), (1, 1), tensor("bf16"), encode_mask(torch.tensor([[0, 1, 1, 1]])), _POSITIONS, codec_id("bf16"), 1, 1
+    ),
+    m.Decode(_ID, 0, 0, (), (), tensor(), None, None, codec_id("fp32")),
+    m.CacheLost(_ID, 2),
     m.ForwardReply(_ID, tensor(), 1, 2, 3, (tensor("bf16"),)),
     m.Backward(_ID, _GRADIENT, _INPUTS, codec_id("int8"), 1, True, 1),
     m.Backward(_ID, _GRADIENT, None, codec_id("fp32")),

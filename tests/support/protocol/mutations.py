@@ -108,6 +108,9 @@ VALUES: dict[Any, tuple[Any, ...]] = {
     (m.Status, "message"): TEXTS,
     (m.Goodbye, "reason"): TEXTS,
     (m.Sites, "number"): (-1, 0, 1 << 32),
+    (m.Decode, "cache"): (-1, m.MAX_CACHES, 1 << 32),
+    (m.Decode, "start"): (-1, 1 << 32),
+    (m.CacheLost, "have"): (-1, 1 << 32),
     (m.Lease, "number"): (-1, 0, 1 << 32),
     (m.Lease, "sites"): (-1, 0, 1 << 32),
     (m.Account, "weight"): (-1, 0, 1 << 32),
@@ -128,7 +131,7 @@ def _taller(good: Payload, rows: int = 1) -> Payload:
     return payload((good.shape[0] + rows, *good.shape[1:]), codec_by_id(good.codec).name, good.role, 0)
 
 
-def _call(good: m.Forward | m.Backward) -> Iterator[m.Message]:
+def _call(good: m.Forward | m.Backward | m.Decode) -> Iterator[m.Message]:
     yield replace(good, sites=0, lease=1)
     yield replace(good, reply_codec=codec_id("fp32") + 100)
     yield replace(good, reply_codec=5)  # masks'
@@ -150,6 +153,21 @@ def _forward(good: m.Forward) -> Iterator[m.Message]:
     yield from _call(good)
     for each in _inputs(good.inputs):
         yield replace(good, attention_mask=each.attention_mask, position_ids=each.position_ids)
+
+
+def _decode(good: m.Decode) -> Iterator[m.Message]:
+    yield from _call(good)
+    batch, length, _ = good.hidden.shape
+    yield replace(good, rows=(0,) * (batch + 1))
+    yield replace(good, rows=(0,) * (m.MAX_ROWS + 1))
+    yield replace(good, rows=(-1,) * batch)
+    yield replace(good, rows=(1 << 32,) * batch)
+    yield replace(good, blocks=(length + 1,))
+    yield replace(good, blocks=(0, length))
+    yield replace(good, cache=m.MAX_CACHES)
+    for shape in ((batch + 1, good.start + length), (batch, good.start + length + 1)):
+        yield replace(good, attention_mask=payload(shape, "mask", Role.INDEX, 0))
+    yield replace(good, position_ids=payload((1, length + 1), "int32", Role.INDEX, 0))
 
 
 def _backward(good: m.Backward) -> Iterator[m.Message]:
@@ -222,6 +240,7 @@ def _workers(good: m.Workers) -> Iterator[m.Message]:
 SIBLINGS: dict[type[m.Message], Callable[[Any], Iterator[m.Message]]] = {
     m.Forward: _forward,
     m.Backward: _backward,
+    m.Decode: _decode,
     m.ForwardReply: _forward_reply,
     m.BackwardReply: _backward_reply,
     m.Lease: _lease,

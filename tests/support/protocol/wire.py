@@ -148,6 +148,21 @@ def forwards(draw: st.DrawFn) -> m.Forward:
 
 
 @st.composite
+def decodes(draw: st.DrawFn) -> m.Decode:
+    hidden = draw(hidden_states())
+    batch, length, _ = hidden.shape
+    start, (sites, lease) = draw(st.integers(0, 20)), draw(visits)
+    mask = payload((batch, start + length), "mask", Role.INDEX, draw(u32)) if draw(st.booleans()) else None
+    positions = payload((1, length), "int32", Role.INDEX, draw(u32)) if draw(st.booleans()) else None
+    rows = tuple(draw(st.lists(u32, min_size=batch, max_size=batch))) if draw(st.booleans()) else ()
+    blocks = draw(st.sampled_from([(), (1,) * length, (length,)]))
+    cache = draw(st.integers(0, m.MAX_CACHES - 1))
+    return m.Decode(
+        draw(call_ids), cache, start, rows, blocks, hidden, mask, positions, draw(reply_codecs), sites, lease
+    )
+
+
+@st.composite
 def forward_replies(draw: st.DrawFn) -> m.ForwardReply:
     hidden = draw(hidden_states())
     widths = draw(st.lists(st.integers(1, 20), max_size=3))
@@ -257,6 +272,8 @@ GENERATORS: dict[type[m.Message], st.SearchStrategy[m.Message]] = {
     m.Forward: forwards(),
     m.ForwardReply: forward_replies(),
     m.Backward: backwards(),
+    m.Decode: decodes(),
+    m.CacheLost: st.builds(m.CacheLost, call_ids, u32),
     m.BackwardReply: backward_replies(),
     m.Fetch: st.builds(m.Fetch, file_sets, names, u64),
     m.Blob: blobs(),

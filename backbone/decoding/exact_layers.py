@@ -1,0 +1,98 @@
+"""Layers that give a token the same bits alone and among others: what `ExactCall` does for a span, for the edge's own.
+
+Products of few rows get rows of zeros beside them, so that there are as many as make a product independent of their
+number. Attention takes a prompt as one block, and what follows token by token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from isthmus.backbone.decoding.decode_pass import parts_of
+from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_linears
+from isthmus.backbone.runtime.sequence_packing import Plain
+from isthmus.common.errors import UnsupportedCallError
+
+
+@contextmanager
+def exact_layers(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model be exact inside.
+
+    Raises:
+        UnsupportedCallError: On this machine the products of its linears depend on the number of rows, however many.
+    """
+    every = [each for each in model.modules() if isinstance(each, (nn.Linear, Conv1D))]
+    linears = [each for each in every if next(each.parameters(), None) is not None]  # skeletons have none
+    if not linears:
+        raise UnsupportedCallError("a model without linears has nothing to be exact")
+    weight, threads = next(linears[0].parameters()), torch.get_num_threads()
+    found: BatchInvariance = measure_linears(linears, threads, threads, weight.device, weight.dtype)
+    if found.rows is None:
+        raise UnsupportedCallError(
+            "this machine's products have other bits for every number of rows: decode fast, or in fp32"
+        )
+    configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}.values()
+    with ExitStack() as stack:
+        for linear in linears:
+            stack.enter_context(_padded(linear, found.rows))
+        for config in configs:
+            stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = _token_by_token(config._attn_implementation)
+        yield
+
+
+@contextmanager
+def _padded(linear: nn.Module, rows: int) -> Iterator[None]:
+    """Give a linear at least so many rows."""
+    shapes: list[torch.Size] = []
+
+    def pad(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        shapes.append(x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        return (torch.cat([flat, flat.new_zeros(max(0, rows - len(flat)), flat.shape[1])]), *args[1:])
+
+    def cut(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        shape = shapes.pop()
+        return output[: shape[:-1].numel()].view(*shape[:-1], -1)
+
+    handles = linear.register_forward_pre_hook(pad), linear.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _token_by_token(inner: str) -> str:
+    """The name of the attention implementation that takes what follows a prompt token by token."""
+    name = f"isthmus_exact_{inner}"
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            plain: Plain = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+            length, n_keys = query.shape[2], key.shape[2]
+            blocks = (length,) if length == n_keys else (1,) * length
+            parts = parts_of(blocks, n_keys, options.get("sliding_window"), attention_mask)
+            outputs = [
+                plain(module, query[:, :, each.rows], key[:, :, each.seen], value[:, :, each.seen], each.mask, **options)[0]
+                for each in parts
+            ]
+            return torch.cat(outputs, dim=1), None
+
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name

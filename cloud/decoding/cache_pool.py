@@ -1,0 +1,171 @@
+"""The keys and values of all sessions of a worker, within one budget of bytes.
+
+A call needs room before it is computed. Where there is none, the caches of others go: of the tenant that has the most
+bytes, the one that was used the longest time ago. So a tenant with many caches loses its own first. An edge whose cache
+is gone sends the hidden states again, so eviction costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from isthmus.backbone.decoding.key_values import KeyValues
+
+Key = tuple[bytes, int]
+"""Session, and the number of the cache within it."""
+
+
+@dataclass(slots=True, eq=False)
+class CacheEntry:
+    """A cache of keys and values.
+
+    Attributes:
+        tenant: Whose it is.
+        keys: The keys and values.
+        adapters: The lists of sites and the lease that it was computed with.
+        nbytes: What it takes, or has room for.
+        last_call: The call that it was extended by last; 0 for none.
+        used: When it was used last; a number that grows.
+        in_use: Whether a call uses it, so that it stays.
+    """
+
+    tenant: str
+    keys: KeyValues
+    adapters: tuple[int, int]
+    nbytes: int = 0
+    last_call: int = 0
+    used: int = 0
+    in_use: bool = False
+
+
+@dataclass(slots=True)
+class PoolCounters:
+    """What has happened so far.
+
+    Attributes:
+        evicted: Caches that went for others.
+        lost: Calls that found less in their cache than they begin with.
+    """
+
+    evicted: int = 0
+    lost: int = 0
+
+
+@dataclass(slots=True)
+class CachePool:
+    """The caches of all sessions. Several threads may call it.
+
+    Args:
+        budget: Bytes of all of them together.
+
+    Attributes:
+        counters: What has happened so far.
+    """
+
+    budget: int
+    counters: PoolCounters = field(default_factory=PoolCounters)
+    _entries: dict[Key, CacheEntry] = field(default_factory=dict)
+    _clock: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all caches."""
+        with self._changed:
+            return sum(entry.nbytes for entry in self._entries.values())
+
+    def by_tenant(self) -> Mapping[str, int]:
+        """Bytes of each tenant's caches."""
+        with self._changed:
+            return self._by_tenant()
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._entries)
+
+    def find(self, key: Key) -> CacheEntry | None:
+        """A session's cache; None where there is none."""
+        with self._changed:
+            return self._entries.get(key)
+
+    def put(self, key: Key, entry: CacheEntry) -> None:
+        """Take in a new cache, which has no bytes yet, in the place of one of the same key."""
+        with self._changed:
+            self._entries[key] = entry
+
+    def drop(self, key: Key) -> None:
+        """Forget a cache."""
+        with self._changed:
+            self._entries.pop(key, None)
+            self._changed.notify_all()
+
+    def release(self, session: bytes) -> None:
+        """Forget the caches of a session, which is over."""
+        with self._changed:
+            for key in [key for key in self._entries if key[0] == session]:
+                del self._entries[key]
+            self._changed.notify_all()
+
+    def acquire(self, wanted: Sequence[tuple[Key, int]]) -> list[int]:
+        """Make room for calls, and keep their caches until `finish`.
+
+        Waits where other calls use so much that there is no room for any of them; it holds nothing meanwhile.
+
+        Args:
+            wanted: The key of each call's cache, and the bytes that it will take: no more than the budget.
+
+        Returns:
+            The places of the calls that there is room for, at least one.
+        """
+        with self._changed:
+            while True:
+                taken = [at for at, (key, nbytes) in enumerate(wanted) if self._acquire(key, nbytes)]
+                if taken or not wanted:
+                    return taken
+                self._changed.wait()
+
+    def finish(self, key: Key, *, call: int, failed: bool) -> None:
+        """A call that was acquired is over. What one that has failed leaves of its cache is forgotten."""
+        with self._changed:
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.in_use, entry.last_call, entry.nbytes = False, call, entry.keys.nbytes
+                if failed:
+                    del self._entries[key]
+            self._changed.notify_all()
+
+    def _acquire(self, key: Key, nbytes: int) -> bool:
+        entry = self._entries.get(key)
+        if entry is None:
+            return True  # its session is over: nobody wants what comes of it
+        free = self.budget - sum(each.nbytes for each in self._entries.values() if each is not entry)
+        while free < nbytes:
+            victim = self._victim(entry)
+            if victim is None:
+                return False
+            free += self._entries.pop(victim).nbytes
+            self.counters.evicted += 1
+        entry.nbytes = max(entry.nbytes, nbytes)
+        entry.in_use, entry.used = True, next(self._clock)
+        return True
+
+    def _victim(self, wanting: CacheEntry) -> Key | None:
+        """The cache that goes next; None where all are in use."""
+        sizes = self._by_tenant()
+        idle = [key for key, each in self._entries.items() if each is not wanting and not each.in_use and each.nbytes]
+
+        def rank(key: Key) -> tuple[int, int]:
+            entry = self._entries[key]
+            return -sizes[entry.tenant], entry.used
+
+        return min(idle, key=rank, default=None)
+
+    def _by_tenant(self) -> Counter[str]:
+        sizes: Counter[str] = Counter()
+        for entry in self._entries.values():
+            sizes[entry.tenant] += entry.nbytes
+        return sizes

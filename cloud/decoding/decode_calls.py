@@ -1,0 +1,307 @@
+"""The decode calls of one session, and the passes that steps of several sessions share.
+
+A call of many tokens is computed in steps, so that the steps of others do not wait for all of it. Its cache is in use
+from the first step to the last one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
+from isthmus.backbone.decoding.key_values import KeyValues, cache_bytes
+from isthmus.backbone.decoding.leased_linears import Place
+from isthmus.backbone.runtime.call_memory import CallShape, Pass
+from isthmus.backbone.sites.leasing import LeasedLora
+from isthmus.backbone.split.span import SpanInput, check_positions
+from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
+from isthmus.cloud.engine.executor import Executor
+from isthmus.cloud.engine.requests import Kind
+from isthmus.cloud.telemetry.logs import log
+from isthmus.protocol import messages as m
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
+
+FAST, EXACT = Kind("decode", parallel=True, any_size=True), Kind("exact decode", parallel=True, any_size=True)
+"""Steps of either way of decoding. How many tokens they have does not matter for what they may share a pass with."""
+
+
+class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown to anybody
+    """A call's cache has fewer positions than the call begins with."""
+
+    def __init__(self, have: int) -> None:
+        super().__init__(have)
+        self.have = have
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """What the decode calls of all sessions of a worker share.
+
+    Attributes:
+        executor: Has the span.
+        decode_pass: Computes steps.
+        pool: The caches.
+        step_tokens: Token positions of a step, at most.
+    """
+
+    executor: Executor
+    decode_pass: DecodePass
+    pool: CachePool
+    step_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class DecodeCall:
+    """One call of one session, until it is answered.
+
+    Args:
+        decoding: What all calls share.
+        session: Whose it is.
+        tenant: Whose that is.
+        message: What came.
+        limits: What the session accepts.
+        leases: Returns what the call's lease has. Raises LookupError where it is not here, ValueError where it is for
+            sites that would ask the edge.
+    """
+
+    decoding: Decoding
+    session: bytes
+    tenant: str
+    message: m.Decode
+    limits: Limits
+    leases: Callable[[m.Decode], Mapping[Place, LeasedLora]]
+    spent_ns: int = 0
+    _inputs: SpanInput | None = None
+    _outputs: list[Tensor] = field(default_factory=list)
+    _entry: CacheEntry | None = None
+    _leased: Mapping[Place, LeasedLora] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """That of its cache."""
+        return self.session, self.message.cache
+
+    @property
+    def kind(self) -> Kind:
+        """Of its steps."""
+        return EXACT if self.message.blocks else FAST
+
+    @property
+    def wanted(self) -> tuple[Key, int]:
+        """Its cache, and the bytes that this will take."""
+        batch, length, _ = self.message.hidden.shape
+        return self.key, cache_bytes(self.decoding.executor.host.span, batch, self.message.start + length)
+
+    def steps(self) -> Iterator[DecodeStep]:
+        """Its steps, in their order."""
+        batch, length, _ = self.message.hidden.shape
+        most = max(1, self.decoding.step_tokens // batch)
+        # A block is never cut: how many tokens attend at once is part of an exact call.
+        sizes = list(self.message.blocks) or [most] * (length // most) + [length % most] * bool(length % most)
+        first, start, blocks = 0, 0, list[int]()
+        for size in sizes:
+            if blocks and first - start + size > most:
+                yield DecodeStep(self, start, first, tuple(blocks))
+                start, blocks = first, []
+            blocks.append(size)
+            first += size
+        yield DecodeStep(self, start, length, tuple(blocks))
+
+    def begin(self) -> None:
+        """Check and decode the message, and see to its cache.
+
+        Raises:
+            CacheGone: The cache has fewer positions than the call begins with.
+            ConfigError: The model is not made for so long a sequence, or for its position ids.
+            ValueError: A shape does not fit, or there is never room for it.
+        """
+        message, executor, pool = self.message, self.decoding.executor, self.decoding.pool
+        span, (batch, length, width) = executor.host.span, message.hidden.shape
+        if width != span.hidden_size:
+            raise ValueError(
+                f"hidden states of shape {[batch, length, width]} do not fit [batch, sequence, {span.hidden_size}]"
+            )
+        positions = None if message.position_ids is None else decode(message.position_ids, limits=self.limits).long()
+        check_positions(span.longest, message.start + length, positions)
+        key, nbytes = self.wanted
+        if nbytes > pool.budget:
+            raise ValueError(
+                f"the keys and values of {batch} x {message.start + length} tokens take {nbytes} bytes, and this cloud "
+                f"keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at a time"
+            )
+        if message.blocks and self.decoding.decode_pass.rows is None:
+            raise ValueError(
+                "this cloud cannot decode exactly: its products depend on what else they compute; ask for fast decoding"
+            )
+        self._leased = self.leases(message)
+        self._entry = self._cache(key)
+        hidden = decode(message.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
+        mask = None if message.attention_mask is None else decode(message.attention_mask, limits=self.limits)
+        # A copy, as the message's place in memory is no multiple of 64, where a product of one row has other bits.
+        self._inputs = SpanInput(hidden.to(span.device, span.dtype, copy=True), mask, positions)
+
+    def part(self, step: DecodeStep) -> FastCall:
+        """What a step computes."""
+        entry, inputs = self._entry, self._inputs
+        if entry is None or inputs is None:
+            raise RuntimeError("a step of a decode call that has not begun")
+        places, stop = slice(step.first, step.stop), self.message.start + step.stop
+        mask, positions = inputs.attention_mask, inputs.position_ids
+        given = SpanInput(
+            inputs.hidden[:, places],
+            None if mask is None else mask[:, :stop],
+            None if positions is None else positions[:, places],
+        )
+        if self.message.blocks:
+            return ExactCall(given, entry.keys, self._leased, step.blocks)
+        return FastCall(given, entry.keys, self._leased)
+
+    def take(self, output: Tensor, nanoseconds: int) -> m.ForwardReply | None:
+        """Take what came of a step; the answer where it was the last one."""
+        self._outputs.append(output)
+        self.spent_ns += nanoseconds
+        if sum(each.shape[1] for each in self._outputs) < self.message.hidden.shape[1]:
+            return None
+        whole = torch.cat(self._outputs, dim=1) if len(self._outputs) > 1 else output
+        codec = codec_by_id(self.message.reply_codec).name
+        hidden = encode(whole, codec, Role.ACTIVATION, "the output of the cloud's layers")
+        self._end(failed=False)
+        return m.ForwardReply(self.message.id, hidden, self.spent_ns, 0, 0)
+
+    def rewind(self, step: DecodeStep) -> None:
+        """Forget what a pass that has failed may have left of a step in the cache."""
+        if self._entry is not None:
+            self._entry.keys.keep(self.message.start + step.first)
+
+    def fail(self) -> None:
+        """It is given up in the middle."""
+        if self._entry is not None and self._entry.in_use:
+            self._end(failed=True)
+
+    def _end(self, *, failed: bool) -> None:
+        self.decoding.pool.finish(self.key, call=self.message.id.call, failed=failed)
+        self._inputs, self._outputs, self._leased = None, [], {}
+
+    def _cache(self, key: Key) -> CacheEntry:
+        """The call's cache, as the call begins with it."""
+        message, pool = self.message, self.decoding.pool
+        entry, adapters = pool.find(key), (message.sites, message.lease)
+        batch = message.hidden.shape[0]
+        if entry is not None and (entry.adapters != adapters or not message.start):
+            pool.drop(key)  # what was computed with other adapters is no good; what begins anew needs none of it
+            entry = None
+        if entry is None:
+            if message.start:
+                pool.counters.lost += 1
+                raise CacheGone(0)
+            entry = CacheEntry(self.tenant, KeyValues(self.decoding.executor.host.span), adapters)
+            pool.put(key, entry)
+            return entry
+        if entry.keys.length < message.start:
+            pool.counters.lost += 1
+            raise CacheGone(entry.keys.length)
+        entry.keys.keep(message.start)
+        if message.rows and entry.last_call != message.id.call:  # a repeated call has taken them already
+            if max(message.rows) >= entry.keys.rows:
+                raise ValueError(f"row {max(message.rows)} of a cache that has {entry.keys.rows}")
+            entry.keys.select(torch.tensor(message.rows, device=self.decoding.executor.device))
+        if entry.keys.rows != batch:
+            raise ValueError(f"{batch} sequences do not fit a cache of {entry.keys.rows}")
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """Some tokens of a call: those from `first` on and before `stop`, in blocks."""
+
+    call: DecodeCall
+    first: int
+    stop: int
+    blocks: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """Token positions."""
+        return self.call.message.hidden.shape[0] * (self.stop - self.first)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes while it is computed, in bytes."""
+        message = self.call.message
+        batch, length = message.hidden.shape[0], self.stop - self.first
+        masked = message.attention_mask is not None
+        shape = CallShape(batch, length, Pass.FORWARD, masked, past=message.start + self.first)
+        return self.call.decoding.executor.memory.of(shape)
+
+
+Outcome = m.Message | Exception | None
+
+
+def run_step(step: DecodeStep) -> m.Message | None:
+    """Compute one step by itself. Raises what goes wrong."""
+    (outcome,) = run_steps([step])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
+    """Compute steps of different sessions in as few passes as there is room for.
+
+    Returns:
+        For each the answer to its call where it was the last step, None where there are further ones, or an error.
+    """
+    outcomes: dict[int, Outcome] = {}
+    for at, step in enumerate(steps):
+        if step.first == 0:
+            try:
+                step.call.begin()
+            except Exception as error:  # noqa: BLE001  # this session's error is no other's
+                outcomes[at] = error
+    waiting = [at for at in range(len(steps)) if at not in outcomes]
+    pool = steps[0].call.decoding.pool
+    while waiting:
+        taken = [waiting[place] for place in pool.acquire([steps[at].call.wanted for at in waiting])]
+        waiting = [at for at in waiting if at not in taken]
+        outcomes.update(zip(taken, _run_pass([steps[at] for at in taken]), strict=True))
+    return [outcomes[at] for at in range(len(steps))]
+
+
+def _run_pass(steps: Sequence[DecodeStep]) -> list[Outcome]:
+    """One pass; where it fails, each step is computed by itself, so that only the one at fault fails."""
+    start = time.perf_counter_ns()
+    try:
+        outputs = steps[0].call.decoding.decode_pass([step.call.part(step) for step in steps])
+    except Exception as error:  # noqa: BLE001  # computed again below, where it is one call's error
+        if len(steps) == 1:
+            steps[0].call.fail()
+            return [error.with_traceback(None)]
+        log("pass_failed", logging.WARNING, error=type(error).__name__, calls=len(steps))
+        outputs = None
+    if outputs is None:
+        return _one_by_one(steps)
+    spent, positions = time.perf_counter_ns() - start, sum(step.positions for step in steps)
+    return [
+        _taken(step, output, spent * step.positions // positions) for step, output in zip(steps, outputs, strict=True)
+    ]
+
+
+def _one_by_one(steps: Sequence[DecodeStep]) -> list[Outcome]:
+    for step in steps:
+        step.call.rewind(step)
+    return [_run_pass([step])[0] for step in steps]
+
+
+def _taken(step: DecodeStep, output: Tensor, nanoseconds: int) -> Outcome:
+    try:
+        return step.call.take(output, nanoseconds)
+    except Exception as error:  # noqa: BLE001  # this session's error is no other's
+        step.call.fail()
+        return error

@@ -1,0 +1,132 @@
+"""The hidden states that a cloud's cache was made of, so that it can be made again."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from dataclasses import dataclass, field
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.common.errors import DiskError
+
+MEMORY_BYTES = 64 << 20
+"""Of one history, before it goes on in a file: 29,000 tokens of a model of width 576 in fp32."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class HiddenHistory:
+    """What went to the cloud of each token of some sequences: `[B, length, h]`, and positions `[B or 1, length]`.
+
+    In memory up to a limit, then in a file without a name, which is gone when the process ends.
+
+    Args:
+        memory_bytes: The limit.
+
+    Attributes:
+        length: Tokens of each sequence.
+        rows: Sequences.
+    """
+
+    memory_bytes: int = MEMORY_BYTES
+    length: int = 0
+    rows: int = 0
+    _chunks: list[_Chunk] = field(default_factory=list)
+    _file: IO[bytes] | None = None
+
+    def append(self, hidden: Tensor, positions: Tensor | None) -> None:
+        """Add the next tokens, `[B, S, h]`, and their positions `[B or 1, S]`.
+
+        Raises:
+            DiskError: The file cannot be written.
+        """
+        if positions is not None:
+            positions = positions.detach().cpu()
+        chunk = _Chunk(hidden.detach().cpu(), positions)
+        self.rows, self.length = len(hidden), self.length + hidden.shape[1]
+        self._chunks.append(chunk)
+        if sum(each.nbytes for each in self._chunks) > self.memory_bytes:
+            self._spill()
+
+    def take(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and positions of the tokens from `start` on and before `stop`."""
+        hidden, positions, at = list[Tensor](), list[Tensor | None](), 0
+        for chunk in self._chunks:
+            part = slice(max(0, start - at), max(0, stop - at))
+            if part.start < chunk.length and part.stop > 0:
+                hidden.append(self._read(chunk)[:, part])
+                positions.append(None if chunk.positions is None else chunk.positions[:, part])
+            at += chunk.length
+        known = [each for each in positions if each is not None]
+        if len(known) < len(positions):
+            return torch.cat(hidden, dim=1), None
+        rows = max(map(len, known))
+        return torch.cat(hidden, dim=1), torch.cat([each.expand(rows, -1) for each in known], dim=1)
+
+    def crop(self, length: int) -> None:
+        """Forget what comes after so many tokens."""
+        while self.length > length:
+            last = self._chunks.pop()
+            left = last.length - (self.length - length)
+            self.length -= last.length
+            if left > 0:
+                hidden, positions = self._read(last)[:, :left], last.positions
+                self._chunks.append(_Chunk(hidden, None if positions is None else positions[:, :left]))
+                self.length += left
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these sequences, in this order."""
+        self.rows = len(rows)
+        chunks, self._chunks = self._chunks, []
+        for chunk in chunks:
+            positions = chunk.positions
+            if positions is not None and len(positions) > 1:
+                positions = positions[rows]
+            self._chunks.append(_Chunk(self._read(chunk)[rows], positions))
+        if sum(each.nbytes for each in self._chunks) > self.memory_bytes:
+            self._spill()
+
+    def _spill(self) -> None:
+        """Write what is in memory to the file."""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="isthmus-")
+                weakref.finalize(self, self._file.close)
+            for chunk in self._chunks:
+                if chunk.hidden is not None:
+                    offset = self._file.seek(0, 2)
+                    self._file.write(chunk.hidden.contiguous().view(torch.uint8).numpy().tobytes())
+                    chunk.place, chunk.hidden = offset, None
+        except OSError as error:
+            raise DiskError(
+                f"the hidden states of a long text do not fit on the disk of {tempfile.gettempdir()}: "
+                f"{error.strerror}; make room, or set TMPDIR"
+            ) from error
+
+    def _read(self, chunk: _Chunk) -> Tensor:
+        if chunk.hidden is not None:
+            return chunk.hidden
+        if self._file is None:
+            raise RuntimeError("a chunk that is nowhere")
+        self._file.seek(chunk.place)
+        raw = np.frombuffer(bytearray(self._file.read(chunk.size)), dtype=np.uint8)
+        return torch.from_numpy(raw).view(chunk.dtype).view(chunk.shape)
+
+
+class _Chunk:
+    """Tokens that came together: in memory, or at a place in the file."""
+
+    def __init__(self, hidden: Tensor, positions: Tensor | None) -> None:
+        self.hidden: Tensor | None = hidden
+        self.positions = positions
+        self.shape, self.dtype, self.length = hidden.shape, hidden.dtype, hidden.shape[1]
+        self.size = hidden.numel() * hidden.element_size()
+        self.place = 0
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return 0 if self.hidden is None else self.size

@@ -1,0 +1,122 @@
+"""The pool of keys and values: one budget, fair eviction, and waiting that holds nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
+
+
+class Keys:
+    """Stands for keys and values of a size."""
+
+    def __init__(self, nbytes: int = 0) -> None:
+        self.nbytes = nbytes
+
+
+def entry(tenant: str) -> CacheEntry:
+    keys: Any = Keys()
+    return CacheEntry(tenant, keys, (0, 0))
+
+
+def key(session: int, number: int = 0) -> Key:
+    return bytes([session]), number
+
+
+def used(pool: CachePool, name: Key, tenant: str, nbytes: int, call: int = 1) -> None:
+    """A call over a cache, from its beginning to its end."""
+    if pool.find(name) is None:
+        pool.put(name, entry(tenant))
+    assert pool.acquire([(name, nbytes)]) == [0]
+    found: Any = pool.find(name)
+    found.keys.nbytes = nbytes
+    pool.finish(name, call=call, failed=False)
+
+
+def test_the_tenant_with_most_loses_its_oldest() -> None:
+    pool = CachePool(100)
+    used(pool, key(1), "alice", 20)
+    used(pool, key(2), "bob", 30)
+    used(pool, key(3), "bob", 25)
+    used(pool, key(1), "alice", 25)
+    used(pool, key(4), "carol", 30)
+    assert pool.find(key(2)) is None  # bob's older one, though alice's was made first
+    assert [pool.find(key(each)) is not None for each in (1, 3, 4)] == [True] * 3
+    assert (pool.used, pool.counters.evicted) == (80, 1)
+    assert pool.by_tenant() == {"alice": 25, "bob": 25, "carol": 30}
+
+
+def test_a_tenant_with_many_caches_evicts_its_own() -> None:
+    pool = CachePool(100)
+    used(pool, key(1), "alice", 10)
+    for number in range(50):
+        used(pool, key(2, number), "flood", 10)
+    assert pool.find(key(1)) is not None
+    assert pool.used <= 100
+
+
+def test_what_is_in_use_stays_and_others_wait_for_it() -> None:
+    pool = CachePool(100)
+    for session in (1, 2):
+        pool.put(key(session), entry("alice"))
+    assert pool.acquire([(key(1), 60)]) == [0]
+    began, got = threading.Event(), []
+
+    def other() -> None:
+        began.set()
+        got.append(pool.acquire([(key(2), 60)]))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    began.wait(5)
+    assert not got
+    found: Any = pool.find(key(1))
+    found.keys.nbytes = 60
+    pool.finish(key(1), call=1, failed=False)
+    thread.join(5)
+    assert got == [[0]]
+    assert pool.find(key(1)) is None
+
+
+def test_of_a_batch_those_that_fit_go_first() -> None:
+    pool = CachePool(100)
+    for session in range(3):
+        pool.put(key(session), entry("alice"))
+    wanted = [(key(session), 40) for session in range(3)]
+    assert pool.acquire(wanted) == [0, 1]
+    assert not any(pool.find(key(each)).nbytes for each in (2,))  # type: ignore[union-attr]
+
+
+def test_a_failed_call_leaves_nothing_and_a_session_that_ends_neither() -> None:
+    pool = CachePool(100)
+    pool.put(key(1), entry("alice"))
+    pool.acquire([(key(1), 10)])
+    pool.finish(key(1), call=1, failed=True)
+    assert pool.find(key(1)) is None
+    for number in range(3):
+        used(pool, key(1, number), "alice", 10)
+    used(pool, key(2), "alice", 10)
+    pool.release(bytes([1]))
+    assert (len(pool), pool.used) == (1, 10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(1, 100)), max_size=60), st.integers(100, 300))
+def test_the_budget_is_never_exceeded(calls: list[tuple[int, int, int]], budget: int) -> None:
+    pool = CachePool(budget)
+    for number, (session, cache, nbytes) in enumerate(calls, start=1):
+        used(pool, key(session, cache), f"tenant {session % 3}", nbytes, number)
+        assert pool.used <= budget
+
+
+def test_without_eviction_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CachePool, "_acquire", lambda *_: True)
+    pool = CachePool(100)
+    for session in range(4):
+        used(pool, key(session), "alice", 40)
+    assert pool.used > 100
