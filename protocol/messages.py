@@ -405,7 +405,19 @@ class Workers:
 
 
 EdgeMessage = (
-    Forward | Backward | Decode | Fetch | FetchList | Ping | Goodbye | Attach | Put | PlugIn | Sites | SiteAnswer | Lease
+    Forward
+    | Backward
+    | Decode
+    | Fetch
+    | FetchList
+    | Ping
+    | Goodbye
+    | Attach
+    | Put
+    | PlugIn
+    | Sites
+    | SiteAnswer
+    | Lease
 )
 CloudMessage = (
     ForwardReply

@@ -72,7 +72,9 @@ class ExactCall(FastCall):
         if known not in self._parts:
             self._parts[known] = list(parts_of(self.blocks, keys.shape[2], window, mask))
         outputs = [
-            plain(module, query[:, :, part.rows], keys[:, :, part.seen], values[:, :, part.seen], part.mask, **options)[0]
+            plain(module, query[:, :, part.rows], keys[:, :, part.seen], values[:, :, part.seen], part.mask, **options)[
+                0
+            ]
             for part in self._parts[known]
         ]
         return torch.cat(outputs, dim=1)

@@ -40,7 +40,8 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
         raise UnsupportedCallError(
             "this machine's products have other bits for every number of rows: decode fast, or in fp32"
         )
-    configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}.values()
+    owners: list[Any] = [each for each in model.modules() if hasattr(each, "config")]
+    configs = {id(each.config): each.config for each in owners}.values()
     with ExitStack() as stack:
         for linear in linears:
             stack.enter_context(_padded(linear, found.rows))
@@ -87,7 +88,9 @@ def _token_by_token(inner: str) -> str:
             blocks = (length,) if length == n_keys else (1,) * length
             parts = parts_of(blocks, n_keys, options.get("sliding_window"), attention_mask)
             outputs = [
-                plain(module, query[:, :, each.rows], key[:, :, each.seen], value[:, :, each.seen], each.mask, **options)[0]
+                plain(
+                    module, query[:, :, each.rows], key[:, :, each.seen], value[:, :, each.seen], each.mask, **options
+                )[0]
                 for each in parts
             ]
             return torch.cat(outputs, dim=1), None

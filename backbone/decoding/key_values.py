@@ -1,15 +1,14 @@
 """The keys and values that a span keeps of one sequence of calls.
 
 transformers' own cache has an entry for each layer of the whole model and is asked for its first one, which a span may
-lack. It also copies all that it holds at every token, and a window's layer forgets what a crop would need. So a span has
-a cache of its own, whose layers hand out the same keys and values as transformers' do.
+lack. It also copies all that it holds at every token, and a window's layer forgets what a crop would need. So a span
+has a cache of its own, whose layers hand out the same keys and values as transformers' do.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -20,7 +19,7 @@ BLOCK = 64
 """Token positions that a buffer grows by: few enough that little of it is empty, and it is copied once in so many."""
 
 
-class LayerKeyValues(CacheLayerMixin):
+class LayerKeyValues(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
     """The keys and values of one layer, `[B, heads, positions, d]` each.
 
     Args:
@@ -37,7 +36,9 @@ class LayerKeyValues(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty buffers like these."""
-        self.keys, self.values = (each.new_empty(*each.shape[:2], 0, each.shape[3]) for each in (key_states, value_states))
+        self.keys, self.values = (
+            each.new_empty(*each.shape[:2], 0, each.shape[3]) for each in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,9 @@ class LayerKeyValues(CacheLayerMixin):
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, in this order."""
         if self.is_initialized:
-            self.keys, self.values = (each[:, :, : self.length].index_select(0, rows) for each in (self.keys, self.values))
+            self.keys, self.values = (
+                each[:, :, : self.length].index_select(0, rows) for each in (self.keys, self.values)
+            )
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +152,6 @@ def in_blocks(length: int) -> int:
 def cache_bytes(span: FrozenSpan, rows: int, length: int) -> int:
     """Bytes of the buffers for so many sequences of so many positions."""
     config = span.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * len(span.layer_span) * rows * heads * size * in_blocks(length) * torch.empty((), dtype=span.dtype).itemsize
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return 2 * len(span.layer_span) * rows * heads * size * in_blocks(length) * span.dtype.itemsize

@@ -65,7 +65,9 @@ class LeasedLinear(nn.Module):
             return output
         rows, loras = list[slice](), list[LeasedLora]()
         for each in here:
-            parts = [slice(at, at + 1) for at in range(each.rows.start, each.rows.stop)] if each.one_by_one else [each.rows]
+            parts = (
+                [slice(at, at + 1) for at in range(each.rows.start, each.rows.stop)] if each.one_by_one else [each.rows]
+            )
             rows += parts
             loras += [each.loras[self._place]] * len(parts)
         output = output.clone()

@@ -23,9 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.backbone.split.span import FrozenSpan, LayerStandIn, SpanInput, sharing_copy
 
-
 Plain = Callable[..., tuple[Tensor, Tensor | None]]
-"""transformers' attention: `(module, query, key, value, mask, **options) -> (output [B, S, heads, d], scores or None)`"""
+"""transformers' attention: `(module, query, key, value, mask, **options) -> (output [B, S, heads, d], scores)`"""
 
 
 class Attending(Protocol):
@@ -101,7 +100,7 @@ class Packer:
         Outputs and gradients have the bits of a pass of each input by itself, where products of matrices add up a row
         in the same order whatever the number of rows: see `batch_invariance.py`.
         """
-        own = attending or [None] * len(inputs)
+        own: Sequence[Attending | None] = attending or [None] * len(inputs)
         recorded = [self._arguments(each, how and how.cache) for each, how in zip(inputs, own, strict=True)]
         hidden = torch.cat([each[0]["hidden_states"].flatten(0, 1) for each in recorded])[None]
         memo: dict[tuple[Any, ...], Any] = {}
@@ -164,7 +163,7 @@ def _merged_argument(
     name: str, values: Sequence[Any], shapes: Sequence[torch.Size], own: Sequence[Attending | None]
 ) -> Any:
     if name == "attention_mask":
-        each = [_Segment(*shape, mask, how) for shape, mask, how in zip(shapes, values, own, strict=True)]
+        each = [_Segment(shape[0], shape[1], mask, how) for shape, mask, how in zip(shapes, values, own, strict=True)]
         return _Segments(list(_joined(each)))
     first = values[0]
     if isinstance(first, Tensor):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from isthmus.backbone.split.split_cache import RemoteCache
+from isthmus.backbone.split.split_cache import CachingSpan, RemoteCache
 from isthmus.common.errors import UnsupportedCallError
 
 # Options of generate() that would compute something else than with the whole model, or use the cloud's layers in a way
@@ -35,7 +35,7 @@ class CachedGeneration:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with a cache on both sides: each new token runs through the layers alone.
 
-        With `use_cache=False` each new token runs the whole sequence through the span.
+        With `use_cache=False`, or where the span keeps no cache, each new token runs the whole sequence through it.
 
         Raises:
             UnsupportedCallError: an option would compute something else than with the whole model.
@@ -50,7 +50,12 @@ class CachedGeneration:
                 raise UnsupportedCallError(f"generate({name}=…) does not work on a split model; leave it out")
         if (asked("num_beams") or 1) > 1 and (asked("assistant_model") or asked("prompt_lookup_num_tokens")):
             raise UnsupportedCallError("beams cannot be assisted: leave out num_beams, or the drafts")
-        return cast(Any, super()).generate(*args, **{"use_cache": True, **kwargs})
+        use_cache = asked("use_cache")
+        if use_cache is None:
+            use_cache = isinstance(cast(Any, self).remote_layers.span, CachingSpan)
+        if not use_cache and (asked("assistant_model") or asked("prompt_lookup_num_tokens")):
+            raise UnsupportedCallError("drafts need a key-value cache, and there is none here: leave them out")
+        return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": use_cache})
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' hook: what makes drafts."""
@@ -76,7 +81,9 @@ class CachedGeneration:
         if not remote.length:
             remote.version = version
         elif remote.version != version:
-            raise UnsupportedCallError("the weights or adapters have changed since this cache was filled: begin a new one")
+            raise UnsupportedCallError(
+                "the weights or adapters have changed since this cache was filled: begin a new one"
+            )
 
 
 class AfterPrompt:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from isthmus.backbone.split.split_cache import RemoteCache, remote_of
 from isthmus.backbone.peft_checks import asked_of, check_adapters
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.sites.edge_sites import Site, find_sites
@@ -29,6 +28,7 @@ from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.split.cached_generation import CachedGeneration
 from isthmus.backbone.split.edge_weights import EdgeOrigin, save_edge_weights
 from isthmus.backbone.split.span import check_positions
+from isthmus.backbone.split.split_cache import CachingSpan, RemoteCache, remote_of
 from isthmus.common.errors import UnsupportedCallError
 
 SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -37,6 +37,7 @@ SpanFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 # Arguments that act inside every layer, or replace what the base model computes for it, and that the span never sees.
 _REFUSED = ("encoder_hidden_states", "encoder_attention_mask", "is_causal", "position_bias")
 _RECORDED = ("output_attentions", "output_hidden_states")
+
 
 @runtime_checkable
 class SitedSpan(Protocol):
@@ -59,17 +60,6 @@ class TappedSpan(Protocol):
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, taps: Sequence[SiteSpec]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As a `SpanFn`, and what comes out of `taps`, `[B, S, h or width]` each. No gradient flows through it."""
-
-
-@runtime_checkable
-class CachingSpan(Protocol):
-    """A span that can keep keys and values of past tokens. It is a `SpanFn` too."""
-
-    def new_cache(self) -> RemoteCache:
-        """An empty cache of the cloud's layers."""
-
-    def placed(self, sites: Sequence[Site]) -> Sequence[Site]:
-        """The same sites, those leased that are to be."""
 
 
 class _Held:
@@ -222,12 +212,12 @@ class RemoteLayers(SkeletonLayer):
             )
         return span
 
-    def _extended(
-        self, hidden: Tensor, inputs: tuple[Tensor | None, Tensor | None], remote: RemoteCache
-    ) -> Tensor:
+    def _extended(self, hidden: Tensor, inputs: tuple[Tensor | None, Tensor | None], remote: RemoteCache) -> Tensor:
         """The cloud's layers for the next tokens, with a cache on both sides."""
         if self._ladder is not None:
-            raise UnsupportedCallError("a ladder reads inside the cloud's layers, which keep no cache of it: pass use_cache=False")
+            raise UnsupportedCallError(
+                "a ladder reads inside the cloud's layers, which keep no cache of it: pass use_cache=False"
+            )
         sites = cast(CachingSpan, self.span).placed(self._sites) if self._sites else ()
         asking = [site.name for site in sites if not site.spec.is_leased]
         if asking:

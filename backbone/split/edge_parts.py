@@ -208,7 +208,7 @@ def _settle(model: Any, checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder / 'generation_config.json'} has {name} = {value}, more than {MAX_COPIES}: "
                     "fetch the checkpoint again, or ask its owner"
                 )
-    model.generation_config.use_cache = False
+    model.generation_config.use_cache = None  # as the span allows
     model.config.use_cache = False
     model.config.name_or_path = str(checkpoint.folder)
     model.name_or_path = str(checkpoint.folder)

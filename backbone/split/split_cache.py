@@ -1,13 +1,13 @@
 """The edge's cache: transformers' own, with entries in the places of the cloud's layers.
 
-The entries hold no keys and no values. They know how many positions the cloud has, and pass on what transformers asks of
-a cache: cropping (assisted generation), reordering (beams), and selecting or repeating rows.
+The entries hold no keys and no values. They know how many positions the cloud has, and pass on what transformers asks
+of a cache: cropping (assisted generation), reordering (beams), and selecting or repeating rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ class RemoteCache(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, in this order; a row may stand several times."""
+
+
+@runtime_checkable
+class CachingSpan(Protocol):
+    """A span that can keep keys and values of past tokens. It is a `SpanFn` too, see `edge_model`."""
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache of the cloud's layers."""
+
+    def placed(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """The same sites, those leased that are to be."""
 
 
 class RemoteEntry(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types

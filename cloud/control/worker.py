@@ -124,7 +124,7 @@ class Worker:
         return self._port
 
     def budgets(self) -> str:
-        """A line on the memory that forward states, caches and calls may take. Raises IsthmusError where it could not start."""
+        """A line on the memory that states, caches and calls may take. Raises IsthmusError where it could not start."""
         self.port()
         status = self._server.status()
         return (

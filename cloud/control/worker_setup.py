@@ -160,7 +160,11 @@ def memory_budgets(free: int, stash: int | None, compute: int | None, cache: int
     """
     fifth = max(LEAST_BUDGET_BYTES, (free - RESERVE_BYTES) // 5)
     most = min(MOST_CACHE_BYTES, fifth)
-    return (most if stash is None else stash), (fifth if compute is None else compute), (most if cache is None else cache)
+    return (
+        (most if stash is None else stash),
+        (fifth if compute is None else compute),
+        (most if cache is None else cache),
+    )
 
 
 def _memory_of(spec: WorkerSpec) -> int:

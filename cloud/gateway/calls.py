@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.cloud.bounds import EngineOptions
-from isthmus.cloud.decoding.cache_pool import CachePool
-from isthmus.cloud.decoding.decode_calls import DecodeCall, Decoding, DecodeStep, run_step, run_steps
+from isthmus.cloud.decoding.decode_calls import DecodeCall, DecodeStep, run_step, run_steps
 from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
@@ -163,10 +161,9 @@ class Calls:
         self.engine = start_engine(executor, threads, options, is_computed=lambda reply: isinstance(reply, m.Timed))
         self._call_threads = CallThreads(self.engine.threads_of_a_call, options.paused_calls, executor.compute_bytes)
         self.files = FileThreads()
-        self.caches = CachePool(served.cache_bytes)
         rows = None if self.engine.invariance is None else self.engine.invariance.rows
-        decode_pass = DecodePass(executor.host.span, rows)
-        self._decoding = Decoding(executor, decode_pass, self.caches, options.prefill_tokens)
+        self._decoding = served.decoding(rows, options.prefill_tokens)
+        self.caches = self._decoding.pool
         self.records_history = event_history.is_written()
 
     def of(self, session: OpenSession, limits: Limits, stage: StageSession | None) -> SessionCalls:
@@ -179,7 +176,7 @@ class Calls:
         """
         batching = self._options.batching
         work = self._served.session(
-            session.id, session.tenant, self._call_threads, self._decoding, limits, batching=batching
+            session.id, session.tenant, self._call_threads, limits, batching=batching, decoding=self._decoding
         )
         return SessionCalls(self, session, work, stage)
 

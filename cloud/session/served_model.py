@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from isthmus.backbone.decoding.decode_pass import DecodePass
+from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.cloud.decoding.decode_calls import Decoding
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
@@ -39,17 +42,25 @@ class Served:
     sites: bool = True
     cache_bytes: int = 1 << 30
 
+    def decoding(self, rows: int | None = None, step_tokens: int = EngineOptions.prefill_tokens) -> Decoding:
+        """What the decode calls of several sessions share; see there, and `DecodePass` for `rows`."""
+        decode_pass = DecodePass(self.executor.host.span, rows)
+        return Decoding(self.executor, decode_pass, CachePool(self.cache_bytes), step_tokens)
+
     def session(
         self,
         session_id: bytes,
         tenant: Tenant,
         threads: CallThreads,
-        decoding: Decoding,
         limits: Limits = DEFAULT_LIMITS,
         *,
         batching: bool = True,
+        decoding: Decoding | None = None,
     ) -> TenantSession:
-        """What answers the messages of one session; its calls with sites run on `threads`, and its decode calls share `decoding`."""
+        """What answers the messages of one session.
+
+        Its calls with sites run on `threads`, and its decode calls share `decoding` with those of others, if any.
+        """
         stores = {m.FileSet.PARTS: self.parts}
         if self.package is not None:
             stores[m.FileSet.EMULATOR] = self.package
@@ -60,7 +71,7 @@ class Served:
             stores,
             self.adapters.of(tenant),
             SiteCalls(lists, threads, batching),
-            decoding,
+            decoding or self.decoding(),
             self.info.hidden_size,
             self.info.limits.max_tokens_per_call,
             limits,

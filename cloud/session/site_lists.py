@@ -145,7 +145,10 @@ class SiteLists:
         for spec in sites.specs:
             if not spec.is_leased or not spec.part:
                 raise ValueError(f"site {spec} is not leased: a decode call takes leased adapters only")
-        return {(sites.specs[site].layer, sites.specs[site].part): lora for site, lora in self.leased_for(message, sites).items()}
+        return {
+            (sites.specs[site].layer, sites.specs[site].part): lora
+            for site, lora in self.leased_for(message, sites).items()
+        }
 
     def leased_for(self, message: m.Forward | m.Backward | m.Decode, sites: BoundSites) -> Mapping[int, LeasedLora]:
         """The weights that a call's leased sites compute with. Raises LookupError where its lease is not here."""

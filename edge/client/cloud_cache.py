@@ -1,8 +1,8 @@
 """The cache of the cloud's layers, as the edge knows it: how long it is, and what to send where it is lost.
 
-Every call says after how many positions its tokens come. So cropping needs no message, a repeated call has the effect of
-one, and a cloud that has lost the cache, or a new session that never had it, says how much it has; then what is missing
-goes along.
+Every call says after how many positions its tokens come. So cropping needs no message, a repeated call has the effect
+of one, and a cloud that has lost the cache, or a new session that never had it, says how much it has; then what is
+missing goes along.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.common.errors import OverQuotaError, RefusedError, RemoteProtocolError, UnsupportedCallError
-from isthmus.edge.client.site_answerer import SentLists
-from isthmus.edge.client.session_keeper import Attempt, Question, SessionKeeper
-from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.edge.client.hidden_history import HiddenHistory
+from isthmus.edge.client.session_keeper import Attempt, Question, SessionKeeper
+from isthmus.edge.client.site_answerer import SentLists
+from isthmus.edge.codecs.wire_codecs import WireCodecs
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import body_bytes
 from isthmus.protocol.session import edge_limits
@@ -110,7 +110,7 @@ class CloudCache:
             )
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         self._history.append(hidden, position_ids)
-        self._blocks += _blocks(length, first=not start)
+        self._blocks += _blocks(length, m.MAX_BLOCK // len(hidden) if not start else 1)
         try:
             output = self._sent(start, mask, SiteCall(sites, keep=False) if sites else None)
         except BaseException:
@@ -138,7 +138,7 @@ class CloudCache:
         self._rows = rows if self._rows is None else self._rows[rows]
 
     def _sent(self, start: int, mask: Tensor | None, sites: SiteCall | None) -> Tensor:
-        """Have the cloud take the tokens from `start` on, and those before that it has lost; the output of the former."""
+        """Send the tokens from `start` on, and those before that the cloud has lost; the output of the former."""
         outputs: dict[int, Tensor] = {}
         at, stop, losses, number = min(start, self._valid), self.length, 0, next(self._caches.numbers)
         while at < stop:
@@ -147,18 +147,20 @@ class CloudCache:
             if isinstance(reply, m.CacheLost):
                 losses += 1
                 if reply.have >= at:
-                    raise RemoteProtocolError(f"the cloud has lost a cache of {at} tokens, and has {reply.have} of them")
+                    raise RemoteProtocolError(
+                        f"the cloud has lost a cache of {at} tokens, and has {reply.have} of them"
+                    )
                 if losses == LOSSES:
                     raise OverQuotaError(
-                        f"the cloud has lost the cache {LOSSES} times while it was filled again: it has too little room "
-                        "for all who generate; try later, or ask its owner for more (serve --cache-bytes)"
+                        f"the cloud has lost the cache {LOSSES} times while it was filled again: it has too little "
+                        "room for all who generate; try later, or ask its owner for more (serve --cache-bytes)"
                     )
                 self._caches.replayed += at - reply.have
                 at = reply.have
                 continue  # under the same number: a stage that has taken the rows does not take them again
             number, self._rows, self._valid = next(self._caches.numbers), None, end
             codec, limits = self._caches.codecs().forward_down, edge_limits(self._caches.keeper.info)
-            shape = (self.rows, end - at, reply.hidden.shape[2])
+            shape = torch.Size((self.rows, end - at, reply.hidden.shape[2]))
             output = decode_as(reply.hidden, shape, codec, limits, "the output of the cloud's layers")
             if end > start:
                 outputs[max(at, start)] = output[:, max(0, start - at) :]
@@ -191,21 +193,20 @@ class CloudCache:
             )
 
         most = body_bytes(codecs.forward_down, tuple(hidden.shape))
-        reply: m.ForwardReply | m.CacheLost = caches.keeper.call(Question((m.ForwardReply, m.CacheLost), message, most))
-        return reply
+        question: Question[m.ForwardReply | m.CacheLost] = Question((m.ForwardReply, m.CacheLost), message, most)
+        return caches.keeper.call(question)
 
     def _end_of_call(self, at: int, stop: int) -> int:
         """Where a call that begins at a token ends: at the last token, or before the cloud's limit for one call."""
-        limit = self._caches.keeper.info.limits.max_tokens_per_call // self.rows
-        if not limit:
+        most = self._caches.keeper.info.limits.max_tokens_per_call
+        end = min(stop, at + most // self.rows)
+        if end < stop and self._exact:
+            end = max(each for each in itertools.accumulate(self._blocks_of(at, stop), initial=at) if each <= end)
+        if end == at:
             raise RefusedError(
-                f"{self.rows} sequences at a time are more than the cloud takes "
-                f"({self._caches.keeper.info.limits.max_tokens_per_call} tokens in one call): generate fewer"
+                f"{self.rows} texts at a time are more than the cloud takes ({most} tokens in one call): generate fewer"
             )
-        if at + limit >= stop or not self._exact:
-            return min(stop, at + limit)
-        sizes = itertools.accumulate(self._blocks_of(at, stop), initial=at)
-        return max(end for end in sizes if end <= at + limit)
+        return end
 
     def _blocks_of(self, at: int, end: int) -> Iterator[int]:
         """The blocks of the tokens from `at` on and before `end`."""
@@ -217,11 +218,9 @@ class CloudCache:
             place += size
 
 
-def _blocks(length: int, *, first: bool) -> Iterator[int]:
+def _blocks(length: int, most: int) -> Iterator[int]:
     """How tokens attend in an exact call: a prompt in blocks, what follows one by one."""
-    if not first:
-        yield from [1] * length
-        return
-    yield from [m.MAX_BLOCK] * (length // m.MAX_BLOCK)
-    if length % m.MAX_BLOCK:
-        yield length % m.MAX_BLOCK
+    most = max(1, most)
+    yield from [most] * (length // most)
+    if length % most:
+        yield length % most

@@ -93,7 +93,7 @@ class HiddenHistory:
         """Write what is in memory to the file."""
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="isthmus-")
+                self._file = tempfile.TemporaryFile(prefix="isthmus-")  # noqa: SIM115 - closed when nobody needs it
                 weakref.finalize(self, self._file.close)
             for chunk in self._chunks:
                 if chunk.hidden is not None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isthmus.backbone.split.split_cache import RemoteCache
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_call import SiteCall
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.split.span import SpanInput
+from isthmus.backbone.split.split_cache import RemoteCache
 from isthmus.common.errors import RefusedError, RemoteProtocolError, UnsupportedCallError
 from isthmus.edge.client.cloud_cache import CloudCaches
 from isthmus.edge.client.session_keeper import ActivationsLostError, Attempt, Question, SessionKeeper

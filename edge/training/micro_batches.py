@@ -28,6 +28,7 @@ from torch import Tensor
 from isthmus.edge.run_report import WireMeter, WireTotals
 
 if TYPE_CHECKING:  # training on an emulator loads no gRPC
+    from isthmus.backbone.split.split_cache import RemoteCache
     from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, SpanLink
 
 T = TypeVar("T")
@@ -83,6 +84,10 @@ class InFlight:
         self._slots = [_Slot(link) for link in links]
         self._turn = _Turn()
         self._here = threading.local()
+
+    def new_cache(self) -> RemoteCache:
+        """A cache of the first link's cloud."""
+        return self._slots[0].link.new_cache()
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[R, None, None]:
         """Do `work` for each item, as many at a time as there are links.

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from isthmus.backbone.split.edge_weights import load_edge_weights
-from isthmus.common.errors import ConfigError, UnsupportedCallError
+from isthmus.common.errors import ConfigError
 from isthmus.edge import connect
 from isthmus.edge.client.link import Link
 
@@ -305,17 +305,8 @@ def test_generate_gives_the_whole_models_greedy_tokens(link: Link, folder: Path,
         inputs = tokenizer(["Once upon", "a"], return_tensors="pt", padding=True)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     tokens = link.load_model().generate(**inputs, **options)
-    assert torch.equal(tokens, whole(folder).generate(**inputs, **options, use_cache=False))
+    assert torch.equal(tokens, whole(folder).generate(**inputs, **options))
     assert tokens.shape[1] > inputs["input_ids"].shape[1]
-
-
-def test_a_cache_is_refused(link: Link) -> None:
-    model = link.load_model()
-    ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(UnsupportedCallError, match="cache"):
-        model(input_ids=ids, use_cache=True)
-    with pytest.raises(UnsupportedCallError, match="cache"):
-        model.generate(input_ids=ids, use_cache=True)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "isthmus://host#SHA256:" + "A" * 43, "isthmus://host:1"])

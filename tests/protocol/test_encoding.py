@@ -141,7 +141,7 @@ def test_a_header_is_what_its_bytes_say() -> None:
             raw_field(1, CALL) + raw_field(2, b"\x08\1\x10\1" + b"\x1d\1\0\0\0" * 3), 19
         ),
         "nothing": b"",
-        "an unknown message": header(b"", 22),
+        "an unknown message": header(b"", 99),
         "a text that is not UTF-8": header(b"\x0a\1\xff", 12),
         "cut": header(STATUS)[:-1],
     }.items(),

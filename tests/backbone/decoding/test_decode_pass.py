@@ -93,7 +93,10 @@ def test_fast_in_company_is_what_it_is_alone_but_for_rounding(pairs: Pairs, fami
     decode, batches = decode_pass(span), [1, 2, 1]
     caches, alone = [KeyValues(span) for _ in batches], [KeyValues(span) for _ in batches]
     for step, (length, offset) in enumerate([(9, 0), (1, 0), (2, 0), (1, 0)] * 2):
-        inputs = [SpanInput(states(length + number, 10 * step + number + offset, batch)) for number, batch in enumerate(batches)]
+        inputs = [
+            SpanInput(states(length + number, 10 * step + number + offset, batch))
+            for number, batch in enumerate(batches)
+        ]
         together = decode([FastCall(each, cache) for each, cache in zip(inputs, caches, strict=True)])
         for each, cache, found in zip(inputs, alone, together, strict=True):
             assert torch.allclose(found, decode([FastCall(each, cache)])[0], atol=1e-4)

@@ -58,7 +58,9 @@ def test_greedy_of_every_family_and_plan_past_its_window(pairs: Pairs, family: s
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(
-    "options", [{"do_sample": True, "top_k": 20}, {"num_beams": 3, "num_return_sequences": 2}], ids=["sampling", "beams"]
+    "options",
+    [{"do_sample": True, "top_k": 20}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["sampling", "beams"],
 )
 def test_sampling_and_beams(pairs: Pairs, family: str, options: dict[str, Any]) -> None:
     assert_same(pairs(family, "1:2"), prompt(), **options)
@@ -89,7 +91,9 @@ def test_without_the_rows_of_beams_the_text_is_another(pairs: Pairs, monkeypatch
 def test_without_crops_the_text_is_another(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalCache, "crop", lambda self, length: None)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        assert_same(pairs("llama"), {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])}, prompt_lookup_num_tokens=3)
+        assert_same(
+            pairs("llama"), {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])}, prompt_lookup_num_tokens=3
+        )
 
 
 def test_a_cache_that_goes_on_with_a_second_turn(pairs: Pairs) -> None:
@@ -194,4 +198,3 @@ def test_a_sequence_longer_than_the_model_is_refused(pairs: Pairs) -> None:
     edge = caching(pairs("llama"))
     with pytest.raises(ConfigError, match="longer than the 128"):
         edge.generate(**prompt(1), max_new_tokens=120, do_sample=False, eos_token_id=None)
-

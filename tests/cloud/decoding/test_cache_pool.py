@@ -6,8 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
 
@@ -106,7 +105,9 @@ def test_a_failed_call_leaves_nothing_and_a_session_that_ends_neither() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(1, 100)), max_size=60), st.integers(100, 300))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(1, 100)), max_size=60), st.integers(100, 300)
+)
 def test_the_budget_is_never_exceeded(calls: list[tuple[int, int, int]], budget: int) -> None:
     pool = CachePool(budget)
     for number, (session, cache, nbytes) in enumerate(calls, start=1):

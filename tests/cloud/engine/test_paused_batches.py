@@ -18,12 +18,15 @@ from torch import Tensor
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.checkpoints.weight_quantization import quantizer_of
+from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime import leased_lora
 from isthmus.backbone.runtime.batched_products import ProductBatches, ProductRequest, Products
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.sites.site_spec import Placement, SiteSpec
 from isthmus.backbone.split.span import load_span
+from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.cloud.decoding.decode_calls import Decoding
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Kind
@@ -167,7 +170,8 @@ class Edge:
 def edge(executor: Executor, tenant: Tenant, number: int, *, batching: bool = True) -> Edge:
     session_id = bytes([number, batching]) * 8
     calls = SiteCalls(SiteLists(session_id, TENANT, executor, DEFAULT_LIMITS, allowed=True), THREADS, batching)
-    session = TenantSession(session_id, executor, {}, None, calls, executor.host.span.hidden_size, 4096)
+    decoding = Decoding(executor, DecodePass(executor.host.span, None), CachePool(0), 1)
+    session = TenantSession(session_id, executor, {}, None, calls, decoding, executor.host.span.hidden_size, 4096)
     return Edge(tenant, session, 1000 * number)
 
 

@@ -20,8 +20,8 @@ from isthmus.backbone.decoding.key_values import cache_bytes
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.torch_threads import torch_threads
 from isthmus.common.errors import ConnectionLostError, OverQuotaError, RefusedError, UnsupportedCallError
+from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.client import cloud_cache
 from isthmus.edge.client.hidden_history import HiddenHistory
 from isthmus.edge.client.link import Link
@@ -262,9 +262,9 @@ def test_many_texts_at_a_time_share_a_small_pool(cloud: Served, tmp_path: Path) 
 
 
 def test_a_text_that_never_fits_is_refused_and_says_so(cloud: Served, tmp_path: Path) -> None:
-    with open_link(dataclasses.replace(cloud, cache_bytes=100), tmp_path) as (link, _):
-        with pytest.raises(RefusedError, match="--cache-bytes"):
-            text(link.load_model())
+    small = dataclasses.replace(cloud, cache_bytes=100)
+    with open_link(small, tmp_path) as (link, _), pytest.raises(RefusedError, match="--cache-bytes"):
+        text(link.load_model())
 
 
 def test_a_cloud_that_never_keeps_anything_is_given_up(
@@ -272,9 +272,7 @@ def test_a_cloud_that_never_keeps_anything_is_given_up(
 ) -> None:
     cloud = served(model, tmp_path / "parts", max_tokens=8)
     finish = CachePool.finish
-    monkeypatch.setattr(
-        CachePool, "finish", lambda self, key, **more: (finish(self, key, **more), self.drop(key))[0]
-    )
+    monkeypatch.setattr(CachePool, "finish", lambda self, key, **more: (finish(self, key, **more), self.drop(key))[0])
     with open_link(cloud, tmp_path) as (link, _), pytest.raises(OverQuotaError, match="lost the cache"):
         text(link.load_model(), prompt(30))
 

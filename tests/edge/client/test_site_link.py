@@ -304,7 +304,7 @@ def test_evaluation_and_generation_are_the_whole_models(cloud: MemoryCloud, fold
         assert torch.equal(logits, reference(**inputs).logits)
     assert not any(each.keep for each in messages(cloud, m.Forward))
     assert cloud.served.executor.cache.used == 0
-    tokens = split.generate(**inputs, max_new_tokens=5, do_sample=False)
+    tokens = split.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(tokens, reference.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False))
     with torch.inference_mode():
         assert torch.equal(split(**inputs).logits, logits)

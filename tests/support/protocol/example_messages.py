@@ -37,7 +37,17 @@ MESSAGES: tuple[m.Message, ...] = (
     ),
     m.Forward(_ID, False, tensor(), None, None, codec_id("fp32"), wanted=False),
     m.Decode(
-        _ID, 3, 2, (0,), (1, 1), tensor("bf16"), encode_mask(torch.tensor([[0, 1, 1, 1]])), _POSITIONS, codec_id("bf16"), 1, 1
+        _ID,
+        3,
+        2,
+        (0,),
+        (1, 1),
+        tensor("bf16"),
+        encode_mask(torch.tensor([[0, 1, 1, 1]])),
+        _POSITIONS,
+        codec_id("bf16"),
+        1,
+        1,
     ),
     m.Decode(_ID, 0, 0, (), (), tensor(), None, None, codec_id("fp32")),
     m.CacheLost(_ID, 2),
