@@ -264,6 +264,7 @@ class SpanStore:
             whole = index.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
             if not whole or index.execute("SELECT identity FROM owner").fetchall() != [(self.identity,)]:
                 return None
+            index.execute("UPDATE owner SET identity = identity")  # a damaged header can say that nobody may write
             opened.pop_all()
             return index
 
