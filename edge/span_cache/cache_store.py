@@ -261,7 +261,9 @@ class SpanStore:
             if not index.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 index.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
                 index.execute("INSERT INTO owner VALUES (?)", (self.identity,))
-            whole = index.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            whole = (
+                index.execute("PRAGMA quick_check(1)").fetchone() == ("ok",) and _schema_of(index) == _wanted_schema()
+            )
             if not whole or index.execute("SELECT identity FROM owner").fetchall() != [(self.identity,)]:
                 return None
             index.execute("UPDATE owner SET identity = identity")  # a damaged header can say that nobody may write
@@ -331,6 +333,16 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             yield
         except _SQLITE_ERRORS as error:
             raise OSError(str(error)) from error
+
+
+def _schema_of(index: sqlite3.Connection) -> list[Any]:
+    return index.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetchall()
+
+
+def _wanted_schema() -> list[Any]:
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.executescript(_SCHEMA)
+        return _schema_of(fresh)
 
 
 def _checksum(key: bytes, dtype: int, tokens: int, columns: int, payload: memoryview) -> int:

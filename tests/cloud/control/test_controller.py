@@ -27,6 +27,7 @@ def report(number: int, sessions: int, *, pid: int = 1, restarts: int = 0, state
         **{"queue_depth": 1, "overdue": 0, "in_flight": 2, "deadlines": {"met": 5, "late": number, "refused": 2}},
         **{"span_bytes": 10, "stash_bytes": 5, "stash_budget_bytes": 50},
         **{"graphs_evicted": 0, "inputs_evicted": 0, "recomputed": 1, "positions": 0.0, "restarts": restarts},
+        **{"caches": 1, "cache_bytes": 4, "cache_budget_bytes": 40, "caches_evicted": 0, "caches_lost": 0},
     }
     return Report(
         status,
