@@ -7,7 +7,7 @@ number. Attention takes a prompt as one block, and what follows token by token.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.decoding.decode_pass import parts_of
-from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_linears
+from isthmus.backbone.runtime.batch_invariance import measure_linears
 from isthmus.backbone.runtime.sequence_packing import Plain
 from isthmus.common.errors import UnsupportedCallError
 
@@ -35,8 +36,8 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
     if not linears:
         raise UnsupportedCallError("a model without linears has nothing to be exact")
     weight, threads = next(linears[0].parameters()), torch.get_num_threads()
-    found: BatchInvariance = measure_linears(linears, threads, threads, weight.device, weight.dtype)
-    if found.rows is None:
+    rows = _rows_for(tuple(linears), threads, weight)
+    if rows is None:
         raise UnsupportedCallError(
             "this machine's products have other bits for every number of rows: decode fast, or in fp32"
         )
@@ -44,11 +45,25 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
     configs = {id(each.config): each.config for each in owners}.values()
     with ExitStack() as stack:
         for linear in linears:
-            stack.enter_context(_padded(linear, found.rows))
+            stack.enter_context(_padded(linear, rows))
         for config in configs:
             stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
             config._attn_implementation = _token_by_token(config._attn_implementation)
         yield
+
+
+_measured: dict[tuple[object, ...], int | None] = {}
+"""What was measured in this process: of an output layer it takes seconds."""
+
+
+def _rows_for(linears: Sequence[nn.Linear | Conv1D], threads: int, weight: nn.Parameter) -> int | None:
+    """From how many rows on the linears' products have the same bits; None where no number is enough."""
+    shapes = frozenset((type(each), *features_of(each)) for each in linears)
+    key = (shapes, threads, weight.device, weight.dtype)
+    if key not in _measured:
+        found = measure_linears(linears, threads, threads, weight.device, weight.dtype, backward=False)
+        _measured[key] = found.rows
+    return _measured[key]
 
 
 @contextmanager

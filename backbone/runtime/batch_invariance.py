@@ -58,6 +58,8 @@ def measure_linears(
     threads_of_a_pass: int,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    backward: bool = True,
 ) -> BatchInvariance:
     """Measure linears, one of each kind and shape.
 
@@ -67,10 +69,11 @@ def measure_linears(
         threads_of_a_pass: torch threads of a pass that several calls share.
         device: Where that is.
         dtype: Floating point dtype of what they are given.
+        backward: Whether the gradients of their inputs count, and not only their outputs.
     """
     distinct = {_shape(each): each for each in linears}
     generator = torch.Generator().manual_seed(0)
-    probes = [_Probe.of(each, device, dtype, generator) for each in distinct.values()]
+    probes = [_Probe.of(each, device, dtype, generator, backward=backward) for each in distinct.values()]
     with torch_threads(threads_of_a_pass):
         wanted = [probe.run(slice(ROWS)) for probe in probes]
         rows = _smallest(lambda size: _agree(probes, wanted, size))
@@ -84,24 +87,32 @@ def measure_linears(
 class _Probe:
     linear: nn.Linear | Conv1D
     given: Tensor
-    upstream: Tensor
+    upstream: Tensor | None  # None where the gradient does not count
 
     @classmethod
     def of(
-        cls, linear: nn.Linear | Conv1D, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+        cls,
+        linear: nn.Linear | Conv1D,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        *,
+        backward: bool,
     ) -> _Probe:
         _, inner, outer = _shape(linear)
         given, upstream = (torch.randn(ROWS, width, generator=generator) for width in (inner, outer))
-        return cls(linear, given.to(device, dtype), upstream.to(device, dtype))
+        return cls(linear, given.to(device, dtype), upstream.to(device, dtype) if backward else None)
 
-    def run(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The output and the input's gradient for some of the rows."""
-        given = self.given[part].clone().requires_grad_()
+    def run(self, part: slice) -> tuple[Tensor, ...]:
+        """The output for some of the rows, and the input's gradient where it counts."""
+        given = self.given[part].clone().requires_grad_(self.upstream is not None)
         output = self.linear(given[None])[0]
+        if self.upstream is None:
+            return (output.detach(),)
         return output.detach(), *torch.autograd.grad(output, given, self.upstream[part])
 
 
-def _agree(probes: Sequence[_Probe], wanted: Sequence[tuple[Tensor, Tensor]], rows: int) -> bool:
+def _agree(probes: Sequence[_Probe], wanted: Sequence[tuple[Tensor, ...]], rows: int) -> bool:
     return all(
         torch.equal(ours, theirs[part])
         for probe, both in zip(probes, wanted, strict=True)

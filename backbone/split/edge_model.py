@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
@@ -26,7 +24,7 @@ from isthmus.backbone.sites.leasing import leased
 from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.split.cached_generation import CachedGeneration
-from isthmus.backbone.split.edge_weights import EdgeOrigin, save_edge_weights
+from isthmus.backbone.split.edge_weights import EdgeOrigin, EdgeWeightsSaving
 from isthmus.backbone.split.span import check_positions
 from isthmus.backbone.split.split_cache import CachingSpan, RemoteCache, remote_of
 from isthmus.common.errors import UnsupportedCallError
@@ -249,7 +247,7 @@ class RemoteLayers(SkeletonLayer):
         return result
 
 
-class EdgeModelMixin(CachedGeneration):
+class EdgeModelMixin(CachedGeneration, EdgeWeightsSaving):
     """Stands before a transformers class in the edge model's bases; see `load_edge_parts`.
 
     Attributes:
@@ -347,43 +345,6 @@ class EdgeModelMixin(CachedGeneration):
         super().__setattr__(name, value)
         if name == "peft_config" and isinstance(value, dict):  # PEFT sets it once its layers are in place
             self.check_adapters()
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        safe_serialization: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Write what the edge holds, under the whole model's names; `load_edge_weights` puts it into a whole model.
-
-        The folder has no `config.json`, so nothing takes it for a whole model. With adapters that transformers itself
-        added (`add_adapter`), these are written instead, as transformers does.
-
-        Args:
-            save_directory: The folder; made if needed.
-            is_main_process: Nothing is written where this is false.
-            state_dict: What to write instead of the model's own state.
-            push_to_hub: Refused.
-            safe_serialization: Must be true: weights are written as safetensors only.
-            **kwargs: Further arguments of transformers (sizes of shards, tokens for the hub) have no effect.
-
-        Raises:
-            DiskError: the disk is full or cannot be written.
-            UnsupportedCallError: the state holds something else than the edge's tensors, such as an adapter's.
-        """
-        if push_to_hub or not safe_serialization:
-            raise UnsupportedCallError("an edge's weights are written to a folder as safetensors; leave out the option")
-        if getattr(self, "_hf_peft_config_loaded", False):
-            cast(Any, super()).save_pretrained(
-                save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-            )
-            return
-        if is_main_process:
-            state = cast(nn.Module, self).state_dict() if state_dict is None else state_dict
-            save_edge_weights(self.isthmus_origin, state, Path(save_directory))
 
 
 def edge_class(model_class: type[Any]) -> type[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -103,3 +105,50 @@ def load_edge_weights(full_model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name in reader:
             state[name].copy_(reader.view(name))
+
+
+class EdgeWeightsSaving:
+    """The part of the edge's model that writes its weights.
+
+    Attributes:
+        isthmus_origin: What the model was made of.
+    """
+
+    isthmus_origin: EdgeOrigin
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write what the edge holds, under the whole model's names; `load_edge_weights` puts it into a whole model.
+
+        The folder has no `config.json`, so nothing takes it for a whole model. With adapters that transformers itself
+        added (`add_adapter`), these are written instead, as transformers does.
+
+        Args:
+            save_directory: The folder; made if needed.
+            is_main_process: Nothing is written where this is false.
+            state_dict: What to write instead of the model's own state.
+            push_to_hub: Refused.
+            safe_serialization: Must be true: weights are written as safetensors only.
+            **kwargs: Further arguments of transformers (sizes of shards, tokens for the hub) have no effect.
+
+        Raises:
+            DiskError: the disk is full or cannot be written.
+            UnsupportedCallError: the state holds something else than the edge's tensors, such as an adapter's.
+        """
+        if push_to_hub or not safe_serialization:
+            raise UnsupportedCallError("an edge's weights are written to a folder as safetensors; leave out the option")
+        if getattr(self, "_hf_peft_config_loaded", False):
+            cast(Any, super()).save_pretrained(
+                save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+            )
+            return
+        if is_main_process:
+            state = cast(nn.Module, self).state_dict() if state_dict is None else state_dict
+            save_edge_weights(self.isthmus_origin, state, Path(save_directory))

@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from isthmus.cloud.bounds import EngineOptions
-from isthmus.cloud.decoding.decode_calls import DecodeCall, DecodeStep, run_step, run_steps
 from isthmus.cloud.engine.engine import start_engine
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.engine.requests import Request, Share, TooLate
+from isthmus.cloud.gateway.decode_requests import decoded
 from isthmus.cloud.gateway.open_sessions import OpenSession
 from isthmus.cloud.gateway.pipeline import StageSession
 from isthmus.cloud.gateway.stream import SealedStream
@@ -263,7 +263,8 @@ class SessionCalls:
 
     def _due(self, message: m.Message) -> float | None:
         """By when a message that has just come in has to be computed, on the server's clock; None for no deadline."""
-        if self._session.deadline is None or self._stage is not None or kind_of(message) is None:
+        computed = isinstance(message, m.Decode) or kind_of(message) is not None
+        if self._session.deadline is None or self._stage is not None or not computed:
             return None
         return self._calls.clock() + self._session.deadline
 
@@ -303,7 +304,8 @@ class SessionCalls:
         """Have a message handled where it belongs: on a compute thread, or on one for files."""
         message = received.message
         if isinstance(message, m.Decode):
-            return await self._decode(message, received.body)
+            request = partial(self._request, deadline=self._on_engine(due))
+            return await decoded(message, received.body, self._work, self._calls.engine, request)
         if not isinstance(message, FILE_MESSAGES):
             return await asyncio.wrap_future(self._submit(received, due))
         share = self._calls.share(self._session.tenant)  # which is for the event loop alone to ask
@@ -318,33 +320,6 @@ class SessionCalls:
             partial(self._work.handle, message, compute),
             lambda: wipe(received.body),
             check=isinstance(message, m.PlugIn),
-        )
-
-    async def _decode(self, message: m.Decode, body: bytearray) -> m.Message | None:
-        """Have a decode call answered, step by step; steps of others share its passes, or come in between."""
-        call: DecodeCall | None = None
-        try:
-            call = self._work.decode_call(message)
-            answer: m.Message | None = None
-            for step in call.steps():
-                answer = await asyncio.wrap_future(self._calls.engine.submit(self._request_of_step(call, step)))
-            return answer
-        except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
-            return self._work.refusal(message, error)
-        finally:
-            if call is not None:
-                call.fail()  # where it was given up in the middle
-            wipe(body)
-
-    def _request_of_step(self, call: DecodeCall, step: DecodeStep) -> Request[m.Message | None]:
-        """What a step of a decode call wants of the engine."""
-        return self._request(
-            partial(run_step, step),
-            kind=call.kind,
-            item=step,
-            run_batch=run_steps,
-            positions=step.positions,
-            nbytes=step.nbytes,
         )
 
     async def _bind(self, message: m.Sites) -> m.Message | None:
@@ -376,11 +351,15 @@ class SessionCalls:
             item=(work, message),
             run_batch=handle_batch if kind_of(message) is not None else step_batch,
             positions=positions,
-            deadline=None if due is None else time.monotonic() + due - self._calls.clock(),
+            deadline=self._on_engine(due),
             continues=isinstance(message, m.SiteAnswer),
             nbytes=0 if sited else work.call_bytes(message),  # one with sites has memory with its thread
             keeps_bytes=positions * work.executor.memory.kept_per_position if keeps else 0,
         )
+
+    def _on_engine(self, due: float | None) -> float | None:
+        """A deadline on the engine's clock."""
+        return None if due is None else time.monotonic() + due - self._calls.clock()
 
     def _request(self, run: Callable[[], R], share: Share | None = None, **wishes: Any) -> Request[R]:
         """A request of the session; `wishes` are further attributes of it."""

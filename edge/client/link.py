@@ -168,6 +168,10 @@ class Link:
         """Say goodbye and close."""
         self._keeper.close()
 
+    def drop(self) -> None:
+        """Abandon the session, as a connection that breaks does; the next call opens another."""
+        self._keeper.drop()
+
     def __enter__(self) -> Self:
         return self
 

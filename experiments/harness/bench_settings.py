@@ -56,6 +56,22 @@ class StepSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """Compare what the split model generates, and how fast, with one process; and one session with eight.
+
+    Example: isthmus bench generate --json
+    """
+
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    prompts: Annotated[int, Option(min=4, max=50, help="Prompts that both generate from.")] = 50
+    tokens: Annotated[int, Option(min=8, help="Tokens that follow each of them.")] = 32
+    rounds: Annotated[int, Option(min=3, help="Steps of the span alone that count.")] = 20
+    turns: Annotated[int, Option(min=1, help="Turns of eight edges, one by one and all at a time.")] = 3
+    threads: Annotated[int, Option(min=1, help="torch threads on either side and in the single process.")] = 2
+
+
+@dataclass(frozen=True, slots=True)
 class PathSettings:
     """Count the source files whose functions run for one forward, at the edge and in the cloud.
 
@@ -287,6 +303,7 @@ class SchedulerSettings:
 MEASUREMENTS: Final = {
     "parity": Measurement(ParitySettings, "benchmarks.parity:run_parity"),
     "step": Measurement(StepSettings, "benchmarks.step:run_step"),
+    "generate": Measurement(GenerateSettings, "generation.generate_bench:run_generate"),
     "path": Measurement(PathSettings, "benchmarks.path:run_path", "benchmarks.path:show", folder="temporary"),
     "curve": Measurement(CurveSettings, "benchmarks.curve:run_curve"),
     "kernels": Measurement(

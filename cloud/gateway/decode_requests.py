@@ -1,0 +1,50 @@
+"""The requests that a decode call makes of the engine: one for each of its steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from isthmus.cloud.decoding.decode_calls import DecodeCall, run_step, run_steps
+from isthmus.cloud.engine.engine import Engine
+from isthmus.cloud.engine.requests import Request
+from isthmus.cloud.session.handler import TenantSession
+from isthmus.protocol import messages as m
+from isthmus.protocol.secure.framing import wipe
+
+
+async def decoded(
+    message: m.Decode, body: bytearray, work: TenantSession, engine: Engine, request: Callable[..., Request[Any]]
+) -> m.Message | None:
+    """Have a decode call answered, step by step; steps of others share its passes, or come in between.
+
+    Args:
+        message: What came.
+        body: Its bytes, which are overwritten at the end.
+        work: Whose call it is.
+        engine: Computes the steps.
+        request: Makes a request of the session.
+    """
+    call: DecodeCall | None = None
+    try:
+        call = work.decode_call(message)
+        answer: m.Message | None = None
+        for step in call.steps():
+            wanted = request(
+                partial(run_step, step),
+                kind=call.kind,
+                item=step,
+                run_batch=run_steps,
+                positions=step.positions,
+                nbytes=step.nbytes,
+            )
+            answer = await asyncio.wrap_future(engine.submit(wanted))
+        return answer
+    except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
+        return work.refusal(message, error)
+    finally:
+        if call is not None:
+            call.fail()  # where it was given up in the middle
+        wipe(body)

@@ -1,0 +1,1 @@
+"""Benchmarks of generation with a cache on both sides. May import `harness`."""

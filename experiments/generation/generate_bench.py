@@ -1,0 +1,298 @@
+"""Generation of the split model against one process: the same tokens and bits, and how fast.
+
+One process has the whole model with its weights at addresses that are multiples of 64, as other places give products of
+one row other bits. Both take turns, prompt by prompt, so that whatever else the machine does hits both alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.backbone.checkpoints.sources import resolve
+from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
+from isthmus.backbone.decoding.key_values import KeyValues
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.runtime.batch_invariance import measure_batch_invariance
+from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, load_span
+from isthmus.common.torch_threads import torch_threads
+from isthmus.edge.client.link import Link, connect
+from isthmus.edge.generation.exact import exact_decoding
+from isthmus.experiments.generation.generate_process import MODULE
+from isthmus.experiments.generation.prompts import PROMPTS
+from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.processes import TaskProcess
+from isthmus.experiments.harness.single_process import whole_model
+
+CONTEXTS = (37, 80, 120, 160, 200, 250, 300, 340)
+"""Tokens that the sessions of the span's measurement have in their caches: of chats that have gone on for a while."""
+VERIFIED = 9
+"""Tokens that are verified at once: a draft of eight and the token before it."""
+EXACT_PROMPTS = 4
+"""Prompts whose exact bits are compared in all four ways."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What came of a prompt: tokens `[N]`, the logits that they were chosen by `[N, vocabulary]`, and seconds."""
+
+    tokens: Tensor
+    logits: Tensor
+    seconds: float
+
+
+def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
+    """Measure; see the module.
+
+    Returns:
+        `identical`: the share of prompts whose tokens in fast are those of one process, and `identical_exact` in exact;
+        `fast_bits_equal`: whether all logits are, too; `exact_bits_equal`: whether those of exact are the same alone,
+        among eight sessions, with drafts, and when every few tokens the connection is cut; `tokens_ratio` and
+        `tokens_ratio_exact`: tokens per second over one process's, the median over the prompts; of the span alone, in
+        fp32 and bf16, `span_batched_over_serial`: eight sessions one by one over a step of all, `exact_over_fast`: a
+        step of one session, and `verify9_ratio`: nine tokens of one session over one; `batched_over_serial`: tokens per
+        second of eight edges at a time over those of one after another, and `batched_bound`, what is possible with
+        their own share of the work, `edge_share`, where no core idles.
+    """
+    with torch_threads(settings.threads):
+        found = _against_one_process(settings, folder / "compared")
+        spans = {dtype: _span_alone(settings, dtype) for dtype in ("fp32", "bf16")}
+    batched = _many_edges(settings, folder / "many", spans["fp32"]["span_batched_over_serial"])
+    result: dict[str, Any] = {**found, **batched, **asdict(settings)}
+    for name in spans["fp32"]:
+        result[name] = {dtype: figures[name] for dtype, figures in spans.items()}
+    return result
+
+
+def _cloud_options(settings: GenerateSettings) -> tuple[str, ...]:
+    return ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
+
+
+def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
+    """Tokens, bits and speed of the whole model, of the split one in fast, and in exact."""
+    with (
+        LocalCloud(folder, settings.model, *_cloud_options(settings)) as cloud,
+        connect(cloud.connection, key=cloud.edge_key, interactive=True) as link,
+    ):
+        whole, tokenizer, _ = whole_model(settings.model, settings.edge_layers)
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.clone()
+        split = link.load_model().eval()
+        prompts = [_ids(tokenizer, prompt) for prompt in PROMPTS[: settings.prompts]]
+        same, same_exact, bits, ratios, ratios_exact = [], [], [], [], []
+        with stderr_progress("prompts", len(prompts)) as advance:
+            for number, ids in enumerate(prompts):
+                runs = [
+                    ("whole", lambda ids=ids: text_of(whole, ids, settings.tokens)),
+                    ("fast", lambda ids=ids: text_of(split, ids, settings.tokens)),
+                    ("exact", lambda ids=ids: _exactly(link, split, ids, settings.tokens)),
+                ]
+                shift = number % len(runs)  # turn about, so that none always follows the same one
+                texts = {name: run() for name, run in runs[shift:] + runs[:shift]}
+                same.append(torch.equal(texts["fast"].tokens, texts["whole"].tokens))
+                same_exact.append(torch.equal(texts["exact"].tokens, texts["whole"].tokens))
+                bits.append(torch.equal(texts["fast"].logits, texts["whole"].logits))
+                ratios.append(texts["whole"].seconds / texts["fast"].seconds)
+                ratios_exact.append(texts["whole"].seconds / texts["exact"].seconds)
+                advance()
+        exact = _exact_in_every_way(link, split, cloud, prompts[:EXACT_PROMPTS], settings.tokens)
+    return {
+        "identical": statistics.mean(same),
+        "identical_exact": statistics.mean(same_exact),
+        "fast_bits_equal": all(bits),
+        "exact_bits_equal": exact,
+        "tokens_ratio": statistics.median(ratios),
+        "tokens_ratio_exact": statistics.median(ratios_exact),
+    }
+
+
+def _ids(tokenizer: Any, prompt: str) -> Tensor:
+    """A prompt in the model's chat template, where it has one: token ids `[1, S]`."""
+    if tokenizer.chat_template is None:
+        return torch.tensor([tokenizer(prompt)["input_ids"]])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def text_of(model: Any, ids: Tensor, tokens: int, **options: Any) -> Text:
+    """Generate so many tokens, greedily."""
+    begun = time.perf_counter()
+    found = model.generate(
+        ids,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    seconds = time.perf_counter() - begun
+    return Text(found.sequences[0, ids.shape[1] :], torch.cat(found.logits), seconds)
+
+
+def _exactly(link: Link, model: Any, ids: Tensor, tokens: int, **options: Any) -> Text:
+    with exact_decoding(link, model):
+        return text_of(model, ids, tokens, **options)
+
+
+class _Cuts:
+    """A streamer that abandons the connection at every few tokens."""
+
+    def __init__(self, link: Link, every: int = 5) -> None:
+        self._link, self._every, self._seen = link, every, 0
+
+    def put(self, _tokens: Tensor) -> None:
+        """Some tokens have come."""
+        self._seen += 1
+        if self._seen % self._every == 0:
+            self._link.drop()
+
+    def end(self) -> None:
+        """The text is over."""
+
+
+def _exact_in_every_way(
+    link: Link, model: Any, cloud: LocalCloud, prompts: Sequence[Tensor], tokens: int
+) -> dict[str, bool]:
+    """Whether exact texts have the bits of those that are generated alone: in company, with drafts, and replayed."""
+    alone = [_exactly(link, model, ids, tokens) for ids in prompts]
+
+    def same(texts: Sequence[Text]) -> bool:
+        return all(torch.equal(one.logits, other.logits) for one, other in zip(texts, alone, strict=True))
+
+    drafts = [_exactly(link, model, ids, tokens, prompt_lookup_num_tokens=4) for ids in prompts]
+    replayed = [_exactly(link, model, ids, tokens, streamer=_Cuts(link)) for ids in prompts]
+    with _company(cloud, prompts[0]):
+        among = [_exactly(link, model, ids, tokens) for ids in prompts]
+    return {"among_eight": same(among), "drafts": same(drafts), "replay": same(replayed)}
+
+
+class _company:  # noqa: N801 - reads as a statement
+    """Seven other edges that generate meanwhile, again and again."""
+
+    def __init__(self, cloud: LocalCloud, ids: Tensor) -> None:
+        self._cloud, self._ids = cloud, ids
+        self._over = threading.Event()
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        processes = list(_edges(self._cloud, 7, self._stack))
+
+        def drive(process: TaskProcess) -> None:
+            while not self._over.is_set():
+                process.ask({"ids": self._ids[0].tolist(), "tokens": 16})
+
+        self._threads = [threading.Thread(target=drive, args=(process,)) for process in processes]
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        self._stack.close()
+
+
+def _edges(cloud: LocalCloud, count: int, stack: ExitStack, codec: str = "fp32") -> Iterator[TaskProcess]:
+    """Edges in processes of their own, all ready."""
+    processes = []
+    for number in range(count):
+        key = cloud.edge_key.parent / f"edge-{number}"
+        if not key.exists():
+            cloud.enroll(f"edge-{number}", key)
+        task = {"connection": cloud.connection, "key": str(key), "codec": codec}
+        processes.append(stack.enter_context(TaskProcess(f"edge {number}", MODULE, task, threads=1)))
+    for process in processes:
+        process.answer()
+        yield process
+
+
+def _span_alone(settings: GenerateSettings, dtype: str) -> dict[str, float]:
+    """What a decode step of the span takes: of eight sessions, of one, exact, and of nine tokens."""
+    checkpoint = resolve(settings.model)
+    plan = SplitPlan.parse(settings.edge_layers, checkpoint.config.num_hidden_layers)
+    span = load_span(checkpoint, plan, dtype=DTYPES[dtype])
+    rows = measure_batch_invariance(span, settings.threads, settings.threads).rows
+    decode = DecodePass(span, rows)
+    caches = [KeyValues(span) for _ in CONTEXTS]
+    for cache, length in zip(caches, CONTEXTS, strict=True):
+        decode([FastCall(_states(span, length), cache)])
+    one = caches[len(caches) // 2]
+
+    def serial() -> None:
+        for cache in caches:
+            decode([FastCall(_states(span, 1), cache)])
+
+    def verify() -> None:
+        decode([FastCall(_states(span, VERIFIED), one)])
+        one.keep(one.length - VERIFIED)
+
+    work: dict[str, Callable[[], object]] = {
+        "serial": serial,
+        "batched": lambda: decode([FastCall(_states(span, 1), cache) for cache in caches]),
+        "alone": lambda: decode([FastCall(_states(span, 1), one)]),
+        "verify": verify,
+    }
+    if rows is not None:
+        work["exact"] = lambda: decode([ExactCall(_states(span, 1), one, blocks=(1,))])
+    spent: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(settings.rounds + 1):
+        for name, run in work.items():
+            begun = time.perf_counter()
+            run()
+            if turn:  # the first one warms up
+                spent[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    figures = {
+        "span_batched_over_serial": medians["serial"] / medians["batched"],
+        "verify9_ratio": medians["verify"] / medians["alone"],
+    }
+    if "exact" in medians:
+        figures["exact_over_fast"] = medians["exact"] / medians["alone"]
+    return figures
+
+
+def _states(span: FrozenSpan, length: int) -> SpanInput:
+    return SpanInput(torch.randn(1, length, span.hidden_size, dtype=span.dtype))
+
+
+def _many_edges(settings: GenerateSettings, folder: Path, gain: float) -> dict[str, float]:
+    """Eight edges one after another, and all at a time; in turns."""
+    question = {"ids": list(range(5, 37)), "tokens": settings.tokens}
+    with LocalCloud(folder, settings.model, *_cloud_options(settings)) as cloud, ExitStack() as stack:
+        edges = list(_edges(cloud, len(CONTEXTS), stack))
+        ratios, shares = [], []
+        with stderr_progress("turns of eight edges", settings.turns + 1) as advance:
+            for turn in range(settings.turns + 1):
+                begun = time.perf_counter()
+                answers = [edge.ask(question) for edge in edges]
+                serial = time.perf_counter() - begun
+                begun = time.perf_counter()
+                for edge in edges:
+                    edge.send(question)
+                for edge in edges:
+                    edge.answer()
+                together = time.perf_counter() - begun
+                if turn:
+                    ratios.append(serial / together)
+                    shares.append(sum(each["cpu_s"] for each in answers) / serial)
+                advance()
+    share = statistics.median(shares)
+    return {
+        "batched_over_serial": statistics.median(ratios),
+        "edge_share": share,
+        "batched_bound": 1 / (share + (1 - share) / gain),
+    }
