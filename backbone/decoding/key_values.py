@@ -138,6 +138,11 @@ class KeyValues(Cache):  # type: ignore[misc]  # transformers has no types
         for layer in self.layers:
             layer.length = min(layer.length, length)
 
+    def clear(self) -> None:
+        """Forget everything, and hold no memory."""
+        for layer in self.layers:
+            layer.keys, layer.values, layer.length, layer.is_initialized = None, None, 0, False
+
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, in this order; a row may stand several times."""
         for layer in self.layers:

@@ -31,6 +31,7 @@ class CacheEntry:
         last_call: The call that it was extended by last; 0 for none.
         used: When it was used last; a number that grows.
         in_use: Whether a call uses it, so that it stays.
+        over: Whether its session is.
     """
 
     tenant: str
@@ -40,6 +41,7 @@ class CacheEntry:
     last_call: int = 0
     used: int = 0
     in_use: bool = False
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -107,23 +109,24 @@ class CachePool:
         """Forget the caches of a session, which is over."""
         with self._changed:
             for key in [key for key in self._entries if key[0] == session]:
-                del self._entries[key]
+                self._entries.pop(key).over = True
             self._changed.notify_all()
 
-    def acquire(self, wanted: Sequence[tuple[Key, int]]) -> list[int]:
+    def acquire(self, wanted: Sequence[tuple[Key, CacheEntry, int]]) -> list[int]:
         """Make room for calls, and keep their caches until `finish`.
 
-        Waits where other calls use so much that there is no room for any of them; it holds nothing meanwhile.
+        Waits where other calls use so much that there is no room for any of them. It holds nothing meanwhile, so a
+        cache may be empty when its call gets room.
 
         Args:
-            wanted: The key of each call's cache, and the bytes that it will take: no more than the budget.
+            wanted: The key of each call's cache, the cache, and the bytes that it will take: no more than the budget.
 
         Returns:
             The places of the calls that there is room for, at least one.
         """
         with self._changed:
             while True:
-                taken = [at for at, (key, nbytes) in enumerate(wanted) if self._acquire(key, nbytes)]
+                taken = [at for at, each in enumerate(wanted) if self._acquire(*each)]
                 if taken or not wanted:
                     return taken
                 self._changed.wait()
@@ -138,19 +141,22 @@ class CachePool:
                     del self._entries[key]
             self._changed.notify_all()
 
-    def _acquire(self, key: Key, nbytes: int) -> bool:
-        entry = self._entries.get(key)
-        if entry is None:
-            return True  # its session is over: nobody wants what comes of it
+    def _acquire(self, key: Key, entry: CacheEntry, nbytes: int) -> bool:
+        if entry.over:
+            return True  # nobody wants what comes of it
+        nbytes = max(entry.nbytes, nbytes)
         free = self.budget - sum(each.nbytes for each in self._entries.values() if each is not entry)
         while free < nbytes:
             victim = self._victim(entry)
             if victim is None:
                 return False
-            free += self._entries.pop(victim).nbytes
+            evicted = self._entries.pop(victim)
+            free += evicted.nbytes
+            evicted.keys.clear()  # also where a call that waits for room holds it
+            evicted.nbytes = 0
             self.counters.evicted += 1
-        entry.nbytes = max(entry.nbytes, nbytes)
-        entry.in_use, entry.used = True, next(self._clock)
+        self._entries[key] = entry
+        entry.nbytes, entry.in_use, entry.used = nbytes, True, next(self._clock)
         return True
 
     def _victim(self, wanting: CacheEntry) -> Key | None:

@@ -94,10 +94,17 @@ class DecodeCall:
         return EXACT if self.message.blocks else FAST
 
     @property
-    def wanted(self) -> tuple[Key, int]:
-        """Its cache, and the bytes that this will take."""
+    def nbytes(self) -> int:
+        """Bytes that its cache will take."""
         batch, length, _ = self.message.hidden.shape
-        return self.key, cache_bytes(self.decoding.executor.host.span, batch, self.message.start + length)
+        return cache_bytes(self.decoding.executor.host.span, batch, self.message.start + length)
+
+    @property
+    def entry(self) -> CacheEntry:
+        """Its cache, once it has begun."""
+        if self._entry is None:
+            raise RuntimeError("a decode call that has not begun")
+        return self._entry
 
     def steps(self) -> Iterator[DecodeStep]:
         """Its steps, in their order."""
@@ -130,28 +137,43 @@ class DecodeCall:
             )
         positions = None if message.position_ids is None else decode(message.position_ids, limits=self.limits).long()
         check_positions(span.longest, message.start + length, positions)
-        key, nbytes = self.wanted
-        if nbytes > pool.budget:
+        if self.nbytes > pool.budget:
             raise ValueError(
-                f"the keys and values of {batch} x {message.start + length} tokens take {nbytes} bytes, and this cloud "
-                f"keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at a time"
+                f"the keys and values of {batch} x {message.start + length} tokens take {self.nbytes} bytes, and this "
+                f"cloud keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at a "
+                "time"
             )
         if message.blocks and self.decoding.decode_pass.rows is None:
             raise ValueError(
                 "this cloud cannot decode exactly: its products depend on what else they compute; ask for fast decoding"
             )
         self._leased = self.leases(message)
-        self._entry = self._cache(key)
         hidden = decode(message.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         mask = None if message.attention_mask is None else decode(message.attention_mask, limits=self.limits)
         # A copy, as the message's place in memory is no multiple of 64, where a product of one row has other bits.
         self._inputs = SpanInput(hidden.to(span.device, span.dtype, copy=True), mask, positions)
+        self._entry = self._cache()
+
+    def settle(self) -> None:
+        """There is room: bring the cache to where the call begins.
+
+        Raises:
+            CacheGone: It has gone for others meanwhile.
+        """
+        message, keys = self.message, self.entry.keys
+        if keys.length < message.start:
+            self.decoding.pool.counters.lost += 1
+            raise CacheGone(0)
+        keys.keep(message.start)
+        # A call that is repeated has taken its rows already.
+        if message.start and message.rows and self.entry.last_call != message.id.call:
+            keys.select(torch.tensor(message.rows, device=self.decoding.executor.device))
 
     def part(self, step: DecodeStep) -> FastCall:
         """What a step computes."""
-        entry, inputs = self._entry, self._inputs
-        if entry is None or inputs is None:
-            raise RuntimeError("a step of a decode call that has not begun")
+        entry, inputs = self.entry, self._inputs
+        if inputs is None:
+            raise RuntimeError("a step of a decode call that is over")
         places, stop = slice(step.first, step.stop), self.message.start + step.stop
         mask, positions = inputs.attention_mask, inputs.position_ids
         given = SpanInput(
@@ -189,9 +211,9 @@ class DecodeCall:
         self.decoding.pool.finish(self.key, call=self.message.id.call, failed=failed)
         self._inputs, self._outputs, self._leased = None, [], {}
 
-    def _cache(self, key: Key) -> CacheEntry:
-        """The call's cache, as the call begins with it."""
-        message, pool = self.message, self.decoding.pool
+    def _cache(self) -> CacheEntry:
+        """The call's cache, which is as it was. Raises what `begin` raises of it."""
+        message, pool, key = self.message, self.decoding.pool, self.key
         entry, adapters = pool.find(key), (message.sites, message.lease)
         batch = message.hidden.shape[0]
         if entry is not None and (entry.adapters != adapters or not message.start):
@@ -207,13 +229,13 @@ class DecodeCall:
         if entry.keys.length < message.start:
             pool.counters.lost += 1
             raise CacheGone(entry.keys.length)
-        entry.keys.keep(message.start)
-        if message.rows and entry.last_call != message.id.call:  # a repeated call has taken them already
-            if max(message.rows) >= entry.keys.rows:
-                raise ValueError(f"row {max(message.rows)} of a cache that has {entry.keys.rows}")
-            entry.keys.select(torch.tensor(message.rows, device=self.decoding.executor.device))
-        if entry.keys.rows != batch:
-            raise ValueError(f"{batch} sequences do not fit a cache of {entry.keys.rows}")
+        rows = entry.keys.rows
+        if message.rows and entry.last_call != message.id.call:
+            if max(message.rows) >= rows:
+                raise ValueError(f"row {max(message.rows)} of a cache that has {rows}")
+            rows = len(message.rows)
+        if rows != batch:
+            raise ValueError(f"{batch} sequences do not fit a cache of {rows}")
         return entry
 
 
@@ -268,9 +290,19 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
     waiting = [at for at in range(len(steps)) if at not in outcomes]
     pool = steps[0].call.decoding.pool
     while waiting:
-        taken = [waiting[place] for place in pool.acquire([steps[at].call.wanted for at in waiting])]
+        wanted = [(call.key, call.entry, call.nbytes) for call in (steps[at].call for at in waiting)]
+        taken = [waiting[place] for place in pool.acquire(wanted)]
         waiting = [at for at in waiting if at not in taken]
-        outcomes.update(zip(taken, _run_pass([steps[at] for at in taken]), strict=True))
+        for at in taken:
+            try:
+                if steps[at].first == 0:
+                    steps[at].call.settle()
+            except CacheGone as gone:
+                steps[at].call.fail()
+                outcomes[at] = gone
+        ready = [at for at in taken if at not in outcomes]
+        if ready:
+            outcomes.update(zip(ready, _run_pass([steps[at] for at in ready]), strict=True))
     return [outcomes[at] for at in range(len(steps))]
 
 

@@ -71,6 +71,23 @@ class GenerateSettings:
     threads: Annotated[int, Option(min=1, help="torch threads on either side and in the single process.")] = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Replay real requests against eight tenants, half of which train meanwhile; with batching and without.
+
+    Example: isthmus bench serve --traces azure-llm-2023 --json
+    """
+
+    traces: Annotated[Path, Option(help="Folder with the Azure LLM inference traces of 2023.")]
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    n: Annotated[int, Option(min=2, help="Tenants; half of them train.")] = 8
+    requests: Annotated[int, Option(min=2, help="Of each of the two traces.")] = 40
+    rate: Annotated[float, Option(min=0.01, help="Requests per second of all tenants, on average.")] = 0.4
+    fewer: Annotated[float, Option(min=1, help="The traces' numbers of tokens are divided by this.")] = 8.0
+    threads: Annotated[int, Option(min=1, help="torch threads of the cloud.")] = 2
+
+
 @dataclass(frozen=True, slots=True)
 class PathSettings:
     """Count the source files whose functions run for one forward, at the edge and in the cloud.
@@ -304,6 +321,7 @@ MEASUREMENTS: Final = {
     "parity": Measurement(ParitySettings, "benchmarks.parity:run_parity"),
     "step": Measurement(StepSettings, "benchmarks.step:run_step"),
     "generate": Measurement(GenerateSettings, "generation.generate_bench:run_generate"),
+    "serve": Measurement(ServeSettings, "generation.serve_bench:run_serve", "generation.serve_bench:show"),
     "path": Measurement(PathSettings, "benchmarks.path:run_path", "benchmarks.path:show", folder="temporary"),
     "curve": Measurement(CurveSettings, "benchmarks.curve:run_curve"),
     "kernels": Measurement(

@@ -17,6 +17,9 @@ class Keys:
     def __init__(self, nbytes: int = 0) -> None:
         self.nbytes = nbytes
 
+    def clear(self) -> None:
+        self.nbytes = 0
+
 
 def entry(tenant: str) -> CacheEntry:
     keys: Any = Keys()
@@ -31,8 +34,8 @@ def used(pool: CachePool, name: Key, tenant: str, nbytes: int, call: int = 1) ->
     """A call over a cache, from its beginning to its end."""
     if pool.find(name) is None:
         pool.put(name, entry(tenant))
-    assert pool.acquire([(name, nbytes)]) == [0]
     found: Any = pool.find(name)
+    assert pool.acquire([(name, found, nbytes)]) == [0]
     found.keys.nbytes = nbytes
     pool.finish(name, call=call, failed=False)
 
@@ -61,40 +64,37 @@ def test_a_tenant_with_many_caches_evicts_its_own() -> None:
 
 def test_what_is_in_use_stays_and_others_wait_for_it() -> None:
     pool = CachePool(100)
-    for session in (1, 2):
-        pool.put(key(session), entry("alice"))
-    assert pool.acquire([(key(1), 60)]) == [0]
+    one, two = entry("alice"), entry("alice")
+    assert pool.acquire([(key(1), one, 60)]) == [0]
     began, got = threading.Event(), []
 
     def other() -> None:
         began.set()
-        got.append(pool.acquire([(key(2), 60)]))
+        got.append(pool.acquire([(key(2), two, 60)]))
 
     thread = threading.Thread(target=other)
     thread.start()
     began.wait(5)
     assert not got
-    found: Any = pool.find(key(1))
-    found.keys.nbytes = 60
+    keys: Any = one.keys
+    keys.nbytes = 60
     pool.finish(key(1), call=1, failed=False)
     thread.join(5)
     assert got == [[0]]
     assert pool.find(key(1)) is None
+    assert keys.nbytes == 0  # whoever holds it still holds no memory
 
 
 def test_of_a_batch_those_that_fit_go_first() -> None:
     pool = CachePool(100)
-    for session in range(3):
-        pool.put(key(session), entry("alice"))
-    wanted = [(key(session), 40) for session in range(3)]
+    wanted = [(key(session), entry("alice"), 40) for session in range(3)]
     assert pool.acquire(wanted) == [0, 1]
-    assert not any(pool.find(key(each)).nbytes for each in (2,))  # type: ignore[union-attr]
+    assert pool.used == 80
 
 
 def test_a_failed_call_leaves_nothing_and_a_session_that_ends_neither() -> None:
     pool = CachePool(100)
-    pool.put(key(1), entry("alice"))
-    pool.acquire([(key(1), 10)])
+    pool.acquire([(key(1), entry("alice"), 10)])
     pool.finish(key(1), call=1, failed=True)
     assert pool.find(key(1)) is None
     for number in range(3):
