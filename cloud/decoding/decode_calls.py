@@ -165,7 +165,7 @@ class DecodeCall:
             self.decoding.pool.counters.lost += 1
             raise CacheGone(0)
         keys.keep(message.start)
-        # A call that is repeated has taken its rows already.
+        # A repeated call has taken its rows already.
         if message.start and message.rows and self.entry.last_call != message.id.call:
             keys.select(torch.tensor(message.rows, device=self.decoding.executor.device))
 

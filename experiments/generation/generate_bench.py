@@ -38,6 +38,8 @@ CONTEXTS = (37, 80, 120, 160, 200, 250, 300, 340)
 """Tokens that the sessions of the span's measurement have in their caches: of chats that have gone on for a while."""
 VERIFIED = 9
 """Tokens that are verified at once: a draft of eight and the token before it."""
+COMPANY = 7
+"""Other edges that generate while exact texts are compared."""
 EXACT_PROMPTS = 4
 """Prompts whose exact bits are compared in all four ways."""
 
@@ -92,7 +94,7 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
         same, same_exact, bits, ratios, ratios_exact = [], [], [], [], []
         with stderr_progress("prompts", len(prompts)) as advance:
             for number, ids in enumerate(prompts):
-                runs = [
+                runs: list[tuple[str, Callable[[], Text]]] = [
                     ("whole", lambda ids=ids: text_of(whole, ids, settings.tokens)),
                     ("fast", lambda ids=ids: text_of(split, ids, settings.tokens)),
                     ("exact", lambda ids=ids: _exactly(link, split, ids, settings.tokens)),
@@ -181,7 +183,7 @@ def _exact_in_every_way(
 
 
 class _company:  # noqa: N801 - reads as a statement
-    """Seven other edges that generate meanwhile, again and again."""
+    """Other edges that generate meanwhile, again and again."""
 
     def __init__(self, cloud: LocalCloud, ids: Tensor) -> None:
         self._cloud, self._ids = cloud, ids
@@ -189,7 +191,7 @@ class _company:  # noqa: N801 - reads as a statement
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
-        processes = list(_edges(self._cloud, 7, self._stack))
+        processes = list(_edges(self._cloud, COMPANY, self._stack))
 
         def drive(process: TaskProcess) -> None:
             while not self._over.is_set():

@@ -1,0 +1,53 @@
+"""`isthmus bench generate`: its figures on a tiny model, and that it notices what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models.tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from isthmus.experiments.generation import generate_bench
+from isthmus.experiments.generation.generate_bench import Text, run_generate, text_of
+from isthmus.experiments.generation.prompts import PROMPTS
+from isthmus.experiments.harness.bench_settings import GenerateSettings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("bench") / "model", max_position_embeddings=512)
+
+
+def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_bench, "CONTEXTS", (5, 9))
+    monkeypatch.setattr(generate_bench, "COMPANY", 1)
+    settings = GenerateSettings(str(model), prompts=4, tokens=8, rounds=3, turns=1, threads=1)
+    result = run_generate(settings, tmp_path)
+    assert (result["identical"], result["fast_bits_equal"]) == (1.0, True)
+    assert result["exact_bits_equal"] == {"among_eight": True, "drafts": True, "replay": True}
+    for name in ("tokens_ratio", "tokens_ratio_exact", "batched_over_serial", "batched_bound"):
+        assert result[name] > 0
+    assert set(result["span_batched_over_serial"]) == set(result["verify9_ratio"]) == {"fp32", "bf16"}
+
+
+def test_other_tokens_and_other_bits_are_noticed(model: Path) -> None:
+    whole: Any = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = text_of(whole, ids, 8)
+    with torch.no_grad():
+        whole.lm_head.weight.mul_(1 + 2**-20)
+    nearly = text_of(whole, ids, 8)
+    assert torch.equal(before.tokens, nearly.tokens)
+    assert not torch.equal(before.logits, nearly.logits)
+    with torch.no_grad():
+        whole.lm_head.weight.neg_()
+    assert not torch.equal(before.tokens, text_of(whole, ids, 8).tokens)
+    assert isinstance(before, Text)
+    assert before.logits.shape == (8, whole.config.vocab_size)
+
+
+def test_the_prompts_differ() -> None:
+    assert len(set(PROMPTS)) == len(PROMPTS) == 50
