@@ -140,8 +140,8 @@ class DecodeCall:
         if self.nbytes > pool.budget:
             raise ValueError(
                 f"the keys and values of {batch} x {message.start + length} tokens take {self.nbytes} bytes, and this "
-                f"cloud keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at a "
-                "time"
+                f"cloud keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at "
+                "a time"
             )
         if message.blocks and self.decoding.decode_pass.rows is None:
             raise ValueError(
