@@ -68,6 +68,11 @@ class LayerKeyValues(CacheLayerMixin):  # type: ignore[misc]  # transformers has
         """Forget the last positions; a number below 0 says how many, as for transformers' caches."""
         self.length += tokens_to_remove
 
+    def clear(self) -> None:
+        """Forget everything, and hold no memory."""
+        self.keys = self.values = None
+        self.length, self.is_initialized = 0, False
+
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, in this order."""
         if self.is_initialized:
@@ -141,7 +146,7 @@ class KeyValues(Cache):  # type: ignore[misc]  # transformers has no types
     def clear(self) -> None:
         """Forget everything, and hold no memory."""
         for layer in self.layers:
-            layer.keys, layer.values, layer.length, layer.is_initialized = None, None, 0, False
+            layer.clear()
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, in this order; a row may stand several times."""

@@ -20,8 +20,8 @@ from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.split.span import FrozenSpan
 from isthmus.common.torch_threads import torch_threads
 
-SIZES = (5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Numbers of rows that are tried."""
+SIZES = (*range(4, 33), 48, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of rows that are tried: all small ones, as kernels for few rows differ from one number to the next."""
 ROWS = 1031
 """Rows of the product that they are compared with: more than a batch has, and a prime, which no tile divides."""
 

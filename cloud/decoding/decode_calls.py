@@ -28,8 +28,12 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
-FAST, EXACT = Kind("decode", parallel=True, any_size=True), Kind("exact decode", parallel=True, any_size=True)
-"""Steps of either way of decoding. How many tokens they have does not matter for what they may share a pass with."""
+FAST = Kind("decode", parallel=True, any_size=True, all_threads=True)
+EXACT = Kind("exact decode", parallel=True, any_size=True, all_threads=False)
+"""Steps of either way of decoding. How many tokens they have does not matter for what they may share a pass with.
+
+Where one token attends, torch divides the keys between its threads, and the bits depend on their number.
+"""
 
 
 class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown to anybody

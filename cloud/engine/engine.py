@@ -201,8 +201,9 @@ class Engine:
         if not batch or not self._scheduler.may_share(batch[0]):
             return self._torch_threads
         smallest, kind = min(request.positions for request in batch), batch[0].kind
-        any_threads = smallest >= self._all_threads_from or (kind is not None and kind.bits_vary)
-        alone = any_threads and self._scheduler.sessions_at_work() <= 1
+        wanted = None if kind is None else kind.all_threads
+        may_have_all = smallest >= self._all_threads_from if wanted is None else wanted
+        alone = may_have_all and self._scheduler.sessions_at_work() <= 1
         return self._torch_threads if alone else max(1, self._torch_threads // len(self._threads))
 
     def _keep_deadlines(self) -> None:

@@ -36,13 +36,14 @@ class Kind:
         parallel: Whether such a batch may be computed beside another one. All else is left to the first compute
             thread.
         any_size: Whether a request may share a batch though products of so few positions have other bits in company.
-        bits_vary: Whether a request that is alone may have all of torch's threads though its bits depend on that.
+        all_threads: Whether a request that is alone has all of torch's threads; None for where its bits do not depend
+            on that, by their number of positions.
     """
 
     name: str
     parallel: bool = False
     any_size: bool = False
-    bits_vary: bool = False
+    all_threads: bool | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -47,7 +47,8 @@ class Rounding(nn.Linear):
     [
         (1, 1, BatchInvariance(SIZES[0], SIZES[0]), SIZES[0]),
         (16, 200, BatchInvariance(16, 256), 256),
-        (13, 13, BatchInvariance(16, 16), 16),
+        (13, 13, BatchInvariance(13, 13), 13),
+        (35, 1, BatchInvariance(48, 48), 48),
         (200, 1, BatchInvariance(256, 256), 256),
         (16, 2000, BatchInvariance(16, None), math.inf),
         (2000, 1, BatchInvariance(None, None), 0),
@@ -64,6 +65,17 @@ def test_the_smallest_numbers_of_rows(
     measured = measure_batch_invariance(span, 2, 1)
     assert measured == found
     assert measured.all_threads_from == all_threads_from
+
+
+def test_a_few_rows_that_are_off_between_others_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = span_of("llama", tmp_path)
+    forward = nn.Linear.forward
+
+    def off_for_nine(self: nn.Linear, x: Tensor) -> Tensor:
+        return forward(self, x) * (1 + 1e-3 * (x.shape[1] == 9))
+
+    monkeypatch.setattr(nn.Linear, "forward", off_for_nine)
+    assert (measure_batch_invariance(span, 1, 1).rows or 0) >= 10
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
