@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.common.terminal import shown
+from isthmus.common.shutdown import interruptible
 from isthmus.edge.config.client_config import DEFAULT_KEY, EvalConfig, GenerateConfig
 from isthmus.edge.config.flags import (
     AsJson,
@@ -94,35 +94,73 @@ def evaluate(
 @app.command(cls=GroupedCommand)
 @with_flags(GenerateConfig)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.", show_default=False)] = None,
     config: SharedConfigFile = None,
     adapter: Adapter = None,
-    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 for greedy; higher is more random.")] = 0.0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            help="Put the prompt into the model's chat template. Without a PROMPT, hold a conversation: Ctrl-C ends an "
+            "answer, Ctrl-D the conversation.",
+            rich_help_panel="Generation",
+        ),
+    ] = False,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer all texts of a file of JSON Lines, each with `prompt` (text) or `messages` (a chat), and an "
+            "`id` if you like.",
+            rich_help_panel="Generation",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the answers to --batch, one line each; one that has some already is gone on with. By "
+            "default they are printed.",
+            rich_help_panel="Generation",
+        ),
+    ] = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Continue a prompt with the split model.
+    """Continue a prompt with the split model, hold a conversation, or answer a file of prompts.
 
     Example: isthmus edge generate --cloud cloud.txt --adapter run/adapter "Ticket: my card was charged twice"
     """
+    _check_use(prompt, chat=chat, batch=batch, out=out, as_json=as_json)
     settings = read_settings(GenerateConfig, config, flags)
     from isthmus.edge.cloud_link import open_link
-    from isthmus.edge.split_run import run_generation
+    from isthmus.edge.generation.batch_file import Answers, read_texts
+    from isthmus.edge.generation.generation_run import answer_all, answer_once, converse
+    from isthmus.edge.generation.text_generator import text_generator
 
-    with open_link(settings, interactive=True, deadline=settings.deadline) as link:
-        text = run_generation(
-            link,
-            adapter,
-            prompt,
-            plugged=settings.plugged,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+    texts = [] if batch is None else read_texts(batch)
+    answers = None if out is None else Answers.find(out, texts)
+    with (
+        interruptible(),
+        open_link(settings, interactive=batch is None, deadline=settings.deadline) as link,
+        text_generator(link, settings, adapter) as generator,
+    ):
+        if texts:
+            answer_all(generator, texts, answers, sys.stdout)
+        elif prompt is None:
+            converse(generator, sys.stdout)
+        else:
+            answer_once(generator, link, prompt, chat=chat, as_json=as_json, out=sys.stdout)
+
+
+def _check_use(prompt: str | None, *, chat: bool, batch: Path | None, out: Path | None, as_json: bool) -> None:
+    """Refuse what does not go together, as a usage error."""
+    if batch is not None and (prompt is not None or chat or as_json):
+        raise typer.BadParameter(
+            "--batch FILE has its own prompts, and its answers are JSON: leave out PROMPT, --chat and --json"
         )
-        traffic = link.totals()
-    if as_json:
-        typer.echo(json.dumps({"text": text, "bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}))
-    else:
-        typer.echo(shown(text, sys.stdout), color=True)  # what goes elsewhere than to a terminal is the text as it is
+    if batch is None and out is not None:
+        raise typer.BadParameter("--out is for the answers to --batch FILE: give both, or neither")
+    if batch is None and prompt is None and not chat:
+        raise typer.BadParameter("give a PROMPT to continue, --chat for a conversation, or --batch FILE")
+    if batch is None and prompt is None and as_json:
+        raise typer.BadParameter(
+            "--json prints one answer, and a conversation has many: give a PROMPT, or leave --json out"
+        )

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,10 +71,27 @@ class Interrupted(Exception):  # noqa: N818  # not an error but a request; it ne
 
 
 class StopRequest:
-    """Remembers the first signal, and turns the second one into `KeyboardInterrupt`."""
+    """Remembers the first signal, and turns the second one into `KeyboardInterrupt`.
 
-    def __init__(self) -> None:
+    Args:
+        first: What the user is shown at the first signal.
+        second: What the interrupt says.
+        signals: Which signals it listens to.
+    """
+
+    def __init__(
+        self,
+        first: str = "Stopping after this micro-batch; once more to stop at once.",
+        second: str = "Stopped at once; the newest checkpoint is untouched.",
+        signals: Sequence[signal.Signals] = _SIGNALS,
+    ) -> None:
         self._requested = False
+        self._first, self._second, self._signals = first, second, tuple(signals)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._requested
 
     def check(self) -> None:
         """Called where the loop may stop.
@@ -87,7 +104,7 @@ class StopRequest:
 
     @contextmanager
     def listen(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Handle Ctrl-C and SIGTERM while the block runs; `say` shows the user a line.
+        """Handle the signals while the block runs; `say` shows the user a line.
 
         A request is forgotten when the block ends. Does nothing outside the main thread, which alone receives signals.
         """
@@ -97,11 +114,11 @@ class StopRequest:
 
         def request(_number: int, _frame: Any) -> None:
             if self._requested:
-                raise KeyboardInterrupt("Stopped at once; the newest checkpoint is untouched.")
+                raise KeyboardInterrupt(self._second)
             self._requested = True
-            say("Stopping after this micro-batch; once more to stop at once.")
+            say(self._first)
 
-        before = {number: signal.signal(number, request) for number in _SIGNALS}
+        before = {number: signal.signal(number, request) for number in self._signals}
         try:
             yield
         finally:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from isthmus.backbone.families import family_of
-from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError, OverQuotaError, UnsupportedCallError
+from isthmus.common.errors import OverQuotaError, UnsupportedCallError
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.client.remote_span import RemoteSpan
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.codecs.wire_codecs import WireCodecs, auto_target, is_auto
+from isthmus.edge.config.adapter_config import sites_at
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
@@ -82,7 +82,7 @@ class Wire:
             ConfigError: A layer that is to be leased is not the cloud's.
         """
         model: Any = self.links[0].load_model()
-        leased = _leased(config, family_of(model.config).layers_path, self.links[0].plan)
+        leased = sites_at(config.leased, family_of(model.config).layers_path, self.links[0].plan, "leased")
         model.remote_layers.span = RemoteSpan(self.in_flight or self.links[0].span, leased=leased, summed=config.summed)
         return model
 
@@ -125,21 +125,6 @@ class Wire:
             probe=probe,
             say=say,
         )
-
-
-def _leased(config: TrainConfig, path: str, plan: SplitPlan) -> Callable[[str], bool]:
-    """Whether the site of a name is leased to the cloud."""
-    if isinstance(config.leased, str):
-        every = config.leased == "all"
-        return lambda name: every
-    strange = [layer for layer in config.leased if layer not in plan.cloud]
-    if strange:
-        raise ConfigError(
-            f"leased has layer {strange[0]}, which is not the cloud's: it holds layers {plan.cloud.start} to "
-            f"{plan.cloud.stop - 1}"
-        )
-    prefixes = tuple(f"{path}.{layer}." for layer in config.leased)
-    return lambda name: name.startswith(prefixes)
 
 
 @contextmanager

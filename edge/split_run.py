@@ -1,4 +1,4 @@
-"""What the commands `train`, `eval` and `generate` do: a link, the model, and the library's parts put together."""
+"""What the commands `train` and `eval` do: a link, the model, and the library's parts put together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from isthmus.backbone.adapters.adapter_files import load_adapter
-from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.backbone.families import family_of
 from isthmus.backbone.plan import SplitPlan
-from isthmus.common.errors import ConfigError
 from isthmus.common.progress import StepProgress
 from isthmus.common.torch_threads import use_threads
+from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import cache_of, open_link, wire_of
 from isthmus.edge.config.client_config import EvalConfig
@@ -84,52 +82,11 @@ def run_evaluation(config: EvalConfig, adapter: Path | None) -> dict[str, Any]:
     use_threads(config.threads)
     with open_link(config) as link:
         data = load_examples(config, link.load_tokenizer())
-        model = _with_adapter(link, adapter, plugged=config.plugged)
+        model = load_adapted(link, adapter, plugged=config.plugged)
         batches = Batches(data.train, config.batch, data.pad_id)
         loss = evaluate(model, batches, precision=config.precision)
         totals = dataclasses.asdict(link.totals())
     return {"loss": loss, "examples": len(data.train), "dropped_examples": data.dropped, "strip": totals}
-
-
-def run_generation(
-    link: Link,
-    adapter: Path | None,
-    prompt: str,
-    *,
-    plugged: bool,
-    chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-) -> str:
-    """Continue a prompt, with `chat` a user's message in the chat template; the work of `isthmus edge generate`.
-
-    A temperature of 0 is greedy.
-    """
-    tokenizer: Any = link.load_tokenizer()
-    model = _with_adapter(link, adapter, plugged=plugged).eval()
-    if chat:
-        with ChatTemplate(tokenizer) as template:
-            if not template.exists:
-                raise ConfigError(f"the tokenizer of {link.info.model} has no chat template: leave --chat out")
-            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    with torch.no_grad():
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _with_adapter(link: Link, adapter: Path | None, *, plugged: bool) -> Any:
-    """The split model with the adapter given, the one that the cloud has plugged in, or none."""
-    if plugged and adapter is not None:
-        raise ConfigError(f"--plugged and --adapter {adapter} exclude each other: give one of them")
-    model: Any = link.load_model()
-    folder = link.plugged_adapter() if plugged else adapter
-    return model if folder is None else load_adapter(model, folder)
 
 
 def _span_parameters(model: Any, plan: SplitPlan) -> int:

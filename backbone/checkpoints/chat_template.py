@@ -123,7 +123,12 @@ class ChatTemplate:
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
         # Kept before it is written to: where it ends in between, `render` says why and waits for it.
         child = self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # else Ctrl-C at the terminal would end it, too
         )
         limits = self._limits
         _write(

@@ -214,14 +214,15 @@ class RemoteLayers(SkeletonLayer):
         """The cloud's layers for the next tokens, with a cache on both sides."""
         if self._ladder is not None:
             raise UnsupportedCallError(
-                "a ladder reads inside the cloud's layers, which keep no cache of it: pass use_cache=False"
+                "a ladder reads inside the cloud's layers, which keep no cache of it: pass use_cache=False (--no-cache)"
             )
         sites = cast(CachingSpan, self.span).placed(self._sites) if self._sites else ()
         asking = [site.name for site in sites if not site.spec.is_leased]
         if asking:
             raise UnsupportedCallError(
                 f"{asking[0]} carries an adapter inside the cloud's layers, which would be asked at every token: "
-                "lease it to the cloud, or pass use_cache=False, which computes all tokens anew each time"
+                "lease it to the cloud (load_model(leased=…), --leased all), or compute all tokens anew each time "
+                "(use_cache=False, --no-cache)"
             )
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise UnsupportedCallError("what is computed with a cache has no backward: pass use_cache=False to train")

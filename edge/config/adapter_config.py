@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from isthmus.backbone.plan import SplitPlan
+from isthmus.common.errors import ConfigError
 from isthmus.edge.config.config_text import read_layers
 from isthmus.edge.config.settings import Settings
 
 Method = Literal[
     "lora", "dora", "ia3", "vera", "adalora", "prompt", "bottleneck", "bitfit", "low_rank", "ladder", "full"
 ]
-Sites = Literal["none", "all"] | tuple[int, ...]
+
+
+def _read_sites(value: object) -> object:
+    return value if isinstance(value, str) and value in {"none", "all"} else read_layers(value)
+
+
+Sites = Annotated[Literal["none", "all"] | tuple[int, ...], BeforeValidator(_read_sites)]
+"""Some of the cloud's layers."""
 
 
 class AdapterConfig(Settings):
@@ -104,7 +114,27 @@ class SitesConfig(Settings):
         "weights then (plain LoRA without dropout); else what they have learned is dropped.",
     )
 
-    @field_validator("sites", "leased", mode="before")
-    @classmethod
-    def _read_sites(cls, value: object) -> object:
-        return value if isinstance(value, str) and value in {"none", "all"} else read_layers(value)
+
+def sites_at(layers: Sites, path: str, plan: SplitPlan, setting: str) -> Callable[[str], bool]:
+    """Whether the site of a name is at one of `layers`.
+
+    Args:
+        layers: Which.
+        path: Path of the list of layers in the model.
+        plan: Who holds which layers.
+        setting: The setting's name, for the error.
+
+    Raises:
+        ConfigError: A layer is not the cloud's.
+    """
+    if isinstance(layers, str):
+        every = layers == "all"
+        return lambda name: every
+    strange = [layer for layer in layers if layer not in plan.cloud]
+    if strange:
+        raise ConfigError(
+            f"{setting} has layer {strange[0]}, which is not the cloud's: it holds layers {plan.cloud.start} to "
+            f"{plan.cloud.stop - 1}"
+        )
+    prefixes = tuple(f"{path}.{layer}." for layer in layers)
+    return lambda name: name.startswith(prefixes)

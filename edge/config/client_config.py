@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from isthmus.edge.config.adapter_config import Sites
 from isthmus.edge.config.config_text import read_text
 from isthmus.edge.config.data_config import ComputationConfig, ExamplesConfig
 from isthmus.edge.config.settings import Settings
@@ -81,7 +82,50 @@ class EvalConfig(ClientConfig, ExamplesConfig, PluggedConfig, ComputationConfig)
     """What `edge eval` needs."""
 
 
-class GenerateConfig(ClientConfig, PluggedConfig):
+class GenerationConfig(Settings):
+    """How text is generated."""
+
+    panel = "Generation"
+
+    max_new_tokens: int = Field(64, ge=1, description="Tokens to generate at most, for each text.")
+    temperature: float = Field(0.0, ge=0, description="0 for greedy; higher is more random.")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Sample from the likeliest tokens that have this probability together; by default as the model's "
+        "own generation settings say.",
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed of sampling: the same seed gives the same text. By default another one each time.",
+    )
+    exact: bool = Field(
+        False,
+        description="Give each token the same bits whatever is computed at the same time, on both sides; slower.",
+    )
+    leased: Sites = Field(
+        "none",
+        description="Adapters inside the cloud's layers that are leased to the cloud, which runs them and sees their "
+        "weights then (plain LoRA): `none`, `all`, or layers.",
+    )
+    cache: bool = Field(
+        True,
+        description="Keep keys and values of past tokens on both sides; without, every token is computed from the "
+        "whole text anew, which works with adapters inside the cloud's layers that are not leased.",
+    )
+    batch_size: int = Field(8, ge=1, description="Texts of --batch that are generated at a time.")
+
+    @model_validator(mode="after")
+    def _check_exact(self) -> Self:
+        if self.exact and not self.cache:
+            raise ValueError("exact = true needs the cache: give cache = true, or leave --exact out")
+        return self
+
+
+class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     """What `edge generate` needs."""
 
     deadline: float | None = Field(

@@ -73,10 +73,9 @@ def _records(source: str, config: ExamplesConfig) -> Iterator[Record]:
         return _hub(source.removeprefix("hub:"))
     if kind == "auto":
         raise ConfigError(f"the form of {source!r} is not clear from its ending: give --format jsonl, csv or tsv.")
-    text = _decode(source)
     if kind == "jsonl":
-        return _jsonl(source, text)
-    return _table(source, text, kind, config.header)
+        return json_lines(source)
+    return _table(source, _decode(source), kind, config.header)
 
 
 def _decode(source: str) -> str:
@@ -93,9 +92,14 @@ def _decode(source: str) -> str:
         ) from error
 
 
-def _jsonl(source: str, text: str) -> Iterator[Record]:
+def json_lines(source: str) -> Iterator[Record]:
+    """The records of a file of JSON Lines; blank lines are none.
+
+    Raises:
+        DataError: It cannot be read, or a line is no JSON object; the message names it.
+    """
     # Not splitlines(): it also splits at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+    for number, line in enumerate(io.StringIO(_decode(source), newline="\n"), start=1):
         if not line.strip():
             continue
         where = f"{source}, line {number}"
@@ -209,7 +213,7 @@ class Columns:
             DataError: A field is missing, is not a string, or the completion is empty.
         """
         if self.messages is not None:
-            return Example("", "", _messages(record, self.messages), record.where)
+            return Example("", "", _answered(record, self.messages), record.where)
         if not any(name is not None and _string(record, name).strip() for _, name in self.completion):
             what = "completion" if self.prompt else "text"
             raise DataError(
@@ -246,10 +250,15 @@ def _string(record: Record, name: str) -> str:
         raise DataError(
             f"{record.where}: no {name!r}; it has {', '.join(map(repr, record.values)) or 'no fields at all'}."
         )
-    return _text(record.values[name], f"{record.where}: {name!r}")
+    return checked_text(record.values[name], f"{record.where}: {name!r}")
 
 
-def _text(value: object, what: str) -> str:
+def checked_text(value: object, what: str) -> str:
+    """A string of a record, which `what` names.
+
+    Raises:
+        DataError: It is no string, or not one that can be written as UTF-8.
+    """
     if not isinstance(value, str):
         raise DataError(f"{what} is a {_kind(value)}, not a string; put it in quotation marks.")
     try:
@@ -259,7 +268,12 @@ def _text(value: object, what: str) -> str:
     return value
 
 
-def _messages(record: Record, key: str) -> tuple[tuple[str, str], ...]:
+def read_messages(record: Record, key: str) -> tuple[tuple[str, str], ...]:
+    """The messages of a chat under a key, each its role and content.
+
+    Raises:
+        DataError: They are none.
+    """
     value = record.values.get(key)
     if not isinstance(value, list) or not value:
         raise DataError(
@@ -270,7 +284,15 @@ def _messages(record: Record, key: str) -> tuple[tuple[str, str], ...]:
         what = f"{record.where}: message {index}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise DataError(f"{what} is not an object with 'role' and 'content'.")
-        turns.append((_text(message["role"], f"{what}: 'role'"), _text(message["content"], f"{what}: 'content'")))
+        turns.append(
+            (checked_text(message["role"], f"{what}: 'role'"), checked_text(message["content"], f"{what}: 'content'"))
+        )
+    return tuple(turns)
+
+
+def _answered(record: Record, key: str) -> tuple[tuple[str, str], ...]:
+    """The messages up to the last one of the assistant, which answers one before."""
+    turns = read_messages(record, key)
     answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers or answers[0] == 0:
         raise DataError(
@@ -279,7 +301,7 @@ def _messages(record: Record, key: str) -> tuple[tuple[str, str], ...]:
     last = answers[-1]
     if not turns[last][1].strip():
         raise DataError(f"{record.where}: the last assistant message is empty, so there is nothing to train on.")
-    return tuple(turns[: last + 1])
+    return turns[: last + 1]
 
 
 def _kind(value: object) -> str:
