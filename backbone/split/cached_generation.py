@@ -35,7 +35,8 @@ class CachedGeneration:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with a cache on both sides: each new token runs through the layers alone.
 
-        With `use_cache=False`, or where the span keeps no cache, each new token runs the whole sequence through it.
+        With `use_cache=False`, with a learned prompt, or where the span keeps no cache, each new token runs the whole
+        sequence through it.
 
         Raises:
             UnsupportedCallError: an option would compute something else than with the whole model.
@@ -51,11 +52,24 @@ class CachedGeneration:
         if (asked("num_beams") or 1) > 1 and (asked("assistant_model") or asked("prompt_lookup_num_tokens")):
             raise UnsupportedCallError("beams cannot be assisted: leave out num_beams, or the drafts")
         use_cache = asked("use_cache")
+        if self._has_learned_prompt():
+            if kwargs.get("use_cache"):
+                raise UnsupportedCallError("a learned prompt has no key-value cache: pass use_cache=False (--no-cache)")
+            use_cache = False
         if use_cache is None:
             use_cache = isinstance(cast(Any, self).remote_layers.span, CachingSpan)
         if not use_cache and (asked("assistant_model") or asked("prompt_lookup_num_tokens")):
             raise UnsupportedCallError("drafts need a key-value cache, and there is none here: leave them out")
         return cast(Any, super()).generate(*args, **{**kwargs, "use_cache": use_cache})
+
+    def _has_learned_prompt(self) -> bool:
+        """Whether PEFT puts a learned prompt before the text, which it does at every token where there is a cache.
+
+        PEFT looks for the cache under the name that transformers has given up (`past_key_values`).
+        """
+        prepares = getattr(cast(Any, self).prepare_inputs_for_generation, "__self__", None)
+        peft_config = getattr(prepares, "active_peft_config", None)
+        return bool(getattr(peft_config, "is_prompt_learning", False))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' hook: what makes drafts."""

@@ -55,7 +55,7 @@ class TextGenerator:
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether a cache can be gone on with: a learned prompt takes positions in it that are no tokens."""
+        """Whether there is a cache to go on with; a learned prompt has none."""
         peft_config = getattr(self.model, "active_peft_config", None)
         return self.settings.cache and not getattr(peft_config, "is_prompt_learning", False)
 
@@ -112,7 +112,9 @@ class TextGenerator:
         for row, prompt in enumerate(prompts):
             inputs[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        options: dict[str, Any] = {} if cache is None else {"cache": cache}
+        options: dict[str, Any] = {} if self.settings.cache else {"use_cache": False}
+        if cache is not None:
+            options["cache"] = cache
         if stop is not None:
             options["stopping_criteria"] = StoppingCriteriaList([StopAsked(stop)])
         try:
@@ -122,7 +124,6 @@ class TextGenerator:
                     attention_mask=mask,
                     max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
                     pad_token_id=pad,
-                    use_cache=self.settings.cache,
                     streamer=writer,
                     **self._sampling(),
                     **options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.commands import in_process
+from support.commands import in_process, refused
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
@@ -28,7 +28,7 @@ def headings(text: str) -> list[str]:
     [
         (("edge", "train"), ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Output"]),
         (("edge", "eval"), ["Connection", "Data", "Adapter", "Computation"]),
-        (("edge", "generate"), ["Connection", "Adapter"]),
+        (("edge", "generate"), ["Connection", "Adapter", "Generation"]),
         (("emulator", "tune"), ["Package", "Data", "Adapter", "Optimization", "Computation", "Output"]),
         (("emulator", "fetch"), ["Connection"]),
         (("emulator", "return"), ["Connection"]),
@@ -50,7 +50,7 @@ def test_help_is_in_groups_and_80_columns(words: tuple[str, ...], wanted: list[s
             ("edge", "eval", "--data", "d.jsonl"),
             ["--learning-rate", "--rank", "--out", "--sites", "--validation-split"],
         ),
-        (("edge", "generate", "hello"), ["--data", "--batch", "--seed"]),
+        (("edge", "generate", "hello"), ["--data", "--rank", "--learning-rate"]),
         (("emulator", "fetch", "--out", "x"), ["--codec", "--data"]),
         (("emulator", "return", "--adapter", "x"), ["--codec", "--max-fetch-gib"]),
     ],
@@ -74,3 +74,58 @@ def test_a_missing_setting_is_named(
     missing = "package" if command == "emulator tune" else "cloud"
     assert f"'{missing}' is missing: give --{missing}" in done.stderr
     assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give a PROMPT to continue, --chat for a conversation, or --batch FILE"),
+        (("--chat", "--json"), "--json prints one answer"),
+        (("hello", "--out", "x"), "--out is for the answers to --batch FILE"),
+        (("hello", "--batch", "x"), "leave out PROMPT, --chat and --json"),
+        (("--chat", "--batch", "x"), "leave out PROMPT, --chat and --json"),
+        (("--json", "--batch", "x"), "leave out PROMPT, --chat and --json"),
+    ],
+)
+def test_uses_of_generate_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    done = in_process(capsys, "edge", "generate", "--cloud", "cloud.txt", *words)
+    assert done.returncode == 2
+    assert [said in line for line in done.stderr.splitlines() if line][-1:] == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--temperature", "-1"), "temperature = -1.0"),
+        (("--top-p", "0"), "top_p = 0.0"),
+        (("--exact", "--no-cache"), "exact = true needs the cache"),
+        (("--leased", "some"), "leased = 'some'"),
+        (("--batch-size", "0"), "batch_size = 0"),
+    ],
+)
+def test_settings_of_generate_that_make_no_sense(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    refused(in_process(capsys, "edge", "generate", "hello", "--cloud", "cloud.txt", *words), 10, said)
+    done = in_process(capsys, "edge", "generate", "hello", "--cloud", "cloud.txt", "--seed", "1", "--leased", "all")
+    assert "cloud = 'cloud.txt' is neither a connection string" in done.stderr
+
+
+def test_a_bad_line_of_a_batch_is_named_before_the_cloud_is_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    words = (
+        "edge",
+        "generate",
+        "--cloud",
+        f"isthmus://nowhere:1#SHA256:{'A' * 43}",
+        "--batch",
+        tmp_path / "texts.jsonl",
+    )
+    refused(in_process(capsys, *words), 11, "texts.jsonl, line 2", "'prompt' (text) or 'messages'")
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "answers").write_text("something else\n")
+    refused(in_process(capsys, *words, "--out", tmp_path / "answers"), 10, "answers, line 1", "give another --out")

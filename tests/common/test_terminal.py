@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
-import pty
-import sys
 import warnings
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -53,50 +47,6 @@ def test_a_pipe_gets_the_text_as_it_is() -> None:
     assert shown(CLIPBOARD, io.StringIO()) == CLIPBOARD
     with open(os.openpty()[1], "w") as terminal:  # noqa: PTH123  # a descriptor
         assert shown(CLIPBOARD, terminal) == plain(CLIPBOARD)
-
-
-def _generate(monkeypatch: pytest.MonkeyPatch, stream: Any, **options: Any) -> None:
-    """`isthmus edge generate`, whose model writes an attack, with `stream` as its standard output."""
-    from isthmus.cli import edge_commands
-    from isthmus.edge import cloud_link, split_run
-
-    class Link:
-        def __enter__(self) -> Link:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def totals(self) -> Any:
-            return SimpleNamespace(bytes_up=1, bytes_down=1)
-
-    monkeypatch.setattr(cloud_link, "open_link", lambda *_, **__: Link())
-    monkeypatch.setattr(split_run, "run_generation", lambda *_, **__: f"hello\n\t{CLIPBOARD}{TITLE}world")
-    monkeypatch.setattr(sys, "stdout", stream)
-    edge_commands.generate("hi", cloud=f"isthmus://h:1#SHA256:{'A' * 43}", **options)
-    stream.flush()
-
-
-def test_generated_text_reaches_a_terminal_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = pty.openpty()
-    with open(theirs, "w") as terminal:  # noqa: PTH123  # a descriptor
-        _generate(monkeypatch, terminal)
-        written = os.read(ours, 1 << 16).decode()
-    os.close(ours)
-    assert "hello" in written
-    assert "world" in written
-    assert "\x1b" not in written
-    assert "\x07" not in written
-
-
-def test_generated_text_reaches_a_pipe_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with (tmp_path / "out").open("w") as pipe:
-        _generate(monkeypatch, pipe)
-    assert (tmp_path / "out").read_text() == f"hello\n\t{CLIPBOARD}{TITLE}world\n"
-    with (tmp_path / "json").open("w") as pipe:
-        _generate(monkeypatch, pipe, as_json=True)
-    assert "\x1b" not in (tmp_path / "json").read_text()
-    assert json.loads((tmp_path / "json").read_text())["text"] == f"hello\n\t{CLIPBOARD}{TITLE}world"
 
 
 def test_messages_of_libraries_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:

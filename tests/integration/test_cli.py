@@ -168,7 +168,8 @@ def test_eval_measures_with_and_without_the_adapter(place: Place, trained: dict[
 def test_generate_continues_a_prompt(place: Place, trained: dict[str, Any]) -> None:
     arguments = ("generate", "Ticket 3:", "--cloud", place.cloud, "--key", place.key, "--adapter", "run/adapter")
     result = json.loads(place.good("edge", *arguments, "--max-new-tokens", "5", "--json"))
-    assert set(result) == {"text", "bytes_up", "bytes_down"}
+    assert set(result) == {"text", "bytes_up", "bytes_down", "tokens", "seconds", "tokens_per_s"}
+    assert result["tokens"] <= 5
     assert result["bytes_up"] > 5 * 32 * 4
 
 

@@ -210,6 +210,17 @@ def test_a_file_for_all_commands_does_for_training(tmp_path: Path) -> None:
     assert load_config(path, {}, GenerateConfig).deadline == 2.0
 
 
+def test_training_and_generation_share_what_they_both_have(tmp_path: Path) -> None:
+    text = f'cloud = "{CLOUD}"\ndata = "a.csv"\nsites = "all"\nleased = "4,7-8"\nseed = 3\nbatch = 2\nout = "run"\n'
+    path = toml(tmp_path, text + "temperature = 0.5\nbatch_size = 5\n")
+    train, generate = load_config(path, {}), load_config(path, {}, GenerateConfig)
+    assert train.leased == generate.leased == (4, 7, 8)
+    assert train.seed == generate.seed == 3
+    assert (train.batch, generate.batch_size, generate.temperature) == (2, 5, 0.5)
+    with pytest.raises(ConfigError, match="leased = 'some'"):
+        load_config(path, {"leased": "some"}, GenerateConfig)
+
+
 def test_a_kind_of_run_takes_its_own_settings_only(tmp_path: Path) -> None:
     path = toml(tmp_path, 'package = "p"\ndata = "a.csv"\n')
     config = load_config(path, {"rank": 2}, TuneConfig)
