@@ -11,7 +11,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_LINES = 20  # of a whole run, where nobody looks at a terminal
+LINES = 20
+"""Of a whole run, where nobody looks at a terminal."""
 
 
 @contextmanager
@@ -45,7 +46,7 @@ class StepProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what, self._total = what, total
-        self._every = every or max(1, total // _LINES)
+        self._every = every or max(1, total // LINES)
         self._console = console or Console(stderr=True, highlight=False)
         self._clock = clock
         self._start_step, self._start_time = 0, clock()

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.common.errors import ConfigError, DataError
-from isthmus.common.progress import StepProgress
+from isthmus.common.progress import LINES, StepProgress
 from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.link import Link
 from isthmus.edge.generation.batch_file import Answers, BatchText
@@ -111,7 +111,8 @@ def answer_all(
     if answers is not None:
         answers.begin()
     size = generator.settings.batch_size
-    progress = progress or StepProgress("text", len(texts))
+    # Whole groups, so that lines of progress come about as often as those of other commands.
+    progress = progress or StepProgress("text", len(texts), every=size * max(1, len(texts) // size // LINES))
     tokens, begun = 0, time.monotonic()
     progress.start(done)
     with progress:

@@ -159,8 +159,7 @@ def texts_of(folder: Path, *lines: object) -> list[BatchText]:
 @pytest.fixture
 def texts(tmp_path: Path) -> list[BatchText]:
     prompts = ("Once upon a time", "a", "The cloud and", "edge", "Why")
-    chat = {"messages": [{"role": "user", "content": "hello"}], "id": "the last"}
-    return texts_of(tmp_path, *({"prompt": prompt} for prompt in prompts), chat)
+    return texts_of(tmp_path, *({"prompt": prompt} for prompt in prompts), {"prompt": "hello", "id": "the last"})
 
 
 def test_a_file_of_texts(capsys: Said, server: ThreadServer, texts: list[BatchText], tmp_path: Path) -> None:
@@ -179,8 +178,21 @@ def test_a_file_of_texts(capsys: Said, server: ThreadServer, texts: list[BatchTe
     assert (tmp_path / "answers").read_text() == printed.stdout
     assert in_process(capsys, *words, "--out", tmp_path / "answers").returncode == 0
     assert (tmp_path / "answers").read_text() == printed.stdout
+    (tmp_path / "answers").write_text(printed.stdout[:-20])  # cut off in the middle of a line
+    assert in_process(capsys, *words, "--out", tmp_path / "answers").returncode == 0
+    assert (tmp_path / "answers").read_text() == printed.stdout
     texts_of(tmp_path, {"prompt": "other"})
     refused(in_process(capsys, *words, "--out", tmp_path / "answers"), 10, "is no answer to prompt 1")
+
+
+def test_prompts_and_chats_in_one_file(generator: TextGenerator, tmp_path: Path) -> None:
+    chat, out = [{"role": "user", "content": "hello"}], io.StringIO()
+    answer_all(generator, texts_of(tmp_path, {"prompt": "hello"}, {"messages": chat}), None, out)
+    answers = [json.loads(line)["text"] for line in out.getvalue().splitlines()]
+    prompts = ["hello", "<s>user\nhello</s>\n<s>assistant\n"]
+    ids = generator.generate([generator.ids(prompt, templated=True) for prompt in prompts])
+    assert answers == [generator.text(each) for each in ids]
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize("written", [0, 1, 3, 4])
