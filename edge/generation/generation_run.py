@@ -98,7 +98,7 @@ def answer_all(
 
     Raises:
         DataError: A text is none for this model; the message names its line, and nothing was generated.
-        KeyboardInterrupt: Ctrl-C; what is written is whole.
+        KeyboardInterrupt: Ctrl-C; what is written can be gone on with.
         IsthmusError: Of whatever other kind fits.
     """
     prompts = _prompts(generator, texts)
