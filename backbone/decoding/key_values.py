@@ -70,7 +70,8 @@ class LayerKeyValues(CacheLayerMixin):  # type: ignore[misc]  # transformers has
 
     def clear(self) -> None:
         """Forget everything, and hold no memory."""
-        self.keys = self.values = None
+        nothing: Any = None
+        self.keys = self.values = nothing
         self.length, self.is_initialized = 0, False
 
     def select(self, rows: Tensor) -> None:

@@ -162,7 +162,7 @@ class Calls:
         self._call_threads = CallThreads(self.engine.threads_of_a_call, options.paused_calls, executor.compute_bytes)
         self.files = FileThreads()
         rows = None if self.engine.invariance is None else self.engine.invariance.rows
-        self._decoding = served.decoding(rows, options.prefill_tokens)
+        self._decoding = served.decoding(rows, options)
         self.caches = self._decoding.pool
         self.records_history = event_history.is_written()
 

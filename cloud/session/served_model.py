@@ -42,10 +42,12 @@ class Served:
     sites: bool = True
     cache_bytes: int = 1 << 30
 
-    def decoding(self, rows: int | None = None, step_tokens: int = EngineOptions.prefill_tokens) -> Decoding:
+    def decoding(self, rows: int | None = None, options: EngineOptions | None = None) -> Decoding:
         """What the decode calls of several sessions share; see there, and `DecodePass` for `rows`."""
-        decode_pass = DecodePass(self.executor.host.span, rows)
-        return Decoding(self.executor, decode_pass, CachePool(self.cache_bytes), step_tokens)
+        step_tokens = (options or EngineOptions()).prefill_tokens
+        return Decoding(
+            self.executor, DecodePass(self.executor.host.span, rows), CachePool(self.cache_bytes), step_tokens
+        )
 
     def session(
         self,

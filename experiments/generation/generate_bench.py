@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
         with stderr_progress("prompts", len(prompts)) as advance:
             for number, ids in enumerate(prompts):
                 runs: list[tuple[str, Callable[[], Text]]] = [
-                    ("whole", lambda ids=ids: text_of(whole, ids, settings.tokens)),
-                    ("fast", lambda ids=ids: text_of(split, ids, settings.tokens)),
-                    ("exact", lambda ids=ids: _exactly(link, split, ids, settings.tokens)),
+                    ("whole", partial(text_of, whole, ids, settings.tokens)),
+                    ("fast", partial(text_of, split, ids, settings.tokens)),
+                    ("exact", partial(_exactly, link, split, ids, settings.tokens)),
                 ]
                 shift = number % len(runs)  # turn about, so that none always follows the same one
                 texts = {name: run() for name, run in runs[shift:] + runs[:shift]}

@@ -90,7 +90,12 @@ def _train(parent: Parent, model: Any) -> None:
     parent.say("ready")
     parent.question()
     over = threading.Event()
-    threading.Thread(target=lambda: (parent.question(), over.set()), daemon=True).start()
+
+    def wait() -> None:
+        parent.question()
+        over.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     steps, begun = 0, time.monotonic()
     while not over.is_set():
         step()
