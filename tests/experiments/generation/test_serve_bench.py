@@ -9,7 +9,7 @@ from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.generation import serve_bench
-from isthmus.experiments.generation.serve_bench import TRACES, TraceRequest, read_trace, run_serve
+from isthmus.experiments.generation.serve_bench import TRACES, TraceRequest, read_trace
 from isthmus.experiments.harness.bench_settings import ServeSettings
 
 ROWS = (
@@ -52,15 +52,14 @@ def test_requests_are_scaled_to_the_rate_and_the_model(tmp_path: Path) -> None:
     assert found[-1].tokens == 10
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = ServeSettings(
         traces=traces(tmp_path / "traces"), model=str(model), n=2, requests=2, rate=4.0, fewer=8.0, threads=1
     )
-    result = run_serve(settings, tmp_path)
-    for run in ("batched", "unbatched"):
-        assert result[run]["requests"] == 4
-        assert result[run]["tokens_per_s"] > 0
-        assert result[run]["trained_per_s"] > 0
-        assert result[run]["cache_bytes"] > 0
-        assert 0 <= result[run]["first_in_time"] <= 1
+    result = serve_bench._run(settings, tmp_path / "cloud", serve_bench._requests(settings))
+    assert result["requests"] == 4
+    assert result["tokens_per_s"] > 0
+    assert result["trained_per_s"] > 0
+    assert result["cache_bytes"] > 0
+    assert 0 <= result["first_in_time"] <= 1
