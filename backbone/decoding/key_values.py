@@ -7,7 +7,8 @@ has a cache of its own, whose layers hand out the same keys and values as transf
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -99,29 +100,47 @@ class LayerKeyValues(CacheLayerMixin):  # type: ignore[misc]  # transformers has
         return grown
 
 
+class RunsLayers(Protocol):
+    """Whatever runs layers of a model: a span, or an emulator."""
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the whole model."""
+
+    @property
+    def layer_span(self) -> Iterable[int]:
+        """The layers by their indices in the whole model, in running order; one may stand several times."""
+
+
 class KeyValues(Cache):  # type: ignore[misc]  # transformers has no types
     """The keys and values of a span's layers; what transformers' base model and layers take as their `cache`.
 
     Args:
-        span: The span.
+        span: What runs the layers. Each place in its running order has keys and values of its own, also where one layer
+            stands in several.
     """
 
     layers: list[LayerKeyValues]
 
-    def __init__(self, span: FrozenSpan) -> None:
+    def __init__(self, span: RunsLayers) -> None:
         entries = DynamicCache(config=span.config).layers
-        super().__init__([LayerKeyValues(window_of(entries[layer])) for layer in span.layer_span])
-        self._first = span.layer_span.start
+        numbers = list(span.layer_span)
+        super().__init__([LayerKeyValues(window_of(entries[layer])) for layer in numbers])
+        self._places: dict[int, list[LayerKeyValues]] = {}
+        for layer, place in zip(numbers, self.layers, strict=True):
+            self._places.setdefault(layer, []).append(place)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See `LayerKeyValues.update`; the layer's number is the one in the whole model."""
-        return self.layers[layer_idx - self._first].update(key_states, value_states)
+        # A layer that stands in several places runs in their order, so the next one is the first of the shortest.
+        place = min(self._places[layer_idx], key=LayerKeyValues.get_seq_length)
+        return place.update(key_states, value_states)
 
     def window(self, layer_idx: int) -> int | None:
         """The positions that a layer of the whole model sees; None for all."""
-        return self.layers[layer_idx - self._first].window
+        return self._places[layer_idx][0].window
 
     @property
     def length(self) -> int:

@@ -255,14 +255,12 @@ class EdgeModelMixin(CachedGeneration, EdgeWeightsSaving):
         isthmus_origin: What the model was made of.
         isthmus_parts: The module that calls the span, the base model, and the name of its list of all layers; a tuple
             hides them from torch.
-        isthmus_longest: Token positions of a sequence that the whole model is made for.
         isthmus_passed: What has passed the checks: PEFT's configurations by adapter, and what stood in the places of
             the cloud's modules.
     """
 
     isthmus_origin: EdgeOrigin
     isthmus_parts: tuple[RemoteLayers, nn.Module, str]
-    isthmus_longest: int
     isthmus_passed: tuple[dict[str, Any], list[nn.Module]]
 
     @property

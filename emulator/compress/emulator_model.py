@@ -6,6 +6,7 @@ PEFT names and saved adapters are those of the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
+from isthmus.backbone.decoding.local_cache import LocalCache
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.split.span import distinct_layers, load_layers, run_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.progress import bar
@@ -27,7 +30,9 @@ from isthmus.emulator.compress.weight_bits import quantized_names, round_weight,
 
 
 class Emulator(nn.Module):
-    """A lossy middle, a `SpanFn`. Always in eval mode; frozen unless `trainable(True)`; gradients flow to the input.
+    """A lossy middle: a `SpanFn` that keeps caches, too.
+
+    Always in eval mode; frozen unless `trainable(True)`; gradients flow to the input.
 
     Made by `build_emulator` and `load_emulator`.
 
@@ -60,6 +65,11 @@ class Emulator(nn.Module):
         self.fitted_to = fitted_to
         self.trainable(False)
         self.train(False)
+
+    @property
+    def layer_span(self) -> tuple[int, ...]:
+        """The same as `layers`."""
+        return self.layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +114,14 @@ class Emulator(nn.Module):
             Hidden states in the place of those after the middle, `[B, S, h]`.
         """
         return run_layers(self.base, hidden, attention_mask, position_ids)
+
+    def new_cache(self) -> LocalCache:
+        """An empty cache of keys and values, one entry for each place in the running order."""
+        return LocalCache(self)
+
+    def placed(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """The same sites: adapters in the middle act on no emulator, and whoever has some is refused."""
+        return sites
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights, each once, as `layers.<index in the whole model>.<name in the layer>`; not copies."""

@@ -1,54 +1,33 @@
-"""A cache of a span that is in this process: what the cloud keeps, without a cloud."""
+"""A span of this process that keeps caches, fast or exact, and takes leased adapters: what a cloud does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
-from isthmus.backbone.decoding.key_values import KeyValues
+from isthmus.backbone.decoding.local_cache import LocalCache
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.leasing import lease_of, leased
 from isthmus.backbone.split.span import FrozenSpan, SpanInput
 
+__all__ = ["CachingLocalSpan", "LocalCache"]
 
-class LocalCache:
-    """A `RemoteCache` over keys and values of this process."""
+
+class DecodePassCache(LocalCache):
+    """A cache whose next tokens run through a `DecodePass`."""
 
     def __init__(self, decode: DecodePass, span: FrozenSpan, *, exact: bool = False) -> None:
-        self.version: Any = None
-        self.keys = KeyValues(span)
+        super().__init__(span)
         self._decode, self._exact = decode, exact
 
-    @property
-    def length(self) -> int:
-        """Token positions."""
-        return self.keys.length
-
-    @property
-    def rows(self) -> int:
-        """Sequences."""
-        return self.keys.rows
-
-    def extend(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, sites: Sequence[Site] = ()
-    ) -> Tensor:
-        """The span's output for the next tokens."""
-        inputs, length = SpanInput(hidden, attention_mask, position_ids), hidden.shape[1]
+    def _run(self, inputs: SpanInput, sites: Sequence[Site]) -> Tensor:
+        length = inputs.hidden.shape[1]
         blocks = (1,) * length if self.length else (length,)
         leases = {(site.spec.layer, site.spec.part): lease_of(site) for site in sites}
         call = ExactCall(inputs, self.keys, leases, blocks) if self._exact else FastCall(inputs, self.keys, leases)
         return self._decode([call])[0].clone()
-
-    def crop(self, length: int) -> None:
-        """Forget what comes after so many positions."""
-        self.keys.keep(length)
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows."""
-        self.keys.select(rows)
 
 
 class CachingLocalSpan:
@@ -68,4 +47,4 @@ class CachingLocalSpan:
 
     def new_cache(self) -> LocalCache:
         """An empty cache."""
-        return LocalCache(self.decode, self.span, exact=self.exact)
+        return DecodePassCache(self.decode, self.span, exact=self.exact)
