@@ -42,7 +42,7 @@ class MeanSeconds:
     def add(self, seconds: float) -> None:
         """One more duration, in seconds."""
         before = self.value
-        self._sums.add(seconds if before is None else min(seconds, OUTLIER * before), 1.0)
+        self._sums.add(min(seconds, OUTLIER * before) if before else seconds, 1.0)
 
 
 class RoundSeconds:
@@ -83,6 +83,7 @@ class RoundSeconds:
             The seconds that it counts as.
         """
         if self.known:
-            seconds = min(seconds, OUTLIER * self.at(drafted))
+            number, _, _, total, _ = self._sums.values
+            seconds = min(seconds, OUTLIER * max(self.at(drafted), total / number))  # the line may reach down to 0
         self._sums.add(1.0, float(drafted), float(drafted * drafted), seconds, drafted * seconds)
         return seconds

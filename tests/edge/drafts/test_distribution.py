@@ -40,11 +40,12 @@ class Pairwise(CachedGeneration, LlamaForCausalLM):  # type: ignore[misc]  # tra
         second: Logits of a second one after each first one, `[V, V]`.
     """
 
-    isthmus_longest = 10**6
+    isthmus_longest = 4096
     remote_layers = None
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
-        super().__init__(tiny_config("llama", vocab_size=V, num_hidden_layers=1, pad_token_id=0))
+        sizes = {"vocab_size": V, "num_hidden_layers": 1, "max_position_embeddings": self.isthmus_longest}
+        super().__init__(tiny_config("llama", **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None))
         self.first, self.second = first, second
         self.eval()
 

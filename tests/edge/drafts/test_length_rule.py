@@ -188,6 +188,21 @@ def test_the_line_of_a_round_s_seconds() -> None:
     assert falling.slope == 0
 
 
+def test_a_line_that_reaches_down_to_zero_rises_again() -> None:
+    line = RoundSeconds()
+    line.add(4, 0.1)
+    line.add(8, 0.4)
+    line.add(8, 0.9)
+    assert line.at(0) == 0
+    for _ in range(50):
+        line.add(0, 0.08)
+    assert line.at(0) == pytest.approx(0.08, rel=0.1)
+    mean = MeanSeconds()
+    for seconds in (0.0, 0.2):  # a clock may be too coarse for the first one
+        mean.add(seconds)
+    assert mean.value == pytest.approx(0.1, rel=0.1)
+
+
 def test_one_long_wait_counts_as_a_bounded_one_and_a_slow_link_is_believed() -> None:
     line, mean = RoundSeconds(), MeanSeconds()
     for each in (0.1, 0.1, 0.1):

@@ -25,11 +25,13 @@ from isthmus.protocol.messages import FileSet
 from isthmus.protocol.secure.keys import WorkerIdentity
 
 
-def tiny_package(folder: Path, model: Path, *, plan: str = PLAN, signer: WorkerIdentity | None = None) -> Package:
+def tiny_package(
+    folder: Path, model: Path, *, plan: str = PLAN, keep: float = 0.5, signer: WorkerIdentity | None = None
+) -> Package:
     """Write a package of a tiny model, signed as the clouds of `support.cloud.memory_cloud` sign."""
     checkpoint = Checkpoint(model, "tiny")
     cut = SplitPlan.parse(plan, checkpoint.config.num_hidden_layers)
-    emulator = build_emulator(checkpoint, cut, Recipe.parse("uniform", 0.5), None)
+    emulator = build_emulator(checkpoint, cut, Recipe.parse("uniform", keep), None)
     if signer is not None:
         return write_package(folder, checkpoint, cut, emulator, signer=signer, licence="for tests")
     return write_package(
