@@ -5,7 +5,7 @@ from isthmus.edge.drafts import NgramDraft, drafting
 with drafting(model, NgramDraft()):
     model.generate(**inputs)
 
-`length_rule` says how long a draft is, by what `calibration` and `costs` have learned; these three are pure.
+`length_rule` says how long a draft is, by what `calibration` and `round_seconds` have learned; these three are pure.
 `candidates` stands between a draft and transformers' assisted generation. The drafts are `ngram_draft`, `model_draft`
 and `emulator_draft`. The cloud sees hidden states of drafted tokens, and no tokens.
 

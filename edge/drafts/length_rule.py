@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from isthmus.edge.drafts.calibration import Calibration
-from isthmus.edge.drafts.costs import MEMORY, FadingSums, MeanSeconds, RoundSeconds
+from isthmus.edge.drafts.round_seconds import MEMORY, FadingSums, MeanSeconds, RoundSeconds
 
 MAX_DRAFT = 16
 """Tokens of a draft at most, whatever was measured: even where 19 of 20 are accepted, the next one is in 44 % of cases,
