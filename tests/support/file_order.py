@@ -24,6 +24,7 @@ LONGEST = (
     "test_lock.py",
     "backbone/peft_checks/test_peft_table.py",
     "backbone/split/test_split_equals_whole.py",
+    "edge/drafts/test_distribution.py",
 )
 """Whoever makes a file that takes more than a quarter of a minute puts it here."""
 

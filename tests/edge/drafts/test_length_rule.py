@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from isthmus.edge.drafts.calibration import Calibration
-from isthmus.edge.drafts.round_seconds import OUTLIER, MeanSeconds, RoundSeconds
 from isthmus.edge.drafts.length_rule import ALLOWANCE, LOSS_SHARE, MAX_DRAFT, AdaptiveLength, FixedLength, LengthRule
+from isthmus.edge.drafts.round_seconds import OUTLIER, MeanSeconds, RoundSeconds
 
 GUESSES = [0.25, 0.75]
 
