@@ -131,6 +131,7 @@ class Link:
 
     Attributes:
         span: the calls of the cloud's layers.
+        pin: fingerprint of the cloud's root key.
 
     Raises:
         ConfigError: The deadline is no length of time.
@@ -156,7 +157,7 @@ class Link:
             Endpoints(transport, name, reach), pin, key, options, lambda info: self.codecs.check(info.codecs)
         )
         self.span = SpanCalls(self._keeper, codecs or WireCodecs())
-        self._pin = pin
+        self.pin = pin
         self._max_fetch_bytes = max_fetch_bytes
         self._parts_folder: Path | None = None
 
@@ -259,7 +260,7 @@ class Link:
 
     def fetch_package(self, out: Path) -> Package:
         """Fetch the package that the cloud offers into the folder `out`, verified; see `isthmus.edge.client.fetch`."""
-        return fetch_package(self._keeper, out, self._pin, self._max_fetch_bytes)
+        return fetch_package(self._keeper, out, self.pin, self._max_fetch_bytes)
 
     def return_adapter(self, folder: Path) -> str:
         """Bring an adapter to the cloud and have it plugged in; returns what the cloud says."""
@@ -267,7 +268,7 @@ class Link:
 
     def plugged_adapter(self) -> Path:
         """The folder of the adapter that this tenant has plugged in, in the cache: `load_adapter` takes it."""
-        return fetch_adapter(self._keeper, self._parts(), self._pin, self._max_fetch_bytes)
+        return fetch_adapter(self._keeper, self._parts(), self.pin, self._max_fetch_bytes)
 
     def forward_span(
         self,
@@ -323,5 +324,5 @@ class Link:
 
     def _parts(self) -> Path:
         if self._parts_folder is None:
-            self._parts_folder = fetch_parts(self._keeper, self._pin, self._max_fetch_bytes)
+            self._parts_folder = fetch_parts(self._keeper, self.pin, self._max_fetch_bytes)
         return self._parts_folder

@@ -116,12 +116,23 @@ class GenerationConfig(Settings):
         description="Keep keys and values of past tokens on both sides; without, every token is computed from the "
         "whole text anew, which works with adapters inside the cloud's layers that are not leased.",
     )
+    draft: str = Field(
+        "none",
+        description="What drafts the next tokens, so that one round trip verifies several: `none`, `ngram` (what "
+        "followed the same words before), or the folder of an emulator package. The text stays what it is without.",
+    )
     batch_size: int = Field(8, ge=1, description="Texts of --batch that are generated at a time.")
 
     @model_validator(mode="after")
     def _check_exact(self) -> Self:
         if self.exact and not self.cache:
             raise ValueError("exact = true needs the cache: give cache = true, or leave --exact out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        if self.draft != "none" and not self.cache:
+            raise ValueError(f"draft = {self.draft} needs the cache: give cache = true, or leave --draft out")
         return self
 
 

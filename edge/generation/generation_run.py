@@ -110,7 +110,8 @@ def answer_all(
     done, write = (0, show) if answers is None else (answers.done, answers.append)
     if answers is not None:
         answers.begin()
-    size = generator.settings.batch_size
+    # A draft is of one text.
+    size = 1 if generator.settings.draft != "none" else generator.settings.batch_size
     # Whole groups, so that lines of progress come about as often as those of other commands.
     progress = progress or StepProgress("text", len(texts), every=size * max(1, len(texts) // size // LINES))
     tokens, begun = 0, time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import GenerateConfig
+from isthmus.edge.drafts.candidates import Draft, drafting
+from isthmus.edge.drafts.emulator_draft import EmulatorDraft
+from isthmus.edge.drafts.ngram_draft import NgramDraft
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.edge.generation.text_writer import TextWriter
 
@@ -158,5 +161,18 @@ def text_generator(link: Link, settings: GenerateConfig, adapter: Path | None) -
     """
     tokenizer = link.load_tokenizer()
     model = load_adapted(link, adapter, plugged=settings.plugged, leased=settings.leased).eval()
-    with exact_decoding(link, model) if settings.exact else nullcontext():
+    with ExitStack() as stack:
+        if settings.exact:
+            stack.enter_context(exact_decoding(link, model))
+        if settings.draft != "none":
+            stack.enter_context(drafting(model, _draft(settings.draft, model, link)))
         yield TextGenerator(model, tokenizer, settings)
+
+
+def _draft(name: str, model: Any, link: Link) -> Draft:
+    """What `--draft` names.
+
+    Raises:
+        PackageError: It is the folder of no package, or of one for another model.
+    """
+    return NgramDraft() if name == "ngram" else EmulatorDraft.open(Path(name), model, signer=link.pin)

@@ -12,8 +12,10 @@ from support.cloud.clouds import ThreadServer
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
-from isthmus.common.errors import ConfigError, UnsupportedCallError
+from isthmus.common.errors import ConfigError, PackageError, UnsupportedCallError
 from isthmus.edge.client.link import Link
+from isthmus.edge.config.client_config import GenerateConfig
+from isthmus.edge.config.flags import read_settings
 from isthmus.edge.generation.text_generator import TextGenerator
 
 from .conftest import Opener
@@ -61,6 +63,20 @@ def test_exact_texts_do_not_depend_on_the_others(opener: Opener, link: Link) -> 
         assert generator.model.isthmus_exact
         assert together == [text for prompt in PROMPTS for text in texts(generator, prompt)]
     assert not link.span.caches.exact
+
+
+def test_a_draft_changes_no_text(opener: Opener, tmp_path: Path) -> None:
+    with opener(max_new_tokens=40) as generator:
+        plain = texts(generator, "ab ab ab ab ab")
+    with opener(max_new_tokens=40, draft="ngram") as generator:
+        drafted = texts(generator, "ab ab ab ab ab")
+        draft = generator.model.isthmus_draft
+    assert drafted == plain
+    assert draft.statistics.rounds
+    with pytest.raises(PackageError), opener(draft=str(tmp_path)):
+        pass
+    with pytest.raises(ConfigError, match="draft = ngram needs the cache"):
+        read_settings(GenerateConfig, None, {"cloud": "c.txt", "draft": "ngram", "cache": False})
 
 
 def test_an_empty_prompt_is_refused(generator: TextGenerator) -> None:
