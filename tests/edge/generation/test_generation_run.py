@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -137,8 +138,11 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_ctrl_d_the_program(
     until("> ", 2)
     cut = shown[at:].splitlines()[0]
     assert 3 <= len(cut) <= 10
-    os.kill(process.pid, signal.SIGINT)
-    until("Ctrl-D ends the conversation")
+    while "Ctrl-D ends the conversation" not in shown:
+        # A signal that comes between readline's prompt and its wait for a key is seen at the next one.
+        os.kill(process.pid, signal.SIGINT)
+        if select.select([ours], [], [], 1)[0]:
+            shown += os.read(ours, 1 << 16).decode()
     until("> ", 3)
     os.write(ours, b"more\n")
     until("more\r\n")
