@@ -37,13 +37,11 @@ Theory of operation
 from __future__ import annotations
 
 import enum
-import re
 import typing
 from dataclasses import dataclass
 from typing import Annotated
 
 from isthmus.common.errors import MessageError
-from isthmus.protocol.enrolment import TENANT_NAME
 from isthmus.protocol.file_messages import (
     MAX_FILE_CHUNK as MAX_FILE_CHUNK,
     MAX_PUT_FILES as MAX_PUT_FILES,
@@ -57,8 +55,20 @@ from isthmus.protocol.file_messages import (
     Put as Put,
     PutReply as PutReply,
 )
-from isthmus.protocol.limits import MAX_NAME as MAX_NAME, MAX_WORKERS, Size, Text
+from isthmus.protocol.limits import MAX_NAME as MAX_NAME, Size
 from isthmus.protocol.session_info import MAX_INFO as MAX_INFO, SessionInfo as SessionInfo, SpanLimits as SpanLimits
+from isthmus.protocol.session_messages import (
+    LINK_BYTES as LINK_BYTES,
+    MAX_TEXT as MAX_TEXT,
+    Account as Account,
+    Attach as Attach,
+    ForPeople,
+    Goodbye as Goodbye,
+    Ping as Ping,
+    Pong as Pong,
+    Workers as Workers,
+    cut as cut,
+)
 from isthmus.protocol.site_messages import (
     MAX_GROUP as MAX_GROUP,
     MAX_LISTS as MAX_LISTS,
@@ -83,21 +93,11 @@ MAX_BLOCK = 512
 """Tokens that attend at once in an exact call, at most: a longer prompt is several blocks, on any worker."""
 MAX_BLOCKS = 8192
 """Their lengths, and the rows, fit into a header."""
-MAX_TEXT = 1024
-LINK_BYTES = 16
 
 Activation = Annotated[Payload, Role.ACTIVATION]
 """Hidden states, `[B, S, width]`, by a codec for them."""
 Gradient = Annotated[Payload, Role.GRADIENT]
 """The gradient of such."""
-ForPeople = Annotated[str, Size(0, MAX_TEXT)]
-Address = Annotated[
-    str,
-    Text(
-        re.compile(r"([A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?\]):[0-9]{1,5}"),
-        "a worker's address is host:port",
-    ),
-]
 
 
 class StatusCode(enum.IntEnum):
@@ -314,11 +314,6 @@ class BackwardReply:
             check_lora(down, up, Role.GRADIENT)
 
 
-def cut(text: str) -> str:
-    """A text for people, cut to what a message carries: `MAX_TEXT` bytes of UTF-8."""
-    return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
-
-
 @dataclass(frozen=True, slots=True)
 class Status:
     """The cloud's answer without a result: `id` names the call, None means the session. `message` is for people."""
@@ -331,77 +326,6 @@ class Status:
     def saying(cls, code: StatusCode, id: CallId | None, text: str) -> Status:
         """A status whose text is cut to what a message carries."""
         return cls(code, id, cut(text))
-
-
-@dataclass(frozen=True, slots=True)
-class Ping:
-    """Ask for a sign of life."""
-
-    nonce: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pong:
-    """The sign of life, with the ping's number.
-
-    `peak_bytes`: the cloud's estimate of what the largest call of this session so far takes while it is computed; 0
-    before the first. It says nothing of other tenants.
-    """
-
-    nonce: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Goodbye:
-    """This side ends the session on purpose. A stream that ends without it was cut."""
-
-    reason: ForPeople
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """Whose work a pipeline's stage passes on: the edge's tenant, and its weight against the others', 1 or more."""
-
-    tenant: Annotated[str, Text(TENANT_NAME, "the account of a tenant has the name of one")]
-    weight: Annotated[int, Size(1, (1 << 32) - 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Attach:
-    """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
-
-    The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
-    `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
-    within how many milliseconds a call without sites has to begin, or else is refused; 0 for no deadline.
-    `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere. `account`:
-    the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
-    """
-
-    link: Annotated[bytes, Size(LINK_BYTES, LINK_BYTES)]
-    interactive: bool = False
-    deadline_ms: int = 0
-    settled: bool = False
-    account: Account | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """The workers of this cloud, `host:port` each, any of which may take the edge's sessions.
-
-    `go_to`: the one to go to instead, as it has fewer sessions; the session ends. Empty where the edge is
-    attached here.
-    """
-
-    addresses: Annotated[tuple[Address, ...], Size(1, MAX_WORKERS)]
-    go_to: str = ""
-
-    def check(self) -> None:
-        """Check that the addresses differ, and that the edge is sent to one of them."""
-        if len(set(self.addresses)) != len(self.addresses):
-            raise MessageError("a list of workers names one address twice")
-        if self.go_to and self.go_to not in self.addresses:
-            raise MessageError(f"{self.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
 
 
 EdgeMessage = (

@@ -1,0 +1,99 @@
+"""Messages about a session itself: attaching, where the workers are, signs of life, and its end."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from isthmus.common.errors import MessageError
+from isthmus.protocol.enrolment import TENANT_NAME
+from isthmus.protocol.limits import MAX_NAME, MAX_WORKERS, Size, Text
+
+MAX_TEXT = 1024
+LINK_BYTES = 16
+
+ForPeople = Annotated[str, Size(0, MAX_TEXT)]
+Address = Annotated[
+    str,
+    Text(
+        re.compile(r"([A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?\]):[0-9]{1,5}"),
+        "a worker's address is host:port",
+    ),
+]
+
+
+def cut(text: str) -> str:
+    """A text for people, cut to what a message carries: `MAX_TEXT` bytes of UTF-8."""
+    return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask for a sign of life."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The sign of life, with the ping's number.
+
+    `peak_bytes`: the cloud's estimate of what the largest call of this session so far takes while it is computed; 0
+    before the first. It says nothing of other tenants.
+    """
+
+    nonce: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """This side ends the session on purpose. A stream that ends without it was cut."""
+
+    reason: ForPeople
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whose work a pipeline's stage passes on: the edge's tenant, and its weight against the others', 1 or more."""
+
+    tenant: Annotated[str, Text(TENANT_NAME, "the account of a tenant has the name of one")]
+    weight: Annotated[int, Size(1, (1 << 32) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The edge's first message: which of its links this is (16 random bytes, the same after every reconnect).
+
+    The cloud ends an older session of the same edge and link, and counts the session against the tenant's quota.
+    `interactive`: whether somebody waits for the session's calls, which then come before training. `deadline_ms`:
+    within how many milliseconds a call without sites has to begin, or else is refused; 0 for no deadline.
+    `settled`: the edge was sent here, or cannot reach where it was sent, and is not to be sent elsewhere. `account`:
+    the tenant that a pipeline's stage attaches for; nobody but a stage may name one.
+    """
+
+    link: Annotated[bytes, Size(LINK_BYTES, LINK_BYTES)]
+    interactive: bool = False
+    deadline_ms: int = 0
+    settled: bool = False
+    account: Account | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The workers of this cloud, `host:port` each, any of which may take the edge's sessions.
+
+    `go_to`: the one to go to instead, as it has fewer sessions; the session ends. Empty where the edge is
+    attached here.
+    """
+
+    addresses: Annotated[tuple[Address, ...], Size(1, MAX_WORKERS)]
+    go_to: str = ""
+
+    def check(self) -> None:
+        """Check that the addresses differ, and that the edge is sent to one of them."""
+        if len(set(self.addresses)) != len(self.addresses):
+            raise MessageError("a list of workers names one address twice")
+        if self.go_to and self.go_to not in self.addresses:
+            raise MessageError(f"{self.go_to[:MAX_NAME]!r} is refused: the edge is sent to a worker that is not listed")
