@@ -346,7 +346,10 @@ def test_a_process_that_has_not_closed_its_streams_ends(rest: str, printed: list
 
 WAITS = """
 import asyncio
+import signal
 from isthmus.rpc.transport import run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 
 async def wait():
     print("waiting", flush=True)
