@@ -229,8 +229,9 @@ def serve(
     cache_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Keys and values of past tokens, of all edges that generate; the oldest of whoever has most go first, "
-            "and are computed again. By default a fifth of what the machine leaves beside the weights, 2GiB at most."
+            help="Each worker's memory for keys and values of past tokens (KV cache); the least recently used cache of "
+            "the edge that has most is evicted first, and computed again. By default a fifth of what the machine "
+            "leaves beside the weights, 2GiB at most."
         ),
     ] = None,
     prefill_tokens: Annotated[

@@ -40,6 +40,8 @@ def test_a_crowded_folder_without_a_docstring_is_noticed(tmp_path: Path) -> None
     for index in range(MOST + 1):
         (tmp_path / "full" / f"m{index}.py").touch()
     assert len(_faults(tmp_path, "full")) == 2
+    (tmp_path / "full" / "__init__.py").write_text("import os\n", encoding="utf-8")
+    assert len(_faults(tmp_path, "full")) == 2
     (tmp_path / "full" / "__init__.py").write_text('"""Says it."""\n', encoding="utf-8")
     assert _faults(tmp_path, "full") == [f"full has {MOST + 1} modules; {MOST} at most"]
 

@@ -3,11 +3,11 @@
 The linears run once over the tokens of all; attention runs for each sequence by itself, as in
 `isthmus.backbone.runtime.sequence_packing`. There are two ways:
 
-- **fast**: in fp32 a call that is alone is transformers' own pass, and has its bits. In company the linears have more
-  rows, so its bits may be others.
-- **exact**: a token has the same bits alone, in company, among several that are verified at once, and in a replay. So a
-  pass has at least as many rows as make a product independent of their number (`batch_invariance.py`), and attention
-  takes one token after the other. A prompt attends as a block, and in a replay as the same block.
+- **fast**: in fp32 a call that is alone is transformers' own pass, and has its bits. Batched with others the
+  linears have more rows, so its bits may be others.
+- **exact**: a token has the same bits alone, batched with others, among several that are verified at once, and in a
+  replay. So a pass has at least as many rows as make a product independent of their number (`batch_invariance.py`),
+  and attention takes one token after the other. A prompt attends as a block, and in a replay as the same block.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FastCall:
         """See `isthmus.backbone.runtime.sequence_packing.Attending`."""
         query, key, value = states
         keys, values = self.cache.update(key, value, _number(module))
-        return _attention(plain, module, query, keys, values, mask, options)
+        return attention(plain, module, query, keys, values, mask, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class ExactCall(FastCall):
         window = self.cache.window(number)
         known = id(mask), keys.shape[2], window or 0
         if known not in self._parts:
-            self._parts[known] = list(parts_of(self.blocks, keys.shape[2], window, mask))
+            self._parts[known] = list(parts_of(self.blocks, keys.shape[2], window, mask, keys.device))
         outputs = []
         for part in self._parts[known]:
             seen = keys[:, :, part.seen], values[:, :, part.seen]
-            outputs.append(_attention(plain, module, query[:, :, part.rows], *seen, part.mask, options))
+            outputs.append(attention(plain, module, query[:, :, part.rows], *seen, part.mask, options))
         return torch.cat(outputs, dim=1)
 
 
@@ -91,7 +91,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Filler:
-    """Rows that nobody wants, so that a pass has enough of them. They attend to nothing."""
+    """Padding rows, so that a pass has enough of them. They attend to nothing, and their output is dropped."""
 
     cache: KeyValues
 
@@ -129,7 +129,7 @@ class DecodePass:
                 inputs = call.inputs
                 return [self._span(inputs.hidden, inputs.attention_mask, inputs.position_ids, call.cache)]
             if exact and self.rows is None:
-                raise ValueError("the cloud knows no number of rows that gives a token the same bits in any company")
+                raise ValueError("the cloud knows no number of rows that makes a token's bits independent of its batch")
             given, attending = [call.inputs for call in calls], list[Any](calls)
             missing = (self.rows or 0) - sum(each.positions for each in given) if exact else 0
             if missing > 0:
@@ -139,7 +139,7 @@ class DecodePass:
                 return self._packer(given, attending)[: len(calls)]
 
 
-def _attention(
+def attention(
     plain: Plain,
     module: nn.Module,
     query: Tensor,
@@ -174,7 +174,9 @@ def _leased_rows(calls: Sequence[FastCall]) -> Iterator[LeasedRows]:
         row = rows.stop
 
 
-def parts_of(blocks: Sequence[int], n_keys: int, window: int | None, mask: Tensor | None) -> Iterator[Part]:
+def parts_of(
+    blocks: Sequence[int], n_keys: int, window: int | None, mask: Tensor | None, device: torch.device
+) -> Iterator[Part]:
     """The blocks of a call, each with the keys and the mask that it would have in a call of its own.
 
     Args:
@@ -182,6 +184,7 @@ def parts_of(blocks: Sequence[int], n_keys: int, window: int | None, mask: Tenso
         n_keys: Keys that the call's last token could see, were there no window.
         window: Positions that a token sees; None for all.
         mask: That of the whole call, `[B, 1, S, n_keys]`; None for a causal one, of a call without padding.
+        device: Where the keys are.
     """
     start = n_keys - sum(blocks)  # the key of the call's first token
     row = 0
@@ -198,7 +201,7 @@ def parts_of(blocks: Sequence[int], n_keys: int, window: int | None, mask: Tenso
             part = None
         else:
             n_seen = seen.stop - seen.start
-            part = torch.ones(size, n_seen, dtype=torch.bool).tril(n_seen - size)
+            part = torch.ones(size, n_seen, dtype=torch.bool, device=device).tril(n_seen - size)
             if window is not None:
                 part = part.triu(n_seen - size - window + 1)
             part = part[None, None]

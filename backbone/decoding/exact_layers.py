@@ -6,7 +6,6 @@ number. Attention takes a prompt as one block, and what follows token by token.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.decoding.decode_pass import parts_of
 from isthmus.backbone.runtime.batch_invariance import measure_linears
-from isthmus.backbone.runtime.sequence_packing import Plain
+from isthmus.backbone.runtime.sequence_packing import Plain, attention_around
 from isthmus.common.errors import UnsupportedCallError
 
 
@@ -29,8 +27,15 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
     """Let the layers of a model be exact inside.
 
     Raises:
-        UnsupportedCallError: On this machine the products of its linears depend on the number of rows, however many.
+        UnsupportedCallError: On this machine the products of its linears depend on the number of rows, however many; or
+            the model has an adapter that multiplies by itself, not in linears.
     """
+    for name, module in model.named_modules():
+        if not _multiplies_in_linears(module):
+            raise UnsupportedCallError(
+                f"{name} has an adapter of {type(module).__module__}, which multiplies outside of linears, so its bits "
+                "depend on the number of tokens: decode fast, or use plain LoRA at the edge's layers"
+            )
     every = [each for each in model.modules() if isinstance(each, (nn.Linear, Conv1D))]
     linears = [each for each in every if next(each.parameters(), None) is not None]  # skeletons have none
     if not linears:
@@ -50,6 +55,20 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
             config._attn_implementation = _token_by_token(config._attn_implementation)
         yield
+
+
+def _multiplies_in_linears(module: nn.Module) -> bool:
+    """Whether all products of an adapter's module are those of linears in it, as of plain LoRA and of scalings."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # which takes seconds to import
+
+    kind: Any = type(module)
+    if kind.__module__ == "isthmus.backbone.sites.low_rank":
+        return False
+    if not isinstance(module, BaseTunerLayer):
+        return True
+    if kind.__module__ == "peft.tuners.lora.layer":
+        return not getattr(module, "lora_variant", None)  # DoRA and its like
+    return bool(kind.__module__.startswith("peft.tuners.ia3."))
 
 
 _measured: dict[tuple[object, ...], int | None] = {}
@@ -91,26 +110,20 @@ def _padded(linear: nn.Module, rows: int) -> Iterator[None]:
 
 def _token_by_token(inner: str) -> str:
     """The name of the attention implementation that takes what follows a prompt token by token."""
-    name = f"isthmus_exact_{inner}"
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            plain: Plain = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-            length, n_keys = query.shape[2], key.shape[2]
-            blocks = (length,) if length == n_keys else (1,) * length
-            parts = parts_of(blocks, n_keys, options.get("sliding_window"), attention_mask)
-            outputs = [
-                plain(
-                    module, query[:, :, each.rows], key[:, :, each.seen], value[:, :, each.seen], each.mask, **options
-                )[0]
-                for each in parts
-            ]
-            return torch.cat(outputs, dim=1), None
+    def attend(
+        plain: Plain, module: nn.Module, states: tuple[Tensor, ...], mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        query, key, value = states
+        length, n_keys = query.shape[2], key.shape[2]
+        blocks = (length,) if length == n_keys else (1,) * length
+        outputs = []
+        for each in parts_of(blocks, n_keys, options.get("sliding_window"), mask, key.device):
+            seen = key[:, :, each.seen], value[:, :, each.seen]
+            outputs.append(plain(module, query[:, :, each.rows], *seen, each.mask, **options)[0])
+        return torch.cat(outputs, dim=1)
 
-        ALL_ATTENTION_FUNCTIONS.register(name, attend)
-        if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    name = attention_around(inner, "exact", attend)
+    if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name

@@ -88,7 +88,7 @@ class Packer:
         attending: list[Any] = [m for layer in self.layers for m in layer.modules() if hasattr(m, "config")]
         for module in attending:
             module.config = copy.deepcopy(module.config)
-            module.config._attn_implementation = _taking_several(module.config._attn_implementation)
+            module.config._attn_implementation = attention_around(module.config._attn_implementation, "packed", _attend)
 
     def __call__(self, inputs: Sequence[SpanInput], attending: Sequence[Attending] = ()) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
@@ -193,30 +193,36 @@ def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
             yield _Segment(sum(each.batch for each in run), length, None)
 
 
-def _taking_several(inner: str) -> str:
-    """The name of the attention implementation that does what `inner` does for each of several inputs in a row."""
-    name = f"isthmus_packed_{inner}"
+def attention_around(inner: str, prefix: str, attend: Callable[..., Tensor]) -> str:
+    """Register an attention implementation with transformers that makes use of another one.
+
+    Args:
+        inner: The other one's name.
+        prefix: Of the new one's name.
+        attend: `(plain, module, (query, key, value), mask, options) -> [B, S, heads, d]`, where `plain` is the other.
+
+    Returns:
+        The new one's name.
+    """
+    name = f"isthmus_{prefix}_{inner}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Segments, **options: Any
+        def registered(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             plain: Plain = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-            return _attend(plain, module, (query, key, value), attention_mask.segments, options), None
+            return attend(plain, module, (query, key, value), attention_mask, options), None
 
-        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        ALL_ATTENTION_FUNCTIONS.register(name, registered)
     return name
 
 
 def _attend(
-    plain: Plain,
-    module: nn.Module,
-    states: tuple[Tensor, ...],
-    segments: Sequence[_Segment],
-    options: dict[str, Any],
+    plain: Plain, module: nn.Module, states: tuple[Tensor, ...], mask: _Segments, options: dict[str, Any]
 ) -> Tensor:
     """Attention `[1, T, heads, d]` of query, key and value `[1, heads, T, d]`, each segment by itself."""
+    segments = mask.segments
     sizes = [segment.positions for segment in segments]
     parts = (torch.split(each.transpose(1, 2)[0], sizes) for each in states)
     outputs = []

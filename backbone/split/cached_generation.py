@@ -83,7 +83,8 @@ class CachedGeneration:
         Raises:
             UnsupportedCallError: an option would compute something else than with the whole model.
         """
-        config = kwargs.get("generation_config", cast(Any, self).generation_config)
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = cast(Any, self).generation_config if given is None else given
 
         def asked(name: str) -> Any:
             return kwargs.get(name, getattr(config, name, None))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.backbone.decoding.key_values import KeyValues
@@ -31,7 +31,6 @@ class CacheEntry:
         last_call: The call that it was extended by last; 0 for none.
         used: When it was used last; a number that grows.
         in_use: Whether a call uses it, so that it stays.
-        over: Whether its session is.
     """
 
     tenant: str
@@ -41,7 +40,6 @@ class CacheEntry:
     last_call: int = 0
     used: int = 0
     in_use: bool = False
-    over: bool = False
 
 
 @dataclass(slots=True)
@@ -72,78 +70,63 @@ class CachePool:
     counters: PoolCounters = field(default_factory=PoolCounters)
     _entries: dict[Key, CacheEntry] = field(default_factory=dict)
     _clock: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def used(self) -> int:
         """Bytes of all caches."""
-        with self._changed:
+        with self._lock:
             return sum(entry.nbytes for entry in self._entries.values())
 
-    def by_tenant(self) -> Mapping[str, int]:
-        """Bytes of each tenant's caches."""
-        with self._changed:
-            return self._by_tenant()
-
     def __len__(self) -> int:
-        with self._changed:
+        with self._lock:
             return len(self._entries)
 
     def find(self, key: Key) -> CacheEntry | None:
         """A session's cache; None where there is none."""
-        with self._changed:
+        with self._lock:
             return self._entries.get(key)
 
     def put(self, key: Key, entry: CacheEntry) -> None:
         """Take in a new cache, which has no bytes yet, in the place of one of the same key."""
-        with self._changed:
+        with self._lock:
             self._entries[key] = entry
 
     def drop(self, key: Key) -> None:
         """Forget a cache."""
-        with self._changed:
+        with self._lock:
             self._entries.pop(key, None)
-            self._changed.notify_all()
 
     def release(self, session: bytes) -> None:
         """Forget the caches of a session, which is over."""
-        with self._changed:
+        with self._lock:
             for key in [key for key in self._entries if key[0] == session]:
-                self._entries.pop(key).over = True
-            self._changed.notify_all()
+                del self._entries[key]
 
     def acquire(self, wanted: Sequence[tuple[Key, CacheEntry, int]]) -> list[int]:
         """Make room for calls, and keep their caches until `finish`.
 
-        Waits where other calls use so much that there is no room for any of them. It holds nothing meanwhile, so a
-        cache may be empty when its call gets room.
+        Nothing waits here: a call that waited on a compute thread would keep those that use the room from ending.
 
         Args:
             wanted: The key of each call's cache, the cache, and the bytes that it will take: no more than the budget.
 
         Returns:
-            The places of the calls that there is room for, at least one.
+            The places of the calls that there is room for. A cache that went for others meanwhile is empty.
         """
-        with self._changed:
-            while True:
-                taken = [at for at, each in enumerate(wanted) if self._acquire(*each)]
-                if taken or not wanted:
-                    return taken
-                self._changed.wait()
+        with self._lock:
+            return [at for at, each in enumerate(wanted) if self._acquire(*each)]
 
     def finish(self, key: Key, *, call: int, failed: bool) -> None:
         """A call that was acquired is over. What one that has failed leaves of its cache is forgotten."""
-        with self._changed:
+        with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
                 entry.in_use, entry.last_call, entry.nbytes = False, call, entry.keys.nbytes
                 if failed:
                     del self._entries[key]
-            self._changed.notify_all()
 
     def _acquire(self, key: Key, entry: CacheEntry, nbytes: int) -> bool:
-        if entry.over:
-            return True  # nobody wants what comes of it
         nbytes = max(entry.nbytes, nbytes)
         free = self.budget - sum(each.nbytes for each in self._entries.values() if each is not entry)
         while free < nbytes:
@@ -152,7 +135,7 @@ class CachePool:
                 return False
             evicted = self._entries.pop(victim)
             free += evicted.nbytes
-            evicted.keys.clear()  # also where a call that waits for room holds it
+            evicted.keys.clear()  # also where a call that is about to begin holds it
             evicted.nbytes = 0
             self.counters.evicted += 1
         self._entries[key] = entry

@@ -19,14 +19,13 @@ from isthmus.backbone.decoding.key_values import KeyValues, cache_bytes
 from isthmus.backbone.decoding.leased_linears import Place
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.backbone.sites.leasing import LeasedLora
-from isthmus.backbone.split.span import SpanInput, check_positions
+from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
 from isthmus.cloud.engine.executor import Executor
 from isthmus.cloud.engine.requests import Kind
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol import messages as m
-from isthmus.protocol.limits import Limits
-from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
+from isthmus.protocol.tensor_codecs import Role, codec_by_id, encode
 
 FAST = Kind("decode", parallel=True, any_size=True, all_threads=True)
 EXACT = Kind("exact decode", parallel=True, any_size=True, all_threads=False)
@@ -42,6 +41,10 @@ class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown
     def __init__(self, have: int) -> None:
         super().__init__(have)
         self.have = have
+
+
+class NoRoom(Exception):  # noqa: N818 - tells whoever asked to ask again, is never shown to anybody
+    """Calls that run use so much of the pool that a step cannot begin now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class DecodeCall:
         session: Whose it is.
         tenant: Whose that is.
         message: What came.
-        limits: What the session accepts.
+        inputs: Checks and decodes what the span is given. Raises ConfigError or ValueError where it does not fit.
         leases: Returns what the call's lease has. Raises LookupError where it is not here, ValueError where it is for
             sites that would ask the edge.
     """
@@ -79,13 +82,19 @@ class DecodeCall:
     session: bytes
     tenant: str
     message: m.Decode
-    limits: Limits
+    inputs: Callable[[m.Decode], SpanInput]
     leases: Callable[[m.Decode], Mapping[Place, LeasedLora]]
     spent_ns: int = 0
     _inputs: SpanInput | None = None
     _outputs: list[Tensor] = field(default_factory=list)
     _entry: CacheEntry | None = None
     _leased: Mapping[Place, LeasedLora] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> int:
+        """Token positions of all its steps."""
+        batch, length, _ = self.message.hidden.shape
+        return batch * length
 
     @property
     def key(self) -> Key:
@@ -126,39 +135,33 @@ class DecodeCall:
         yield DecodeStep(self, start, length, tuple(blocks))
 
     def begin(self) -> None:
-        """Check and decode the message, and see to its cache.
+        """Check and decode the message, and find its cache. A call that found no room begins again.
 
         Raises:
             CacheGone: The cache has fewer positions than the call begins with.
             ConfigError: The model is not made for so long a sequence, or for its position ids.
+            LookupError: Its leased weights are not here.
             ValueError: A shape does not fit, or there is never room for it.
         """
-        message, executor, pool = self.message, self.decoding.executor, self.decoding.pool
-        span, (batch, length, width) = executor.host.span, message.hidden.shape
-        if width != span.hidden_size:
-            raise ValueError(
-                f"hidden states of shape {[batch, length, width]} do not fit [batch, sequence, {span.hidden_size}]"
-            )
-        positions = None if message.position_ids is None else decode(message.position_ids, limits=self.limits).long()
-        check_positions(span.longest, message.start + length, positions)
-        if self.nbytes > pool.budget:
+        message, decoding = self.message, self.decoding
+        batch, length, _ = message.hidden.shape
+        if self._inputs is None:
+            # A copy, as the message's place in memory is no multiple of 64, where a product of one row has other bits.
+            self._inputs = self.decoding.executor.owned(self.inputs(message))
+        if self.nbytes > decoding.pool.budget:
             raise ValueError(
                 f"the keys and values of {batch} x {message.start + length} tokens take {self.nbytes} bytes, and this "
-                f"cloud keeps {pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter texts at "
-                "a time"
+                f"cloud keeps {decoding.pool.budget} of all sessions (serve --cache-bytes): generate fewer or shorter "
+                "texts at a time"
             )
-        if message.blocks and self.decoding.decode_pass.rows is None:
+        if message.blocks and decoding.decode_pass.rows is None:
             raise ValueError(
                 "this cloud cannot decode exactly: its products depend on what else they compute; ask for fast decoding"
             )
         self._leased = self.leases(message)
-        hidden = decode(message.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
-        mask = None if message.attention_mask is None else decode(message.attention_mask, limits=self.limits)
-        # A copy, as the message's place in memory is no multiple of 64, where a product of one row has other bits.
-        self._inputs = SpanInput(hidden.to(span.device, span.dtype, copy=True), mask, positions)
         self._entry = self._cache()
 
-    def settle(self) -> None:
+    def trim_cache(self) -> None:
         """There is room: bring the cache to where the call begins.
 
         Raises:
@@ -279,10 +282,11 @@ def run_step(step: DecodeStep) -> m.Message | None:
 
 
 def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
-    """Compute steps of different sessions in as few passes as there is room for.
+    """Compute steps of different sessions in one pass, those that there is room for.
 
     Returns:
-        For each the answer to its call where it was the last step, None where there are further ones, or an error.
+        For each the answer to its call where it was the last step, None where there are further ones, or an error:
+        `NoRoom` where it is to be asked for again.
     """
     outcomes: dict[int, Outcome] = {}
     for at, step in enumerate(steps):
@@ -291,22 +295,20 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
                 step.call.begin()
             except Exception as error:  # noqa: BLE001  # this session's error is no other's
                 outcomes[at] = error
-    waiting = [at for at in range(len(steps)) if at not in outcomes]
-    pool = steps[0].call.decoding.pool
-    while waiting:
-        wanted = [(call.key, call.entry, call.nbytes) for call in (steps[at].call for at in waiting)]
-        taken = [waiting[place] for place in pool.acquire(wanted)]
-        waiting = [at for at in waiting if at not in taken]
-        for at in taken:
-            try:
-                if steps[at].first == 0:
-                    steps[at].call.settle()
-            except CacheGone as gone:
-                steps[at].call.fail()
-                outcomes[at] = gone
-        ready = [at for at in taken if at not in outcomes]
-        if ready:
-            outcomes.update(zip(ready, _run_pass([steps[at] for at in ready]), strict=True))
+    begun = [at for at in range(len(steps)) if at not in outcomes]
+    wanted = [(call.key, call.entry, call.nbytes) for call in (steps[at].call for at in begun)]
+    roomy = [begun[place] for place in steps[0].call.decoding.pool.acquire(wanted)]
+    outcomes.update((at, NoRoom()) for at in begun if at not in roomy)
+    for at in roomy:
+        try:
+            if steps[at].first == 0:
+                steps[at].call.trim_cache()
+        except Exception as error:  # noqa: BLE001  # as above
+            steps[at].call.fail()
+            outcomes[at] = error
+    ready = [at for at in roomy if at not in outcomes]
+    if ready:
+        outcomes.update(zip(ready, _run_pass([steps[at] for at in ready]), strict=True))
     return [outcomes[at] for at in range(len(steps))]
 
 

@@ -35,7 +35,7 @@ class Kind:
         name: Also names what the time that a token position takes is measured for.
         parallel: Whether such a batch may be computed beside another one. All else is left to the first compute
             thread.
-        any_size: Whether a request may share a batch though products of so few positions have other bits in company.
+        any_size: Whether a request may share a batch though products of so few positions depend on it.
         all_threads: Whether a request that is alone has all of torch's threads; None for where its bits do not depend
             on that, by their number of positions.
     """
@@ -63,6 +63,7 @@ class Request(Generic[R]):
         positions: Token positions that it computes; 0 for none.
         deadline: When it has to be done, on the engine's clock; None for whenever.
         continues: Whether its positions have been counted against the tenant's rate before.
+        counted: Token positions that count against the rate; None for its own.
         nbytes: Memory that it takes while it is computed.
         keeps_bytes: Memory of the forward state that it leaves for a later backward.
         future: Its result.
@@ -80,6 +81,7 @@ class Request(Generic[R]):
     positions: int = 0
     deadline: float | None = None
     continues: bool = False
+    counted: int | None = None
     nbytes: int = 0
     keeps_bytes: int = 0
     future: Future[R] = field(default_factory=Future)

@@ -301,7 +301,7 @@ class Scheduler:
             tenant.charge(charge)  # what it takes in fact is charged at its end
             self._running[request.session] = request, charge
             if tenant.share.positions_per_second is not None and not request.continues:
-                tenant.budget -= request.positions
+                tenant.budget -= request.positions if request.counted is None else request.counted
 
     def _at_work(self, now: float) -> dict[str, dict[bytes, int]]:
         """See `Snapshot`."""

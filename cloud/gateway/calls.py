@@ -304,8 +304,8 @@ class SessionCalls:
         """Have a message handled where it belongs: on a compute thread, or on one for files."""
         message = received.message
         if isinstance(message, m.Decode):
-            request = partial(self._request, deadline=self._on_engine(due))
-            return await decoded(message, received.body, self._work, self._calls.engine, request)
+            engine, deadline = self._calls.engine, self._on_engine(due)
+            return await decoded(message, received.body, self._work, engine, self._request, deadline)
         if not isinstance(message, FILE_MESSAGES):
             return await asyncio.wrap_future(self._submit(received, due))
         share = self._calls.share(self._session.tenant)  # which is for the event loop alone to ask

@@ -7,16 +7,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from isthmus.cloud.decoding.decode_calls import DecodeCall, run_step, run_steps
+from isthmus.cloud.decoding.decode_calls import DecodeCall, NoRoom, run_step, run_steps
 from isthmus.cloud.engine.engine import Engine
 from isthmus.cloud.engine.requests import Request
+from isthmus.cloud.engine.scheduler import POLL_SECONDS
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.protocol import messages as m
 from isthmus.protocol.secure.framing import wipe
 
 
 async def decoded(
-    message: m.Decode, body: bytearray, work: TenantSession, engine: Engine, request: Callable[..., Request[Any]]
+    message: m.Decode,
+    body: bytearray,
+    work: TenantSession,
+    engine: Engine,
+    request: Callable[..., Request[Any]],
+    deadline: float | None,
 ) -> m.Message | None:
     """Have a decode call answered, step by step; steps of others share its passes, or come in between.
 
@@ -26,21 +32,25 @@ async def decoded(
         work: Whose call it is.
         engine: Computes the steps.
         request: Makes a request of the session.
+        deadline: By when it has to begin, on the engine's clock; None for whenever.
     """
     call: DecodeCall | None = None
     try:
         call = work.decode_call(message)
         answer: m.Message | None = None
         for step in call.steps():
-            wanted = request(
+            make = partial(
+                request,
                 partial(run_step, step),
                 kind=call.kind,
                 item=step,
                 run_batch=run_steps,
                 positions=step.positions,
                 nbytes=step.nbytes,
+                # What has begun goes on: its cache is in use until its end.
+                **({"continues": True} if step.first else {"counted": call.positions, "deadline": deadline}),
             )
-            answer = await asyncio.wrap_future(engine.submit(wanted))
+            answer = await _with_room(engine, make)
         return answer
     except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
         return work.refusal(message, error)
@@ -48,3 +58,12 @@ async def decoded(
         if call is not None:
             call.fail()  # where it was given up in the middle
         wipe(body)
+
+
+async def _with_room(engine: Engine, make: Callable[[], Request[m.Message | None]]) -> m.Message | None:
+    """Have a step computed once there is room for its cache. Meanwhile it holds no room itself, and no thread."""
+    while True:
+        try:
+            return await asyncio.wrap_future(engine.submit(make()))
+        except NoRoom:
+            await asyncio.sleep(POLL_SECONDS)

@@ -33,7 +33,7 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, MessageError, NonFiniteError, PlanError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
-from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
+from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode, encode
 
 _EMPTY = {
     m.FileSet.PARTS: "the cloud offers no parts of its model: ask its owner",
@@ -155,16 +155,14 @@ class TenantSession:
         """A decode call, which is computed in steps. The event loop may ask.
 
         Raises:
-            ValueError: it has too many tokens.
+            ValueError: it has too many tokens, or a step takes too much memory.
         """
-        batch, length, _ = message.hidden.shape
-        if batch * length > self.max_tokens:
-            raise ValueError(
-                f"{batch} x {length} tokens in one call; this cloud takes at most {self.max_tokens}: "
-                "send less at a time"
-            )
-        tenant = self.adapters.tenant.name
-        return DecodeCall(self.decoding, self.session_id, tenant, message, self.limits, self.calls.lists.leased_at)
+        self._check_tokens(message.hidden)
+        tenant, inputs = self.adapters.tenant.name, partial(self._inputs, sent=message.inputs, before=message.start)
+        call = DecodeCall(self.decoding, self.session_id, tenant, message, inputs, self.calls.lists.leased_at)
+        for step in call.steps():
+            self._check_needed(step.nbytes, message.hidden, self.executor.compute_bytes)
+        return call
 
     # Calls ------------------------------------------------------------------------------------------------------------
 
@@ -291,38 +289,54 @@ class TenantSession:
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
-    def _inputs(self, message: m.Forward | m.Backward, sent: m.SpanInputs) -> SpanInput:
-        """The span's inputs, checked and decoded: a forward's own, or those that a backward has sent again."""
+    def _inputs(self, message: m.Forward | m.Backward | m.Decode, sent: m.SpanInputs, before: int = 0) -> SpanInput:
+        """The span's inputs, checked and decoded: a call's own, or those that a backward has sent again.
+
+        Args:
+            before: token positions that a decode call has in its cache.
+        """
         batch, sequence, width = sent.hidden.shape
         if width != self.hidden_size:
             raise ValueError(
                 f"hidden states of shape {[batch, sequence, width]} do not fit [batch, sequence, {self.hidden_size}]"
             )
+        self._check_tokens(sent.hidden)
+        positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
+        check_positions(self.executor.host.span.longest, before + sequence, positions)
+        if not isinstance(message, m.Decode):
+            self._check_memory(message)
+        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
+        mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
+        return SpanInput(hidden, mask, positions)
+
+    def _check_tokens(self, hidden: Payload) -> None:
+        """Check that a call has no more tokens than this cloud takes at a time. Raises ValueError."""
+        batch, sequence, _ = hidden.shape
         if batch * sequence > self.max_tokens:
             raise ValueError(
                 f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
                 "send less at a time"
             )
-        positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
-        check_positions(self.executor.host.span.longest, sequence, positions)
-        self._check_memory(message)
-        hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
-        mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
-        return SpanInput(hidden, mask, positions)
+
+    def _check_needed(self, needed: int, hidden: Payload, most: float, pausing: str = "") -> None:
+        """Check that a call can be computed within so many bytes of memory. Raises ValueError."""
+        self.peak_bytes = max(self.peak_bytes, needed)
+        if needed > most:
+            batch, sequence, _ = hidden.shape
+            raise ValueError(
+                f"a call of {batch} x {sequence} tokens takes about {needed} bytes of memory, and this cloud "
+                f"computes within {self.executor.compute_bytes:.0f}{pausing}: send fewer or shorter sequences at a time"
+            )
 
     def _check_memory(self, message: m.Forward | m.Backward) -> None:
         """Check that a call can be computed within the worker's memory, and its answer be sent. Raises ValueError."""
         shape = self._call_shape(message)
         if shape is None:
             return
-        needed = self._most_bytes(shape)
-        self.peak_bytes = max(self.peak_bytes, needed)
-        if needed > self.executor.compute_bytes / (2 if message.sites else 1):
-            pausing = ", half of it for one that may pause" if message.sites else ""
-            raise ValueError(
-                f"a call of {shape.batch} x {shape.length} tokens takes about {needed} bytes of memory, and this cloud "
-                f"computes within {self.executor.compute_bytes:.0f}{pausing}: send fewer or shorter sequences at a time"
-            )
+        hidden = message.hidden if isinstance(message, m.Forward) else message.gradient
+        pausing = ", half of it for one that may pause" if message.sites else ""
+        most = self.executor.compute_bytes / (2 if message.sites else 1)
+        self._check_needed(self._most_bytes(shape), hidden, most, pausing)
         if isinstance(message, m.Forward) and message.sites:
             self._check_answer(message, shape)
 

@@ -21,6 +21,7 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance
 from isthmus.backbone.runtime.site_host import SiteHost
 from isthmus.backbone.split.span import load_span
 from isthmus.cloud.bounds import EngineOptions
+from isthmus.cloud.decoding.decode_calls import EXACT, FAST
 from isthmus.cloud.engine import engine as engine_module
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import Engine, start_engine
@@ -298,3 +299,24 @@ def test_without_batching_nothing_is_measured_shared_or_held_back(executor: Exec
     assert (found.invariance, found.threads_of_a_call, len(found._threads)) == (None, 2, 1)
     assert (limits.smallest, limits.max_wait) == (float("inf"), 0.0)
     found.shutdown(cancel=True)
+
+
+def test_decode_steps_have_all_threads_when_alone_unless_they_are_exact(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "measure_batch_invariance", lambda *_: BatchInvariance(4, 12))
+    engine = start_engine(executor, 2, EngineOptions())
+    seen = {}
+    for name, kind, positions in (
+        ("fast", FAST, 1),
+        ("exact", EXACT, 1),
+        ("exact prompt", EXACT, 64),
+        ("training", Kind("forward", parallel=True), 64),
+        ("short training", Kind("forward", parallel=True), 8),
+    ):
+        request = Request(
+            name, name.encode(), Share(), torch.get_num_threads, kind=kind, positions=positions, interactive=True
+        )
+        seen[name] = engine.submit(request).result()
+    engine.shutdown(cancel=True)
+    assert seen == {"fast": 2, "exact": 1, "exact prompt": 1, "training": 2, "short training": 1}

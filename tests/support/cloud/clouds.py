@@ -108,6 +108,7 @@ class ThreadServer:
         batching: bool = True,
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
+        threads: int = 1,
     ) -> None:
         if not batching:
             bounds = bounds or Bounds()
@@ -122,7 +123,7 @@ class ThreadServer:
             cloud,
             IdentityFiles(home.folder, now=lambda: 0.0),
             EdgesFile(home.folder),
-            1,
+            threads,
             next_stage,
             bounds=bounds,
             clock=clock,
