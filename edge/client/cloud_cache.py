@@ -29,7 +29,7 @@ from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
 LOSSES = 8
-"""Times in a row that the cloud may lose a cache while it is filled again, before the edge gives up."""
+"""Times that the cloud may lose a cache in one call. Each costs a replay, so a cloud that goes on so is of no use."""
 
 
 class CloudCaches:
@@ -62,7 +62,7 @@ class CloudCaches:
         """
         if not self._free:
             raise UnsupportedCallError(
-                f"a link has {m.MAX_CACHES} caches at a time: let go of those of texts that are finished"
+                f"a link has {m.MAX_CACHES} caches at a time: release those of texts that are finished"
             )
         number = min(self._free)
         self._free.remove(number)
@@ -78,7 +78,7 @@ class CloudCache:
         self.version: Any = None
         self._caches, self._number, self._exact = caches, number, exact
         self._history = HiddenHistory()
-        self._blocks: list[int] = []  # how many tokens attended at once, of all that are there
+        self._blocks: list[int] = []  # exact: how many tokens attended at once, of all that are there
         self._rows: Tensor | None = None  # those that the next call goes on with
         self._valid = 0  # token positions that the cloud has, if it has lost none, and that are good
 
@@ -110,9 +110,10 @@ class CloudCache:
             )
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         self._history.append(hidden, position_ids)
-        self._blocks += _blocks(length, m.MAX_BLOCK // len(hidden) if not start else 1)
+        if self._exact:
+            self._blocks += _blocks(length, 1 if start else m.MAX_BLOCK)
         try:
-            output = self._sent(start, mask, SiteCall(sites, keep=False) if sites else None)
+            output = self._sent(start, hidden.shape[2], mask, SiteCall(sites, keep=False) if sites else None)
         except BaseException:
             self.crop(start)
             raise
@@ -122,10 +123,12 @@ class CloudCache:
         """Forget what comes after so many positions."""
         self._history.crop(length)
         self._valid = min(self._valid, length)
+        if not length:
+            self._rows = None
         left = length
         for at, size in enumerate(self._blocks):
             if size >= left:
-                if self._exact and 0 < left < size:
+                if 0 < left < size:
                     self._valid = 0  # a shorter block attends in another way
                 self._blocks[at:] = [left] * bool(left)
                 break
@@ -137,7 +140,7 @@ class CloudCache:
         self._history.select(rows)
         self._rows = rows if self._rows is None else self._rows[rows]
 
-    def _sent(self, start: int, mask: Tensor | None, sites: SiteCall | None) -> Tensor:
+    def _sent(self, start: int, width: int, mask: Tensor | None, sites: SiteCall | None) -> Tensor:
         """Send the tokens from `start` on, and those before that the cloud has lost; the output of the former."""
         outputs: dict[int, Tensor] = {}
         at, stop, losses, number = min(start, self._valid), self.length, 0, next(self._caches.numbers)
@@ -160,7 +163,7 @@ class CloudCache:
                 continue  # under the same number: a stage that has taken the rows does not take them again
             number, self._rows, self._valid = next(self._caches.numbers), None, end
             codec, limits = self._caches.codecs().forward_down, edge_limits(self._caches.keeper.info)
-            shape = torch.Size((self.rows, end - at, reply.hidden.shape[2]))
+            shape = torch.Size((self.rows, end - at, width))
             output = decode_as(reply.hidden, shape, codec, limits, "the output of the cloud's layers")
             if end > start:
                 outputs[max(at, start)] = output[:, max(0, start - at) :]
@@ -200,11 +203,14 @@ class CloudCache:
         """Where a call that begins at a token ends: at the last token, or before the cloud's limit for one call."""
         most = self._caches.keeper.info.limits.max_tokens_per_call
         end = min(stop, at + most // self.rows)
-        if end < stop and self._exact:
-            end = max(each for each in itertools.accumulate(self._blocks_of(at, stop), initial=at) if each <= end)
+        if self._exact:
+            ends = itertools.accumulate(self._blocks_of(at, stop), initial=at)
+            end = max(each for each in itertools.islice(ends, m.MAX_BLOCKS + 1) if each <= end)
         if end == at:
+            least = next(self._blocks_of(at, stop)) if self._exact else 1
             raise RefusedError(
-                f"{self.rows} texts at a time are more than the cloud takes ({most} tokens in one call): generate fewer"
+                f"{self.rows} x {least} tokens have to be computed at once, and the cloud takes {most} in one call: "
+                "generate fewer texts at a time, or decode fast"
             )
         return end
 
@@ -220,7 +226,6 @@ class CloudCache:
 
 def _blocks(length: int, most: int) -> Iterator[int]:
     """How tokens attend in an exact call: a prompt in blocks, what follows one by one."""
-    most = max(1, most)
     yield from [most] * (length // most)
     if length % most:
         yield length % most

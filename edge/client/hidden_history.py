@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -36,6 +37,7 @@ class HiddenHistory:
     rows: int = 0
     _chunks: list[_Chunk] = field(default_factory=list)
     _file: IO[bytes] | None = None
+    _close: Callable[[], object] | None = None  # of the file; called by itself when the history is gone
 
     def append(self, hidden: Tensor, positions: Tensor | None) -> None:
         """Add the next tokens, `[B, S, h]`, and their positions `[B or 1, S]`.
@@ -48,18 +50,20 @@ class HiddenHistory:
         chunk = _Chunk(hidden.detach().cpu(), positions)
         self.rows, self.length = len(hidden), self.length + hidden.shape[1]
         self._chunks.append(chunk)
-        if sum(each.nbytes for each in self._chunks) > self.memory_bytes:
-            self._spill()
+        self._spill_over()
 
     def take(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Hidden states and positions of the tokens from `start` on and before `stop`."""
-        hidden, positions, at = list[Tensor](), list[Tensor | None](), 0
-        for chunk in self._chunks:
-            part = slice(max(0, start - at), max(0, stop - at))
-            if part.start < chunk.length and part.stop > 0:
-                hidden.append(self._read(chunk)[:, part])
-                positions.append(None if chunk.positions is None else chunk.positions[:, part])
-            at += chunk.length
+        hidden, positions, end = list[Tensor](), list[Tensor | None](), self.length
+        for chunk in reversed(self._chunks):  # mostly the last one alone is wanted
+            begin = end - chunk.length
+            if begin < stop:
+                part = slice(max(0, start - begin), stop - begin)
+                hidden.insert(0, self._read(chunk, self._file)[:, part])
+                positions.insert(0, None if chunk.positions is None else chunk.positions[:, part])
+            if begin <= start:
+                break
+            end = begin
         known = [each for each in positions if each is not None]
         if len(known) < len(positions):
             return torch.cat(hidden, dim=1), None
@@ -67,34 +71,40 @@ class HiddenHistory:
         return torch.cat(hidden, dim=1), torch.cat([each.expand(rows, -1) for each in known], dim=1)
 
     def crop(self, length: int) -> None:
-        """Forget what comes after so many tokens."""
+        """Forget what comes after so many tokens; of none, also how many sequences there are."""
         while self.length > length:
             last = self._chunks.pop()
             left = last.length - (self.length - length)
             self.length -= last.length
             if left > 0:
-                hidden, positions = self._read(last)[:, :left], last.positions
+                hidden, positions = self._read(last, self._file)[:, :left], last.positions
                 self._chunks.append(_Chunk(hidden, None if positions is None else positions[:, :left]))
                 self.length += left
+        if not self.length:
+            self.rows = 0
 
     def select(self, rows: Tensor) -> None:
         """Go on with these sequences, in this order."""
         self.rows = len(rows)
-        chunks, self._chunks = self._chunks, []
-        for chunk in chunks:
+        before = self._chunks
+        old, self._file, self._chunks, close = self._file, None, [], self._close
+        for chunk in before:
             positions = chunk.positions
             if positions is not None and len(positions) > 1:
                 positions = positions[rows]
-            self._chunks.append(_Chunk(self._read(chunk)[rows], positions))
-        if sum(each.nbytes for each in self._chunks) > self.memory_bytes:
-            self._spill()
+            self._chunks.append(_Chunk(self._read(chunk, old)[rows], positions))
+            self._spill_over()
+        if close is not None:  # a new file has what does not fit into memory
+            close()
 
-    def _spill(self) -> None:
-        """Write what is in memory to the file."""
+    def _spill_over(self) -> None:
+        """Where more is in memory than may be, write it to the file."""
+        if sum(each.nbytes for each in self._chunks) <= self.memory_bytes:
+            return
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="isthmus-")  # noqa: SIM115 - closed when nobody needs it
-                weakref.finalize(self, self._file.close)
+                self._close = weakref.finalize(self, self._file.close)
             for chunk in self._chunks:
                 if chunk.hidden is not None:
                     offset = self._file.seek(0, 2)
@@ -106,13 +116,14 @@ class HiddenHistory:
                 f"{error.strerror}; make room, or set TMPDIR"
             ) from error
 
-    def _read(self, chunk: _Chunk) -> Tensor:
+    @staticmethod
+    def _read(chunk: _Chunk, file: IO[bytes] | None) -> Tensor:
         if chunk.hidden is not None:
             return chunk.hidden
-        if self._file is None:
+        if file is None:
             raise RuntimeError("a chunk that is nowhere")
-        self._file.seek(chunk.place)
-        raw = np.frombuffer(bytearray(self._file.read(chunk.size)), dtype=np.uint8)
+        file.seek(chunk.place)
+        raw = np.frombuffer(bytearray(file.read(chunk.size)), dtype=np.uint8)
         return torch.from_numpy(raw).view(chunk.dtype).view(chunk.shape)
 
 

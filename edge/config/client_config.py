@@ -140,5 +140,7 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     """What `edge generate` needs."""
 
     deadline: float | None = Field(
-        None, gt=0, description="Seconds that the cloud may take for a token; if it cannot, the command ends."
+        None,
+        gt=0,
+        description="Seconds within which each call to the cloud must begin to be computed; else the command ends.",
     )

@@ -1,4 +1,4 @@
-"""Exact decoding: a token has the same bits alone, in company, verified with a draft, and after a replay."""
+"""Exact decoding: a token has the same bits alone, batched with others, verified with a draft, and after a replay."""
 
 from __future__ import annotations
 

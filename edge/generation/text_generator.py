@@ -162,10 +162,10 @@ def text_generator(link: Link, settings: GenerateConfig, adapter: Path | None) -
     tokenizer = link.load_tokenizer()
     model = load_adapted(link, adapter, plugged=settings.plugged, leased=settings.leased).eval()
     with ExitStack() as stack:
+        if settings.draft != "none":  # before the model is exact, which its copy in the draft need not be
+            stack.enter_context(drafting(model, _draft(settings.draft, model, link)))
         if settings.exact:
             stack.enter_context(exact_decoding(link, model))
-        if settings.draft != "none":
-            stack.enter_context(drafting(model, _draft(settings.draft, model, link)))
         yield TextGenerator(model, tokenizer, settings)
 
 

@@ -8,31 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.clouds import Home, ThreadServer
 from support.cloud.packages import tiny_package
-from support.models.tiny import PAD, tiny_checkpoint
+from support.models.tiny import PAD
 from torch import Tensor
 
 from isthmus.cloud.session.served_model import Served
 from isthmus.edge.drafts import EmulatorDraft, FixedLength, NgramDraft, drafting
 from isthmus.edge.generation.exact import exact_decoding
 
+pytestmark = pytest.mark.usefixtures("cache_folder")
 NEW = 24
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("drafts") / "model")
-
-
-@pytest.fixture(scope="module")
-def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return served(model, tmp_path_factory.mktemp("parts") / "parts")
-
-
-@pytest.fixture(autouse=True)
-def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
 
 
 def text(model: Any) -> tuple[Tensor, Tensor]:
@@ -50,9 +36,9 @@ def text(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_one_round_trip_a_round(cloud: Served, model: Path, tmp_path: Path, exact: bool) -> None:
-    package = tiny_package(tmp_path / "package", model, keep=0.75)
-    with ThreadServer(cloud, Home(tmp_path)) as server, server.link() as link, contextlib.ExitStack() as stack:
+def test_one_round_trip_a_round(tiny_cloud: Served, tiny_model: Path, tmp_path: Path, exact: bool) -> None:
+    package = tiny_package(tmp_path / "package", tiny_model, keep=0.75)
+    with ThreadServer(tiny_cloud, Home(tmp_path)) as server, server.link() as link, contextlib.ExitStack() as stack:
         link.open(5)
         edge = link.load_model()
         drafts = [NgramDraft(FixedLength(3)), EmulatorDraft.open(package.folder, edge, rule=FixedLength(3))]
