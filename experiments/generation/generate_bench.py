@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
 from isthmus.backbone.decoding.key_values import KeyValues
@@ -39,8 +40,8 @@ CONTEXTS = (37, 80, 120, 160, 200, 250, 300, 340)
 """Tokens that the sessions of the span's measurement have in their caches: of chats that have gone on for a while."""
 VERIFIED = 9
 """Tokens that are verified at once: a draft of eight and the token before it."""
-COMPANY = 7
-"""Other edges that generate while exact texts are compared."""
+OTHERS = 7
+"""Further edges that decode exactly while exact texts are compared."""
 EXACT_PROMPTS = 4
 """Prompts whose exact bits are compared in all four ways."""
 
@@ -64,8 +65,9 @@ def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
         `tokens_ratio_exact`: tokens per second over one process's, the median over the prompts; of the span alone, in
         fp32 and bf16, `span_batched_over_serial`: eight sessions one by one over a step of all, `exact_over_fast`: a
         step of one session, and `verify9_ratio`: nine tokens of one session over one; `batched_over_serial`: tokens per
-        second of eight edges at a time over those of one after another, and `batched_bound`, what is possible with
-        their own share of the work, `edge_share`, where no core idles.
+        second of eight edges at a time over those of one after another, and `batched_bound`, which is
+        `1 / (e + (1 - e) / b)` of their own share `e` of the work, `edge_share`, and what the span gains, `b`, were the
+        edges' shares done one after another. They share two cores, so more is possible.
     """
     with torch_threads(settings.threads):
         found = _against_one_process(settings, folder / "compared")
@@ -91,7 +93,7 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
         for parameter in whole.parameters():
             parameter.data = parameter.data.clone()
         split = link.load_model().eval()
-        prompts = [_ids(tokenizer, prompt) for prompt in PROMPTS[: settings.prompts]]
+        prompts = list(_prompts(tokenizer, settings.prompts))
         same, same_exact, bits, ratios, ratios_exact = [], [], [], [], []
         with stderr_progress("prompts", len(prompts)) as advance:
             for number, ids in enumerate(prompts):
@@ -119,13 +121,15 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
     }
 
 
-def _ids(tokenizer: Any, prompt: str) -> Tensor:
-    """A prompt in the model's chat template, where it has one: token ids `[1, S]`."""
-    if tokenizer.chat_template is None:
-        return torch.tensor([tokenizer(prompt)["input_ids"]])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+def _prompts(tokenizer: Any, count: int) -> Iterator[Tensor]:
+    """Token ids `[1, S]` of prompts, in the model's chat template, where it has one."""
+    with ChatTemplate(tokenizer) as template:
+        for prompt in PROMPTS[:count]:
+            text, special = prompt, True
+            if template.exists:
+                text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+                special = False  # the template has put them there
+            yield torch.tensor([tokenizer(text, add_special_tokens=special)["input_ids"]])
 
 
 def text_of(model: Any, ids: Tensor, tokens: int, **options: Any) -> Text:
@@ -169,8 +173,12 @@ class _Cuts:
 
 def _exact_in_every_way(
     link: Link, model: Any, cloud: LocalCloud, prompts: Sequence[Tensor], tokens: int
-) -> dict[str, bool]:
-    """Whether exact texts have the bits of those that are generated alone: in company, with drafts, and replayed."""
+) -> dict[str, Any]:
+    """Whether exact texts have the bits of those that are generated alone: batched, with drafts, and replayed.
+
+    Until the other edges decode, each exact step has a pass of its own. So `calls_per_pass`, the mean over all passes
+    of this cloud, is above 1 only where the comparison among eight has shared passes.
+    """
     alone = [_exactly(link, model, ids, tokens) for ids in prompts]
 
     def same(texts: Sequence[Text]) -> bool:
@@ -178,35 +186,35 @@ def _exact_in_every_way(
 
     drafts = [_exactly(link, model, ids, tokens, prompt_lookup_num_tokens=4) for ids in prompts]
     replayed = [_exactly(link, model, ids, tokens, streamer=_Cuts(link)) for ids in prompts]
-    with _company(cloud, prompts[0]):
+    with _others_decoding(cloud, prompts[0]):
         among = [_exactly(link, model, ids, tokens) for ids in prompts]
-    return {"among_eight": same(among), "drafts": same(drafts), "replay": same(replayed)}
+    return {
+        "among_eight": same(among),
+        "calls_per_pass": cloud.status()["calls_per_pass"],
+        "drafts": same(drafts),
+        "replay": same(replayed),
+    }
 
 
-class _company:  # noqa: N801 - reads as a statement
-    """Other edges that generate meanwhile, again and again."""
+@contextmanager
+def _others_decoding(cloud: LocalCloud, ids: Tensor) -> Iterator[None]:
+    """Let other edges decode exactly meanwhile, again and again."""
+    over = threading.Event()
 
-    def __init__(self, cloud: LocalCloud, ids: Tensor) -> None:
-        self._cloud, self._ids = cloud, ids
-        self._over = threading.Event()
+    def drive(process: TaskProcess) -> None:
+        while not over.is_set():
+            process.ask({"ids": ids[0].tolist(), "tokens": 16, "exact": True})
 
-    def __enter__(self) -> None:
-        self._stack = ExitStack()
-        processes = list(_edges(self._cloud, COMPANY, self._stack))
-
-        def drive(process: TaskProcess) -> None:
-            while not self._over.is_set():
-                process.ask({"ids": self._ids[0].tolist(), "tokens": 16})
-
-        self._threads = [threading.Thread(target=drive, args=(process,)) for process in processes]
-        for thread in self._threads:
+    with ExitStack() as stack:
+        threads = [threading.Thread(target=drive, args=(process,)) for process in _edges(cloud, OTHERS, stack)]
+        for thread in threads:
             thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        self._stack.close()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
 
 
 def _edges(cloud: LocalCloud, count: int, stack: ExitStack, codec: str = "fp32") -> Iterator[TaskProcess]:
@@ -274,7 +282,7 @@ def _states(span: FrozenSpan, length: int) -> SpanInput:
 
 def _many_edges(settings: GenerateSettings, folder: Path, gain: float) -> dict[str, float]:
     """Eight edges one after another, and all at a time; in turns."""
-    question = {"ids": list(range(5, 37)), "tokens": settings.tokens}
+    question = {"ids": list(range(5, 37)), "tokens": settings.tokens, "exact": False}
     with LocalCloud(folder, settings.model, *_cloud_options(settings)) as cloud, ExitStack() as stack:
         edges = list(_edges(cloud, len(CONTEXTS), stack))
         ratios, shares = [], []

@@ -1,13 +1,15 @@
-"""An edge that generates, in a process of its own: it is asked for texts, and says what they took."""
+"""An edge that generates, in a process of its own: it is asked for texts, fast or exact, and says what they took."""
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Final
 
 import torch
 
 from isthmus.edge.client.link import connect
+from isthmus.edge.generation.exact import exact_decoding
 from isthmus.experiments.harness.processes import Parent, serve
 
 MODULE: Final = "isthmus.experiments.generation.generate_process"
@@ -21,14 +23,15 @@ def _main(parent: Parent) -> None:
         parent.say("ready")
         for question in parent.questions():
             ids = torch.tensor([question["ids"]])
-            begun, cpu = time.perf_counter(), time.process_time()
-            tokens = model.generate(
-                ids,
-                max_new_tokens=question["tokens"],
-                min_new_tokens=question["tokens"],
-                do_sample=False,
-                pad_token_id=0,
-            )
+            with exact_decoding(link, model) if question["exact"] else nullcontext():
+                begun, cpu = time.perf_counter(), time.process_time()
+                tokens = model.generate(
+                    ids,
+                    max_new_tokens=question["tokens"],
+                    min_new_tokens=question["tokens"],
+                    do_sample=False,
+                    pad_token_id=0,
+                )
             parent.say(
                 {
                     "seconds": time.perf_counter() - begun,

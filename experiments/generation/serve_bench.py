@@ -54,7 +54,7 @@ def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
         `first_s` and `between_s` (each p50 and p99), `first_in_time` and `later_in_time` (the share of requests whose
         first token came within 2 s, and all of whose later ones within 0.5 s), and of the cloud's memory
         `cache_bytes`, what it counted for keys and values at the end, and `cache_bytes_measured`, by how much the
-        worker shrank when these were let go.
+        worker shrank when these were released.
     """
     requests = _requests(settings)
     return {
@@ -153,7 +153,7 @@ def _run(settings: ServeSettings, folder: Path, requests: list[TraceRequest], *o
 
 
 def _memory(cloud: LocalCloud, askers: list[TaskProcess], trainers: list[TaskProcess]) -> tuple[int, int]:
-    """What the cloud counts for keys and values, and by how much it shrinks when they are let go, in bytes."""
+    """What the cloud counts for keys and values, and by how much it shrinks when they are released, in bytes."""
     for process in trainers:
         process.finish(60)
     time.sleep(SETTLE_SECONDS)
@@ -174,8 +174,8 @@ def _edge(cloud: LocalCloud, number: int, stack: ExitStack, *, trains: bool) -> 
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"p50": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98]}
 
 
 def _cell(value: Any) -> str:

@@ -23,11 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_bench, "CONTEXTS", (5, 9))
-    monkeypatch.setattr(generate_bench, "COMPANY", 1)
+    monkeypatch.setattr(generate_bench, "OTHERS", 2)
     settings = GenerateSettings(str(model), prompts=4, tokens=8, rounds=3, turns=1, threads=1)
     result = run_generate(settings, tmp_path)
     assert (result["identical"], result["fast_bits_equal"]) == (1.0, True)
-    assert result["exact_bits_equal"] == {"among_eight": True, "drafts": True, "replay": True}
+    exact = dict(result["exact_bits_equal"])
+    assert exact.pop("calls_per_pass") >= 1
+    assert exact == {"among_eight": True, "drafts": True, "replay": True}
     for name in ("tokens_ratio", "tokens_ratio_exact", "batched_over_serial", "batched_bound"):
         assert result[name] > 0
     assert set(result["span_batched_over_serial"]) == set(result["verify9_ratio"]) == {"fp32", "bf16"}
