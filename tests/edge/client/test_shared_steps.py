@@ -55,13 +55,17 @@ def both(cloud: Served, home: Home, work: Callable[[Any, Any, Tensor], Any], **o
     if not keys[1].exists():
         keys[1] = home.new_edge("bob")
     results: dict[int, Any] = {}
+    together = threading.Barrier(2)  # neither session ends before the other one has been there
     with ThreadServer(cloud, home, **options) as server:
 
         def run(number: int) -> None:
             torch.set_num_threads(1)
             with server.link(keys[number]) as link:
                 link.open(5)
-                results[number] = work(link, link.load_model(), PROMPTS[number])
+                model = link.load_model()
+                together.wait(60)
+                results[number] = work(link, model, PROMPTS[number])
+                together.wait(60)
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
         for thread in threads:
