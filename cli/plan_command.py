@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +22,10 @@ Speed = Annotated[
     Path | None,
     typer.Option(help="A file that `isthmus plan --probe --json` wrote; by default this machine is measured."),
 ]
+_NO_DECODING = (
+    "Generation is not predicted, as a file of a measured speed is without decode steps: write it anew with "
+    "`isthmus plan --probe --json`."
+)
 
 
 def plan(
@@ -53,6 +58,17 @@ def plan(
     emulator_keep: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the cloud's layers that an emulator keeps.")
     ] = 0.5,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt of a generated text.")] = 64,
+    draft_layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers of a small draft in the place of the cloud's; by default 3, or all if fewer."),
+    ] = None,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of drafted tokens that are accepted; by default what one model had, as printed."
+        ),
+    ] = None,
     summed: Annotated[bool, typer.Option(help="One gradient per input of the edge's sites, not one per site.")] = False,
     own_layers: Annotated[bool, typer.Option(help="Adapt the edge's layers beside the cloud's.")] = False,
     goal: Annotated[
@@ -61,7 +77,9 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Only measure this machine, for another's plan.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict step time, bytes, memory and FLOPs of every way of training over a link, and recommend one.
+    """Predict what training and generation cost over a link: of every way to train time, bytes, memory and FLOPs.
+
+    It recommends a way to train, and predicts tokens per second with and without drafts.
 
     Only the model's configuration is used. This machine's speed is measured with the model's shapes, which takes some
     seconds for a small model. The cloud counts as a machine like this one unless its speed is given.
@@ -75,6 +93,8 @@ def plan(
     from isthmus.backbone.plan import SplitPlan
     from isthmus.edge.codecs.wire_codecs import WireCodecs
     from isthmus.planner.cost_model import PlanSettings, predict
+    from isthmus.planner.generation_cost import GenerationSettings, predict_generation
+    from isthmus.planner.generation_report import as_tree, draft_table, generation_assumptions, summary
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
     from isthmus.planner.plan_report import assumptions, recommend, rows, table
@@ -100,6 +120,7 @@ def plan(
         summed=summed,
         own_layers=own_layers,
     )
+    generated = GenerationSettings.of(settings.plan, prompt, draft_layers, acceptance)
     edge = _measure(config, facts, here) if edge_speed is None else SpeedProfile.read(edge_speed)
     if cloud_speed is not None:
         cloud = SpeedProfile.read(cloud_speed)
@@ -109,14 +130,29 @@ def plan(
         cloud = _measure(config, facts, ProbeSettings(batch, seq, rank, cloud_dtype, threads))
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
     advice = recommend(costs, goal, positions, edge.memory_bytes)
+    generation = predict_generation(facts, settings, generated, where, edge, cloud)
     notes = assumptions(settings, where, edge, cloud)
+    notes += [_NO_DECODING] if generation is None else generation_assumptions(generated)
     if as_json:
-        typer.echo(json.dumps({"modes": rows(costs, positions), "recommendation": advice, "assumptions": notes}))
+        tree: dict[str, Any] = {"modes": rows(costs, positions), "recommendation": advice, "assumptions": notes}
+        tree["generation"] = None if generation is None else as_tree(generation, generated)
+        typer.echo(json.dumps(tree))
         return
     from rich.console import Console
 
-    Console().print(table(costs, positions))
-    typer.echo("\n".join(["", advice, "", *notes]))
+    console = Console()
+    console.print(table(costs, positions))
+    _print_lines("", advice, "")
+    if generation is not None:
+        _print_lines(summary(generation, generated), "")
+        console.print(draft_table(generation, generated))
+        _print_lines("")
+    _print_lines(*notes)
+
+
+def _print_lines(*lines: str) -> None:
+    for line in lines:
+        typer.echo(textwrap.fill(line, 80))
 
 
 def _measure(config: Any, facts: ModelFacts, settings: ProbeSettings) -> SpeedProfile:

@@ -129,6 +129,20 @@ def predict(
     return _Predictor(facts, settings, link, edge, cloud).all()
 
 
+def wire_seconds(traffic: Traffic, link: LinkSpec, speed: SpeedProfile) -> float:
+    """What traffic takes on a link and in the software at its ends, one message after another.
+
+    Raises:
+        ConfigError: a codec was not measured.
+    """
+    unknown = [codec for codec in traffic.elements if codec not in speed.codec_s]
+    if unknown:
+        raise ConfigError(f"codec {unknown[0]!r} is not among those that were measured: measure the edge again")
+    seconds = link.seconds(traffic.total, traffic.round_trips)
+    seconds += 2 * traffic.round_trips * speed.message_s + traffic.total * speed.byte_s
+    return seconds + sum(count * speed.codec_s[codec] for codec, count in traffic.elements.items())
+
+
 _Group = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Of sites that share an input: widths of what is asked with, of what the sites add, and of the gradients answered."""
 
@@ -339,14 +353,7 @@ class _Predictor:
         return Work(tensors * self._edge.optimizer_s)
 
     def _step(self, edge: Work, cloud: Work, traffic: Traffic) -> StepCost:
-        speed = self._edge
-        unknown = [codec for codec in traffic.elements if codec not in speed.codec_s]
-        if unknown:
-            raise ConfigError(f"codec {unknown[0]!r} is not among those that were measured: measure the edge again")
-        seconds = self._link.seconds(traffic.total, traffic.round_trips)
-        seconds += 2 * traffic.round_trips * speed.message_s + traffic.total * speed.byte_s
-        seconds += sum(count * speed.codec_s[codec] for codec, count in traffic.elements.items())
-        return StepCost(edge, cloud, traffic, seconds)
+        return StepCost(edge, cloud, traffic, wire_seconds(traffic, self._link, self._edge))
 
     def _memory(self, layers: int, graph: int, trained: float) -> float:
         """Bytes of the edge with `layers` decoder layers, `graph` of them with a graph, and `trained` weights."""

@@ -7,6 +7,7 @@ figure is a median. Weights are random; only time is of interest.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -19,17 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from isthmus.backbone.decoding.decode_pass import DecodePass, FastCall
+from isthmus.backbone.decoding.key_values import KeyValues
+from isthmus.backbone.plan import Span
 from isthmus.backbone.sites.ladder_network import LadderSide
-from isthmus.backbone.split.span import DTYPES, empty_layers, run_layers
+from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, empty_layers, run_layers
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import torch_threads
 from isthmus.planner.model_facts import ModelFacts
-from isthmus.planner.speed_profile import ProbeSettings, SpeedProfile
+from isthmus.planner.speed_profile import ITEM_BYTES, VERIFIED, ProbeSettings, SpeedProfile
 from isthmus.planner.wire_probe import measure_wire
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, decode, encode
 
 ROUNDS = 7
 LAYERS = 2  # one alone might stay in a cache
+DECODED = {"": 1, "9": VERIFIED}
+"""Tokens of a decode step, by the end of its names."""
+DECODED_BYTES = 128 << 20
+"""Weights of the layers of a decode step, which reads each once: more than a processor's cache holds."""
 ADAPTERS = 16
 RUNGS = 4
 
@@ -54,8 +62,13 @@ def measure(
     with torch_threads(settings.threads):
         layers, kept = _layers(config, facts, settings)
         codecs = [_codec(codec, facts.hidden, settings) for codec in ACTIVATION_CODECS]
-        others = [_head(facts, settings), _adapters(facts, settings), _ladder(facts, settings)]
-        seconds = _medians([layers, *others, *codecs], advance)
+        others = [
+            _head(facts, settings),
+            _decoding(config, facts, settings),
+            _adapters(facts, settings),
+            _ladder(facts, settings),
+        ]
+        seconds = _medians([layers, _decoding(config, facts, settings), *others, *codecs], advance)
         message_s, byte_s = measure_wire()
     return SpeedProfile(
         **asdict(settings),
@@ -73,6 +86,10 @@ def measure(
         activation_bytes=kept,
         process_bytes=process,
         memory_bytes=memory,
+        decode_layer_s=seconds["decode_layer"],
+        decode_layer9_s=seconds["decode_layer9"],
+        decode_head_s=seconds["decode_head"],
+        decode_head9_s=seconds["decode_head9"],
     )
 
 
@@ -90,7 +107,7 @@ def _medians(pieces: Sequence[Piece], advance: Callable[[], None]) -> dict[str, 
 
 def _layers(config: Any, facts: ModelFacts, settings: ProbeSettings) -> tuple[Piece, float]:
     """Decoder layers; and the bytes that one keeps for a backward, per position."""
-    base = _random_layers(config, DTYPES[settings.dtype])
+    base = _random_layers(config, _n_layers(config), DTYPES[settings.dtype])
     shape = (settings.batch, settings.length)
     leaf = torch.randn(*shape, facts.hidden, dtype=DTYPES[settings.dtype], requires_grad=True)
     mask, gradient = torch.ones(shape, dtype=torch.long), torch.randn_like(leaf)
@@ -119,9 +136,9 @@ def _n_layers(config: Any) -> int:
     return min(LAYERS, int(config.num_hidden_layers))
 
 
-def _random_layers(config: Any, dtype: torch.dtype) -> Any:
-    """The model's first layers with random weights."""
-    base = empty_layers(config, range(_n_layers(config)), dtype=dtype, attn_implementation=None)
+def _random_layers(config: Any, count: int, dtype: torch.dtype) -> Any:
+    """The model's first `count` layers with random weights."""
+    base = empty_layers(config, range(count), dtype=dtype, attn_implementation=None)
     for module in list(base.modules()):
         for name, empty in list(module.named_parameters(recurse=False)):
             value = torch.ones(empty.shape) if empty.dim() == 1 else torch.randn(empty.shape) * 0.02
@@ -146,17 +163,45 @@ def _kept_bytes(base: nn.Module, leaf: Tensor, mask: Tensor) -> int:
     return sum(kept.values())
 
 
+def _decoding(config: Any, facts: ModelFacts, settings: ProbeSettings) -> Piece:
+    """The next token of one text, and the next `VERIFIED` at once, with a cache: a layer's share of a pass."""
+    wanted = math.ceil(DECODED_BYTES / (facts.layer_parameters * ITEM_BYTES[settings.dtype]))
+    count, dtype = min(max(LAYERS, wanted), facts.n_layers), DTYPES[settings.dtype]
+    span = FrozenSpan(_random_layers(config, count, dtype), Span(0, count), config, facts.hidden, dtype)
+    decode, cache = DecodePass(span, None), KeyValues(span)
+    inputs = {name: SpanInput(torch.randn(1, tokens, facts.hidden, dtype=dtype)) for name, tokens in DECODED.items()}
+    decode([FastCall(SpanInput(torch.randn(1, settings.length, facts.hidden, dtype=dtype)), cache)])
+
+    def piece() -> dict[str, float]:
+        found = {}
+        for name, given in inputs.items():
+            start = time.perf_counter()
+            decode([FastCall(given, cache)])
+            found[f"decode_layer{name}"] = (time.perf_counter() - start) / count
+            cache.keep(settings.length)
+        return found
+
+    return piece
+
+
 def _head(facts: ModelFacts, settings: ProbeSettings) -> Piece:
-    """LM head and loss, forward and to the hidden states backward."""
+    """LM head and loss, forward and to the hidden states backward; and the head with a greedy choice."""
     dtype, positions = DTYPES[settings.dtype], settings.batch * settings.length
     weight = torch.randn(facts.vocabulary, facts.head_parameters // facts.vocabulary, dtype=dtype) * 0.02
     hidden = torch.randn(positions, weight.shape[1], dtype=dtype, requires_grad=True)
     labels = torch.randint(facts.vocabulary, (positions,))
+    decoded = {name: torch.randn(tokens, weight.shape[1], dtype=dtype) for name, tokens in DECODED.items()}
 
     def piece() -> dict[str, float]:
         start = time.perf_counter()
         torch.autograd.grad(cross_entropy(linear(hidden, weight).float(), labels), hidden)
-        return {"head": (time.perf_counter() - start) / (positions * facts.head_flops)}
+        found = {"head": (time.perf_counter() - start) / (positions * facts.head_flops)}
+        for name, given in decoded.items():
+            start = time.perf_counter()
+            with torch.inference_mode():
+                linear(given, weight).float().argmax(-1)
+            found[f"decode_head{name}"] = time.perf_counter() - start
+        return found
 
     return piece
 

@@ -10,6 +10,10 @@ from isthmus.common.errors import ConfigError
 
 _REMEDY = "write it with `isthmus plan --probe --json` on that machine"
 
+VERIFIED = 9
+"""Tokens of the longer of the two decode steps: a draft of eight and the token before it."""
+_ADDED = frozenset({"decode_layer_s", "decode_layer9_s", "decode_head_s", "decode_head9_s"})
+
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes of a weight, by dtype."""
 
@@ -45,6 +49,11 @@ class SpeedProfile:
         activation_bytes: Bytes that a decoder layer keeps for its backward, per token position.
         process_bytes: Resident memory of a process with all that is imported, before there is any model; 0 if unknown.
         memory_bytes: Memory that is free for a process; 0 if unknown.
+        decode_layer_s: Seconds of a decoder layer for the next token of one text, with `length` tokens in the cache.
+            This and the next three are 0 in files that were written before they were measured.
+        decode_layer9_s: The same for the next `VERIFIED` tokens at once.
+        decode_head_s: Seconds of the LM head and a greedy choice, for one token.
+        decode_head9_s: The same for `VERIFIED` tokens.
     """
 
     batch: int
@@ -66,6 +75,10 @@ class SpeedProfile:
     activation_bytes: float
     process_bytes: int
     memory_bytes: int
+    decode_layer_s: float = 0.0
+    decode_layer9_s: float = 0.0
+    decode_head_s: float = 0.0
+    decode_head9_s: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> SpeedProfile:
@@ -78,8 +91,9 @@ class SpeedProfile:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a measured speed ({error}); {_REMEDY}") from error
-        wanted = {field.name for field in fields(cls)}
-        if not isinstance(tree, dict) or set(tree) != wanted:
+        known = {field.name for field in fields(cls)}
+        wanted = known - _ADDED
+        if not isinstance(tree, dict) or not wanted <= set(tree) <= known:
             raise ConfigError(f"{path} is no measured speed of this version; {_REMEDY}")
         codecs = tree["codec_s"]
         numbers = [value for name, value in tree.items() if name not in {"dtype", "codec_s"}]
@@ -92,3 +106,21 @@ class SpeedProfile:
         if rates:
             raise ConfigError(f"{path} has {rates[0]} = 0; {_REMEDY}")
         return cls(**tree)
+
+    @property
+    def has_decoding(self) -> bool:
+        """Whether decode steps were measured."""
+        return min(self.decode_layer_s, self.decode_layer9_s, self.decode_head_s, self.decode_head9_s) > 0
+
+    def layer_s(self, tokens: int) -> float:
+        """Seconds of a decoder layer for so many tokens of one text at once: a line through what was measured."""
+        return _line(self.decode_layer_s, self.decode_layer9_s, tokens)
+
+    def head_s(self, tokens: int) -> float:
+        """The same of the LM head."""
+        return _line(self.decode_head_s, self.decode_head9_s, tokens)
+
+
+def _line(one: float, several: float, tokens: int) -> float:
+    """What `tokens` take, from what one and `VERIFIED` take. More tokens never take less."""
+    return one + (tokens - 1) * max(0.0, several - one) / (VERIFIED - 1)

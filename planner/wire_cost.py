@@ -21,6 +21,7 @@ from isthmus.protocol.messages import (
     Backward,
     BackwardReply,
     CallId,
+    Decode,
     Forward,
     ForwardReply,
     Lease,
@@ -91,6 +92,14 @@ class Wire:
         return (
             crossing + self._handled("forward_up", [self.hidden]) + self._handled("forward_down", [self.hidden, *taps])
         )
+
+    def decode(self) -> Traffic:
+        """The next tokens of texts whose cache the cloud has: hidden states and positions up, hidden states down."""
+        up, down = self._payload("forward_up", self.hidden), self._payload("forward_down", self.hidden)
+        positions = Payload(CODECS["int32"].id, Role.INDEX, (1, self.length), (bytes(4 * self.length),))
+        question = Decode(_CALL, 0, 0, (), (), up, None, positions, codec_id(self.codecs.forward_down))
+        crossing = Traffic(frame_bytes(*sizes(question)), frame_bytes(*sizes(ForwardReply(_CALL, down, 0, 0, 0))), 1)
+        return crossing + self._handled("forward_up", [self.hidden]) + self._handled("forward_down", [self.hidden])
 
     def backward(self, *, wanted: bool = True) -> Traffic:
         """The span's backward: a gradient up and, if one is `wanted` below the span, a gradient down."""

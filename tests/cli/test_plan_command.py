@@ -30,7 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Two machines, the cloud's ten times as fast."""
-    machines = {"edge": speed(), "cloud": speed(layer_forward=2e4, layer_backward=1e4, layer_inference=4e4)}
+    decoding = {"decode_layer_s": 0.01, "decode_layer9_s": 0.012, "decode_head_s": 0.02, "decode_head9_s": 0.03}
+    quick = {"layer_forward": 2e4, "layer_backward": 1e4, "layer_inference": 4e4, "decode_layer_s": 0.001}
+    machines = {"edge": speed(**decoding), "cloud": speed(**decoding | quick)}
     paths = {}
     for name, machine in machines.items():
         paths[name] = tmp_path / f"{name}.json"
@@ -82,10 +84,45 @@ def test_options_reach_the_prediction(model: Path, files: dict[str, Path]) -> No
     )
 
 
+def test_generation_is_predicted_with_and_without_drafts(model: Path, files: dict[str, Path]) -> None:
+    found = planned(model, files, "--link", "1gbit,80ms", "--acceptance", "0.7", "--draft-layers", "1")
+    generation = found["generation"]
+    assert generation["edge_s"] == pytest.approx(4 * 0.01 + 0.02)
+    assert generation["cloud_s"] == pytest.approx(2 * 0.001)
+    assert generation["wire_s"] == pytest.approx(0.08, rel=1e-3)
+    none, ngram, small = generation["drafts"]
+    assert none["tokens_per_s"] == pytest.approx(1 / 0.142, rel=1e-3)
+    assert (ngram["draft"], ngram["acceptance"], ngram["acceptance_assumed"]) == ("ngram", 0.7, False)
+    assert (small["draft"], small["layers"]) == ("small", 1)
+    assert ngram["tokens_per_s"] > small["tokens_per_s"] > none["tokens_per_s"]
+    assert any("70% of drafted tokens" in line for line in found["assumptions"])
+    longer = planned(model, files, "--prompt", "128", "--codec", "int8")["generation"]
+    assert longer["prompt_tokens"] == 128
+    assert longer["first_token_s"] > planned(model, files, "--codec", "int8")["generation"]["first_token_s"]
+    assert longer["bytes_up"] < generation["bytes_up"]
+    assert longer["drafts"][2]["layers"] == 2  # by default three, and the cloud has two
+
+
+def test_generation_is_left_out_where_a_speed_is_without_decode_steps(
+    model: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(asdict(speed())))
+    found = planned(model, {**files, "cloud": before})
+    assert found["generation"] is None
+    assert found["modes"]
+    assert "without decode steps" in found["assumptions"][-1]
+    text = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(before))
+    assert "tokens/s" not in text
+
+
 def test_a_person_gets_a_table_and_a_sentence(model: Path, files: dict[str, Path]) -> None:
     text = run(model, "--edge-speed", str(files["edge"]), "--cloud-speed", str(files["cloud"]), "--goal", "privacy")
     assert "s/step" in text
     assert "Use emulator: " in text
+    _, generation = text.split("Generation: ")
+    assert "n-grams" in generation
+    assert max(map(len, generation.splitlines())) <= 80
 
 
 def test_the_probe_s_output_is_what_cloud_speed_takes(
@@ -121,6 +158,8 @@ def test_bad_input_is_refused_before_anything_is_measured(model: Path, files: di
         run(model, "--codec", "zip")
     with pytest.raises(ConfigError, match="x_proj"):
         run(model, "--target-modules", "x_proj")
+    with pytest.raises(ConfigError, match="a draft of 3 layers"):
+        run(model, "--draft-layers", "3")
     with pytest.raises(ConfigError, match="gone"):
         run(model, "--cloud-speed", "gone.json", "--edge-speed", str(files["edge"]))
 

@@ -38,6 +38,7 @@ def test_everything_is_measured(family: str, dtype: str) -> None:
     assert set(found.codec_s) == set(ACTIVATION_CODECS)
     numbers = [value for value in asdict(found).values() if isinstance(value, float)]
     assert all(math.isfinite(value) and value > 0 for value in [*numbers, *found.codec_s.values()])
+    assert found.has_decoding
     assert found.process_bytes > 0
     assert found.memory_bytes > 0
 
@@ -85,6 +86,16 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert SpeedProfile.read(path) == speed(head=123.5)
 
 
+def test_a_profile_from_before_decode_steps_were_measured_reads(tmp_path: Path) -> None:
+    path = tmp_path / "cloud.json"
+    steps = {name: 0.5 for name in asdict(speed()) if name.startswith("decode_")}
+    path.write_text(json.dumps(asdict(speed(**steps))))
+    assert SpeedProfile.read(path).has_decoding
+    path.write_text(json.dumps({name: value for name, value in asdict(speed()).items() if name not in steps}))
+    assert SpeedProfile.read(path) == speed()
+    assert not SpeedProfile.read(path).has_decoding
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,6 +103,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ({"more": 1}, "no measured speed of this version"),
         ({"head": "fast"}, "no number"),
         ({"byte_s": -1.0}, "below 0"),
+        ({"decode_head_s": -1.0}, "below 0"),
         ({"byte_s": math.nan}, "below 0"),
         ({"layer_forward": 0.0}, "layer_forward = 0"),
         ({"codec_s": []}, "no number"),

@@ -13,7 +13,15 @@ from isthmus.protocol.encoding import pack
 from isthmus.protocol.limits import MIB
 from isthmus.protocol.secure.framing import KEY_BYTES, Direction
 from isthmus.protocol.secure.record import Sealer
-from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Payload, Role, codec_id, encode, encode_mask
+from isthmus.protocol.tensor_codecs import (
+    ACTIVATION_CODECS,
+    Payload,
+    Role,
+    codec_id,
+    encode,
+    encode_mask,
+    encode_positions,
+)
 
 CALL = m.CallId(7, 9)
 
@@ -51,6 +59,15 @@ def test_a_call_takes_what_its_real_messages_take(codec: str) -> None:
     assert wire.backward(wanted=False).down == framed(m.BackwardReply(CALL, None, 1, 2, 3, False))
     assert (forward + backward).round_trips == 2
     assert (forward + backward).elements == {codec: 4 * 15 * 96}
+
+
+@pytest.mark.parametrize("codec", ACTIVATION_CODECS)
+def test_a_decode_step_takes_what_its_real_messages_take(codec: str) -> None:
+    up, positions = encode(torch.randn(1, 5, 96), codec, Role.ACTIVATION), encode_positions(torch.arange(5)[None])
+    found = Wire(1, 5, 96, WireCodecs.parse(codec)).decode()
+    assert found.up == framed(m.Decode(CALL, 3, 70, (), (), up, None, positions, codec_id(codec)))
+    assert found.down == framed(m.ForwardReply(CALL, up, 1, 2, 3))
+    assert (found.round_trips, found.elements) == (1, {codec: 2 * 5 * 96})
 
 
 def test_each_direction_has_its_own_codec() -> None:
