@@ -1,4 +1,4 @@
-"""The command `isthmus plan`: what each way of training costs over a link, before anything is set up."""
+"""The command `isthmus plan`: what training and generation cost over a link, before anything is set up."""
 
 from __future__ import annotations
 
