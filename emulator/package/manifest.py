@@ -69,6 +69,9 @@ class Distilled(_Part):
         text: Fingerprint of the public text, SHA-256 (hex) of its tokens.
         error_before: Relative error of the emulator's output on held-out blocks before the first step; bridges may
             have been fitted to some of them, if they were fitted to the same text.
+        kl_before: Mean KL divergence in nats between the full model's next-token distribution and the one with the
+            emulator, on the same blocks; None where the distillation did not use it, as in the other three.
+        agreement_before: Share of the positions where both have the same likeliest token.
     """
 
     steps: Count
@@ -76,6 +79,10 @@ class Distilled(_Part):
     text: Digest
     error_before: float
     error_after: float
+    kl_before: float | None = None
+    kl_after: float | None = None
+    agreement_before: float | None = None
+    agreement_after: float | None = None
 
 
 class Protection(_Part):
@@ -120,6 +127,8 @@ class Manifest(_Part):
         emulator_bytes: Size of the emulator's file.
         middle_bytes: Size of the full middle in the model's own checkpoint.
         licence: The owner's note about what may be done with the package.
+        allow_draft_tuning: The owner's consent that a data owner who drafts with the emulator goes on distilling it
+            while tuning, from the outputs of the full middle that the edge gets anyway.
         protection: What was measured; empty for "not measured".
         files: Every other file of the package.
         created: When the manifest was signed, Unix seconds.
@@ -143,6 +152,7 @@ class Manifest(_Part):
     middle_bytes: Count
     licence: Annotated[str, Field(max_length=MAX_LICENCE)]
     distilled: Distilled | None = None
+    allow_draft_tuning: bool = False
     protection: Annotated[tuple[Protection, ...], Field(max_length=100)] = ()
     files: Annotated[dict[FileName, FileInfo], Field(min_length=1, max_length=64)]
     created: Count

@@ -108,12 +108,14 @@ def write_package(
     signer: WorkerIdentity,
     licence: str,
     distilled: Mapping[str, Any] | None = None,
+    allow_draft_tuning: bool = False,
     now: Callable[[], float] = time.time,
 ) -> Package:
     """Write and sign a package, whole or not at all; it replaces an older one.
 
     Args:
         distilled: The fields of `Distilled`; None without distillation.
+        allow_draft_tuning: See `Manifest`.
 
     Raises:
         CheckpointError: The checkpoint is damaged or incomplete.
@@ -152,6 +154,7 @@ def write_package(
                 middle_bytes=middle_bytes,
                 licence=licence,
                 distilled=None if distilled is None else Distilled.model_validate(dict(distilled)),
+                allow_draft_tuning=allow_draft_tuning,
                 files=files,
                 created=int(now()),
             )
