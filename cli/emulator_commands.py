@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from isthmus.cli.cloud_commands import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 from isthmus.edge.config.flags import AsJson
+from isthmus.emulator.package.build_presets import DRAFT, STAND_IN
 from isthmus.experiments.harness.bench_flags import Model
 
 if TYPE_CHECKING:
@@ -79,17 +81,39 @@ def build(
     adapter_layers: Annotated[
         str, typer.Option(help="How many of the first and of the last layers the data owner tunes.")
     ] = "2:2",
-    keep: Annotated[float, typer.Option(help="Share of the middle's layers that the emulator keeps.")] = 0.5,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft",
+            help="Make a small draft for `edge generate --draft`: three layers, distilled to say what the whole model "
+            "says. It needs --distill.",
+        ),
+    ] = False,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the middle's layers that the emulator keeps.", show_default="0.5; three layers with --draft"
+        ),
+    ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="uniform, importance, crash or crash-drop; then +bridged (not with crash), then +lowrank:F, then "
-            "+int8 or +int4."
+            "+int8 or +int4.",
+            show_default=f"{STAND_IN.method}; {DRAFT.method} with --draft",
         ),
-    ] = "uniform",
+    ] = None,
     licence: Annotated[
         str, typer.Option(help="What may be done with the package; the data owner reads it.")
     ] = "not stated; ask the model's owner",
+    allow_draft_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--allow-draft-tuning",
+            help="Allow the data owner to distil the emulator further while tuning, as a draft, from the outputs of "
+            "your layers that the edge gets anyway. The result stays on the edge.",
+        ),
+    ] = False,
     home: Home = DEFAULT_HOME,
     text: Annotated[
         Path | None,
@@ -104,10 +128,26 @@ def build(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 256,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of AdamW's learning rate.")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 20,
-    mse_weight: Annotated[float, typer.Option(min=0, help="Weight of the error of the hidden states.")] = 30.0,
+    mse_weight: Annotated[
+        float | None,
+        typer.Option(min=0, help="Weight of the error of the hidden states.", show_default="30; 0 with --draft"),
+    ] = None,
     lm_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the language model's loss; 0 is much faster.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight of the language model's loss; 0 is much faster, unless --kl-weight is more.",
+            show_default="1; 0 with --draft",
+        ),
+    ] = None,
+    kl_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight of the KL divergence from the whole model's next-token probabilities; it makes good drafts.",
+            show_default="0; 1 with --draft",
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="What the distillation computes in: fp32 or bf16.")] = "fp32",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the distillation.")] = 100,
     figure: Annotated[
@@ -123,14 +163,20 @@ def build(
 
     Example: isthmus emulator build --model smollm2-135m --keep 0.5 --method importance+bridged --distill public.txt
     --licence "tuning only" --out package
+
+    A draft: isthmus emulator build --model smollm2-135m --draft --distill public.jsonl --out draft
     """
     from isthmus.backbone.checkpoints.sources import resolve
     from isthmus.backbone.plan import SplitPlan
+    from isthmus.common.errors import ConfigError
     from isthmus.emulator.compress.recipe import Recipe
     from isthmus.emulator.distill.distillation import DistillConfig
     from isthmus.emulator.package.build import build_package, check_free
 
-    recipe = Recipe.parse(method, keep)
+    if draft and distill is None:
+        raise ConfigError("--draft needs a text to distil on: give --distill (`isthmus emulator sample` writes a text)")
+    preset = DRAFT if draft else STAND_IN
+    recipe = Recipe.parse(method or preset.method, preset.keep if keep is None else keep)
     check_free(out)
     distillation = None
     if distill is not None:
@@ -139,8 +185,9 @@ def build(
             batch=batch,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            mse_weight=mse_weight,
-            lm_weight=lm_weight,
+            mse_weight=preset.mse_weight if mse_weight is None else mse_weight,
+            lm_weight=preset.lm_weight if lm_weight is None else lm_weight,
+            kl_weight=preset.kl_weight if kl_weight is None else kl_weight,
             seed=seed,
             save_every=save_every,
             precision=precision,
@@ -148,6 +195,8 @@ def build(
         distillation = options, distill
     checkpoint = resolve(model)
     plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
+    if keep is None:
+        recipe = replace(recipe, keep=preset.share(len(plan.cloud)))
     with interruptible():
         package = build_package(
             out,
@@ -157,6 +206,7 @@ def build(
             distillation,
             home=home.expanduser(),
             licence=licence,
+            allow_draft_tuning=allow_draft_tuning,
             length=length,
             text=text,
             figure=figure,
@@ -295,6 +345,7 @@ def _show(package: Package, as_json: bool) -> None:
         f"{manifest.share_of_bytes:.1%} of its bytes",
         "edge's parts": f"{manifest.edge_params:,} parameters",
         "distilled": "no",
+        "draft tuning": "allowed" if manifest.allow_draft_tuning else "not allowed",
         "licence": manifest.licence or "(none stated)",
     }
     if manifest.distilled is not None:
@@ -303,6 +354,12 @@ def _show(package: Package, as_json: bool) -> None:
             f"{done.steps} steps, {done.tokens:,} tokens, relative error {done.error_before:.4g} -> "
             f"{done.error_after:.4g}"
         )
+        if done.kl_before is not None and done.kl_after is not None:
+            lines["divergence"] = f"{done.kl_before:.4g} -> {done.kl_after:.4g} nats a token from the whole model"
+        if done.agreement_before is not None and done.agreement_after is not None:
+            lines["agreement"] = (
+                f"{done.agreement_before:.1%} -> {done.agreement_after:.1%} of the tokens are the whole model's choice"
+            )
     if not manifest.protection:
         lines["protection"] = "not measured"
     for name, value in lines.items():

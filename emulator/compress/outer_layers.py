@@ -59,6 +59,16 @@ class OuterLayers:
         loss: Tensor = self._run(self._model, middle, input_ids=ids, labels=ids).loss
         return loss
 
+    def predict(self, ids: Tensor, middle: SpanFn, *, with_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Run the tokens `[B, S]` with this middle, up to the head; for outer layers with a top.
+
+        Returns:
+            The logits `[B, S, V]`, and with `with_loss` the mean cross entropy.
+        """
+        labels = {"labels": ids} if with_loss else {}
+        output = self._run(self._model, middle, input_ids=ids, **labels)
+        return output.logits, output.loss if with_loss else None
+
     def _run(self, model: Any, middle: SpanFn, **inputs: Tensor) -> Any:
         self._remote_layers.span = middle
         try:

@@ -1,10 +1,14 @@
 """Distillation: train the emulator alone, on public text, to do what the whole middle does (Xiao et al. 2023).
 
-The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T))^2)`. T and S are the outputs of the
-whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes of the text (the
-rms is explained at `measure.relative_error`); LM is the cross entropy of the frozen top and head on S. Everything but
-the emulator is frozen, nothing drops out, and the order of the blocks follows from the seed, so a run that was stopped
-goes on to the same bits.
+The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T))^2) + kl_weight * KL`. T and S are the
+outputs of the whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes
+of the text (the rms is explained at `layer_measures.relative_error`); LM is the cross entropy of the frozen top and
+head on S; KL is the divergence of the next-token distribution that they make of S from the one that they make of T
+(Hinton et al. 2015), which is what counts for a draft. Everything but the emulator is frozen, nothing drops out, and
+the order of the blocks follows from the seed, so a run that was stopped goes on to the same bits.
+
+With KL, a step goes through its blocks in micro-batches of some 512 tokens, because logits take much memory; the rms
+is then that of each micro-batch.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
+from isthmus.emulator.distill.logit_divergence import logit_divergence
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -43,6 +48,7 @@ _MAX_NORM = 1.0
 _LAST_RATE = 0.1  # of the peak
 _HELD_OUT = 20  # one block in so many
 _HELD_OUT_MOST = 64
+_LOGIT_TOKENS = 512  # whose logits are held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,9 @@ class DistillConfig:
     Attributes:
         learning_rate: Peak of AdamW's learning rate; after the warm-up it falls along a cosine to a tenth.
         mse_weight: Weight of the relative error of the hidden states.
-        lm_weight: Weight of the cross entropy; 0 leaves out the top of the model and is much faster.
+        lm_weight: Weight of the cross entropy; 0, with a `kl_weight` of 0, leaves out the top of the model and is
+            much faster.
+        kl_weight: Weight of the divergence of the emulator's next-token distribution from the full model's.
         seed: Seed of the order of the blocks and of those held out.
         precision: `fp32`, or `bf16` for autocast; the weights stay as they are.
 
@@ -69,22 +77,27 @@ class DistillConfig:
     seed: int = 0
     save_every: int = 100
     precision: str = "fp32"
+    kl_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup_steps", 0), ("seed", 0), ("save_every", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use {least} or more")
-        for name in ("learning_rate", "mse_weight", "lm_weight"):
+        for name in ("learning_rate", "mse_weight", "lm_weight", "kl_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use a finite number of 0 or more")
-        if self.mse_weight == self.lm_weight == 0:
-            raise ConfigError("mse_weight and lm_weight are both 0, so there is nothing to learn; raise one of them")
+        if self.mse_weight == self.lm_weight == self.kl_weight == 0:
+            raise ConfigError("mse_weight, lm_weight and kl_weight are all 0, so there is nothing to learn; raise one")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is not known; use {' or '.join(PRECISIONS)}")
 
     def rate(self, step: int) -> float:
         """Learning rate of the step after `step` applied ones."""
         return scheduled_rate(self.learning_rate, "cosine", step, self.steps, self.warmup_steps, last=_LAST_RATE)
+
+    def stated(self) -> dict[str, Any]:
+        """All options by name. Distillations without KL state no weight for it, as those before it existed."""
+        return {name: value for name, value in asdict(self).items() if name != "kl_weight" or value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,9 @@ class DistillReport:
         error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
             have been fitted to some of these blocks, if they were fitted to the same text.
         error_after: The same after the last one, before any quantization.
+        kl_before: Divergence of the emulator's next-token distribution from the full model's, in nats, on the same
+            blocks and at the same time; None where the distillation did not use it, as in the other three.
+        agreement_before: Share of the positions where both have the same likeliest token.
     """
 
     steps: int
@@ -102,6 +118,19 @@ class DistillReport:
     text: str
     error_before: float
     error_after: float
+    kl_before: float | None = None
+    kl_after: float | None = None
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    """Means over all held-out blocks: relative error, and with KL divergence and agreement."""
+
+    error: float
+    kl: float | None = None
+    agreement: float | None = None
 
 
 def distill(
@@ -154,7 +183,19 @@ def distill(
                 loop.run()
         finally:
             emulator.trainable(False)
-    return DistillReport(loop.step, loop.step * task.tokens_per_step, task.text, task.error_before, task.error_after)
+    before, after = task.before, task.after
+    assert before is not None and after is not None  # noqa: S101, PT018  # the loop has begun and ended
+    return DistillReport(
+        loop.step,
+        loop.step * task.tokens_per_step,
+        task.text,
+        before.error,
+        after.error,
+        before.kl,
+        after.kl,
+        before.agreement,
+        after.agreement,
+    )
 
 
 class _Distillation(Task):
@@ -174,7 +215,12 @@ class _Distillation(Task):
         self._emulator, self._config, self._stop = emulator, config, stop
         self.device = emulator.device
         self._teacher = load_span(checkpoint, plan).to(self.device)
-        self._ends = OuterLayers(checkpoint, plan, with_top=config.lm_weight > 0, device=self.device)
+        self._with_kl = config.kl_weight > 0
+        with_top = self._with_kl or config.lm_weight > 0
+        self._ends = OuterLayers(checkpoint, plan, with_top=with_top, device=self.device)
+        self._micro_batch = (
+            min(config.batch, max(1, _LOGIT_TOKENS // blocks.shape[1])) if self._with_kl else config.batch
+        )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
         n_held_out = min(_HELD_OUT_MOST, max(1, len(blocks) // _HELD_OUT))
         self._held_out, self._train = blocks[order[:n_held_out]], blocks[order[n_held_out:]]
@@ -187,7 +233,7 @@ class _Distillation(Task):
             "the emulator's dtype": str(emulator.dtype),
             "the text (fingerprint)": self.text,
             **({"the text of the bridges (fingerprint)": emulator.fitted_to} if emulator.bridges else {}),
-            **{name: value for name, value in asdict(config).items() if name != "save_every"},
+            **{name: value for name, value in config.stated().items() if name != "save_every"},
         }
         self.parameters: Mapping[str, nn.Parameter] = {
             name: weight for name, weight in emulator.tensors().items() if isinstance(weight, nn.Parameter)
@@ -198,8 +244,8 @@ class _Distillation(Task):
         self.rule = GradientStep(
             optimizer, self.parameters, peak_rate=config.learning_rate, max_norm=_MAX_NORM, remedy=_REMEDY
         )
-        self.error_before = math.nan  # until it is measured
-        self.error_after = math.nan
+        self.before: _HeldOut | None = None  # until it is measured
+        self.after: _HeldOut | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -208,8 +254,8 @@ class _Distillation(Task):
 
     def begin(self) -> None:
         """See `Task`."""
-        if math.isnan(self.error_before):
-            self.error_before = self._held_out_error()
+        if self.before is None:
+            self.before = self._measure_held_out()
 
     def rate(self, step: int) -> float:
         """See `Task`."""
@@ -219,15 +265,23 @@ class _Distillation(Task):
         """See `Task`."""
         config = self._config
         ids = self._batch(step - 1).to(self.device)
-        line: dict[str, Any] = {}
+        line: dict[str, Any] = {"loss": 0.0, "error": 0.0, "lm": None, "kl": None}
 
         def backward() -> float:
-            error, lm = self._losses(ids)
-            loss = config.mse_weight * error + (config.lm_weight * lm if lm is not None else 0.0)
-            value = require_finite(f"the loss of step {step} is", loss.item(), _REMEDY)
-            line.update(loss=value, error=error.item(), lm=None if lm is None else lm.item())
-            torch.autograd.backward(loss)
-            return value
+            for part in torch.split(ids, self._micro_batch):
+                share = len(part) / len(ids)
+                error, lm, kl = self._losses(part)
+                loss = config.mse_weight * error
+                if lm is not None:
+                    loss = loss + config.lm_weight * lm
+                if kl is not None:
+                    loss = loss + config.kl_weight * kl
+                require_finite(f"the loss of step {step} is", loss.item(), _REMEDY)
+                torch.autograd.backward(loss * share)
+                for name, value in (("loss", loss), ("error", error), ("lm", lm), ("kl", kl)):
+                    if value is not None:
+                        line[name] = (line[name] or 0.0) + share * value.item()
+            return float(line["loss"])
 
         _, norm = self.rule.gradients(step, backward)
         return line, norm
@@ -235,55 +289,80 @@ class _Distillation(Task):
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
         lm = "" if line["lm"] is None else f"  lm {line['lm']:.4f}"
+        kl = "" if line["kl"] is None else f"  kl {line['kl']:.4f}"
         speed = self.tokens_per_step / seconds
-        return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}  {speed:,.0f} tokens/s"
+        return f"loss {line['loss']:.4f}  error {line['error']:.5f}{lm}{kl}  {speed:,.0f} tokens/s"
 
     def end(self) -> None:
         """See `Task`."""
-        self.error_after = self._held_out_error()
+        self.after = self._measure_held_out()
 
     def entries(self) -> Mapping[str, Any]:
         """See `Task`."""
-        return {"error_before": None if math.isnan(self.error_before) else self.error_before}
+        before = self.before
+        entries = {"error_before": None if before is None else before.error}
+        if before is not None and self._with_kl:
+            entries |= {"kl_before": before.kl, "agreement_before": before.agreement}
+        return entries
 
     def load(self, checkpoint: RunCheckpoint, folder: Path) -> None:
         """See `Task`."""
         try:
-            before = checkpoint.entries["error_before"]
-            self.error_before = math.nan if before is None else float(before)
+            entries = checkpoint.entries
+            if entries["error_before"] is not None:
+                figures = (float(entries[name]) for name in ("kl_before", "agreement_before") if self._with_kl)
+                self.before = _HeldOut(float(entries["error_before"]), *figures)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_entry(folder, error) from error
 
-    def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Relative error of the emulator's output, and cross entropy above it, of tokens `[B, S]`."""
+    def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of tokens `[B, S]`: relative error of the emulator's output, cross entropy and divergence above it."""
+        targets: list[Tensor] = []
         errors: list[Tensor] = []
 
-        def middle(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-            with torch.no_grad():
-                target = self._teacher(hidden, mask, positions)
+        @torch.no_grad()
+        def whole_middle(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            targets.append(self._teacher(hidden, mask, positions))
+            return targets[0]
+
+        def emulator(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            target = targets[0] if targets else whole_middle(hidden, mask, positions)
             output: Tensor = self._emulator(hidden.float(), mask, positions)  # autocast may have made it bf16
             errors.append(relative_error(output, target))
             return output.to(hidden.dtype)
 
         with self._autocast():
-            lm = self._ends.loss(ids, middle)
-        return errors[0], lm
+            if not self._with_kl:
+                lm = self._ends.loss(ids, emulator)
+                return errors[0], lm, None
+            with torch.no_grad():
+                wanted, _ = self._ends.predict(ids, whole_middle)
+            logits, lm = self._ends.predict(ids, emulator, with_loss=self._config.lm_weight > 0)
+            return errors[0], lm, logit_divergence(logits.flatten(0, 1), wanted.flatten(0, 1))
 
     @torch.no_grad()
-    def _held_out_error(self) -> float:
-        """Relative error of the emulator's output, the mean over all held-out blocks."""
-        total = 0.0
-        for ids in torch.split(self._held_out, self._config.batch):
+    def _measure_held_out(self) -> _HeldOut:
+        totals = torch.zeros(3, dtype=torch.float64)
+        for ids in torch.split(self._held_out.to(self.device), self._micro_batch):
             with self._autocast():
-                hidden = self._ends.entry(ids.to(self.device))
+                hidden = self._ends.entry(ids)
                 target = self._teacher(hidden)
                 output = self._emulator(hidden.float())
-            total += relative_error(output, target).item() * len(ids)
+                figures = [relative_error(output, target).item()]
+                if self._with_kl:
+                    wanted, logits = (self._logits(ids, states) for states in (target, output))
+                    agreement = (wanted.argmax(-1) == logits.argmax(-1)).double().mean().item()
+                    figures += [logit_divergence(logits, wanted).item(), agreement]
+            totals[: len(figures)] += torch.tensor(figures, dtype=torch.float64) * len(ids)
             self._stop.check()
-        error = total / len(self._held_out)
-        if not math.isfinite(error):
+        error, kl, agreement = (totals / len(self._held_out)).tolist()
+        if not (math.isfinite(error) and math.isfinite(kl)):
             raise NonFiniteError(f"the emulator's error on held-out text is {error}: look at the model and the recipe.")
-        return error
+        return _HeldOut(error, kl, agreement) if self._with_kl else _HeldOut(error)
+
+    def _logits(self, ids: Tensor, states: Tensor) -> Tensor:
+        """Logits `[B * S, V]` of tokens `[B, S]`, with these hidden states `[B, S, h]` after the middle."""
+        return self._ends.predict(ids, lambda hidden, _mask, _positions: states.to(hidden.dtype))[0].flatten(0, 1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")

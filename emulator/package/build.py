@@ -31,6 +31,7 @@ def build_package(
     *,
     home: Path,
     licence: str,
+    allow_draft_tuning: bool = False,
     length: int,
     text: Path | None,
     figure: Path | None,
@@ -44,6 +45,7 @@ def build_package(
     Args:
         home: The cloud's folder with `worker_key` and `worker_cert`.
         distillation: How to distil, and the public text for it; None for no distillation.
+        allow_draft_tuning: See `Manifest`.
         length: Tokens of a block of public text.
         text: Public text to choose layers and to fit bridges by; None for that of the distillation.
         figure: A PNG to draw the losses of the distillation to; None for none.
@@ -79,7 +81,16 @@ def build_package(
         distilled = asdict(distill(checkpoint, plan, emulator, blocks, options, state))
         if figure is not None:
             loss_figure(state, figure)
-    package = write_package(out, checkpoint, plan, emulator, signer=signer, licence=licence, distilled=distilled)
+    package = write_package(
+        out,
+        checkpoint,
+        plan,
+        emulator,
+        signer=signer,
+        licence=licence,
+        distilled=distilled,
+        allow_draft_tuning=allow_draft_tuning,
+    )
     if distilled is not None:
         remove_folder(state)
     return package

@@ -123,7 +123,7 @@ class Workshop:
             "recipe": str(recipe),
             "keep": recipe.keep,
             "text": None if blocks is None else fingerprint(blocks),
-            "distilled": asdict(self.options) if method.distilled else None,
+            "distilled": self.options.stated() if method.distilled else None,
         }
         mark = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
         folder = self.folder / f"{method.label.replace(':', '')}-{recipe.keep:g}-{mark}"

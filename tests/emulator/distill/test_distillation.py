@@ -131,7 +131,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> None:
         if number == step:
             monkeypatch.setattr(distilling._Distillation, "measure", measure)
             if how == "nan":
-                monkeypatch.setattr(distilling._Distillation, "_losses", lambda *_: (torch.tensor(math.nan), None))
+                monkeypatch.setattr(
+                    distilling._Distillation, "_losses", lambda *_: (torch.tensor(math.nan), None, None)
+                )
             else:
                 os.kill(os.getpid(), signal.SIGTERM if how == "term" else signal.SIGINT)
         return measure(task, number)
@@ -245,7 +247,7 @@ def test_bf16_is_another_computation_on_the_same_weights_dtype(bench: Bench, tmp
         ({"batch": 0}, "batch = 0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"lm_weight": -1.0}, "lm_weight = -1.0"),
-        ({"lm_weight": 0.0, "mse_weight": 0.0}, "both 0"),
+        ({"lm_weight": 0.0, "mse_weight": 0.0}, "all 0"),
         ({"precision": "fp64"}, "'fp64'"),
     ],
 )
