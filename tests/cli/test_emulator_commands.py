@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
+from isthmus.backbone.plan import SplitPlan
 from isthmus.cli.emulator_commands import app
 from isthmus.common.errors import (
     AdapterError,
@@ -29,6 +30,8 @@ from isthmus.common.errors import (
     PlanError,
     SignerError,
 )
+from isthmus.emulator.compress.recipe import Recipe
+from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.secure.keys import generate_root, issue_worker, load_worker
 
@@ -113,6 +116,59 @@ def test_a_distilled_package_says_so_and_leaves_no_state(owner: Owner, tmp_path:
     assert "3 steps, 192 tokens" in owner.run("verify", "--package", tmp_path / "p")
 
 
+def test_a_draft_has_three_layers_and_says_how_near_it_came(owner: Owner, tmp_path: Path) -> None:
+    said = owner.build(tmp_path / "p", "--draft", *owner.distil_arguments(steps=8), "--learning-rate", 0.003)
+    assert len(said["layers"]) == 3
+    done = said["distilled"]
+    assert done["kl_after"] < done["kl_before"]
+    assert not said["allow_draft_tuning"]
+    shown = owner.run("verify", "--package", tmp_path / "p")
+    assert f"{done['kl_before']:.4g} -> {done['kl_after']:.4g} nats a token" in shown
+    assert f"{done['agreement_before']:.1%} -> {done['agreement_after']:.1%} of the tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "layers"),
+    [
+        ([], (30.0, 1.0, 0.0), 2),
+        (["--kl-weight", 0.5], (30.0, 1.0, 0.5), 2),
+        (["--draft"], (0.0, 0.0, 1.0), 3),
+        (["--draft", "--mse-weight", 2, "--kl-weight", 3, "--keep", 0.25], (2.0, 0.0, 3.0), 1),
+    ],
+)
+def test_the_preset_of_a_draft_gives_way_to_what_is_given(
+    owner: Owner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
+    weights: tuple[float, ...],
+    layers: int,
+) -> None:
+    from isthmus.emulator.package import build
+
+    class Seen(Exception):
+        pass
+
+    def seen(_out: Path, _checkpoint: object, plan: SplitPlan, recipe: Recipe, distillation: Any, **_: object) -> None:
+        config: DistillConfig = distillation[0]
+        assert (config.mse_weight, config.lm_weight, config.kl_weight) == weights
+        assert recipe.layers_kept(len(plan.cloud)) == layers
+        raise Seen
+
+    monkeypatch.setattr(build, "build_package", seen)
+    with pytest.raises(Seen):
+        owner.build(tmp_path / "p", *options, *owner.distil_arguments())
+
+
+def test_consent_to_tuning_a_draft_is_written_and_shown(owner: Owner, package: Path, tmp_path: Path) -> None:
+    assert owner.build(tmp_path / "p", "--allow-draft-tuning")["allow_draft_tuning"] is True
+    shown = {path: owner.run("verify", "--package", path) for path in (tmp_path / "p", package)}
+    assert "draft tuning     allowed\n" in shown[tmp_path / "p"]
+    assert "draft tuning     not allowed\n" in shown[package]
+    owner.run("sign", "--package", tmp_path / "p", "--home", owner.home)
+    assert open_package(tmp_path / "p").manifest.allow_draft_tuning
+
+
 def test_an_interrupted_distillation_goes_on_when_the_command_is_repeated(
     owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +216,7 @@ def test_an_older_package_is_replaced(owner: Owner, package: Path, tmp_path: Pat
         (["--licence", "x" * 5000], ConfigError, "--licence has 5000 characters"),
         (["--device", "abacus"], ConfigError, "abacus"),
         (["--distill", "nowhere.txt"], DataError, "nowhere.txt"),
+        (["--draft"], ConfigError, "isthmus emulator sample"),
         (["--distill", "nowhere.txt", "--precision", "fp8"], ConfigError, "fp8"),
     ],
     ids=str,

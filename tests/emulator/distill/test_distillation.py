@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from support import older_checkpoints as older
-from support.models.tiny import N_LAYERS
+from support.models.tiny import N_LAYERS, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +34,7 @@ from ..conftest import Checkpoints
 
 PLAN = SplitPlan.parse("1:1", N_LAYERS)
 CONFIG = DistillConfig(steps=6, batch=4, learning_rate=3e-3, warmup_steps=2, save_every=2)
+OF_A_DRAFT = dataclasses.replace(CONFIG, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
 
 
 class Bench:
@@ -81,6 +82,49 @@ def test_the_emulator_comes_nearer_to_the_middle(
     assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 26))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_draft_comes_nearer_to_what_the_whole_model_says(
+    checkpoints: Checkpoints, family: str, tmp_path: Path
+) -> None:
+    blocks = torch.randint(3, VOCAB, (640, 16), generator=torch.Generator().manual_seed(6))
+    bench = Bench(checkpoints, blocks, family)
+    config = dataclasses.replace(OF_A_DRAFT, steps=40, batch=16, save_every=100)
+    report = bench.run(bench.emulator(), tmp_path, config)
+    assert report.kl_before is not None
+    assert report.kl_after is not None
+    assert 0 < report.kl_after < 0.8 * report.kl_before
+    assert report.agreement_before is not None
+    assert report.agreement_after is not None
+    assert report.agreement_before <= report.agreement_after <= 1
+    first, *_, last = log_of(tmp_path)
+    assert last["kl"] < first["kl"] == first["loss"]
+    assert first["lm"] is None
+    assert f"kl {last['kl']:.4f}" in bench.shown.getvalue()
+
+
+def test_without_divergence_no_figure_of_it_is_stated(bench: Bench, tmp_path: Path) -> None:
+    report = bench.run(bench.emulator(), tmp_path)
+    assert (report.kl_before, report.kl_after, report.agreement_before, report.agreement_after) == (None,) * 4
+    assert log_of(tmp_path)[0]["kl"] is None
+    # A checkpoint of a time without divergence is one without divergence.
+    assert "kl_weight" not in json.loads((tmp_path / "checkpoint-6" / "state.json").read_text())["settings"]
+
+
+def test_the_figures_of_held_out_text_are_those_of_the_whole_model(bench: Bench, tmp_path: Path) -> None:
+    emulator = bench.emulator()
+    held_out = bench.blocks[torch.randperm(48, generator=torch.Generator().manual_seed(0))[:2]]
+    whole = AutoModelForCausalLM.from_pretrained(bench.checkpoint.folder)
+    with torch.no_grad():
+        wanted = whole(held_out).logits
+        layers = whole.model.layers
+        whole.model.layers = torch.nn.ModuleList([layers[0], *(layers[i] for i in emulator.layers), layers[5]])
+        said = whole(held_out, use_cache=False).logits
+    report = bench.run(emulator, tmp_path, dataclasses.replace(OF_A_DRAFT, steps=1))
+    p, q = wanted.double().softmax(-1), said.double().softmax(-1)
+    assert report.kl_before == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    assert report.agreement_before == (wanted.argmax(-1) == said.argmax(-1)).double().mean().item()
+
+
 def test_the_first_loss_is_the_objective_that_is_described(bench: Bench, tmp_path: Path) -> None:
     emulator = bench.emulator()
     config = dataclasses.replace(CONFIG, steps=1, batch=46, mse_weight=30.0, lm_weight=0.5)
@@ -91,11 +135,14 @@ def test_the_first_loss_is_the_objective_that_is_described(bench: Bench, tmp_pat
         layers = whole.model.layers
         states: dict[str, Tensor] = {}
         hook = layers[4].register_forward_hook(lambda _m, _i, output: states.update(teacher=output))
-        whole(used)
+        wanted = whole(used).logits
         hook.remove()
         whole.model.layers = torch.nn.ModuleList([layers[0], *(layers[i] for i in emulator.layers), layers[5]])
         whole.model.layers[2].register_forward_hook(lambda _m, _i, output: states.update(student=output))
-        lm = whole(used, labels=used, use_cache=False).loss.item()
+        output = whole(used, labels=used, use_cache=False)
+        lm = output.loss.item()
+        p, q = wanted.double().softmax(-1), output.logits.double().softmax(-1)
+        kl = (p * (p / q).log()).sum(-1).mean().item()
     difference = states["teacher"] - states["student"]
     of_all = states["teacher"].square().mean().sqrt()
     of_each = states["teacher"].square().mean(-1, keepdim=True).sqrt()
@@ -105,6 +152,24 @@ def test_the_first_loss_is_the_objective_that_is_described(bench: Bench, tmp_pat
     assert first["error"] == pytest.approx(error, rel=1e-4)
     assert first["lm"] == pytest.approx(lm, rel=1e-4)
     assert first["loss"] == pytest.approx(30 * error + 0.5 * lm, rel=1e-4)
+
+    # The same in two micro-batches, as logits take much memory.
+    bench.run(bench.emulator(), tmp_path / "kl", dataclasses.replace(config, mse_weight=0.0, kl_weight=2.0))
+    first = log_of(tmp_path / "kl")[0]
+    assert (first["lm"], first["kl"]) == (pytest.approx(lm, rel=1e-4), pytest.approx(kl, rel=1e-4))
+    assert first["loss"] == pytest.approx(0.5 * lm + 2 * kl, rel=1e-4)
+
+
+def test_micro_batches_have_the_gradient_of_the_whole_batch(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(OF_A_DRAFT, steps=1, batch=6)
+    bench.run(bench.emulator(), tmp_path / "one", config)
+    monkeypatch.setattr(distilling, "_LOGIT_TOKENS", 4 * 16)  # the second micro-batch is smaller
+    bench.run(bench.emulator(), tmp_path / "two", config)
+    one, two = (log_of(tmp_path / name)[0] for name in ("one", "two"))
+    for name in ("kl", "loss", "grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
 
 
 def test_without_cross_entropy_nothing_above_the_middle_runs(bench: Bench, tmp_path: Path) -> None:
@@ -142,18 +207,20 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> None:
     monkeypatch.setattr(distilling._Distillation, "_losses", losses)
 
 
-@pytest.mark.parametrize(("how", "step"), [("int", 4), ("term", 1), ("int", 6)])
+@pytest.mark.parametrize(
+    ("how", "step", "config"), [("int", 4, CONFIG), ("term", 1, CONFIG), ("int", 6, CONFIG), ("int", 4, OF_A_DRAFT)]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int, config: DistillConfig
 ) -> None:
     undisturbed = bench.emulator("crash")
-    expected = bench.run(undisturbed, tmp_path / "one")
+    expected = bench.run(undisturbed, tmp_path / "one", config)
     interrupt_at(monkeypatch, step, how)
     with pytest.raises(KeyboardInterrupt, match=rf"Stopped after step {step - 1} of 6.*repeat the command to go on"):
-        bench.run(bench.emulator("crash"), tmp_path / "two")
+        bench.run(bench.emulator("crash"), tmp_path / "two", config)
     assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [f"checkpoint-{step - 1}"]
     emulator = bench.emulator("crash")
-    report = bench.run(emulator, tmp_path / "two")
+    report = bench.run(emulator, tmp_path / "two", config)
     assert f"Resumed after step {step - 1} of 6" in bench.shown.getvalue()
     assert same_weights(emulator, undisturbed)
     assert report == expected
@@ -200,6 +267,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_step_saved(
     [
         ({"config": dataclasses.replace(CONFIG, learning_rate=1e-3)}, "learning_rate was 0.003 and is now 0.001"),
         ({"config": dataclasses.replace(CONFIG, steps=7)}, "steps was 6 and is now 7"),
+        ({"config": dataclasses.replace(CONFIG, kl_weight=0.5)}, "kl_weight was None and is now 0.5"),
         ({"blocks": slice(1, None)}, "the text \\(fingerprint\\)"),
         ({"recipe": "crash-drop"}, "the recipe was 'uniform' and is now 'crash-drop'|the choice of layers"),
     ],
@@ -247,6 +315,7 @@ def test_bf16_is_another_computation_on_the_same_weights_dtype(bench: Bench, tmp
         ({"batch": 0}, "batch = 0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"lm_weight": -1.0}, "lm_weight = -1.0"),
+        ({"kl_weight": math.inf}, "kl_weight = inf"),
         ({"lm_weight": 0.0, "mse_weight": 0.0}, "all 0"),
         ({"precision": "fp64"}, "'fp64'"),
     ],
@@ -265,18 +334,26 @@ def test_the_rate_rises_and_falls_to_a_tenth() -> None:
     assert config.rate(100) == pytest.approx(0.1)
 
 
-def test_the_loss_figure_is_drawn(bench: Bench, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    bench.run(bench.emulator(), tmp_path)
+@pytest.mark.parametrize(("config", "panels"), [(CONFIG, 2), (OF_A_DRAFT, 2)])
+def test_the_loss_figure_is_drawn(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DistillConfig, panels: int
+) -> None:
+    plot = pytest.importorskip("matplotlib.pyplot")
+    asked: list[int] = []
+    subplots = plot.subplots
+    monkeypatch.setattr(plot, "subplots", lambda n, **options: [asked.append(n), subplots(n, **options)][1])
+    bench.run(bench.emulator(), tmp_path, config)
     loss_figure(tmp_path, tmp_path / "figures" / "loss.png")
     assert (tmp_path / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert asked == [panels]
     with pytest.raises(DataError, match="no log"):
         loss_figure(tmp_path / "nothing", tmp_path / "x.png")
 
 
-def test_a_state_that_makes_no_sense_is_refused(bench: Bench, tmp_path: Path) -> None:
-    bench.run(bench.emulator(), tmp_path)
+@pytest.mark.parametrize("entry", ["step", "kl_before"])
+def test_a_state_that_makes_no_sense_is_refused(bench: Bench, tmp_path: Path, entry: str) -> None:
+    bench.run(bench.emulator(), tmp_path, OF_A_DRAFT)
     (state,) = tmp_path.glob("checkpoint-*/state.json")
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": "many"}))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {entry: "many"}))
     with pytest.raises(CheckpointError, match="damaged"):
-        bench.run(bench.emulator(), tmp_path)
+        bench.run(bench.emulator(), tmp_path, OF_A_DRAFT)

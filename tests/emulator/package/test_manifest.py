@@ -88,6 +88,23 @@ def test_a_changed_character_of_the_payload_is_refused(signer: WorkerIdentity) -
         verify(json.dumps(changed).encode(), None)
 
 
+def test_the_consent_to_tune_a_draft_is_signed(signer: WorkerIdentity) -> None:
+    assert verify(sign(manifest(allow_draft_tuning=True), signer), None)[0].allow_draft_tuning
+    changed = outer(signer)
+    given = changed["payload"].replace('"allow_draft_tuning":false', '"allow_draft_tuning":true')
+    assert given != changed["payload"]
+    with pytest.raises(SignerError, match="does not fit its manifest"):
+        verify(json.dumps(changed | {"payload": given}).encode(), None)
+
+
+def test_a_manifest_of_a_time_without_drafts_is_read() -> None:
+    distilled = {"steps": 3, "tokens": 192, "text": HASH, "error_before": 0.5, "error_after": 0.25}
+    read = Manifest.from_payload(json.dumps(VALUES | {"distilled": distilled}).encode())
+    assert not read.allow_draft_tuning
+    assert read.distilled is not None
+    assert (read.distilled.kl_before, read.distilled.agreement_after) == (None, None)
+
+
 @pytest.mark.parametrize("missing", ["signature", "certificate"])
 def test_an_unsigned_package_is_refused(signer: WorkerIdentity, missing: str) -> None:
     changed = outer(signer)
