@@ -29,4 +29,4 @@ class BuildPreset:
 
 
 STAND_IN = BuildPreset("uniform", 0.5, None, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
-DRAFT = BuildPreset("uniform", 0.5, 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
+DRAFT = BuildPreset("uniform+bridged", 0.5, 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
