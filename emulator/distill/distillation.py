@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.span import load_span
-from isthmus.common.errors import ConfigError, DataError, NonFiniteError
+from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.files import claim
 from isthmus.common.progress import StepProgress
 from isthmus.common.shutdown import StopRequest
@@ -356,8 +356,8 @@ class _Distillation(Task):
             totals[: len(figures)] += torch.tensor(figures, dtype=torch.float64) * len(ids)
             self._stop.check()
         error, kl, agreement = (totals / len(self._held_out)).tolist()
-        if not (math.isfinite(error) and math.isfinite(kl)):
-            raise NonFiniteError(f"the emulator's error on held-out text is {error}: look at the model and the recipe.")
+        for name, value in (("error", error), ("divergence", kl)):
+            require_finite(f"the emulator's {name} on held-out text is", value, "look at the model and the recipe.")
         return _HeldOut(error, kl, agreement) if self._with_kl else _HeldOut(error)
 
     def _logits(self, ids: Tensor, states: Tensor) -> Tensor:
