@@ -70,10 +70,10 @@ class LayerKeyValues(CacheLayerMixin):  # type: ignore[misc]  # transformers has
         self.length += tokens_to_remove
 
     def clear(self) -> None:
-        """Forget everything, and hold no memory."""
+        """Forget everything, and hold no memory. Another thread that finds no keys finds no length either."""
         nothing: Any = None
-        self.keys = self.values = nothing
         self.length, self.is_initialized = 0, False
+        self.keys = self.values = nothing
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, in this order."""

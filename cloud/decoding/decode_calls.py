@@ -233,10 +233,11 @@ class DecodeCall:
             entry = CacheEntry(self.tenant, KeyValues(self.decoding.executor.host.span), adapters)
             pool.put(key, entry)
             return entry
-        if entry.keys.length < message.start:
+        # Another thread may evict it meanwhile, which takes its length first: rows that are gone belong to no length.
+        rows, length = entry.keys.rows, entry.keys.length
+        if length < message.start:
             pool.counters.lost += 1
-            raise CacheGone(entry.keys.length)
-        rows = entry.keys.rows
+            raise CacheGone(length)
         if message.rows and entry.last_call != message.id.call:
             if max(message.rows) >= rows:
                 raise ValueError(f"row {max(message.rows)} of a cache that has {rows}")

@@ -47,23 +47,34 @@ async def decoded(
                 run_batch=run_steps,
                 positions=step.positions,
                 nbytes=step.nbytes,
+                counted=call.positions,
                 # What has begun goes on: its cache is in use until its end.
-                **({"continues": True} if step.first else {"counted": call.positions, "deadline": deadline}),
+                deadline=None if step.first else deadline,
             )
-            answer = await _with_room(engine, make)
+            answer = await _with_room(engine, make, counted=bool(step.first))
         return answer
     except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
-        return work.refusal(message, error)
-    finally:
         if call is not None:
             call.fail()  # where it was given up in the middle
+        return work.refusal(message, error)
+    finally:
+        # Where the session is over, a step may run still: its cache counts until the session is closed behind it.
         wipe(body)
 
 
-async def _with_room(engine: Engine, make: Callable[[], Request[m.Message | None]]) -> m.Message | None:
-    """Have a step computed once there is room for its cache. Meanwhile it holds no room itself, and no thread."""
+async def _with_room(
+    engine: Engine, make: Callable[..., Request[m.Message | None]], *, counted: bool
+) -> m.Message | None:
+    """Have a step computed once there is room for its cache. Meanwhile it holds no room itself, and no thread.
+
+    Args:
+        engine: Computes it.
+        make: Makes a request of it.
+        counted: Whether the call has been counted against its tenant's rate before.
+    """
     while True:
         try:
-            return await asyncio.wrap_future(engine.submit(make()))
+            return await asyncio.wrap_future(engine.submit(make(continues=counted)))
         except NoRoom:
+            counted = True
             await asyncio.sleep(POLL_SECONDS)
