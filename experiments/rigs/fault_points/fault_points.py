@@ -31,18 +31,27 @@ from isthmus.common.files import write_atomic
 
 ENVIRONMENT: Final = "ISTHMUS_FAULT_POINTS"
 
-Point = Literal["received", "opened", "queued", "forward_done", "backward_done", "reply_sent"]
+TrainingPoint = Literal["received", "opened", "queued", "forward_done", "backward_done", "reply_sent"]
 """A frame has arrived; a message of it is whole and open; its work waits for the compute thread; the span has run; its
 reply has been handed to the network, or is none. All but the two in the middle are reached by the event loop."""
 
-POINTS: Final[tuple[Point, ...]] = get_args(Point)
+DecodingPoint = Literal["cache_ready", "step_done"]
+"""A decode call's cache is cropped to where the call begins; the span has run for a step of it."""
 
+Point = TrainingPoint | DecodingPoint
+
+POINTS: Final[tuple[TrainingPoint, ...]] = get_args(TrainingPoint)
+DECODING_POINTS: Final[tuple[DecodingPoint, ...]] = get_args(DecodingPoint)
 
 WRAPPED: Final[dict[str, dict[str, tuple[Point | None, Point | None]]]] = {
     "isthmus.protocol.session": {"CloudSession.receive": ("received", None)},
     "isthmus.cloud.gateway.calls": {
         "SessionCalls.answer": ("opened", "reply_sent"),
         "SessionCalls._submit": (None, "queued"),
+    },
+    "isthmus.cloud.decoding.decode_calls": {
+        "DecodeCall.trim_cache": (None, "cache_ready"),
+        "DecodeCall.take": ("step_done", None),
     },
     "isthmus.cloud.session.handler": {
         "TenantSession._forward_reply": ("forward_done", None),
@@ -127,8 +136,9 @@ def arm(folder: Path, point: Point, instruction: str) -> None:
 
     Raises ConfigError where there is no such point: nobody would ever reach it.
     """
-    if point not in POINTS:
-        raise ConfigError(f"there is no fault point {point!r}: choose one of {', '.join(POINTS)}")
+    points = (*POINTS, *DECODING_POINTS)
+    if point not in points:
+        raise ConfigError(f"there is no fault point {point!r}: choose one of {', '.join(points)}")
     write_atomic(folder / point, instruction.encode())
 
 
