@@ -18,6 +18,7 @@ from fuzz.outcome import judged, read_log
 from fuzz.target import CORPUS, everything, kept, lines_of, lines_reached, load, names
 from google.protobuf.message import DecodeError
 
+from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.protocol import encoding
 
 needs_atheris = pytest.mark.skipif(find_spec("atheris") is None, reason="atheris has wheels for Linux on x86-64 only")
@@ -55,6 +56,13 @@ def test_a_decoder_that_loses_a_check_is_noticed(monkeypatch: pytest.MonkeyPatch
     messages = load("messages")
     with pytest.raises((AssertionError, DecodeError)):
         lines_reached(messages.run, everything("messages", messages), set())
+
+
+def test_a_pool_of_caches_that_loses_its_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CachePool, "acquire", lambda _, wanted: list(range(len(wanted))))
+    decodes = load("decodes")
+    with pytest.raises(AssertionError, match="bytes count"):
+        lines_reached(decodes.run, everything("decodes", decodes), set())
 
 
 def test_lines_of_functions_classes_and_modules_are_counted() -> None:

@@ -28,7 +28,14 @@ from isthmus.experiments.harness.rig_settings import AbuseSettings
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS, LIFTED, Edge
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS, attacker_process
 from isthmus.experiments.rigs.abuse.bare_server import PLANTED, BareServer, Weakness
-from isthmus.experiments.rigs.abuse.ceilings import CEILINGS, COMPUTE_BYTES, PLANTED_CEILING, STASH_BYTES, Ceiling
+from isthmus.experiments.rigs.abuse.ceilings import (
+    CACHE_BYTES,
+    CEILINGS,
+    COMPUTE_BYTES,
+    PLANTED_CEILING,
+    STASH_BYTES,
+    Ceiling,
+)
 from isthmus.experiments.rigs.abuse.gauge import Gauge, Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.abuse.hostile_cloud import HostileCloud
@@ -72,6 +79,7 @@ def _run(settings: AbuseSettings, attacks: Sequence[str], folder: Path, advance:
         str(checkpoint.folder),
         *("--edge-layers", settings.edge_layers, "--threads", str(settings.threads)),
         *("--stash-bytes", str(STASH_BYTES), "--compute-bytes", str(COMPUTE_BYTES)),
+        *("--cache-bytes", str(CACHE_BYTES)),
     )
     on_worker = [name for name in attacks if name in ATTACKS]
     runs = _on_worker(settings, on_worker, cloud, folder, advance) if on_worker else []

@@ -13,9 +13,10 @@ from isthmus.backbone.checkpoints.chat_template import TemplateLimits
 from isthmus.cloud.bounds import Bounds
 from isthmus.experiments.rigs.abuse.attacked_edge import EDGE_ATTACKS
 from isthmus.experiments.rigs.abuse.attacks import ATTACKS
+from isthmus.experiments.rigs.abuse.decode_costs import DECODE_COSTS
 from isthmus.protocol.limits import MIB
 
-STASH_BYTES, COMPUTE_BYTES = 512 * MIB, 2048 * MIB
+STASH_BYTES, COMPUTE_BYTES, CACHE_BYTES = 512 * MIB, 2048 * MIB, 256 * MIB
 """What the worker that is attacked is started with: a small machine's budgets, so that a tenant reaches them."""
 BOUNDS: Final = Bounds()
 TEMPLATE_LIMITS: Final = TemplateLimits()
@@ -44,6 +45,8 @@ CONNECTIONS: Final = Ceiling(192.0, BOUNDS.max_connections + 32, 30.0)
 """The same for attacks that hold connections, each of which has a descriptor."""
 TENANT: Final = Ceiling((STASH_BYTES + COMPUTE_BYTES) / MIB + 256.0, 160, None)
 """The forward states that are kept, the calls that are computed, and the messages of a tenant's sessions."""
+DECODING: Final = Ceiling((CACHE_BYTES + COMPUTE_BYTES) / MIB + 256.0, 160, None)
+"""Keys and values, steps that are computed, and the messages of a tenant's sessions."""
 NOTHING: Final = Ceiling(64.0, 32, 10.0)
 """What is refused, or ended, before anything is computed."""
 ANSWER: Final = Ceiling(64.0, 32, 10.0)
@@ -65,6 +68,7 @@ _SPECIAL: Final = {
     "rekeys": NOTHING,
     "session_pings": NOTHING,
     "long_call": NOTHING,
+    **dict.fromkeys(DECODE_COSTS, DECODING),
 }
 
 _OF_EDGE: Final = {

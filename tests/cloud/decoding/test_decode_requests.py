@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer
-from support.cloud.sessions import Channel, channel
+from support.cloud.sessions import Channel, channel, eventually
 from support.models.tiny import HIDDEN
 
+from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.backbone.decoding.key_values import KeyValues
+from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.cloud.session.served_model import Served
+from isthmus.common.errors import LocalProtocolError, RemoteProtocolError, TooLateError
 from isthmus.protocol import messages as m
+from isthmus.protocol.encoding import pack
 from isthmus.protocol.enrolment import Quota
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
@@ -30,10 +36,11 @@ def place(cloud: Served, tmp_path: Path) -> Iterator[tuple[ThreadServer, Channel
         yield server, session
 
 
-def call(number: int, start: int, length: int) -> m.Decode:
-    hidden = torch.randn(1, length, HIDDEN, generator=torch.Generator().manual_seed(number))
+def call(number: int, start: int, length: int, *, batch: int = 1, **changes: Any) -> m.Decode:
+    hidden = torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(number))
     sent = encode(hidden, "fp32", Role.ACTIVATION)
-    return m.Decode(m.CallId(1, number), 0, start, (), (), sent, None, None, codec_id("fp32"))
+    made = m.Decode(m.CallId(1, number), 0, start, (), (), sent, None, None, codec_id("fp32"))
+    return dataclasses.replace(made, **changes)
 
 
 def test_a_call_that_waits_for_room_is_counted_once(
@@ -68,3 +75,91 @@ def test_a_cache_that_goes_while_a_call_looks_at_it_is_lost_and_no_error(
     monkeypatch.setattr(KeyValues, "length", property(evicted))
     answer = session.ask(call(2, LENGTH, 1), 20)
     assert answer == m.CacheLost(m.CallId(1, 2), 0)
+
+
+def test_a_call_that_finds_no_room_ends_at_its_deadline(
+    place: tuple[ThreadServer, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = place
+    monkeypatch.setattr(CachePool, "acquire", lambda *_: [])
+    with server.link(deadline=0.2) as link:
+        link.open(5)
+        with pytest.raises(TooLateError, match=r"within 0\.2 s"):
+            link._keeper.ask(m.ForwardReply, call(1, 0, 4), answer_bytes=1 << 20)
+        monkeypatch.undo()
+        assert isinstance(link._keeper.ask(m.ForwardReply, call(1, 0, 4), answer_bytes=1 << 20), m.ForwardReply)
+
+
+BEYOND = [
+    (call(2, 120, 20), "a sequence of 140 tokens is longer than the 128"),
+    (call(2, 1 << 31, 1), "longer than the 128"),
+    (call(2, 0, 32, batch=129), "129 x 32 tokens in one call; this cloud takes at most 4096"),
+    (call(2, LENGTH, 1, rows=(1,)), "row 1 of a cache that has 1"),
+    (call(2, LENGTH, 1, batch=2), "2 sequences do not fit a cache of 1"),
+    (call(2, LENGTH, 1, sites=3, lease=1), "there is no list of sites 3"),
+]
+
+
+@pytest.mark.parametrize(("message", "said"), BEYOND, ids=[said[:20] for _, said in BEYOND])
+def test_a_decode_call_beyond_a_limit_is_refused_in_one_line(
+    place: tuple[ThreadServer, Channel], message: m.Decode, said: str
+) -> None:
+    _, session = place
+    assert isinstance(session.ask(call(1, 0, LENGTH), 20), m.ForwardReply)
+    answer = session.ask(message, 20)
+    assert isinstance(answer, m.Status)
+    assert answer.code == m.StatusCode.BAD_REQUEST
+    assert said in answer.message
+    assert "\n" not in answer.message
+    assert isinstance(session.ask(call(3, LENGTH, 1), 20), m.ForwardReply)  # which has changed nothing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache": m.MAX_CACHES},
+        {"rows": (0,) * (m.MAX_ROWS + 1)},
+        {"blocks": (m.MAX_BLOCK + 1,)},
+        {"blocks": (1,) * (m.MAX_BLOCKS + 1)},
+        {"blocks": (1, 1)},
+        {"rows": (0, 0)},
+    ],
+)
+def test_numbers_beyond_the_protocol_s_are_no_message(changes: dict[str, Any]) -> None:
+    pack(call(1, 0, 1))
+    with pytest.raises((LocalProtocolError, RemoteProtocolError)):
+        pack(call(1, 0, 1, **changes))
+
+
+def test_a_long_prompt_lets_others_steps_in_between(
+    cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    bob, steps = home.new_edge("bob"), list[tuple[str, int]]()
+    asked, run = threading.Event(), DecodePass.__call__
+
+    def noting(self: DecodePass, calls: Any) -> Any:
+        steps.append(("token" if calls[0].inputs.hidden.shape[1] == 1 else "prompt", len(calls)))
+        if len(steps) == 2:
+            asked.set()
+            eventually(lambda: server.server._calls.engine.waiting().get("bob", 0) > 0)
+        return run(self, calls)
+
+    bounds = Bounds(engine=EngineOptions(prefill_tokens=8, compute_threads=1))
+    with (
+        ThreadServer(cloud, home, bounds=bounds) as server,
+        contextlib.closing(channel(server)) as long,
+        contextlib.closing(channel(server, b"m" * 16, bob)) as short,
+    ):
+        assert isinstance(short.ask(call(1, 0, 1), 20), m.ForwardReply)
+        steps.clear()
+        monkeypatch.setattr(DecodePass, "__call__", noting)
+        prompt = threading.Thread(target=long.ask, args=(call(1, 0, 48), 20))
+        prompt.start()
+        assert asked.wait(10)
+        assert isinstance(short.ask(call(2, 1, 1), 20), m.ForwardReply)
+        prompt.join(20)
+    assert len(steps) >= 6
+    # It shares a pass with the next step of the prompt, or has one of its own: in any case before the last.
+    place = next(at for at, (kind, calls) in enumerate(steps) if kind == "token" or calls == 2)
+    assert place < len(steps) - 1

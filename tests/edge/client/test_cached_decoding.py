@@ -178,6 +178,16 @@ def test_in_a_pipeline(tiny_model: Path, tmp_path: Path) -> None:
             with exact_decoding(link, edge):
                 assert_equal(text(edge, streamer=Each(forget)), text(edge))
             assert pipeline.servers[0].server.status()["caches_lost"] == 0
+            tokens = iter(range(10**6))
+
+            def restart() -> None:
+                if (stage := {4: 1, 8: 2}.get(next(tokens))) is not None:
+                    pipeline.restart(stage)
+
+            retries = link.traffic.retries
+            with exact_decoding(link, edge):
+                assert_equal(text(edge, streamer=Each(restart)), text(edge))
+            assert link.traffic.retries > retries
     finally:
         for server in pipeline.servers:
             server.__exit__()
