@@ -155,9 +155,12 @@ class TenantSession:
         """A decode call, which is computed in steps. The event loop may ask.
 
         Raises:
+            ConfigError: the model is not made for so long a sequence.
             ValueError: it has too many tokens, or a step takes too much memory.
         """
         self._check_tokens(message.hidden)
+        # First, as what the memory is said to be would only confuse.
+        check_positions(self.executor.host.span.longest, message.start + message.hidden.shape[1], None)
         tenant, inputs = self.adapters.tenant.name, partial(self._inputs, sent=message.inputs, before=message.start)
         call = DecodeCall(self.decoding, self.session_id, tenant, message, inputs, self.calls.lists.leased_at)
         for step in call.steps():

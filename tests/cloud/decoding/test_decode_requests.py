@@ -96,7 +96,7 @@ BEYOND = [
     (call(2, 0, 32, batch=129), "129 x 32 tokens in one call; this cloud takes at most 4096"),
     (call(2, LENGTH, 1, rows=(1,)), "row 1 of a cache that has 1"),
     (call(2, LENGTH, 1, batch=2), "2 sequences do not fit a cache of 1"),
-    (call(2, LENGTH, 1, sites=3, lease=1), "there is no list of sites 3"),
+    (call(2, LENGTH, 1, sites=3, lease=1), "there is no list 3 of sites"),
 ]
 
 
