@@ -12,6 +12,7 @@
     ├── SignerError              26   a package is not signed, or not by the one that was asked for
     ├── AdapterError             27   a returned adapter does not fit the model or the package, or is not finite
     ├── ChatTemplateError        28   a chat template takes more time, memory or room than it may
+    ├── ConsentError             29   the owner of a package has not allowed what is asked
     ├── KeyFileError             30   a key file is missing, malformed or readable by others
     ├── FingerprintError         31   the server's key is not the pinned one, or its certificate has expired
     ├── NotEnrolledError         32   the cloud does not know this edge's key
@@ -117,6 +118,12 @@ class ChatTemplateError(IsthmusError, ValueError):
     """A chat template takes more time, memory or room for a conversation than it may."""
 
     exit_code = 28
+
+
+class ConsentError(IsthmusError, PermissionError):
+    """The owner of a package has not allowed what is asked of it."""
+
+    exit_code = 29
 
 
 class KeyFileError(IsthmusError, OSError):

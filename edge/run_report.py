@@ -21,12 +21,14 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
+
+_ENDS = 10  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,9 @@ class Report:
     is what a codec and a hidden size predict, `bytes_per_token_*` what a token of the data cost. `peak_bytes_edge` is
     the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
     while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
+
+    `draft_*` are means over the first and the last ten steps: the divergence of a tuned draft in nats, and the share of
+    labels where its likeliest token is the model's; null where none is tuned.
     """
 
     loss_before: float | None
@@ -138,6 +143,10 @@ class Report:
     plan: str
     method: str
     codec: str
+    draft_kl_first: float | None = None
+    draft_kl_last: float | None = None
+    draft_agreement_first: float | None = None
+    draft_agreement_last: float | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -153,9 +162,15 @@ class Report:
             "per token position, "
             f"{self.retries} retries\n"
         )
+        draft = ""
+        if self.draft_kl_first is not None:
+            draft = (
+                f"draft: KL {self.draft_kl_first:.3f} -> {self.draft_kl_last:.3f}, likeliest token the same "
+                f"{self.draft_agreement_first:.0%} -> {self.draft_agreement_last:.0%}; in {out / 'draft.safetensors'}\n"
+            )
         return (
             f"held-out loss {losses}; {self.steps} steps, {self.tokens_per_s:.0f} tokens/s\n"
-            f"{wire if self.calls else ''}"
+            f"{wire if self.calls else ''}{draft}"
             f"adapter in {out / 'adapter'}, report in {out / 'report.json'}"
         )
 
@@ -180,6 +195,16 @@ def traffic(spent: Spent) -> dict[str, float]:
         "bytes_per_token_down": _per(wire.bytes_down, spent.tokens),
         "bytes_per_position_up": _per(wire.bytes_up, spent.positions),
         "bytes_per_position_down": _per(wire.bytes_down, spent.positions),
+    }
+
+
+def draft_fit(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How near a tuned draft was to its model at both ends of a log, under the names that `Report` has for that."""
+    ends = {"first": log[:_ENDS], "last": log[-_ENDS:]}
+    return {
+        f"{name}_{end}": sum(line[name] for line in lines) / len(lines)
+        for name in ("draft_kl", "draft_agreement")
+        for end, lines in ends.items()
     }
 
 

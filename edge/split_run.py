@@ -22,6 +22,7 @@ from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data, load_examples
 from isthmus.edge.run_report import Report, linear_parameters
 from isthmus.edge.sites.live_sites import live_sites
+from isthmus.edge.training.draft_tuning import draft_tuning
 from isthmus.edge.training.edge_steps import StepObserver
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
@@ -72,6 +73,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
                 progress=progress,
                 step_observers=[observer for observer in observers if observer is not None],
                 in_flight=wire.in_flight,
+                draft=draft_tuning(model, config, link.pin),
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report

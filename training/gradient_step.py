@@ -62,10 +62,22 @@ class GradientStep:
         Raises:
             NonFiniteError: The norm is NaN or infinite.
         """
-        self._optimizer.zero_grad(set_to_none=True)
+        self.clear()
         loss = backward()
+        return loss, self.clip(step)
+
+    def clear(self) -> None:
+        """Forget the gradients of the step before."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def clip(self, step: int) -> float:
+        """Clip the gradients of step number `step`, and return the norm that they had before.
+
+        Raises:
+            NonFiniteError: The norm is NaN or infinite.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm, foreach=False)
-        return loss, require_finite(f"the gradients of step {step} have the norm", float(norm), self._remedy)
+        return require_finite(f"the gradients of step {step} have the norm", float(norm), self._remedy)
 
     def apply(self, rate: float) -> None:
         """See `StepRule`. The gradients are still there afterwards."""

@@ -6,7 +6,18 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-PANELS = ("Connection", "Package", "Data", "Adapter", "Sites", "Generation", "Optimization", "Computation", "Output")
+PANELS = (
+    "Connection",
+    "Package",
+    "Data",
+    "Adapter",
+    "Sites",
+    "Generation",
+    "Optimization",
+    "Computation",
+    "Draft",
+    "Output",
+)
 """The headings of `--help`, in their order."""
 
 

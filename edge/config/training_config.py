@@ -141,7 +141,27 @@ class TrainClientConfig(ClientConfig):
     )
 
 
-class TrainConfig(TrainClientConfig, SitesConfig, PluggedConfig, TuningConfig):
+class DraftConfig(Settings):
+    """Which draft is tuned beside the model."""
+
+    panel = "Draft"
+
+    draft: str = Field(
+        "none",
+        description="What will draft for the tuned model: the folder of an emulator package whose owner allows it to "
+        "be tuned beside the model; `none` and `ngram` have nothing to tune.",
+    )
+    draft_learning_rate: float = Field(
+        3e-4, gt=0, description="Peak learning rate of the draft, that of its distillation; it follows --schedule."
+    )
+
+    @property
+    def draft_package(self) -> Path | None:
+        """The folder of the package whose draft is tuned."""
+        return None if self.draft in ("none", "ngram") else Path(self.draft)
+
+
+class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, TuningConfig):
     """A run whose middle layers are in the cloud."""
 
     @model_validator(mode="after")
@@ -181,7 +201,28 @@ class TrainConfig(TrainClientConfig, SitesConfig, PluggedConfig, TuningConfig):
             )
         if self.plugged and self.start_from is not None:
             raise ValueError(f"plugged and start_from = {str(self.start_from)!r} exclude each other: give one of them")
+        self._check_draft()
         return self
+
+    def _check_draft(self) -> None:
+        if self.draft_package is None:
+            return
+        if self.method in ("prompt", "ladder"):
+            raise ValueError(
+                f"draft = {self.draft!r} is tuned for generation with a cache, which method {self.method} has not: "
+                "give draft = none, or another method"
+            )
+        if self.optimizer == "mezo":
+            raise ValueError(
+                f"draft = {self.draft!r} learns from the forward of a step, and those of optimizer mezo are of other "
+                "parameters than the model's: give draft = none, or another optimizer"
+            )
+        if self.sites != "none" and self.method != "lora":
+            raise ValueError(
+                f"draft = {self.draft!r} is tuned for generation with a cache, and adapters of method {self.method} "
+                "inside the cloud's layers have none: give draft = none, sites = none, or method lora, which can be "
+                "leased"
+            )
 
     def _check_leased(self) -> None:
         if self.leased == "none" and not self.lend_dead:

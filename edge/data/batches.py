@@ -290,4 +290,11 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
 
 def label_count(batch: Batch) -> int:
     """Tokens of `batch` that the loss is a mean over."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return int(label_places(batch).sum())
+
+
+def label_places(batch: Batch) -> Tensor:
+    """Where the tokens before these are, `[B, S]` of bool: the logits there are of the labels."""
+    follows = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    follows[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    return follows

@@ -7,7 +7,8 @@ with drafting(model, NgramDraft()):
 
 `length_rule` says how long a draft is, by what `calibration` and `round_seconds` have learned; these three are pure.
 `candidates` stands between a draft and transformers' assisted generation. The drafts are `ngram_draft`, `model_draft`
-and `emulator_draft`. The cloud sees hidden states of drafted tokens, and no tokens.
+and `emulator_draft`; `tuned_draft` is the file that a training run leaves of the latter. The cloud sees hidden states
+of drafted tokens, and no tokens.
 
 It imports nothing else of `isthmus.edge`; it may import `isthmus.emulator`, `isthmus.protocol` and `isthmus.backbone`.
 """

@@ -12,8 +12,9 @@ from typing import Any, Self
 from isthmus.common.errors import PackageError
 from isthmus.edge.drafts.length_rule import LengthRule
 from isthmus.edge.drafts.model_draft import ModelDraft
+from isthmus.edge.drafts.tuned_draft import load_tuned
 from isthmus.emulator.compress.emulator_model import Emulator
-from isthmus.emulator.package.package import open_package
+from isthmus.emulator.package.package import Package, open_package
 from isthmus.emulator.package.verification import check_package_fits
 from isthmus.protocol.secure.keys import Fingerprint
 
@@ -30,6 +31,7 @@ class EmulatorDraft(ModelDraft):
         signer: Fingerprint | None = None,
         rule: LengthRule | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        tuned: Path | None = None,
     ) -> Self:
         """A draft of an emulator package.
 
@@ -41,27 +43,51 @@ class EmulatorDraft(ModelDraft):
             signer: Fingerprint of the root key that must have certified the package's signer; None for any.
             rule: How long a draft is; None for one that adapts.
             clock: Returns seconds.
+            tuned: A tuned draft, whose weights the emulator gets; None for the package's own.
 
         Raises:
-            CheckpointError: A file of the package is damaged.
-            PackageError: The folder is no package, was changed, or was made of another model or for another plan.
+            CheckpointError: A file of the package or the tuned draft is damaged.
+            PackageError: The folder is no package, was changed, or was made of another model or for another plan; or
+                the draft was tuned from another package.
             SignerError: It is not signed, or by somebody else.
         """
-        package = open_package(folder, signer=signer)
         if model is None:
-            return cls(package.load_model(), rule, clock)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        check_package_fits(package.manifest, base.isthmus_origin.checkpoint)
-        if package.plan != base.split_plan:
-            raise PackageError(
-                f"the package is for the plan {package.plan}, and the model is cut by {base.split_plan}: open it "
-                "without a model, or get one for this plan"
-            )
-        return cls(around_emulator(base, package.load_emulator()), rule, clock)
+            package = open_package(folder, signer=signer)
+            drafting = package.load_model()
+        else:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            package = open_package_for(base, folder, signer=signer)
+            drafting = around_emulator(base, package.load_emulator())
+        if tuned is not None:
+            load_tuned(tuned, drafting.remote_layers.span, package.id)
+        return cls(drafting, rule, clock)
+
+
+def open_package_for(model: Any, folder: Path, *, signer: Fingerprint | None = None) -> Package:
+    """Verify a package and that it was made of this split model for its plan.
+
+    Args:
+        model: The edge's model.
+        signer: As for `EmulatorDraft.open`.
+
+    Raises:
+        PackageError: The folder is no package, was changed, or was made of another model or for another plan.
+        SignerError: It is not signed, or by somebody else.
+    """
+    package = open_package(folder, signer=signer)
+    check_package_fits(package.manifest, model.isthmus_origin.checkpoint)
+    if package.plan != model.split_plan:
+        raise PackageError(
+            f"the package is for the plan {package.plan}, and the model is cut by {model.split_plan}: open it "
+            "without a model, or get one for this plan"
+        )
+    return package
 
 
 def around_emulator(model: Any, emulator: Emulator) -> Any:
     """A copy of the edge's model over an emulator, in eval mode; it shares all weights with the model.
+
+    Adapters inside the cloud's layers are not in it: an emulator has no places for them.
 
     Args:
         model: The edge's model, with PEFT's layers in it or without.
@@ -70,5 +96,7 @@ def around_emulator(model: Any, emulator: Emulator) -> Any:
     shared: dict[int, Any] = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared)
     copied.isthmus_draft = None
+    copied.remote_layers.live_sites = frozenset()
+    copied.remote_layers.lend_dead = False
     copied.remote_layers.span = emulator.to(device=model.device, dtype=model.dtype)
     return copied.eval()

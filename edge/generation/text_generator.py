@@ -19,6 +19,7 @@ from isthmus.edge.config.client_config import GenerateConfig
 from isthmus.edge.drafts.candidates import Draft, drafting
 from isthmus.edge.drafts.emulator_draft import EmulatorDraft
 from isthmus.edge.drafts.ngram_draft import NgramDraft
+from isthmus.edge.drafts.tuned_draft import tuned_beside
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.edge.generation.text_writer import TextWriter
 
@@ -163,16 +164,19 @@ def text_generator(link: Link, settings: GenerateConfig, adapter: Path | None) -
     model = load_adapted(link, adapter, plugged=settings.plugged, leased=settings.leased).eval()
     with ExitStack() as stack:
         if settings.draft != "none":  # before the model is exact, which its copy in the draft need not be
-            stack.enter_context(drafting(model, _draft(settings.draft, model, link)))
+            stack.enter_context(drafting(model, _draft(settings.draft, model, link, adapter)))
         if settings.exact:
             stack.enter_context(exact_decoding(link, model))
         yield TextGenerator(model, tokenizer, settings)
 
 
-def _draft(name: str, model: Any, link: Link) -> Draft:
-    """What `--draft` names.
+def _draft(name: str, model: Any, link: Link, adapter: Path | None) -> Draft:
+    """What `--draft` names, tuned as the adapter's run has left it, if it has.
 
     Raises:
-        PackageError: It is the folder of no package, or of one for another model.
+        CheckpointError: The tuned draft is damaged.
+        PackageError: It is the folder of no package, or of one for another model, or not the one that was tuned.
     """
-    return NgramDraft() if name == "ngram" else EmulatorDraft.open(Path(name), model, signer=link.pin)
+    if name == "ngram":
+        return NgramDraft()
+    return EmulatorDraft.open(Path(name), model, signer=link.pin, tuned=tuned_beside(adapter))

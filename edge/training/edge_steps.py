@@ -25,6 +25,7 @@ from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch, Batches, TrainingData
 from isthmus.edge.run_report import Spent, WireMeter, WireTotals
 from isthmus.edge.training import methods
+from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
@@ -65,6 +66,7 @@ class EdgeSteps(Task):
         stop: The user's request to stop, which is looked at after every micro-batch.
         observers: Called around every step, in this order.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
+        draft: The draft that is tuned beside the model; None for none.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class EdgeSteps(Task):
         meter: WireMeter | None,
         observers: Sequence[StepObserver],
         in_flight: InFlight | None,
+        draft: DraftTuning | None = None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
@@ -85,10 +88,14 @@ class EdgeSteps(Task):
         self.loss_after: float | None = None
         self.add_points: AddPoints = no_curves
         self.parameters: Mapping[str, nn.Parameter] = methods.trained(model)  # before the rule freezes some of them
-        self.rule: EdgeRule = step_rule(model, self.parameters, config, stop.check, in_flight)
+        self.rule: EdgeRule = step_rule(
+            model, self.parameters, config, stop.check, in_flight, None if draft is None else draft.learn
+        )
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
-        self.settings: Mapping[str, Any] = fixed_settings(config, self.total, start)
+        self.settings: Mapping[str, Any] = fixed_settings(
+            config, self.total, start, None if draft is None else draft.package
+        )
         self._model = model
         self._data = data
         self._config = config
@@ -97,6 +104,7 @@ class EdgeSteps(Task):
         self._progress = progress
         self._meter = meter
         self._observers = observers
+        self._draft = draft
         self._per_epoch = steps_per_epoch(config, len(data.train))
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
@@ -125,7 +133,11 @@ class EdgeSteps(Task):
         epoch, inside = divmod(step - 1, self._per_epoch)
         first = inside * self._config.accumulate
         self._batches = list(self._train.epoch(epoch, first, first + self._config.accumulate))
+        if self._draft is not None:
+            self._draft.begin_step()
         loss, norm = self.rule.measure(step, self._batches)
+        if self._draft is not None:
+            self._draft.end_step(step)
         return {"epoch": epoch, "loss": loss}, norm
 
     def applied(self, step: int) -> dict[str, Any]:
@@ -133,12 +145,16 @@ class EdgeSteps(Task):
         methods.after_step(self._model, step)
         for observer in self._observers:
             observer.after_step(step)
+        fit: dict[str, Any] = {}
+        if self._draft is not None:
+            self._draft.apply(self.rate(step - 1) / self._config.learning_rate)
+            fit = {"draft_kl": self._draft.fit.kl, "draft_agreement": self._draft.fit.agreement}
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._batches)
         positions = sum(batch["input_ids"].numel() for batch in self._batches)
         seconds = time.perf_counter() - self._started
         self._step_spent = Spent(seconds, tokens, positions, self._totals() - self._before)
         self.spent += self._step_spent
-        return {"tokens": tokens}
+        return {"tokens": tokens, **fit}
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""
@@ -147,8 +163,12 @@ class EdgeSteps(Task):
         points |= {"bytes/up": crossed.bytes_up, "bytes/down": crossed.bytes_down}
         for observer in self._observers:
             points |= observer.points()
+        text = figures(line["loss"], speed, self.spent.wire)
+        if self._draft is not None:
+            points |= {"draft/kl": line["draft_kl"], "draft/agreement": line["draft_agreement"]}
+            text += f"  draft KL {line['draft_kl']:.4f}, {line['draft_agreement']:.0%} agree"
         self.add_points(line["step"], points)
-        return figures(line["loss"], speed, self.spent.wire)
+        return text
 
     def between(self, step: int) -> None:
         """See `Task`."""
@@ -160,8 +180,9 @@ class EdgeSteps(Task):
         self.loss_after = self._evaluate(self.total, "after training")
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """See `Task`: what the PEFT method remembers besides parameters (AdaLoRA), often nothing."""
-        return {"method": methods.method_state(self._model)[0]}
+        """See `Task`: what the PEFT method remembers besides parameters (AdaLoRA), often nothing; and the draft."""
+        draft = {} if self._draft is None else self._draft.tensors()
+        return {"method": methods.method_state(self._model)[0], **draft}
 
     def entries(self) -> Mapping[str, Any]:
         """See `Task`."""
@@ -194,6 +215,11 @@ class EdgeSteps(Task):
         methods.load_method_state(self._model, tensors, method)
         for observer, state in zip(self._observers, observed, strict=True):
             observer.load_state(state)
+        if self._draft is not None:
+            try:
+                self._draft.load(checkpoint, folder)
+            except KeyError as error:
+                raise damaged_entry(folder, error) from error
         self.spent, self.loss_before = spent, loss_before
 
     def _evaluate(self, step: int, when: str) -> float | None:

@@ -12,8 +12,8 @@ from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damag
 START_ANEW = "give another --out"
 
 # Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
-# form are covered by the fingerprint of the tokens, the package by the model's identity; steps and epochs by the total,
-# where it matters; the adapter to go on from by its contents.
+# form are covered by the fingerprint of the tokens, the package by the model's identity, the draft by its package's id;
+# steps and epochs by the total, where it matters; the adapter to go on from by its contents.
 _FREE = {
     "cloud",
     "key",
@@ -48,6 +48,8 @@ _FREE = {
     "tls_key",
     "start_from",
     "plugged",
+    "draft",
+    "draft_learning_rate",
 }
 
 
@@ -68,12 +70,13 @@ class ModelIdentity:
     package: str | None = None
 
 
-def fixed_settings(config: TuningConfig, total: int, start: str | None) -> dict[str, Any]:
+def fixed_settings(config: TuningConfig, total: int, start: str | None, draft: str | None = None) -> dict[str, Any]:
     """The options that a run may not change half-way.
 
     Args:
         total: Its optimizer steps, which may change where nothing was planned by them.
         start: The digest of the adapter that it went on from.
+        draft: The id of the package whose draft is tuned; None for no draft.
     """
     settings = config.model_dump(mode="json", exclude=set(_FREE))
     planned = (
@@ -81,7 +84,9 @@ def fixed_settings(config: TuningConfig, total: int, start: str | None) -> dict[
         or config.method == "adalora"
         or getattr(config, "site_policy", "") == "kill-revive"
     )
-    return settings | {"total steps": total if planned else None, "the adapter to go on from": start}
+    settings |= {"total steps": total if planned else None, "the adapter to go on from": start}
+    rate = None if draft is None else getattr(config, "draft_learning_rate", None)
+    return settings | {"the draft's package": draft, "draft_learning_rate": rate}
 
 
 def identity_entries(model: ModelIdentity, data: str) -> dict[str, Any]:

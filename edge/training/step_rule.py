@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.edge.config.data_config import Precision
-from isthmus.edge.data.batches import Batch, label_count
+from isthmus.edge.data.batches import Batch, label_count, label_places
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
 from isthmus.training.gradient_step import StepRule, require_finite
+
+Learn = Callable[[Batch, Tensor, float], None]
+"""Called with a micro-batch, the model's logits at its labels `[N, V]`, detached, and its share of all labels."""
 
 REMEDY = "lower --learning-rate, or use a wider codec or dtype."
 
@@ -52,15 +55,22 @@ class BatchLoss:
     Args:
         check_stop: Called after every micro-batch; what it raises ends the step.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
+        learn: Called for each micro-batch after its backward, in their order and in the calling thread.
     """
 
     def __init__(
-        self, model: Any, precision: Precision, check_stop: Callable[[], None], in_flight: InFlight | None = None
+        self,
+        model: Any,
+        precision: Precision,
+        check_stop: Callable[[], None],
+        in_flight: InFlight | None = None,
+        learn: Learn | None = None,
     ) -> None:
         self._model = model
         self._precision: Precision = precision
         self._check_stop = check_stop
         self._in_flight = in_flight
+        self._learn = learn
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -77,37 +87,45 @@ class BatchLoss:
             return self._over_in_flight(self._in_flight, step, labels, batches, trained)
         total = 0.0
         for batch in batches:
-            loss, value = self._weighted(step, labels, batch)
+            loss, value, logits = self._weighted(step, labels, batch)
             if trained:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch
             self._check_stop()
+            self._teach(batch, logits, labels)
             total += value
         return total
 
     def _over_in_flight(
         self, in_flight: InFlight, step: int, labels: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter]
     ) -> float:
-        def work(batch: Batch) -> tuple[float, Sequence[Tensor | None]]:
-            loss, value = self._weighted(step, labels, batch)
+        def work(batch: Batch) -> tuple[float, Sequence[Tensor | None], Tensor | None]:
+            loss, value, logits = self._weighted(step, labels, batch)
             gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
             self._check_stop()
-            return value, gradients
+            return value, gradients, logits
 
         total = 0.0
         with closing(in_flight.map(work, batches)) as done:
-            for value, gradients in done:
+            for batch, (value, gradients, logits) in zip(batches, done, strict=True):
                 if trained:
                     _add(trained, gradients)
+                self._teach(batch, logits, labels)
                 total += value
         return total
 
-    def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float]:
-        """What a micro-batch adds to the loss, with its graph and as a number."""
+    def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float, Tensor | None]:
+        """What a micro-batch adds to the loss, with its graph and as a number; and logits, where somebody learns."""
         with computing_in(self._precision, self._model):
-            loss: Tensor = self._model(**to_device(batch, self._model), use_cache=False).loss
+            output = self._model(**to_device(batch, self._model), use_cache=False)
+        loss: Tensor = output.loss
         weight = label_count(batch) / labels
         value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
-        return loss * weight, value * weight
+        logits = None if self._learn is None else output.logits.detach()[label_places(batch)]
+        return loss * weight, value * weight, logits
+
+    def _teach(self, batch: Batch, logits: Tensor | None, labels: int) -> None:
+        if self._learn is not None and logits is not None and len(logits):
+            self._learn(batch, logits, label_count(batch) / labels)
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -20,8 +20,20 @@ from isthmus.common.torch_threads import use_threads
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import TrainingData
-from isthmus.edge.run_report import Report, WireMeter, count, flops, linear_parameters, peak_bytes, shares, traffic
+from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT
+from isthmus.edge.run_report import (
+    Report,
+    WireMeter,
+    count,
+    draft_fit,
+    flops,
+    linear_parameters,
+    peak_bytes,
+    shares,
+    traffic,
+)
 from isthmus.edge.training import methods
+from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.edge_steps import EdgeSteps, StepObserver
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity
@@ -51,6 +63,7 @@ class Trainer:
         cloud_peak: Asked at the end for the cloud's peak memory in bytes.
         step_observers: Called around every step, in this order; their states are in the checkpoints.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
+        draft: The draft that is tuned beside the model; None for none.
     """
 
     def __init__(
@@ -68,6 +81,7 @@ class Trainer:
         progress: StepProgress | None = None,
         step_observers: Sequence[StepObserver] = (),
         in_flight: InFlight | None = None,
+        draft: DraftTuning | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -77,11 +91,12 @@ class Trainer:
         self._span_parameters = span_parameters
         self._emulator_parameters = emulator_parameters
         self._cloud_peak = cloud_peak
+        self._draft = draft
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
         self._steps = EdgeSteps(
-            model, data, config, identity, self._stop, self._progress, meter, step_observers, in_flight
+            model, data, config, identity, self._stop, self._progress, meter, step_observers, in_flight, draft
         )
         self._n_trained = count(methods.trained(model).values())  # the rule has frozen what it does not move
         options = LoopOptions(
@@ -140,6 +155,8 @@ class Trainer:
         adapter = self.config.out / "adapter"
         save_adapter(self.model, adapter, record=self._record())
         report = self._report()
+        if self._draft is not None:
+            self._draft.save(self.config.out / TUNED_DRAFT, steps=self.step, kl=report.draft_kl_last or 0.0)
         write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
         return TrainResult(report, adapter)
 
@@ -149,8 +166,9 @@ class Trainer:
         return made_on if self._identity.package is None else made_on | {"package": self._identity.package}
 
     def _report(self) -> Report:
-        spent, log = self._steps.spent, self._loop.log
+        spent, lines = self._steps.spent, [json.loads(line) for line in self._loop.log]
         figures: dict[str, Any] = {
+            **({} if self._draft is None else draft_fit(lines)),
             **shares(spent),
             **traffic(spent),
             **flops(
@@ -163,8 +181,8 @@ class Trainer:
         return Report(
             loss_before=self._steps.loss_before,
             loss_after=self._steps.loss_after,
-            train_loss_first=json.loads(log[0])["loss"],
-            train_loss_last=json.loads(log[-1])["loss"],
+            train_loss_first=lines[0]["loss"],
+            train_loss_last=lines[-1]["loss"],
             steps=self.step,
             examples=len(self._data.train),
             dropped_examples=self._data.dropped,

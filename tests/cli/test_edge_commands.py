@@ -26,7 +26,10 @@ def headings(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (("edge", "train"), ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Output"]),
+        (
+            ("edge", "train"),
+            ["Connection", "Data", "Adapter", "Sites", "Optimization", "Computation", "Draft", "Output"],
+        ),
         (("edge", "eval"), ["Connection", "Data", "Adapter", "Computation"]),
         (("edge", "generate"), ["Connection", "Adapter", "Generation"]),
         (("emulator", "tune"), ["Package", "Data", "Adapter", "Optimization", "Computation", "Output"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import torch
@@ -26,16 +27,29 @@ from isthmus.protocol.secure.keys import WorkerIdentity
 
 
 def tiny_package(
-    folder: Path, model: Path, *, plan: str = PLAN, keep: float = 0.5, signer: WorkerIdentity | None = None
+    folder: Path,
+    model: Path,
+    *,
+    plan: str = PLAN,
+    recipe: str = "uniform",
+    keep: float = 0.5,
+    signer: WorkerIdentity | None = None,
+    allow_draft_tuning: bool = False,
 ) -> Package:
     """Write a package of a tiny model, signed as the clouds of `support.cloud.memory_cloud` sign."""
     checkpoint = Checkpoint(model, "tiny")
     cut = SplitPlan.parse(plan, checkpoint.config.num_hidden_layers)
-    emulator = build_emulator(checkpoint, cut, Recipe.parse("uniform", keep), None)
-    if signer is not None:
-        return write_package(folder, checkpoint, cut, emulator, signer=signer, licence="for tests")
+    emulator = build_emulator(checkpoint, cut, Recipe.parse(recipe, keep), None)
+    now = time.time if signer is not None else lambda: float(NOW)
     return write_package(
-        folder, checkpoint, cut, emulator, signer=identity(), licence="for tests", now=lambda: float(NOW)
+        folder,
+        checkpoint,
+        cut,
+        emulator,
+        signer=signer or identity(),
+        licence="for tests",
+        allow_draft_tuning=allow_draft_tuning,
+        now=now,
     )
 
 
