@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from support.cloud.clouds import ThreadServer
+from support.cloud.packages import tiny_package
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
@@ -16,7 +17,9 @@ from isthmus.common.errors import ConfigError, PackageError, UnsupportedCallErro
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import GenerateConfig
 from isthmus.edge.config.flags import read_settings
+from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT, draft_weights, save_tuned
 from isthmus.edge.generation.text_generator import TextGenerator
+from isthmus.protocol.secure.keys import load_worker
 
 from .conftest import Opener
 
@@ -77,6 +80,37 @@ def test_a_draft_changes_no_text(opener: Opener, tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="draft = ngram needs the cache"):
         read_settings(GenerateConfig, None, {"cloud": "c.txt", "draft": "ngram", "cache": False})
+
+
+def test_a_run_brings_its_tuned_draft(opener: Opener, server: ThreadServer, link: Link, tmp_path: Path) -> None:
+    signer = load_worker(server.home.folder)
+    model = server.home.folder.parent / "model"
+    package = tiny_package(tmp_path / "package", model, signer=signer)
+    adapter = tmp_path / "run" / "adapter"
+    peft_model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM"),
+    )
+    save_adapter(peft_model, adapter, record={"digest": package.digest})
+    options = {"max_new_tokens": 24, "draft": str(package.folder)}
+    with opener(adapter, **{**options, "draft": "none"}) as generator:
+        plain = texts(generator, "Once upon")
+    tuned = package.load_emulator()
+    with torch.no_grad():
+        for weight in draft_weights(tuned).values():
+            weight.mul_(1.25)
+    used = []
+    for _ in range(2):
+        with opener(adapter, **options) as generator:
+            assert texts(generator, "Once upon") == plain
+            used.append(draft_weights(generator.model.isthmus_draft.model.remote_layers.span))
+        save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, package.id, steps=1, kl=0.0)
+    name = min(used[0])
+    assert torch.equal(used[1][name], 1.25 * used[0][name])
+    assert not torch.equal(used[1][name], used[0][name])
+    save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, "0" * 64, steps=1, kl=0.0)
+    with pytest.raises(PackageError, match="was tuned from the package"), opener(adapter, **options):
+        pass
 
 
 def test_an_empty_prompt_is_refused(generator: TextGenerator) -> None:
