@@ -31,6 +31,8 @@ from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import NetSpace, missing
 from isthmus.experiments.rigs.chaos.chaos_cloud import ChaosCloud
 from isthmus.experiments.rigs.chaos.chaos_figures import Fallen, WorkerMemory, figures, resident_bytes
 from isthmus.experiments.rigs.chaos.chaos_plan import (
@@ -49,8 +51,6 @@ from isthmus.experiments.rigs.fault_points.fault_points import Point, arm, is_ar
 from isthmus.experiments.rigs.faults.faults import write_texts
 from isthmus.experiments.rigs.histories import read_history, violations
 from isthmus.experiments.rigs.hostile_tenants import CONTROL, DEEDS
-from isthmus.experiments.rigs.network.delay_relay import Conditions
-from isthmus.experiments.rigs.network.net_space import NetSpace, missing
 from isthmus.protocol.enrolment import ConnectionString, parse_size
 
 RECOVERY_SECONDS = 300.0  # a tenant that makes no step for so long does not recover, nor a worker that does not answer

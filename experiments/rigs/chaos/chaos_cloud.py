@@ -12,10 +12,10 @@ from isthmus.cloud.telemetry import event_history
 from isthmus.experiments.harness.launch import LocalCloud, free_ports
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.rig_settings import ChaosSettings
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import ADDRESSES, NetSpace, Side
 from isthmus.experiments.rigs.fault_points.fault_points import environment
 from isthmus.experiments.rigs.hostile_tenants import hostile_process
-from isthmus.experiments.rigs.network.delay_relay import Conditions
-from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
 from isthmus.experiments.rigs.network.relay import Relay
 from isthmus.protocol.enrolment import ConnectionString, Quota
 

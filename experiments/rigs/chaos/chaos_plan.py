@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from isthmus.experiments.network.delay_relay import Conditions
 from isthmus.experiments.rigs.fault_points.fault_points import POINTS, Point
 from isthmus.experiments.rigs.hostile_tenants import DEEDS
-from isthmus.experiments.rigs.network.delay_relay import Conditions
 
 AT_POINT: Final = {f"worker_killed_{point}": point for point in POINTS}
 """The worker dies when it next gets there."""

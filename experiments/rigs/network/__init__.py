@@ -1,1 +1,1 @@
-"""Slow and broken networks: relays, network namespaces, and `isthmus bench link`. May import no other rig."""
+"""Narrow and broken connections: `isthmus bench link`, and a relay that breaks connections. May import no other rig."""

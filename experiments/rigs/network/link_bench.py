@@ -2,7 +2,7 @@
 
 Three trainings of the same data against one cloud: over the loopback (what the two sides compute), and across the way
 without and with several micro-batches in flight. They run in the namespaces of
-`isthmus.experiments.rigs.network.net_space`; rate and round trip are measured there with plain TCP before anything else
+`isthmus.experiments.network.net_space`; rate and round trip are measured there with plain TCP before anything else
 starts.
 """
 
@@ -25,8 +25,8 @@ from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import Parent, run_task, serve
 from isthmus.experiments.harness.prose import write_long_texts
 from isthmus.experiments.harness.rig_settings import LinkSettings
-from isthmus.experiments.rigs.network.delay_relay import Conditions
-from isthmus.experiments.rigs.network.net_space import ADDRESSES, NetSpace, Side
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import ADDRESSES, NetSpace, Side
 from isthmus.planner.link_spec import parse_rate, parse_seconds
 
 WARM_UP = 2  # steps before the first that counts: TCP's and HTTP/2's windows grow, torch settles

@@ -11,8 +11,9 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.common.errors import ConfigError
 from isthmus.edge.run_report import WireTotals
 from isthmus.experiments.harness.rig_settings import LinkSettings
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import NetSpace, missing
 from isthmus.experiments.rigs.network import link_bench
-from isthmus.experiments.rigs.network.delay_relay import Conditions
 from isthmus.experiments.rigs.network.link_bench import (
     Measured,
     StepClock,
@@ -21,7 +22,6 @@ from isthmus.experiments.rigs.network.link_bench import (
     measure_way,
     run_link,
 )
-from isthmus.experiments.rigs.network.net_space import NetSpace, missing
 
 namespaces = pytest.mark.skipif(missing() is not None, reason=f"network namespaces: {missing()}")
 

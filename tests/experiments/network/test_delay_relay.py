@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, strategies as st
 
-from isthmus.experiments.rigs.network.delay_relay import REORDER_SECONDS, Conditions, PacketSchedule, relay
+from isthmus.experiments.network.delay_relay import REORDER_SECONDS, Conditions, PacketSchedule, relay
 
 EDGE, CLOUD = 0, 1
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.common.errors import ConfigError, IsthmusError
-from isthmus.experiments.rigs.network import net_space
-from isthmus.experiments.rigs.network.delay_relay import Conditions
-from isthmus.experiments.rigs.network.net_space import ADDRESSES, DEVICE, NetSpace, missing
+from isthmus.experiments.network import net_space
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import ADDRESSES, DEVICE, NetSpace, missing
 from isthmus.planner.link_spec import parse_rate, parse_seconds
 
 RATE = 100_000_000

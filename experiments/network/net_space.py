@@ -2,7 +2,7 @@
 
 The edge's and the cloud's namespace have nothing but a loopback and one TUN device each. The rate is limited by the
 kernel's token bucket (`tc … tbf`) where packets leave a namespace; behind it a relay in a process of its own
-(`isthmus.experiments.rigs.network.delay_relay`) carries them over, and makes the delay and whatever else the way does
+(`isthmus.experiments.network.delay_relay`) carries them over, and makes the delay and whatever else the way does
 to them. It is also the default route, as programs find out their own address by it.
 
 The namespaces have no names: they are held by descriptors, so that nothing is left behind however this process ends.
@@ -26,7 +26,7 @@ from typing import Final, Literal
 
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.experiments.harness.processes import TaskProcess
-from isthmus.experiments.rigs.network.delay_relay import Conditions
+from isthmus.experiments.network.delay_relay import Conditions
 
 Side = Literal["edge", "cloud"]
 ADDRESSES: Final[dict[Side, str]] = {"edge": "10.77.0.1", "cloud": "10.77.0.2"}  # nobody outside ever sees them
@@ -161,7 +161,7 @@ class NetSpace:
 
     def _start_relay(self, devices: list[int], stack: contextlib.ExitStack) -> None:
         task = {"ends": devices, "conditions": dataclasses.asdict(self._conditions)}
-        module = "isthmus.experiments.rigs.network.delay_relay"
+        module = "isthmus.experiments.network.delay_relay"
         self._relay = stack.enter_context(
             TaskProcess("the relay between the namespaces", module, task, shown=True, pass_fds=devices)
         )
