@@ -17,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor
 
-from isthmus.backbone.checkpoints.chat_template import ChatTemplate
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
 from isthmus.backbone.decoding.key_values import KeyValues
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.batch_invariance import measure_batch_invariance
 from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, load_span
+from isthmus.common.readable import lines
 from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.client.link import Link, connect
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.experiments.generation.generate_process import MODULE
-from isthmus.experiments.generation.prompts import PROMPTS
+from isthmus.experiments.generation.links_bench import check_links, run_links, show_links
+from isthmus.experiments.generation.prompts import PROMPTS, chat_ids
+from isthmus.experiments.harness.bench_flags import names_of
 from isthmus.experiments.harness.bench_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
@@ -42,6 +45,7 @@ VERIFIED = 9
 """Tokens that are verified at once: a draft of eight and the token before it."""
 OTHERS = 7
 """Further edges that decode exactly while exact texts are compared."""
+PARTS = ("local", "links")
 EXACT_PROMPTS = 4
 """Prompts whose exact bits are compared in all four ways."""
 
@@ -56,7 +60,7 @@ class Text:
 
 
 def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
-    """Measure; see the module.
+    """Measure; see the module, and `isthmus.experiments.generation.links_bench` for the links.
 
     Returns:
         `identical`: the share of prompts whose tokens in fast are those of one process, and `identical_exact` in exact;
@@ -67,16 +71,38 @@ def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
         step of one session, and `verify9_ratio`: nine tokens of one session over one; `batched_over_serial`: tokens per
         second of eight edges at a time over those of one after another, and `batched_bound`, which is
         `1 / (e + (1 - e) / b)` of their own share `e` of the work, `edge_share`, and what the span gains, `b`, were the
-        edges' shares done one after another. They share two cores, so more is possible.
+        edges' shares done one after another. They share two cores, so more is possible. And `links` and `bars`.
+
+    Raises:
+        ConfigError: A part is not known, or this machine cannot measure it.
     """
+    parts = names_of(settings.parts, "parts", PARTS)
+    if "links" in parts:
+        check_links(settings)
+    given = asdict(settings) | {name: str(path) for name, path in asdict(settings).items() if isinstance(path, Path)}
+    result: dict[str, Any] = {}
+    if "local" in parts:
+        result |= _locally(settings, folder)
+    if "links" in parts:
+        result |= run_links(settings, folder / "links")
+    return result | given
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result for people."""
+    for line in lines({name: value for name, value in result.items() if name not in ("links", "bars")}, 32):
+        typer.echo(line)
+    if "links" in result:
+        show_links(result)
+
+
+def _locally(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
     with torch_threads(settings.threads):
         found = _against_one_process(settings, folder / "compared")
         spans = {dtype: _span_alone(settings, dtype) for dtype in ("fp32", "bf16")}
     batched = _many_edges(settings, folder / "many", spans["fp32"]["span_batched_over_serial"])
-    result: dict[str, Any] = {**found, **batched, **asdict(settings)}
-    for name in spans["fp32"]:
-        result[name] = {dtype: figures[name] for dtype, figures in spans.items()}
-    return result
+    of_spans = {name: {dtype: figures[name] for dtype, figures in spans.items()} for name in spans["fp32"]}
+    return {**found, **batched, **of_spans}
 
 
 def _cloud_options(settings: GenerateSettings) -> tuple[str, ...]:
@@ -93,7 +119,7 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
         for parameter in whole.parameters():
             parameter.data = parameter.data.clone()
         split = link.load_model().eval()
-        prompts = list(_prompts(tokenizer, settings.prompts))
+        prompts = [torch.tensor([ids]) for ids in chat_ids(tokenizer, PROMPTS[: settings.prompts])]
         same, same_exact, bits, ratios, ratios_exact = [], [], [], [], []
         with stderr_progress("prompts", len(prompts)) as advance:
             for number, ids in enumerate(prompts):
@@ -119,17 +145,6 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
         "tokens_ratio": statistics.median(ratios),
         "tokens_ratio_exact": statistics.median(ratios_exact),
     }
-
-
-def _prompts(tokenizer: Any, count: int) -> Iterator[Tensor]:
-    """Token ids `[1, S]` of prompts, in the model's chat template, where it has one."""
-    with ChatTemplate(tokenizer) as template:
-        for prompt in PROMPTS[:count]:
-            text, special = prompt, True
-            if template.exists:
-                text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-                special = False  # the template has put them there
-            yield torch.tensor([tokenizer(text, add_special_tokens=special)["input_ids"]])
 
 
 def text_of(model: Any, ids: Tensor, tokens: int, **options: Any) -> Text:

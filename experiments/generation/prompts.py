@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from isthmus.backbone.checkpoints.chat_template import ChatTemplate
+
 PROMPTS = (
     "Explain to a child why the sky is blue.",
     "Write a polite email that asks a colleague for last month's report.",
@@ -54,3 +59,14 @@ PROMPTS = (
     "Explain electricity by comparing it to water in pipes.",
     "Write two sentences that a weather forecaster might say before a storm.",
 )
+
+
+def chat_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, in the model's chat template, where it has one."""
+    with ChatTemplate(tokenizer) as template:
+        if not template.exists:
+            return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [template.render(turn, add_generation_prompt=True) for turn in turns]
+        # The template has put special tokens there.
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_bench, "CONTEXTS", (5, 9))
     monkeypatch.setattr(generate_bench, "OTHERS", 2)
-    settings = GenerateSettings(str(model), prompts=4, tokens=8, rounds=3, turns=1, threads=1)
+    settings = GenerateSettings(str(model), parts="local", prompts=4, tokens=8, rounds=3, turns=1, threads=1)
     result = run_generate(settings, tmp_path)
     assert (result["identical"], result["fast_bits_equal"]) == (1.0, True)
     exact = dict(result["exact_bits_equal"])

@@ -1,0 +1,273 @@
+"""Generation over long links, with drafts and without: what one round trip that verifies several tokens is worth.
+
+The cloud computes in bf16, and the edge in fp32 with the codec fp32, as `isthmus edge generate` does unless it is told
+otherwise. They stand in network namespaces with a relay between them that holds every packet for half of a round trip.
+All drafts have their turn at each prompt, so that whatever else the machine does hits all alike. At each link the
+drafts begin anew: what the adaptive length loses until it knows the link counts. Texts end where the model ends them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from isthmus.backbone.checkpoints.sources import load_tokenizer, resolve
+from isthmus.common.errors import ConfigError
+from isthmus.common.figures import plotting, save_figure
+from isthmus.edge.drafts.tuned_draft import tuned_beside
+from isthmus.experiments.generation.links_preparation import Prepared, prepare, read_e2e, unseen_prompts
+from isthmus.experiments.generation.links_process import MODULE, NGRAM, SEQUENTIAL, SMALL, TUNED
+from isthmus.experiments.generation.prompts import PROMPTS, chat_ids
+from isthmus.experiments.harness.bench_flags import names_of
+from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
+from isthmus.experiments.harness.processes import TaskProcess
+from isthmus.experiments.network.delay_relay import Conditions
+from isthmus.experiments.network.net_space import ADDRESSES, NetSpace, missing
+
+RTT_MS = (0.0, 20.0, 50.0, 80.0, 150.0)
+TEXTS = {"chat": (NGRAM, SMALL), "tuned": (NGRAM, SMALL, TUNED)}
+"""The drafts of each text."""
+DRAFTS = (NGRAM, SMALL, TUNED)
+WARM_UP_TOKENS = 16
+RESAMPLES = 2000
+"""Of the prompts, for an interval: its ends are then known to about a twentieth of its width."""
+PAYS_FROM_MS = 50.0
+"""Round trip from which on drafts may lose nothing."""
+
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Of each draft, what the edge said about each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What some figures of `over_sequential` should reach: the best or the least of them, `least` says."""
+
+    text: str | None
+    drafts: tuple[str, ...]
+    from_ms: float
+    to_ms: float
+    bar: float
+    least: bool
+
+
+BARS = {
+    "chat_at_80_ms": Bar("chat", DRAFTS, 80, 80, 1.25, least=False),
+    "tuned_at_80_ms": Bar("tuned", (TUNED,), 80, 80, 1.8, least=False),
+    "best_at_80_ms": Bar(None, DRAFTS, 80, 80, 2.5, least=False),
+    "least_at_0_ms": Bar(None, DRAFTS, 0, 0, 0.9, least=True),
+    "least_from_50_ms": Bar(None, DRAFTS, PAYS_FROM_MS, float("inf"), 1.0, least=True),
+}
+
+
+def check_links(settings: GenerateSettings) -> None:
+    """Make sure that this machine can measure links.
+
+    Raises:
+        ConfigError: It cannot, or a text or a draft is not known.
+    """
+    _texts_of(settings)
+    _drafts_of(settings)
+    reason = missing()
+    if reason is not None:
+        raise ConfigError(f"cannot make long links: {reason}; or leave them out with --parts local")
+    if settings.figure is not None:
+        plotting()  # a missing package is reported before the long run, not after it
+
+
+def run_links(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
+    """Measure; see the module.
+
+    Returns:
+        `links`: for each round trip, text and draft `tokens_per_s`, over all prompts and with their prefill;
+        `over_sequential`, that over the one of the draft `none`, with `over_sequential_95`, a bootstrap interval over
+        the prompts; `accepted_per_round` and `drafted_per_round`; and `identical`, the share of the prompts whose text
+        is the one without drafts (in bf16, tokens that are as likely to the last bits may change places). `bars`: what
+        `over_sequential` should reach, and does.
+
+    Raises:
+        ConfigError: The machine cannot make network namespaces.
+        DataError: The data of E2E are missing or malformed.
+        IsthmusError: Whatever making a draft raises, or a run.
+    """
+    check_links(settings)
+    texts, drafts = _texts_of(settings), _drafts_of(settings)
+    needs_draft = "tuned" in texts or drafts != (NGRAM,)
+    prepared = prepare(settings, tuned="tuned" in texts) if needs_draft else None
+    model = str(resolve(settings.model).folder)  # the namespaces reach neither a hub nor an index
+    names = {text: tuple(name for name in TEXTS[text] if name in drafts) for text in texts}
+    if TUNED in names.get("tuned", ()) and (prepared is None or tuned_beside(prepared.adapter) is None):
+        raise ConfigError(f"{settings.adapter} has no tuned draft: give the OUT of a run with `edge train --draft`")
+    prompts = {text: _prompts(settings, text) for text in texts}
+    cells: list[dict[str, Any]] = []
+    with NetSpace(None, Conditions()) as space, ExitStack() as stack:
+        options = ("--edge-layers", settings.edge_layers, "--dtype", "bf16", "--threads", str(settings.threads))
+        with space.inside("cloud"):
+            listen = ("--listen", f"{ADDRESSES['cloud']}:0")
+            cloud = stack.enter_context(LocalCloud(folder, model, *options, *listen))
+        with space.inside("edge"):
+            edges = {text: _edge(cloud, text, names[text], prepared, settings, stack) for text in texts}
+        for edge in edges.values():
+            edge.answer()
+        round_trips = settings.rtt_ms or RTT_MS
+        total = len(round_trips) * settings.link_prompts * sum(1 + len(names[text]) for text in texts)
+        with stderr_progress("texts", total) as advance:
+            for rtt_ms in round_trips:
+                space.change(Conditions(rtt_s=rtt_ms / 1000))
+                for text, edge in edges.items():
+                    answers: dict[str, list[Any]] = {name: [] for name in (SEQUENTIAL, *names[text])}
+                    for name, answer in _turns(edge, prompts[text], tuple(answers), settings.link_tokens):
+                        answers[name].append(answer)
+                        advance()
+                    cells += ({"rtt_ms": rtt_ms, "text": text, **row} for row in figures(answers))
+    if settings.figure is not None:
+        draw_links(cells, settings.figure)
+    return {"links": cells, "bars": bars(cells)}
+
+
+def _turns(
+    edge: TaskProcess, prompts: Sequence[Sequence[int]], names: Sequence[str], tokens: int
+) -> Iterator[tuple[str, Any]]:
+    """Each prompt with each draft, after a first prompt that warms up the link; what the edge says of each."""
+    first, *rest = prompts
+    for name in names:
+        edge.ask({"begin": False, "ids": first, "tokens": WARM_UP_TOKENS, "draft": name})
+    for number, ids in enumerate(rest):
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]  # turn about, so that none always follows the same one
+            begin = number == turn == 0
+            yield name, edge.ask({"begin": begin, "ids": ids, "tokens": tokens, "draft": name})
+
+
+def figures(answers: Answers) -> list[dict[str, Any]]:
+    """The figures of each draft, at one link and for one text; see `run_links`."""
+    sequential = answers[SEQUENTIAL]
+    rows = []
+    for name, found in answers.items():
+        pairs = list(zip(found, sequential, strict=True))
+        rounds = max(1, sum(each["rounds"] for each in found))
+        rows.append(
+            {
+                "draft": name,
+                "tokens_per_s": _speed(found),
+                "over_sequential": _over(pairs),
+                "over_sequential_95": _interval(pairs),
+                "accepted_per_round": sum(each["accepted"] for each in found) / rounds,
+                "drafted_per_round": sum(each["drafted"] for each in found) / rounds,
+                "identical": statistics.mean(float(one["tokens"] == other["tokens"]) for one, other in pairs),
+            }
+        )
+    return rows
+
+
+def bars(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each bar what was `measured`, what the `bar` is, and whether it is `held`; without those of no figure."""
+    found = {}
+    for name, bar in BARS.items():
+        values = [
+            cell["over_sequential"]
+            for cell in cells
+            if bar.text in (None, cell["text"])
+            and cell["draft"] in bar.drafts
+            and bar.from_ms <= cell["rtt_ms"] <= bar.to_ms
+        ]
+        if values:
+            measured = min(values) if bar.least else max(values)
+            found[name] = {"measured": measured, "bar": bar.bar, "held": measured >= bar.bar}
+    return found
+
+
+def show_links(result: Mapping[str, Any]) -> None:
+    """Print `links` and `bars`, a line for each."""
+    typer.echo("rtt ms  text   draft        tokens/s  over none  (95 %)         accepted  drafted  identical")
+    for row in result["links"]:
+        low, high = row["over_sequential_95"]
+        typer.echo(
+            f"{row['rtt_ms']:6.0f}  {row['text']:5}  {row['draft']:11}  {row['tokens_per_s']:8.1f}  "
+            f"{row['over_sequential']:9.2f}  ({low:.2f} - {high:.2f})  {row['accepted_per_round']:8.2f}  "
+            f"{row['drafted_per_round']:7.2f}  {row['identical']:9.2f}"
+        )
+    for name, bar in result["bars"].items():
+        held = "held" if bar["held"] else "not held"
+        typer.echo(f"{name:20} {bar['measured']:.2f} of {bar['bar']:.2f}: {held}")
+
+
+def draw_links(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw tokens per second against round trip: a panel for each text, a line for each draft."""
+    texts = list(dict.fromkeys(cell["text"] for cell in cells))
+    figure, panels = plotting().subplots(
+        1, len(texts), figsize=(4.5 * len(texts) + 1, 4.5), dpi=144, sharey=True, squeeze=False
+    )
+    for axes, text in zip(panels[0], texts, strict=True):
+        for draft in dict.fromkeys(cell["draft"] for cell in cells if cell["text"] == text):
+            rows = [cell for cell in cells if (cell["text"], cell["draft"]) == (text, draft)]
+            axes.plot([row["rtt_ms"] for row in rows], [row["tokens_per_s"] for row in rows], marker="o", label=draft)
+        axes.set(title=text, xlabel="round trip, ms")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(title="draft")
+    panels[0][0].set_ylabel("tokens per second")
+    save_figure(figure, path)
+
+
+def _speed(found: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(len(each["tokens"]) for each in found) / sum(each["seconds"] for each in found))
+
+
+def _over(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> float:
+    found, sequential = zip(*pairs, strict=True)
+    return _speed(found) / _speed(sequential)
+
+
+def _interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[float]:
+    """The 95 % interval of `over_sequential`, by drawing prompts with replacement (Efron's percentile bootstrap)."""
+    source = random.Random(0)  # noqa: S311 - a statistic, no secret
+    drawn = sorted(_over(source.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return [drawn[round(0.025 * (RESAMPLES - 1))], drawn[round(0.975 * (RESAMPLES - 1))]]
+
+
+def _texts_of(settings: GenerateSettings) -> tuple[str, ...]:
+    return names_of(settings.texts, "texts", tuple(TEXTS))
+
+
+def _drafts_of(settings: GenerateSettings) -> tuple[str, ...]:
+    return names_of(settings.drafts, "drafts", DRAFTS)
+
+
+def _prompts(settings: GenerateSettings, text: str) -> list[list[int]]:
+    """Token ids of the prompts, and before them of one to warm up with."""
+    tokenizer = load_tokenizer(resolve(settings.model).folder)
+    count = 1 + settings.link_prompts
+    if text != "chat":
+        return [tokenizer(prompt)["input_ids"] for prompt in unseen_prompts(read_e2e(settings), count)]
+    return chat_ids(tokenizer, PROMPTS[:count])
+
+
+def _edge(
+    cloud: LocalCloud,
+    text: str,
+    names: Sequence[str],
+    prepared: Prepared | None,
+    settings: GenerateSettings,
+    stack: ExitStack,
+) -> TaskProcess:
+    """An edge that generates this text."""
+    key = cloud.edge_key.parent / text
+    if not key.exists():
+        cloud.enroll(text, key)
+    task = {
+        "connection": cloud.connection,
+        "key": str(key),
+        "threads": settings.threads,
+        "drafts": list(names),
+        "draft": None if prepared is None else str(prepared.draft),
+        "adapter": None if prepared is None or text == "chat" else str(prepared.adapter),
+    }
+    return stack.enter_context(TaskProcess(f"the edge of {text}", MODULE, task, threads=settings.threads))
