@@ -1,0 +1,232 @@
+"""Drafts over long links: the arithmetic, which draft a text has, and whole runs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cloud.packages import tiny_package, tuned
+from support.models.local_cache import CachingLocalSpan
+from support.models.small_tasks import task_folder
+from support.models.tiny import tiny_checkpoint
+
+from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.edge_parts import load_edge_parts
+from isthmus.backbone.split.span import load_span
+from isthmus.common.errors import ConfigError, DataError
+from isthmus.edge.drafts import FixedLength, ModelDraft
+from isthmus.edge.drafts.candidates import Choose, Draft, DraftedToken
+from isthmus.edge.drafts.tuned_draft import save_tuned
+from isthmus.experiments.generation import links_bench, links_preparation
+from isthmus.experiments.generation.links_bench import bars, figures, run_links
+from isthmus.experiments.generation.links_preparation import prepare, read_e2e, unseen_prompts
+from isthmus.experiments.generation.links_process import SEQUENTIAL, DraftedTexts
+from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.network.net_space import missing
+from isthmus.experiments.scoring.tasks import Question, Split
+
+namespaces = pytest.mark.skipif(missing() is not None, reason=f"network namespaces: {missing()}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("links") / "model", max_position_embeddings=512)
+
+
+def answer(
+    tokens: Sequence[int], seconds: float, rounds: int = 0, drafted: int = 0, accepted: int = 0
+) -> dict[str, Any]:
+    return {"tokens": list(tokens), "seconds": seconds, "rounds": rounds, "drafted": drafted, "accepted": accepted}
+
+
+def test_speeds_are_those_of_all_prompts_over_the_ones_without_a_draft() -> None:
+    found = figures(
+        {
+            "none": [answer([1] * 8, 4.0), answer([2] * 8, 4.0)],
+            "good": [answer([1] * 8, 1.0, 2, 8, 6), answer([2] * 8, 3.0, 6, 8, 2)],
+            "wrong": [answer([1] * 8, 5.0, 8, 16), answer([2] * 7 + [3], 5.0, 8, 16)],
+        }
+    )
+    none, good, wrong = found
+    assert [row["draft"] for row in found] == ["none", "good", "wrong"]
+    assert (none["tokens_per_s"], none["over_sequential"], none["over_sequential_95"]) == (2.0, 1.0, [1.0, 1.0])
+    assert (good["tokens_per_s"], good["over_sequential"]) == (4.0, 2.0)
+    assert good["over_sequential_95"] == [pytest.approx(4 / 3), pytest.approx(4.0)]
+    assert (good["accepted_per_round"], good["drafted_per_round"], good["identical"]) == (1.0, 2.0, 1.0)
+    assert wrong["over_sequential"] == 0.8
+    assert (wrong["accepted_per_round"], wrong["drafted_per_round"], wrong["identical"]) == (0.0, 2.0, 0.5)
+
+
+def test_bars_are_of_the_best_draft_and_of_the_worst() -> None:
+    def cell(rtt_ms: float, text: str, draft: str, over: float) -> dict[str, Any]:
+        return {"rtt_ms": rtt_ms, "text": text, "draft": draft, "over_sequential": over}
+
+    cells = [
+        *(cell(rtt_ms, "chat", "none", 1.0) for rtt_ms in (0.0, 80.0)),
+        *(cell(0.0, "chat", "ngram", 0.95), cell(0.0, "tuned", "small draft", 0.89)),
+        *(cell(80.0, "chat", "ngram", 1.1), cell(80.0, "chat", "small draft", 1.3)),
+        *(cell(80.0, "tuned", "small draft", 1.9), cell(80.0, "tuned", "tuned draft", 1.7)),
+    ]
+    found = {name: (bar["measured"], bar["held"]) for name, bar in bars(cells).items()}
+    assert found == {
+        "chat_at_80_ms": (1.3, True),
+        "tuned_at_80_ms": (1.7, False),
+        "best_at_80_ms": (1.9, False),
+        "least_at_0_ms": (0.89, False),
+        "least_from_50_ms": (1.1, True),
+    }
+    assert bars([cell(20.0, "chat", "ngram", 0.5)]) == {}
+
+
+def test_prompts_of_the_training_data_are_left_out() -> None:
+    known, twice, new = (Question(prompt, ("x",), 0) for prompt in ("known", "twice", "new"))
+    split = Split(train=(known,), validation=(), test=(known, twice, twice, new))
+    assert unseen_prompts(split, 2) == ["twice", "new"]
+    with pytest.raises(DataError, match=r"have 2 prompts .* and 3 are asked for"):
+        unseen_prompts(split, 3)
+
+
+class Wrong(Draft):
+    """Drafts a token that the text does not have."""
+
+    def proposer(self) -> Wrong:
+        return self
+
+    def follow(self, text: Sequence[int]) -> None:
+        """See `Proposer`."""
+
+    def upcoming(self) -> int | None:
+        return None
+
+    def propose(self, _choose: Choose) -> DraftedToken | None:
+        return DraftedToken(UNLIKELY, 0)
+
+
+UNLIKELY = 258
+
+
+def test_a_draft_is_counted_for_each_text_and_changes_none(model: Path) -> None:
+    plan = SplitPlan.parse("2:2", 6)
+    span = load_span(model, plan)
+    edge = load_edge_parts(model, plan, CachingLocalSpan(span)).eval()
+    same = load_edge_parts(model, plan, CachingLocalSpan(span)).eval()
+    made: list[Draft] = []
+
+    def right() -> Draft:
+        made.append(ModelDraft(same, FixedLength(3)))
+        return made[-1]
+
+    texts = DraftedTexts(edge, {"wrong": lambda: Wrong(FixedLength(2)), "right": right})
+    alone = texts.text_of(range(5, 21), 8, SEQUENTIAL)
+    assert (alone["rounds"], alone["drafted"], alone["accepted"]) == (0, 0, 0)
+    assert len(alone["tokens"]) == 8
+    assert UNLIKELY not in alone["tokens"]
+    for _ in range(2):  # each time the counts of this text alone
+        wrong, exact = (texts.text_of(range(5, 21), 8, name) for name in ("wrong", "right"))
+        assert wrong["tokens"] == exact["tokens"] == alone["tokens"]
+        assert (wrong["rounds"], wrong["accepted"]) == (8, 0)
+        assert wrong["drafted"] > 8
+        assert (exact["rounds"], exact["accepted"]) == (2, 6)
+    texts.begin()
+    assert texts.text_of(range(5, 21), 8, "right")["rounds"] == 2
+    assert [draft.statistics.rounds for draft in made] == [4, 2]
+
+
+def test_what_is_there_is_not_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(*arguments: str) -> dict[str, Any]:
+        commands.append(arguments[:2])
+        out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else tmp_path
+        if arguments[:2] == ("emulator", "sample"):
+            out.write_text("{}")
+        elif arguments[:2] == ("emulator", "build"):
+            assert Path(arguments[arguments.index("--distill") + 1]).is_file()
+            tiny_package(out, model)
+        elif arguments[:2] == ("edge", "train"):
+            draft = Path(arguments[arguments.index("--draft") + 1])
+            assert (draft / "manifest.json").is_file()
+            examples = Path(arguments[arguments.index("--data") + 1]).read_text().splitlines()
+            assert set(json.loads(examples[0])) == {"prompt", "completion"}
+            out.mkdir()
+            (out / "report.json").write_text("{}")
+        return {}
+
+    monkeypatch.setattr(links_preparation, "run_isthmus", run)
+    monkeypatch.setattr(links_preparation.LocalCloud, "start", lambda self: self.connection_file.write_text("-"))
+    settings = GenerateSettings(str(model), out=tmp_path / "out", data_folder=task_folder(tmp_path / "data"))
+    made = prepare(settings, tuned=True)
+    assert commands == [("emulator", "sample"), ("emulator", "build"), ("edge", "train")]
+    assert prepare(settings, tuned=True) == made
+    assert len(commands) == 3
+    longer = prepare(replace(settings, tune_steps=300), tuned=True)
+    assert (longer.draft, commands[3:]) == (made.draft, [("edge", "train")])
+    assert longer.tuned != made.tuned
+    assert prepare(replace(settings, draft=made.draft, adapter=made.tuned), tuned=True) == made
+    assert prepare(replace(settings, draft=made.draft), tuned=False).adapter is None
+    assert len(commands) == 4
+    given = prepare(replace(settings, draft=made.draft), tuned=True)  # the cloud that tunes has to have signed it
+    assert commands[4:] == [("emulator", "sign"), ("edge", "train")]
+    assert given.draft != made.draft
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"texts": "poem"}, "--texts 'poem' is not known"), ({"drafts": "large"}, "--drafts 'large' is not known")],
+)
+def test_unknown_names_are_refused(tmp_path: Path, given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_links(GenerateSettings("nowhere", **given), tmp_path)
+
+
+def test_without_namespaces_the_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_bench, "missing", lambda: "there is no tun")
+    with pytest.raises(ConfigError, match=r"there is no tun; or leave them out with --parts local"):
+        run_links(GenerateSettings("nowhere"), tmp_path)
+
+
+@namespaces
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
+def test_a_whole_run(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    package = tiny_package(tmp_path / "package", model)
+    tuned(package, tmp_path / "run" / "adapter", on_package=False)
+    settings = GenerateSettings(
+        str(model),
+        rtt_ms=[0.0, 10.0],
+        link_prompts=1,
+        link_tokens=12,
+        threads=1,
+        draft=package.folder,
+        adapter=tmp_path / "run",
+        data_folder=task_folder(tmp_path / "data"),
+        figure=tmp_path / "links.png",
+    )
+    with pytest.raises(ConfigError, match="run has no tuned draft"):
+        run_links(settings, tmp_path)
+    save_tuned(tmp_path / "run" / "draft.safetensors", package.load_emulator(), package.id, steps=1, kl=0.1)
+    result = run_links(settings, tmp_path)
+    assert [(row["rtt_ms"], row["text"], row["draft"]) for row in result["links"]] == [
+        (rtt_ms, text, draft)
+        for rtt_ms in (0.0, 10.0)
+        for text, drafts in (
+            ("chat", ("none", "ngram", "small draft")),
+            ("tuned", ("none", "ngram", "small draft", "tuned draft")),
+        )
+        for draft in drafts
+    ]
+    rows = {(row["rtt_ms"], row["text"], row["draft"]): row for row in result["links"]}
+    assert rows[10.0, "chat", "none"]["tokens_per_s"] < 100  # no text is faster than its round trips
+    assert (tmp_path / "links.png").read_bytes().startswith(b"\x89PNG")
+    assert set(result["bars"]) == {"least_at_0_ms"}
+
+
+@pytest.mark.shared_data
+def test_e2e_has_enough_prompts_that_tuning_does_not_see(shared_data: Path) -> None:
+    settings = GenerateSettings(data_folder=shared_data)
+    assert len(set(unseen_prompts(read_e2e(settings), 50))) == 50
