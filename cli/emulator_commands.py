@@ -38,6 +38,15 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at least.")] = 200_000,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text at most.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 32,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the sampling, above 0; below 1 it keeps to what is likely.")
+    ] = 0.9,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Leave special tokens in the texts, so that a draft learns conversations as such."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -67,7 +76,17 @@ def sample(
     whole = load_whole(checkpoint).to(place)
     tokenizer = load_tokenizer(checkpoint.folder)
     with interruptible():
-        n_texts = write_sample(out, whole, tokenizer, tokens, seed=seed, batch=batch, length=length)
+        n_texts = write_sample(
+            out,
+            whole,
+            tokenizer,
+            tokens,
+            seed=seed,
+            batch=batch,
+            length=length,
+            temperature=temperature,
+            special_tokens=special_tokens,
+        )
     if as_json:
         typer.echo(json.dumps({"out": str(out), "texts": n_texts}))
     else:

@@ -8,8 +8,9 @@ drawn from the whole distribution at one temperature: cutting off its tail would
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def write_sample(
     seed: int = 0,
     batch: int = 32,
     length: int = 256,
+    temperature: float = TEMPERATURE,
+    special_tokens: bool = False,
     progress: Console | None = None,
 ) -> int:
-    """Let a model write into a file of JSON lines `{"text": ...}`, which grows batch by batch; no special tokens.
+    """Let a model write into a file of JSON lines `{"text": ...}`, which grows batch by batch.
 
     Args:
         path: The file; one that is there is replaced.
@@ -64,6 +67,8 @@ def write_sample(
         tokenizer: Its tokenizer; with a chat template the model writes conversations.
         tokens: How many to write at least.
         length: Tokens of a text at most.
+        temperature: That the model's logits are divided by, above 0; below 1 it keeps to what is likely.
+        special_tokens: Whether the texts have them, so that a draft learns conversations as the model sees them.
 
     Returns:
         The number of texts.
@@ -78,7 +83,7 @@ def write_sample(
     written = 0
     with disk_errors(path), path.open("w", encoding="utf-8") as file:
         try:
-            for texts in _rounds(model, tokenizer, tokens, seed, batch, length, progress):
+            for texts in _rounds(model, tokenizer, tokens, seed, batch, length, temperature, special_tokens, progress):
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
                 file.flush()
                 written += len(texts)
@@ -88,11 +93,21 @@ def write_sample(
 
 
 def _rounds(
-    model: Any, tokenizer: Any, tokens: int, seed: int, batch: int, length: int, console: Console | None
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    seed: int,
+    batch: int,
+    length: int,
+    temperature: float,
+    special_tokens: bool,
+    console: Console | None,
 ) -> Iterator[list[str]]:
     for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
         if value < 1:
             raise ConfigError(f"{name} = {value} makes no sense; use 1 or more")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature = {temperature} makes no sense; use a number above 0")
     script = _script(model, tokenizer)
     most = model.config.max_position_embeddings - len(script.start)
     if length > most:
@@ -101,8 +116,19 @@ def _rounds(
     n_rounds = -(-tokens // (batch * length))
     with bar(console, "writing text", n_rounds * length) as advance:
         for _ in range(n_rounds):
-            rows = _write(model, len(tokenizer), script, batch, length, generator, advance)
-            yield [text for row in rows for text in _texts(tokenizer, row, script.joined)]
+            rows = _write(model, len(tokenizer), script, batch, length, temperature, generator, advance)
+            if special_tokens:
+                yield [tokenizer.decode([*script.start, *row.tokens]) for row in rows]
+            else:
+                yield [text for row in rows for text in _texts(tokenizer, row.segments, script.joined)]
+
+
+@dataclass(slots=True)
+class _Row:
+    """What stands in a row so far: all tokens, and the segments that the model has written of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    segments: list[list[int]] = field(default_factory=lambda: [[]])
 
 
 @torch.no_grad()
@@ -112,11 +138,12 @@ def _write(
     script: _Script,
     batch: int,
     length: int,
+    temperature: float,
     generator: torch.Generator,
     advance: Callable[[], None],
-) -> list[list[list[int]]]:
-    """`length` tokens of each of `batch` rows: for each row its segments, which the model has written."""
-    rows: list[list[list[int]]] = [[[]] for _ in range(batch)]
+) -> list[_Row]:
+    """`length` tokens of each of `batch` rows."""
+    rows = [_Row() for _ in range(batch)]
     # What comes next in a row without asking the model, the last one first.
     waiting: list[list[int]] = [[] for _ in range(batch)]
     fed = torch.tensor([script.start] * batch, device=model.device)
@@ -128,23 +155,24 @@ def _write(
         else:
             output = model(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output.cache
-            drawn = _draw(output.logits[:, -1, :n_vocabulary], generator)
-        for row, (segments, queue) in enumerate(zip(rows, waiting, strict=True)):
+            drawn = _draw(output.logits[:, -1, :n_vocabulary], temperature, generator)
+        for number, (row, queue) in enumerate(zip(rows, waiting, strict=True)):
             if queue:
-                drawn[row] = queue.pop()
-            elif drawn[row] in script.ends:
-                queue.extend(reversed(script.joints[(len(segments) - 1) % len(script.joints)]))
-                segments.append([])
+                drawn[number] = queue.pop()
+            elif drawn[number] in script.ends:
+                queue.extend(reversed(script.joints[(len(row.segments) - 1) % len(script.joints)]))
+                row.segments.append([])
             else:
-                segments[-1].append(drawn[row])
+                row.segments[-1].append(drawn[number])
+            row.tokens.append(drawn[number])
         fed = torch.tensor(drawn, device=model.device).unsqueeze(1)
         advance()
     return rows
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> list[int]:
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
     """A token for each row of logits `[B, V]`."""
-    chances = torch.softmax(logits.float() / TEMPERATURE, -1)
+    chances = torch.softmax(logits.float() / temperature, -1)
     if not chances.isfinite().all():
         raise NonFiniteError("the model's logits are not finite; check the checkpoint with its own software")
     drawn: list[int] = torch.multinomial(chances, 1, generator=generator).flatten().tolist()

@@ -57,8 +57,9 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """Compare what the split model generates, and how fast, with one process; one session with eight; and drafts over
-    long links with none.
+    """Compare what the split model generates, and how fast, with one process; and drafts over long links with none.
+
+    One session is compared with eight, too.
 
     The links need root, for network namespaces, and a draft and an adapter tuned with it, which are made where none are
     given. What is finished of them stays in --out: the same command goes on there.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from isthmus.common.errors import ConfigError, NonFiniteError
 from isthmus.emulator.compress.public_text import load_blocks
 from isthmus.emulator.distill import sampled_text as sampling
-from isthmus.emulator.distill.sampled_text import TEMPERATURE, write_sample
+from isthmus.emulator.distill.sampled_text import write_sample
 
 from ..conftest import Checkpoints
 
@@ -91,17 +91,25 @@ def test_a_template_that_takes_no_conversation_gives_documents(model: Any) -> No
     assert sample_text(Scripted("ab", model), tokenizer, 2, batch=1, length=2, progress=QUIET) == ["ab"]
 
 
-def test_tokens_are_drawn_at_the_temperature_over_the_whole_vocabulary() -> None:
+def test_special_tokens_stay_where_they_are_asked_for(model: Any) -> None:
+    scripted = Scripted("hi$" + "x" * 12 + "ho$" + "x" * 7 + "so", model)
+    options: dict[str, Any] = {"batch": 1, "length": 27, "progress": QUIET, "special_tokens": True}
+    (text,) = sample_text(scripted, tiny_tokenizer(), 27, **options)
+    assert text == "<s>user\nhi</s>\n<s>assistant\nho</s>\n<s>user\nso"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.9])
+def test_tokens_are_drawn_at_the_temperature_over_the_whole_vocabulary(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5]])
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor(sampling._draw(logits.expand(20_000, -1), generator))
+    drawn = torch.tensor(sampling._draw(logits.expand(20_000, -1), temperature, generator))
     share = drawn.bincount(minlength=4) / len(drawn)
-    torch.testing.assert_close(share, torch.softmax(logits[0] / TEMPERATURE, -1), atol=0.02, rtol=0)
+    torch.testing.assert_close(share, torch.softmax(logits[0] / temperature, -1), atol=0.02, rtol=0)
 
 
 def test_the_cache_gives_what_the_whole_text_gives(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    monkeypatch.setattr(sampling, "_draw", lambda logits, _: [chosen.append(int(logits[0].argmax())) or chosen[-1]])
+    monkeypatch.setattr(sampling, "_draw", lambda logits, *_: [chosen.append(int(logits[0].argmax())) or chosen[-1]])
     tokenizer = plain_tokenizer()
     sample_text(model, tokenizer, 12, batch=1, length=12, progress=QUIET)
     fed = [BOS]
@@ -143,11 +151,11 @@ def test_what_is_written_is_kept_when_it_is_stopped(
 ) -> None:
     draw, calls = sampling._draw, []
 
-    def stopping(logits: Tensor, generator: torch.Generator) -> list[int]:
+    def stopping(logits: Tensor, temperature: float, generator: torch.Generator) -> list[int]:
         calls.append(1)
         if len(calls) > 25:
             raise KeyboardInterrupt
-        return draw(logits, generator)
+        return draw(logits, temperature, generator)
 
     monkeypatch.setattr(sampling, "_draw", stopping)
     path = tmp_path / "public.jsonl"
@@ -165,6 +173,9 @@ def test_senseless_numbers_and_a_broken_model_are_refused(model: Any, tmp_path: 
         sample_text(model, tokenizer, 10, batch=0, progress=QUIET)
     with pytest.raises(ConfigError, match="use a length of 127 or less"):
         sample_text(model, tokenizer, 10, length=128, progress=QUIET)
+    for temperature in (0.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"temperature = {temperature}"):
+            sample_text(model, tokenizer, 10, temperature=temperature, progress=QUIET)
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(NonFiniteError, match="logits"):
