@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from isthmus.backbone.split.span import DTYPES
 from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.adapted_model import load_adapted
@@ -164,19 +165,20 @@ def text_generator(link: Link, settings: GenerateConfig, adapter: Path | None) -
     model = load_adapted(link, adapter, plugged=settings.plugged, leased=settings.leased).eval()
     with ExitStack() as stack:
         if settings.draft != "none":  # before the model is exact, which its copy in the draft need not be
-            stack.enter_context(drafting(model, _draft(settings.draft, model, link, adapter)))
+            stack.enter_context(drafting(model, _draft(settings, model, link, adapter)))
         if settings.exact:
             stack.enter_context(exact_decoding(link, model))
         yield TextGenerator(model, tokenizer, settings)
 
 
-def _draft(name: str, model: Any, link: Link, adapter: Path | None) -> Draft:
+def _draft(settings: GenerateConfig, model: Any, link: Link, adapter: Path | None) -> Draft:
     """What `--draft` names, tuned as the adapter's run has left it, if it has.
 
     Raises:
         CheckpointError: The tuned draft is damaged.
         PackageError: It is the folder of no package, or of one for another model, or not the one that was tuned.
     """
-    if name == "ngram":
+    if settings.draft == "ngram":
         return NgramDraft()
-    return EmulatorDraft.open(Path(name), model, signer=link.pin, tuned=tuned_beside(adapter))
+    dtype = DTYPES[settings.draft_dtype]
+    return EmulatorDraft.open(Path(settings.draft), model, signer=link.pin, tuned=tuned_beside(adapter), dtype=dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
-from isthmus.common.errors import DataError
+from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.files import write_atomic
 from isthmus.emulator.package.package import is_package
 from isthmus.experiments.harness.bench_settings import GenerateSettings
@@ -60,11 +60,14 @@ def prepare(settings: GenerateSettings, *, tuned: bool) -> Prepared:
         tuned: Whether an adapter is needed, too.
 
     Raises:
+        ConfigError: A draft is given, and no adapter that was tuned with it.
         DataError: The data of E2E are missing or malformed.
         IsthmusError: Whatever a command raises that makes it.
     """
     draft, adapter = settings.draft, settings.adapter
-    if draft is not None and (adapter is not None or not tuned):
+    if draft is not None:
+        if tuned and adapter is None:
+            raise ConfigError(f"an adapter that was tuned with {draft} is needed, too: give --adapter, or --texts chat")
         return Prepared(draft, adapter if tuned else None)
     checkpoint = resolve(settings.model)
     name = f"{checkpoint.name.rpartition('/')[2]}-{checkpoint.digest()[:8]}-{settings.edge_layers.replace(':', '-')}"
@@ -74,12 +77,9 @@ def prepare(settings: GenerateSettings, *, tuned: bool) -> Prepared:
         str(checkpoint.folder),
         *("--edge-layers", settings.edge_layers, "--dtype", "bf16", "--threads", str(settings.threads)),
     )
-    if draft is not None:
-        draft = _signed_here(draft, cloud.home, folder)
-    else:
-        draft = folder / f"draft-{settings.sample_tokens}-{settings.distill_steps}"
-        if not is_package(draft):
-            _build(settings, checkpoint, cloud.home, _sample(settings, checkpoint, folder), draft)
+    draft = folder / f"draft-{settings.sample_tokens}-{settings.distill_steps}"
+    if not is_package(draft):
+        _build(settings, checkpoint, cloud.home, _sample(settings, checkpoint, folder), draft)
     if tuned and adapter is None:
         adapter = folder / f"tuned-{settings.tune_steps}-{draft.name}"
         if not (adapter / "report.json").is_file():
@@ -126,15 +126,6 @@ def _build(settings: GenerateSettings, checkpoint: Checkpoint, home: Path, text:
         *("--allow-draft-tuning", "--distill-steps", str(settings.distill_steps), *DISTILLATION),
         *("--adapter-layers", settings.edge_layers, "--home", str(home), "--out", str(out)),
     )
-
-
-def _signed_here(package: Path, home: Path, folder: Path) -> Path:
-    """A copy of a package that this cloud has signed, so that its edges take it."""
-    copy = folder / f"given-{package.resolve().name}"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(package, copy)
-    run_isthmus("emulator", "sign", "--package", str(copy), "--home", str(home))
-    return copy
 
 
 def _tune(settings: GenerateSettings, cloud: LocalCloud, draft: Path, out: Path) -> None:

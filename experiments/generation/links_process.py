@@ -80,7 +80,8 @@ def _maker(name: str, model: Any, task: Mapping[str, Any]) -> Callable[[], Draft
     if name == NGRAM:
         return NgramDraft
     tuned = tuned_beside(Path(task["adapter"])) if name == TUNED else None
-    return partial(EmulatorDraft, EmulatorDraft.open(Path(task["draft"]), model, tuned=tuned).model)
+    found = EmulatorDraft.open(Path(task["draft"]), model, tuned=tuned, dtype=torch.bfloat16)  # as `edge generate`
+    return partial(EmulatorDraft, found.model)
 
 
 def _main(parent: Parent) -> None:

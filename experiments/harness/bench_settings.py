@@ -99,7 +99,11 @@ class GenerateSettings:
     link_prompts: Annotated[int, Option(min=1, max=49, help="Prompts for each link, text and draft.")] = 8
     link_tokens: Annotated[int, Option(min=8, help="Tokens that follow each of them at most.")] = 64
     draft: Annotated[
-        Path | None, Option(help="Package of the small draft (`emulator build --draft`); by default one is made.")
+        Path | None,
+        Option(
+            help="Package of the small draft (`emulator build --draft`), with --adapter where the text is tuned; by default "
+            "one is made."
+        ),
     ] = None
     adapter: Annotated[
         Path | None,

@@ -159,6 +159,24 @@ def test_a_draft_shares_the_edge_s_weights_and_adapters(pairs: Pairs) -> None:
     assert draft.statistics.accepted == draft.statistics.drafted > 0  # it had the adapter as it is now
 
 
+def test_a_draft_in_bf16_has_weights_of_its_own(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("llama", "2:2")
+    folder = tiny_package(tmp_path / "package", pair.folder, plan="2:2").folder
+    expected = text(pair.edge)[0]
+    for model in (None, pair.edge):
+        found = EmulatorDraft.open(folder, model, rule=FixedLength(2), dtype=torch.bfloat16)
+        weights = [*found.model.parameters(), *found.model.remote_layers.span.parameters()]
+        assert {each.dtype for each in weights} == {torch.bfloat16}
+        assert not {id(each) for each in weights} & {id(each) for each in pair.edge.parameters()}
+        assert (
+            found.model.get_output_embeddings().weight is found.model.get_input_embeddings().weight
+        )  # tied, as before
+        with drafting(pair.edge, found):
+            assert torch.equal(text(pair.edge)[0], expected)
+        assert found.statistics.drafted > 0
+    assert {each.dtype for each in pair.edge.parameters()} == {torch.float32}
+
+
 def test_a_package_is_opened(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama", "2:2")
     package = tiny_package(tmp_path / "package", pair.folder, plan="2:2")

@@ -92,7 +92,7 @@ def test_a_run_brings_its_tuned_draft(opener: Opener, server: ThreadServer, link
         peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM"),
     )
     save_adapter(peft_model, adapter, record={"digest": package.digest})
-    options = {"max_new_tokens": 24, "draft": str(package.folder)}
+    options = {"max_new_tokens": 24, "draft": str(package.folder), "draft_dtype": "fp32"}
     with opener(adapter, **{**options, "draft": "none"}) as generator:
         plain = texts(generator, "Once upon")
     tuned = package.load_emulator()

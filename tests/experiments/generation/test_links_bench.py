@@ -169,9 +169,8 @@ def test_what_is_there_is_not_made_again(model: Path, tmp_path: Path, monkeypatc
     assert prepare(replace(settings, draft=made.draft, adapter=made.tuned), tuned=True) == made
     assert prepare(replace(settings, draft=made.draft), tuned=False).adapter is None
     assert len(commands) == 4
-    given = prepare(replace(settings, draft=made.draft), tuned=True)  # the cloud that tunes has to have signed it
-    assert commands[4:] == [("emulator", "sign"), ("edge", "train")]
-    assert given.draft != made.draft
+    with pytest.raises(ConfigError, match="give --adapter, or --texts chat"):
+        prepare(replace(settings, draft=made.draft), tuned=True)
 
 
 @pytest.mark.parametrize(
