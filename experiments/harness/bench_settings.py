@@ -101,8 +101,8 @@ class GenerateSettings:
     draft: Annotated[
         Path | None,
         Option(
-            help="Package of the small draft (`emulator build --draft`), with --adapter where the text is tuned; by default "
-            "one is made."
+            help="Package of the small draft (`emulator build --draft`), with --adapter where the text is tuned; by "
+            "default one is made."
         ),
     ] = None
     adapter: Annotated[

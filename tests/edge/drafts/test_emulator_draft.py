@@ -168,9 +168,6 @@ def test_a_draft_in_bf16_has_weights_of_its_own(pairs: Pairs, tmp_path: Path) ->
         weights = [*found.model.parameters(), *found.model.remote_layers.span.parameters()]
         assert {each.dtype for each in weights} == {torch.bfloat16}
         assert not {id(each) for each in weights} & {id(each) for each in pair.edge.parameters()}
-        assert (
-            found.model.get_output_embeddings().weight is found.model.get_input_embeddings().weight
-        )  # tied, as before
         with drafting(pair.edge, found):
             assert torch.equal(text(pair.edge)[0], expected)
         assert found.statistics.drafted > 0
