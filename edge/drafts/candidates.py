@@ -73,11 +73,13 @@ class DraftedToken:
         token: Its number.
         bucket: How sure the draft is; see `isthmus.edge.drafts.calibration`.
         logits: As in `Choice`; None where it follows from the text alone.
+        passed: Tokens of the text that the draft had to take in for it, itself the newest one.
     """
 
     token: int
     bucket: int
     logits: Tensor | None = None
+    passed: int = 1
 
 
 Choose = Callable[[Tensor], Choice]
@@ -165,7 +167,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
             drafted = self._proposer.propose(self._choose)
             if drafted is None:
                 break
-            rule.token_drafted(clock() - token_at)
+            rule.token_drafted(clock() - token_at, drafted.passed)
             self._drafted.append(drafted)
             self._ids = torch.cat([self._ids, self._ids.new_tensor([[drafted.token]])], dim=1)
             if drafted.token in self._text.ends:

@@ -43,8 +43,8 @@ class LengthRule(Protocol):
             upcoming: The bucket of the next one; None where that shows only once it is drafted.
         """
 
-    def token_drafted(self, seconds: float) -> None:
-        """A token was drafted, which took so long."""
+    def token_drafted(self, seconds: float, passed: int = 1) -> None:
+        """A token was drafted, which took so long; the draft had to take in so many tokens of the text for it."""
 
     def round_over(
         self, drafted: Sequence[int], accepted: int, judged: int, tokens: int, seconds: tuple[float, float] | None
@@ -74,7 +74,7 @@ class FixedLength:
         """See `LengthRule`."""
         return len(drafted) < self.length
 
-    def token_drafted(self, seconds: float) -> None:
+    def token_drafted(self, seconds: float, passed: int = 1) -> None:
         """See `LengthRule`; it learns nothing."""
 
     def round_over(
@@ -135,9 +135,10 @@ class AdaptiveLength:
             probability *= self.calibration.share(bucket)
         return probability * saved > cost
 
-    def token_drafted(self, seconds: float) -> None:
-        """See `LengthRule`."""
-        self.draft.add(seconds)
+    def token_drafted(self, seconds: float, passed: int = 1) -> None:
+        """See `LengthRule`. What it takes to catch up with a text is not what a token takes while drafts go on."""
+        if passed <= self.max_tokens + 1:  # a round brings no more
+            self.draft.add(seconds)
 
     def round_over(
         self, drafted: Sequence[int], accepted: int, judged: int, tokens: int, seconds: tuple[float, float] | None

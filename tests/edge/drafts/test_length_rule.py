@@ -21,6 +21,9 @@ class World:
     Attributes:
         shares: Of accepted tokens, by bucket; both buckets are equally frequent.
         noise: Relative deviation of the seconds.
+        behind: Tokens of the text that the draft has not taken in.
+        catching_up: Seconds for each of them.
+        says_behind: Whether the rule is told that a draft had to catch up.
     """
 
     round_trip: float = 0.05
@@ -29,6 +32,9 @@ class World:
     draft: float = 0.005
     shares: tuple[float, float] = (0.8, 0.8)
     noise: float = 0.0
+    behind: int = 0
+    catching_up: float = 0.0
+    says_behind: bool = True
     random: random.Random = field(default_factory=lambda: random.Random(3))  # noqa: S311  # a simulation
     lengths: list[int] = field(default_factory=list)
 
@@ -44,8 +50,9 @@ class World:
             buckets: list[int] = []
             drafting = 0.0
             while rule.wants(buckets, None):
-                took = self._noisy(self.draft)
-                rule.token_drafted(took)
+                took = self._noisy(self.draft + self.catching_up * self.behind)
+                rule.token_drafted(took, self.behind + 1 if self.says_behind else 1)
+                self.behind = 0
                 drafting += took
                 buckets.append(self.random.randrange(2))
             accepted = 0
@@ -54,6 +61,7 @@ class World:
             verifying = self._noisy(self.plain + self.verify * len(buckets))
             rule.round_over(buckets, accepted, min(len(buckets), accepted + 1), accepted + 1, (drafting, verifying))
             seconds, tokens = seconds + drafting + verifying, tokens + accepted + 1
+            self.behind += 0 if buckets else 1
             self.lengths.append(len(buckets))
         return seconds
 
@@ -66,6 +74,18 @@ def length_after(world: World, n_tokens: int = 4000) -> float:
     world.run(AdaptiveLength(GUESSES), n_tokens)
     settled = world.lengths[len(world.lengths) // 2 :]
     return sum(settled) / len(settled)
+
+
+def test_what_catching_up_takes_is_not_what_a_token_takes() -> None:
+    """A draft first takes in the prompt, and after a pause what was written meanwhile."""
+
+    def drafted(*, says_behind: bool) -> int:
+        world = World(behind=100, catching_up=0.002, says_behind=says_behind)
+        world.run(AdaptiveLength(GUESSES), 60)
+        return sum(world.lengths)
+
+    assert drafted(says_behind=True) > 30
+    assert drafted(says_behind=False) < 5
 
 
 def test_a_longer_round_trip_makes_longer_drafts() -> None:
