@@ -61,9 +61,9 @@ def generation_assumptions(settings: GenerationSettings) -> list[str]:
     """What the figures rest on, a line each."""
     if settings.acceptance is None:
         share = (
-            f"Accepted drafts are assumed, not measured here: {ASSUMED[NGRAM]:.0%} of n-grams' tokens as in chats with "
-            f"SmolLM2-135M-Instruct, {ASSUMED[SMALL]:.0%} of a small draft's as on texts that this model and its draft "
-            "were tuned on. Other texts and models differ: give --acceptance."
+            f"Accepted drafts are assumed, not measured here: {ASSUMED[NGRAM]:.0%} of n-grams' tokens and "
+            f"{ASSUMED[SMALL]:.0%} of a small draft's, as with SmolLM2-135M-Instruct in chats. Other texts and models "
+            "differ: give --acceptance."
         )
     else:
         share = f"{settings.acceptance:.0%} of drafted tokens are accepted once all before them are, as given."

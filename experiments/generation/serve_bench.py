@@ -61,6 +61,7 @@ def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
         "batched": _run(settings, folder / "batched", requests),
         "unbatched": _run(settings, folder / "unbatched", requests, "--batching", "off"),
         **asdict(settings),
+        "traces": str(settings.traces),
     }
 
 

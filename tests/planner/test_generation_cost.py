@@ -113,14 +113,19 @@ def test_tokens_a_round_are_those_of_the_geometric_law() -> None:
 
 @pytest.mark.parametrize(
     ("draft", "measured"),
-    [(NGRAM, {1: 1.12, 2: 1.17, 4: 1.20, 8: 1.21}), (SMALL, {1: 1.66, 2: 2.16, 4: 2.57, 8: 2.88})],
+    [(NGRAM, [(1.191, 0.185), (1.42, 0.185)]), (SMALL, [(1.274, 0.548), (1.553, 0.561), (1.634, 0.659)])],
 )
-def test_what_is_assumed_fits_what_was_measured(draft: str, measured: dict[int, float]) -> None:
-    def error(share: float) -> float:
-        return max(abs(tokens_a_round(share, drafted) / tokens - 1) for drafted, tokens in measured.items())
+def test_what_is_assumed_fits_what_was_measured(draft: str, measured: list[tuple[float, float]]) -> None:
+    """Of docs/results.md: tokens drafted, and accepted, in a round over 80 and 150 ms."""
 
-    assert error(ASSUMED[draft]) < 0.04
-    assert error(ASSUMED[draft] + 0.05) > 0.04  # another share would not
+    def error(share: float) -> float:
+        return max(abs(law(share, drafted) / (1 + accepted) - 1) for drafted, accepted in measured)
+
+    def law(share: float, drafted: float) -> float:  # a mean number of tokens is no whole one
+        return (1 - share ** (drafted + 1)) / (1 - share)
+
+    assert error(ASSUMED[draft]) < 0.05
+    assert error(ASSUMED[draft] + 0.1) > 0.05  # another share would not
     assert of(predicted(), draft).acceptance == ASSUMED[draft]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def test_a_run(tmp_path: Path) -> None:
     settings = ServeSettings(
         traces=traces(tmp_path / "traces"), model=str(model), n=2, requests=2, rate=4.0, fewer=8.0, threads=1
     )
-    result = serve_bench._run(settings, tmp_path / "cloud", serve_bench._requests(settings))
+    whole = serve_bench.run_serve(settings, tmp_path / "clouds")
+    assert json.loads(json.dumps(whole)) == whole  # as --json prints it
+    result = whole["batched"]
     assert result["requests"] == 4
     assert result["tokens_per_s"] > 0
     assert result["trained_per_s"] > 0
