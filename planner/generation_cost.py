@@ -86,7 +86,7 @@ class DraftCost:
         draft: `NGRAM`, `SMALL`, or "none".
         acceptance: The share that was counted with; None without a draft.
         drafted: Tokens that a round drafts, k; 0 where no draft pays.
-        tokens_a_round: That the text grows by in the mean.
+        tokens_per_round: That the text grows by in the mean.
         round_s: Seconds of a round.
         pays_from: The share above which drafts of this kind make it faster; above 1 where none does.
     """
@@ -94,14 +94,14 @@ class DraftCost:
     draft: str
     acceptance: float | None
     drafted: int
-    tokens_a_round: float
+    tokens_per_round: float
     round_s: float
     pays_from: float | None
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second once the prompt is computed."""
-        return self.tokens_a_round / self.round_s
+        return self.tokens_per_round / self.round_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def predict_generation(
     return _Predictor(facts, plan, settings, link, edge, cloud).all()
 
 
-def tokens_a_round(acceptance: float, drafted: int) -> float:
+def tokens_per_round(acceptance: float, drafted: int) -> float:
     """Tokens that a round brings in the mean: those that are accepted, and one more."""
     return sum(acceptance**number for number in range(drafted + 1))
 
@@ -174,7 +174,7 @@ class _Predictor:
             share = ASSUMED[draft] if self.settings.acceptance is None else self.settings.acceptance
             pays_from = self._round_s(1, token_s) / self._round_s(0, token_s) - 1
             choices = [
-                DraftCost(draft, share, k, tokens_a_round(share, k), self._round_s(k, token_s), pays_from)
+                DraftCost(draft, share, k, tokens_per_round(share, k), self._round_s(k, token_s), pays_from)
                 for k in range(MAX_DRAFT + 1)
             ]
             yield max(choices, key=lambda choice: choice.tokens_per_s)

@@ -28,7 +28,7 @@ def as_tree(cost: GenerationCost, settings: GenerationSettings) -> dict[str, Any
                 "acceptance": each.acceptance,
                 "acceptance_assumed": each.acceptance is not None and settings.acceptance is None,
                 "drafted_per_round": each.drafted,
-                "tokens_per_round": each.tokens_a_round,
+                "tokens_per_round": each.tokens_per_round,
                 "tokens_per_s": each.tokens_per_s,
                 "over_sequential": each.tokens_per_s / without,
                 "pays_from": each.pays_from,
@@ -84,5 +84,5 @@ def _cells(cost: DraftCost, settings: GenerationSettings) -> list[str]:
         f"{cost.acceptance:.0%}",
         "never" if cost.pays_from >= 1 else f"{cost.pays_from:.0%}",
         str(cost.drafted),
-        f"{cost.tokens_a_round:.3g}",
+        f"{cost.tokens_per_round:.3g}",
     ]

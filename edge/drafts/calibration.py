@@ -9,19 +9,19 @@ PRIOR_WEIGHT = 4.0
 that one chance rejection does not end a good one."""
 
 BUCKET_MEMORY = 128.0
-"""Tokens that a bucket counts at most, so that it follows a text that changes. The standard error of a share of one
+"""Tokens that a bucket counts at most, so that it follows a text that changes. The standard error of a rate of one
 half is then 4 %."""
 
 MEAN_MEMORY = 32.0
-"""The same for the share of all tokens. It is shorter since all buckets feed it, and a draft that was given up comes
+"""The same for the rate of all tokens. It is shorter since all buckets feed it, and a draft that was given up comes
 back by it."""
 
 
-class Share:
-    """A share of successes that follows what was seen lately: a Beta prior's mean with counts that are bounded.
+class AcceptanceRate:
+    """A rate of successes that follows what was seen lately: a Beta prior's mean with counts that are bounded.
 
     Args:
-        guess: The share before anything was seen, in [0, 1].
+        guess: The rate before anything was seen, in [0, 1].
         memory: Trials that count at most.
     """
 
@@ -30,7 +30,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share, in [0, 1]."""
+        """The rate, in [0, 1]."""
         return self._won / self._tried
 
     def add(self, won: bool) -> None:
@@ -41,25 +41,25 @@ class Share:
 
 
 class Calibration:
-    """The share of drafted tokens that are accepted once all before them are, by bucket and of all.
+    """The acceptance rate of drafted tokens, once all before them are accepted: of each bucket, and of all.
 
     A bucket holds tokens of which the draft is equally sure; what it goes by is the draft's business.
 
     Args:
-        guesses: The share of each bucket before anything was seen, in [0, 1].
+        guesses: The rate of each bucket before anything was seen, in [0, 1].
     """
 
     def __init__(self, guesses: Sequence[float]) -> None:
-        self._buckets = [Share(guess, BUCKET_MEMORY) for guess in guesses]
-        self._all = Share(0.5, MEAN_MEMORY)  # nothing is known: as likely as not
+        self._buckets = [AcceptanceRate(guess, BUCKET_MEMORY) for guess in guesses]
+        self._all = AcceptanceRate(0.5, MEAN_MEMORY)  # nothing is known: as likely as not
 
     @property
-    def mean(self) -> float:
-        """The share of tokens whose bucket is not known yet."""
+    def mean_rate(self) -> float:
+        """The rate of tokens whose bucket is not known yet."""
         return self._all.value
 
-    def share(self, bucket: int) -> float:
-        """The share of a bucket's tokens."""
+    def rate(self, bucket: int) -> float:
+        """The rate of a bucket's tokens."""
         return self._buckets[bucket].value
 
     def add(self, bucket: int, accepted: bool) -> None:

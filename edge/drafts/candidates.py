@@ -52,12 +52,12 @@ class DraftStatistics:
     verify_seconds: float = 0.0
 
     @property
-    def accepted_a_round(self) -> float:
+    def accepted_per_round(self) -> float:
         """Drafted tokens that a round brought, in the mean; 0 before the first one."""
         return self.accepted / self.rounds if self.rounds else 0.0
 
     @property
-    def tokens_a_round(self) -> float:
+    def tokens_per_round(self) -> float:
         """Tokens that a round brought, in the mean; 0 before the first one."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
@@ -85,13 +85,13 @@ class DraftedToken:
         token: Its number.
         bucket: How sure the draft is; see `isthmus.edge.drafts.calibration`.
         logits: As in `Choice`; None where it follows from the text alone.
-        passed: Tokens of the text that the draft had to take in for it, itself the newest one.
+        input_tokens: Tokens of the text that the draft had to take in for it; the newest is the one before it.
     """
 
     token: int
     bucket: int
     logits: Tensor | None = None
-    passed: int = 1
+    input_tokens: int = 1
 
 
 Choose = Callable[[Tensor], Choice]
@@ -104,7 +104,7 @@ class Proposer(Protocol):
     def follow(self, text: Sequence[int]) -> None:
         """A round begins; these are the tokens so far, without padding. They begin with those of the round before."""
 
-    def upcoming(self) -> int | None:
+    def next_bucket(self) -> int | None:
         """The bucket of the next token; None where that shows only once it is drafted."""
 
     def propose(self, choose: Choose) -> DraftedToken | None:
@@ -175,13 +175,13 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         self._ids, self._length, self._drafted, self._seconds = input_ids, input_ids.shape[1], [], []
         room = self._text.longest - self._length - 1  # the round gives one more token than the draft has
         self._proposer.follow(self._without_padding(input_ids))
-        while len(self._drafted) < room and rule.wants(self._buckets(), self._proposer.upcoming()):
+        while len(self._drafted) < room and rule.should_draft(self._buckets(), self._proposer.next_bucket()):
             token_at = clock()
             drafted = self._proposer.propose(self._choose)
             if drafted is None:
                 break
             self._seconds.append(clock() - token_at)
-            rule.token_drafted(self._seconds[-1], drafted.passed)
+            rule.token_drafted(self._seconds[-1])
             self._drafted.append(drafted)
             self._ids = torch.cat([self._ids, self._ids.new_tensor([[drafted.token]])], dim=1)
             if drafted.token in self._text.ends:
@@ -203,8 +203,9 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         while accepted < min(len(self._drafted), len(new)) and self._drafted[accepted].token == new[accepted]:
             accepted += 1
         judged = min(len(self._drafted), len(new), accepted + 1)
-        seconds = None if with_prompt else (self._drafting, verifying)
-        self._draft.rule.round_over(self._buckets(), accepted, judged, len(new), seconds)
+        self._draft.rule.round_over(
+            self._buckets(), accepted, judged, len(new), self._drafting, None if with_prompt else verifying
+        )
         statistics = self._draft.statistics
         statistics.rounds += 1
         statistics.drafted += len(self._drafted)
@@ -213,7 +214,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         statistics.tokens += len(new)
         statistics.draft_seconds += self._drafting
         for drafted, spent in zip(self._drafted, self._seconds, strict=True):
-            if drafted.passed > FOLLOWED:
+            if drafted.input_tokens > FOLLOWED:
                 statistics.catch_ups += 1
                 statistics.catch_up_seconds += spent
             else:

@@ -13,15 +13,19 @@ leaving out a sampled token because of what it is would change the distribution 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from isthmus.edge.drafts.calibration import Calibration
-from isthmus.edge.drafts.round_seconds import MEMORY, FadingSums, MeanSeconds, RoundSeconds
+from isthmus.edge.drafts.round_seconds import WINDOW, RecentMedian, RoundSeconds
 
 MAX_DRAFT = 16
 """Tokens of a draft at most, whatever was measured: even where 19 of 20 are accepted, the next one is in 44 % of cases,
 and the cloud computes all of them."""
+
+FIRST_TOKENS = 8
+"""Tokens that are drafted, one a round, before their median is believed: the first passes of a model are slow."""
 
 LOSS_SHARE = 0.01
 """Of the time, what may go into finding out whether drafts pay again where they did not."""
@@ -35,19 +39,25 @@ not."""
 class LengthRule(Protocol):
     """Decides whether a draft gets one more token, and is told how it went."""
 
-    def wants(self, drafted: Sequence[int], upcoming: int | None) -> bool:
+    def should_draft(self, drafted: Sequence[int], next_bucket: int | None) -> bool:
         """Whether to draft one more token.
 
         Args:
             drafted: Buckets (see `Calibration`) of the tokens that this round has drafted.
-            upcoming: The bucket of the next one; None where that shows only once it is drafted.
+            next_bucket: The bucket of the next one; None where that shows only once it is drafted.
         """
 
-    def token_drafted(self, seconds: float, passed: int = 1) -> None:
-        """A token was drafted, which took so long; the draft had to take in so many tokens of the text for it."""
+    def token_drafted(self, seconds: float) -> None:
+        """A token was drafted, which took so long."""
 
     def round_over(
-        self, drafted: Sequence[int], accepted: int, judged: int, tokens: int, seconds: tuple[float, float] | None
+        self,
+        drafted: Sequence[int],
+        accepted: int,
+        judged: int,
+        tokens: int,
+        drafting_s: float,
+        verifying_s: float | None,
     ) -> None:
         """A round was verified.
 
@@ -56,7 +66,8 @@ class LengthRule(Protocol):
             accepted: How many of them stand in the text.
             judged: How many of them the cloud has decided about: those after a rejected one it has not.
             tokens: By how many tokens the text has grown.
-            seconds: Of drafting, and of verifying; None where the round did something else as well.
+            drafting_s: Seconds of drafting.
+            verifying_s: Seconds of verifying; None where the round computed the prompt as well.
         """
 
 
@@ -70,15 +81,21 @@ class FixedLength:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def wants(self, drafted: Sequence[int], upcoming: int | None) -> bool:
+    def should_draft(self, drafted: Sequence[int], next_bucket: int | None) -> bool:
         """See `LengthRule`."""
         return len(drafted) < self.length
 
-    def token_drafted(self, seconds: float, passed: int = 1) -> None:
+    def token_drafted(self, seconds: float) -> None:
         """See `LengthRule`; it learns nothing."""
 
     def round_over(
-        self, drafted: Sequence[int], accepted: int, judged: int, tokens: int, seconds: tuple[float, float] | None
+        self,
+        drafted: Sequence[int],
+        accepted: int,
+        judged: int,
+        tokens: int,
+        drafting_s: float,
+        verifying_s: float | None,
     ) -> None:
         """See `LengthRule`; it learns nothing."""
 
@@ -91,7 +108,7 @@ class AdaptiveLength:
     what that takes, and one has a draft though the rule would have none, so that a better time for drafts is noticed.
 
     Args:
-        guesses: The share of accepted tokens of each bucket before anything was seen; see `Calibration`.
+        guesses: The acceptance rate of each bucket before anything was seen; see `Calibration`.
         max_tokens: Of a draft.
     """
 
@@ -99,60 +116,60 @@ class AdaptiveLength:
         self.max_tokens = max_tokens
         self.calibration = Calibration(guesses)
         self.rounds = RoundSeconds()
-        self.draft = MeanSeconds()
-        self._seconds_and_tokens = FadingSums(2)
+        self.draft = RecentMedian()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds and tokens of rounds
         self._lost = 0.0  # seconds against going without drafts; below 0 is never kept
         self._since_plain = 0  # rounds since one without a draft
         self._since_draft = 0.0  # seconds since one with a draft
-        self._after_hit = False  # whether the last draft had a token that was accepted
 
     @property
-    def seconds_a_token(self) -> float:
+    def seconds_per_token(self) -> float:
         """λ: seconds that a token takes at present, or takes without drafts where that is less."""
-        seconds, tokens = self._seconds_and_tokens.values
-        without = self.rounds.at(0)
-        return min(without, seconds / tokens) if tokens else without
+        if not self._recent:
+            return self.rounds.base
+        return min(self.rounds.base, sum(s for s, _ in self._recent) / sum(n for _, n in self._recent))
 
     @property
     def allowance(self) -> float:
         """Seconds that drafts may lose before they are off."""
-        return ALLOWANCE * self.rounds.at(0)
+        return ALLOWANCE * self.rounds.base
 
-    def wants(self, drafted: Sequence[int], upcoming: int | None) -> bool:
+    def should_draft(self, drafted: Sequence[int], next_bucket: int | None) -> bool:
         """See `LengthRule`."""
-        if not self.rounds.known or len(drafted) >= self.max_tokens or self._lost >= self.allowance:
+        if not self.rounds or len(drafted) >= self.max_tokens or self._lost >= self.allowance:
             return False
-        if not drafted and self._since_plain >= MEMORY:
+        if not drafted and self._since_plain >= WINDOW:
             return False  # so that it stays known what a round without a draft takes
-        if self.draft.value is None:
-            return not drafted  # one, to see what it takes
-        cost = self.draft.value + self.rounds.slope
-        saved = self.seconds_a_token
-        if not drafted and cost < saved and (self._after_hit or cost <= LOSS_SHARE * self._since_draft):
+        if len(self.draft) < FIRST_TOKENS:
+            return not drafted
+        if not drafted and self.draft.least <= LOSS_SHARE * self._since_draft:
             return True
-        probability = self.calibration.mean if upcoming is None else self.calibration.share(upcoming)
+        probability = self.calibration.mean_rate if next_bucket is None else self.calibration.rate(next_bucket)
         for bucket in drafted:
-            probability *= self.calibration.share(bucket)
-        return probability * saved > cost
+            probability *= self.calibration.rate(bucket)
+        return probability * self.seconds_per_token > self.draft.value + self.rounds.slope
 
-    def token_drafted(self, seconds: float, passed: int = 1) -> None:
-        """See `LengthRule`. What it takes to catch up with a text is not what a token takes while drafts go on."""
-        if passed <= self.max_tokens + 1:  # a round brings no more
-            self.draft.add(seconds)
+    def token_drafted(self, seconds: float) -> None:
+        """See `LengthRule`. The first one of a text takes longer, as the draft takes in the prompt; few are that."""
+        self.draft.add(seconds)
 
     def round_over(
-        self, drafted: Sequence[int], accepted: int, judged: int, tokens: int, seconds: tuple[float, float] | None
+        self,
+        drafted: Sequence[int],
+        accepted: int,
+        judged: int,
+        tokens: int,
+        drafting_s: float,
+        verifying_s: float | None,
     ) -> None:
         """See `LengthRule`."""
         for number, bucket in enumerate(drafted[:judged]):
             self.calibration.add(bucket, number < accepted)
-        if seconds is None:
-            return
-        drafting, verifying = seconds
-        total = drafting + self.rounds.add(len(drafted), verifying)
-        self._seconds_and_tokens.add(total, float(tokens))
-        self._since_plain = self._since_plain + 1 if drafted else 0
-        self._since_draft = 0.0 if drafted else self._since_draft + total
-        self._after_hit = accepted > 0 if drafted else self._after_hit
-        loss = total - tokens * self.rounds.at(0) if drafted else 0.0
-        self._lost = max(0.0, self._lost + loss - LOSS_SHARE * total)
+        if verifying_s is not None:
+            self.rounds.add(len(drafted), verifying_s)
+            self._recent.append((drafting_s + verifying_s, tokens))
+            self._since_plain = self._since_plain + 1 if drafted else 0
+        usual_s = drafting_s + self.rounds.at(len(drafted))  # what a long wait took is no fault of the draft
+        self._since_draft = 0.0 if drafted else self._since_draft + usual_s
+        loss = usual_s - tokens * self.rounds.base if drafted else 0.0
+        self._lost = max(0.0, self._lost + loss - LOSS_SHARE * usual_s)

@@ -60,7 +60,9 @@ class ModelProposer:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._longest = longest_sequence(model.config)
-        self._options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        # A place and not the number 1, which slices: a slice is not contiguous, and in bf16 torch then copies the head.
+        last = torch.tensor([-1], device=model.device)
+        self._options = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
         self._cache = DynamicCache(config=model.config)
         self._cache.activate_past_recording()  # layers with a window keep what a crop needs
         self._cached: list[int] = []
@@ -71,7 +73,7 @@ class ModelProposer:
         """See `Proposer`."""
         self._text, self._is_new = list(text), True
 
-    def upcoming(self) -> int | None:
+    def next_bucket(self) -> int | None:
         """See `Proposer`: that shows in the probability of the token."""
         return None
 

@@ -55,13 +55,13 @@ class NgramProposer:
                 self._agreeing = size
                 return
 
-    def upcoming(self) -> int | None:
+    def next_bucket(self) -> int | None:
         """See `Proposer`."""
         return min(self._agreeing, LONGEST_NGRAM) - 1 if self._agreeing else None
 
     def propose(self, _choose: Choose) -> DraftedToken | None:
         """See `Proposer`. A text that repeats itself goes on doing so: what was drafted is copied, too."""
-        bucket = self.upcoming()
+        bucket = self.next_bucket()
         if self._at is None or bucket is None:
             return None
         token = self._text[self._at]

@@ -1,89 +1,70 @@
-"""What drafting and verifying cost, in seconds, learned while it happens. Pure."""
+"""What drafting and verifying take, in seconds, learned while it happens. Pure."""
 
 from __future__ import annotations
 
-MEMORY = 64.0
-"""Observations that count: an older one fades by 1/e in so many. A text of a few hundred tokens notices a link that has
-changed, and the noise of single rounds is averaged to about a tenth."""
+from collections import deque
+from statistics import median
 
-OUTLIER = 4.0
-"""Times what was expected that an observation counts as at most. A longer one waited for something else than its tokens
-(a reconnect, another process); a link that has become slow for good is believed after a few rounds."""
+import numpy as np
 
-
-class FadingSums:
-    """Sums in which what is older counts less.
-
-    Args:
-        size: How many there are.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.values = [0.0] * size
-
-    def add(self, *values: float) -> None:
-        """Let all fade by one observation, and add another."""
-        keep = 1 - 1 / MEMORY
-        self.values = [keep * each + value for each, value in zip(self.values, values, strict=True)]
+WINDOW = 64
+"""Rounds and drafted tokens that are looked at. A text of a few hundred tokens notices a link that has changed, and
+medians of so many change little from one round to the next."""
 
 
-class MeanSeconds:
-    """The mean of some durations."""
+class RecentMedian:
+    """The median of the newest durations: a few that waited for something else (another process) do not move it."""
 
     def __init__(self) -> None:
-        self._sums = FadingSums(2)  # of the durations, and their number
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def __len__(self) -> int:
+        return len(self._recent)
 
     @property
-    def value(self) -> float | None:
-        """Seconds; None before the first one."""
-        total, number = self._sums.values
-        return total / number if number else None
+    def value(self) -> float:
+        """Seconds; 0 before the first one."""
+        return median(self._recent) if self._recent else 0.0
+
+    @property
+    def least(self) -> float:
+        """The shortest of them, in seconds; 0 before the first one."""
+        return min(self._recent, default=0.0)
 
     def add(self, seconds: float) -> None:
-        """One more duration, in seconds."""
-        before = self.value
-        self._sums.add(min(seconds, OUTLIER * before) if before else seconds, 1.0)
+        """One more duration."""
+        self._recent.append(seconds)
 
 
 class RoundSeconds:
-    """The seconds of a round that verifies k drafted tokens and one more: a line `a + b · k`, by least squares.
+    """The seconds of a round that verifies k drafted tokens and one more: a line `base + slope · k`.
 
-    Where all rounds had the same k, the slope is 0: a cost that was not seen is taken for none until it is.
+    The line is that of Theil (1950) and Sen (1968): the slope is the median of the slopes between each two of the
+    newest rounds, and the base is the median of what it leaves. Rounds that waited for something else (a reconnect,
+    another process) do not move it as long as they are few.
+
+    Attributes:
+        base: Seconds of a round without a draft; 0 before the first round.
+        slope: Seconds that each drafted token adds, at least 0. A cost that was not seen is taken for none: where all
+            rounds had the same k, the slope is 0.
     """
 
     def __init__(self) -> None:
-        self._sums = FadingSums(5)  # number, k, k², seconds, k · seconds
+        self.base = self.slope = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
-    @property
-    def known(self) -> bool:
-        """Whether there was a round."""
-        return self._sums.values[0] > 0
-
-    @property
-    def slope(self) -> float:
-        """Seconds that one more drafted token adds, at least 0."""
-        number, k, square, seconds, product = self._sums.values
-        if not number:
-            return 0.0
-        # Ridge: as if one more observation, one token away from the mean, had the mean's seconds.
-        spread = square - k * k / number + 1
-        return max(0.0, (product - k * seconds / number) / spread)
+    def __len__(self) -> int:
+        return len(self._recent)
 
     def at(self, drafted: int) -> float:
-        """Seconds of a round that verifies so many drafted tokens; 0 before the first round."""
-        number, k, _, seconds, _ = self._sums.values
-        if not number:
-            return 0.0
-        return max(0.0, seconds / number + self.slope * (drafted - k / number))
+        """Seconds of a round that verifies so many drafted tokens."""
+        return self.base + self.slope * drafted
 
-    def add(self, drafted: int, seconds: float) -> float:
-        """One more round.
-
-        Returns:
-            The seconds that it counts as.
-        """
-        if self.known:
-            number, _, _, total, _ = self._sums.values
-            seconds = min(seconds, OUTLIER * max(self.at(drafted), total / number))  # the line may reach down to 0
-        self._sums.add(1.0, float(drafted), float(drafted * drafted), seconds, drafted * seconds)
-        return seconds
+    def add(self, drafted: int, seconds: float) -> None:
+        """One more round."""
+        self._recent.append((drafted, seconds))
+        tokens, spent = np.array(self._recent).T
+        further, longer = tokens[:, None] - tokens, spent[:, None] - spent
+        slopes = longer[further > 0] / further[further > 0]
+        self.slope = max(0.0, float(np.median(slopes))) if slopes.size else 0.0
+        self.base = max(0.0, float(np.median(spent - self.slope * tokens)))

@@ -24,7 +24,7 @@ from isthmus.planner.generation_cost import (
     GenerationCost,
     GenerationSettings,
     predict_generation,
-    tokens_a_round,
+    tokens_per_round,
 )
 from isthmus.planner.link_spec import LinkSpec
 from isthmus.planner.model_facts import Linear, ModelFacts
@@ -79,7 +79,7 @@ def test_a_link_adds_its_round_trip_its_bytes_and_its_ends() -> None:
 def test_the_best_length_of_a_draft_that_costs_nothing_but_its_verification() -> None:
     # 1, 1.5, 1.75 tokens in 8, 9.75, 11.5 ms: 125, 153.8, 152.2 tokens/s.
     ngram = of(predicted(acceptance=0.5), NGRAM)
-    assert (ngram.drafted, ngram.tokens_a_round) == (1, 1.5)
+    assert (ngram.drafted, ngram.tokens_per_round) == (1, 1.5)
     assert ngram.tokens_per_s == pytest.approx(1.5 / (EDGE_S + CLOUD_S + FURTHER_S)) == pytest.approx(153.846, abs=1e-3)
     assert ngram.pays_from == pytest.approx(FURTHER_S / (EDGE_S + CLOUD_S)) == pytest.approx(0.21875)
 
@@ -90,7 +90,7 @@ def test_a_small_draft_pays_where_the_round_trip_is_long() -> None:
     assert near.pays_from == pytest.approx((DRAFTED_S + FURTHER_S) / (EDGE_S + CLOUD_S)) == pytest.approx(1.09375)
     # Nearly 1.5, 1.75, 1.875, 1.9375 tokens in 116.75, 125.5, 134.25, 143 ms: 12.85, 13.94, 13.97, 13.55 tokens/s.
     far = of(predicted("1000gbit,100ms", acceptance=0.5), SMALL)
-    assert (far.drafted, far.tokens_a_round) == (3, 1.875)
+    assert (far.drafted, far.tokens_per_round) == (3, 1.875)
     assert far.tokens_per_s == pytest.approx(1.875 / 0.13425, rel=1e-6)
 
 
@@ -105,10 +105,10 @@ def test_a_draft_has_tokens_exactly_where_it_pays(link: str, acceptance: float) 
         assert (found.tokens_per_s > of(cost, "none").tokens_per_s) == (found.drafted > 0)
 
 
-def test_tokens_a_round_are_those_of_the_geometric_law() -> None:
+def test_tokens_per_round_are_those_of_the_geometric_law() -> None:
     for drafted in (0, 1, 5):
-        assert tokens_a_round(0.7, drafted) == pytest.approx((1 - 0.7 ** (drafted + 1)) / (1 - 0.7))
-    assert (tokens_a_round(1, 5), tokens_a_round(0, 5), tokens_a_round(0.7, 0)) == (6, 1, 1)
+        assert tokens_per_round(0.7, drafted) == pytest.approx((1 - 0.7 ** (drafted + 1)) / (1 - 0.7))
+    assert (tokens_per_round(1, 5), tokens_per_round(0, 5), tokens_per_round(0.7, 0)) == (6, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_a_draft_that_is_always_right_is_accepted_whole(pairs: Pairs) -> None:
         text(pair.edge)
     assert draft.statistics.accepted == draft.statistics.drafted
     assert draft.statistics.rounds == NEW / 6
-    assert draft.statistics.accepted_a_round == 5
-    assert draft.statistics.tokens_a_round == 6
+    assert draft.statistics.accepted_per_round == 5
+    assert draft.statistics.tokens_per_round == 6
     assert draft.statistics.verify_seconds > 0 < draft.statistics.draft_seconds
     assert draft.statistics.judged == draft.statistics.drafted
     assert draft.statistics.catch_ups == 1  # the prompt
@@ -271,7 +271,7 @@ def test_what_a_rule_is_told_of_a_round() -> None:
         assert candidates.tolist() == [[5, 6, 7, 5, 6, 7, 5]]
         assert logits is None
         generator.update_candidate_strategy(torch.cat([prompt, torch.tensor([new])], dim=1), torch.zeros(0), 0)
-        assert told.pop() == (*expected, None)  # the prompt's round is not timed
+        assert told.pop() == (*expected, 7.0, None)  # verifying the prompt is not timed
     assert isinstance(generator, CandidateGenerator)
     assert not generator.requires_model_outputs
 

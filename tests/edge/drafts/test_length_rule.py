@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from isthmus.edge.drafts.calibration import Calibration
-from isthmus.edge.drafts.length_rule import ALLOWANCE, LOSS_SHARE, MAX_DRAFT, AdaptiveLength, FixedLength, LengthRule
-from isthmus.edge.drafts.round_seconds import OUTLIER, MeanSeconds, RoundSeconds
+from isthmus.edge.drafts.length_rule import (
+    ALLOWANCE,
+    FIRST_TOKENS,
+    LOSS_SHARE,
+    MAX_DRAFT,
+    AdaptiveLength,
+    FixedLength,
+    LengthRule,
+)
+from isthmus.edge.drafts.round_seconds import RecentMedian, RoundSeconds
 
 GUESSES = [0.25, 0.75]
 
@@ -21,9 +30,10 @@ class World:
     Attributes:
         shares: Of accepted tokens, by bucket; both buckets are equally frequent.
         noise: Relative deviation of the seconds.
+        text_tokens: Of each text; 0 for one text without end.
+        prompt: Tokens of each prompt, which the draft takes in when it first drafts for a text.
         behind: Tokens of the text that the draft has not taken in.
         catching_up: Seconds for each of them.
-        says_behind: Whether the rule is told that a draft had to catch up.
     """
 
     round_trip: float = 0.05
@@ -32,9 +42,10 @@ class World:
     draft: float = 0.005
     shares: tuple[float, float] = (0.8, 0.8)
     noise: float = 0.0
+    text_tokens: int = 0
+    prompt: int = 0
     behind: int = 0
     catching_up: float = 0.0
-    says_behind: bool = True
     random: random.Random = field(default_factory=lambda: random.Random(3))  # noqa: S311  # a simulation
     lengths: list[int] = field(default_factory=list)
 
@@ -45,13 +56,17 @@ class World:
 
     def run(self, rule: LengthRule, n_tokens: int) -> float:
         """The seconds that so many tokens take."""
-        seconds, tokens = 0.0, 0
+        seconds, tokens, texts = 0.0, 0, 0
         while tokens < n_tokens:
+            at_prompt = self.text_tokens > 0 and tokens >= texts * self.text_tokens
+            if at_prompt:
+                texts += 1
+                self.behind = self.prompt
             buckets: list[int] = []
             drafting = 0.0
-            while rule.wants(buckets, None):
+            while rule.should_draft(buckets, None):
                 took = self._noisy(self.draft + self.catching_up * self.behind)
-                rule.token_drafted(took, self.behind + 1 if self.says_behind else 1)
+                rule.token_drafted(took)
                 self.behind = 0
                 drafting += took
                 buckets.append(self.random.randrange(2))
@@ -59,7 +74,8 @@ class World:
             while accepted < len(buckets) and self.random.random() < self.shares[buckets[accepted]]:
                 accepted += 1
             verifying = self._noisy(self.plain + self.verify * len(buckets))
-            rule.round_over(buckets, accepted, min(len(buckets), accepted + 1), accepted + 1, (drafting, verifying))
+            judged = min(len(buckets), accepted + 1)
+            rule.round_over(buckets, accepted, judged, accepted + 1, drafting, None if at_prompt else verifying)
             seconds, tokens = seconds + drafting + verifying, tokens + accepted + 1
             self.behind += 0 if buckets else 1
             self.lengths.append(len(buckets))
@@ -77,15 +93,24 @@ def length_after(world: World, n_tokens: int = 4000) -> float:
 
 
 def test_what_catching_up_takes_is_not_what_a_token_takes() -> None:
-    """A draft first takes in the prompt, and after a pause what was written meanwhile."""
+    """A draft first takes in the prompt of each text."""
+    world = World(text_tokens=20, prompt=100, catching_up=0.002)
+    world.run(AdaptiveLength(GUESSES), 200)
+    assert sum(world.lengths[30:]) > 2 * len(world.lengths[30:])
 
-    def drafted(*, says_behind: bool) -> int:
-        world = World(behind=100, catching_up=0.002, says_behind=says_behind)
-        world.run(AdaptiveLength(GUESSES), 60)
-        return sum(world.lengths)
 
-    assert drafted(says_behind=True) > 30
-    assert drafted(says_behind=False) < 5
+def test_what_catching_up_takes_is_lost_time() -> None:
+    class Uncharged(AdaptiveLength):
+        def round_over(self, *what: Any) -> None:
+            if what[-1] is not None:
+                super().round_over(*what)
+
+    def seconds(rule: LengthRule) -> float:
+        return World(text_tokens=6, prompt=100, catching_up=0.004).run(rule, 1500)
+
+    without, bound = 1500 * 0.08, 1500 * 0.08 * (1 + 2 * LOSS_SHARE) + (ALLOWANCE + 1) * 0.08 + 0.4
+    assert without < seconds(AdaptiveLength(GUESSES)) < bound
+    assert seconds(Uncharged(GUESSES)) > 1.1 * bound
 
 
 def test_a_longer_round_trip_makes_longer_drafts() -> None:
@@ -169,72 +194,58 @@ def test_the_longest_draft_is_bounded() -> None:
 
 def test_a_known_bucket_counts_before_its_token_is_drafted() -> None:
     rule = AdaptiveLength([0.5, 0.5])
-    rule.round_over([], 0, 0, 1, (0.0, 1.0))
-    rule.token_drafted(0.3)
+    rule.round_over([], 0, 0, 1, 0.0, 1.0)
+    for _ in range(FIRST_TOKENS):
+        rule.token_drafted(0.3)
     for _ in range(100):
-        rule.round_over([0, 1], 0, 1, 1, None)
-        rule.round_over([1, 1], 2, 2, 3, None)
-    assert not rule.wants([], 0)
-    assert rule.wants([], 1)
-    assert rule.wants([1], 1)
-    assert not rule.wants([0], 1)
+        rule.round_over([0, 1], 0, 1, 1, 0.6, None)
+        rule.round_over([1, 1], 2, 2, 3, 0.6, None)
+    assert not rule.should_draft([], 0)
+    assert rule.should_draft([], 1)
+    assert rule.should_draft([1], 1)
+    assert not rule.should_draft([0], 1)
 
 
 def test_shares_follow_what_is_seen() -> None:
     calibration = Calibration(GUESSES)
-    assert [calibration.share(0), calibration.share(1), calibration.mean] == [0.25, 0.75, 0.5]
+    assert [calibration.rate(0), calibration.rate(1), calibration.mean_rate] == [0.25, 0.75, 0.5]
     for turn in range(4000):
         calibration.add(turn % 2, turn % 4 != 0)  # the first bucket every second time, the second always
-    assert calibration.share(0) == pytest.approx(0.5, abs=0.02)
-    assert calibration.share(1) == pytest.approx(1.0, abs=0.02)
-    assert calibration.mean == pytest.approx(0.75, abs=0.03)
+    assert calibration.rate(0) == pytest.approx(0.5, abs=0.02)
+    assert calibration.rate(1) == pytest.approx(1.0, abs=0.02)
+    assert calibration.mean_rate == pytest.approx(0.75, abs=0.03)
     for _ in range(400):
         calibration.add(1, False)
-    assert calibration.share(1) < 0.1
+    assert calibration.rate(1) < 0.1
 
 
 def test_the_line_of_a_round_s_seconds() -> None:
     line = RoundSeconds()
-    assert (line.known, line.at(3), line.slope) == (False, 0.0, 0.0)
+    assert (len(line), line.at(3), line.slope) == (0, 0.0, 0.0)
     line.add(2, 0.1)
     assert (line.at(0), line.at(5)) == (0.1, 0.1)  # what was not seen is taken for none
     for drafted in [0, 4, 1, 8, 2, 6] * 20:
         line.add(drafted, 0.08 + 0.003 * drafted)
-    assert line.at(0) == pytest.approx(0.08, rel=0.02)
-    assert line.slope == pytest.approx(0.003, rel=0.05)
+    assert line.at(0) == pytest.approx(0.08)
+    assert line.slope == pytest.approx(0.003)
     falling = RoundSeconds()
     for drafted in [0, 4] * 20:
         falling.add(drafted, 0.1 - 0.01 * drafted)
     assert falling.slope == 0
 
 
-def test_a_line_that_reaches_down_to_zero_rises_again() -> None:
-    line = RoundSeconds()
-    line.add(4, 0.1)
-    line.add(8, 0.4)
-    line.add(8, 0.9)
-    assert line.at(0) == 0
-    for _ in range(50):
-        line.add(0, 0.08)
-    assert line.at(0) == pytest.approx(0.08, rel=0.1)
-    mean = MeanSeconds()
-    for seconds in (0.0, 0.2):  # a clock may be too coarse for the first one
-        mean.add(seconds)
-    assert mean.value == pytest.approx(0.1, rel=0.1)
-
-
-def test_one_long_wait_counts_as_a_bounded_one_and_a_slow_link_is_believed() -> None:
-    line, mean = RoundSeconds(), MeanSeconds()
-    for each in (0.1, 0.1, 0.1):
-        line.add(0, each)
-        mean.add(each)
-    assert line.add(0, 60.0) == pytest.approx(OUTLIER * 0.1)
-    mean.add(60.0)
-    assert line.at(0) < 0.2
-    assert mean.value is not None
-    assert mean.value < 0.2
-    for _ in range(200):
-        line.add(0, 5.0)
-        mean.add(5.0)
-    assert line.at(0) == pytest.approx(5.0, rel=0.1)
-    assert mean.value == pytest.approx(5.0, rel=0.1)
+def test_long_waits_move_neither_line_nor_median_and_a_slow_link_is_believed() -> None:
+    line, draft = RoundSeconds(), RecentMedian()
+    assert (draft.value, draft.least) == (0.0, 0.0)
+    for number in range(60):
+        waits = 60.0 if number % 6 == 0 else 0.0
+        line.add(number % 5, 0.1 + 0.002 * (number % 5) + waits)
+        draft.add(0.01 + waits)
+    assert line.at(0) == pytest.approx(0.1, rel=0.05)
+    assert line.slope == pytest.approx(0.002, rel=0.2)
+    assert (draft.value, draft.least) == (0.01, 0.01)
+    for number in range(64):
+        line.add(number % 5, 5.0 + 0.002 * (number % 5))
+        draft.add(0.02)
+    assert line.at(0) == pytest.approx(5.0)
+    assert draft.value == 0.02

@@ -47,6 +47,6 @@ def test_a_text_that_grows_is_what_it_is_at_once() -> None:
 def test_the_bucket_is_known_before(text: list[int]) -> None:
     proposer = NgramProposer()
     proposer.follow(text)
-    bucket, token = proposer.upcoming(), proposer.propose(CHOOSE)
+    bucket, token = proposer.next_bucket(), proposer.propose(CHOOSE)
     assert (token is None) == (bucket is None)
     assert token is None or token.bucket == bucket

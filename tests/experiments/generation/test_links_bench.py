@@ -99,7 +99,7 @@ class Wrong(Draft):
     def follow(self, text: Sequence[int]) -> None:
         """See `Proposer`."""
 
-    def upcoming(self) -> int | None:
+    def next_bucket(self) -> int | None:
         return None
 
     def propose(self, _choose: Choose) -> DraftedToken | None:
