@@ -22,10 +22,6 @@ Speed = Annotated[
     Path | None,
     typer.Option(help="A file that `isthmus plan --probe --json` wrote; by default this machine is measured."),
 ]
-_NO_DECODING = (
-    "Generation is not predicted, as a file of a measured speed is without decode steps: write it anew with "
-    "`isthmus plan --probe --json`."
-)
 
 
 def plan(
@@ -59,14 +55,18 @@ def plan(
         float, typer.Option(min=0.001, max=1, help="Share of the cloud's layers that an emulator keeps.")
     ] = 0.5,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt of a generated text.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a generated text.")] = 64,
     draft_layers: Annotated[
         int | None,
         typer.Option(min=1, help="Layers of a small draft in the place of the cloud's; by default 3, or all if fewer."),
     ] = None,
-    acceptance: Annotated[
+    acceptance_rate: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Share of drafted tokens that are accepted; by default what one model had, as printed."
+            min=0,
+            max=1,
+            help="Probability that a drafted token is accepted, given that all before it were; by default what one "
+            "model had, as printed.",
         ),
     ] = None,
     summed: Annotated[bool, typer.Option(help="One gradient per input of the edge's sites, not one per site.")] = False,
@@ -94,7 +94,12 @@ def plan(
     from isthmus.edge.codecs.wire_codecs import WireCodecs
     from isthmus.planner.cost_model import PlanSettings, predict
     from isthmus.planner.generation_cost import GenerationSettings, predict_generation
-    from isthmus.planner.generation_report import as_tree, draft_table, generation_assumptions, summary
+    from isthmus.planner.generation_report import (
+        as_json as generation_json,
+        draft_table,
+        generation_assumptions,
+        summary,
+    )
     from isthmus.planner.link_spec import LinkSpec
     from isthmus.planner.model_facts import ModelFacts
     from isthmus.planner.plan_report import assumptions, recommend, rows, table
@@ -120,7 +125,7 @@ def plan(
         summed=summed,
         own_layers=own_layers,
     )
-    generated = GenerationSettings.of(settings.plan, prompt, draft_layers, acceptance)
+    generated = GenerationSettings.of(settings.plan, prompt, tokens, draft_layers, acceptance_rate)
     edge = _measure(config, facts, here) if edge_speed is None else SpeedProfile.read(edge_speed)
     if cloud_speed is not None:
         cloud = SpeedProfile.read(cloud_speed)
@@ -131,11 +136,14 @@ def plan(
     costs, positions = predict(facts, settings, where, edge, cloud), batch * seq
     advice = recommend(costs, goal, positions, edge.memory_bytes)
     generation = predict_generation(facts, settings, generated, where, edge, cloud)
-    notes = assumptions(settings, where, edge, cloud)
-    notes += [_NO_DECODING] if generation is None else generation_assumptions(generated)
+    notes = assumptions(settings, where, edge, cloud) + generation_assumptions(generated)
     if as_json:
-        tree: dict[str, Any] = {"modes": rows(costs, positions), "recommendation": advice, "assumptions": notes}
-        tree["generation"] = None if generation is None else as_tree(generation, generated)
+        tree = {
+            "modes": rows(costs, positions),
+            "recommendation": advice,
+            "generation": generation_json(generation, generated),
+            "assumptions": notes,
+        }
         typer.echo(json.dumps(tree))
         return
     from rich.console import Console
@@ -143,11 +151,9 @@ def plan(
     console = Console()
     console.print(table(costs, positions))
     _print_lines("", advice, "")
-    if generation is not None:
-        _print_lines(summary(generation, generated), "")
-        console.print(draft_table(generation, generated))
-        _print_lines("")
-    _print_lines(*notes)
+    _print_lines(summary(generation, generated), "")
+    console.print(draft_table(generation, generated))
+    _print_lines("", *notes)
 
 
 def _print_lines(*lines: str) -> None:

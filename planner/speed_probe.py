@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, empty_lay
 from isthmus.common.errors import ConfigError
 from isthmus.common.torch_threads import torch_threads
 from isthmus.planner.model_facts import ModelFacts
-from isthmus.planner.speed_profile import ITEM_BYTES, VERIFIED, ProbeSettings, SpeedProfile
+from isthmus.planner.speed_profile import DRAFT_DTYPE, ITEM_BYTES, VERIFY_TOKENS, ProbeSettings, SpeedProfile
 from isthmus.planner.wire_probe import measure_wire
 from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS, Role, decode, encode
 
 ROUNDS = 7
 LAYERS = 2  # one alone might stay in a cache
-DECODED = {"": 1, "9": VERIFIED}
-"""Tokens of a decode step, by the end of its names."""
+STEPS = {"decode": 1, "verify": VERIFY_TOKENS}
+"""Tokens of a decode step, by the beginning of its figures' names."""
 DECODED_BYTES = 128 << 20
-"""Weights of the layers of a decode step, which reads each once: more than a processor's cache holds."""
+"""Weights of the layers of a decode step, which reads each once: four times the 32 MiB of last-level cache of the
+processor on which results.md was measured. On a processor whose cache holds more than this, a step looks quicker than
+one of a model that is larger than the cache."""
 ADAPTERS = 16
 RUNGS = 4
 
@@ -62,13 +64,9 @@ def measure(
     with torch_threads(settings.threads):
         layers, kept = _layers(config, facts, settings)
         codecs = [_codec(codec, facts.hidden, settings) for codec in ACTIVATION_CODECS]
-        others = [
-            _head(facts, settings),
-            _decoding(config, facts, settings),
-            _adapters(facts, settings),
-            _ladder(facts, settings),
-        ]
-        seconds = _medians([layers, _decoding(config, facts, settings), *others, *codecs], advance)
+        others = [_head(facts, settings), _adapters(facts, settings), _ladder(facts, settings)]
+        decoding = [_decoding(config, facts, settings), _drafting(config, facts, settings)]
+        seconds = _medians([layers, *decoding, *others, *codecs], advance)
         message_s, byte_s = measure_wire()
     return SpeedProfile(
         **asdict(settings),
@@ -87,9 +85,12 @@ def measure(
         process_bytes=process,
         memory_bytes=memory,
         decode_layer_s=seconds["decode_layer"],
-        decode_layer9_s=seconds["decode_layer9"],
         decode_head_s=seconds["decode_head"],
-        decode_head9_s=seconds["decode_head9"],
+        verify_layer_s=seconds["verify_layer"],
+        verify_head_s=seconds["verify_head"],
+        draft_layer_s=seconds["draft_layer"],
+        draft_head_s=seconds["draft_head"],
+        draft_inference=1 / seconds["draft_inference"],
     )
 
 
@@ -164,25 +165,53 @@ def _kept_bytes(base: nn.Module, leaf: Tensor, mask: Tensor) -> int:
 
 
 def _decoding(config: Any, facts: ModelFacts, settings: ProbeSettings) -> Piece:
-    """The next token of one text, and the next `VERIFIED` at once, with a cache: a layer's share of a pass."""
-    wanted = math.ceil(DECODED_BYTES / (facts.layer_parameters * ITEM_BYTES[settings.dtype]))
-    count, dtype = min(max(LAYERS, wanted), facts.n_layers), DTYPES[settings.dtype]
-    span = FrozenSpan(_random_layers(config, count, dtype), Span(0, count), config, facts.hidden, dtype)
+    """The next token of one text, and the next `VERIFY_TOKENS` at once, with a cache: a layer's share of a pass."""
+    span = _decoded_span(config, facts, settings.dtype)
     decode, cache = DecodePass(span, None), KeyValues(span)
-    inputs = {name: SpanInput(torch.randn(1, tokens, facts.hidden, dtype=dtype)) for name, tokens in DECODED.items()}
-    decode([FastCall(SpanInput(torch.randn(1, settings.length, facts.hidden, dtype=dtype)), cache)])
+    decode([_call(span, settings.length, cache)])
+    return lambda: _steps(span, decode, cache, STEPS)
+
+
+def _drafting(config: Any, facts: ModelFacts, settings: ProbeSettings) -> Piece:
+    """The next token and a prompt, in the dtype of drafts."""
+    span = _decoded_span(config, facts, DRAFT_DTYPE)
+    decode, layers = DecodePass(span, None), len(span.layers)
+    flops = layers * settings.length * facts.forward_flops(settings.length)
 
     def piece() -> dict[str, float]:
-        found = {}
-        for name, given in inputs.items():
-            for _ in range(2):  # the first one follows other work, and a text's steps follow each other
-                start = time.perf_counter()
-                decode([FastCall(given, cache)])
-                found[f"decode_layer{name}"] = (time.perf_counter() - start) / count
-                cache.keep(settings.length)
-        return found
+        cache = KeyValues(span)
+        prompt = _call(span, settings.length, cache)
+        start = time.perf_counter()
+        decode([prompt])
+        prompt_s = time.perf_counter() - start
+        return {"draft_inference": prompt_s / flops, **_steps(span, decode, cache, {"draft": 1})}
 
     return piece
+
+
+def _decoded_span(config: Any, facts: ModelFacts, dtype: str) -> FrozenSpan:
+    """Layers of `DECODED_BYTES` with random weights, or all of the model's."""
+    wanted = math.ceil(DECODED_BYTES / (facts.layer_parameters * ITEM_BYTES[dtype]))
+    count = min(max(LAYERS, wanted), facts.n_layers)
+    layers = _random_layers(config, count, DTYPES[dtype])
+    return FrozenSpan(layers, Span(0, count), config, facts.hidden, DTYPES[dtype])
+
+
+def _steps(span: FrozenSpan, decode: DecodePass, cache: KeyValues, steps: Mapping[str, int]) -> dict[str, float]:
+    """Seconds of a layer for each step, of so many tokens. The cache stays as it is."""
+    length, found = cache.length, {}
+    for name, tokens in steps.items():
+        for _ in range(2):  # the first one follows other work, and a text's steps follow each other
+            call = _call(span, tokens, cache)
+            start = time.perf_counter()
+            decode([call])
+            found[f"{name}_layer"] = (time.perf_counter() - start) / len(span.layers)
+            cache.keep(length)
+    return found
+
+
+def _call(span: FrozenSpan, tokens: int, cache: KeyValues) -> FastCall:
+    return FastCall(SpanInput(torch.randn(1, tokens, span.hidden_size, dtype=span.dtype)), cache)
 
 
 def _head(facts: ModelFacts, settings: ProbeSettings) -> Piece:
@@ -191,17 +220,19 @@ def _head(facts: ModelFacts, settings: ProbeSettings) -> Piece:
     weight = torch.randn(facts.vocabulary, facts.head_parameters // facts.vocabulary, dtype=dtype) * 0.02
     hidden = torch.randn(positions, weight.shape[1], dtype=dtype, requires_grad=True)
     labels = torch.randint(facts.vocabulary, (positions,))
-    decoded = {name: torch.randn(tokens, weight.shape[1], dtype=dtype) for name, tokens in DECODED.items()}
+    steps = {name: (tokens, weight) for name, tokens in STEPS.items()}
+    steps["draft"] = (1, weight.to(DTYPES[DRAFT_DTYPE]))
 
     def piece() -> dict[str, float]:
         start = time.perf_counter()
         torch.autograd.grad(cross_entropy(linear(hidden, weight).float(), labels), hidden)
         found = {"head": (time.perf_counter() - start) / (positions * facts.head_flops)}
-        for name, given in decoded.items():
+        for name, (tokens, of_step) in steps.items():
+            given = torch.randn(tokens, of_step.shape[1], dtype=of_step.dtype)
             start = time.perf_counter()
             with torch.inference_mode():
-                linear(given, weight).float().argmax(-1)
-            found[f"decode_head{name}"] = time.perf_counter() - start
+                linear(given, of_step).float().argmax(-1)
+            found[f"{name}_head"] = time.perf_counter() - start
         return found
 
     return piece

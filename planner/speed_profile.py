@@ -8,11 +8,13 @@ from pathlib import Path
 
 from isthmus.common.errors import ConfigError
 
-_REMEDY = "write it with `isthmus plan --probe --json` on that machine"
+_REMEDY = "measure again with `isthmus plan --probe --json` on that machine"
+_ABOVE_ZERO = ("layer_", "head", "adapter_", "decode_", "verify_", "draft_")
 
-VERIFIED = 9
-"""Tokens of the longer of the two decode steps: a draft of eight and the token before it."""
-_ADDED = frozenset({"decode_layer_s", "decode_layer9_s", "decode_head_s", "decode_head9_s"})
+VERIFY_TOKENS = 9
+"""Tokens of a measured verification: a draft of eight and the token before it."""
+DRAFT_DTYPE = "bf16"
+"""What `isthmus edge generate` drafts in unless it is told otherwise (`--draft-dtype`)."""
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes of a weight, by dtype."""
@@ -50,10 +52,12 @@ class SpeedProfile:
         process_bytes: Resident memory of a process with all that is imported, before there is any model; 0 if unknown.
         memory_bytes: Memory that is free for a process; 0 if unknown.
         decode_layer_s: Seconds of a decoder layer for the next token of one text, with `length` tokens in the cache.
-            This and the next three are 0 in files that were written before they were measured.
-        decode_layer9_s: The same for the next `VERIFIED` tokens at once.
         decode_head_s: Seconds of the LM head and a greedy choice, for one token.
-        decode_head9_s: The same for `VERIFIED` tokens.
+        verify_layer_s: As `decode_layer_s`, for the next `VERIFY_TOKENS` tokens at once.
+        verify_head_s: As `decode_head_s`, for `VERIFY_TOKENS` tokens.
+        draft_layer_s: As `decode_layer_s`, in `DRAFT_DTYPE`.
+        draft_head_s: As `decode_head_s`, in `DRAFT_DTYPE`.
+        draft_inference: FLOPs per second of a decoder layer in `DRAFT_DTYPE` over a prompt of `length` tokens.
     """
 
     batch: int
@@ -75,10 +79,13 @@ class SpeedProfile:
     activation_bytes: float
     process_bytes: int
     memory_bytes: int
-    decode_layer_s: float = 0.0
-    decode_layer9_s: float = 0.0
-    decode_head_s: float = 0.0
-    decode_head9_s: float = 0.0
+    decode_layer_s: float
+    decode_head_s: float
+    verify_layer_s: float
+    verify_head_s: float
+    draft_layer_s: float
+    draft_head_s: float
+    draft_inference: float
 
     @classmethod
     def read(cls, path: Path) -> SpeedProfile:
@@ -91,9 +98,7 @@ class SpeedProfile:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a measured speed ({error}); {_REMEDY}") from error
-        known = {field.name for field in fields(cls)}
-        wanted = known - _ADDED
-        if not isinstance(tree, dict) or not wanted <= set(tree) <= known:
+        if not isinstance(tree, dict) or set(tree) != {field.name for field in fields(cls)}:
             raise ConfigError(f"{path} is no measured speed of this version; {_REMEDY}")
         codecs = tree["codec_s"]
         numbers = [value for name, value in tree.items() if name not in {"dtype", "codec_s"}]
@@ -102,25 +107,20 @@ class SpeedProfile:
             raise ConfigError(f"{path} has a value that is no number, or below 0; {_REMEDY}")
         if tree["dtype"] not in ITEM_BYTES:
             raise ConfigError(f"{path} has dtype = {str(tree['dtype'])[:20]!r}; {_REMEDY}")
-        rates = [name for name in tree if name.startswith(("layer_", "head", "adapter_")) and not tree[name]]
-        if rates:
-            raise ConfigError(f"{path} has {rates[0]} = 0; {_REMEDY}")
+        zeros = [name for name in tree if name.startswith(_ABOVE_ZERO) and not tree[name]]
+        if zeros:
+            raise ConfigError(f"{path} has {zeros[0]} = 0; {_REMEDY}")
         return cls(**tree)
-
-    @property
-    def has_decoding(self) -> bool:
-        """Whether decode steps were measured."""
-        return min(self.decode_layer_s, self.decode_layer9_s, self.decode_head_s, self.decode_head9_s) > 0
 
     def layer_s(self, tokens: int) -> float:
         """Seconds of a decoder layer for so many tokens of one text at once: a line through what was measured."""
-        return _line(self.decode_layer_s, self.decode_layer9_s, tokens)
+        return _line(self.decode_layer_s, self.verify_layer_s, tokens)
 
     def head_s(self, tokens: int) -> float:
         """The same of the LM head."""
-        return _line(self.decode_head_s, self.decode_head9_s, tokens)
+        return _line(self.decode_head_s, self.verify_head_s, tokens)
 
 
 def _line(one: float, several: float, tokens: int) -> float:
-    """What `tokens` take, from what one and `VERIFIED` take. More tokens never take less."""
-    return one + (tokens - 1) * max(0.0, several - one) / (VERIFIED - 1)
+    """What `tokens` take, from what one and `VERIFY_TOKENS` take. More tokens never take less."""
+    return one + (tokens - 1) * max(0.0, several - one) / (VERIFY_TOKENS - 1)

@@ -38,11 +38,10 @@ from isthmus.experiments.harness.bench_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.single_process import whole_model
+from isthmus.planner.speed_profile import VERIFY_TOKENS
 
 CONTEXTS = (37, 80, 120, 160, 200, 250, 300, 340)
 """Tokens that the sessions of the span's measurement have in their caches: of chats that have gone on for a while."""
-VERIFIED = 9
-"""Tokens that are verified at once: a draft of eight and the token before it."""
 OTHERS = 7
 """Further edges that decode exactly while exact texts are compared."""
 PARTS = ("local", "links")
@@ -263,8 +262,8 @@ def _span_alone(settings: GenerateSettings, dtype: str) -> dict[str, float]:
             decode([FastCall(_states(span, 1), cache)])
 
     def verify() -> None:
-        decode([FastCall(_states(span, VERIFIED), one)])
-        one.keep(one.length - VERIFIED)
+        decode([FastCall(_states(span, VERIFY_TOKENS), one)])
+        one.keep(one.length - VERIFY_TOKENS)
 
     work: dict[str, Callable[[], object]] = {
         "serial": serial,

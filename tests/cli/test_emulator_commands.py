@@ -1,246 +1,33 @@
+"""`isthmus emulator verify | sign | plug | sample`."""
+
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.cloud.packages import tuned
+from support.cloud.emulator_owner import Owner
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
-from isthmus.backbone.plan import SplitPlan
 from isthmus.cli.emulator_commands import app
 from isthmus.common.errors import (
     AdapterError,
     ConfigError,
     DataError,
-    IsthmusError,
-    KeyFileError,
     PackageError,
-    PlanError,
     SignerError,
 )
-from isthmus.emulator.compress.recipe import Recipe
-from isthmus.emulator.distill.distillation import DistillConfig
 from isthmus.emulator.package.package import open_package
-from isthmus.protocol.secure.keys import generate_root, issue_worker, load_worker
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
-
-
-class Owner:
-    """A model, keys, public text, and the way to run commands there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = tiny_checkpoint("llama", folder / "model")
-        self.home = folder / "home"
-        generate_root(self.home)
-        issue_worker(self.home)
-        self.pin = str(load_worker(self.home).pin)
-        self.text = folder / "public.txt"
-        self.text.write_text("".join(f"The {i}th of the lines counts {i * i} things.\n" for i in range(60)))
-
-    def run(self, *arguments: object) -> str:
-        done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    def build_arguments(self, out: Path, *more: object) -> list[object]:
-        where = ["--home", self.home, "--adapter-layers", "1:1", "--device", "cpu"]
-        return ["build", "--model", self.model, "--out", out, "--licence", "tuning only", *where, *more]
-
-    def build(self, out: Path, *more: object) -> dict[str, Any]:
-        said: dict[str, Any] = json.loads(self.run(*self.build_arguments(out, *more, "--json")))
-        return said
-
-    def distil_arguments(self, steps: int = 3) -> list[object]:
-        return ["--distill", self.text, "--distill-steps", steps, "--batch", 2, "--length", 32]
-
-    def tune(self, package: Path, out: Path, method: str = "lora") -> Path:
-        return tuned(open_package(package), out, method)
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> Owner:
-    return Owner(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture(scope="module")
-def package(owner: Owner) -> Path:
-    owner.build(owner.folder / "package")
-    return owner.folder / "package"
-
-
-# build ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_package_is_built_and_verified(owner: Owner, package: Path) -> None:
-    said = json.loads(owner.run("verify", "--package", package, "--signer", owner.pin, "--json"))
-    assert (said["model"], said["plan"], said["recipe"], said["licence"]) == ("model", "1:1", "uniform", "tuning only")
-    assert said["layers"] == [1, 4]
-    assert said["share_of_parameters"] == 0.5
-    assert (said["signer"], said["protection"], said["distilled"]) == (owner.pin, [], None)
-    assert said["id"] == open_package(package).id
-
-
-def test_a_connection_string_is_a_signer_too(owner: Owner, package: Path) -> None:
-    assert "tuning only" in owner.run("verify", "--package", package, "--signer", f"isthmus://host:7443#{owner.pin}")
-
-
-@pytest.mark.parametrize("method", ["importance+int8", "crash+lowrank:0.5", "crash-drop+int4"])
-def test_layers_are_chosen_by_public_text(owner: Owner, tmp_path: Path, method: str) -> None:
-    said = owner.build(tmp_path / "p", "--method", method, "--text", owner.text, "--length", 32)
-    assert said["recipe"] == method
-    with torch.no_grad():
-        assert open_package(tmp_path / "p").load_model()(IDS).logits.isfinite().all()
-
-
-def test_a_distilled_package_says_so_and_leaves_no_state(owner: Owner, tmp_path: Path) -> None:
-    said = owner.build(tmp_path / "p", *owner.distil_arguments(), "--lm-weight", 0)
-    assert (said["distilled"]["steps"], said["distilled"]["tokens"]) == (3, 3 * 2 * 32)
-    assert said["distilled"]["error_after"] < said["distilled"]["error_before"]
-    assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["p"]
-    assert "3 steps, 192 tokens" in owner.run("verify", "--package", tmp_path / "p")
-
-
-def test_a_draft_has_three_layers_and_says_how_near_it_came(owner: Owner, tmp_path: Path) -> None:
-    said = owner.build(tmp_path / "p", "--draft", *owner.distil_arguments(steps=8), "--learning-rate", 0.003)
-    assert len(said["layers"]) == 3
-    done = said["distilled"]
-    assert done["kl_after"] < done["kl_before"]
-    assert not said["allow_draft_tuning"]
-    shown = owner.run("verify", "--package", tmp_path / "p")
-    assert f"{done['kl_before']:.4g} -> {done['kl_after']:.4g} nats a token" in shown
-    assert f"{done['agreement_before']:.1%} -> {done['agreement_after']:.1%} of the tokens" in shown
-
-
-@pytest.mark.parametrize(
-    ("options", "weights", "layers"),
-    [
-        ([], (30.0, 1.0, 0.0), 2),
-        (["--kl-weight", 0.5], (30.0, 1.0, 0.5), 2),
-        (["--draft"], (0.0, 0.0, 1.0), 3),
-        (["--draft", "--mse-weight", 2, "--kl-weight", 3, "--keep", 0.25], (2.0, 0.0, 3.0), 1),
-    ],
-)
-def test_the_preset_of_a_draft_gives_way_to_what_is_given(
-    owner: Owner,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: list[object],
-    weights: tuple[float, ...],
-    layers: int,
-) -> None:
-    from isthmus.emulator.package import build
-
-    class Seen(Exception):
-        pass
-
-    def seen(_out: Path, _checkpoint: object, plan: SplitPlan, recipe: Recipe, distillation: Any, **_: object) -> None:
-        config: DistillConfig = distillation[0]
-        assert (config.mse_weight, config.lm_weight, config.kl_weight) == weights
-        assert recipe.layers_kept(len(plan.cloud)) == layers
-        raise Seen
-
-    monkeypatch.setattr(build, "build_package", seen)
-    with pytest.raises(Seen):
-        owner.build(tmp_path / "p", *options, *owner.distil_arguments())
-
-
-def test_consent_to_tuning_a_draft_is_written_and_shown(owner: Owner, package: Path, tmp_path: Path) -> None:
-    assert owner.build(tmp_path / "p", "--allow-draft-tuning")["allow_draft_tuning"] is True
-    shown = {path: owner.run("verify", "--package", path) for path in (tmp_path / "p", package)}
-    assert "draft tuning     allowed\n" in shown[tmp_path / "p"]
-    assert "draft tuning     not allowed\n" in shown[package]
-    owner.run("sign", "--package", tmp_path / "p", "--home", owner.home)
-    assert open_package(tmp_path / "p").manifest.allow_draft_tuning
-
-
-def test_an_interrupted_distillation_goes_on_when_the_command_is_repeated(
-    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from isthmus.emulator.distill import distillation
-
-    undisturbed = owner.build(tmp_path / "undisturbed", *owner.distil_arguments())
-    measure = distillation._Distillation.measure
-
-    def interrupted(task: Any, step: int) -> Any:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return measure(task, step)
-
-    arguments = owner.build_arguments(tmp_path / "p", *owner.distil_arguments(), "--json")
-    monkeypatch.setattr(distillation._Distillation, "measure", interrupted)
-    stopped = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert stopped.exit_code == 130
-    assert "Stopped after step 1 of 3" in stopped.output
-    assert not (tmp_path / "p").exists()
-    assert (tmp_path / "p.distill").is_dir()
-
-    monkeypatch.undo()
-    said = json.loads(owner.run(*arguments))
-    assert said["files"] == undisturbed["files"]
-    assert said["distilled"] == undisturbed["distilled"]
-    assert not (tmp_path / "p.distill").exists()
-
-
-def test_an_older_package_is_replaced(owner: Owner, package: Path, tmp_path: Path) -> None:
-    shutil.copytree(package, tmp_path / "p")
-    assert owner.build(tmp_path / "p", "--keep", 0.25)["layers"] == [2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["--keep", 0.05], PlanError, r"keep 0\.05 of 4 middle layers leaves none; use 0\.126"),
-        (["--keep", 7], ConfigError, "keep 7"),
-        (["--method", "magic"], ConfigError, "magic"),
-        (["--method", "importance"], ConfigError, "--text"),
-        (["--method", "crash", "--text", "nowhere.txt"], DataError, "nowhere.txt"),
-        (["--adapter-layers", "3:3"], PlanError, "3:3"),
-        (["--adapter-layers", "2"], PlanError, "'2'"),
-        (["--home", "nowhere"], KeyFileError, "isthmus cloud keygen"),
-        (["--licence", "x" * 5000], ConfigError, "--licence has 5000 characters"),
-        (["--device", "abacus"], ConfigError, "abacus"),
-        (["--distill", "nowhere.txt"], DataError, "nowhere.txt"),
-        (["--draft"], ConfigError, "isthmus emulator sample"),
-        (["--distill", "nowhere.txt", "--precision", "fp8"], ConfigError, "fp8"),
-    ],
-    ids=str,
-)
-def test_a_bad_option_is_named_and_nothing_is_written(
-    owner: Owner, tmp_path: Path, arguments: list[object], error: type[IsthmusError], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        owner.build(tmp_path / "p", *arguments)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "model", "link"])
-def test_what_is_no_package_is_not_overwritten(owner: Owner, tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
-    make: dict[str, Callable[[], Any]] = {
-        "file": out.touch,
-        "folder": out.mkdir,
-        "model": lambda: shutil.copytree(owner.model, out),
-        "link": lambda: out.symlink_to("nowhere"),
-    }
-    make[kind]()
-    with pytest.raises(ConfigError, match="is no package"):
-        owner.build(out)
 
 
 # verify and sign ------------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.cloud.clouds import Home, ThreadServer, served
+from support.cloud.clouds import ThreadServer
 from support.models.round_speeds import speed
-from support.models.tiny import HIDDEN, VOCAB, tiny_checkpoint, tiny_config
+from support.models.tiny import HIDDEN, VOCAB, tiny_config
 
 from isthmus.backbone.plan import SplitPlan
 from isthmus.common.errors import ConfigError, PlanError
@@ -264,15 +263,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 # Against a real cloud -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
-    folder = tmp_path_factory.mktemp("cloud")
-    model = tiny_checkpoint("llama", folder / "model")
-    with pytest.MonkeyPatch.context() as patch, ThreadServer(served(model, folder / "parts"), Home(folder)) as running:
-        patch.setenv("ISTHMUS_CACHE", str(folder / "cache"))
-        yield running
 
 
 def measured(cloud: ThreadServer, codec: str, layers: list[int]) -> WireTotals:

@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.models.round_speeds import speed
 from support.models.tiny import tiny_config
 
+from isthmus.backbone.split.span import FrozenSpan
 from isthmus.common.errors import ConfigError
 from isthmus.planner import speed_probe
 from isthmus.planner.model_facts import ModelFacts
@@ -38,9 +40,23 @@ def test_everything_is_measured(family: str, dtype: str) -> None:
     assert set(found.codec_s) == set(ACTIVATION_CODECS)
     numbers = [value for value in asdict(found).values() if isinstance(value, float)]
     assert all(math.isfinite(value) and value > 0 for value in [*numbers, *found.codec_s.values()])
-    assert found.has_decoding
     assert found.process_bytes > 0
     assert found.memory_bytes > 0
+
+
+@pytest.mark.usefixtures("_fast")
+def test_each_piece_of_work_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[str] = []
+    original = speed_probe._decoded_span
+
+    def counted(config: Any, facts: ModelFacts, dtype: str) -> FrozenSpan:
+        spans.append(dtype)
+        return original(config, facts, dtype)
+
+    monkeypatch.setattr(speed_probe, "_decoded_span", counted)
+    config = tiny_config("llama")
+    measure(config, ModelFacts.of(config), ProbeSettings(1, 4))
+    assert spans == ["fp32", "bf16"]  # of decoding and verification, and of drafts
 
 
 @pytest.mark.usefixtures("_fast")
@@ -86,26 +102,18 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert SpeedProfile.read(path) == speed(head=123.5)
 
 
-def test_a_profile_from_before_decode_steps_were_measured_reads(tmp_path: Path) -> None:
-    path = tmp_path / "cloud.json"
-    steps = {name: 0.5 for name in asdict(speed()) if name.startswith("decode_")}
-    path.write_text(json.dumps(asdict(speed(**steps))))
-    assert SpeedProfile.read(path).has_decoding
-    path.write_text(json.dumps({name: value for name, value in asdict(speed()).items() if name not in steps}))
-    assert SpeedProfile.read(path) == speed()
-    assert not SpeedProfile.read(path).has_decoding
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": None}, "no measured speed of this version"),
+        ({"head": None}, "no measured speed of this version; measure again"),
+        ({"decode_layer_s": None}, "no measured speed of this version; measure again"),
         ({"more": 1}, "no measured speed of this version"),
         ({"head": "fast"}, "no number"),
         ({"byte_s": -1.0}, "below 0"),
         ({"decode_head_s": -1.0}, "below 0"),
         ({"byte_s": math.nan}, "below 0"),
         ({"layer_forward": 0.0}, "layer_forward = 0"),
+        ({"decode_layer_s": 0.0}, "decode_layer_s = 0"),
         ({"codec_s": []}, "no number"),
         ({"codec_s": {"fp32": "fast"}}, "no number"),
         ({"dtype": "fp64"}, "dtype"),

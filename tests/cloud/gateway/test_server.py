@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
 import json
 import queue
 import socket
@@ -13,19 +11,15 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.cloud.clouds import Home, ThreadServer
+from support.cloud.pki import Pki, make_pki
 from support.cloud.sessions import call_in_flight, channel, eventually, hidden
 from support.models.tiny import HIDDEN
 
@@ -113,7 +107,7 @@ def test_an_edge_that_stops_in_the_middle_of_a_message_is_ended(cloud: Served, h
         slow.abandon()
 
 
-def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_let_go(cloud: Served, home: Home) -> None:
+def test_an_edge_that_takes_no_answers_is_ended_and_what_it_was_to_get_is_released(cloud: Served, home: Home) -> None:
     bounds = Bounds(transfer=TransferTimeout(0.5, 1 << 30), linger_seconds=0.2)
     with ThreadServer(cloud, home, bounds=bounds) as server, raw(server) as plain:
         asked = hasty(plain, server.home, 64)  # of 512 KiB each, and nobody reads the answers
@@ -325,58 +319,9 @@ def test_a_port_in_use_has_its_own_error(server: ThreadServer, cloud: Served, tm
 # The outer layer ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pki:
-    """A throw-away CA and what it signed, as PEM files."""
-
-    ca: Path
-    server_cert: Path
-    server_key: Path
-    client_cert: Path
-    client_key: Path
-
-
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    folder = tmp_path_factory.mktemp("pki")
-    now = datetime.datetime.now(datetime.UTC)
-
-    def name(common: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-    def make(common: str, signer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None) -> tuple[Path, Path, Any]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        issuer, signing = signer or (name(common), key)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name(common))
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName(
-                    [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-                ),
-                critical=False,
-            )
-        )
-        cert = builder.sign(signing, hashes.SHA256())
-        cert_file, key_file = folder / f"{common}.crt", folder / f"{common}.key"
-        cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-        key_file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        return cert_file, key_file, key
-
-    ca, _, ca_key = make("ca", None)
-    server_cert, server_key, _ = make("server", (name("ca"), ca_key))
-    client_cert, client_key, _ = make("client", (name("ca"), ca_key))
-    return Pki(ca, server_cert, server_key, client_cert, client_key)
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 def test_tls_carries_the_sealed_session(cloud: Served, home: Home, pki: Pki) -> None:

@@ -9,7 +9,7 @@ from isthmus.protocol.tensor_codecs import ACTIVATION_CODECS
 
 
 def speed(**changes: Any) -> SpeedProfile:
-    """A machine on which only layers, head and adapters take time."""
+    """A machine on which only layers, head and adapters take time. A draft's layers take half of a step."""
     values: dict[str, Any] = {
         "batch": 2,
         "length": 10,
@@ -30,5 +30,12 @@ def speed(**changes: Any) -> SpeedProfile:
         "activation_bytes": 100.0,
         "process_bytes": 1_000_000,
         "memory_bytes": 0,
+        "decode_layer_s": 0.001,
+        "decode_head_s": 0.002,
+        "verify_layer_s": 0.003,
+        "verify_head_s": 0.004,
+        "draft_layer_s": 0.0005,
+        "draft_head_s": 0.001,
+        "draft_inference": 8e6,
     }
     return SpeedProfile(**values | changes)
