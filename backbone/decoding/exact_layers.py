@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.decoding.decode_pass import parts_of
 from isthmus.backbone.runtime.batch_invariance import measure_linears
-from isthmus.backbone.runtime.sequence_packing import Plain, attention_around
+from isthmus.backbone.runtime.sequence_packing import Plain, wrap_attention
 from isthmus.common.errors import UnsupportedCallError
 
 
@@ -123,7 +123,7 @@ def _token_by_token(inner: str) -> str:
             outputs.append(plain(module, query[:, :, each.rows], *seen, each.mask, **options)[0])
         return torch.cat(outputs, dim=1)
 
-    name = attention_around(inner, "exact", attend)
+    name = wrap_attention(inner, "exact", attend)
     if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name

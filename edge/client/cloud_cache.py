@@ -28,7 +28,7 @@ from isthmus.protocol.encoding import body_bytes
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
-LOSSES = 8
+MAX_LOSSES = 8
 """Times that the cloud may lose a cache in one call. Each costs a replay, so a cloud that goes on so is of no use."""
 
 
@@ -153,9 +153,9 @@ class CloudCache:
                     raise RemoteProtocolError(
                         f"the cloud has lost a cache of {at} tokens, and has {reply.have} of them"
                     )
-                if losses == LOSSES:
+                if losses == MAX_LOSSES:
                     raise OverQuotaError(
-                        f"the cloud has lost the cache {LOSSES} times while it was filled again: it has too little "
+                        f"the cloud has lost the cache {MAX_LOSSES} times while it was filled again: it has too little "
                         "room for all who generate; try later, or ask its owner for more (serve --cache-bytes)"
                     )
                 self._caches.replayed += at - reply.have

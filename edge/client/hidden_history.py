@@ -22,7 +22,7 @@ MEMORY_BYTES = 64 << 20
 class HiddenHistory:
     """What went to the cloud of each token of some sequences: `[B, length, h]`, and positions `[B or 1, length]`.
 
-    In memory up to a limit, then in a file without a name, which is gone when the process ends.
+    In memory up to a limit, then in an unnamed temporary file, which is gone when the process ends.
 
     Args:
         memory_bytes: The limit.
