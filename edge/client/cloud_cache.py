@@ -109,10 +109,10 @@ class CloudCache:
                 "more: pass that of all"
             )
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-        self._history.append(hidden, position_ids)
-        if self._exact:
-            self._blocks += _blocks(length, 1 if start else m.MAX_BLOCK)
         try:
+            self._history.append(hidden, position_ids)
+            if self._exact:
+                self._blocks += _blocks(length, 1 if start else m.MAX_BLOCK)
             output = self._sent(start, hidden.shape[2], mask, SiteCall(sites, keep=False) if sites else None)
         except BaseException:
             self.crop(start)
@@ -135,9 +135,13 @@ class CloudCache:
             left -= size
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order."""
+        """Go on with these rows, in this order.
+
+        Raises:
+            DiskError: There is no room for them; then the rows are those of before.
+        """
         rows = rows.cpu()
-        self._history.select(rows)
+        self._history = self._history.selected(rows)
         self._rows = rows if self._rows is None else self._rows[rows]
 
     def _sent(self, start: int, width: int, mask: Tensor | None, sites: SiteCall | None) -> Tensor:
