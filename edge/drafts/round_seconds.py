@@ -1,34 +1,34 @@
-"""What drafting and verifying cost, in seconds, learned while it happens. Pure."""
+"""Seconds that drafting and verifying take, estimated from recent rounds. Pure."""
 
 from __future__ import annotations
 
 MEMORY = 64.0
-"""Observations that count: an older one fades by 1/e in so many. A text of a few hundred tokens notices a link that has
-changed, and the noise of single rounds is averaged to about a tenth."""
+"""After so many further observations, an observation has 1/e of its weight. So a text of a few hundred tokens notices
+that its link has changed, and averaging cuts the noise of single rounds to about a tenth."""
 
 OUTLIER = 4.0
-"""Times what was expected that an observation counts as at most. A longer one waited for something else than its tokens
-(a reconnect, another process); a link that has become slow for good is believed after a few rounds."""
+"""An observation counts as at most so many times the expected duration. A longer one waited for something else than its
+tokens (a reconnect, another process). Of a link that stays slow, a few rounds raise the expectation."""
 
 
 class FadingSums:
-    """Sums in which what is older counts less.
+    """Sums in which older observations weigh less.
 
     Args:
-        size: How many there are.
+        size: How many sums there are.
     """
 
     def __init__(self, size: int) -> None:
         self.values = [0.0] * size
 
     def add(self, *values: float) -> None:
-        """Let all fade by one observation, and add another."""
+        """Reduce the weight of what was added before, and add one observation: a value for each sum."""
         keep = 1 - 1 / MEMORY
         self.values = [keep * each + value for each, value in zip(self.values, values, strict=True)]
 
 
 class MeanSeconds:
-    """The mean of some durations."""
+    """The mean of recent durations."""
 
     def __init__(self) -> None:
         self._sums = FadingSums(2)  # of the durations, and their number
@@ -40,7 +40,7 @@ class MeanSeconds:
         return total / number if number else None
 
     def add(self, seconds: float) -> None:
-        """One more duration, in seconds."""
+        """Add a duration, in seconds."""
         before = self.value
         self._sums.add(min(seconds, OUTLIER * before) if before else seconds, 1.0)
 
@@ -48,7 +48,7 @@ class MeanSeconds:
 class RoundSeconds:
     """The seconds of a round that verifies k drafted tokens and one more: a line `a + b · k`, by least squares.
 
-    Where all rounds had the same k, the slope is 0: a cost that was not seen is taken for none until it is.
+    Where all rounds had the same k, nothing is known of the slope, and it is 0.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class RoundSeconds:
 
     @property
     def known(self) -> bool:
-        """Whether there was a round."""
+        """Whether there was any round."""
         return self._sums.values[0] > 0
 
     @property
@@ -77,10 +77,10 @@ class RoundSeconds:
         return max(0.0, seconds / number + self.slope * (drafted - k / number))
 
     def add(self, drafted: int, seconds: float) -> float:
-        """One more round.
+        """Add a round.
 
         Returns:
-            The seconds that it counts as.
+            The seconds that it counts as; see `OUTLIER`.
         """
         if self.known:
             number, _, _, total, _ = self._sums.values
