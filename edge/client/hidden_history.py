@@ -114,7 +114,7 @@ class HiddenHistory:
             for chunk in self._chunks:
                 if chunk.hidden is not None:
                     place = self._file.seek(0, 2)
-                    left = memoryview(chunk.hidden.contiguous().view(torch.uint8).flatten().numpy())
+                    left = memoryview(chunk.hidden.contiguous().view(torch.uint8).numpy().tobytes())
                     while left:
                         left = left[self._file.write(left) :]
                     self._bytes_in_memory -= chunk.nbytes
