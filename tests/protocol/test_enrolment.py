@@ -12,11 +12,7 @@ from support.protocol.wire import PIN
 
 from isthmus.common.errors import ConfigError, KeyFileError, NotEnrolledError
 from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line, parse_size
-from isthmus.protocol.secure.keys import (
-    Fingerprint,
-    format_public_key,
-    parse_public_key,
-)
+from isthmus.protocol.secure.keys import Fingerprint, format_public_key, parse_public_key
 
 
 def line(seed: int, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Messages over sealed sessions: each passes whole, unless its sender may not send it or its receiver may not keep it."""
+"""Messages over sealed sessions: each passes whole, unless its sender may not send it or its receiver not keep it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from support.protocol.wire import (
     new_pair,
 )
 
-from isthmus.common.errors import (
-    FrameError,
-    LocalProtocolError,
-    MessageError,
-)
+from isthmus.common.errors import FrameError, LocalProtocolError, MessageError
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack
 from isthmus.protocol.enrolment import Quota

@@ -11,21 +11,12 @@ from threading import Thread
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.cloud.memory_cloud import (
-    MemoryCloud,
-    MemoryTransport,
-    messages,
-    new_link,
-)
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages, new_link
 from support.protocol.wire import PIN
 
 from isthmus.backbone.checkpoints.sources import default_cache
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.errors import (
-    DiskError,
-    RemoteProtocolError,
-    UnreachableError,
-)
+from isthmus.common.errors import DiskError, RemoteProtocolError, UnreachableError
 from isthmus.common.files import locked
 from isthmus.common.ownership import check_contents
 from isthmus.edge.client import fetch
@@ -98,7 +89,7 @@ def test_a_changed_byte_is_refused_and_fetched_anew(cloud: MemoryCloud) -> None:
     assert (link._parts() / "edge.safetensors").is_file()
 
 
-def test_a_piece_of_another_place_is_refused(cloud: MemoryCloud) -> None:
+def test_a_chunk_of_another_place_is_refused(cloud: MemoryCloud) -> None:
     link = new_link(cloud)
     cloud.answer = lambda message: (
         m.Blob(message.name, 1, 10**6, bytes(32), b"x") if isinstance(message, m.Fetch) else None
@@ -168,7 +159,7 @@ def test_one_clouds_files_do_not_reach_anothers_folder(cloud: MemoryCloud) -> No
     assert OTHER_PIN.digest.hex() in str(hostile)
 
 
-def test_a_folder_of_the_cache_is_looked_at_under_its_lock_alone(
+def test_a_folder_of_the_cache_is_checked_under_its_lock_only(
     cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it, another edge of this user that fetches the same replaces files in between."""

@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import with_info
-from support.cloud.memory_cloud import (
-    MemoryCloud,
-    MemoryTransport,
-    messages,
-    new_link,
-)
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages, new_link
 from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
 from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN

@@ -27,11 +27,7 @@ from support.cloud.span_calls import hidden, three_calls
 from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
 
-from isthmus.common.errors import (
-    FingerprintError,
-    RemoteProtocolError,
-    UnreachableError,
-)
+from isthmus.common.errors import FingerprintError, RemoteProtocolError, UnreachableError
 from isthmus.common.shutdown import Interrupted
 from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link

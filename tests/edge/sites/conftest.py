@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 from support.models.lora_runs import Run, adapted, train, whole
 
-from isthmus.edge.sites.site_policy import (
-    SiteInfo,
-    Sites,
-)
+from isthmus.edge.sites.site_policy import SiteInfo, Sites
 
 H = 576
 Scoring = Callable[[int, str], float]

@@ -11,13 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from isthmus.common.errors import CheckpointError, ConfigError, NonFiniteError
 from isthmus.edge.sites.kill_revive import KillRevive, KillReviveOptions, plan
-from isthmus.edge.sites.site_policy import (
-    Accounting,
-    Budget,
-    Decision,
-    SiteInfo,
-    Sites,
-)
+from isthmus.edge.sites.site_policy import Accounting, Budget, Decision, SiteInfo, Sites
 
 from .conftest import Scoring, layout, name, noise
 

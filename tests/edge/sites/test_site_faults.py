@@ -132,7 +132,7 @@ def test_a_bad_contribution_is_the_edges_own_error_and_no_call_stays_open(cloud:
 # Lists of sites -------------------------------------------------------------------------------------------------------
 
 
-def test_each_set_of_sites_is_told_once(cloud: MemoryCloud) -> None:
+def test_each_set_of_sites_is_sent_once(cloud: MemoryCloud) -> None:
     link = new_link(cloud)
     model = adapted(link.load_model(), lora())
     model.add_adapter("other", lora(["o_proj"]))
@@ -148,7 +148,7 @@ def test_each_set_of_sites_is_told_once(cloud: MemoryCloud) -> None:
     assert [each.number for each in messages(cloud, m.Sites)] == [1, 2, 3]  # the new session knows none
 
 
-def test_lists_that_the_cloud_has_forgotten_are_told_again(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_that_the_cloud_has_forgotten_are_sent_again(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isthmus.protocol.messages.MAX_LISTS", 1)
     link = new_link(cloud)
     model = adapted(link.load_model(), lora())

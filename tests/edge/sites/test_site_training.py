@@ -9,12 +9,7 @@ import peft
 import pytest
 import torch
 from support.cloud.clouds import served
-from support.cloud.memory_cloud import (
-    MemoryCloud,
-    MemoryTransport,
-    messages,
-    new_link,
-)
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages, new_link
 from support.models.lora_runs import EVERY_LINEAR, Run, adapted, assert_same, batch, lora, train, whole
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM

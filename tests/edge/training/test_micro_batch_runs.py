@@ -43,7 +43,7 @@ def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("overlap", [2, 3])
-def test_lanes_change_no_bit(runs: Runs, alone: Path, tmp_path: Path, overlap: int) -> None:
+def test_micro_batches_in_flight_change_no_bit(runs: Runs, alone: Path, tmp_path: Path, overlap: int) -> None:
     report = runs.train(tmp_path, overlap=overlap, **SITED)
     assert_same_run(tmp_path, alone)
     assert any("layers.2" in name for name in adapter(tmp_path))
@@ -61,7 +61,9 @@ def test_lanes_change_no_bit(runs: Runs, alone: Path, tmp_path: Path, overlap: i
         {"precision": "bf16", "codec": "int8"},
     ],
 )
-def test_lanes_change_no_bit_of_other_ways_to_train(runs: Runs, tmp_path: Path, values: dict[str, Any]) -> None:
+def test_micro_batches_in_flight_change_no_bit_of_other_ways_to_train(
+    runs: Runs, tmp_path: Path, values: dict[str, Any]
+) -> None:
     for overlap in (1, 2):
         runs.train(tmp_path / str(overlap), steps=2, overlap=overlap, **values)
     assert losses(tmp_path / "1") == losses(tmp_path / "2")
@@ -69,7 +71,7 @@ def test_lanes_change_no_bit_of_other_ways_to_train(runs: Runs, tmp_path: Path, 
     assert (tmp_path / "1" / state).read_bytes() == (tmp_path / "2" / state).read_bytes()
 
 
-def test_with_dropout_two_runs_with_lanes_are_equal(runs: Runs, alone: Path, tmp_path: Path) -> None:
+def test_with_dropout_two_runs_with_micro_batches_in_flight_are_equal(runs: Runs, alone: Path, tmp_path: Path) -> None:
     for name in ("one", "other"):
         runs.train(tmp_path / name, overlap=3, dropout=0.2, **SITED)
     assert_same_run(tmp_path / "one", tmp_path / "other")
@@ -104,7 +106,7 @@ def train(runs: Runs, act: Callable[[Link, int, str, str], None], out: Path, **v
 @pytest.mark.parametrize(
     ("question", "phase"), [("forward", "waiting"), ("siteanswer", "sending"), ("backward", "receiving")]
 )
-def test_a_lane_whose_connection_breaks_is_healed(
+def test_a_link_whose_connection_breaks_is_healed(
     runs: Runs, alone: Path, tmp_path: Path, question: str, phase: str
 ) -> None:
     broken: list[int] = []
@@ -122,7 +124,7 @@ def test_a_lane_whose_connection_breaks_is_healed(
     assert_same_run(tmp_path, alone)
 
 
-def test_a_cloud_that_stays_away_from_one_lane_ends_the_run_and_it_resumes(
+def test_a_cloud_that_stays_away_from_one_link_ends_the_run_and_it_resumes(
     runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
     def away(link: Link, number: int, asked: str, where: str) -> None:
@@ -155,7 +157,7 @@ def test_ctrl_c_ends_every_one(runs: Runs, alone: Path, tmp_path: Path, monkeypa
     assert_same_run(tmp_path, alone)
 
 
-def test_a_number_that_is_not_finite_in_one_lane_names_the_step(
+def test_a_number_that_is_not_finite_in_one_micro_batch_names_the_step(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = SpanCalls.backward
@@ -170,11 +172,11 @@ def test_a_number_that_is_not_finite_in_one_lane_names_the_step(
         runs.train(tmp_path, overlap=2)
 
 
-def test_more_lanes_than_sessions_are_refused_with_the_remedy(runs: Runs, tmp_path: Path) -> None:
+def test_more_in_flight_than_sessions_are_refused_with_the_remedy(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(OverQuotaError, match=r"overlap = 5 takes as many sessions.*4 are allowed.*lower --overlap"):
         runs.train(tmp_path, overlap=5, accumulate=5)
 
 
-def test_more_lanes_than_micro_batches_are_refused(runs: Runs, tmp_path: Path) -> None:
+def test_more_in_flight_than_micro_batches_are_refused(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overlap = 5 is more than the 4"):
         runs.config(tmp_path, overlap=5)

@@ -129,7 +129,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(in_flight.map(work, [0, 1, 2])) == [0, 1, 2]
 
 
-def test_more_lanes_than_items_and_none_at_all() -> None:
+def test_more_in_flight_than_items_and_none_at_all() -> None:
     in_flight = InFlight([Doubler() for _ in range(3)])
     assert list(in_flight.map(lambda item: item + 1, [1])) == [2]
     assert list(in_flight.map(lambda item: item, [])) == []
@@ -191,16 +191,16 @@ def test_forwards_alone_leave_nothing_with_the_cloud() -> None:
     assert sorted(keep for link in links for keep in link.kept) == [False, False, True, True]
 
 
-def test_every_lane_is_told_how_many_threads_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_thread_computes_with_as_many_torch_threads_as_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking a new thread would hide it: torch then looks the number up, which a matrix product does not."""
-    told: dict[str, int] = {}
+    set_by: dict[str, int] = {}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: told.update({threading.current_thread().name: n}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: set_by.update({threading.current_thread().name: n}))
     both = threading.Barrier(2)
     in_flight = InFlight([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
     names = list(in_flight.map(lambda item: (forward(in_flight, item), threading.current_thread().name)[1], [0, 1]))
-    assert told == dict.fromkeys(names, 3)
-    assert len(told) == 2
+    assert set_by == dict.fromkeys(names, 3)
+    assert len(set_by) == 2
 
 
 # Links ----------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
     assert list(in_flight.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free
 
 
-def test_a_lane_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
+def test_a_micro_batch_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
     taken = threading.Event()
     in_flight = InFlight([Doubler(lambda _: void(taken.wait(LONG))) for _ in range(2)])
 

@@ -63,7 +63,7 @@ def test_private_files_are_private_and_never_overwritten(tmp_path: Path) -> None
     assert [path.read_bytes() for path in private] == before
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "home"
     public = generate_edge(tmp_path / "edge", "me")
@@ -79,12 +79,12 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("cloud", "keygen", "--home"), ("edge", "keygen", "--out")])
-def test_the_commands_tell_it_too(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_report_it_too(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     refused(in_process(capsys, *words, tmp_path / "file" / "home" / "key"), 30, "file/home", "check the folder")
 
 
-def test_a_place_where_the_user_may_not_look_is_told(tmp_path: Path) -> None:
+def test_a_place_where_the_user_may_not_look_is_reported(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0)
     user = os.geteuid()

@@ -9,15 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from support.protocol.sealed import SECRET, SESSION, both_ends, message_frames
-from support.protocol.wire import (
-    SMALL,
-)
+from support.protocol.wire import SMALL
 
-from isthmus.common.errors import (
-    FrameError,
-    LimitError,
-    LocalProtocolError,
-)
+from isthmus.common.errors import FrameError, LimitError, LocalProtocolError
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure import record as record_layer
 from isthmus.protocol.secure.framing import PREFIX, TAG, Direction, wipe

@@ -7,15 +7,9 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from support.protocol.sealed import SECRET, SESSION, assert_refused, both_ends, deliver, message_frames
-from support.protocol.wire import (
-    SMALL,
-    forward,
-    new_pair,
-)
+from support.protocol.wire import SMALL, forward, new_pair
 
-from isthmus.common.errors import (
-    FrameError,
-)
+from isthmus.common.errors import FrameError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Buffer
 from isthmus.protocol.secure import framing

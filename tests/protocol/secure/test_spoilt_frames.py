@@ -8,17 +8,9 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings, strategies as st
 from support.protocol.sealed import SECRET, SESSION, assert_refused, both_ends, message_frames
-from support.protocol.wire import (
-    SMALL,
-)
+from support.protocol.wire import SMALL
 
-from isthmus.common.errors import (
-    FrameError,
-    LimitError,
-    LocalProtocolError,
-    RemoteProtocolError,
-    VersionError,
-)
+from isthmus.common.errors import FrameError, LimitError, LocalProtocolError, RemoteProtocolError, VersionError
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
 from isthmus.protocol.secure.framing import PREFIX, TAG, VERSION, Direction, Kind
 from isthmus.protocol.secure.record import Opener, Sealer

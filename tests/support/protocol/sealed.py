@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.protocol.wire import (
-    SMALL,
-)
+from support.protocol.wire import SMALL
 
-from isthmus.common.errors import (
-    LocalProtocolError,
-    RemoteProtocolError,
-)
+from isthmus.common.errors import LocalProtocolError, RemoteProtocolError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.secure.framing import Direction
