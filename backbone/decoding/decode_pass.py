@@ -77,7 +77,7 @@ class ExactCall(FastCall):
         outputs = []
         for part in self._parts[known]:
             seen = keys[:, :, part.seen], values[:, :, part.seen]
-            outputs.append(attention(plain, module, query[:, :, part.rows], *seen, part.mask, options))
+            outputs.append(attention(plain, module, query[:, :, part.rows], *seen, part.mask, options, self._masks))
         return torch.cat(outputs, dim=1)
 
 
@@ -148,7 +148,7 @@ def attention(
     values: Tensor,
     mask: Tensor | None,
     options: dict[str, Any],
-    masks: dict[int, Tensor] | None = None,
+    masks: dict[int, Tensor],
 ) -> Tensor:
     """Attention `[B, S, heads, d]`.
 
@@ -156,7 +156,7 @@ def attention(
     takes a fifth of the time for that, and in fp32 as long.
 
     Args:
-        masks: What was made of the masks of layers before, by their `id`; gets that of this one.
+        masks: Additive masks of this pass by `id(mask)`; this one is added.
     """
     batch, heads, length, size = query.shape
     causal = mask is None and length > 1
@@ -164,18 +164,17 @@ def attention(
         return plain(module, query, keys, values, mask, **options)[0]
     shared = heads // keys.shape[1]
     rows = query.reshape(batch, -1, shared * length, size)
-    added = None
+    additive = None
     if mask is not None:
-        masks = {} if masks is None else masks
         if id(mask) not in masks:
-            masks[id(mask)] = _added(mask, query.dtype).repeat(1, 1, shared, 1)
-        added = masks[id(mask)]
-    found = functional.scaled_dot_product_attention(rows, keys, values, added, scale=options.get("scaling"))
+            masks[id(mask)] = _additive_mask(mask, query.dtype).repeat(1, 1, shared, 1)
+        additive = masks[id(mask)]
+    found = functional.scaled_dot_product_attention(rows, keys, values, additive, scale=options.get("scaling"))
     return found.reshape(batch, heads, length, size).transpose(1, 2)
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores, which torch would make of it in every layer."""
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as 0 and -inf, made once a pass; torch would make it anew in every layer."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from isthmus.backbone.checkpoints.weight_quantization import features_of
 from isthmus.backbone.decoding.decode_pass import parts_of
 from isthmus.backbone.runtime.batch_invariance import measure_linears
-from isthmus.backbone.runtime.sequence_packing import Plain, attention_around
+from isthmus.backbone.runtime.sequence_packing import Plain, wrap_attention
+from isthmus.backbone.sites.low_rank import LowRankSite
 from isthmus.common.errors import UnsupportedCallError
 
 
@@ -33,8 +34,8 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         if not _multiplies_in_linears(module):
             raise UnsupportedCallError(
-                f"{name} has an adapter of {type(module).__module__}, which multiplies outside of linears, so its bits "
-                "depend on the number of tokens: decode fast, or use plain LoRA at the edge's layers"
+                f"{name} has an adapter of {_kind(module)}, which multiplies outside of linears, so its bits depend on "
+                "the number of tokens: decode fast, or use plain LoRA on linears of the edge's layers"
             )
     every = [each for each in model.modules() if isinstance(each, (nn.Linear, Conv1D))]
     linears = [each for each in every if next(each.parameters(), None) is not None]  # skeletons have none
@@ -57,18 +58,20 @@ def exact_layers(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _multiplies_in_linears(module: nn.Module) -> bool:
     """Whether all products of an adapter's module are those of linears in it, as of plain LoRA and of scalings."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # which takes seconds to import
+    from peft.tuners import ia3, lora  # which takes seconds to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kind: Any = type(module)
-    if kind.__module__ == "isthmus.backbone.sites.low_rank":
-        return False
-    if not isinstance(module, BaseTunerLayer):
+    if not isinstance(module, (BaseTunerLayer, LowRankSite)):
         return True
-    if kind.__module__ == "peft.tuners.lora.layer":
-        return not getattr(module, "lora_variant", None)  # DoRA and its like
-    return bool(kind.__module__.startswith("peft.tuners.ia3."))
+    if type(module) is lora.layer.Linear:  # LoRA of embeddings and of bare parameters multiplies by itself
+        return not module.lora_variant  # DoRA and its like
+    return type(module) is ia3.layer.Linear
 
 
 _measured: dict[tuple[object, ...], int | None] = {}
@@ -123,7 +126,7 @@ def _token_by_token(inner: str) -> str:
             outputs.append(plain(module, query[:, :, each.rows], *seen, each.mask, **options)[0])
         return torch.cat(outputs, dim=1)
 
-    name = attention_around(inner, "exact", attend)
+    name = wrap_attention(inner, "exact", attend)
     if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name

@@ -88,7 +88,7 @@ class Packer:
         attending: list[Any] = [m for layer in self.layers for m in layer.modules() if hasattr(m, "config")]
         for module in attending:
             module.config = copy.deepcopy(module.config)
-            module.config._attn_implementation = attention_around(module.config._attn_implementation, "packed", _attend)
+            module.config._attn_implementation = wrap_attention(module.config._attn_implementation, "packed", _attend)
 
     def __call__(self, inputs: Sequence[SpanInput], attending: Sequence[Attending] = ()) -> list[Tensor]:
         """The span's output `[B, S, h]` for each input, all of one graph where gradients are wanted.
@@ -193,8 +193,8 @@ def _joined(segments: Sequence[_Segment]) -> Iterator[_Segment]:
             yield _Segment(sum(each.batch for each in run), length, None)
 
 
-def attention_around(inner: str, prefix: str, attend: Callable[..., Tensor]) -> str:
-    """Register an attention implementation with transformers that makes use of another one.
+def wrap_attention(inner: str, prefix: str, attend: Callable[..., Tensor]) -> str:
+    """Register an attention implementation with transformers that wraps another.
 
     Args:
         inner: The other one's name.

@@ -28,7 +28,7 @@ from isthmus.protocol.encoding import body_bytes
 from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
-LOSSES = 8
+MAX_LOSSES = 8
 """Times that the cloud may lose a cache in one call. Each costs a replay, so a cloud that goes on so is of no use."""
 
 
@@ -109,10 +109,10 @@ class CloudCache:
                 "more: pass that of all"
             )
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-        self._history.append(hidden, position_ids)
-        if self._exact:
-            self._blocks += _blocks(length, 1 if start else m.MAX_BLOCK)
         try:
+            self._history.append(hidden, position_ids)
+            if self._exact:
+                self._blocks += _blocks(length, 1 if start else m.MAX_BLOCK)
             output = self._sent(start, hidden.shape[2], mask, SiteCall(sites, keep=False) if sites else None)
         except BaseException:
             self.crop(start)
@@ -135,9 +135,13 @@ class CloudCache:
             left -= size
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order."""
+        """Go on with these rows, in this order.
+
+        Raises:
+            DiskError: There is no room for them; then the rows are those of before.
+        """
         rows = rows.cpu()
-        self._history.select(rows)
+        self._history = self._history.selected(rows)
         self._rows = rows if self._rows is None else self._rows[rows]
 
     def _sent(self, start: int, width: int, mask: Tensor | None, sites: SiteCall | None) -> Tensor:
@@ -153,9 +157,9 @@ class CloudCache:
                     raise RemoteProtocolError(
                         f"the cloud has lost a cache of {at} tokens, and has {reply.have} of them"
                     )
-                if losses == LOSSES:
+                if losses == MAX_LOSSES:
                     raise OverQuotaError(
-                        f"the cloud has lost the cache {LOSSES} times while it was filled again: it has too little "
+                        f"the cloud has lost the cache {MAX_LOSSES} times while it was filled again: it has too little "
                         "room for all who generate; try later, or ask its owner for more (serve --cache-bytes)"
                     )
                 self._caches.replayed += at - reply.have

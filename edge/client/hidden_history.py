@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO
+from io import FileIO
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ MEMORY_BYTES = 64 << 20
 class HiddenHistory:
     """What went to the cloud of each token of some sequences: `[B, length, h]`, and positions `[B or 1, length]`.
 
-    In memory up to a limit, then in a file without a name, which is gone when the process ends.
+    In memory up to a limit, then in an unnamed temporary file, which is gone when the process ends.
 
     Args:
         memory_bytes: The limit.
@@ -36,20 +35,20 @@ class HiddenHistory:
     length: int = 0
     rows: int = 0
     _chunks: list[_Chunk] = field(default_factory=list)
-    _file: IO[bytes] | None = None
-    _close: Callable[[], object] | None = None  # of the file; called by itself when the history is gone
+    _bytes_in_memory: int = 0  # of the chunks
+    _file: FileIO | None = None
 
     def append(self, hidden: Tensor, positions: Tensor | None) -> None:
         """Add the next tokens, `[B, S, h]`, and their positions `[B or 1, S]`.
 
         Raises:
-            DiskError: The file cannot be written.
+            DiskError: The file cannot be written. What does not fit stays in memory, these tokens too.
         """
         if positions is not None:
             positions = positions.detach().cpu()
         chunk = _Chunk(hidden.detach().cpu(), positions)
         self.rows, self.length = len(hidden), self.length + hidden.shape[1]
-        self._chunks.append(chunk)
+        self._add(chunk)
         self._spill_over()
 
     def take(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +58,7 @@ class HiddenHistory:
             begin = end - chunk.length
             if begin < stop:
                 part = slice(max(0, start - begin), stop - begin)
-                hidden.insert(0, self._read(chunk, self._file)[:, part])
+                hidden.insert(0, self._read(chunk)[:, part])
                 positions.insert(0, None if chunk.positions is None else chunk.positions[:, part])
             if begin <= start:
                 break
@@ -74,57 +73,66 @@ class HiddenHistory:
         """Forget what comes after so many tokens; of none, also how many sequences there are."""
         while self.length > length:
             last = self._chunks.pop()
+            self._bytes_in_memory -= last.nbytes
             left = last.length - (self.length - length)
             self.length -= last.length
             if left > 0:
-                hidden, positions = self._read(last, self._file)[:, :left], last.positions
-                self._chunks.append(_Chunk(hidden, None if positions is None else positions[:, :left]))
+                hidden, positions = self._read(last)[:, :left], last.positions
+                self._add(_Chunk(hidden, None if positions is None else positions[:, :left]))
                 self.length += left
         if not self.length:
             self.rows = 0
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these sequences, in this order."""
-        self.rows = len(rows)
-        before = self._chunks
-        old, self._file, self._chunks, close = self._file, None, [], self._close
-        for chunk in before:
+    def selected(self, rows: Tensor) -> HiddenHistory:
+        """A history of these sequences, in this order; its file is another one.
+
+        Raises:
+            DiskError: The file cannot be written.
+        """
+        result = HiddenHistory(self.memory_bytes)
+        for chunk in self._chunks:
             positions = chunk.positions
             if positions is not None and len(positions) > 1:
                 positions = positions[rows]
-            self._chunks.append(_Chunk(self._read(chunk, old)[rows], positions))
-            self._spill_over()
-        if close is not None:  # a new file has what does not fit into memory
-            close()
+            result.append(self._read(chunk)[rows], positions)
+        result.rows = len(rows)
+        return result
+
+    def _add(self, chunk: _Chunk) -> None:
+        self._chunks.append(chunk)
+        self._bytes_in_memory += chunk.nbytes
 
     def _spill_over(self) -> None:
-        """Where more is in memory than may be, write it to the file."""
-        if sum(each.nbytes for each in self._chunks) <= self.memory_bytes:
+        """Move chunks to the file if they exceed `memory_bytes`."""
+        if self._bytes_in_memory <= self.memory_bytes:
             return
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="isthmus-")  # noqa: SIM115 - closed when nobody needs it
-                self._close = weakref.finalize(self, self._file.close)
+                # Unbuffered: of what a full disk does not take, nothing is left to be written by the next seek.
+                self._file = tempfile.TemporaryFile(prefix="isthmus-", buffering=0)  # noqa: SIM115 - closed below
+                weakref.finalize(self, self._file.close)  # when the history is garbage-collected
             for chunk in self._chunks:
                 if chunk.hidden is not None:
-                    offset = self._file.seek(0, 2)
-                    self._file.write(chunk.hidden.contiguous().view(torch.uint8).numpy().tobytes())
-                    chunk.place, chunk.hidden = offset, None
+                    place = self._file.seek(0, 2)
+                    left = memoryview(chunk.hidden.contiguous().view(torch.uint8).numpy().tobytes())
+                    while left:
+                        left = left[self._file.write(left) :]
+                    self._bytes_in_memory -= chunk.nbytes
+                    chunk.place, chunk.hidden = place, None
         except OSError as error:
             raise DiskError(
                 f"the hidden states of a long text do not fit on the disk of {tempfile.gettempdir()}: "
                 f"{error.strerror}; make room, or set TMPDIR"
             ) from error
 
-    @staticmethod
-    def _read(chunk: _Chunk, file: IO[bytes] | None) -> Tensor:
+    def _read(self, chunk: _Chunk) -> Tensor:
         if chunk.hidden is not None:
             return chunk.hidden
-        if file is None:
-            raise RuntimeError("a chunk that is nowhere")
-        file.seek(chunk.place)
-        raw = np.frombuffer(bytearray(file.read(chunk.size)), dtype=np.uint8)
-        return torch.from_numpy(raw).view(chunk.dtype).view(chunk.shape)
+        if self._file is None:
+            raise RuntimeError("a chunk is neither in memory nor in a file")
+        self._file.seek(chunk.place)
+        data = np.fromfile(self._file, np.uint8, chunk.size)
+        return torch.from_numpy(data).view(chunk.dtype).view(chunk.shape)
 
 
 class _Chunk:
@@ -139,5 +147,5 @@ class _Chunk:
 
     @property
     def nbytes(self) -> int:
-        """In memory."""
+        """Bytes in memory."""
         return 0 if self.hidden is None else self.size

@@ -100,7 +100,8 @@ class GenerationConfig(Settings):
         None,
         ge=0,
         lt=2**63,
-        description="Seed of sampling: the same seed gives the same text. By default another one each time.",
+        description="Seed of sampling: the same seed gives the same text, except with --draft. By default another one "
+        "each time.",
     )
     exact: bool = Field(
         False,
@@ -119,12 +120,13 @@ class GenerationConfig(Settings):
     draft: str = Field(
         "none",
         description="What drafts the next tokens, so that one round trip verifies several: `none`, `ngram` (what "
-        "followed the same words before), or the folder of an emulator package. The text stays what it is without.",
+        "followed the same words before), or the folder of an emulator package. Greedy text is the same up to rounding "
+        "(bit for bit with --exact); sampled text keeps its distribution.",
     )
     draft_dtype: Literal["bf16", "fp32"] = Field(
         "bf16",
-        description="What a package drafts in. bf16 takes half of the time where the processor computes in it, with a "
-        "copy of the edge's weights; fp32 shares them.",
+        description="What a package drafts in. bf16 needs a copy of the edge's weights, and takes half as long as fp32 "
+        "where the processor computes in bf16; fp32 shares the weights.",
     )
     batch_size: int = Field(8, ge=1, description="Texts of --batch that are generated at a time.")
 
@@ -147,5 +149,6 @@ class GenerateConfig(ClientConfig, PluggedConfig, GenerationConfig):
     deadline: float | None = Field(
         None,
         gt=0,
-        description="Seconds within which each call to the cloud must begin to be computed; else the command ends.",
+        description="Seconds that a call may wait in the cloud before it is computed; after that the command ends with "
+        "an error.",
     )

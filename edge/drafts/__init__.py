@@ -5,10 +5,13 @@ from isthmus.edge.drafts import NgramDraft, drafting
 with drafting(model, NgramDraft()):
     model.generate(**inputs)
 
-`length_rule` says how long a draft is, by what `calibration` and `round_seconds` have learned; these three are pure.
-`candidates` stands between a draft and transformers' assisted generation. The drafts are `ngram_draft`, `model_draft`
-and `emulator_draft`; `tuned_draft` is the file that a training run leaves of the latter. The cloud sees hidden states
-of drafted tokens, and no tokens.
+- `length_rule` decides how many tokens a draft has, by the acceptance rates of `calibration` and the durations of
+  `round_seconds`. These three are pure.
+- `ngram_draft`, `model_draft` and `emulator_draft` draft the tokens.
+- `tuned_draft` reads and writes an emulator draft's weights after a training run has tuned them.
+- `candidates` hands drafted tokens to transformers' assisted generation, which verifies them.
+
+The cloud sees hidden states of drafted tokens, and no tokens.
 
 It imports nothing else of `isthmus.edge`; it may import `isthmus.emulator`, `isthmus.protocol` and `isthmus.backbone`.
 """

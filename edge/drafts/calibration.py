@@ -1,49 +1,49 @@
-"""How often the cloud accepts a drafted token, learned while it happens. Pure."""
+"""How often verification accepts a drafted token: rates that each answer of the cloud updates. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 PRIOR_WEIGHT = 4.0
-"""Tokens that a first guess counts as: few enough that a useless draft is found out within some ten tokens, and enough
+"""Trials that a first guess weighs as much as. They are so few that about ten tokens show a useless draft, and so many
 that one chance rejection does not end a good one."""
 
 BUCKET_MEMORY = 128.0
-"""Tokens that a bucket counts at most, so that it follows a text that changes. The standard error of a rate of one
-half is then 4 %."""
+"""Trials that a bucket's rate is a mean over, at most, so that it follows a text that changes. The standard error of a
+rate of one half is then 4 %."""
 
 MEAN_MEMORY = 32.0
-"""The same for the rate of all tokens. It is shorter since all buckets feed it, and a draft that was given up comes
-back by it."""
+"""The same for the rate over all buckets. It is shorter, because tokens of all buckets count in it, and because it has
+to rise soon where drafts pay again."""
 
 
 class AcceptanceRate:
-    """A rate of successes that follows what was seen lately: a Beta prior's mean with counts that are bounded.
+    """The share of recent trials that succeeded: the mean of a Beta distribution whose counts are bounded.
 
     Args:
         guess: The rate before anything was seen, in [0, 1].
-        memory: Trials that count at most.
+        memory: Trials that the rate is a mean over, at most.
     """
 
     def __init__(self, guess: float, memory: float) -> None:
-        self._won, self._tried, self._memory = guess * PRIOR_WEIGHT, PRIOR_WEIGHT, memory
+        self._successes, self._trials, self._memory = guess * PRIOR_WEIGHT, PRIOR_WEIGHT, memory
 
     @property
     def value(self) -> float:
         """The rate, in [0, 1]."""
-        return self._won / self._tried
+        return self._successes / self._trials
 
-    def add(self, won: bool) -> None:
-        """One more trial."""
-        self._won, self._tried = self._won + won, self._tried + 1
-        if self._tried > self._memory:
-            self._won, self._tried = self._won * self._memory / self._tried, self._memory
+    def add(self, success: bool) -> None:
+        """Count one more trial."""
+        self._successes, self._trials = self._successes + success, self._trials + 1
+        if self._trials > self._memory:
+            self._successes, self._trials = self._successes * self._memory / self._trials, self._memory
 
 
 class Calibration:
-    """The acceptance rate of drafted tokens, once all before them are accepted: of each bucket, and of all.
+    """The acceptance rate of drafted tokens, once all before them are accepted: of each bucket, and over all.
 
-    A bucket holds tokens of which the draft is equally sure; what it goes by is the draft's business.
+    A bucket holds tokens of which the draft is about equally sure. The draft decides which bucket a token is in.
 
     Args:
         guesses: The rate of each bucket before anything was seen, in [0, 1].
@@ -55,14 +55,14 @@ class Calibration:
 
     @property
     def mean_rate(self) -> float:
-        """The rate of tokens whose bucket is not known yet."""
+        """The rate over all buckets, for a token whose bucket is not known yet."""
         return self._all.value
 
     def rate(self, bucket: int) -> float:
-        """The rate of a bucket's tokens."""
+        """The rate of a bucket."""
         return self._buckets[bucket].value
 
     def add(self, bucket: int, accepted: bool) -> None:
-        """The cloud's answer about a token all before which were accepted."""
+        """Count whether a token was accepted; all before it in its draft were."""
         self._buckets[bucket].add(accepted)
         self._all.add(accepted)

@@ -1,4 +1,4 @@
-"""Drafts by an emulator, the lossy stand-in for the cloud's layers that a model's owner hands out."""
+"""Drafts by the edge's layers around an emulator, the lossy stand-in for the cloud's layers from a model's owner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from isthmus.protocol.secure.keys import Fingerprint
 
 
 class EmulatorDraft(ModelDraft):
-    """What the edge's own layers would write around an emulator; see `ModelDraft`."""
+    """Drafts what the edge's layers generate around an emulator instead of the cloud; see `ModelDraft`."""
 
     @classmethod
     def open(
@@ -37,25 +37,25 @@ class EmulatorDraft(ModelDraft):
         tuned: Path | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A draft of an emulator package.
+        """Make a draft from an emulator package.
 
         Args:
             folder: The package.
-            model: The split model to draft for, or a PEFT model around it. The draft shares its weights: embedding,
-                head, the edge's layers and adapters on these as they are at any time. Adapters that are added later are
-                not in the draft. None for the weights that the package has.
+            model: The split model to draft for, or a PEFT model around it. The draft shares the weights of its
+                embedding, head, edge layers and their adapters, so it follows their training. Adapters that are added
+                later are not in the draft. None for the weights in the package.
             signer: Fingerprint of the root key that must have certified the package's signer; None for any.
-            rule: How long a draft is; None for one that adapts.
+            rule: Decides how long a draft is; None for `AdaptiveLength`.
             clock: Returns seconds.
-            tuned: A tuned draft, whose weights the emulator gets; None for the package's own.
-            dtype: Of the draft, in floating point. None for the model's. With another one the draft has its own copy of
-                the weights, adapters as they are now: in bf16 a token takes half of the time on a CPU.
+            tuned: File of a tuned draft, whose weights the emulator gets; None for the package's own.
+            dtype: Floating-point dtype of the draft; None for the model's. With another one, the draft has its own copy
+                of the weights and adapters as they are now. In bf16 a token takes half of the time on a CPU.
 
         Raises:
             CheckpointError: A file of the package or the tuned draft is damaged.
             PackageError: The folder is no package, was changed, or was made of another model or for another plan; or
                 the draft was tuned from another package.
-            SignerError: It is not signed, or by somebody else.
+            SignerError: The package is not signed, or by somebody else.
         """
         if model is None:
             package = open_package(folder, signer=signer)
@@ -72,7 +72,7 @@ class EmulatorDraft(ModelDraft):
 
 
 def open_package_for(model: Any, folder: Path, *, signer: Fingerprint | None = None) -> Package:
-    """Verify a package and that it was made of this split model for its plan.
+    """Open a package that was made of this split model, for the same plan.
 
     Args:
         model: The edge's model.
@@ -80,7 +80,7 @@ def open_package_for(model: Any, folder: Path, *, signer: Fingerprint | None = N
 
     Raises:
         PackageError: The folder is no package, was changed, or was made of another model or for another plan.
-        SignerError: It is not signed, or by somebody else.
+        SignerError: The package is not signed, or by somebody else.
     """
     package = open_package(folder, signer=signer)
     check_package_fits(package.manifest, model.isthmus_origin.checkpoint)
@@ -93,13 +93,13 @@ def open_package_for(model: Any, folder: Path, *, signer: Fingerprint | None = N
 
 
 def around_emulator(model: Any, emulator: Emulator) -> Any:
-    """A copy of the edge's model over an emulator, in eval mode; it shares all weights with the model.
+    """A copy of the edge's model with an emulator in place of the cloud, in eval mode; it shares the model's weights.
 
-    Adapters inside the cloud's layers are not in it: an emulator has no places for them.
+    It has no adapters inside the cloud's layers, for which an emulator has no places.
 
     Args:
         model: The edge's model, with PEFT's layers in it or without.
-        emulator: Of its middle. It is brought to the model's dtype and device.
+        emulator: Stands for the cloud's layers. It is moved to the model's dtype and device.
     """
     shared: dict[int, Any] = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared)
@@ -111,10 +111,10 @@ def around_emulator(model: Any, emulator: Emulator) -> Any:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """A draft with a copy of the edge's weights in another dtype. Buffers stay: positions are computed in fp32."""
+    """A copy of a draft in another dtype. Buffers are shared as they are: positions are computed in fp32."""
     cast: dict[int, Any] = {
         id(each): nn.Parameter(each.detach().to(dtype), requires_grad=False) for each in model.parameters()
     }
     copied = copy.deepcopy(model, cast)
-    copied.remote_layers.span = model.remote_layers.span.to(device=model.device, dtype=dtype)  # nobody else has it
+    copied.remote_layers.span = model.remote_layers.span.to(device=model.device, dtype=dtype)  # nobody else uses it
     return copied

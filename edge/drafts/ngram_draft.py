@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last few tokens when they stood there before (prompt lookup)."""
+"""Drafts from the text itself: what followed the last few tokens where they occurred before (prompt lookup)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from isthmus.edge.drafts.candidates import Choose, Draft, DraftedToken
 from isthmus.edge.drafts.length_rule import AdaptiveLength, LengthRule
 
 LONGEST_NGRAM = 5
-"""Tokens that are compared at most. Those that agree in five have hardly ever two continuations, and each further one
-is one more entry for each token of the text."""
+"""Tokens that are compared at most. Places that agree in five tokens hardly ever continue differently, and each further
+size of n-gram is one more entry for each token of the text."""
 
 
 class NgramDraft(Draft):
-    """The continuation of the longest run of tokens at the text's end that occurred before, where it did so last.
+    """Finds the longest n-gram at the text's end that occurred before, and drafts what followed its latest occurrence.
 
-    A token's bucket is the number of tokens before it that agree, up to `LONGEST_NGRAM`, and each drafted one adds one.
+    A token's bucket says how many tokens before it agree, up to `LONGEST_NGRAM`. Each drafted token counts as one.
 
     Args:
         rule: How long a draft is; None for one that adapts.
@@ -24,7 +24,7 @@ class NgramDraft(Draft):
     """
 
     def __init__(self, rule: LengthRule | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        super().__init__(rule or AdaptiveLength([0.5] * LONGEST_NGRAM), clock)  # nothing is known: as likely as not
+        super().__init__(rule or AdaptiveLength([0.5] * LONGEST_NGRAM), clock)  # before anything is known
 
     def proposer(self) -> NgramProposer:
         """See `Draft`."""
@@ -35,10 +35,10 @@ class NgramProposer:
     """See `isthmus.edge.drafts.candidates.Proposer`."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the place of what followed it last
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place of the token after its latest occurrence
         self._text: list[int] = []
-        self._indexed = 1  # places whose n-grams are known
-        self._at: int | None = None  # the place of what is copied next
+        self._indexed = 1  # places below this one are in `_after`
+        self._at: int | None = None  # place of the token that is copied next
         self._agreeing = 0
 
     def follow(self, text: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class NgramProposer:
         return min(self._agreeing, LONGEST_NGRAM) - 1 if self._agreeing else None
 
     def propose(self, _choose: Choose) -> DraftedToken | None:
-        """See `Proposer`. A text that repeats itself goes on doing so: what was drafted is copied, too."""
+        """See `Proposer`. Drafted tokens may be copied, too: a text that repeats itself is likely to go on so."""
         bucket = self.next_bucket()
         if self._at is None or bucket is None:
             return None

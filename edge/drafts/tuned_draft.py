@@ -1,10 +1,10 @@
-"""A tuned draft: the weights that an emulator package's draft has after a training run has gone on distilling it.
+"""Files of tuned drafts: the weights of a package's emulator after a training run has gone on distilling it.
 
     draft.safetensors   each weight of the emulator once, fp32, by its name in `Emulator.tensors`; as metadata `format`,
                         `package` (the id of the package that it was tuned from), `steps` and `kl`
 
-It lies beside the adapter's folder. Names and shapes follow from the package, and a file that has others is refused
-before a tensor is read.
+The file lies beside the adapter's folder. The package determines names and shapes; a file with others is refused before
+a tensor is read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _REMEDY = "remove it to draft with the package as it is, or train again"
 
 
 def draft_weights(emulator: Emulator) -> dict[str, nn.Parameter]:
-    """What is tuned of an emulator, by name; not copies."""
+    """The weights of an emulator that are tuned, by name; not copies."""
     return {name: weight for name, weight in emulator.tensors().items() if isinstance(weight, nn.Parameter)}
 
 
 def tuned_beside(adapter: Path | None) -> Path | None:
-    """The tuned draft of the run that an adapter's folder is of; None where there is none."""
+    """The tuned draft of the run that made an adapter's folder; None where there is none."""
     path = None if adapter is None else adapter.absolute().parent / TUNED_DRAFT
     return path if path is not None and path.is_file() else None
 
@@ -45,7 +45,7 @@ def save_tuned(path: Path, emulator: Emulator, package: str, *, steps: int, kl: 
 
     Args:
         package: Id of the package that it was tuned from.
-        steps: How many steps tuned it.
+        steps: Training steps that tuned it.
         kl: Mean KL divergence of the last steps, in nats.
 
     Raises:
@@ -57,20 +57,20 @@ def save_tuned(path: Path, emulator: Emulator, package: str, *, steps: int, kl: 
 
 
 def load_tuned(path: Path, emulator: Emulator, package: str) -> None:
-    """Give an emulator of a package the weights of a tuned draft.
+    """Load the weights of a tuned draft into an emulator of the package.
 
     Args:
         package: Id of the package.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or its tensors are not the emulator's. Nothing was changed.
-        PackageError: It was tuned from another package.
+        CheckpointError: The file is missing or damaged, or its tensors are not the emulator's; the weights stay.
+        PackageError: The draft was tuned from another package.
     """
     weights = draft_weights(emulator)
     most = 4 * sum(weight.numel() for weight in weights.values()) + _MAX_HEADER
     try:
         if (found := path.stat().st_size) > most:
-            raise CheckpointError(f"{path} has {found} bytes, more than the {most} of such a draft: {_REMEDY}")
+            raise CheckpointError(f"{path} has {found} bytes, more than the {most} that its package allows: {_REMEDY}")
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

@@ -177,7 +177,7 @@ def test_queries_that_share_keys_attend_together_in_bf16(pairs: Pairs) -> None:
     for rows, seen in ((slice(0, 3), mask), (slice(0, 1), None)):
         given = query[:, :, rows]
         plain = sdpa_attention_forward(module, given, keys, values, seen, **options)[0]
-        found = attention(sdpa_attention_forward, module, given, keys, values, seen, options)
+        found = attention(sdpa_attention_forward, module, given, keys, values, seen, options, {})
         assert torch.allclose(found.float(), plain.float(), atol=2e-2)
-        other = attention(sdpa_attention_forward, module, given, keys.flip(1), values, seen, options)
+        other = attention(sdpa_attention_forward, module, given, keys.flip(1), values, seen, options, {})
         assert not torch.allclose(other.float(), plain.float(), atol=2e-2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from isthmus.backbone.decoding.key_values import cache_bytes
 from isthmus.cloud.bounds import Bounds, EngineOptions
 from isthmus.cloud.decoding.cache_pool import CachePool
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.errors import ConnectionLostError, OverQuotaError, RefusedError, UnsupportedCallError
+from isthmus.common.errors import ConnectionLostError, DiskError, OverQuotaError, RefusedError, UnsupportedCallError
 from isthmus.edge.client import cloud_cache
+from isthmus.edge.client.cloud_cache import CloudCache, CloudCaches
 from isthmus.edge.client.hidden_history import HiddenHistory
 from isthmus.edge.client.link import Link
 from isthmus.edge.generation.exact import exact_decoding
@@ -255,18 +258,45 @@ def test_hidden_states_that_are_many_go_to_the_disk(
     with open_link(tiny_cloud, tmp_path) as (link, _):
         edge = link.load_model()
         expected = text(edge, num_beams=2), text(edge)
-        made: list[HiddenHistory] = []
-        monkeypatch.setattr(
-            cloud_cache, "HiddenHistory", lambda: made.append(HiddenHistory(memory_bytes=1)) or made[-1]
-        )
+        made: list[CloudCache] = []
+        new = CloudCaches.new
+        monkeypatch.setattr(CloudCaches, "new", lambda self: made.append(new(self)) or made[-1])
+        monkeypatch.setattr(cloud_cache, "HiddenHistory", lambda: HiddenHistory(memory_bytes=1))
         assert_equal(text(edge, num_beams=2), expected[0])
         again = text(edge, streamer=Each(link._keeper.drop))  # replayed from the file
     assert torch.equal(again[0], expected[1][0])
-    for history, rows in zip(made, (2, 1), strict=True):
+    for cache, rows in zip(made, (2, 1), strict=True):
+        history = cache._history
         assert not any(chunk.nbytes for chunk in history._chunks)
         assert history._file is not None
         # Beams reorder it at every token, and it is written anew each time.
         assert history._file.seek(0, 2) == rows * history.length * HIDDEN * 4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_full_disk_leaves_the_cache_as_it_was(
+    tiny_cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    def full(**_options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    states = torch.randn(2, 12, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with open_link(tiny_cloud, tmp_path) as (link, _):
+        link.span.caches.exact = exact
+        undisturbed, cache = link.span.new_cache(), link.span.new_cache()
+        for each in (undisturbed, cache):
+            each.extend(states[:, :10], None, None)
+        assert isinstance(cache, CloudCache)
+        with monkeypatch.context() as disk:
+            disk.setattr(tempfile, "TemporaryFile", full)
+            cache._history.memory_bytes = 0
+            with pytest.raises(DiskError, match="No space left"):
+                cache.extend(states[:, 10:11], None, None)
+            with pytest.raises(DiskError, match="No space left"):
+                cache.select(torch.tensor([1, 0]))
+            assert (cache.length, cache.rows) == (10, 2)
+        expected = undisturbed.extend(states[:, 10:], None, None)
+        assert torch.equal(cache.extend(states[:, 10:], None, None), expected)
 
 
 def test_a_session_that_ends_leaves_no_bytes(tiny_cloud: Served, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from isthmus.protocol.secure.keys import Fingerprint
 
 IDS = torch.tensor([[5, 9, 33, 120, 7, 2]])
 PIECE = 4096
-pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
+pytestmark = pytest.mark.usefixtures("no_waiting", "cache_folder")
 Answer = Callable[[m.Message], m.Message | None]
 
 

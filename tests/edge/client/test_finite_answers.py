@@ -21,7 +21,7 @@ from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Payload, decode
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def at_the_edge(link: Link) -> Any:

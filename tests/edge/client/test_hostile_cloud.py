@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.cloud.memory_cloud import FaultyTransport, MemoryCloud, MemoryTransport, messages, new_link
 from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
@@ -26,23 +24,17 @@ from isthmus.backbone.checkpoints.tensor_reader import TensorReader
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.split.edge_parts import load_edge_parts, weigh_parts
 from isthmus.cloud.session.file_store import FileStore
-from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import CheckpointError, DiskError, LimitError, RefusedError, RemoteProtocolError
-from isthmus.common.files import locked
-from isthmus.common.ownership import check_contents
-from isthmus.edge.client import fetch, offers, session_keeper
-from isthmus.edge.client.fetch import fetch_parts
+from isthmus.edge.client import offers, session_keeper
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import MIB
-from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.protocol.tensor_codecs import Role, encode
 from isthmus.rpc.transport import run
 
 LARGE = m.Blob("config.json", 0, 8 * MIB, bytes(32), bytes(8 * MIB))
-OTHER_PIN = Fingerprint.of(Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw())
 Answer = Callable[[m.Message], m.Message | None]
-pytestmark = pytest.mark.usefixtures("no_waiting", "own_cache")
+pytestmark = pytest.mark.usefixtures("no_waiting", "cache_folder")
 
 
 def hidden(rows: int = 2) -> torch.Tensor:
@@ -77,6 +69,7 @@ def instead_of(kind: type[m.Message], answer: m.Message | Callable[[Any], m.Mess
 
 
 # What comes back ------------------------------------------------------------------------------------------------------
+
 
 QUESTIONS: dict[str, tuple[type[m.Message], Callable[[Link], object]]] = {
     "forward": (m.Forward, forward),
@@ -302,100 +295,6 @@ def test_weights_that_announce_an_absurd_header_are_one_clear_error(tmp_path: Pa
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
-
-
-def test_one_clouds_files_do_not_reach_anothers_folder(cloud: MemoryCloud) -> None:
-    link = new_link(cloud)
-    hostile = fetch_parts(link._keeper, OTHER_PIN)  # another cloud that claims the same digest
-    for name in ("generation_config.json", "tokenizer.model", "chat_template.jinja"):
-        (hostile / name).write_text("{{ evil }}")
-    honest = link._parts()
-    assert honest != hostile
-    assert {path.name for path in honest.iterdir()} == {entry.name for entry in cloud.served.parts.listing().entries}
-    assert PIN.digest.hex() in str(honest)
-    assert OTHER_PIN.digest.hex() in str(hostile)
-
-
-def test_a_folder_of_the_cache_is_looked_at_under_its_lock_alone(
-    cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before it, another edge of this user that fetches the same replaces files in between."""
-    looked: list[Path] = []
-    held: list[bool] = []
-
-    @contextmanager
-    def lock(folder: Path) -> Iterator[None]:
-        with locked(folder):
-            held.append(True)
-            yield
-            held.pop()
-
-    def look(folder: Path) -> None:
-        assert held
-        looked.append(folder)
-        check_contents(folder)
-
-    monkeypatch.setattr(fetch, "locked", lock)
-    monkeypatch.setattr(fetch, "check_contents", look)
-    assert looked == [new_link(cloud)._parts()]
-
-
-def fetch_named(cloud: MemoryCloud, honest: Served, number: int, max_bytes: int) -> str:
-    """Fetch the parts of a model that the cloud says to be another one, in another plan; the folder's name."""
-    info = dataclasses.replace(honest.info, digest=f"{number:016x}{0:048x}", plan="2:2" if number % 2 else "1:2")
-    cloud.served = dataclasses.replace(honest, info=info)
-    link = new_link(cloud)
-    return fetch_parts(link._keeper, PIN, max_bytes).name
-
-
-def test_what_is_kept_of_a_cloud_is_bounded_however_many_models_it_names(
-    cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    link, honest = new_link(cloud), cloud.served
-    of_another = fetch_parts(link._keeper, OTHER_PIN)
-    total = sum(entry.size for entry in honest.parts.listing().entries)
-    own = default_cache() / "edge" / PIN.digest.hex()
-
-    def kept() -> set[str]:
-        assert of_another.is_dir()
-        return {path.name for path in own.iterdir()}
-
-    names = [fetch_named(cloud, honest, number, 4 * total) for number in range(4)]
-    assert kept() == set(names)  # the control: four have room
-    assert fetch_named(cloud, honest, 0, 4 * total) == names[0]  # it is the last one that was used
-    names.append(fetch_named(cloud, honest, 4, 4 * total - 1))
-    assert kept() == {names[0], names[3], names[4]}
-    monkeypatch.setattr(fetch, "MAX_FOLDERS", 2)
-    names.append(fetch_named(cloud, honest, 5, 100 * total))
-    assert kept() == {names[4], names[5]}
-    assert {path.name for path in own.parent.iterdir() if path.is_file()} == {
-        f".{pin.digest.hex()}.lock" for pin in (PIN, OTHER_PIN)
-    }
-
-
-def test_what_is_not_listed_does_not_stay(cloud: MemoryCloud) -> None:
-    folder = new_link(cloud)._parts()
-    listed = {path.name for path in folder.iterdir()}
-    (folder / "tokenizer.model").write_text("of an older listing")
-    (folder / "merges.txt").symlink_to("/etc/hostname")
-    (folder / "additional").mkdir()
-    (folder / "additional" / "file").write_text("x")
-    (folder / ".tokenizer.model.0123456789abcdef.part").write_text("x")
-    asked = len(messages(cloud, m.Fetch))
-    assert new_link(cloud)._parts() == folder
-    assert {path.name for path in folder.iterdir()} == listed
-    assert len(messages(cloud, m.Fetch)) == asked  # the rest was there
-
-
-def test_a_link_in_the_place_of_a_listed_file_is_not_followed(cloud: MemoryCloud, tmp_path: Path) -> None:
-    folder = new_link(cloud)._parts()
-    good = (folder / "config.json").read_bytes()
-    (tmp_path / "elsewhere").write_bytes(good)
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to(tmp_path / "elsewhere")
-    new_link(cloud)._parts()
-    assert not (folder / "config.json").is_symlink()
-    assert (folder / "config.json").read_bytes() == good
 
 
 def test_counting_frames_sees_what_an_unbounded_edge_takes(cloud: MemoryCloud) -> None:

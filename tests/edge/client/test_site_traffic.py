@@ -71,7 +71,7 @@ def test_the_notice_is_given_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-def link(cloud: MemoryCloud, own_cache: None) -> Link:
+def link(cloud: MemoryCloud, cache_folder: None) -> Link:
     return new_link(cloud)
 
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.cloud.train_runs import Runs, cloud_for_runs
-from support.run_folders import adapter, assert_same_run, losses
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_spec import SiteSpec
-from isthmus.common.errors import ConfigError, NonFiniteError, OverQuotaError, UnreachableError
-from isthmus.common.shutdown import Interrupted, StopRequest
-from isthmus.edge import cloud_link
-from isthmus.edge.client.link import Link
-from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan, SpanCalls
-from isthmus.edge.cloud_link import open_link
-from isthmus.edge.config.training_config import TrainConfig
+from isthmus.common.errors import NonFiniteError, UnreachableError
+from isthmus.edge.client.remote_span import BackwardRequest, ForwardRequest, RemoteSpan
 from isthmus.edge.run_report import WireTotals
-from isthmus.edge.split_run import train_over
 from isthmus.edge.training.micro_batches import InFlight, SummedMeter
 
 LONG = 60.0  # seconds after which a test has hung
@@ -74,12 +63,6 @@ class Alone:
 
     def __exit__(self, *_: object) -> None:
         self._free.release()
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    yield
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
 
 
 def forward(in_flight: InFlight, value: float = 1.0) -> Tensor:
@@ -146,7 +129,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(in_flight.map(work, [0, 1, 2])) == [0, 1, 2]
 
 
-def test_more_lanes_than_items_and_none_at_all() -> None:
+def test_more_in_flight_than_items_and_none_at_all() -> None:
     in_flight = InFlight([Doubler() for _ in range(3)])
     assert list(in_flight.map(lambda item: item + 1, [1])) == [2]
     assert list(in_flight.map(lambda item: item, [])) == []
@@ -208,16 +191,16 @@ def test_forwards_alone_leave_nothing_with_the_cloud() -> None:
     assert sorted(keep for link in links for keep in link.kept) == [False, False, True, True]
 
 
-def test_every_lane_is_told_how_many_threads_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_thread_computes_with_as_many_torch_threads_as_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking a new thread would hide it: torch then looks the number up, which a matrix product does not."""
-    told: dict[str, int] = {}
+    set_by: dict[str, int] = {}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: told.update({threading.current_thread().name: n}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: set_by.update({threading.current_thread().name: n}))
     both = threading.Barrier(2)
     in_flight = InFlight([Doubler(lambda _: void(both.wait(LONG))) for _ in range(2)])
     names = list(in_flight.map(lambda item: (forward(in_flight, item), threading.current_thread().name)[1], [0, 1]))
-    assert told == dict.fromkeys(names, 3)
-    assert len(told) == 2
+    assert set_by == dict.fromkeys(names, 3)
+    assert len(set_by) == 2
 
 
 # Links ----------------------------------------------------------------------------------------------------------------
@@ -301,7 +284,7 @@ def test_a_failure_is_raised_and_nothing_more_begins(where: str) -> None:
     assert list(in_flight.map(lambda item: item, [1, 2, 3])) == [1, 2, 3]  # the turn is free
 
 
-def test_a_lane_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
+def test_a_micro_batch_that_fails_in_its_turn_gives_it_back_to_one_that_has_left_it() -> None:
     taken = threading.Event()
     in_flight = InFlight([Doubler(lambda _: void(taken.wait(LONG))) for _ in range(2)])
 
@@ -354,164 +337,6 @@ def test_a_caller_that_goes_away_stops_all_threads() -> None:
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with cloud_for_runs(tmp_path_factory.mktemp("in-flight")) as started:
-        yield started
-
-
-SITED = {"sites": "all", "target_modules": "q_proj,v_proj,down_proj"}
-
-
-@pytest.fixture(scope="module")
-def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one micro-batch at a time."""
-    out = tmp_path_factory.mktemp("alone")
-    report = runs.train(out, **SITED)
-    assert report.loss_after is not None
-    assert report.loss_before is not None
-    assert report.loss_after < report.loss_before
-    return out
-
-
-@pytest.mark.parametrize("overlap", [2, 3])
-def test_lanes_change_no_bit(runs: Runs, alone: Path, tmp_path: Path, overlap: int) -> None:
-    report = runs.train(tmp_path, overlap=overlap, **SITED)
-    assert_same_run(tmp_path, alone)
-    assert any("layers.2" in name for name in adapter(tmp_path))
-    assert report.calls == 9 * 2  # the nine micro-batches of an epoch, whatever link they went over
-    assert report.retries == 0
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"method": "full"},
-        {"method": "vera", "target_modules": "q_proj"},
-        {"optimizer": "mezo", "learning_rate": 1e-3},
-        {"optimizer": "lora-fa"},
-        {"precision": "bf16", "codec": "int8"},
-    ],
-)
-def test_lanes_change_no_bit_of_other_ways_to_train(runs: Runs, tmp_path: Path, values: dict[str, Any]) -> None:
-    for overlap in (1, 2):
-        runs.train(tmp_path / str(overlap), steps=2, overlap=overlap, **values)
-    assert losses(tmp_path / "1") == losses(tmp_path / "2")
-    state = "checkpoint-2/parameters.safetensors"
-    assert (tmp_path / "1" / state).read_bytes() == (tmp_path / "2" / state).read_bytes()
-
-
-def test_with_dropout_two_runs_with_lanes_are_equal(runs: Runs, alone: Path, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        runs.train(tmp_path / name, overlap=3, dropout=0.2, **SITED)
-    assert_same_run(tmp_path / "one", tmp_path / "other")
-    assert losses(tmp_path / "one") != losses(alone)
-
-
-class Observed:
-    """`open_link`, with something done when a link asks; the links are numbered as they open."""
-
-    def __init__(self, act: Callable[[Link, int, str, str], None]) -> None:
-        self.links: list[Link] = []
-        self._act = act
-
-    def __call__(self, config: TrainConfig) -> Link:
-        link, number = open_link(config), len(self.links)
-        self.links.append(link)
-        link.observer = lambda question, phase: self._act(link, number, question, phase)
-        return link
-
-
-def train(runs: Runs, act: Callable[[Link, int, str, str], None], out: Path, **values: Any) -> Observed:
-    """A run whose links are observed."""
-    opened = Observed(act)
-    config = runs.config(out, **values)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cloud_link, "open_link", opened)
-        with opened(config) as link:
-            train_over(link, config)
-    return opened
-
-
-@pytest.mark.parametrize(
-    ("question", "phase"), [("forward", "waiting"), ("siteanswer", "sending"), ("backward", "receiving")]
-)
-def test_a_lane_whose_connection_breaks_is_healed(
-    runs: Runs, alone: Path, tmp_path: Path, question: str, phase: str
-) -> None:
-    broken: list[int] = []
-
-    def cut(link: Link, number: int, asked: str, where: str) -> None:
-        if link.step == 2 and (asked, where) == (question, phase) and number not in broken:
-            broken.append(number)
-            stream = link._keeper._stream
-            assert stream is not None
-            stream._stream._call.cancel()  # type: ignore[attr-defined]  # this is on the event loop
-
-    opened = train(runs, cut, tmp_path, overlap=2, **SITED)
-    assert sorted(broken) == [0, 1]
-    assert all(link.totals().retries > 0 for link in opened.links)
-    assert_same_run(tmp_path, alone)
-
-
-def test_a_cloud_that_stays_away_from_one_lane_ends_the_run_and_it_resumes(
-    runs: Runs, alone: Path, tmp_path: Path
-) -> None:
-    def away(link: Link, number: int, asked: str, where: str) -> None:
-        if link.step == 2 and number == 1:
-            raise UnreachableError("away.")
-
-    with pytest.raises(UnreachableError, match=r"away.*checkpoint-1: repeat"):
-        train(runs, away, tmp_path, overlap=2, **SITED)
-    runs.train(tmp_path, overlap=2, resume=True, **SITED)
-    assert_same_run(tmp_path, alone)
-
-
-def test_ctrl_c_ends_every_one(runs: Runs, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = threading.Event()
-
-    def check(_: StopRequest) -> None:
-        if asked.is_set():
-            raise Interrupted
-
-    monkeypatch.setattr(StopRequest, "check", check)
-
-    def ask(link: Link, number: int, question: str, phase: str) -> None:
-        if link.step == 2 and (question, phase) == ("backward", "waiting"):
-            asked.set()
-
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped after step 1 of 3.*--resume"):
-        train(runs, ask, tmp_path, overlap=3, **SITED)
-    asked.clear()
-    runs.train(tmp_path, overlap=3, resume=True, **SITED)
-    assert_same_run(tmp_path, alone)
-
-
-def test_a_number_that_is_not_finite_in_one_lane_names_the_step(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = SpanCalls.backward
-
-    def spoilt(self: SpanCalls, request: BackwardRequest) -> Any:
-        if self.step == 2:
-            request = dataclasses.replace(request, gradient=request.gradient * float("nan"))
-        return real(self, request)
-
-    monkeypatch.setattr(SpanCalls, "backward", spoilt)
-    with pytest.raises(NonFiniteError, match="checkpoint-1"):
-        runs.train(tmp_path, overlap=2)
-
-
-def test_more_lanes_than_sessions_are_refused_with_the_remedy(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(OverQuotaError, match=r"overlap = 5 takes as many sessions.*4 are allowed.*lower --overlap"):
-        runs.train(tmp_path, overlap=5, accumulate=5)
-
-
-def test_more_lanes_than_micro_batches_are_refused(runs: Runs, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="overlap = 5 is more than the 4"):
-        runs.config(tmp_path, overlap=5)
 
 
 def void(_: object) -> None:

@@ -1,8 +1,7 @@
-"""Key files: modes, contents, refusals. Fingerprints, certificates, authorized edges, connection strings."""
+"""Key files: modes, contents, refusals. Fingerprints and certificates."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -15,17 +14,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
-from hypothesis import given, settings, strategies as st
 from support.commands import in_process, refused
 from support.protocol.wire import NOW, PIN, ROOT, identity
 
 from isthmus.cli.cloud_commands import keygen
-from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError, NotEnrolledError
-from isthmus.protocol.enrolment import AuthorizedEdges, ConnectionString, Quota, add_line, parse_size
+from isthmus.common.errors import ConfigError, FingerprintError, KeyFileError
+from isthmus.protocol.enrolment import add_line
 from isthmus.protocol.secure.keys import (
     Fingerprint,
     WorkerCertificate,
-    format_public_key,
     generate_edge,
     generate_root,
     issue_worker,
@@ -37,15 +34,6 @@ from isthmus.protocol.secure.keys import (
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def line(seed: int, name: str) -> str:
-    key = Ed25519PrivateKey.from_private_bytes(bytes((seed,)) * 32)
-    return format_public_key(key.public_key().public_bytes_raw(), name)
-
-
-def raw(text: str) -> bytes:
-    return parse_public_key(text)[0]
 
 
 def test_a_worker_needs_no_root_key(tmp_path: Path) -> None:
@@ -75,7 +63,7 @@ def test_private_files_are_private_and_never_overwritten(tmp_path: Path) -> None
     assert [path.read_bytes() for path in private] == before
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "home"
     public = generate_edge(tmp_path / "edge", "me")
@@ -91,12 +79,12 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("cloud", "keygen", "--home"), ("edge", "keygen", "--out")])
-def test_the_commands_tell_it_too(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_report_it_too(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     refused(in_process(capsys, *words, tmp_path / "file" / "home" / "key"), 30, "file/home", "check the folder")
 
 
-def test_a_place_where_the_user_may_not_look_is_told(tmp_path: Path) -> None:
+def test_a_place_where_the_user_may_not_look_is_reported(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0)
     user = os.geteuid()
@@ -251,158 +239,7 @@ def test_the_edge_key_round_trips(tmp_path: Path) -> None:
     public = generate_edge(tmp_path / "new" / "edge", "nurse@hospital")
     key, comment = parse_public_key((tmp_path / "new" / "edge.pub").read_text())
     assert comment == "nurse@hospital"
-    assert load_edge(tmp_path / "new" / "edge").public_key().public_bytes_raw() == key == raw(public)
-
-
-def test_authorized_edges() -> None:
-    text = "\n".join(
-        [
-            "# the hospitals",
-            "",
-            line(1, "hospital-a"),
-            "  max-sessions=2,max-bytes-in-flight=64MiB " + line(2, "hospital-b"),
-            "max-sessions=9 " + line(3, "c@d") + "\r",
-            "weight=3,max-tokens-per-second=500 " + line(6, "f"),
-            "stage " + line(7, "g"),
-            "stage,max-sessions=9 " + line(8, "h"),
-        ]
-    )
-    edges = AuthorizedEdges.parse(text)
-    assert len(edges) == 6
-    tenant = edges.find(raw(line(1, "x")))
-    assert tenant is not None
-    assert (tenant.name, tenant.quota) == ("hospital-a", Quota())
-    assert tenant.fingerprint == Fingerprint.of(raw(line(1, "x")))
-    assert edges.require(raw(line(2, "x"))).quota == Quota(2, 64 << 20)
-    assert edges.require(raw(line(3, "x"))).quota == Quota(9, 1 << 30)
-    assert edges.require(raw(line(6, "x"))).quota == Quota(weight=3, max_tokens_per_second=500)
-    assert [edges.require(raw(line(number, "x"))).stage for number in (1, 6, 7, 8)] == [False, False, True, True]
-    assert [edges.require(raw(line(number, "x"))).quota for number in (7, 8)] == [Quota(), Quota(9)]
-    assert Quota.parse(Quota(2, 5, 3, 500).format()) == Quota(2, 5, 3, 500)
-    assert Quota().format() == ""
-    assert edges.find(raw(line(4, "x"))) is None
-    with pytest.raises(NotEnrolledError, match=r"SHA256:.*isthmus cloud enroll"):
-        edges.require(raw(line(4, "x")))
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("hello", "unknown option"),
-        ("ssh-rsa AAAA name", "not an Ed25519"),
-        ("ssh-ed25519", "not an Ed25519"),
-        ("ssh-ed25519 !!!! name", "not base64"),
-        ("ssh-ed25519 AAAAé name", "not base64"),
-        ("ssh-ed25519 AAAA name", "encoding"),
-        (line(5, ""), "cannot name an edge"),
-        (line(5, "two words"), "cannot name an edge"),
-        (line(5, "x" * 65), "cannot name an edge"),
-        ("max-sessions=0 " + line(5, "e"), "at least 1"),
-        ("max-sessions=two " + line(5, "e"), "not a number"),
-        ("weight=0 " + line(5, "e"), "at least 1"),
-        ("max-tokens-per-second=0 " + line(5, "e"), "at least 1"),
-        ("max-sessions=1,max-sessions=2 " + line(5, "e"), "twice"),
-        ("max-bytes-in-flight=64MB " + line(5, "e"), "not a size"),
-        ("command=ls " + line(5, "e"), "unknown option 'command'"),
-        ("stage=1 " + line(5, "e"), "unknown option 'stage'"),
-        ("stage, " + line(5, "e"), "unknown option ''"),
-        ("stage,stage " + line(5, "e"), "unknown option 'stage'"),
-        ("max-sessions=9,stage " + line(5, "e"), "unknown option 'stage'"),
-        (line(1, "other"), "already on line 1"),
-        (line(5, "hospital-a"), "already on line 1"),
-    ],
-)
-def test_malformed_lines_are_named_by_number(bad: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"authorized_edges, line 3: .*{message}"):
-        AuthorizedEdges.parse("\n".join([line(1, "hospital-a"), "# comment", bad]))
-
-
-def test_enrolment_appends_and_refuses_what_is_there(tmp_path: Path) -> None:
-    path = tmp_path / "cloud" / "authorized_edges"
-    first = add_line(path, line(1, "hospital-a") + "\n")
-    assert first.name == "hospital-a"
-    path.write_text(path.read_text().rstrip("\n"))  # as an editor may leave it
-    second = add_line(path, line(2, "ignored"), "hospital-b", Quota(2, 64 << 20))
-    edges = AuthorizedEdges.load(path)
-    assert edges.find(raw(line(1, "x"))) == first
-    assert edges.find(raw(line(2, "x"))) == second
-    assert second.quota == Quota(2, 64 << 20)
-    before = path.read_bytes()
-    with pytest.raises(ConfigError, match="already on line 1"):
-        add_line(path, line(1, "again"))
-    with pytest.raises(ConfigError, match="already on line 2"):
-        add_line(path, line(3, "hospital-b"))
-    with pytest.raises(ConfigError, match="give a name"):
-        add_line(path, line(3, ""))
-    assert path.read_bytes() == before
-    assert [entry.name for entry in path.parent.iterdir()] == ["authorized_edges"]
-    path.write_bytes(b"\xff")
-    with pytest.raises(KeyFileError, match="UTF-8"):
-        AuthorizedEdges.load(path)
-    with pytest.raises(KeyFileError, match="cannot be read"):
-        add_line(path, line(3, "c"))
-    with pytest.raises(KeyFileError, match="isthmus cloud enroll"):
-        AuthorizedEdges.load(tmp_path / "none")
-
-
-@pytest.mark.parametrize("quota", [None, Quota(9, 64 << 20)])
-def test_a_stage_is_enrolled_as_one(tmp_path: Path, quota: Quota | None) -> None:
-    path = tmp_path / "authorized_edges"
-    stage = add_line(path, line(1, "stage-0"), quota=quota, stage=True)
-    edge = add_line(path, line(2, "hospital-a"), quota=quota)
-    assert (stage.stage, stage.quota, edge.stage) == (True, quota or Quota(), False)
-    assert [AuthorizedEdges.load(path).find(raw(line(number, "x"))) for number in (1, 2)] == [stage, edge]
-
-
-def test_sizes() -> None:
-    assert [parse_size(text) for text in ("7", "7B", "2KiB", "64MiB", "1GiB")] == [7, 7, 2048, 64 << 20, 1 << 30]
-    for bad in ("", "MiB", "-1", "1.5GiB", "1 GiB", "1TB"):
-        with pytest.raises(ConfigError, match="not a size"):
-            parse_size(bad)
-
-
-@pytest.mark.parametrize("scheme", ["isthmus", "isthmus+tls"])
-@pytest.mark.parametrize("host", ["cloud.example", "127.0.0.1", "[::1]", "[fe80::1]"])
-def test_connection_strings(scheme: str, host: str) -> None:
-    text = f"{scheme}://{host}:7443#{PIN}"
-    parsed = ConnectionString.parse(text + "\n")
-    assert str(parsed) == text
-    assert (parsed.port, parsed.pin, parsed.tls) == (7443, PIN, scheme == "isthmus+tls")
-    assert parsed.address == f"{host}:7443"
-    assert "[" not in parsed.host
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "",
-        "cloud.example:7443",
-        f"https://h:1#{PIN}",
-        f"isthmus://h#{PIN}",
-        f"isthmus://h:0#{PIN}",
-        f"isthmus://h:99999#{PIN}",
-        f"isthmus://h:x#{PIN}",
-        f"isthmus://:1#{PIN}",
-        f"isthmus://u@h:1#{PIN}",
-        f"isthmus://h:1/path#{PIN}",
-        f"isthmus://h:1?q#{PIN}",
-        f"isthmus://::1:7443#{PIN}",
-        f"isthmus://[::1:7443#{PIN}",
-        "isthmus://h:1",
-        "isthmus://h:1#SHA256:short",
-    ],
-)
-def test_malformed_connection_strings(bad: str) -> None:
-    with pytest.raises(ConfigError, match="is not a connection string"):
-        ConnectionString.parse(bad)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(max_size=60))
-def test_arbitrary_text_gives_a_typed_error(text: str) -> None:
-    for parse in (ConnectionString.parse, Fingerprint.parse, parse_public_key, Quota.parse, parse_size):
-        with contextlib.suppress(ConfigError):
-            parse(text)
+    assert load_edge(tmp_path / "new" / "edge").public_key().public_bytes_raw() == key == parse_public_key(public)[0]
 
 
 def test_errors_survive_pickling() -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from isthmus.common.errors import UnreachableError
 from isthmus.common.progress import StepProgress
 from isthmus.edge.config.schedule import total_steps
 from isthmus.edge.config.training_config import TrainConfig
@@ -99,9 +101,47 @@ def trainer(model_folder: Path, options: TrainConfig, wire: Wire | None = None, 
     return Trainer(model, training_data, options, **keywords)
 
 
+class Turns:
+    """An observer whose state changes within a step, and which may fail before one."""
+
+    def __init__(self, fail_before: int = 0) -> None:
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.graded: list[bool] = []
+        self.parameters: list[nn.Parameter] = []
+        self._fail_before = fail_before
+
+    def before_step(self, step: int) -> None:
+        self.begun.append(step)
+        if step == self._fail_before:
+            raise_unreachable()
+
+    def after_step(self, step: int) -> None:
+        self.ended.append(step)
+        self.graded.append(all(parameter.grad is not None for parameter in self.parameters))
+
+    def points(self) -> dict[str, float]:
+        return {"turns/begun": len(self.begun), "turns/ended": len(self.ended)}
+
+    def state(self) -> dict[str, Any]:
+        return {"begun": self.begun, "ended": self.ended}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.begun, self.ended = list(state["begun"]), list(state["ended"])
+
+
+def raise_unreachable() -> None:
+    raise UnreachableError("the cloud stayed away for 600 s.")
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     """Copies of what is trained."""
     return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+
+
+def named_layers(names: Iterable[str]) -> set[int]:
+    """Numbers of the layers that modules or parameters of these names are in."""
+    return {int(match[1]) for name in names if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
 
 
 def kill() -> None:

@@ -23,7 +23,7 @@ from isthmus.common.errors import RefusedError
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import Quota
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 SITES = [f"model.layers.{layer}.self_attn.{part}" for layer in (2, 3) for part in ("q_proj", "v_proj")]
 RANK = 3
