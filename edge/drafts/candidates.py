@@ -18,6 +18,10 @@ from isthmus.backbone.split.cached_generation import CachedGeneration, DraftedTe
 from isthmus.common.errors import UnsupportedCallError
 from isthmus.edge.drafts.length_rule import LengthRule
 
+FOLLOWED = 2
+"""Positions of the text that a draft takes in for a token at most while it drafts in each round: the last token that it
+drafted itself, and the one that the cloud has added. More were left by rounds without a draft, or are a prompt."""
+
 
 @dataclass(slots=True)
 class DraftStatistics:
@@ -26,17 +30,25 @@ class DraftStatistics:
     Attributes:
         rounds: Calls of the model in which there could have been a draft.
         drafted: Tokens that were drafted.
+        judged: Those of them that the cloud has decided about: all up to the first that was rejected.
         accepted: Those of them that stand in the text.
         tokens: By which the texts grew in these rounds.
+        catch_ups: Drafted tokens for which the draft took in more than `FOLLOWED` positions first.
         draft_seconds: Spent on drafting.
+        catch_up_seconds: Those of them that went into `catch_ups`.
+        token_seconds: Those of them that went into the other drafted tokens.
         verify_seconds: Spent on the rest of these rounds: the edge's layers, the link, the cloud, the choice of tokens.
     """
 
     rounds: int = 0
     drafted: int = 0
+    judged: int = 0
     accepted: int = 0
     tokens: int = 0
+    catch_ups: int = 0
     draft_seconds: float = 0.0
+    catch_up_seconds: float = 0.0
+    token_seconds: float = 0.0
     verify_seconds: float = 0.0
 
     @property
@@ -147,6 +159,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         self._draft, self._text, self._proposer = draft, text, proposer
         self._ids = text.prompt  # with what this round has drafted
         self._drafted: list[DraftedToken] = []
+        self._seconds: list[float] = []  # that each of them took
         self._length = 0
         self._drafting = 0.0
         self._asked_at: float | None = None
@@ -159,7 +172,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         """
         rule, clock = self._draft.rule, self._draft.clock
         began_at = clock()
-        self._ids, self._length, self._drafted = input_ids, input_ids.shape[1], []
+        self._ids, self._length, self._drafted, self._seconds = input_ids, input_ids.shape[1], [], []
         room = self._text.longest - self._length - 1  # the round gives one more token than the draft has
         self._proposer.follow(self._without_padding(input_ids))
         while len(self._drafted) < room and rule.wants(self._buckets(), self._proposer.upcoming()):
@@ -167,7 +180,8 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
             drafted = self._proposer.propose(self._choose)
             if drafted is None:
                 break
-            rule.token_drafted(clock() - token_at, drafted.passed)
+            self._seconds.append(clock() - token_at)
+            rule.token_drafted(self._seconds[-1], drafted.passed)
             self._drafted.append(drafted)
             self._ids = torch.cat([self._ids, self._ids.new_tensor([[drafted.token]])], dim=1)
             if drafted.token in self._text.ends:
@@ -188,15 +202,22 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         accepted = 0
         while accepted < min(len(self._drafted), len(new)) and self._drafted[accepted].token == new[accepted]:
             accepted += 1
-        judged = min(len(self._drafted), len(new))
+        judged = min(len(self._drafted), len(new), accepted + 1)
         seconds = None if with_prompt else (self._drafting, verifying)
-        self._draft.rule.round_over(self._buckets(), accepted, min(judged, accepted + 1), len(new), seconds)
+        self._draft.rule.round_over(self._buckets(), accepted, judged, len(new), seconds)
         statistics = self._draft.statistics
         statistics.rounds += 1
         statistics.drafted += len(self._drafted)
+        statistics.judged += judged
         statistics.accepted += accepted
         statistics.tokens += len(new)
         statistics.draft_seconds += self._drafting
+        for drafted, spent in zip(self._drafted, self._seconds, strict=True):
+            if drafted.passed > FOLLOWED:
+                statistics.catch_ups += 1
+                statistics.catch_up_seconds += spent
+            else:
+                statistics.token_seconds += spent
         statistics.verify_seconds += verifying
 
     def _buckets(self) -> list[int]:

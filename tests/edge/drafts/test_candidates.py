@@ -72,7 +72,7 @@ def test_a_greedy_text_is_the_same_with_each_draft(pairs: Pairs, family: str, na
     found = draft.statistics
     assert found.tokens == 2 * NEW
     assert found.tokens == found.accepted + found.rounds
-    assert 0 <= found.accepted <= found.drafted
+    assert 0 <= found.accepted <= found.judged <= found.drafted
     assert found.drafted > 0
     assert torch.equal(text(pair.edge)[0], expected)
     assert draft.statistics.tokens == 2 * NEW  # it was for the block alone
@@ -88,6 +88,20 @@ def test_a_draft_that_is_always_right_is_accepted_whole(pairs: Pairs) -> None:
     assert draft.statistics.accepted_a_round == 5
     assert draft.statistics.tokens_a_round == 6
     assert draft.statistics.verify_seconds > 0 < draft.statistics.draft_seconds
+    assert draft.statistics.judged == draft.statistics.drafted
+    assert draft.statistics.catch_ups == 1  # the prompt
+    spent = draft.statistics.catch_up_seconds, draft.statistics.token_seconds
+    assert min(spent) > 0
+    assert sum(spent) <= draft.statistics.draft_seconds
+
+
+def test_what_the_cloud_has_not_decided_about_is_not_judged(pairs: Pairs) -> None:
+    pair = pairs("mistral")
+    with drafting(pair.edge, ModelDraft(near(pair.whole), FixedLength(4))) as draft:
+        text(pair.edge)
+    found = draft.statistics
+    assert found.accepted < found.judged < found.drafted
+    assert found.judged - found.accepted <= found.rounds  # one that was rejected in each round at most
 
 
 def test_without_crops_a_draft_s_own_cache_is_wrong_and_the_text_is_right(
