@@ -16,6 +16,7 @@ import math
 import mmap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -68,6 +69,7 @@ class Engine:
         self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
         self._all_threads_from = 0.0 if invariance is None else invariance.all_threads_from
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
+        self._shared: Counter[str] = Counter()  # those of each tenant that did, with another request
         self._changed = threading.Condition()
         self._ending = False
         self._threads = [
@@ -129,6 +131,12 @@ class Engine:
             return self._batched / self._batches if self._batches else 0.0
 
     @property
+    def shared_by_tenant(self) -> dict[str, int]:
+        """How many requests of each tenant have shared a batch with another one."""
+        with self._changed:
+            return dict(self._shared)
+
+    @property
     def threads_of_a_call(self) -> int:
         """torch threads of a call that computes on a thread of its own, as it may pause.
 
@@ -173,6 +181,8 @@ class Engine:
                 if self._scheduler.may_share(batch[0]):
                     self._batched += len(batch)
                     self._batches += 1
+                    tenants = [request.tenant for request in batch if not request.future.cancelled()]
+                    self._shared.update(tenants if len(tenants) > 1 else ())
                 self._scheduler.finished(batch, time.perf_counter() - start, failed)
                 self._changed.notify_all()
         if self._trimmer is not None:

@@ -196,6 +196,7 @@ class GatewayServer:
             "in_flight": self._calls.in_flight.calls,
             "waiting": dict(waiting),
             "calls_per_pass": engine.calls_per_pass,
+            "shared_calls": engine.shared_by_tenant,
             "same_bits_from": 0 if invariance is None else invariance.rows,
             "all_threads_from": 0 if invariance is None else invariance.threads,
             "calls_per_meeting": executor.host.product_batches.requests_per_batch,

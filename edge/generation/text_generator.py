@@ -16,13 +16,14 @@ from isthmus.common.errors import ConfigError
 from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
-from isthmus.edge.config.client_config import GenerateConfig
+from isthmus.edge.config.client_config import GenerateConfig, GenerationConfig
 from isthmus.edge.drafts.candidates import Draft, drafting
 from isthmus.edge.drafts.emulator_draft import EmulatorDraft
 from isthmus.edge.drafts.ngram_draft import NgramDraft
 from isthmus.edge.drafts.tuned_draft import tuned_beside
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.edge.generation.text_writer import TextWriter
+from isthmus.protocol.secure.keys import Fingerprint
 
 Ids = Sequence[int]
 _SEEDS = 2**63
@@ -165,20 +166,27 @@ def text_generator(link: Link, settings: GenerateConfig, adapter: Path | None) -
     model = load_adapted(link, adapter, plugged=settings.plugged, leased=settings.leased).eval()
     with ExitStack() as stack:
         if settings.draft != "none":  # before the model is exact, which its copy in the draft need not be
-            stack.enter_context(drafting(model, _draft(settings, model, link, adapter)))
+            stack.enter_context(drafting(model, draft_of(settings, model, adapter, signer=link.pin)))
         if settings.exact:
             stack.enter_context(exact_decoding(link, model))
         yield TextGenerator(model, tokenizer, settings)
 
 
-def _draft(settings: GenerateConfig, model: Any, link: Link, adapter: Path | None) -> Draft:
+def draft_of(settings: GenerationConfig, model: Any, adapter: Path | None, *, signer: Fingerprint | None) -> Draft:
     """What `--draft` names, tuned as the adapter's run has left it, if it has.
+
+    Args:
+        settings: Its `draft` is not `none`.
+        model: The split model that it drafts for, or a PEFT model around it.
+        adapter: The adapter's folder; None for the draft as the package has it.
+        signer: Fingerprint of the root key that must have certified the package's signer; None for any.
 
     Raises:
         CheckpointError: The tuned draft is damaged.
         PackageError: It is the folder of no package, or of one for another model, or not the one that was tuned.
+        SignerError: It is not signed, or by somebody else.
     """
     if settings.draft == "ngram":
         return NgramDraft()
     dtype = DTYPES[settings.draft_dtype]
-    return EmulatorDraft.open(Path(settings.draft), model, signer=link.pin, tuned=tuned_beside(adapter), dtype=dtype)
+    return EmulatorDraft.open(Path(settings.draft), model, signer=signer, tuned=tuned_beside(adapter), dtype=dtype)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,9 +27,11 @@ from isthmus.backbone.decoding.key_values import KeyValues
 from isthmus.backbone.plan import SplitPlan
 from isthmus.backbone.runtime.batch_invariance import measure_batch_invariance
 from isthmus.backbone.split.span import DTYPES, FrozenSpan, SpanInput, load_span
+from isthmus.common.errors import IsthmusError
 from isthmus.common.readable import lines
 from isthmus.common.torch_threads import torch_threads
 from isthmus.edge.client.link import Link, connect
+from isthmus.edge.drafts import FixedLength, NgramDraft, drafting
 from isthmus.edge.generation.exact import exact_decoding
 from isthmus.experiments.generation.generate_process import MODULE
 from isthmus.experiments.generation.links_bench import check_links, run_links, show_links
@@ -46,7 +49,12 @@ OTHERS = 7
 """Further edges that decode exactly while exact texts are compared."""
 PARTS = ("local", "links")
 EXACT_PROMPTS = 4
-"""Prompts whose exact bits are compared in all four ways."""
+"""Prompts whose exact bits are compared in all four ways. The further edges have the prompts after these."""
+AMONG_ROUNDS = 10
+"""Times that these texts are generated among others at most, until a pass was shared: whether others' calls come at the
+same time is chance."""
+EXACT_DRAFT = 4
+"""Tokens of each draft that is verified exactly: whether they are accepted is not what is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +72,18 @@ def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
     Returns:
         `identical`: the share of prompts whose tokens in fast are those of one process, and `identical_exact` in exact;
         `fast_bits_equal`: whether all logits are, too; `exact_bits_equal`: whether those of exact are the same alone,
-        among eight sessions, with drafts, and when every few tokens the connection is cut; `tokens_ratio` and
-        `tokens_ratio_exact`: tokens per second over one process's, the median over the prompts; of the span alone, in
-        fp32 and bf16, `span_batched_over_serial`: eight sessions one by one over a step of all, `exact_over_fast`: a
-        step of one session, and `verify9_ratio`: nine tokens of one session over one; `batched_over_serial`: tokens per
-        second of eight edges at a time over those of one after another, and `batched_bound`, which is
-        `1 / (e + (1 - e) / b)` of their own share `e` of the work, `edge_share`, and what the span gains, `b`, were the
-        edges' shares done one after another. They share two cores, so more is possible. And `links` and `bars`.
+        among eight sessions, with drafts, and when every few tokens the connection is cut, with the counts that show
+        that all this happened (see `_exact_in_every_way`); `tokens_ratio` and `tokens_ratio_exact`: tokens per second
+        over one process's, the median over the prompts; of the span alone, in fp32 and bf16,
+        `span_batched_over_serial`: eight sessions one by one over a step of all, `exact_over_fast`: a step of one
+        session, and `verify9_ratio`: nine tokens of one session over one; `batched_over_serial`: tokens per second of
+        eight edges at a time over those of one after another, and `batched_bound`, which is `1 / (e + (1 - e) / b)` of
+        their own share `e` of the work, `edge_share`, and what the span gains, `b`, were the edges' shares done one
+        after another. They share two cores, so more is possible. And `links` and `targets`.
 
     Raises:
         ConfigError: A part is not known, or this machine cannot measure it.
+        IsthmusError: A process failed, or exact texts shared no pass, verified no draft, or replayed nothing.
     """
     parts = names_of(settings.parts, "parts", PARTS)
     if "links" in parts:
@@ -89,7 +99,7 @@ def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    for line in lines({name: value for name, value in result.items() if name not in ("links", "bars")}, 32):
+    for line in lines({name: value for name, value in result.items() if name not in ("links", "targets")}, 32):
         typer.echo(line)
     if "links" in result:
         show_links(result)
@@ -104,14 +114,10 @@ def _locally(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
     return {**found, **batched, **of_spans}
 
 
-def _cloud_options(settings: GenerateSettings) -> tuple[str, ...]:
-    return ("--edge-layers", settings.edge_layers, "--threads", str(settings.threads))
-
-
 def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
     """Tokens, bits and speed of the whole model, of the split one in fast, and in exact."""
     with (
-        LocalCloud(folder, settings.model, *_cloud_options(settings)) as cloud,
+        LocalCloud(folder, settings.model, *settings.cloud_options()) as cloud,
         connect(cloud.connection, key=cloud.edge_key, interactive=True) as link,
     ):
         whole, tokenizer, _ = whole_model(settings.model, settings.edge_layers)
@@ -135,7 +141,8 @@ def _against_one_process(settings: GenerateSettings, folder: Path) -> dict[str, 
                 ratios.append(texts["whole"].seconds / texts["fast"].seconds)
                 ratios_exact.append(texts["whole"].seconds / texts["exact"].seconds)
                 advance()
-        exact = _exact_in_every_way(link, split, cloud, prompts[:EXACT_PROMPTS], settings.tokens)
+        others = chat_ids(tokenizer, PROMPTS[EXACT_PROMPTS : EXACT_PROMPTS + OTHERS])
+        exact = _exact_in_every_way(link, split, cloud, prompts[:EXACT_PROMPTS], others, settings.tokens)
     return {
         "identical": statistics.mean(same),
         "identical_exact": statistics.mean(same_exact),
@@ -186,49 +193,95 @@ class _Cuts:
 
 
 def _exact_in_every_way(
-    link: Link, model: Any, cloud: LocalCloud, prompts: Sequence[Tensor], tokens: int
+    link: Link, model: Any, cloud: LocalCloud, prompts: Sequence[Tensor], others: Sequence[Sequence[int]], tokens: int
 ) -> dict[str, Any]:
     """Whether exact texts have the bits of those that are generated alone: batched, with drafts, and replayed.
 
-    Until the other edges decode, each exact step has a pass of its own. So `calls_per_pass`, the mean over all passes
-    of this cloud, is above 1 only where the comparison among eight has shared passes.
+    Args:
+        others: The prompts of further edges, none of `prompts`, so that swapped rows would be seen.
+
+    Returns:
+        `among_eight`, `drafts` and `replay`: whether all logits are the same. `shared_calls`: calls of the compared
+        session that shared a pass with those of another one, among eight; `drafted`: tokens of n-gram drafts that the
+        cloud has verified; `replayed`: token positions that were sent again after a cut; each over all prompts.
+        `calls_per_pass`: the mean of this cloud over all passes that may be shared, from its start: those of fast texts
+        and of texts that were generated alone are among them, and those that the others shared with each other.
+
+    Raises:
+        IsthmusError: One of the three counts is 0, so that a comparison shows nothing.
     """
     alone = [_exactly(link, model, ids, tokens) for ids in prompts]
 
     def same(texts: Sequence[Text]) -> bool:
         return all(torch.equal(one.logits, other.logits) for one, other in zip(texts, alone, strict=True))
 
-    drafts = [_exactly(link, model, ids, tokens, prompt_lookup_num_tokens=4) for ids in prompts]
+    with drafting(model, NgramDraft(FixedLength(EXACT_DRAFT))) as draft:
+        drafts = [_exactly(link, model, ids, tokens) for ids in prompts]
+    replayed_before = link.span.caches.replayed
     replayed = [_exactly(link, model, ids, tokens, streamer=_Cuts(link)) for ids in prompts]
-    with _others_decoding(cloud, prompts[0]):
-        among = [_exactly(link, model, ids, tokens) for ids in prompts]
+    replayed_positions = link.span.caches.replayed - replayed_before
+    shared_before = _shared_calls(cloud)
+    among_eight, shared_calls = True, 0
+    with _others_decoding(cloud, others):
+        for _ in range(AMONG_ROUNDS):
+            among_eight = same([_exactly(link, model, ids, tokens) for ids in prompts])
+            shared_calls = _shared_calls(cloud) - shared_before
+            if shared_calls or not among_eight:
+                break
+    counts = {
+        "shared_calls": shared_calls,
+        "drafted": draft.statistics.drafted,
+        "replayed": replayed_positions,
+    }
+    check_counts(counts)
     return {
-        "among_eight": same(among),
+        "among_eight": among_eight,
         "calls_per_pass": cloud.status()["calls_per_pass"],
         "drafts": same(drafts),
         "replay": same(replayed),
+        **counts,
     }
 
 
+def _shared_calls(cloud: LocalCloud) -> int:
+    """Calls of the compared session that have shared a pass with another one; its tenant has no other session."""
+    found: int = cloud.status()["shared_calls"].get("edge", 0)  # as `LocalCloud` enrols it
+    return found
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Make sure that what was compared has happened. Raises IsthmusError where a count is 0."""
+    for name, count in counts.items():
+        if not count:
+            raise IsthmusError(f"exact texts were compared, and {name} is 0, so this shows nothing: give more --tokens")
+
+
 @contextmanager
-def _others_decoding(cloud: LocalCloud, ids: Tensor) -> Iterator[None]:
-    """Let other edges decode exactly meanwhile, again and again."""
+def _others_decoding(cloud: LocalCloud, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Let other edges decode exactly meanwhile, again and again, one from each prompt.
+
+    Each has had its first text when this begins. Raises IsthmusError at the end where an edge has failed.
+    """
     over = threading.Event()
 
-    def drive(process: TaskProcess) -> None:
-        while not over.is_set():
-            process.ask({"ids": ids[0].tolist(), "tokens": 16, "exact": True})
+    def decode(process: TaskProcess, ids: Sequence[int]) -> None:
+        process.ask({"ids": list(ids), "tokens": 16, "exact": True})
 
-    with ExitStack() as stack:
-        threads = [threading.Thread(target=drive, args=(process,)) for process in _edges(cloud, OTHERS, stack)]
-        for thread in threads:
-            thread.start()
+    def drive(process: TaskProcess, ids: Sequence[int]) -> None:
+        while not over.is_set():
+            decode(process, ids)
+
+    with ExitStack() as stack, ThreadPoolExecutor(len(prompts)) as pool:
+        edges = list(_edges(cloud, len(prompts), stack))
+        for _ in pool.map(decode, edges, prompts):
+            pass
+        driven = [pool.submit(drive, edge, ids) for edge, ids in zip(edges, prompts, strict=True)]
         try:
             yield
         finally:
             over.set()
-            for thread in threads:
-                thread.join()
+        for each in driven:
+            each.result()
 
 
 def _edges(cloud: LocalCloud, count: int, stack: ExitStack, codec: str = "fp32") -> Iterator[TaskProcess]:
@@ -295,18 +348,21 @@ def _states(span: FrozenSpan, length: int) -> SpanInput:
 
 
 def _many_edges(settings: GenerateSettings, folder: Path, gain: float) -> dict[str, float]:
-    """Eight edges one after another, and all at a time; in turns."""
-    question = {"ids": list(range(5, 37)), "tokens": settings.tokens, "exact": False}
-    with LocalCloud(folder, settings.model, *_cloud_options(settings)) as cloud, ExitStack() as stack:
+    """Eight edges one after another, and all at a time; in turns. Each has a prompt of its own."""
+    questions = [
+        {"ids": list(range(5 + number, 37 + number)), "tokens": settings.tokens, "exact": False}
+        for number in range(len(CONTEXTS))
+    ]
+    with LocalCloud(folder, settings.model, *settings.cloud_options()) as cloud, ExitStack() as stack:
         edges = list(_edges(cloud, len(CONTEXTS), stack))
         ratios, shares = [], []
         with stderr_progress("turns of eight edges", settings.turns + 1) as advance:
             for turn in range(settings.turns + 1):
                 begun = time.perf_counter()
-                answers = [edge.ask(question) for edge in edges]
+                answers = [edge.ask(question) for edge, question in zip(edges, questions, strict=True)]
                 serial = time.perf_counter() - begun
                 begun = time.perf_counter()
-                for edge in edges:
+                for edge, question in zip(edges, questions, strict=True):
                     edge.send(question)
                 for edge in edges:
                     edge.answer()

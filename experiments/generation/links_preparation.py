@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.common.errors import ConfigError, DataError
@@ -25,12 +26,14 @@ from isthmus.experiments.scoring.tasks import Question, Sizes, Split, default_da
 TASK = "e2e"
 VALIDATION = 16
 """Examples that are held out of tuning, for its report."""
-WRITTEN = ("--special-tokens", "--temperature", "0.6")
+CLOUD_DTYPE: Literal["fp32", "bf16"] = "bf16"
+"""Of the clouds that links are measured with, and that the adapter is tuned with."""
+SAMPLE_FLAGS = ("--special-tokens", "--temperature", "0.6")
 """Conversations as the model sees them, of what is likely, as greedy texts are."""
-DISTILLATION = ("--length", "128", "--precision", "bf16", "--learning-rate", "1e-3")
+DISTILL_FLAGS = ("--length", "128", "--precision", "bf16", "--learning-rate", "1e-3")
 """In bf16 a step takes half of the time. Three layers begin far from what they should do: at three times the usual
 learning rate they are nearer to it from the first steps on."""
-TUNING = {"batch": 4, "max_length": 256, "learning_rate": 1e-3, "log_every": 50}
+TRAIN_OPTIONS = {"batch": 4, "max_length": 256, "learning_rate": 1e-3, "log_every": 50}
 """As the other benchmarks tune on E2E."""
 
 
@@ -60,7 +63,7 @@ def prepare(settings: GenerateSettings, *, tuned: bool) -> Prepared:
         tuned: Whether an adapter is needed, too.
 
     Raises:
-        ConfigError: A draft is given, and no adapter that was tuned with it.
+        ConfigError: A draft is given, and no adapter that was tuned with it, or the other way round.
         DataError: The data of E2E are missing or malformed.
         IsthmusError: Whatever a command raises that makes it.
     """
@@ -69,23 +72,23 @@ def prepare(settings: GenerateSettings, *, tuned: bool) -> Prepared:
         if tuned and adapter is None:
             raise ConfigError(f"an adapter that was tuned with {draft} is needed, too: give --adapter, or --texts chat")
         return Prepared(draft, adapter if tuned else None)
+    if adapter is not None:
+        raise ConfigError(
+            f"the draft that {adapter} was tuned with is needed, too: give --draft, or leave --adapter out"
+        )
     checkpoint = resolve(settings.model)
     name = f"{checkpoint.name.rpartition('/')[2]}-{checkpoint.digest()[:8]}-{settings.edge_layers.replace(':', '-')}"
     folder = settings.out / name
-    cloud = LocalCloud(
-        folder,
-        str(checkpoint.folder),
-        *("--edge-layers", settings.edge_layers, "--dtype", "bf16", "--threads", str(settings.threads)),
-    )
+    cloud = LocalCloud(folder, str(checkpoint.folder), *settings.cloud_options(CLOUD_DTYPE))
     draft = folder / f"draft-{settings.sample_tokens}-{settings.distill_steps}"
     if not is_package(draft):
         _build(settings, checkpoint, cloud.home, _sample(settings, checkpoint, folder), draft)
-    if tuned and adapter is None:
+    if tuned:
         adapter = folder / f"tuned-{settings.tune_steps}-{draft.name}"
         if not (adapter / "report.json").is_file():
             shutil.rmtree(adapter, ignore_errors=True)
             _tune(settings, cloud, draft, adapter)
-    return Prepared(draft, adapter if tuned else None)
+    return Prepared(draft, adapter)
 
 
 def read_e2e(settings: GenerateSettings) -> Split:
@@ -113,7 +116,7 @@ def _sample(settings: GenerateSettings, checkpoint: Checkpoint, folder: Path) ->
     text, begun = folder / f"sample-{settings.sample_tokens}.jsonl", folder / "sample-begun.jsonl"
     if not text.is_file():
         begun.unlink(missing_ok=True)  # the command keeps what it has when it is interrupted: too little
-        options = ("--tokens", str(settings.sample_tokens), *WRITTEN, "--out", str(begun))
+        options = ("--tokens", str(settings.sample_tokens), *SAMPLE_FLAGS, "--out", str(begun))
         run_isthmus("emulator", "sample", "--model", str(checkpoint.folder), *options)
         begun.rename(text)
     return text
@@ -123,7 +126,7 @@ def _build(settings: GenerateSettings, checkpoint: Checkpoint, home: Path, text:
     """Build the draft; a distillation that was interrupted goes on."""
     run_isthmus(
         *("emulator", "build", "--model", str(checkpoint.folder), "--draft", "--distill", str(text)),
-        *("--allow-draft-tuning", "--distill-steps", str(settings.distill_steps), *DISTILLATION),
+        *("--allow-draft-tuning", "--distill-steps", str(settings.distill_steps), *DISTILL_FLAGS),
         *("--adapter-layers", settings.edge_layers, "--home", str(home), "--out", str(out)),
     )
 
@@ -141,7 +144,7 @@ def _tune(settings: GenerateSettings, cloud: LocalCloud, draft: Path, out: Path)
         "save_every": settings.tune_steps,
         "threads": settings.threads,
         "draft": draft,
-        **TUNING,
+        **TRAIN_OPTIONS,
     }
     with cloud:
         connection = {"cloud": cloud.connection, "key": cloud.edge_key}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +15,9 @@ import torch
 from isthmus.common.torch_threads import use_threads
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import connect
-from isthmus.edge.drafts.candidates import Draft, drafting
-from isthmus.edge.drafts.emulator_draft import EmulatorDraft
-from isthmus.edge.drafts.ngram_draft import NgramDraft
-from isthmus.edge.drafts.tuned_draft import tuned_beside
+from isthmus.edge.config.client_config import GenerationConfig
+from isthmus.edge.drafts import Draft, DraftStatistics, FixedLength, ModelDraft, NgramDraft, drafting
+from isthmus.edge.generation.text_generator import draft_of
 from isthmus.experiments.harness.processes import Parent, serve
 
 MODULE: Final = "isthmus.experiments.generation.links_process"
@@ -26,6 +25,13 @@ SEQUENTIAL: Final = "none"
 NGRAM: Final = "ngram"
 SMALL: Final = "small draft"
 TUNED: Final = "tuned draft"
+FIXED: Final = {f"fixed {length}": length for length in (2, 4)}
+"""What a package drafts, always so many tokens, tuned where the text is: the adaptive length is compared with it."""
+COUNTS: Final = (
+    *("rounds", "drafted", "judged", "accepted", "catch_ups"),
+    *("draft_seconds", "catch_up_seconds", "token_seconds"),
+)
+"""Of `DraftStatistics`, what is said of each text."""
 
 
 class DraftedTexts:
@@ -48,8 +54,8 @@ class DraftedTexts:
         """Generate so many tokens at most.
 
         Returns:
-            The new `tokens`, the `seconds` that they took, prompt and all, and of the draft `rounds`, and the tokens
-            that were `drafted` and `accepted` in these; all 0 without one.
+            The new `tokens`, the `seconds` that they took, prompt and all, and `COUNTS` of the draft; all 0 without
+            one.
         """
         draft = None if name == SEQUENTIAL else self._drafts[name]
         before = _counts(draft)
@@ -68,20 +74,28 @@ class DraftedTexts:
         return {"tokens": found[0, len(ids) :].tolist(), "seconds": seconds, **counts}
 
 
-def _counts(draft: Draft | None) -> dict[str, int]:
-    if draft is None:
-        return {"rounds": 0, "drafted": 0, "accepted": 0}
-    statistics = draft.statistics
-    return {"rounds": statistics.rounds, "drafted": statistics.drafted, "accepted": statistics.accepted}
+def _counts(draft: Draft | None) -> dict[str, Any]:
+    statistics = DraftStatistics() if draft is None else draft.statistics
+    return {name: getattr(statistics, name) for name in COUNTS}
 
 
-def _maker(name: str, model: Any, task: Mapping[str, Any]) -> Callable[[], Draft]:
-    """What makes the draft of a name; one of a package is loaded once, and learns anew each time."""
-    if name == NGRAM:
-        return NgramDraft
-    tuned = tuned_beside(Path(task["adapter"])) if name == TUNED else None
-    found = EmulatorDraft.open(Path(task["draft"]), model, tuned=tuned, dtype=torch.bfloat16)  # as `edge generate`
-    return partial(EmulatorDraft, found.model)
+def _makers(names: Sequence[str], package: str, adapter: Path | None, model: Any) -> dict[str, Callable[[], Draft]]:
+    """What makes each draft. Those of a package share its weights, and each one that is made learns anew."""
+
+    @cache
+    def opened(own: Path | None) -> Any:
+        settings = GenerationConfig(draft=package)  # so in the dtype of `edge generate`
+        draft: Any = draft_of(settings, model, own, signer=None)
+        return draft.model
+
+    makers: dict[str, Callable[[], Draft]] = {}
+    for name in names:
+        if name == NGRAM:
+            makers[name] = NgramDraft
+        else:
+            rule = FixedLength(FIXED[name]) if name in FIXED else None
+            makers[name] = partial(ModelDraft, opened(None if name == SMALL else adapter), rule)
+    return makers
 
 
 def _main(parent: Parent) -> None:
@@ -90,7 +104,7 @@ def _main(parent: Parent) -> None:
     adapter = None if task["adapter"] is None else Path(task["adapter"])
     with connect(task["connection"], key=task["key"], interactive=True) as link:
         model = load_adapted(link, adapter, plugged=False).eval()
-        texts = DraftedTexts(model, {name: _maker(name, model, task) for name in task["drafts"]})
+        texts = DraftedTexts(model, _makers(task["drafts"], task["draft"], adapter, model))
         parent.say("ready")
         for question in parent.questions():
             if question["begin"]:

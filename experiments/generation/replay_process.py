@@ -1,10 +1,14 @@
-"""An edge of the replay, in a process of its own: it answers requests when they come, or trains all the while."""
+"""An edge of the replay, in a process of its own: it answers requests when they come, or trains all the while.
+
+A request's prompt is so many random tokens.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -59,27 +63,28 @@ def _answered(model: Any, request: dict[str, Any], start: float, vocabulary: int
 
 
 def _answer_all(parent: Parent, models: list[Any], question: dict[str, Any]) -> None:
-    """Answer requests as they come, each session one at a time."""
-    waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    results: list[dict[str, Any]] = []
+    """Answer requests as they come, each session one at a time.
+
+    Raises IsthmusError where a session failed: whatever kind fits.
+    """
+    free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for model in models:
+        free.put(model)
     start = question["start"]
 
-    def work(model: Any) -> None:
-        torch.set_num_threads(1)
-        while (request := waiting.get()) is not None:
-            results.append(_answered(model, request, start, model.config.vocab_size))
+    def work(request: dict[str, Any]) -> dict[str, Any]:
+        model = free.get()
+        try:
+            return _answered(model, request, start, model.config.vocab_size)
+        finally:
+            free.put(model)
 
-    threads = [threading.Thread(target=work, args=(model,)) for model in models]
-    for thread in threads:
-        thread.start()
-    for request in question["requests"]:
-        time.sleep(max(0.0, start + request["at"] - time.monotonic()))
-        waiting.put(request)
-    for _ in threads:
-        waiting.put(None)
-    for thread in threads:
-        thread.join()
-    parent.say(results)
+    with ThreadPoolExecutor(len(models), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        answers = []
+        for request in question["requests"]:
+            time.sleep(max(0.0, start + request["at"] - time.monotonic()))
+            answers.append(pool.submit(work, request))
+    parent.say([answer.result() for answer in answers])
 
 
 def _train(parent: Parent, model: Any) -> None:

@@ -2,7 +2,9 @@
 
 The requests are those of the Azure LLM inference traces of 2023 (Patel et al. 2024, "Splitwise", ISCA): when each
 came, its context and how much was generated. They are scaled to the model and the machine: fewer tokens, and another
-rate.
+rate. The traces have no texts, so the prompts are random tokens. The first half of the requests is replayed with
+batching and then without, the second half the other way round, each time against a new cloud, so that whatever else the
+machine does hits both alike.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import datetime
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,12 @@ from isthmus.common.errors import ConfigError
 from isthmus.experiments.generation.replay_process import MODULE
 from isthmus.experiments.harness.bench_settings import ServeSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
-from isthmus.experiments.harness.process_memory import proportional_bytes
+from isthmus.experiments.harness.process_memory import memory_bytes
 from isthmus.experiments.harness.processes import TaskProcess
 
 TRACES = ("AzureLLMInferenceTrace_conv.csv", "AzureLLMInferenceTrace_code.csv")
+RUNS: dict[str, tuple[str, ...]] = {"batched": (), "unbatched": ("--batching", "off")}
+"""The further options of each one's cloud."""
 SESSIONS = 2
 """Of each tenant that asks: further requests of its wait for one of these."""
 FIRST_SECONDS, BETWEEN_SECONDS = 2.0, 0.5
@@ -46,6 +51,23 @@ class TraceRequest:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of replaying some requests against one cloud.
+
+    Attributes:
+        answers: What the tenants that ask said of each request.
+        trained_per_s: Token positions per second of those that train.
+        cache_bytes: What the cloud counted for keys and values at the end.
+        cache_bytes_measured: By how much its worker shrank when these were released.
+    """
+
+    answers: Sequence[dict[str, Any]]
+    trained_per_s: float
+    cache_bytes: int
+    cache_bytes_measured: int
+
+
 def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
     """Measure; see the module.
 
@@ -54,12 +76,15 @@ def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
         `first_s` and `between_s` (each p50 and p99), `first_in_time` and `later_in_time` (the share of requests whose
         first token came within 2 s, and all of whose later ones within 0.5 s), and of the cloud's memory
         `cache_bytes`, what it counted for keys and values at the end, and `cache_bytes_measured`, by how much the
-        worker shrank when these were released.
+        worker shrank when these were released, both in the mean of the two halves.
     """
-    requests = _requests(settings)
+    first, second = _halves(_requests(settings))
+    replays: dict[str, list[Replay]] = {name: [] for name in RUNS}
+    for half, requests, names in ((1, first, RUNS), (2, second, reversed(RUNS))):
+        for name in names:
+            replays[name].append(_replay(settings, folder / f"{name}-{half}", requests, *RUNS[name]))
     return {
-        "batched": _run(settings, folder / "batched", requests),
-        "unbatched": _run(settings, folder / "unbatched", requests, "--batching", "off"),
+        **{name: figures(found) for name, found in replays.items()},
         **asdict(settings),
         "traces": str(settings.traces),
     }
@@ -68,7 +93,7 @@ def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the two runs beside each other."""
     for name in result["batched"]:
-        cells = (result[run][name] for run in ("batched", "unbatched"))
+        cells = (result[run][name] for run in RUNS)
         typer.echo(f"{name:24} " + "  ".join(f"{_cell(each):>22}" for each in cells))
 
 
@@ -107,7 +132,14 @@ def _requests(settings: ServeSettings) -> list[TraceRequest]:
     return sorted(found, key=lambda each: each.at)
 
 
-def _run(settings: ServeSettings, folder: Path, requests: list[TraceRequest], *options: str) -> dict[str, Any]:
+def _halves(requests: Sequence[TraceRequest]) -> tuple[Sequence[TraceRequest], Sequence[TraceRequest]]:
+    """The first half of the requests, and the second one, which begins at 0, too."""
+    middle = len(requests) // 2
+    begun = requests[middle].at
+    return requests[:middle], [replace(each, at=each.at - begun) for each in requests[middle:]]
+
+
+def _replay(settings: ServeSettings, folder: Path, requests: Sequence[TraceRequest], *options: str) -> Replay:
     """One cloud, half of whose tenants train while the others ask."""
     half = settings.n // 2
     with (
@@ -137,19 +169,25 @@ def _run(settings: ServeSettings, folder: Path, requests: list[TraceRequest], *o
             process.send("over")
         trained = [process.answer() for process in trainers]
         counted, measured = _memory(cloud, askers, trainers)
-    seconds = max(each["ended_s"] for each in answers)
+    return Replay(answers, sum(each["positions"] / each["seconds"] for each in trained), counted, measured)
+
+
+def figures(replays: Sequence[Replay]) -> dict[str, Any]:
+    """The figures of both halves together; see `run_serve`."""
+    answers = [answer for each in replays for answer in each.answers]
+    seconds = sum(max(answer["ended_s"] for answer in each.answers) for each in replays)
     first = [each["first_s"] for each in answers]
     between = [gap for each in answers for gap in each["between_s"]]
     return {
         "requests": len(answers),
         "tokens_per_s": sum(1 + len(each["between_s"]) for each in answers) / seconds,
-        "trained_per_s": sum(each["positions"] / each["seconds"] for each in trained),
+        "trained_per_s": statistics.mean(each.trained_per_s for each in replays),
         "first_s": _percentiles(first),
         "between_s": _percentiles(between),
         "first_in_time": statistics.mean(each <= FIRST_SECONDS for each in first),
         "later_in_time": statistics.mean(max(each["between_s"], default=0.0) <= BETWEEN_SECONDS for each in answers),
-        "cache_bytes": counted,
-        "cache_bytes_measured": measured,
+        "cache_bytes": statistics.mean(each.cache_bytes for each in replays),
+        "cache_bytes_measured": statistics.mean(each.cache_bytes_measured for each in replays),
     }
 
 
@@ -159,11 +197,16 @@ def _memory(cloud: LocalCloud, askers: list[TaskProcess], trainers: list[TaskPro
         process.finish(60)
     time.sleep(SETTLE_SECONDS)
     status = cloud.status()
-    before = proportional_bytes(status["pid"])
+    before = _anonymous_bytes(status["pid"])
     for process in askers:
         process.finish(60)
     time.sleep(SETTLE_SECONDS)
-    return status["cache_bytes"], before - proportional_bytes(status["pid"])
+    return status["cache_bytes"], before - _anonymous_bytes(status["pid"])
+
+
+def _anonymous_bytes(pid: int) -> int:
+    """Memory of a process that is of no file. PSS grows when edges end, with which the worker shares libraries."""
+    return memory_bytes(pid, "status", "RssAnon")
 
 
 def _edge(cloud: LocalCloud, number: int, stack: ExitStack, *, trains: bool) -> TaskProcess:

@@ -93,7 +93,8 @@ class GenerateSettings:
     drafts: Annotated[
         str,
         Option(
-            help="On links: ngram, small draft and tuned draft, comma-separated; by default all. None is always there."
+            help="On links: ngram, small draft, tuned draft, and fixed 2 and fixed 4 (so many tokens, whatever pays), "
+            "comma-separated; by default the first three. None is always there."
         ),
     ] = ""
     link_prompts: Annotated[int, Option(min=1, max=49, help="Prompts for each link, text and draft.")] = 8
@@ -108,8 +109,8 @@ class GenerateSettings:
     adapter: Annotated[
         Path | None,
         Option(
-            help="Folder OUT of `edge train --draft PACKAGE --out OUT`, tuned on E2E; by default one is tuned with the "
-            "draft."
+            help="Folder OUT of `edge train --draft PACKAGE --out OUT`, tuned on E2E, beside --draft; by default one "
+            "is tuned with the draft."
         ),
     ] = None
     sample_tokens: Annotated[
@@ -123,10 +124,16 @@ class GenerateSettings:
         None
     )
 
+    def cloud_options(self, dtype: Literal["fp32", "bf16"] = "fp32") -> tuple[str, ...]:
+        """Options of `isthmus cloud serve` for a cloud that computes in this dtype."""
+        return "--edge-layers", self.edge_layers, "--threads", str(self.threads), "--dtype", dtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
     """Replay real requests against eight tenants, half of which train meanwhile; with batching and without.
+
+    When they came and their lengths are real, their prompts are random tokens.
 
     Example: isthmus bench serve --traces azure-llm-2023 --json
     """

@@ -21,13 +21,15 @@ class FaultSettings:
     """Break whatever can break during one training run, and compare it with an undisturbed one, bit for bit.
 
     Connections are cut in each phase of a call, the worker and the edge are killed, the cloud is restarted and forgets
-    forward states. A fault counts only where a call in flight failed or was repeated because of it.
+    forward states. Then an answer is generated while connections are cut and the worker is killed: its text is the one
+    of an undisturbed run. A fault counts only where a call in flight failed or was repeated because of it.
 
     Example: isthmus bench faults --json
     """
 
     model: flags.Model = "smollm2-135m"
     steps: Annotated[int, Option(min=1, help="Optimizer steps of either run.")] = 40
+    tokens: Annotated[int, Option(min=2, help="Tokens of either answer.")] = 64
     per_phase: Annotated[int, Option(min=1, help="Faults of each phase that have to count.")] = 3
     phases: Annotated[str, Option(help="Phases to break, comma-separated; by default all.")] = ""
     edge_layers: flags.EdgeLayers = "2:2"

@@ -1,7 +1,9 @@
-"""A training whose wire is broken in several ways, between real processes, ends in the undisturbed one's adapter."""
+"""Whatever breaks the wire between real processes, a training ends in the undisturbed one's adapter, and an answer has
+the undisturbed one's text."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.rig_settings import FaultSettings
+from isthmus.experiments.rigs.faults import answering_edge
 from isthmus.experiments.rigs.faults.fault_plan import PHASES
 from isthmus.experiments.rigs.faults.faults import run_faults
 
@@ -28,6 +31,24 @@ def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert figures["losses_identical"]
     assert figures["adapter_identical"]
     assert figures["lora_b_max_abs"] > 0
+    assert figures["answer_identical"]
+    assert figures["answer_replayed"] > 0
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
+def test_an_answer_of_an_edge_that_forgets_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = str(Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((tests, os.environ.get("PYTHONPATH", ""))))
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(answering_edge, "MODULE", "support.cloud.forgetful_edge")
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    settings = FaultSettings(str(model), tokens=8, per_phase=1, phases="decode_worker_killed")
+    figures = run_faults(settings, tmp_path)
+    assert figures["faults_by_phase"] == {"decode_worker_killed": 1}
+    assert figures["retries"] > 0 < figures["answer_replayed"]
+    assert not figures["answer_identical"]
+    assert "adapter_identical" not in figures  # nothing was trained
 
 
 def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:

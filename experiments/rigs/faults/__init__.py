@@ -1,4 +1,4 @@
-"""`isthmus bench faults`: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's.
+"""`isthmus bench faults`: whatever breaks between an edge and a cloud, adapter and answer are the undisturbed run's.
 
 May import `isthmus.experiments.rigs.network`.
 """

@@ -28,10 +28,19 @@ TRIGGERS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "edge_killed": (CALLS, "waiting"),
     "cloud_restarted": (("forward",), "waiting"),
     "stash_evicted": (("backward",), "sending"),
+    "decode_sending": (("decode",), "sending"),
+    "decode_waiting": (("decode",), "waiting"),
+    "decode_receiving": (("decode",), "waiting"),
+    "decode_worker_killed": (("decode",), "waiting"),
 }
 PHASES: Final = tuple(TRIGGERS)
+ANSWER_PHASES: Final = tuple(phase for phase, (questions, _) in TRIGGERS.items() if questions == ("decode",))
+"""Those of an answer that is generated; the others are of a training."""
 # The answer is held back for these: otherwise it might be with the edge before the fault is.
-HELD: Final = ("forward_waiting", "forward_receiving", "backward_waiting", "backward_receiving", "worker_killed")
+HELD: Final = (
+    *("forward_waiting", "forward_receiving", "backward_waiting", "backward_receiving", "worker_killed"),
+    *("decode_waiting", "decode_receiving", "decode_worker_killed"),
+)
 # A drained cloud answers the call in flight: it is the next one that fails.
 PATIENCE: Final = {"cloud_restarted": 2}
 EXHAUSTED = 4  # a phase may be tried so many times as often as it has to count
@@ -43,9 +52,9 @@ class Moment:
     """A phase of a question as it begins on the edge.
 
     Args:
-        question: "handshake", "forward", "backward", or another message's name.
+        question: "handshake", "forward", "backward", "decode", or another message's name.
         phase: "sending", "waiting", "receiving" or "idle".
-        step: the optimizer step under way, from 1.
+        step: the optimizer step under way, or the call to decode after the prompt's, counting repeated ones; from 1.
         retries: the edge's count of repeated attempts so far.
         bytes_up: bytes of frames that the edge has handed to the stream so far.
     """
@@ -78,6 +87,7 @@ class FaultPlan:
 
     Args:
         per_phase: faults of each phase that have to count.
+        steps: of the run, as in `Moment`; without repeated ones.
 
     Attributes:
         wanted: faults that have to count in all.

@@ -1,9 +1,11 @@
-"""Faults: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's, bit for bit.
+"""Faults: whatever breaks between an edge and a cloud, the adapter is the undisturbed run's, bit for bit, and an answer
+that is generated has its text.
 
 Two runs of the same training: one that nobody disturbs, and one whose traffic goes through a relay that breaks it on
-command, whose worker and edge are killed, whose cloud is restarted and forgets forward states. The edge stops at every
-phase of every call until this process lets it go on, so a fault falls where it is meant to. See
-`isthmus.experiments.rigs.faults.fault_plan` for which faults count.
+command, whose worker and edge are killed, whose cloud is restarted and forgets forward states. Then two of the same
+answer, in one of which the connection is cut and the worker killed. The edge stops at every phase of every call until
+this process lets it go on, so a fault falls where it is meant to. See `isthmus.experiments.rigs.faults.fault_plan` for
+which faults count.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -28,49 +30,142 @@ from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.prose import write_jsonl
 from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.harness.tickets import make_tickets
+from isthmus.experiments.rigs.faults import answering_edge
 from isthmus.experiments.rigs.faults.fault_edge import Edge
-from isthmus.experiments.rigs.faults.fault_plan import PHASES, Fault, FaultPlan, Moment
+from isthmus.experiments.rigs.faults.fault_plan import ANSWER_PHASES, PHASES, Fault, FaultPlan, Moment
 from isthmus.experiments.rigs.network.relay import Direction, Relay
 from isthmus.protocol.enrolment import ConnectionString
 
+PROMPT = "Hello, my card was charged twice for the"
 PASSED_SECONDS = 10.0  # a question that the edge has queued is through the relay within this time
 AWAY_SECONDS = 1.5
-MIDDLE = 2048  # bytes into a question; even a tiny model's are several times as long
+# Bytes into a question or an answer: even a tiny model's are twice as long, those of many tokens and of one.
+MIDDLE, MIDDLE_OF_ONE = 2048, 64
 # Bytes into a handshake: in the middle of the server's keys, and of the edge's sealed identity.
 IN_HANDSHAKE: dict[Direction, int] = {"down": 700, "up": 900}
 
 
 def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
-    """Run both trainings and compare them; see the module.
+    """Run both trainings and both answers, and compare them; see the module.
 
     Returns:
-        The figures of `isthmus bench faults`.
+        The figures of `isthmus bench faults`; of the training or the answer, only where a phase of it is broken.
 
     Raises:
         ConfigError: an unknown phase.
         IsthmusError: the cloud did not start, or an edge ended with an error that no fault explains.
     """
     phases = names_of(settings.phases, "phases", PHASES)
-    write_texts(folder / "tickets.jsonl", 4 * settings.steps)
-    started = time.monotonic()
-    with _Clouds(settings, folder) as clouds:
-        task = _task(settings, folder, "undisturbed", clouds.address, clouds.key)
-        with Edge(task, folder / "undisturbed.log", watched=False) as edge:
-            edge.finish()
-        plan = FaultPlan(phases, settings.per_phase, settings.steps)
-        with Relay(*clouds.endpoint) as relay, stderr_progress("faults", plan.wanted) as advance:
-            run = _DisturbedRun(settings, folder, clouds, relay, plan, advance)
-            run.run()
-    counted = plan.counted
+    works: list[_Work] = [_Training(settings, folder), _Answer(settings, folder)]
+    works = [work for work in works if not set(work.phases).isdisjoint(phases)]
+    broken = [[phase for phase in phases if phase in work.phases] for work in works]
+    plans = [FaultPlan(each, settings.per_phase, work.steps) for each, work in zip(broken, works, strict=True)]
+    started, retries = time.monotonic(), 0
+    with (
+        _Clouds(settings, folder) as clouds,
+        stderr_progress("faults", sum(plan.wanted for plan in plans)) as advance,
+    ):
+        for work, plan in zip(works, plans, strict=True):
+            with work.edge("undisturbed", clouds.address, clouds.key, watched=False) as edge:
+                edge.finish()
+            with Relay(*clouds.endpoint) as relay:
+                run = _DisturbedRun(work, clouds, relay, plan, advance)
+                run.run()
+            retries += run.retries
+    counted = sum((plan.counted for plan in plans), Counter[str]())
     return {
         "faults": counted.total(),
-        "faults_injected": plan.injected,
+        "faults_injected": sum(plan.injected for plan in plans),
         "faults_by_phase": {phase: counted[phase] for phase in phases},
-        **compare_runs(settings.steps, folder / "undisturbed", folder / "disturbed"),
-        "retries": run.retries,
+        **{name: value for work in works for name, value in work.compared().items()},
+        "retries": retries,
         "seconds": round(time.monotonic() - started, 1),
         **{name: value for name, value in dataclasses.asdict(settings).items() if name != "phases"},
     }
+
+
+class _Work(Protocol):
+    """What an edge does twice: undisturbed and disturbed."""
+
+    @property
+    def phases(self) -> Sequence[str]:
+        """Those that can be broken in it."""
+
+    @property
+    def steps(self) -> int:
+        """As in `Moment`."""
+
+    def edge(self, name: str, cloud: ConnectionString, key: Path, *, watched: bool = True) -> Edge:
+        """An edge that does it, and goes on where one of the same name was killed."""
+
+    def compared(self) -> dict[str, Any]:
+        """What the disturbed one differs in."""
+
+
+class _Training:
+    """A training: LoRA with dropout, so that the random state has to be resumed too."""
+
+    phases = tuple(phase for phase in PHASES if phase not in ANSWER_PHASES)
+
+    def __init__(self, settings: FaultSettings, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
+        self.steps = settings.steps
+
+    def edge(self, name: str, cloud: ConnectionString, key: Path, *, watched: bool = True) -> Edge:
+        """See `_Work`."""
+        settings, data = self._settings, self._folder / "tickets.jsonl"
+        write_texts(data, 4 * settings.steps)
+        config = {  # the fields of `TrainConfig`
+            "cloud": str(cloud),
+            "key": str(key),
+            "data": str(data),
+            "validation_split": 0.0,
+            "out": str(self._folder / name),
+            "steps": settings.steps,
+            "batch": settings.batch,
+            "max_length": settings.seq,
+            "learning_rate": 1e-3,
+            "dropout": 0.1,
+            "save_every": settings.save_every,
+            "threads": settings.threads,
+            "resume": True,
+        }
+        return Edge(config, self._folder / f"{name}.log", watched=watched)
+
+    def compared(self) -> dict[str, Any]:
+        """See `compare_runs`."""
+        return compare_runs(self.steps, self._folder / "undisturbed", self._folder / "disturbed")
+
+
+class _Answer:
+    """An answer: sampled, as greedy ones of a small model repeat a few tokens, whatever its caches have."""
+
+    phases = ANSWER_PHASES
+
+    def __init__(self, settings: FaultSettings, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
+        self.steps = settings.tokens - 1  # the first token comes with the prompt
+
+    def edge(self, name: str, cloud: ConnectionString, key: Path, *, watched: bool = True) -> Edge:
+        """See `_Work`."""
+        config = {  # see `answering_edge`
+            "cloud": str(cloud),
+            "key": str(key),
+            "prompt": PROMPT,
+            "max_new_tokens": self._settings.tokens,
+            "temperature": 1.0,
+            "seed": 0,
+            "threads": self._settings.threads,
+            "out": str(self._file(name)),
+        }
+        return Edge(config, self._folder / f"{name}-answer.log", watched=watched, module=answering_edge.MODULE)
+
+    def compared(self) -> dict[str, Any]:
+        """See `compare_answers`."""
+        return compare_answers(self._file("undisturbed"), self._file("disturbed"))
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}-answer.json"
 
 
 class _Clouds:
@@ -152,10 +247,9 @@ class _Clouds:
 
 @dataclasses.dataclass
 class _DisturbedRun:
-    """The training that is disturbed."""
+    """The work that is disturbed."""
 
-    settings: FaultSettings
-    folder: Path
+    work: _Work
     clouds: _Clouds
     relay: Relay
     plan: FaultPlan
@@ -165,16 +259,15 @@ class _DisturbedRun:
     """Bytes at the beginning of the question: passed by the relay, and handed over by the edge."""
 
     def run(self) -> None:
-        """Train to the end, with as many edges as that takes."""
+        """Work to the end, with as many edges as that takes."""
         while not self._one_life():
             self.plan.reborn()
 
     def _one_life(self) -> bool:
-        """Run one edge; True if it came to the training's end, False if it was killed."""
+        """Run one edge; True if it came to the work's end, False if it was killed."""
         address = ConnectionString("127.0.0.1", self.relay.port, self.clouds.address.pin)
         last = 0
-        task = _task(self.settings, self.folder, "disturbed", address, self.clouds.key)
-        with Edge(task, self.folder / "disturbed.log") as edge:
+        with self.work.edge("disturbed", address, self.clouds.key) as edge:
             for moment in edge.moments():
                 last = moment.retries
                 if self._at(moment, edge):
@@ -195,7 +288,8 @@ class _DisturbedRun:
             self.asked = (self.relay.bytes_passed("up"), moment.bytes_up)
             self.relay.release()
             if self.plan.wants_hold(moment):
-                self.relay.hold_after(MIDDLE, "down")  # the stream's own small frames pass; no answer is so short
+                # The stream's own small frames pass; no answer is so short.
+                self.relay.hold_after(_middle(moment.question), "down")
         if self.plan.wants_reconnect(moment):
             self.relay.cut()
         fault = self.plan.choose(moment)
@@ -213,18 +307,18 @@ class _DisturbedRun:
             case "handshake":
                 direction: Direction = "up" if fault.number % 2 else "down"
                 relay.cut_after(IN_HANDSHAKE[direction], direction)
-            case "forward_sending" | "backward_sending":
-                relay.cut_after(MIDDLE * (1 + fault.number % 3), "up")
-            case "forward_waiting" | "backward_waiting":
+            case "forward_sending" | "backward_sending" | "decode_sending":
+                relay.cut_after(_middle(moment.question) * (1 + fault.number % 3), "up")
+            case "forward_waiting" | "backward_waiting" | "decode_waiting":
                 self._delivered(size)
                 relay.cut()
-            case "forward_receiving" | "backward_receiving":
-                relay.cut_after(size // 2, "down")  # an answer is about as long as its question
+            case "forward_receiving" | "backward_receiving" | "decode_receiving":
+                relay.cut_after(size // 4, "down")  # after what passed already; an answer is about as long
                 relay.release()
             case "cloud_away":
                 relay.refuse_for(AWAY_SECONDS)
                 relay.cut()
-            case "worker_killed":
+            case "worker_killed" | "decode_worker_killed":
                 self._delivered(size)
                 self.clouds.kill_worker()
                 relay.cut()  # an answer that it had sent by then is lost with it
@@ -240,28 +334,13 @@ class _DisturbedRun:
         self.relay.wait_passed("up", self.asked[0] + size, PASSED_SECONDS)
 
 
+def _middle(question: str) -> int:
+    return MIDDLE_OF_ONE if question == "decode" else MIDDLE
+
+
 def write_texts(path: Path, count: int) -> None:
     """Tickets as plain text: every token has a label, so that even the shortest `seq` leaves something to learn."""
     write_jsonl(path, ({"text": ticket.prompt + ticket.completion} for ticket in make_tickets(count)))
-
-
-def _task(settings: FaultSettings, folder: Path, name: str, cloud: ConnectionString, key: Path) -> dict[str, Any]:
-    """The fields of `TrainConfig`: LoRA with dropout, so that the random state has to be resumed too."""
-    return {
-        "cloud": str(cloud),
-        "key": str(key),
-        "data": str(folder / "tickets.jsonl"),
-        "validation_split": 0.0,
-        "out": str(folder / name),
-        "steps": settings.steps,
-        "batch": settings.batch,
-        "max_length": settings.seq,
-        "learning_rate": 1e-3,
-        "dropout": 0.1,
-        "save_every": settings.save_every,
-        "threads": settings.threads,
-        "resume": True,
-    }
 
 
 def compare_runs(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, Any]:
@@ -279,4 +358,17 @@ def compare_runs(steps: int, undisturbed: Path, disturbed: Path) -> dict[str, An
         "adapter_identical": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
         "losses_identical": logs[0] == logs[1],
         "lora_b_max_abs": max(float(tensor.abs().max()) for name, tensor in other.items() if "lora_B" in name),
+    }
+
+
+def compare_answers(undisturbed: Path, disturbed: Path) -> dict[str, Any]:
+    """Whether two answers are the same, and how much of the disturbed one's caches was lost.
+
+    Args:
+        undisturbed: What `isthmus.experiments.rigs.faults.answering_edge` has written.
+    """
+    one, other = (json.loads(path.read_text()) for path in (undisturbed, disturbed))
+    return {
+        "answer_identical": (one["text"], one["tokens"]) == (other["text"], other["tokens"]),
+        "answer_replayed": other["replayed"],
     }

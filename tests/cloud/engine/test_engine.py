@@ -196,6 +196,7 @@ def test_requests_of_one_kind_are_computed_in_one_batch() -> None:
             future.result(10)
     assert batches == [[2, 4, 6], [11, 13]]
     assert engine.calls_per_pass == pytest.approx((3 + 1 + 2 + 2) / 4)
+    assert engine.shared_by_tenant == {f"tenant {item}": 1 for item in (2, 4, 6, 11, 13)}  # not 8 and 12, alone
     engine.shutdown(cancel=True)
 
 

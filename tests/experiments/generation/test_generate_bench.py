@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from support.models.tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
+from isthmus.common.errors import IsthmusError
 from isthmus.experiments.generation import generate_bench
-from isthmus.experiments.generation.generate_bench import Text, run_generate, text_of
+from isthmus.experiments.generation.generate_bench import Text, check_counts, run_generate, text_of
 from isthmus.experiments.generation.prompts import PROMPTS
 from isthmus.experiments.harness.bench_settings import GenerateSettings
 
@@ -21,6 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("bench") / "model", max_position_embeddings=512)
 
 
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_bench, "CONTEXTS", (5, 9))
     monkeypatch.setattr(generate_bench, "OTHERS", 2)
@@ -28,7 +32,8 @@ def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = run_generate(settings, tmp_path)
     assert (result["identical"], result["fast_bits_equal"]) == (1.0, True)
     exact = dict(result["exact_bits_equal"])
-    assert exact.pop("calls_per_pass") >= 1
+    assert exact.pop("calls_per_pass") > 1
+    assert min(exact.pop(name) for name in ("shared_calls", "drafted", "replayed")) > 0
     assert exact == {"among_eight": True, "drafts": True, "replay": True}
     for name in ("tokens_ratio", "tokens_ratio_exact", "batched_over_serial", "batched_bound"):
         assert result[name] > 0
@@ -49,6 +54,34 @@ def test_other_tokens_and_other_bits_are_noticed(model: Path) -> None:
     assert not torch.equal(before.tokens, text_of(whole, ids, 8).tokens)
     assert isinstance(before, Text)
     assert before.logits.shape == (8, whole.config.vocab_size)
+
+
+def test_a_comparison_that_shows_nothing_is_an_error() -> None:
+    check_counts({"shared_calls": 1, "drafted": 2})
+    with pytest.raises(IsthmusError, match="drafted is 0"):
+        check_counts({"shared_calls": 1, "drafted": 0})
+
+
+def test_another_edge_that_fails_fails_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    class Edge:
+        texts = 0
+
+        def ask(self, question: Any) -> None:
+            self.texts += 1
+            if self.texts > 1:  # the first one is before the comparison
+                asked.set()
+                if question["ids"] == [7]:
+                    raise IsthmusError("the process of edge 1 failed")
+
+    monkeypatch.setattr(generate_bench, "_edges", lambda _cloud, count, _stack: iter([Edge() for _ in range(count)]))
+    cloud: Any = None
+    with generate_bench._others_decoding(cloud, [[5]]):
+        assert asked.wait(10)
+    asked.clear()
+    with pytest.raises(IsthmusError, match="edge 1 failed"), generate_bench._others_decoding(cloud, [[7]]):
+        assert asked.wait(10)
 
 
 def test_the_prompts_differ() -> None:

@@ -22,9 +22,9 @@ from isthmus.edge.drafts import FixedLength, ModelDraft
 from isthmus.edge.drafts.candidates import Choose, Draft, DraftedToken
 from isthmus.edge.drafts.tuned_draft import save_tuned
 from isthmus.experiments.generation import links_bench, links_preparation
-from isthmus.experiments.generation.links_bench import bars, figures, run_links
+from isthmus.experiments.generation.links_bench import INTERVAL_PROMPTS, check_links, figures, run_links, targets
 from isthmus.experiments.generation.links_preparation import prepare, read_e2e, unseen_prompts
-from isthmus.experiments.generation.links_process import SEQUENTIAL, DraftedTexts
+from isthmus.experiments.generation.links_process import COUNTS, SEQUENTIAL, DraftedTexts
 from isthmus.experiments.harness.bench_settings import GenerateSettings
 from isthmus.experiments.network.net_space import missing
 from isthmus.experiments.scoring.tasks import Question, Split
@@ -37,31 +37,57 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("links") / "model", max_position_embeddings=512)
 
 
-def answer(
-    tokens: Sequence[int], seconds: float, rounds: int = 0, drafted: int = 0, accepted: int = 0
-) -> dict[str, Any]:
-    return {"tokens": list(tokens), "seconds": seconds, "rounds": rounds, "drafted": drafted, "accepted": accepted}
+def answer(tokens: Sequence[int], seconds: float, **counts: float) -> dict[str, Any]:
+    assert counts.keys() <= set(COUNTS)
+    return {"tokens": list(tokens), "seconds": seconds, **dict.fromkeys(COUNTS, 0), **counts}
 
 
 def test_speeds_are_those_of_all_prompts_over_the_ones_without_a_draft() -> None:
     found = figures(
         {
             "none": [answer([1] * 8, 4.0), answer([2] * 8, 4.0)],
-            "good": [answer([1] * 8, 1.0, 2, 8, 6), answer([2] * 8, 3.0, 6, 8, 2)],
-            "wrong": [answer([1] * 8, 5.0, 8, 16), answer([2] * 7 + [3], 5.0, 8, 16)],
+            "good": [
+                answer([1] * 8, 1.0, rounds=2, drafted=8, judged=7, accepted=6, draft_seconds=0.5, token_seconds=0.25),
+                answer(
+                    [2] * 8,
+                    3.0,
+                    **{"rounds": 6, "drafted": 8, "judged": 3, "accepted": 2, "catch_ups": 1},
+                    **{"draft_seconds": 0.5, "catch_up_seconds": 0.1, "token_seconds": 0.2},
+                ),
+            ],
+            "wrong": [
+                answer([1] * 8, 5.0, rounds=8, drafted=16, judged=8),
+                answer([2] * 7 + [3], 5.0, rounds=8, drafted=16, judged=8),
+            ],
         }
     )
     none, good, wrong = found
     assert [row["draft"] for row in found] == ["none", "good", "wrong"]
-    assert (none["tokens_per_s"], none["over_sequential"], none["over_sequential_95"]) == (2.0, 1.0, [1.0, 1.0])
+    assert (none["tokens"], none["tokens_per_s"], none["over_sequential"]) == (8, 2.0, 1.0)
+    assert (none["over_sequential_range"], none["over_sequential_95"]) == ([1.0, 1.0], None)
+    assert (none["judged"], none["acceptance"], none["draft_ms"]) == (0, None, None)
     assert (good["tokens_per_s"], good["over_sequential"]) == (4.0, 2.0)
-    assert good["over_sequential_95"] == [pytest.approx(4 / 3), pytest.approx(4.0)]
+    assert good["over_sequential_range"] == [pytest.approx(4 / 3), pytest.approx(4.0)]
+    assert (good["judged"], good["acceptance"]) == (10, 0.8)
+    assert good["draft_ms"] == pytest.approx(1000 * 0.45 / 15)
+    assert (good["catch_up_ms"], good["draft_share"]) == (pytest.approx(50.0), 0.25)
     assert (good["accepted_per_round"], good["drafted_per_round"], good["identical"]) == (1.0, 2.0, 1.0)
     assert wrong["over_sequential"] == 0.8
     assert (wrong["accepted_per_round"], wrong["drafted_per_round"], wrong["identical"]) == (0.0, 2.0, 0.5)
 
 
-def test_bars_are_of_the_best_draft_and_of_the_worst() -> None:
+def test_there_is_an_interval_from_some_prompts_on() -> None:
+    sequential = [answer([1] * 8, 4.0) for _ in range(INTERVAL_PROMPTS)]
+    drafted = [answer([1] * 8, 2.0 + number % 3, rounds=1) for number in range(INTERVAL_PROMPTS)]
+    _, found = figures({"none": sequential, "ngram": drafted})
+    least, most = found["over_sequential_95"]
+    assert found["over_sequential_range"] == [1.0, 2.0]
+    assert 1.0 < least < found["over_sequential"] < most < 2.0
+    _, found = figures({"none": sequential[1:], "ngram": drafted[1:]})
+    assert found["over_sequential_95"] is None
+
+
+def test_a_target_is_held_by_the_least_of_its_figures() -> None:
     def cell(rtt_ms: float, text: str, draft: str, over: float) -> dict[str, Any]:
         return {"rtt_ms": rtt_ms, "text": text, "draft": draft, "over_sequential": over}
 
@@ -71,15 +97,17 @@ def test_bars_are_of_the_best_draft_and_of_the_worst() -> None:
         *(cell(80.0, "chat", "ngram", 1.1), cell(80.0, "chat", "small draft", 1.3)),
         *(cell(80.0, "tuned", "small draft", 1.9), cell(80.0, "tuned", "tuned draft", 1.7)),
     ]
-    found = {name: (bar["measured"], bar["held"]) for name, bar in bars(cells).items()}
+    cells.append(cell(80.0, "chat", "fixed 2", 0.5))  # nobody is to reach anything with it
+    found = {name: (target["measured"], target["held"]) for name, target in targets(cells).items()}
     assert found == {
-        "chat_at_80_ms": (1.3, True),
+        "chat_small_at_80_ms": (1.3, True),
+        "chat_ngram_at_80_ms": (1.1, False),
         "tuned_at_80_ms": (1.7, False),
-        "best_at_80_ms": (1.9, False),
+        "goal_at_80_ms": (1.7, False),
         "least_at_0_ms": (0.89, False),
         "least_from_50_ms": (1.1, True),
     }
-    assert bars([cell(20.0, "chat", "ngram", 0.5)]) == {}
+    assert targets([cell(20.0, "chat", "ngram", 0.5)]) == {}
 
 
 def test_prompts_of_the_training_data_are_left_out() -> None:
@@ -130,7 +158,9 @@ def test_a_draft_is_counted_for_each_text_and_changes_none(model: Path) -> None:
         assert wrong["tokens"] == exact["tokens"] == alone["tokens"]
         assert (wrong["rounds"], wrong["accepted"]) == (8, 0)
         assert wrong["drafted"] > 8
-        assert (exact["rounds"], exact["accepted"]) == (2, 6)
+        assert (exact["rounds"], exact["accepted"], exact["judged"]) == (2, 6, 6)
+        assert wrong["judged"] == 7 < wrong["drafted"]  # the last round has no room for a draft
+        assert exact["token_seconds"] > 0 < exact["catch_up_seconds"]
     texts.begin()
     assert texts.text_of(range(5, 21), 8, "right")["rounds"] == 2
     assert [draft.statistics.rounds for draft in made] == [4, 2]
@@ -171,33 +201,38 @@ def test_what_is_there_is_not_made_again(model: Path, tmp_path: Path, monkeypatc
     assert len(commands) == 4
     with pytest.raises(ConfigError, match="give --adapter, or --texts chat"):
         prepare(replace(settings, draft=made.draft), tuned=True)
+    with pytest.raises(ConfigError, match="give --draft, or leave --adapter out"):
+        prepare(replace(settings, adapter=made.tuned), tuned=True)
+    assert len(commands) == 4
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [({"texts": "poem"}, "--texts 'poem' is not known"), ({"drafts": "large"}, "--drafts 'large' is not known")],
 )
-def test_unknown_names_are_refused(tmp_path: Path, given: dict[str, str], message: str) -> None:
+def test_unknown_names_are_refused(given: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_links(GenerateSettings("nowhere", **given), tmp_path)
+        check_links(GenerateSettings("nowhere", **given))
 
 
-def test_without_namespaces_the_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_the_links_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_bench, "missing", lambda: "there is no tun")
     with pytest.raises(ConfigError, match=r"there is no tun; or leave them out with --parts local"):
-        run_links(GenerateSettings("nowhere"), tmp_path)
+        check_links(GenerateSettings("nowhere"))
 
 
 @namespaces
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
-def test_a_whole_run(model: Path, tmp_path: Path) -> None:
+def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(links_bench, "CLOUD_DTYPE", "fp32")  # in bf16 tokens are too often equally likely
     package = tiny_package(tmp_path / "package", model)
     tuned(package, tmp_path / "run" / "adapter", on_package=False)
     settings = GenerateSettings(
         str(model),
-        rtt_ms=[0.0, 10.0],
+        rtt_ms=[0.0, 50.0],
+        drafts="ngram,small draft,tuned draft,fixed 2",
         link_prompts=1,
         link_tokens=12,
         threads=1,
@@ -212,17 +247,22 @@ def test_a_whole_run(model: Path, tmp_path: Path) -> None:
     result = run_links(settings, tmp_path)
     assert [(row["rtt_ms"], row["text"], row["draft"]) for row in result["links"]] == [
         (rtt_ms, text, draft)
-        for rtt_ms in (0.0, 10.0)
+        for rtt_ms in (0.0, 50.0)
         for text, drafts in (
-            ("chat", ("none", "ngram", "small draft")),
-            ("tuned", ("none", "ngram", "small draft", "tuned draft")),
+            ("chat", ("none", "ngram", "small draft", "fixed 2")),
+            ("tuned", ("none", "ngram", "small draft", "tuned draft", "fixed 2")),
         )
         for draft in drafts
     ]
-    rows = {(row["rtt_ms"], row["text"], row["draft"]): row for row in result["links"]}
-    assert rows[10.0, "chat", "none"]["tokens_per_s"] < 100  # no text is faster than its round trips
+    assert all(row["identical"] == 1 for row in result["links"])
+    for row in result["links"]:
+        if row["draft"] == "fixed 2":
+            assert row["drafted_per_round"] > 0 < row["judged"]
+            assert row["draft_ms"] > 0 < row["catch_up_ms"]
+        if row["rtt_ms"] and row["draft"] == "none":
+            assert row["tokens_per_s"] < 1 / 0.05  # no text is faster than its round trips
     assert (tmp_path / "links.png").read_bytes().startswith(b"\x89PNG")
-    assert set(result["bars"]) == {"least_at_0_ms"}
+    assert set(result["targets"]) == {"least_at_0_ms", "least_from_50_ms"}
 
 
 @pytest.mark.shared_data

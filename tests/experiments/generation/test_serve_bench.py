@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.models.tiny import tiny_checkpoint
 
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.generation import serve_bench
-from isthmus.experiments.generation.serve_bench import TRACES, TraceRequest, read_trace
+from isthmus.experiments.generation.serve_bench import TRACES, Replay, TraceRequest, figures, read_trace
 from isthmus.experiments.harness.bench_settings import ServeSettings
 
 ROWS = (
@@ -53,6 +54,27 @@ def test_requests_are_scaled_to_the_rate_and_the_model(tmp_path: Path) -> None:
     assert found[-1].tokens == 10
 
 
+def test_the_second_half_begins_anew() -> None:
+    requests = [TraceRequest(at, 8, 2) for at in (0.0, 1.0, 3.0, 7.0)]
+    first, second = serve_bench._halves(requests)
+    assert ([each.at for each in first], [each.at for each in second]) == ([0.0, 1.0], [0.0, 4.0])
+
+
+def test_figures_are_of_both_halves() -> None:
+    def answer(first: float, between: list[float], ended: float) -> dict[str, Any]:
+        return {"first_s": first, "between_s": between, "ended_s": ended}
+
+    one = Replay([answer(1.0, [0.1, 0.6], 2.0), answer(3.0, [0.1], 4.0)], 10.0, 100, 80)
+    other = Replay([answer(1.0, [0.1, 0.1], 1.0), answer(1.0, [], 1.0)], 30.0, 300, 200)
+    found = figures([one, other])
+    assert (found["requests"], found["tokens_per_s"], found["trained_per_s"]) == (4, 9 / 5, 20.0)
+    assert (found["first_in_time"], found["later_in_time"]) == (0.75, 0.75)
+    assert (found["cache_bytes"], found["cache_bytes_measured"]) == (200, 140)
+    assert found["first_s"]["p50"] == 1.0
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = ServeSettings(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from isthmus.experiments.rigs.faults.faults import compare_runs
+from isthmus.experiments.rigs.faults.faults import compare_answers, compare_runs
 
 
 def run(folder: Path, steps: list[int], value: float = 1.0, loss: float = 2.0) -> Path:
@@ -41,3 +41,15 @@ def test_one_bit_of_the_adapter_or_of_a_loss_is_seen(tmp_path: Path) -> None:
     bit = float(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
     assert not compare_runs(1, undisturbed, run(tmp_path / "b", [1], value=bit))["adapter_identical"]
     assert not compare_runs(1, undisturbed, run(tmp_path / "c", [1], loss=2.0000000000000004))["losses_identical"]
+
+
+def test_another_text_or_another_length_of_an_answer_is_seen(tmp_path: Path) -> None:
+    def answer(name: str, text: str, tokens: int) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps({"text": text, "tokens": tokens, "seconds": 1.0, "replayed": len(name)}))
+        return path
+
+    one = answer("a", "Hello", 2)
+    assert compare_answers(one, answer("bb", "Hello", 2)) == {"answer_identical": True, "answer_replayed": 2}
+    assert not compare_answers(one, answer("c", "Hallo", 2))["answer_identical"]
+    assert not compare_answers(one, answer("d", "Hello", 3))["answer_identical"]
