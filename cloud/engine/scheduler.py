@@ -300,8 +300,8 @@ class Scheduler:
             tenant, charge = self._tenants[request.tenant], self._speed.seconds([request])
             tenant.charge(charge)  # what it takes in fact is charged at its end
             self._running[request.session] = request, charge
-            if tenant.share.positions_per_second is not None and not request.continues:
-                tenant.budget -= request.positions if request.counted is None else request.counted
+            if tenant.share.positions_per_second is not None:
+                tenant.budget -= _rate_positions(request)
 
     def _at_work(self, now: float) -> dict[str, dict[bytes, int]]:
         """See `Snapshot`."""
@@ -328,7 +328,7 @@ class Scheduler:
         return list(first.values())
 
     def _within_rate(self, request: Request[Any]) -> bool:
-        return request.continues or not request.positions or not self._tenants[request.tenant].overdrawn
+        return not _rate_positions(request) or not self._tenants[request.tenant].overdrawn
 
     def _may_begin(self, request: Request[Any], snapshot: Snapshot) -> bool:
         """Whether rate, pacing and forward states allow it."""
@@ -340,3 +340,8 @@ class Scheduler:
 
     def _refuse(self, now: float) -> None:
         self._late += self._take_out([each for each in self._waiting if deadline_of(each) < now])
+
+
+def _rate_positions(request: Request[Any]) -> int:
+    """Token positions that a request counts against its tenant's rate."""
+    return request.positions if request.rate_positions is None else request.rate_positions

@@ -147,8 +147,8 @@ def test_a_limited_tenant_is_held_to_its_rate_and_leaves_the_worker_to_others() 
 def test_what_continues_counts_once_against_the_rate_and_is_charged_its_time() -> None:
     worker = Alone()
     limited = Share(1.0, 10.0)
-    for continues in (False, True, True):
-        worker.ask("limited", share=limited, positions=40, continues=continues)
+    for rate_positions in (None, 0, 0):
+        worker.ask("limited", share=limited, positions=40, rate_positions=rate_positions)
     assert worker.takes(3, 0.1) == ["limited"] * 3
     assert worker.virtual_times()["limited"] == pytest.approx(0.3)
     worker.ask("limited", share=limited, positions=1)
