@@ -22,7 +22,7 @@ from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Kind
+from isthmus.cloud.engine.requests import Kind, NotBegun
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, codec_by_id, encode
@@ -43,8 +43,8 @@ class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown
         self.have = have
 
 
-class NoRoom(Exception):  # noqa: N818 - tells whoever asked to ask again, is never shown to anybody
-    """Calls that run use so much of the pool that a step cannot begin now."""
+class CachePoolFull(NotBegun):
+    """Running calls hold too much of the pool for this step to begin; submit it again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
 
     Returns:
         For each the answer to its call where it was the last step, None where there are further ones, or an error:
-        `NoRoom` where it is to be asked for again.
+        `CachePoolFull` where it is to be asked for again.
     """
     outcomes: dict[int, Outcome] = {}
     for at, step in enumerate(steps):
@@ -298,16 +298,16 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
                 outcomes[at] = error
     begun = [at for at in range(len(steps)) if at not in outcomes]
     wanted = [(call.key, call.entry, call.nbytes) for call in (steps[at].call for at in begun)]
-    roomy = [begun[place] for place in steps[0].call.decoding.pool.acquire(wanted)]
-    outcomes.update((at, NoRoom()) for at in begun if at not in roomy)
-    for at in roomy:
+    admitted = [begun[place] for place in steps[0].call.decoding.pool.acquire(wanted)]
+    outcomes.update((at, CachePoolFull()) for at in begun if at not in admitted)
+    for at in admitted:
         try:
             if steps[at].first == 0:
                 steps[at].call.trim_cache()
         except Exception as error:  # noqa: BLE001  # as above
             steps[at].call.fail()
             outcomes[at] = error
-    ready = [at for at in roomy if at not in outcomes]
+    ready = [at for at in admitted if at not in outcomes]
     if ready:
         outcomes.update(zip(ready, _run_pass([steps[at] for at in ready]), strict=True))
     return [outcomes[at] for at in range(len(steps))]

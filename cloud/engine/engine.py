@@ -27,7 +27,7 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_b
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Request, TooLate
+from isthmus.cloud.engine.requests import NotBegun, Request, TooLate
 from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
 
 R = TypeVar("R")
@@ -163,17 +163,18 @@ class Engine:
         batch, threads = self._take(number)
         if not batch:
             return False
-        start, failed = time.perf_counter(), batch
+        start, failed, begun = time.perf_counter(), batch, batch
         try:
             torch.set_num_threads(threads)
             _compute(batch)
-            failed = [each for each in batch if not self._was_computed(each.future)]
+            begun = [each for each in batch if not _was_not_begun(each.future)]
+            failed = [each for each in begun if not self._was_computed(each.future)]
         finally:
             with self._changed:
-                if self._scheduler.may_share(batch[0]):
-                    self._batched += len(batch)
+                if begun and self._scheduler.may_share(batch[0]):
+                    self._batched += len(begun)
                     self._batches += 1
-                self._scheduler.finished(batch, time.perf_counter() - start, failed)
+                self._scheduler.finished(batch, time.perf_counter() - start, failed, begun)
                 self._changed.notify_all()
         if self._trimmer is not None:
             self._trimmer.worked()
@@ -275,6 +276,10 @@ def _compute(batch: Sequence[Request[Any]]) -> None:
                 request.future.set_exception(result)
             else:
                 request.future.set_result(result)
+
+
+def _was_not_begun(future: Future[Any]) -> bool:
+    return not future.cancelled() and isinstance(future.exception(), NotBegun)
 
 
 def _refuse(late: Sequence[Request[Any]]) -> None:

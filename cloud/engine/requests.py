@@ -14,6 +14,10 @@ class TooLate(Exception):  # noqa: N818 - tells the gateway what to answer, is n
     """A request's deadline has passed before it could begin."""
 
 
+class NotBegun(Exception):  # noqa: N818 - tells whoever submitted a request, is never shown to anybody
+    """A request that had its turn could not begin: nothing of it was computed. Submit it again later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What a tenant may have of a worker's computing time.
@@ -63,8 +67,8 @@ class Request(Generic[R]):
         interactive: Whether a person waits for the result.
         positions: Token positions that it computes; 0 for none.
         deadline: When it has to be done, on the engine's clock; None for whenever.
-        rate_positions: Token positions that count against the tenant's rate: None for its own, 0 where they were counted
-            before.
+        rate_positions: Token positions that count against the tenant's rate: None for its own, 0 where they were
+            counted before.
         nbytes: Memory that it takes while it is computed.
         keeps_bytes: Memory of the forward state that it leaves for a later backward.
         future: Its result.

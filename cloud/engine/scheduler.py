@@ -226,20 +226,36 @@ class Scheduler:
             return batch
         return []
 
-    def finished(self, batch: Sequence[Request[Any]], seconds: float, failed: Collection[Request[Any]] = ()) -> None:
+    def finished(
+        self,
+        batch: Sequence[Request[Any]],
+        seconds: float,
+        failed: Collection[Request[Any]] = (),
+        begun: Collection[Request[Any]] | None = None,
+    ) -> None:
         """Charge a batch that `next` gave with the time that it has taken, by token positions.
 
-        Where some have `failed`, or were refused, the batch says nothing of how long a token position takes.
+        Args:
+            batch: Its requests.
+            seconds: How long it has taken.
+            failed: Those that have failed, or were refused: then the batch says nothing of how long a token position
+                takes.
+            begun: Those that could begin, which pay for the time; None for all. Where none could, all pay.
         """
         now, kind = self._clock(), batch[0].kind
-        positions = sum(request.positions for request in batch)
+        begun = batch if begun is None else begun
+        paying = begun or batch
+        positions = sum(request.positions for request in paying)
         weights = sum(self._tenants[name].share.weight for name in self._at_work(now))
         for request in batch:
             _, charged = self._running.pop(request.session)
             tenant = self._tenants[request.tenant]
             tenant.busy -= 1
-            spent = seconds * (request.positions / positions if positions else 1 / len(batch))
+            part = request.positions / positions if positions else 1 / len(paying)
+            spent = seconds * part if request in paying else 0.0
             tenant.charge(spent - charged)
+            if request not in begun:
+                continue
             if request.positions:
                 fraction = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
                 tenant.worked(now - seconds, spent, fraction)

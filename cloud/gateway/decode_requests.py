@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from isthmus.cloud.decoding.decode_calls import DecodeCall, NoRoom, run_step, run_steps
+from isthmus.cloud.decoding.decode_calls import CachePoolFull, DecodeCall, run_step, run_steps
 from isthmus.cloud.engine.engine import Engine
 from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.engine.scheduler import POLL_SECONDS
@@ -74,6 +74,6 @@ async def _compute_when_room(
     while True:
         try:
             return await asyncio.wrap_future(engine.submit(make(rate_positions=rate_positions)))
-        except NoRoom:
+        except CachePoolFull:
             rate_positions = 0
             await asyncio.sleep(POLL_SECONDS)
