@@ -73,7 +73,7 @@ class DecodeCall:
         session: Whose it is.
         tenant: Whose that is.
         message: What came.
-        inputs: Decodes what the span is given. Raises ConfigError or ValueError where it does not fit.
+        inputs: Decodes what the span is given. Raises ConfigError where the model is not made for the position ids.
         leases: Returns what the call's lease has. Raises LookupError where it is not here, ValueError where it is for
             sites that would ask the edge.
     """
@@ -139,9 +139,10 @@ class DecodeCall:
 
         Raises:
             CacheIsLost: The cache has fewer positions than the call begins with.
-            ConfigError: The model is not made for so long a sequence, or for its position ids.
+            ConfigError: The model is not made for its position ids.
             LookupError: Its leased weights are not here.
-            ValueError: A shape does not fit, or there is never room for it.
+            ValueError: It does not fit its cache, is to be exact where that is not possible, or there is never room
+                for it.
         """
         message, decoding = self.message, self.decoding
         batch, length, _ = message.hidden.shape
