@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from isthmus.experiments.rigs.hostile_tenants import Session, during
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
-LONGEST = 8192
-"""Positions that are tried first; half of what is refused, and so on."""
+LONGEST = m.MAX_BLOCKS
+"""Positions that are tried first; half of what is refused, and so on. An exact call of single tokens may have no more,
+and they are what a cloud takes in one call by default (`--max-tokens`)."""
 SEQUENCES = 64
+"""Of 128 positions each, so that a prompt of theirs is as much as a cloud takes in one call by default: each token then
+copies the keys and values of all of them."""
 
 
 def call(
@@ -86,6 +87,8 @@ def single_tokens(session: Session, seconds: float) -> m.Message:
     """Exact calls whose tokens attend one by one; fast ones where the cloud does not decode exactly."""
     length, answer = longest(session, exact=True)
     exact = isinstance(answer, m.ForwardReply)
+    if not exact:
+        length, answer = longest(session)
     for number in during(seconds):
         answer = session.ask(call(session, 1 + number, length=length, exact=exact))
     return answer
@@ -97,12 +100,3 @@ DECODE_COSTS: dict[str, Callable[[Session, float], m.Message]] = {
     "wild_rows": wild_rows,
     "single_tokens": single_tokens,
 }
-
-
-def run(deed: str, cloud: str, key: Path, seconds: float) -> m.Message:
-    """Do a deed of `DECODE_COSTS` for so long; returns the last answer."""
-    session = Session(ConnectionString.parse(cloud), key)
-    try:
-        return DECODE_COSTS[deed](session, seconds)
-    finally:
-        session.stream.close()
