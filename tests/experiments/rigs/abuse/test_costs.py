@@ -78,7 +78,7 @@ def test_a_deed_is_answered_and_another_tenant_goes_on(
 def test_single_tokens_attend_in_calls_of_any_length_where_exact_ones_are_refused() -> None:
     asked: list[m.Decode] = []
 
-    def ask(message: m.Decode) -> m.Message:
+    def ask(message: m.Decode, _seconds: float) -> m.Message:
         asked.append(message)
         if message.blocks or message.hidden.shape[1] > LONGEST:
             return m.Status(m.StatusCode.BAD_REQUEST, message.id, "refused")
