@@ -14,10 +14,12 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.decoding.key_values import cache_bytes
 from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.experiments.harness.blocking_stream import NothingYetError
 from isthmus.experiments.rigs.abuse import decode_costs
 from isthmus.experiments.rigs.abuse.costs import COSTS, run
 from isthmus.experiments.rigs.abuse.decode_costs import SEQUENCES, single_tokens
 from isthmus.experiments.rigs.abuse.honest import Honest
+from isthmus.experiments.rigs.hostile_tenants import Session
 from isthmus.protocol import messages as m
 
 LONGEST = 128
@@ -89,3 +91,17 @@ def test_single_tokens_attend_in_calls_of_any_length_where_exact_ones_are_refuse
     assert isinstance(single_tokens(session, 0.1), m.ForwardReply)
     assert any(message.blocks for message in asked)  # they were tried
     assert (asked[-1].hidden.shape[1], asked[-1].blocks) == (LONGEST, ())
+
+
+def test_a_deed_whose_session_is_not_answered_leaves_none_open(
+    server: ThreadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unanswered(session: Session, message: m.Message) -> m.Message:
+        session.send(message)
+        eventually(lambda: server.server.status()["sessions"])
+        raise NothingYetError
+
+    monkeypatch.setattr(Session, "ask", unanswered)
+    with pytest.raises(NothingYetError):
+        run("long_prompt", server.address, server.home.key_file, SECONDS)
+    eventually(lambda: not server.server.status()["sessions"])
