@@ -27,6 +27,10 @@ from isthmus.backbone.runtime.sequence_packing import Packer, Plain
 from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.split.span import FrozenSpan, SpanInput
 
+NOT_EXACT = (
+    "exact decoding is not possible on this cloud: its matrix products depend on the number of rows; decode fast"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class FastCall:
@@ -130,7 +134,7 @@ class DecodePass:
                 inputs = call.inputs
                 return [self._span(inputs.hidden, inputs.attention_mask, inputs.position_ids, call.cache)]
             if exact and self.rows is None:
-                raise ValueError("the cloud knows no number of rows that makes a token's bits independent of its batch")
+                raise ValueError(NOT_EXACT)
             given, attending = [call.inputs for call in calls], list[Any](calls)
             missing = (self.rows or 0) - sum(each.positions for each in given) if exact else 0
             if missing > 0:

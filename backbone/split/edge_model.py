@@ -25,7 +25,7 @@ from isthmus.backbone.sites.site_spec import SiteSpec
 from isthmus.backbone.skeleton import SkeletonLayer
 from isthmus.backbone.split.cached_generation import CachedGeneration
 from isthmus.backbone.split.edge_weights import EdgeOrigin, EdgeWeightsSaving
-from isthmus.backbone.split.span import check_positions
+from isthmus.backbone.split.span import check_length, check_position_ids
 from isthmus.backbone.split.split_cache import CachingSpan, RemoteCache, remote_of
 from isthmus.common.errors import UnsupportedCallError
 
@@ -303,7 +303,8 @@ class EdgeModelMixin(CachedGeneration, EdgeWeightsSaving):
         tokens = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
         if isinstance(tokens, Tensor):  # a cloud would refuse it, after the edge's own layers have computed
             past = 0 if remote is None else remote.length
-            check_positions(self.isthmus_longest, past + tokens.shape[1], positions)
+            check_length(self.isthmus_longest, past + tokens.shape[1])
+            check_position_ids(self.isthmus_longest, positions)
         self.check_adapters()
         if remote is not None:
             self.check_version(remote)

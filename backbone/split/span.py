@@ -26,13 +26,12 @@ LOWEST_POSITION = -1
 """What `attention_mask.cumsum(-1) - 1` numbers padding on the left with."""
 
 
-def check_positions(longest: int, length: int, position_ids: Tensor | None) -> None:
-    """Check that a model is made for sequences of this length, and for these position ids.
+def check_length(longest: int, length: int) -> None:
+    """Check that a model is made for sequences of this length.
 
     Args:
         longest: Token positions of a sequence at most, see `isthmus.backbone.families.longest_sequence`.
         length: Token positions of a sequence.
-        position_ids: Whole numbers, or None where they are counted.
 
     Raises:
         ConfigError: It is not.
@@ -42,6 +41,14 @@ def check_positions(longest: int, length: int, position_ids: Tensor | None) -> N
             f"a sequence of {length} tokens is longer than the {longest} that the model is made for: cut it into "
             "shorter ones"
         )
+
+
+def check_position_ids(longest: int, position_ids: Tensor | None) -> None:
+    """Check that a model is made for these position ids: whole numbers, or None where they are counted.
+
+    Raises:
+        ConfigError: It is not.
+    """
     if position_ids is None or not position_ids.numel():
         return
     lowest, highest = int(position_ids.min()), int(position_ids.max())

@@ -128,12 +128,12 @@ class CachePool:
 
     def _acquire(self, key: Key, entry: CacheEntry, nbytes: int) -> bool:
         nbytes = max(entry.nbytes, nbytes)
-        free = self.budget - sum(each.nbytes for each in self._entries.values() if each is not entry)
+        others = [each for each in self._entries.values() if each is not entry]
+        if self.budget - sum(each.nbytes for each in others if each.in_use) < nbytes:
+            return False  # however many idle caches went
+        free = self.budget - sum(each.nbytes for each in others)
         while free < nbytes:
-            victim = self._victim(entry)
-            if victim is None:
-                return False
-            evicted = self._entries.pop(victim)
+            evicted = self._entries.pop(self._victim(entry))
             free += evicted.nbytes
             evicted.keys.clear()  # also where a call that is about to begin holds it
             evicted.nbytes = 0
@@ -142,16 +142,16 @@ class CachePool:
         entry.nbytes, entry.in_use, entry.used = nbytes, True, next(self._clock)
         return True
 
-    def _victim(self, wanting: CacheEntry) -> Key | None:
-        """The cache that goes next; None where all are in use."""
+    def _victim(self, wanting: CacheEntry) -> Key:
+        """The cache that goes next."""
         sizes = self._by_tenant()
-        idle = [key for key, each in self._entries.items() if each is not wanting and not each.in_use and each.nbytes]
 
         def rank(key: Key) -> tuple[int, int]:
             entry = self._entries[key]
             return -sizes[entry.tenant], entry.used
 
-        return min(idle, key=rank, default=None)
+        idle = (key for key, each in self._entries.items() if each is not wanting and not each.in_use and each.nbytes)
+        return min(idle, key=rank)
 
     def _by_tenant(self) -> Counter[str]:
         sizes: Counter[str] = Counter()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isthmus.backbone.decoding.decode_pass import DecodePass, ExactCall, FastCall
+from isthmus.backbone.decoding.decode_pass import NOT_EXACT, DecodePass, ExactCall, FastCall
 from isthmus.backbone.decoding.key_values import KeyValues, cache_bytes
 from isthmus.backbone.decoding.leased_linears import Place
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
@@ -22,7 +22,7 @@ from isthmus.backbone.sites.leasing import LeasedLora
 from isthmus.backbone.split.span import SpanInput
 from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Kind
+from isthmus.cloud.engine.requests import Kind, NotBegun
 from isthmus.cloud.telemetry.logs import log
 from isthmus.protocol import messages as m
 from isthmus.protocol.tensor_codecs import Role, codec_by_id, encode
@@ -35,7 +35,7 @@ Where one token attends, torch divides the keys between its threads, and the bit
 """
 
 
-class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown to anybody
+class CacheIsLost(Exception):  # noqa: N818 - tells what to answer, is never shown to anybody
     """A call's cache has fewer positions than the call begins with."""
 
     def __init__(self, have: int) -> None:
@@ -43,8 +43,8 @@ class CacheGone(Exception):  # noqa: N818 - tells what to answer, is never shown
         self.have = have
 
 
-class NoRoom(Exception):  # noqa: N818 - tells whoever asked to ask again, is never shown to anybody
-    """Calls that run use so much of the pool that a step cannot begin now."""
+class CachePoolFull(NotBegun):
+    """Running calls hold too much of the pool for this step to begin; submit it again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class DecodeCall:
         session: Whose it is.
         tenant: Whose that is.
         message: What came.
-        inputs: Checks and decodes what the span is given. Raises ConfigError or ValueError where it does not fit.
+        inputs: Decodes what the span is given. Raises ConfigError where the model is not made for the position ids.
         leases: Returns what the call's lease has. Raises LookupError where it is not here, ValueError where it is for
             sites that would ask the edge.
     """
@@ -82,7 +82,7 @@ class DecodeCall:
     session: bytes
     tenant: str
     message: m.Decode
-    inputs: Callable[[m.Decode], SpanInput]
+    inputs: Callable[[], SpanInput]
     leases: Callable[[m.Decode], Mapping[Place, LeasedLora]]
     spent_ns: int = 0
     _inputs: SpanInput | None = None
@@ -138,16 +138,17 @@ class DecodeCall:
         """Check and decode the message, and find its cache. A call that found no room begins again.
 
         Raises:
-            CacheGone: The cache has fewer positions than the call begins with.
-            ConfigError: The model is not made for so long a sequence, or for its position ids.
+            CacheIsLost: The cache has fewer positions than the call begins with.
+            ConfigError: The model is not made for its position ids.
             LookupError: Its leased weights are not here.
-            ValueError: A shape does not fit, or there is never room for it.
+            ValueError: It does not fit its cache, is to be exact where that is not possible, or there is never room
+                for it.
         """
         message, decoding = self.message, self.decoding
         batch, length, _ = message.hidden.shape
         if self._inputs is None:
             # A copy, as the message's place in memory is no multiple of 64, where a product of one row has other bits.
-            self._inputs = self.decoding.executor.owned(self.inputs(message))
+            self._inputs = decoding.executor.copy_inputs(self.inputs())
         if self.nbytes > decoding.pool.budget:
             raise ValueError(
                 f"the keys and values of {batch} x {message.start + length} tokens take {self.nbytes} bytes, and this "
@@ -155,9 +156,7 @@ class DecodeCall:
                 "texts at a time"
             )
         if message.blocks and decoding.decode_pass.rows is None:
-            raise ValueError(
-                "this cloud cannot decode exactly: its products depend on what else they compute; ask for fast decoding"
-            )
+            raise ValueError(NOT_EXACT)
         self._leased = self.leases(message)
         self._entry = self._cache()
 
@@ -165,12 +164,12 @@ class DecodeCall:
         """There is room: bring the cache to where the call begins.
 
         Raises:
-            CacheGone: It has gone for others meanwhile.
+            CacheIsLost: It has gone for others meanwhile.
         """
         message, keys = self.message, self.entry.keys
         if keys.length < message.start:
             self.decoding.pool.counters.lost += 1
-            raise CacheGone(0)
+            raise CacheIsLost(0)
         keys.keep(message.start)
         # A repeated call has taken its rows already.
         if message.start and message.rows and self.entry.last_call != message.id.call:
@@ -229,7 +228,7 @@ class DecodeCall:
         if entry is None:
             if message.start:
                 pool.counters.lost += 1
-                raise CacheGone(0)
+                raise CacheIsLost(0)
             entry = CacheEntry(self.tenant, KeyValues(self.decoding.executor.host.span), adapters)
             pool.put(key, entry)
             return entry
@@ -237,7 +236,7 @@ class DecodeCall:
         rows, length = entry.keys.rows, entry.keys.length
         if length < message.start:
             pool.counters.lost += 1
-            raise CacheGone(length)
+            raise CacheIsLost(length)
         if message.rows and entry.last_call != message.id.call:
             if max(message.rows) >= rows:
                 raise ValueError(f"row {max(message.rows)} of a cache that has {rows}")
@@ -287,7 +286,7 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
 
     Returns:
         For each the answer to its call where it was the last step, None where there are further ones, or an error:
-        `NoRoom` where it is to be asked for again.
+        `CachePoolFull` where it is to be asked for again.
     """
     outcomes: dict[int, Outcome] = {}
     for at, step in enumerate(steps):
@@ -298,16 +297,16 @@ def run_steps(steps: Sequence[DecodeStep]) -> list[Outcome]:
                 outcomes[at] = error
     begun = [at for at in range(len(steps)) if at not in outcomes]
     wanted = [(call.key, call.entry, call.nbytes) for call in (steps[at].call for at in begun)]
-    roomy = [begun[place] for place in steps[0].call.decoding.pool.acquire(wanted)]
-    outcomes.update((at, NoRoom()) for at in begun if at not in roomy)
-    for at in roomy:
+    admitted = [begun[place] for place in steps[0].call.decoding.pool.acquire(wanted)]
+    outcomes.update((at, CachePoolFull()) for at in begun if at not in admitted)
+    for at in admitted:
         try:
             if steps[at].first == 0:
                 steps[at].call.trim_cache()
         except Exception as error:  # noqa: BLE001  # as above
             steps[at].call.fail()
             outcomes[at] = error
-    ready = [at for at in roomy if at not in outcomes]
+    ready = [at for at in admitted if at not in outcomes]
     if ready:
         outcomes.update(zip(ready, _run_pass([steps[at] for at in ready]), strict=True))
     return [outcomes[at] for at in range(len(steps))]

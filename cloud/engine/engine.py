@@ -28,7 +28,7 @@ from isthmus.backbone.runtime.batch_invariance import BatchInvariance, measure_b
 from isthmus.cloud.bounds import EngineOptions
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Request, TooLate
+from isthmus.cloud.engine.requests import NotBegun, Request, TooLate
 from isthmus.cloud.engine.scheduler import POLL_SECONDS, Scheduler
 
 R = TypeVar("R")
@@ -171,19 +171,20 @@ class Engine:
         batch, threads = self._take(number)
         if not batch:
             return False
-        start, failed = time.perf_counter(), batch
+        start, failed, begun = time.perf_counter(), batch, batch
         try:
             torch.set_num_threads(threads)
             _compute(batch)
-            failed = [each for each in batch if not self._was_computed(each.future)]
+            begun = [each for each in batch if not _was_not_begun(each.future)]
+            failed = [each for each in begun if not self._was_computed(each.future)]
         finally:
             with self._changed:
-                if self._scheduler.may_share(batch[0]):
-                    self._batched += len(batch)
+                if begun and self._scheduler.may_share(batch[0]):
+                    self._batched += len(begun)
                     self._batches += 1
-                    tenants = [request.tenant for request in batch if not request.future.cancelled()]
+                    tenants = [request.tenant for request in begun if not request.future.cancelled()]
                     self._shared.update(tenants if len(tenants) > 1 else ())
-                self._scheduler.finished(batch, time.perf_counter() - start, failed)
+                self._scheduler.finished(batch, time.perf_counter() - start, failed, begun)
                 self._changed.notify_all()
         if self._trimmer is not None:
             self._trimmer.worked()
@@ -287,6 +288,10 @@ def _compute(batch: Sequence[Request[Any]]) -> None:
                 request.future.set_result(result)
 
 
+def _was_not_begun(future: Future[Any]) -> bool:
+    return not future.cancelled() and isinstance(future.exception(), NotBegun)
+
+
 def _refuse(late: Sequence[Request[Any]]) -> None:
     """Say that requests are too late. Not under the engine's lock: whoever waits for them may ask it something."""
     for request in late:
@@ -298,7 +303,10 @@ def _refuse(late: Sequence[Request[Any]]) -> None:
 
 
 def trim_heap() -> None:
-    """Have glibc return what is free in its heap, where it is glibc."""
+    """Have glibc return what is free in its heaps, where it is glibc.
+
+    It keeps what is free at the end of a compute thread's own heap, at most 64 MiB of each: later passes use it again.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

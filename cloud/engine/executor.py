@@ -221,7 +221,8 @@ class Executor:
         self, calls: Mapping[Key, SpanInput], sites: CallSites | None, *, keep: bool, wanted: bool
     ) -> list[Forwarded]:
         """See `forward`. A call with sites comes alone."""
-        entries = {key: Entry(self.owned(each, wanted=keep and wanted), _specs(sites)) for key, each in calls.items()}
+        specs = _specs(sites)
+        entries = {key: Entry(self.copy_inputs(each, wanted=keep and wanted), specs) for key, each in calls.items()}
         if not keep:
             try:
                 with torch.inference_mode():
@@ -239,7 +240,7 @@ class Executor:
         self.cache.put(entries, graph)
         return results
 
-    def owned(self, inputs: SpanInput, *, wanted: bool = False) -> SpanInput:
+    def copy_inputs(self, inputs: SpanInput, *, wanted: bool = False) -> SpanInput:
         """A copy that lives longer than the message it came in; a leaf of the graph if its gradient is wanted."""
         hidden = inputs.hidden.to(self.device, self.dtype, copy=True).requires_grad_(wanted)
         mask, positions = inputs.attention_mask, inputs.position_ids
@@ -307,7 +308,7 @@ class Executor:
         if replay is None:
             raise ActivationsLost
         check(replay)
-        return Taken(key, Entry(self.owned(replay, wanted=wanted), specs))
+        return Taken(key, Entry(self.copy_inputs(replay, wanted=wanted), specs))
 
     def _differentiate_sites(self, due: Taken, gradient: Tensor, sites: CallSites, *, wanted: bool) -> Gradients:
         """A backward with sites."""

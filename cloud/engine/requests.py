@@ -14,6 +14,10 @@ class TooLate(Exception):  # noqa: N818 - tells the gateway what to answer, is n
     """A request's deadline has passed before it could begin."""
 
 
+class NotBegun(Exception):  # noqa: N818 - tells whoever submitted a request, is never shown to anybody
+    """A request that had its turn could not begin: nothing of it was computed. Submit it again later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What a tenant may have of a worker's computing time.
@@ -35,7 +39,8 @@ class Kind:
         name: Also names what the time that a token position takes is measured for.
         parallel: Whether such a batch may be computed beside another one. All else is left to the first compute
             thread.
-        any_size: Whether a request may share a batch though products of so few positions depend on it.
+        any_size: Whether a request may be batched even when it is shorter than `smallest`, so that its bits depend on
+            the batch.
         all_threads: Whether a request that is alone has all of torch's threads; None for where its bits do not depend
             on that, by their number of positions.
     """
@@ -62,8 +67,8 @@ class Request(Generic[R]):
         interactive: Whether a person waits for the result.
         positions: Token positions that it computes; 0 for none.
         deadline: When it has to be done, on the engine's clock; None for whenever.
-        continues: Whether its positions have been counted against the tenant's rate before.
-        counted: Token positions that count against the rate; None for its own.
+        rate_positions: Token positions that count against the tenant's rate: None for its own, 0 where they were
+            counted before.
         nbytes: Memory that it takes while it is computed.
         keeps_bytes: Memory of the forward state that it leaves for a later backward.
         future: Its result.
@@ -80,8 +85,7 @@ class Request(Generic[R]):
     interactive: bool = False
     positions: int = 0
     deadline: float | None = None
-    continues: bool = False
-    counted: int | None = None
+    rate_positions: int | None = None
     nbytes: int = 0
     keeps_bytes: int = 0
     future: Future[R] = field(default_factory=Future)

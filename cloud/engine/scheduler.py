@@ -226,20 +226,36 @@ class Scheduler:
             return batch
         return []
 
-    def finished(self, batch: Sequence[Request[Any]], seconds: float, failed: Collection[Request[Any]] = ()) -> None:
+    def finished(
+        self,
+        batch: Sequence[Request[Any]],
+        seconds: float,
+        failed: Collection[Request[Any]] = (),
+        begun: Collection[Request[Any]] | None = None,
+    ) -> None:
         """Charge a batch that `next` gave with the time that it has taken, by token positions.
 
-        Where some have `failed`, or were refused, the batch says nothing of how long a token position takes.
+        Args:
+            batch: Its requests.
+            seconds: How long it has taken.
+            failed: Those that have failed, or were refused: then the batch says nothing of how long a token position
+                takes.
+            begun: Those that could begin, which pay for the time; None for all. Where none could, all pay.
         """
         now, kind = self._clock(), batch[0].kind
-        positions = sum(request.positions for request in batch)
+        begun = batch if begun is None else begun
+        paying = begun or batch
+        positions = sum(request.positions for request in paying)
         weights = sum(self._tenants[name].share.weight for name in self._at_work(now))
         for request in batch:
             _, charged = self._running.pop(request.session)
             tenant = self._tenants[request.tenant]
             tenant.busy -= 1
-            spent = seconds * (request.positions / positions if positions else 1 / len(batch))
+            part = request.positions / positions if positions else 1 / len(paying)
+            spent = seconds * part if request in paying else 0.0
             tenant.charge(spent - charged)
+            if request not in begun:
+                continue
             if request.positions:
                 fraction = min(1.0, tenant.share.weight * self._limits.compute_threads / weights)
                 tenant.worked(now - seconds, spent, fraction)
@@ -300,8 +316,8 @@ class Scheduler:
             tenant, charge = self._tenants[request.tenant], self._speed.seconds([request])
             tenant.charge(charge)  # what it takes in fact is charged at its end
             self._running[request.session] = request, charge
-            if tenant.share.positions_per_second is not None and not request.continues:
-                tenant.budget -= request.positions if request.counted is None else request.counted
+            if tenant.share.positions_per_second is not None:
+                tenant.budget -= _rate_positions(request)
 
     def _at_work(self, now: float) -> dict[str, dict[bytes, int]]:
         """See `Snapshot`."""
@@ -328,7 +344,7 @@ class Scheduler:
         return list(first.values())
 
     def _within_rate(self, request: Request[Any]) -> bool:
-        return request.continues or not request.positions or not self._tenants[request.tenant].overdrawn
+        return not _rate_positions(request) or not self._tenants[request.tenant].overdrawn
 
     def _may_begin(self, request: Request[Any], snapshot: Snapshot) -> bool:
         """Whether rate, pacing and forward states allow it."""
@@ -340,3 +356,8 @@ class Scheduler:
 
     def _refuse(self, now: float) -> None:
         self._late += self._take_out([each for each in self._waiting if deadline_of(each) < now])
+
+
+def _rate_positions(request: Request[Any]) -> int:
+    """Token positions that a request counts against its tenant's rate."""
+    return request.positions if request.rate_positions is None else request.rate_positions

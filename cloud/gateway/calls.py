@@ -312,7 +312,7 @@ class SessionCalls:
 
         def compute(run: Callable[[], R], positions: int, nbytes: int) -> R:
             # It does not wait for its tenant's rate: other tenants' checks wait for the thread that waits here.
-            request = self._request(run, share, positions=positions, nbytes=nbytes, continues=True)
+            request = self._request(run, share, positions=positions, nbytes=nbytes, rate_positions=0)
             return self._calls.engine.submit(request).result()
 
         return await self._calls.files.run(
@@ -352,7 +352,7 @@ class SessionCalls:
             run_batch=handle_batch if kind_of(message) is not None else step_batch,
             positions=positions,
             deadline=self._on_engine(due),
-            continues=isinstance(message, m.SiteAnswer),
+            rate_positions=0 if isinstance(message, m.SiteAnswer) else None,
             nbytes=0 if sited else work.call_bytes(message),  # one with sites has memory with its thread
             keeps_bytes=positions * work.executor.memory.kept_per_position if keeps else 0,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from isthmus.cloud.decoding.decode_calls import DecodeCall, NoRoom, run_step, run_steps
+from isthmus.cloud.decoding.decode_calls import CachePoolFull, DecodeCall, run_step, run_steps
 from isthmus.cloud.engine.engine import Engine
 from isthmus.cloud.engine.requests import Request
 from isthmus.cloud.engine.scheduler import POLL_SECONDS
@@ -47,11 +47,10 @@ async def decoded(
                 run_batch=run_steps,
                 positions=step.positions,
                 nbytes=step.nbytes,
-                counted=call.positions,
                 # What has begun goes on: its cache is in use until its end.
                 deadline=None if step.first else deadline,
             )
-            answer = await _with_room(engine, make, counted=bool(step.first))
+            answer = await _compute_when_room(engine, make, 0 if step.first else call.positions)
         return answer
     except Exception as error:  # noqa: BLE001  # `refusal` raises what is no refusal
         if call is not None:
@@ -62,19 +61,19 @@ async def decoded(
         wipe(body)
 
 
-async def _with_room(
-    engine: Engine, make: Callable[..., Request[m.Message | None]], *, counted: bool
+async def _compute_when_room(
+    engine: Engine, make: Callable[..., Request[m.Message | None]], rate_positions: int
 ) -> m.Message | None:
     """Have a step computed once there is room for its cache. Meanwhile it holds no room itself, and no thread.
 
     Args:
         engine: Computes it.
         make: Makes a request of it.
-        counted: Whether the call has been counted against its tenant's rate before.
+        rate_positions: Token positions that count against the tenant's rate; 0 where they were counted before.
     """
     while True:
         try:
-            return await asyncio.wrap_future(engine.submit(make(continues=counted)))
-        except NoRoom:
-            counted = True
+            return await asyncio.wrap_future(engine.submit(make(rate_positions=rate_positions)))
+        except CachePoolFull:
+            rate_positions = 0
             await asyncio.sleep(POLL_SECONDS)

@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
-from isthmus.backbone.split.span import SpanInput, check_positions
-from isthmus.cloud.decoding.decode_calls import CacheGone, DecodeCall, Decoding
+from isthmus.backbone.split.span import SpanInput, check_length, check_position_ids
+from isthmus.cloud.decoding.decode_calls import CacheIsLost, DecodeCall, Decoding
 from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
 from isthmus.cloud.engine.call_sites import CallSites
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients
@@ -156,12 +156,10 @@ class TenantSession:
 
         Raises:
             ConfigError: the model is not made for so long a sequence.
-            ValueError: it has too many tokens, or a step takes too much memory.
+            ValueError: its shape does not fit, or a step takes too much memory.
         """
-        self._check_tokens(message.hidden)
-        # First, as what the memory is said to be would only confuse.
-        check_positions(self.executor.host.span.longest, message.start + message.hidden.shape[1], None)
-        tenant, inputs = self.adapters.tenant.name, partial(self._inputs, sent=message.inputs, before=message.start)
+        self._check_shape(message.hidden, before=message.start)
+        tenant, inputs = self.adapters.tenant.name, partial(self._inputs, message.inputs)
         call = DecodeCall(self.decoding, self.session_id, tenant, message, inputs, self.calls.lists.leased_at)
         for step in call.steps():
             self._check_needed(step.nbytes, message.hidden, self.executor.compute_bytes)
@@ -231,10 +229,14 @@ class TenantSession:
             ValueError: a shape does not fit, or the call takes too much memory.
         """
         key = (self.session_id, message.id.call)
+        sent = message.inputs if isinstance(message, m.Forward) else message.replay
+        if sent is not None:
+            self._check_shape(sent.hidden)
+            self._check_memory(message)
         if isinstance(message, m.Forward):
-            inputs = self._inputs(message, message.inputs)
+            inputs = self._inputs(message.inputs)
             return CheckedCall(key, inputs, inputs.positions, partial(self._forward_reply, message))
-        replay = None if message.replay is None else self._inputs(message, message.replay)
+        replay = None if message.replay is None else self._inputs(message.replay)
         gradient = decode(message.gradient, limits=self.limits, what="the gradient for the cloud's layers")
         batch, sequence, _ = gradient.shape
         call = BackwardCall(key, gradient, replay)
@@ -244,7 +246,7 @@ class TenantSession:
         """The answer to a message that raised an error. Raises the error itself where an edge must not see it."""
         call = message.id if isinstance(message, m.Forward | m.Backward | m.Decode | m.SiteAnswer) else None
         match error:
-            case CacheGone() if call is not None:
+            case CacheIsLost() if call is not None:
                 return m.CacheLost(call, error.have)
             case ActivationsLost():
                 return m.Status(
@@ -292,34 +294,41 @@ class TenantSession:
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
-    def _inputs(self, message: m.Forward | m.Backward | m.Decode, sent: m.SpanInputs, before: int = 0) -> SpanInput:
-        """The span's inputs, checked and decoded: a call's own, or those that a backward has sent again.
+    def _inputs(self, sent: m.SpanInputs) -> SpanInput:
+        """The span's inputs, whose shape was checked, decoded: a call's own, or those that a backward has sent again.
 
-        Args:
-            before: token positions that a decode call has in its cache.
+        Raises ConfigError where the model is not made for the position ids.
         """
-        batch, sequence, width = sent.hidden.shape
-        if width != self.hidden_size:
-            raise ValueError(
-                f"hidden states of shape {[batch, sequence, width]} do not fit [batch, sequence, {self.hidden_size}]"
-            )
-        self._check_tokens(sent.hidden)
         positions = None if sent.position_ids is None else decode(sent.position_ids, limits=self.limits).long()
-        check_positions(self.executor.host.span.longest, before + sequence, positions)
-        if not isinstance(message, m.Decode):
-            self._check_memory(message)
+        check_position_ids(self.executor.host.span.longest, positions)
         hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         return SpanInput(hidden, mask, positions)
 
-    def _check_tokens(self, hidden: Payload) -> None:
-        """Check that a call has no more tokens than this cloud takes at a time. Raises ValueError."""
-        batch, sequence, _ = hidden.shape
+    def _check_shape(self, hidden: Payload, *, before: int = 0) -> None:
+        """Check that a call fits the model, and has no more tokens than this cloud takes at a time.
+
+        This comes before its memory is checked: what a call of a wrong shape would take only confuses.
+
+        Args:
+            hidden: its hidden states.
+            before: token positions that a decode call has in its cache.
+
+        Raises:
+            ConfigError: the model is not made for so long a sequence.
+            ValueError: its width is another one, or it has too many tokens.
+        """
+        batch, sequence, width = hidden.shape
+        if width != self.hidden_size:
+            raise ValueError(
+                f"hidden states of shape {[batch, sequence, width]} do not fit [batch, sequence, {self.hidden_size}]"
+            )
         if batch * sequence > self.max_tokens:
             raise ValueError(
                 f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
                 "send less at a time"
             )
+        check_length(self.executor.host.span.longest, before + sequence)
 
     def _check_needed(self, needed: int, hidden: Payload, most: float, pausing: str = "") -> None:
         """Check that a call can be computed within so many bytes of memory. Raises ValueError."""

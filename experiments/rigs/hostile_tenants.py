@@ -41,12 +41,11 @@ class Session:
     def __init__(self, where: ConnectionString, key: Path) -> None:
         self.stream = BlockingStream(where.address, connect_timeout=WAIT_SECONDS)
         self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key))
-        self.stream.send(self._edge.start())
-        flight = self._edge.receive(self.stream.receive(WAIT_SECONDS))
-        if isinstance(flight, NeedSend):
-            self.stream.send(flight.frames[0])
-        self._edge.receive(self.stream.receive(WAIT_SECONDS))
-        self.ask(m.Attach(os.urandom(16), settled=True))
+        try:
+            self._establish()
+        except ConnectionLostError:
+            self.stream.close()  # the cloud may have a session of it
+            raise
 
     @property
     def info(self) -> m.SessionInfo:
@@ -73,17 +72,26 @@ class Session:
         for frame in self.seal(message):
             self.stream.send(frame)
 
-    def receive(self) -> m.Message:
-        """The next message."""
+    def receive(self, seconds: float = WAIT_SECONDS) -> m.Message:
+        """The next message. Raises NothingYetError where a frame takes longer to come."""
         while True:
-            event = self._edge.receive(self.stream.receive(WAIT_SECONDS))
+            event = self._edge.receive(self.stream.receive(seconds))
             if isinstance(event, Received):
                 return event.message
 
-    def ask(self, message: m.Message) -> m.Message:
-        """Send a message; returns the next one that comes."""
+    def ask(self, message: m.Message, seconds: float = WAIT_SECONDS) -> m.Message:
+        """Send a message; returns the next one that comes. Raises NothingYetError as `receive` does."""
         self.send(message)
-        return self.receive()
+        return self.receive(seconds)
+
+    def _establish(self) -> None:
+        """Shake hands and attach."""
+        self.stream.send(self._edge.start())
+        flight = self._edge.receive(self.stream.receive(WAIT_SECONDS))
+        if isinstance(flight, NeedSend):
+            self.stream.send(flight.frames[0])
+        self._edge.receive(self.stream.receive(WAIT_SECONDS))
+        self.ask(m.Attach(os.urandom(16), settled=True))
 
 
 class Hostile:

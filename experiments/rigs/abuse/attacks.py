@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from isthmus.common.errors import ConnectionLostError, RefusedError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
-from isthmus.experiments.rigs.abuse import costs, decode_costs, stranger
+from isthmus.experiments.rigs.abuse import costs, stranger
 from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile, yield_to_all
 from isthmus.protocol.enrolment import ConnectionString
 
@@ -52,7 +52,6 @@ ATTACKS: Final[dict[str, Attack]] = {
     **{name: Attack("stranger", partial(_held, name)) for name in stranger.ATTACKS},
     **{name: Attack("tenant", partial(_deed, name)) for name in (*DEEDS, *ENDED)},
     **{name: Attack("tenant", partial(costs.run, name)) for name in costs.COSTS},
-    **{name: Attack("tenant", partial(decode_costs.run, name)) for name in decode_costs.DECODE_COSTS},
 }
 
 

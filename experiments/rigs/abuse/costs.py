@@ -1,5 +1,7 @@
 """What one call, one departure or one download of a tenant costs the others: done by hand against a running cloud.
 
+What generation costs them is in `isthmus.experiments.rigs.abuse.decode_costs`.
+
 long_call     one sequence of 16,384 positions, which a model with a limit takes for S² pairs of positions
 large_call    as many sequences as the cloud takes in one call
 disconnect    forwards that are kept, which may share a pass with others', and then the stream is cut
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.common.errors import IsthmusError
+from isthmus.experiments.rigs.abuse.decode_costs import DECODE_COSTS
 from isthmus.experiments.rigs.hostile_tenants import Session, during
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
@@ -62,6 +65,7 @@ COSTS: dict[str, Callable[[Session, float], m.Message | None]] = {
     "large_call": large_call,
     "disconnect": disconnect,
     "download": download,
+    **DECODE_COSTS,
 }
 
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from isthmus.experiments.rigs.hostile_tenants import Session, during
 from isthmus.protocol import messages as m
-from isthmus.protocol.enrolment import ConnectionString
 from isthmus.protocol.tensor_codecs import Role, codec_id, encode
 
-LONGEST = 8192
-"""Positions that are tried first; half of what is refused, and so on."""
-SEQUENCES = 64
+LONGEST = m.MAX_BLOCKS
+"""Positions of a prompt that are tried first; half of what is refused, and so on. An exact call of single tokens may
+have no more, and they are what a cloud takes in one call by default (`--max-tokens`)."""
+SEQUENCES = 32
+"""So few that a prompt of SmolLM2-135M's takes two thirds of the 256 MiB that `bench abuse` gives a cloud, which leaves
+room for the tokens behind it: each of them then copies the keys and values of all sequences."""
+ANSWER_SECONDS = 240.0
+"""To wait for an answer: one core needs minutes for the longest prompt, and who gives it up has filled no cache."""
 
 
 def call(
@@ -41,13 +44,18 @@ def call(
     return m.Decode(m.CallId(1, number), cache, start, tuple(rows), blocks, hidden, None, None, codec_id("fp16"))
 
 
+def ask(session: Session, message: m.Decode) -> m.Message:
+    """The answer to a call."""
+    return session.ask(message, ANSWER_SECONDS)
+
+
 def longest(session: Session, *, batch: int = 1, exact: bool = False) -> tuple[int, m.Message]:
     """The longest prompt that the cloud takes, within a factor of two, and its answer."""
-    length = min(LONGEST, session.info.limits.max_tokens_per_call // batch)
-    answer = session.ask(call(session, 1, batch=batch, length=length, exact=exact))
+    length = min(LONGEST, session.info.limits.max_tokens_per_call) // batch
+    answer = ask(session, call(session, 1, batch=batch, length=length, exact=exact))
     while isinstance(answer, m.Status) and length > 1:
         length //= 2
-        answer = session.ask(call(session, 1, batch=batch, length=length, exact=exact))
+        answer = ask(session, call(session, 1, batch=batch, length=length, exact=exact))
     return length, answer
 
 
@@ -55,7 +63,7 @@ def many_caches(session: Session, seconds: float) -> m.Message:
     """Fill every cache of the session."""
     length, answer = longest(session)
     for number in during(seconds):
-        answer = session.ask(call(session, 1 + number, cache=number % m.MAX_CACHES, length=length))
+        answer = ask(session, call(session, 1 + number, cache=number % m.MAX_CACHES, length=length))
     return answer
 
 
@@ -63,7 +71,7 @@ def long_prompt(session: Session, seconds: float) -> m.Message:
     """The longest prompt, again and again."""
     length, answer = longest(session)
     for number in during(seconds):
-        answer = session.ask(call(session, 1 + number, length=length))
+        answer = ask(session, call(session, 1 + number, length=length))
     return answer
 
 
@@ -75,7 +83,7 @@ def wild_rows(session: Session, seconds: float) -> m.Message:
     start = length
     for number in during(seconds):
         rows = [draw.randrange(batch) for _ in range(batch)]
-        answer = session.ask(call(session, 1 + number, start=start, batch=batch, rows=rows))
+        answer = ask(session, call(session, 1 + number, start=start, batch=batch, rows=rows))
         start += isinstance(answer, m.ForwardReply)
         if not isinstance(answer, m.ForwardReply):  # the model's end, or the cache is gone
             start, _ = longest(session, batch=batch)
@@ -86,8 +94,10 @@ def single_tokens(session: Session, seconds: float) -> m.Message:
     """Exact calls whose tokens attend one by one; fast ones where the cloud does not decode exactly."""
     length, answer = longest(session, exact=True)
     exact = isinstance(answer, m.ForwardReply)
+    if not exact:
+        length, answer = longest(session)
     for number in during(seconds):
-        answer = session.ask(call(session, 1 + number, length=length, exact=exact))
+        answer = ask(session, call(session, 1 + number, length=length, exact=exact))
     return answer
 
 
@@ -97,12 +107,3 @@ DECODE_COSTS: dict[str, Callable[[Session, float], m.Message]] = {
     "wild_rows": wild_rows,
     "single_tokens": single_tokens,
 }
-
-
-def run(deed: str, cloud: str, key: Path, seconds: float) -> m.Message:
-    """Do a deed of `DECODE_COSTS` for so long; returns the last answer."""
-    session = Session(ConnectionString.parse(cloud), key)
-    try:
-        return DECODE_COSTS[deed](session, seconds)
-    finally:
-        session.stream.close()

@@ -7,7 +7,14 @@ import torch
 from support.models.tiny import CONFIGS, HIDDEN, N_LAYERS
 
 from isthmus.backbone.plan import Span
-from isthmus.backbone.split.span import check_positions, distinct_layers, load_layers, load_span, run_layers
+from isthmus.backbone.split.span import (
+    check_length,
+    check_position_ids,
+    distinct_layers,
+    load_layers,
+    load_span,
+    run_layers,
+)
 from isthmus.common.errors import CheckpointError, ConfigError, PlanError
 
 from ..conftest import Checkpoints
@@ -67,12 +74,13 @@ def test_more_layers_than_the_model_has_are_refused(checkpoints: Checkpoints) ->
 
 
 def test_a_sequence_or_positions_beyond_the_model_are_refused_with_the_number() -> None:
-    check_positions(128, 128, torch.arange(128)[None] - 1)
+    check_length(128, 128)
+    check_position_ids(128, torch.arange(128)[None] - 1)
     with pytest.raises(ConfigError, match="129 tokens is longer than the 128"):
-        check_positions(128, 129, None)
+        check_length(128, 129)
     for wrong, says in ((torch.tensor([[0, 128]]), "0 to 128"), (torch.tensor([[-2, 3]]), "-2 to 3")):
         with pytest.raises(ConfigError, match=says):
-            check_positions(128, 2, wrong)
+            check_position_ids(128, wrong)
 
 
 def test_a_missing_tensor_and_a_wrong_attention_are_refused(checkpoints: Checkpoints) -> None:

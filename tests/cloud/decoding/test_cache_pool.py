@@ -74,6 +74,18 @@ def test_what_is_in_use_stays_and_nothing_waits_for_it() -> None:
     assert keys.nbytes == 0  # whoever holds it still holds no memory
 
 
+def test_a_call_that_eviction_makes_no_room_for_evicts_nothing() -> None:
+    pool = CachePool(100)
+    used(pool, key(1), "alice", 20)
+    assert pool.acquire([(key(2), entry("bob"), 50)]) == [0]
+    for _ in range(3):  # it asks again
+        assert pool.acquire([(key(3), entry("carol"), 60)]) == []
+    assert pool.find(key(1)) is not None
+    assert (pool.used, pool.counters.evicted) == (70, 0)
+    assert pool.acquire([(key(3), entry("carol"), 50)]) == [0]  # which fits once the idle one is evicted
+    assert (pool.find(key(1)), pool.counters.evicted) == (None, 1)
+
+
 def test_of_a_batch_those_that_fit_go_first() -> None:
     pool = CachePool(100)
     wanted = [(key(session), entry("alice"), 40) for session in range(3)]

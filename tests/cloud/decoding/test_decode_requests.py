@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from support.models.tiny import HIDDEN
 from isthmus.backbone.decoding.decode_pass import DecodePass
 from isthmus.backbone.decoding.key_values import KeyValues
 from isthmus.cloud.bounds import Bounds, EngineOptions
-from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
+from isthmus.cloud.decoding.decode_calls import CachePoolFull, DecodeStep, run_step
+from isthmus.cloud.gateway import decode_requests
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.errors import LocalProtocolError, RemoteProtocolError, TooLateError
-from isthmus.protocol import messages as m
-from isthmus.protocol.encoding import pack
+from isthmus.common.errors import ConnectionLostError, LocalProtocolError, MessageError, TooLateError
+from isthmus.protocol import encoding, messages as m
+from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Quota
-from isthmus.protocol.tensor_codecs import Role, codec_id, encode
+from isthmus.protocol.tensor_codecs import Role, codec_id, encode, encode_positions
 
 RATE, LENGTH, REFUSED = 100, 40, 5
 
@@ -34,6 +38,11 @@ def place(cloud: Served, tmp_path: Path) -> Iterator[tuple[ThreadServer, Channel
     home = Home(tmp_path, quota=Quota(max_tokens_per_second=RATE))
     with ThreadServer(cloud, home) as server, contextlib.closing(channel(server)) as session:
         yield server, session
+
+
+def packed(message: m.Decode) -> tuple[bytes, bytearray]:
+    header, buffers = pack(message)
+    return header, bytearray(b"".join(buffers))
 
 
 def call(number: int, start: int, length: int, *, batch: int = 1, **changes: Any) -> m.Decode:
@@ -58,6 +67,77 @@ def test_a_call_that_waits_for_room_is_counted_once(
     # Counted at every try, it would be far below 0 by now.
     account = server.server._calls.engine._scheduler._tenants["alice"]
     assert RATE - LENGTH <= account.budget <= RATE
+
+
+class BusyPool:
+    """A call that is computed has all of a server's pool, until it is over."""
+
+    def __init__(self, server: ThreadServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pool: CachePool = server.server._calls.caches
+        self.refused, self._key = 0, (b"busy", 0)
+        entry = CacheEntry("busy", KeyValues(server.served.executor.host.span), (0, 0))
+        assert self.pool.acquire([(self._key, entry, self.pool.budget)]) == [0]
+        acquire = CachePool.acquire
+
+        def counting(pool: CachePool, wanted: Sequence[tuple[Key, CacheEntry, int]]) -> list[int]:
+            admitted = acquire(pool, wanted)
+            self.refused += len(wanted) - len(admitted)
+            return admitted
+
+        monkeypatch.setattr(CachePool, "acquire", counting)
+
+    def end(self) -> None:
+        self.pool.finish(self._key, call=1, failed=True)
+
+
+@contextlib.contextmanager
+def waiting_call(session: Channel, busy: BusyPool) -> Iterator[list[m.Message]]:
+    """A call that finds no room; gets its answer once it is computed."""
+    answers: list[m.Message] = []
+    thread = threading.Thread(target=lambda: answers.append(session.ask(call(1, 0, LENGTH), 20)))
+    thread.start()
+    try:
+        eventually(lambda: busy.refused > 0)
+        yield answers
+    finally:
+        busy.end()
+        thread.join(20)
+
+
+def forward_of_another(server: ThreadServer, timeout: float) -> m.Message:
+    """The answer to a forward of another session."""
+    sent = call(1, 0, 4).hidden
+    with contextlib.closing(channel(server, b"o" * 16)) as other:
+        return other.ask(m.Forward(m.CallId(1, 1), False, sent, None, None, codec_id("fp32")), timeout)
+
+
+def test_a_call_that_waits_for_room_holds_no_thread_and_no_keys_and_values(
+    place: tuple[ThreadServer, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, session = place
+    busy = BusyPool(server, monkeypatch)
+    with waiting_call(session, busy) as answers:
+        # The server has one compute thread.
+        assert isinstance(forward_of_another(server, 20), m.ForwardReply)
+        assert not answers
+        assert busy.pool.used == busy.pool.budget  # nothing beside the one that is computed
+    assert isinstance(answers[0], m.ForwardReply)
+
+
+def test_a_call_that_waited_on_a_compute_thread_would_keep_others_from_it(
+    place: tuple[ThreadServer, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, session = place
+
+    def stubborn(step: DecodeStep) -> m.Message | None:
+        while True:
+            with contextlib.suppress(CachePoolFull):
+                return run_step(step)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(decode_requests, "run_step", stubborn)
+    with waiting_call(session, BusyPool(server, monkeypatch)), pytest.raises(ConnectionLostError):
+        forward_of_another(server, 0.3)
 
 
 def test_a_cache_that_goes_while_a_call_looks_at_it_is_lost_and_no_error(
@@ -97,6 +177,8 @@ BEYOND = [
     (call(2, LENGTH, 1, rows=(1,)), "row 1 of a cache that has 1"),
     (call(2, LENGTH, 1, batch=2), "2 sequences do not fit a cache of 1"),
     (call(2, LENGTH, 1, sites=3, lease=1), "there is no list 3 of sites"),
+    (call(2, LENGTH, 1, hidden=encode(torch.zeros(1, 1, 33), "fp32", Role.ACTIVATION)), "[1, 1, 33] do not fit"),
+    (call(2, LENGTH, 1, position_ids=encode_positions(torch.tensor([[128]]))), "position ids from 128 to 128"),
 ]
 
 
@@ -114,21 +196,38 @@ def test_a_decode_call_beyond_a_limit_is_refused_in_one_line(
     assert isinstance(session.ask(call(3, LENGTH, 1), 20), m.ForwardReply)  # which has changed nothing
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"cache": m.MAX_CACHES},
-        {"rows": (0,) * (m.MAX_ROWS + 1)},
-        {"blocks": (m.MAX_BLOCK + 1,)},
-        {"blocks": (1,) * (m.MAX_BLOCKS + 1)},
-        {"blocks": (1, 1)},
-        {"rows": (0, 0)},
-    ],
-)
-def test_numbers_beyond_the_protocol_s_are_no_message(changes: dict[str, Any]) -> None:
-    pack(call(1, 0, 1))
-    with pytest.raises((LocalProtocolError, RemoteProtocolError)):
-        pack(call(1, 0, 1, **changes))
+AT_THE_LIMIT = [
+    call(1, 0, 1, cache=63),
+    call(1, 0, 1, batch=4096, rows=(0,) * 4096),
+    call(1, 0, 512, blocks=(512,)),
+    call(1, 0, 8192, blocks=(1,) * 8192),
+]
+NO_MESSAGES = [
+    (call(1, 0, 1, cache=64), "Decode.cache of 64 is refused"),
+    (call(1, 0, 1, batch=4097, rows=(0,) * 4097), "Decode.rows of 4097 entries is refused"),
+    (call(1, 0, 513, blocks=(513,)), "Decode.blocks of 513 is refused"),
+    (call(1, 0, 8193, blocks=(1,) * 8193), "Decode.blocks of 8193 entries is refused"),
+    (call(1, 0, 1, blocks=(1, 1)), "blocks of 2 tokens do not fit hidden states of 1"),
+    (call(1, 0, 1, rows=(0, 0)), "2 rows of a cache do not fit hidden states of 1 sequences"),
+]
+
+
+@pytest.mark.parametrize("message", AT_THE_LIMIT, ids=["caches", "rows", "block", "blocks"])
+def test_numbers_at_the_protocol_s_limits_are_taken(message: m.Decode) -> None:
+    assert unpack(*packed(message)) == message
+
+
+@pytest.mark.parametrize(("message", "said"), NO_MESSAGES, ids=[said[:25] for _, said in NO_MESSAGES])
+def test_numbers_beyond_the_protocol_s_are_no_message(
+    message: m.Decode, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LocalProtocolError, match=re.escape(said)):
+        pack(message)
+    with monkeypatch.context() as patch:  # a sender that does not check
+        patch.setattr(encoding, "check", lambda _: None)
+        written = packed(message)
+    with pytest.raises(MessageError, match=re.escape(said)):
+        unpack(*written)
 
 
 def test_a_long_prompt_lets_others_steps_in_between(

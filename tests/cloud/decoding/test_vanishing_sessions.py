@@ -130,7 +130,6 @@ def test_fifty_sessions_that_prefill_and_vanish_leave_the_pool_within_its_bound(
 
 
 def test_a_pool_without_eviction_would_be_beyond_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CachePool, "_victim", lambda *_: None)
     acquire = CachePool._acquire
 
     def greedy(self: CachePool, key: Any, entry: Any, nbytes: int) -> bool:

@@ -26,7 +26,7 @@ from isthmus.cloud.engine import engine as engine_module
 from isthmus.cloud.engine.batching import SchedulerLimits
 from isthmus.cloud.engine.engine import Engine, start_engine
 from isthmus.cloud.engine.executor import Executor
-from isthmus.cloud.engine.requests import Kind, Request, Share, TooLate
+from isthmus.cloud.engine.requests import Kind, NotBegun, Request, Share, TooLate
 from isthmus.cloud.engine.scheduler import Scheduler
 
 
@@ -197,6 +197,30 @@ def test_requests_of_one_kind_are_computed_in_one_batch() -> None:
     assert batches == [[2, 4, 6], [11, 13]]
     assert engine.calls_per_pass == pytest.approx((3 + 1 + 2 + 2) / 4)
     assert engine.shared_by_tenant == {f"tenant {item}": 1 for item in (2, 4, 6, 11, 13)}  # not 8 and 12, alone
+    engine.shutdown(cancel=True)
+
+
+def test_what_could_not_begin_counts_in_no_batch(engine: Engine) -> None:
+    def ask(item: int) -> Future[Any]:
+        def alone() -> Any:
+            raise NotBegun
+
+        def together(items: Sequence[int]) -> list[Any]:
+            return [NotBegun() if each > 2 else each for each in items]
+
+        return submit(engine, alone, f"tenant {item}", kind=Kind("k"), item=item, run_batch=together, positions=1)
+
+    gate = Gate(engine)
+    asked = [ask(item) for item in (1, 2, 3)]
+    gate.open()
+    assert [future.result(10) for future in asked[:2]] == [1, 2]
+    for refused in (asked[2], ask(4)):
+        with pytest.raises(NotBegun):
+            refused.result(10)
+    submit(engine, lambda: None).result(10)  # behind what the last batch leaves to do
+    assert engine.calls_per_pass == 2
+    charged = {name: account.virtual_time for name, account in engine._scheduler._tenants.items()}
+    assert charged["tenant 3"] == 0 < charged["tenant 1"]
     engine.shutdown(cancel=True)
 
 

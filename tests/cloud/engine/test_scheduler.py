@@ -147,8 +147,8 @@ def test_a_limited_tenant_is_held_to_its_rate_and_leaves_the_worker_to_others() 
 def test_what_continues_counts_once_against_the_rate_and_is_charged_its_time() -> None:
     worker = Alone()
     limited = Share(1.0, 10.0)
-    for continues in (False, True, True):
-        worker.ask("limited", share=limited, positions=40, continues=continues)
+    for rate_positions in (None, 0, 0):
+        worker.ask("limited", share=limited, positions=40, rate_positions=rate_positions)
     assert worker.takes(3, 0.1) == ["limited"] * 3
     assert worker.virtual_times()["limited"] == pytest.approx(0.3)
     worker.ask("limited", share=limited, positions=1)
@@ -157,6 +157,22 @@ def test_what_continues_counts_once_against_the_rate_and_is_charged_its_time() -
     while worker.take() is None:
         worker.pass_time()
     assert worker.now - since == pytest.approx(4.0, abs=1.5)  # forty less the ten of the first second, at ten a second
+
+
+def test_what_could_not_begin_is_not_charged_for_the_others_of_its_batch() -> None:
+    worker = Worker()
+    worker.add("a", "b")
+    batch = worker.begin()
+    assert names(batch) == ["a", "b"]
+    worker.end(batch, 1.0, begun=[each for each in batch if each.tenant == "a"])
+    assert worker.virtual_times() == {"a": 1.0, "b": 0.0}
+    assert worker.scheduler._speed.seconds([request("a")]) == 1.0  # all of it for the ten positions that were computed
+    assert [last.tenant for _, last in worker.scheduler._answered.at_work(worker.now)] == ["a"]
+    worker.add("b")
+    present = worker.virtual_times()["b"]
+    worker.end(worker.begin(), 0.25, begun=[])
+    assert worker.virtual_times()["b"] == present + 0.25  # the attempt was its own
+    assert worker.scheduler._speed.seconds([request("b")]) == 1.0
 
 
 def test_a_rate_that_comes_later_counts_from_then_on() -> None:

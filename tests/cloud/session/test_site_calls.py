@@ -284,14 +284,14 @@ def test_a_call_that_is_over_leaves_no_activations_in_the_executors_own_copy(
 ) -> None:
     """What the executor copied of a message is overwritten, also where the call does not come to its end."""
     copies: list[Tensor] = []
-    original = type(cloud.executor).owned
+    original = type(cloud.executor).copy_inputs
 
     def own(*args: object, **options: bool) -> object:
         made = original(*args, **options)  # type: ignore[arg-type]  # as it was called
         copies.append(made.hidden)
         return made
 
-    monkeypatch.setattr(type(cloud.executor), "owned", own)
+    monkeypatch.setattr(type(cloud.executor), "copy_inputs", own)
     bind(tenant, q_and_v())
     for call, keep in enumerate((True, False)):
         question = asked(tenant.handle(forward(call=call, keep=keep)))

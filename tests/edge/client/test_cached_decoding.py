@@ -228,14 +228,22 @@ def test_a_cloud_that_never_keeps_anything_is_given_up(
     cloud = served(tiny_model, tmp_path / "parts", max_tokens=8)
     finish = CachePool.finish
     monkeypatch.setattr(CachePool, "finish", lambda self, key, **more: (finish(self, key, **more), self.drop(key))[0])
-    with open_link(cloud, tmp_path) as (link, _), pytest.raises(OverQuotaError, match="lost the cache"):
-        text(link.load_model(), prompt(30))
+    with open_link(cloud, tmp_path) as (link, server):
+        with pytest.raises(OverQuotaError, match="lost the cache 8 times"):
+            text(link.load_model(), prompt(30))
+        assert server.server.status()["caches_lost"] == 8
+        assert (
+            link.span.caches.replayed == 7 * 8
+        )  # seven replays of the first eight tokens; it is given up at the eighth
 
 
 def test_exact_is_refused_where_bits_depend_on_the_batch(tiny_cloud: Served, tmp_path: Path) -> None:
     with open_link(tiny_cloud, tmp_path, batching=False) as (link, _):
         edge = link.load_model()
-        with exact_decoding(link, edge), pytest.raises(RefusedError, match="cannot decode exactly"):
+        with (
+            exact_decoding(link, edge),
+            pytest.raises(RefusedError, match="exact decoding is not possible on this cloud"),
+        ):
             text(edge)
 
 

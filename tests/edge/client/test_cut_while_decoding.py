@@ -158,4 +158,4 @@ def test_a_replay_that_is_wrong_is_noticed(edge: tuple[Link, Cuts], monkeypatch:
         return (hidden if stop - start == 1 or stop == PROMPT else hidden.flip(1)), positions
 
     monkeypatch.setattr(HiddenHistory, "take", spoiled)
-    assert not torch.equal(text(model, prompt(PROMPT))[1], undisturbed[1])
+    assert not torch.allclose(text(model, prompt(PROMPT))[1], undisturbed[1], atol=1e-4)

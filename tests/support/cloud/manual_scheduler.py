@@ -48,10 +48,17 @@ class Worker:
         """Take the next batch."""
         return self.scheduler.next(parallel=parallel)
 
-    def end(self, batch: Sequence[Request[Any]], seconds: float, *, computed: bool = True) -> None:
-        """A batch that has begun ends, so many seconds from now."""
+    def end(
+        self,
+        batch: Sequence[Request[Any]],
+        seconds: float,
+        *,
+        computed: bool = True,
+        begun: Sequence[Request[Any]] | None = None,
+    ) -> None:
+        """A batch that `begin` gave ends, so many seconds from now."""
         self.now += seconds
-        self.scheduler.finished(batch, seconds, () if computed else batch)
+        self.scheduler.finished(batch, seconds, () if computed else batch, begun)
 
     def virtual_times(self) -> dict[str, float]:
         """Each tenant's virtual time."""

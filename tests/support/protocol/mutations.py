@@ -159,12 +159,14 @@ def _decode(good: m.Decode) -> Iterator[m.Message]:
     yield from _call(good)
     batch, length, _ = good.hidden.shape
     yield replace(good, rows=(0,) * (batch + 1))
-    yield replace(good, rows=(0,) * (m.MAX_ROWS + 1))
     yield replace(good, rows=(-1,) * batch)
     yield replace(good, rows=(1 << 32,) * batch)
     yield replace(good, blocks=(length + 1,))
     yield replace(good, blocks=(0, length))
     yield replace(good, cache=m.MAX_CACHES)
+    for rows, blocks in (((0,) * (m.MAX_ROWS + 1), ()), ((), (m.MAX_BLOCK + 1,)), ((), (1,) * (m.MAX_BLOCKS + 1))):
+        hidden = payload((len(rows) or 1, sum(blocks) or 1, 1), "fp32", Role.ACTIVATION, 0)  # which they fit
+        yield replace(good, rows=rows, blocks=blocks, hidden=hidden, attention_mask=None, position_ids=None)
     for shape in ((batch + 1, good.start + length), (batch, good.start + length + 1)):
         yield replace(good, attention_mask=payload(shape, "mask", Role.INDEX, 0))
     yield replace(good, position_ids=payload((1, length + 1), "int32", Role.INDEX, 0))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.cloud.clouds import Home, ThreadServer, served
-from support.models.tiny import tiny_checkpoint
+from support.cloud.sessions import eventually
+from support.models.tiny import HIDDEN, tiny_checkpoint
 
+from isthmus.backbone.decoding.key_values import cache_bytes
+from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.experiments.harness.blocking_stream import NothingYetError
+from isthmus.experiments.rigs.abuse import decode_costs
 from isthmus.experiments.rigs.abuse.costs import COSTS, run
-from isthmus.experiments.rigs.abuse.decode_costs import DECODE_COSTS, run as run_decoding
+from isthmus.experiments.rigs.abuse.decode_costs import SEQUENCES, single_tokens
 from isthmus.experiments.rigs.abuse.honest import Honest
+from isthmus.experiments.rigs.hostile_tenants import Session
 from isthmus.protocol import messages as m
+
+LONGEST = 128
+"""Positions of the tiny model's sequences."""
+SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +38,70 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
 
 
 @pytest.mark.parametrize("deed", COSTS)
-def test_a_deed_is_answered_and_another_tenant_goes_on(server: ThreadServer, deed: str) -> None:
-    key = server.home.key_file
+def test_a_deed_is_answered_and_another_tenant_goes_on(
+    server: ThreadServer, deed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, used = server.home.key_file, list[int]()
+    pool, acquire = server.server._calls.caches, CachePool.acquire
+    eventually(lambda: not len(pool))  # the deed before has left its session
+    one = cache_bytes(server.served.executor.host.span, 1, LONGEST)
+    pool.budget = (SEQUENCES if deed == "wild_rows" else 2) * one
+
+    def noting(pool: CachePool, wanted: Any) -> list[int]:
+        admitted = acquire(pool, wanted)
+        used.append(pool.used)
+        return admitted
+
+    monkeypatch.setattr(CachePool, "acquire", noting)
+    monkeypatch.setattr(decode_costs, "LONGEST", SEQUENCES * LONGEST // 2)  # tokens come after the prompts
+    evicted = pool.counters.evicted
     with Honest(server.address, key.parent / "bob") as honest:
         begun = time.monotonic()
-        found = run(deed, server.address, key, 0.3)
+        found = run(deed, server.address, key, SECONDS)
         assert honest.latency_s(begun) > 0  # it raises where calls fail or none are answered
-    if deed == "long_call":
-        assert isinstance(found, m.Status)
-        assert "16384 tokens is longer than the 128" in found.message
-    if deed == "large_call":
-        assert isinstance(found, m.ForwardReply)
+    match deed:
+        case "long_call":
+            assert isinstance(found, m.Status)
+            assert "16384 tokens is longer than the 128" in found.message
+        case "large_call":
+            assert isinstance(found, m.ForwardReply)
+        case "many_caches":
+            assert isinstance(found, m.ForwardReply)
+            assert max(used) == pool.budget
+            assert pool.counters.evicted > evicted
+        case "long_prompt" | "single_tokens":
+            assert isinstance(found, m.ForwardReply)
+            assert max(used) == one
+        case "wild_rows":
+            assert isinstance(found, m.ForwardReply) or "longer than the 128" in found.message
+            assert max(used) == pool.budget
 
 
-@pytest.mark.parametrize("deed", DECODE_COSTS)
-def test_a_deed_that_decodes_is_answered_within_the_budget(server: ThreadServer, deed: str) -> None:
-    key = server.home.key_file
-    with Honest(server.address, key.parent / "bob") as honest:
-        begun = time.monotonic()
-        answer = run_decoding(deed, server.address, key, 0.3)
-        assert honest.latency_s(begun) > 0  # as above
-    status = server.server.status()
-    assert isinstance(answer, m.ForwardReply) or (deed == "wild_rows" and "longer than the 128" in answer.message)
-    assert status["cache_bytes"] <= status["cache_budget_bytes"]
+def test_single_tokens_attend_in_calls_of_any_length_where_exact_ones_are_refused() -> None:
+    asked: list[m.Decode] = []
+
+    def ask(message: m.Decode, _seconds: float) -> m.Message:
+        asked.append(message)
+        if message.blocks or message.hidden.shape[1] > LONGEST:
+            return m.Status(m.StatusCode.BAD_REQUEST, message.id, "refused")
+        return m.ForwardReply(message.id, message.hidden, 0, 0, 0)
+
+    limits = SimpleNamespace(max_tokens_per_call=1 << 15)
+    session: Any = SimpleNamespace(ask=ask, info=SimpleNamespace(hidden_size=HIDDEN, limits=limits))
+    assert isinstance(single_tokens(session, 0.1), m.ForwardReply)
+    assert any(message.blocks for message in asked)  # they were tried
+    assert (asked[-1].hidden.shape[1], asked[-1].blocks) == (LONGEST, ())
+
+
+def test_a_deed_whose_session_is_not_answered_leaves_none_open(
+    server: ThreadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unanswered(session: Session, message: m.Message) -> m.Message:
+        session.send(message)
+        eventually(lambda: server.server.status()["sessions"])
+        raise NothingYetError
+
+    monkeypatch.setattr(Session, "ask", unanswered)
+    with pytest.raises(NothingYetError):
+        run("long_prompt", server.address, server.home.key_file, SECONDS)
+    eventually(lambda: not server.server.status()["sessions"])
