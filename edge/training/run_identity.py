@@ -91,7 +91,7 @@ def fixed_settings(
         or getattr(config, "site_policy", "") == "kill-revive"
     )
     settings |= {"total steps": total if planned else None, "the adapter to go on from": start}
-    return settings | draft
+    return {**settings, **draft}
 
 
 def identity_entries(model: ModelIdentity, data: str) -> dict[str, Any]:
