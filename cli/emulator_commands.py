@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from isthmus.cli.cloud_commands import DEFAULT_HOME
 from isthmus.common.shutdown import interruptible
 from isthmus.common.terminal import printable
 from isthmus.edge.config.flags import AsJson
-from isthmus.emulator.package.build_presets import DRAFT, STAND_IN
+from isthmus.emulator.package.build_presets import FOR_DRAFTING, FOR_TUNING
 from isthmus.experiments.harness.bench_flags import Model
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def sample(
     special_tokens: Annotated[
         bool,
         typer.Option(
-            "--special-tokens", help="Leave special tokens in the texts, so that a draft learns conversations as such."
+            "--special-tokens", help="Keep special tokens in the texts, so that a draft learns the chat format."
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
@@ -104,8 +103,8 @@ def build(
         bool,
         typer.Option(
             "--draft",
-            help="Make a small draft for `edge generate --draft`: three layers, distilled to say what the whole model "
-            "says. It needs --distill.",
+            help="Make a small draft for `edge generate --draft`: three layers, distilled to predict the whole model's "
+            "next token. It needs --distill.",
         ),
     ] = False,
     keep: Annotated[
@@ -119,7 +118,7 @@ def build(
         typer.Option(
             help="uniform, importance, crash or crash-drop; then +bridged (not with crash), then +lowrank:F, then "
             "+int8 or +int4.",
-            show_default=f"{STAND_IN.method}; {DRAFT.method} with --draft",
+            show_default=f"{FOR_TUNING.method}; {FOR_DRAFTING.method} with --draft",
         ),
     ] = None,
     licence: Annotated[
@@ -199,8 +198,7 @@ def build(
 
     if draft and distill is None:
         raise ConfigError("--draft needs a text to distil on: give --distill (`isthmus emulator sample` writes a text)")
-    preset = DRAFT if draft else STAND_IN
-    recipe = Recipe.parse(method or preset.method, preset.keep if keep is None else keep)
+    preset = FOR_DRAFTING if draft else FOR_TUNING
     check_free(out)
     distillation = None
     if distill is not None:
@@ -219,8 +217,8 @@ def build(
         distillation = options, distill
     checkpoint = resolve(model)
     plan = SplitPlan.parse(adapter_layers, checkpoint.config.num_hidden_layers)
-    if keep is None:
-        recipe = replace(recipe, keep=preset.share(len(plan.cloud)))
+    share = preset.share(len(plan.cloud)) if keep is None else keep
+    recipe = Recipe.parse(method or preset.method, share)
     with interruptible():
         package = build_package(
             out,
@@ -379,10 +377,10 @@ def _show(package: Package, as_json: bool) -> None:
             f"{done.error_after:.4g}"
         )
         if done.kl_before is not None and done.kl_after is not None:
-            lines["divergence"] = f"{done.kl_before:.4g} -> {done.kl_after:.4g} nats a token from the whole model"
+            lines["KL divergence"] = f"{done.kl_before:.4g} -> {done.kl_after:.4g} nats a token from the whole model"
         if done.agreement_before is not None and done.agreement_after is not None:
-            lines["agreement"] = (
-                f"{done.agreement_before:.1%} -> {done.agreement_after:.1%} of the tokens are the whole model's choice"
+            lines["top-1 agreement"] = (
+                f"{done.agreement_before:.1%} -> {done.agreement_after:.1%} of the tokens with the whole model"
             )
     if not manifest.protection:
         lines["protection"] = "not measured"

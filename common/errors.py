@@ -12,7 +12,7 @@
     ├── SignerError              26   a package is not signed, or not by the one that was asked for
     ├── AdapterError             27   a returned adapter does not fit the model or the package, or is not finite
     ├── ChatTemplateError        28   a chat template takes more time, memory or room than it may
-    ├── ConsentError             29   the owner of a package has not allowed what is asked
+    ├── ConsentError             29   the owner of a package does not allow what is asked
     ├── KeyFileError             30   a key file is missing, malformed or readable by others
     ├── FingerprintError         31   the server's key is not the pinned one, or its certificate has expired
     ├── NotEnrolledError         32   the cloud does not know this edge's key
@@ -121,7 +121,7 @@ class ChatTemplateError(IsthmusError, ValueError):
 
 
 class ConsentError(IsthmusError, PermissionError):
-    """The owner of a package has not allowed what is asked of it."""
+    """The owner of a package does not allow what is asked of it."""
 
     exit_code = 29
 

@@ -11,9 +11,11 @@ weights. Frozen weights have no gradient, so with T token positions (padding is 
     edge    2·N_edge·T forward + 2·N_edge·T to inputs + 2·N_trained·T to trained weights
     cloud   2·N_span·T forward + 2·N_span·T to inputs
 
-where N counts the weights of linear layers, the LM head among them, and neither embeddings (a look-up) nor norms.
-Attention's own products, and backward work that a run may skip below its lowest adapter, are not modelled: these are
-upper estimates of the first order.
+where N counts the weights of linear layers, the LM head among them, and neither embeddings (a look-up) nor norms. With
+a draft that is tuned, N_edge counts its layers as well, those that it shares with the model once more, and N_trained
+its emulator's.
+Attention's own products, and work that a run may skip (backward below its lowest adapter or below a draft's emulator, a
+draft's head where nothing is a label), are not modelled: these are upper estimates of the first order.
 """
 
 from __future__ import annotations
@@ -103,8 +105,8 @@ class Report:
     the process's largest resident memory, `peak_bytes_cloud` the cloud's estimate of what the largest call takes there
     while it is computed, null where it did not say. `codec` is "none" where nothing crosses.
 
-    `draft_*` are means over the first and the last ten steps: the divergence of a tuned draft in nats, and the share of
-    labels where its likeliest token is the model's; null where none is tuned.
+    `draft_*` are means over the first and the last ten steps: the KL divergence of a tuned draft in nats, and its top-1
+    agreement, the share of labels where its likeliest token is the model's; null where none is tuned.
     """
 
     loss_before: float | None
@@ -165,7 +167,7 @@ class Report:
         draft = ""
         if self.draft_kl_first is not None:
             draft = (
-                f"draft: KL {self.draft_kl_first:.3f} -> {self.draft_kl_last:.3f}, likeliest token the same "
+                f"draft: KL divergence {self.draft_kl_first:.3f} -> {self.draft_kl_last:.3f}, top-1 agreement "
                 f"{self.draft_agreement_first:.0%} -> {self.draft_agreement_last:.0%}; in {out / 'draft.safetensors'}\n"
             )
         return (

@@ -148,8 +148,8 @@ class DraftConfig(Settings):
 
     draft: str = Field(
         "none",
-        description="What will draft for the tuned model: the folder of an emulator package whose owner allows it to "
-        "be tuned beside the model; `none` and `ngram` have nothing to tune.",
+        description="Emulator package to distil further as a draft during training; its owner must allow it. `none` "
+        "and `ngram` distil nothing.",
     )
     draft_learning_rate: float = Field(
         3e-4, gt=0, description="Peak learning rate of the draft, that of its distillation; it follows --schedule."
@@ -209,19 +209,19 @@ class TrainConfig(TrainClientConfig, DraftConfig, SitesConfig, PluggedConfig, Tu
             return
         if self.method in ("prompt", "ladder"):
             raise ValueError(
-                f"draft = {self.draft!r} is tuned for generation with a cache, which method {self.method} has not: "
-                "give draft = none, or another method"
+                f"draft = {self.draft!r} is tuned for generation with a cache, which method {self.method} does not "
+                "support: give draft = none, or another method"
             )
         if self.optimizer == "mezo":
             raise ValueError(
-                f"draft = {self.draft!r} learns from the forward of a step, and those of optimizer mezo are of other "
-                "parameters than the model's: give draft = none, or another optimizer"
+                f"draft = {self.draft!r} learns from the forward of a step, and mezo's forwards run with perturbed "
+                "parameters: give draft = none, or another optimizer"
             )
         if self.sites != "none" and self.method != "lora":
             raise ValueError(
                 f"draft = {self.draft!r} is tuned for generation with a cache, and adapters of method {self.method} "
-                "inside the cloud's layers have none: give draft = none, sites = none, or method lora, which can be "
-                "leased"
+                "inside the cloud's layers do not support it: give draft = none, sites = none, or method lora, which "
+                "can be leased"
             )
 
     def _check_leased(self) -> None:

@@ -290,11 +290,11 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
 
 def label_count(batch: Batch) -> int:
     """Tokens of `batch` that the loss is a mean over."""
-    return int(label_places(batch).sum())
+    return int(label_mask(batch).sum())
 
 
-def label_places(batch: Batch) -> Tensor:
-    """Where the tokens before these are, `[B, S]` of bool: the logits there are of the labels."""
-    follows = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    follows[:, :-1] = batch["labels"][:, 1:] != IGNORED
-    return follows
+def label_mask(batch: Batch) -> Tensor:
+    """Positions whose logits predict a label, `[B, S]` bool: the labels' places shifted left by one."""
+    mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    mask[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    return mask

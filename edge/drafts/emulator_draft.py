@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,15 +58,15 @@ class EmulatorDraft(ModelDraft):
         """
         if model is None:
             package = open_package(folder, signer=signer)
-            drafting = package.load_model()
+            base = package.load_model()
+            emulator = base.remote_layers.span
         else:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             package = open_package_for(base, folder, signer=signer)
-            drafting = around_emulator(base, package.load_emulator())
+            emulator = package.load_emulator()
         if tuned is not None:
-            load_tuned(tuned, drafting.remote_layers.span, package.id)
-        if dtype is not None and dtype != drafting.dtype:
-            drafting = _cast(drafting, dtype)
+            load_tuned(tuned, emulator, package.id)
+        drafting = around_emulator(base, emulator, dtype=dtype)
         return cls(drafting, rule, clock)
 
 
@@ -92,29 +91,32 @@ def open_package_for(model: Any, folder: Path, *, signer: Fingerprint | None = N
     return package
 
 
-def around_emulator(model: Any, emulator: Emulator) -> Any:
-    """A copy of the edge's model with an emulator in place of the cloud, in eval mode; it shares the model's weights.
+def around_emulator(model: Any, emulator: Emulator, *, dtype: torch.dtype | None = None, frozen: bool = False) -> Any:
+    """A copy of the edge's model with an emulator in place of the cloud, in eval mode.
 
     It has no adapters inside the cloud's layers, for which an emulator has no places.
 
     Args:
         model: The edge's model, with PEFT's layers in it or without.
-        emulator: Stands for the cloud's layers. It is moved to the model's dtype and device.
+        emulator: Stands for the cloud's layers. It is moved to the model's device and the copy's dtype.
+        dtype: Of the copy. None or the model's for one that shares all weights with the model; with another one it has
+            its own, adapters as they are now.
+        frozen: Whether nothing of a copy that shares its weights is trained: in place of the model's trained parameters
+            it has frozen ones over the same memory. They show what is written there, and miss a `.data` that is
+            replaced.
     """
-    shared: dict[int, Any] = {id(each): each for each in itertools.chain(model.parameters(), model.buffers())}
-    copied = copy.deepcopy(model, shared)
+    memo: dict[int, Any] = {id(each): each for each in model.buffers()}  # not cast: positions are computed in fp32
+    dtype = dtype or model.dtype
+    for each in model.parameters():
+        if dtype != model.dtype:
+            memo[id(each)] = nn.Parameter(each.detach().to(dtype), requires_grad=False)
+        elif frozen and each.requires_grad:
+            memo[id(each)] = nn.Parameter(each.detach(), requires_grad=False)
+        else:
+            memo[id(each)] = each
+    copied = copy.deepcopy(model, memo)
     copied.isthmus_draft = None
     copied.remote_layers.live_sites = frozenset()
     copied.remote_layers.lend_dead = False
-    copied.remote_layers.span = emulator.to(device=model.device, dtype=model.dtype)
+    copied.remote_layers.span = emulator.to(device=model.device, dtype=dtype)  # in place: only this draft holds it
     return copied.eval()
-
-
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of a draft in another dtype. Buffers are shared as they are: positions are computed in fp32."""
-    cast: dict[int, Any] = {
-        id(each): nn.Parameter(each.detach().to(dtype), requires_grad=False) for each in model.parameters()
-    }
-    copied = copy.deepcopy(model, cast)
-    copied.remote_layers.span = model.remote_layers.span.to(device=model.device, dtype=dtype)  # nobody else uses it
-    return copied

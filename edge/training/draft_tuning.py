@@ -1,9 +1,10 @@
 """Distilling a draft while its model is tuned: the draft learns what the tuned model says on the owner's own data.
 
 The teacher is the forward of the training step: its logits at the labels are there already, so nothing more is asked of
-the cloud. The student is the same edge model, in eval mode, over the emulator in the cloud's place; it shares all
-weights but the emulator's, and gradients go to these alone. A step's loss is the mean divergence over the step's labels
-(`logit_divergence`), and AdamW moves the emulator when the training step is applied.
+the cloud. The student is the same edge model, in eval mode, over the emulator in the cloud's place. It shares the
+memory of all weights and trains the emulator's alone, so its forward keeps no graph below the emulator. A step's loss
+is the mean KL divergence over the step's labels (`logit_divergence`), and AdamW moves the emulator when the training
+step is applied.
 
 The student draws no random numbers and adds to no gradient of the trained parameters, so the adapter has the bits of a
 run without a draft. Under dropout the teacher has it too; the mean that the student learns is over its masks.
@@ -22,13 +23,15 @@ from torch import Tensor
 from isthmus.common.errors import ConsentError
 from isthmus.edge.config.data_config import Precision
 from isthmus.edge.config.training_config import TrainConfig
-from isthmus.edge.data.batches import Batch, label_places
+from isthmus.edge.data.batches import Batch, label_mask
 from isthmus.edge.drafts.emulator_draft import around_emulator, open_package_for
-from isthmus.edge.drafts.tuned_draft import draft_weights, load_tuned, save_tuned, tuned_beside
+from isthmus.edge.drafts.tuned_draft import load_tuned, save_tuned, tuned_beside
+from isthmus.edge.run_report import linear_parameters
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.precision import computing_in
+from isthmus.edge.training.run_identity import DRAFT_PACKAGE
 from isthmus.emulator.compress.emulator_model import Emulator
-from isthmus.emulator.distill.logit_divergence import logit_divergence
+from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
 from isthmus.protocol.secure.keys import Fingerprint
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.run_checkpoint import RunCheckpoint, restore_parameters
@@ -44,7 +47,7 @@ class DraftFit:
 
     Attributes:
         kl: Mean `KL(model || draft)` in nats.
-        agreement: Share of the positions where both have the same likeliest token.
+        agreement: Top-1 agreement, the share of the labels' positions where both have the same likeliest token.
     """
 
     kl: float = 0.0
@@ -62,18 +65,24 @@ class DraftTuning:
 
     Attributes:
         fit: Of the newest step.
+        settings: What a resumed run must have as well, by its name in messages.
+        n_linear: Weights of linear layers that the student computes with, for the FLOPs of the report.
+        n_trained: Weights of the emulator.
     """
 
     def __init__(
         self, model: Any, emulator: Emulator, package: str, *, learning_rate: float, precision: Precision = "fp32"
     ) -> None:
-        self.package = package
+        self.settings: Mapping[str, Any] = {DRAFT_PACKAGE: package, "draft_learning_rate": learning_rate}
         self.fit = DraftFit()
         self._precision: Precision = precision
         self._learning_rate = learning_rate
+        self._package = package
         self._emulator = emulator.trainable(True)
-        self._student = around_emulator(model, emulator)
-        self._weights = draft_weights(emulator)
+        self._student = around_emulator(model, emulator, frozen=True)
+        self._weights = emulator.weights()
+        self.n_linear = linear_parameters(self._student) + linear_parameters(emulator)
+        self.n_trained = emulator.n_params
         self._keeps_columns: bool = self._student._supports_logits_to_keep()
         optimizer = torch.optim.AdamW(self._weights.values(), lr=learning_rate, weight_decay=0.0, foreach=False)
         self._rule = GradientStep(optimizer, self._weights, peak_rate=learning_rate, max_norm=_MAX_NORM, remedy=_REMEDY)
@@ -93,17 +102,16 @@ class DraftTuning:
         with torch.enable_grad(), computing_in(self._precision, self._student):
             own = self._logits(batch)
         loss = logit_divergence(own, logits)
-        torch.autograd.backward(loss * weight, inputs=list(self._weights.values()))
-        same = (own.detach().argmax(-1) == logits.argmax(-1)).float().mean()
-        self.fit = DraftFit(self.fit.kl + weight * loss.item(), self.fit.agreement + weight * same.item())
+        torch.autograd.backward(loss * weight)
+        self.fit = DraftFit(self.fit.kl + weight * loss.item(), self.fit.agreement + weight * agreement(own, logits))
 
     def end_step(self, step: int) -> None:
         """All micro-batches of step number `step` have been learned; the weights are as before.
 
         Raises:
-            NonFiniteError: The divergence or a gradient is NaN or infinite.
+            NonFiniteError: The KL divergence or a gradient is NaN or infinite.
         """
-        require_finite(f"the draft's divergence of step {step} is", self.fit.kl, _REMEDY)
+        require_finite(f"the draft's KL divergence in step {step} is", self.fit.kl, _REMEDY)
         self._rule.clip(step)
 
     def apply(self, share: float) -> None:
@@ -124,20 +132,20 @@ class DraftTuning:
         restore_parameters(folder, checkpoint.tensors[_WEIGHTS], self._weights)
         self._rule.load_state(dict(checkpoint.tensors[_OPTIMIZER]))
 
-    def save(self, path: Path, *, steps: int, kl: float) -> None:
+    def save(self, path: Path) -> None:
         """Write the draft as it is now; see `isthmus.edge.drafts.tuned_draft`."""
-        save_tuned(path, self._emulator, self.package, steps=steps, kl=kl)
+        save_tuned(path, self._emulator, self._package)
 
     def _logits(self, batch: Batch) -> Tensor:
         """The student's logits at the labels, `[N, V]`; the head works at columns that have one and at no others."""
-        places = label_places(batch)
-        columns = places.any(0).nonzero()[:, 0]
+        mask = label_mask(batch)
+        columns = mask.any(0).nonzero()[:, 0]
         inputs = to_device({name: batch[name] for name in ("input_ids", "attention_mask")}, self._student)
         if not self._keeps_columns:
             everywhere: Tensor = self._student(**inputs, use_cache=False).logits
-            return everywhere[places]
+            return everywhere[mask]
         kept: Tensor = self._student(**inputs, use_cache=False, logits_to_keep=columns.to(self._student.device)).logits
-        return kept[places[:, columns]]
+        return kept[mask[:, columns]]
 
 
 def draft_tuning(model: Any, config: TrainConfig, signer: Fingerprint | None) -> DraftTuning | None:
@@ -151,7 +159,7 @@ def draft_tuning(model: Any, config: TrainConfig, signer: Fingerprint | None) ->
 
     Raises:
         CheckpointError: A file of the package, or a tuned draft, is damaged.
-        ConsentError: The package's owner has not allowed it.
+        ConsentError: The package's owner does not allow it.
         PackageError: It is no package, was changed, or was made of another model or for another plan.
         SignerError: It is not signed, or by somebody else.
     """
@@ -161,8 +169,8 @@ def draft_tuning(model: Any, config: TrainConfig, signer: Fingerprint | None) ->
     package = open_package_for(model, folder, signer=signer)
     if not package.manifest.allow_draft_tuning:
         raise ConsentError(
-            f"the owner of the package {str(folder)!r} has not allowed that its draft is tuned: ask for one that was "
-            "built with `isthmus emulator build --allow-draft-tuning`, or give --draft none"
+            f"the owner of the package {str(folder)!r} does not allow its emulator to be tuned as a draft: ask for one "
+            "that was built with `isthmus emulator build --allow-draft-tuning`, or give --draft none"
         )
     emulator = package.load_emulator()
     before = tuned_beside(config.start_from)

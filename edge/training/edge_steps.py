@@ -29,7 +29,7 @@ from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
-from isthmus.edge.training.run_identity import ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.training.run_identity import NO_DRAFT, ModelIdentity, check_fits, fixed_settings, identity_entries
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -94,7 +94,7 @@ class EdgeSteps(Task):
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
         self.settings: Mapping[str, Any] = fixed_settings(
-            config, self.total, start, None if draft is None else draft.package
+            config, self.total, start, NO_DRAFT if draft is None else draft.settings
         )
         self._model = model
         self._data = data
@@ -166,7 +166,7 @@ class EdgeSteps(Task):
         text = figures(line["loss"], speed, self.spent.wire)
         if self._draft is not None:
             points |= {"draft/kl": line["draft_kl"], "draft/agreement": line["draft_agreement"]}
-            text += f"  draft KL {line['draft_kl']:.4f}, {line['draft_agreement']:.0%} agree"
+            text += f"  draft KL divergence {line['draft_kl']:.4f}, top-1 agreement {line['draft_agreement']:.0%}"
         self.add_points(line["step"], points)
         return text
 

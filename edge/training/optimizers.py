@@ -23,7 +23,7 @@ from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.training.mezo import Mezo
 from isthmus.edge.training.micro_batches import InFlight
-from isthmus.edge.training.step_rule import REMEDY, BatchLoss, EdgeRule, Learn
+from isthmus.edge.training.step_rule import REMEDY, BatchLoss, EdgeRule, OnLogits
 from isthmus.training.gradient_step import GradientStep
 
 
@@ -33,15 +33,15 @@ def step_rule(
     config: TuningConfig,
     check_stop: Callable[[], None],
     in_flight: InFlight | None = None,
-    learn: Learn | None = None,
+    on_logits: OnLogits | None = None,
 ) -> EdgeRule:
     """The rule that `config.optimizer` names.
 
     Args:
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
-        learn: See `BatchLoss`.
+        on_logits: See `BatchLoss`.
     """
-    loss = BatchLoss(model, config.precision, check_stop, in_flight, learn)
+    loss = BatchLoss(model, config.precision, check_stop, in_flight, on_logits)
     if config.optimizer == "mezo":
         return Mezo(parameters.values(), config, loss)
     return Backprop(_optimizer(model, parameters, config), parameters, config, loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from isthmus.training.run_checkpoint import RunCheckpoint, check_settings, damag
 
 START_ANEW = "give another --out"
 
+DRAFT_PACKAGE = "the draft's package"
+NO_DRAFT: Mapping[str, Any] = {DRAFT_PACKAGE: None}  # so that a run with a draft is not gone on with without it
+
 # Options that do not change what a step computes; every other one must be the same after a resume. The data's path and
-# form are covered by the fingerprint of the tokens, the package by the model's identity, the draft by its package's id;
+# form are covered by the fingerprint of the tokens, the package by the model's identity, the draft by its own settings;
 # steps and epochs by the total, where it matters; the adapter to go on from by its contents.
 _FREE = {
     "cloud",
@@ -70,13 +74,15 @@ class ModelIdentity:
     package: str | None = None
 
 
-def fixed_settings(config: TuningConfig, total: int, start: str | None, draft: str | None = None) -> dict[str, Any]:
+def fixed_settings(
+    config: TuningConfig, total: int, start: str | None, draft: Mapping[str, Any] = NO_DRAFT
+) -> dict[str, Any]:
     """The options that a run may not change half-way.
 
     Args:
         total: Its optimizer steps, which may change where nothing was planned by them.
         start: The digest of the adapter that it went on from.
-        draft: The id of the package whose draft is tuned; None for no draft.
+        draft: What a draft that is tuned adds.
     """
     settings = config.model_dump(mode="json", exclude=set(_FREE))
     planned = (
@@ -85,8 +91,7 @@ def fixed_settings(config: TuningConfig, total: int, start: str | None, draft: s
         or getattr(config, "site_policy", "") == "kill-revive"
     )
     settings |= {"total steps": total if planned else None, "the adapter to go on from": start}
-    rate = None if draft is None else getattr(config, "draft_learning_rate", None)
-    return settings | {"the draft's package": draft, "draft_learning_rate": rate}
+    return {**settings, **draft}
 
 
 def identity_entries(model: ModelIdentity, data: str) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.edge.config.data_config import Precision
-from isthmus.edge.data.batches import Batch, label_count, label_places
+from isthmus.edge.data.batches import Batch, label_count, label_mask
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
 from isthmus.training.gradient_step import StepRule, require_finite
 
-Learn = Callable[[Batch, Tensor, float], None]
+OnLogits = Callable[[Batch, Tensor, float], None]
 """Called with a micro-batch, the model's logits at its labels `[N, V]`, detached, and its share of all labels."""
 
 REMEDY = "lower --learning-rate, or use a wider codec or dtype."
@@ -55,7 +55,7 @@ class BatchLoss:
     Args:
         check_stop: Called after every micro-batch; what it raises ends the step.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
-        learn: Called for each micro-batch after its backward, in their order and in the calling thread.
+        on_logits: Called for each micro-batch after its backward, in their order and in the calling thread.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class BatchLoss:
         precision: Precision,
         check_stop: Callable[[], None],
         in_flight: InFlight | None = None,
-        learn: Learn | None = None,
+        on_logits: OnLogits | None = None,
     ) -> None:
         self._model = model
         self._precision: Precision = precision
         self._check_stop = check_stop
         self._in_flight = in_flight
-        self._learn = learn
+        self._on_logits = on_logits
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -91,7 +91,7 @@ class BatchLoss:
             if trained:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch
             self._check_stop()
-            self._teach(batch, logits, labels)
+            self._report_logits(batch, logits, labels)
             total += value
         return total
 
@@ -109,23 +109,23 @@ class BatchLoss:
             for batch, (value, gradients, logits) in zip(batches, done, strict=True):
                 if trained:
                     _add(trained, gradients)
-                self._teach(batch, logits, labels)
+                self._report_logits(batch, logits, labels)
                 total += value
         return total
 
     def _weighted(self, step: int, labels: int, batch: Batch) -> tuple[Tensor, float, Tensor | None]:
-        """What a micro-batch adds to the loss, with its graph and as a number; and logits, where somebody learns."""
+        """What a micro-batch adds to the loss, with its graph and as a number; and logits, where somebody asks."""
         with computing_in(self._precision, self._model):
             output = self._model(**to_device(batch, self._model), use_cache=False)
         loss: Tensor = output.loss
         weight = label_count(batch) / labels
         value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
-        logits = None if self._learn is None else output.logits.detach()[label_places(batch)]
+        logits = None if self._on_logits is None else output.logits.detach()[label_mask(batch)]
         return loss * weight, value * weight, logits
 
-    def _teach(self, batch: Batch, logits: Tensor | None, labels: int) -> None:
-        if self._learn is not None and logits is not None and len(logits):
-            self._learn(batch, logits, label_count(batch) / labels)
+    def _report_logits(self, batch: Batch, logits: Tensor | None, labels: int) -> None:
+        if self._on_logits is not None and logits is not None and len(logits):
+            self._on_logits(batch, logits, label_count(batch) / labels)
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -156,7 +156,7 @@ class Trainer:
         save_adapter(self.model, adapter, record=self._record())
         report = self._report()
         if self._draft is not None:
-            self._draft.save(self.config.out / TUNED_DRAFT, steps=self.step, kl=report.draft_kl_last or 0.0)
+            self._draft.save(self.config.out / TUNED_DRAFT)
         write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
         return TrainResult(report, adapter)
 
@@ -171,12 +171,7 @@ class Trainer:
             **({} if self._draft is None else draft_fit(lines)),
             **shares(spent),
             **traffic(spent),
-            **flops(
-                linear_parameters(self.model) + self._emulator_parameters,
-                self._n_trained if self._steps.rule.goes_backward else 0,
-                self._span_parameters,
-                spent.positions,
-            ),
+            **self._flops(spent.positions),
         }
         return Report(
             loss_before=self._steps.loss_before,
@@ -203,3 +198,11 @@ class Trainer:
             codec=self._codec,
             **figures,
         )
+
+    def _flops(self, positions: int) -> dict[str, int]:
+        """FLOPs of both sides; what a draft computes is the edge's."""
+        edge = linear_parameters(self.model) + self._emulator_parameters
+        trained = self._n_trained if self._steps.rule.goes_backward else 0
+        if self._draft is not None:
+            edge, trained = edge + self._draft.n_linear, trained + self._draft.n_trained
+        return flops(edge, trained, self._span_parameters, positions)

@@ -12,7 +12,7 @@ Shapes follow from these two and the model's configuration, and a file that has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from isthmus.backbone.split.span import distinct_layers, empty_layers
 from isthmus.common.errors import CheckpointError, IsthmusError, NonFiniteError
 from isthmus.common.files import disk_errors
 from isthmus.emulator.compress.bridges import add_bridges
-from isthmus.emulator.compress.emulator_model import Emulator
+from isthmus.emulator.compress.emulator_model import Emulator, Form
 from isthmus.emulator.compress.recipe import EMULATOR_FILE, EMULATOR_INFO, Recipe
 from isthmus.emulator.compress.svd import replace_linears
 from isthmus.emulator.compress.weight_bits import from_stored, to_stored
 
 _FORMAT = 1
+_REMEDY = "get it again from the model's owner"
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -96,7 +97,7 @@ def load_emulator(
             replace_linears(layer, recipe.low_rank)
     add_bridges(base, layers, bridges)
     emulator = Emulator(base, layers, recipe, config, bridges=bridges)
-    values = _read_tensors(folder / EMULATOR_FILE, emulator)
+    values = _weights(folder / EMULATOR_FILE, emulator)
     for index, layer in distinct.items():
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
@@ -109,10 +110,10 @@ def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...], tuple[
     info = read_json(path)
     bridges = info.pop("bridges", None)
     if info.get("format") != _FORMAT or info.keys() != {"format", "recipe", "keep", "layers"}:
-        raise CheckpointError(f"{path} is not an emulator of format {_FORMAT}; get it again from the model's owner")
+        raise CheckpointError(f"{path} is not an emulator of format {_FORMAT}; {_REMEDY}")
     keep, layers = info["keep"], info["layers"]
     if not isinstance(info["recipe"], str) or isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise CheckpointError(f"{path}: recipe and keep are a text and a number; get it again from the model's owner")
+        raise CheckpointError(f"{path}: recipe and keep are a text and a number; {_REMEDY}")
     try:
         recipe = Recipe.parse(info["recipe"], float(keep))
     except (IsthmusError, OverflowError) as error:
@@ -124,13 +125,9 @@ def _read_info(path: Path, config: Any) -> tuple[Recipe, tuple[int, ...], tuple[
         or not all(type(layer) is int and 0 <= layer < n_layers for layer in layers)
         or layers != sorted(layers)
     ):
-        raise CheckpointError(
-            f"{path}: its list of layers does not fit the model's {n_layers}; get it again from the model's owner"
-        )
+        raise CheckpointError(f"{path}: its list of layers does not fit the model's {n_layers}; {_REMEDY}")
     if not _bridges_fit(bridges, layers, recipe):
-        raise CheckpointError(
-            f"{path}: its bridges do not fit its layers and its recipe; get it again from the model's owner"
-        )
+        raise CheckpointError(f"{path}: its bridges do not fit its layers and its recipe; {_REMEDY}")
     return recipe, tuple(layers), tuple(bridges or ())
 
 
@@ -153,18 +150,10 @@ def _bridges_fit(bridges: Any, layers: list[int], recipe: Recipe) -> bool:
     )
 
 
-def _read_tensors(path: Path, emulator: Emulator) -> dict[str, Tensor]:
+def _weights(path: Path, emulator: Emulator) -> dict[str, Tensor]:
     """The weights by their names in the emulator, in fp32."""
-    bits, forms = emulator.recipe.bits, emulator.stored_forms()
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            _check_forms(path, file, forms)
-            stored = {name: file.get_tensor(name) for name in forms}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); get it again from the model's owner") from error
-    for name, tensor in stored.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"tensor {name} in {path} is not finite; get it again from the model's owner")
+    bits = emulator.recipe.bits
+    stored = read_tensors(path, emulator.stored_forms(), _REMEDY)
     values = {}
     for name, weight in emulator.tensors().items():
         if bits is None or name in stored:
@@ -174,14 +163,40 @@ def _read_tensors(path: Path, emulator: Emulator) -> dict[str, Tensor]:
     return values
 
 
-def _check_forms(path: Path, file: Any, forms: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]) -> None:
+def read_tensors(
+    path: Path,
+    forms: Mapping[str, Form],
+    remedy: str,
+    check: Callable[[Mapping[str, str]], None] = lambda _metadata: None,
+) -> dict[str, Tensor]:
+    """Read a safetensors file whose tensors are known by name, shape and dtype; whatever does not fit is refused.
+
+    Args:
+        forms: All tensors that the file must have.
+        remedy: What the user can do about a file that does not fit; messages end with it.
+        check: Called with the file's metadata before any of its tensors is looked at; may raise.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, has other tensors, or holds a number that is not finite.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            check(file.metadata() or {})
+            _check_forms(path, file, forms, remedy)
+            stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in forms}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"tensor {name} in {path} is not finite; {remedy}")
+    return stored
+
+
+def _check_forms(path: Path, file: Any, forms: Mapping[str, Form], remedy: str) -> None:
     names = set(file.keys())
     if names != forms.keys():
         name = min(names ^ forms.keys())
-        raise CheckpointError(
-            f"{path} {'has a strange' if name in names else 'lacks the'} tensor {name}; "
-            "get it again from the model's owner"
-        )
+        raise CheckpointError(f"{path} {'has a strange' if name in names else 'lacks the'} tensor {name!r}; {remedy}")
     for name, (shape, wanted) in forms.items():
         view = file.get_slice(name)
         found, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
@@ -189,5 +204,5 @@ def _check_forms(path: Path, file: Any, forms: Mapping[str, tuple[tuple[int, ...
             raise CheckpointError(
                 f"tensor {name} in {path} is {view.get_dtype()} {list(found)}, but the model asks for "
                 f"{list(shape)} of {'a floating point dtype' if wanted is None else wanted}; "
-                "it belongs to another model"
+                f"it belongs to another model: {remedy}"
             )

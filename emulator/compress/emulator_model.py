@@ -28,6 +28,9 @@ from isthmus.emulator.compress.recipe import Recipe
 from isthmus.emulator.compress.svd import replace_linears
 from isthmus.emulator.compress.weight_bits import quantized_names, round_weight, stored_forms
 
+Form = tuple[tuple[int, ...], torch.dtype | None]
+"""Shape and dtype of a stored tensor; None for any floating point dtype."""
+
 
 class Emulator(nn.Module):
     """A lossy middle: a `SpanFn` that keeps caches, too.
@@ -131,6 +134,10 @@ class Emulator(nn.Module):
             for name, tensor in layer.state_dict(keep_vars=True).items()
         }
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Those of `tensors` that can be trained, by the same names; not copies."""
+        return {name: tensor for name, tensor in self.tensors().items() if isinstance(tensor, nn.Parameter)}
+
     @torch.no_grad()
     def quantize(self) -> None:
         """Give the weights the values that a reader of the file will have. Without bits in the recipe, a no-op.
@@ -151,9 +158,9 @@ class Emulator(nn.Module):
             for name in quantized_names(layer)
         )
 
-    def stored_forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Shape and dtype of each tensor in the emulator's file, by name; None for any floating point dtype."""
-        forms: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+    def stored_forms(self) -> dict[str, Form]:
+        """What each tensor in the emulator's file is, by name."""
+        forms: dict[str, Form] = {}
         bits, rounded = self.recipe.bits, self.quantized_names()
         for name, tensor in self.tensors().items():
             if bits is not None and name in rounded:

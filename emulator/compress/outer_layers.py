@@ -25,12 +25,14 @@ class OuterLayers:
         self._remote_layers = model.remote_layers
         self._base: Any = model.get_submodule(family.base)
         self._list = family.layers
-        self._layers = getattr(self._base, self._list)
-        self._below = nn.ModuleList(list(self._layers)[: plan.bottom + 1])  # to the remote layers
+        layers = list(getattr(self._base, self._list))
+        self._below = nn.ModuleList(layers[: plan.bottom + 1])  # to the remote layers
+        # What the remote layers give does not depend on their input, so they stand in for the layers below them.
+        self._above = nn.ModuleList([self._remote_layers] * plan.bottom + layers[plan.bottom :])
         if not with_top:
-            self._layers = self._below
-            setattr(self._base, self._list, self._below)
+            self._above = self._below
             # The layers that the model has been checked with keep those above the middle alive.
+            setattr(self._base, self._list, self._below)
             model.note_unwrapped()
         self._model: Any = model.to(device) if with_top else None
         self._base.to(device)
@@ -44,37 +46,34 @@ class OuterLayers:
             seen.append(hidden)
             return hidden
 
-        setattr(self._base, self._list, self._below)
-        try:
-            self._run(self._base, record, input_ids=ids)
-        finally:
-            setattr(self._base, self._list, self._layers)
+        self._run(self._base, self._below, record, input_ids=ids)
         return seen[0]
 
-    def loss(self, ids: Tensor, middle: SpanFn) -> Tensor | None:
-        """Run the tokens `[B, S]` with this middle; returns their mean cross entropy, or None without a top."""
-        if self._model is None:
-            self._run(self._base, middle, input_ids=ids)
-            return None
-        loss: Tensor = self._run(self._model, middle, input_ids=ids, labels=ids).loss
-        return loss
+    def predict(self, ids: Tensor, states: Tensor, *, with_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Run what is above the middle, for outer layers with a top.
 
-    def predict(self, ids: Tensor, middle: SpanFn, *, with_loss: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Run the tokens `[B, S]` with this middle, up to the head; for outer layers with a top.
+        Args:
+            ids: Tokens `[B, S]`.
+            states: Hidden states after the middle, `[B, S, h]`.
 
         Returns:
             The logits `[B, S, V]`, and with `with_loss` the mean cross entropy.
         """
         labels = {"labels": ids} if with_loss else {}
-        output = self._run(self._model, middle, input_ids=ids, **labels)
+        output = self._run(
+            self._model, self._above, lambda hidden, _mask, _positions: states.to(hidden.dtype), input_ids=ids, **labels
+        )
         return output.logits, output.loss if with_loss else None
 
-    def _run(self, model: Any, middle: SpanFn, **inputs: Tensor) -> Any:
+    def _run(self, model: Any, layers: nn.ModuleList, middle: SpanFn, **inputs: Tensor) -> Any:
+        before = getattr(self._base, self._list)
+        setattr(self._base, self._list, layers)
         self._remote_layers.span = middle
         try:
             return model(**inputs, use_cache=False)
         finally:
             self._remote_layers.span = _unchanged
+            setattr(self._base, self._list, before)
 
 
 def _unchanged(hidden: Tensor, _mask: Tensor | None, _positions: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 The objective of a step is `lm_weight * LM + mse_weight * mean(((T - S) / rms(T))^2) + kl_weight * KL`. T and S are the
 outputs of the whole middle and of the emulator for the same hidden states, which the frozen bottom of the model makes
 of the text (the rms is explained at `layer_measures.relative_error`); LM is the cross entropy of the frozen top and
-head on S; KL is the divergence of the next-token distribution that they make of S from the one that they make of T
+head on S; KL is the KL divergence of the next-token distribution that they make of S from that which they make of T
 (Hinton et al. 2015), which is what counts for a draft. Everything but the emulator is frozen, nothing drops out, and
 the order of the blocks follows from the seed, so a run that was stopped goes on to the same bits.
 
@@ -34,7 +34,7 @@ from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.compress.layer_measures import relative_error
 from isthmus.emulator.compress.outer_layers import OuterLayers
 from isthmus.emulator.compress.public_text import fingerprint
-from isthmus.emulator.distill.logit_divergence import logit_divergence
+from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
 from isthmus.training.gradient_step import GradientStep, require_finite
 from isthmus.training.rate_schedule import scheduled_rate
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -60,7 +60,7 @@ class DistillConfig:
         mse_weight: Weight of the relative error of the hidden states.
         lm_weight: Weight of the cross entropy; 0, with a `kl_weight` of 0, leaves out the top of the model and is
             much faster.
-        kl_weight: Weight of the divergence of the emulator's next-token distribution from the full model's.
+        kl_weight: Weight of the KL divergence of the emulator's next-token distribution from the full model's.
         seed: Seed of the order of the blocks and of those held out.
         precision: `fp32`, or `bf16` for autocast; the weights stay as they are.
 
@@ -108,9 +108,9 @@ class DistillReport:
         error_before: Relative error of the emulator's output on held-out blocks before the first step. Bridges may
             have been fitted to some of these blocks, if they were fitted to the same text.
         error_after: The same after the last one, before any quantization.
-        kl_before: Divergence of the emulator's next-token distribution from the full model's, in nats, on the same
+        kl_before: KL divergence of the emulator's next-token distribution from the full model's, in nats, on the same
             blocks and at the same time; None where the distillation did not use it, as in the other three.
-        agreement_before: Share of the positions where both have the same likeliest token.
+        agreement_before: Top-1 agreement, the share of the positions where both have the same likeliest token.
     """
 
     steps: int
@@ -125,8 +125,25 @@ class DistillReport:
 
 
 @dataclass(frozen=True, slots=True)
+class _Compared:
+    """How an emulator compares with the whole middle on some tokens; what was not asked for is None, or 0.
+
+    Attributes:
+        error: Relative error of its output. This and the other tensors are scalars with a graph.
+        lm: Cross entropy above the emulator.
+        kl: KL divergence of the next-token distribution above the emulator from that above the whole middle, in nats.
+        agreement: Top-1 agreement of the two.
+    """
+
+    error: Tensor
+    lm: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Means over all held-out blocks: relative error, and with KL divergence and agreement."""
+    """Means over all held-out blocks: relative error, and with KL its divergence and the top-1 agreement."""
 
     error: float
     kl: float | None = None
@@ -235,9 +252,7 @@ class _Distillation(Task):
             **({"the text of the bridges (fingerprint)": emulator.fitted_to} if emulator.bridges else {}),
             **{name: value for name, value in config.stated().items() if name != "save_every"},
         }
-        self.parameters: Mapping[str, nn.Parameter] = {
-            name: weight for name, weight in emulator.tensors().items() if isinstance(weight, nn.Parameter)
-        }
+        self.parameters: Mapping[str, nn.Parameter] = emulator.weights()
         optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=0.0, foreach=False
         )
@@ -270,15 +285,15 @@ class _Distillation(Task):
         def backward() -> float:
             for part in torch.split(ids, self._micro_batch):
                 share = len(part) / len(ids)
-                error, lm, kl = self._losses(part)
-                loss = config.mse_weight * error
-                if lm is not None:
-                    loss = loss + config.lm_weight * lm
-                if kl is not None:
-                    loss = loss + config.kl_weight * kl
+                found = self._compare(part, with_lm=config.lm_weight > 0)
+                loss = config.mse_weight * found.error
+                if found.lm is not None:
+                    loss = loss + config.lm_weight * found.lm
+                if found.kl is not None:
+                    loss = loss + config.kl_weight * found.kl
                 require_finite(f"the loss of step {step} is", loss.item(), _REMEDY)
                 torch.autograd.backward(loss * share)
-                for name, value in (("loss", loss), ("error", error), ("lm", lm), ("kl", kl)):
+                for name, value in (("loss", loss), ("error", found.error), ("lm", found.lm), ("kl", found.kl)):
                     if value is not None:
                         line[name] = (line[name] or 0.0) + share * value.item()
             return float(line["loss"])
@@ -315,54 +330,38 @@ class _Distillation(Task):
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_entry(folder, error) from error
 
-    def _losses(self, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of tokens `[B, S]`: relative error of the emulator's output, cross entropy and divergence above it."""
-        targets: list[Tensor] = []
-        errors: list[Tensor] = []
-
-        @torch.no_grad()
-        def whole_middle(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-            targets.append(self._teacher(hidden, mask, positions))
-            return targets[0]
-
-        def emulator(hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-            target = targets[0] if targets else whole_middle(hidden, mask, positions)
-            output: Tensor = self._emulator(hidden.float(), mask, positions)  # autocast may have made it bf16
-            errors.append(relative_error(output, target))
-            return output.to(hidden.dtype)
-
+    def _compare(self, ids: Tensor, *, with_lm: bool) -> _Compared:
+        """What the emulator does in the middle's place with tokens `[B, S]`."""
         with self._autocast():
-            if not self._with_kl:
-                lm = self._ends.loss(ids, emulator)
-                return errors[0], lm, None
+            hidden = self._ends.entry(ids)
             with torch.no_grad():
-                wanted, _ = self._ends.predict(ids, whole_middle)
-            logits, lm = self._ends.predict(ids, emulator, with_loss=self._config.lm_weight > 0)
-            return errors[0], lm, logit_divergence(logits.flatten(0, 1), wanted.flatten(0, 1))
+                target = self._teacher(hidden)
+            output = self._emulator(hidden.float())  # autocast may have made it bf16
+            error = relative_error(output, target)
+            if not (with_lm or self._with_kl):
+                return _Compared(error)
+            logits, lm = self._ends.predict(ids, output, with_loss=with_lm)
+            if not self._with_kl:
+                return _Compared(error, lm)
+            with torch.no_grad():
+                wanted, _ = self._ends.predict(ids, target)
+            ours, theirs = logits.flatten(0, 1), wanted.flatten(0, 1)
+            return _Compared(error, lm, logit_divergence(ours, theirs), agreement(ours, theirs))
 
     @torch.no_grad()
     def _measure_held_out(self) -> _HeldOut:
         totals = torch.zeros(3, dtype=torch.float64)
         for ids in torch.split(self._held_out.to(self.device), self._micro_batch):
-            with self._autocast():
-                hidden = self._ends.entry(ids)
-                target = self._teacher(hidden)
-                output = self._emulator(hidden.float())
-                figures = [relative_error(output, target).item()]
-                if self._with_kl:
-                    wanted, logits = (self._logits(ids, states) for states in (target, output))
-                    agreement = (wanted.argmax(-1) == logits.argmax(-1)).double().mean().item()
-                    figures += [logit_divergence(logits, wanted).item(), agreement]
+            found = self._compare(ids, with_lm=False)
+            figures = [found.error.item()]
+            if found.kl is not None:
+                figures += [found.kl.item(), found.agreement]
             totals[: len(figures)] += torch.tensor(figures, dtype=torch.float64) * len(ids)
             self._stop.check()
-        error, kl, agreement = (totals / len(self._held_out)).tolist()
-        for name, value in (("error", error), ("divergence", kl)):
+        means = (totals / len(self._held_out)).tolist()
+        for name, value in zip(("error", "KL divergence"), means, strict=False):
             require_finite(f"the emulator's {name} on held-out text is", value, "look at the model and the recipe.")
-        return _HeldOut(error, kl, agreement) if self._with_kl else _HeldOut(error)
-
-    def _logits(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Logits `[B * S, V]` of tokens `[B, S]`, with these hidden states `[B, S, h]` after the middle."""
-        return self._ends.predict(ids, lambda hidden, _mask, _positions: states.to(hidden.dtype))[0].flatten(0, 1)
+        return _HeldOut(*means) if self._with_kl else _HeldOut(means[0])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")

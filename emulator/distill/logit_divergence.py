@@ -1,4 +1,4 @@
-"""The loss of a draft: how far its next-token distribution is from that of the model that verifies its tokens."""
+"""How near a draft's next-token distribution is to that of the model that verifies its tokens."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def logit_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(
         log_softmax(student.float(), -1), log_softmax(teacher.float(), -1), reduction="batchmean", log_target=True
     )
+
+
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """Top-1 agreement: the share of rows of logits, `[N, V]` each, where both have the same likeliest token."""
+    return (student.argmax(-1) == teacher.argmax(-1)).sum().item() / len(student)

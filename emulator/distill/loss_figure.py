@@ -12,12 +12,12 @@ from isthmus.emulator.distill.distillation import LOG_FILE
 _TITLES = {
     "error": "relative error of the hidden states",
     "lm": "cross entropy, nats a token",
-    "kl": "divergence, nats a token",
+    "kl": "KL divergence, nats a token",
 }
 
 
 def loss_figure(folder: Path, path: Path) -> None:
-    """Draw the log of a distillation: by step its relative error, and cross entropy and divergence where it has them.
+    """Draw the log of a distillation: by step its relative error, and cross entropy and KL divergence if it has them.
 
     Raises:
         ConfigError: matplotlib is not installed.

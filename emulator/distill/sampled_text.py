@@ -46,6 +46,25 @@ class _Script:
     joined: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """How a sample is drawn; see `write_sample`."""
+
+    tokens: int
+    seed: int
+    batch: int
+    length: int
+    temperature: float
+    special_tokens: bool
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} makes no sense; use 1 or more")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature = {self.temperature} makes no sense; use a number above 0")
+
+
 def write_sample(
     path: Path,
     model: Any,
@@ -80,10 +99,11 @@ def write_sample(
         DiskError: The file cannot be written.
         NonFiniteError: The model gives NaN or infinity.
     """
+    sampling = _Sampling(tokens, seed, batch, length, temperature, special_tokens)
     written = 0
     with disk_errors(path), path.open("w", encoding="utf-8") as file:
         try:
-            for texts in _rounds(model, tokenizer, tokens, seed, batch, length, temperature, special_tokens, progress):
+            for texts in _rounds(model, tokenizer, sampling, progress):
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
                 file.flush()
                 written += len(texts)
@@ -92,32 +112,18 @@ def write_sample(
     return written
 
 
-def _rounds(
-    model: Any,
-    tokenizer: Any,
-    tokens: int,
-    seed: int,
-    batch: int,
-    length: int,
-    temperature: float,
-    special_tokens: bool,
-    console: Console | None,
-) -> Iterator[list[str]]:
-    for name, value in (("tokens", tokens), ("batch", batch), ("length", length)):
-        if value < 1:
-            raise ConfigError(f"{name} = {value} makes no sense; use 1 or more")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature = {temperature} makes no sense; use a number above 0")
+def _rounds(model: Any, tokenizer: Any, sampling: _Sampling, console: Console | None) -> Iterator[list[str]]:
+    length = sampling.length
     script = _script(model, tokenizer)
     most = model.config.max_position_embeddings - len(script.start)
     if length > most:
         raise ConfigError(f"texts of {length} tokens are more than the model takes; use a length of {most} or less")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    n_rounds = -(-tokens // (batch * length))
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    n_rounds = -(-sampling.tokens // (sampling.batch * length))
     with bar(console, "writing text", n_rounds * length) as advance:
         for _ in range(n_rounds):
-            rows = _write(model, len(tokenizer), script, batch, length, temperature, generator, advance)
-            if special_tokens:
+            rows = _write(model, len(tokenizer), script, sampling, generator, advance)
+            if sampling.special_tokens:
                 yield [tokenizer.decode([*script.start, *row.tokens]) for row in rows]
             else:
                 yield [text for row in rows for text in _texts(tokenizer, row.segments, script.joined)]
@@ -136,26 +142,25 @@ def _write(
     model: Any,
     n_vocabulary: int,
     script: _Script,
-    batch: int,
-    length: int,
-    temperature: float,
+    sampling: _Sampling,
     generator: torch.Generator,
     advance: Callable[[], None],
 ) -> list[_Row]:
     """`length` tokens of each of `batch` rows."""
+    batch = sampling.batch
     rows = [_Row() for _ in range(batch)]
     # What comes next in a row without asking the model, the last one first.
     waiting: list[list[int]] = [[] for _ in range(batch)]
     fed = torch.tensor([script.start] * batch, device=model.device)
     cache: Any = None
-    for done in range(length):
+    for done in range(sampling.length):
         if done == 0 and not script.start:
             shape = (batch, 1)
             drawn = torch.randint(n_vocabulary, shape, generator=generator, device=model.device).flatten().tolist()
         else:
             output = model(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output.cache
-            drawn = _draw(output.logits[:, -1, :n_vocabulary], temperature, generator)
+            drawn = _draw(output.logits[:, -1, :n_vocabulary], sampling.temperature, generator)
         for number, (row, queue) in enumerate(zip(rows, waiting, strict=True)):
             if queue:
                 drawn[number] = queue.pop()

@@ -11,22 +11,20 @@ class BuildPreset:
 
     Attributes:
         method: See `Recipe`.
-        keep: Share of the middle's layers that are kept.
-        layers: How many are kept, in place of a share; None for the share.
+        keep: Which of the middle's layers are kept: a share, or as a whole number how many.
         mse_weight: See `DistillConfig`, for this and the other weights.
     """
 
     method: str
-    keep: float
-    layers: int | None
+    keep: float | int
     mse_weight: float
     lm_weight: float
     kl_weight: float
 
     def share(self, n_middle: int) -> float:
         """Share of a middle of so many layers that is kept."""
-        return self.keep if self.layers is None else min(1.0, self.layers / n_middle)
+        return min(1.0, self.keep / n_middle) if isinstance(self.keep, int) else self.keep
 
 
-STAND_IN = BuildPreset("uniform", 0.5, None, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
-DRAFT = BuildPreset("uniform+bridged", 0.5, 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)
+FOR_TUNING = BuildPreset("uniform", 0.5, mse_weight=30.0, lm_weight=1.0, kl_weight=0.0)
+FOR_DRAFTING = BuildPreset("uniform+bridged", 3, mse_weight=0.0, lm_weight=0.0, kl_weight=1.0)

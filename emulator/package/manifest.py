@@ -71,7 +71,7 @@ class Distilled(_Part):
             have been fitted to some of them, if they were fitted to the same text.
         kl_before: Mean KL divergence in nats between the full model's next-token distribution and the one with the
             emulator, on the same blocks; None where the distillation did not use it, as in the other three.
-        agreement_before: Share of the positions where both have the same likeliest token.
+        agreement_before: Top-1 agreement, the share of the positions where both have the same likeliest token.
     """
 
     steps: Count

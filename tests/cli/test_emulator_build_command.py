@@ -67,8 +67,9 @@ def test_a_draft_has_three_layers_and_says_how_near_it_came(owner: Owner, tmp_pa
     assert done["kl_after"] < done["kl_before"]
     assert not said["allow_draft_tuning"]
     shown = owner.run("verify", "--package", tmp_path / "p")
-    assert f"{done['kl_before']:.4g} -> {done['kl_after']:.4g} nats a token" in shown
-    assert f"{done['agreement_before']:.1%} -> {done['agreement_after']:.1%} of the tokens" in shown
+    before, after = done["agreement_before"], done["agreement_after"]
+    assert f"KL divergence    {done['kl_before']:.4g} -> {done['kl_after']:.4g} nats a token" in shown
+    assert f"top-1 agreement  {before:.1%} -> {after:.1%} of the tokens with the whole model" in shown
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,17 @@ def test_a_draft_shares_the_edge_s_weights_and_adapters(pairs: Pairs) -> None:
     assert draft.statistics.accepted == draft.statistics.drafted > 0  # it had the adapter as it is now
 
 
+def test_a_frozen_draft_has_no_parameter_that_is_trained_and_all_of_the_memory(pairs: Pairs) -> None:
+    pair = pairs("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 5], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(pair.edge, config)
+    drafter = around_emulator(pair.edge, emulator(pair.folder, "uniform"), frozen=True)
+    ours, theirs = dict(drafter.named_parameters()), dict(pair.edge.named_parameters())
+    assert {name: each.data_ptr() for name, each in ours.items()} == {n: each.data_ptr() for n, each in theirs.items()}
+    assert not any(each.requires_grad for each in ours.values())
+    assert any(each.requires_grad for each in model.parameters())  # the model's own are as they were
+
+
 def test_a_draft_in_bf16_has_weights_of_its_own(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama", "2:2")
     folder = tiny_package(tmp_path / "package", pair.folder, plan="2:2").folder

@@ -21,7 +21,7 @@ from torch import Tensor
 from isthmus.common.errors import CheckpointError, PackageError
 from isthmus.edge.drafts import EmulatorDraft, FixedLength, drafting
 from isthmus.edge.drafts.emulator_draft import around_emulator
-from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT, draft_weights, load_tuned, save_tuned, tuned_beside
+from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT, load_tuned, save_tuned, tuned_beside
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.package.package import Package
 
@@ -36,7 +36,7 @@ def package(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
 def moved(package: Package) -> Emulator:
     emulator = package.load_emulator()
     with torch.no_grad():
-        for weight in draft_weights(emulator).values():
+        for weight in emulator.weights().values():
             weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
     return emulator
 
@@ -53,16 +53,16 @@ def text(model: Any) -> Tensor:
 
 def test_the_weights_come_back_and_the_text_is_the_models(package: Package, pairs: Pairs, tmp_path: Path) -> None:
     path, emulator = tmp_path / TUNED_DRAFT, moved(package)
-    save_tuned(path, emulator, package.id, steps=3, kl=0.25)
+    save_tuned(path, emulator, package.id)
     edge = pairs("llama").edge
     expected = text(edge)
     for model in (edge, None):
         own = EmulatorDraft.open(package.folder, model, rule=FixedLength(3))
         tuned = EmulatorDraft.open(package.folder, model, rule=FixedLength(3), tuned=path)
-        weights = draft_weights(tuned.model.remote_layers.span)
-        for name, weight in draft_weights(emulator).items():
+        weights = tuned.model.remote_layers.span.weights()
+        for name, weight in emulator.weights().items():
             assert torch.equal(weights[name], weight)
-            assert not torch.equal(draft_weights(own.model.remote_layers.span)[name], weight)
+            assert not torch.equal(own.model.remote_layers.span.weights()[name], weight)
         with drafting(edge, tuned):
             assert torch.equal(text(edge), expected)
         assert tuned.statistics.drafted > 0
@@ -78,7 +78,7 @@ def test_it_lies_beside_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draft_of_another_package_is_refused(package: Package, tmp_path: Path) -> None:
-    save_tuned(tmp_path / TUNED_DRAFT, moved(package), "ab" * 32, steps=3, kl=0.25)
+    save_tuned(tmp_path / TUNED_DRAFT, moved(package), "ab" * 32)
     with pytest.raises(
         PackageError, match=f"tuned from the package 'abababababababab', and this one is.*{package.id[:16]}"
     ):
@@ -108,7 +108,7 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
     package: Package, tmp_path: Path, change: Change, why: str
 ) -> None:
     path = tmp_path / TUNED_DRAFT
-    save_tuned(path, moved(package), package.id, steps=3, kl=0.25)
+    save_tuned(path, moved(package), package.id)
     load_tuned(path, package.load_emulator(), package.id)  # as it is, it fits
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -118,8 +118,8 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
     emulator, untouched = package.load_emulator(), package.load_emulator()
     with pytest.raises(CheckpointError, match=why):
         load_tuned(path, emulator, package.id)
-    for name, weight in draft_weights(untouched).items():
-        assert torch.equal(draft_weights(emulator)[name], weight)
+    for name, weight in untouched.weights().items():
+        assert torch.equal(emulator.weights()[name], weight)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, None])

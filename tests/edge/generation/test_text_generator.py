@@ -17,7 +17,7 @@ from isthmus.common.errors import ConfigError, PackageError, UnsupportedCallErro
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import GenerateConfig
 from isthmus.edge.config.flags import read_settings
-from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT, draft_weights, save_tuned
+from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT, save_tuned
 from isthmus.edge.generation.text_generator import TextGenerator
 from isthmus.protocol.secure.keys import load_worker
 
@@ -97,18 +97,18 @@ def test_a_run_brings_its_tuned_draft(opener: Opener, server: ThreadServer, link
         plain = texts(generator, "Once upon")
     tuned = package.load_emulator()
     with torch.no_grad():
-        for weight in draft_weights(tuned).values():
+        for weight in tuned.weights().values():
             weight.mul_(1.25)
     used = []
     for _ in range(2):
         with opener(adapter, **options) as generator:
             assert texts(generator, "Once upon") == plain
-            used.append(draft_weights(generator.model.isthmus_draft.model.remote_layers.span))
-        save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, package.id, steps=1, kl=0.0)
+            used.append(generator.model.isthmus_draft.model.remote_layers.span.weights())
+        save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, package.id)
     name = min(used[0])
     assert torch.equal(used[1][name], 1.25 * used[0][name])
     assert not torch.equal(used[1][name], used[0][name])
-    save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, "0" * 64, steps=1, kl=0.0)
+    save_tuned(tmp_path / "run" / TUNED_DRAFT, tuned, "0" * 64)
     with pytest.raises(PackageError, match="was tuned from the package"), opener(adapter, **options):
         pass
 

@@ -26,6 +26,9 @@ from torch import Tensor
 from isthmus.common.errors import CheckpointError, ConfigError, ConsentError, NonFiniteError, PackageError
 from isthmus.edge.config.training_config import load_config
 from isthmus.edge.drafts.tuned_draft import TUNED_DRAFT
+from isthmus.edge.run_report import linear_parameters
+from isthmus.edge.training.draft_tuning import DraftTuning
+from isthmus.edge.training.methods import trained
 from isthmus.emulator.package.package import Package
 from isthmus.protocol.secure.keys import load_worker
 
@@ -75,6 +78,10 @@ def adapter(out: Path) -> dict[str, Tensor]:
     return {name: value for path in (out / "adapter").glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
 def without_draft(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith("draft")} for line in losses(out)]
 
@@ -98,6 +105,39 @@ def test_a_run_with_a_draft_has_the_bits_of_one_without(
     near = 1e-2 if values.get("precision") == "bf16" else 1e-6
     assert max(line["draft_kl"] for line in losses(tmp_path / "whole")) < near
     assert min(line["draft_kl"] for line in losses(tmp_path / "drafted")) > 10 * near
+
+
+def alike(draft: DraftTuning, model: Any) -> bool:
+    """Whether the student's weights are the model's, as they are now, and none of them is trained."""
+    theirs = dict(model.named_parameters())
+    return all(
+        own.data_ptr() == theirs[name].data_ptr() and torch.equal(own, theirs[name]) and not own.requires_grad
+        for name, own in draft._student.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("values", METHODS, ids=lambda values: "-".join(map(str, values.values())))
+def test_the_student_has_the_adapter_as_it_is_now_and_no_graph_below_the_emulator(
+    folder: Path, package: Package, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    options = {"steps": 6, "draft": str(package.folder), **values}
+    with pytest.raises(KeyboardInterrupt):
+        draft_run(folder, config(tmp_path, **options), Wire("begin", 5, interrupt))[0].fit()
+    run, draft = draft_run(folder, config(tmp_path, resume=True, **options))
+    assert draft is not None
+    graphs: list[tuple[bool, bool]] = []
+    draft._emulator.register_forward_hook(
+        lambda _module, given, output: graphs.append((given[0].requires_grad, output.requires_grad))
+    )
+    model = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+    start = {name: weight.detach().clone() for name, weight in trained(model).items()}
+    run.fit()
+    assert set(graphs) == {(False, True)}
+    assert any(not torch.equal(weight, start[name]) for name, weight in trained(model).items())
+    assert alike(draft, model)
+    weight = next(iter(trained(model).values()))
+    weight.data = weight.data.clone()  # a weight that the student no longer shares is seen
+    assert not alike(draft, model)
 
 
 def test_a_student_that_draws_random_numbers_would_be_seen(folder: Path, package: Package, tmp_path: Path) -> None:
@@ -124,9 +164,20 @@ def test_the_draft_comes_nearer_to_the_model(folder: Path, tmp_path: Path, recip
     assert report.draft_kl_last == pytest.approx(sum(line["draft_kl"] for line in log[-10:]) / 10)
     with safe_open(tmp_path / "out" / TUNED_DRAFT, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["package"], metadata["steps"]) == (made.id, "60")
-    assert float(metadata["kl"]) == pytest.approx(report.draft_kl_last, rel=1e-4)
-    assert "draft: KL" in report.lines(tmp_path)
+    assert metadata == {"format": "isthmus tuned draft 1", "package": made.id}
+    assert "draft: KL divergence" in report.lines(tmp_path)
+
+
+def test_the_flops_of_the_edge_are_those_of_the_student_as_well(folder: Path, package: Package, tmp_path: Path) -> None:
+    plain = draft_run(folder, config(tmp_path / "plain"))[0].fit().report
+    run, draft = draft_run(folder, config(tmp_path / "drafted", draft=str(package.folder)))
+    drafted = run.fit().report
+    assert draft is not None
+    emulator = linear_parameters(draft._emulator)
+    assert draft.n_trained > emulator > 0  # its norms are no linear layers
+    more = 4 * (linear_parameters(run.model) + emulator) + 2 * draft.n_trained
+    assert drafted.edge_flops - plain.edge_flops == more * plain.positions
+    assert drafted.cloud_flops == plain.cloud_flops
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, package: Package, tmp_path: Path) -> None:
@@ -134,7 +185,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, package: Packa
     assert draft is not None
     with torch.no_grad():
         next(iter(draft._weights.values())).fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"draft's divergence of step 1 is nan: lower --draft-learning-rate"):
+    with pytest.raises(NonFiniteError, match=r"draft's KL divergence in step 1 is nan: lower --draft-learning-rate"):
         run.fit()
 
 
@@ -146,9 +197,8 @@ def same_draft(ours: Path, theirs: Path) -> bool:
 
 
 def interrupted(folder: Path, out: Path, package: Path) -> None:
-    wire = Wire("begin", 5, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="after step 4"):
-        draft_run(folder, config(out, draft=str(package)), wire)[0].fit()
+        draft_run(folder, config(out, draft=str(package)), Wire("begin", 5, interrupt))[0].fit()
 
 
 def killed(folder: Path, out: Path, package: Path) -> None:
@@ -213,9 +263,9 @@ def test_a_package_of_another_plan_or_none_is_refused(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"method": "prompt"}, "which method prompt has not"),
-        ({"method": "ladder"}, "which method ladder has not"),
-        ({"optimizer": "mezo", "dropout": 0.0}, "optimizer mezo"),
+        ({"method": "prompt"}, "which method prompt does not support"),
+        ({"method": "ladder"}, "which method ladder does not support"),
+        ({"optimizer": "mezo", "dropout": 0.0}, "mezo's forwards run with perturbed parameters"),
         ({"method": "dora", "sites": "all"}, "adapters of method dora inside the cloud's layers"),
     ],
 )

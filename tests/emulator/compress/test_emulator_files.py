@@ -90,8 +90,8 @@ Q_PROJ = "layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({Q_PROJ: None}, f"lacks the tensor {Q_PROJ}"),
-        ({"layers.9.x": torch.ones(1)}, "strange tensor layers.9.x"),
+        ({Q_PROJ: None}, f"lacks the tensor '{Q_PROJ}'"),
+        ({"layers.9.x": torch.ones(1)}, "strange tensor 'layers.9.x'"),
         ({Q_PROJ: torch.ones(HIDDEN, HIDDEN + 1)}, f"{Q_PROJ} .* \\[32, 33\\]"),
         ({Q_PROJ: torch.ones(HIDDEN, HIDDEN, dtype=torch.int8)}, "is I8"),
         ({Q_PROJ: torch.ones(HIDDEN, HIDDEN, dtype=torch.float64)}, "is F64"),

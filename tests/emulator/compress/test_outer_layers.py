@@ -6,12 +6,17 @@ import gc
 from pathlib import Path
 
 import pytest
-from support.models.tiny import N_LAYERS, tiny_checkpoint
+import torch
+from support.models.tiny import CONFIGS, N_LAYERS, VOCAB, tiny_checkpoint
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from isthmus.backbone.checkpoints.sources import Checkpoint
 from isthmus.backbone.plan import SplitPlan
+from isthmus.backbone.split.span import load_span
 from isthmus.emulator.compress.outer_layers import OuterLayers
+
+from ..conftest import Checkpoints
 
 
 def living_layers() -> int:
@@ -27,3 +32,21 @@ def test_without_a_top_nothing_above_the_middle_is_kept(tmp_path: Path, with_top
     outer = OuterLayers(checkpoint, SplitPlan.parse("1:2", N_LAYERS), with_top=with_top)
     assert living_layers() - before == (3 if with_top else 1)
     del outer
+
+
+@pytest.mark.parametrize("plan", ["2:2", "0:1"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_below_the_middle_and_above_it_are_the_whole_model(checkpoints: Checkpoints, family: str, plan: str) -> None:
+    checkpoint, split = checkpoints(family), SplitPlan.parse(plan, N_LAYERS)
+    outer = OuterLayers(checkpoint, split, with_top=True)
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    with torch.no_grad():
+        expected = whole(ids, labels=ids, use_cache=False)
+        states = load_span(checkpoint, split)(outer.entry(ids))
+        for _ in range(2):  # each leaves the layers as they were
+            logits, loss = outer.predict(ids, states, with_loss=True)
+            torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(loss, expected.loss)
+        assert outer.predict(ids, states)[1] is None
+        assert not torch.allclose(outer.predict(ids, states.flip(1))[0], expected.logits, atol=1e-3)

@@ -190,21 +190,20 @@ def test_without_cross_entropy_nothing_above_the_middle_runs(bench: Bench, tmp_p
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: str) -> None:
     """Have step number `step` end in a signal, or in an error, before it is applied."""
-    measure, losses = distilling._Distillation.measure, distilling._Distillation._losses
+    measure, compare = distilling._Distillation.measure, distilling._Distillation._compare
 
     def act(task: Any, number: int) -> Any:
         if number == step:
             monkeypatch.setattr(distilling._Distillation, "measure", measure)
             if how == "nan":
-                monkeypatch.setattr(
-                    distilling._Distillation, "_losses", lambda *_: (torch.tensor(math.nan), None, None)
-                )
+                broken = distilling._Compared(torch.tensor(math.nan))
+                monkeypatch.setattr(distilling._Distillation, "_compare", lambda *_, **__: broken)
             else:
                 os.kill(os.getpid(), signal.SIGTERM if how == "term" else signal.SIGINT)
         return measure(task, number)
 
     monkeypatch.setattr(distilling._Distillation, "measure", act)
-    monkeypatch.setattr(distilling._Distillation, "_losses", losses)
+    monkeypatch.setattr(distilling._Distillation, "_compare", compare)
 
 
 @pytest.mark.parametrize(

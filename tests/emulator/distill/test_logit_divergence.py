@@ -1,4 +1,4 @@
-"""The divergence of logits: its value, its gradient, its direction."""
+"""The KL divergence of logits: its value, its gradient, its direction; and their top-1 agreement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from isthmus.emulator.distill.logit_divergence import logit_divergence
+from isthmus.emulator.distill.logit_divergence import agreement, logit_divergence
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,3 +41,11 @@ def test_equal_distributions_do_not_diverge_and_the_direction_counts() -> None:
     one, other = logits(1), logits(2)
     assert logit_divergence(one + 5, one).item() == pytest.approx(0, abs=1e-6)
     assert logit_divergence(one, other).item() != pytest.approx(logit_divergence(other, one).item(), rel=1e-3)
+
+
+def test_agreement_is_the_share_of_rows_with_the_same_likeliest_token() -> None:
+    one = logits(1)
+    other = one.clone()
+    other[[1, 4], one[[1, 4]].argmin(-1)] = 100.0
+    assert agreement(one, one) == 1.0
+    assert agreement(other, one) == agreement(one, 2 * other) == 5 / 7

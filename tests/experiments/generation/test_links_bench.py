@@ -243,7 +243,7 @@ def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ConfigError, match="run has no tuned draft"):
         run_links(settings, tmp_path)
-    save_tuned(tmp_path / "run" / "draft.safetensors", package.load_emulator(), package.id, steps=1, kl=0.1)
+    save_tuned(tmp_path / "run" / "draft.safetensors", package.load_emulator(), package.id)
     result = run_links(settings, tmp_path)
     assert [(row["rtt_ms"], row["text"], row["draft"]) for row in result["links"]] == [
         (rtt_ms, text, draft)
