@@ -152,7 +152,7 @@ class DraftConfig(Settings):
         "and `ngram` distil nothing.",
     )
     draft_learning_rate: float = Field(
-        3e-4, gt=0, description="Peak learning rate of the draft, that of its distillation; it follows --schedule."
+        1e-3, gt=0, description="Peak learning rate of the draft; it follows --schedule."
     )
 
     @property

@@ -234,7 +234,7 @@ def test_a_run_is_resumed_with_its_draft(folder: Path, package: Package, whole: 
     for values, what in (
         ({}, "the draft's package was"),
         ({"draft": str(whole.folder)}, "the draft's package was"),
-        ({"draft": str(package.folder), "draft_learning_rate": 1e-3}, "draft_learning_rate was 0.0003"),
+        ({"draft": str(package.folder), "draft_learning_rate": 2e-3}, "draft_learning_rate was 0.001"),
     ):
         with pytest.raises(CheckpointError, match=what):
             draft_run(folder, config(tmp_path, resume=True, **values))[0].fit()
