@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from isthmus.backbone.decoding.few_rows import few_rows_at_the_head
 from isthmus.backbone.split.cached_generation import CachedGeneration, DraftedText
 from isthmus.common.errors import UnsupportedCallError
 from isthmus.edge.drafts.length_rule import LengthRule
@@ -261,6 +262,7 @@ def drafting(model: Any, draft: Draft) -> Iterator[Draft]:
     draft.check_fits(base)
     before, base.isthmus_draft = base.isthmus_draft, draft
     try:
-        yield draft
+        with few_rows_at_the_head(base):
+            yield draft
     finally:
         base.isthmus_draft = before
