@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def few_rows_at_the_head(model: Any) -> Iterator[None]:
     if type(head) is not nn.Linear or head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
         yield
         return
-    plain = head.forward
+    plain, patched = head.forward, cast(Any, head)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
@@ -41,8 +41,8 @@ def few_rows_at_the_head(model: Any) -> Iterator[None]:
         logits = torch.mm(head.weight, x.reshape(rows, -1).T).T
         return (logits if head.bias is None else logits + head.bias).reshape(*x.shape[:-1], -1)
 
-    head.forward = forward
+    patched.forward = forward
     try:
         yield
     finally:
-        del head.forward
+        del patched.forward
