@@ -206,18 +206,14 @@ def targets(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def show_links(result: Mapping[str, Any]) -> None:
     """Print `links` and `targets`, a line for each, with the interval where there is one, else the range."""
-    typer.echo(
-        "rtt ms  text   draft        tokens  tokens/s  over none  (from - to)    accepted  drafted  acceptance  "
-        "ms/drafted  catching up ms  drafting  identical"
-    )
+    typer.echo("rtt  text   draft        tokens/s  over none  (from-to)    accepted  rate  same")
     for row in result["links"]:
         low, high = row["over_sequential_95"] or row["over_sequential_range"]
+        rate = "-" if row["acceptance"] is None else f"{row['acceptance']:.2f}"
         typer.echo(
-            f"{row['rtt_ms']:6.0f}  {row['text']:5}  {row['draft']:11}  {row['tokens']:6.1f}  "
-            f"{row['tokens_per_s']:8.1f}  {row['over_sequential']:9.2f}  ({low:.2f} - {high:.2f})  "
-            f"{row['accepted_per_round']:8.2f}  {row['drafted_per_round']:7.2f}  {_figure(row['acceptance']):>10}  "
-            f"{_figure(row['draft_ms']):>10}  {row['catch_up_ms']:14.1f}  {row['draft_share']:8.2f}  "
-            f"{row['identical']:9.2f}"
+            f"{row['rtt_ms']:3.0f}  {row['text']:5}  {row['draft']:11}  {row['tokens_per_s']:8.1f}  "
+            f"{row['over_sequential']:9.2f}  ({low:.2f}-{high:.2f})  {row['accepted_per_round']:8.2f}  {rate:>4}  "
+            f"{row['identical']:4.2f}"
         )
     for name, target in result["targets"].items():
         held = "held" if target["held"] else "not held"
@@ -240,10 +236,6 @@ def draw_links(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(title="draft")
     panels[0][0].set_ylabel("tokens per second")
     save_figure(figure, path)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _speed(found: Sequence[Mapping[str, Any]]) -> float:
