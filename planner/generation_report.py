@@ -91,9 +91,9 @@ def _acceptance(settings: GenerationSettings) -> str:
         for least, most in [MEASURED_ACCEPTANCE[draft]]
     ]
     return (
-        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, means "
-        "of selected texts of one run of SmolLM2-135M-Instruct. Other models and texts differ: give --acceptance-rate, "
-        "or compare it with break-even."
+        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, the "
+        "means of chats in one run of SmolLM2-135M-Instruct. Other models and texts differ: give --acceptance-rate, or "
+        "compare it with break-even."
     )
 
 

@@ -153,25 +153,26 @@ def fitted_rate(drafted: float, accepted: float) -> float:
     return low
 
 
-CHAT_NGRAM = [(0.8133, 0.1566), (0.9398, 0.1566), (0.9518, 0.1566), (1.1914, 0.1852), (1.4198, 0.1852)]
-E2E_NGRAM = [(0.9167, 0.0833), (1.0678, 0.1017), (1.1186, 0.1017), (1.1864, 0.1017), (1.3729, 0.1017)]
-CHAT_SMALL, E2E_TUNED = [(1.2742, 0.5484), (1.5528, 0.5610)], [(0.9787, 0.4043), (1.0889, 0.4889), (1.6341, 0.6585)]
-E2E_SMALL = [(0.9808, 0.2885), (1.0385, 0.3077)]
+CHAT_NGRAM = [(1.4282, 0.2047), (1.4434, 0.2075), (1.5427, 0.2133), (1.6461, 0.2162), (2.1021, 0.2162)]
+E2E_NGRAM = [(1.4122, 0.2365), (1.4595, 0.2365), (1.6419, 0.2365), (1.6689, 0.2365), (1.7905, 0.2365)]
+CHAT_SMALL = [(1.0239, 0.3617), (1.1626, 0.3875), (1.3022, 0.4066), (1.5843, 0.4382)]
+E2E_TUNED = [(1.4158, 0.7624), (1.9341, 0.956), (2.2842, 0.9684), (2.5604, 1.044)]
+E2E_SMALL = [(0.5528, 0.0807), (0.8457, 0.1296), (1.0, 0.1437)]
 """Tokens drafted and accepted in a mean round of one run of `isthmus bench generate --parts links`, a link each."""
 
 
 @pytest.mark.parametrize(
     ("draft", "selected", "left_out"),
-    [(NGRAM, CHAT_NGRAM, E2E_NGRAM), (SMALL, CHAT_SMALL + E2E_TUNED, E2E_SMALL)],
+    [(NGRAM, CHAT_NGRAM, E2E_NGRAM), (SMALL, CHAT_SMALL, E2E_TUNED + E2E_SMALL)],
 )
-def test_the_default_rates_are_means_of_selected_texts(
+def test_the_default_rates_are_means_of_chats(
     draft: str, selected: list[tuple[float, float]], left_out: list[tuple[float, float]]
 ) -> None:
     """No check of the law: each text is fitted by itself."""
     every = [fitted_rate(*text) for text in selected + left_out]
     default = DEFAULT_ACCEPTANCE[draft]
-    assert statistics.mean(every[: len(selected)]) == pytest.approx(default, abs=0.005)
-    assert statistics.mean(every) != pytest.approx(default, abs=0.005)  # so it has to be said that they are selected
+    assert statistics.mean(every[: len(selected)]) == pytest.approx(default, abs=0.006)
+    assert statistics.mean(every) != pytest.approx(default, abs=0.006)  # so it has to be said that they are of chats
     assert MEASURED_ACCEPTANCE[draft] == (round(min(every), 2), round(max(every), 2))
     assert of(predicted(), draft).acceptance_rate == default
 
