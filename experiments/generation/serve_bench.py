@@ -14,7 +14,7 @@ import datetime
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import typer
 from isthmus.backbone.checkpoints.sources import resolve
 from isthmus.backbone.families import longest_sequence
 from isthmus.common.errors import ConfigError
+from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.generation.replay_process import MODULE
 from isthmus.experiments.harness.bench_settings import ServeSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
@@ -78,16 +79,17 @@ def run_serve(settings: ServeSettings, folder: Path) -> dict[str, Any]:
         `cache_bytes`, what it counted for keys and values at the end, and `cache_bytes_measured`, by how much the
         worker shrank when these were released, both in the mean of the two halves.
     """
+    if settings.figure is not None:
+        plotting()  # a missing package is reported before the long run, not after it
     first, second = _halves(_requests(settings))
     replays: dict[str, list[Replay]] = {name: [] for name in RUNS}
     for half, requests, names in ((1, first, RUNS), (2, second, reversed(RUNS))):
         for name in names:
             replays[name].append(_replay(settings, folder / f"{name}-{half}", requests, *RUNS[name]))
-    return {
-        **{name: figures(found) for name, found in replays.items()},
-        **asdict(settings),
-        "traces": str(settings.traces),
-    }
+    result = {name: figures(found) for name, found in replays.items()}
+    if settings.figure is not None:
+        draw_serve(result, settings.figure)
+    return {**result, **asdict(settings), "traces": str(settings.traces)}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -95,6 +97,32 @@ def show(result: dict[str, Any]) -> None:
     for name in result["batched"]:
         cells = (result[run][name] for run in RUNS)
         typer.echo(f"{name:24} " + "  ".join(f"{_cell(each):>22}" for each in cells))
+
+
+def draw_serve(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the times of tokens, and the shares of requests that were in time, with batching and without."""
+    times = {"first token, s": "first_s", "between tokens, s": "between_s"}
+    panels: dict[str, list[tuple[str, list[float]]]] = {
+        title: [(rank, [result[run][name][rank] for run in RUNS]) for rank in ("p50", "p99")]
+        for title, name in times.items()
+    }
+    shares = {
+        f"first within {FIRST_SECONDS:g} s": "first_in_time",
+        f"later within {BETWEEN_SECONDS:g} s": "later_in_time",
+    }
+    panels["requests in time, %"] = [
+        (label, [100 * result[run][name] for run in RUNS]) for label, name in shares.items()
+    ]
+    figure, axes = plotting().subplots(1, len(panels), figsize=(10, 3.6), dpi=144)
+    for panel, (title, bars) in zip(axes, panels.items(), strict=True):
+        for place, run in enumerate(RUNS):
+            at = [number + 0.4 * (place - 0.5) for number in range(len(bars))]
+            panel.bar(at, [heights[place] for _, heights in bars], width=0.38, label=run)
+        panel.set_xticks(range(len(bars)), [label for label, _ in bars])
+        panel.set_title(title)
+        panel.grid(axis="y", alpha=0.3)
+    axes[0].legend()
+    save_figure(figure, path)
 
 
 def read_trace(path: Path) -> list[TraceRequest]:

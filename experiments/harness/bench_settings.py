@@ -146,6 +146,7 @@ class ServeSettings:
     rate: Annotated[float, Option(min=0.01, help="Requests per second of all tenants, on average.")] = 0.4
     fewer: Annotated[float, Option(min=1, help="The traces' numbers of tokens are divided by this.")] = 8.0
     threads: Annotated[int, Option(min=1, help="torch threads of the cloud.")] = 2
+    figure: Annotated[Path | None, Option(help="PNG of the times and shares of both (needs matplotlib).")] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,19 @@ def test_figures_are_of_both_halves() -> None:
 
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
+def test_the_figure_has_both_runs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    times = {"first_s": {"p50": 1.0, "p99": 4.0}, "between_s": {"p50": 0.1, "p99": 2.0}}
+    run = {**times, "first_in_time": 0.8, "later_in_time": 0.6}
+    serve_bench.draw_serve({"batched": run, "unbatched": {**run, "later_in_time": 0.2}}, tmp_path / "serve.png")
+    other = tmp_path / "other.png"
+    serve_bench.draw_serve({"batched": run, "unbatched": run}, other)
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "serve.png").read_bytes() != other.read_bytes()
+    with pytest.raises(KeyError):
+        serve_bench.draw_serve({"batched": run}, other)
+
+
 def test_a_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = ServeSettings(
