@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +29,21 @@ def few_rows_at_the_head(model: Any) -> Iterator[None]:
     Args:
         model: The split model.
     """
-    head: Any = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):  # the latter where this is done already
         yield
         return
-    plain, patched = head.forward, cast(Any, head)
 
-    def forward(x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if model.isthmus_exact or not 1 < rows <= MOST_ROWS:
-            return plain(x)
-        logits = torch.mm(head.weight, x.reshape(rows, -1).T).T
-        return (logits if head.bias is None else logits + head.bias).reshape(*x.shape[:-1], -1)
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        weight, rows = self.weight, x.shape[:-1].numel()
+        on_cpu = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if model.isthmus_exact or not on_cpu or not 1 < rows <= MOST_ROWS:
+            return nn.Linear.forward(self, x)
+        logits = torch.mm(weight, x.reshape(rows, -1).T).T
+        return (logits if self.bias is None else logits + self.bias).reshape(*x.shape[:-1], -1)
 
-    patched.forward = forward
+    patched: Any = head
+    patched.forward = MethodType(forward, head)  # a copy of the model has a copy of it, with its own weights
     try:
         yield
     finally:

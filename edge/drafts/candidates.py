@@ -17,7 +17,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from isthmus.backbone.decoding.few_rows import few_rows_at_the_head
 from isthmus.backbone.split.cached_generation import CachedGeneration, DraftedText
 from isthmus.common.errors import UnsupportedCallError
-from isthmus.edge.drafts.length_rule import LengthRule
+from isthmus.edge.drafts.length_rule import LengthRule, VerifiedRound
 
 FOLLOWED = 2
 """Positions of the text that a draft takes in for a token at most while it drafts in each round: the last token that it
@@ -203,14 +203,14 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         accepted = 0
         while accepted < min(len(self._drafted), len(new)) and self._drafted[accepted].token == new[accepted]:
             accepted += 1
-        judged = min(len(self._drafted), len(new), accepted + 1)
-        self._draft.rule.round_over(
-            self._buckets(), accepted, judged, len(new), self._drafting, None if with_prompt else verifying
+        verified = VerifiedRound(
+            self._buckets(), accepted, len(new), self._drafting, None if with_prompt else verifying
         )
+        self._draft.rule.round_over(verified)
         statistics = self._draft.statistics
         statistics.rounds += 1
         statistics.drafted += len(self._drafted)
-        statistics.judged += judged
+        statistics.judged += verified.judged
         statistics.accepted += accepted
         statistics.tokens += len(new)
         statistics.draft_seconds += self._drafting

@@ -13,9 +13,10 @@ leaving out a sampled token because of what it is would change the distribution 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from isthmus.edge.drafts.calibration import Calibration
 from isthmus.edge.drafts.round_seconds import WINDOW, RecentMedian, RoundSeconds
@@ -36,9 +37,34 @@ time from a draft that pays in the long run; a text of some hundred tokens shoul
 not."""
 
 
-class LengthRule(Protocol):
+@dataclass(frozen=True, slots=True)
+class VerifiedRound:
+    """What a round has done.
+
+    Attributes:
+        buckets: Those (see `Calibration`) of the tokens that it drafted.
+        accepted: How many of these stand in the text.
+        tokens: By how many tokens the text has grown.
+        drafting_s: Seconds of drafting.
+        verifying_s: Seconds of verifying; None where the round computed the prompt as well.
+    """
+
+    buckets: Sequence[int]
+    accepted: int
+    tokens: int
+    drafting_s: float
+    verifying_s: float | None
+
+    @property
+    def judged(self) -> int:
+        """How many drafted tokens the cloud has decided about: none after a rejected one, nor after the text's end."""
+        return min(len(self.buckets), self.tokens, self.accepted + 1)
+
+
+class LengthRule(ABC):
     """Decides whether a draft gets one more token, and is told how it went."""
 
+    @abstractmethod
     def should_draft(self, drafted: Sequence[int], next_bucket: int | None) -> bool:
         """Whether to draft one more token.
 
@@ -47,31 +73,14 @@ class LengthRule(Protocol):
             next_bucket: The bucket of the next one; None where that shows only once it is drafted.
         """
 
-    def token_drafted(self, seconds: float) -> None:
+    def token_drafted(self, seconds: float) -> None:  # noqa: B027  # a rule need not learn
         """A token was drafted, which took so long."""
 
-    def round_over(
-        self,
-        drafted: Sequence[int],
-        accepted: int,
-        judged: int,
-        tokens: int,
-        drafting_s: float,
-        verifying_s: float | None,
-    ) -> None:
-        """A round was verified.
-
-        Args:
-            drafted: The buckets of its tokens.
-            accepted: How many of them stand in the text.
-            judged: How many of them the cloud has decided about: those after a rejected one it has not.
-            tokens: By how many tokens the text has grown.
-            drafting_s: Seconds of drafting.
-            verifying_s: Seconds of verifying; None where the round computed the prompt as well.
-        """
+    def round_over(self, verified: VerifiedRound) -> None:  # noqa: B027  # a rule need not learn
+        """A round was verified."""
 
 
-class FixedLength:
+class FixedLength(LengthRule):
     """Always the same number of tokens.
 
     Args:
@@ -85,22 +94,8 @@ class FixedLength:
         """See `LengthRule`."""
         return len(drafted) < self.length
 
-    def token_drafted(self, seconds: float) -> None:
-        """See `LengthRule`; it learns nothing."""
 
-    def round_over(
-        self,
-        drafted: Sequence[int],
-        accepted: int,
-        judged: int,
-        tokens: int,
-        drafting_s: float,
-        verifying_s: float | None,
-    ) -> None:
-        """See `LengthRule`; it learns nothing."""
-
-
-class AdaptiveLength:
+class AdaptiveLength(LengthRule):
     """As many tokens as pay, by what was measured; none where none do.
 
     What drafts lose against going without is kept within `ALLOWANCE` rounds and `LOSS_SHARE` of the time: an account
@@ -153,23 +148,16 @@ class AdaptiveLength:
         """See `LengthRule`. The first one of a text takes longer, as the draft takes in the prompt; few are that."""
         self.draft.add(seconds)
 
-    def round_over(
-        self,
-        drafted: Sequence[int],
-        accepted: int,
-        judged: int,
-        tokens: int,
-        drafting_s: float,
-        verifying_s: float | None,
-    ) -> None:
+    def round_over(self, verified: VerifiedRound) -> None:
         """See `LengthRule`."""
-        for number, bucket in enumerate(drafted[:judged]):
-            self.calibration.add(bucket, number < accepted)
-        if verifying_s is not None:
-            self.rounds.add(len(drafted), verifying_s)
-            self._recent.append((drafting_s + verifying_s, tokens))
+        drafted = len(verified.buckets)
+        for number, bucket in enumerate(verified.buckets[: verified.judged]):
+            self.calibration.add(bucket, number < verified.accepted)
+        if verified.verifying_s is not None:
+            self.rounds.add(drafted, verified.verifying_s)
+            self._recent.append((verified.drafting_s + verified.verifying_s, verified.tokens))
             self._since_plain = self._since_plain + 1 if drafted else 0
-        usual_s = drafting_s + self.rounds.at(len(drafted))  # what a long wait took is no fault of the draft
+        usual_s = verified.drafting_s + self.rounds.at(drafted)  # what a long wait took is no fault of the draft
         self._since_draft = 0.0 if drafted else self._since_draft + usual_s
-        loss = usual_s - tokens * self.rounds.base if drafted else 0.0
+        loss = usual_s - verified.tokens * self.rounds.base if drafted else 0.0
         self._lost = max(0.0, self._lost + loss - LOSS_SHARE * usual_s)

@@ -23,10 +23,10 @@ def exact_decoding(link: Link, model: Any) -> Iterator[None]:
             call is refused (`RefusedError`).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with exact_layers(model):
-        before = base.isthmus_exact, link.span.caches.exact
-        base.isthmus_exact = link.span.caches.exact = True
-        try:
+    before = base.isthmus_exact, link.span.caches.exact
+    base.isthmus_exact = link.span.caches.exact = True
+    try:
+        with exact_layers(model):  # measures the model's products, which have to be exact's already
             yield
-        finally:
-            base.isthmus_exact, link.span.caches.exact = before
+    finally:
+        base.isthmus_exact, link.span.caches.exact = before

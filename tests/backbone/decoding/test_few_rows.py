@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -51,6 +52,24 @@ def test_few_rows_are_multiplied_in_another_order(monkeypatch: pytest.MonkeyPatc
     assert seen == [*range(2, MOST_ROWS + 1), 3]
     head(rows[:, :2])
     assert len(seen) == MOST_ROWS
+
+
+def test_it_may_be_asked_for_twice_and_a_copy_multiplies_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = products(monkeypatch)
+    head, rows = nn.Linear(8, 20), torch.ones(1, 2, 8)
+    model = Model(head)
+    with torch.no_grad(), few_rows_at_the_head(model):
+        with few_rows_at_the_head(model):
+            head(rows)
+        head(rows)
+        copied = copy.deepcopy(head)
+        copied.weight.zero_()
+        copied.bias.zero_()
+        assert not copied(rows).any()
+        assert head(rows).any()
+        assert copied.to(torch.bfloat16)(rows.bfloat16()).dtype == torch.bfloat16
+    head(rows)
+    assert seen == [2] * 4
 
 
 def test_what_is_exact_or_no_plain_fp32_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from isthmus.backbone.decoding.exact_layers import exact_layers
 from isthmus.common.errors import UnsupportedCallError
 from isthmus.edge.drafts import AdaptiveLength, Draft, FixedLength, ModelDraft, NgramDraft, drafting
 from isthmus.edge.drafts.candidates import Candidates
+from isthmus.edge.drafts.length_rule import VerifiedRound
 from isthmus.edge.drafts.model_draft import ModelProposer
 
 from ...backbone.conftest import Pair, Pairs
@@ -250,11 +251,11 @@ def test_a_draft_of_another_vocabulary_and_a_whole_model_are_refused(pairs: Pair
 
 def test_what_a_rule_is_told_of_a_round() -> None:
     """Tokens after a rejected one are not judged, and neither is one after the text's end."""
-    told: list[tuple[Any, ...]] = []
+    told: list[VerifiedRound] = []
 
     class Rule(FixedLength):
-        def round_over(self, *what: Any) -> None:
-            told.append(what)
+        def round_over(self, verified: VerifiedRound) -> None:
+            told.append(verified)
 
     from isthmus.backbone.split.cached_generation import DraftedText
 
@@ -271,7 +272,9 @@ def test_what_a_rule_is_told_of_a_round() -> None:
         assert candidates.tolist() == [[5, 6, 7, 5, 6, 7, 5]]
         assert logits is None
         generator.update_candidate_strategy(torch.cat([prompt, torch.tensor([new])], dim=1), torch.zeros(0), 0)
-        assert told.pop() == (*expected, 7.0, None)  # verifying the prompt is not timed
+        buckets, accepted, judged, tokens = expected
+        assert told[-1] == VerifiedRound(buckets, accepted, tokens, 7.0, None)  # verifying the prompt is not timed
+        assert told.pop().judged == judged
     assert isinstance(generator, CandidateGenerator)
     assert not generator.requires_model_outputs
 

@@ -7,7 +7,7 @@ pairs of tokens which are independent of each other, wherever a round begins and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from isthmus.backbone.split.cached_generation import CachedGeneration
 from isthmus.edge.drafts import AdaptiveLength, Draft, FixedLength, ModelDraft, NgramDraft, drafting
+from isthmus.edge.drafts.length_rule import VerifiedRound
 
 from ...backbone.conftest import whole_model
 
@@ -129,9 +130,9 @@ def test_a_model_draft_of_a_length_that_depends_on_what_it_drafts(models: tuple[
     lengths = set()
 
     class Watched(AdaptiveLength):
-        def round_over(self, drafted: Sequence[int], *rest: Any) -> None:
-            lengths.add(len(drafted))
-            super().round_over(drafted, *rest)
+        def round_over(self, verified: VerifiedRound) -> None:
+            lengths.add(len(verified.buckets))
+            super().round_over(verified)
 
     draft = ModelDraft(other, Watched([(bucket + 0.5) / 10 for bucket in range(10)]), lambda: Pairwise.now)
     assert chi_squared(model, draft, plain, FEWER) < LIMIT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from isthmus.edge.drafts.length_rule import (
     AdaptiveLength,
     FixedLength,
     LengthRule,
+    VerifiedRound,
 )
 from isthmus.edge.drafts.round_seconds import RecentMedian, RoundSeconds
 
@@ -74,8 +74,8 @@ class World:
             while accepted < len(buckets) and self.random.random() < self.shares[buckets[accepted]]:
                 accepted += 1
             verifying = self._noisy(self.plain + self.verify * len(buckets))
-            judged = min(len(buckets), accepted + 1)
-            rule.round_over(buckets, accepted, judged, accepted + 1, drafting, None if at_prompt else verifying)
+            timed = None if at_prompt else verifying
+            rule.round_over(VerifiedRound(buckets, accepted, accepted + 1, drafting, timed))
             seconds, tokens = seconds + drafting + verifying, tokens + accepted + 1
             self.behind += 0 if buckets else 1
             self.lengths.append(len(buckets))
@@ -101,9 +101,9 @@ def test_what_catching_up_takes_is_not_what_a_token_takes() -> None:
 
 def test_what_catching_up_takes_is_lost_time() -> None:
     class Uncharged(AdaptiveLength):
-        def round_over(self, *what: Any) -> None:
-            if what[-1] is not None:
-                super().round_over(*what)
+        def round_over(self, verified: VerifiedRound) -> None:
+            if verified.verifying_s is not None:
+                super().round_over(verified)
 
     def seconds(rule: LengthRule) -> float:
         return World(text_tokens=6, prompt=100, catching_up=0.004).run(rule, 1500)
@@ -194,12 +194,12 @@ def test_the_longest_draft_is_bounded() -> None:
 
 def test_a_known_bucket_counts_before_its_token_is_drafted() -> None:
     rule = AdaptiveLength([0.5, 0.5])
-    rule.round_over([], 0, 0, 1, 0.0, 1.0)
+    rule.round_over(VerifiedRound([], 0, 1, 0.0, 1.0))
     for _ in range(FIRST_TOKENS):
         rule.token_drafted(0.3)
     for _ in range(100):
-        rule.round_over([0, 1], 0, 1, 1, 0.6, None)
-        rule.round_over([1, 1], 2, 2, 3, 0.6, None)
+        rule.round_over(VerifiedRound([0, 1], 0, 1, 0.6, None))
+        rule.round_over(VerifiedRound([1, 1], 2, 3, 0.6, None))
     assert not rule.should_draft([], 0)
     assert rule.should_draft([], 1)
     assert rule.should_draft([1], 1)
