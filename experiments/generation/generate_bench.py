@@ -37,7 +37,7 @@ from isthmus.experiments.generation.generate_process import MODULE
 from isthmus.experiments.generation.links_bench import check_links, run_links, show_links
 from isthmus.experiments.generation.prompts import PROMPTS, chat_ids
 from isthmus.experiments.harness.bench_flags import names_of
-from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.generation_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.harness.single_process import whole_model

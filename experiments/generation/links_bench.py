@@ -32,7 +32,7 @@ from isthmus.experiments.generation.links_preparation import CLOUD_DTYPE, Prepar
 from isthmus.experiments.generation.links_process import COUNTS, FIXED, MODULE, NGRAM, SEQUENTIAL, SMALL, TUNED
 from isthmus.experiments.generation.prompts import PROMPTS, chat_ids
 from isthmus.experiments.harness.bench_flags import names_of
-from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.generation_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.processes import TaskProcess
 from isthmus.experiments.network.delay_relay import Conditions

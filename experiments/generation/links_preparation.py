@@ -18,7 +18,7 @@ from isthmus.backbone.checkpoints.sources import Checkpoint, resolve
 from isthmus.common.errors import ConfigError, DataError
 from isthmus.common.files import write_atomic
 from isthmus.emulator.package.package import is_package
-from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.generation_settings import GenerateSettings
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import run_isthmus, train_flags
 from isthmus.experiments.scoring.tasks import Question, Sizes, Split, default_data_folder, read_task

@@ -27,7 +27,7 @@ from isthmus.backbone.families import longest_sequence
 from isthmus.common.errors import ConfigError
 from isthmus.common.figures import plotting, save_figure
 from isthmus.experiments.generation.replay_process import MODULE
-from isthmus.experiments.harness.bench_settings import ServeSettings
+from isthmus.experiments.harness.generation_settings import ServeSettings
 from isthmus.experiments.harness.launch import LocalCloud, stderr_progress
 from isthmus.experiments.harness.process_memory import memory_bytes
 from isthmus.experiments.harness.processes import TaskProcess

@@ -15,7 +15,7 @@ from isthmus.common.errors import IsthmusError
 from isthmus.experiments.generation import generate_bench
 from isthmus.experiments.generation.generate_bench import Text, check_counts, run_generate, text_of
 from isthmus.experiments.generation.prompts import PROMPTS
-from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.generation_settings import GenerateSettings
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from isthmus.experiments.generation import links_bench, links_preparation
 from isthmus.experiments.generation.links_bench import INTERVAL_PROMPTS, check_links, figures, run_links, targets
 from isthmus.experiments.generation.links_preparation import prepare, read_e2e, unseen_prompts
 from isthmus.experiments.generation.links_process import COUNTS, SEQUENTIAL, DraftedTexts
-from isthmus.experiments.harness.bench_settings import GenerateSettings
+from isthmus.experiments.harness.generation_settings import GenerateSettings
 from isthmus.experiments.network.net_space import missing
 from isthmus.experiments.scoring.tasks import Question, Split
 

@@ -12,7 +12,7 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.generation import serve_bench
 from isthmus.experiments.generation.serve_bench import TRACES, Replay, TraceRequest, figures, read_trace
-from isthmus.experiments.harness.bench_settings import ServeSettings
+from isthmus.experiments.harness.generation_settings import ServeSettings
 
 ROWS = (
     "2023-11-16 18:17:03.9799600,480,16",
