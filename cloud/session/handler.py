@@ -4,28 +4,27 @@
 runs on a thread of its own, which takes turns with the compute thread (`isthmus.cloud.engine.paused_calls`). Calls of
 several sessions that are computed at once are in `isthmus.cloud.session.batched_calls`.
 
-Which forms a tensor may have is checked where a message is read (`isthmus.protocol.encoding`). Here it is checked
-against this cloud: hidden size, tokens of a call, positions of the model, memory.
+Which forms a tensor may have is checked where a message is read (`isthmus.protocol.encoding`), and what of this cloud a
+call may take in `isthmus.cloud.session.call_bounds`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from isthmus.backbone.runtime.call_memory import CallShape, Pass
-from isthmus.backbone.split.span import SpanInput, check_length, check_position_ids
+from isthmus.backbone.split.span import SpanInput, check_position_ids
 from isthmus.cloud.decoding.decode_calls import CacheIsLost, DecodeCall, Decoding
 from isthmus.cloud.engine.activation_cache import ActivationsLost, Key
 from isthmus.cloud.engine.call_sites import CallSites
 from isthmus.cloud.engine.executor import BackwardCall, Executor, Forwarded, Gradients
 from isthmus.cloud.engine.paused_batches import Step
 from isthmus.cloud.engine.requests import Kind
+from isthmus.cloud.session.call_bounds import CallBounds, hidden_shape
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.site_calls import SiteCalls
 from isthmus.cloud.session.tenant_adapters import Compute, TenantAdapters, at_once
@@ -33,7 +32,7 @@ from isthmus.cloud.telemetry.logs import log
 from isthmus.common.errors import ConfigError, MessageError, NonFiniteError, PlanError
 from isthmus.protocol import messages as m
 from isthmus.protocol.limits import DEFAULT_LIMITS, Limits
-from isthmus.protocol.tensor_codecs import Payload, Role, codec_by_id, decode, encode
+from isthmus.protocol.tensor_codecs import Role, codec_by_id, decode, encode
 
 _EMPTY = {
     m.FileSet.PARTS: "the cloud offers no parts of its model: ask its owner",
@@ -83,9 +82,6 @@ class TenantSession:
         hidden_size: size of the last dimension of hidden states.
         max_tokens: largest batch x sequence of one call.
         limits: what the session accepts; the tensors of a call are within them.
-
-    Attributes:
-        peak_bytes: the largest estimate so far of the memory that one of its calls takes while it is computed.
     """
 
     session_id: bytes
@@ -97,7 +93,11 @@ class TenantSession:
     hidden_size: int
     max_tokens: int
     limits: Limits = DEFAULT_LIMITS
-    peak_bytes: int = 0
+    _bounds: CallBounds = field(init=False)
+
+    def __post_init__(self) -> None:
+        lists = self.calls.lists
+        self._bounds = CallBounds(self.session_id, self.executor, lists, self.hidden_size, self.max_tokens, self.limits)
 
     def handle(self, message: m.Message, compute: Compute = at_once) -> m.Message | None:
         """Answer one message; None for a message that wants no answer.
@@ -128,7 +128,7 @@ class TenantSession:
             case m.PlugIn():
                 return self.adapters.plug_in(message, compute)
             case m.Ping():
-                return m.Pong(message.nonce, self.peak_bytes)  # the process's peak would tell of other tenants
+                return m.Pong(message.nonce, self._bounds.peak_bytes)  # the process's peak would tell of other tenants
             case m.Goodbye():
                 return None
             case _:
@@ -158,11 +158,11 @@ class TenantSession:
             ConfigError: the model is not made for so long a sequence.
             ValueError: its shape does not fit, or a step takes too much memory.
         """
-        self._check_shape(message.hidden, before=message.start)
+        self._bounds.check_shape(message.hidden, before=message.start)
         tenant, inputs = self.adapters.tenant.name, partial(self._inputs, message.inputs)
         call = DecodeCall(self.decoding, self.session_id, tenant, message, inputs, self.calls.lists.leased_at)
         for step in call.steps():
-            self._check_needed(step.nbytes, message.hidden, self.executor.compute_bytes)
+            self._bounds.check_needed(step.nbytes, message.hidden, self.executor.compute_bytes)
         return call
 
     # Calls ------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class TenantSession:
             return self.calls.positions(message)
         if not isinstance(message, m.Forward | m.Backward | m.Decode):
             return 0
-        batch, sequence, _ = _hidden_shape(message)
+        batch, sequence, _ = hidden_shape(message)
         return batch * sequence
 
     def call_bytes(self, message: m.Message) -> int:
@@ -214,10 +214,10 @@ class TenantSession:
         """
         if not isinstance(message, m.Forward | m.Backward):
             return 0
-        shape = self._call_shape(message)
+        shape = self._bounds.call_shape(message)
         if shape is None:
             return 0
-        if not message.sites and self._most_bytes(shape) > self.executor.compute_bytes:
+        if not message.sites and self._bounds.most_bytes(shape) > self.executor.compute_bytes:
             return 0  # a call with sites is refused where it claims its thread
         return self.executor.memory.of(shape)
 
@@ -231,8 +231,8 @@ class TenantSession:
         key = (self.session_id, message.id.call)
         sent = message.inputs if isinstance(message, m.Forward) else message.replay
         if sent is not None:
-            self._check_shape(sent.hidden)
-            self._check_memory(message)
+            self._bounds.check_shape(sent.hidden)
+            self._bounds.check_memory(message)
         if isinstance(message, m.Forward):
             inputs = self._inputs(message.inputs)
             return CheckedCall(key, inputs, inputs.positions, partial(self._forward_reply, message))
@@ -304,99 +304,3 @@ class TenantSession:
         hidden = decode(sent.hidden, limits=self.limits, what="the hidden states for the cloud's layers")
         mask = None if sent.attention_mask is None else decode(sent.attention_mask, limits=self.limits)
         return SpanInput(hidden, mask, positions)
-
-    def _check_shape(self, hidden: Payload, *, before: int = 0) -> None:
-        """Check that a call fits the model, and has no more tokens than this cloud takes at a time.
-
-        This comes before its memory is checked: what a call of a wrong shape would take only confuses.
-
-        Args:
-            hidden: its hidden states.
-            before: token positions that a decode call has in its cache.
-
-        Raises:
-            ConfigError: the model is not made for so long a sequence.
-            ValueError: its width is another one, or it has too many tokens.
-        """
-        batch, sequence, width = hidden.shape
-        if width != self.hidden_size:
-            raise ValueError(
-                f"hidden states of shape {[batch, sequence, width]} do not fit [batch, sequence, {self.hidden_size}]"
-            )
-        if batch * sequence > self.max_tokens:
-            raise ValueError(
-                f"{batch} x {sequence} tokens in one call; this cloud takes at most {self.max_tokens}: "
-                "send less at a time"
-            )
-        check_length(self.executor.host.span.longest, before + sequence)
-
-    def _check_needed(self, needed: int, hidden: Payload, most: float, pausing: str = "") -> None:
-        """Check that a call can be computed within so many bytes of memory. Raises ValueError."""
-        self.peak_bytes = max(self.peak_bytes, needed)
-        if needed > most:
-            batch, sequence, _ = hidden.shape
-            raise ValueError(
-                f"a call of {batch} x {sequence} tokens takes about {needed} bytes of memory, and this cloud "
-                f"computes within {self.executor.compute_bytes:.0f}{pausing}: send fewer or shorter sequences at a time"
-            )
-
-    def _check_memory(self, message: m.Forward | m.Backward) -> None:
-        """Check that a call can be computed within the worker's memory, and its answer be sent. Raises ValueError."""
-        shape = self._call_shape(message)
-        if shape is None:
-            return
-        hidden = message.hidden if isinstance(message, m.Forward) else message.gradient
-        pausing = ", half of it for one that may pause" if message.sites else ""
-        most = self.executor.compute_bytes / (2 if message.sites else 1)
-        self._check_needed(self._most_bytes(shape), hidden, most, pausing)
-        if isinstance(message, m.Forward) and message.sites:
-            self._check_answer(message, shape)
-
-    def _check_answer(self, message: m.Forward, shape: CallShape) -> None:
-        """Check that the output and what the taps give fit into one message. Raises ValueError."""
-        tap_widths = self.calls.lists.of(message.sites).tap_widths
-        codec, positions = codec_by_id(message.reply_codec), (shape.batch, shape.length)
-        answer = sum(sum(codec.sizes((*positions, width))) for width in (self.hidden_size, *tap_widths))
-        if answer > self.limits.max_message_bytes:
-            raise ValueError(
-                f"the answer with what {len(tap_widths)} taps give of {shape.batch} x {shape.length} tokens takes "
-                f"{answer} bytes, and a message {self.limits.max_message_bytes}: tap fewer layers, or narrower, or "
-                "send less at a time"
-            )
-
-    def _most_bytes(self, shape: CallShape) -> int:
-        """Bytes of a call's larger pass: a kept forward has to leave room for its backward, which takes more."""
-        return self.executor.memory.of(
-            shape if shape.what == Pass.FORWARD else dataclasses.replace(shape, what=Pass.BACKWARD)
-        )
-
-    def _call_shape(self, message: m.Forward | m.Backward) -> CallShape | None:
-        """What a call's memory depends on; None where it has too many tokens, or lacks its forward.
-
-        A backward may use the kept forward, or lose it to eviction and use its replay: it counts as masked where either
-        of them is.
-        """
-        batch, sequence, _ = _hidden_shape(message)
-        if batch * sequence > self.max_tokens:
-            return None
-        if isinstance(message, m.Forward):
-            what, masked = Pass.KEPT_FORWARD if message.keep else Pass.FORWARD, _is_masked(message.inputs)
-        else:
-            kept_masked = self.executor.cache.is_masked((self.session_id, message.id.call))
-            if kept_masked is None and message.replay is None:
-                return None  # the edge will be asked to send the input again
-            replay_masked = message.replay is not None and _is_masked(message.replay)
-            what, masked = Pass.BACKWARD, bool(kept_masked) or replay_masked
-        sites = self.calls.lists.find(message.sites) if message.sites else None
-        kept, passing = (0, 0) if sites is None else (sites.kept, sites.passing)
-        return CallShape(batch, sequence, what, masked, kept, passing)
-
-
-def _hidden_shape(message: m.Forward | m.Backward | m.Decode) -> tuple[int, ...]:
-    """The shape `[B, S, h]` of the hidden states that go through the span."""
-    return message.gradient.shape if isinstance(message, m.Backward) else message.hidden.shape
-
-
-def _is_masked(inputs: m.SpanInputs) -> bool:
-    """Whether attention may need a mask for them."""
-    return inputs.attention_mask is not None or inputs.position_ids is not None
