@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import typer.main
 from safetensors import safe_open
 from support.cloud.clouds import Home, ThreadServer, served
 from support.commands import ended, in_process, refused, wait_for
 from support.models.tiny import tiny_checkpoint
+from support.served_place import TRAIN, Place, served_place
 from support.warm_processes import warm
 
-from isthmus.cli.main import app
 from isthmus.cloud.control.ports import Listener
 from isthmus.experiments.harness.launch import _of_session
 
@@ -32,101 +29,10 @@ pytestmark = pytest.mark.server
 SMALL_DISK = "64k"
 
 
-@dataclass
-class Place:
-    """One cloud and one edge in a folder, and the way to run commands there."""
-
-    folder: Path
-    model: Path
-    environment: dict[str, str]
-    serving: subprocess.Popen[bytes] | None = field(default=None)
-
-    @property
-    def cloud(self) -> str:
-        return str(self.folder / "connection")
-
-    @property
-    def key(self) -> str:
-        return str(self.folder / "alice")
-
-    def run(self, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return warm().run(tuple(map(str, arguments)), self.environment, self.folder, timeout)
-
-    def good(self, *arguments: object) -> str:
-        done = self.run(*arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def edge(self, command: str, *arguments: object, cloud: str | None = None, key: str | None = None) -> Any:
-        """An edge command with this place's cloud and key."""
-        own = ("--cloud", cloud or self.cloud, "--key", key or self.key, "--connect-timeout", 5)
-        return self.run("edge", command, *own, *arguments)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("cli")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "ISTHMUS_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "ISTHMUS_CACHE": str(folder / "cache"), "HOME": str(folder)}
-    place = Place(folder, tiny_checkpoint("llama", folder / "tiny"), environment)
-    home = folder / "cloud"
-    assert "fingerprint  SHA256:" in place.good("cloud", "keygen", "--home", home)
-    assert "public key" in place.good("edge", "keygen", "--out", place.key, "--comment", "alice")
-    assert "enrolled alice" in place.good("cloud", "enroll", f"{place.key}.pub", "--home", home)
-    write_tickets(folder / "tickets.jsonl", 24)
-    arguments = [
-        "cloud", "serve", "--model", str(place.model), "--home", str(home), "--listen", "127.0.0.1:0",
-        "--metrics", "127.0.0.1:0",
-        "--connection-file", place.cloud, "--threads", "1", "--stash-bytes", "64MiB",
-    ]  # fmt: skip
-    with (folder / "serve.out").open("wb") as out:
-        place.serving = subprocess.Popen(
-            [sys.executable, "-m", "isthmus.cli.main", *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not Path(place.cloud).exists():
-            assert place.serving.poll() is None, (folder / "serve.out").read_text()
-            assert time.monotonic() < deadline, (folder / "serve.out").read_text()
-            time.sleep(0.1)
-        yield place
-    finally:
-        if place.serving.poll() is None:
-            place.serving.send_signal(signal.SIGTERM)
-            try:
-                place.serving.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(place.serving.pid, signal.SIGKILL)
-                place.serving.wait()
-
-
-def write_tickets(path: Path, count: int) -> None:
-    with path.open("w") as file:
-        for n in range(count):
-            file.write(
-                json.dumps({"prompt": f"Ticket {n}: card {n % 5} lost.", "completion": f" triage {n % 3}"}) + "\n"
-            )
-
-
-TRAIN = (
-    "--data",
-    "tickets.jsonl",
-    "--steps",
-    "4",
-    "--batch",
-    "2",
-    "--learning-rate",
-    "0.01",
-    "--rank",
-    "2",
-    "--threads",
-    "1",
-)
+    with served_place(tmp_path_factory.mktemp("cli")) as started:
+        yield started
 
 
 # The way it should go -------------------------------------------------------------------------------------------------
@@ -457,64 +363,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place: Place) -> None:
     assert "Traceback" not in done.stderr
     assert "--resume" in done.stderr.splitlines()[-1]
     assert list((place.folder / "long").glob("checkpoint-*"))
-
-
-# Help -----------------------------------------------------------------------------------------------------------------
-
-
-def commands() -> Iterator[tuple[str, Any]]:
-    def walk(prefix: str, command: Any) -> Iterator[tuple[str, Any]]:
-        children = getattr(command, "commands", {})
-        if not children:
-            yield prefix, command
-        for name, child in children.items():
-            yield from walk(f"{prefix} {name}".strip(), child)
-
-    yield from walk("", typer.main.get_command(app))
-
-
-@pytest.mark.parametrize(("name", "command"), list(commands()), ids=[name for name, _ in commands()])
-def test_every_command_explains_itself(name: str, command: Any) -> None:
-    assert f"Example: isthmus {name}" in command.help
-    assert command.help.splitlines()[0].rstrip().endswith((".", ":"))
-    for parameter in command.params:
-        assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        (
-            ("edge", "train"),
-            ["--codec-every", "--overlap", "--span-cache-mib", "--sites", "--site-policy", "--site-traffic"],
-        ),
-        (("plan",), ["--link", "--edge-speed", "--cloud-speed", "--probe", "--goal", "--json"]),
-        (("bench", "link"), ["--rate", "--rtt", "--overlap", "--micro-batches", "--json"]),
-    ],
-)
-def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str], command: tuple[str, ...], flags: list[str]) -> None:
-    done = in_process(capsys, *command, "--help")
-    assert done.returncode == 0
-    assert not [flag for flag in flags if f"{flag} " not in done.stdout]
-
-
-HELP = ("--help", "edge train --help", "cloud serve --help", "plan --help", "bench link --help", "--version")
-
-
-def test_help_loads_nothing_heavy() -> None:
-    program = (
-        "import sys\n"
-        "from isthmus.cli.main import app\n"
-        "for words in sys.argv[1:]:\n"
-        "    app(words.split(), standalone_mode=False)\n"
-        "    heavy = {'torch', 'transformers', 'ray', 'grpc', 'peft', 'numpy', 'cryptography'} & set(sys.modules)\n"
-        "    if heavy:\n"
-        "        sys.exit(f'{words} loads {sorted(heavy)}')\n"
-    )
-    command = [sys.executable, "-c", program, *HELP]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage:") == len(HELP) - 1  # all but the version's
 
 
 # Last, because it ends the cloud --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`edge train` with sites, chosen codecs and a cache, against a real cloud in this process."""
+"""`edge train` with sites and chosen codecs, against a real cloud in this process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.cloud.train_runs import Runs, cloud_for_runs
-from support.run_folders import adapter, assert_same_run, losses
+from support.cloud.train_runs import Runs, cloud_for_runs, interrupted
+from support.run_folders import adapter, assert_same_run
 from transformers import AutoModelForCausalLM
 
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.backbone.checkpoints.sources import load_tokenizer
-from isthmus.common.errors import CheckpointError, ConfigError, UnreachableError, UnsupportedCallError
+from isthmus.common.errors import CheckpointError, ConfigError
 from isthmus.edge import cloud_link
 from isthmus.edge.client.link import Link
 from isthmus.edge.client.site_answerer import SiteAnswerer
-from isthmus.edge.cloud_link import CACHE_FOLDER, open_link
+from isthmus.edge.cloud_link import open_link
 from isthmus.edge.codecs.auto_codec import AutoCodec
 from isthmus.edge.config.training_config import TrainConfig
 from isthmus.edge.data.batches import Batches, load_data
-from isthmus.edge.run_report import Spent
 from isthmus.edge.sites.live_sites import DECISIONS, LiveSites, site_costs
 from isthmus.edge.split_run import train_over
 from isthmus.edge.training.evaluation import evaluate
@@ -42,33 +41,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def top_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """A cloud that leaves the edge its last layer only."""
-    with cloud_for_runs(tmp_path_factory.mktemp("top"), plan="0:1") as started:
-        yield started
-
-
 def whole_loss(runs: Runs, out: Path, config: TrainConfig) -> float:
     """The validation loss of the whole model, in one process, with a run's adapter."""
     model: Any = AutoModelForCausalLM.from_pretrained(runs.model, dtype=torch.float32)
     tuned = load_adapter(model, out / "adapter")
     data = load_data(config, load_tokenizer(runs.model))
     return evaluate(tuned, Batches(data.validation, config.batch, data.pad_id))
-
-
-def interrupted(runs: Runs, out: Path, step: int, **values: Any) -> None:
-    """A run whose cloud goes away in a step, for good."""
-
-    def away(question: str, phase: str) -> None:
-        if link.step == step and question == "backward":
-            raise UnreachableError("away.")
-
-    config = runs.config(out, **values)
-    with open_link(config) as link:
-        link.observer = away
-        with pytest.raises(UnreachableError, match=f"checkpoint-{step - 1}"):
-            train_over(link, config)
 
 
 # Live sites -----------------------------------------------------------------------------------------------------------
@@ -250,7 +228,7 @@ def test_a_fixed_choice_trains_its_sites_alone(runs: Runs, tmp_path: Path, polic
     assert_same_run(tmp_path / "broken", tmp_path / "straight")
 
 
-def test_lanes_and_live_sites_go_together(runs: Runs, tmp_path: Path) -> None:
+def test_micro_batches_in_flight_and_live_sites_go_together(runs: Runs, tmp_path: Path) -> None:
     values = {**REVIVED, "steps": 40, "accumulate": 2, "batch": 1}
     for overlap in (1, 2):
         runs.train(tmp_path / str(overlap), overlap=overlap, **values)
@@ -337,81 +315,6 @@ def test_codecs_are_chosen_for_the_sites_of_the_coming_step(
         monkeypatch.setattr(cls, "before_step", lambda self, step, r=real, n=name: void(order.append(n), r(self, step)))
     runs.train(tmp_path, **{**REVIVED, "site_policy": "random", "steps": 1, "codec": "auto"})
     assert order == ["sites", "codecs"]
-
-
-# The cache ------------------------------------------------------------------------------------------------------------
-
-CACHED: dict[str, Any] = {"span_cache_mib": 8, "steps": None, "epochs": 3, "validation_split": 0.2}
-
-
-def test_from_the_second_epoch_on_nothing_crosses_the_wire(top_runs: Runs, tmp_path: Path) -> None:
-    values = {**CACHED, "save_every": 1, "keep_checkpoints": 99}
-    cached = top_runs.train(tmp_path / "cached", **values)
-    report = json.loads((tmp_path / "cached" / "report.json").read_text())
-    micro_batches, per_epoch = 8, 2  # sixteen examples in pairs, four pairs a step
-    assert report["calls"] == cached.calls == micro_batches
-    spent = {
-        step: Spent.from_json(load(tmp_path / "cached" / f"checkpoint-{step}").entries["spent"]).wire
-        for step in range(1, 3 * per_epoch + 1)
-    }
-    first = spent[per_epoch]
-    assert first.bytes_up > 0
-    assert all(spent[step] == first for step in range(per_epoch, 3 * per_epoch + 1))
-    assert (report["bytes_up"], report["bytes_down"]) == (first.bytes_up, first.bytes_down)
-
-    plain = top_runs.train(tmp_path / "plain", **{**values, "span_cache_mib": None})
-    assert plain.calls == 3 * micro_batches
-    ours, theirs = losses(tmp_path / "cached"), losses(tmp_path / "plain")
-    assert ours[:per_epoch] == theirs[:per_epoch]  # the first epoch has the same bits
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
-
-
-def test_lanes_share_the_cache(top_runs: Runs, tmp_path: Path) -> None:
-    values = {**CACHED, "epochs": 2}
-    alone = top_runs.train(tmp_path / "alone", **values)
-    overlapped = top_runs.train(tmp_path / "overlapped", overlap=2, **values)
-    assert overlapped.calls == alone.calls == 8
-    assert_same_run(tmp_path / "overlapped", tmp_path / "alone")
-
-
-def test_a_resumed_run_finds_what_is_there(top_runs: Runs, tmp_path: Path) -> None:
-    top_runs.train(tmp_path / "straight", **CACHED)
-    interrupted_before_backward(top_runs, tmp_path / "broken", 2, **CACHED)
-    report = top_runs.train(tmp_path / "broken", resume=True, **CACHED)
-    assert_same_run(tmp_path / "broken", tmp_path / "straight")
-    assert report.calls <= 8
-    assert (tmp_path / "broken" / CACHE_FOLDER).is_dir()
-
-
-def interrupted_before_backward(runs: Runs, out: Path, step: int, **values: Any) -> None:
-    """A run that goes forward alone, whose cloud goes away in a step."""
-
-    def away(question: str, phase: str) -> None:
-        if link.step == step and (question, phase) == ("forward", "receiving"):
-            raise UnreachableError("away.")
-
-    config = runs.config(out, **values)
-    with open_link(config) as link:
-        link.observer = away
-        with pytest.raises(UnreachableError, match=f"checkpoint-{step - 1}"):
-            train_over(link, config)
-
-
-def test_a_cache_under_trained_layers_is_refused(runs: Runs, top_runs: Runs, tmp_path: Path) -> None:
-    message = r"span_cache_mib = 8 does not fit this run: .*layers\.0\..*is trainable.*the split, here 1:1, must leave"
-    with pytest.raises(UnsupportedCallError, match=message):
-        runs.train(tmp_path, **CACHED)
-    with pytest.raises(UnsupportedCallError, match="method prompt does not work"):
-        top_runs.train(tmp_path, method="prompt", **CACHED)
-    assert not (tmp_path / CACHE_FOLDER).exists()
-    with pytest.raises(ConfigError, match="adapters inside them change it"):
-        top_runs.train(tmp_path, sites="all", **CACHED)
-    with pytest.raises(ConfigError, match="tries several: name a codec"):
-        top_runs.train(tmp_path, codec="auto", **CACHED)
-
-
-def test_dropout_of_the_adapters_above_is_no_hindrance(top_runs: Runs, tmp_path: Path) -> None:
-    assert top_runs.train(tmp_path, dropout=0.1, **CACHED).calls == 8
 
 
 def void(*_: object) -> None:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.cloud.clouds import Home, ThreadServer, served
 from support.models.tiny import tiny_checkpoint
 
+from isthmus.common.errors import UnreachableError
+from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.training_config import TrainConfig, load_config
 from isthmus.edge.run_report import Report
-from isthmus.edge.split_run import run_training
+from isthmus.edge.split_run import run_training, train_over
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,19 @@ def cloud_for_runs(folder: Path, plan: str = "1:1", layers: int = 4) -> Iterator
             yield Runs(server, model, texts)
     finally:
         torch.set_num_threads(threads)
+
+
+def interrupted(
+    runs: Runs, out: Path, step: int, question: str = "backward", phase: str | None = None, **values: Any
+) -> None:
+    """A run whose cloud goes away in a step, for good: at a question's phase, or at its first one."""
+
+    def away(asked: str, at: str) -> None:
+        if link.step == step and asked == question and phase in (None, at):
+            raise UnreachableError("away.")
+
+    config = runs.config(out, **values)
+    with open_link(config) as link:
+        link.observer = away
+        with pytest.raises(UnreachableError, match=f"checkpoint-{step - 1}"):
+            train_over(link, config)
