@@ -75,8 +75,8 @@ def generation_assumptions(settings: GenerationSettings) -> list[str]:
         f"A small draft has {settings.draft_layers} layers in the place of the cloud's; these, the edge's own and the "
         f"head draft in {DRAFT_DTYPE}. Tokens/s are of a text of {settings.tokens} tokens, with the draft's pass over "
         "the prompt and without the model's.",
-        "With drafts the figures are optimistic: every round has a draft of the one length that is best, while "
-        "n-grams often find none, and edge generate has to learn the length.",
+        "With drafts the figures are optimistic: the best length is known from the first round on, while edge generate "
+        "has to learn it; and a given acceptance rate is taken to hold in every round, while n-grams often find none.",
         _acceptance(settings),
     ]
 
@@ -91,9 +91,9 @@ def _acceptance(settings: GenerationSettings) -> str:
         for least, most in [MEASURED_ACCEPTANCE[draft]]
     ]
     return (
-        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, the "
-        "means of chats in one run of SmolLM2-135M-Instruct. Other models and texts differ: give --acceptance-rate, or "
-        "compare it with break-even."
+        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, fitted to the tokens of a mean round of "
+        "chats in one run of SmolLM2-135M-Instruct, rounds without a draft included. Other models and texts differ: give "
+        "--acceptance-rate, or compare it with break-even."
     )
 
 

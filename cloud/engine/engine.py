@@ -69,7 +69,7 @@ class Engine:
         self.invariance, self._is_computed, self._torch_threads = invariance, is_computed, threads
         self._all_threads_from = 0.0 if invariance is None else invariance.all_threads_from
         self._batched, self._batches = 0, 0  # requests that may share a batch, and in how many batches they were
-        self._shared: Counter[str] = Counter()  # those of each tenant that did, with another request
+        self._shared: Counter[str] = Counter()  # of each tenant, the requests that shared a batch with another one
         self._changed = threading.Condition()
         self._ending = False
         self._threads = [

@@ -29,7 +29,8 @@ from isthmus.protocol.session import edge_limits
 from isthmus.protocol.tensor_codecs import Role, codec_id, decode_as, encode, encode_mask, encode_positions
 
 MAX_LOSSES = 8
-"""Times that the cloud may lose a cache in one call. Each costs a replay, so a cloud that goes on so is of no use."""
+"""Times that the cloud may lose a cache in one call. Each costs a replay of the whole text, so a cloud that loses it
+more often than a restart, a cut and some evictions in a row explain is of no use."""
 
 
 class CloudCaches:

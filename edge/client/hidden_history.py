@@ -108,7 +108,7 @@ class HiddenHistory:
             return
         try:
             if self._file is None:
-                # Unbuffered: of what a full disk does not take, nothing is left to be written by the next seek.
+                # Unbuffered, so that a failed write leaves nothing for the next seek to write.
                 self._file = tempfile.TemporaryFile(prefix="isthmus-", buffering=0)  # noqa: SIM115 - closed below
                 weakref.finalize(self, self._file.close)  # when the history is garbage-collected
             for chunk in self._chunks:

@@ -242,12 +242,16 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
 
 @contextmanager
 def drafting(model: Any, draft: Draft) -> Iterator[Draft]:
-    """Let a split model generate with a draft inside, one text at a time; the text stays what it is without.
+    """Let a split model generate with a draft inside, one text at a time.
 
-    A greedy text has the same tokens; a sampled one the same distribution. As floating point products depend on the
-    number of rows, two tokens that are equally likely to the last bits may change places, unless decoding is exact (see
-    `isthmus.edge.generation.exact`). Logits processors have to be functions of the tokens and the logits, and stopping
-    criteria are asked after each round.
+    A greedy text is the one without a draft, up to rounding: floating point products depend on the number of rows, so
+    where two tokens are nearly as likely the other one may be chosen, and the text goes on from there. In bf16 that is
+    frequent; if decoding is exact (see `isthmus.edge.generation.exact`) it never happens. A sampled text has the
+    distribution of one without a draft.
+
+    Inside, the model's output layer multiplies 2 to 8 rows in another order for whoever calls it (see
+    `isthmus.backbone.decoding.few_rows`). Logits processors have to be functions of the tokens and the logits, and
+    stopping criteria are asked after each round.
 
     Args:
         model: The split model, or a PEFT model around it.

@@ -101,9 +101,8 @@ def around_emulator(model: Any, emulator: Emulator, *, dtype: torch.dtype | None
         emulator: Stands for the cloud's layers. It is moved to the model's device and the copy's dtype.
         dtype: Of the copy. None or the model's for one that shares all weights with the model; with another one it has
             its own, adapters as they are now.
-        frozen: Whether nothing of a copy that shares its weights is trained: in place of the model's trained parameters
-            it has frozen ones over the same memory. They show what is written there, and miss a `.data` that is
-            replaced.
+        frozen: Whether a copy that shares the model's weights has them frozen: then its parameters are others, over the
+            same memory. It sees updates in place, and no `.data` that is replaced.
     """
     memo: dict[int, Any] = {id(each): each for each in model.buffers()}  # not cast: positions are computed in fp32
     dtype = dtype or model.dtype

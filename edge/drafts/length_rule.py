@@ -25,8 +25,12 @@ MAX_DRAFT = 16
 """Tokens of a draft at most, whatever was measured: even where 19 of 20 are accepted, the next one is in 44 % of cases,
 and the cloud computes all of them."""
 
-FIRST_TOKENS = 8
-"""Tokens that are drafted, one a round, before their median is believed: the first passes of a model are slow."""
+FIRST_TOKENS = 5
+"""Tokens that are drafted, one a round, before their median is believed. It is the least odd number whose median two
+slow ones do not move: a draft's first pass reads its weights, and the second may stand behind a prompt."""
+
+PLAIN_EVERY = WINDOW
+"""Rounds with drafts after which one goes without: so that there is one among the rounds that are looked at."""
 
 LOSS_SHARE = 0.01
 """Of the time, what may go into finding out whether drafts pay again where they did not."""
@@ -133,11 +137,11 @@ class AdaptiveLength(LengthRule):
         """See `LengthRule`."""
         if not self.rounds or len(drafted) >= self.max_tokens or self._lost >= self.allowance:
             return False
-        if not drafted and self._since_plain >= WINDOW:
+        if not drafted and self._since_plain >= PLAIN_EVERY:
             return False  # so that it stays known what a round without a draft takes
         if len(self.draft) < FIRST_TOKENS:
             return not drafted
-        if not drafted and self.draft.least <= LOSS_SHARE * self._since_draft:
+        if not drafted and self.draft.least + self.rounds.slope <= LOSS_SHARE * self._since_draft:
             return True
         probability = self.calibration.mean_rate if next_bucket is None else self.calibration.rate(next_bucket)
         for bucket in drafted:
@@ -157,7 +161,7 @@ class AdaptiveLength(LengthRule):
             self.rounds.add(drafted, verified.verifying_s)
             self._recent.append((verified.drafting_s + verified.verifying_s, verified.tokens))
             self._since_plain = self._since_plain + 1 if drafted else 0
-        usual_s = verified.drafting_s + self.rounds.at(drafted)  # what a long wait took is no fault of the draft
+        usual_s = verified.drafting_s + self.rounds.at(drafted)  # a long wait for the cloud is no fault of the draft
         self._since_draft = 0.0 if drafted else self._since_draft + usual_s
         loss = usual_s - verified.tokens * self.rounds.base if drafted else 0.0
         self._lost = max(0.0, self._lost + loss - LOSS_SHARE * usual_s)

@@ -126,7 +126,7 @@ class DistillReport:
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """How an emulator compares with the whole middle on some tokens; what was not asked for is None, or 0.
+    """How an emulator compares with the whole middle on some tokens; what was not asked for is None.
 
     Attributes:
         error: Relative error of its output. This and the other tensors are scalars with a graph.
@@ -138,7 +138,7 @@ class _Compared:
     error: Tensor
     lm: Tensor | None = None
     kl: Tensor | None = None
-    agreement: float = 0.0
+    agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +330,7 @@ class _Distillation(Task):
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_entry(folder, error) from error
 
-    def _compare(self, ids: Tensor, *, with_lm: bool) -> _Compared:
+    def _compare(self, ids: Tensor, *, with_lm: bool = False, with_agreement: bool = False) -> _Compared:
         """What the emulator does in the middle's place with tokens `[B, S]`."""
         with self._autocast():
             hidden = self._ends.entry(ids)
@@ -346,15 +346,16 @@ class _Distillation(Task):
             with torch.no_grad():
                 wanted, _ = self._ends.predict(ids, target)
             ours, theirs = logits.flatten(0, 1), wanted.flatten(0, 1)
-            return _Compared(error, lm, logit_divergence(ours, theirs), agreement(ours, theirs))
+            same = agreement(ours, theirs) if with_agreement else None
+            return _Compared(error, lm, logit_divergence(ours, theirs), same)
 
     @torch.no_grad()
     def _measure_held_out(self) -> _HeldOut:
         totals = torch.zeros(3, dtype=torch.float64)
         for ids in torch.split(self._held_out.to(self.device), self._micro_batch):
-            found = self._compare(ids, with_lm=False)
+            found = self._compare(ids, with_agreement=True)
             figures = [found.error.item()]
-            if found.kl is not None:
+            if found.kl is not None and found.agreement is not None:
                 figures += [found.kl.item(), found.agreement]
             totals[: len(figures)] += torch.tensor(figures, dtype=torch.float64) * len(ids)
             self._stop.check()
