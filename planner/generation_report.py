@@ -91,9 +91,9 @@ def _acceptance(settings: GenerationSettings) -> str:
         for least, most in [MEASURED_ACCEPTANCE[draft]]
     ]
     return (
-        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, fitted to the tokens of a mean round of "
-        "chats in one run of SmolLM2-135M-Instruct, rounds without a draft included. Other models and texts differ: give "
-        "--acceptance-rate, or compare it with break-even."
+        f"{meaning}. It is assumed, not measured here: {' and '.join(assumed)}, fitted to the tokens of a mean round "
+        "of chats in one run of SmolLM2-135M-Instruct, rounds without a draft included. Other models and texts differ: "
+        "give --acceptance-rate, or compare it with break-even."
     )
 
 
