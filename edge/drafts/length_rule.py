@@ -103,8 +103,10 @@ class AdaptiveLength(LengthRule):
     """As many tokens as pay, by what was measured; none where none do.
 
     What drafts lose against going without is kept within `ALLOWANCE` rounds and `LOSS_SHARE` of the time: an account
-    of the seconds gained and lost has to be above 0. Now and then a round goes without a draft, so that it is known
-    what that takes, and one has a draft though the rule would have none, so that a better time for drafts is noticed.
+    of the seconds gained and lost has to be above 0. What a text's first draft takes, with the prompt, is in the
+    account, too, but decides only from the next text on, as it is spent. Now and then a round goes without a draft, so
+    that it is known what that takes, and one has a draft though the rule would have none, so that a better time for
+    drafts is noticed.
 
     Args:
         guesses: The acceptance rate of each bucket before anything was seen; see `Calibration`.
@@ -120,6 +122,8 @@ class AdaptiveLength(LengthRule):
         self._lost = 0.0  # seconds against going without drafts; below 0 is never kept
         self._since_plain = 0  # rounds since one without a draft
         self._since_draft = 0.0  # seconds since one with a draft
+        self._has_caught_up = False  # whether the draft has taken in this text's prompt
+        self._catch_up = 0.0  # seconds of its first draft, which are spent whether this text has further ones or not
 
     @property
     def seconds_per_token(self) -> float:
@@ -135,7 +139,7 @@ class AdaptiveLength(LengthRule):
 
     def should_draft(self, drafted: Sequence[int], next_bucket: int | None) -> bool:
         """See `LengthRule`."""
-        if not self.rounds or len(drafted) >= self.max_tokens or self._lost >= self.allowance:
+        if not self.rounds or len(drafted) >= self.max_tokens or self._lost - self._catch_up >= self.allowance:
             return False
         if not drafted and self._since_plain >= PLAIN_EVERY:
             return False  # so that it stays known what a round without a draft takes
@@ -157,10 +161,14 @@ class AdaptiveLength(LengthRule):
         drafted = len(verified.buckets)
         for number, bucket in enumerate(verified.buckets[: verified.judged]):
             self.calibration.add(bucket, number < verified.accepted)
-        if verified.verifying_s is not None:
+        if verified.verifying_s is None:
+            self._has_caught_up, self._catch_up = False, 0.0
+        else:
             self.rounds.add(drafted, verified.verifying_s)
             self._recent.append((verified.drafting_s + verified.verifying_s, verified.tokens))
             self._since_plain = self._since_plain + 1 if drafted else 0
+        if drafted and not self._has_caught_up:
+            self._has_caught_up, self._catch_up = True, verified.drafting_s
         usual_s = verified.drafting_s + self.rounds.at(drafted)  # a long wait for the cloud is no fault of the draft
         self._since_draft = 0.0 if drafted else self._since_draft + usual_s
         loss = usual_s - verified.tokens * self.rounds.base if drafted else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import dataclass, field
 
 import pytest
@@ -94,9 +95,35 @@ def length_after(world: World, n_tokens: int = 4000) -> float:
 
 def test_what_catching_up_takes_is_not_what_a_token_takes() -> None:
     """A draft first takes in the prompt of each text."""
-    world = World(text_tokens=20, prompt=100, catching_up=0.002)
-    world.run(AdaptiveLength(GUESSES), 200)
-    assert sum(world.lengths[30:]) > 2 * len(world.lengths[30:])
+
+    class RecentMean(RecentMedian):
+        @property
+        def value(self) -> float:
+            return statistics.mean(self._recent) if self._recent else 0.0
+
+    def length(durations: RecentMedian) -> float:
+        world, rule = World(text_tokens=60, prompt=100, catching_up=0.01), AdaptiveLength(GUESSES)
+        rule.draft = durations
+        world.run(rule, 1200)
+        return statistics.mean(world.lengths[30:])
+
+    assert length(RecentMedian()) > 2
+    assert length(RecentMean()) < 0.7 * length(RecentMedian())
+
+
+def test_a_long_prompt_that_pays_is_caught_up_with() -> None:
+    """Catching up takes more than the allowance, and the text is long enough."""
+    world = World(text_tokens=60, prompt=100, catching_up=0.01)
+    assert world.prompt * world.catching_up > ALLOWANCE * world.plain
+    assert world.run(AdaptiveLength(GUESSES), 6000) < 0.7 * 6000 * world.plain
+
+
+def test_a_probe_is_paid_for_with_what_verifying_it_takes() -> None:
+    """A draft that takes nothing itself, and is never right."""
+    world = World(draft=0.0, verify=0.02, shares=(0.0, 0.0))
+    world.run(AdaptiveLength(GUESSES), 3000)
+    settled = world.lengths[1000:]
+    assert 0 < sum(settled) * world.verify < 2 * LOSS_SHARE * len(settled) * world.plain
 
 
 def test_what_catching_up_takes_is_lost_time() -> None:
