@@ -8,6 +8,7 @@ same benchmark finds it again.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,18 +98,20 @@ def read_e2e(settings: GenerateSettings) -> Split:
 
 
 def unseen_prompts(split: Split, count: int) -> list[str]:
-    """So many different prompts of the test data that the training data do not have.
+    """So many different prompts of the test data that the training data do not have; always the same ones.
+
+    They are drawn, as E2E's file is sorted: its first prompts are of a few restaurants.
 
     Raises DataError where there are fewer.
     """
     seen = {question.prompt for question in (*split.train, *split.validation)}
-    found = [prompt for prompt in dict.fromkeys(each.prompt for each in split.test) if prompt not in seen][:count]
-    if len(found) < count:
+    unseen = [prompt for prompt in dict.fromkeys(each.prompt for each in split.test) if prompt not in seen]
+    if len(unseen) < count:
         raise DataError(
-            f"the test data of {TASK} have {len(found)} prompts that the training data lack, and {count} are asked "
+            f"the test data of {TASK} have {len(unseen)} prompts that the training data lack, and {count} are asked "
             "for: give a smaller --link-prompts"
         )
-    return found
+    return random.Random(0).sample(unseen, count)  # noqa: S311 - no secret
 
 
 def _sample(settings: GenerateSettings, checkpoint: Checkpoint, folder: Path) -> Path:

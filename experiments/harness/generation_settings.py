@@ -57,7 +57,7 @@ class GenerateSettings:
             "comma-separated; by default the first three. None is always there."
         ),
     ] = ""
-    link_prompts: Annotated[int, Option(min=1, max=49, help="Prompts for each link, text and draft.")] = 8
+    link_prompts: Annotated[int, Option(min=1, max=49, help="Prompts for each link, text and draft.")] = 12
     link_tokens: Annotated[int, Option(min=8, help="Tokens that follow each of them at most.")] = 64
     draft: Annotated[
         Path | None,

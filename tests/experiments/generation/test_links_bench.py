@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,15 @@ from isthmus.edge.drafts import FixedLength, ModelDraft
 from isthmus.edge.drafts.candidates import Choose, Draft, DraftedToken
 from isthmus.edge.drafts.tuned_draft import save_tuned
 from isthmus.experiments.generation import links_bench, links_preparation
-from isthmus.experiments.generation.links_bench import INTERVAL_PROMPTS, check_links, figures, run_links, targets
+from isthmus.experiments.generation.links_bench import (
+    INTERVAL_PROMPTS,
+    TEXTS,
+    check_links,
+    figures,
+    run_links,
+    show_links,
+    targets,
+)
 from isthmus.experiments.generation.links_preparation import prepare, read_e2e, unseen_prompts
 from isthmus.experiments.generation.links_process import COUNTS, SEQUENTIAL, DraftedTexts
 from isthmus.experiments.harness.generation_settings import GenerateSettings
@@ -65,15 +74,31 @@ def test_speeds_are_those_of_all_prompts_over_the_ones_without_a_draft() -> None
     assert [row["draft"] for row in found] == ["none", "good", "wrong"]
     assert (none["tokens"], none["tokens_per_s"], none["over_sequential"]) == (8, 2.0, 1.0)
     assert (none["over_sequential_range"], none["over_sequential_95"]) == ([1.0, 1.0], None)
-    assert (none["judged"], none["acceptance"], none["draft_ms"]) == (0, None, None)
+    assert (none["judged"], none["acceptance_rate"], none["draft_ms"]) == (0, None, None)
     assert (good["tokens_per_s"], good["over_sequential"]) == (4.0, 2.0)
     assert good["over_sequential_range"] == [pytest.approx(4 / 3), pytest.approx(4.0)]
-    assert (good["judged"], good["acceptance"]) == (10, 0.8)
+    assert (good["judged"], good["acceptance_rate"]) == (10, 0.8)
     assert good["draft_ms"] == pytest.approx(1000 * 0.45 / 15)
     assert (good["catch_up_ms"], good["draft_share"]) == (pytest.approx(50.0), 0.25)
     assert (good["accepted_per_round"], good["drafted_per_round"], good["identical"]) == (1.0, 2.0, 1.0)
     assert wrong["over_sequential"] == 0.8
     assert (wrong["accepted_per_round"], wrong["drafted_per_round"], wrong["identical"]) == (0.0, 2.0, 0.5)
+    assert [row["over_sequential_identical"] for row in found] == [1.0, 2.0, 0.8]
+
+
+def test_texts_that_are_others_are_left_out_of_one_ratio() -> None:
+    sequential = [answer([1] * 8, 4.0), answer([2] * 8, 4.0)]
+    short = answer([2] * 4, 1.0)
+    _, one, none = figures(
+        {
+            "none": sequential,
+            "one": [answer([1] * 8, 2.0), short],
+            "others": [answer([3] * 8, 2.0), short],
+        }
+    )
+    assert (one["identical"], one["over_sequential"], one["over_sequential_identical"]) == (0.5, 2.0, 2.0)
+    assert (none["identical"], none["over_sequential_identical"]) == (0.0, None)
+    assert none["over_sequential"] == 2.0  # it says nothing of this
 
 
 def test_there_is_an_interval_from_some_prompts_on() -> None:
@@ -98,24 +123,58 @@ def test_a_target_is_held_by_the_least_of_its_figures() -> None:
         *(cell(80.0, "tuned", "small draft", 1.9), cell(80.0, "tuned", "tuned draft", 1.7)),
     ]
     cells.append(cell(80.0, "chat", "fixed 2", 0.5))  # nobody is to reach anything with it
-    found = {name: (target["measured"], target["held"]) for name, target in targets(cells).items()}
+    found = {name: (each["measured"], each["held"], each["cells"]) for name, each in targets(cells).items()}
     assert found == {
-        "chat_small_at_80_ms": (1.3, True),
-        "chat_ngram_at_80_ms": (1.1, False),
-        "tuned_at_80_ms": (1.7, False),
-        "goal_at_80_ms": (1.7, False),
-        "least_at_0_ms": (0.89, False),
-        "least_from_50_ms": (1.1, True),
+        "chat_small_at_80_ms": (1.3, True, 1),
+        "chat_ngram_at_80_ms": (1.1, False, 1),
+        "tuned_at_80_ms": (1.7, False, 1),
+        "tuned_stretch_at_80_ms": (1.7, False, 1),
+        "least_at_0_ms": (0.89, False, 2),
+        "least_from_50_ms": (1.1, True, 4),
     }
     assert targets([cell(20.0, "chat", "ngram", 0.5)]) == {}
+    assert targets([cell(50.0, "chat", "ngram", 1.1)])["least_from_50_ms"]["cells"] == 1
+
+
+@pytest.mark.parametrize(("prompts", "heading"), [(INTERVAL_PROMPTS, "95 %"), (INTERVAL_PROMPTS - 1, "range")])
+def test_the_table_says_which_spread_it_has_and_fits_80_columns(
+    prompts: int, heading: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = dict.fromkeys(name for drafts in TEXTS.values() for name in drafts)
+    drafted = {name: [answer([1] * 64, 0.05, rounds=3, drafted=12, judged=9, accepted=8)] * prompts for name in names}
+    rows = figures({"none": [answer([1] * 64, 1.0), *[answer([2] * 64, 1.0)] * (prompts - 1)], **drafted})
+    cells = [
+        {"rtt_ms": rtt_ms, "text": text, **row} for rtt_ms in (0.0, 80.0, 1500.0) for text in TEXTS for row in rows
+    ]
+    show_links({"links": cells, "targets": targets(cells)})
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert f"  {heading} " in first
+    assert len(lines) == len(cells) + len(links_bench.TARGETS)
+    assert max(len(line) for line in (first, *lines)) == 80
+    assert first.index("draft") == lines[0].index("none")  # columns stand below their headings
 
 
 def test_prompts_of_the_training_data_are_left_out() -> None:
     known, twice, new = (Question(prompt, ("x",), 0) for prompt in ("known", "twice", "new"))
     split = Split(train=(known,), validation=(), test=(known, twice, twice, new))
-    assert unseen_prompts(split, 2) == ["twice", "new"]
+    assert set(unseen_prompts(split, 2)) == {"twice", "new"}
     with pytest.raises(DataError, match=r"have 2 prompts .* and 3 are asked for"):
         unseen_prompts(split, 3)
+
+
+def test_prompts_of_a_sorted_file_are_of_many_restaurants_and_always_the_same() -> None:
+    names = [f"restaurant {number // 10}" for number in range(100)]
+    prompts = [f"{name}, dish {number}" for number, name in enumerate(names)]
+    split = Split(train=(), validation=(), test=tuple(Question(prompt, ("x",), 0) for prompt in prompts))
+    found = unseen_prompts(split, 10)
+    assert found == unseen_prompts(split, 10)
+    assert len(set(found)) == 10
+    assert len(restaurants(found)) >= 5
+    assert len(restaurants(prompts[:10])) == 1  # what the file begins with
+
+
+def restaurants(prompts: Sequence[str]) -> set[str]:
+    return {re.split(r"[],]", prompt)[0] for prompt in prompts}
 
 
 class Wrong(Draft):
@@ -268,4 +327,9 @@ def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.shared_data
 def test_e2e_has_enough_prompts_that_tuning_does_not_see(shared_data: Path) -> None:
     settings = GenerateSettings(data_folder=shared_data)
-    assert len(set(unseen_prompts(read_e2e(settings), 50))) == 50
+    split = read_e2e(settings)
+    found = unseen_prompts(split, 50)
+    assert len(set(found)) == 50
+    first = 1 + GenerateSettings().link_prompts  # one warms up
+    in_order = list(dict.fromkeys(question.prompt for question in split.test))
+    assert len(restaurants(found[:first])) >= 8 > len(restaurants(in_order[:first]))
