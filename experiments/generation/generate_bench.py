@@ -51,10 +51,10 @@ PARTS = ("local", "links")
 EXACT_PROMPTS = 4
 """Prompts whose exact bits are compared in all four ways. The further edges have the prompts after these."""
 AMONG_ROUNDS = 10
-"""Times that these texts are generated among others at most, until a pass was shared: whether others' calls come at the
-same time is chance."""
+"""Times that each of these texts is generated among others at most, until it has shared a pass: whether others' calls
+come at the same time is chance."""
 EXACT_DRAFT = 4
-"""Tokens of each draft that is verified exactly: whether they are accepted is not what is compared."""
+"""Tokens of each draft that is verified exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def run_generate(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: A part is not known, or this machine cannot measure it.
-        IsthmusError: A process failed, or exact texts shared no pass, verified no draft, or replayed nothing.
+        IsthmusError: A process failed, or an exact text shared no pass, none had a drafted token, or none was replayed.
     """
     parts = names_of(settings.parts, "parts", PARTS)
     if "links" in parts:
@@ -197,50 +197,83 @@ def _exact_in_every_way(
 ) -> dict[str, Any]:
     """Whether exact texts have the bits of those that are generated alone: batched, with drafts, and replayed.
 
+    What is generated with drafts follows a prompt, the answer to it, and the prompt again: where the answer comes
+    again, n-grams draft it, and logits behind the first ones of a call are compared.
+
     Args:
         others: The prompts of further edges, none of `prompts`, so that swapped rows would be seen.
 
     Returns:
         `among_eight`, `drafts` and `replay`: whether all logits are the same. `shared_calls`: calls of the compared
-        session that shared a pass with those of another one, among eight; `drafted`: tokens of n-gram drafts that the
-        cloud has verified; `replayed`: token positions that were sent again after a cut; each over all prompts.
-        `calls_per_pass`: the mean of this cloud over all passes that may be shared, from its start: those of fast texts
-        and of texts that were generated alone are among them, and those that the others shared with each other.
+        session that shared a pass with those of another one, among eight, of `calls` that it made meanwhile; such a
+        pass may hold no more than two sessions. `accepted`: tokens of n-gram drafts that stand in the texts.
+        `replayed`: token positions that were sent again after a cut. Each is over all prompts. `calls_per_pass`: the
+        mean of this cloud over all passes that may be shared, from its start: those of fast texts and of texts that
+        were generated alone are among them, and those that the others shared with each other.
 
     Raises:
-        IsthmusError: One of the three counts is 0, so that a comparison shows nothing.
+        IsthmusError: All logits are the same, and a prompt shared no call, or another count is 0, so that a comparison
+            shows nothing.
     """
     alone = [_exactly(link, model, ids, tokens) for ids in prompts]
-
-    def same(texts: Sequence[Text]) -> bool:
-        return all(torch.equal(one.logits, other.logits) for one, other in zip(texts, alone, strict=True))
-
+    again = [torch.cat((ids, text.tokens[None], ids), dim=1) for ids, text in zip(prompts, alone, strict=True)]
+    again_alone = [_exactly(link, model, ids, tokens) for ids in again]
     with drafting(model, NgramDraft(FixedLength(EXACT_DRAFT))) as draft:
-        drafts = [_exactly(link, model, ids, tokens) for ids in prompts]
+        drafts = [_exactly(link, model, ids, tokens) for ids in again]
     replayed_before = link.span.caches.replayed
     replayed = [_exactly(link, model, ids, tokens, streamer=_Cuts(link)) for ids in prompts]
     replayed_positions = link.span.caches.replayed - replayed_before
-    shared_before = _shared_calls(cloud)
-    among_eight, shared_calls = True, 0
+    calls_before = link.traffic.calls
     with _others_decoding(cloud, others):
-        for _ in range(AMONG_ROUNDS):
-            among_eight = same([_exactly(link, model, ids, tokens) for ids in prompts])
-            shared_calls = _shared_calls(cloud) - shared_before
-            if shared_calls or not among_eight:
-                break
-    counts = {
-        "shared_calls": shared_calls,
-        "drafted": draft.statistics.drafted,
-        "replayed": replayed_positions,
-    }
-    check_counts(counts)
+        among_eight, shared = among_others(
+            partial(_exactly, link, model, tokens=tokens), lambda: _shared_calls(cloud), prompts, alone
+        )
+    calls = link.traffic.calls - calls_before
+    equal = {"among_eight": among_eight, "drafts": _same(drafts, again_alone), "replay": _same(replayed, alone)}
+    counts = {"accepted": draft.statistics.accepted, "replayed": replayed_positions}
+    of_prompts = {f"shared_calls of prompt {number}": each for number, each in enumerate(shared, 1)}
+    check_counts(equal, {**of_prompts, **counts})
     return {
-        "among_eight": among_eight,
+        **equal,
         "calls_per_pass": cloud.status()["calls_per_pass"],
-        "drafts": same(drafts),
-        "replay": same(replayed),
+        "shared_calls": sum(shared),
+        "calls": calls,
         **counts,
     }
+
+
+def among_others(
+    generate: Callable[[Tensor], Text],
+    shared_calls: Callable[[], int],
+    prompts: Sequence[Tensor],
+    alone: Sequence[Text],
+) -> tuple[bool, list[int]]:
+    """Generate each prompt's text while others decode, until it has shared a pass, or differs, or often enough.
+
+    Args:
+        generate: Generates the text of a prompt.
+        shared_calls: How many calls have shared a pass so far.
+        alone: What was generated of each prompt alone.
+
+    Returns:
+        Whether all logits are the same, and the shared calls of each prompt, up to one that differs.
+    """
+    shared = []
+    for ids, expected in zip(prompts, alone, strict=True):
+        before = shared_calls()
+        for _ in range(AMONG_ROUNDS):
+            same = _same([generate(ids)], [expected])
+            found = shared_calls() - before
+            if found or not same:
+                break
+        shared.append(found)
+        if not same:
+            return False, shared
+    return True, shared
+
+
+def _same(texts: Sequence[Text], others: Sequence[Text]) -> bool:
+    return all(torch.equal(one.logits, other.logits) for one, other in zip(texts, others, strict=True))
 
 
 def _shared_calls(cloud: LocalCloud) -> int:
@@ -249,10 +282,10 @@ def _shared_calls(cloud: LocalCloud) -> int:
     return found
 
 
-def check_counts(counts: Mapping[str, int]) -> None:
-    """Make sure that what was compared has happened. Raises IsthmusError where a count is 0."""
+def check_counts(equal: Mapping[str, bool], counts: Mapping[str, int]) -> None:
+    """Make sure that what was compared has happened. Raises IsthmusError where all is equal, and a count is 0."""
     for name, count in counts.items():
-        if not count:
+        if not count and all(equal.values()):
             raise IsthmusError(f"exact texts were compared, and {name} is 0, so this shows nothing: give more --tokens")
 
 
@@ -284,14 +317,14 @@ def _others_decoding(cloud: LocalCloud, prompts: Sequence[Sequence[int]]) -> Ite
             each.result()
 
 
-def _edges(cloud: LocalCloud, count: int, stack: ExitStack, codec: str = "fp32") -> Iterator[TaskProcess]:
+def _edges(cloud: LocalCloud, count: int, stack: ExitStack) -> Iterator[TaskProcess]:
     """Edges in processes of their own, all ready."""
     processes = []
     for number in range(count):
         key = cloud.edge_key.parent / f"edge-{number}"
         if not key.exists():
             cloud.enroll(f"edge-{number}", key)
-        task = {"connection": cloud.connection, "key": str(key), "codec": codec}
+        task = {"connection": cloud.connection, "key": str(key)}
         processes.append(stack.enter_context(TaskProcess(f"edge {number}", MODULE, task, threads=1)))
     for process in processes:
         process.answer()

@@ -18,7 +18,7 @@ MODULE: Final = "isthmus.experiments.generation.generate_process"
 def _main(parent: Parent) -> None:
     task = parent.task
     torch.set_num_threads(1)
-    with connect(task["connection"], key=task["key"], codec=task["codec"], interactive=True) as link:
+    with connect(task["connection"], key=task["key"], interactive=True) as link:
         model = link.load_model().eval()
         parent.say("ready")
         for question in parent.questions():

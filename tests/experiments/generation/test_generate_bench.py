@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.common.errors import IsthmusError
 from isthmus.experiments.generation import generate_bench
-from isthmus.experiments.generation.generate_bench import Text, check_counts, run_generate, text_of
+from isthmus.experiments.generation.generate_bench import (
+    AMONG_ROUNDS,
+    Text,
+    among_others,
+    check_counts,
+    run_generate,
+    text_of,
+)
 from isthmus.experiments.generation.prompts import PROMPTS
 from isthmus.experiments.harness.generation_settings import GenerateSettings
 
@@ -33,7 +40,8 @@ def test_a_whole_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (result["identical"], result["fast_bits_equal"]) == (1.0, True)
     exact = dict(result["exact_bits_equal"])
     assert exact.pop("calls_per_pass") > 1
-    assert min(exact.pop(name) for name in ("shared_calls", "drafted", "replayed")) > 0
+    assert exact["calls"] >= exact["shared_calls"] >= 4  # of each prompt at least one
+    assert min(exact.pop(name) for name in ("shared_calls", "calls", "accepted", "replayed")) > 0
     assert exact == {"among_eight": True, "drafts": True, "replay": True}
     for name in ("tokens_ratio", "tokens_ratio_exact", "batched_over_serial", "batched_bound"):
         assert result[name] > 0
@@ -57,9 +65,42 @@ def test_other_tokens_and_other_bits_are_noticed(model: Path) -> None:
 
 
 def test_a_comparison_that_shows_nothing_is_an_error() -> None:
-    check_counts({"shared_calls": 1, "drafted": 2})
-    with pytest.raises(IsthmusError, match="drafted is 0"):
-        check_counts({"shared_calls": 1, "drafted": 0})
+    same = {"among_eight": True, "drafts": True}
+    check_counts(same, {"shared_calls": 1, "accepted": 2})
+    with pytest.raises(IsthmusError, match="accepted is 0"):
+        check_counts(same, {"shared_calls": 1, "accepted": 0})
+    check_counts({**same, "drafts": False}, {"shared_calls": 1, "accepted": 0})  # other bits are what is to be said
+
+
+def text(value: float) -> Text:
+    return Text(torch.ones(1), torch.full((1, 3), value), 1.0)
+
+
+def among(shared: list[int], values: list[float]) -> tuple[bool, list[int], int]:
+    """Two prompts' texts, given how many calls each run shares and its logits; and how many texts were generated."""
+    so_far = 0
+    runs = iter(zip(shared, values, strict=True))
+    generated = 0
+
+    def generate(_ids: torch.Tensor) -> Text:
+        nonlocal so_far, generated
+        more, value = next(runs)
+        so_far, generated = so_far + more, generated + 1
+        return text(value)
+
+    prompts = [torch.tensor([[5]]), torch.tensor([[6]])]
+    return *among_others(generate, lambda: so_far, prompts, [text(1.0), text(2.0)]), generated
+
+
+def test_each_prompt_is_generated_among_others_until_it_has_shared_a_pass() -> None:
+    assert among([3, 0, 0, 2], [1.0, 2.0, 2.0, 2.0]) == (True, [3, 2], 4)
+    never = AMONG_ROUNDS * [0]
+    assert among([3, *never], [1.0, *AMONG_ROUNDS * [2.0]]) == (True, [3, 0], 1 + AMONG_ROUNDS)
+
+
+def test_other_bits_among_others_end_the_comparison() -> None:
+    assert among([0, 0], [1.0, 1.5]) == (False, [0], 2)
+    assert among([3, 1], [1.0, 1.0]) == (False, [3, 1], 2)
 
 
 def test_another_edge_that_fails_fails_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
