@@ -12,14 +12,33 @@ from support.models.tiny import tiny_checkpoint
 from isthmus.common.errors import ConfigError
 from isthmus.experiments.harness.rig_settings import FaultSettings
 from isthmus.experiments.rigs.faults import answering_edge
-from isthmus.experiments.rigs.faults.fault_plan import PHASES
+from isthmus.experiments.rigs.faults.fault_plan import PHASES, Fault, FaultPlan, Moment
 from isthmus.experiments.rigs.faults.faults import run_faults
+
+
+class Seen:
+    """The moments of the calls to decode, and those that were broken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moments: list[Moment] = []
+        self.broken: list[Moment] = []
+        choose = FaultPlan.choose
+
+        def noting(plan: FaultPlan, moment: Moment) -> Fault | None:
+            fault = choose(plan, moment)
+            if moment.question == "decode":
+                self.moments.append(moment)
+                self.broken += [moment] * (fault is not None)
+            return fault
+
+        monkeypatch.setattr(FaultPlan, "choose", noting)
 
 
 @pytest.mark.server
 @pytest.mark.usefixtures("warm_children")
 def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    seen = Seen(monkeypatch)
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = FaultSettings(str(model), steps=16, per_phase=1, save_every=3)
     folder = tmp_path / "run"
@@ -33,6 +52,10 @@ def test_a_broken_wire_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert figures["lora_b_max_abs"] > 0
     assert figures["answer_identical"]
     assert figures["answer_replayed"] > 0
+    assert seen.broken[0].step == 1  # the prompt's own call
+    # Repeated calls are sent again, and are no further steps.
+    assert [moment.phase for moment in seen.moments].count("sending") > settings.tokens
+    assert sorted({moment.step for moment in seen.moments}) == list(range(1, settings.tokens + 1))
 
 
 @pytest.mark.server

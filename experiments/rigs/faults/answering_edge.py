@@ -31,16 +31,16 @@ def main(parent: Parent) -> None:
     prompt, out, threads = config.pop("prompt"), Path(config.pop("out")), config.pop("threads")
     settings = GenerateConfig(**config)
     use_threads(threads)
-    calls, text = -1, io.StringIO()  # the prompt's call comes before the first token
+    calls, text = 0, io.StringIO()
 
-    def call(question: str, phase: str) -> int:
+    def called(_model: object, _inputs: object) -> None:
         nonlocal calls
-        calls += (question, phase) == ("decode", "sending")
-        return calls
+        calls += 1  # the model is called once for each token, however often its question to the cloud is repeated
 
     with open_link(settings, interactive=True) as link, text_generator(link, settings, None) as generator:
         generator.model.generation_config.eos_token_id = None  # the faults are spread over all of its tokens
-        with watched(parent, link, call):
+        generator.model.register_forward_pre_hook(called)
+        with watched(parent, link, lambda question, phase: calls):
             answer_once(generator, link, prompt, chat=False, as_json=True, out=text)
         out.write_text(json.dumps({**json.loads(text.getvalue()), "replayed": link.span.caches.replayed}))
 

@@ -54,7 +54,8 @@ class Moment:
     Args:
         question: "handshake", "forward", "backward", "decode", or another message's name.
         phase: "sending", "waiting", "receiving" or "idle".
-        step: the optimizer step under way, or the call to decode after the prompt's, counting repeated ones; from 1.
+        step: the optimizer step under way, or the token of an answer, the first of which comes with the prompt; from 1.
+            What is repeated has the same one.
         retries: the edge's count of repeated attempts so far.
         bytes_up: bytes of frames that the edge has handed to the stream so far.
     """
@@ -87,7 +88,7 @@ class FaultPlan:
 
     Args:
         per_phase: faults of each phase that have to count.
-        steps: of the run, as in `Moment`; without repeated ones.
+        steps: of the run, as in `Moment`.
 
     Attributes:
         wanted: faults that have to count in all.

@@ -56,8 +56,8 @@ def run_faults(settings: FaultSettings, folder: Path) -> dict[str, Any]:
         IsthmusError: the cloud did not start, or an edge ended with an error that no fault explains.
     """
     phases = names_of(settings.phases, "phases", PHASES)
-    works: list[_Work] = [_Training(settings, folder), _Answer(settings, folder)]
-    works = [work for work in works if not set(work.phases).isdisjoint(phases)]
+    kinds: tuple[type[_Training | _Answer], ...] = (_Training, _Answer)
+    works: list[_Work] = [kind(settings, folder) for kind in kinds if not set(kind.phases).isdisjoint(phases)]
     broken = [[phase for phase in phases if phase in work.phases] for work in works]
     plans = [FaultPlan(each, settings.per_phase, work.steps) for each, work in zip(broken, works, strict=True)]
     started, retries = time.monotonic(), 0
@@ -108,17 +108,17 @@ class _Training:
     phases = tuple(phase for phase in PHASES if phase not in ANSWER_PHASES)
 
     def __init__(self, settings: FaultSettings, folder: Path) -> None:
-        self._settings, self._folder = settings, folder
+        self._settings, self._folder, self._data = settings, folder, folder / "tickets.jsonl"
         self.steps = settings.steps
+        write_texts(self._data, 4 * settings.steps)
 
     def edge(self, name: str, cloud: ConnectionString, key: Path, *, watched: bool = True) -> Edge:
         """See `_Work`."""
-        settings, data = self._settings, self._folder / "tickets.jsonl"
-        write_texts(data, 4 * settings.steps)
+        settings = self._settings
         config = {  # the fields of `TrainConfig`
             "cloud": str(cloud),
             "key": str(key),
-            "data": str(data),
+            "data": str(self._data),
             "validation_split": 0.0,
             "out": str(self._folder / name),
             "steps": settings.steps,
@@ -144,7 +144,7 @@ class _Answer:
 
     def __init__(self, settings: FaultSettings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
-        self.steps = settings.tokens - 1  # the first token comes with the prompt
+        self.steps = settings.tokens
 
     def edge(self, name: str, cloud: ConnectionString, key: Path, *, watched: bool = True) -> Edge:
         """See `_Work`."""

@@ -23,6 +23,14 @@ def test_a_fault_waits_for_its_step_and_its_phase() -> None:
     assert plan.choose(at("forward", "waiting", 5, 1)) == Fault("forward_waiting", 1)
 
 
+def test_the_first_fault_of_an_answer_breaks_the_prompt_s_own_call() -> None:
+    plan = FaultPlan(["decode_sending"], 2, steps=10)
+    assert plan.choose(at("decode", "sending", 0)) is None
+    assert plan.choose(at("decode", "sending", 1)) == Fault("decode_sending", 0)
+    assert plan.settle(at("handshake", "sending", 1, retries=1)) is True
+    assert plan.choose(at("decode", "sending", 1, retries=1)) is None  # it is repeated, and no further step
+
+
 def test_a_fault_counts_when_the_edge_repeated_something() -> None:
     plan = FaultPlan(["backward_sending"], 1, steps=1)
     plan.choose(at("backward", "sending", retries=4))
