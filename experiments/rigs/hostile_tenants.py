@@ -36,14 +36,19 @@ AHEAD = 8  # calls that a flooding session has unanswered
 
 
 class Session:
-    """A session by hand: whoever has it decides what is read and when."""
+    """A session by hand: whoever has it decides what is read and when.
+
+    Attributes:
+        computed: Calls that the cloud has computed and answered so far.
+    """
 
     def __init__(self, where: ConnectionString, key: Path) -> None:
+        self.computed = 0
         self.stream = BlockingStream(where.address, connect_timeout=WAIT_SECONDS)
         self._edge = EdgeSession(pin=where.pin, edge_key=load_edge(key))
         try:
             self._establish()
-        except ConnectionLostError:
+        except IsthmusError:
             self.stream.close()  # the cloud may have a session of it
             raise
 
@@ -77,6 +82,7 @@ class Session:
         while True:
             event = self._edge.receive(self.stream.receive(seconds))
             if isinstance(event, Received):
+                self.computed += isinstance(event.message, m.ForwardReply)
                 return event.message
 
     def ask(self, message: m.Message, seconds: float = WAIT_SECONDS) -> m.Message:
@@ -101,6 +107,9 @@ class Hostile:
         cloud: the connection string of the worker that it does it to.
         batch: sequences of a call.
         seq: their tokens.
+
+    Attributes:
+        computed: Calls that the cloud has computed for it, of each session that has ended.
     """
 
     def __init__(self, cloud: str, key: Path, batch: int, seq: int, seed: int = 0) -> None:
@@ -108,6 +117,7 @@ class Hostile:
         self._key = key
         self._shape = (batch, seq)
         self._random = random.Random(seed)  # noqa: S311 - no secret
+        self.computed: list[int] = []
 
     def garbage(self, seconds: float) -> None:
         """Noise instead of TLS or HTTP/2, noise instead of a handshake, and a changed frame within a session."""
@@ -221,6 +231,7 @@ class Hostile:
             yield session
         finally:
             session.stream.close()
+            self.computed.append(session.computed)
 
 
 def during(seconds: float) -> Iterator[int]:
@@ -233,6 +244,8 @@ CONTROL: Final = "further_tenant"
 """What a tenant that behaves does: it slows the others down, too, and a hostile one should not do so much more."""
 ENDED: Final = ("rekeys", "session_pings")
 """What a cloud ends at once, so that it slows nobody down."""
+COMPUTED: Final = ("flood", "stash_evicted", CONTROL)
+"""What makes the cloud compute, and reads its answers."""
 DEEDS: Final = ("garbage", "flood", "held_sessions", "slow_reader", "slow_writer", "stash_evicted", CONTROL)
 
 

@@ -57,9 +57,10 @@ def run_abuse(settings: AbuseSettings, folder: Path) -> dict[str, Any]:
 
     Returns:
         `runs`: one row for each attack and each thing that has a ceiling, with `attack`, `by`, `measured`, `ceiling`,
-        `unit`, `held`, and `latency_ratio`, which is a tenant's latency during the attack over its calm
-        one, and None for an attack on an edge. `planted`: one row for each planted weakness. `held` and
-        `planted_caught` sum them up.
+        `unit`, `held`, `latency_ratio`, which is a tenant's latency during the attack over its calm one, and
+        `computed`, the calls that the worker has computed for the attack, the less of the two times, where it is made
+        of such calls: none of its rows is held without one. The last two are None for an attack on an edge. `planted`:
+        one row for each planted weakness. `held` and `planted_caught` sum them up.
 
     Raises:
         ConfigError: There is no such attack.
@@ -122,21 +123,23 @@ def _on_worker(
         with Honest(cloud.connection, cloud.edge_key) as honest:
             honest.latency_s(time.monotonic())  # the first calls warm both sides up
         for name in attacks:
-            taken = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
+            taken, alone = attack_alone(attacker, name, pid, cloud.connection, settings.seconds)
             _settle(cloud)
-            ratio = _latency_ratio(attacker, name, cloud, settings.seconds)
+            ratio, beside = _latency_ratio(attacker, name, cloud, settings.seconds)
             _settle(cloud)
-            runs += rows(taken, CEILINGS[name], attack=name, by=ATTACKS[name].by, latency_ratio=ratio)
+            attack = ATTACKS[name]
+            computed = min(alone, beside) if attack.is_computed else None
+            runs += rows(taken, CEILINGS[name], computed, attack=name, by=attack.by, latency_ratio=ratio)
             advance()
     return runs
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the rows as tables of at most 80 columns."""
-    line = "{:28} {:>10} {:>9} {:12} {:5} {:>8}".format
+    line = "{:28} {:>10} {:>9} {:12} {:8} {:>8}".format
     print(line("attack", "measured", "ceiling", "unit", "held", "slower"))
     for row in result["runs"]:
-        held = "yes" if row["held"] else "NO"
+        held = "NOT MADE" if row["computed"] == 0 else "yes" if row["held"] else "NO"
         slower = "-" if row["latency_ratio"] is None else f"{row['latency_ratio']} x"
         print(line(row["attack"], row["measured"], row["ceiling"], row["unit"], held, slower))
     print()
@@ -158,15 +161,28 @@ def _settle(cloud: LocalCloud) -> None:
 UNIT_OF: Final = {"memory": "MiB", "descriptors": "descriptors", "processor": "processor s"}
 
 
-def rows(taken: Taken, ceiling: Ceiling, **about: object) -> list[dict[str, Any]]:
-    """What was measured of an attack, against its ceilings; `about` is said in each row."""
+def rows(taken: Taken, ceiling: Ceiling, computed: int | None = None, **about: object) -> list[dict[str, Any]]:
+    """What was measured of an attack, against its ceilings.
+
+    Args:
+        computed: Calls that were computed for an attack that is made of such calls: where there were none, it was not
+            made, and has held to nothing.
+        about: What else is said in each row.
+    """
     measured = [
         ("memory", taken.memory_mib, ceiling.memory_mib),
         ("descriptors", taken.descriptors, ceiling.descriptors),
         ("processor", taken.processor_s, ceiling.processor_s),
     ]
     return [
-        {**about, "measured": round(value, 2) or 0, "ceiling": most, "unit": UNIT_OF[kind], "held": value <= most}
+        {
+            **about,
+            "computed": computed,
+            "measured": round(value, 2) or 0,
+            "ceiling": most,
+            "unit": UNIT_OF[kind],
+            "held": value <= most and computed != 0,
+        }
         for kind, value, most in measured
         if most is not None
     ]
@@ -192,22 +208,24 @@ def lifted_row(edge: Edge, hostile: HostileCloud, name: str) -> dict[str, Any]:
     return {"weakness": f"no bound: {name}", **row, "caught": not row["held"]}
 
 
-def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds: float) -> Taken:
-    """Make an attack on the worker of a connection string while nobody else asks for anything; what the worker took.
+def attack_alone(attacker: TaskProcess, name: str, pid: int, where: str, seconds: float) -> tuple[Taken, int]:
+    """Make an attack on the worker of a connection string while nobody else asks for anything.
+
+    Returns what the worker took, and the calls that it has computed for the attack.
 
     Raises IsthmusError where the attack could not be made, or has ended the worker.
     """
     with Gauge(pid) as gauge:
-        attacker.ask([name, seconds, where])
-    return gauge.taken
+        computed: int = attacker.ask([name, seconds, where])
+    return gauge.taken, computed
 
 
-def _latency_ratio(attacker: TaskProcess, name: str, cloud: LocalCloud, seconds: float) -> float:
-    """A tenant's median latency during an attack, over that just before."""
+def _latency_ratio(attacker: TaskProcess, name: str, cloud: LocalCloud, seconds: float) -> tuple[float, int]:
+    """A tenant's median latency during an attack, over that just before, and the calls computed for the attack."""
     with Honest(cloud.connection, cloud.edge_key) as honest:
         begun = time.monotonic()
         time.sleep(CALM_SECONDS)
         calm = honest.latency_s(begun)
         begun = time.monotonic()
-        attacker.ask([name, seconds, cloud.connection])
-        return round(honest.latency_s(begun) / calm, 2)
+        computed: int = attacker.ask([name, seconds, cloud.connection])
+        return round(honest.latency_s(begun) / calm, 2), computed

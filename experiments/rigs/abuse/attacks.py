@@ -1,7 +1,7 @@
 """Every attack on a worker in one shape, and the process that makes them.
 
-Each question is an attack, seconds and a connection string, and is answered when the attack is over. What the cloud
-does to defend itself (it ends streams, say) is no error here.
+Each question is an attack, seconds and a connection string, and is answered when the attack is over, with the calls
+that the cloud has computed for it. What the cloud does to defend itself (it ends streams, say) is no error here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Final, Literal
 from isthmus.common.errors import ConnectionLostError, RefusedError
 from isthmus.experiments.harness.processes import Parent, TaskProcess, serve
 from isthmus.experiments.rigs.abuse import costs, stranger
-from isthmus.experiments.rigs.hostile_tenants import DEEDS, ENDED, Hostile, yield_to_all
+from isthmus.experiments.rigs.hostile_tenants import COMPUTED, DEEDS, ENDED, Hostile, yield_to_all
 from isthmus.protocol.enrolment import ConnectionString
 
 BATCH, SEQUENCE = 2, 64
 """Of a hostile tenant's calls."""
+DEFENDED: Final = (ConnectionLostError, RefusedError)
+"""What comes of a cloud that defends itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +33,40 @@ class Attack:
     Attributes:
         by: Who makes it: somebody without a key, or an enrolled tenant.
         run: Makes it, given a connection string, the private key of an enrolled edge, and seconds; returns when it is
-            over.
+            over, with the calls that the cloud has computed for it.
+        is_computed: Whether the cloud has to compute calls for it: where it has computed none, the attack was not made.
     """
 
     by: Literal["stranger", "tenant"]
-    run: Callable[[str, Path, float], object]
+    run: Callable[[str, Path, float], int]
+    is_computed: bool = False
 
 
-def _held(name: str, connection: str, _key: Path, seconds: float) -> None:
+def _held(name: str, connection: str, _key: Path, seconds: float) -> int:
     where = ConnectionString.parse(connection)
     with stranger.ATTACKS[name](where.host, where.port):
         time.sleep(seconds)
+    return 0
 
 
-def _deed(name: str, connection: str, key: Path, seconds: float) -> None:
-    getattr(Hostile(connection, key, BATCH, SEQUENCE), name)(seconds)
+def _deed(name: str, connection: str, key: Path, seconds: float) -> int:
+    hostile = Hostile(connection, key, BATCH, SEQUENCE)
+    with contextlib.suppress(*DEFENDED):
+        getattr(hostile, name)(seconds)
+    return sum(hostile.computed)
+
+
+def _cost(name: str, connection: str, key: Path, seconds: float) -> int:
+    with costs.opened(connection, key) as session:
+        with contextlib.suppress(*DEFENDED):
+            costs.COSTS[name](session, seconds)
+        return session.computed
 
 
 ATTACKS: Final[dict[str, Attack]] = {
     **{name: Attack("stranger", partial(_held, name)) for name in stranger.ATTACKS},
-    **{name: Attack("tenant", partial(_deed, name)) for name in (*DEEDS, *ENDED)},
-    **{name: Attack("tenant", partial(costs.run, name)) for name in costs.COSTS},
+    **{name: Attack("tenant", partial(_deed, name), name in COMPUTED) for name in (*DEEDS, *ENDED)},
+    **{name: Attack("tenant", partial(_cost, name), name in costs.COMPUTED) for name in costs.COSTS},
 }
 
 
@@ -67,9 +82,10 @@ def _main(parent: Parent) -> None:
     yield_to_all()  # an attacker elsewhere would take none of these cores: what the server does is what counts
     parent.say("ready")
     for attack, seconds, connection in parent.questions():
-        with contextlib.suppress(ConnectionLostError, RefusedError):
-            ATTACKS[attack].run(connection, Path(parent.task["key"]), seconds)
-        parent.say()
+        computed = 0
+        with contextlib.suppress(*DEFENDED):
+            computed = ATTACKS[attack].run(connection, Path(parent.task["key"]), seconds)
+        parent.say(computed)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ download      the edge's parts, over and over
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from isthmus.common.errors import IsthmusError
-from isthmus.experiments.rigs.abuse.decode_costs import DECODE_COSTS
+from isthmus.experiments.rigs.abuse.decode_costs import ANSWER_SECONDS, DECODE_COSTS
 from isthmus.experiments.rigs.hostile_tenants import Session, during
 from isthmus.protocol import messages as m
 from isthmus.protocol.enrolment import ConnectionString
@@ -32,10 +34,10 @@ def long_call(session: Session, seconds: float) -> m.Message:
 def large_call(session: Session, seconds: float) -> m.Message:
     """As many positions as the cloud takes, in sequences of ordinary length: half of what it refuses, and so on."""
     rows, number = max(1, session.info.limits.max_tokens_per_call // SEQUENCE), 1
-    answer = session.ask(session.forward(number, rows, SEQUENCE))
+    answer = session.ask(session.forward(number, rows, SEQUENCE), ANSWER_SECONDS)
     while isinstance(answer, m.Status) and rows > 1:
         rows, number = rows // 2, number + 1
-        answer = session.ask(session.forward(number, rows, SEQUENCE))
+        answer = session.ask(session.forward(number, rows, SEQUENCE), ANSWER_SECONDS)
     return answer
 
 
@@ -67,12 +69,15 @@ COSTS: dict[str, Callable[[Session, float], m.Message | None]] = {
     "download": download,
     **DECODE_COSTS,
 }
+COMPUTED: Final = ("large_call", "disconnect", *DECODE_COSTS)
+"""What makes the cloud compute; a long call is refused."""
 
 
-def run(deed: str, cloud: str, key: Path, seconds: float) -> m.Message | None:
-    """Do a deed of `COSTS` for so long, where it goes on; returns the last answer to a call."""
+@contextlib.contextmanager
+def opened(cloud: str, key: Path) -> Iterator[Session]:
+    """A session that is cut at the end, without a goodbye."""
     session = Session(ConnectionString.parse(cloud), key)
     try:
-        return COSTS[deed](session, seconds)
+        yield session
     finally:
         session.stream.close()

@@ -21,8 +21,8 @@ LONGEST = m.MAX_BLOCKS
 """Positions of a prompt that are tried first; half of what is refused, and so on. An exact call of single tokens may
 have no more, and they are what a cloud takes in one call by default (`--max-tokens`)."""
 SEQUENCES = 32
-"""So few that a prompt of SmolLM2-135M's takes two thirds of the 256 MiB that `bench abuse` gives a cloud, which leaves
-room for the tokens behind it: each of them then copies the keys and values of all sequences."""
+"""Many, as each token copies the keys and values of all of them; and no more than leave room for tokens: prompts of 128
+positions take 156 MiB in SmolLM2-135M's 26 layers, of the 256 MiB for caches that `bench abuse` gives a cloud."""
 ANSWER_SECONDS = 240.0
 """To wait for an answer: one core needs minutes for the longest prompt, and who gives it up has filled no cache."""
 

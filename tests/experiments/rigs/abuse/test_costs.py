@@ -14,10 +14,15 @@ from support.models.tiny import HIDDEN, tiny_checkpoint
 
 from isthmus.backbone.decoding.key_values import cache_bytes
 from isthmus.cloud.decoding.cache_pool import CachePool
+from isthmus.common.errors import IsthmusError, RefusedError
 from isthmus.experiments.harness.blocking_stream import NothingYetError
 from isthmus.experiments.rigs.abuse import decode_costs
-from isthmus.experiments.rigs.abuse.costs import COSTS, run
+from isthmus.experiments.rigs.abuse.abuse_bench import rows
+from isthmus.experiments.rigs.abuse.attacks import ATTACKS
+from isthmus.experiments.rigs.abuse.ceilings import CEILINGS
+from isthmus.experiments.rigs.abuse.costs import COMPUTED, COSTS, opened
 from isthmus.experiments.rigs.abuse.decode_costs import SEQUENCES, single_tokens
+from isthmus.experiments.rigs.abuse.gauge import Taken
 from isthmus.experiments.rigs.abuse.honest import Honest
 from isthmus.experiments.rigs.hostile_tenants import Session
 from isthmus.protocol import messages as m
@@ -55,10 +60,11 @@ def test_a_deed_is_answered_and_another_tenant_goes_on(
     monkeypatch.setattr(CachePool, "acquire", noting)
     monkeypatch.setattr(decode_costs, "LONGEST", SEQUENCES * LONGEST // 2)  # tokens come after the prompts
     evicted = pool.counters.evicted
-    with Honest(server.address, key.parent / "bob") as honest:
+    with Honest(server.address, key.parent / "bob") as honest, opened(server.address, key) as session:
         begun = time.monotonic()
-        found = run(deed, server.address, key, SECONDS)
+        found = COSTS[deed](session, SECONDS)
         assert honest.latency_s(begun) > 0  # it raises where calls fail or none are answered
+        assert (session.computed > 0) == (deed in COMPUTED)
     match deed:
         case "long_call":
             assert isinstance(found, m.Status)
@@ -93,15 +99,28 @@ def test_single_tokens_attend_in_calls_of_any_length_where_exact_ones_are_refuse
     assert (asked[-1].hidden.shape[1], asked[-1].blocks) == (LONGEST, ())
 
 
-def test_a_deed_whose_session_is_not_answered_leaves_none_open(
-    server: ThreadServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("room", "is_made"), [(1 << 30, True), (1, False)])
+def test_an_attack_of_which_the_cloud_computes_nothing_was_not_made(
+    server: ThreadServer, room: int, is_made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server.server._calls.caches, "budget", room)
+    computed = ATTACKS["long_prompt"].run(server.address, server.home.key_file, SECONDS)
+    assert (computed > 0) == is_made
+    assert {row["held"] for row in rows(Taken(0, 0, 0), CEILINGS["long_prompt"], computed)} == {is_made}
+
+
+@pytest.mark.parametrize("error", [NothingYetError, RefusedError])
+def test_a_session_that_does_not_come_about_is_closed(
+    server: ThreadServer, error: type[IsthmusError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eventually(lambda: not server.server.status()["sessions"])
+
     def unanswered(session: Session, message: m.Message) -> m.Message:
         session.send(message)
         eventually(lambda: server.server.status()["sessions"])
-        raise NothingYetError
+        raise error("")
 
     monkeypatch.setattr(Session, "ask", unanswered)
-    with pytest.raises(NothingYetError):
-        run("long_prompt", server.address, server.home.key_file, SECONDS)
+    with pytest.raises(error), opened(server.address, server.home.key_file):
+        pass
     eventually(lambda: not server.server.status()["sessions"])
