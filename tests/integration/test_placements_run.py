@@ -52,11 +52,11 @@ def test_a_run_learns_and_its_adapter_gives_the_whole_model_the_same_loss(runs: 
 
 
 def test_leased_sites_end_in_the_adapter_of_sites_on_the_edge(runs: Runs, tmp_path: Path) -> None:
-    lent = runs.train(tmp_path / "leased", sites="all", leased="all")
+    leased = runs.train(tmp_path / "leased", sites="all", leased="all")
     own = runs.train(tmp_path / "edge", sites="all")
     assert_same_run(tmp_path / "leased", tmp_path / "edge")
-    assert lent.loss_after == own.loss_after
-    assert lent.bytes_up + lent.bytes_down < own.bytes_up + own.bytes_down
+    assert leased.loss_after == own.loss_after
+    assert leased.bytes_up + leased.bytes_down < own.bytes_up + own.bytes_down
 
 
 def test_some_leased_sites_move_less_than_none_and_more_than_all(runs: Runs, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_the_adapter_is_the_live_sites_and_what_was_reported(runs: Runs, revived
     assert all(name in names for name in decisions(out)[0]["scores"])
 
 
-def test_dead_sites_that_are_lent_act_on_in_the_run_and_in_its_adapter(runs: Runs, tmp_path: Path) -> None:
+def test_dead_sites_that_are_leased_act_on_in_the_run_and_in_its_adapter(runs: Runs, tmp_path: Path) -> None:
     report = runs.train(tmp_path / "run", **{**REVIVED, "steps": 60}, lend_dead=True)
     trained = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter(tmp_path / "run")}
     log = decisions(tmp_path / "run")

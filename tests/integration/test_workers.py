@@ -192,7 +192,7 @@ def test_a_worker_is_added_where_calls_are_overdue_and_takes_its_part(place: Pat
         hidden = torch.randn(64, 128, HIDDEN, generator=torch.Generator().manual_seed(0))
 
         def want(number: int) -> None:
-            """Nobody waits for company here: what waits is overdue."""
+            """Nobody waits for partners here: what waits is overdue."""
             with connect(cloud.connection, key=key) as link:
                 outputs[number] = link.forward_span(hidden, None, None, keep=False)[0]
                 while not enough.wait(0.5 if added.is_set() else 0):  # the new worker needs the processor, too

@@ -76,7 +76,7 @@ def test_privacy_takes_what_sends_nothing_not_what_sends_once() -> None:
 
 
 @pytest.mark.parametrize("goal", ["quality", "speed", "privacy"])
-def test_one_process_and_lent_adapters_are_never_recommended(goal: Any) -> None:
+def test_one_process_and_leased_adapters_are_never_recommended(goal: Any) -> None:
     quick = costs(single=0.01, leased=0.01)
     assert "single" not in recommend(quick, goal, POSITIONS, 0)
     assert "leased" not in recommend(quick, goal, POSITIONS, 0)

@@ -145,8 +145,8 @@ def test_non_finite_values_are_not_taken(codec: str, bad: float, place: int) -> 
     x.view(-1)[place] = bad
     with pytest.raises(ReceivedNonFiniteError, match=r"the gradient of shape \[1, 2, 64\] came with NaN or infinite"):
         decode(unchecked(x, codec, Role.GRADIENT))
-    with pytest.raises(ReceivedNonFiniteError, match="the lent matrix of shape"):
-        decode(unchecked(x, codec, Role.GRADIENT), what="the lent matrix")
+    with pytest.raises(ReceivedNonFiniteError, match="the leased matrix of shape"):
+        decode(unchecked(x, codec, Role.GRADIENT), what="the leased matrix")
 
 
 def test_a_non_finite_tensor_has_an_exit_code_of_its_own() -> None:

@@ -38,7 +38,7 @@ def test_a_queue_that_empties_in_between_brings_none() -> None:
     assert run.after(GROW_SECONDS - 1, {0: BUSY}) is None
 
 
-def test_calls_that_wait_for_company_bring_no_worker_and_end_none() -> None:
+def test_calls_that_wait_for_partners_bring_no_worker_and_end_none() -> None:
     run = Run(1, 3)
     run.after(0, {0: COMPANY, 1: COMPANY})
     assert run.after(10 * SHRINK_SECONDS, {0: COMPANY, 1: COMPANY}) is None

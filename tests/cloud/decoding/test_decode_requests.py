@@ -24,7 +24,7 @@ from isthmus.cloud.decoding.cache_pool import CacheEntry, CachePool, Key
 from isthmus.cloud.decoding.decode_calls import CachePoolFull, DecodeStep, run_step
 from isthmus.cloud.gateway import decode_requests
 from isthmus.cloud.session.served_model import Served
-from isthmus.common.errors import ConnectionLostError, LocalProtocolError, MessageError, TooLateError
+from isthmus.common.errors import LocalProtocolError, MessageError, TooLateError
 from isthmus.protocol import encoding, messages as m
 from isthmus.protocol.encoding import pack, unpack
 from isthmus.protocol.enrolment import Quota
@@ -128,16 +128,27 @@ def test_a_call_that_waited_on_a_compute_thread_would_keep_others_from_it(
     place: tuple[ThreadServer, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, session = place
+    computed: list[str] = []
 
     def stubborn(step: DecodeStep) -> m.Message | None:
         while True:
             with contextlib.suppress(CachePoolFull):
-                return run_step(step)
+                answer = run_step(step)
+                computed.append("waited for room")
+                return answer
             time.sleep(0.01)
 
+    def ask() -> None:
+        forward_of_another(server, 20)
+        computed.append("another's")
+
     monkeypatch.setattr(decode_requests, "run_step", stubborn)
-    with waiting_call(session, BusyPool(server, monkeypatch)), pytest.raises(ConnectionLostError):
-        forward_of_another(server, 0.3)
+    other = threading.Thread(target=ask)
+    with waiting_call(session, BusyPool(server, monkeypatch)):
+        other.start()
+        eventually(lambda: server.server._calls.engine.waiting())
+    other.join(20)
+    assert computed == ["waited for room", "another's"]
 
 
 def test_a_cache_that_goes_while_a_call_looks_at_it_is_lost_and_no_error(

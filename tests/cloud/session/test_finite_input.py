@@ -93,7 +93,7 @@ def test_a_scale_that_makes_no_number_is_one_of_them(tenant: TenantSession) -> N
 
 @pytest.mark.parametrize("place", ["down", "up"])
 @pytest.mark.parametrize("value", BAD)
-def test_lent_weights(tenant: TenantSession, value: float, place: str) -> None:
+def test_leased_weights(tenant: TenantSession, value: float, place: str) -> None:
     tenant.handle(m.Sites(1, (SiteSpec(2, Q, Placement.LEASED),)))
     leased = m.LeasedWeights(sent(tensor(4, HIDDEN)), sent(tensor(HIDDEN, 4)), 0.5)
     good = m.Lease(1, 1, (leased,))

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[Link], Any], Callable[[Any, float], m.Message |
         lambda a, v: replace(a, taps=in_last(a.taps, v)) if isinstance(a, m.ForwardReply) else None,
         "the output of tap 1",
     ),
-    "lent": (
+    "leased": (
         leased,
         lambda a, v: replace(a, leased=in_last(a.leased, v)) if isinstance(a, m.BackwardReply) else None,
         "the gradient of a leased matrix",

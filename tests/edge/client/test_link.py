@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.clouds import with_info
-from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, messages, new_link
+from support.cloud.memory_cloud import MemoryCloud, MemoryTransport, comes_back, messages, new_link
 from support.cloud.span_calls import MASK, POSITIONS, hidden, three_calls
 from support.models.tiny import HIDDEN
 from support.protocol.wire import EDGE, PIN
@@ -281,15 +281,9 @@ def test_what_is_lost_to_a_fault_is_time_of_the_wire(
 ) -> None:
     transport = MemoryTransport(cloud)
     link = new_link(transport)
-    transport.up = False
+    comes_back(transport, lambda: sum(no_waiting) > 30, no_waiting, monkeypatch)
     link._keeper.drop()
     clock = session_keeper.time.perf_counter_ns
-
-    def sleep(seconds: float) -> None:
-        no_waiting.append(seconds)
-        transport.up = sum(no_waiting) > 30
-
-    monkeypatch.setattr(session_keeper.time, "sleep", sleep)
     monkeypatch.setattr(session_keeper.time, "perf_counter_ns", lambda: clock() + round(sum(no_waiting) * 1e9))
     before = link.totals()
     link.forward_span(hidden(), None, None, keep=False)

@@ -18,6 +18,7 @@ from support.cloud.memory_cloud import (
     FaultyTransport,
     MemoryCloud,
     MemoryTransport,
+    comes_back,
     flip,
     messages,
     new_link,
@@ -164,14 +165,9 @@ def test_a_cloud_that_comes_back_is_found_again(
 ) -> None:
     transport = MemoryTransport(cloud)
     link = new_link(transport)
-    transport.up = False
+    # The first session, and four attempts in vain.
+    comes_back(transport, lambda: transport.opened == 5, no_waiting, monkeypatch)
     link._keeper.drop()
-
-    def sleep(seconds: float) -> None:
-        no_waiting.append(seconds)
-        transport.up = transport.opened == 5  # the first session, and four attempts in vain
-
-    monkeypatch.setattr(session_keeper.time, "sleep", sleep)
     link.forward_span(hidden(), None, None, keep=False)
     assert link.traffic.retries == 4
 

@@ -29,7 +29,7 @@ class World:
     """What generating costs, in seconds, and how often tokens are accepted.
 
     Attributes:
-        shares: Of accepted tokens, by bucket; both buckets are equally frequent.
+        rates: What part of the tokens is accepted, by bucket; both buckets are equally frequent.
         noise: Relative deviation of the seconds.
         text_tokens: Of each text; 0 for one text without end.
         prompt: Tokens of each prompt, which the draft takes in when it first drafts for a text.
@@ -41,7 +41,7 @@ class World:
     compute: float = 0.03
     verify: float = 0.002
     draft: float = 0.005
-    shares: tuple[float, float] = (0.8, 0.8)
+    rates: tuple[float, float] = (0.8, 0.8)
     noise: float = 0.0
     text_tokens: int = 0
     prompt: int = 0
@@ -72,7 +72,7 @@ class World:
                 drafting += took
                 buckets.append(self.random.randrange(2))
             accepted = 0
-            while accepted < len(buckets) and self.random.random() < self.shares[buckets[accepted]]:
+            while accepted < len(buckets) and self.random.random() < self.rates[buckets[accepted]]:
                 accepted += 1
             verifying = self._noisy(self.plain + self.verify * len(buckets))
             timed = None if at_prompt else verifying
@@ -147,19 +147,17 @@ def test_a_longer_round_trip_makes_longer_drafts() -> None:
 
 
 def test_a_better_draft_is_longer_and_a_dearer_one_shorter() -> None:
-    assert length_after(World(shares=(0.5, 0.5))) + 2 < length_after(World(shares=(0.9, 0.9)))
+    assert length_after(World(rates=(0.5, 0.5))) + 2 < length_after(World(rates=(0.9, 0.9)))
     assert length_after(World(draft=0.001)) > length_after(World(draft=0.02)) + 1
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("draft", [0.001, 0.01, 0.05, 0.3])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("round_trip", [0.0, 0.05, 0.2])
-def test_never_slower_than_without_beyond_the_bound(
-    round_trip: float, share: float, draft: float, noise: float
-) -> None:
+def test_never_slower_than_without_beyond_the_bound(round_trip: float, rate: float, draft: float, noise: float) -> None:
     n_tokens = 1500
-    world = World(round_trip=round_trip, shares=(share, share), draft=draft, noise=noise)
+    world = World(round_trip=round_trip, rates=(rate, rate), draft=draft, noise=noise)
     seconds = world.run(AdaptiveLength(GUESSES), n_tokens)
     without = n_tokens * world.plain
     # The account, its refill, the draft that overdraws it, and the error of what a plain round is taken for.
@@ -168,14 +166,14 @@ def test_never_slower_than_without_beyond_the_bound(
 
 
 def test_a_fixed_length_is_slower_beyond_that_bound() -> None:
-    world = World(round_trip=0.0, shares=(0.1, 0.1), draft=0.01)
+    world = World(round_trip=0.0, rates=(0.1, 0.1), draft=0.01)
     seconds = world.run(FixedLength(4), 1500)
     assert seconds > (1 + 2 * LOSS_SHARE) * 1500 * world.plain + ALLOWANCE * world.plain + MAX_DRAFT * world.draft
 
 
 @pytest.mark.parametrize(
     "world",
-    [World(shares=(0.0, 0.0)), World(draft=0.2), World(round_trip=0.0, shares=(0.15, 0.15), draft=0.01)],
+    [World(rates=(0.0, 0.0)), World(draft=0.2), World(round_trip=0.0, rates=(0.15, 0.15), draft=0.01)],
     ids=["never right", "dear", "seldom right and nearly as dear"],
 )
 def test_it_is_off_where_drafts_do_not_pay(world: World) -> None:
@@ -187,7 +185,7 @@ def test_it_is_off_where_drafts_do_not_pay(world: World) -> None:
 
 def test_it_comes_back_where_drafts_pay_again() -> None:
     rule = AdaptiveLength(GUESSES)
-    bad, good = World(shares=(0.0, 0.0)), World()
+    bad, good = World(rates=(0.0, 0.0)), World()
     bad.run(rule, 2000)
     assert sum(bad.lengths[-200:]) < 40
     assert sum(bad.lengths[-200:]) > 0  # the probes
@@ -197,10 +195,10 @@ def test_it_comes_back_where_drafts_pay_again() -> None:
 
 
 @pytest.mark.parametrize("round_trip", [0.0, 0.05, 0.15])
-@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
-def test_it_is_about_as_fast_as_the_best_fixed_length(round_trip: float, share: float) -> None:
+@pytest.mark.parametrize("rate", [0.4, 0.6, 0.8])
+def test_it_is_about_as_fast_as_the_best_fixed_length(round_trip: float, rate: float) -> None:
     def seconds(rule: LengthRule) -> float:
-        return World(round_trip=round_trip, shares=(share, share), noise=0.1).run(rule, 8000)
+        return World(round_trip=round_trip, rates=(rate, rate), noise=0.1).run(rule, 8000)
 
     best = min(seconds(FixedLength(length)) for length in (1, 2, 3, 4, 6, 8, 12))
     assert seconds(AdaptiveLength(GUESSES)) < 1.06 * best
@@ -208,13 +206,13 @@ def test_it_is_about_as_fast_as_the_best_fixed_length(round_trip: float, share: 
 
 def test_tokens_of_which_the_draft_is_sure_make_it_faster_than_any_fixed_length() -> None:
     def seconds(rule: LengthRule) -> float:
-        return World(shares=(0.15, 0.97), noise=0.1).run(rule, 4000)
+        return World(rates=(0.15, 0.97), noise=0.1).run(rule, 4000)
 
     assert seconds(AdaptiveLength(GUESSES)) < 0.97 * min(seconds(FixedLength(length)) for length in range(MAX_DRAFT))
 
 
 def test_the_longest_draft_is_bounded() -> None:
-    world = World(round_trip=100.0, shares=(1.0, 1.0))
+    world = World(round_trip=100.0, rates=(1.0, 1.0))
     world.run(AdaptiveLength(GUESSES, max_tokens=3), 500)
     assert max(world.lengths) == 3
 
@@ -233,7 +231,7 @@ def test_a_known_bucket_counts_before_its_token_is_drafted() -> None:
     assert not rule.should_draft([0], 1)
 
 
-def test_shares_follow_what_is_seen() -> None:
+def test_rates_follow_what_is_seen() -> None:
     calibration = Calibration(GUESSES)
     assert [calibration.rate(0), calibration.rate(1), calibration.mean_rate] == [0.25, 0.75, 0.5]
     for turn in range(4000):

@@ -76,7 +76,7 @@ def test_leased_lora_equals_one_process_bit_for_bit(folder: Path, cloud: MemoryC
 
 
 @pytest.mark.parametrize("evict", [False, True])
-def test_lent_dead_sites_act_on_and_equal_one_process_bit_for_bit(
+def test_leased_dead_sites_act_on_and_equal_one_process_bit_for_bit(
     folder: Path, cloud: MemoryCloud, evict: bool
 ) -> None:
     """Others are live at each step; in one process the dead ones are frozen meanwhile."""
@@ -114,7 +114,7 @@ def test_a_lease_is_overwritten_when_the_session_ends(cloud: MemoryCloud, monkey
     def keep(self: SiteLists, message: m.Lease) -> m.Status:
         status = lease(self, message)
         assert self._lease is not None
-        kept.extend(matrix for lent in self._lease.weights.values() for matrix in (lent.down, lent.up))
+        kept.extend(matrix for pair in self._lease.weights.values() for matrix in (pair.down, pair.up))
         return status
 
     monkeypatch.setattr(SiteLists, "lease", keep)

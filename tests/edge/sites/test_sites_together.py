@@ -49,7 +49,7 @@ def test_edges_with_sites_at_once_equal_one_process_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: bool
 ) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-    # Steps of a tiny model take less than a busy machine lets an edge wait: time enough to meet, in any case.
+    # A tiny model takes less for a step than a busy machine lets an edge wait: this is time enough for one batch.
     monkeypatch.setattr(MeasuredSpeed, "seconds", lambda _self, _requests: 0.1)
     torch.set_num_threads(1)
     folder = tiny_checkpoint("llama", tmp_path / "model")

@@ -68,7 +68,7 @@ def test_the_loss_is_the_mean_over_all_labels() -> None:
     assert found["unused"] is None
 
 
-def test_lanes_add_up_what_backward_adds_up_and_every_parameter_has_its_own() -> None:
+def test_micro_batches_add_up_what_backward_adds_up_and_every_parameter_has_its_own() -> None:
     total, theirs, _ = gradients(None)
     also, ours, model = gradients(two_in_flight())
     assert also == total

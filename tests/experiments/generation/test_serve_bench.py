@@ -73,8 +73,6 @@ def test_figures_are_of_both_halves() -> None:
     assert found["first_s"]["p50"] == 1.0
 
 
-@pytest.mark.server
-@pytest.mark.usefixtures("warm_children")
 def test_the_figure_has_both_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     times = {"first_s": {"p50": 1.0, "p99": 4.0}, "between_s": {"p50": 0.1, "p99": 2.0}}
@@ -88,6 +86,8 @@ def test_the_figure_has_both_runs(tmp_path: Path) -> None:
         serve_bench.draw_serve({"batched": run}, other)
 
 
+@pytest.mark.server
+@pytest.mark.usefixtures("warm_children")
 def test_a_run(tmp_path: Path) -> None:
     model = tiny_checkpoint("llama", tmp_path / "model")
     settings = ServeSettings(

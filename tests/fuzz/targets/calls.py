@@ -110,10 +110,10 @@ def _seeds() -> Iterator[bytes]:
     tap = SiteSpec(3, "", Placement.TAP, 8, 9)
     yield _script(m.Sites(1, (low, tap)), _forward(1, sites=1), small, _backward(1, sites=1))
     yield _script(m.Sites(1, (SiteSpec(3, "mlp.up_proj", Placement.LOW_RANK, 4, 0, Basis.SVD),)), _forward(1, sites=1))
-    lent = m.LeasedWeights(_tensor(2, HIDDEN, codec="fp32"), _tensor(HIDDEN, 2, codec="fp32"), 0.5)
+    weights = m.LeasedWeights(_tensor(2, HIDDEN, codec="fp32"), _tensor(HIDDEN, 2, codec="fp32"), 0.5)
     leased = m.Sites(1, (SiteSpec(2, "self_attn.q_proj", Placement.LEASED),))
-    yield _script(leased, m.Lease(1, 1, (lent,)), _forward(1, sites=1, lease=1), _backward(1, sites=1, lease=1))
-    yield _script(leased, _forward(1, sites=1), m.Lease(1, 2, (lent,)), m.Lease(1, 1, (lent, lent)))
+    yield _script(leased, m.Lease(1, 1, (weights,)), _forward(1, sites=1, lease=1), _backward(1, sites=1, lease=1))
+    yield _script(leased, _forward(1, sites=1), m.Lease(1, 2, (weights,)), m.Lease(1, 1, (weights, weights)))
     yield _script(m.Sites(1, (SiteSpec(0, "self_attn.q_proj"),)), m.Sites(1, (SiteSpec(2, "none"),)))
     yield _script(m.Ping(1), m.FetchList(m.FileSet.PARTS), m.Fetch(m.FileSet.PARTS, "config.json", 3), m.Goodbye(""))
     yield _script(

@@ -119,8 +119,8 @@ def _seeds() -> Iterator[bytes]:
     yield _script(1, m.SiteQuestion(name, m.SitePhase.FORWARD, (0,), (_tensor(1, 2, 5),), 1, 2, 3))
     yield _script(1, m.SiteQuestion(name, m.SitePhase.FORWARD, (9,), (_tensor(*SHAPE),), 1, 2, 3))
     yield _script(1, asks, reply)
-    lent = tuple(encode(torch.ones(shape), "fp32", Role.GRADIENT) for shape in ((2, 3), (4, 2)))
-    yield _script(1, asks, tapped, m.BackwardReply(name, gradient, 1, 2, 3, False, lent))
+    gradients = tuple(encode(torch.ones(shape), "fp32", Role.GRADIENT) for shape in ((2, 3), (4, 2)))
+    yield _script(1, asks, tapped, m.BackwardReply(name, gradient, 1, 2, 3, False, gradients))
 
 
 TARGET = Target(

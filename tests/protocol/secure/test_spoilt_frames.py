@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -88,6 +90,22 @@ def test_frames_of_another_session_direction_or_key_are_refused() -> None:
         assert_refused(list(sealer.seal(b"some header", [bytes(10)])), FrameError)
 
 
+LITTLE = 100_000
+"""Bytes: more than opening a frame takes beside what the frame claims, and less than that."""
+
+
+@contextlib.contextmanager
+def allocates_less_than(nbytes: int) -> Iterator[None]:
+    """Check that what is done inside allocates less than so many bytes at a time."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < nbytes
+    finally:
+        tracemalloc.stop()
+
+
 def claim(header: int = 11, chunk: int = 0, chunks: int = 1, body: int = 8, kind: int = Kind.DATA) -> bytes:
     return PREFIX.pack(b"ISTH", kind, VERSION, 0, 0, header, chunk, chunks, body) + bytes(60)
 
@@ -125,24 +143,18 @@ def claim(header: int = 11, chunk: int = 0, chunks: int = 1, body: int = 8, kind
 )
 def test_claims_are_checked_before_anything_is_allocated(frame: bytes, error: type[Exception]) -> None:
     opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD)
-    gc.collect()
-    tracemalloc.start()
-    try:
-        with pytest.raises(error):
-            opener.open(frame)
-        assert tracemalloc.get_traced_memory()[1] < 100_000
-    finally:
-        tracemalloc.stop()
+    with allocates_less_than(LITTLE), pytest.raises(error):
+        opener.open(frame)
 
 
 def test_an_unauthenticated_first_frame_of_the_right_size_allocates_no_body() -> None:
     limits = Limits(chunk_bytes=1 << 10)
     opener = Opener(bytearray(SECRET), SESSION, Direction.EDGE_TO_CLOUD, limits)
     frame = PREFIX.pack(b"ISTH", Kind.DATA, VERSION, 0, 0, 11, 0, 60_000, 60_000 << 10) + bytes(11 + TAG + 1024 + TAG)
-    tracemalloc.start()
-    try:
-        with pytest.raises(RemoteProtocolError):
-            opener.open(frame)
-        assert tracemalloc.get_traced_memory()[1] < 100_000
-    finally:
-        tracemalloc.stop()
+    with allocates_less_than(LITTLE), pytest.raises(RemoteProtocolError):
+        opener.open(frame)
+
+
+def test_an_allocation_is_seen() -> None:
+    with pytest.raises(AssertionError), allocates_less_than(LITTLE):
+        bytes(LITTLE)

@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from support.protocol.wire import EDGE, NOW, PIN, TENANT, identity
 
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.handler import TenantSession
 from isthmus.cloud.session.served_model import Served
 from isthmus.common.errors import ConnectionLostError, RemoteProtocolError
+from isthmus.edge.client import session_keeper
 from isthmus.edge.client.link import Link
 from isthmus.protocol import messages as m
 from isthmus.protocol.encoding import pack, unpack
@@ -235,6 +237,23 @@ def new_link(to: MemoryCloud | Transport, **options: Any) -> Link:
     link = Link(transport, PIN, EDGE, name="cloud:1", **options)
     link.open(5)
     return link
+
+
+def comes_back(
+    transport: MemoryTransport, when: Callable[[], bool], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have a cloud away until `when` says otherwise, which is asked whenever the link pauses.
+
+    Args:
+        pauses: Gets the seconds of each pause, which takes no time.
+    """
+    transport.up = False
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        transport.up = when()
+
+    monkeypatch.setattr(session_keeper.time, "sleep", sleep)
 
 
 class StillTime:
