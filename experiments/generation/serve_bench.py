@@ -4,7 +4,9 @@ The requests are those of the Azure LLM inference traces of 2023 (Patel et al. 2
 came, its context and how much was generated. They are scaled to the model and the machine: fewer tokens, and another
 rate. The traces have no texts, so the prompts are random tokens. The first half of the requests is replayed with
 batching and then without, the second half the other way round, each time against a new cloud, so that whatever else the
-machine does hits both alike.
+machine does hits both alike. Each half begins with an empty queue, so a cloud that falls behind shows less of it than
+in one long run. As the requests come at a given rate, `tokens_per_s` is about that rate wherever a cloud keeps up with
+it, and no measure of what it could do. `--batching off` keeps every call by itself, those of training, too.
 """
 
 from __future__ import annotations
