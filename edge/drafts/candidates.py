@@ -19,10 +19,6 @@ from isthmus.backbone.split.cached_generation import CachedGeneration, DraftedTe
 from isthmus.common.errors import UnsupportedCallError
 from isthmus.edge.drafts.length_rule import LengthRule, VerifiedRound
 
-FOLLOWED = 2
-"""Positions of the text that a draft takes in for a token at most while it drafts in each round: the last token that it
-drafted itself, and the one that the cloud has added. More were left by rounds without a draft, or are a prompt."""
-
 
 @dataclass(slots=True)
 class DraftStatistics:
@@ -34,11 +30,7 @@ class DraftStatistics:
         judged: Those of them that the cloud has decided about: all up to the first that was rejected.
         accepted: Those of them that stand in the text.
         tokens: By which the texts grew in these rounds.
-        catch_ups: Drafted tokens for which the draft took in more than `FOLLOWED` positions first.
-        draft_seconds: Spent on drafting.
-        catch_up_seconds: Those of them that went into `catch_ups`.
-        token_seconds: Those of them that went into the other drafted tokens.
-        verify_seconds: Spent on the rest of these rounds: the edge's layers, the link, the cloud, the choice of tokens.
+        draft_seconds: Spent on drafting, what the draft took in of the text first with it.
     """
 
     rounds: int = 0
@@ -46,21 +38,7 @@ class DraftStatistics:
     judged: int = 0
     accepted: int = 0
     tokens: int = 0
-    catch_ups: int = 0
     draft_seconds: float = 0.0
-    catch_up_seconds: float = 0.0
-    token_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-    @property
-    def accepted_per_round(self) -> float:
-        """Drafted tokens that a round brought, in the mean; 0 before the first one."""
-        return self.accepted / self.rounds if self.rounds else 0.0
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Tokens that a round brought, in the mean; 0 before the first one."""
-        return self.tokens / self.rounds if self.rounds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +64,11 @@ class DraftedToken:
         token: Its number.
         bucket: How sure the draft is; see `isthmus.edge.drafts.calibration`.
         logits: As in `Choice`; None where it follows from the text alone.
-        input_tokens: Tokens of the text that the draft had to take in for it; the newest is the one before it.
     """
 
     token: int
     bucket: int
     logits: Tensor | None = None
-    input_tokens: int = 1
 
 
 Choose = Callable[[Tensor], Choice]
@@ -160,7 +136,6 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         self._draft, self._text, self._proposer = draft, text, proposer
         self._ids = text.prompt  # with what this round has drafted
         self._drafted: list[DraftedToken] = []
-        self._seconds: list[float] = []  # that each of them took
         self._length = 0
         self._drafting = 0.0
         self._asked_at: float | None = None
@@ -173,7 +148,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         """
         rule, clock = self._draft.rule, self._draft.clock
         began_at = clock()
-        self._ids, self._length, self._drafted, self._seconds = input_ids, input_ids.shape[1], [], []
+        self._ids, self._length, self._drafted = input_ids, input_ids.shape[1], []
         room = self._text.longest - self._length - 1  # the round gives one more token than the draft has
         self._proposer.follow(self._without_padding(input_ids))
         while len(self._drafted) < room and rule.should_draft(self._buckets(), self._proposer.next_bucket()):
@@ -181,8 +156,7 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
             drafted = self._proposer.propose(self._choose)
             if drafted is None:
                 break
-            self._seconds.append(clock() - token_at)
-            rule.token_drafted(self._seconds[-1])
+            rule.token_drafted(clock() - token_at)
             self._drafted.append(drafted)
             self._ids = torch.cat([self._ids, self._ids.new_tensor([[drafted.token]])], dim=1)
             if drafted.token in self._text.ends:
@@ -214,13 +188,6 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]  # transformers has 
         statistics.accepted += accepted
         statistics.tokens += len(new)
         statistics.draft_seconds += self._drafting
-        for drafted, spent in zip(self._drafted, self._seconds, strict=True):
-            if drafted.input_tokens > FOLLOWED:
-                statistics.catch_ups += 1
-                statistics.catch_up_seconds += spent
-            else:
-                statistics.token_seconds += spent
-        statistics.verify_seconds += verifying
 
     def _buckets(self) -> list[int]:
         return [each.bucket for each in self._drafted]

@@ -94,7 +94,7 @@ class ModelProposer:
         choice = choose(output.logits[:, -1])
         self._text.append(choice.token)
         bucket = min(int(choice.confidence * BUCKETS), BUCKETS - 1)
-        return DraftedToken(choice.token, bucket, choice.logits, new.shape[1])
+        return DraftedToken(choice.token, bucket, choice.logits)
 
     def _crop(self) -> None:
         """Forget what was drafted in earlier rounds and is not in the text."""

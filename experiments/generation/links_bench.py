@@ -103,11 +103,10 @@ def run_links(settings: GenerateSettings, folder: Path) -> dict[str, Any]:
         `over_sequential_range`, the least and the most of single prompts, and `over_sequential_95`, a bootstrap
         interval over them, null for fewer than 8; `accepted_per_round` and `drafted_per_round`; `judged`, the drafted
         tokens that the cloud has decided about, and `acceptance_rate`, the accepted ones over these; `draft_ms`, the
-        mean milliseconds of a drafted token where the draft had not to catch up with the text; `catch_up_ms`, the mean
-        milliseconds of catching up per text; `draft_share`, what all drafting took of the time; `identical`, the share
-        of the prompts whose text is the one without drafts (see the module), and `over_sequential_identical`, that of
-        these prompts alone, null where there are none. `targets`: what `over_sequential` should reach, and does; see
-        `targets`.
+        mean milliseconds of a drafted token, with what the draft took in of the text first; `draft_share`, what all
+        drafting took of the time; `identical`, the share of the prompts whose text is the one without drafts (see the
+        module), and `over_sequential_identical`, that of these prompts alone, null where there are none. `targets`:
+        what `over_sequential` should reach, and does; see `targets`.
 
     Raises:
         ConfigError: A draft or an adapter is given, and not the other one, or that has no tuned draft.
@@ -169,8 +168,7 @@ def figures(answers: Answers) -> list[dict[str, Any]]:
     for name, found in answers.items():
         pairs = list(zip(found, sequential, strict=True))
         of_draft = {count: sum(each[count] for each in found) for count in COUNTS}
-        rounds, judged = max(1, of_draft["rounds"]), of_draft["judged"]
-        plain = of_draft["drafted"] - of_draft["catch_ups"]
+        rounds, drafted, judged = max(1, of_draft["rounds"]), of_draft["drafted"], of_draft["judged"]
         same = [(one, other) for one, other in pairs if one["tokens"] == other["tokens"]]
         rows.append(
             {
@@ -181,11 +179,10 @@ def figures(answers: Answers) -> list[dict[str, Any]]:
                 "over_sequential_range": _range(pairs),
                 "over_sequential_95": _interval(pairs) if len(pairs) >= INTERVAL_PROMPTS else None,
                 "accepted_per_round": of_draft["accepted"] / rounds,
-                "drafted_per_round": of_draft["drafted"] / rounds,
+                "drafted_per_round": drafted / rounds,
                 "judged": judged,
                 "acceptance_rate": of_draft["accepted"] / judged if judged else None,
-                "draft_ms": 1000 * of_draft["token_seconds"] / plain if plain else None,
-                "catch_up_ms": 1000 * of_draft["catch_up_seconds"] / len(found),
+                "draft_ms": 1000 * of_draft["draft_seconds"] / drafted if drafted else None,
                 "draft_share": of_draft["draft_seconds"] / sum(each["seconds"] for each in found),
                 "identical": len(same) / len(pairs),
                 "over_sequential_identical": _over(same) if same else None,

@@ -27,10 +27,7 @@ SMALL: Final = "small draft"
 TUNED: Final = "tuned draft"
 FIXED: Final = {f"fixed {length}": length for length in (2, 4)}
 """What a package drafts, always so many tokens, tuned where the text is: the adaptive length is compared with it."""
-COUNTS: Final = (
-    *("rounds", "drafted", "judged", "accepted", "catch_ups"),
-    *("draft_seconds", "catch_up_seconds", "token_seconds"),
-)
+COUNTS: Final = ("rounds", "drafted", "judged", "accepted", "draft_seconds")
 """Of `DraftStatistics`, what is said of each text."""
 
 

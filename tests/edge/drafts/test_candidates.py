@@ -86,14 +86,8 @@ def test_a_draft_that_is_always_right_is_accepted_whole(pairs: Pairs) -> None:
         text(pair.edge)
     assert draft.statistics.accepted == draft.statistics.drafted
     assert draft.statistics.rounds == NEW / 6
-    assert draft.statistics.accepted_per_round == 5
-    assert draft.statistics.tokens_per_round == 6
-    assert draft.statistics.verify_seconds > 0 < draft.statistics.draft_seconds
     assert draft.statistics.judged == draft.statistics.drafted
-    assert draft.statistics.catch_ups == 1  # the prompt
-    spent = draft.statistics.catch_up_seconds, draft.statistics.token_seconds
-    assert min(spent) > 0
-    assert sum(spent) <= draft.statistics.draft_seconds
+    assert draft.statistics.draft_seconds > 0
 
 
 def test_what_the_cloud_has_not_decided_about_is_not_judged(pairs: Pairs) -> None:
