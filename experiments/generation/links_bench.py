@@ -257,9 +257,9 @@ def draw_links(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
             rows = [cell for cell in cells if (cell["text"], cell["draft"]) == (text, draft)]
             axes.plot([row["rtt_ms"] for row in rows], [row["tokens_per_s"] for row in rows], marker="o", label=draft)
         axes.set(title=text, xlabel="round trip, ms")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(title="draft")
+    panels[0][0].set_ylim(bottom=0)  # of all panels, once all lines are in them: it fixes the top, too
     panels[0][0].set_ylabel("tokens per second")
     save_figure(figure, path)
 

@@ -148,6 +148,18 @@ def test_the_table_says_which_spread_it_has_and_fits_80_columns(
     assert first.index("draft") == lines[0].index("none")  # columns stand below their headings
 
 
+def test_the_figure_has_room_for_the_fastest_of_all_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(links_bench, "save_figure", lambda figure, _path: drawn.append(figure))
+    speeds = {"chat": 10.0, "tuned": 30.0}
+    cells = [{"rtt_ms": 0.0, "text": text, "draft": "none", "tokens_per_s": speed} for text, speed in speeds.items()]
+    links_bench.draw_links(cells, tmp_path / "links.png")
+    limits = [panel.get_ylim() for panel in drawn[0].axes]
+    assert [least for least, _ in limits] == [0, 0]
+    assert min(most for _, most in limits) > 30
+
+
 def test_prompts_of_the_training_data_are_left_out() -> None:
     known, twice, new = (Question(prompt, ("x",), 0) for prompt in ("known", "twice", "new"))
     split = Split(train=(known,), validation=(), test=(known, twice, twice, new))
