@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.models.tiny import HIDDEN
+from support.protocol.span_messages import backward, forward, refusal, span_inputs
 from support.protocol.wire import TENANT
-from support.span_messages import backward, forward, refusal, span_inputs
 
 from isthmus.cloud.engine.paused_calls import CallThreads
 from isthmus.cloud.session.batched_calls import Call, handle_batch

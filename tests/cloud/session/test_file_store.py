@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from support.span_messages import refusal
+from support.protocol.span_messages import refusal
 
 from isthmus.cloud.session.file_store import FileStore
 from isthmus.cloud.session.handler import TenantSession

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support.models.tiny import HIDDEN
-from support.span_messages import backward, forward, hidden, refusal, span_inputs
+from support.protocol.span_messages import backward, forward, hidden, refusal, span_inputs
 
 from isthmus.backbone.runtime.call_memory import CallShape, Pass
 from isthmus.cloud.engine.paused_calls import CallThreads

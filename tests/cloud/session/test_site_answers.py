@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models.tiny import HIDDEN
-from support.site_messages import (
+from support.protocol.site_messages import (
     answer,
     asked,
     backward,

@@ -8,8 +8,7 @@ from itertools import count
 
 import pytest
 import torch
-from support.protocol.wire import TENANT
-from support.site_messages import (
+from support.protocol.site_messages import (
     SHAPE,
     answer,
     asked,
@@ -22,7 +21,8 @@ from support.site_messages import (
     site,
     tensor,
 )
-from support.span_messages import FP32
+from support.protocol.span_messages import FP32
+from support.protocol.wire import TENANT
 from torch import Tensor
 
 from isthmus.backbone.sites.edge_sites import Site

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from support.models.tiny import HIDDEN
+from support.protocol.site_messages import asked, bind, forward, q_and_v, refusal, site
 from support.protocol.wire import TENANT
-from support.site_messages import asked, bind, forward, q_and_v, refusal, site
 
 from isthmus.backbone.runtime import site_host
 from isthmus.backbone.runtime.site_host import SiteHost

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from support.models.tiny import HIDDEN
-from support.span_messages import FP32
+from support.protocol.span_messages import FP32
 from torch import Tensor, nn
 
 from isthmus.backbone.sites.edge_sites import Site
