@@ -120,7 +120,7 @@ def test_a_long_prompt_that_pays_is_caught_up_with() -> None:
 
 def test_a_probe_is_paid_for_with_what_verifying_it_takes() -> None:
     """A draft that takes nothing itself, and is never right."""
-    world = World(draft=0.0, verify=0.02, shares=(0.0, 0.0))
+    world = World(draft=0.0, verify=0.02, rates=(0.0, 0.0))
     world.run(AdaptiveLength(GUESSES), 3000)
     settled = world.lengths[1000:]
     assert 0 < sum(settled) * world.verify < 2 * LOSS_SHARE * len(settled) * world.plain
