@@ -1,0 +1,96 @@
+"""Where a daemon's files are.
+
+token            the first owner's token, mode 0600
+daemon.toml      the settings, where there are any
+daemon.sock      the Unix socket
+daemon.lock      held by the daemon that runs
+daemon.json      its process, address and start, while it runs
+daemon.log       what it says, and daemon.log.1, …
+state.db         the database
+files/ID         uploaded files, and results
+jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
+models/ID/       adapters that can be talked to
+tinker/          models in training (`models/ID/`) and requests that wait (`requests/ID`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.common.files import disk_errors
+from isthmus.common.ownership import private_folder
+
+_FOLDERS = ("files", "jobs", "models", "tinker")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A daemon's folder. Nobody else may enter it.
+
+    Args:
+        path: The folder, absolute.
+    """
+
+    path: Path
+
+    @classmethod
+    def make(cls, path: Path) -> Home:
+        """The home at `path`, made where it is missing.
+
+        Raises:
+            DiskError: It cannot be made.
+            OwnershipError: It is another user's, or others may write to it.
+        """
+        path = path.expanduser().absolute()
+        with disk_errors(path):
+            for name in _FOLDERS:
+                private_folder(path, name)
+        return cls(path)
+
+    @property
+    def token(self) -> Path:
+        """The first owner's token."""
+        return self.path / "token"
+
+    @property
+    def socket(self) -> Path:
+        """The Unix socket."""
+        return self.path / "daemon.sock"
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.path / "state.db"
+
+    @property
+    def running(self) -> Path:
+        """What the running daemon says of itself."""
+        return self.path / "daemon.json"
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the running daemon."""
+        return self.path / "daemon.lock"
+
+    @property
+    def log(self) -> Path:
+        """What the daemon says."""
+        return self.path / "daemon.log"
+
+    def file(self, file_id: str) -> Path:
+        """The bytes of a `StoredFile`."""
+        return self.path / "files" / file_id
+
+    def job(self, job_id: str) -> Path:
+        """A job's folder."""
+        return self.path / "jobs" / job_id
+
+    def model(self, model_id: str) -> Path:
+        """An adapter's folder."""
+        return self.path / "models" / model_id
+
+    @property
+    def tinker(self) -> Path:
+        """What is trained through Tinker's API."""
+        return self.path / "tinker"

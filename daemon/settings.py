@@ -1,0 +1,119 @@
+"""daemon.toml: what the owner of a daemon decides. Every field carries the sentence that the documents show.
+
+    listen = "127.0.0.1:7465"
+
+    [clouds.main]
+    cloud = "cloud.txt"
+
+Relative paths are of the file's folder. Without a file, everything is by default, and no cloud is known.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from isthmus.common.errors import ConfigError
+from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.config_text import read_toml
+
+DEFAULT_HOME = Path("~/.isthmus/daemon")
+FILE = "daemon.toml"
+"""Its name in the home."""
+
+
+class DaemonSettings(BaseModel):
+    """What daemon.toml says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    listen: str = Field(
+        "127.0.0.1:7465",
+        description="Address and port of the APIs and the page. Another address than a loopback one needs tls_cert, "
+        "tls_key and allow_remote.",
+    )
+    allow_remote: bool = Field(
+        False,
+        description="Whether other machines may connect, with a token. Their users' text then crosses the network "
+        "between them and the daemon, inside TLS.",
+    )
+    tls_cert: Path | None = Field(None, description="Certificate that the daemon shows, in PEM; with tls_key.")
+    tls_key: Path | None = Field(None, description="Private key of tls_cert.")
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="Names by which clients may call the daemon in the Host header, besides those of loopback.",
+    )
+    clouds: dict[str, ClientConfig] = Field(
+        default_factory=dict,
+        description="A table for each cloud, [clouds.NAME], with the connection options of `isthmus edge train` "
+        "(`cloud`, `key`, `codec`, …).",
+    )
+    jobs_at_once: int = Field(1, ge=1, le=16, description="Jobs that run at the same time; the others wait.")
+    save_every: int = Field(20, ge=1, description="Optimizer steps between a job's checkpoints.")
+    checkpoints_per_job: int = Field(
+        3, ge=1, description="Checkpoints of a job that can be talked to; older ones are removed."
+    )
+    disk_gib: float = Field(
+        20.0, gt=0, description="GiB that the home may take; what would take more is refused, with a reason."
+    )
+    upload_mib: int = Field(512, ge=1, description="MiB of one uploaded file at most.")
+    body_mib: int = Field(8, ge=1, description="MiB of another request's body at most, also when it is unpacked.")
+    keep_days: float = Field(
+        30.0, gt=0, description="Days that promises of Tinker's API, and folders of ended jobs, are kept."
+    )
+    adapters_hot: int = Field(
+        4, ge=1, description="Adapters that are kept in memory for answers; the one not used for longest gives way."
+    )
+    answers_waiting: int = Field(
+        64, ge=1, description="Requests for answers that may wait; more are refused (429) until some are done."
+    )
+    training_layers: str = Field(
+        "edge",
+        pattern="^(edge|all)$",
+        description="Layers that Tinker's train_attn and train_mlp mean: `edge`, this machine's own; `all`, the "
+        "cloud's, too, as adapters that are leased to it, whose weights it sees.",
+    )
+    offered_draft: str = Field(
+        "none",
+        description="What drafts tokens of answers (`--draft` of `isthmus edge generate`): `none`, `ngram` or a "
+        "package's folder.",
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        host, colon, port = value.rpartition(":")
+        if not (host and colon and port.isdecimal() and int(port) < 2**16):
+            raise ValueError(f"listen = {value!r} is no address and port: give for instance 127.0.0.1:7465")
+        return value
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on; port 0 is any free one."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def read_daemon_settings(path: Path | None) -> DaemonSettings:
+    """The settings of a file; those by default where `path` is None.
+
+    Raises:
+        ConfigError: It cannot be read, a key is unknown, or a value does not make sense. The message is one line.
+    """
+    if path is None:
+        return DaemonSettings()
+    values: dict[str, Any] = read_toml(path)
+    try:
+        return DaemonSettings.model_validate(values, context={"folder": path.parent})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
