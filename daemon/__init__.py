@@ -12,7 +12,7 @@ computes goes over the links of `isthmus.edge`.
     serving       the process that keeps links open and adapters hot, and generates
     workers       how this process and the others talk
     state         what must survive: SQLite
-    settings      daemon.toml
+    daemon_settings, home: daemon.toml, and where files are
 
 The process that serves clients imports neither torch nor grpc: models are computed with in processes of their own.
 It may import `isthmus.edge`, and what that may import.
