@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.daemon.home import Home
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Event, Job, Model
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.daemon.home import Home
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
 
 
@@ -56,7 +56,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenChance:
-    """A token, its text (bytes that are no whole character: see `raw`), its log probability, and the likeliest beside it."""
+    """A token, its text and bytes (`raw`; not always whole characters), its log probability, and the likeliest beside."""
 
     token: int
     text: str
@@ -125,7 +125,7 @@ class Answers:
         raise NotImplementedError
 
     async def state(self) -> Mapping[str, Any]:
-        """For status and the page: `pid`, `rss_bytes`, `clouds` (name, reachable, model, bytes up and down), `hot` adapters."""
+        """For status and the page: `pid`, `rss_bytes`, `hot` adapters, `clouds` (name, reachable, model, bytes up, down)."""
         raise NotImplementedError
 
     async def stop(self) -> None:

@@ -209,7 +209,7 @@ class TinkerModel(Table):
 
 
 class TinkerPromise(Table):
-    """A request of Tinker's API that is answered later. A request that is sent again finds its first promise by its key.
+    """A request of Tinker's API that is answered later; one that is sent again finds its first promise by its key.
 
     Attributes:
         number: The order in which they came in.

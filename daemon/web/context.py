@@ -7,10 +7,10 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
-from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
 

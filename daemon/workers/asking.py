@@ -65,7 +65,7 @@ class WorkerProcess:
         return found[-1] if found else ({}, b"")
 
     async def stream(self, method: str, blob: bytes = b"", **values: Any) -> AsyncIterator[Answer]:
-        """The answers to a question, as they come. Closing the iterator takes the question back. Raises what `ask` does."""
+        """The answers to a question, as they come; to close the iterator takes it back. Raises what `ask` does."""
         process = await self._started()
         number = next(self._numbers)
         answers = self._answers[number] = asyncio.Queue()
