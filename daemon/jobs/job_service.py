@@ -30,6 +30,7 @@ class NewJob:
     request: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
+    suffix: str = ""
 
 
 class JobService:

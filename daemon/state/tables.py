@@ -71,6 +71,9 @@ class Job(Table):
         error: {"code": exit code, "message": one line}; None without one.
         results: Ids of `StoredFile`s.
         attempts: How often a process has begun it.
+        suffix: What stands in the names of its models; may be empty.
+        heard: Bytes of its worker's reports (`jobs/<id>/reports.jsonl`) that the other columns, and the tables of
+            events, models and traffic, hold already.
     """
 
     __tablename__ = "jobs"
@@ -94,6 +97,8 @@ class Job(Table):
     error: Mapped[Tree | None] = mapped_column(default=None)
     results: Mapped[list[Any]] = mapped_column(JSON, default=list)
     attempts: Mapped[int] = mapped_column(default=0)
+    suffix: Mapped[str] = mapped_column(default="")
+    heard: Mapped[int] = mapped_column(default=0)
 
 
 class Event(Table):
@@ -120,7 +125,7 @@ class Model(Table):
     """An adapter that can be talked to, under a name: a job's result, or what it was at a checkpoint.
 
     Attributes:
-        name: "ft:BASE:SUFFIX:ID", a checkpoint's with ":ckpt-step-N" behind it.
+        name: "ft:BASE::SUFFIX:ID", a checkpoint's with ":ckpt-step-N" behind it.
         base: The name of the base model.
         job: Whose result it is; None for one that was saved through Tinker's API.
         step: Optimizer steps that it has; None for a job's final result.
