@@ -285,6 +285,20 @@ class SchedulerSettings:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class DaemonSettings:
+    """Load the edge daemon with clients that ask much, slowly or wrongly, while a job trains.
+
+    Example: isthmus bench daemon --json
+    """
+
+    model: flags.Model = "smollm2-135m"
+    edge_layers: flags.EdgeLayers = "2:2"
+    steps: flags.Steps = 30
+    clients: Annotated[int, Option(min=1, help="Clients of a case; they ask 20 times a second together.")] = 200
+    threads: flags.Threads = 1
+
+
 MEASUREMENTS: Final = {
     "parity": Measurement(ParitySettings, "benchmarks.parity:run_parity"),
     "step": Measurement(StepSettings, "benchmarks.step:run_step"),
@@ -308,6 +322,7 @@ MEASUREMENTS: Final = {
     "scheduler": Measurement(
         SchedulerSettings, "serving.scheduler_bench:run_scheduler", "serving.scheduler_bench:show", folder="temporary"
     ),
+    "daemon": Measurement(DaemonSettings, "daemon.daemon_bench:run_daemon", "daemon.daemon_bench:show"),
     **RIGS,
 }
 """The commands of `isthmus bench` by name, in the order of its help."""
