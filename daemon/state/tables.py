@@ -245,8 +245,14 @@ class TinkerWeights(Table):
     """Weights that were saved under a `tinker://RUN/KIND/NAME` path.
 
     Attributes:
+        model: The one that they were; its row may be gone.
         kind: "weights" (with the optimizer) or "sampler_weights".
         folder: Relative to the home.
+        size: Bytes.
+        facts: What is told of them after their model has gone: `base`, `settings` (the model's), `labels` (the
+            client's).
+        listed: Whether a client has named them; the others belong to samplers alone.
+        expires_at: When they are removed; None for never.
     """
 
     __tablename__ = "tinker_weights"
@@ -257,6 +263,9 @@ class TinkerWeights(Table):
     kind: Mapped[str]
     folder: Mapped[str]
     size: Mapped[int]
+    facts: Mapped[Tree] = mapped_column(default=dict)
+    listed: Mapped[bool] = mapped_column(default=True)
+    expires_at: Mapped[float | None] = mapped_column(default=None)
     created_at: Mapped[float]
 
 
