@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,26 @@ class JobService:
         raise NotImplementedError
 
     def list(
-        self, owner: str, *, after: str | None = None, limit: int = 20, labels: Mapping[str, str] | None = None
+        self,
+        owner: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        labels: Mapping[str, str] | None = None,
+        kinds: Collection[str] | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """Jobs, the newest first, from behind `after` on; and whether there are more. Raises UnknownJobError."""
+        """Jobs, the newest first, from behind `after` on; and whether there are more.
+
+        Args:
+            owner: Whose.
+            after: The id of the job before the first one; None for the newest.
+            limit: So many at most.
+            labels: Only jobs that have all of these, perhaps among others; an empty mapping is for those without any.
+            kinds: Only jobs of these kinds.
+
+        Raises:
+            UnknownJobError: There is no job `after`.
+        """
         raise NotImplementedError
 
     def cancel(self, owner: str, job_id: str) -> Job:
