@@ -14,6 +14,7 @@ other. CSV follows RFC 4180.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -82,37 +83,57 @@ def _decode(source: str) -> str:
     try:
         data = Path(source).read_bytes()
     except OSError as error:
-        raise DataError(f"the data file {source} cannot be read ({error.strerror}): check the path.") from error
+        raise _unreadable(source, error) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{source}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8."
-        ) from error
+        raise _not_utf8(f"{source}, line {line}", error) from error
 
 
-def json_lines(source: str) -> Iterator[Record]:
-    """The records of a file of JSON Lines; blank lines are none.
+def _unreadable(source: str, error: OSError) -> DataError:
+    return DataError(f"the data file {source} cannot be read ({error.strerror}): check the path.")
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{where}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8.")
+
+
+def json_lines(source: str, name: str | None = None) -> Iterator[Record]:
+    """The records of a file of JSON Lines, of which one line at a time is in memory; blank lines are none.
+
+    Args:
+        source: The path.
+        name: What the errors call the file; its path by default.
 
     Raises:
         DataError: It cannot be read, or a line is no JSON object; the message names it.
     """
-    # Not splitlines(): it also splits at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(io.StringIO(_decode(source), newline="\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{where}: not JSON ({reason}); every line is one JSON object.") from error
-        if not isinstance(values, dict):
-            raise DataError(
-                f"{where}: a {_kind(values)} where an object {{...}} is expected; every line is one JSON object."
-            )
-        yield Record(where, values)
+    try:
+        with Path(source).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901  # the same line without its mark
+                if line.strip():
+                    yield _json_record(line, name or source, number)
+    except OSError as error:
+        raise _unreadable(name or source, error) from error
+
+
+def _json_record(line: bytes, source: str, number: int) -> Record:
+    where = f"{source}, line {number}"
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from error
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not JSON ({reason}); every line is one JSON object.") from error
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{where}: a {_kind(values)} where an object {{...}} is expected; every line is one JSON object."
+        )
+    return Record(where, values)
 
 
 def _table(source: str, text: str, kind: str, header: bool) -> Iterator[Record]:
