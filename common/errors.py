@@ -34,7 +34,10 @@
     │   └── ReceivedNonFiniteError   36   a tensor from the other side is NaN or infinite
     ├── DiskError                51   the disk is full or cannot be written
     ├── OwnershipError           52   a folder or file is another user's, or others may write to it
-    └── HomeInUseError           61   another `serve` holds the cloud's home
+    ├── HomeInUseError           61   another `serve`, or another daemon, holds the home
+    ├── WorkerDiedError          62   a process of the daemon has ended before it answered
+    ├── StateError               63   the daemon's database is damaged, or a newer release made it
+    └── NotRunningError          64   no daemon runs with the home
 
 Every message names the value that was wrong and says what to do next. Errors take one string, so that they survive
 pickling by Ray. The codes are documented in docs/exit-codes.md and never reused for something else.
@@ -239,6 +242,24 @@ class OwnershipError(IsthmusError, PermissionError):
 
 
 class HomeInUseError(IsthmusError, OSError):
-    """Another process serves with the cloud's home."""
+    """Another process serves with the home."""
 
     exit_code = 61
+
+
+class WorkerDiedError(IsthmusError, RuntimeError):
+    """The process that was to answer has ended; a question that is repeated starts another one."""
+
+    exit_code = 62
+
+
+class StateError(IsthmusError, ValueError):
+    """The daemon's database is damaged, or a newer release made it."""
+
+    exit_code = 63
+
+
+class NotRunningError(IsthmusError, ConnectionError):
+    """No daemon runs with the home, or it does not answer."""
+
+    exit_code = 64

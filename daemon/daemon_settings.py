@@ -59,6 +59,10 @@ class DaemonSettings(BaseModel):
         20.0, gt=0, description="GiB that the home may take; what would take more is refused, with a reason."
     )
     upload_mib: int = Field(512, ge=1, description="MiB of one uploaded file at most.")
+    requests_at_once: int = Field(
+        512, ge=8, description="Requests under way at the same time; more are refused (503). A request for the status is "
+        "always answered."
+    )
     body_mib: int = Field(8, ge=1, description="MiB of another request's body at most, also when it is unpacked.")
     keep_days: float = Field(
         30.0, gt=0, description="Days that promises of Tinker's API, and folders of ended jobs, are kept."

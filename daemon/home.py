@@ -10,6 +10,7 @@ state.db         the database
 files/ID         uploaded files, and results
 jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
 models/ID/       adapters that can be talked to
+tmp/             uploads on their way
 tinker/          models in training (`models/ID/`) and requests that wait (`requests/ID`)
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from isthmus.common.files import disk_errors
 from isthmus.common.ownership import private_folder
 
-_FOLDERS = ("files", "jobs", "models", "tinker")
+_FOLDERS = ("files", "jobs", "models", "tinker", "tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class Home:
     def file(self, file_id: str) -> Path:
         """The bytes of a `StoredFile`."""
         return self.path / "files" / file_id
+
+    @property
+    def uploads(self) -> Path:
+        """What is being uploaded; the daemon's own temporary folder, emptied at its start."""
+        return self.path / "tmp"
 
     def job(self, job_id: str) -> Path:
         """A job's folder."""

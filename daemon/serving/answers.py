@@ -100,7 +100,7 @@ class Answers:
     """The process that generates, for one event loop.
 
     It is started when it is needed first, and anew when it has died; what it was answering then ends with
-    `isthmus.daemon.workers.asking.WorkerDiedError`.
+    `isthmus.common.errors.WorkerDiedError`.
     """
 
     def __init__(self, settings: DaemonSettings, home: Home, database: Database) -> None:

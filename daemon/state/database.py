@@ -1,15 +1,21 @@
-"""The SQLite database: opened with WAL, brought to the newest schema, and used by several threads."""
+"""The SQLite database: opened with WAL, brought to the newest schema, and used by several threads and processes."""
 
 from __future__ import annotations
 
+import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import create_engine, event
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
-from isthmus.daemon.state.tables import Table
+from isthmus.daemon.state.migrate import migrate
+
+BUSY_SECONDS = 30.0
+"""So long a transaction waits for one of another process."""
 
 
 class Database:
@@ -17,18 +23,48 @@ class Database:
 
     Args:
         path: The file, made where there is none.
+
+    Raises:
+        StateError: The file is damaged, or of a newer release.
+        DiskError: It cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
+        migrate(path)
+        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, pool_timeout=60)
         event.listen(self._engine, "connect", _prepare)
-        Table.metadata.create_all(self._engine)
+        event.listen(self._engine, "begin", _begin)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+        self._readers = sessionmaker(
+            self._engine.execution_options(isthmus_reads=True), expire_on_commit=False, autoflush=False
+        )
+        self._writing = threading.Lock()
+        self._writer: int | None = None
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A session whose changes are committed when the block ends, and undone when it raises."""
-        with self._sessions.begin() as session:
+        """A session whose changes are committed when the block ends, and undone when it raises.
+
+        There is one at a time: the block begins once the others have ended, so what it reads is what it changes. Keep
+        it short, and wait for nothing in it.
+
+        Raises:
+            RuntimeError: This thread is in such a block already: a defect, which would wait for itself.
+        """
+        if self._writer == threading.get_ident():
+            raise RuntimeError("a session of the database inside another one, on the same thread")
+        with self._writing:
+            self._writer = threading.get_ident()
+            try:
+                with self._sessions.begin() as session:
+                    yield session
+            finally:
+                self._writer = None
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that sees the database as it is when the block begins. It waits for nobody and keeps no change."""
+        with self._readers() as session:
             yield session
 
     def close(self) -> None:
@@ -36,8 +72,14 @@ class Database:
         self._engine.dispose()
 
 
-def _prepare(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]  # SQLAlchemy hands over sqlite3's own
+def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
+    """Set up a new connection. Transactions begin where `_begin` says, not where Python's driver would."""
+    connection.isolation_level = None
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    """Begin a transaction: one that may write takes its turn now, since SQLite refuses to upgrade a reader that is late."""
+    reads = connection.get_execution_options().get("isthmus_reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
+
+
+@dataclass
+class Noted:
+    """What the daemon asks its parts now and then, so that a request for it waits for none of them.
+
+    Attributes:
+        answers: `Answers.state`, with `asked_at`; empty before the first time.
+    """
+
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,12 @@ class Context:
     database: Database
     jobs: JobService
     answers: Answers
+    noted: Noted = field(default_factory=Noted)
+
+    @cached_property
+    def room(self) -> DiskRoom:
+        """How much the home may still take: what is written into it asks before."""
+        return DiskRoom(self.home.path, self.settings.disk_gib)
 
 
 def context_of(request: Request) -> Context:

@@ -10,15 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from isthmus.common.errors import IsthmusError
+from isthmus.common.errors import IsthmusError, WorkerDiedError
 from isthmus.daemon.workers.answering import CANCEL, Answer
 from isthmus.daemon.workers.frames import HEADER_BYTES, Frame, frame_of, lengths
-
-
-class WorkerDiedError(IsthmusError):
-    """The process that was to answer has ended; a question that is repeated starts another one."""
-
-    exit_code = 62
 
 
 class WorkerError(IsthmusError):

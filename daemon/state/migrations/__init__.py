@@ -1,1 +1,1 @@
-"""Migrations of the database, by Alembic."""
+"""The migrations of the database, for Alembic: `env.py` runs them, `versions/` has one file for each."""

@@ -1,0 +1,38 @@
+"""One daemon for each home: two would do the same jobs twice. The system holds the lock, and ends it with the process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+from isthmus.common.errors import HomeInUseError
+from isthmus.common.files import disk_errors, open_lock
+from isthmus.daemon.home import Home
+
+
+@contextlib.contextmanager
+def occupied(home: Home) -> Iterator[None]:
+    """Hold a home for this process.
+
+    Raises:
+        HomeInUseError: Another process holds it.
+        DiskError: The file of the lock cannot be made.
+    """
+    with disk_errors(home.lock):
+        file = open_lock(home.lock)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "of another program"
+            raise HomeInUseError(
+                f"process {holder} runs the daemon of {home.path} already: use it, stop it by `isthmus edge daemon "
+                "stop`, or give this one a --home of its own"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,92 @@
+"""How much of the disk a daemon's home takes, and how much more it may."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from isthmus.common.errors import DiskError
+
+COUNT_EVERY = 10.0
+"""Seconds for which a count is good; what is reserved meanwhile is added to it."""
+
+
+class DiskRoom:
+    """The room of a home. Its methods may be called by several threads.
+
+    Args:
+        path: The home.
+        most_gib: What it may take.
+    """
+
+    def __init__(self, path: Path, most_gib: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._now = path, now
+        self.most = int(most_gib * 2**30)
+        self._lock = threading.Lock()
+        self._used, self._counted_at = 0, float("-inf")
+        self._reserved = 0
+
+    def used(self) -> int:
+        """Bytes of the disk that the home takes, as they were counted last."""
+        with self._lock:
+            if self._now() - self._counted_at >= COUNT_EVERY:
+                self._used, self._counted_at = taken(self._path), self._now()
+            return self._used
+
+    def room_for(self, size: int) -> None:
+        """See to it that `size` bytes more are possible.
+
+        Raises:
+            DiskError: They are not; the message says what is taken and what to do.
+        """
+        used = self.used()
+        if used + self._reserved + size > self.most:
+            raise DiskError(
+                f"the daemon's home takes {_mib(used + self._reserved)} of the {_mib(self.most)} that it may, and "
+                f"{_mib(size)} more do not fit: delete files, models or jobs, or raise `disk_gib` in daemon.toml"
+            )
+        free = _free(self._path)
+        if size > free:
+            raise DiskError(f"the disk of {self._path} has {_mib(free)} left, and {_mib(size)} are needed: free some space")
+
+    @contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """Keep room for `size` bytes while they are written. Raises what `room_for` does."""
+        self.room_for(size)
+        with self._lock:
+            self._reserved += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved -= size
+                self._counted_at = float("-inf")
+
+
+def taken(path: Path) -> int:
+    """Bytes of the disk that a folder takes, with what is in it. Links are not followed; what vanishes meanwhile is none."""
+    total, folders = 0, [path]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _free(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

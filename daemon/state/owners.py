@@ -1,0 +1,122 @@
+"""Who may ask: each owner has a token, of which the database knows the hash alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import select
+
+from isthmus.common.errors import ConfigError, KeyFileError
+from isthmus.common.files import disk_errors, write_atomic
+from isthmus.common.ownership import check_private
+from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.tables import Owner
+
+FIRST = "first"
+"""The name of the owner whose token is in the home."""
+PREFIX = "tml-"
+"""Tinker's SDK takes no key without it; OpenAI's takes any."""
+_TOKEN = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+def new_token() -> str:
+    """A token: 256 random bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_of(token: str) -> str:
+    """What the database keeps of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        KeyFileError: There is none, it is malformed, or others may read the file.
+        OwnershipError: The file is another user's, or others may write to it.
+    """
+    try:
+        check_private(path)
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise KeyFileError(f"{path} is missing: start the daemon once, which makes it") from error
+        raise
+    if mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others (mode {mode & 0o777:04o}): run `chmod 600 {path}`")
+    if not _TOKEN.fullmatch(text):
+        raise KeyFileError(f"{path} holds no token: remove it, and the next start of the daemon makes another one")
+    return text
+
+
+def first_owner(database: Database, path: Path) -> Owner:
+    """The owner whose token is in the file at `path`; both are made where they are missing.
+
+    A file that was removed or changed gives the owner another token, and ends the old one.
+
+    Raises:
+        KeyFileError: The file holds something else, or others may read it.
+        OwnershipError: The file is another user's, or others may write to it.
+        DiskError: It cannot be written.
+    """
+    with disk_errors(path):
+        if not os.path.lexists(path):
+            write_atomic(path, f"{new_token()}\n".encode(), 0o600)
+    return _put(database, FIRST, read_token(path))
+
+
+def give_token(database: Database, name: str) -> str:
+    """A new token for an owner, who is made where there is none. The owner's old token ends.
+
+    Raises:
+        ConfigError: `name` is no name, or that of the first owner, whose token is a file.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no owner's name: give up to 64 letters, digits, dots, dashes or underscores")
+    if name == FIRST:
+        raise ConfigError(f"the token of {FIRST!r} is in the home's file `token`: remove it and start the daemon anew")
+    token = new_token()
+    _put(database, name, token)
+    return token
+
+
+def _put(database: Database, name: str, token: str) -> Owner:
+    with database.session() as session:
+        owner = session.scalar(select(Owner).where(Owner.name == name))
+        if owner is None:
+            owner = Owner(id=f"owner-{secrets.token_hex(12)}", name=name, created_at=time.time())
+            session.add(owner)
+        owner.token_sha256 = hash_of(token)
+    return owner
+
+
+class Owners:
+    """Finds the owner of a token. What the database says is read anew once a second at most.
+
+    A token is looked up by its hash: how long that takes tells nothing of the tokens that there are.
+    """
+
+    def __init__(self, database: Database, now: Callable[[], float] = time.monotonic) -> None:
+        self._database, self._now = database, now
+        self._known: dict[str, Owner] = {}
+        self._read_at: float | None = None
+        self._lock = threading.Lock()
+
+    def find(self, token: str) -> Owner | None:
+        """Whose token it is; None for nobody's."""
+        with self._lock:
+            if self._read_at is None or self._now() - self._read_at >= 1:
+                with self._database.reading() as session:
+                    self._known = {owner.token_sha256: owner for owner in session.scalars(select(Owner))}
+                self._read_at = self._now()
+        return self._known.get(hash_of(token))

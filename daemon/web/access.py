@@ -1,0 +1,246 @@
+"""Who gets in: what is checked of every request before a handler sees it.
+
+1. Host: a name of this daemon's. A page elsewhere whose name leads to loopback (DNS rebinding) has another.
+2. Origin, which browsers send: the daemon's own. There are no CORS headers.
+3. The token, in `Authorization: Bearer` or `X-API-Key`. `/`, `/healthz` and what is under `/static/` need none.
+4. How many requests are under way. One that asks how things are (`/healthz`, `/isthmus/v1/status`) is always answered.
+5. The body: its length as it is said, and as it comes; and how long it takes.
+
+A refusal reads no body. Tokens that are wrong are written nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import re
+import secrets
+from collections.abc import Iterable
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.state.owners import Owners
+from isthmus.daemon.state.tables import Owner
+from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.refusals import as_api_error, internal, respond
+
+log = logging.getLogger("isthmus.daemon")
+
+OPEN = frozenset({"/", "/healthz", "/favicon.ico"})
+OPEN_UNDER = "/static/"
+"""The page and its files, which anybody may read, and which hold nothing of anybody's."""
+ALWAYS = frozenset({"/healthz", "/isthmus/v1/status"})
+UPLOADS = frozenset({"/v1/files"})
+"""Paths whose bodies are files."""
+FRAMING = 64 << 10
+"""Bytes that a form's other fields, and its boundaries, may add to a file."""
+PIECE_SECONDS = 30.0
+"""So long the next piece of a body may take."""
+BODY_SECONDS = 60.0
+LEAST_RATE = 256 << 10
+"""A body has `BODY_SECONDS`, and a second more for so many bytes."""
+_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]/?#@\s]+)(?::\d{1,5})?", re.ASCII)
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Access:
+    """The middleware (ASGI) that lets requests in. Every answer that passes it has an `x-request-id`.
+
+    Args:
+        app: What is protected.
+        settings: What the daemon's owner allows.
+        owners: Whose tokens there are.
+    """
+
+    def __init__(self, app: ASGIApp, settings: DaemonSettings, owners: Owners) -> None:
+        self._app, self._settings, self._owners = app, settings, owners
+        host, _ = settings.address
+        self._names = _LOOPBACK | {_name(host), *(_name(name) for name in settings.hosts)}
+        self._any_address = _is_wildcard(host)
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or let it through."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        request_id = f"req_{secrets.token_hex(16)}"
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        answer = _Answer(send, request_id)
+        counts = scope["path"] not in ALWAYS
+        self._under_way += counts
+        try:
+            most = self._let_in(scope)
+            if not _is_open(scope):
+                state["owner"] = await self._owner(Headers(scope=scope))
+            if counts and self._under_way > self._settings.requests_at_once:
+                raise ApiError(
+                    503, "as many requests are under way as may be: ask again in a moment", code="overloaded",
+                    headers={"retry-after": "1"},
+                )  # fmt: skip
+            await self._app(scope, _Body(receive, most, answer).receive, answer.send)
+        except Exception as error:  # a defect is told with its number, and logged
+            told = as_api_error(error)
+            if told is None:
+                log.exception("request %s (%s %s) failed", request_id, scope["method"], scope["path"])
+                told = internal(request_id)
+            if answer.started:
+                raise
+            await answer.refuse(told)
+        finally:
+            self._under_way -= counts
+
+    def _let_in(self, scope: Scope) -> int:
+        """Check what needs no token. Returns the bytes that the body may have."""
+        headers = Headers(scope=scope)
+        host = _only(headers, "host")
+        match = _HOST.fullmatch(host or "")
+        if host is None or match is None:
+            raise ApiError(400, "the Host header is missing, or is no name and port", code="bad_host")
+        name = _name(match["name"])
+        if name not in self._names and not (self._any_address and _is_address(name)):
+            raise ApiError(
+                403,
+                f"the daemon is not called {name!r}: use 127.0.0.1, or add the name to `hosts` in daemon.toml",
+                code="unknown_host",
+            )
+        if "origin" in headers and _only(headers, "origin") != f"{scope['scheme']}://{host}":
+            raise ApiError(403, "requests from pages of other origins are refused", code="other_origin")
+        is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS
+        most = (self._settings.upload_mib << 20) + FRAMING if is_upload else self._settings.body_mib << 20
+        said = headers.get("content-length", "0")
+        if said.isdecimal() and int(said) > most:
+            raise too_large(most)
+        return most
+
+    async def _owner(self, headers: Headers) -> Owner:
+        token = headers.get("x-api-key", "").strip()
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            token = bearer.strip()
+        owner = await run_in_threadpool(self._owners.find, token) if token else None
+        if owner is None:
+            wrong = "the token is not one of this daemon's" if token else "a token is missing"
+            raise ApiError(
+                401,
+                f"{wrong}: send the one in the file `token` of the daemon's home as `Authorization: Bearer`",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return owner
+
+
+class _Answer:
+    """What a request is answered. Where it was refused, nothing else is sent any more."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id = send, request_id
+        self.started = self._refused = False
+
+    async def send(self, message: Message) -> None:
+        if self._refused:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._request_id
+            headers.setdefault("x-content-type-options", "nosniff")
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Say an error, and close the connection: what is left of the body is not read."""
+        if self.started or self._refused:
+            return
+        self._refused = True
+        response = respond(error, self._request_id)
+        response.headers["connection"] = "close"
+        await response({"type": "http"}, _nothing, self._send)
+
+
+class _Body:
+    """A request's body, within its bounds."""
+
+    def __init__(self, receive: Receive, most: int, answer: _Answer) -> None:
+        self._receive, self._most, self._answer = receive, most, answer
+        self._got = 0
+        self._whole = False
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS + most / LEAST_RATE
+        self._gone = False
+
+    async def receive(self) -> Message:
+        """The next piece; a disconnection where the request was refused."""
+        if self._whole:
+            return await self._receive()  # waits for the client to go
+        if self._gone:
+            return {"type": "http.disconnect"}
+        left = min(PIECE_SECONDS, self._until - asyncio.get_running_loop().time())
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0))
+        except TimeoutError:
+            return await self._refuse(ApiError(408, "the body came too slowly", code="slow_body"))
+        self._got += len(message.get("body", b""))
+        if self._got > self._most:
+            return await self._refuse(too_large(self._most))
+        self._whole = not message.get("more_body", False)
+        return message
+
+    async def _refuse(self, error: ApiError) -> Message:
+        self._gone = True
+        await self._answer.refuse(error)
+        return {"type": "http.disconnect"}
+
+
+def too_large(most: int) -> ApiError:
+    """Says that a body has more than `most` bytes."""
+    return ApiError(413, f"the body is larger than the {most} bytes that it may have", code="body_too_large")
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def _is_open(scope: Scope) -> bool:
+    reads = scope["method"] in {"GET", "HEAD"}
+    return reads and (scope["path"] in OPEN or scope["path"].startswith(OPEN_UNDER))
+
+
+def _only(headers: Headers, name: str) -> str | None:
+    values = headers.getlist(name)
+    return values[0] if len(values) == 1 else None
+
+
+def _name(host: str) -> str:
+    """A host as it is compared: without brackets, a final dot and capitals."""
+    return host.strip("[]").rstrip(".").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_wildcard(host: str) -> bool:
+    return _is_address(_name(host)) and ipaddress.ip_address(_name(host)).is_unspecified
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    name = _name(host)
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def urls(addresses: Iterable[tuple[str, int]], *, tls: bool) -> list[str]:
+    """What clients call the daemon by."""
+    scheme = "https" if tls else "http"
+    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]

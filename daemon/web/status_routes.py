@@ -1,0 +1,53 @@
+"""How the daemon is: `/healthz` for watchers, which needs no token, and `/isthmus/v1/status`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from sqlalchemy import func, select
+
+from isthmus.daemon.state.tables import BaseModel, Job
+from isthmus.daemon.web.context import Asker, Here
+
+_STARTED = time.time()
+
+
+def router() -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+    routes.get("/healthz")(health)
+    routes.get("/isthmus/v1/status")(status)
+    return routes
+
+
+async def health() -> dict[str, str]:
+    """Answers while the daemon lives."""
+    return {"status": "ok"}
+
+
+def status(here: Here, owner: Asker) -> dict[str, Any]:
+    """What the daemon has and does; of jobs, the asker's own."""
+    with here.database.reading() as session:
+        jobs = session.execute(select(Job.status, func.count()).where(Job.owner == owner.id).group_by(Job.status)).all()
+        models = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
+    return {
+        "version": importlib.metadata.version("isthmus"),
+        "pid": os.getpid(),
+        "started_at": _STARTED,
+        "home": str(here.home.path),
+        "owner": owner.name,
+        "disk": {
+            "used_bytes": here.room.used(),
+            "most_bytes": here.room.most,
+            "free_bytes": shutil.disk_usage(here.home.path).free,
+        },
+        "jobs": {state: count for state, count in jobs},
+        "clouds": sorted(here.settings.clouds),
+        "models": [{"name": model.name, "cloud": model.cloud, "seen_at": model.seen_at} for model in models],
+        "answers": dict(here.noted.answers),
+    }
