@@ -1,4 +1,4 @@
-"""One daemon for each home: two would do the same jobs twice. The system holds the lock, and ends it with the process."""
+"""One daemon for each home: two would do the same jobs twice. The system ends the lock with its process."""
 
 from __future__ import annotations
 

@@ -60,8 +60,10 @@ class DaemonSettings(BaseModel):
     )
     upload_mib: int = Field(512, ge=1, description="MiB of one uploaded file at most.")
     requests_at_once: int = Field(
-        512, ge=8, description="Requests under way at the same time; more are refused (503). A request for the status is "
-        "always answered."
+        512,
+        ge=8,
+        description="Requests under way at the same time; more are refused (503). One for the status is always "
+        "answered.",
     )
     body_mib: int = Field(8, ge=1, description="MiB of another request's body at most, also when it is unpacked.")
     keep_days: float = Field(

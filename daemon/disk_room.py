@@ -51,7 +51,9 @@ class DiskRoom:
             )
         free = _free(self._path)
         if size > free:
-            raise DiskError(f"the disk of {self._path} has {_mib(free)} left, and {_mib(size)} are needed: free some space")
+            raise DiskError(
+                f"the disk of {self._path} has {_mib(free)} left, and {_mib(size)} are needed: free some space"
+            )
 
     @contextmanager
     def reserved(self, size: int) -> Iterator[None]:
@@ -68,7 +70,7 @@ class DiskRoom:
 
 
 def taken(path: Path) -> int:
-    """Bytes of the disk that a folder takes, with what is in it. Links are not followed; what vanishes meanwhile is none."""
+    """Bytes of the disk that a folder takes, with what is in it. Links are not followed; what vanishes is left out."""
     total, folders = 0, [path]
     while folders:
         try:

@@ -26,9 +26,9 @@ from starlette.concurrency import run_in_threadpool
 
 from isthmus.common.errors import ConfigError, DiskError, IsthmusError, PortInUseError
 from isthmus.common.files import write_atomic
+from isthmus.daemon.daemon_lock import occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
-from isthmus.daemon.daemon_lock import occupied
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
@@ -131,8 +131,8 @@ def check_address(settings: DaemonSettings) -> None:
         return
     if not settings.allow_remote or settings.tls_cert is None:
         raise ConfigError(
-            f"listen = {settings.listen!r} lets other machines connect, so prompts, training data and answers cross the "
-            "network: give tls_cert, tls_key and allow_remote = true in daemon.toml, or listen on 127.0.0.1"
+            f"listen = {settings.listen!r} lets other machines connect, so prompts, training data and answers cross "
+            "the network: give tls_cert, tls_key and allow_remote = true in daemon.toml, or listen on 127.0.0.1"
         )
 
 
@@ -263,7 +263,9 @@ def _listen(settings: DaemonSettings) -> socket.socket:
 def _listen_unix(path: Path) -> Iterator[socket.socket]:
     """The Unix socket, which its user alone may use. What a killed daemon has left is replaced."""
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-        raise ConfigError(f"{path} is longer than the {SOCKET_PATH_BYTES} bytes of a socket's path: give a shorter --home")
+        raise ConfigError(
+            f"{path} is longer than a socket's path may be ({SOCKET_PATH_BYTES} bytes): give a shorter --home"
+        )
     path.unlink(missing_ok=True)
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listening:
         try:
@@ -279,7 +281,7 @@ def _listen_unix(path: Path) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _temporary_files(home: Home) -> Iterator[None]:
-    """Keep temporary files, such as uploads on their way, in the home, where their size counts and nobody else sees them."""
+    """Keep temporary files, such as uploads on their way, in the home: it is private, and their size counts."""
     shutil.rmtree(home.uploads, ignore_errors=True)
     home.uploads.mkdir(mode=0o700, exist_ok=True)
     before, tempfile.tempdir = tempfile.tempdir, str(home.uploads)

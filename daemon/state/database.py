@@ -80,6 +80,6 @@ def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    """Begin a transaction: one that may write takes its turn now, since SQLite refuses to upgrade a reader that is late."""
+    """Begin a transaction: one that may write takes its turn now, since SQLite lets no reader become a writer late."""
     reads = connection.get_execution_options().get("isthmus_reads", False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -90,7 +90,7 @@ class Access:
         except Exception as error:  # a defect is told with its number, and logged
             told = as_api_error(error)
             if told is None:
-                log.exception("request %s (%s %s) failed", request_id, scope["method"], scope["path"])
+                log.exception("request %s (%s %r) failed", request_id, scope["method"], scope["path"])
                 told = internal(request_id)
             if answer.started:
                 raise

@@ -115,4 +115,7 @@ def _http_message(error: HTTPException) -> str:
 
 
 def _code(status: int) -> str:
-    return HTTPStatus(status).name.lower() if status in HTTPStatus else "error"
+    try:
+        return HTTPStatus(status).name.lower()
+    except ValueError:
+        return "error"

@@ -46,7 +46,7 @@ def status(here: Here, owner: Asker) -> dict[str, Any]:
             "most_bytes": here.room.most,
             "free_bytes": shutil.disk_usage(here.home.path).free,
         },
-        "jobs": {state: count for state, count in jobs},
+        "jobs": {row[0]: row[1] for row in jobs},
         "clouds": sorted(here.settings.clouds),
         "models": [{"name": model.name, "cloud": model.cloud, "seen_at": model.seen_at} for model in models],
         "answers": dict(here.noted.answers),

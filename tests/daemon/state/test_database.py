@@ -1,0 +1,122 @@
+"""The database: what is committed stays, writers take turns, readers wait for nobody."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.tables import Owner
+
+
+def _owner(name: str) -> Owner:
+    return Owner(id=name, name=name, token_sha256=name, created_at=0.0)
+
+
+def test_what_a_block_has_committed_stays_and_what_raised_is_undone(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database.session() as session:
+        session.add(_owner("a"))
+
+    def fail() -> None:
+        with database.session() as session:
+            session.add(_owner("b"))
+            session.flush()
+            raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        fail()
+    database.close()
+    again = Database(tmp_path / "state.db")
+    with again.reading() as session:
+        assert [owner.name for owner in session.scalars(select(Owner))] == ["a"]
+    again.close()
+
+
+def test_threads_that_read_and_then_write_lose_nothing(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database.session() as session:
+        session.add(_owner("a"))
+
+    def count() -> None:
+        for _ in range(20):
+            with database.session() as session:
+                owner = session.get_one(Owner, "a")
+                owner.created_at += 1
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.reading() as session:
+        assert session.get_one(Owner, "a").created_at == 80
+    database.close()
+
+
+def test_two_databases_of_one_file_lose_nothing_either(tmp_path: Path) -> None:
+    """As two processes have them."""
+    ours, theirs = Database(tmp_path / "state.db"), Database(tmp_path / "state.db")
+    with ours.session() as session:
+        session.add(_owner("a"))
+
+    def count(database: Database) -> None:
+        for _ in range(20):
+            with database.session() as session:
+                session.get_one(Owner, "a").created_at += 1
+
+    threads = [threading.Thread(target=count, args=(database,)) for database in (ours, theirs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with ours.reading() as session:
+        assert session.get_one(Owner, "a").created_at == 40
+    ours.close()
+    theirs.close()
+
+
+def test_a_reader_does_not_wait_for_a_writer_and_keeps_no_change(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database.session() as session:
+        session.add(_owner("a"))
+    with database.session() as session:
+        session.get_one(Owner, "a").created_at = 5.0
+        session.flush()
+        with database.reading() as reader:
+            assert reader.get_one(Owner, "a").created_at == 0.0
+    with database.reading() as reader:
+        reader.get_one(Owner, "a").created_at = 7.0
+        reader.flush()
+    with database.reading() as reader:
+        assert reader.get_one(Owner, "a").created_at == 5.0
+    database.close()
+
+
+def test_a_session_inside_another_one_is_refused_at_once(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+
+    def nested() -> None:
+        with database.session(), database.session():
+            pass
+
+    with pytest.raises(RuntimeError, match="inside another"):
+        nested()
+    with database.session() as session:  # and the next one works
+        session.add(_owner("a"))
+    database.close()
+
+
+def test_the_file_is_its_users_and_writes_reach_the_disk(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database.reading() as session:
+        pragma = {
+            name: session.connection().exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        }
+    assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
+    database.close()
