@@ -16,6 +16,7 @@ import typer
 
 from isthmus.cli.bench_commands import bench, demo
 from isthmus.cli.cloud_commands import app as cloud
+from isthmus.cli.daemon_commands import app as daemon
 from isthmus.cli.edge_commands import app as edge
 from isthmus.cli.emulator_commands import app as emulator
 from isthmus.cli.emulator_edge_commands import app as tuning
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cloud, name="cloud")
+edge.add_typer(daemon, name="daemon")
 app.add_typer(edge, name="edge")
 emulator.add_typer(tuning)  # without a name: the commands of all three kinds of user stand in one group
 emulator.add_typer(scores)

@@ -36,3 +36,22 @@ def occupied(home: Home) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def holder(home: Home) -> int | None:
+    """The process that holds a home; None where there is none.
+
+    Raises:
+        DiskError: The file of the lock cannot be read.
+    """
+    if not home.lock.exists():
+        return None
+    with disk_errors(home.lock):
+        file = open_lock(home.lock)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read().strip()
+            return int(text) if text.isdecimal() else None
+    return None

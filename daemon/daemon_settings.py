@@ -5,23 +5,24 @@
     [clouds.main]
     cloud = "cloud.txt"
 
-Relative paths are of the file's folder. Without a file, everything is by default, and no cloud is known.
+`isthmus.daemon.settings_file` reads it. Without a file, everything is by default, and no cloud is known.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from isthmus.common.errors import ConfigError
 from isthmus.edge.config.client_config import ClientConfig
-from isthmus.edge.config.config_text import read_toml
 
 DEFAULT_HOME = Path("~/.isthmus/daemon")
 FILE = "daemon.toml"
 """Its name in the home."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_HOST = re.compile(r"[^:/?#@\s\[\]]+|\[[0-9a-fA-F:.]+\]", re.ASCII)
 
 
 class DaemonSettings(BaseModel):
@@ -92,7 +93,23 @@ class DaemonSettings(BaseModel):
     def _check_listen(cls, value: str) -> str:
         host, colon, port = value.rpartition(":")
         if not (host and colon and port.isdecimal() and int(port) < 2**16):
-            raise ValueError(f"listen = {value!r} is no address and port: give for instance 127.0.0.1:7465")
+            raise ValueError("it is no address and port: give for instance 127.0.0.1:7465")
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, value: list[str]) -> list[str]:
+        for host in value:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is no host's name: give it without a scheme and a port")
+        return value
+
+    @field_validator("clouds")
+    @classmethod
+    def _check_clouds(cls, value: dict[str, ClientConfig]) -> dict[str, ClientConfig]:
+        for name in value:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no cloud's name: give up to 64 letters, digits, dots or dashes")
         return value
 
     @model_validator(mode="after")
@@ -106,20 +123,3 @@ class DaemonSettings(BaseModel):
         """Host and port to listen on; port 0 is any free one."""
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
-
-
-def read_daemon_settings(path: Path | None) -> DaemonSettings:
-    """The settings of a file; those by default where `path` is None.
-
-    Raises:
-        ConfigError: It cannot be read, a key is unknown, or a value does not make sense. The message is one line.
-    """
-    if path is None:
-        return DaemonSettings()
-    values: dict[str, Any] = read_toml(path)
-    try:
-        return DaemonSettings.model_validate(values, context={"folder": path.parent})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -1,0 +1,290 @@
+"""The commands of the edge's daemon: `isthmus edge daemon start | status | stop | logs | doctor | token | config`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.common.errors import ConfigError, NotRunningError
+from isthmus.daemon.daemon_settings import DEFAULT_HOME, FILE
+
+if TYPE_CHECKING:
+    from isthmus.daemon.home import Home
+    from isthmus.daemon.server import Started
+
+app = typer.Typer(
+    help="A process that stays: it tunes and answers for programs of this machine that speak OpenAI's API or Tinker's.",
+    no_args_is_help=True,
+)
+
+DaemonHome = Annotated[Path, typer.Option("--home", help="The daemon's folder.")]
+Config = Annotated[
+    Path | None, typer.Option(help="The daemon's settings; without it, daemon.toml of its folder, where there is one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+POLL_SECONDS = 0.1
+
+
+@app.command()
+def start(
+    home: DaemonHome = DEFAULT_HOME,
+    config: Config = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Address and port; wins over the file's. Port 0 is any free one.")
+    ] = None,
+    background: Annotated[bool, typer.Option("--background", help="Leave the terminal once it answers.")] = False,
+    detached: Annotated[bool, typer.Option("--detached", hidden=True)] = False,
+) -> None:
+    """Start the daemon: it serves until Ctrl-C, or `isthmus edge daemon stop`.
+
+    Example: isthmus edge daemon start --background
+    """
+    with _extra():
+        from isthmus.daemon.daemon_log import logging_to
+        from isthmus.daemon.home import Home
+        from isthmus.daemon.server import run
+        from isthmus.daemon.settings_file import read_daemon_settings
+    place = home.expanduser().absolute()
+    settings = read_daemon_settings(_config(place, config), {"listen": listen})
+    folder = Home.make(place)
+    if background:
+        _start_in_background(folder, config, listen)
+        return
+    with logging_to(folder.log, to_stderr=not detached):
+        run(settings, folder, _announce)
+
+
+@app.command()
+def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Show how the daemon is: its address, disk, jobs, and what the clouds serve.
+
+    Example: isthmus edge daemon status --json
+    """
+    from isthmus.common.readable import size
+    from isthmus.common.terminal import printable
+    from isthmus.daemon.daemon_client import DaemonClient
+
+    folder = _home(home)
+    said: dict[str, Any] = {**_record(folder), **DaemonClient(folder).get("/isthmus/v1/status")}
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    jobs = ", ".join(f"{count} {state}" for state, count in said["jobs"].items()) or "none"
+    models = ", ".join(f"{model['name']} ({model['cloud']})" for model in said["models"]) or "none seen yet"
+    disk = said["disk"]
+    lines = [
+        f"url     {said['url']}  (process {said['pid']}, release {said['version']})",
+        f"home    {said['home']}: {size(disk['used_bytes'])} of {size(disk['most_bytes'])}",
+        f"clouds  {', '.join(said['clouds']) or 'none'}",
+        f"models  {models}",
+        f"jobs    {jobs}",
+    ]
+    typer.echo("\n".join(map(printable, lines)))
+
+
+@app.command()
+def stop(
+    home: DaemonHome = DEFAULT_HOME,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait until it has ended.")] = 120.0,
+) -> None:
+    """Stop the daemon: its jobs are paused, and go on at the next start.
+
+    Example: isthmus edge daemon stop
+    """
+    from isthmus.daemon.daemon_lock import holder
+
+    folder = _home(home)
+    pid = holder(folder)
+    if pid is None:
+        raise _not_running(folder)
+    os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    while holder(folder) == pid:
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"the daemon (process {pid}) has not ended within {patience:g} s: a job may be in a long micro-batch; "
+                "wait, give a longer --patience, or look at `isthmus edge daemon logs`"
+            )
+        time.sleep(POLL_SECONDS)
+    typer.echo(f"stopped process {pid}")
+
+
+@app.command()
+def logs(
+    home: DaemonHome = DEFAULT_HOME,
+    count: Annotated[int, typer.Option("-n", min=0, help="Lines to begin with.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until Ctrl-C.")] = False,
+) -> None:
+    """Print what the daemon has said.
+
+    Example: isthmus edge daemon logs --follow
+    """
+    from isthmus.common.shutdown import interruptible
+    from isthmus.daemon.daemon_log import last_lines, new_lines
+
+    folder = _home(home)
+    for line in last_lines(folder.log, count):
+        typer.echo(line)
+    if follow:
+        with interruptible():
+            for line in new_lines(folder.log):
+                typer.echo(line)
+
+
+@app.command()
+def doctor(home: DaemonHome = DEFAULT_HOME, config: Config = None, as_json: AsJson = False) -> None:
+    """Check settings, keys, clouds, disk, port, proxy variables and permissions, and say what to do.
+
+    Ends with 0 where all is well, and else with 10.
+
+    Example: isthmus edge daemon doctor
+    """
+    from isthmus.common.terminal import plain
+
+    with _extra():
+        from isthmus.daemon.doctor import examine
+        from isthmus.daemon.home import Home
+    place = home.expanduser().absolute()
+    found = []
+    for finding in examine(Home(place), _config(place, config)):
+        found.append(finding)
+        if not as_json:
+            typer.echo(plain(finding.line()))
+    if as_json:
+        typer.echo(json.dumps([finding.tree() for finding in found]))
+    if not all(finding.ok for finding in found):
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Whose; one who is unknown is made.")], home: DaemonHome = DEFAULT_HOME
+) -> None:
+    """Print a new token for somebody else, whose jobs and files are apart from yours. An older one of theirs ends.
+
+    It is shown this once. Your own is in the file `token` of the daemon's folder.
+
+    Example: isthmus edge daemon token ci
+    """
+    with _extra():
+        from isthmus.daemon.home import Home
+        from isthmus.daemon.state.database import Database
+        from isthmus.daemon.state.owners import give_token
+    database = Database(Home.make(home.expanduser()).database)
+    try:
+        typer.echo(give_token(database, name))
+    finally:
+        database.close()
+
+
+@app.command()
+def config() -> None:
+    """Print a daemon.toml with every setting, its default and what it means.
+
+    Example: isthmus edge daemon config > ~/.isthmus/daemon/daemon.toml
+    """
+    from isthmus.daemon.settings_file import example
+
+    typer.echo(example(), nl=False)
+
+
+def _announce(started: Started) -> None:
+    typer.echo("\n".join(_message(started.url, started.home, started.clouds)))
+    sys.stdout.flush()
+
+
+def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
+    """What the start of the daemon says."""
+    known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
+    return [
+        f"page    {url}",
+        f"socket  {home.socket}",
+        f"token   {home.token}",
+        f"clouds  {known}",
+        "for scripts:",
+        "  export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost",
+        f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {home.token})",
+        f"  export TINKER_BASE_URL={url} TINKER_API_KEY=$(cat {home.token})",
+    ]
+
+
+def _start_in_background(home: Home, config: Path | None, listen: str | None) -> None:
+    """Start a process that outlives this one, and wait until it answers or has ended."""
+    from isthmus.common.files import disk_errors
+    from isthmus.daemon.settings_file import read_daemon_settings
+
+    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
+    command += ["--home", str(home.path)]
+    command += [] if config is None else ["--config", str(config.absolute())]
+    command += [] if listen is None else ["--listen", listen]
+    said = home.path / "start.log"
+    with disk_errors(said), said.open("wb") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+    while (record := _read_record(home)) is None or record["pid"] != process.pid:
+        if process.poll() is not None:
+            sys.stderr.write(said.read_text(encoding="utf-8", errors="replace"))
+            raise typer.Exit(process.returncode or 1)
+        time.sleep(POLL_SECONDS)
+    settings = read_daemon_settings(_config(home.path, config))
+    typer.echo("\n".join([f"started process {process.pid}", *_message(record["url"], home, sorted(settings.clouds))]))
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say what to install where the daemon's libraries are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("isthmus"):
+            raise
+        raise ConfigError(f"the daemon needs {error.name}: install isthmus[daemon]") from error
+
+
+def _config(home: Path, config: Path | None) -> Path | None:
+    if config is not None:
+        return config.expanduser()
+    return home / FILE if (home / FILE).exists() else None
+
+
+def _home(path: Path) -> Home:
+    """A home that must be there."""
+    from isthmus.daemon.home import Home
+
+    folder = Home(path.expanduser().absolute())
+    if not folder.path.is_dir():
+        raise _not_running(folder)
+    return folder
+
+
+def _record(home: Home) -> dict[str, Any]:
+    record = _read_record(home)
+    if record is None:
+        raise _not_running(home)
+    return record
+
+
+def _read_record(home: Home) -> dict[str, Any] | None:
+    """What the running daemon says of itself; None where none says anything."""
+    try:
+        record: dict[str, Any] = json.loads(home.running.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record
+
+
+def _not_running(home: Home) -> NotRunningError:
+    return NotRunningError(
+        f"no daemon runs with the home {home.path}: start one with `isthmus edge daemon start`, or give --home"
+    )

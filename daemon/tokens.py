@@ -1,0 +1,47 @@
+"""Tokens, and the file that holds the first owner's."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+
+from isthmus.common.errors import KeyFileError
+from isthmus.common.ownership import check_private
+
+PREFIX = "tml-"
+"""Tinker's SDK takes no key without it; OpenAI's takes any."""
+_TOKEN = re.compile(rf"{PREFIX}[A-Za-z0-9_-]{{43}}", re.ASCII)
+
+
+def new_token() -> str:
+    """A token: 256 random bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_of(token: str) -> str:
+    """What the database keeps of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        KeyFileError: There is none, it is malformed, or others may read the file.
+        OwnershipError: The file is another user's, or others may write to it.
+    """
+    try:
+        check_private(path)
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise KeyFileError(f"{path} is missing: start the daemon once, which makes it") from error
+        raise
+    if mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others (mode {mode & 0o777:04o}): run `chmod 600 {path}`")
+    if not _TOKEN.fullmatch(text):
+        raise KeyFileError(f"{path} holds no token: remove it, and the next start of the daemon makes another one")
+    return text
