@@ -19,13 +19,14 @@ from isthmus.edge.run_report import Report
 from isthmus.edge.training.methods import build_peft
 from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.edge.training.run_listener import RunListener
 from isthmus.edge.training.trainer import Trainer
 from isthmus.emulator.compress.emulator_model import Emulator
 from isthmus.emulator.package.package import open_package
 from isthmus.protocol.secure.keys import Fingerprint
 
 
-def run_tuning(config: TuneConfig) -> Report:
+def run_tuning(config: TuneConfig, listener: RunListener | None = None) -> Report:
     """Train on a package as the configuration says; the work of `isthmus emulator tune`.
 
     The adapter's folder says which package it was tuned on (`isthmus_tuning.json`).
@@ -58,6 +59,7 @@ def run_tuning(config: TuneConfig) -> Report:
             package=package.id,
         ),
         emulator_parameters=_parameters_run(model.remote_layers.span),
+        listener=listener,
     )
     return trainer.fit().report
 

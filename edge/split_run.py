@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.methods import build_peft, trained
 from isthmus.edge.training.precision import hold_frozen_linears
 from isthmus.edge.training.run_identity import ModelIdentity
+from isthmus.edge.training.run_listener import RunListener
 from isthmus.edge.training.trainer import Trainer
 
 
@@ -41,7 +43,12 @@ def run_training(config: TrainConfig) -> Report:
         return train_over(link, config)
 
 
-def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver] = ()) -> Report:
+def train_over(
+    link: Link,
+    config: TrainConfig,
+    watchers: Sequence[StepObserver] = (),
+    listener: RunListener | None = None,
+) -> Report:
     """Train over a link that is open already, with `watchers` around every step. Raises what `run_training` raises."""
     use_threads(config.threads)
     info = link.info
@@ -74,6 +81,7 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
                 step_observers=[observer for observer in observers if observer is not None],
                 in_flight=wire.in_flight,
                 draft=draft_tuning(model, config, link.pin),
+                listener=listener,
             )
             wire.watch(trainer.check_stop)
             return trainer.fit().report
@@ -81,13 +89,24 @@ def train_over(link: Link, config: TrainConfig, watchers: Sequence[StepObserver]
 
 def run_evaluation(config: EvalConfig, adapter: Path | None) -> dict[str, Any]:
     """The loss on all of the configuration's data; the work of `isthmus edge eval`."""
-    use_threads(config.threads)
     with open_link(config) as link:
-        data = load_examples(config, link.load_tokenizer())
-        model = load_adapted(link, adapter, plugged=config.plugged)
-        batches = Batches(data.train, config.batch, data.pad_id)
-        loss = evaluate(model, batches, precision=config.precision)
-        totals = dataclasses.asdict(link.totals())
+        return evaluate_over(link, config, adapter)
+
+
+def evaluate_over(
+    link: Link, config: EvalConfig, adapter: Path | None, between: Callable[[int, int], None] = lambda done, all: None
+) -> dict[str, Any]:
+    """Evaluate over a link that is open already; `between` is called with the batches that are done, and all of them.
+
+    Raises what `run_evaluation` raises.
+    """
+    use_threads(config.threads)
+    data = load_examples(config, link.load_tokenizer())
+    model = load_adapted(link, adapter, plugged=config.plugged)
+    batches = Batches(data.train, config.batch, data.pad_id)
+    done = itertools.count(1)
+    loss = evaluate(model, batches, lambda: between(next(done), len(batches)), precision=config.precision)
+    totals = dataclasses.asdict(link.totals())
     return {"loss": loss, "examples": len(data.train), "dropped_examples": data.dropped, "strip": totals}
 
 

@@ -30,6 +30,7 @@ from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
 from isthmus.edge.training.run_identity import NO_DRAFT, ModelIdentity, check_fits, fixed_settings, identity_entries
+from isthmus.edge.training.run_listener import RunListener, SaveAdapter
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -67,6 +68,8 @@ class EdgeSteps(Task):
         observers: Called around every step, in this order.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
         draft: The draft that is tuned beside the model; None for none.
+        listener: Hears how the run goes on; None for nobody.
+        save: Writes the adapter, for the listener.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class EdgeSteps(Task):
         observers: Sequence[StepObserver],
         in_flight: InFlight | None,
         draft: DraftTuning | None = None,
+        listener: RunListener | None = None,
+        save: SaveAdapter = lambda folder: None,
     ) -> None:
         self.total = total_steps(config, len(data.train))
         self.spent = Spent()
@@ -105,6 +110,8 @@ class EdgeSteps(Task):
         self._meter = meter
         self._observers = observers
         self._draft = draft
+        self._listener = listener
+        self._save = save
         self._per_epoch = steps_per_epoch(config, len(data.train))
         self._train = Batches(data.train, config.batch, data.pad_id, config.seed)
         self._held_out = Batches(data.validation, config.batch, data.pad_id)
@@ -168,16 +175,22 @@ class EdgeSteps(Task):
             points |= {"draft/kl": line["draft_kl"], "draft/agreement": line["draft_agreement"]}
             text += f"  draft KL divergence {line['draft_kl']:.4f}, top-1 agreement {line['draft_agreement']:.0%}"
         self.add_points(line["step"], points)
+        if self._listener is not None:
+            self._listener.stepped(line, seconds)
         return text
 
     def between(self, step: int) -> None:
         """See `Task`."""
         if self._config.eval_every and step % self._config.eval_every == 0 and step < self.total:
             self._evaluate(step, f"after step {step}")
+        if self._listener is not None and step % self._config.save_every == 0 and step < self.total:
+            self._listener.saved(step, self._save)
 
     def end(self) -> None:
         """See `Task`."""
         self.loss_after = self._evaluate(self.total, "after training")
+        if self._listener is not None:
+            self._listener.saved(self.total, self._save)
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """See `Task`: what the PEFT method remembers besides parameters (AdaLoRA), often nothing; and the draft."""
@@ -228,6 +241,8 @@ class EdgeSteps(Task):
         loss = evaluate(self._model, self._held_out, self._stop.check, precision=self._config.precision)
         self._progress.message(f"validation loss {when}: {loss:.4f}")
         self.add_points(step, {"loss/validation": loss})
+        if self._listener is not None:
+            self._listener.evaluated(step, loss)
         return loss
 
     def _totals(self) -> WireTotals:

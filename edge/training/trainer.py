@@ -37,6 +37,7 @@ from isthmus.edge.training.draft_tuning import DraftTuning
 from isthmus.edge.training.edge_steps import EdgeSteps, StepObserver
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.run_identity import START_ANEW, ModelIdentity
+from isthmus.edge.training.run_listener import RunListener
 from isthmus.edge.training.tensorboard_curves import open_curves
 from isthmus.training.run_checkpoint import latest
 from isthmus.training.training_loop import LoopOptions, TrainingLoop
@@ -64,6 +65,7 @@ class Trainer:
         step_observers: Called around every step, in this order; their states are in the checkpoints.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
         draft: The draft that is tuned beside the model; None for none.
+        listener: Hears how the run goes on; None for nobody.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         step_observers: Sequence[StepObserver] = (),
         in_flight: InFlight | None = None,
         draft: DraftTuning | None = None,
+        listener: RunListener | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -92,11 +95,24 @@ class Trainer:
         self._emulator_parameters = emulator_parameters
         self._cloud_peak = cloud_peak
         self._draft = draft
+        self._meter = meter
+        self._listener = listener
         self._stop = StopRequest()
         total = total_steps(config, len(data.train))
         self._progress = progress or StepProgress("step", total, every=config.log_every)
         self._steps = EdgeSteps(
-            model, data, config, identity, self._stop, self._progress, meter, step_observers, in_flight, draft
+            model,
+            data,
+            config,
+            identity,
+            self._stop,
+            self._progress,
+            meter,
+            step_observers,
+            in_flight,
+            draft,
+            listener,
+            self._save_adapter,
         )
         self._n_trained = count(methods.trained(model).values())  # the rule has frozen what it does not move
         options = LoopOptions(
@@ -136,6 +152,8 @@ class Trainer:
         with claim(self.config.out):
             with self._loop.listening():
                 self._resume()
+                if self._listener is not None:
+                    self._listener.began(self.step, self._steps.total, self._save_adapter, self._meter)
                 with open_curves(self.config, self.step) as self._steps.add_points:
                     self._loop.run()
             return self._finish()
@@ -153,12 +171,15 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         adapter = self.config.out / "adapter"
-        save_adapter(self.model, adapter, record=self._record())
+        self._save_adapter(adapter)
         report = self._report()
         if self._draft is not None:
             self._draft.save(self.config.out / TUNED_DRAFT)
         write_atomic(self.config.out / "report.json", f"{report.to_json()}\n".encode())
         return TrainResult(report, adapter)
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_adapter(self.model, folder, record=self._record())
 
     def _record(self) -> dict[str, str]:
         """What the adapter's folder says about where it was made; whoever plugs it in checks that."""

@@ -1,0 +1,202 @@
+"""What a job's spec may say, and the configuration that it becomes.
+
+A spec has the fields of its kind's configuration (`isthmus.edge.config`). Files in it are ids of uploaded files, or
+absolute paths; adapters are names or ids of models, or absolute paths. What is uploaded is linked into the job's
+folder, so that a job does not change, or fail, when a file or a model is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from isthmus.common.errors import ConfigError, UnknownModelError
+from isthmus.common.files import disk_errors
+from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.home import Home
+from isthmus.daemon.jobs.kinds import KINDS, TRAINING
+from isthmus.daemon.state.tables import BaseModel, Model, StoredFile
+from isthmus.edge.config.client_config import ClientConfig
+from isthmus.edge.config.config_text import check_name, one_line
+from isthmus.edge.config.settings import Settings, field_names
+
+MOST_SPEC = 1 << 16
+"""Bytes of a spec, as JSON."""
+INPUTS = "inputs"
+"""Folder of the linked files, in a job's."""
+
+# What a kind takes besides its configuration's fields.
+_MORE: Mapping[str, tuple[str, ...]] = {"evaluate": ("adapter",), "generate": ("adapter", "prompts")}
+_FILES = ("data", "validation", "prompts")
+_ADAPTERS = ("adapter", "start_from")
+_FOLDERS = ("package", "draft")
+_ENDINGS = (".jsonl", ".csv", ".tsv")
+# What the daemon decides, or what makes no sense in a job.
+_DECIDED = {*ClientConfig.model_fields, "out", "resume", "report_to", "keep_checkpoints", "log_every", "deadline"} - {
+    "codec"
+}
+_ELSEWHERE = ("draft", "draft_learning_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A spec that makes sense.
+
+    Attributes:
+        links: What is to be linked into the job's folder: the place there, and the file or folder.
+    """
+
+    links: Mapping[str, Path] = field(default_factory=dict)
+
+
+def prepare(
+    kind: str, model: str, spec: Mapping[str, Any], owner: str, session: Session, home: Home, settings: DaemonSettings
+) -> Prepared:
+    """Check a spec, as far as that takes neither torch nor a cloud.
+
+    Raises:
+        ConfigError: It does not make sense; the message is one line.
+        UnknownModelError: No cloud serves the model.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind = {kind!r} is no kind of job: give {', '.join(KINDS)}")
+    if len(json.dumps(dict(spec))) > MOST_SPEC:
+        raise ConfigError(f"the spec has more than {MOST_SPEC} bytes: give long texts as files")
+    names = [*(name for name in field_names(KINDS[kind]) if name not in _DECIDED), *_MORE.get(kind, ())]
+    for name in spec:
+        if name in _DECIDED:
+            raise ConfigError(f"{name!r} is the daemon's to decide: set what daemon.toml offers, and leave it out here")
+        if kind == "train" and name in _ELSEWHERE:
+            raise ConfigError(f"{name!r} is not offered in jobs: tune a draft with `isthmus edge train`")
+        check_name(name, None, names)
+    if kind == "generate" and "prompts" not in spec:
+        raise ConfigError("'prompts' is missing: give a file of JSON Lines, each with `prompt` or `messages`")
+    cloud = None if kind == "tune" else cloud_of(model, session, settings)
+    links = dict(_links(spec, owner, session, home))
+    configuration(kind, with_links(spec, links, Path("/")), cloud, settings, Path("/"))
+    return Prepared(links)
+
+
+def cloud_of(model: str, session: Session, settings: DaemonSettings) -> ClientConfig:
+    """How to reach the cloud that serves a base model.
+
+    Raises:
+        UnknownModelError: None does.
+    """
+    found = session.get(BaseModel, model)
+    cloud = None if found is None else settings.clouds.get(found.cloud)
+    if cloud is not None:
+        return cloud
+    served = session.scalars(select(BaseModel.name).where(BaseModel.cloud.in_(settings.clouds))).all()
+    known = f"the clouds serve {', '.join(sorted(served))}" if served else "no cloud of daemon.toml has been seen yet"
+    raise UnknownModelError(f"no cloud serves the model {model!r}: {known}")
+
+
+def configuration(
+    kind: str, spec: Mapping[str, Any], cloud: ClientConfig | None, settings: DaemonSettings, folder: Path
+) -> tuple[Settings, dict[str, str | None]]:
+    """The configuration that a spec becomes, and what its kind takes besides (`adapter`, `prompts`).
+
+    Args:
+        spec: Its files are paths.
+        cloud: None for a kind that connects to nothing.
+        folder: The job's.
+
+    Raises:
+        ConfigError: A value does not make sense.
+    """
+    cls = KINDS[kind]
+    more = {name: spec.get(name) for name in _MORE.get(kind, ())}
+    values: dict[str, Any] = {} if cloud is None else cloud.model_dump(mode="json", exclude_unset=True)
+    values |= {name: value for name, value in spec.items() if name not in more}
+    if kind in TRAINING:
+        values |= {"out": str(folder / "run"), "resume": True}
+        values.setdefault("save_every", settings.save_every)
+        if values.get("validation") is not None:
+            values.setdefault("eval_every", values["save_every"])
+    try:
+        return cls.model_validate(values), more
+    except ValidationError as error:
+        raise ConfigError(one_line(error, cls)) from error
+
+
+def make_links(folder: Path, links: Mapping[str, Path]) -> None:
+    """Link files and folders into a job's folder.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    with disk_errors(folder):
+        for place, source in links.items():
+            target = folder / INPUTS / place
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if source.is_dir():
+                shutil.copytree(source, target, copy_function=os.link, dirs_exist_ok=True)
+            else:
+                os.link(source, target)
+
+
+def with_links(spec: Mapping[str, Any], links: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    """The spec with the places in a job's folder of what is linked there."""
+    places = {Path(place).stem: str(folder / INPUTS / place) for place in links}
+    return {**spec, **places}
+
+
+def links_in(folder: Path) -> dict[str, Path]:
+    """What `make_links` has made in a job's folder."""
+    inputs = folder / INPUTS
+    return {path.name: path for path in inputs.iterdir()} if inputs.is_dir() else {}
+
+
+def names_paths(spec: Mapping[str, Any]) -> bool:
+    """Whether a spec names files by their paths, or a hub: what is this machine's and not an owner's."""
+    values = [spec[name] for name in (*_FILES, *_ADAPTERS, *_FOLDERS) if isinstance(spec.get(name), str)]
+    return any(("/" in value and not value.startswith("ft:")) or value.startswith("hub:") for value in values)
+
+
+def _links(spec: Mapping[str, Any], owner: str, session: Session, home: Home) -> Iterator[tuple[str, Path]]:
+    """The place in the job's folder, and the file or folder, of everything in a spec that is the daemon's."""
+    for name in (*_FILES, *_ADAPTERS, *_FOLDERS):
+        value = spec.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} = {value!r} is no text: give a file's id, or an absolute path")
+        if name in _FILES and value.startswith("file-"):
+            stored = session.scalar(select(StoredFile).where(StoredFile.id == value, StoredFile.owner == owner))
+            if stored is None:
+                raise ConfigError(f"{name} = {value!r}: there is no such file; upload one first")
+            ending = Path(stored.filename).suffix.lower()
+            yield name + (ending if ending in _ENDINGS else _ENDINGS[0]), home.file(stored.id)
+        elif name in _ADAPTERS and not value.startswith("/"):
+            yield name, _adapter(name, value, owner, session, home)
+        else:
+            _check_path(name, value, home)
+
+
+def _adapter(name: str, value: str, owner: str, session: Session, home: Home) -> Path:
+    found = session.scalar(
+        select(Model).where(or_(Model.name == value, Model.id == value), Model.owner == owner, Model.deleted.is_(False))
+    )
+    if found is None:
+        raise ConfigError(f"{name} = {value!r}: there is no such model; give the name of a tuned one")
+    return home.path / found.folder
+
+
+def _check_path(name: str, value: str, home: Home) -> None:
+    if value.startswith("hub:") or (name == "draft" and value in ("none", "ngram")):
+        return
+    path = Path(value)
+    if not path.is_absolute():
+        raise ConfigError(f"{name} = {value!r} is neither an id nor an absolute path: the daemon has its own folder")
+    if path.resolve().is_relative_to(home.path.resolve()):
+        raise ConfigError(f"{name} = {value!r} is inside the daemon's home: give an id instead")

@@ -1,0 +1,207 @@
+"""What the process of a job does, by the job's kind, and what it tells of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from isthmus.common.errors import UnknownModelError
+from isthmus.common.files import new_folder, write_atomic
+from isthmus.common.progress import StepProgress
+from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
+from isthmus.daemon.jobs.kinds import KINDS, RESULTS, RUN, TRAINING, Work
+from isthmus.daemon.jobs.reports import Reporter, Ticker, read_reports
+from isthmus.edge.client.link import Link
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.client_config import ClientConfig, EvalConfig, GenerateConfig
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig
+from isthmus.edge.run_report import WireMeter, WireTotals
+from isthmus.edge.training.run_listener import SaveAdapter
+from isthmus.edge.training.trainer import LOG_FILE
+
+METRICS = 1000
+"""Steps of a job that are told as events; those of a longer one are thinned out evenly."""
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+def do(work: Work, folder: Path, reporter: Reporter) -> None:
+    """Do a job to its end, or from where an earlier process has left it.
+
+    Raises:
+        KeyboardInterrupt: It was asked to stop.
+        IsthmusError: Of whatever kind fits.
+    """
+    config = KINDS[work.kind].model_validate(work.config)
+    follower = Follower(work, config, reporter)
+    with Ticker(follower.tick):
+        if work.kind == "tune":
+            from isthmus.edge.emulator_run import run_tuning
+
+            run_tuning(cast(TuneConfig, config), follower)
+        else:
+            with open_link(cast(ClientConfig, config)) as link:
+                _check_model(link, work.model)
+                follower.meter = link
+                _do_over(link, work, config, folder, follower)
+        if work.kind in TRAINING:
+            _keep_adapter(folder / RUN / "adapter", Path(work.models) / result_id(work.job))
+            write_atomic(folder / RESULTS[work.kind][0], _step_metrics(folder).encode())
+
+
+def _check_model(link: Link, wanted: str) -> None:
+    if link.info.model != wanted:
+        raise UnknownModelError(
+            f"the cloud serves {link.info.model!r} now, and the job is of {wanted!r}: wait until it serves that again, "
+            "and retry the job"
+        )
+
+
+def _do_over(link: Link, work: Work, config: Any, folder: Path, follower: Follower) -> None:
+    adapter = None if work.adapter is None else Path(work.adapter)
+    result = folder / RESULTS[work.kind][0]
+    match config:
+        case TrainConfig():
+            from isthmus.edge.split_run import train_over
+
+            train_over(link, config, listener=follower)
+        case EvalConfig():
+            from isthmus.edge.split_run import evaluate_over
+
+            found = evaluate_over(link, config, adapter, follower.count)
+            write_atomic(result, json.dumps(found).encode())
+        case GenerateConfig():
+            from isthmus.edge.generation.batch_file import Answers, read_texts
+            from isthmus.edge.generation.generation_run import answer_all
+            from isthmus.edge.generation.text_generator import text_generator
+
+            texts = read_texts(Path(work.prompts or ""))
+            answers = Answers.find(result, texts)
+            with text_generator(link, config, adapter) as generator:
+                answer_all(generator, texts, answers, sys.stderr, _TextProgress(len(texts), follower))
+
+
+class Follower:
+    """Tells how a job goes on; an `isthmus.edge.training.run_listener.RunListener`.
+
+    Attributes:
+        meter: Says what has crossed; None where nothing does, or not yet.
+    """
+
+    def __init__(self, work: Work, config: Any, reporter: Reporter) -> None:
+        self.meter: WireMeter | None = None
+        self._work = work
+        self._save_every: int = getattr(config, "save_every", 1)
+        self._reporter = reporter
+        self._step, self._total, self._every = 0, 0, 1
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._speed: float | None = None
+        self._told: tuple[int, int] = (-1, -1)
+        self._crossed = WireTotals()
+        self._metrics: dict[str, Any] = {}
+
+    def began(self, step: int, total: int, save: SaveAdapter, meter: WireMeter | None) -> None:
+        """See `RunListener`. The adapter of a checkpoint is saved now if a crash came before it was."""
+        self.meter = meter
+        self._every = -(-total // METRICS)
+        self.count(step, total)
+        if 0 < step < total and step % self._save_every == 0:
+            self.saved(step, save)
+
+    def stepped(self, line: Mapping[str, Any], seconds: float) -> None:
+        """See `RunListener`."""
+        step = int(line["step"])
+        self._seconds.append(seconds)
+        self._speed = sum(self._seconds) / len(self._seconds)
+        self._metrics = {"step": step, "train_loss": line["loss"]}
+        if "accuracy" in line:
+            self._metrics["train_mean_token_accuracy"] = line["accuracy"]
+        self.count(step, self._total)
+        if step % self._every == 0 or step in (1, self._total):
+            message = f"Step {step}/{self._total}: training loss={line['loss']:.4f}"
+            self._reporter.tell("metrics", message=message, data={**self._metrics, "total_steps": self._total})
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """See `RunListener`. The loss is over all held-out examples, which OpenAI's API calls full."""
+        found = {"step": step, "valid_loss": loss, "full_valid_loss": loss}
+        self._metrics |= found
+        message = f"Step {step}/{self._total}: validation loss={loss:.4f}"
+        self._reporter.tell("metrics", message=message, data={**found, "total_steps": self._total})
+
+    def saved(self, step: int, save: SaveAdapter) -> None:
+        """See `RunListener`."""
+        own = checkpoint_id(self._work.job, step)
+        save(Path(self._work.models) / own)
+        metrics = self._metrics if self._metrics.get("step") == step else {"step": step}
+        self._reporter.tell("checkpoint", id=own, step=step, metrics=metrics)
+
+    def count(self, done: int, total: int) -> None:
+        """So much of all is done."""
+        self._step, self._total = done, total
+
+    def tick(self) -> None:
+        """Report progress, and what has crossed since the last report."""
+        totals = self._crossed if self.meter is None else self.meter.totals()
+        crossed, place = totals - self._crossed, (self._step, self._total)
+        if place == self._told and not crossed.calls and not crossed.bytes_up:
+            return
+        self._crossed, self._told = totals, place
+        self._reporter.tell(
+            "progress",
+            step=place[0],
+            total=place[1] or None,
+            speed=self._speed,
+            bytes_up=crossed.bytes_up,
+            bytes_down=crossed.bytes_down,
+            calls=crossed.calls,
+            retries=crossed.retries,
+        )
+
+
+class _TextProgress(StepProgress):
+    """Progress of texts that are answered."""
+
+    def __init__(self, total: int, follower: Follower) -> None:
+        super().__init__("text", total)
+        self._follower, self._all = follower, total
+
+    def start(self, step: int) -> None:
+        super().start(step)
+        self._follower.count(step, self._all)
+
+    def show(self, step: int, figures: str) -> None:
+        super().show(step, figures)
+        self._follower.count(step, self._all)
+
+
+def _keep_adapter(source: Path, target: Path) -> None:
+    """Copy what a run has made to where it can be talked to."""
+    with new_folder(target, 0o700) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def _step_metrics(folder: Path) -> str:
+    """The lines of a run's log as OpenAI's result file has them, with the evaluations of all its processes."""
+    losses: dict[int, float] = {}
+    start, more = 0, True
+    while more:
+        reports, end = read_reports(folder, start)
+        start, more = end, end > start
+        for report in reports:
+            data = report.get("data", {})
+            if "valid_loss" in data:
+                losses[data["step"]] = data["valid_loss"]
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for line in (folder / RUN / LOG_FILE).read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        step = values["step"]
+        rows.writerow([step, values["loss"], values.get("accuracy", ""), losses.get(step, ""), ""])
+    return text.getvalue()

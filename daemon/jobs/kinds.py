@@ -1,0 +1,70 @@
+"""The kinds of jobs, their configurations, and what a worker is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.files import write_atomic
+from isthmus.edge.config.client_config import EvalConfig, GenerateConfig
+from isthmus.edge.config.settings import Settings
+from isthmus.edge.config.training_config import TrainConfig, TuneConfig
+
+KINDS: Mapping[str, type[Settings]] = {
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "evaluate": EvalConfig,
+    "generate": GenerateConfig,
+}
+TRAINING = ("train", "tune")
+"""Those that make an adapter."""
+SPEC = "spec.json"
+RUN = "run"
+"""The folder of a training run, in a job's."""
+LOSSES = "losses.jsonl"
+"""Its log (`isthmus.edge.training.trainer.LOG_FILE`)."""
+RESULTS: Mapping[str, tuple[str, str]] = {
+    "train": ("step_metrics.csv", "fine-tune-results"),
+    "tune": ("step_metrics.csv", "fine-tune-results"),
+    "evaluate": ("evaluation.json", "fine-tune-results"),
+    "generate": ("answers.jsonl", "batch_output"),
+}
+"""By kind: the result in a job's folder, and its purpose as a `StoredFile`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a worker does; `spec.json` in the job's folder.
+
+    Attributes:
+        attempt: How often a process has begun the job, with this one.
+        model: The name of the base model.
+        config: The kind's configuration, as its fields that are not by default.
+        adapter, prompts: Paths; None where there are none.
+        models: The folder of the adapters that can be talked to.
+    """
+
+    job: str
+    attempt: int
+    kind: str
+    model: str
+    config: Mapping[str, Any]
+    models: str
+    adapter: str | None = None
+    prompts: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write it into the job's folder.
+
+        Raises:
+            DiskError: The disk is full or cannot be written.
+        """
+        write_atomic(folder / SPEC, json.dumps(asdict(self)).encode(), 0o600)
+
+    @classmethod
+    def read(cls, folder: Path) -> Work:
+        """The inverse of `write`."""
+        return cls(**json.loads((folder / SPEC).read_bytes()))
