@@ -70,21 +70,23 @@ lint: $(STAMP)
 	MYPYPATH=lock $(BIN)/mypy --config-file pyproject.toml lock
 	cd .ns && ../$(BIN)/lint-imports ../pyproject.toml
 	$(MAKE) --no-print-directory proto PROTO_OUT=$(PROTO)/made
-	diff $(PROTO)/made/isthmus_pb2.py protocol/isthmus_pb2.py && diff $(PROTO)/made/isthmus_pb2.pyi protocol/isthmus_pb2.pyi \
-	  || { echo "protocol/isthmus_pb2.py is not what protocol/isthmus.proto gives: run make proto"; exit 1; }
+	for made in $(foreach p,$(PROTOS),$(p)_pb2.py $(p)_pb2.pyi); do diff $(PROTO)/made/$$made $$made \
+	  || { echo "$$made is not what its .proto gives: run make proto"; exit 1; }; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The Python code of protocol/isthmus.proto, in an environment of its own: the compiler's version is the oldest of the range
+# The Python code of the .proto files, in an environment of its own: the compiler's version is the oldest of the range
 # of pyproject.toml, because a runtime refuses code that is newer than itself, and it does not go with newer ones.
 PROTO_COMPILER := 1.76.0
-PROTO_OUT      ?= protocol
+PROTO_OUT      ?= .
+PROTOS         := protocol/isthmus daemon/tinker/tinker_wire
 
 proto: $(PROTO)/.installed-$(PROTO_COMPILER)
-	mkdir -p $(PROTO_OUT)
-	$(PROTO)/bin/python -m grpc_tools.protoc -I protocol --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) isthmus.proto
+	for proto in $(PROTOS); do folder=$$(dirname $$proto); mkdir -p $(PROTO_OUT)/$$folder; \
+	  $(PROTO)/bin/python -m grpc_tools.protoc -I $$folder --python_out=$(PROTO_OUT)/$$folder \
+	    --pyi_out=$(PROTO_OUT)/$$folder $$(basename $$proto).proto || exit 1; done
 
 $(PROTO)/.installed-$(PROTO_COMPILER):
 	$(PYTHON) -m venv --clear $(PROTO)

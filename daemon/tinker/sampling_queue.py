@@ -1,0 +1,199 @@
+"""Samples: each promise is answered by the process that generates, several at once, in no order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+from sqlalchemy import select
+from starlette.concurrency import run_in_threadpool
+
+from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target, TokenChance
+from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.tables import TinkerPromise, TinkerSampler
+from isthmus.daemon.tinker.promises import Promises, Told, told_refusal
+from isthmus.daemon.tinker.refusal import RefusalError
+from isthmus.daemon.tinker.saved_weights import SavedWeights
+from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
+from isthmus.daemon.tinker.training_queue import AWAY, MINE
+from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
+from isthmus.daemon.workers.asking import WorkerDiedError, WorkerError
+
+AT_ONCE = 16
+"""Promises that the process is asked at a time."""
+MOST_SAMPLES = 128
+"""Answers to one prompt."""
+MOST_LIKELIEST = 20
+_DEATHS = 3
+_LONGEST_PAUSE = 30.0
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What has come of one answer."""
+
+    tokens: list[int] = field(default_factory=list)
+    chances: list[TokenChance] = field(default_factory=list)
+    finish: str | None = None
+
+
+class SamplingQueue:
+    """The promises that sample. All its methods are for one event loop."""
+
+    def __init__(
+        self,
+        settings: DaemonSettings,
+        database: Database,
+        promises: Promises,
+        weights: SavedWeights,
+        answers: Answers,
+    ) -> None:
+        self._settings, self._database = settings, database
+        self._promises, self._weights, self._answers = promises, weights, answers
+        self._ids: asyncio.Queue[str] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.reason: str | None = None  # why promises wait
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(AT_ONCE)]
+
+    def add(self, promise_id: str) -> None:
+        """Answer a promise when its turn comes."""
+        self._ids.put_nowait(promise_id)
+
+    async def stop(self) -> None:
+        """Stop answering. What was under way is asked again after the next start."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            promise = await run_in_threadpool(self._promises.find, await self._ids.get())
+            if promise is not None and promise.answer is None:
+                await self._promises.tell(promise, await self._answer(promise))
+
+    async def _answer(self, promise: TinkerPromise) -> Told:
+        """The answer to a promise, however long that takes."""
+        deaths, pause = 0, 1.0
+        while True:
+            try:
+                told = await self._sampled(promise)
+            except WorkerDiedError as error:
+                deaths += 1
+                if deaths < _DEATHS:
+                    continue
+                told = told_refusal(RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server"))
+            except (WorkerError, BusyError) as error:
+                if isinstance(error, BusyError) or error.code in AWAY:
+                    self.reason = str(error) or "many requests wait for answers"
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    continue
+                told = told_refusal(RefusalError(str(error), "server" if error.code in MINE else "user"))
+            except RefusalError as error:
+                told = told_refusal(error)
+            self.reason = None
+            return told
+
+    async def _sampled(self, promise: TinkerPromise) -> Told:
+        request = Sample.model_validate(promise.request)
+        tokens, sampling = checked(request)
+        target = await run_in_threadpool(self._target, promise.owner, request)
+        found = [_Collected() for _ in range(sampling.n)]
+        prompt: Sequence[TokenChance | None] = ()
+        pieces = self._answers.generate(target, tokens, sampling)
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]  # an iterator that can be closed
+            async for piece in pieces:
+                _collect(found[piece.index], piece)
+                prompt = piece.prompt_chances or prompt
+        return Told(await run_in_threadpool(_written, request, tokens, found, prompt), PROTOBUF)
+
+    def _target(self, owner: str, request: Sample) -> Target:
+        query = select(TinkerSampler).where(TinkerSampler.id == request.sampling_session_id)
+        with self._database.session() as session:
+            sampler = session.scalar(query.where(TinkerSampler.owner == owner))
+        if sampler is None:
+            raise RefusalError(f"there is no sampling session {request.sampling_session_id}")
+        if sampler.weights is None:
+            return Target(sampler.base)
+        self._weights.use(sampler.weights)
+        return Target(sampler.base, str(self._weights.folder(self._weights.needed(owner, sampler.weights))))
+
+
+def checked(request: Sample) -> tuple[list[int], Sampling]:
+    """The prompt's tokens, and how to sample. Raises RefusalError for what is not offered."""
+    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
+        if getattr(request, name):
+            raise RefusalError(f"{name} is not offered: leave it out")
+    try:
+        params = SamplingParams.model_validate(request.sampling_params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RefusalError(f"sampling_params: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    tokens = request.prompt.tokens()
+    last = request.prompt_logprobs_last_n
+    if last is not None and not (request.prompt_logprobs and 1 <= last < len(tokens)):
+        raise RefusalError(f"prompt_logprobs_last_n = {last} goes with prompt_logprobs, and from 1 to {len(tokens) - 1}")
+    if not 1 <= request.num_samples <= MOST_SAMPLES:
+        raise RefusalError(f"num_samples = {request.num_samples}: from 1 to {MOST_SAMPLES}")
+    likeliest = max(request.topk_prompt_logprobs, request.topk_sample_logprobs)
+    if likeliest > MOST_LIKELIEST or min(request.topk_prompt_logprobs, request.topk_sample_logprobs) < 0:
+        raise RefusalError(f"topk_prompt_logprobs and topk_sample_logprobs go from 0 to {MOST_LIKELIEST}")
+    if params.top_k == 0 or params.top_k < -1:
+        raise RefusalError(f"top_k = {params.top_k}: -1 for all tokens, or 1 and more")
+    texts, stop_tokens = params.stops()
+    return tokens, Sampling(
+        n=request.num_samples,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=None if params.top_k == -1 else params.top_k,
+        seed=params.seed,
+        stop=texts,
+        stop_tokens=stop_tokens,
+        logprobs=True,
+        top_logprobs=likeliest,
+        prompt_logprobs=bool(request.prompt_logprobs or request.topk_prompt_logprobs),
+    )
+
+
+def _collect(found: _Collected, piece: Piece) -> None:
+    found.tokens += piece.tokens
+    found.chances += piece.chances
+    found.finish = piece.finish or found.finish
+
+
+def _written(
+    request: Sample, tokens: Sequence[int], found: Sequence[_Collected], prompt: Sequence[TokenChance | None]
+) -> bytes:
+    logprobs: list[float | None] | None = None
+    if request.prompt_logprobs:
+        logprobs = [None if chance is None else chance.logprob for chance in prompt]
+        if request.prompt_logprobs_last_n is not None:
+            first = len(tokens) - request.prompt_logprobs_last_n
+            logprobs = [None if place < first else value for place, value in enumerate(logprobs)]
+    return written_samples(
+        [
+            Sampled(
+                answer.tokens,
+                [chance.logprob for chance in answer.chances],
+                [_pairs(chance) for chance in answer.chances],
+                answer.finish == "stop",
+            )
+            for answer in found
+        ],
+        logprobs,
+        [_pairs(chance) for chance in prompt],
+        request.topk_sample_logprobs,
+        request.topk_prompt_logprobs,
+    )
+
+
+def _pairs(chance: TokenChance | None) -> list[tuple[int, float]]:
+    return [] if chance is None else [(token, logprob) for token, _, _, logprob in chance.top]

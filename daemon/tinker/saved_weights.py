@@ -1,0 +1,212 @@
+"""Saved weights: their `tinker://RUN/KIND/NAME` paths, their folders, and how long they stay."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from isthmus.daemon.home import Home
+from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.tables import TinkerModel, TinkerPromise, TinkerSampler, TinkerWeights, Tree
+from isthmus.daemon.tinker.refusal import RefusalError
+
+WEIGHTS, SAMPLER_WEIGHTS = "weights", "sampler_weights"
+NEWEST_KEPT = 8
+"""Nameless sampler weights of a model that always stay; of the older ones, those that were used within the hour."""
+_IN_USE = 3600.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LOOK_AGAIN = 10.0
+
+
+def path_of(model: str, kind: str, name: str) -> str:
+    """Where weights are, for clients."""
+    return f"tinker://{model}/{kind}/{name}"
+
+
+def checked_name(name: str) -> str:
+    """A name that may stand in a path. Raises RefusalError."""
+    if not _NAME.fullmatch(name):
+        raise RefusalError(f"{name!r} is no name for weights: up to 128 letters, digits, and . _ - inside")
+    return name
+
+
+@dataclass(slots=True)
+class DiskRoom:
+    """How much of the disk the home may take.
+
+    Args:
+        folder: The home.
+        most: Bytes.
+    """
+
+    folder: Path
+    most: float
+    _seen: tuple[float, int] = field(default=(-_LOOK_AGAIN, 0))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self) -> None:
+        """Raises RefusalError where the home is full."""
+        with self._lock:
+            if time.monotonic() - self._seen[0] > _LOOK_AGAIN:
+                self._seen = (time.monotonic(), bytes_under(self.folder))
+        if self._seen[1] >= self.most:
+            raise RefusalError(
+                f"the daemon's home holds {self._seen[1]} bytes of {self.most:.0f} (disk_gib): delete checkpoints"
+            )
+
+
+def bytes_under(folder: Path) -> int:
+    """Bytes of all files in a folder, which may change meanwhile."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(path) / name).lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+class SavedWeights:
+    """The saved weights of all owners. Its methods may be called by several threads."""
+
+    def __init__(self, database: Database, home: Home) -> None:
+        self._database, self._home = database, home
+        self._used: dict[str, float] = {}
+        (home.tinker / "weights").mkdir(mode=0o700, exist_ok=True)
+
+    def new_folder(self, promise: TinkerPromise) -> Path:
+        """Where a promise saves; what an earlier try has left is removed."""
+        folder = self._home.tinker / "weights" / promise.id
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def start(self) -> None:
+        """Remove folders that no row has."""
+        with self._database.session() as session:
+            known = set(session.scalars(select(TinkerWeights.folder)))
+        for folder in (self._home.tinker / "weights").iterdir():
+            if str(folder.relative_to(self._home.path)) not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def row(self, model: TinkerModel, kind: str, name: str, folder: Path, ttl: int | None, labels: Tree) -> TinkerWeights:
+        """The row of weights that are in `folder`."""
+        now = time.time()
+        return TinkerWeights(
+            path=path_of(model.id, kind, name),
+            owner=model.owner,
+            model=model.id,
+            kind=kind,
+            folder=str(folder.relative_to(self._home.path)),
+            size=bytes_under(folder),
+            facts={"base": model.base, "settings": model.settings, "labels": labels},
+            listed=True,
+            expires_at=None if ttl is None else now + ttl,
+            created_at=now,
+        )
+
+    def find(self, owner: str, path: str) -> TinkerWeights | None:
+        """Weights of an owner."""
+        with self._database.session() as session:
+            found = session.get(TinkerWeights, path)
+            gone = found is None or found.owner != owner or (found.expires_at or time.time() + 1) < time.time()
+            return None if gone else found
+
+    def needed(self, owner: str, path: str) -> TinkerWeights:
+        """Weights of an owner. Raises RefusalError where there are none."""
+        if (found := self.find(owner, path)) is None:
+            raise RefusalError(f"there are no weights at {path}")
+        return found
+
+    def folder(self, weights: TinkerWeights) -> Path:
+        """Where weights are."""
+        return self._home.path / weights.folder
+
+    def use(self, path: str) -> None:
+        """Note that somebody samples from weights."""
+        self._used[path] = time.time()
+
+    def of(self, owner: str, model: str | None = None) -> Sequence[TinkerWeights]:
+        """The listed weights of an owner, or of a model of his, the newest first."""
+        query = select(TinkerWeights).where(
+            TinkerWeights.owner == owner,
+            TinkerWeights.listed,
+            or_(TinkerWeights.expires_at.is_(None), TinkerWeights.expires_at > time.time()),
+        )
+        if model is not None:
+            query = query.where(TinkerWeights.model == model)
+        with self._database.session() as session:
+            return session.scalars(query.order_by(TinkerWeights.created_at.desc())).all()
+
+    def expire(self, owner: str, path: str, ttl: int | None) -> None:
+        """Say when weights are removed. Raises RefusalError."""
+        self.needed(owner, path)
+        with self._database.session() as session:
+            row = session.get_one(TinkerWeights, path)
+            row.expires_at = None if ttl is None else time.time() + ttl
+
+    def delete(self, owner: str, path: str) -> None:
+        """Remove weights. Raises RefusalError where there are none, or a model needs them after a crash."""
+        found = self.needed(owner, path)
+        with self._database.session() as session:
+            if self._is_needed(session, path):
+                raise RefusalError(f"a model has loaded {path} and not stepped since: delete it after its optim_step")
+            session.delete(session.get_one(TinkerWeights, path))
+        self.remove_folder(found.folder)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder that no row has any more."""
+        shutil.rmtree(self._home.path / folder, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what has expired, and nameless weights that nobody uses any more."""
+        now = time.time()
+        gone: list[TinkerWeights] = []
+        with self._database.session() as session:
+            rows = session.scalars(select(TinkerWeights).order_by(TinkerWeights.created_at.desc())).all()
+            nameless: dict[str, int] = {}
+            for row in rows:
+                ended = row.expires_at is not None and row.expires_at <= now
+                if not row.listed:
+                    nameless[row.model] = nameless.get(row.model, 0) + 1
+                    last = max(self._used.get(row.path, 0.0), row.created_at)
+                    ended = nameless[row.model] > NEWEST_KEPT and last < now - _IN_USE
+                    ended = ended or session.get(TinkerModel, row.model) is None
+                if ended and not self._is_needed(session, row.path):
+                    session.delete(row)
+                    gone.append(row)
+        for row in gone:
+            self._used.pop(row.path, None)
+            self.remove_folder(row.folder)
+
+    @staticmethod
+    def _is_needed(session: Session, path: str) -> bool:
+        """Whether a model has loaded these weights after its newest state on the disk, or will."""
+        return (
+            session.scalar(
+                select(TinkerPromise.id)
+                .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
+                .where(
+                    TinkerPromise.kind == "load_weights",
+                    TinkerPromise.request["path"].as_string() == path,
+                    or_(TinkerPromise.answer.is_(None), TinkerPromise.number > TinkerModel.saved),
+                )
+                .limit(1)
+            )
+            is not None
+        )
+
+
+def samplers_of(session: Session, owner: str, in_session: str) -> Sequence[TinkerSampler]:
+    """The samplers of a session."""
+    query = select(TinkerSampler).where(TinkerSampler.owner == owner, TinkerSampler.session == in_session)
+    return session.scalars(query.order_by(TinkerSampler.created_at)).all()
