@@ -95,7 +95,7 @@ class Promises:
     def start(self) -> None:
         """Remove bodies that a crash has left without a promise, or that no promise needs any more."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             needed = set(
                 session.scalars(
                     select(TinkerPromise.id)
@@ -130,7 +130,7 @@ class Promises:
             created_at=time.time(),
         )
         first = select(TinkerPromise).where(TinkerPromise.scope == new.scope, TinkerPromise.key == new.key)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             if (found := session.scalar(first)) is not None:
                 return found
             self._check_room(session, new)
@@ -160,7 +160,7 @@ class Promises:
 
     def next_of(self, model: str) -> TinkerPromise | None:
         """The oldest promise of a model that has no answer."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.scalar(
                 select(TinkerPromise)
                 .where(TinkerPromise.model == model, TinkerPromise.answer.is_(None))
@@ -170,19 +170,19 @@ class Promises:
 
     def find(self, promise_id: str) -> TinkerPromise | None:
         """A promise of whomever."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.scalar(select(TinkerPromise).where(TinkerPromise.id == promise_id))
 
     def unanswered(self) -> Sequence[tuple[str, str, str | None]]:
         """Id, kind and model of all promises without an answer, in order."""
         rows = select(TinkerPromise.id, TinkerPromise.kind, TinkerPromise.model)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             found = session.execute(rows.where(TinkerPromise.answer.is_(None)).order_by(TinkerPromise.number))
             return [(row.id, row.kind, row.model) for row in found]
 
     def to_repeat(self, model: str, saved: int, before: int) -> Sequence[TinkerPromise]:
         """Answered promises whose effect the state with number `saved` lacks, in order, up to number `before`."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.scalars(
                 select(TinkerPromise)
                 .where(
@@ -197,9 +197,7 @@ class Promises:
                 .options(load_only(TinkerPromise.id, TinkerPromise.number, TinkerPromise.kind, TinkerPromise.request))
             ).all()
 
-    async def tell(
-        self, promise: TinkerPromise, told: Told, also: Callable[[Session], None] | None = None
-    ) -> None:
+    async def tell(self, promise: TinkerPromise, told: Told, also: Callable[[Session], None] | None = None) -> None:
         """Answer a promise, durably, and wake who waits for it.
 
         Args:
@@ -233,7 +231,7 @@ class Promises:
     def forget_bodies(self, model: str) -> None:
         """Remove the bodies of a model that neither an answer nor a repetition needs any more."""
         of_model = select(TinkerPromise.id).join(TinkerModel, TinkerModel.id == TinkerPromise.model)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             ids = session.scalars(
                 of_model.where(TinkerPromise.model == model, TinkerPromise.kind == _GRADIENTS, ~_needs_its_body())
                 .order_by(TinkerPromise.number.desc())
@@ -258,7 +256,9 @@ class Promises:
             sums = select(
                 TinkerPromise.number,
                 size.label("size"),
-                func.sum(size).over(partition_by=TinkerPromise.owner, order_by=TinkerPromise.number.desc()).label("sum"),
+                func.sum(size)
+                .over(partition_by=TinkerPromise.owner, order_by=TinkerPromise.number.desc())
+                .label("sum"),
             ).subquery()
             gone = told_refusal(RefusalError("this answer was given, and is no longer kept", "server"))
             session.execute(
@@ -274,7 +274,7 @@ class Promises:
             )
 
     def _answer(self, owner: str, promise_id: str) -> Told | None:
-        with self._database.session() as session:
+        with self._database.reading() as session:
             row = session.execute(
                 select(TinkerPromise.answer, TinkerPromise.answer_type).where(
                     TinkerPromise.id == promise_id, TinkerPromise.owner == owner

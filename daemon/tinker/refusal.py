@@ -1,4 +1,4 @@
-"""What Tinker's API does not do, or not now. A promise's answer says so; its client raises an error with the message."""
+"""What Tinker's API does not do, or not now. A promise's answer says so, and its client raises an error of it."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target, TokenChance
 from isthmus.daemon.state.database import Database
@@ -21,7 +22,7 @@ from isthmus.daemon.tinker.saved_weights import SavedWeights
 from isthmus.daemon.tinker.tinker_requests import Sample, SamplingParams
 from isthmus.daemon.tinker.training_queue import AWAY, MINE
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, Sampled, written_samples
-from isthmus.daemon.workers.asking import WorkerDiedError, WorkerError
+from isthmus.daemon.workers.asking import WorkerError
 
 AT_ONCE = 16
 """Promises that the process is asked at a time."""
@@ -88,7 +89,9 @@ class SamplingQueue:
                 deaths += 1
                 if deaths < _DEATHS:
                     continue
-                told = told_refusal(RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server"))
+                told = told_refusal(
+                    RefusalError(f"the process that generates has died {deaths} times at it ({error})", "server")
+                )
             except (WorkerError, BusyError) as error:
                 if isinstance(error, BusyError) or error.code in AWAY:
                     self.reason = str(error) or "many requests wait for answers"
@@ -116,7 +119,7 @@ class SamplingQueue:
 
     def _target(self, owner: str, request: Sample) -> Target:
         query = select(TinkerSampler).where(TinkerSampler.id == request.sampling_session_id)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             sampler = session.scalar(query.where(TinkerSampler.owner == owner))
         if sampler is None:
             raise RefusalError(f"there is no sampling session {request.sampling_session_id}")
@@ -139,7 +142,9 @@ def checked(request: Sample) -> tuple[list[int], Sampling]:
     tokens = request.prompt.tokens()
     last = request.prompt_logprobs_last_n
     if last is not None and not (request.prompt_logprobs and 1 <= last < len(tokens)):
-        raise RefusalError(f"prompt_logprobs_last_n = {last} goes with prompt_logprobs, and from 1 to {len(tokens) - 1}")
+        raise RefusalError(
+            f"prompt_logprobs_last_n = {last} goes with prompt_logprobs, and from 1 to {len(tokens) - 1}"
+        )
     if not 1 <= request.num_samples <= MOST_SAMPLES:
         raise RefusalError(f"num_samples = {request.num_samples}: from 1 to {MOST_SAMPLES}")
     likeliest = max(request.topk_prompt_logprobs, request.topk_sample_logprobs)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from isthmus.daemon.disk_room import taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import TinkerModel, TinkerPromise, TinkerSampler, TinkerWeights, Tree
@@ -24,7 +22,6 @@ NEWEST_KEPT = 8
 """Nameless sampler weights of a model that always stay; of the older ones, those that were used within the hour."""
 _IN_USE = 3600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_LOOK_AGAIN = 10.0
 
 
 def path_of(model: str, kind: str, name: str) -> str:
@@ -37,43 +34,6 @@ def checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise RefusalError(f"{name!r} is no name for weights: up to 128 letters, digits, and . _ - inside")
     return name
-
-
-@dataclass(slots=True)
-class DiskRoom:
-    """How much of the disk the home may take.
-
-    Args:
-        folder: The home.
-        most: Bytes.
-    """
-
-    folder: Path
-    most: float
-    _seen: tuple[float, int] = field(default=(-_LOOK_AGAIN, 0))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def check(self) -> None:
-        """Raises RefusalError where the home is full."""
-        with self._lock:
-            if time.monotonic() - self._seen[0] > _LOOK_AGAIN:
-                self._seen = (time.monotonic(), bytes_under(self.folder))
-        if self._seen[1] >= self.most:
-            raise RefusalError(
-                f"the daemon's home holds {self._seen[1]} bytes of {self.most:.0f} (disk_gib): delete checkpoints"
-            )
-
-
-def bytes_under(folder: Path) -> int:
-    """Bytes of all files in a folder, which may change meanwhile."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(path) / name).lstat().st_size
-            except FileNotFoundError:
-                continue
-    return total
 
 
 class SavedWeights:
@@ -92,13 +52,15 @@ class SavedWeights:
 
     def start(self) -> None:
         """Remove folders that no row has."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             known = set(session.scalars(select(TinkerWeights.folder)))
         for folder in (self._home.tinker / "weights").iterdir():
             if str(folder.relative_to(self._home.path)) not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def row(self, model: TinkerModel, kind: str, name: str, folder: Path, ttl: int | None, labels: Tree) -> TinkerWeights:
+    def row(
+        self, model: TinkerModel, kind: str, name: str, folder: Path, ttl: int | None, labels: Tree
+    ) -> TinkerWeights:
         """The row of weights that are in `folder`."""
         now = time.time()
         return TinkerWeights(
@@ -107,7 +69,7 @@ class SavedWeights:
             model=model.id,
             kind=kind,
             folder=str(folder.relative_to(self._home.path)),
-            size=bytes_under(folder),
+            size=taken(folder),
             facts={"base": model.base, "settings": model.settings, "labels": labels},
             listed=True,
             expires_at=None if ttl is None else now + ttl,
@@ -116,7 +78,7 @@ class SavedWeights:
 
     def find(self, owner: str, path: str) -> TinkerWeights | None:
         """Weights of an owner."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             found = session.get(TinkerWeights, path)
             gone = found is None or found.owner != owner or (found.expires_at or time.time() + 1) < time.time()
             return None if gone else found
@@ -144,7 +106,7 @@ class SavedWeights:
         )
         if model is not None:
             query = query.where(TinkerWeights.model == model)
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.scalars(query.order_by(TinkerWeights.created_at.desc())).all()
 
     def expire(self, owner: str, path: str, ttl: int | None) -> None:

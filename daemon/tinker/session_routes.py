@@ -49,7 +49,7 @@ def notice(settings: DaemonSettings) -> str:
 
 @sessions.post("/client/config")
 async def client_config(request: Request, here: Here, _owner: Asker) -> dict[str, Any]:
-    """How a client should behave: chunks of data in order, since sums depend on it, and no larger than a body may be."""
+    """How a client should behave: chunks of data in order, since sums depend on it, and of bounded size."""
     await read_body(request)
     return {
         "parallel_fwdbwd_chunks": False,
@@ -78,7 +78,7 @@ def healthz() -> dict[str, str]:
 @sessions.get("/get_server_capabilities")
 def capabilities(here: Here, _owner: Asker) -> dict[str, Any]:
     """The models that clouds serve."""
-    with here.database.session() as session:
+    with here.database.reading() as session:
         rows = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
     models = [
         {
@@ -160,7 +160,7 @@ async def finish_session(session_id: str, request: Request, here: Here, owner: A
 def list_sessions(here: Here, owner: Asker, limit: int = 20, offset: int = 0) -> dict[str, Any]:
     """Ids of sessions, the newest first."""
     query = select(TinkerSession.id).where(TinkerSession.owner == owner.id)
-    with here.database.session() as session:
+    with here.database.reading() as session:
         newest = query.order_by(TinkerSession.created_at.desc())
         return {"sessions": list(session.scalars(newest.limit(min(max(limit, 1), 1000)).offset(max(offset, 0))))}
 
@@ -168,7 +168,7 @@ def list_sessions(here: Here, owner: Asker, limit: int = 20, offset: int = 0) ->
 @sessions.get("/sessions/{session_id}")
 def get_session(session_id: str, here: Here, owner: Asker) -> dict[str, Any]:
     """What a session has."""
-    with here.database.session() as session:
+    with here.database.reading() as session:
         row = own_session(session, owner.id, session_id)
         models = session.scalars(
             select(TinkerModel.id).where(TinkerModel.session == session_id).order_by(TinkerModel.created_at)
@@ -182,15 +182,13 @@ def get_session(session_id: str, here: Here, owner: Asker) -> dict[str, Any]:
 
 
 @sessions.post("/create_sampling_session")
-async def create_sampling_session(
-    request: Request, here: Here, owner: Asker, tinker: Tinker
-) -> dict[str, str]:
+async def create_sampling_session(request: Request, here: Here, owner: Asker, tinker: Tinker) -> dict[str, str]:
     """Something to sample from."""
     new = await read_json(request, NewSampler)
     sampler_id = sampler_name(new.session_id, new.sampling_session_seq_id)
 
     def add() -> None:
-        with here.database.session() as session:
+        with here.database.reading() as session:
             open_session(session, owner.id, new.session_id)
             if session.get(TinkerSampler, sampler_id) is not None:
                 return  # the request came again
@@ -217,7 +215,7 @@ async def create_sampling_session(
 @sessions.get("/samplers/{sampler_id}")
 def get_sampler(sampler_id: str, here: Here, owner: Asker) -> dict[str, Any]:
     """What a sampler samples from."""
-    with here.database.session() as session:
+    with here.database.reading() as session:
         row = session.get(TinkerSampler, sampler_id)
     if row is None or row.owner != owner.id:
         raise not_found("sampler", sampler_id)

@@ -142,7 +142,9 @@ class ModelInput(Body):
         for chunk in self.chunks:
             kind, tokens = chunk.get("type"), chunk.get("tokens")
             if kind != "encoded_text":
-                raise RefusalError(f"the prompt holds {kind or 'nothing known'}; only tokens (encoded_text) are offered")
+                raise RefusalError(
+                    f"the prompt holds {kind or 'nothing known'}; only tokens (encoded_text) are offered"
+                )
             if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
                 raise RefusalError("the prompt's tokens are no list of whole numbers")
             found += tokens

@@ -45,7 +45,7 @@ class TinkerService:
         self.context = context
         self.promises = Promises(database, home)
         self.weights = SavedWeights(database, home)
-        self.training = TrainingQueue(settings, home, database, self.promises, self.weights, worker)
+        self.training = TrainingQueue(settings, home, database, context.room, self.promises, self.weights, worker)
         self.sampling = SamplingQueue(settings, database, self.promises, self.weights, context.answers)
         self._sweeping: asyncio.Task[None] | None = None
 

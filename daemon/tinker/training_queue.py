@@ -19,16 +19,17 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from isthmus.common.errors import IsthmusError
+from isthmus.common.errors import IsthmusError, WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom, taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerPromise, TinkerSampler, TinkerWeights
 from isthmus.daemon.tinker.promises import Promises, Told, told_json, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
-from isthmus.daemon.tinker.saved_weights import SAMPLER_WEIGHTS, WEIGHTS, DiskRoom, SavedWeights, path_of
+from isthmus.daemon.tinker.saved_weights import SAMPLER_WEIGHTS, WEIGHTS, SavedWeights, path_of
 from isthmus.daemon.tinker.wire_bodies import PROTOBUF, BodyError, read_question, written_output
-from isthmus.daemon.workers.asking import WorkerDiedError, WorkerError, WorkerProcess
+from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 
 MODULE = "isthmus.daemon.tinker.training_worker"
 AWAY = frozenset({40, 43})
@@ -49,6 +50,7 @@ class TrainingQueue:
         settings: Of the daemon.
         home: Its home.
         database: Its database.
+        room: What the home may still take.
         promises: What is to be done.
         weights: Where it is saved.
         worker: What trains.
@@ -59,13 +61,13 @@ class TrainingQueue:
         settings: DaemonSettings,
         home: Home,
         database: Database,
+        room: DiskRoom,
         promises: Promises,
         weights: SavedWeights,
         worker: WorkerProcess,
     ) -> None:
-        self._settings, self._home, self._database = settings, home, database
+        self._settings, self._home, self._database, self._room = settings, home, database, room
         self._promises, self._weights, self._worker = promises, weights, worker
-        self._room = DiskRoom(home.path, settings.disk_gib * 2**30)
         self._turn = asyncio.Lock()  # the process answers one question at a time; who asks when it dies, is known
         self._hot: OrderedDict[str, None] = OrderedDict()  # the models that the process has, the last used one last
         self._pid: int | None = None  # the process that has them
@@ -135,7 +137,9 @@ class TrainingQueue:
                 deaths += 1
                 if deaths < _DEATHS:
                     continue
-                told = told_refusal(RefusalError(f"the training process has died {deaths} times at it ({error})", "server"))
+                told = told_refusal(
+                    RefusalError(f"the training process has died {deaths} times at it ({error})", "server")
+                )
             except WorkerError as error:
                 if error.code in AWAY:
                     self.reasons[model] = str(error)
@@ -173,7 +177,7 @@ class TrainingQueue:
             case "optim_step":
                 done: dict[str, Any] = {}
                 if saved < promise.number:
-                    await run_in_threadpool(self._room.check)
+                    await run_in_threadpool(self._room.room_for, 0)
                     done = await self._ask("optim_step", model=model, number=promise.number, adam=values["adam"])
                 return told_json({"metrics": done.get("metrics") or {}}), _saving(model, promise.number)
             case "load_weights":
@@ -250,7 +254,7 @@ class TrainingQueue:
         older = await run_in_threadpool(self._weights.find, row.owner, path)
         if older is not None and not values["overwrite"]:
             raise RefusalError(f"there are weights at {path} already: choose another name, or overwrite them")
-        await run_in_threadpool(self._room.check)
+        await run_in_threadpool(lambda: self._room.room_for(taken(self.state_folder(row.id))))
         folder = await run_in_threadpool(self._weights.new_folder, promise)
         await self._ask("save", model=row.id, folder=str(folder), optimizer=kind == WEIGHTS)
         new = await run_in_threadpool(
@@ -297,12 +301,12 @@ class TrainingQueue:
         return answer
 
     def _row(self, model: str) -> TinkerModel | None:
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.get(TinkerModel, model)
 
     def _creation(self, row: TinkerModel) -> dict[str, Any]:
         """What the process is asked to make."""
-        with self._database.session() as session:
+        with self._database.reading() as session:
             base = session.get(BaseModel, row.base)
         cloud = None if base is None else self._settings.clouds.get(base.cloud)
         if cloud is None:

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from isthmus.common.errors import DiskError
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSession
 from isthmus.daemon.tinker.promises import FullError, NewPromise, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
@@ -70,7 +71,7 @@ async def get_info(request: Request, here: Here, owner: Asker) -> dict[str, Any]
     model_id = (await read_json(request, OfModel)).model_id
 
     def look() -> tuple[TinkerModel, BaseModel | None]:
-        with here.database.session() as session:
+        with here.database.reading() as session:
             row = own_model(session, owner.id, model_id)
             return row, session.get(BaseModel, row.base)
 
@@ -215,8 +216,11 @@ async def _promise(
     told, request = None, {}
     try:
         request = values()
+        await run_in_threadpool(here.room.room_for, len(body or b""))
     except RefusalError as error:
         told, body = told_refusal(error), None
+    except DiskError as error:
+        told, body = told_refusal(RefusalError(str(error))), None
     promise = NewPromise(owner, f"model/{model_id}", str(seq), kind, model_id, request, body, told)
     try:
         return promised(await tinker.promise(promise))
@@ -230,11 +234,11 @@ async def _promise_model(
     """Promise a model of a session; what is wrong with it is the promise's answer."""
 
     def make() -> TinkerModel | RefusalError:
-        with here.database.session() as session:
+        with here.database.reading() as session:
             open_session(session, promise.owner, session_id)
         try:
             made = row()
-            with here.database.session() as session:
+            with here.database.reading() as session:
                 _check_base(session, here, made.base)
                 _check_room(session, made)
         except RefusalError as error:
