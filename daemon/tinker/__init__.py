@@ -1,4 +1,12 @@
-"""Tinker's API: forward, backward and optimizer steps one by one, sampling, and saved weights.
+"""Tinker's API: models that are trained step by step, sampled from, saved and loaded.
 
-It may import `isthmus.daemon.web`, and what that may import; in the process that trains, `isthmus.edge`.
+    tinker_routes     puts the endpoints together; `endpoints` has them
+    tinker_service    what serves them in a running daemon
+    promises          requests that are answered later, each once
+    training_queue    asks the process that trains (`training_worker`), and makes good what dies with it
+    sampling_queue    asks the process that generates
+    saved_weights     what was saved, and how long it stays
+    wire_bodies       protobuf
+
+It may import `isthmus.daemon.web`, and what that may import.
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from isthmus.daemon.tinker.listing_routes import add_refusals, listing
-from isthmus.daemon.tinker.session_routes import sessions
+from isthmus.daemon.tinker.endpoints.listing_routes import add_refusals, listing
+from isthmus.daemon.tinker.endpoints.session_routes import sessions
+from isthmus.daemon.tinker.endpoints.tokenizer_hub import hub
+from isthmus.daemon.tinker.endpoints.training_routes import training
 from isthmus.daemon.tinker.tinker_service import tinker_lifespan
-from isthmus.daemon.tinker.tokenizer_hub import hub
-from isthmus.daemon.tinker.training_routes import training
 
 
 def router() -> APIRouter:

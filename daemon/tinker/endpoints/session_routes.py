@@ -15,10 +15,10 @@ from starlette.concurrency import run_in_threadpool
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSampler, TinkerSession
+from isthmus.daemon.tinker.endpoints.tinker_bodies import not_found, promised, read_body, read_json
 from isthmus.daemon.tinker.promises import FullError, NewPromise, UnknownPromiseError
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import samplers_of
-from isthmus.daemon.tinker.tinker_bodies import not_found, promised, read_body, read_json
 from isthmus.daemon.tinker.tinker_requests import End, NewSampler, NewSession, OfSession, Poll, Sample
 from isthmus.daemon.tinker.tinker_service import Tinker
 from isthmus.daemon.web.api_error import ApiError

@@ -15,11 +15,11 @@ from starlette.concurrency import run_in_threadpool
 
 from isthmus.common.errors import DiskError
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSession
+from isthmus.daemon.tinker.endpoints.session_routes import open_session, sampler_name
+from isthmus.daemon.tinker.endpoints.tinker_bodies import not_found, promised, read_body, read_json
 from isthmus.daemon.tinker.promises import FullError, NewPromise, told_refusal
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import checked_name
-from isthmus.daemon.tinker.session_routes import open_session, sampler_name
-from isthmus.daemon.tinker.tinker_bodies import not_found, promised, read_body, read_json
 from isthmus.daemon.tinker.tinker_requests import (
     AdamParams,
     LoadWeights,

@@ -11,13 +11,13 @@ from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 
 from isthmus.daemon.state.tables import TinkerModel, TinkerWeights
+from isthmus.daemon.tinker.endpoints.session_routes import texts
+from isthmus.daemon.tinker.endpoints.tinker_bodies import read_json
+from isthmus.daemon.tinker.endpoints.training_routes import own_model
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SAMPLER_WEIGHTS, WEIGHTS
-from isthmus.daemon.tinker.session_routes import texts
-from isthmus.daemon.tinker.tinker_bodies import read_json
 from isthmus.daemon.tinker.tinker_requests import Expiry, OfWeights
 from isthmus.daemon.tinker.tinker_service import Tinker, TinkerService
-from isthmus.daemon.tinker.training_routes import own_model
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Here
 
