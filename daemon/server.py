@@ -138,7 +138,7 @@ def check_address(settings: DaemonSettings) -> None:
 
 async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, ready: Callable[[Started], None]) -> None:
     settings, home = context.settings, context.home
-    app = application(context, routers(), lifespan=_lifespan)
+    app = application(context, routers())
     server = _Server(_config(app, settings), unix)
 
     def told() -> None:
@@ -152,7 +152,8 @@ async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, read
     # Uvicorn raises the signal that ended it once more, at the end; the process then ends as its caller says.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        await server.serve(sockets=[tcp])
+        async with working(app):
+            await server.serve(sockets=[tcp])
     finally:
         home.running.unlink(missing_ok=True)
         for number, handler in before.items():
@@ -166,7 +167,7 @@ def _config(app: FastAPI, settings: DaemonSettings) -> uvicorn.Config:
         http=type("Connection", (BoundedConnection,), most),
         ws="none",
         loop="asyncio",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -205,13 +206,14 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start and stop the parts that work by themselves."""
+async def working(app: FastAPI) -> AsyncIterator[None]:
+    """Keep the parts that work by themselves at work while the block runs, and the routers' own (their `lifespan`)."""
     context: Context = app.state.context
     await run_in_threadpool(context.jobs.start)
     tasks = [asyncio.create_task(_note(context)), asyncio.create_task(_look(context))]
     try:
-        yield
+        async with app.router.lifespan_context(app):
+            yield
     finally:
         for task in tasks:
             task.cancel()
@@ -227,6 +229,8 @@ async def _note(context: Context) -> None:
             context.noted.answers = {**await context.answers.state(), "asked_at": time.time()}
         except IsthmusError as error:
             log.warning("the process that answers does not say how it is: %s", error)
+        except Exception:  # a defect is logged, and the next time may go well
+            log.exception("the process that answers was not asked how it is")
         await asyncio.sleep(ASK_EVERY)
 
 
@@ -237,6 +241,8 @@ async def _look(context: Context) -> None:
             await context.answers.look()
         except IsthmusError as error:
             log.warning("the clouds were not looked at: %s", error)
+        except Exception:  # as above
+            log.exception("the clouds were not looked at")
         await asyncio.sleep(LOOK_EVERY)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +64,7 @@ def _put(database: Database, name: str, token: str) -> Owner:
 
 
 class Owners:
-    """Finds the owner of a token. What the database says is read anew once a second at most.
+    """Finds the owner of a token, for one thread. What the database says is read anew once a second at most.
 
     A token is looked up by its hash: how long that takes tells nothing of the tokens that there are.
     """
@@ -74,13 +73,11 @@ class Owners:
         self._database, self._now = database, now
         self._known: dict[str, Owner] = {}
         self._read_at: float | None = None
-        self._lock = threading.Lock()
 
     def find(self, token: str) -> Owner | None:
         """Whose token it is; None for nobody's."""
-        with self._lock:
-            if self._read_at is None or self._now() - self._read_at >= 1:
-                with self._database.reading() as session:
-                    self._known = {owner.token_sha256: owner for owner in session.scalars(select(Owner))}
-                self._read_at = self._now()
+        if self._read_at is None or self._now() - self._read_at >= 1:
+            with self._database.reading() as session:
+                self._known = {owner.token_sha256: owner for owner in session.scalars(select(Owner))}
+            self._read_at = self._now()
         return self._known.get(hash_of(token))

@@ -18,7 +18,6 @@ import re
 import secrets
 from collections.abc import Iterable
 
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -80,7 +79,7 @@ class Access:
         try:
             most = self._let_in(scope)
             if not _is_open(scope):
-                state["owner"] = await self._owner(Headers(scope=scope))
+                state["owner"] = self._owner(Headers(scope=scope))
             if counts and self._under_way > self._settings.requests_at_once:
                 raise ApiError(
                     503, "as many requests are under way as may be: ask again in a moment", code="overloaded",
@@ -121,12 +120,12 @@ class Access:
             raise too_large(most)
         return most
 
-    async def _owner(self, headers: Headers) -> Owner:
+    def _owner(self, headers: Headers) -> Owner:
         token = headers.get("x-api-key", "").strip()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             token = bearer.strip()
-        owner = await run_in_threadpool(self._owners.find, token) if token else None
+        owner = self._owners.find(token) if token else None
         if owner is None:
             wrong = "the token is not one of this daemon's" if token else "a token is missing"
             raise ApiError(
@@ -156,12 +155,11 @@ class _Answer:
         await self._send(message)
 
     async def refuse(self, error: ApiError) -> None:
-        """Say an error, and close the connection: what is left of the body is not read."""
+        """Say an error, where nothing was answered yet."""
         if self.started or self._refused:
             return
         self._refused = True
         response = respond(error, self._request_id)
-        response.headers["connection"] = "close"
         await response({"type": "http"}, _nothing, self._send)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable
 
 from fastapi import APIRouter, FastAPI
 
@@ -12,18 +11,15 @@ from isthmus.daemon.web import refusals, status_routes
 from isthmus.daemon.web.access import Access
 from isthmus.daemon.web.context import Context
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-
-def application(context: Context, routers: Iterable[APIRouter], lifespan: Lifespan | None = None) -> FastAPI:
+def application(context: Context, routers: Iterable[APIRouter]) -> FastAPI:
     """The application of some routers.
 
     Args:
         context: The parts of the daemon.
         routers: Of the APIs; that of the status is always there.
-        lifespan: What runs around it.
     """
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.context = context
     for router in (status_routes.router(), *routers):
         app.include_router(router)

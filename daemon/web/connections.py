@@ -21,7 +21,7 @@ REST_SECONDS = 5.0
 STALL_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 60
 HEAD_BYTES = 64 << 10
-"""Bytes of a request's head at most."""
+"""Bytes of a request's head that may wait for its end; or a read of the socket (256 KiB), if that is more."""
 
 
 class BoundedConnection(H11Protocol):
@@ -40,7 +40,9 @@ class BoundedConnection(H11Protocol):
         """Take the connection in, and close another one where there are too many."""
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn's own annotation is narrower
         if len(self.connections) > self.most:
-            resting = (one for one in self.connections if isinstance(one, BoundedConnection) and one.rests)
+            resting = (
+                one for one in self.connections if isinstance(one, BoundedConnection) and one.rests and one is not self
+            )
             # A set has no order; the timers of what rests say when each will be closed.
             first = min(resting, key=BoundedConnection.closes_at, default=self)
             first.transport.abort()
@@ -64,6 +66,8 @@ class BoundedConnection(H11Protocol):
             self._enter("rest")
         elif self._phase == "rest":
             self._enter(None)
+        elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._enter("head")  # the next request's head has begun to come already
         if self.transport.is_closing():
             self._set_stall(STALL_SECONDS)
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from isthmus.common.errors import IsthmusError
@@ -110,7 +111,7 @@ def _http_message(error: HTTPException) -> str:
     if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
         return "there is nothing at this path"
     if error.status_code == 405:
-        return f"this path takes {(error.headers or {}).get('allow') or 'another method'}"
+        return f"this path takes {Headers(dict(error.headers or {})).get('allow', 'another method')}"
     return str(error.detail)
 
 

@@ -1,0 +1,183 @@
+"""Bounds of connections, over real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from isthmus.daemon.web import connections
+from isthmus.daemon.web.connections import BoundedConnection
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def _app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers without reading a body: with much where the path is /much, and never where it is /never."""
+    if scope["path"] == "/never":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(400 if scope["path"] == "/much" else 1):
+        await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.contextmanager
+def _serving(most: int = 100) -> Iterator[tuple[int, uvicorn.Server]]:
+    kind = type("Connection", (BoundedConnection,), {"most": most})
+    config = uvicorn.Config(
+        _app, http=kind, ws="none", lifespan="off", log_config=None, h11_max_incomplete_event_size=4096
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        while not server.started:
+            pass
+        try:
+            yield port, server
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
+
+
+def _connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def _is_closed(client: socket.socket) -> bool:
+    """Whether the other side closes the connection; what it still sends is dropped."""
+    try:
+        while client.recv(1 << 20):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def _ok(client: socket.socket, path: bytes = b"/") -> bool:
+    client.sendall(GET.replace(b" / ", b" " + path + b" "))
+    return client.recv(15) == b"HTTP/1.1 200 OK"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_SECONDS", "REST_SECONDS", "STALL_SECONDS"):
+        monkeypatch.setattr(connections, name, 0.3)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HT", GET + b"GET"])
+def test_a_head_that_does_not_end_loses_its_connection(begun: bytes) -> None:
+    with _serving() as (port, _), _connect(port) as client:
+        client.sendall(begun)
+        assert _is_closed(client)
+        with _connect(port) as other:
+            assert _ok(other)
+
+
+def test_a_head_that_comes_in_drops_does_not_get_longer() -> None:
+    with _serving() as (port, _), _connect(port) as client:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    client.sendall(b"G")
+                    threading.Event().wait(0.02)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert _is_closed(client)
+        thread.join()
+
+
+def test_a_request_that_takes_long_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _serving() as (port, server), _connect(port) as client:
+        client.sendall(GET.replace(b" / ", b" /never "))
+        client.settimeout(1.0)
+        assert not _is_closed(client)
+        assert len(server.server_state.connections) == 1
+
+
+def test_a_large_head_is_refused() -> None:
+    with _serving() as (port, _), _connect(port) as client:
+        client.sendall(GET[:-2] + b"x: " + b"a" * (1 << 20) + b"\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_body_that_goes_on_after_the_answer_loses_its_connection() -> None:
+    with _serving() as (port, _), _connect(port) as client:
+        client.sendall(CHUNKED)
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        with contextlib.suppress(OSError):
+            while True:
+                client.sendall(b"1\r\nx\r\n")
+        assert _is_closed(client)
+
+
+def test_a_body_that_ends_soon_after_the_answer_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 60.0)
+    with _serving() as (port, server), _connect(port) as client:
+        client.sendall(CHUNKED)
+        assert client.recv(1 << 20)
+        client.sendall(b"0\r\n\r\n")
+        while client.recv(1 << 20)[-5:] != b"0\r\n\r\n":
+            pass
+        threading.Event().wait(0.5)
+        assert _ok(client)
+        assert len(server.server_state.connections) == 1
+
+
+def test_a_client_that_takes_nothing_loses_its_connection() -> None:
+    with _serving() as (port, server), _connect(port) as client:
+        client.sendall(GET.replace(b" / ", b" /much "))
+        while not server.server_state.connections:
+            pass
+        while server.server_state.connections:
+            threading.Event().wait(0.05)
+        with _connect(port) as other:  # one that takes it gets all
+            assert _ok(other, b"/much")
+            got, piece = 0, b""
+            while not piece.endswith(b"0\r\n\r\n"):
+                piece = other.recv(1 << 20)
+                got += len(piece)
+            assert got > 400 << 16
+
+
+def test_one_connection_too_many_closes_the_one_that_rests_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 60.0)
+    with _serving(most=3) as (port, server), contextlib.ExitStack() as stack:
+        busy = stack.enter_context(_connect(port))
+        busy.sendall(GET.replace(b" / ", b" /never "))
+        resting = []
+        for _ in range(2):
+            resting.append(stack.enter_context(_connect(port)))
+            threading.Event().wait(0.05)
+        newest = stack.enter_context(_connect(port))
+        assert _is_closed(resting[0])
+        assert _ok(newest)
+        assert _ok(resting[1])
+        busy.settimeout(0.2)
+        assert not _is_closed(busy)
+        assert len(server.server_state.connections) == 3
+
+
+def test_where_all_are_busy_the_newest_is_closed() -> None:
+    with _serving(most=1) as (port, _), _connect(port) as busy:
+        busy.sendall(GET.replace(b" / ", b" /never "))
+        threading.Event().wait(0.1)
+        with _connect(port) as newest:
+            assert _is_closed(newest)
+        busy.settimeout(0.2)
+        assert not _is_closed(busy)
