@@ -1,0 +1,109 @@
+"""Jobs, events and checkpoints as OpenAI's API tells them.
+
+A job's status is one that the SDK's strict validation takes, and `paused` is none of these. A paused job is told as
+"queued": it does not run, it has not ended, and it goes on from where it is once it is its turn again, so that a script
+which waits for the end goes on to wait. The truth is in the event of the pause, and in `isthmus.status`, a field that
+the document does not have and that both kinds of validation let pass.
+
+`hyperparameters` are numbers always: "auto" is decided when the job is made (`isthmus.daemon.openai.training_files`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from isthmus.daemon.openai.training_files import hyperparameters_of
+from isthmus.daemon.state.tables import Event, Job, Model
+
+KINDS = ("train", "tune")
+"""Kinds of jobs that are fine-tuning."""
+_UNDER_WAY = ("queued", "running", "paused")
+_STATUS = {"paused": "queued"}
+_METRICS = (
+    "step",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+
+
+def jobs_under_way(session: Session) -> Sequence[Job]:
+    """The jobs, of all owners, that have not ended."""
+    return session.scalars(select(Job).where(Job.status.in_(_UNDER_WAY))).all()
+
+
+def results_of(session: Session, jobs: Sequence[Job]) -> dict[str | None, str]:
+    """The names of the models that jobs have made, by the jobs' ids."""
+    found = select(Model.job, Model.name).where(Model.job.in_([job.id for job in jobs]), Model.step.is_(None))
+    return {row.job: row.name for row in session.execute(found)}
+
+
+def job_object(job: Job, result: str | None) -> dict[str, Any]:
+    """A job as the API tells it.
+
+    Args:
+        job: The job.
+        result: The name of the model that it made.
+    """
+    numbers = hyperparameters_of(job.spec)
+    ended = None if job.finished_at is None else int(job.finished_at)
+    left = None
+    if job.status == "running" and job.speed is not None and job.total is not None:
+        left = int(time.time() + (job.total - job.step) * job.speed)
+    error = job.error and {"code": f"isthmus_{job.error['code']}", "message": job.error["message"], "param": None}
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "error": error or None,
+        "estimated_finish": left,
+        "fine_tuned_model": result if job.status == "succeeded" else None,
+        "finished_at": ended,
+        "hyperparameters": numbers,
+        "integrations": [],
+        "isthmus": {"status": job.status, "step": job.step, "total": job.total},
+        "metadata": job.labels or None,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
+        "model": job.request.get("model", job.model),
+        "organization_id": job.owner,
+        "result_files": job.results,
+        "seed": job.spec.get("seed", 0),
+        "status": _STATUS.get(job.status, job.status),
+        "trained_tokens": None,
+        "training_file": job.request.get("training_file") or job.spec.get("data", ""),
+        "validation_file": job.request.get("validation_file") or job.spec.get("validation"),
+    }
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """An event as the API tells it."""
+    return {
+        "id": f"ftevent-{event.number}",
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.kind,
+        "data": event.data,
+    }
+
+
+def checkpoint_object(model: Model) -> dict[str, Any]:
+    """A checkpoint as the API tells it."""
+    return {
+        "id": model.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(model.created_at),
+        "fine_tuned_model_checkpoint": model.name,
+        "fine_tuning_job_id": model.job,
+        "metrics": {name: model.metrics[name] for name in _METRICS if model.metrics.get(name) is not None},
+        "step_number": model.step or 0,
+    }

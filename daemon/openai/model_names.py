@@ -1,0 +1,40 @@
+"""The names by which clients know what can be talked to: base models of the clouds, and an owner's own adapters."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from isthmus.daemon.home import Home
+from isthmus.daemon.serving.answers import Target
+from isthmus.daemon.state.tables import BaseModel, Model
+from isthmus.daemon.web.api_error import ApiError
+
+
+def adapter_named(session: Session, owner: str, name: str) -> Model | None:
+    """An owner's adapter of that name that is still there; None where there is none."""
+    model = session.get(Model, name)
+    return None if model is None or model.owner != owner or model.deleted else model
+
+
+def target_named(session: Session, home: Home, owner: str, name: str) -> Target:
+    """What answers under a name.
+
+    Raises:
+        ApiError: Nothing does (404).
+    """
+    model = adapter_named(session, owner, name)
+    if model is not None:
+        return Target(model.base, str(home.path / model.folder))
+    if session.get(BaseModel, name) is not None:
+        return Target(name)
+    raise unknown_model(name)
+
+
+def unknown_model(name: str) -> ApiError:
+    """That there is no model of a name."""
+    return ApiError(
+        404,
+        f"there is no model {ascii(name)[:200]}, or it was deleted: GET /v1/models lists what can be talked to",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,102 @@
+"""Files, by the official SDK."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
+from support.daemon.openai_fakes import BASE, OpenAIDaemon
+
+from isthmus.daemon.state.tables import StoredFile
+
+
+def test_a_file_comes_back_as_it_was(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
+    data = bytes(range(256)) * 8192  # more than one piece of the body
+    made = client.files.create(file=("../weird/näme.bin", data), purpose="user_data")
+    assert (made.filename, made.bytes, made.status) == ("näme.bin", len(data), "processed")
+    assert client.files.retrieve(made.id) == made
+    assert client.files.content(made.id).read() == data
+    with openai_daemon.context.database.reading() as session:
+        assert session.get_one(StoredFile, made.id).sha256 == hashlib.sha256(data).hexdigest()
+    assert openai_daemon.context.home.file(made.id).read_bytes() == data
+    assert client.files.delete(made.id).deleted
+    assert not openai_daemon.context.home.file(made.id).exists()
+    with pytest.raises(NotFoundError, match="there is no file"):
+        client.files.retrieve(made.id)
+
+
+def test_lists_come_in_pages_in_both_orders(client: OpenAI) -> None:
+    made = [client.files.create(file=(f"{n}.bin", b"1"), purpose="batch").id for n in range(5)]
+    assert [file.id for file in client.files.list(purpose="batch", limit=2)] == made[::-1]
+    page = client.files.list(purpose="batch", limit=2, order="asc")
+    assert ([file.id for file in page.data], page.has_more) == (made[:2], True)
+    assert [file.id for file in page] == made
+    assert client.files.list(purpose="evals").data == []
+    with pytest.raises(BadRequestError, match="after = 'file-0' is no file"):
+        client.files.list(after="file-0")
+    with pytest.raises(BadRequestError, match="limit = '0'"):
+        client.files.list(limit=0)
+    for file_id in made:
+        client.files.delete(file_id)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b'{"text": "one"}\n\n{"text": 3}', "bad.jsonl, line 3: 'text' is a number"),
+        (b'{"text": "one"}\n{"text"', "bad.jsonl, line 2: not JSON"),
+        (b'{"text": "one"}\n\xff', "bad.jsonl, line 2: byte 0xff is not UTF-8"),
+        (b'{"text": "one", "weight": 2}', "bad.jsonl, line 1: 'weight' is not understood"),
+        (b"\n", "bad.jsonl holds no examples"),
+        (b'{"text": "' + b"x" * 5 * 2**20 + b'"}', "a line has more than 4194304 bytes"),
+    ],
+)
+def test_a_mistake_in_a_training_file_names_its_line(client: OpenAI, data: bytes, error: str) -> None:
+    with pytest.raises(BadRequestError, match=error) as caught:
+        client.files.create(file=("bad.jsonl", data), purpose="fine-tune")
+    assert (caught.value.param, caught.value.code) == ("file", "invalid_file")
+    client.files.delete(client.files.create(file=("bad.jsonl", data), purpose="user_data").id)  # not checked
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"purpose": "vision"}, "purpose"),
+        ({"purpose": "user_data", "expires_after": {"anchor": "created_at", "seconds": 3600}}, "expires_after"),
+        ({"purpose": "user_data", "extra_body": {"colour": "red"}}, "colour"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(client: OpenAI, options: dict[str, object], param: str) -> None:
+    with pytest.raises(BadRequestError, match=param) as caught:
+        client.files.create(file=("a.bin", b"1"), **options)  # type: ignore[arg-type]  # bad on purpose
+    assert caught.value.param == param
+
+
+def test_a_large_file_is_refused_and_nothing_stays(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
+    before = sorted((openai_daemon.context.home.path / "files").iterdir())
+    with pytest.raises(APIStatusError) as caught:
+        client.files.create(file=("large.bin", b"0" * (6 * 2**20 + 1)), purpose="user_data")
+    assert caught.value.status_code == 413
+    assert sorted((openai_daemon.context.home.path / "files").iterdir()) == before
+    assert list(openai_daemon.context.home.uploads.iterdir()) == []
+
+
+def test_a_file_that_a_waiting_job_needs_stays(client: OpenAI, openai_daemon: OpenAIDaemon, training_file: str) -> None:
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=training_file, validation_file=training_file)
+    for status in ("queued", "running", "paused"):
+        openai_daemon.jobs.go_on(job.id, status=status)
+        with pytest.raises(BadRequestError, match=f"the job {job.id} needs"):
+            client.files.delete(training_file)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert client.files.delete(training_file).deleted
+
+
+def test_another_owner_sees_none_of_it(client: OpenAI, other: OpenAI, training_file: str) -> None:
+    assert other.files.list().data == []
+    for ask in (other.files.retrieve, other.files.content, other.files.delete):
+        with pytest.raises(NotFoundError):
+            ask(training_file)
+    with pytest.raises(BadRequestError, match="is no file"):
+        other.fine_tuning.jobs.create(model=BASE, training_file=training_file)
+    assert client.files.retrieve(training_file).id == training_file
