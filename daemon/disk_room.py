@@ -33,9 +33,7 @@ class DiskRoom:
     def used(self) -> int:
         """Bytes of the disk that the home takes, as they were counted last."""
         with self._lock:
-            if self._now() - self._counted_at >= COUNT_EVERY:
-                self._used, self._counted_at = taken(self._path), self._now()
-            return self._used
+            return self._count()
 
     def room_for(self, size: int) -> None:
         """See to it that `size` bytes more are possible.
@@ -43,23 +41,14 @@ class DiskRoom:
         Raises:
             DiskError: They are not; the message says what is taken and what to do.
         """
-        used = self.used()
-        if used + self._reserved + size > self.most:
-            raise DiskError(
-                f"the daemon's home takes {_mib(used + self._reserved)} of the {_mib(self.most)} that it may, and "
-                f"{_mib(size)} more do not fit: delete files, models or jobs, or raise `disk_gib` in daemon.toml"
-            )
-        free = _free(self._path)
-        if size > free:
-            raise DiskError(
-                f"the disk of {self._path} has {_mib(free)} left, and {_mib(size)} are needed: free some space"
-            )
+        with self._lock:
+            self._check(size)
 
     @contextmanager
     def reserved(self, size: int) -> Iterator[None]:
         """Keep room for `size` bytes while they are written. Raises what `room_for` does."""
-        self.room_for(size)
         with self._lock:
+            self._check(size)
             self._reserved += size
         try:
             yield
@@ -67,6 +56,24 @@ class DiskRoom:
             with self._lock:
                 self._reserved -= size
                 self._counted_at = float("-inf")
+
+    def _count(self) -> int:
+        if self._now() - self._counted_at >= COUNT_EVERY:
+            self._used, self._counted_at = taken(self._path), self._now()
+        return self._used
+
+    def _check(self, size: int) -> None:
+        used = self._count() + self._reserved
+        if used + size > self.most:
+            raise DiskError(
+                f"the daemon's home takes {_mib(used)} of the {_mib(self.most)} that it may, and {_mib(size)} more do "
+                "not fit: delete files, models or jobs, or raise `disk_gib` in daemon.toml"
+            )
+        free = _free(self._path)
+        if size > free:
+            raise DiskError(
+                f"the disk of {self._path} has {_mib(free)} left, and {_mib(size)} are needed: free some space"
+            )
 
 
 def taken(path: Path) -> int:

@@ -7,7 +7,7 @@ import re
 import secrets
 from pathlib import Path
 
-from isthmus.common.errors import KeyFileError
+from isthmus.common.errors import KeyFileError, OwnershipError
 from isthmus.common.ownership import check_private
 
 PREFIX = "tml-"
@@ -35,11 +35,13 @@ def read_token(path: Path) -> str:
     try:
         check_private(path)
         mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise KeyFileError(f"{path} is missing: start the daemon once, which makes it") from error
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError as error:
+        raise KeyFileError(f"{path} is missing: start the daemon once, which makes it") from error
+    except OwnershipError:
         raise
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be read ({error.strerror}): check its owner and mode") from error
     if mode & 0o077:
         raise KeyFileError(f"{path} can be read by others (mode {mode & 0o777:04o}): run `chmod 600 {path}`")
     if not _TOKEN.fullmatch(text):
