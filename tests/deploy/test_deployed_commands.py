@@ -69,6 +69,7 @@ def _parse(words: list[str]) -> None:
 def test_both_sides_are_started_from_every_kind_of_file() -> None:
     assert {place for place, _ in COMMANDS} == {
         "isthmus-cloud.service",
+        "isthmus-edge-daemon.service",
         "isthmus-edge-train@.service",
         "Containerfile",
         "cloud",
@@ -78,8 +79,8 @@ def test_both_sides_are_started_from_every_kind_of_file() -> None:
 
 def test_the_readmes_commands_are_found() -> None:
     shown = [tuple(words[:2]) for place, words in COMMANDS if place == "README.md"]
-    expected = [("cloud", "keygen"), ("cloud", "enroll"), ("edge", "keygen"), ("edge", "train"), ("cloud", "status")]
-    assert shown == expected
+    edge = [("edge", "keygen"), ("edge", "daemon"), ("edge", "train")]
+    assert shown == [("cloud", "keygen"), ("cloud", "enroll"), *edge, ("cloud", "status")]
 
 
 @pytest.mark.parametrize(("place", "words"), COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.common.errors import ConfigError, HomeInUseError, KeyFileError, OwnershipError, StateError
+
 UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
+USERS = [unit for unit in UNITS if "daemon" in unit.name]
+"""Units of a user's own systemd; the others are the system's."""
+SYSTEMS = [unit for unit in UNITS if unit not in USERS]
 
 
 def _values(unit: Path, name: str) -> list[str]:
@@ -17,7 +23,11 @@ def _values(unit: Path, name: str) -> list[str]:
 
 
 def test_there_are_units() -> None:
-    assert [unit.name for unit in UNITS] == ["isthmus-cloud.service", "isthmus-edge-train@.service"]
+    assert [unit.name for unit in UNITS] == [
+        "isthmus-cloud.service",
+        "isthmus-edge-daemon.service",
+        "isthmus-edge-train@.service",
+    ]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
@@ -26,8 +36,10 @@ def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
     # systemd-analyze looks for the program, which is not installed where the unit expects it.
     copy = tmp_path / unit.name
     copy.write_text(unit.read_text().replace("ExecStart=/opt/isthmus/bin/isthmus ", "ExecStart=/bin/sh "))
-    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    manager = "--user" if unit in USERS else "--system"
+    command = ["systemd-analyze", manager, "verify", "--man=no", "--recursive-errors=no", str(copy)]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     complaints = [line for line in done.stderr.splitlines() if unit.stem in line]
     assert (done.returncode, complaints) == (0, []), done.stderr
 
@@ -39,7 +51,7 @@ def test_a_core_file_is_never_written(unit: Path) -> None:
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_the_unit_can_be_enabled(unit: Path) -> None:
-    assert _values(unit, "WantedBy") == ["multi-user.target"]
+    assert _values(unit, "WantedBy") == ["default.target" if unit in USERS else "multi-user.target"]
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
@@ -49,7 +61,7 @@ def test_a_gpu_is_not_closed(unit: Path) -> None:
     assert _values(unit, "ProtectClock") == [] or _values(unit, "DeviceAllow") != []
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", SYSTEMS, ids=lambda unit: unit.stem)
 def test_caches_are_where_the_unit_may_write(unit: Path) -> None:
     (state,) = _values(unit, "StateDirectory")
     folders = re.findall(r"(\w+)=(\S+)", " ".join(line for line in _values(unit, "Environment") if "%S" in line))
@@ -60,7 +72,9 @@ def test_caches_are_where_the_unit_may_write(unit: Path) -> None:
 
 def test_the_readme_makes_the_user_and_the_state_folder_before_the_keys() -> None:
     text = (UNITS[0].parents[1] / "README.md").read_text()
-    (user,), (state,) = ({*_values(UNITS[0], name), *_values(UNITS[1], name)} for name in ("User", "StateDirectory"))
+    (user,), (state,) = (
+        {*_values(SYSTEMS[0], name), *_values(SYSTEMS[1], name)} for name in ("User", "StateDirectory")
+    )
     made = [
         text.index(f"useradd --system --user-group --home-dir /var/lib/{state} --shell /usr/sbin/nologin {user}\n"),
         text.index(f"install -d -o {user} -g {user} -m 0700 /var/lib/{state}\n"),
@@ -74,7 +88,25 @@ def test_the_readme_makes_the_user_and_the_state_folder_before_the_keys() -> Non
 
 
 def test_a_drain_has_time_to_end() -> None:
-    (cloud, _) = UNITS
+    (cloud, _) = SYSTEMS
     (grace,) = re.findall(r"--grace (\d+)", _values(cloud, "ExecStart")[0])
     (timeout,) = _values(cloud, "TimeoutStopSec")
     assert int(timeout) > int(grace)
+
+
+@pytest.mark.parametrize("unit", USERS, ids=lambda unit: unit.stem)
+def test_a_users_unit_has_nothing_that_needs_the_systems_manager(unit: Path) -> None:
+    text = unit.read_text()
+    assert (
+        re.findall(r"^(User|Group|ProtectSystem|ProtectHome|PrivateTmp|CapabilityBoundingSet)=", text, re.MULTILINE)
+        == []
+    )
+    assert _values(unit, "NoNewPrivileges") == ["yes"]
+    assert _values(unit, "UMask") == ["0077"]
+
+
+def test_a_daemon_is_not_started_again_where_that_cures_nothing() -> None:
+    (unit,) = USERS
+    (codes,) = _values(unit, "RestartPreventExitStatus")
+    lasting = (ConfigError, KeyFileError, OwnershipError, HomeInUseError, StateError)
+    assert {int(code) for code in codes.split()} == {2, *(error.exit_code for error in lasting)}
