@@ -1,0 +1,50 @@
+"""The page at `/` with its files, which need no token, and what the page shows of the traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from isthmus.daemon.page.crossed import crossed
+from isthmus.daemon.page.static_files import HEADERS, INDEX, StaticFile, is_unchanged, read_static_files
+from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.context import Asker, Context, Here
+
+
+def router() -> APIRouter:
+    """The routes of the page."""
+    files = read_static_files()
+    routes = APIRouter()
+
+    @routes.get("/")
+    async def page(request: Request) -> Response:
+        return _answer(files[INDEX], request)
+
+    @routes.get("/static/{name}")
+    async def static(name: str, request: Request) -> Response:
+        if name not in files:
+            raise ApiError(404, f"the page has no file {name!r}", code="not_found")
+        return _answer(files[name], request)
+
+    routes.get("/isthmus/v1/traffic")(traffic)
+    return routes
+
+
+def traffic(here: Here, owner: Asker) -> dict[str, Any]:
+    """What has crossed to each cloud, today (UTC) and in all, and which parts live where."""
+    with here.database.reading() as session:
+        return crossed(session, owner.id, clouds=_clouds(here), leasing=here.settings.training_layers == "all")
+
+
+def _clouds(here: Context) -> dict[str, bool | None]:
+    """The clouds of daemon.toml, and whether each could be reached when it was asked last."""
+    noted = {cloud["name"]: bool(cloud["reachable"]) for cloud in here.noted.answers.get("clouds", ())}
+    return {name: noted.get(name) for name in here.settings.clouds}
+
+
+def _answer(file: StaticFile, request: Request) -> Response:
+    headers = {**HEADERS, "etag": file.etag}
+    if is_unchanged(file, request.headers.get("if-none-match")):
+        return Response(status_code=304, headers=headers)
+    return Response(file.content, media_type=file.media_type, headers=headers)

@@ -1,0 +1,133 @@
+// Sign in, and show the page that the address names: #jobs, #new, #job/ID, #chat, #chat/MODEL, #crossed.
+
+import { ask, connection, token } from "./api.js";
+import { showChat } from "./chat.js";
+import { showCrossed } from "./crossed.js";
+import { h, poll, say, setText } from "./dom.js";
+import { bytes } from "./formats.js";
+import { showJob } from "./job.js";
+import { showJobs } from "./jobs.js";
+import { showNew } from "./new_job.js";
+
+const PAGES = {
+  jobs: { title: "Jobs", tab: "jobs", show: showJobs },
+  new: { title: "New job", tab: "jobs", show: showNew },
+  job: { title: "Job", tab: "jobs", show: showJob },
+  chat: { title: "Chat", tab: "chat", show: showChat },
+  crossed: { title: "What left this machine", tab: "crossed", show: showCrossed },
+};
+
+const top = document.getElementById("top");
+const main = document.getElementById("main");
+const banner = document.getElementById("banner");
+let leaving = new AbortController();
+let meter = null;
+
+/** Take a token out of the address, so that it stays in no history and is in nobody's sight. */
+function takeToken() {
+  const found = /^#token=(.+)$/.exec(location.hash);
+  if (found === null) return;
+  token.set(decodeURIComponent(found[1]));
+  history.replaceState(null, "", `${location.pathname}#jobs`);
+}
+
+function route(moved) {
+  leaving.abort();
+  leaving = new AbortController();
+  if (token.get() === null) return signIn();
+  const [name, ...rest] = location.hash.slice(1).split("/");
+  const page = PAGES[name] ?? PAGES.jobs;
+  top.hidden = false;
+  document.title = `${page.title} · Isthmus`;
+  for (const link of top.querySelectorAll("[data-page]")) {
+    if (link.dataset.page === page.tab) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  main.replaceChildren();
+  page.show(main, decodeURIComponent(rest.join("/")), leaving.signal);
+  if (moved) {
+    scrollTo(0, 0);
+    main.focus({ preventScroll: true });
+  }
+  watchMeter();
+}
+
+/** The counters in the header, on every page. */
+function watchMeter() {
+  if (meter !== null) return;
+  meter = new AbortController();
+  poll(async () => {
+    try {
+      const { today } = await ask("/isthmus/v1/traffic", { signal: meter.signal });
+      setText(document.getElementById("meter"), `↑ ${bytes(today.bytes_up)}  ↓ ${bytes(today.bytes_down)}`);
+    } catch {
+      // The banner says what is wrong.
+    }
+  }, 4, meter.signal);
+}
+
+function signOut() {
+  token.drop();
+  meter?.abort();
+  meter = null;
+  top.hidden = true;
+  route(false);
+}
+
+function signIn(problem) {
+  document.title = "Sign in · Isthmus";
+  const error = h("p", { class: "error", id: "token-error" }, problem ?? "");
+  const field = h("input", {
+    id: "token", name: "token", type: "password", required: true, autocomplete: "off", spellcheck: "false",
+    "aria-describedby": "token-hint token-error", "aria-invalid": problem ? "true" : null,
+  });
+  const submit = async (event) => {
+    event.preventDefault();
+    token.set(field.value.trim());
+    try {
+      await ask("/isthmus/v1/status");
+      route(true);
+    } catch (failed) {
+      token.drop();
+      signIn(failed.status === 401 ? "The daemon does not know this token." : failed.message);
+    }
+  };
+  main.replaceChildren(
+    h("section", { class: "sign-in" },
+      h("h1", {}, "Sign in"),
+      h("p", { class: "lead" }, "Your text stays on this machine, and so does this page: it talks to nothing but the daemon that sent it."),
+      h("form", { onsubmit: submit, class: "stack" },
+        h("div", { class: "field" },
+          h("label", { for: "token" }, "Token"),
+          field,
+          h("p", { class: "hint", id: "token-hint" }, "The daemon prints where it is when it starts: a file named ", h("code", {}, "token"), " in its folder. It is kept in this tab only."),
+          error),
+        h("div", {}, h("button", { class: "primary" }, "Sign in")))));
+  field.focus();
+  if (problem) say(problem);
+}
+
+connection.addEventListener("away", () => {
+  setText(banner, "The daemon does not answer. This page goes on as soon as it does. Start it with: isthmus edge daemon start");
+  banner.hidden = false;
+});
+connection.addEventListener("back", () => {
+  banner.hidden = true;
+});
+connection.addEventListener("refused", () => {
+  if (top.hidden) return;
+  signOut();
+  signIn("The daemon does not accept this token any more.");
+});
+document.getElementById("sign-out").addEventListener("click", signOut);
+document.getElementById("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
+addEventListener("hashchange", () => {
+  takeToken();
+  route(true);
+});
+
+takeToken();
+route(false);

@@ -1,0 +1,151 @@
+// One job: its curve, what it costs, what happened, and what it has saved.
+
+import { ApiError, ask, list } from "./api.js";
+import { confirm, h, keyed, poll, say, setText } from "./dom.js";
+import { makeCurve } from "./curve.js";
+import { bytes, count, duration, figure, moment } from "./formats.js";
+import { isLive, kindOf, nameOf, pill, progress, stat, stateOf, stepsOf, timeOf, tookOf, updatePill, updateProgress } from "./job_parts.js";
+
+const ACTIONS = {
+  pause: { name: "Pause", when: (job) => isLive(job) && job.wanted === "run" },
+  resume: { name: "Resume", when: (job) => job.status === "paused" || (job.status === "running" && job.wanted === "pause") },
+  retry: { name: "Retry", when: (job) => ["failed", "cancelled"].includes(job.status) },
+  cancel: { name: "Cancel", when: (job) => ["queued", "running", "paused"].includes(job.status) && job.wanted !== "cancel" },
+};
+
+export function showJob(main, id, signal) {
+  const path = `/isthmus/v1/jobs/${encodeURIComponent(id)}`;
+  const name = h("h1", {}, id);
+  const facts = h("p", { class: "lead" });
+  const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
+  const bar = progress();
+  const time = h("span", { class: "job-time" });
+  const buttons = h("div", { class: "actions" });
+  const stats = Object.fromEntries(
+    [["steps", "Step"], ["loss", "Training loss"], ["validation", "Validation loss"], ["speed", "Tokens a second"],
+      ["up", "Sent to the cloud"], ["down", "Came back"], ["left", "Time left"]].map(([key, title]) => [key, stat(title)]));
+  const curve = makeCurve(signal);
+  const saved = h("ul", { class: "saved" });
+  const events = h("ol", { class: "events", tabindex: 0, "aria-label": "Events, the newest first" });
+  const noneSaved = h("p", { class: "hint" }, "Checkpoints appear here while the job runs, and can be talked to at once.");
+  const state = { job: null, badge: null, steps: [] };
+
+  main.append(
+    h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
+    h("div", { class: "heading" }, name, buttons),
+    facts, problem,
+    h("div", { class: "bar" }, bar, time),
+    h("dl", { class: "stats" }, Object.values(stats).map(([element]) => element)),
+    h("section", { class: "card", "aria-label": "Loss curve" }, h("h2", {}, "Loss"), curve.element),
+    h("div", { class: "halves" },
+      h("section", { class: "card" }, h("h2", {}, "Checkpoints"), noneSaved, saved),
+      h("section", { class: "card" }, h("h2", {}, "Events"), events)));
+
+  async function act(action) {
+    if (action === "cancel" && !(await confirm("Cancel this job?", "It stops after its current step. Its checkpoints stay, and it can be retried from the newest one.", "Cancel the job"))) return;
+    for (const button of buttons.children) button.disabled = true;
+    try {
+      state.job = await ask(`${path}/${action}`, { method: "POST" });
+      say(`The job is ${stateOf(state.job)}.`);
+      problem.hidden = true;
+      await update();
+    } catch (error) {
+      fail(error);
+    } finally {
+      for (const button of buttons.children) button.disabled = false;
+    }
+  }
+
+  function fail(error) {
+    if (signal.aborted) return;
+    setText(problem, error.message);
+    problem.hidden = false;
+  }
+
+  function showHead(job) {
+    if (state.badge === null) {
+      state.badge = pill(job);
+      facts.append(state.badge, h("span", { class: "facts" }));
+    }
+    updatePill(state.badge, job);
+    updateProgress(bar, job);
+    setText(name, nameOf(job));
+    document.title = `${nameOf(job)} · Isthmus`;
+    setText(facts.querySelector(".facts"), `${kindOf(job)} · ${job.model} · begun ${moment(job.created_at)} · ${job.id}`);
+    setText(time, timeOf(job));
+    const possible = Object.keys(ACTIONS).filter((action) => ACTIONS[action].when(job));
+    keyed(buttons, possible, (action) => action,
+      (action) => h("button", { type: "button", class: "plain", onclick: () => act(action) }, ACTIONS[action].name), () => {});
+    if (job.error) fail(new ApiError(0, { message: `${job.error.message} (exit code ${job.error.code})` }));
+    else if (stateOf(job) === job.status) problem.hidden = true;
+  }
+
+  function showFigures(job, validation) {
+    const last = state.steps.at(-1);
+    stats.steps[1](stepsOf(job));
+    stats.loss[1](last ? figure(last.loss) : "–");
+    stats.validation[1](validation.length ? figure(validation.at(-1).loss) : "–");
+    stats.speed[1](job.tokens_per_s ? count(Math.round(job.tokens_per_s)) : "–");
+    stats.up[1](job.bytes_up === null || job.bytes_up === undefined ? "–" : bytes(job.bytes_up));
+    stats.down[1](job.bytes_down === null || job.bytes_down === undefined ? "–" : bytes(job.bytes_down));
+    const left = job.status === "running" && job.total && job.speed ? duration((job.total - job.step) * job.speed) : null;
+    stats.left[1](left ?? (job.finished_at && tookOf(job) !== null ? "done" : "–"));
+    curve.draw({ train: state.steps, validation, total: job.total });
+  }
+
+  function showSaved(rows) {
+    noneSaved.hidden = rows.length > 0;
+    keyed(saved, rows, (row) => row.name,
+      (row) => h("li", {},
+        h("div", { class: "saved-name" },
+          h("strong", {}, row.step ? `Step ${count(row.step)}` : "Final result"),
+          h("code", { class: "long" }, row.name)),
+        h("span", { class: "saved-loss" }),
+        h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.name)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
+      (node, row) => {
+        const loss = row.metrics.valid_loss ?? row.metrics.full_valid_loss ?? row.metrics.train_loss;
+        setText(node.querySelector(".saved-loss"), loss === undefined || loss === null ? "" : `loss ${figure(loss)}`);
+      });
+  }
+
+  function showEvents(rows) {
+    keyed(events, rows, (row) => row.id,
+      (row) => h("li", { class: `event event-${row.level}` },
+        h("time", { datetime: new Date(row.created_at * 1000).toISOString() }, moment(row.created_at)),
+        h("span", {}, row.level === "info" ? "" : h("strong", {}, `${row.level}: `), row.message)),
+      () => {});
+  }
+
+  async function update() {
+    const before = state.job;
+    const job = (state.job = await ask(path, { signal }));
+    if (before && before.status !== job.status) say(`${nameOf(job)} is ${job.status}.`);
+    const after = state.steps.at(-1)?.step ?? 0;
+    const [fresh, savedRows, eventRows] = await Promise.all([
+      ask(`${path}/steps?after=${after}`, { signal }),
+      list(`${path}/checkpoints`, { most: 50, signal }),
+      list(`${path}/events`, { most: 50, signal }),
+    ]);
+    state.steps.push(...fresh.data);
+    showHead(job);
+    showFigures(job, validationOf(state.steps, savedRows));
+    showSaved(savedRows);
+    showEvents(eventRows);
+  }
+
+  poll(() => update().catch(fail), 1, signal);
+}
+
+/** Points of the validation loss: those of the log's lines, and those of checkpoints. */
+function validationOf(steps, saved) {
+  const found = new Map();
+  for (const { step, metrics } of saved) {
+    const loss = metrics.valid_loss ?? metrics.full_valid_loss;
+    if (step && loss !== undefined && loss !== null) found.set(step, loss);
+  }
+  for (const line of steps) {
+    const loss = line.valid_loss;
+    if (loss !== undefined && loss !== null) found.set(line.step, loss);
+  }
+  return [...found].sort(([a], [b]) => a - b).map(([step, loss]) => ({ step, loss }));
+}
