@@ -110,6 +110,8 @@ def succeed(session: Session, job: Job, home: Home, result: StoredFile) -> None:
 
 
 def _count_traffic(session: Session, job: Job, report: Mapping[str, Any]) -> None:
+    job.bytes_up += report["bytes_up"]
+    job.bytes_down += report["bytes_down"]
     base = session.get(BaseModel, job.model)
     if base is None:
         return  # nothing crosses

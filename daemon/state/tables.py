@@ -72,6 +72,7 @@ class Job(Table):
         results: Ids of `StoredFile`s.
         attempts: How often a process has begun it.
         suffix: What stands in the names of its models; may be empty.
+        bytes_up, bytes_down: What has crossed for it, over all its attempts: bytes of sealed frames.
         heard: Bytes of its worker's reports (`jobs/<id>/reports.jsonl`) that the other columns, and the tables of
             events, models and traffic, hold already.
     """
@@ -98,6 +99,8 @@ class Job(Table):
     results: Mapped[list[Any]] = mapped_column(JSON, default=list)
     attempts: Mapped[int] = mapped_column(default=0)
     suffix: Mapped[str] = mapped_column(default="")
+    bytes_up: Mapped[int] = mapped_column(default=0)
+    bytes_down: Mapped[int] = mapped_column(default=0)
     heard: Mapped[int] = mapped_column(default=0)
 
 
