@@ -46,8 +46,11 @@ def crossed(
 
 
 def adapters_of(session: Session, owner: str, *, leasing: bool) -> str:
-    """Where adapters of an owner have been: "here", as far as is known; "seen", in the cloud's layers, so that the cloud
-    can work out what they do; "leased", there in the clear.
+    """Where an owner's adapters have been.
+
+    Returns:
+        "here"; "seen", if some act inside the cloud's layers, so that the cloud can work out what they do; "leased", if
+        it has the weights of some.
     """
     began = select(Job.id).where(Job.owner == owner, Job.started_at.is_not(None)).limit(1)
     leased = or_(

@@ -157,8 +157,8 @@ class BaseModel(Table):
     Attributes:
         name: How clients name it: the cloud's name for the model.
         cloud: The cloud's name in daemon.toml.
-        facts: `digest`, `plan` ("2:2"), `n_layers` (of the whole model), `longest` (tokens), `hidden_size`, `span_dtype`,
-            `chat_template` (whether it has one).
+        facts: `digest`, `plan` ("2:2"), `n_layers` (of the whole model), `longest` (tokens), `hidden_size`,
+            `span_dtype`, `chat_template` (whether it has one).
     """
 
     __tablename__ = "base_models"

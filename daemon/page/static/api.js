@@ -72,16 +72,19 @@ async function request(path, { method = "GET", body, signal } = {}) {
 /** The JSON that the daemon answers. */
 export const ask = async (path, options) => (await request(path, options)).json();
 
-/** The rows of a list, over all its pages, up to `most`. */
-export async function list(path, { most = 100, signal } = {}) {
+/** The rows of a list, which its pages call `name`, up to `most` of them, and up to the one whose id is `until`. */
+export async function list(path, name, { most = 100, until = null, signal } = {}) {
   const rows = [];
   for (;;) {
     const url = new URL(path, location.origin);
     url.searchParams.set("limit", String(Math.min(100, most - rows.length)));
     if (rows.length > 0) url.searchParams.set("after", rows.at(-1).id);
     const page = await ask(url.pathname + url.search, { signal });
-    rows.push(...page.data);
-    if (!page.has_more || page.data.length === 0 || rows.length >= most) return rows;
+    const found = page[name];
+    const known = found.findIndex((row) => row.id === until);
+    if (known >= 0) return [...rows, ...found.slice(0, known)];
+    rows.push(...found);
+    if (!page.has_more || found.length === 0 || rows.length >= most) return rows;
   }
 }
 

@@ -1,10 +1,13 @@
 // One job: its curve, what it costs, what happened, and what it has saved.
 
-import { ApiError, ask, list } from "./api.js";
+import { ask, list } from "./api.js";
 import { confirm, h, keyed, poll, say, setText } from "./dom.js";
 import { makeCurve } from "./curve.js";
 import { bytes, count, duration, figure, moment } from "./formats.js";
-import { isLive, kindOf, nameOf, pill, progress, stat, stateOf, stepsOf, timeOf, tookOf, updatePill, updateProgress } from "./job_parts.js";
+import { isLive, kindOf, nameOf, pill, progress, stat, stateOf, stepsOf, timeOf, updatePill, updateProgress } from "./job_parts.js";
+
+const MOST_EVENTS = 3000;
+const MOST_SHOWN = 200;
 
 const ACTIONS = {
   pause: { name: "Pause", when: (job) => isLive(job) && job.wanted === "run" },
@@ -28,7 +31,7 @@ export function showJob(main, id, signal) {
   const saved = h("ul", { class: "saved" });
   const events = h("ol", { class: "events", tabindex: 0, "aria-label": "Events, the newest first" });
   const noneSaved = h("p", { class: "hint" }, "Checkpoints appear here while the job runs, and can be talked to at once.");
-  const state = { job: null, badge: null, steps: [] };
+  const state = { job: null, badge: null, steps: [], events: [] };
 
   main.append(
     h("p", { class: "back" }, h("a", { href: "#jobs" }, "‹ All jobs")),
@@ -76,7 +79,7 @@ export function showJob(main, id, signal) {
     const possible = Object.keys(ACTIONS).filter((action) => ACTIONS[action].when(job));
     keyed(buttons, possible, (action) => action,
       (action) => h("button", { type: "button", class: "plain", onclick: () => act(action) }, ACTIONS[action].name), () => {});
-    if (job.error) fail(new ApiError(0, { message: `${job.error.message} (exit code ${job.error.code})` }));
+    if (job.error) fail(new Error(`${job.error.message} (exit code ${job.error.code})`));
     else if (stateOf(job) === job.status) problem.hidden = true;
   }
 
@@ -85,23 +88,23 @@ export function showJob(main, id, signal) {
     stats.steps[1](stepsOf(job));
     stats.loss[1](last ? figure(last.loss) : "–");
     stats.validation[1](validation.length ? figure(validation.at(-1).loss) : "–");
-    stats.speed[1](job.tokens_per_s ? count(Math.round(job.tokens_per_s)) : "–");
-    stats.up[1](job.bytes_up === null || job.bytes_up === undefined ? "–" : bytes(job.bytes_up));
-    stats.down[1](job.bytes_down === null || job.bytes_down === undefined ? "–" : bytes(job.bytes_down));
-    const left = job.status === "running" && job.total && job.speed ? duration((job.total - job.step) * job.speed) : null;
-    stats.left[1](left ?? (job.finished_at && tookOf(job) !== null ? "done" : "–"));
+    const speed = tokensPerSecond(job, state.steps);
+    stats.speed[1](speed === null ? "–" : count(Math.round(speed)));
+    stats.up[1](bytes(job.bytes_up));
+    stats.down[1](bytes(job.bytes_down));
+    stats.left[1](job.seconds_left === null ? "–" : duration(job.seconds_left));
     curve.draw({ train: state.steps, validation, total: job.total });
   }
 
   function showSaved(rows) {
     noneSaved.hidden = rows.length > 0;
-    keyed(saved, rows, (row) => row.name,
+    keyed(saved, rows, (row) => row.model,
       (row) => h("li", {},
         h("div", { class: "saved-name" },
           h("strong", {}, row.step ? `Step ${count(row.step)}` : "Final result"),
-          h("code", { class: "long" }, row.name)),
+          h("code", { class: "long" }, row.model)),
         h("span", { class: "saved-loss" }),
-        h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.name)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
+        h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.model)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
       (node, row) => {
         const loss = row.metrics.valid_loss ?? row.metrics.full_valid_loss ?? row.metrics.train_loss;
         setText(node.querySelector(".saved-loss"), loss === undefined || loss === null ? "" : `loss ${figure(loss)}`);
@@ -111,7 +114,7 @@ export function showJob(main, id, signal) {
   function showEvents(rows) {
     keyed(events, rows, (row) => row.id,
       (row) => h("li", { class: `event event-${row.level}` },
-        h("time", { datetime: new Date(row.created_at * 1000).toISOString() }, moment(row.created_at)),
+        h("time", { datetime: new Date(row.at * 1000).toISOString() }, moment(row.at)),
         h("span", {}, row.level === "info" ? "" : h("strong", {}, `${row.level}: `), row.message)),
       () => {});
   }
@@ -121,31 +124,33 @@ export function showJob(main, id, signal) {
     const job = (state.job = await ask(path, { signal }));
     if (before && before.status !== job.status) say(`${nameOf(job)} is ${job.status}.`);
     const after = state.steps.at(-1)?.step ?? 0;
-    const [fresh, savedRows, eventRows] = await Promise.all([
-      ask(`${path}/steps?after=${after}`, { signal }),
-      list(`${path}/checkpoints`, { most: 50, signal }),
-      list(`${path}/events`, { most: 50, signal }),
+    const [fresh, savedRows, newEvents] = await Promise.all([
+      ask(`${path}/steps?after=${after}&limit=10000`, { signal }),
+      list(`${path}/checkpoints`, "checkpoints", { most: 50, signal }),
+      list(`${path}/events`, "events", { until: state.events[0]?.id, most: MOST_EVENTS, signal }),
     ]);
-    state.steps.push(...fresh.data);
+    state.steps.push(...fresh.steps);
+    state.events.unshift(...newEvents);
     showHead(job);
-    showFigures(job, validationOf(state.steps, savedRows));
-    showSaved(savedRows);
-    showEvents(eventRows);
+    showFigures(job, validationOf(state.events));
+    showSaved(job.tuned_model ? [{ model: job.tuned_model, step: null, metrics: {} }, ...savedRows] : savedRows);
+    showEvents(state.events.filter((row) => row.kind === "message" || isEvaluation(row)).slice(0, MOST_SHOWN));
   }
 
   poll(() => update().catch(fail), 1, signal);
 }
 
-/** Points of the validation loss: those of the log's lines, and those of checkpoints. */
-function validationOf(steps, saved) {
-  const found = new Map();
-  for (const { step, metrics } of saved) {
-    const loss = metrics.valid_loss ?? metrics.full_valid_loss;
-    if (step && loss !== undefined && loss !== null) found.set(step, loss);
-  }
-  for (const line of steps) {
-    const loss = line.valid_loss;
-    if (loss !== undefined && loss !== null) found.set(line.step, loss);
-  }
+/** Tokens a second: those of the last steps over the seconds that a step takes; null where that is not known. */
+function tokensPerSecond(job, steps) {
+  const last = steps.slice(-20).filter((line) => line.tokens !== undefined);
+  if (!job.seconds_per_step || last.length === 0) return null;
+  return last.reduce((sum, line) => sum + line.tokens, 0) / last.length / job.seconds_per_step;
+}
+
+const isEvaluation = (event) => event.kind === "metrics" && typeof event.data.valid_loss === "number";
+
+/** Points of the validation loss, which events tell. */
+function validationOf(events) {
+  const found = new Map(events.filter(isEvaluation).map(({ data }) => [data.step, data.valid_loss]));
   return [...found].sort(([a], [b]) => a - b).map(([step, loss]) => ({ step, loss }));
 }

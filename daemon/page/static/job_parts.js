@@ -1,7 +1,7 @@
 // What the list of jobs and the page of one have in common.
 
 import { h, s, setText } from "./dom.js";
-import { bytes, count, duration } from "./formats.js";
+import { count, duration } from "./formats.js";
 
 // A mark beside each word: a state is not told by its colour alone.
 const MARKS = {
@@ -59,12 +59,6 @@ export function updateProgress(node, job) {
 /** "12 of 40", "12". */
 export const stepsOf = (job) => (job.total ? `${count(job.step)} of ${count(job.total)}` : count(job.step));
 
-/** Seconds that it still needs; null where that is not known. */
-export function leftOf(job) {
-  if (job.status !== "running" || !job.total || !job.speed) return null;
-  return (job.total - job.step) * job.speed;
-}
-
 /** Seconds that it took, or has been running for; null before it began. */
 export function tookOf(job, now = Date.now() / 1000) {
   return job.started_at ? (job.finished_at ?? now) - job.started_at : null;
@@ -72,8 +66,7 @@ export function tookOf(job, now = Date.now() / 1000) {
 
 /** What to say of its time: "3 min 10 s left", "took 2 min 0 s". */
 export function timeOf(job) {
-  const left = leftOf(job);
-  if (left !== null) return `${duration(left)} left`;
+  if (job.seconds_left !== null) return `${duration(job.seconds_left)} left`;
   if (job.finished_at && job.started_at) return `took ${duration(tookOf(job))}`;
   return "";
 }
@@ -90,5 +83,3 @@ export function stat(name) {
   const value = h("dd", {}, "–");
   return [h("div", { class: "stat" }, h("dt", {}, name), value), (text) => setText(value, text)];
 }
-
-export const crossedOf = (value) => (value === null || value === undefined ? "–" : bytes(value));

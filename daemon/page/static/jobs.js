@@ -36,7 +36,7 @@ export function showJobs(main, _argument, signal) {
   poll(async () => {
     let jobs;
     try {
-      jobs = await list("/isthmus/v1/jobs", { most: 200, signal });
+      jobs = await list("/isthmus/v1/jobs", "jobs", { most: 200, signal });
     } catch (error) {
       if (!signal.aborted) setText(none, rows.children.length ? "" : error.message);
       return;

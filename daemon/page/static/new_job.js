@@ -115,7 +115,8 @@ export function showNew(main, _argument, signal) {
 
   /** Put an error beside the field that it names; where there is none, above the button. */
   function complain(error) {
-    const name = (error.param ?? "").split(".").at(-1);
+    // The daemon names the field apart, or its sentence begins with it.
+    const name = (error.param ?? /^'?([a-z_]+)\b/.exec(error.message)?.[1] ?? "").split(".").at(-1);
     const alias = { steps: "length", epochs: "length", n_epochs: "length", file: "upload", training_file: kept.value ? "kept" : "upload", validation_file: "validation", validation: "validation", data: "upload" }[name] ?? name;
     const one = fields[alias];
     if (one === undefined) {
@@ -169,9 +170,9 @@ export function showNew(main, _argument, signal) {
         const value = fields[name].input.value;
         if (value !== "") spec[name] = value.replaceAll("\\n", "\n");
       }
-      const body = { kind: "train", model: model.value, training_file: await fileId(chosen, kept.value), spec };
-      if (heldOut.files[0]) body.validation_file = await fileId(heldOut, "");
-      if (fields.suffix.input.value.trim()) body.suffix = fields.suffix.input.value.trim();
+      spec.data = await fileId(chosen, kept.value);
+      if (heldOut.files[0]) spec.validation = await fileId(heldOut, "");
+      const body = { kind: "train", model: model.value, suffix: fields.suffix.input.value.trim(), spec };
       const job = await ask("/isthmus/v1/jobs", { method: "POST", body });
       say("The job has been put into the queue.");
       location.hash = `#job/${encodeURIComponent(job.id)}`;
@@ -185,7 +186,7 @@ export function showNew(main, _argument, signal) {
   }
 
   async function fillIn() {
-    const [models, files] = await Promise.all([ask("/v1/models", { signal }), list("/v1/files", { signal })]);
+    const [models, files] = await Promise.all([ask("/v1/models", { signal }), list("/v1/files", "data", { signal })]);
     model.replaceChildren(...models.data.filter((one) => !one.id.startsWith("ft:")).map((one) => h("option", { value: one.id }, one.id)));
     if (!model.value) mark(fields.model, "No model is known: is the cloud reachable, and is it in daemon.toml?");
     const usable = files.filter((file) => file.purpose === "fine-tune");

@@ -71,9 +71,7 @@ class FakeDaemon:
             owner = session.query(Owner).one()
             if sites is not None:
                 spec = {"sites": sites, "leased": sites}
-                job = Job(
-                    id="j", owner=owner.id, kind="train", status="running", model=BASE, spec=spec, created_at=1.0
-                )
+                job = Job(id="j", owner=owner.id, kind="train", status="running", model=BASE, spec=spec, created_at=1.0)
                 job.started_at = 2.0
                 session.add(job)
         self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True}]}
@@ -96,18 +94,18 @@ class FakeDaemon:
             **{"id": f"ftjob-{number:024d}", "kind": body["kind"], "status": "queued", "wanted": "run", "priority": 0},
             **{"model": body["model"], "suffix": body.get("suffix", ""), "spec": body.get("spec", {}), "labels": {}},
             **{"created_at": time.time(), "started_at": None, "finished_at": None, "step": 0, "total": None},
-            **{"speed": None, "error": None, "results": [], "attempts": 0},
-            **{"tokens_per_s": None, "bytes_up": 0, "bytes_down": 0},
+            **{"seconds_per_step": None, "seconds_left": None, "error": None, "results": [], "attempts": 0},
+            **{"tuned_model": None, "bytes_up": 0, "bytes_down": 0},
         }
         name = job["id"]
         self.jobs[name], self.steps[name], self.events[name], self.saved[name] = job, [], [], []
         self.tell(name, "Created fine-tuning job")
         return job
 
-    def tell(self, name: str, message: str, level: str = "info") -> None:
-        """Add an event."""
-        event = {"id": f"ftevent-{next(self._numbers)}", "created_at": time.time(), "level": level}
-        self.events[name].insert(0, {**event, "kind": "message", "message": message, "data": {}})
+    def tell(self, name: str, message: str, level: str = "info", **data: float) -> None:
+        """Add an event, of figures where there are some."""
+        event = {"id": f"ftevent-{next(self._numbers)}", "at": time.time(), "level": level, "message": message}
+        self.events[name].insert(0, {**event, "kind": "metrics" if data else "message", "data": data})
 
     def advance(self, name: str, steps: int) -> None:
         """Let a job do so many steps more; every tenth saves a checkpoint."""
@@ -119,21 +117,26 @@ class FakeDaemon:
             step = job["step"]
             loss = 0.6 + 3.1 * 0.93**step + 0.12 * ((step * 7919) % 13 - 6) / 13
             self.steps[name].append({"step": step, "loss": loss, "tokens": 512, "grad_norm": 1.0})
+            self.tell(name, f"Step {step}/{TOTAL}: training loss={loss:.4f}", step=step, train_loss=loss)
             if step % 10 == 0:
-                metrics = {"step": step, "train_loss": loss, "valid_loss": 0.7 + 3 * 0.93**step}
-                row = {"id": f"ftckpt-{name[-4:]}-{step}", "name": f"ft:{BASE}::{job['suffix']}:{name[-12:]}"}
-                row["name"] += f":ckpt-step-{step}"
-                self.saved[name].insert(0, {**row, "step": step, "metrics": metrics, "created_at": time.time()})
-                self.tell(name, f"Step {step}/{TOTAL}: training loss={loss:.2f}")
-        job |= {"speed": 0.5, "tokens_per_s": 1024.4}
+                held_out = 0.7 + 3 * 0.93**step
+                self.tell(name, f"Step {step}/{TOTAL}: validation loss={held_out:.4f}", step=step, valid_loss=held_out)
+                model = f"ft:{BASE}::{job['suffix']}:{name[-12:]}:ckpt-step-{step}"
+                metrics = {"step": step, "train_loss": loss, "valid_loss": held_out}
+                row = {"id": f"ftckpt-{name[-4:]}-{step}", "model": model, "step": step, "metrics": metrics}
+                self.saved[name].insert(0, {**row, "at": time.time()})
+                self.tell(name, f"Checkpoint created at step {step}")
+        job |= {"seconds_per_step": 0.5, "seconds_left": (TOTAL - job["step"]) * 0.5}
         job |= {"bytes_up": 9_217 * 512 * job["step"] // 2, "bytes_down": 9_217 * 512 * job["step"] // 2}
         if job["step"] >= TOTAL:
-            job |= {"status": "succeeded", "finished_at": time.time()}
+            tuned = f"ft:{BASE}::{job['suffix']}:{name[-12:]}"
+            job |= {"status": "succeeded", "finished_at": time.time(), "tuned_model": tuned, "seconds_left": None}
             self.tell(name, "The job has successfully completed")
 
     def fail(self, name: str, message: str) -> None:
         """Let a job fail."""
-        self.jobs[name] |= {"status": "failed", "finished_at": time.time(), "error": {"code": 40, "message": message}}
+        error = {"code": 40, "message": message}
+        self.jobs[name] |= {"status": "failed", "finished_at": time.time(), "seconds_left": None, "error": error}
         self.tell(name, message, "error")
 
     def routers(self) -> list[APIRouter]:
@@ -150,13 +153,12 @@ class FakeDaemon:
 
         @routes.get("")
         def listed() -> dict[str, Any]:
-            return _page(list(reversed(self.jobs.values())))
+            return _page(list(reversed(self.jobs.values())), "jobs")
 
         @routes.post("")
         def create(body: dict[str, Any]) -> dict[str, Any]:
             if (body["spec"].get("learning_rate") or 0) > 1:
-                reason = "learning_rate = 5 is more than 1: give a smaller one"
-                raise ApiError(400, reason, param="learning_rate")
+                raise ApiError(400, "learning_rate = 5 is more than 1: give a smaller one")
             return self.add_job(body)
 
         @routes.get("/{name}")
@@ -166,22 +168,25 @@ class FakeDaemon:
         @routes.get("/{name}/steps")
         def steps(name: str, after: int = 0) -> dict[str, Any]:
             self._job(name)
-            return _page([line for line in self.steps[name] if line["step"] > after])
+            return _page([line for line in self.steps[name] if line["step"] > after], "steps")
 
         @routes.get("/{name}/events")
-        def events(name: str) -> dict[str, Any]:
+        def events(name: str, limit: int, after: str | None = None) -> dict[str, Any]:
             self._job(name)
-            return _page(self.events[name])
+            rows = self.events[name]
+            first = 0 if after is None else 1 + [row["id"] for row in rows].index(after)
+            return _page(rows[first : first + limit], "events") | {"has_more": first + limit < len(rows)}
 
         @routes.get("/{name}/checkpoints")
         def checkpoints(name: str) -> dict[str, Any]:
             self._job(name)
-            return _page(self.saved[name])
+            return _page(self.saved[name], "checkpoints")
 
         @routes.post("/{name}/{action}")
         def act(name: str, action: str) -> dict[str, Any]:
             job = self._job(name)
             ended = {"status": "cancelled", "finished_at": time.time()}
+            self.jobs[name]["seconds_left"] = None
             job |= {"pause": {"status": "paused"}, "resume": {"status": "queued"}, "retry": {"status": "queued"}}.get(
                 action, ended
             )
@@ -195,7 +200,7 @@ class FakeDaemon:
 
         @routes.get("/models")
         def models() -> dict[str, Any]:
-            names = [*self.bases, *(row["name"] for rows in self.saved.values() for row in rows)]
+            names = [*self.bases, *(row["model"] for rows in self.saved.values() for row in rows)]
             return _page([{"id": name, "object": "model", "created": 1, "owned_by": "isthmus"} for name in names])
 
         @routes.get("/files")
@@ -255,5 +260,5 @@ class FakeDaemon:
             self.context.database.close()
 
 
-def _page(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"object": "list", "data": rows, "has_more": False}
+def _page(rows: list[dict[str, Any]], name: str = "data") -> dict[str, Any]:
+    return {name: rows, "has_more": False}

@@ -1,0 +1,216 @@
+"""The page's files and headers, and what it is told of the traffic."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from support.daemon.page_fakes import FakeDaemon
+
+from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
+from isthmus.daemon.state.tables import Job, Owner, TinkerModel, TinkerSession
+from isthmus.daemon.web.application import application
+
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeDaemon]:
+    made = FakeDaemon(tmp_path / "home")
+    yield made
+    made.context.database.close()
+
+
+@pytest.fixture
+def client(fake: FakeDaemon) -> TestClient:
+    return TestClient(application(fake.context, fake.routers()), base_url="http://127.0.0.1")
+
+
+def _authorized(fake: FakeDaemon) -> dict[str, str]:
+    return {"authorization": f"Bearer {fake.token}"}
+
+
+def test_the_page_and_its_files_need_no_token_and_have_the_policy(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for name in re.findall(r'(?:href|src)="(static/[^"]+)"', page.text):
+        answer = client.get(f"/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["content-security-policy"] == POLICY
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_file_that_a_client_has_is_not_sent_again(client: TestClient) -> None:
+    first = client.get("/static/style.css")
+    again = client.get("/static/style.css", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["content-security-policy"] == POLICY
+    assert client.get("/static/style.css", headers={"if-none-match": '"another"'}).status_code == 200
+
+
+def test_a_tag_is_found_among_others_and_where_it_is_weak() -> None:
+    file = read_static_files()["style.css"]
+    assert is_unchanged(file, f'"x", W/{file.etag}')
+    assert is_unchanged(file, "*")
+    assert not is_unchanged(file, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["../page_routes.py", "%2e%2e/page_routes.py", "..%2fpage_routes.py", "%2e%2e%2f__init__.py", "nothing.js"]
+)
+def test_no_path_leads_out_of_the_folder(client: TestClient, fake: FakeDaemon, name: str) -> None:
+    answer = client.get(f"/static/{name}", headers=_authorized(fake))
+    assert answer.status_code == 404
+    assert "import" not in answer.text
+
+
+def test_the_traffic_needs_a_token(client: TestClient, fake: FakeDaemon) -> None:
+    assert client.get("/isthmus/v1/traffic").status_code == 401
+    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).status_code == 200
+
+
+def test_the_traffic_says_what_crossed_and_which_parts_live_where(client: TestClient, fake: FakeDaemon) -> None:
+    empty = client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()
+    assert empty["clouds"] == [
+        {"name": "main", "reachable": None, "model": None, "plan": None}
+        | dict.fromkeys(("bytes_up", "bytes_down", "calls", "retries"), 0)
+    ]
+    fake.know_cloud()
+    fake.cross(100, 200, 3)
+    found = client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()
+    (cloud,) = found["clouds"]
+    assert cloud["plan"] == {"n_layers": 30, "first": 2, "last": 2}
+    assert (cloud["model"], cloud["reachable"]) == ("smollm2-135m", True)
+    assert found["today"] == found["total"] == {key: cloud[key] for key in found["today"]}
+    assert found["today"]["bytes_up"] == 12_345_778
+    assert found["adapters"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("spec", "adapters"),
+    [
+        ({"sites": "none", "leased": "none"}, "here"),
+        ({"learning_rate": 1e-3}, "here"),
+        ({"sites": "all"}, "seen"),
+        ({"sites": [4, 5], "leased": "none"}, "seen"),
+        ({"sites": "all", "leased": "all"}, "leased"),
+        ({"sites": "all", "leased": [4]}, "leased"),
+        ({"sites": "all", "lend_dead": True}, "leased"),
+        ({"plugged": True}, "leased"),
+    ],
+)
+def test_adapters_are_told_where_a_job_has_had_them(
+    client: TestClient, fake: FakeDaemon, spec: dict[str, object], adapters: str
+) -> None:
+    job = Job(id="j", kind="train", status="queued", model="m", spec=spec, created_at=1.0)
+    with fake.context.database.session() as session:
+        job.owner = session.query(Owner).one().id
+        session.add(job)
+    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == "here"  # it waits
+    with fake.context.database.session() as session:
+        session.get_one(Job, "j").started_at = 2.0
+    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == adapters
+
+
+def test_adapters_of_another_owner_are_not_told(client: TestClient, fake: FakeDaemon) -> None:
+    with fake.context.database.session() as session:
+        session.add(Owner(id="o", name="other", token_sha256="0" * 64, created_at=1.0))
+        session.flush()
+        spec = {"sites": "all"}
+        job = Job(id="j", owner="o", kind="train", status="running", model="m", spec=spec, created_at=1.0)
+        job.started_at = 2.0
+        session.add(job)
+    assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == "here"
+
+
+def test_models_of_tinkers_api_count_where_their_adapters_are_leased(tmp_path: Path) -> None:
+    for layers, adapters in (("edge", "here"), ("all", "leased")):
+        fake = FakeDaemon(tmp_path / layers, training_layers=layers)
+        with fake.context.database.session() as session:
+            owner = session.query(Owner).one().id
+            session.add(TinkerSession(id="s", owner=owner, created_at=1.0, seen_at=1.0))
+            session.flush()
+            session.add(
+                TinkerModel(
+                    id="s:train:0", owner=owner, session="s", base="m", settings={}, created_at=1.0, seen_at=1.0
+                )
+            )
+        client = TestClient(application(fake.context, fake.routers()), base_url="http://127.0.0.1")
+        assert client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()["adapters"] == adapters
+        fake.context.database.close()
+
+
+def _addresses(text: str) -> set[str]:
+    return set(re.findall(r"(?:https?:)?//[\w.-]+", re.sub(r"(?m)^\s*//.*$", "", text)))
+
+
+def test_the_files_name_no_other_origin_and_put_no_html_together() -> None:
+    known = {"http://www.w3.org"}  # the namespace of SVG: a name, which nobody fetches
+    for name, text in TEXTS.items():
+        assert _addresses(text) <= known, name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            name
+        )
+        assert not re.search(r'\son[a-z]+="|\sstyle="|<script>|<style>', text), name
+
+
+def test_an_address_elsewhere_is_noticed() -> None:
+    assert _addresses('import "https://cdn.example/x.js"; // said\n// see https://nowhere') == {"https://cdn.example"}
+
+
+# Contrast by WCAG 2.2: relative luminance, and the ratio of success criteria 1.4.3 (text) and 1.4.11 (controls).
+
+TEXT = 4.5
+CONTROL = 3.0
+PAIRS = [
+    *itertools.product(["text", "muted", "accent"], ["ground", "surface"], [TEXT]),
+    *itertools.product(["text", "muted"], ["sunk"], [TEXT]),
+    *itertools.product(["text", "accent", "muted"], ["accent-soft"], [TEXT]),
+    ("text", "second-soft", TEXT),
+    ("muted", "second-soft", TEXT),
+    ("on-accent", "accent", TEXT),
+    ("surface", "bad", TEXT),
+    *itertools.product(["bad"], ["surface", "ground", "bad-soft"], [TEXT]),
+    ("second", "surface", TEXT),
+    *itertools.product(["control"], ["surface", "ground"], [CONTROL]),
+    *itertools.product(["accent", "second"], ["surface", "ground"], [CONTROL]),
+]
+
+
+def _colours(css: str) -> dict[str, dict[str, str]]:
+    """The variables of each theme."""
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
+    found = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme)) for theme in (light, dark)]
+    return {"light": found[0], "dark": found[1]}
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_have_enough_contrast(theme: str) -> None:
+    colours = _colours(TEXTS["style.css"])[theme]
+    faint = {
+        (front, back): round(ratio, 2)
+        for front, back, least in PAIRS
+        if (ratio := _contrast(colours[front], colours[back])) < least
+    }
+    assert faint == {}
+
+
+def test_contrast_is_that_of_the_guidelines() -> None:
+    assert _contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert _contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)  # the well-known grey that fails
