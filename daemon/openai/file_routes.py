@@ -52,7 +52,7 @@ Nothing = Annotated[Fields, Depends(query(Fields))]
 
 
 @routes.post("")
-async def upload(request: Request, here: Here, asker: Asker) -> Any:
+async def upload(request: Request, here: Here, asker: Asker, _: Nothing) -> Any:
     """Take a file, which is on the disk when this is answered."""
     file_id = f"file-{secrets.token_hex(12)}"
     most = here.settings.upload_mib * 2**20

@@ -111,19 +111,19 @@ def retrieve_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
 
 
 @routes.post("/{job_id}/cancel")
-def cancel_job(here: Here, asker: Asker, job_id: str) -> Any:
+def cancel_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
     """End a job; what it has trained stays as its newest checkpoint."""
     return _change(here, asker.id, job_id, here.jobs.cancel)
 
 
 @routes.post("/{job_id}/pause")
-def pause_job(here: Here, asker: Asker, job_id: str) -> Any:
+def pause_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
     """Stop a job until it is resumed."""
     return _change(here, asker.id, job_id, here.jobs.pause)
 
 
 @routes.post("/{job_id}/resume")
-def resume_job(here: Here, asker: Asker, job_id: str) -> Any:
+def resume_job(here: Here, asker: Asker, job_id: str, _: Nothing) -> Any:
     """Go on with a paused job, once it is its turn."""
     return _change(here, asker.id, job_id, here.jobs.resume)
 

