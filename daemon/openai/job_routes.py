@@ -57,7 +57,7 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
     facts: Mapping[str, Any] = {} if base is None else base.facts
     known = _read(here, training, "training_file", facts)
     spec: dict[str, Any] = {
-        "data": str(here.home.file(training.id)),
+        "data": training.id,
         "format": "jsonl",
         "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
         "max_length": min(int(facts.get("longest") or LONGEST_EXAMPLE), LONGEST_EXAMPLE),
@@ -67,9 +67,9 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
         spec["validation_split"] = 0
     else:
         _read(here, validation, "validation_file", facts)
-        spec["validation"] = str(here.home.file(validation.id))
+        spec["validation"] = validation.id
     if target.adapter is not None:
-        spec["start_from"] = target.adapter
+        spec["start_from"] = body.model
     new = NewJob(
         "train",
         target.base,
