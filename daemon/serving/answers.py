@@ -2,94 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
+
+from sqlalchemy import delete
+from sqlalchemy.dialects.sqlite import insert
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
+from isthmus.daemon.serving.answer_forms import (
+    MAX_NEW_TOKENS,
+    Piece,
+    Prompt,
+    Sampling,
+    Target,
+    TokenChance,
+    prompt_problem,
+    prompt_tree,
+)
+from isthmus.daemon.serving.fair_turns import FairTurns
 from isthmus.daemon.state.database import Database
+from isthmus.daemon.state.tables import BaseModel, Traffic
+from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
+from isthmus.daemon.workers.frames import Frame
 
+__all__ = ["AT_ONCE", "Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "TokenChance"]
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What answers.
+AT_ONCE = 2
+"""Answers that are computed at a time, each over a link of its own. A cloud's default quota is four sessions for an
+edge, and jobs need theirs."""
 
-    Attributes:
-        base: Name of the base model (`isthmus.daemon.state.tables.BaseModel`).
-        adapter: Its adapter's folder, absolute; None for the base model itself.
-    """
-
-    base: str
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        n: Answers to the one prompt. Their seeds are `seed`, `seed` + 1, and so on.
-        max_tokens: New ones at most; None for what the model's window leaves.
-        temperature: 0 for the likeliest token each time.
-        seed: None for another one each time.
-        stop: Texts that end an answer and are not part of it.
-        stop_tokens: Sequences of tokens that end an answer; they are part of its tokens.
-        logprobs: Whether the natural logarithm of each new token's probability is wanted, at temperature 1 and before
-            top_p and top_k.
-        top_logprobs: So many of the likeliest tokens beside it.
-        prompt_logprobs: Whether those of the prompt's tokens are wanted, from the second on.
-    """
-
-    n: int = 1
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[Sequence[int]] = ()
-    logprobs: bool = False
-    top_logprobs: int = 0
-    prompt_logprobs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TokenChance:
-    """A token, its text and bytes (`raw`; not always whole characters), its log probability, and the likeliest beside."""
-
-    token: int
-    text: str
-    raw: bytes
-    logprob: float
-    top: Sequence[tuple[int, str, bytes, float]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an answer.
-
-    Attributes:
-        index: Which of the `n` answers.
-        text: What is new; empty where a character is not whole yet, or a stop text may have begun.
-        tokens: The new tokens behind `text`.
-        chances: One for each of `tokens`, where log probabilities are wanted.
-        finish: "stop" or "length" with an answer's last piece.
-        prompt_tokens: With the first piece, how many the prompt has.
-        prompt_chances: With the first piece, where they are wanted; None for the first token.
-    """
-
-    index: int
-    text: str
-    tokens: Sequence[int]
-    chances: Sequence[TokenChance] = ()
-    finish: str | None = None
-    prompt_tokens: int | None = None
-    prompt_chances: Sequence[TokenChance | None] = ()
-
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""A text, tokens, or messages (`role`, `content`) for the model's chat template."""
+_CONFIG, _UNKNOWN_MODEL = 10, 20
+_PIECES_HELD = 64
 
 
 class BusyError(Exception):
@@ -104,30 +52,181 @@ class Answers:
     """
 
     def __init__(self, settings: DaemonSettings, home: Home, database: Database) -> None:
-        raise NotImplementedError
+        self._settings, self._database = settings, database
+        greeting = {"settings": settings.model_dump(mode="json"), "at_once": AT_ONCE}
+        arguments = ["-m", "isthmus.daemon.serving.serving_worker"]
+        self._worker = WorkerProcess(arguments, home.path / "serving.log", Frame(greeting))
+        self._turns = FairTurns(AT_ONCE)
+        self._requests = 0
+        self._notes: set[asyncio.Task[None]] = set()
 
-    def generate(self, target: Target, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(
+        self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
+    ) -> AsyncGenerator[Piece, None]:
         """The pieces of the answers as they come; to close the iterator ends them.
+
+        The same seed gives the same text whatever else is answered at the time, up to rounding: which calls a cloud
+        computes together changes the last bits of its products (`isthmus edge generate --exact` says more).
+
+        Args:
+            owner: Who asks; owners take turns where several wait.
 
         Raises:
             BusyError: Too many wait.
             WorkerError: Whatever else is wrong, with its exit code (docs/exit-codes.md): 10 for a prompt that is empty
                 or too long, 40 where the cloud is away.
         """
-        raise NotImplementedError
+        if self._requests >= AT_ONCE + self._settings.answers_waiting:
+            raise BusyError(f"{self._requests} requests are being answered or wait: try again in a while")
+        if problem := sampling.problem() or prompt_problem(prompt):
+            raise WorkerError(problem, _CONFIG)
+        self._requests += 1
+        try:
+            base = await self._base(target.base)
+            longest = int(base.facts["longest"])
+            most = sampling.n * min(sampling.max_tokens or longest, longest)
+            if most > MAX_NEW_TOKENS:
+                raise WorkerError(
+                    f"n = {sampling.n} answers may have {most} tokens: lower n or max_tokens, {MAX_NEW_TOKENS} are the "
+                    "most for one request",
+                    _CONFIG,
+                )
+            values = {
+                "cloud": base.cloud,
+                "base": base.name,
+                "adapter": target.adapter,
+                "prompt": prompt_tree(prompt),
+            }
+            async with aclosing(self._merged(values, sampling, owner)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._requests -= 1
+            self._note_traffic_soon()
 
     async def tokenizer_files(self, base: str) -> Mapping[str, bytes]:
-        """The files of a base model's tokenizer, by name, with its chat template."""
-        raise NotImplementedError
+        """The files of a base model's tokenizer, by name, with its chat template. Raises what `generate` raises."""
+        row = await self._base(base)
+        values, blob = await self._worker.ask("tokenizer_files", cloud=row.cloud, base=row.name)
+        return {name: blob[start:end] for name, start, end in values["files"]}
 
     async def look(self) -> None:
-        """Ask every cloud of the settings what it serves, and note it (`BaseModel`). One that is away is left out."""
-        raise NotImplementedError
+        """Ask every cloud of the settings what it serves, and note it (`BaseModel`). One that is away is left out.
+
+        It also opens the link to a cloud that has come back. Of two clouds that serve a model of the same name, the
+        first in the settings counts.
+        """
+        values, _ = await self._worker.ask("look")
+        await asyncio.to_thread(self._note_models, values["clouds"])
+        self._note_traffic_soon()
 
     async def state(self) -> Mapping[str, Any]:
-        """For status and the page: `pid`, `rss_bytes`, `hot` adapters, `clouds` (name, reachable, model, bytes up, down)."""
-        raise NotImplementedError
+        """For status and the page, of the process as it is; it is not started for that.
+
+        Returns:
+            `pid`, None where it does not run; `rss_bytes`; `hot`, folders of adapters in memory; `clouds`, each with
+            `name`, `reachable` (None before it was asked), `model`, `error`, and `bytes_up` and `bytes_down` since the
+            process has started.
+        """
+        if self._worker.pid is None:
+            nothing = {"reachable": None, "model": None, "error": None, "bytes_up": 0, "bytes_down": 0}
+            clouds = [{"name": name, **nothing} for name in self._settings.clouds]
+            return {"pid": None, "rss_bytes": 0, "hot": [], "clouds": clouds}
+        values, _ = await self._worker.ask("state")
+        return values
 
     async def stop(self) -> None:
         """End the process."""
-        raise NotImplementedError
+        if self._worker.pid is not None:
+            self._note_traffic_soon()
+        await asyncio.gather(*self._notes, return_exceptions=True)
+        await self._worker.stop()
+
+    async def _merged(self, values: Mapping[str, Any], sampling: Sampling, owner: str) -> AsyncGenerator[Piece, None]:
+        """The pieces of all answers, each of which waits for its own turn."""
+        pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(_PIECES_HELD)
+
+        async def answer(index: int) -> None:
+            try:
+                async with self._turns.turn(owner), aclosing(self._one(values, sampling, index)) as found:
+                    async for piece in found:
+                        await pieces.put(piece)
+            except Exception as error:  # noqa: BLE001  # whoever reads the pieces gets it
+                await pieces.put(error)
+            await pieces.put(None)
+
+        tasks = [asyncio.create_task(answer(index)) for index in range(sampling.n)]
+        try:
+            left = len(tasks)
+            while left:
+                piece = await pieces.get()
+                if isinstance(piece, Piece):
+                    yield piece
+                elif piece is None:
+                    left -= 1
+                else:
+                    raise piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, values: Mapping[str, Any], sampling: Sampling, index: int) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer."""
+        seed = None if sampling.seed is None else (sampling.seed + index) % 2**63
+        own = replace(sampling, n=1, seed=seed, prompt_logprobs=sampling.prompt_logprobs and not index)
+        async with aclosing(self._worker.stream("generate", **values, sampling=own.to_tree())) as trees:
+            async for tree, _ in trees:
+                yield Piece.of_tree(index, tree)
+
+    async def _base(self, name: str) -> BaseModel:
+        """The row of a base model; the clouds are asked where there is none."""
+        row = await asyncio.to_thread(self._row, name)
+        if row is None:
+            await self.look()
+            row = await asyncio.to_thread(self._row, name)
+        if row is None or row.cloud not in self._settings.clouds:
+            raise WorkerError(f"no cloud of daemon.toml serves {name!r}: choose a model of the list", _UNKNOWN_MODEL)
+        return row
+
+    def _row(self, name: str) -> BaseModel | None:
+        with self._database.session() as session:
+            return session.get(BaseModel, name)
+
+    def _note_models(self, clouds: list[dict[str, Any]]) -> None:
+        """Note what clouds serve, and forget what they do not serve any more."""
+        now = time.time()
+        with self._database.session() as session:
+            session.execute(delete(BaseModel).where(BaseModel.cloud.not_in(list(self._settings.clouds))))
+            seen: set[str] = set()
+            for cloud in clouds:
+                name = cloud["model"]
+                session.execute(delete(BaseModel).where(BaseModel.cloud == cloud["name"], BaseModel.name != name))
+                if name not in seen:
+                    session.merge(BaseModel(name=name, cloud=cloud["name"], facts=cloud["facts"], seen_at=now))
+                    session.flush()
+                    seen.add(name)
+
+    def _note_traffic_soon(self) -> None:
+        if self._worker.pid is not None and len(self._notes) < 2:  # one that runs, and one that counts what comes then
+            task = asyncio.create_task(self._note_traffic())
+            self._notes.add(task)
+            task.add_done_callback(self._traffic_noted)
+
+    def _traffic_noted(self, task: asyncio.Task[None]) -> None:
+        self._notes.discard(task)
+        if not task.cancelled():
+            task.exception()  # a process that has died took its counts along
+
+    async def _note_traffic(self) -> None:
+        values, _ = await self._worker.ask("traffic")
+        if values["clouds"]:
+            await asyncio.to_thread(self._add_traffic, values["clouds"])
+
+    def _add_traffic(self, clouds: Mapping[str, Mapping[str, int]]) -> None:
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        with self._database.session() as session:
+            for cloud, counts in clouds.items():
+                added = insert(Traffic).values(cloud=cloud, day=day, **counts)
+                sums = {name: getattr(Traffic, name) + count for name, count in counts.items()}
+                session.execute(added.on_conflict_do_update(index_elements=["cloud", "day"], set_=sums))

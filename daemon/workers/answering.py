@@ -13,16 +13,23 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from isthmus.common.errors import IsthmusError
-from isthmus.daemon.workers.frames import Frame, read_frame
+from isthmus.daemon.workers.frames import DamagedFrameError, Frame, read_frame
 
 CANCEL = "cancel"
 INTERNAL = 1
 """The code of a failure that is a defect of the worker."""
+
+Answer = tuple[dict[str, Any], bytes]
+"""A tree of plain values, and bytes that go with it."""
+
+
+def _nobody(values: dict[str, Any], blob: bytes = b"") -> None:
+    """Where a question has nobody who asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,66 +38,114 @@ class Question:
 
     Attributes:
         cancelled: Set once nobody waits for the answer any more.
+        send: Sends an answer at once, for handlers that cannot yield it where they have it.
     """
 
     method: str
     values: dict[str, Any]
     blob: bytes = field(default=b"", repr=False)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    send: Callable[[dict[str, Any], bytes], None] = _nobody
 
-
-Answer = tuple[dict[str, Any], bytes]
-"""A tree of plain values, and bytes that go with it."""
 
 Handler = Callable[[Question], Iterator[Answer]]
 
 
-def answer_questions(handlers: dict[str, Handler]) -> None:
-    """Answer questions one after the other until standard input ends, and end the process then.
+def answer_questions(handlers: Mapping[str, Handler], at_once: Mapping[str, int] | None = None) -> None:
+    """Answer questions until standard input ends, and end the process then.
 
     What is printed meanwhile goes to standard error. An error of a handler is its question's answer: an `IsthmusError`
     with its code and its message, another one as a defect.
 
     Args:
         handlers: By the names of methods.
+        at_once: How many questions of a method are answered at a time, each in a thread of its own, and beside those
+            of other methods. Methods that are not in it are answered one after the other, in this thread.
     """
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    waiting: queue.SimpleQueue[tuple[int, Question]] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(sys.stdin.buffer, waiting), daemon=True).start()
-    while True:
-        number, question = waiting.get()
-        end: dict[str, Any] | None = None
+    answering = _Answering(handlers, pipe)
+    for method, number in (at_once or {}).items():
+        waiting = answering.queues[method] = queue.SimpleQueue()
+        for _ in range(number):
+            threading.Thread(target=answering.work, args=(waiting,), daemon=True).start()
+    threading.Thread(target=answering.read, args=(sys.stdin.buffer,), daemon=True).start()
+    answering.work(answering.others)
+
+
+_Waiting = queue.SimpleQueue[tuple[int, Question]]
+
+
+class _Answering:
+    """The questions of a worker.
+
+    Args:
+        handlers: By the names of methods.
+        pipe: Where answers go.
+
+    Attributes:
+        queues: Questions of the methods that have threads of their own.
+        others: All other questions.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler], pipe: IO[bytes]) -> None:
+        self._handlers, self._pipe = handlers, pipe
+        self._writing = threading.Lock()
+        self._open: dict[int, Question] = {}
+        self.queues: dict[str, _Waiting] = {}
+        self.others: _Waiting = queue.SimpleQueue()
+
+    def read(self, pipe: IO[bytes]) -> None:
+        """Put questions into the queues, and mark those that were taken back; at the pipe's end, end the process."""
         try:
-            if not question.cancelled.is_set():
-                for values, blob in handlers[question.method](question):
-                    _write(pipe, Frame({"id": number, "values": values}, blob))
-        except IsthmusError as error:
-            end = {"code": error.exit_code, "message": str(error)}
-        except Exception as error:  # noqa: BLE001  # the question's answer says so, and the daemon goes on
-            sys.excepthook(type(error), error, error.__traceback__)
-            end = {"code": INTERNAL, "message": f"internal error: {type(error).__name__}: {error}"}
-        _write(pipe, Frame({"id": number, "end": end}))
+            while (frame := read_frame(pipe)) is not None:
+                self._take(frame)
+        except DamagedFrameError as error:
+            print(f"the daemon sent what is no question: {error}", file=sys.stderr, flush=True)
+            os._exit(INTERNAL)
+        os._exit(0)  # the daemon has gone; a call to the cloud that is under way is given up
 
+    def work(self, waiting: _Waiting) -> None:
+        """Answer the questions of a queue, for ever."""
+        while True:
+            number, question = waiting.get()
+            end = self._answer(number, question)
+            self._open.pop(number, None)
+            self._write(Frame({"id": number, "end": end}))
 
-def _write(pipe: IO[bytes], frame: Frame) -> None:
-    try:
-        pipe.write(frame.to_bytes())
-        pipe.flush()
-    except BrokenPipeError:
-        os._exit(0)  # the daemon has gone
-
-
-def _read(pipe: IO[bytes], waiting: queue.SimpleQueue[tuple[int, Question]]) -> None:
-    """Put questions into the queue, and mark those that were taken back."""
-    known: dict[int, Question] = {}
-    while (frame := read_frame(pipe)) is not None:
+    def _take(self, frame: Frame) -> None:
         number, method = frame.values["id"], frame.values["method"]
         if method == CANCEL:
-            if number in known:
-                known.pop(number).cancelled.set()
-            continue
-        question = Question(method, frame.values["values"], frame.blob)
-        known[number] = question
-        waiting.put((number, question))
-    os._exit(0)  # the daemon has gone; a call to the cloud that is under way is given up
+            if (known := self._open.get(number)) is not None:
+                known.cancelled.set()
+            return
+
+        def send(values: dict[str, Any], blob: bytes = b"") -> None:
+            self._write(Frame({"id": number, "values": values}, blob))
+
+        question = self._open[number] = Question(method, frame.values["values"], frame.blob, send=send)
+        self.queues.get(method, self.others).put((number, question))
+
+    def _answer(self, number: int, question: Question) -> dict[str, Any] | None:
+        """Answer a question; what its end says."""
+        if question.cancelled.is_set():
+            return None
+        try:
+            if (handler := self._handlers.get(question.method)) is None:
+                return {"code": INTERNAL, "message": f"internal error: there is no method {question.method!r}"}
+            for values, blob in handler(question):
+                question.send(values, blob)
+        except IsthmusError as error:
+            return {"code": error.exit_code, "message": str(error)}
+        except Exception as error:  # noqa: BLE001  # the question's answer says so, and the daemon goes on
+            sys.excepthook(type(error), error, error.__traceback__)
+            return {"code": INTERNAL, "message": f"internal error: {type(error).__name__}: {error}"}
+        return None
+
+    def _write(self, frame: Frame) -> None:
+        try:
+            with self._writing:
+                self._pipe.write(frame.to_bytes())
+                self._pipe.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the daemon has gone

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 from isthmus.common.errors import IsthmusError, WorkerDiedError
 from isthmus.daemon.workers.answering import CANCEL, Answer
-from isthmus.daemon.workers.frames import HEADER_BYTES, Frame, frame_of, lengths
+from isthmus.daemon.workers.frames import HEADER_BYTES, DamagedFrameError, Frame, frame_of, lengths
+
+MOST_UNREAD = 4 << 20
+"""Bytes of a question's answers that are held for whoever asked. A single answer may be larger."""
 
 
 class WorkerError(IsthmusError):
@@ -30,18 +34,22 @@ class WorkerError(IsthmusError):
 class WorkerProcess:
     """A process that answers questions (`isthmus.daemon.workers.answering`). All its methods are for one event loop.
 
+    Whoever reads the answers to a question so slowly that more than `MOST_UNREAD` bytes of them wait gets those, and
+    then an error.
+
     Args:
         arguments: Of Python: "-m", a module, and what it takes.
         log: Where its standard error goes.
+        greeting: A frame that each new process is sent before any question; None for none.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        self._arguments, self._log = list(arguments), log
+    def __init__(self, arguments: Sequence[str], log: Path, greeting: Frame | None = None) -> None:
+        self._arguments, self._log, self._greeting = list(arguments), log, greeting
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._numbers = itertools.count(1)
-        self._answers: dict[int, asyncio.Queue[Answer | IsthmusError | None]] = {}
+        self._answers: dict[int, _Answers] = {}
 
     @property
     def pid(self) -> int | None:
@@ -55,25 +63,30 @@ class WorkerProcess:
             WorkerError: It could not be answered.
             WorkerDiedError: The process has ended meanwhile.
         """
-        found: list[Answer] = [answer async for answer in self.stream(method, blob, **values)]
-        return found[-1] if found else ({}, b"")
+        last: Answer = {}, b""
+        async with aclosing(self.stream(method, blob, **values)) as answers:
+            async for answer in answers:
+                last = answer
+        return last
 
-    async def stream(self, method: str, blob: bytes = b"", **values: Any) -> AsyncIterator[Answer]:
+    async def stream(self, method: str, blob: bytes = b"", **values: Any) -> AsyncGenerator[Answer, None]:
         """The answers to a question, as they come; to close the iterator takes it back. Raises what `ask` does."""
         process = await self._started()
         number = next(self._numbers)
-        answers = self._answers[number] = asyncio.Queue()
+        answers = self._answers[number] = _Answers()
         ended = False
         try:
+            if self._reader is None or self._reader.done():  # it ended while it was greeted
+                raise self._died()
             await self._send(process, Frame({"id": number, "method": method, "values": values}, blob))
             while True:
-                answer = await answers.get()
-                if answer is None or isinstance(answer, IsthmusError):
-                    ended = True
-                    if answer is not None:
-                        raise answer
+                frame = await answers.next()
+                if frame is None or isinstance(frame, IsthmusError):
+                    ended = not answers.overflowed
+                    if frame is not None:
+                        raise frame
                     return
-                yield answer
+                yield frame.values["values"], frame.blob
         finally:
             self._answers.pop(number, None)
             if not ended:
@@ -83,7 +96,7 @@ class WorkerProcess:
     async def stop(self, patience: float = 10.0) -> None:
         """End the process: by the end of its pipe, and after `patience` seconds by a signal."""
         process = self._process
-        if process is None or process.returncode is not None:
+        if process is None:
             return
         assert process.stdin is not None  # noqa: S101  # it was started with one
         process.stdin.close()
@@ -92,12 +105,12 @@ class WorkerProcess:
         except TimeoutError:
             process.kill()
             await process.wait()
+        if self._reader is not None:
+            await self._reader
 
     async def _started(self) -> asyncio.subprocess.Process:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
-                if self._reader is not None:
-                    await self._reader
+            if self._process is None or self._reader is None or self._reader.done():
                 with self._log.open("ab") as log:
                     self._process = await asyncio.create_subprocess_exec(
                         sys.executable,
@@ -107,6 +120,8 @@ class WorkerProcess:
                         stderr=log,
                     )
                 self._reader = asyncio.create_task(self._read(self._process))
+                if self._greeting is not None:
+                    await self._send(self._process, self._greeting)
             return self._process
 
     async def _send(self, process: asyncio.subprocess.Process, frame: Frame) -> None:
@@ -115,25 +130,75 @@ class WorkerProcess:
             process.stdin.write(frame.to_bytes())
             await process.stdin.drain()
         except ConnectionError as error:
-            raise WorkerDiedError("the process that answers has ended: ask again") from error
+            raise self._died() from error
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Hand out what the process answers, until it ends."""
         pipe = process.stdout
         assert pipe is not None  # noqa: S101  # it was started with one
-        with suppress(asyncio.IncompleteReadError):
+        try:
             while True:
                 n_text, n_blob = lengths(await pipe.readexactly(HEADER_BYTES))
-                frame = frame_of(await pipe.readexactly(n_text), await pipe.readexactly(n_blob))
+                text, blob = await pipe.readexactly(n_text), await pipe.readexactly(n_blob)
+                frame = frame_of(text, blob)
                 answers = self._answers.get(frame.values["id"])
-                if answers is None:
-                    continue  # nobody waits for it any more
-                if "end" not in frame.values:
-                    answers.put_nowait((frame.values["values"], frame.blob))
-                elif (end := frame.values["end"]) is None:
-                    answers.put_nowait(None)
-                else:
-                    answers.put_nowait(WorkerError(end["message"], end["code"]))
-        await process.wait()
-        for answers in list(self._answers.values()):
-            answers.put_nowait(WorkerDiedError(f"the process that answers has ended (see {self._log}): ask again"))
+                if answers is not None:  # else nobody waits for it any more
+                    answers.put(frame, len(text) + len(blob))
+        except asyncio.IncompleteReadError:
+            pass  # it has ended, or is about to
+        except (DamagedFrameError, LookupError):
+            process.kill()  # nothing that it writes can be trusted to begin where a frame does
+        finally:
+            await process.wait()
+            for answers in self._answers.values():
+                answers.end(self._died())
+
+    def _died(self) -> WorkerDiedError:
+        return WorkerDiedError(f"the process that answers has ended (see {self._log}): ask again")
+
+
+class _Answers:
+    """The answers to one question that were not read yet.
+
+    Attributes:
+        overflowed: Whether some were dropped because nobody has read those before.
+    """
+
+    def __init__(self) -> None:
+        self.overflowed = False
+        self._frames: deque[tuple[Frame, int]] = deque()
+        self._bytes = 0
+        self._end: list[IsthmusError | None] = []
+        self._news = asyncio.Event()
+
+    def put(self, frame: Frame, size: int) -> None:
+        """Take what the worker has answered, `size` bytes."""
+        if self._end:
+            return
+        if "end" in frame.values:
+            end = frame.values["end"]
+            self.end(None if end is None else WorkerError(end["message"], end["code"]))
+        elif self._frames and self._bytes + size > MOST_UNREAD:
+            self.overflowed = True
+            self.end(WorkerError(f"the answer was read too slowly: {MOST_UNREAD >> 20} MiB of it wait; read it faster"))
+        else:
+            self._frames.append((frame, size))
+            self._bytes += size
+            self._news.set()
+
+    def end(self, error: IsthmusError | None) -> None:
+        """Nothing follows."""
+        if not self._end:
+            self._end.append(error)
+            self._news.set()
+
+    async def next(self) -> Frame | IsthmusError | None:
+        """The next answer; at the end an error, or None for a good end."""
+        while not self._frames:
+            if self._end:
+                return self._end[0]
+            self._news.clear()
+            await self._news.wait()
+        frame, size = self._frames.popleft()
+        self._bytes -= size
+        return frame

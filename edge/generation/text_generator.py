@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from isthmus.backbone.split.span import DTYPES
 from isthmus.common.errors import ConfigError
-from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import GenerateConfig, GenerationConfig
@@ -22,11 +21,28 @@ from isthmus.edge.drafts.emulator_draft import EmulatorDraft
 from isthmus.edge.drafts.ngram_draft import NgramDraft
 from isthmus.edge.drafts.tuned_draft import tuned_beside
 from isthmus.edge.generation.exact import exact_decoding
-from isthmus.edge.generation.text_writer import TextWriter
 from isthmus.protocol.secure.keys import Fingerprint
 
 Ids = Sequence[int]
 _SEEDS = 2**63
+
+
+class Stop(Protocol):
+    """Knows whether answers are to end."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether they are."""
+
+
+class Streamer(Protocol):
+    """transformers' streamer: gets the tokens of one text."""
+
+    def put(self, value: Tensor) -> None:
+        """The prompt's, `[1, S]`, and then the next ones, `[n]`."""
+
+    def end(self) -> None:
+        """There are no more."""
 
 
 class StopAsked(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
@@ -36,7 +52,7 @@ class StopAsked(StoppingCriteria):  # type: ignore[misc]  # transformers has no 
         request: Knows whether somebody has.
     """
 
-    def __init__(self, request: StopRequest) -> None:
+    def __init__(self, request: Stop) -> None:
         self._request = request
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
@@ -92,9 +108,10 @@ class TextGenerator:
         prompts: Sequence[Ids],
         *,
         max_new_tokens: int | None = None,
-        writer: TextWriter | None = None,
-        stop: StopRequest | None = None,
+        writer: Streamer | None = None,
+        stop: Stop | None = None,
         cache: Any = None,
+        options: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
         """Continue prompts; they are padded on the left.
 
@@ -104,6 +121,7 @@ class TextGenerator:
             writer: Gets the tokens of a single prompt as they come.
             stop: Ends the answers early.
             cache: transformers' `DynamicCache`, with what a single prompt begins with in it; None for a new one.
+            options: Of transformers' `generate`, in the place of those that the settings lead to.
 
         Returns:
             The new tokens of each, with the one that ends a text.
@@ -118,11 +136,13 @@ class TextGenerator:
         for row, prompt in enumerate(prompts):
             inputs[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        options: dict[str, Any] = {} if self.settings.cache else {"use_cache": False}
+        given: dict[str, Any] = self._sampling()
+        if not self.settings.cache:
+            given["use_cache"] = False
         if cache is not None:
-            options["cache"] = cache
+            given["cache"] = cache
         if stop is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([StopAsked(stop)])
+            given["stopping_criteria"] = StoppingCriteriaList([StopAsked(stop)])
         try:
             with torch.no_grad():
                 output = self.model.generate(
@@ -131,8 +151,7 @@ class TextGenerator:
                     max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
                     pad_token_id=pad,
                     streamer=writer,
-                    **self._sampling(),
-                    **options,
+                    **{**given, **(options or {})},
                 )
         except BaseException:
             if writer is not None:

@@ -1,0 +1,56 @@
+"""Whose answer is computed next: owners take turns, so that one who asks for much keeps nobody else waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class FairTurns:
+    """At most `at_once` turns at a time; of the owners who wait, each gets the next one in turn. For one event loop.
+
+    Args:
+        at_once: Turns at a time.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        """Wait for a turn, and have it while the block runs."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(owner)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, owner: str) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(owner, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._pass_on()  # it has come meanwhile
+            raise
+
+    def _pass_on(self) -> None:
+        """Give a turn that is over to the owner who has waited longest since its last one."""
+        while self._waiting:
+            owner, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            if turns:
+                self._waiting.move_to_end(owner)
+            else:
+                del self._waiting[owner]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1

@@ -1,0 +1,274 @@
+"""A cloud of the settings: links to it, and the edge's part of the model that it serves."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isthmus.backbone.checkpoints.chat_template import ChatTemplate
+from isthmus.common.errors import ConfigError, IsthmusError, OverQuotaError, UnknownModelError, UnreachableError
+from isthmus.daemon.serving.token_chances import TokenTexts
+from isthmus.edge.client.link import Link
+from isthmus.edge.cloud_link import open_link
+from isthmus.edge.config.client_config import ClientConfig
+from isthmus.protocol.session_info import SessionInfo
+
+AWAY_SECONDS = 30.0
+"""Seconds that a cloud may stay away in the middle of an answer; `give_up_after` may say less."""
+LOOK_SECONDS = 5.0
+"""Seconds that a cloud may take to say what it serves."""
+
+_COUNTS = ("bytes_up", "bytes_down", "calls", "retries")
+Counts = dict[str, int]
+
+
+class EdgeParts:
+    """The edge's part of a model, as all answers share it.
+
+    Args:
+        link: To the cloud that serves it.
+
+    Attributes:
+        info: What the cloud says of it.
+        tokenizer: The model's.
+        template: Its chat template, rendered by a process of its own.
+        texts: The bytes of its tokens.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.info: SessionInfo = link.info
+        self.tokenizer: Any = link.load_tokenizer()
+        self.texts = TokenTexts(self.tokenizer)
+        self.model: Any = link.load_model()
+        self._template = ChatTemplate(self.tokenizer)
+        self._rendering = threading.Lock()
+
+    @property
+    def key(self) -> str:
+        """Tells it from others."""
+        return f"{self.info.digest} {self.info.plan} {self.info.attn_implementation}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `isthmus.daemon.state.tables.BaseModel`."""
+        return {
+            "digest": self.info.digest,
+            "plan": self.info.plan,
+            "longest": self.model.isthmus_longest,
+            "hidden_size": self.info.hidden_size,
+            "span_dtype": self.info.span_dtype,
+            "chat_template": self._template.exists,
+        }
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Messages in the chat template, with the beginning of an answer.
+
+        Raises:
+            ConfigError: The model has no template.
+            ChatTemplateError: It takes too much for them.
+            DataError: It refuses them.
+        """
+        if not self._template.exists:
+            raise ConfigError(f"{self.info.model} has no chat template: give a prompt instead of messages")
+        with self._rendering:
+            return self._template.render(messages, add_generation_prompt=True)
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, by name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+    def close(self) -> None:
+        """End the process that renders."""
+        with self._rendering:
+            self._template.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of a cloud.
+
+    Attributes:
+        reachable: Whether it was there when it was asked last; None before.
+        error: Why it was not.
+    """
+
+    reachable: bool | None = None
+    error: str | None = None
+
+
+class ServedCloud:
+    """Links to one cloud. Its methods may be called by several threads.
+
+    Args:
+        name: The cloud's in the settings.
+        config: How to connect.
+        most: Links at a time.
+
+    Attributes:
+        seen: Whether it is there.
+        parts: The edge's part of what it serves; None before it was asked.
+    """
+
+    def __init__(self, name: str, config: ClientConfig, most: int) -> None:
+        self.name, self.seen = name, Seen()
+        self.parts: EdgeParts | None = None
+        self._config = config.model_copy(update={"give_up_after": min(config.give_up_after, AWAY_SECONDS)})
+        self._most = most
+        self._idle: list[Link] = []
+        self._used: dict[Link, Counts] = {}  # what each had carried when it was counted last
+        self._total: Counts = dict.fromkeys(_COUNTS, 0)
+        self._unsaid: Counts = dict.fromkeys(_COUNTS, 0)
+        self._change = threading.Condition()
+        self._loading = threading.Lock()
+
+    @contextmanager
+    def link(self, check: Callable[[], None]) -> Iterator[Link]:
+        """A link that nobody else uses meanwhile.
+
+        Args:
+            check: Called a few times a second while something is waited for; what it raises ends the wait.
+
+        Raises:
+            IsthmusError: None can be opened, of whatever kind fits.
+        """
+        link = self._take(check)
+        link.watch(check)
+        good = False
+        try:
+            yield link
+            good = True
+        except ConfigError:
+            good = True  # of the request
+            raise
+        except UnreachableError as error:
+            self.seen = Seen(False, str(error))
+            raise
+        finally:
+            link.watch(lambda: None)
+            self._give_back(link, good=good)
+
+    def load(self, link: Link) -> EdgeParts:
+        """The edge's part of the model at the other end of a link."""
+        with self._loading:
+            info = link.info
+            known = self.parts
+            if known is None or (known.info.digest, known.info.plan) != (info.digest, info.plan):
+                if known is not None:
+                    known.close()
+                self.parts = known = EdgeParts(link)
+            known.info = info
+            return known
+
+    def parts_of(self, link: Link, base: str) -> EdgeParts:
+        """The same, of the model with this name.
+
+        Raises:
+            UnknownModelError: The cloud serves another one by now.
+        """
+        if link.info.model != base:
+            raise UnknownModelError(
+                f"the cloud {self.name} serves {link.info.model} now, and not {base}: choose a model of the list"
+            )
+        return self.load(link)
+
+    def look(self) -> bool:
+        """Ask anew what the cloud serves, over a new link, which takes the place of an idle one; whether it answers."""
+        config = self._config.model_copy(update={"connect_timeout": min(self._config.connect_timeout, LOOK_SECONDS)})
+        try:
+            link = open_link(config, interactive=True)
+        except OverQuotaError:  # its other links are in use, so it is there
+            self.seen = Seen(True)
+            return self.parts is not None
+        except IsthmusError as error:
+            self.seen = Seen(False, str(error))
+            return False
+        with self._change:
+            stale, self._idle = self._idle, []
+            self._used[link] = dict.fromkeys(_COUNTS, 0)
+        for each in stale:
+            self._close(each)
+        try:
+            self.load(link)
+        except BaseException:
+            self._give_back(link, good=False)
+            raise
+        self.seen = Seen(True)
+        self._give_back(link, good=True)
+        return True
+
+    @property
+    def totals(self) -> Counts:
+        """What the links have carried so far."""
+        with self._change:
+            for link in self._used:
+                self._count(link)
+            return dict(self._total)
+
+    def take_counts(self) -> Counts:
+        """What they have carried since this was asked last."""
+        with self._change:
+            for link in self._used:
+                self._count(link)
+            counts, self._unsaid = self._unsaid, dict.fromkeys(_COUNTS, 0)
+            return counts
+
+    def _take(self, check: Callable[[], None]) -> Link:
+        while True:
+            check()
+            with self._change:
+                if self._idle:
+                    return self._idle.pop()
+                may_open = len(self._used) < self._most
+                if not may_open:
+                    self._change.wait(0.25)
+                    continue
+            try:
+                link = open_link(self._config, interactive=True)
+            except OverQuotaError:
+                with self._change:
+                    if not self._used:
+                        raise
+                    self._change.wait(0.25)  # for one that others use
+                continue
+            except IsthmusError as error:
+                self.seen = Seen(False, str(error))
+                raise
+            self.seen = Seen(True)
+            with self._change:
+                self._used[link] = dict.fromkeys(_COUNTS, 0)
+            return link
+
+    def _give_back(self, link: Link, *, good: bool) -> None:
+        with self._change:
+            self._count(link)
+            keep = good and len(self._used) <= self._most
+            if keep:
+                self._idle.append(link)
+                self._change.notify()
+        if not keep:
+            self._close(link)
+
+    def _close(self, link: Link) -> None:
+        with suppress(IsthmusError):
+            link.close()
+        with self._change:
+            self._count(link)
+            del self._used[link]
+            self._change.notify()
+
+    def _count(self, link: Link) -> None:
+        before, now = self._used[link], link.totals()
+        for name in _COUNTS:
+            count = int(getattr(now, name))
+            self._total[name] += count - before[name]
+            self._unsaid[name] += count - before[name]
+            before[name] = count
