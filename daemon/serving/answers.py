@@ -190,7 +190,7 @@ class Answers:
         return row
 
     def _row(self, name: str) -> BaseModel | None:
-        with self._database.session() as session:
+        with self._database.reading() as session:
             return session.get(BaseModel, name)
 
     def _note_models(self, clouds: list[dict[str, Any]]) -> None:

@@ -60,6 +60,7 @@ class EdgeParts:
         return {
             "digest": self.info.digest,
             "plan": self.info.plan,
+            "n_layers": self.info.n_layers,
             "longest": self.model.isthmus_longest,
             "hidden_size": self.info.hidden_size,
             "span_dtype": self.info.span_dtype,

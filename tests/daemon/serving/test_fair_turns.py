@@ -1,0 +1,67 @@
+"""Turns: how many at a time, and whose is the next."""
+
+from __future__ import annotations
+
+import asyncio
+
+from isthmus.daemon.serving.fair_turns import FairTurns
+
+
+def test_owners_take_turns() -> None:
+    order: list[str] = []
+
+    async def work(turns: FairTurns, owner: str) -> None:
+        async with turns.turn(owner):
+            order.append(owner)
+            await asyncio.sleep(0)
+
+    async def run(owners: str) -> str:
+        order.clear()
+        turns = FairTurns(1)
+        await asyncio.gather(*(work(turns, owner) for owner in owners))
+        assert turns._free == 1
+        assert not turns._waiting
+        return "".join(order)
+
+    assert asyncio.run(run("aaaabbc")) == "aabcaba"
+    assert asyncio.run(run("aaaa")) == "aaaa"
+
+
+def test_so_many_have_a_turn_at_a_time() -> None:
+    async def run(at_once: int) -> int:
+        turns, most, now = FairTurns(at_once), 0, 0
+
+        async def work() -> None:
+            nonlocal most, now
+            async with turns.turn("a"):
+                now += 1
+                most = max(most, now)
+                await asyncio.sleep(0)
+                now -= 1
+
+        await asyncio.gather(*(work() for _ in range(7)))
+        return most
+
+    assert [asyncio.run(run(at_once)) for at_once in (1, 3)] == [1, 3]
+
+
+def test_one_who_stops_waiting_loses_no_turn_for_others() -> None:
+    async def run() -> None:
+        turns = FairTurns(1)
+        got: list[str] = []
+
+        async def work(owner: str) -> None:
+            async with turns.turn(owner):
+                got.append(owner)
+
+        async with turns.turn("first"):
+            tasks = {owner: asyncio.create_task(work(owner)) for owner in ("gone", "late", "stays")}
+            await asyncio.sleep(0)
+            tasks["gone"].cancel()
+            await asyncio.sleep(0)
+        tasks["late"].cancel()  # its turn has come, and it does not know yet
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        assert got == ["stays"]
+        assert turns._free == 1
+
+    asyncio.run(run())
