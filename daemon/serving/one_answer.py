@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from isthmus.backbone.adapters.adapter_files import adapter_method
 from isthmus.common.errors import ConfigError
@@ -28,16 +29,18 @@ MOST_PROMPT_LOGITS = 1 << 29
 """Logits (tokens times the vocabulary) of a prompt whose tokens' log probabilities are wanted; 2 GiB."""
 
 
-class AnswerWriter:
-    """transformers' streamer for one answer: sends a piece for each new token, and says when to stop.
+class AnswerWriter(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """transformers asks it after each token whether the answer ends; it sends a piece for each new one.
 
     Args:
+        prompt_tokens: How many the prompt has.
+        prompt_chances: How likely they were, where that is wanted.
         sampling: What is wanted.
         tokenizer: The model's.
         texts: The bytes of its tokens.
         ends: The model's own tokens that end a text.
         most: New tokens at most.
-        send: Takes the pieces. The first one carries what is said of the prompt.
+        send: Takes the pieces.
         cancelled: Returns whether nobody waits for the answer any more.
 
     Attributes:
@@ -46,6 +49,8 @@ class AnswerWriter:
 
     def __init__(
         self,
+        prompt_tokens: int,
+        prompt_chances: Sequence[TokenChance | None],
         sampling: Sampling,
         tokenizer: Any,
         texts: TokenTexts,
@@ -59,26 +64,16 @@ class AnswerWriter:
         self._send, self._cancelled = send, cancelled
         self._decoder = TextDecoder(tokenizer)
         self._stop_texts, self._stop_tokens = StopTexts(sampling.stop), StopTokens(sampling.stop_tokens)
+        self._prompt_tokens, self._prompt_chances = prompt_tokens, prompt_chances
         self._count = 0
         self._ended = False
-        self._prompt_passed = False
 
-    @property
-    def requested(self) -> bool:
-        """Whether the answer is to end, see `isthmus.edge.generation.text_generator.Stop`."""
-        return self._ended or self._cancelled()
-
-    def put(self, value: Tensor) -> None:
-        """The prompt's tokens, `[1, S]`, and then new ones, `[n]`; what follows the end is not looked at."""
-        if not self._prompt_passed:
-            self._prompt_passed = True
-            return
-        for token in value.tolist():
-            if not self._ended:
-                self._take(int(token))
-
-    def end(self) -> None:
-        """There are no more."""
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether the text of these tokens, `[1, S]`, is finished, `[1]`. With a draft, several may be new."""
+        for token in input_ids[0, self._prompt_tokens + self._count :].tolist():
+            if not self._ended:  # what follows the end is no part of the answer
+                self._take(token)
+        return torch.tensor([self._ended or self._cancelled()], device=input_ids.device)
 
     def _take(self, token: int) -> None:
         self._count += 1
@@ -94,7 +89,10 @@ class AnswerWriter:
         if self._stop_texts.found:
             finish = "stop"
         self._ended = finish is not None
-        self._send(Piece(0, text, [token], self._chances(token), finish))
+        piece = Piece(0, text, [token], self._chances(token), finish)
+        if self._count == 1:
+            piece = replace(piece, prompt_tokens=self._prompt_tokens, prompt_chances=self._prompt_chances)
+        self._send(piece)
 
     def _chances(self, token: int) -> list[TokenChance]:
         if not self._sampling.logprobs or self.logits is None:
@@ -162,15 +160,15 @@ def write_answer(
     base.remote_layers.span = RemoteSpan(link.span, leased=is_leased)
     cache = _keeps_cache(base, adapter, leased=leased != "none")
     generator = TextGenerator(model, parts.tokenizer, GenerateConfig(cloud="-", cache=cache))
-    first = _First(send, len(ids))
-    if sampling.prompt_logprobs:
-        first.chances = _prompt_chances(model, parts, ids, sampling.top_logprobs)
-    room = parts.model.isthmus_longest - len(ids)
+    chances = _prompt_chances(model, parts, ids, sampling.top_logprobs) if sampling.prompt_logprobs else []
+    room = parts.model.isthmus_longest - len(ids) - _learned_tokens(model)
+    if room < 1:
+        raise ConfigError(f"the prompt's {len(ids)} tokens and the adapter's leave no room for an answer: shorten it")
     most = min(room, sampling.max_tokens or room)
     ends = model.generation_config.eos_token_id
     ends = frozenset(ends if isinstance(ends, list) else [ends])
-    writer = AnswerWriter(sampling, parts.tokenizer, parts.texts, ends, most, first, cancelled)
-    options: dict[str, Any] = {}
+    writer = AnswerWriter(len(ids), chances, sampling, parts.tokenizer, parts.texts, ends, most, send, cancelled)
+    options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([writer])}
     if sampling.temperature > 0:
         options["logits_processor"] = LogitsProcessorList([TokenSampler(sampling)])
     with ExitStack() as stack:
@@ -178,8 +176,8 @@ def write_answer(
             stack.enter_context(_raw_logits(base, writer))
         elif draft is not None and generator.keeps_cache and (sampling.temperature == 0 or sampling.seed is None):
             stack.enter_context(drafting(model, draft))
-            options = _drafted_options(sampling)
-        generator.generate([list(ids)], max_new_tokens=most, writer=writer, stop=writer, options=options)
+            options = {"stopping_criteria": options["stopping_criteria"], **_drafted_options(sampling)}
+        generator.generate([list(ids)], max_new_tokens=most, options=options)
 
 
 def _drafted_options(sampling: Sampling) -> dict[str, Any]:
@@ -194,19 +192,10 @@ def _drafted_options(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-class _First:
-    """Adds to the first piece what is said of the prompt."""
-
-    def __init__(self, send: Callable[[Piece], None], n_tokens: int) -> None:
-        self.chances: list[TokenChance | None] = []
-        self._send, self._n_tokens = send, n_tokens
-        self._sent = False
-
-    def __call__(self, piece: Piece) -> None:
-        if not self._sent:
-            self._sent = True
-            piece = Piece(0, piece.text, piece.tokens, piece.chances, piece.finish, self._n_tokens, self.chances)
-        self._send(piece)
+def _learned_tokens(model: Any) -> int:
+    """Positions that a learned prompt takes."""
+    peft_config = getattr(model, "active_peft_config", None)
+    return int(peft_config.num_virtual_tokens) if getattr(peft_config, "is_prompt_learning", False) else 0
 
 
 def _keeps_cache(base: Any, adapter: Path | None, *, leased: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from isthmus.backbone.split.span import DTYPES
 from isthmus.common.errors import ConfigError
+from isthmus.common.shutdown import StopRequest
 from isthmus.edge.client.adapted_model import load_adapted
 from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import GenerateConfig, GenerationConfig
@@ -21,28 +22,11 @@ from isthmus.edge.drafts.emulator_draft import EmulatorDraft
 from isthmus.edge.drafts.ngram_draft import NgramDraft
 from isthmus.edge.drafts.tuned_draft import tuned_beside
 from isthmus.edge.generation.exact import exact_decoding
+from isthmus.edge.generation.text_writer import TextWriter
 from isthmus.protocol.secure.keys import Fingerprint
 
 Ids = Sequence[int]
 _SEEDS = 2**63
-
-
-class Stop(Protocol):
-    """Knows whether answers are to end."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether they are."""
-
-
-class Streamer(Protocol):
-    """transformers' streamer: gets the tokens of one text."""
-
-    def put(self, value: Tensor) -> None:
-        """The prompt's, `[1, S]`, and then the next ones, `[n]`."""
-
-    def end(self) -> None:
-        """There are no more."""
 
 
 class StopAsked(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
@@ -52,7 +36,7 @@ class StopAsked(StoppingCriteria):  # type: ignore[misc]  # transformers has no 
         request: Knows whether somebody has.
     """
 
-    def __init__(self, request: Stop) -> None:
+    def __init__(self, request: StopRequest) -> None:
         self._request = request
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Tensor:
@@ -108,8 +92,8 @@ class TextGenerator:
         prompts: Sequence[Ids],
         *,
         max_new_tokens: int | None = None,
-        writer: Streamer | None = None,
-        stop: Stop | None = None,
+        writer: TextWriter | None = None,
+        stop: StopRequest | None = None,
         cache: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
@@ -136,7 +120,7 @@ class TextGenerator:
         for row, prompt in enumerate(prompts):
             inputs[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        given: dict[str, Any] = self._sampling()
+        given = self._sampling()
         if not self.settings.cache:
             given["use_cache"] = False
         if cache is not None:
