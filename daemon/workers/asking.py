@@ -118,6 +118,7 @@ class WorkerProcess:
                         stdin=asyncio.subprocess.PIPE,
                         stdout=asyncio.subprocess.PIPE,
                         stderr=log,
+                        start_new_session=True,  # else Ctrl-C at the daemon's terminal would end it, too
                     )
                 self._reader = asyncio.create_task(self._read(self._process))
                 if self._greeting is not None:
