@@ -6,6 +6,7 @@ daemon.sock      the Unix socket
 daemon.lock      held by the daemon that runs
 daemon.json      its process, address and start, while it runs
 daemon.log       what it says, and daemon.log.1, …
+serving.log      what the process that answers says
 state.db         the database
 files/ID         uploaded files, and results
 jobs/ID/         a job: `spec.json`, `run/` (the run's folder, as `isthmus edge train` leaves it), `worker.log`
@@ -78,6 +79,11 @@ class Home:
     def log(self) -> Path:
         """What the daemon says."""
         return self.path / "daemon.log"
+
+    @property
+    def serving_log(self) -> Path:
+        """What the process that answers says."""
+        return self.path / "serving.log"
 
     def file(self, file_id: str) -> Path:
         """The bytes of a `StoredFile`."""

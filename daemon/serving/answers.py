@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.sqlite import insert
 
 from isthmus.daemon.daemon_settings import DaemonSettings
@@ -55,10 +55,11 @@ class Answers:
         self._settings, self._database = settings, database
         greeting = {"settings": settings.model_dump(mode="json"), "at_once": AT_ONCE}
         arguments = ["-m", "isthmus.daemon.serving.serving_worker"]
-        self._worker = WorkerProcess(arguments, home.path / "serving.log", Frame(greeting))
+        self._worker = WorkerProcess(arguments, home.serving_log, Frame(greeting))
         self._turns = FairTurns(AT_ONCE)
         self._requests = 0
         self._notes: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
 
     async def generate(
         self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
@@ -116,9 +117,9 @@ class Answers:
         It also opens the link to a cloud that has come back. Of two clouds that serve a model of the same name, the
         first in the settings counts.
         """
-        values, _ = await self._worker.ask("look")
-        await asyncio.to_thread(self._note_models, values["clouds"])
-        self._note_traffic_soon()
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        await asyncio.shield(self._looking)  # whoever else waits for it still does
 
     async def state(self) -> Mapping[str, Any]:
         """For status and the page, of the process as it is; it is not started for that.
@@ -179,19 +180,26 @@ class Answers:
             async for tree, _ in trees:
                 yield Piece.of_tree(index, tree)
 
+    async def _look(self) -> None:
+        values, _ = await self._worker.ask("look")
+        await asyncio.to_thread(self._note_models, values["clouds"])
+        self._note_traffic_soon()
+
     async def _base(self, name: str) -> BaseModel:
-        """The row of a base model; the clouds are asked where there is none."""
-        row = await asyncio.to_thread(self._row, name)
-        if row is None:
+        """The row of a base model. Where there is none, and a cloud was never seen, the clouds are asked."""
+        row, unseen = await asyncio.to_thread(self._row, name)
+        if row is None and unseen:
             await self.look()
-            row = await asyncio.to_thread(self._row, name)
+            row, _ = await asyncio.to_thread(self._row, name)
         if row is None or row.cloud not in self._settings.clouds:
             raise WorkerError(f"no cloud of daemon.toml serves {name!r}: choose a model of the list", _UNKNOWN_MODEL)
         return row
 
-    def _row(self, name: str) -> BaseModel | None:
+    def _row(self, name: str) -> tuple[BaseModel | None, bool]:
+        """The row of a base model, and whether a cloud of the settings has none."""
         with self._database.reading() as session:
-            return session.get(BaseModel, name)
+            seen = set(session.scalars(select(BaseModel.cloud)))
+            return session.get(BaseModel, name), not seen.issuperset(self._settings.clouds)
 
     def _note_models(self, clouds: list[dict[str, Any]]) -> None:
         """Note what clouds serve, and forget what they do not serve any more."""

@@ -40,7 +40,8 @@ class HotModels:
     """The models of a process that generates. Its methods may be called by several threads.
 
     Args:
-        most: Adapters in memory; the one not used for longest gives way. One that still answers goes when it is done.
+        most: Adapters in memory, beside a model without one; the one not used for longest gives way. One that still
+            answers goes when it is done.
     """
 
     def __init__(self, most: int) -> None:
@@ -72,7 +73,8 @@ class HotModels:
             if hot is None:
                 hot = self._models[key] = _Hot(_loaded(base(), adapter))
             self._models.move_to_end(key)
-            self._make_room()
+            while len(self._models) > self._most + 1:
+                self._models.popitem(last=False)
             model = hot.idle.pop() if hot.idle else sharing_copy(hot.model)
         try:
             yield model
@@ -85,11 +87,6 @@ class HotModels:
         """Release all models."""
         with self._lock:
             self._models.clear()
-
-    def _make_room(self) -> None:
-        adapters = [key for key in self._models if key[1] is not None]
-        for key in adapters[: max(0, len(adapters) - self._most)]:
-            del self._models[key]
 
 
 def sharing_copy(model: Any) -> Any:

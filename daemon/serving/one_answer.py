@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from isthmus.backbone.adapters.adapter_files import adapter_method
+from isthmus.backbone.families import family_of
 from isthmus.common.errors import ConfigError
 from isthmus.daemon.serving.answer_forms import Piece, Sampling, TokenChance
 from isthmus.daemon.serving.answer_text import StopTexts, StopTokens, TextDecoder
@@ -156,7 +157,7 @@ def write_answer(
         IsthmusError: Of whatever kind fits.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    is_leased = sites_at(leased, base.isthmus_origin.family.layers_path, link.plan, "leased")
+    is_leased = sites_at(leased, family_of(base.config).layers_path, link.plan, "leased")
     base.remote_layers.span = RemoteSpan(link.span, leased=is_leased)
     cache = _keeps_cache(base, adapter, leased=leased != "none")
     generator = TextGenerator(model, parts.tokenizer, GenerateConfig(cloud="-", cache=cache))

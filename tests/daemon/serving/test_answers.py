@@ -17,12 +17,13 @@ from support.cloud.clouds import ThreadServer
 from support.models.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
+from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, Traffic
-from isthmus.daemon.workers.asking import WorkerDiedError, WorkerError
+from isthmus.daemon.workers.asking import WorkerError
 
 T = TypeVar("T")
 TINY = Target("tiny")

@@ -25,7 +25,6 @@ from isthmus.edge.config.client_config import GenerateConfig
 from isthmus.edge.generation.text_generator import text_generator
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
-LETTER = 3  # tokens are bytes, behind three special ones
 
 Asked = Callable[..., list[Piece]]
 
@@ -144,8 +143,7 @@ def test_log_probabilities_are_those_of_a_full_forward(ask: Asked, whole: Any, a
     for adapter, model in ((None, whole), (adapters[0], peft.PeftModel.from_pretrained(whole, adapters[0]))):
         for sampling in (GREEDY, Sampling(temperature=1.7, top_k=40, top_p=0.9, seed=3, max_tokens=12)):
             pieces = ask(prompt, sampling, adapter, logprobs=True, top_logprobs=3, prompt_logprobs=True)
-            prompt_ids = [LETTER + 0] * 0 or _ids(prompt)
-            ids = [*prompt_ids, *tokens_of(pieces)]
+            ids = [*_ids(prompt), *tokens_of(pieces)]
             with torch.no_grad():
                 full = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
             chances = [*pieces[0].prompt_chances, *(chance for piece in pieces for chance in piece.chances)]
@@ -248,7 +246,7 @@ def test_few_adapters_stay_in_memory(ask: Asked, serving: Serving, adapters: lis
     hot = serving._hot
     before, hot._most = hot._most, 2
     try:
-        for adapter in (adapters[0], adapters[1], adapters[0], adapters[3]):
+        for adapter in (adapters[0], adapters[1], None, adapters[0], adapters[3]):
             ask(adapter=adapter, max_tokens=1)
         assert hot.adapters == [str(adapters[0]), str(adapters[3])]
     finally:

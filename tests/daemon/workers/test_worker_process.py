@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import pytest
 from support import asked_worker
 
+from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.workers import asking
-from isthmus.daemon.workers.asking import WorkerDiedError, WorkerError, WorkerProcess
+from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 from isthmus.daemon.workers.frames import Frame
 
 T = TypeVar("T")
