@@ -1,0 +1,111 @@
+"""Links to a cloud: how many at a time, what they carry, and a cloud that goes away and comes back."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from support.cloud.clouds import ThreadServer
+
+from isthmus.common.errors import UnknownModelError, UnreachableError
+from isthmus.daemon.serving.served_cloud import ServedCloud
+from isthmus.edge.config.client_config import ClientConfig
+from isthmus.protocol.enrolment import Quota
+
+
+def nothing() -> None:
+    """There is nothing to check."""
+
+
+def config_of(server: ThreadServer, key: Path | None = None) -> ClientConfig:
+    return ClientConfig(cloud=server.address, key=key or server.home.key_file, connect_timeout=0.5, give_up_after=0.5)
+
+
+def together(cloud: ServedCloud, number: int) -> int:
+    """How many links there are while so many are wanted at a time, each for a moment."""
+    most = 0
+    barrier = threading.Barrier(number)
+
+    def work() -> None:
+        nonlocal most
+        barrier.wait()
+        with cloud.link(nothing) as link:
+            assert link.cloud_peak_bytes() is not None
+            most = max(most, len(cloud._used))
+
+    threads = [threading.Thread(target=work) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return most
+
+
+def test_links_are_few_and_stay_open(server: ThreadServer) -> None:
+    cloud = ServedCloud("main", config_of(server), 2)
+    assert together(cloud, 6) <= 2
+    with cloud.link(nothing) as first, cloud.link(nothing) as second:
+        assert first is not second
+        assert len(cloud._used) == 2
+    with cloud.link(nothing) as again:
+        assert again in (first, second)
+    with pytest.raises(UnknownModelError, match="serves tiny now, and not other"), cloud.link(nothing) as link:
+        cloud.parts_of(link, "other")
+    assert link not in cloud._used  # one that something went wrong over is not used again
+
+
+def test_a_small_quota_is_enough(server: ThreadServer) -> None:
+    key = server.home.new_edge("one-session", quota=Quota(max_sessions=1))
+    cloud = ServedCloud("main", config_of(server, key), 2)
+    assert together(cloud, 4) == 1
+    with cloud.link(nothing):
+        cloud.look()  # the cloud is there, and gives no second session
+        assert cloud.seen.reachable
+    assert len(cloud._used) == 1
+
+
+def test_what_crosses_is_counted_once(server: ThreadServer) -> None:
+    cloud = ServedCloud("main", config_of(server), 2)
+    assert cloud.look()
+    first = cloud.take_counts()
+    assert first["bytes_up"] > 0
+    assert not any(cloud.take_counts().values())
+    with cloud.link(nothing) as link:
+        link.cloud_peak_bytes()
+        second = cloud.take_counts()
+        link.cloud_peak_bytes()
+    third = cloud.take_counts()
+    assert second["calls"] == third["calls"] == 1
+    sums = {name: first[name] + second[name] + third[name] for name in first}
+    assert cloud.totals == sums
+    assert not any(cloud.take_counts().values())
+
+
+def test_a_cloud_goes_away_and_comes_back(server: ThreadServer) -> None:
+    with ThreadServer(server.served, server.home) as there:
+        cloud = ServedCloud("main", config_of(there), 2)
+        assert cloud.look()
+    assert not cloud.look()
+    assert cloud.seen.reachable is False
+    assert "cloud" in str(cloud.seen.error)
+    assert cloud.parts is not None  # which is still known
+    with pytest.raises(UnreachableError), cloud.link(nothing):
+        pass
+    with ThreadServer(server.served, server.home, listen=f"127.0.0.1:{there.port}"):
+        with cloud.link(nothing) as link:
+            assert link.info.model == "tiny"
+        assert cloud.seen.reachable
+        assert cloud.look()
+
+
+def test_a_wait_for_a_link_can_be_given_up(server: ThreadServer) -> None:
+    cloud = ServedCloud("main", config_of(server), 1)
+
+    def given_up() -> None:
+        raise InterruptedError
+
+    with cloud.link(nothing), pytest.raises(InterruptedError), cloud.link(given_up):
+        pass
+    assert len(cloud._idle) == 1
