@@ -24,6 +24,8 @@ AWAY_SECONDS = 30.0
 LOOK_SECONDS = 5.0
 """Seconds that a cloud may take to say what it serves."""
 
+_MOMENT = 0.25
+"""Seconds between two looks at whether somebody still waits."""
 _COUNTS = ("bytes_up", "bytes_down", "calls", "retries")
 Counts = dict[str, int]
 
@@ -128,6 +130,7 @@ class ServedCloud:
         self._used: dict[Link, Counts] = {}  # what each had carried when it was counted last
         self._total: Counts = dict.fromkeys(_COUNTS, 0)
         self._unsaid: Counts = dict.fromkeys(_COUNTS, 0)
+        self._opening = 0
         self._change = threading.Condition()
         self._loading = threading.Lock()
 
@@ -191,12 +194,11 @@ class ServedCloud:
             return self.parts is not None
         except IsthmusError as error:
             self.seen = Seen(False, str(error))
+            self._close_idle()
             return False
+        self._close_idle()
         with self._change:
-            stale, self._idle = self._idle, []
             self._used[link] = dict.fromkeys(_COUNTS, 0)
-        for each in stale:
-            self._close(each)
         try:
             self.load(link)
         except BaseException:
@@ -205,6 +207,12 @@ class ServedCloud:
         self.seen = Seen(True)
         self._give_back(link, good=True)
         return True
+
+    def close(self) -> None:
+        """Close the links that nobody uses, and end the process that renders chat templates."""
+        self._close_idle()
+        if self.parts is not None:
+            self.parts.close()
 
     @property
     def totals(self) -> Counts:
@@ -228,25 +236,37 @@ class ServedCloud:
             with self._change:
                 if self._idle:
                     return self._idle.pop()
-                may_open = len(self._used) < self._most
-                if not may_open:
-                    self._change.wait(0.25)
+                if len(self._used) + self._opening >= self._most:
+                    self._change.wait(_MOMENT)
                     continue
+                self._opening += 1
             try:
-                link = open_link(self._config, interactive=True)
+                return self._opened()
             except OverQuotaError:
                 with self._change:
                     if not self._used:
                         raise
-                    self._change.wait(0.25)  # for one that others use
-                continue
-            except IsthmusError as error:
-                self.seen = Seen(False, str(error))
-                raise
-            self.seen = Seen(True)
-            with self._change:
-                self._used[link] = dict.fromkeys(_COUNTS, 0)
-            return link
+                    self._change.wait(_MOMENT)  # for one that others use
+            finally:
+                with self._change:
+                    self._opening -= 1
+
+    def _opened(self) -> Link:
+        try:
+            link = open_link(self._config, interactive=True)
+        except UnreachableError as error:
+            self.seen = Seen(False, str(error))
+            raise
+        self.seen = Seen(True)
+        with self._change:
+            self._used[link] = dict.fromkeys(_COUNTS, 0)
+        return link
+
+    def _close_idle(self) -> None:
+        with self._change:
+            stale, self._idle = self._idle, []
+        for link in stale:
+            self._close(link)
 
     def _give_back(self, link: Link, *, good: bool) -> None:
         with self._change:

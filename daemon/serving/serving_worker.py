@@ -61,6 +61,11 @@ class Serving:
             "traffic": self.traffic,
         }
 
+    def close(self) -> None:
+        """Close what is open."""
+        for cloud in self._clouds.values():
+            cloud.close()
+
     def generate(self, question: Question) -> Iterator[Answer]:
         """The pieces of one answer."""
         values = question.values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ from isthmus.protocol.enrolment import Quota
 
 def nothing() -> None:
     """There is nothing to check."""
+
+
+@pytest.fixture
+def clouds() -> Iterator[Callable[..., ServedCloud]]:
+    """Makes clouds, which are closed after the test."""
+    made: list[ServedCloud] = []
+
+    def make(server: ThreadServer, most: int = 2, key: Path | None = None) -> ServedCloud:
+        made.append(ServedCloud("main", config_of(server, key), most))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def config_of(server: ThreadServer, key: Path | None = None) -> ClientConfig:
@@ -43,8 +58,8 @@ def together(cloud: ServedCloud, number: int) -> int:
     return most
 
 
-def test_links_are_few_and_stay_open(server: ThreadServer) -> None:
-    cloud = ServedCloud("main", config_of(server), 2)
+def test_links_are_few_and_stay_open(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
+    cloud = clouds(server)
     assert together(cloud, 6) <= 2
     with cloud.link(nothing) as first, cloud.link(nothing) as second:
         assert first is not second
@@ -56,9 +71,9 @@ def test_links_are_few_and_stay_open(server: ThreadServer) -> None:
     assert link not in cloud._used  # one that something went wrong over is not used again
 
 
-def test_a_small_quota_is_enough(server: ThreadServer) -> None:
+def test_a_small_quota_is_enough(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
     key = server.home.new_edge("one-session", quota=Quota(max_sessions=1))
-    cloud = ServedCloud("main", config_of(server, key), 2)
+    cloud = clouds(server, key=key)
     assert together(cloud, 4) == 1
     with cloud.link(nothing):
         cloud.look()  # the cloud is there, and gives no second session
@@ -66,8 +81,8 @@ def test_a_small_quota_is_enough(server: ThreadServer) -> None:
     assert len(cloud._used) == 1
 
 
-def test_what_crosses_is_counted_once(server: ThreadServer) -> None:
-    cloud = ServedCloud("main", config_of(server), 2)
+def test_what_crosses_is_counted_once(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
+    cloud = clouds(server)
     assert cloud.look()
     first = cloud.take_counts()
     assert first["bytes_up"] > 0
@@ -83,9 +98,9 @@ def test_what_crosses_is_counted_once(server: ThreadServer) -> None:
     assert not any(cloud.take_counts().values())
 
 
-def test_a_cloud_goes_away_and_comes_back(server: ThreadServer) -> None:
+def test_a_cloud_goes_away_and_comes_back(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
     with ThreadServer(server.served, server.home) as there:
-        cloud = ServedCloud("main", config_of(there), 2)
+        cloud = clouds(there)
         assert cloud.look()
     assert not cloud.look()
     assert cloud.seen.reachable is False
@@ -100,8 +115,8 @@ def test_a_cloud_goes_away_and_comes_back(server: ThreadServer) -> None:
         assert cloud.look()
 
 
-def test_a_wait_for_a_link_can_be_given_up(server: ThreadServer) -> None:
-    cloud = ServedCloud("main", config_of(server), 1)
+def test_a_wait_for_a_link_can_be_given_up(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
+    cloud = clouds(server, 1)
 
     def given_up() -> None:
         raise InterruptedError
