@@ -195,7 +195,7 @@ def _drafted_options(sampling: Sampling) -> dict[str, Any]:
 
 def _learned_tokens(model: Any) -> int:
     """Positions that a learned prompt takes."""
-    peft_config = getattr(model, "active_peft_config", None)
+    peft_config: Any = getattr(model, "active_peft_config", None)
     return int(peft_config.num_virtual_tokens) if getattr(peft_config, "is_prompt_learning", False) else 0
 
 

@@ -257,7 +257,7 @@ def test_what_has_crossed_is_noted(daemon: Daemon) -> None:
     daemon.pieces()
     after = noted()
     assert after[0] - before[0] > (9 + 11) * 32 * 4  # hidden states of all tokens but the last one
-    assert after[2] - before[2] == 12
+    assert 12 <= after[2] - before[2] < 24  # a call of an answer that was given up may end late
     assert noted() == after
     (cloud,) = daemon.run(daemon.answers.state())["clouds"]
     assert (cloud["bytes_up"], cloud["bytes_down"]) == after[:2]
