@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import ssl
@@ -19,6 +18,7 @@ import httpx
 import pytest
 from fastapi import APIRouter
 from support.daemon.daemon_parts import NoAnswers, NoJobs, make_parts
+from support.daemon.running_daemon import RunningDaemon, running_daemon
 
 from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError, PortInUseError
 from isthmus.daemon import server
@@ -31,63 +31,14 @@ from isthmus.daemon.web.application import application
 pytestmark = pytest.mark.server
 
 
-class _Running:
-    """A daemon in a process of its own."""
-
-    def __init__(self, home: Path, settings: str = "") -> None:
-        self.home = Home(home)
-        command = [sys.executable, "-m", "support.daemon.daemon_parts", str(home)]
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(settings)
-        self.process.stdin.close()
-        self.url = self.process.stdout.readline().strip()
-        assert self.url, self.home.log.read_text()
-
-    @property
-    def token(self) -> str:
-        return self.home.token.read_text().strip()
-
-    def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, headers={"X-API-Key": self.token}, trust_env=False, **options)
-
-    def end(self, number: signal.Signals) -> str:
-        """Send a signal; returns what the process still says."""
-        assert self.process.stdout is not None
-        if self.process.stdout.closed:
-            return ""
-        self.process.send_signal(number)
-        rest = self.process.stdout.read()
-        self.process.wait()
-        self.process.stdout.close()
-        return rest
-
-
-@contextlib.contextmanager
-def _daemon(home: Path, settings: str = "") -> Iterator[_Running]:
-    running = _Running(home, settings)
-    try:
-        yield running
-    finally:
-        running.end(signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Running]:
-    with _daemon(tmp_path_factory.mktemp("daemon") / "home") as running:
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    with running_daemon(tmp_path_factory.mktemp("daemon") / "home") as running:
         yield running
 
 
 def test_it_answers_on_an_address_and_a_socket_and_ends_cleanly(tmp_path: Path) -> None:
-    with _daemon(tmp_path / "home") as daemon:
+    with running_daemon(tmp_path / "home") as daemon:
         said = daemon.get("/isthmus/v1/status").json()
         assert said["pid"] == daemon.process.pid
         over_unix = DaemonClient(daemon.home).get("/isthmus/v1/status")
@@ -96,18 +47,31 @@ def test_it_answers_on_an_address_and_a_socket_and_ends_cleanly(tmp_path: Path) 
         record = json.loads(daemon.home.running.read_bytes())
         assert (record["pid"], record["url"]) == (daemon.process.pid, daemon.url)
         assert holder(daemon.home) == daemon.process.pid
+        _send_wrong_things(daemon)
         assert daemon.end(signal.SIGTERM) == "ended\n"
         assert daemon.process.returncode == 0
         assert not daemon.home.socket.exists()
         assert not daemon.home.running.exists()
         assert holder(daemon.home) is None
+        text = daemon.home.log.read_text()
+        assert "Invalid HTTP request" in text
+        assert "w" * 43 not in text
+        assert daemon.token not in text
+
+
+def _send_wrong_things(daemon: RunningDaemon) -> None:
+    wrong = {"Authorization": f"Bearer tml-{'w' * 43}"}
+    assert httpx.get(f"{daemon.url}/v1/models", headers=wrong, trust_env=False).status_code == 401
+    with socket.create_connection(("127.0.0.1", int(daemon.url.rpartition(":")[2]))) as client:
+        client.sendall(b"no HTTP\r\n\r\n")
+        assert b"400" in client.recv(100)
 
 
 def stat_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_the_socket_asks_for_the_token_too(daemon: _Running) -> None:
+def test_the_socket_asks_for_the_token_too(daemon: RunningDaemon) -> None:
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home.socket))) as client:
         assert client.get("http://localhost/isthmus/v1/status").status_code == 401
         assert client.get("http://localhost/healthz").status_code == 200
@@ -124,20 +88,20 @@ def test_the_serving_process_imports_neither_torch_nor_grpc() -> None:
 
 
 def test_after_a_kill_it_starts_anew_with_the_same_token(tmp_path: Path) -> None:
-    with _daemon(tmp_path / "home") as daemon:
+    with running_daemon(tmp_path / "home") as daemon:
         token = daemon.token
         (daemon.home.uploads / "half").write_bytes(b"an upload on its way")
         daemon.end(signal.SIGKILL)
         assert daemon.home.socket.exists()
         with pytest.raises(NotRunningError, match="does not answer"):
             DaemonClient(daemon.home).get("/isthmus/v1/status")
-        with _daemon(tmp_path / "home") as again:
+        with running_daemon(tmp_path / "home") as again:
             assert again.token == token
             assert again.get("/isthmus/v1/status").status_code == 200
             assert list(again.home.uploads.iterdir()) == []
 
 
-def test_a_second_daemon_of_a_home_is_refused(daemon: _Running, tmp_path: Path) -> None:
+def test_a_second_daemon_of_a_home_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
     settings = DaemonSettings(listen="127.0.0.1:0")
     with pytest.raises(HomeInUseError, match=f"process {daemon.process.pid} runs the daemon"):
         server.run(settings, daemon.home, lambda _: None, make_parts)
@@ -184,7 +148,7 @@ def test_with_tls_the_address_speaks_it_and_the_socket_does_not(tmp_path: Path) 
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     subprocess.run([*command.split(), *more], check=True, capture_output=True)
-    with _daemon(tmp_path / "home", f'tls_cert = "{cert}"\ntls_key = "{key}"\n') as daemon:
+    with running_daemon(tmp_path / "home", f'tls_cert = "{cert}"\ntls_key = "{key}"\n') as daemon:
         assert daemon.url.startswith("https://127.0.0.1:")
         trusted = ssl.create_default_context(cafile=str(cert))
         assert daemon.get("/isthmus/v1/status", verify=trusted).status_code == 200
@@ -193,7 +157,7 @@ def test_with_tls_the_address_speaks_it_and_the_socket_does_not(tmp_path: Path) 
         assert DaemonClient(daemon.home).get("/isthmus/v1/status")["pid"] == daemon.process.pid
 
 
-def test_a_client_that_sends_too_much_learns_why(daemon: _Running) -> None:
+def test_a_client_that_sends_too_much_learns_why(daemon: RunningDaemon) -> None:
     """Instead of a broken connection."""
     headers = {"X-API-Key": daemon.token}
     refused = httpx.post(f"{daemon.url}/nothing", content=bytes(64 << 20), headers=headers, trust_env=False)
@@ -201,22 +165,7 @@ def test_a_client_that_sends_too_much_learns_why(daemon: _Running) -> None:
     assert daemon.get("/healthz").status_code == 200
 
 
-def test_no_token_is_in_the_log(tmp_path: Path) -> None:
-    with _daemon(tmp_path / "home") as daemon:
-        wrong = {"Authorization": f"Bearer tml-{'w' * 43}"}
-        assert httpx.get(f"{daemon.url}/v1/models", headers=wrong, trust_env=False).status_code == 401
-        assert daemon.get("/isthmus/v1/status").status_code == 200
-        with socket.create_connection(("127.0.0.1", int(daemon.url.rpartition(":")[2]))) as client:
-            client.sendall(b"no HTTP\r\n\r\n")
-            client.recv(100)
-        daemon.end(signal.SIGTERM)
-        text = daemon.home.log.read_text()
-        assert "Invalid HTTP request" in text
-        assert "w" * 43 not in text
-        assert daemon.token not in text
-
-
-def test_what_a_client_asks_over_the_socket_is_told_or_refused(daemon: _Running, tmp_path: Path) -> None:
+def test_what_a_client_asks_over_the_socket_is_told_or_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
     client = DaemonClient(daemon.home)
     assert client.get("/healthz") == {"status": "ok"}
     with pytest.raises(RefusedRequestError, match="nothing at this path"):

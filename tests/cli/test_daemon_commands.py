@@ -1,0 +1,159 @@
+"""The commands of the daemon, against one that runs, and where none does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.daemon.running_daemon import RunningDaemon, running_daemon
+from typer.testing import CliRunner
+
+from isthmus.cli import daemon_commands
+from isthmus.cli.main import app
+from isthmus.common.errors import ConfigError, NotRunningError
+from isthmus.daemon import server
+from isthmus.daemon.daemon_lock import holder
+from isthmus.daemon.home import Home
+
+runner = CliRunner()
+
+
+def _run(*words: str, fails: type[Exception] | None = None) -> str:
+    """What a command prints; the error that it ends with where it `fails`."""
+    done = runner.invoke(app, ["edge", "daemon", *words])
+    if fails is not None:
+        assert isinstance(done.exception, fails), done.output
+        return str(done.exception)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    with running_daemon(tmp_path_factory.mktemp("daemon") / "home") as running:
+        yield running
+
+
+@pytest.mark.server
+def test_the_status_is_told_to_people_and_to_programs(daemon: RunningDaemon) -> None:
+    home = str(daemon.home.path)
+    told = _run("status", "--home", home)
+    assert daemon.url in told
+    assert f"process {daemon.process.pid}" in told
+    said = json.loads(_run("status", "--home", home, "--json"))
+    assert (said["url"], said["pid"], said["jobs"]) == (daemon.url, daemon.process.pid, {})
+    assert said["disk"]["used_bytes"] <= said["disk"]["most_bytes"]
+
+
+@pytest.mark.server
+def test_another_owner_gets_a_token_that_the_running_daemon_takes(daemon: RunningDaemon) -> None:
+    token = _run("token", "ci", "--home", str(daemon.home.path)).strip()
+    said = daemon.get("/isthmus/v1/status").json()
+    assert said["owner"] == "first"
+    for _ in range(100):  # it looks for new ones once a second
+        answer = daemon.get("/isthmus/v1/status", token=token)
+        if answer.status_code == 200:
+            break
+    assert answer.json()["owner"] == "ci"
+    assert "no owner's name" in _run("token", "a b", "--home", str(daemon.home.path), fails=ConfigError)
+
+
+@pytest.mark.server
+def test_stop_ends_it_and_logs_shows_what_it_said(tmp_path: Path) -> None:
+    with running_daemon(tmp_path / "home") as daemon:
+        home = str(daemon.home.path)
+        daemon.process.send_signal(signal.SIGSTOP)
+        told = _run("stop", "--home", home, "--patience", "0.2", fails=ConfigError)
+        assert f"process {daemon.process.pid}) has not ended" in told
+        threading.Timer(0.3, daemon.process.send_signal, [signal.SIGCONT]).start()
+        assert _run("stop", "--home", home) == f"stopped process {daemon.process.pid}\n"
+        assert daemon.end(signal.SIGCONT) == "ended\n"  # what it has said before it ended
+        assert holder(daemon.home) is None
+        daemon.home.log.write_text("one\ntwo\n")
+        assert _run("logs", "--home", home, "-n", "1") == "two\n"
+        assert "no daemon runs" in _run("stop", "--home", home, fails=NotRunningError)
+
+
+@pytest.mark.parametrize("words", [["status"], ["stop"], ["logs"]])
+def test_where_no_daemon_was_it_is_said_and_nothing_is_made(tmp_path: Path, words: list[str]) -> None:
+    told = _run(*words, "--home", str(tmp_path / "home"), fails=NotRunningError)
+    assert "isthmus edge daemon start" in told
+    assert not (tmp_path / "home").exists()
+
+
+def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(settings: Any, home: Home, ready: Any) -> None:
+        seen.update(settings=settings, home=home)
+        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), tls=False))
+
+    monkeypatch.setattr(server, "run", run)
+    home = tmp_path / "home"
+    told = _run("start", "--home", str(home))
+    assert "none: add [clouds.NAME]" in told
+    assert "NO_PROXY=127.0.0.1,localhost" in told
+    assert f"OPENAI_BASE_URL=http://127.0.0.1:1/v1 OPENAI_API_KEY=$(cat {home / 'token'})" in told
+    (home / "daemon.toml").write_text('jobs_at_once = 3\n[clouds.main]\ncloud = "isthmus://a:1#SHA256:x"\n')
+    told = _run("start", "--home", str(home), "--listen", "127.0.0.1:9")
+    assert "main" in told
+    assert (seen["settings"].jobs_at_once, seen["settings"].listen) == (3, "127.0.0.1:9")
+    assert "did you mean" in _run("start", "--home", str(home), "--config", str(_written(tmp_path)), fails=ConfigError)
+
+
+def _written(folder: Path) -> Path:
+    path = folder / "other.toml"
+    path.write_text("job_at_once = 3\n")
+    return path
+
+
+def test_in_the_background_an_error_of_the_start_is_told_with_its_code(tmp_path: Path) -> None:
+    (tmp_path / "daemon.toml").write_text('listen = "0.0.0.0:0"')
+    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--background"]
+    options = ["--home", str(tmp_path / "home"), "--config", str(tmp_path / "daemon.toml")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")
+    assert done.stderr.startswith("isthmus: listen = '0.0.0.0:0'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_config_prints_a_file_that_can_be_read() -> None:
+    assert tomllib.loads(_run("config")) == {}
+
+
+def test_the_doctors_word_is_the_exit_code(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["edge", "daemon", "doctor", "--home", str(tmp_path / "home"), "--json"])
+    assert done.exit_code == ConfigError.exit_code
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert not found["clouds"]["ok"]
+    assert found["token"]["ok"]
+    told = runner.invoke(app, ["edge", "daemon", "doctor", "--home", str(tmp_path / "home")]).stdout
+    assert "wrong clouds: none is known" in told
+
+
+def test_where_the_daemons_libraries_are_missing_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        with daemon_commands._extra():
+            raise ModuleNotFoundError(f"no {name}", name=name)
+
+    with pytest.raises(ConfigError, match="install isthmus"):
+        fail("fastapi")
+    with pytest.raises(ModuleNotFoundError):
+        fail("isthmus.daemon.nothing")
+
+
+def test_help_loads_no_web_framework() -> None:
+    code = (
+        "import sys, isthmus.cli.main; "
+        "print([name for name in ('fastapi', 'sqlalchemy', 'uvicorn', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
