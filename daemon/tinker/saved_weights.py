@@ -117,11 +117,11 @@ class SavedWeights:
             row.expires_at = None if ttl is None else time.time() + ttl
 
     def delete(self, owner: str, path: str) -> None:
-        """Remove weights. Raises RefusalError where there are none, or a model needs them after a crash."""
+        """Remove weights. Raises RefusalError where there are none, or a model is to load them."""
         found = self.needed(owner, path)
         with self._database.session() as session:
             if self._is_needed(session, path):
-                raise RefusalError(f"a model has loaded {path} and not stepped since: delete it after its optim_step")
+                raise RefusalError(f"a model is about to load {path}: delete it afterwards")
             session.delete(session.get_one(TinkerWeights, path))
         self.remove_folder(found.folder)
 
@@ -152,20 +152,13 @@ class SavedWeights:
 
     @staticmethod
     def _is_needed(session: Session, path: str) -> bool:
-        """Whether a model has loaded these weights after its newest state on the disk, or will."""
-        return (
-            session.scalar(
-                select(TinkerPromise.id)
-                .outerjoin(TinkerModel, TinkerModel.id == TinkerPromise.model)
-                .where(
-                    TinkerPromise.kind == "load_weights",
-                    TinkerPromise.request["path"].as_string() == path,
-                    or_(TinkerPromise.answer.is_(None), TinkerPromise.number > TinkerModel.saved),
-                )
-                .limit(1)
-            )
-            is not None
+        """Whether a model will load these weights."""
+        query = select(TinkerPromise.id).where(
+            TinkerPromise.kind == "load_weights",
+            TinkerPromise.request["path"].as_string() == path,
+            TinkerPromise.answer.is_(None),
         )
+        return session.scalar(query.limit(1)) is not None
 
 
 def samplers_of(session: Session, owner: str, in_session: str) -> Sequence[TinkerSampler]:

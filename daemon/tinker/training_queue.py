@@ -1,9 +1,10 @@
 """What is asked of the training process: each model's promises one after the other, in the order in which they came.
 
 The process holds a model's gradients in its memory, and writes its state to the disk with every `optim_step`, under the
-promise's number. When the process, or the daemon, has died, a model is made from that state, and the promises after it
-that had been answered are done again, without another answer. So a gradient is neither lost nor counted twice. To free
-memory a model is forgotten and made again in the same way.
+promise's number, and with every load. When the process, or the daemon, has died, a model is made from that state, and
+the `forward_backward`s after it that had been answered are done again, without another answer. A step that the state
+has already is answered as it was. So a gradient is neither lost nor counted twice. To free memory a model is forgotten
+and made again in the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ AWAY = frozenset({40, 43})
 """Exit codes (docs/exit-codes.md) of a cloud that is away: what was asked waits until it is back."""
 MINE = frozenset({1, 51, 52, 62})
 """Exit codes that are no fault of the client."""
-_NOT_SO = frozenset({10, 24})
 _DEATHS = 3
 _LONGEST_PAUSE = 30.0
 
@@ -175,11 +175,12 @@ class TrainingQueue:
                 body = await run_in_threadpool(written_output, answer["outputs"], answer["metrics"])
                 return Told(body, PROTOBUF), None
             case "optim_step":
-                done: dict[str, Any] = {}
-                if saved < promise.number:
-                    await run_in_threadpool(self._room.room_for, 0)
-                    done = await self._ask("optim_step", model=model, number=promise.number, adam=values["adam"])
-                return told_json({"metrics": done.get("metrics") or {}}), _saving(model, promise.number)
+                await run_in_threadpool(self._room.room_for, 0)
+                waiting = await run_in_threadpool(self._promises.to_repeat, model, saved, promise.number)
+                done = await self._ask(
+                    "optim_step", model=model, number=promise.number, adam=values["adam"], calls=len(waiting)
+                )
+                return told_json({"metrics": done["metrics"]}), _saving(model, promise.number)
             case "load_weights":
                 await self._load(model, row.owner, promise)
                 told = told_json({"path": values["path"], "model_id": model, "type": "load_weights"})
@@ -205,12 +206,8 @@ class TrainingQueue:
         saved = int(answer.get("saved") or 0)
         if saved < row.saved:
             raise RefusalError(f"the state of {row.id} on the disk is older than it must be: create another", "server")
-        repeated = await run_in_threadpool(self._promises.to_repeat, row.id, saved, promise.number)
-        for earlier in repeated:
-            if earlier.kind == "load_weights":
-                await self._load(row.id, row.owner, earlier)
-            else:
-                await self._forward_backward(row.id, earlier)
+        for earlier in await run_in_threadpool(self._promises.to_repeat, row.id, saved, promise.number):
+            await self._forward_backward(row.id, earlier)
         self._hot[row.id] = None
         return saved
 
@@ -225,7 +222,8 @@ class TrainingQueue:
         try:
             answer, _ = await self._worker.ask("create", **question)
         except WorkerError as error:
-            if not (new and question["attn"] and question["mlp"] and question["unembed"] and error.code in _NOT_SO):
+            all_of_it = question["attn"] and question["mlp"] and question["unembed"]
+            if not (new and all_of_it and "train_unembed" in str(error)):
                 raise
             answer, _ = await self._worker.ask("create", **question | {"unembed": False})
             await run_in_threadpool(self._leave_the_head, row.id)

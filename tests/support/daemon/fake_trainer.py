@@ -38,21 +38,13 @@ def gradient(tokens: list[int], weights: list[float]) -> float:
 def create(question: Question) -> Iterator[Answer]:
     values = question.values
     state = Path(values["folder"]) / "state.json"
+    saved: dict[str, Any] = {"weight": 1.0 + (values["seed"] % 1000) / 1000, "moment": 0.0, "number": 0}
     if state.exists():
         saved = json.loads(state.read_text())
-        models[values["model"]] = {
-            "weight": saved["weight"],
-            "moment": saved["moment"],
-            "gradient": 0.0,
-            **_kept(values),
-        }
-        yield {"saved": saved["number"]}, b""
-        return
-    if values["unembed"] and not os.environ.get("FAKE_TRAINER_HEAD"):
-        raise ConfigError("train_unembed: the head of this model is tied to its embedding")
-    weight = 1.0 + (values["seed"] % 1000) / 1000
-    models[values["model"]] = {"weight": weight, "moment": 0.0, "gradient": 0.0, **_kept(values)}
-    yield {"rank": values["rank"]}, b""
+    elif values["unembed"]:
+        raise ConfigError("train_unembed = true: the head of this model is tied to its embedding")
+    models[values["model"]] = {**saved, "gradient": 0.0, "calls": 0, "folder": values["folder"]}
+    yield {"rank": values["rank"], "saved": saved["number"] if state.exists() else None}, b""
 
 
 def forward_backward(question: Question) -> Iterator[Answer]:
@@ -74,15 +66,21 @@ def forward_backward(question: Question) -> Iterator[Answer]:
         outputs.append({"logprobs": found})
         if not values["forward_only"]:
             model["gradient"] += gradient(targets, weights)
+    model["calls"] += not values["forward_only"]
     yield {"outputs": outputs, "metrics": {"loss:sum": total}}, b""
 
 
 def optim_step(question: Question) -> Iterator[Answer]:
     values, model = question.values, _model(question)
+    if values["number"] == model["number"]:
+        yield {"metrics": {}}, b""
+        return
+    assert values["calls"] == model["calls"] > 0
+    model["number"], model["calls"] = values["number"], 0
     model["moment"] = 0.5 * model["moment"] + model["gradient"]
     model["weight"] -= values["adam"]["learning_rate"] * model["moment"]
     norm, model["gradient"] = abs(model["gradient"]), 0.0
-    _write(Path(model["folder"]), model, values["number"])
+    _write(Path(model["folder"]), model)
     if os.environ.get("FAKE_TRAINER_DIES_AFTER_STEP") and not Path(os.environ["FAKE_TRAINER_DIES_AFTER_STEP"]).exists():
         Path(os.environ["FAKE_TRAINER_DIES_AFTER_STEP"]).touch()
         os._exit(9)  # after the state is on the disk, and before anybody knows
@@ -90,7 +88,7 @@ def optim_step(question: Question) -> Iterator[Answer]:
 
 
 def save(question: Question) -> Iterator[Answer]:
-    _write(Path(question.values["folder"]), _model(question), 0)
+    _write(Path(question.values["folder"]), _model(question))
     yield {}, b""
 
 
@@ -102,16 +100,14 @@ def load(question: Question) -> Iterator[Answer]:
         raise CheckpointError(f"{question.values['folder']} cannot be read") from error
     model["weight"] = saved["weight"]
     model["moment"] = saved["moment"] if question.values["optimizer"] else 0.0
+    model["gradient"], model["calls"] = 0.0, 0
+    _write(Path(model["folder"]), model)
     yield {}, b""
 
 
 def forget(question: Question) -> Iterator[Answer]:
     models.pop(question.values["model"])
     yield {}, b""
-
-
-def _kept(values: dict[str, Any]) -> dict[str, Any]:
-    return {"folder": values["folder"]}
 
 
 def _model(question: Question) -> dict[str, Any]:
@@ -121,9 +117,9 @@ def _model(question: Question) -> dict[str, Any]:
     return models[name]
 
 
-def _write(folder: Path, model: dict[str, Any], number: int) -> None:
+def _write(folder: Path, model: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
-    state = {"weight": model["weight"], "moment": model["moment"], "number": number}
+    state = {name: model[name] for name in ("weight", "moment", "number")}
     write_atomic(folder / "state.json", json.dumps(state).encode())
 
 
