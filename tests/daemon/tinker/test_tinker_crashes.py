@@ -16,7 +16,11 @@ from support.daemon.tinker_process import LossyRelay, TinkerServer
 from support.daemon.tinker_server import BASE
 from tinker import types
 
-pytestmark = [pytest.mark.server, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.usefixtures("warm_module"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 
 RATE = 0.5
 START = 1.25  # a new model's number with seed 250

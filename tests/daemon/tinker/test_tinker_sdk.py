@@ -24,7 +24,7 @@ WEIGHT = 1.25  # a new model's number with this seed
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinkerServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, warm_module: None) -> Iterator[TinkerServer]:
     made = TinkerServer(tmp_path_factory.mktemp("tinker"))
     yield made
     made.kill()

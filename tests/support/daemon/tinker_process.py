@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 class TinkerServer:
-    """`support.daemon.tinker_server`, started at once.
+    """`support/daemon/tinker_server.py`, started at once.
 
     Args:
         folder: Where its home and its logs are.
@@ -53,7 +53,8 @@ class TinkerServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = [sys.executable, "-m", "support.daemon.tinker_server", str(self.home), str(self.port), *self._flags]
+        program = Path(__file__).with_name("tinker_server.py")  # a file, so that a warm process may run it
+        command = [sys.executable, str(program), str(self.home), str(self.port), *self._flags]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
         until = time.monotonic() + PATIENCE

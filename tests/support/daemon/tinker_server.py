@@ -1,6 +1,6 @@
 """A daemon of Tinker's API alone, in a process of its own, with stand-ins for what trains and what generates.
 
-    python -m support.daemon.tinker_server HOME PORT [--forgetful]
+    python tests/support/daemon/tinker_server.py HOME PORT [--forgetful]
 
 `--forgetful` makes a server that keeps no table of promises: a request that comes again is done again.
 """
