@@ -21,6 +21,7 @@ from isthmus.cli.edge_commands import app as edge
 from isthmus.cli.emulator_commands import app as emulator
 from isthmus.cli.emulator_edge_commands import app as tuning
 from isthmus.cli.emulator_research_commands import app as scores
+from isthmus.cli.jobs_commands import app as jobs
 from isthmus.cli.plan_command import plan
 from isthmus.common.errors import DiskError, IsthmusError
 from isthmus.common.shutdown import run_to_end
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(cloud, name="cloud")
 edge.add_typer(daemon, name="daemon")
+edge.add_typer(jobs, name="jobs")
 app.add_typer(edge, name="edge")
 emulator.add_typer(tuning)  # without a name: the commands of all three kinds of user stand in one group
 emulator.add_typer(scores)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlencode
 
 from isthmus.common.errors import ConfigError, NotRunningError
@@ -55,7 +56,11 @@ class DaemonClient:
         """What a DELETE answers. Raises what `get` does."""
         return self._ask("DELETE", path)
 
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+    def download(self, path: str, out: IO[bytes]) -> None:
+        """Write the bytes that a GET answers to `out`, however many there are. Raises what `get` does."""
+        self._ask("GET", path, out=out)
+
+    def _ask(self, method: str, path: str, body: Any = None, out: IO[bytes] | None = None) -> Any:
         if not self._home.socket.exists():
             raise NotRunningError(
                 f"no daemon runs with the home {self._home.path}: start one with `isthmus edge daemon start`, or give "
@@ -69,6 +74,9 @@ class DaemonClient:
         try:
             connection.request(method, path, data, headers)
             response = connection.getresponse()
+            if out is not None and response.status < 400:
+                shutil.copyfileobj(response, out)
+                return None
             answer = response.read(MOST + 1)
             told = json.loads(answer) if answer else None
         except (OSError, HTTPException, ValueError) as error:

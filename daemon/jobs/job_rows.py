@@ -71,6 +71,8 @@ def hear(
                 _count_traffic(session, job, report)
             case "metrics":
                 _add_metrics(session, job, report)
+            case "message":
+                tell(session, job, report["message"], at=report["at"])
             case "checkpoint":
                 obsolete += _add_checkpoint(session, job, home, report)
     return [*obsolete, *_prune(session, job, home, most_checkpoints)]
@@ -112,10 +114,10 @@ def succeed(session: Session, job: Job, home: Home, result: StoredFile) -> None:
 def _count_traffic(session: Session, job: Job, report: Mapping[str, Any]) -> None:
     job.bytes_up += report["bytes_up"]
     job.bytes_down += report["bytes_down"]
-    base = session.get(BaseModel, job.model)
-    if base is None:
-        return  # nothing crosses
     counted = {name: report[name] for name in ("bytes_up", "bytes_down", "calls", "retries")}
+    base = session.get(BaseModel, job.model) if any(counted.values()) else None
+    if base is None:
+        return  # nothing has crossed
     day = datetime.fromtimestamp(report["at"], UTC).date().isoformat()
     row = insert(Traffic).values(cloud=base.cloud, day=day, **counted)
     more = {name: getattr(Traffic, name) + value for name, value in counted.items()}

@@ -57,7 +57,8 @@ def _work(folder: Path) -> int:
     try:
         from isthmus.daemon.jobs.job_work import do
 
-        do(work, folder, Reporter(folder))
+        with Reporter(folder) as reporter:
+            do(work, folder, reporter)
     except KeyboardInterrupt:
         write_end(folder, work.attempt, "stopped")
         return INTERRUPTED

@@ -4,7 +4,7 @@
         progress    step, total, speed (seconds a step); bytes_up, bytes_down, calls, retries: since the last report
         metrics     message, data
         checkpoint  id, step, metrics: an adapter lies in `models/<id>`
-        message     level, message
+        message     message
     end.json        `attempt`, `outcome` ("succeeded", "stopped", "failed"), and where it failed `code`, `message`, and
                     `passing`: whether another time may do
 
@@ -18,20 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from isthmus.common.files import disk_errors, write_atomic
 
 REPORTS = "reports.jsonl"
 END = "end.json"
-LINES_AT_ONCE = 1 << 20
-"""Bytes of reports that are read at a time."""
+BYTES_AT_ONCE = 1 << 20
+"""Bytes of reports that are read at a time; a line is far shorter."""
 SECONDS = 1.0
 """Between two reports of progress."""
 
 
 class Reporter:
-    """Writes reports. Its methods may be called by several threads.
+    """Writes reports; a context manager. Its methods may be called by several threads.
 
     Args:
         folder: The job's.
@@ -45,6 +45,12 @@ class Reporter:
             if self._file.tell():  # what follows half a line of a killed worker is a line of its own
                 self._file.write(b"\n")
                 self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
 
     def tell(self, kind: str, **values: Any) -> None:
         """Write a report.
@@ -86,7 +92,7 @@ def read_reports(folder: Path, start: int) -> tuple[list[dict[str, Any]], int]:
         return [], start
     with path.open("rb") as file:
         file.seek(start)
-        data = file.read(LINES_AT_ONCE)
+        data = file.read(BYTES_AT_ONCE)
     whole = data.rfind(b"\n") + 1
     reports = []
     for line in data[:whole].splitlines():

@@ -31,15 +31,18 @@ class Jobs:
     Args:
         folder: The home's.
         cloud: The connection string of a cloud, and the edge's key.
+        client: Further settings of the connection.
         settings: Of the daemon, besides the cloud.
     """
 
-    def __init__(self, folder: Path, cloud: tuple[str, Path], texts: Path, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, cloud: tuple[str, Path], texts: Path, client: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
         self.home = Home.make(folder)
         self.database = Database(self.home.database)
         address, key = cloud
-        client = ClientConfig(cloud=address, key=key, connect_timeout=5.0, give_up_after=1.0)
-        self.settings = DaemonSettings(clouds={"main": client}, **settings)
+        values = {"cloud": address, "key": key, "give_up_after": 1.0, **(client or {})}
+        self.settings = DaemonSettings(clouds={"main": ClientConfig.model_validate(values)}, **settings)
         with self.database.session() as session:
             for name in ("one", "two"):
                 session.merge(Owner(id=name, name=name, token_sha256=name, created_at=0.0))

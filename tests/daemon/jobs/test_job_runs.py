@@ -1,18 +1,43 @@
-"""Jobs against a real cloud: to the end, with the bits of `isthmus edge train`."""
+"""Jobs against a real cloud: whatever dies, they end with the bits of `isthmus edge train`."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import daemon_process
+from support.cloud.clouds import ThreadServer
+from support.cloud.packages import tiny_package
 from support.cloud.train_runs import Runs, cloud_for_runs
-from support.daemon_jobs import TRAINING, Jobs, ended, jobs_of, said, training
+from support.daemon_jobs import TRAINING, Jobs, ended, jobs_of, said, training, until
+from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
 from isthmus.daemon.jobs.job_names import checkpoint_id, result_id
+from isthmus.daemon.jobs.job_runner import Patience
+from isthmus.daemon.jobs.job_service import NewJob
+from isthmus.daemon.state.tables import Model, Traffic
+from isthmus.edge.config.client_config import EvalConfig
+from isthmus.edge.config.training_config import TuneConfig
+from isthmus.edge.emulator_run import run_tuning
+from isthmus.edge.split_run import run_evaluation
+from isthmus.protocol.secure.keys import load_worker
 
-pytestmark = [pytest.mark.server, pytest.mark.usefixtures("warm_children")]
+pytestmark = pytest.mark.server
+
+LONG = {"steps": 12}
+"""Long enough that something can happen in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +47,229 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights that `isthmus edge train` makes."""
+def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that `isthmus edge train` makes."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    runs.train(out, **TRAINING)
-    return (out / "adapter" / ADAPTER_WEIGHTS).read_bytes()
+    runs.train(out, **{**TRAINING, **LONG})
+    return out
 
 
-def weights(jobs: Jobs, model_id: str) -> bytes:
-    return (jobs.home.model(model_id) / ADAPTER_WEIGHTS).read_bytes()
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[WarmPopen]:
+    """The processes that are started for jobs."""
+    found = []
+
+    class Noted(WarmPopen):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            found.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return found
 
 
-def test_a_job_ends_with_the_adapter_of_edge_train(runs: Runs, undisturbed: bytes, tmp_path: Path) -> None:
-    jobs = jobs_of(tmp_path / "home", runs, save_every=2)
+def weights(folder: Path) -> bytes:
+    return (folder / ADAPTER_WEIGHTS).read_bytes()
+
+
+def in_the_middle(jobs: Jobs, job_id: str, step: int = 2) -> None:
+    """Wait until a job has made some steps, and see that it has not made them all."""
+    run = jobs.home.job(job_id) / "run"
+    deadline = time.monotonic() + 60
+    while not any((run / f"checkpoint-{n}").exists() for n in (step, step + 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert not (run / "adapter").exists()
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_ends_with_the_adapter_of_edge_train(runs: Runs, undisturbed: Path, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path / "home", runs, save_every=5, checkpoints_per_job=2)
     with jobs.service() as service:
-        made = service.create("one", training())
-        job = ended(service, made.id)
-        assert job.status == "succeeded", said(service, made.id)
-        assert (job.step, job.total, job.attempts) == (4, 4, 1)
-    assert weights(jobs, result_id(made.id)) == undisturbed
-    assert weights(jobs, checkpoint_id(made.id, 2)) != undisturbed
+        made = service.create("one", training(**LONG, eval_every=5)).id
+        job = ended(service, made)
+        assert (job.status, job.step, job.total, job.attempts) == ("succeeded", 12, 12, 1), said(service, made)
+        losses = [json.loads(line) for line in (undisturbed / "losses.jsonl").read_text().splitlines()]
+        lines = list(service.steps("one", made))
+        assert [{name: line[name] for name in losses[0]} for line in lines] == losses
+        assert [line["step"] for line in service.steps("one", made, after=10)] == [11, 12]
+        kept, _ = service.checkpoints("one", made)
+        assert [model.step for model in kept] == [12, 10]
+        assert kept[1].metrics["train_loss"] == losses[9]["loss"]
+        assert {"valid_loss", "full_valid_loss"} < set(kept[1].metrics)
+    assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
+    assert weights(jobs.home.model(checkpoint_id(made, 12))) == weights(undisturbed / "adapter")
+    assert weights(jobs.home.model(checkpoint_id(made, 10))) != weights(undisturbed / "adapter")
+    rows = list(csv.DictReader(io.StringIO(jobs.home.file(job.results[0]).read_text())))
+    assert [float(row["train_loss"]) for row in rows] == [line["loss"] for line in losses]
+    assert [row["step"] for row in rows if row["valid_loss"]] == ["5", "10", "12"]
+    assert not list((jobs.home.job(made) / "run").glob("checkpoint-*"))
+    report = json.loads((jobs.home.job(made) / "run" / "report.json").read_text())
+    with jobs.database.reading() as session:
+        traffic = session.query(Traffic).one()
+    assert traffic.bytes_up > report["bytes_up"] > 0  # evaluations and what was fetched cross, too
+    assert traffic.calls > report["calls"] > 0
+
+
+def test_a_worker_that_is_killed_in_the_middle_changes_no_bit(
+    runs: Runs, undisturbed: Path, workers: list[WarmPopen], tmp_path: Path
+) -> None:
+    jobs = jobs_of(tmp_path / "home", runs, save_every=1)
+    with jobs.service() as service:
+        made = service.create("one", training(**LONG)).id
+        in_the_middle(jobs, made)
+        workers[0].kill()
+        job = ended(service, made)
+        assert (job.status, job.attempts) == ("succeeded", 2), said(service, made)
+        assert any("ended by signal 9" in line for line in said(service, made))
+        steps = [event.data["step"] for event in service.events("one", made, limit=1000)[0] if event.kind == "metrics"]
+        assert sorted(set(steps)) == list(range(1, 13))
+    assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
+
+
+@pytest.mark.parametrize("dies", ["daemon", "both"])
+def test_a_daemon_that_is_killed_in_the_middle_changes_no_bit(
+    runs: Runs, undisturbed: Path, workers: list[WarmPopen], tmp_path: Path, dies: str
+) -> None:
+    jobs = jobs_of(tmp_path / "home", runs, save_every=1)
+    words = (jobs.home.path, runs.server.address, runs.server.home.key_file, runs.texts, json.dumps(LONG))
+    with WarmPopen(
+        [sys.executable, daemon_process.__file__, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        made = daemon.stdout.readline().strip()
+        in_the_middle(jobs, made)
+        daemon.kill()
+        if dies == "both":
+            os.kill(_holder(jobs.home.job(made) / ".worker.lock"), signal.SIGKILL)
+    with jobs.service() as service:
+        assert service.get("one", made).status == "running"
+        job = ended(service, made)
+        assert (job.status, job.attempts) == ("succeeded", 2), said(service, made)
+    assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
+
+
+def _holder(lock: Path) -> int:
+    """The process that has locked a file."""
+    inode = str(lock.stat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+            return int(words[4])
+    raise AssertionError("nobody has locked it")
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize(("stop", "go_on", "status"), [("pause", "resume", "paused"), ("cancel", "retry", "cancelled")])
+def test_a_job_that_is_stopped_and_gone_on_with_has_the_same_bits(
+    runs: Runs, undisturbed: Path, tmp_path: Path, stop: str, go_on: str, status: str
+) -> None:
+    jobs = jobs_of(tmp_path / "home", runs, save_every=1)
+    with jobs.service() as service:
+        made = service.create("one", training(**LONG)).id
+        in_the_middle(jobs, made)
+        getattr(service, stop)("one", made)
+        job = until(service, made, lambda job: job.status == status)
+        assert 0 < job.step < 12
+        getattr(service, go_on)("one", made)
+        assert ended(service, made).status == "succeeded"
+    assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_daemon_that_is_stopped_saves_its_jobs_and_goes_on_with_them(runs: Runs, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path / "home", runs, save_every=100_000)
+    with jobs.service() as service:
+        made = service.create("one", training(steps=100_000)).id
+        until(service, made, lambda job: job.step > 0)
+    (saved,) = (jobs.home.job(made) / "run").glob("checkpoint-*")
+    with jobs.service() as service:
+        job = until(service, made, lambda job: job.attempts == 2 and job.step > int(saved.name.rpartition("-")[2]))
+        assert job.status == "running"
+        service.cancel("one", made)
+        ended(service, made)
+        assert (jobs.home.job(made) / "run" / "losses.jsonl").read_text().startswith('{"step": 1, ')
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_waits_for_a_cloud_that_is_away(runs: Runs, undisturbed: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = runs.server
+    address = there.address.replace(f":{there.port}#", f":{port}#")
+    client = {"cloud": address, "key": there.home.key_file, "connect_timeout": 0.3, "give_up_after": 1.0}
+    jobs = jobs_of(tmp_path / "home", runs, client=client)
+    with jobs.service(Patience(first=0.1, longest=0.1)) as service:
+        made = service.create("one", training(**LONG)).id
+        job = until(service, made, lambda job: any("next attempt" in line for line in said(service, job.id)))
+        assert job.status in ("queued", "running")
+        assert job.error is None
+        with ThreadServer(there.served, there.home, listen=f"127.0.0.1:{port}"):
+            job = ended(service, made)
+        assert job.status == "succeeded", said(service, made)
+        assert job.attempts > 1
+    assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
+
+
+@pytest.mark.usefixtures("workers")
+def test_an_error_of_a_run_is_told_with_its_code(runs: Runs, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path / "home", runs)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    jobs.upload("file-empty", empty)
+    with jobs.service() as service:
+        job = ended(service, service.create("one", training(data="file-empty")).id)
+    assert (job.status, job.attempts) == ("failed", 1)
+    assert job.error is not None
+    assert job.error["code"] == 11
+    assert "Traceback" not in (jobs.home.job(job.id) / "worker.log").read_text()
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_a_job_has_tuned_is_evaluated_and_answers_prompts(runs: Runs, undisturbed: Path, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path / "home", runs)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"case {n}:"}) + "\n" for n in range(3)))
+    with jobs.service() as service:
+        tuned = service.create("one", training(**LONG)).id
+        ended(service, tuned)
+        with jobs.database.reading() as session:
+            name = session.query(Model).filter(Model.step.is_(None)).one().name
+        spec = {"data": str(runs.texts), "adapter": name, "threads": 1}
+        measured = service.create("one", NewJob("evaluate", "tiny", spec)).id
+        jobs.upload("file-prompts", prompts)
+        spec = {"prompts": "file-prompts", "adapter": name, "max_new_tokens": 3}
+        answered = service.create("one", NewJob("generate", "tiny", spec)).id
+        job = ended(service, measured)
+        assert job.status == "succeeded", job.error
+        config = EvalConfig(cloud=runs.server.address, key=runs.server.home.key_file, data=str(runs.texts), threads=1)
+        loss = json.loads(jobs.home.file(job.results[0]).read_text())["loss"]
+        assert loss == run_evaluation(config, undisturbed / "adapter")["loss"]
+        assert loss != run_evaluation(config, None)["loss"]
+        job = ended(service, answered)
+        assert (job.status, job.step, job.total) == ("succeeded", 3, 3), job.error
+        answers = [json.loads(line) for line in jobs.home.file(job.results[0]).read_text().splitlines()]
+        assert [answer["index"] for answer in answers] == [0, 1, 2]
+        assert all(0 < answer["tokens"] <= 3 for answer in answers)
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_job_tunes_on_a_package_as_the_command_does(runs: Runs, tmp_path: Path) -> None:
+    signer = load_worker(runs.server.home.folder)
+    package = tiny_package(tmp_path / "package", runs.model, plan="1:1", signer=signer).folder
+    config = TuneConfig.model_validate(
+        {**TRAINING, "package": package, "data": str(runs.texts), "out": tmp_path / "alone"}
+    )
+    run_tuning(config)
+    jobs = jobs_of(tmp_path / "home", runs, save_every=1)
+    with jobs.service() as service:
+        spec = {**TRAINING, "package": str(package), "data": "file-texts"}
+        made = service.create("one", NewJob("tune", "tiny", spec)).id
+        assert ended(service, made).status == "succeeded", said(service, made)
+    assert weights(jobs.home.model(result_id(made))) == weights(tmp_path / "alone" / "adapter")
+    with jobs.database.reading() as session:
+        assert session.query(Traffic).all() == []
