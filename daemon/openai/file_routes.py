@@ -120,7 +120,7 @@ def delete_file(here: Here, asker: Asker, file_id: str, _: Nothing) -> Any:
         file = _file(session, asker.id, file_id)
         path = here.home.file(file.id)
         for job in jobs_under_way(session):
-            if {file.id, str(path)} & {job.spec.get(name) for name in ("data", "validation", "prompts")}:
+            if file.id in {job.spec.get(name) for name in ("data", "validation", "prompts")}:
                 raise ApiError(
                     400,
                     f"the job {job.id} needs {file.id!r}: cancel it, or wait for its end",

@@ -57,7 +57,7 @@ def delete_model(here: Here, asker: Asker, name: str, _: Nothing) -> Any:
             raise unknown_model(name)
         folder = here.home.path / adapter.folder
         for job in jobs_under_way(session):
-            if job.spec.get("start_from") in (name, adapter.id, str(folder)):
+            if job.spec.get("start_from") in (name, adapter.id):
                 raise ApiError(
                     400, f"the job {job.id} goes on from {name!r}: cancel it, or wait for its end", code="model_in_use"
                 )
