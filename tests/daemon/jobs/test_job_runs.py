@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import daemon_process
 from support.cloud.clouds import ThreadServer
 from support.cloud.packages import tiny_package
 from support.cloud.train_runs import Runs, cloud_for_runs
-from support.daemon_jobs import TRAINING, Jobs, ended, jobs_of, said, training, until
+from support.daemon import jobs_process
+from support.daemon.job_homes import TRAINING, Jobs, ended, jobs_of, said, training, until
 from support.warm_processes import WarmPopen
 
 from isthmus.backbone.adapters.custom_adapters import ADAPTER_WEIGHTS
@@ -134,7 +134,7 @@ def test_a_daemon_that_is_killed_in_the_middle_changes_no_bit(
     jobs = jobs_of(tmp_path / "home", runs, save_every=1)
     words = (jobs.home.path, runs.server.address, runs.server.home.key_file, runs.texts, json.dumps(LONG))
     with WarmPopen(
-        [sys.executable, daemon_process.__file__, *map(str, words)],
+        [sys.executable, jobs_process.__file__, *map(str, words)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

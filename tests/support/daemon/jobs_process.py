@@ -1,4 +1,4 @@
-"""A daemon's jobs in a process of their own: `python daemon_process.py HOME CLOUD KEY TEXTS SPEC`.
+"""A daemon's jobs in a process of their own: `python jobs_process.py HOME CLOUD KEY TEXTS SPEC`.
 
 It puts a training with this spec (JSON) into the queue, says its id, and works until its standard input ends.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.daemon_jobs import Jobs, training
+from support.daemon.job_homes import Jobs, training
 from support.warm_processes import WarmPopen
 
 
