@@ -46,6 +46,7 @@ def build_peft(
     total_steps: int | None = None,
     layers: Sequence[int] | None = None,
     beside: SplitPlan | None = None,
+    also: Sequence[str] = (),
 ) -> Any:
     """Make `model` trainable as `config.method` says.
 
@@ -58,6 +59,7 @@ def build_peft(
         layers: Decoder layers to adapt; by default the edge's, or all layers of a whole model. An adapter to go on from
             has its own.
         beside: The plan whose cloud layers a ladder reads; by default the split model's own.
+        also: Further linears that get an adapter, the head say, by their full names.
 
     Returns:
         A `PeftModel`, or `model` itself for the methods that PEFT does not have.
@@ -93,21 +95,26 @@ def build_peft(
         case "prompt":
             return peft.get_peft_model(model, _prompt_config(model, config))
         case _:
-            return _adapt_linears(model, config, own_layers, interior, total_steps)
+            return _adapt_linears(model, config, own_layers, interior, total_steps, also)
     return model
 
 
 def _adapt_linears(
-    model: Any, config: TuningConfig, own_layers: Sequence[int], interior: Sequence[int], total_steps: int | None
+    model: Any,
+    config: TuningConfig,
+    own_layers: Sequence[int],
+    interior: Sequence[int],
+    total_steps: int | None,
+    also: Sequence[str],
 ) -> Any:
-    """Give the target modules of these layers an adapter each; see `build_peft`."""
+    """Give the target modules of these layers, and those of `also`, an adapter each; see `build_peft`."""
     targets = _targets(config, model.config.model_type)
     names = _modules_in(model, interior, targets)
     if interior and not names:
         raise ConfigError(
             f"sites = {_sites_text(config)}: this model has no sites in the cloud's layers: give --sites none."
         )
-    names |= _modules_in(model, own_layers, targets)
+    names |= _modules_in(model, own_layers, targets) | set(also)
     if not names:
         raise ConfigError(
             f"method = {config.method!r} finds no module named {', '.join(targets)} in the layers that it works on: "

@@ -1,0 +1,77 @@
+"""The models in training, by their names, and the clouds that they need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from isthmus.common.errors import ConfigError, UnknownModelError
+from isthmus.daemon.tinker.training.lora_shape import LoraShape
+from isthmus.daemon.tinker.training.open_cloud import OpenCloud
+from isthmus.daemon.tinker.training.trained_model import TrainedModel
+from isthmus.edge.config.client_config import ClientConfig
+
+MOST_MODELS = 16
+"""At a time: each takes the memory of its adapter four times."""
+
+
+class TrainingModels:
+    """What a process trains. A cloud's link is open as long as a model needs it."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, TrainedModel] = {}
+        self._clouds: dict[str, OpenCloud] = {}
+
+    def create(self, name: str, folder: Path, config: ClientConfig, shape: LoraShape) -> dict[str, Any]:
+        """Make a model, or go on with the one whose state is in `folder`; one that is there stays as it is.
+
+        Returns:
+            See `TrainedModel.facts`.
+
+        Raises:
+            ConfigError: There are too many already, another one has the name, or the LoRA does not fit.
+            IsthmusError: Whatever opening the link raises, or reading the state.
+        """
+        key = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+        if name in self._models:
+            model = self._models[name]
+            if model.shape != shape or model.cloud is not self._clouds.get(key):
+                raise ConfigError(f"there is a model {name} already, which is another one: give another name")
+            return model.facts()
+        if len(self._models) >= MOST_MODELS:
+            raise ConfigError(f"{MOST_MODELS} models are in training already: unload one")
+        if key not in self._clouds:
+            self._clouds[key] = OpenCloud(config)
+        try:
+            model = self._models[name] = TrainedModel(self._clouds[key], shape, folder)
+        except BaseException:
+            self._close_unused()
+            raise
+        return model.facts()
+
+    def model(self, name: str) -> TrainedModel:
+        """A model.
+
+        Raises:
+            UnknownModelError: It is not there; it may be in its folder.
+        """
+        if name not in self._models:
+            raise UnknownModelError(f"model {name} is not in training here: create it first")
+        return self._models[name]
+
+    def forget(self, name: str) -> None:
+        """Take a model out of memory. Its folder stays."""
+        self._models.pop(name, None)
+        self._close_unused()
+
+    def state(self) -> dict[str, Any]:
+        """What there is, for status."""
+        models = {name: {"number": model.number, "calls": model.calls} for name, model in self._models.items()}
+        return {"models": models, "clouds": len(self._clouds)}
+
+    def _close_unused(self) -> None:
+        used = {id(model.cloud) for model in self._models.values()}
+        for key, cloud in list(self._clouds.items()):
+            if id(cloud) not in used:
+                self._clouds.pop(key).close()
