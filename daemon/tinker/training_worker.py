@@ -6,17 +6,16 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
                       -> targets, parameters, layers, alpha, saved (number of the step gone on from; null for a new one)
     forward_backward  model, loss, loss_config, forward_only, data [{tokens, targets, weights?, logprobs?, advantages?}]
                       -> outputs [{logprobs, shaped as targets}], metrics {"loss:sum"}
-    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls?
-                      -> metrics
+    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}
+                      -> metrics {"grad_norm:mean": before it is clipped}
     save              model, folder, optimizer -> {}
     load              model, folder, optimizer -> {}
     forget            model -> {}
     state             -> pid, models {name: {number, calls}}, clouds
 
-Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
-model's folder before the answer is given, and a step whose number it has already is answered as it was then. Gradients
-that no step has applied end with the process: `calls`, the calls of forward_backward that a step is to apply, makes it
-an error of code 10. A model that the process does not know is one of code 20, and `create` gets it from its folder.
+Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. A step's state is in the model's folder
+before the answer is given, and the step of the number that it has already is answered as it was then. What was computed
+or loaded since the newest step ends with the process: who asks makes the model again and repeats it.
 """
 
 from __future__ import annotations
@@ -70,7 +69,6 @@ class _ForwardBackward(_Asked):
 class _OptimStep(_Asked):
     number: int = Field(ge=1)
     adam: AdamParams
-    calls: int | None = None
 
 
 class _Copy(_Asked):
@@ -79,10 +77,14 @@ class _Copy(_Asked):
 
 
 class TrainingHandlers:
-    """The answers to the questions; see the top of the file."""
+    """The answers to the questions; see the top of the file.
+
+    Attributes:
+        models: What is in training.
+    """
 
     def __init__(self) -> None:
-        self._models = TrainingModels()
+        self.models = TrainingModels()
 
     def by_method(self) -> dict[str, Handler]:
         """For `answer_questions`."""
@@ -102,12 +104,12 @@ class TrainingHandlers:
         asked = _check(_Create, values)
         config = _check(ClientConfig, asked.cloud)
         shape = _check(LoraShape, {name: values[name] for name in LoraShape.model_fields})
-        return self._models.create(asked.model, Path(asked.folder), config, shape)
+        return self.models.create(asked.model, Path(asked.folder), config, shape)
 
     def forward_backward(self, values: Values) -> Values:
         """See the top of the file."""
         asked = _check(_ForwardBackward, values)
-        model = self._models.model(asked.model)
+        model = self.models.model(asked.model)
         logprobs, loss = model.forward_backward(
             asked.loss, asked.loss_config, asked.data, forward_only=asked.forward_only
         )
@@ -116,29 +118,29 @@ class TrainingHandlers:
     def optim_step(self, values: Values) -> Values:
         """See the top of the file."""
         asked = _check(_OptimStep, values)
-        metrics = self._models.model(asked.model).optim_step(asked.number, asked.adam, asked.calls)
+        metrics = self.models.model(asked.model).optim_step(asked.number, asked.adam)
         return {"metrics": dict(metrics)}
 
     def save(self, values: Values) -> Values:
         """See the top of the file."""
         asked = _check(_Copy, values)
-        self._models.model(asked.model).save(Path(asked.folder), optimizer=asked.optimizer)
+        self.models.model(asked.model).save(Path(asked.folder), optimizer=asked.optimizer)
         return {}
 
     def load(self, values: Values) -> Values:
         """See the top of the file."""
         asked = _check(_Copy, values)
-        self._models.model(asked.model).load(Path(asked.folder), optimizer=asked.optimizer)
+        self.models.model(asked.model).load(Path(asked.folder), optimizer=asked.optimizer)
         return {}
 
     def forget(self, values: Values) -> Values:
         """See the top of the file."""
-        self._models.forget(_check(_Asked, values).model)
+        self.models.forget(_check(_Asked, values).model)
         return {}
 
     def state(self, _values: Values) -> Values:
         """See the top of the file."""
-        return {"pid": os.getpid(), **self._models.state()}
+        return {"pid": os.getpid(), **self.models.state()}
 
 
 def _handler(method: Callable[[Values], Values]) -> Handler:

@@ -80,7 +80,9 @@ class DatumBatch:
         rows: What it is made of.
         input_ids, attention_mask: `[B, S]`, int64; the mask is 1 for tokens.
         targets: `[B, S, K]`, int64, 0 on padding.
-        inputs: What the loss takes, `[B, S, K]` each, fp32, 0 on padding: it adds nothing to any loss.
+        inputs: What the loss takes, `[B, S, K]` each, fp32, 0 on padding.
+        padding: Where there is no target, `[B, S, K]`, bool. With inputs and a log probability of 0 it adds nothing to
+            any loss.
     """
 
     rows: Sequence[Row]
@@ -88,6 +90,7 @@ class DatumBatch:
     attention_mask: Tensor
     targets: Tensor
     inputs: dict[str, Tensor]
+    padding: Tensor
 
 
 def checked(data: Sequence[Datum], loss: Loss, *, vocabulary: int, longest: int) -> list[Row]:
@@ -183,11 +186,13 @@ def _batch(rows: list[Row], pad_id: int) -> DatumBatch:
     mask = torch.zeros_like(ids)
     targets = torch.zeros(len(rows), length, width, dtype=torch.int64)
     inputs = {name: torch.zeros(targets.shape) for name in rows[0].inputs}
+    padding = torch.ones(targets.shape, dtype=torch.bool)
     for number, row in enumerate(rows):
         ids[number, : len(row.tokens)] = row.tokens
         mask[number, : len(row.tokens)] = 1
         n, k = row.targets.shape
         targets[number, :n, :k] = row.targets
+        padding[number, :n, :k] = False
         for name, values in row.inputs.items():
             inputs[name][number, :n, :k] = values
-    return DatumBatch(tuple(rows), ids, mask, targets, inputs)
+    return DatumBatch(tuple(rows), ids, mask, targets, inputs, padding)

@@ -87,4 +87,4 @@ def _head_of(model: Any) -> str:
             f"train_unembed = true: the head of {model.isthmus_origin.checkpoint.name} has the weights of the "
             "embedding, so it cannot be trained by itself: give train_unembed=False"
         )
-    return next(name for name, module in model.named_modules() if module is head)
+    return next(str(name) for name, module in model.named_modules() if module is head)

@@ -110,10 +110,10 @@ def loss_named(name: str, config: Mapping[str, float]) -> Loss:
             raise ConfigError(f"{key} = {value} of loss {name} does not make sense: give 0 or more")
     settings: dict[str, float] = {}
     for key, default in defaults.items():
-        value = config.get(key, default)
-        if value is None:
+        chosen = config[key] if key in config else default
+        if chosen is None:
             raise ConfigError(f"loss {name} needs {key}: give it in loss_fn_config")
-        settings[key] = value
+        settings[key] = chosen
     if _LOW in settings and settings[_LOW] > settings[_HIGH]:
         raise ConfigError(f"{_LOW} = {settings[_LOW]} is above {_HIGH} = {settings[_HIGH]}: give the smaller one first")
     return Loss(name, inputs, many, formula, settings)

@@ -10,6 +10,9 @@ from isthmus.edge.cloud_link import open_link
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.edge.data.batches import pad_id
 
+GIVE_UP_AFTER = 20.0
+"""Seconds that a cloud may stay away at most: the models of other clouds wait meanwhile, and the daemon asks again."""
+
 
 class OpenCloud:
     """A link to a cloud, and the edge's parts of its model.
@@ -29,7 +32,8 @@ class OpenCloud:
 
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
-        self.link = open_link(config)
+        patience = min(config.give_up_after, GIVE_UP_AFTER)
+        self.link = open_link(config.model_copy(update={"give_up_after": patience}))
         try:
             self._base: Any = self.link.load_model()
             self._base.requires_grad_(False)

@@ -26,9 +26,9 @@ from isthmus.daemon.tinker.training.open_cloud import OpenCloud
 from isthmus.daemon.tinker.training.state_folder import ModelState, StateFolder
 from isthmus.edge.run_report import count
 from isthmus.edge.training import methods
-from isthmus.training.gradient_step import GradientStep
+from isthmus.training.gradient_step import GradientStep, require_finite
 
-_REMEDY = "lower the learning rate, or the weights."
+_REMEDY = "look at the weights, advantages and log probabilities, or lower the learning rate."
 
 Logprobs = list[float] | list[list[float]]
 
@@ -58,6 +58,7 @@ class TrainedModel:
         cloud, shape: The same.
         number: Of its newest step; 0 before the first.
         calls: Calls whose gradients the next step applies.
+        parameters: What is trained, by name.
         saved: Number of the step that it has gone on from; None for a new one.
 
     Raises:
@@ -68,19 +69,19 @@ class TrainedModel:
     def __init__(self, cloud: OpenCloud, shape: LoraShape, folder: Path) -> None:
         self.cloud, self.shape = cloud, shape
         self._model = shape.put_on(cloud.new_model(), cloud.config).eval()
-        self._parameters = methods.trained(self._model)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), foreach=False)
+        self.parameters = methods.trained(self._model)
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), foreach=False)
         info = cloud.link.info
         made_of = {"digest": info.digest, "plan": info.plan, "alpha": ALPHA, **shape.model_dump()}
         self._states = StateFolder(folder, made_of)
         self._record = {"digest": info.digest, "plan": info.plan, "method": "lora"}
-        self._version, self.number, self.calls = 0, 0, 0
+        self.number, self.calls = 0, 0
         self._metrics: Mapping[str, float] = {}
         state = self._states.read()
         self.saved = None if state is None else state.number
         if state is not None:
             self._put(state.parameters, state.optimizer)
-            self._version, self.number, self._metrics = state.version, state.number, state.metrics
+            self.number, self._metrics = state.number, state.metrics
 
     def facts(self) -> dict[str, Any]:
         """What was made: the targets' names inside a layer, how many numbers are trained, and in which layers."""
@@ -88,7 +89,7 @@ class TrainedModel:
         layers = range(plan.n_layers) if self.shape.layers == "all" else plan.edge_layers
         return {
             "targets": list(self.shape.targets(self.cloud.family)),
-            "parameters": count(self._parameters.values()),
+            "parameters": count(self.parameters.values()),
             "layers": list(layers),
             "alpha": ALPHA,
             "saved": self.saved,
@@ -119,26 +120,25 @@ class TrainedModel:
             for batch in micro_batches(rows, self.cloud.pad_id, min(POSITIONS, self.cloud.positions)):
                 logprobs = self._logprobs(batch)
                 value = loss(logprobs, batch.inputs)
+                total += require_finite(f"the loss {loss_name} is", value.item(), _REMEDY)
                 if not forward_only:
                     value.backward()  # type: ignore[no-untyped-call]  # torch
                 outputs += _by_row(logprobs.detach(), batch)
-                total += value.item()
-            self._check_finite(loss_name, total)
+            self._check_gradients(loss_name)
             self.calls += not forward_only
         return outputs, total
 
-    def optim_step(self, number: int, adam: AdamParams, calls: int | None = None) -> Mapping[str, float]:
+    def optim_step(self, number: int, adam: AdamParams) -> Mapping[str, float]:
         """Apply the gradients, and have the state on the disk. The newest step is not made twice.
 
         Args:
             number: Of the step; higher than that of the step before.
-            calls: Calls whose gradients it is to apply; None for those that there are.
 
         Returns:
             What is worth knowing of it, by names of Tinker's form.
 
         Raises:
-            ConfigError: The number is one of an older step, or there are not so many gradients.
+            ConfigError: The number is one of an older step, or there are no gradients.
             NonFiniteError: The gradients are NaN or infinite.
             DiskError: The state cannot be written.
         """
@@ -146,19 +146,16 @@ class TrainedModel:
             return self._metrics
         if number < self.number:
             raise ConfigError(f"step {number} comes after step {self.number}: give a higher number")
-        if self.calls == 0 or calls not in (None, self.calls):
-            wanted = "a step needs those of at least one" if calls is None else f"the step is to apply those of {calls}"
-            raise ConfigError(
-                f"there are gradients of {self.calls} calls of forward_backward, and {wanted}; they are lost when the "
-                "process that trains ends: repeat forward_backward"
-            )
+        if self.calls == 0:
+            raise ConfigError(f"step {number} has no gradients to apply: call forward_backward first")
         with self._whole_or_not():
             rule = self._rule(adam)
             norm = rule.clip(number)
             rule.apply(adam.learning_rate)
             metrics = {"grad_norm:mean": norm}
-            self._write(number, metrics)
-            self._forget_gradients()
+            self._states.write(ModelState(number, metrics, self.parameters, rule.state()))
+        self.number, self._metrics = number, metrics
+        self._forget_gradients()
         return metrics
 
     def save(self, folder: Path, *, optimizer: bool) -> None:
@@ -172,37 +169,34 @@ class TrainedModel:
     def load(self, folder: Path, *, optimizer: bool) -> None:
         """Go on from what `save` wrote, of this or another model with such a LoRA. Gradients are forgotten.
 
+        The state on the disk has it with the next step.
+
         Args:
             optimizer: Go on with its moments, too; otherwise they start anew.
 
         Raises:
             CheckpointError: It is damaged, does not fit, or has no moments.
-            DiskError: The state cannot be written.
         """
-        parameters, moments = read_copy(self._model, self._parameters, folder, self._record["digest"], optimizer)
-        with self._whole_or_not():
-            self._put(parameters, moments)
-            self._write(self.number, self._metrics)
-            self._forget_gradients()
+        values, moments = read_copy(self._model, self.parameters, folder, self._record["digest"], optimizer)
+        self._put(values, moments)
+        self._forget_gradients()
 
     def _logprobs(self, batch: DatumBatch) -> Tensor:
-        """The targets' log probabilities `[B, S, K]`, fp32."""
+        """The targets' log probabilities `[B, S, K]`, fp32, 0 on padding."""
         device = self._model.device
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        result: Tensor = logits.float().log_softmax(-1).gather(-1, batch.targets.to(device))
-        return result
+        found: Tensor = logits.float().log_softmax(-1).gather(-1, batch.targets.to(device))
+        return found.masked_fill(batch.padding.to(device), 0.0)
 
-    def _check_finite(self, loss_name: str, total: float) -> None:
-        if not math.isfinite(total):
-            raise NonFiniteError(f"the loss {loss_name} is {total}: {_REMEDY}")
-        if not all(bool(each.grad.isfinite().all()) for each in self._parameters.values() if each.grad is not None):
+    def _check_gradients(self, loss_name: str) -> None:
+        if not all(bool(each.grad.isfinite().all()) for each in self.parameters.values() if each.grad is not None):
             raise NonFiniteError(f"the gradient of loss {loss_name} is not finite: {_REMEDY}")
 
     def _rule(self, adam: AdamParams | None = None) -> GradientStep:
         """The optimizer's step, with these settings from now on."""
         if adam is None:
-            return GradientStep(self._optimizer, self._parameters, peak_rate=1.0, max_norm=math.inf, remedy=_REMEDY)
+            return GradientStep(self._optimizer, self.parameters, peak_rate=1.0, max_norm=math.inf, remedy=_REMEDY)
         for group in self._optimizer.param_groups:
             group |= {
                 "lr": adam.learning_rate,
@@ -212,13 +206,8 @@ class TrainedModel:
             }
         norm = adam.grad_clip_norm or math.inf
         return GradientStep(
-            self._optimizer, self._parameters, peak_rate=adam.learning_rate, max_norm=norm, remedy=_REMEDY
+            self._optimizer, self.parameters, peak_rate=adam.learning_rate, max_norm=norm, remedy=_REMEDY
         )
-
-    def _write(self, number: int, metrics: Mapping[str, float]) -> None:
-        state = ModelState(self._version + 1, number, metrics, self._parameters, self._rule().state())
-        self._states.write(state)
-        self._version, self.number, self._metrics = state.version, number, metrics
 
     def _forget_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -227,21 +216,21 @@ class TrainedModel:
     @contextmanager
     def _whole_or_not(self) -> Iterator[None]:
         """What fails inside has changed nothing in memory."""
-        parameters = {name: each.detach().clone() for name, each in self._parameters.items()}
+        parameters = {name: each.detach().clone() for name, each in self.parameters.items()}
         moments = {name: value.clone() for name, value in self._rule().state().items()}
-        gradients = [None if each.grad is None else each.grad.clone() for each in self._parameters.values()]
+        gradients = [None if each.grad is None else each.grad.clone() for each in self.parameters.values()]
         try:
             yield
         except BaseException:
             self._put(parameters, moments)
-            for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
+            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                 parameter.grad = gradient
             raise
 
     def _put(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Give what is trained these values, and the optimizer these moments."""
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(parameters[name])
         self._optimizer.state.clear()
         self._rule().load_state(dict(moments))

@@ -12,7 +12,7 @@ from isthmus.daemon.tinker.training.open_cloud import OpenCloud
 from isthmus.daemon.tinker.training.trained_model import TrainedModel
 from isthmus.edge.config.client_config import ClientConfig
 
-MOST_MODELS = 16
+MOST_MODELS = 64
 """At a time: each takes the memory of its adapter four times."""
 
 
@@ -24,21 +24,17 @@ class TrainingModels:
         self._clouds: dict[str, OpenCloud] = {}
 
     def create(self, name: str, folder: Path, config: ClientConfig, shape: LoraShape) -> dict[str, Any]:
-        """Make a model, or go on with the one whose state is in `folder`; one that is there stays as it is.
+        """Make a model, or go on with the one whose state is in `folder`. One of that name in memory is dropped.
 
         Returns:
             See `TrainedModel.facts`.
 
         Raises:
-            ConfigError: There are too many already, another one has the name, or the LoRA does not fit.
+            ConfigError: There are too many already, or the LoRA does not fit.
             IsthmusError: Whatever opening the link raises, or reading the state.
         """
         key = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-        if name in self._models:
-            model = self._models[name]
-            if model.shape != shape or model.cloud is not self._clouds.get(key):
-                raise ConfigError(f"there is a model {name} already, which is another one: give another name")
-            return model.facts()
+        self._models.pop(name, None)
         if len(self._models) >= MOST_MODELS:
             raise ConfigError(f"{MOST_MODELS} models are in training already: unload one")
         if key not in self._clouds:

@@ -46,6 +46,7 @@ def test_rows_are_padded_on_the_right_and_padding_counts_nothing() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.targets[..., 0].tolist() == [[11, 12, 13, 0], [11, 0, 0, 0]]
     assert batch.inputs["weights"][..., 0].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch.padding[..., 0].tolist() == [[False, False, False, True], [False, True, True, True]]
 
 
 def test_a_row_as_long_as_the_window_has_nothing_behind_it() -> None:

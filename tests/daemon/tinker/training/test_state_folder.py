@@ -19,28 +19,26 @@ from isthmus.daemon.tinker.training.state_folder import ModelState, StateFolder
 SETTINGS = {"rank": 4}
 
 
-def _state(version: int) -> ModelState:
-    value = torch.full((64,), float(version))
-    return ModelState(
-        version, 10 * version, {"n:mean": version}, {"a": value, "b": value.clone()}, {"a/step": value[:1].clone()}
-    )
+def _state(number: int) -> ModelState:
+    a, b, step = (torch.full((64,), float(number)) for _ in range(3))
+    return ModelState(number, {"n:mean": number}, {"a": a, "b": b}, {"a/step": step})
 
 
-def _is(state: ModelState | None, version: int) -> bool:
-    if state is None or (state.version, state.number) != (version, 10 * version):
+def _is(state: ModelState | None, number: int) -> bool:
+    if state is None or state.number != number:
         return False
     tensors = [*state.parameters.values(), *state.optimizer.values()]
-    whole = len(tensors) == 3 and all(bool((tensor == version).all()) for tensor in tensors)
-    return whole and state.metrics == {"n:mean": version}
+    whole = len(tensors) == 3 and all(bool((tensor == number).all()) for tensor in tensors)
+    return whole and state.metrics == {"n:mean": number}
 
 
 def test_a_state_is_read_as_it_was_written_and_the_older_one_is_gone(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "model", SETTINGS)
     assert folder.read() is None
-    for version in (1, 2):
-        folder.write(_state(version))
-        assert _is(folder.read(), version)
-        assert not _is(folder.read(), version + 1)
+    for number in (1, 2):
+        folder.write(_state(number))
+        assert _is(folder.read(), number)
+        assert not _is(folder.read(), number + 1)
         assert len(list((tmp_path / "model").iterdir())) == 1
 
 
@@ -57,7 +55,7 @@ def _dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
 
 
 def _write_and_die(path: Path, at: int) -> bool:
-    """Write version 2 in a process that is killed before its disk operation number `at`; whether it was."""
+    """Write state 2 in a process that is killed before its disk operation number `at`; whether it was."""
     child = os.fork()
     if child == 0:
         left = [at]
@@ -79,7 +77,7 @@ def test_a_process_that_is_killed_leaves_the_older_or_the_newer_state(tmp_path: 
         folder = StateFolder(path, SETTINGS)
         state = folder.read()
         assert _is(state, 1) or _is(state, 2), at
-        found.append(state.version if state else 0)
+        found.append(state.number if state else 0)
         folder.write(_state(3))  # what the dead process has left is in nobody's way
         assert _is(folder.read(), 3)
         if not died:
@@ -89,10 +87,10 @@ def test_a_process_that_is_killed_leaves_the_older_or_the_newer_state(tmp_path: 
     assert set(found) == {1, 2}
 
 
-def test_a_state_of_a_change_that_was_undone_gives_way(tmp_path: Path) -> None:
+def test_a_state_of_a_step_that_was_undone_gives_way(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, SETTINGS)
     folder.write(_state(1))
-    folder.write(ModelState(2, 99, {}, _state(7).parameters, {}))
+    folder.write(ModelState(2, {}, _state(7).parameters, {}))
     folder.write(_state(2))
     assert _is(folder.read(), 2)
 
