@@ -109,8 +109,7 @@ def loss_named(name: str, config: Mapping[str, float]) -> Loss:
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{key} = {value} of loss {name} does not make sense: give 0 or more")
     settings: dict[str, float] = {}
-    for key, default in defaults.items():
-        chosen = config[key] if key in config else default
+    for key, chosen in {**defaults, **config}.items():
         if chosen is None:
             raise ConfigError(f"loss {name} needs {key}: give it in loss_fn_config")
         settings[key] = chosen
