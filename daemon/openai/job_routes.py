@@ -87,8 +87,11 @@ def list_jobs(request: Request, here: Here, asker: Asker) -> Any:
     labels: dict[str, str] | None = None
     others: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if name.startswith(_LABEL) and name.endswith("]"):
-            labels = {**(labels or {}), name.removeprefix(_LABEL)[:-1]: value}
+        if name.startswith(_LABEL):
+            key = name.removeprefix(_LABEL).removesuffix("]")
+            if not name.endswith("]") or "[" in key or "]" in key or key in (labels or {}):
+                raise ApiError(400, f"{shown(name)}: give metadata[key]=value, each key once", param=_NO_LABELS)
+            labels = {**(labels or {}), key: value}
         elif name == _NO_LABELS and value in ("", "null"):
             labels = labels or {}
         else:

@@ -140,6 +140,8 @@ def test_lists_come_in_pages_and_by_metadata(client: OpenAI, training_file: str)
     assert [job.id for job in jobs.list(extra_query={"metadata": "null"})] == [plain]
     with pytest.raises(BadRequestError, match="is not in this list"):
         jobs.list(after="ftjob-0")
+    with pytest.raises(BadRequestError, match="each key once"):
+        jobs.list(extra_query={"metadata[a][b]": "c"})
     with pytest.raises(BadRequestError, match="unknown field 'colour'"):
         jobs.list(extra_query={"colour": "red"})
 

