@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -55,13 +55,13 @@ class Usage:
 
 
 async def ask(
-    answers: Answers, target: Target, prompts: Sequence[Prompt], sampling: Sampling, request: Request
+    answers: Answers, target: Target, prompts: Sequence[Prompt], sampling: Sampling, owner: str, request: Request
 ) -> Pieces:
     """The pieces of the answers to prompts, one prompt after the other; those of the second count on from `sampling.n`.
 
     The first of them is there already. Raises what `Answers.generate` does.
     """
-    pieces = _pieces(answers, target, prompts, sampling)
+    pieces = _pieces(answers, target, prompts, sampling, owner)
     first = await until_gone(request, anext(pieces))
     return _with_first(first, pieces)
 
@@ -112,12 +112,14 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _pieces(answers: Answers, target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> Pieces:
+async def _pieces(
+    answers: Answers, target: Target, prompts: Sequence[Prompt], sampling: Sampling, owner: str
+) -> Pieces:
     for number, prompt in enumerate(prompts):
-        generated = cast(Pieces, answers.generate(target, prompt, sampling))
-        async with aclosing(generated):
+        async with aclosing(answers.generate(target, prompt, sampling, owner=owner)) as generated:
             async for piece in generated:
-                yield replace(piece, index=number * sampling.n + piece.index)
+                counted = piece.prompt_tokens if piece.index == 0 else None  # several answers have one prompt
+                yield replace(piece, index=number * sampling.n + piece.index, prompt_tokens=counted)
 
 
 async def _with_first(first: Piece, pieces: Pieces) -> Pieces:

@@ -27,7 +27,7 @@ async def chat(
 ) -> Any:
     """The next message of a conversation."""
     target = await run_in_threadpool(_target, here, asker.id, body.model)
-    pieces = await ask(here.answers, target, [body.prompt()], body.how(), request)
+    pieces = await ask(here.answers, target, [body.prompt()], body.how(), asker.id, request)
     form = _Form(body)
     if body.stream:
         return stream(pieces, form, request)

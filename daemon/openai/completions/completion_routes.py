@@ -31,7 +31,7 @@ async def complete(
 ) -> Any:
     """What follows a text."""
     target = await run_in_threadpool(_target, here, asker.id, body.model)
-    pieces = await ask(here.answers, target, body.prompts(), body.how(), request)
+    pieces = await ask(here.answers, target, body.prompts(), body.how(), asker.id, request)
     form = _Form(body)
     if body.stream:
         return stream(pieces, form, request)

@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,16 @@ class InstantAnswers(Answers):
     """
 
     def __init__(self) -> None:
+        self.owners: list[str] = []
         self.asked: list[tuple[Target, Prompt, Sampling]] = []
         self.closed = threading.Semaphore(0)
 
-    async def generate(self, target: Target, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(
+        self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
+    ) -> AsyncGenerator[Piece, None]:
         """Eight words for each answer, or fewer."""
         self.asked.append((target, prompt, sampling))
+        self.owners.append(owner)
         text = str(prompt)
         if "busy" in text:
             raise BusyError
@@ -56,8 +60,8 @@ class InstantAnswers(Answers):
         size = min(sampling.max_tokens or len(WORDS), len(WORDS))
         whole = size == len(WORDS)
         try:
-            for index in range(sampling.n):
-                for at, word in enumerate(WORDS[:size]):
+            for at, word in enumerate(WORDS[:size]):
+                for index in range(sampling.n):
                     if at == 2 and "breaks" in text:
                         raise WorkerError("the worker has no more memory", 42)
                     if at == 2 and "defect" in text:
@@ -70,7 +74,7 @@ class InstantAnswers(Answers):
                         [at + 10],
                         [_chance(at + 10, word, sampling.top_logprobs)] if sampling.logprobs else (),
                         ("stop" if whole else "length") if at == size - 1 else None,
-                        prompt_tokens=5 if index == at == 0 else None,
+                        prompt_tokens=None if at else 5,
                     )
         finally:
             self.closed.release()

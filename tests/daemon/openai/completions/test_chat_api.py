@@ -24,6 +24,7 @@ def test_an_answer(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 8, 13)
     assert openai_daemon.answers.asked[-1] == (Target(BASE), HI, Sampling())
+    assert openai_daemon.answers.owners[-1] == openai_daemon.owner.id
 
 
 def test_how_to_sample_is_followed(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
