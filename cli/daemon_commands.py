@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from isthmus.common.errors import ConfigError, NotRunningError
 from isthmus.daemon.daemon_settings import DEFAULT_HOME, FILE
 
 if TYPE_CHECKING:
+    from isthmus.daemon.daemon_server import Started
     from isthmus.daemon.home import Home
-    from isthmus.daemon.server import Started
 
 app = typer.Typer(
     help="A process that stays: it tunes and answers for programs of this machine that speak OpenAI's API or Tinker's.",
@@ -51,8 +52,8 @@ def start(
     """
     with _extra():
         from isthmus.daemon.daemon_log import logging_to
+        from isthmus.daemon.daemon_server import run
         from isthmus.daemon.home import Home
-        from isthmus.daemon.server import run
         from isthmus.daemon.settings_file import read_daemon_settings
     place = home.expanduser().absolute()
     settings = read_daemon_settings(_config(place, config), {"listen": listen})
@@ -206,6 +207,7 @@ def _announce(started: Started) -> None:
 def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
     """What the start of the daemon says."""
     known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
+    key = f"$(cat {shlex.quote(str(home.token))})"
     return [
         f"page    {url}",
         f"socket  {home.socket}",
@@ -213,8 +215,8 @@ def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
         f"clouds  {known}",
         "for scripts:",
         "  export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost",
-        f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {home.token})",
-        f"  export TINKER_BASE_URL={url} TINKER_API_KEY=$(cat {home.token})",
+        f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
+        f"  export TINKER_BASE_URL={url} TINKER_API_KEY={key} HF_ENDPOINT={url}/hub HF_TOKEN={key}",
     ]
 
 

@@ -21,10 +21,10 @@ from isthmus.common.readable import size
 from isthmus.daemon.cloud_check import check_cloud
 from isthmus.daemon.daemon_client import DaemonClient
 from isthmus.daemon.daemon_lock import holder
+from isthmus.daemon.daemon_server import check_address
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import taken
 from isthmus.daemon.home import Home
-from isthmus.daemon.server import check_address
 from isthmus.daemon.settings_file import read_daemon_settings
 from isthmus.daemon.tokens import read_token
 

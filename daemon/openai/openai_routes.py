@@ -1,4 +1,4 @@
-"""OpenAI's API, for `isthmus.daemon.server`."""
+"""OpenAI's API, for `isthmus.daemon.daemon_server`."""
 
 from __future__ import annotations
 

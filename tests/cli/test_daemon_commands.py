@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from isthmus.cli import daemon_commands
 from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError, NotRunningError
-from isthmus.daemon import server
+from isthmus.daemon import daemon_server as server
 from isthmus.daemon.daemon_lock import holder
 from isthmus.daemon.home import Home
 

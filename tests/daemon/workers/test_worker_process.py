@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from support import asked_worker
+from support.daemon import asked_worker
 
 from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.workers import asking

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from isthmus.daemon import server
+from isthmus.daemon import daemon_server as server
 from isthmus.daemon.daemon_log import logging_to
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home

@@ -21,7 +21,7 @@ from support.daemon.daemon_parts import NoAnswers, NoJobs, make_parts
 from support.daemon.running_daemon import RunningDaemon, running_daemon
 
 from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError, PortInUseError
-from isthmus.daemon import server
+from isthmus.daemon import daemon_server as server
 from isthmus.daemon.daemon_client import DaemonClient, RefusedRequestError
 from isthmus.daemon.daemon_lock import holder, occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
@@ -80,7 +80,7 @@ def test_the_socket_asks_for_the_token_too(daemon: RunningDaemon) -> None:
 
 def test_the_serving_process_imports_neither_torch_nor_grpc() -> None:
     code = (
-        "import sys, isthmus.daemon.server as server; server.routers(); "
+        "import sys, isthmus.daemon.daemon_server as server; server.routers(); "
         "print([name for name in ('torch', 'grpc', 'transformers', 'peft', 'ray') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

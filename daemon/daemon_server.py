@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -30,9 +28,12 @@ from isthmus.daemon.daemon_lock import occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
+from isthmus.daemon.openai import openai_routes
+from isthmus.daemon.page import jobs_api, page_routes
 from isthmus.daemon.serving.answers import Answers
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner
+from isthmus.daemon.tinker import tinker_routes
 from isthmus.daemon.web.access import is_loopback, urls
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.connections import HEAD_BYTES, KEEP_ALIVE_SECONDS, BoundedConnection
@@ -48,7 +49,6 @@ LOOK_EVERY = 60.0
 """Seconds between two looks at what the clouds serve."""
 SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket (`sun_path` without its final zero; unix(7))."""
-_APIS = ("openai.openai_routes", "tinker.tinker_routes", "page.page_routes", "page.jobs_api")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,7 @@ class Started:
 
 def routers() -> list[APIRouter]:
     """Those of all APIs."""
-    names = [f"isthmus.daemon.{name}" for name in _APIS]
-    found = [importlib.import_module(name) for name in names if importlib.util.find_spec(name) is not None]
-    return [module.router() for module in found]
+    return [openai_routes.router(), tinker_routes.router(), page_routes.router(), jobs_api.router()]
 
 
 def make_context(settings: DaemonSettings, home: Home) -> Context:
@@ -146,6 +144,7 @@ async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, read
         (url,) = urls([(host, port)], tls=settings.tls_cert is not None)
         record = {"pid": os.getpid(), "url": url, "started": time.time()}
         write_atomic(home.running, json.dumps(record).encode(), 0o600)
+        log.info("process %d answers at %s", os.getpid(), url)
         ready(Started(url, home, sorted(settings.clouds), settings.tls_cert is not None))
 
     server.told = told
@@ -215,11 +214,13 @@ async def working(app: FastAPI) -> AsyncIterator[None]:
         async with app.router.lifespan_context(app):
             yield
     finally:
+        log.info("stopping: answers end, and jobs pause at their next micro-batch")
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await run_in_threadpool(context.jobs.stop)
         await context.answers.stop()
+        log.info("stopped")
 
 
 async def _note(context: Context) -> None:
