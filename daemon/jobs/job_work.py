@@ -94,6 +94,8 @@ class Follower:
         meter: Says what has crossed; None where nothing does, or not yet.
     """
 
+    go_on = "retry the job to go on"
+
     def __init__(self, work: Work, config: Any, reporter: Reporter) -> None:
         self.meter: WireMeter | None = None
         self._work = work

@@ -30,7 +30,7 @@ from isthmus.edge.training.evaluation import evaluate
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.optimizers import step_rule
 from isthmus.edge.training.run_identity import NO_DRAFT, ModelIdentity, check_fits, fixed_settings, identity_entries
-from isthmus.edge.training.run_listener import RunListener, SaveAdapter
+from isthmus.edge.training.run_listener import RunListener, SaveAdapter, accuracy_for
 from isthmus.edge.training.step_rule import EdgeRule
 from isthmus.edge.training.tensorboard_curves import AddPoints, no_curves
 from isthmus.training.run_checkpoint import RunCheckpoint, damaged_entry
@@ -93,8 +93,15 @@ class EdgeSteps(Task):
         self.loss_after: float | None = None
         self.add_points: AddPoints = no_curves
         self.parameters: Mapping[str, nn.Parameter] = methods.trained(model)  # before the rule freezes some of them
+        self._accuracy = None if listener is None else accuracy_for(config)
         self.rule: EdgeRule = step_rule(
-            model, self.parameters, config, stop.check, in_flight, None if draft is None else draft.learn
+            model,
+            self.parameters,
+            config,
+            stop.check,
+            in_flight,
+            None if draft is None else draft.learn,
+            self._accuracy,
         )
         self.device: torch.device = model.device
         start = None if config.start_from is None else adapter_digest(config.start_from)
@@ -142,6 +149,8 @@ class EdgeSteps(Task):
         self._batches = list(self._train.epoch(epoch, first, first + self._config.accumulate))
         if self._draft is not None:
             self._draft.begin_step()
+        if self._accuracy is not None:
+            self._accuracy.begin_step()
         loss, norm = self.rule.measure(step, self._batches)
         if self._draft is not None:
             self._draft.end_step(step)
@@ -161,7 +170,8 @@ class EdgeSteps(Task):
         seconds = time.perf_counter() - self._started
         self._step_spent = Spent(seconds, tokens, positions, self._totals() - self._before)
         self.spent += self._step_spent
-        return {"tokens": tokens, **fit}
+        accuracy = {} if self._accuracy is None else {"accuracy": self._accuracy.value}
+        return {"tokens": tokens, **accuracy, **fit}
 
     def logged(self, line: Mapping[str, Any], seconds: float) -> str:
         """See `Task`."""

@@ -23,6 +23,7 @@ from isthmus.edge.config.training_config import TuningConfig
 from isthmus.edge.data.batches import Batch
 from isthmus.edge.training.mezo import Mezo
 from isthmus.edge.training.micro_batches import InFlight
+from isthmus.edge.training.run_listener import TokenAccuracy
 from isthmus.edge.training.step_rule import REMEDY, BatchLoss, EdgeRule, OnLogits
 from isthmus.training.gradient_step import GradientStep
 
@@ -34,14 +35,15 @@ def step_rule(
     check_stop: Callable[[], None],
     in_flight: InFlight | None = None,
     on_logits: OnLogits | None = None,
+    accuracy: TokenAccuracy | None = None,
 ) -> EdgeRule:
     """The rule that `config.optimizer` names.
 
     Args:
         parameters: Its trainable parameters by name. `lora-fa` freezes some of them.
-        on_logits: See `BatchLoss`.
+        on_logits, accuracy: See `BatchLoss`.
     """
-    loss = BatchLoss(model, config.precision, check_stop, in_flight, on_logits)
+    loss = BatchLoss(model, config.precision, check_stop, in_flight, on_logits, accuracy)
     if config.optimizer == "mezo":
         return Mezo(parameters.values(), config, loss)
     return Backprop(_optimizer(model, parameters, config), parameters, config, loss)

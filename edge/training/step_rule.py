@@ -19,6 +19,7 @@ from isthmus.edge.data.batches import Batch, label_count, label_mask
 from isthmus.edge.training.evaluation import to_device
 from isthmus.edge.training.micro_batches import InFlight
 from isthmus.edge.training.precision import computing_in
+from isthmus.edge.training.run_listener import TokenAccuracy
 from isthmus.training.gradient_step import StepRule, require_finite
 
 OnLogits = Callable[[Batch, Tensor, float], None]
@@ -56,6 +57,7 @@ class BatchLoss:
         check_stop: Called after every micro-batch; what it raises ends the step.
         in_flight: Where several micro-batches may be in flight; None for one at a time.
         on_logits: Called for each micro-batch after its backward, in their order and in the calling thread.
+        accuracy: Counts each micro-batch; None where nobody asks.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class BatchLoss:
         check_stop: Callable[[], None],
         in_flight: InFlight | None = None,
         on_logits: OnLogits | None = None,
+        accuracy: TokenAccuracy | None = None,
     ) -> None:
         self._model = model
         self._precision: Precision = precision
         self._check_stop = check_stop
         self._in_flight = in_flight
         self._on_logits = on_logits
+        self._accuracy = accuracy
 
     def over(self, step: int, batches: Sequence[Batch], trained: Sequence[nn.Parameter] = ()) -> float:
         """The mean loss over all labels of `batches`, whatever the micro-batches' sizes.
@@ -118,6 +122,8 @@ class BatchLoss:
         with computing_in(self._precision, self._model):
             output = self._model(**to_device(batch, self._model), use_cache=False)
         loss: Tensor = output.loss
+        if self._accuracy is not None:
+            self._accuracy.add(batch, output.logits.detach())
         weight = label_count(batch) / labels
         value = require_finite(f"the loss of step {step} is", loss.item(), REMEDY)
         logits = None if self._on_logits is None else output.logits.detach()[label_mask(batch)]

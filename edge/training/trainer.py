@@ -121,7 +121,7 @@ class Trainer:
             total=total,
             save_every=config.save_every,
             keep=config.keep_checkpoints,
-            go_on="repeat the command with --resume to go on",
+            go_on="repeat the command with --resume to go on" if listener is None else listener.go_on,
             start_anew=START_ANEW,
         )
         self._loop = TrainingLoop(self._steps, options, self._progress, self._stop)

@@ -96,12 +96,14 @@ def test_a_job_ends_with_the_adapter_of_edge_train(runs: Runs, undisturbed: Path
         kept, _ = service.checkpoints("one", made)
         assert [model.step for model in kept] == [12, 10]
         assert kept[1].metrics["train_loss"] == losses[9]["loss"]
+        assert kept[1].metrics["train_mean_token_accuracy"] == lines[9]["accuracy"]
         assert {"valid_loss", "full_valid_loss"} < set(kept[1].metrics)
     assert weights(jobs.home.model(result_id(made))) == weights(undisturbed / "adapter")
     assert weights(jobs.home.model(checkpoint_id(made, 12))) == weights(undisturbed / "adapter")
     assert weights(jobs.home.model(checkpoint_id(made, 10))) != weights(undisturbed / "adapter")
     rows = list(csv.DictReader(io.StringIO(jobs.home.file(job.results[0]).read_text())))
     assert [float(row["train_loss"]) for row in rows] == [line["loss"] for line in losses]
+    assert [float(row["train_accuracy"]) for row in rows] == [line["accuracy"] for line in lines]
     assert [row["step"] for row in rows if row["valid_loss"]] == ["5", "10", "12"]
     assert not list((jobs.home.job(made) / "run").glob("checkpoint-*"))
     report = json.loads((jobs.home.job(made) / "run" / "report.json").read_text())
