@@ -2,13 +2,15 @@
 
 A row that belongs to somebody has the `owner` that made it; every query of an API names one, so that a token sees
 nothing of another's.
+
+A change of the tables needs a migration: `tests/support/new_migration.py` writes one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, LargeBinary, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, Index, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Tree = dict[str, Any]
@@ -18,7 +20,7 @@ Tree = dict[str, Any]
 class Table(DeclarativeBase):
     """The base of all tables."""
 
-    type_annotation_map = {Tree: JSON, bytes: LargeBinary}  # noqa: RUF012  # SQLAlchemy's own form
+    type_annotation_map = {Tree: JSON, bytes: LargeBinary, float: Double}  # noqa: RUF012  # SQLAlchemy's own form
 
 
 class Owner(Table):
