@@ -292,3 +292,46 @@ def test_a_draft_changes_no_answer(settings: DaemonSettings, ask: Asked) -> None
     assert len(tokens_of(answered(drafted, "ab ab ab", Sampling(max_tokens=30)))) == 30
     assert draft.statistics.rounds > rounds
     drafted.close()
+
+
+def test_an_adapter_inside_the_clouds_layers(
+    settings: DaemonSettings,
+    ask: Asked,
+    server: ThreadServer,
+    edge: Callable[..., tuple[list[int], str]],
+    tmp_path: Path,
+) -> None:
+    with server.link() as link:
+        link.open(5)
+        torch.manual_seed(4)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        save_adapter(peft.get_peft_model(link.load_model(), config), tmp_path / "adapter")
+    anew = ask("Once", adapter=tmp_path / "adapter", max_tokens=6)
+    assert text_of(anew) == edge("Once", tmp_path / "adapter", cache=False, max_new_tokens=6)[1]
+    assert text_of(anew) != text_of(ask("Once", max_tokens=6))
+    leasing = Serving(settings.model_copy(update={"training_layers": "all"}), 1)
+    leased = answered(leasing, "Once", replace(GREEDY, max_tokens=6), tmp_path / "adapter")
+    assert text_of(leased) == text_of(anew)
+    leasing.close()
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's, which counts them itself
+def test_a_learned_prompt_takes_room(
+    ask: Asked, server: ThreadServer, edge: Callable[..., tuple[list[int], str]], tmp_path: Path
+) -> None:
+    with server.link() as link:
+        link.open(5)
+        torch.manual_seed(4)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        save_adapter(peft.get_peft_model(link.load_model(), config), tmp_path / "adapter")
+    found = ask("Once", adapter=tmp_path / "adapter", max_tokens=6)
+    assert (
+        text_of(found) == edge("Once", tmp_path / "adapter", max_new_tokens=6)[1] != text_of(ask("Once", max_tokens=6))
+    )
+    assert len(ask("a" * 506, adapter=tmp_path / "adapter", max_tokens=None)) == 2
+    with pytest.raises(ConfigError, match="leave no room"):
+        ask("a" * 508, adapter=tmp_path / "adapter")
+    chances = ask("Once", adapter=tmp_path / "adapter", max_tokens=1, prompt_logprobs=True)[0].prompt_chances
+    assert [each and each.text for each in chances] == [None, "n", "c", "e"]
