@@ -33,8 +33,9 @@ from isthmus.daemon.workers.frames import Frame
 __all__ = ["AT_ONCE", "Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "TokenChance"]
 
 AT_ONCE = 2
-"""Answers that are computed at a time, each over a link of its own. A cloud's default quota is four sessions for an
-edge, and jobs need theirs."""
+"""Answers that are computed at a time, each over a link of its own. With SmolLM2-135M on two cores, two give twice the
+tokens a second of one, and four no more than two. A cloud's default quota is four sessions for an edge, and jobs need
+theirs."""
 
 _CONFIG, _UNKNOWN_MODEL = 10, 20
 _PIECES_HELD = 64
