@@ -111,7 +111,7 @@ class SamplingQueue:
         found = [_Collected() for _ in range(sampling.n)]
         prompt: Sequence[TokenChance | None] = ()
         pieces = self._answers.generate(target, tokens, sampling)
-        async with contextlib.aclosing(pieces):  # type: ignore[type-var]  # an iterator that can be closed
+        async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 _collect(found[piece.index], piece)
                 prompt = piece.prompt_chances or prompt

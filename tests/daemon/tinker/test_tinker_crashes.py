@@ -163,14 +163,28 @@ def test_a_process_that_dies_is_made_good_and_what_kills_it_is_refused(start: St
     one, two = model_of(client), model_of(client)
     for model in (one, two):
         model.forward_backward([datum(*TOKENS[0])], "cross_entropy").result()
+    step = one.optim_step(ADAM)
+    saved = one.save_state("first").result().path
+    step.result()
+    three = client.create_training_client_from_state(saved).result()
+    three.forward_backward([datum(*TOKENS[2])], "cross_entropy").result()
+    with pytest.raises(tinker.BadRequestError, match="not stepped since"):
+        tinker.RestClient(base_url=server.url, api_key=server.token()).delete_checkpoint_from_tinker_path(
+            saved
+        ).result()
     os.kill(server.trainer(), signal.SIGKILL)
     one.forward_backward([datum(*TOKENS[1])], "cross_entropy").result()
     with pytest.raises(tinker.RequestFailedError, match="has died 3 times at it") as error:
         one.forward_backward([datum(KILLS)], "cross_entropy").result()
     assert error.value.category is types.RequestErrorCategory.Server
-    for model, data in ((one, TOKENS[:2]), (two, TOKENS[:1])):
+    first = after(TOKENS[:1])
+    for model, weight in (
+        (one, after(TOKENS[:1], TOKENS[1:2])),
+        (two, first),
+        (three, first - RATE * gradient(TOKENS[2], [1.0])),  # its optimizer began anew
+    ):
         model.optim_step(ADAM).result()
-        assert server.state(model.model_id)["weight"] == pytest.approx(after(data))
+        assert server.state(model.model_id)["weight"] == pytest.approx(weight)
     client.close("success").result()
 
 
