@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.daemon import scripted_worker
-from support.daemon.job_homes import Jobs, ended, said, until
+from support.daemon.jobs import scripted_worker
+from support.daemon.jobs.job_homes import Jobs, ended, said, until
 
 from isthmus.common.errors import ConfigError, DiskError, UnknownModelError
 from isthmus.daemon.jobs import job_rows, job_service

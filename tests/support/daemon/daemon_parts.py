@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,12 +59,12 @@ def make_parts(settings: DaemonSettings, home: Home) -> Context:
     return Context(settings, home, database, cast(JobService, NoJobs()), cast(Answers, NoAnswers()))
 
 
-def main(place: str) -> None:
+def main(place: str, make: Callable[[DaemonSettings, Home], Context] = make_parts) -> None:
     """Serve, and say where."""
     settings = DaemonSettings.model_validate({"listen": "127.0.0.1:0", **tomllib.loads(sys.stdin.read())})
     home = Home.make(Path(place))
     with logging_to(home.log, to_stderr=False):
-        server.run(settings, home, lambda started: print(started.url, flush=True), make_parts)
+        server.run(settings, home, lambda started: print(started.url, flush=True), make)
     print("ended", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A daemon (`support.daemon.daemon_parts`) in a process of its own."""
+"""A daemon in a process of its own, by default that of `support.daemon.daemon_parts`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from isthmus.daemon.home import Home
 
 
 class RunningDaemon:
-    """A daemon in a process of its own."""
+    """A daemon in a process of its own.
 
-    def __init__(self, home: Path, settings: str = "") -> None:
+    Args:
+        parts: What it is made of.
+    """
+
+    def __init__(self, home: Path, settings: str = "", parts: str = "support.daemon.daemon_parts") -> None:
         self.home = Home(home)
-        command = [sys.executable, "-m", "support.daemon.daemon_parts", str(home)]
+        command = [sys.executable, "-m", parts, str(home)]
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command,
@@ -44,6 +48,9 @@ class RunningDaemon:
     def get(self, path: str, token: str | None = None, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, headers={"X-API-Key": token or self.token}, trust_env=False, **options)
 
+    def post(self, path: str, token: str | None = None, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, headers={"X-API-Key": token or self.token}, trust_env=False, **options)
+
     def end(self, number: signal.Signals) -> str:
         """Send a signal; returns what the process still says."""
         assert self.process.stdout is not None
@@ -57,8 +64,10 @@ class RunningDaemon:
 
 
 @contextlib.contextmanager
-def running_daemon(home: Path, settings: str = "") -> Iterator[RunningDaemon]:
-    running = RunningDaemon(home, settings)
+def running_daemon(
+    home: Path, settings: str = "", parts: str = "support.daemon.daemon_parts"
+) -> Iterator[RunningDaemon]:
+    running = RunningDaemon(home, settings, parts)
     try:
         yield running
     finally:

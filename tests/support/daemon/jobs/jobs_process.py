@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.daemon.job_homes import Jobs, training
+from support.daemon.jobs.job_homes import Jobs, training
 from support.warm_processes import WarmPopen
 
 
