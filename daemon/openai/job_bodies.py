@@ -30,9 +30,9 @@ def _whole(highest: int) -> BeforeValidator:
 
 
 def _rate(value: Any) -> Any:
-    if value == "auto" or (type(value) in (int, float) and 0 < value <= 1e4):
+    if value == "auto" or (type(value) in (int, float) and 1e-6 <= value <= 1e4):
         return value
-    raise ValueError("give a number above 0 and at most 10000, or 'auto'")
+    raise ValueError("give a number from 0.000001 to 10000, or 'auto'")
 
 
 def _labels(value: Any) -> Any:

@@ -89,8 +89,8 @@ def list_jobs(request: Request, here: Here, asker: Asker) -> Any:
     for name, value in request.query_params.multi_items():
         if name.startswith(_LABEL):
             key = name.removeprefix(_LABEL).removesuffix("]")
-            if not name.endswith("]") or "[" in key or "]" in key or key in (labels or {}):
-                raise ApiError(400, f"{shown(name)}: give metadata[key]=value, each key once", param=_NO_LABELS)
+            if not (name.endswith("]") and key) or "[" in key or "]" in key or key in (labels or {}):
+                raise ApiError(400, f"{shown(name)}: give metadata[key]=value, each key once", param=name[:200])
             labels = {**(labels or {}), key: value}
         elif name == _NO_LABELS and value in ("", "null"):
             labels = labels or {}

@@ -107,7 +107,7 @@ def checked(cls: type[Read], values: dict[str, Any]) -> Read:
         return cls.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
     param = param.encode("utf-8", "backslashreplace").decode()[:200]  # a name that came with the body may be anything
     if first["type"] == "extra_forbidden":
         raise ApiError(400, f"unknown field {shown(param)}: leave it out", param=param, code="unknown_parameter")

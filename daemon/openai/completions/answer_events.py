@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -19,6 +20,7 @@ from fastapi.responses import StreamingResponse
 from isthmus.daemon.serving.answers import Answers, Piece, Prompt, Sampling, Target, TokenChance
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.refusals import as_api_error, internal
+from isthmus.daemon.workers.asking import WorkerError
 
 Pieces = AsyncGenerator[Piece, None]
 Found = TypeVar("Found")
@@ -62,7 +64,15 @@ async def ask(
     The first of them is there already. Raises what `Answers.generate` does.
     """
     pieces = _pieces(answers, target, prompts, sampling, owner)
-    first = await until_gone(request, anext(pieces))
+    try:
+        first = await until_gone(request, anext(pieces))
+    except WorkerError as error:
+        if target.adapter is None or Path(target.adapter).exists():
+            raise
+        raise ApiError(  # a checkpoint that was pruned, or a model that was deleted, while the request waited
+            404, "the model has just been deleted: GET /v1/models lists what can be talked to",
+            param="model", code="model_not_found",
+        ) from error  # fmt: skip
     return _with_first(first, pieces)
 
 

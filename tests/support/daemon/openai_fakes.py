@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ class InstantAnswers(Answers):
 
     A prompt with "busy" finds that too many wait; with "long", that it is too long; with "away", that the cloud is
     away; with "breaks", the worker fails after two words; with "defect", so does this class; with "stays", it waits
-    after two words until it is closed.
+    after two words until it is closed; with "gone", its adapter is removed before it is read.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,9 @@ class InstantAnswers(Answers):
             raise BusyError
         if "long" in text:
             raise WorkerError("the prompt has 9000 tokens, more than the window of 2048: shorten it", 10)
+        if "gone" in text:
+            shutil.rmtree(target.adapter or "")
+            raise WorkerError("the adapter cannot be read", 23)
         if "away" in text:
             raise WorkerError("the cloud cannot be reached", 40)
         size = min(sampling.max_tokens or len(WORDS), len(WORDS))

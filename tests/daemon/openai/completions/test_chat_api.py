@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 from support.daemon.openai_fakes import BASE, WORDS, OpenAIDaemon
 
 from isthmus.daemon.serving.answers import Sampling, Target
@@ -77,6 +77,9 @@ def test_a_checkpoint_answers_while_its_job_runs(
     assert answer.model == checkpoint.fine_tuned_model_checkpoint
     folder = str(openai_daemon.context.home.model(f"{job.id}-20"))
     assert openai_daemon.answers.asked[-1][0] == Target(BASE, folder)
+    gone: Any = [{"role": "user", "content": "gone"}]
+    with pytest.raises(NotFoundError, match="has just been deleted"):
+        client.chat.completions.create(model=checkpoint.fine_tuned_model_checkpoint, messages=gone)
     client.fine_tuning.jobs.cancel(job.id)
 
 
