@@ -4,7 +4,7 @@
 2. Origin, which browsers send: the daemon's own. There are no CORS headers.
 3. The token, in `Authorization: Bearer` or `X-API-Key`. `/`, `/healthz` and what is under `/static/` need none.
 4. How many requests are under way. One that asks how things are (`/healthz`, `/isthmus/v1/status`) is always answered.
-5. The body: its length as it is said, and as it comes; and how long it takes.
+5. The body: its length as it is said, and as it comes; how long it takes; and what all of them take together.
 
 A refusal reads no body. Tokens that are wrong are written nowhere.
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import logging
 import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,6 +39,8 @@ UPLOADS = frozenset({"/v1/files"})
 """Paths whose bodies are files."""
 FRAMING = 64 << 10
 """Bytes that a form's other fields, and its boundaries, may add to a file."""
+BODIES = 16
+"""Bodies of the largest size that may be in memory at the same time; files are not counted, they go to the disk."""
 PIECE_SECONDS = 30.0
 """So long the next piece of a body may take."""
 BODY_SECONDS = 60.0
@@ -61,6 +65,7 @@ class Access:
         self._names = _LOOPBACK | {_name(host), *(_name(name) for name in settings.hosts)}
         self._any_address = _is_wildcard(host)
         self._under_way = 0
+        self._memory = _Memory(BODIES * (settings.body_mib << 20))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let it through."""
@@ -74,18 +79,19 @@ class Access:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         answer = _Answer(send, request_id)
+        body = _Body(receive, answer, self._memory)
         counts = scope["path"] not in ALWAYS
         self._under_way += counts
         try:
-            most = self._let_in(scope)
+            self._let_in(scope)
+            body.bound(self._settings, scope)
             if not _is_open(scope):
                 state["owner"] = self._owner(Headers(scope=scope))
             if counts and self._under_way > self._settings.requests_at_once:
-                raise ApiError(
-                    503, "as many requests are under way as may be: ask again in a moment", code="overloaded",
-                    headers={"retry-after": "1"},
-                )  # fmt: skip
-            await self._app(scope, _Body(receive, most, answer).receive, answer.send)
+                raise overloaded("as many requests are under way as may be")
+            await self._app(scope, body.receive, answer.send)
+        except asyncio.CancelledError:  # the daemon stops, and this answer has had its while
+            await answer.cut(ApiError(503, "the daemon stops: ask again once it runs", code="stopping"))
         except Exception as error:  # a defect is told with its number, and logged
             told = as_api_error(error)
             if told is None:
@@ -96,9 +102,10 @@ class Access:
             await answer.refuse(told)
         finally:
             self._under_way -= counts
+            body.free()
 
-    def _let_in(self, scope: Scope) -> int:
-        """Check what needs no token. Returns the bytes that the body may have."""
+    def _let_in(self, scope: Scope) -> None:
+        """Check who is asked, and by which page."""
         headers = Headers(scope=scope)
         host = _only(headers, "host")
         match = _HOST.fullmatch(host or "")
@@ -113,12 +120,6 @@ class Access:
             )
         if "origin" in headers and _only(headers, "origin") != f"{scope['scheme']}://{host}":
             raise ApiError(403, "requests from pages of other origins are refused", code="other_origin")
-        is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS
-        most = (self._settings.upload_mib << 20) + FRAMING if is_upload else self._settings.body_mib << 20
-        said = headers.get("content-length", "0")
-        if said.isdecimal() and int(said) > most:
-            raise too_large(most)
-        return most
 
     def _owner(self, headers: Headers) -> Owner:
         token = headers.get("x-api-key", "").strip()
@@ -142,7 +143,7 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
-        self.started = self._refused = False
+        self.started = self._refused = self._has_events = False
 
     async def send(self, message: Message) -> None:
         if self._refused:
@@ -152,7 +153,15 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._request_id
             headers.setdefault("x-content-type-options", "nosniff")
+            self._has_events = headers.get("content-type", "").startswith("text/event-stream")
         await self._send(message)
+
+    async def cut(self, error: ApiError) -> None:
+        """End an answer with an error, where it has not begun or is a stream of events; others just break off."""
+        await self.refuse(error)
+        if self._has_events and not self._refused:
+            event = f"data: {json.dumps(error.body())}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event})
 
     async def refuse(self, error: ApiError) -> None:
         """Say an error, where nothing was answered yet."""
@@ -163,15 +172,36 @@ class _Answer:
         await response({"type": "http"}, _nothing, self._send)
 
 
+@dataclass
+class _Memory:
+    """What the bodies of all requests take, files aside."""
+
+    most: int
+    taken: int = 0
+
+
 class _Body:
     """A request's body, within its bounds."""
 
-    def __init__(self, receive: Receive, most: int, answer: _Answer) -> None:
-        self._receive, self._most, self._answer = receive, most, answer
-        self._got = 0
-        self._whole = False
-        self._until = asyncio.get_running_loop().time() + BODY_SECONDS + most / LEAST_RATE
-        self._gone = False
+    def __init__(self, receive: Receive, answer: _Answer, memory: _Memory) -> None:
+        self._receive, self._answer, self._memory = receive, answer, memory
+        self._most = self._got = 0
+        self._is_file = self._whole = self._gone = False
+        self._until = 0.0
+
+    def bound(self, settings: DaemonSettings, scope: Scope) -> None:
+        """Set the bounds of a request. Raises ApiError where its body is said to be larger."""
+        self._is_file = scope["method"] == "POST" and scope["path"] in UPLOADS
+        self._most = (settings.upload_mib << 20) + FRAMING if self._is_file else settings.body_mib << 20
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS + self._most / LEAST_RATE
+        said = Headers(scope=scope).get("content-length", "0")
+        if said.isdecimal() and int(said) > self._most:
+            raise too_large(self._most)
+
+    def free(self) -> None:
+        """Count the body no longer."""
+        if not self._is_file:
+            self._memory.taken -= self._got
 
     async def receive(self) -> Message:
         """The next piece; a disconnection where the request was refused."""
@@ -184,7 +214,12 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), max(left, 0))
         except TimeoutError:
             return await self._refuse(ApiError(408, "the body came too slowly", code="slow_body"))
-        self._got += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self._got += size
+        if not self._is_file:
+            self._memory.taken += size
+            if self._memory.taken > self._memory.most:
+                return await self._refuse(overloaded("the bodies of requests take as much memory as they may"))
         if self._got > self._most:
             return await self._refuse(too_large(self._most))
         self._whole = not message.get("more_body", False)
@@ -199,6 +234,11 @@ class _Body:
 def too_large(most: int) -> ApiError:
     """Says that a body has more than `most` bytes."""
     return ApiError(413, f"the body is larger than the {most} bytes that it may have", code="body_too_large")
+
+
+def overloaded(why: str) -> ApiError:
+    """Says that a moment later there may be room."""
+    return ApiError(503, f"{why}: ask again in a moment", code="overloaded", headers={"retry-after": "1"})
 
 
 async def _nothing() -> Message:

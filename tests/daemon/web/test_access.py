@@ -366,3 +366,54 @@ async def test_a_websocket_is_refused() -> None:
     door = Access(None, DaemonSettings(), _Everybody())  # type: ignore[arg-type]
     await door({"type": "websocket", "path": "/", "headers": []}, _empty, send)  # type: ignore[arg-type]
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+@_in_a_loop
+async def test_an_answer_that_is_cut_off_says_so() -> None:
+    """As the daemon ends, what streams still is cancelled."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] != "/silent":
+            kind = b"text/event-stream" if scope["path"] == "/events" else b"text/plain"
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await asyncio.Event().wait()
+
+    door = Access(app, DaemonSettings(), _Everybody())  # type: ignore[arg-type]
+    sent = {}
+    for path in ("/silent", "/events", "/text"):
+        task = asyncio.create_task(_ask(door, path, _empty))
+        await asyncio.sleep(0)
+        task.cancel()
+        sent[path] = await task
+    assert (sent["/silent"][0]["status"], b"stopping" in sent["/silent"][1]["body"]) == (503, True)
+    assert sent["/events"][2]["body"].startswith(b'data: {"error": {"message": "the daemon stops')
+    assert not sent["/events"][2].get("more_body", False)
+    assert len(sent["/text"]) == 2
+
+
+@_in_a_loop
+async def test_all_bodies_together_have_a_bound_and_files_are_not_counted() -> None:
+    done = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        if message["type"] == "http.request" and scope["path"] == "/held":
+            await done.wait()
+        await JSONResponse("ok")(scope, receive, send)
+
+    async def large() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": False}
+
+    door = Access(app, DaemonSettings(body_mib=1), _Everybody())  # type: ignore[arg-type]
+    held = [asyncio.create_task(_ask(door, "/held", large, "POST")) for _ in range(access.BODIES)]
+    while door._memory.taken < door._memory.most:
+        await asyncio.sleep(0)
+    refused = await _ask(door, "/x", large, "POST")
+    assert (refused[0]["status"], b"overloaded" in refused[1]["body"]) == (503, True)
+    for path, receive in (("/x", _empty), ("/v1/files", large)):
+        assert (await _ask(door, path, receive, "POST"))[0]["status"] == 200
+    done.set()
+    assert {(await task)[0]["status"] for task in held} == {200}
+    assert door._memory.taken == 0
+    assert (await _ask(door, "/x", large, "POST"))[0]["status"] == 200
