@@ -39,6 +39,8 @@ theirs."""
 
 _CONFIG, _UNKNOWN_MODEL = 10, 20
 _PIECES_HELD = 64
+_LAST_SECONDS = 2.0
+"""What the process has at its end to say what has crossed."""
 
 
 class BusyError(Exception):
@@ -139,10 +141,13 @@ class Answers:
 
     async def stop(self) -> None:
         """End the process."""
-        if self._worker.pid is not None:
-            self._note_traffic_soon()
-        await asyncio.gather(*self._notes, return_exceptions=True)
+        self._note_traffic_soon()
+        if self._notes:
+            await asyncio.wait(self._notes, timeout=_LAST_SECONDS)
         await self._worker.stop()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
 
     async def _merged(self, values: Mapping[str, Any], sampling: Sampling, owner: str) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers, each of which waits for its own turn."""
