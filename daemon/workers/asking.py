@@ -17,6 +17,8 @@ from isthmus.daemon.workers.frames import HEADER_BYTES, DamagedFrameError, Frame
 
 MOST_UNREAD = 4 << 20
 """Bytes of a question's answers that are held for whoever asked. A single answer may be larger."""
+MOST_LOG = 4 << 20
+"""Bytes of a log that a new process still adds to; a larger one gets `.1` behind its name, in the place of an older."""
 
 
 class WorkerError(IsthmusError):
@@ -111,6 +113,8 @@ class WorkerProcess:
     async def _started(self) -> asyncio.subprocess.Process:
         async with self._starting:
             if self._process is None or self._reader is None or self._reader.done():
+                if self._log.exists() and self._log.stat().st_size > MOST_LOG:
+                    self._log.replace(f"{self._log}.1")
                 with self._log.open("ab") as log:
                     self._process = await asyncio.create_subprocess_exec(
                         sys.executable,

@@ -90,6 +90,19 @@ def test_questions_of_one_method_can_be_answered_at_a_time(tmp_path: Path) -> No
     with_worker(work, tmp_path)
 
 
+def test_a_long_log_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(worker: WorkerProcess) -> None:
+        await worker.ask("echo")
+
+    for _ in range(2):
+        with_worker(work, tmp_path)
+    assert (tmp_path / "log").read_text().count("spoils no frame") == 2
+    monkeypatch.setattr(asking, "MOST_LOG", 10)
+    with_worker(work, tmp_path)
+    assert (tmp_path / "log").read_text().count("spoils no frame") == 1
+    assert (tmp_path / "log.1").read_text().count("spoils no frame") == 2
+
+
 @pytest.mark.parametrize("how", ["by itself", "killed"])
 def test_a_worker_that_dies_is_started_anew(tmp_path: Path, how: str) -> None:
     async def work(worker: WorkerProcess) -> None:
