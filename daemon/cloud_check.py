@@ -1,7 +1,7 @@
-"""A process that connects to one cloud and says what it serves: `python -m isthmus.daemon.cloud_check`.
+"""A process that connects to clouds and says what they serve: `python -m isthmus.daemon.cloud_check`.
 
-It reads the cloud's settings (`ClientConfig`, JSON) from standard input, and prints one line of JSON: what the cloud
-serves, or {"code": exit code, "message": one line}. So whoever asks needs neither torch nor gRPC.
+It reads the clouds' settings (`ClientConfig`, by name, JSON) from standard input, and prints one line of JSON: for each
+name what the cloud serves, or {"code": exit code, "message": one line}. So whoever asks needs neither torch nor gRPC.
 """
 
 from __future__ import annotations
@@ -9,46 +9,58 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from isthmus.common.errors import IsthmusError
+from isthmus.common.errors import IsthmusError, UnreachableError
 from isthmus.edge.config.client_config import ClientConfig
 
-PATIENCE = 60.0
-"""Seconds beyond `connect_timeout` that the process may take to start and to end."""
+PATIENCE = 120.0
+"""Seconds beyond the longest `connect_timeout` that the process may take to start and to end."""
+AT_ONCE = 8
 
 
-def check_cloud(config: ClientConfig) -> dict[str, Any]:
-    """What a cloud serves (`model`, `plan`), or the error met (`code`, `message`), in a process of its own."""
-    command = [sys.executable, "-m", "isthmus.daemon.cloud_check"]
+def check_clouds(clouds: Mapping[str, ClientConfig]) -> dict[str, dict[str, Any]]:
+    """For each cloud what it serves (`model`, `plan`), or the error met (`code`, `message`).
+
+    One process asks all of them.
+    """
+    limit = PATIENCE + max(config.connect_timeout for config in clouds.values()) * (1 + len(clouds) // AT_ONCE)
     try:
         done = subprocess.run(
-            command,
-            input=config.model_dump_json(),
+            [sys.executable, "-m", "isthmus.daemon.cloud_check"],
+            input=json.dumps({name: config.model_dump(mode="json") for name, config in clouds.items()}),
             capture_output=True,
             text=True,
-            timeout=config.connect_timeout + PATIENCE,
+            timeout=limit,
             check=False,
         )
-        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        said: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"code": 40, "message": f"no answer within {config.connect_timeout + PATIENCE:.0f} s"}
+        message = f"no answer within {limit:.0f} s"
+        return {name: {"code": UnreachableError.exit_code, "message": message} for name in clouds}
     except (ValueError, IndexError):
-        return {"code": 1, "message": f"the process that asks has ended: {done.stderr.strip()[-500:]}"}
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {name: {"code": 1, "message": f"the process that asks has ended: {last}"} for name in clouds}
     return said
 
 
 def main() -> None:
     """Do what this module says."""
-    config = ClientConfig.model_validate_json(sys.stdin.read())
+    clouds = {name: ClientConfig.model_validate(values) for name, values in json.loads(sys.stdin.read()).items()}
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        print(json.dumps(dict(zip(clouds, threads.map(_check, clouds.values()), strict=True))))
+
+
+def _check(config: ClientConfig) -> dict[str, Any]:
     from isthmus.edge.cloud_link import open_link
 
     try:
         with open_link(config) as link:
-            said: dict[str, Any] = {"model": link.info.model, "plan": link.info.plan}
+            return {"model": link.info.model, "plan": link.info.plan}
     except IsthmusError as error:
-        said = {"code": error.exit_code, "message": str(error)}
-    print(json.dumps(said))
+        return {"code": error.exit_code, "message": str(error)}
 
 
 if __name__ == "__main__":

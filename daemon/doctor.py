@@ -10,7 +10,6 @@ import sqlite3
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from isthmus.common.errors import ConfigError, IsthmusError
 from isthmus.common.ownership import check_private
 from isthmus.common.readable import size
-from isthmus.daemon.cloud_check import check_cloud
+from isthmus.daemon.cloud_check import check_clouds
 from isthmus.daemon.daemon_client import DaemonClient
 from isthmus.daemon.daemon_lock import holder
 from isthmus.daemon.daemon_server import check_address
@@ -185,12 +184,11 @@ def _clouds(settings: DaemonSettings) -> Iterator[Finding]:
         remedy = "add a table [clouds.NAME] to daemon.toml; `isthmus edge daemon config` shows one"
         yield Finding("clouds", False, "none is known, so there is no model", remedy)
         return
-    with ThreadPoolExecutor(4) as threads:
-        for name, said in zip(settings.clouds, threads.map(check_cloud, settings.clouds.values()), strict=True):
-            if "message" in said:
-                yield Finding(f"cloud {name}", False, said["message"], _remedy(said["code"]))
-            else:
-                yield Finding(f"cloud {name}", True, f"serves {said['model']} ({said['plan']}), and takes the key")
+    for name, said in check_clouds(settings.clouds).items():
+        if "message" in said:
+            yield Finding(f"cloud {name}", False, said["message"], _remedy(said["code"]))
+        else:
+            yield Finding(f"cloud {name}", True, f"serves {said['model']} ({said['plan']}), and takes the key")
 
 
 def _remedy(code: int) -> str:

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from isthmus.common.errors import KeyFileError
+from isthmus.common.errors import ConfigError, KeyFileError, UnreachableError
 from isthmus.daemon import doctor
-from isthmus.daemon.cloud_check import check_cloud
+from isthmus.daemon.cloud_check import check_clouds
 from isthmus.daemon.daemon_lock import occupied
 from isthmus.daemon.doctor import Finding, examine
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.owners import first_owner
 from isthmus.edge.config.client_config import ClientConfig
+from isthmus.protocol.secure.keys import generate_edge
 
 CLOUD = '[clouds.main]\ncloud = "isthmus://127.0.0.1:1#SHA256:x"\n'
 LISTEN = 'listen = "127.0.0.1:0"\n'
@@ -26,7 +27,7 @@ LISTEN = 'listen = "127.0.0.1:0"\n'
 def clouds(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a cloud answers; to be changed by a test."""
     said: dict[str, Any] = {"model": "smollm2", "plan": "2:2"}
-    monkeypatch.setattr(doctor, "check_cloud", lambda _config: said)
+    monkeypatch.setattr(doctor, "check_clouds", lambda clouds: dict.fromkeys(clouds, said))
     return said
 
 
@@ -60,8 +61,7 @@ def test_where_all_is_well_it_says_so(home: Home) -> None:
 
 
 def test_before_the_first_start_all_is_well_but_for_the_missing_cloud(tmp_path: Path) -> None:
-    found = list(examine(Home(tmp_path / "home"), None, {}))
-    assert [finding.check for finding in found if not finding.ok] == ["clouds"]
+    assert _wrong(_found(Home(tmp_path / "home"), LISTEN)) == ["clouds"]
     assert not (tmp_path / "home").exists()
 
 
@@ -127,8 +127,18 @@ def test_a_cloud_that_is_not_to_be_had(home: Home, clouds: dict[str, Any], code:
     assert remedy in found["cloud main"].remedy
 
 
-def test_a_process_of_its_own_asks_a_cloud(tmp_path: Path) -> None:
+def test_a_process_of_its_own_asks_the_clouds(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    generate_edge(key, "doctor")
     pinned = f"isthmus://127.0.0.1:1#SHA256:{'A' * 43}"
-    said = check_cloud(ClientConfig(cloud=pinned, key=tmp_path / "no_key"))
-    assert said["code"] == KeyFileError.exit_code
-    assert "no_key" in said["message"]
+    clouds = {
+        "keyless": ClientConfig(cloud=pinned, key=tmp_path / "no_key"),
+        "away": ClientConfig(cloud=pinned, key=key, connect_timeout=0.1),
+        "misspelt": ClientConfig(cloud="isthmus://127.0.0.1:1#SHA256:x", key=key),
+    }
+    said = check_clouds(clouds)
+    errors = {"keyless": KeyFileError, "away": UnreachableError, "misspelt": ConfigError}
+    assert {name: each["code"] for name, each in said.items()} == {
+        name: error.exit_code for name, error in errors.items()
+    }
+    assert "no_key" in said["keyless"]["message"]
