@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, exists, func, select
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from isthmus.common.files import sha256_of
 from isthmus.daemon.home import Home
-from isthmus.daemon.jobs.job_names import model_name, result_file_id, result_id
+from isthmus.daemon.jobs.job_names import checkpoint_prefix, model_name, result_file_id, result_id
 from isthmus.daemon.jobs.kinds import RESULTS, TRAINING
 from isthmus.daemon.state.tables import BaseModel, Event, Job, Model, StoredFile, Traffic
 
@@ -109,6 +109,28 @@ def succeed(session: Session, job: Job, home: Home, result: StoredFile) -> None:
         )
         tell(session, job, f"New fine-tuned model created: {name}")
     end(session, job, "succeeded", "The job has successfully completed")
+
+
+def orphans(session: Session, job: Job, home: Home) -> Sequence[Path]:
+    """Adapters of a job that has ended which no row knows: a crash came between the two."""
+    prefix = checkpoint_prefix(job.id)
+    known = set(session.scalars(select(Model.id).where(Model.job == job.id)))
+    return [path for path in (home.path / "models").glob(f"{prefix}*") if path.name not in known]
+
+
+def forget_oldest(session: Session, owner: str, most: int) -> str | None:
+    """Remove an owner's oldest job that has ended, if there are so many jobs; returns its id. Its models stay."""
+    own = Job.owner == owner
+    if (session.scalar(select(func.count()).select_from(Job).where(own)) or 0) < most:
+        return None
+    oldest = select(Job).where(own, Job.status.in_(ENDED)).order_by(Job.created_at, Job.id).limit(1)
+    job = session.scalar(oldest)
+    if job is None:
+        return None
+    session.execute(update(Model).where(Model.job == job.id).values(job=None))
+    session.execute(delete(Event).where(Event.job == job.id))
+    session.delete(job)
+    return job.id
 
 
 def _count_traffic(session: Session, job: Job, report: Mapping[str, Any]) -> None:

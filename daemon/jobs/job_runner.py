@@ -24,7 +24,7 @@ from isthmus.common.errors import DiskError, IsthmusError, WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
-from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, succeed, tell
+from isthmus.daemon.jobs.job_rows import ENDED, end, hear, keep_result, orphans, succeed, tell
 from isthmus.daemon.jobs.job_specs import INPUTS, cloud_of, configuration, links_in, with_links
 from isthmus.daemon.jobs.kinds import RUN, Work
 from isthmus.daemon.jobs.reports import REPORTS, read_end, read_reports
@@ -288,9 +288,12 @@ class JobRunner:
                 del self._running[job_id]
             if job.status in ENDED:
                 self._trouble.pop(job_id, None)
-        if result is not None:
-            for path in _of_a_run(folder):
-                shutil.rmtree(path, ignore_errors=True)
+        obsolete = [] if result is None else _of_a_run(folder)
+        if job.status in ENDED:
+            with self.database.reading() as session:
+                obsolete += orphans(session, job, self.home)
+        for path in obsolete:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _rest(self, session: Session, job: Job, found: Mapping[str, Any]) -> None:
         """A cloud is away: the job goes back into the queue, for a while."""

@@ -20,7 +20,7 @@ from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX, new_job_id, suffix_of
-from isthmus.daemon.jobs.job_rows import ENDED, end, tell
+from isthmus.daemon.jobs.job_rows import ENDED, end, forget_oldest, tell
 from isthmus.daemon.jobs.job_runner import JobRunner, Patience
 from isthmus.daemon.jobs.job_specs import make_links, prepare
 from isthmus.daemon.jobs.kinds import LOSSES, RUN
@@ -29,6 +29,8 @@ from isthmus.daemon.state.tables import Event, Job, Model
 
 MOST_WAITING = 1000
 """Jobs of an owner that have not ended."""
+MOST_JOBS = 10_000
+"""Jobs of an owner; of more, the oldest that has ended goes, and its models stay."""
 MOST_PRIORITY = 100
 LEAST_ROOM = 16 << 20
 """Bytes that the home must have left for another job."""
@@ -119,6 +121,7 @@ class JobService:
         try:
             make_links(folder, links)
             with self._database.session() as session:
+                forgotten = forget_oldest(session, owner, MOST_JOBS)
                 job = Job(
                     id=job_id,
                     owner=owner,
@@ -142,6 +145,8 @@ class JobService:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        if forgotten is not None:
+            shutil.rmtree(self._home.job(forgotten), ignore_errors=True)
         return job
 
     def get(self, owner: str, job_id: str) -> Job:

@@ -412,6 +412,34 @@ def test_waiting_jobs_are_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
     service.create("one", wanted)
 
 
+def test_the_oldest_jobs_that_have_ended_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_service, "MOST_JOBS", 3)
+    jobs = jobs_in(tmp_path, jobs_at_once=2)
+    with jobs.service() as service:
+        waits = service.create("one", does(jobs, *WAITS, name="waits")).id
+        made = []
+        for _ in range(3):
+            made.append(service.create("one", does(jobs, *checkpoint(1), *SUCCEEDS)).id)
+            ended(service, made[-1])
+        assert [job.id for job in service.list("one")[0]] == [made[2], made[1], waits]
+        with pytest.raises(UnknownJobError):
+            service.get("one", made[0])
+    assert not jobs.home.job(made[0]).exists()
+    with jobs.database.reading() as session:
+        assert session.query(Model).filter(Model.job.is_(None)).count() == 2  # they can still be talked to
+
+
+def test_an_adapter_that_no_row_knows_goes_with_its_job(jobs: Jobs) -> None:
+    lines = [{"model": "ftckpt-JOB-7"}, *checkpoint(2), *SUCCEEDS]
+    with jobs.service() as service:
+        made = service.create("one", does(jobs, *lines)).id
+        ended(service, made)
+    deadline = time.monotonic() + 10
+    while len(kept := {path.name for path in (jobs.home.path / "models").iterdir()}) > 2:
+        assert time.monotonic() < deadline
+    assert kept == {f"ftckpt-{made[6:]}-2", f"ftmodel-{made[6:]}"}
+
+
 def test_requests_that_come_at_the_same_time_are_one_job(jobs: Jobs) -> None:
     service = JobService(jobs.settings, jobs.home, jobs.database)
     wanted = does(jobs, *SUCCEEDS, request={"model": "tiny"})
