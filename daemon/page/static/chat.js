@@ -9,10 +9,18 @@ const talk = { turns: [], left: "", right: "", mode: "chat", temperature: "0", t
 /** The base model of a tuned one's name, "ft:BASE:SUFFIX:ID…", by the known names. */
 const baseOf = (name, bases) => bases.find((base) => name.startsWith(`ft:${base}:`)) ?? bases[0] ?? "";
 
+/** A tuned model's name as a list shows it: "tickets 3fa9c1, step 40" for "ft:BASE::tickets:3fa9c1…:ckpt-step-40". */
+function shortName(name) {
+  const found = /^ft:.*:([^:]*):([^:]+?)(?::ckpt-step-(\d+))?$/.exec(name);
+  if (found === null) return name;
+  const [, suffix, id, step] = found;
+  return `${[suffix, id.slice(0, 6)].filter(Boolean).join(" ")}${step ? `, step ${step}` : ""}`;
+}
+
 export function showChat(main, wanted, signal) {
   const left = h("select", { id: "left" });
   const right = h("select", { id: "right" });
-  const mode = h("select", { id: "mode" }, h("option", { value: "chat" }, "Conversation"), h("option", { value: "text" }, "Continue a text"));
+  const mode = h("select", { id: "mode" }, h("option", { value: "chat" }, "Chat"), h("option", { value: "text" }, "Plain text"));
   const temperature = h("input", { id: "temperature", type: "number", min: 0, max: 2, step: 0.1, value: talk.temperature });
   const tokens = h("input", { id: "tokens", type: "number", min: 1, step: 1, value: talk.tokens });
   const prompt = h("textarea", { id: "prompt", rows: 3, required: true, "aria-describedby": "prompt-hint" });
@@ -29,7 +37,7 @@ export function showChat(main, wanted, signal) {
   main.append(
     h("h1", {}, "Chat"),
     h("p", { class: "lead" }, "What tuning has changed: the same question to two models."),
-    h("div", { class: "settings" }, pair("Model on the left", left), pair("Model on the right", right), pair("Kind", mode), pair("Temperature", temperature), pair("Tokens at most", tokens)),
+    h("div", { class: "settings" }, pair("Left model", left), pair("Right model", right), pair("Ask as", mode), pair("Temperature", temperature), pair("Most tokens", tokens)),
     problem, empty, turns,
     h("form", { class: "ask", onsubmit: submit },
       h("label", { for: "prompt", class: "unseen" }, "Your message"), prompt,
@@ -127,7 +135,7 @@ export function showChat(main, wanted, signal) {
     const tuned = names.filter((name) => name.startsWith("ft:"));
     const target = wanted || talk.right || tuned[0] || bases[0] || "";
     if (target && !names.includes(target)) tuned.unshift(target);
-    const options = () => [["Base models", bases], ["Tuned", tuned]].filter(([, group]) => group.length).map(([label, group]) => h("optgroup", { label }, group.map((name) => h("option", { value: name }, name))));
+    const options = () => [["Base models", bases], ["Tuned", tuned]].filter(([, group]) => group.length).map(([label, group]) => h("optgroup", { label }, group.map((name) => h("option", { value: name }, shortName(name)))));
     left.replaceChildren(...options());
     right.replaceChildren(...options());
     left.value = bases.includes(talk.left) && !wanted ? talk.left : baseOf(target, bases);

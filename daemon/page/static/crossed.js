@@ -55,7 +55,7 @@ export function showCrossed(main, _argument, signal) {
 
   main.append(
     h("h1", {}, "What left this machine"),
-    h("p", { class: "lead" }, "The middle layers are the cloud's, so activations cross to it, sealed on the way. This is all that does."),
+    h("p", { class: "lead" }, "The cloud computes the middle layers, so activations and their gradients cross to it, sealed on the way."),
     problem, none, choice, place,
     h("div", { class: "halves" },
       h("section", { class: "card" }, h("h2", {}, "What crossed"), counters("Today (UTC)", setters), counters("Since this daemon was set up", setters)),

@@ -64,12 +64,13 @@ export function makeCurve(signal) {
     const y = (loss) => EDGE.top + inside.height * (1 - (loss - low) / (high - low));
     places = { x, y, inverse: (place) => ((place - EDGE.left) / inside.width) * last };
     const line = (points) => points.map((point, place) => `${place ? "L" : "M"}${x(point.step).toFixed(1)} ${y(point.loss).toFixed(1)}`).join("");
-    const grid = ticks(low, high, 4).map((value) => [
+    const grid = ticks(low, high, 5).map((value) => [
       s("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: y(value), y2: y(value) }),
       s("text", { class: "tick", x: EDGE.left - 8, y: y(value) + 4, "text-anchor": "end" }, String(+value.toPrecision(4))),
     ]);
     const below = ticks(0, last, width < 480 ? 4 : 8).filter((value) => Number.isInteger(value)).map((value) =>
-      s("text", { class: "tick", x: x(value), y: HEIGHT - 12, "text-anchor": value === 0 ? "start" : x(value) > width - 30 ? "end" : "middle" }, value === 0 ? "step 0" : count(value)));
+      s("text", { class: "tick", x: x(value), y: HEIGHT - 12, "text-anchor": x(value) > width - 30 ? "end" : "middle" }, count(value)));
+    below.push(s("text", { class: "tick", x: EDGE.left - 16, y: HEIGHT - 12, "text-anchor": "end" }, "step"));
     plot.replaceChildren(
       ...grid.flat(), ...below,
       s("path", { class: "line line-train", d: line(train) }),

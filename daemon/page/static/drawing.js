@@ -85,19 +85,19 @@ function wide(width, facts) {
 function narrow(width, facts) {
   const { cloud, moved } = facts;
   const tops = [240, 302, 364, 426];
-  const third = Math.round(width / 4);
+  const side = Math.round(width * 0.1);
   const found = [
     heads(),
     s("rect", { class: "side", x: 1, y: 1, width: width - 2, height: 500, rx: 14 }),
     words(16, 34, "side-name", "This machine"),
     keptBox(14, 50, width - 28, facts),
     ...parts(cloud.plan).map((part, place) => box(14, tops[place], width - 28, 54, part.faint ? "own faint" : "own", part.name, part.note)),
-    arrow("up", [third, 508], [third, 592], moved.up),
-    arrow("down", [width - third, 592], [width - third, 508], moved.down),
-    words(third + 10, 546, "wire-figure", bytes(cloud.bytes_up)),
-    words(third + 10, 563, "part-note", "sent, sealed"),
-    words(width - third - 10, 546, "wire-figure", bytes(cloud.bytes_down), "end"),
-    words(width - third - 10, 563, "part-note", "came back", "end"),
+    arrow("up", [side, 508], [side, 592], moved.up),
+    arrow("down", [width - side, 592], [width - side, 508], moved.down),
+    words(side + 10, 546, "wire-figure", bytes(cloud.bytes_up)),
+    words(side + 10, 563, "part-note", "sent, sealed"),
+    words(width - side - 10, 546, "wire-figure", bytes(cloud.bytes_down), "end"),
+    words(width - side - 10, 563, "part-note", "came back", "end"),
     s("rect", { class: "side side-cloud", x: 1, y: 598, width: width - 2, height: 170, rx: 14 }),
     words(16, 632, "side-name", `Cloud “${cloud.name}”`),
     box(14, 650, width - 28, 64, "theirs", middle(cloud), "frozen; the cloud's own"),

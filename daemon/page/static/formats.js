@@ -36,7 +36,7 @@ export function figure(value) {
 /** A moment, in seconds since 1970: the time today, else with its day. */
 export function moment(value, now = new Date()) {
   const date = new Date(value * 1000);
-  const time = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  const time = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
   if (date.toDateString() === now.toDateString()) return time;
   return `${date.toLocaleDateString([], { day: "numeric", month: "short" })}, ${time}`;
 }

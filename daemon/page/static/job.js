@@ -18,8 +18,8 @@ const ACTIONS = {
 
 export function showJob(main, id, signal) {
   const path = `/isthmus/v1/jobs/${encodeURIComponent(id)}`;
-  const name = h("h1", {}, id);
-  const facts = h("p", { class: "lead" });
+  const name = h("h1", {}, "Job");
+  const facts = h("p", { class: "about" });
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const bar = progress();
   const time = h("span", { class: "job-time" });
@@ -68,13 +68,13 @@ export function showJob(main, id, signal) {
   function showHead(job) {
     if (state.badge === null) {
       state.badge = pill(job);
-      facts.append(state.badge, h("span", { class: "facts" }));
+      facts.append(state.badge, h("span", { class: "facts" }), h("code", { class: "long" }, job.id));
     }
     updatePill(state.badge, job);
     updateProgress(bar, job);
     setText(name, nameOf(job));
     document.title = `${nameOf(job)} · Isthmus`;
-    setText(facts.querySelector(".facts"), `${kindOf(job)} · ${job.model} · begun ${moment(job.created_at)} · ${job.id}`);
+    setText(facts.querySelector(".facts"), `${kindOf(job)} · ${job.model} · ${moment(job.created_at)}`);
     setText(time, timeOf(job));
     const possible = Object.keys(ACTIONS).filter((action) => ACTIONS[action].when(job));
     keyed(buttons, possible, (action) => action,
@@ -100,9 +100,8 @@ export function showJob(main, id, signal) {
     noneSaved.hidden = rows.length > 0;
     keyed(saved, rows, (row) => row.model,
       (row) => h("li", {},
-        h("div", { class: "saved-name" },
-          h("strong", {}, row.step ? `Step ${count(row.step)}` : "Final result"),
-          h("code", { class: "long" }, row.model)),
+        h("strong", {}, row.step ? `Step ${count(row.step)}` : "Final result"),
+        h("code", { class: "long" }, row.model),
         h("span", { class: "saved-loss" }),
         h("a", { class: "button plain", href: `#chat/${encodeURIComponent(row.model)}`, "aria-label": `Talk to ${row.step ? `the checkpoint of step ${row.step}` : "the final result"}` }, "Talk")),
       (node, row) => {

@@ -5,12 +5,12 @@ import { count, duration } from "./formats.js";
 
 // A mark beside each word: a state is not told by its colour alone.
 const MARKS = {
-  queued: "M4 8h8",
+  queued: "M3.500 8h0M8 8h0M12.500 8h0",
   running: "M5 3.500v9l7-4.500z",
   paused: "M5.500 4v8M10.500 4v8",
   succeeded: "M3.500 8.500l3 3 6-7",
   failed: "M4 4l8 8M12 4l-8 8",
-  cancelled: "M3 8h10M8 8h0",
+  cancelled: "M3.500 8h9",
 };
 
 /** What a job is doing, in a word: its state, or what a person wants of it. */
@@ -46,6 +46,7 @@ export function progress() {
 }
 
 export function updateProgress(node, job) {
+  node.dataset.status = job.status;
   if (job.total) {
     node.max = job.total;
     node.value = job.step;
@@ -71,8 +72,8 @@ export function timeOf(job) {
   return "";
 }
 
-/** Its name: what its owner called it, else its id. */
-export const nameOf = (job) => job.suffix || job.id;
+/** Its name: what its owner called it, else the beginning of its id. */
+export const nameOf = (job) => job.suffix || `Job ${job.id.replace(/^ftjob-/, "").slice(0, 6)}`;
 
 const KINDS = { train: "Split training", tune: "Emulator tuning", evaluate: "Evaluation", generate: "Batch generation" };
 
