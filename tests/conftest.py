@@ -7,6 +7,7 @@ once in a session:
     shared_data  the real task data: $ISTHMUS_SHARED_DATA, or shared/data beside the checkout
     real_model   SmolLM2-135M: the user's cache, the hub, or the package index
     gpu          a CUDA device
+    browser      Chromium
     root         to be root
 """
 
@@ -163,6 +164,10 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
+def _no_browser() -> str | None:
+    return None if shutil.which("chromium") else "there is no chromium (Debian's package of that name)"
+
+
 def _no_root() -> str | None:
     return None if os.geteuid() == 0 else "another user's files are made by root"
 
@@ -172,5 +177,6 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "shared_data": _no_shared_data,
     "real_model": _no_real_model,
     "gpu": _no_gpu,
+    "browser": _no_browser,
     "root": _no_root,
 }

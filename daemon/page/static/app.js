@@ -94,7 +94,7 @@ function signIn(problem) {
   };
   main.replaceChildren(
     h("section", { class: "sign-in" },
-      h("p", { class: "brand" }, "Isthmus"),
+      h("p", { class: "brand" }, top.querySelector(".brand svg").cloneNode(true), "Isthmus"),
       h("h1", {}, "Sign in"),
       h("p", { class: "lead" }, "Your text stays on this machine, and so does this page: it talks to nothing but the daemon that sent it."),
       h("form", { onsubmit: submit, class: "stack" },

@@ -7,6 +7,8 @@ import { bytes, count, many } from "./formats.js";
 
 const INFERS = "A cloud that attacks can still work out your text: it knows the frozen weights, and whoever knows them can recover nearly all tokens from the activations, at any depth and in any codec; their gradients say something about labels and adapters, too.";
 
+const TRUST = "What stays here is kept out of the network and out of the cloud's logs, disks and backups. It is not hidden from a cloud that attacks: its owner must be trusted not to, by contract or under supervision.";
+
 const STAYS = [
   ["text", "Text and tokens"],
   ["labels", "Labels"],
@@ -59,10 +61,10 @@ export function showCrossed(main, _argument, signal) {
     problem, none, choice, place,
     h("div", { class: "halves" },
       h("section", { class: "card" }, h("h2", {}, "What crossed"), counters("Today (UTC)", setters), counters("Since this daemon was set up", setters)),
-      h("section", { class: "card" }, h("h2", {}, "What did not"), stays,
-        h("p", { class: "hint" }, "The protocol has no message for text, labels or optimizer state. Adapters inside the cloud's layers cross only where a job asks for it."))),
-    h("section", { class: "card honest" }, h("h2", {}, "What a cloud can infer"), h("p", {}, INFERS),
-      h("p", {}, "What stays here is kept out of the network and out of the cloud's logs, disks and backups. It is not hidden from a cloud that attacks: its owner must be trusted not to, by contract or under supervision.")),
+      h("div", { class: "stack" },
+        h("section", { class: "card" }, h("h2", {}, "What did not"), stays,
+          h("p", { class: "hint" }, "The protocol has no message for text, labels or optimizer state. Adapters inside the cloud's layers cross only where a job asks for it.")),
+        h("section", { class: "card honest" }, h("h2", {}, "What a cloud can infer"), h("p", {}, INFERS), h("p", {}, TRUST)))),
     server);
 
   poll(async () => {

@@ -209,11 +209,11 @@ class FakeDaemon:
 
         @routes.post("/files")
         async def upload(request: Request) -> dict[str, Any]:
-            form = await request.form()
-            sent = cast(UploadFile, form["file"])
-            content = await sent.read()
-            row = {"id": f"file-{next(self._numbers)}", "filename": sent.filename, "bytes": len(content)}
-            self.files.append({**row, "object": "file", "purpose": form["purpose"], "created_at": 1})
+            async with request.form() as form:
+                sent = cast(UploadFile, form["file"])
+                content = await sent.read()
+                row = {"id": f"file-{next(self._numbers)}", "filename": sent.filename, "bytes": len(content)}
+                self.files.append({**row, "object": "file", "purpose": form["purpose"], "created_at": 1})
             return self.files[-1]
 
         @routes.post("/chat/completions")

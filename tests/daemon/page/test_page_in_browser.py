@@ -1,0 +1,313 @@
+"""The page in a real browser, on a daemon whose jobs and answers do what a test says.
+
+Its screenshots are kept in the folder that `ISTHMUS_SCREENSHOTS` names, or in the test's own, which is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Error, Page, expect
+from support.daemon.browsers import Watched, chromium
+from support.daemon.page_fakes import BASE, FakeDaemon
+
+pytestmark = pytest.mark.browser
+
+LINES = '{"prompt": "Ticket: charged twice", "completion": " billing"}\n' * 12
+OUTLINE = "(({ outlineStyle, outlineWidth }) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
+ASK_ELSEWHERE = """new Promise((done) => {
+  addEventListener("securitypolicyviolation", done);
+  document.body.append(Object.assign(new Image(), { src: "http://elsewhere.example/a.png" }));
+})"""
+MARKUP = '<img src=x onerror="told(1)">'
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeDaemon]:
+    daemon = FakeDaemon(tmp_path / "home")
+    daemon.know_cloud()
+    with daemon.served():
+        yield daemon
+
+
+Opener = Callable[..., Watched]
+
+
+@pytest.fixture
+def watch(browser: Browser, fake: FakeDaemon) -> Iterator[Opener]:
+    """Opens pages; those that are not allowed to have faults must have none in the end."""
+    opened: list[tuple[Watched, bool]] = []
+
+    def open_page(*, faults: bool = False, **options: Any) -> Watched:
+        found = Watched(browser, fake.url, **options)
+        opened.append((found, faults))
+        return found
+
+    yield open_page
+    for found, may in opened:
+        found.close()
+        assert may or found.faults == []
+
+
+def _job(fake: FakeDaemon, steps: int = 0, suffix: str = "tickets") -> str:
+    name = str(fake.add_job({"kind": "train", "model": BASE, "suffix": suffix})["id"])
+    fake.advance(name, steps)
+    return name
+
+
+def _see_points(page: Page, number: int) -> None:
+    """Wait until the training curve has so many points."""
+    drawn = re.compile(rf"^M[^ML]+(L[^ML]+){{{number - 1}}}$")
+    expect(page.locator(".line-train")).to_have_attribute("d", drawn)
+
+
+def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
+    fake: FakeDaemon, watch: Opener, tmp_path: Path
+) -> None:
+    watched = watch(faults=True)
+    page = watched.open(fake.token)
+    page.click("text=Start the first job")
+    page.click("text=Start the job")
+    expect(page.locator(".error", has_text="Choose a file")).to_be_visible()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\nnot JSON\n', encoding="utf-8")
+    page.get_by_label("File", exact=True).set_input_files(bad)
+    expect(page.locator(".error", has_text="Line 2 is not JSON")).to_be_visible()
+    good = tmp_path / "tickets.jsonl"
+    good.write_text(LINES, encoding="utf-8")
+    page.get_by_label("File", exact=True).set_input_files(good)
+    expect(page.locator(".hint", has_text="12 examples; keys: prompt, completion")).to_be_visible()
+    page.get_by_label("Name").fill("tickets")
+    page.get_by_label("Length", exact=True).fill("40")
+    page.get_by_label("Unit of the length").select_option("steps")
+    page.click("text=More settings")
+    page.get_by_label("Learning rate").fill("5")
+    page.click("text=Start the job")
+    # The daemon's refusal stands beside its field, which has the focus.
+    expect(page.locator(".error", has_text="learning_rate = 5 is more than 1")).to_be_visible()
+    expect(page.get_by_label("Learning rate")).to_be_focused()
+    assert watched.problems.pop().startswith("Failed to load resource")  # the browser notes the status 400
+    page.get_by_label("Learning rate").fill("0.001")
+    page.click("text=Start the job")
+
+    expect(page.locator("h1")).to_have_text("tickets")
+    (name,) = fake.jobs
+    data = fake.files[-1]["id"]
+    assert fake.jobs[name]["spec"] == {"steps": 40, "learning_rate": 0.001, "data": data}
+    expect(page.locator(".pill")).to_have_text("queued")
+    fake.advance(name, 8)
+    _see_points(page, 8)
+    fake.advance(name, 4)
+    _see_points(page, 12)
+    expect(page.locator(".stat", has_text="Step")).to_contain_text("12 of 40")
+    expect(page.locator(".dot-validation")).to_have_count(1)
+    expect(page.get_by_role("link", name="Talk to the checkpoint of step 10")).to_be_visible()
+
+    page.reload()
+    expect(page.locator("h1")).to_have_text("tickets")
+    _see_points(page, 12)
+    fake.advance(name, 1)
+    _see_points(page, 13)
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator(".pill")).to_have_text("paused")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.locator(".pill")).to_have_text("paused")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel the job").click()
+    expect(page.locator(".pill")).to_have_text("cancelled")
+    expect(page.locator("#said")).to_have_text(re.compile("cancelled"))
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    assert watched.faults == []
+
+
+def test_chat_compares_base_and_tuned_and_can_be_stopped(fake: FakeDaemon, watch: Opener) -> None:
+    name = _job(fake, 20)
+    page = watch().open(fake.token, f"job/{name}")
+    page.get_by_role("link", name="Talk to the checkpoint of step 20").click()
+    tuned = fake.saved[name][0]["model"]
+    expect(page.locator("#right")).to_have_value(tuned)
+    expect(page.locator("#left")).to_have_value(BASE)
+    page.locator("#prompt").fill("Charged twice?")
+    page.keyboard.press("Enter")
+    left, right = page.locator(".answer").nth(0), page.locator(".answer").nth(1)
+    expect(left.locator(".said")).to_contain_text("base: The ticket")
+    expect(right.locator(".said")).to_contain_text("tuned: The ticket")
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    assert {body["model"] for body in fake.asked} == {BASE, tuned}
+
+    fake.slow = 0.1
+    page.locator("#prompt").fill("And now?")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator(".answer").nth(3).locator(".said")).to_contain_text("tuned")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".note", has_text="stopped")).to_have_count(2)
+    # Each side's conversation has its own answers.
+    sides = {body["model"]: [message["content"][:5] for message in body["messages"]] for body in fake.asked}
+    assert sides == {BASE: ["Charg", "base:", "And n"], tuned: ["Charg", "tuned", "And n"]}
+    page.get_by_role("link", name="Jobs", exact=True).click()
+    page.get_by_role("link", name="Chat", exact=True).click()
+    expect(page.locator(".turn")).to_have_count(2)
+
+
+def test_what_left_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
+    page = watch().open(fake.token, "crossed")
+    picture = page.locator(".drawing svg")
+    expect(picture).to_contain_text("12.3 MB")
+    expect(picture).to_contain_text("26 middle layers")
+    expect(page.locator(".stays li")).to_have_text(
+        ["Text and tokens0 bytes", "Labels0 bytes", "Adapters0 bytes", "Optimizer state0 bytes"]
+    )
+    expect(page.locator(".honest")).to_contain_text("recover nearly all tokens")
+    fake.cross(10_000_000, 0, 1)
+    expect(picture).to_contain_text("22.3 MB")
+    fake.know_cloud(sites="all")
+    expect(page.locator(".stays .open")).to_contain_text("leased: the cloud holds a copy")
+    assert "adapters" not in (picture.get_attribute("aria-label") or "").partition("Text, labels")[2]
+
+
+def test_it_works_by_keyboard(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch(faults=True)
+    page = watched.page
+    page.goto(fake.url)
+    expect(page.get_by_label("Token")).to_be_focused()
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#token-error")).to_have_text("The daemon does not know this token.")
+    assert watched.problems.pop().startswith("Failed to load resource")  # the browser notes the status 401
+    page.keyboard.type(fake.token)
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Jobs")
+    page.reload()
+    seen = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.textContent.trim()"))
+        style = page.evaluate(OUTLINE)
+        assert style == ["solid", "3px"], seen
+    assert seen[:5] == ["Skip to the content", "Isthmus", "Jobs", "Chat", "What left"]
+    page.reload()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("New job")
+    assert watched.faults == []
+
+
+def test_the_token_stays_in_no_address_and_in_no_cookie(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch()
+    page = watched.open(fake.token)
+    assert "token" not in page.url
+    assert watched.context.cookies() == []
+    assert page.evaluate("Object.keys(localStorage)") == []
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("Token")).to_be_visible()
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_a_daemon_that_goes_away_and_comes_back_is_told(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch(faults=True)
+    page = watched.open(fake.token, "crossed")
+    expect(page.locator(".drawing text").first).to_be_visible()
+    watched.context.set_offline(True)
+    expect(page.locator("#banner")).to_contain_text("The daemon does not answer")
+    watched.context.set_offline(False)
+    expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_what_others_wrote_is_shown_as_text(fake: FakeDaemon, watch: Opener) -> None:
+    name = _job(fake, 5, suffix=MARKUP)
+    fake.tell(name, MARKUP)
+    fake.fail(name, MARKUP)
+    watched = watch(faults=True)
+    page = watched.open(fake.token)
+    expect(page.locator(".job-name")).to_have_text(MARKUP)
+    page.goto(f"{fake.url}/#job/{name}")
+    expect(page.locator(".event").nth(1)).to_contain_text(MARKUP)
+    expect(page.locator(".notice.bad")).to_contain_text(MARKUP)
+    page.goto(f"{fake.url}/#job/nothing")
+    expect(page.locator(".notice.bad")).to_have_text("there is no job 'nothing'")
+    assert page.locator("img").count() == 0
+    assert [problem for problem in watched.faults if "404" not in problem] == []  # the browser notes the status
+
+
+def test_a_page_that_asks_elsewhere_or_runs_inline_scripts_is_noticed(fake: FakeDaemon, watch: Opener) -> None:
+    watched = watch(faults=True)
+    page = watched.open(fake.token)
+    # The policy keeps the page from asking at all …
+    page.evaluate(ASK_ELSEWHERE)
+    assert any("elsewhere.example/a.png" in violation for violation in watched.violations)
+    for script, refused in (("body.innerHTML = 'x'", "HTML"), ("body.setAttribute('onclick', 'told(1)')", "Script")):
+        with pytest.raises(Error, match=f"Trusted{refused}"):
+            page.evaluate(f"document.{script}")
+    # … and a page without one is seen to ask.
+    page.route("http://elsewhere.example/*", lambda route: route.abort())
+    page.goto("about:blank")
+    page.set_content("<img src='http://elsewhere.example/b.png'>")
+    assert any("elsewhere.example/b.png" in address for address in watched.elsewhere)
+    assert watched.faults != []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_screenshots(fake: FakeDaemon, watch: Opener, tmp_path: Path, width: int, theme: str) -> None:
+    folder = Path(os.environ.get("ISTHMUS_SCREENSHOTS") or tmp_path / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    fake.slow = 0
+    watched = watch(viewport={"width": width, "height": 800}, color_scheme=theme)
+    _job(fake, 40)
+    long = _job(fake, 27, suffix="a-very-long-name-that-goes-on-and-on-until-sixty-four-characters")
+    failed = _job(fake, 5, suffix="")
+    fake.fail(failed, "the cloud 127.0.0.1:7443 does not answer: start it, or see whether its address is right")
+    fake.add_job({"kind": "train", "model": BASE, "suffix": "invoices"})
+
+    def shoot(name: str) -> None:
+        page.evaluate("scrollTo(0, 0)")
+        assert page.evaluate("document.documentElement.scrollWidth") == width, f"{name} is wider than its window"
+        page.screenshot(path=folder / f"{name}-{width}-{theme}.png", full_page=True, animations="disabled")
+
+    page = watched.page
+    page.goto(fake.url)
+    page.wait_for_selector("#token")
+    shoot("sign-in")
+    watched.open(fake.token)
+    page.wait_for_selector(".job >> nth=3")
+    shoot("jobs")
+    for place, name in (("job", long), ("failed", failed)):
+        page.goto(f"{fake.url}/#job/{name}")
+        page.wait_for_selector(".event")
+        shoot(place)
+    page.goto(f"{fake.url}/#job/{long}")
+    page.get_by_role("button", name="Cancel").click()
+    page.wait_for_selector("dialog")
+    shoot("confirm")
+    page.keyboard.press("Escape")
+    page.goto(f"{fake.url}/#new")
+    page.wait_for_selector("option[value='smollm2-135m']", state="attached")
+    page.click("text=Start the job")
+    shoot("new")
+    page.goto(f"{fake.url}/#crossed")
+    page.wait_for_selector(".drawing text")
+    shoot("crossed")
+    page.goto(f"{fake.url}/#chat")
+    page.wait_for_selector("option", state="attached")
+    page.fill("#prompt", "My card was charged twice. What now?")
+    page.get_by_role("button", name="Ask both").click()
+    page.wait_for_selector(".said:has-text('tuned')")
+    page.wait_for_selector("[aria-busy]", state="detached")
+    shoot("chat")
+    print(f"screenshots: {folder}")
