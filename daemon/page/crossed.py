@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,15 +15,23 @@ from isthmus.daemon.state.tables import BaseModel, Job, TinkerModel, Traffic
 _COUNTERS = ("bytes_up", "bytes_down", "calls", "retries")
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Whether a cloud was there when it was asked last; None before. And if it was not, why."""
+
+    reachable: bool | None = None
+    error: str | None = None
+
+
 def crossed(
-    session: Session, owner: str, *, clouds: Mapping[str, bool | None], leasing: bool, now: datetime | None = None
+    session: Session, owner: str, *, clouds: Mapping[str, Reached], leasing: bool, now: datetime | None = None
 ) -> dict[str, Any]:
     """The answer of `/isthmus/v1/traffic`. Bytes are of sealed frames, of all owners: they are this machine's.
 
     Args:
         session: Of the database.
         owner: Who asks; `adapters` is about what is theirs.
-        clouds: Those of daemon.toml, and whether each can be reached; None where that is not known.
+        clouds: Those of daemon.toml.
         leasing: Whether models that are trained through Tinker's API have adapters in the cloud's layers, leased.
         now: The time; by default the clock's.
     """
@@ -35,7 +44,7 @@ def crossed(
         "clouds": [
             {
                 "name": name,
-                "reachable": clouds.get(name),
+                **asdict(clouds.get(name, Reached())),
                 **_parts(models.get(name)),
                 **totals.get(name, dict.fromkeys(_COUNTERS, 0)),
             }

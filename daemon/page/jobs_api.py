@@ -173,6 +173,8 @@ def _trees(here: Here, jobs: Sequence[Job]) -> list[dict[str, Any]]:
                 "finished_at": job.finished_at,
                 "step": job.step,
                 "total": job.total,
+                "bytes_up": job.bytes_up,
+                "bytes_down": job.bytes_down,
                 "seconds_per_step": job.speed,
                 "seconds_left": left,
                 "estimated_finish": None if left is None else time.time() + left,

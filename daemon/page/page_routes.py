@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from isthmus.daemon.page.crossed import crossed
+from isthmus.daemon.page.crossed import Reached, crossed
 from isthmus.daemon.page.static_files import HEADERS, INDEX, StaticFile, is_unchanged, read_static_files
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Context, Here
@@ -37,10 +37,12 @@ def traffic(here: Here, owner: Asker) -> dict[str, Any]:
         return crossed(session, owner.id, clouds=_clouds(here), leasing=here.settings.training_layers == "all")
 
 
-def _clouds(here: Context) -> dict[str, bool | None]:
-    """The clouds of daemon.toml, and whether each could be reached when it was asked last."""
-    noted = {cloud["name"]: bool(cloud["reachable"]) for cloud in here.noted.answers.get("clouds", ())}
-    return {name: noted.get(name) for name in here.settings.clouds}
+def _clouds(here: Context) -> dict[str, Reached]:
+    """The clouds of daemon.toml, as the process that answers has found them."""
+    found = {
+        cloud["name"]: Reached(cloud["reachable"], cloud["error"]) for cloud in here.noted.answers.get("clouds", ())
+    }
+    return {name: found.get(name, Reached()) for name in here.settings.clouds}
 
 
 def _answer(file: StaticFile, request: Request) -> Response:

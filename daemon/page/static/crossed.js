@@ -48,6 +48,7 @@ export function showCrossed(main, _argument, signal) {
   const choice = h("div", { class: "field", hidden: true }, h("label", { for: "cloud" }, "Cloud"), chosen);
   const none = h("p", { class: "notice", hidden: true }, "No cloud is known yet: name one in daemon.toml, under [clouds.NAME]. Until then nothing leaves this machine.");
   const place = h("figure", { class: "drawing" });
+  const away = h("p", { class: "notice", hidden: true });
   const setters = [];
   const stays = h("ul", { class: "stays" });
   const showStays = stayRows(stays);
@@ -58,7 +59,7 @@ export function showCrossed(main, _argument, signal) {
   main.append(
     h("h1", {}, "What left this machine"),
     h("p", { class: "lead" }, "The cloud computes the middle layers, so activations and their gradients cross to it, sealed on the way."),
-    problem, none, choice, place,
+    problem, none, choice, place, away,
     h("div", { class: "halves" },
       h("section", { class: "card" }, h("h2", {}, "What crossed"), counters("Today (UTC)", setters), counters("Since this daemon was set up", setters)),
       h("div", { class: "stack" },
@@ -86,6 +87,8 @@ export function showCrossed(main, _argument, signal) {
     place.hidden = names.length === 0;
     const cloud = clouds.find((one) => one.name === chosen.value) ?? clouds[0];
     if (cloud) picture.draw({ cloud, adapters });
+    away.hidden = !cloud?.error;
+    setText(away, cloud?.error ? `The cloud “${cloud.name}” cannot be reached: ${cloud.error}` : "");
     setters[0](traffic.today);
     setters[1](traffic.total);
     showStays(adapters);

@@ -5,6 +5,10 @@ import { h, say, setText } from "./dom.js";
 import { bytes, many } from "./formats.js";
 
 const LOOK_BYTES = 1 << 20;
+const KNOWN_FORMS = ["completion,prompt", "messages", "text"];
+
+/** Whether a file has one of the forms that the daemon checks when it takes a file for fine-tuning. */
+const isKnownForm = (file, columns) => /\.(jsonl|ndjson)$/i.test(file.name) && KNOWN_FORMS.includes([...columns].sort().join());
 
 /** What the first MiB of a file looks like: `{ text, bad, columns }`. It is read here and goes nowhere. */
 export async function look(file) {
@@ -102,7 +106,7 @@ export function showNew(main, _argument, signal) {
       const found = await look(file);
       setText(of.note, found.bad ? "" : found.text);
       mark(of, found.bad ? found.text : "");
-      if (of === fields.upload && found.columns.length && !found.columns.some((name) => ["messages", "text", "prompt"].includes(name))) templates.open = true;
+      if (of === fields.upload && found.columns.length && !isKnownForm(file, found.columns)) templates.open = true;
     });
   }
   for (const one of Object.values(fields)) one.input.addEventListener("input", () => one.input.type !== "file" && mark(one, ""));
@@ -145,7 +149,9 @@ export function showNew(main, _argument, signal) {
   async function fileId(input, id) {
     if (id) return id;
     sending.hidden = false;
-    const stored = await upload(input.files[0], "fine-tune", (share) => {
+    const file = input.files[0];
+    const { columns } = await look(file);
+    const stored = await upload(file, isKnownForm(file, columns) ? "fine-tune" : "user_data", (share) => {
       sending.value = share;
     });
     sending.hidden = true;
@@ -189,7 +195,7 @@ export function showNew(main, _argument, signal) {
     const [models, files] = await Promise.all([ask("/v1/models", { signal }), list("/v1/files", "data", { signal })]);
     model.replaceChildren(...models.data.filter((one) => !one.id.startsWith("ft:")).map((one) => h("option", { value: one.id }, one.id)));
     if (!model.value) mark(fields.model, "No model is known: is the cloud reachable, and is it in daemon.toml?");
-    const usable = files.filter((file) => file.purpose === "fine-tune");
+    const usable = files.filter((file) => ["fine-tune", "user_data"].includes(file.purpose) && /\.(jsonl|ndjson|csv|tsv)$/i.test(file.filename));
     kept.append(...usable.map((file) => h("option", { value: file.id }, `${file.filename} (${bytes(file.bytes)})`)));
     fields.kept.element.hidden = usable.length === 0;
   }

@@ -77,7 +77,7 @@ def test_the_traffic_needs_a_token(client: TestClient, fake: FakeDaemon) -> None
 def test_the_traffic_says_what_crossed_and_which_parts_live_where(client: TestClient, fake: FakeDaemon) -> None:
     empty = client.get("/isthmus/v1/traffic", headers=_authorized(fake)).json()
     assert empty["clouds"] == [
-        {"name": "main", "reachable": None, "model": None, "plan": None}
+        {"name": "main", "reachable": None, "error": None, "model": None, "plan": None}
         | dict.fromkeys(("bytes_up", "bytes_down", "calls", "retries"), 0)
     ]
     fake.know_cloud()

@@ -74,7 +74,7 @@ class FakeDaemon:
                 job = Job(id="j", owner=owner.id, kind="train", status="running", model=BASE, spec=spec, created_at=1.0)
                 job.started_at = 2.0
                 session.add(job)
-        self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True}]}
+        self.context.noted.answers = {"clouds": [{"name": "main", "reachable": True, "error": None}]}
         self.cross(12_345_678, 11_222_333, 84)
 
     def cross(self, up: int, down: int, calls: int) -> None:
