@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Error, Page, expect
-from support.daemon.browsers import Watched, chromium
-from support.daemon.page_fakes import BASE, FakeDaemon
+from support.page.browsers import Watched, chromium
+from support.page.page_fakes import BASE, FakeDaemon
 
 pytestmark = pytest.mark.browser
 

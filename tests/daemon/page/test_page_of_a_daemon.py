@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 from support.cloud.clouds import Home as CloudHome, ThreadServer, served
-from support.daemon.browsers import Watched, chromium
 from support.models.writing_model import writing_checkpoint
+from support.page import warm_daemon
+from support.page.browsers import Watched, chromium
 from support.warm_processes import WarmPopen
 
 from isthmus.common.torch_threads import torch_threads
@@ -48,7 +49,7 @@ def daemon(server: ThreadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     text = "\n".join((*lines, f'key = "{server.home.key_file}"\n'))
     (home / "daemon.toml").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--home", str(home)]
+    command = [sys.executable, warm_daemon.__file__, "start", "--home", str(home)]
     with WarmPopen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = next(found[0] for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
@@ -59,17 +60,27 @@ def daemon(server: ThreadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_job_is_tuned_watched_talked_to_and_cancelled(daemon: tuple[str, str], tmp_path: Path) -> None:
     url, token = daemon
-    file = tmp_path / "tickets.jsonl"
-    file.write_text('{"prompt": "Ticket: charged twice", "completion": " billing"}\n' * 24, encoding="utf-8")
+    file = tmp_path / "tickets.csv"
+    file.write_text("ticket,queue\n" + '"charged twice, again",billing\n' * 24, encoding="utf-8")
     with chromium() as browser:
         watched = Watched(browser, url)
         page = watched.open(token, "crossed")
         expect(page.locator(".drawing svg")).to_contain_text("2 middle layers", timeout=SLOW)
         page.goto(f"{url}/#new")
         page.get_by_label("File", exact=True).set_input_files(file)
+        expect(page.locator(".hint", has_text="24 rows; columns: ticket, queue")).to_be_visible()
+        page.get_by_label("Completion").fill(" {queue}")
         page.get_by_label("Name").fill("tickets")
         page.get_by_label("Length", exact=True).fill(str(STEPS))
         page.get_by_label("Unit of the length").select_option("steps")
+        page.get_by_label("Learning rate").evaluate("(field) => { field.closest('details').open = true }")
+        page.get_by_label("Learning rate").fill("0")
+        page.click("text=Start the job")
+        # What the real configuration refuses stands beside its field.
+        expect(page.locator(".error", has_text="learning_rate = 0")).to_be_visible()
+        assert watched.problems.pop().startswith("Failed to load resource")
+        page.get_by_label("Learning rate").fill("0.001")
+        page.get_by_label("Prompt").fill("Ticket: {ticket}")
         page.click("text=Start the job")
         expect(page.locator("h1")).to_have_text("tickets", timeout=SLOW)
         expect(page.locator(".line-train")).to_have_attribute("d", re.compile("L"), timeout=SLOW)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from support.daemon.page_fakes import FakeDaemon
+from support.page.page_fakes import FakeDaemon
 
 from isthmus.daemon.page.static_files import FOLDER, POLICY, is_unchanged, read_static_files
 from isthmus.daemon.state.tables import Job, Owner, TinkerModel, TinkerSession
