@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
+from typing import IO
 
 from isthmus.common.errors import HomeInUseError
 from isthmus.common.files import disk_errors, open_lock
@@ -23,19 +25,27 @@ def occupied(home: Home) -> Iterator[None]:
     with disk_errors(home.lock):
         file = open_lock(home.lock)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             holder = file.read().strip() or "of another program"
             raise HomeInUseError(
                 f"process {holder} runs the daemon of {home.path} already: use it, stop it by `isthmus edge daemon "
                 "stop`, or give this one a --home of its own"
-            ) from None
+            )
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock the file; a few times, since `holder` locks it for a moment, too."""
+    for pause in (0.0, 0.05, 0.1, 0.2):
+        time.sleep(pause)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def holder(home: Home) -> int | None:
