@@ -150,7 +150,7 @@ def checked(request: Sample) -> tuple[list[int], Sampling]:
     likeliest = max(request.topk_prompt_logprobs, request.topk_sample_logprobs)
     if likeliest > MOST_LIKELIEST or min(request.topk_prompt_logprobs, request.topk_sample_logprobs) < 0:
         raise RefusalError(f"topk_prompt_logprobs and topk_sample_logprobs go from 0 to {MOST_LIKELIEST}")
-    if params.top_k == 0 or params.top_k < -1:
+    if params.top_k == 0:
         raise RefusalError(f"top_k = {params.top_k}: -1 for all tokens, or 1 and more")
     texts, stop_tokens = params.stops()
     return tokens, Sampling(

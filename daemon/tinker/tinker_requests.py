@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from isthmus.daemon.tinker.refusal import RefusalError
 
 Number = Annotated[int, Field(ge=0, lt=2**62)]
+Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86400)]
 Id = Annotated[str, Field(min_length=1, max_length=300)]
 Labels = dict[str, Any] | None
+MOST_STOPS = 64
 
 
 class Body(BaseModel):
@@ -48,7 +50,7 @@ class LoraConfig(Body):
     """What of a model is trained."""
 
     rank: int = Field(ge=1, le=4096)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -91,7 +93,7 @@ class SaveWeights(OfModel):
 
     seq_id: Number
     path: str | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Seconds | None = None
     overwrite: bool = False
     user_metadata: Labels = None
 
@@ -103,7 +105,7 @@ class SaveForSampler(OfModel):
     path: str | None = None
     sampling_session_seq_id: Number | None = None
     kind: str = "snapshot"
-    ttl_seconds: int | None = None
+    ttl_seconds: Seconds | None = None
     user_metadata: Labels = None
 
 
@@ -145,8 +147,8 @@ class ModelInput(Body):
                 raise RefusalError(
                     f"the prompt holds {kind or 'nothing known'}; only tokens (encoded_text) are offered"
                 )
-            if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-                raise RefusalError("the prompt's tokens are no list of whole numbers")
+            if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+                raise RefusalError("the prompt's tokens are no list of whole numbers from 0 on")
             found += tokens
         if not found:
             raise RefusalError("the prompt is empty")
@@ -158,11 +160,11 @@ class SamplingParams(Body):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    max_tokens: int | None = Field(None, ge=1)
-    seed: int | None = None
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    seed: int | None = Field(None, ge=0, lt=2**63)
     stop: str | list[str] | list[int] | None = None
     temperature: float = Field(1.0, ge=0)
-    top_k: int = -1
+    top_k: int = Field(-1, ge=-1, lt=2**31)
     top_p: float = Field(1.0, gt=0, le=1)
 
     def stops(self) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
@@ -173,6 +175,8 @@ class SamplingParams(Body):
             return (self.stop,), ()
         if not self.stop:
             raise RefusalError("stop = [] asks to go on behind the model's own end, which is not offered: leave it out")
+        if len(self.stop) > MOST_STOPS:
+            raise RefusalError(f"stop has {len(self.stop)} entries: {MOST_STOPS} at most")
         texts = [stop for stop in self.stop if isinstance(stop, str)]
         return texts, [[stop] for stop in self.stop if isinstance(stop, int)]
 
@@ -212,7 +216,7 @@ class OfWeights(Body):
 class Expiry(Body):
     """Of a checkpoint."""
 
-    ttl_seconds: int | None = Field(None, ge=1)
+    ttl_seconds: Seconds | None = None
 
 
 class End(Body):

@@ -85,8 +85,13 @@ class TrainingQueue:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    async def forget(self, model: str) -> None:
-        """Free a model's memory."""
+    def forget(self, model: str) -> None:
+        """Free a model's memory once nothing else is computed."""
+        task = asyncio.create_task(self._forget(model))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def _forget(self, model: str) -> None:
         async with self._turn:
             if model in self._hot and self._worker.pid == self._pid:
                 del self._hot[model]

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from isthmus.daemon.state.tables import TinkerModel, TinkerWeights
 from isthmus.daemon.tinker.endpoints.session_routes import texts
-from isthmus.daemon.tinker.endpoints.tinker_bodies import read_json
+from isthmus.daemon.tinker.endpoints.tinker_bodies import checked_page, read_json
 from isthmus.daemon.tinker.endpoints.training_routes import own_model
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.saved_weights import SAMPLER_WEIGHTS, WEIGHTS
@@ -21,15 +21,13 @@ from isthmus.daemon.tinker.tinker_service import Tinker, TinkerService
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Here
 
-MOST_LISTED = 1000
-
 listing = APIRouter()
 
 
 @listing.get("/training_runs")
 def training_runs(here: Here, owner: Asker, tinker: Tinker, limit: int = 20, offset: int = 0) -> dict[str, Any]:
     """Models that were trained, the newest first."""
-    limit, offset = _page(limit, offset)
+    limit, offset = checked_page(limit, offset)
     mine = TinkerModel.owner == owner.id
     with here.database.reading() as session:
         total = session.scalar(select(func.count()).select_from(TinkerModel).where(mine)) or 0
@@ -83,7 +81,7 @@ async def expire_checkpoint(
 @listing.get("/checkpoints")
 def checkpoints(owner: Asker, tinker: Tinker, limit: int = 100, offset: int = 0) -> dict[str, Any]:
     """All that an owner has saved, the newest first."""
-    limit, offset = _page(limit, offset)
+    limit, offset = checked_page(limit, offset)
     rows = tinker.weights.of(owner.id)
     return {
         "checkpoints": [_checkpoint(row) for row in rows[offset : offset + limit]],
@@ -153,12 +151,6 @@ def _refuser(what: str) -> Any:
 def _as_api_error(error: RefusalError) -> ApiError:
     missing = str(error).startswith("there are no")
     return ApiError(404 if missing else 400, str(error), code="not_found" if missing else "in_use")
-
-
-def _page(limit: int, offset: int) -> tuple[int, int]:
-    if limit < 1 or offset < 0:
-        raise ApiError(400, f"limit = {limit}, offset = {offset}: from 1, and from 0 on", param="limit")
-    return min(limit, MOST_LISTED), offset
 
 
 def _training_run(row: TinkerModel, tinker: TinkerService) -> dict[str, Any]:

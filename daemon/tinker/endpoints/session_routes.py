@@ -15,9 +15,10 @@ from starlette.concurrency import run_in_threadpool
 
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.state.tables import BaseModel, TinkerModel, TinkerSampler, TinkerSession
-from isthmus.daemon.tinker.endpoints.tinker_bodies import not_found, promised, read_body, read_json
+from isthmus.daemon.tinker.endpoints.tinker_bodies import checked_page, not_found, promised, read_body, read_json
 from isthmus.daemon.tinker.promises import FullError, NewPromise, UnknownPromiseError
 from isthmus.daemon.tinker.refusal import RefusalError
+from isthmus.daemon.tinker.sampling_queue import MOST_SAMPLES
 from isthmus.daemon.tinker.saved_weights import samplers_of
 from isthmus.daemon.tinker.tinker_requests import End, NewSampler, NewSession, OfSession, Poll, Sample
 from isthmus.daemon.tinker.tinker_service import Tinker
@@ -152,17 +153,18 @@ async def finish_session(session_id: str, request: Request, here: Here, owner: A
             return list(session.scalars(select(TinkerModel.id).where(TinkerModel.session == session_id)))
 
     for model in await run_in_threadpool(end):
-        await tinker.training.forget(model)
+        tinker.training.forget(model)
     return Response(status_code=204)
 
 
 @sessions.get("/sessions")
 def list_sessions(here: Here, owner: Asker, limit: int = 20, offset: int = 0) -> dict[str, Any]:
     """Ids of sessions, the newest first."""
+    limit, offset = checked_page(limit, offset)
     query = select(TinkerSession.id).where(TinkerSession.owner == owner.id)
     with here.database.reading() as session:
         newest = query.order_by(TinkerSession.created_at.desc())
-        return {"sessions": list(session.scalars(newest.limit(min(max(limit, 1), 1000)).offset(max(offset, 0))))}
+        return {"sessions": list(session.scalars(newest.limit(limit).offset(offset)))}
 
 
 @sessions.get("/sessions/{session_id}")
@@ -239,7 +241,9 @@ async def asample(request: Request, here: Here, owner: Asker, tinker: Tinker) ->
         )
     except FullError as error:
         raise ApiError(429, str(error), code="too_many_waiting") from error
-    return promised(promise, sample_sequence_ids=[f"{promise.id}:{index}" for index in range(new.num_samples)])
+    return promised(
+        promise, sample_sequence_ids=[f"{promise.id}:{index}" for index in range(min(new.num_samples, MOST_SAMPLES))]
+    )
 
 
 @sessions.post("/retrieve_future")

@@ -14,6 +14,8 @@ from isthmus.daemon.web.api_error import ApiError
 SMALL_BODY = 256 << 10
 """Bytes of a body at most where it holds neither data nor a prompt."""
 
+MOST_LISTED = 1000
+
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -36,6 +38,13 @@ async def read_json(request: Request, kind: type[T], most: int = SMALL_BODY) -> 
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
         raise ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_body") from error
+
+
+def checked_page(limit: int, offset: int) -> tuple[int, int]:
+    """What part of a list is asked for. Raises ApiError where that is none."""
+    if limit < 1 or not 0 <= offset < 2**62:
+        raise ApiError(400, f"limit = {limit}, offset = {offset}: from 1, and from 0 on", param="limit")
+    return min(limit, MOST_LISTED), offset
 
 
 def not_found(what: str, value: str) -> ApiError:

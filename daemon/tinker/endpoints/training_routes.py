@@ -306,6 +306,4 @@ def _check_optimizer(config: dict[str, Any] | None) -> None:
 
 
 def _saving(name: str, ttl: int | None, labels: dict[str, Any] | None, *, overwrite: bool) -> dict[str, Any]:
-    if ttl is not None and ttl < 1:
-        raise RefusalError(f"ttl_seconds = {ttl}: 1 and more, or leave it out")
     return {"name": checked_name(name), "ttl": ttl, "labels": labels or {}, "overwrite": overwrite, "sampler": None}
