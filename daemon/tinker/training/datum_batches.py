@@ -2,7 +2,8 @@
 
 A *datum* is a row of tokens with a target, or several, for each: what position i predicts. Data go into micro-batches
 by one rule, on which the bits of sums depend: in the order given, as many as fit, where a micro-batch takes as many
-rows times the longest one of positions. A row is never divided, so a long one may be a micro-batch that is larger.
+rows times the longest one of positions. What bounds the positions is the model's vocabulary, as logits are what takes
+memory (`most_positions`). A row is never divided, so a long one may be a micro-batch that is larger.
 
 Each row is computed with its last target behind it, where the model's window has room for that. So a row of a
 conversation has the shape that it has in `isthmus edge train`, and both give the same bits. Nothing that comes before
@@ -23,7 +24,9 @@ from isthmus.common.errors import ConfigError
 from isthmus.daemon.tinker.training.loss_functions import Loss
 
 POSITIONS = 4096
-"""Of a micro-batch at most, if it has several rows. Its logits are what takes memory."""
+"""Of a micro-batch at most, if it has several rows."""
+LOGITS = 1 << 27
+"""Of a micro-batch at most, if it has several rows: 512 MiB, and as much again three times on the way to a gradient."""
 MOST_DATA = 4096
 """In one request."""
 MOST_TOKENS = 1 << 19
@@ -116,7 +119,17 @@ def checked(data: Sequence[Datum], loss: Loss, *, vocabulary: int, longest: int)
     return rows
 
 
-def micro_batches(rows: Sequence[Row], pad_id: int, positions: int = POSITIONS) -> Iterator[DatumBatch]:
+def most_positions(vocabulary: int, per_call: int) -> int:
+    """Positions that a micro-batch with several rows may have.
+
+    Args:
+        vocabulary: Logits of a position.
+        per_call: Positions that one call of the cloud takes.
+    """
+    return min(POSITIONS, max(1, LOGITS // vocabulary), per_call)
+
+
+def micro_batches(rows: Sequence[Row], pad_id: int, positions: int) -> Iterator[DatumBatch]:
     """The rows in micro-batches; see the top of the file for the rule.
 
     Args:

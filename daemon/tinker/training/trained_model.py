@@ -19,7 +19,13 @@ from torch import Tensor
 
 from isthmus.common.errors import ConfigError, NonFiniteError
 from isthmus.daemon.tinker.training.adapter_copies import read_copy, write_copy
-from isthmus.daemon.tinker.training.datum_batches import POSITIONS, Datum, DatumBatch, checked, micro_batches
+from isthmus.daemon.tinker.training.datum_batches import (
+    Datum,
+    DatumBatch,
+    checked,
+    micro_batches,
+    most_positions,
+)
 from isthmus.daemon.tinker.training.lora_shape import ALPHA, LoraShape
 from isthmus.daemon.tinker.training.loss_functions import loss_named
 from isthmus.daemon.tinker.training.open_cloud import OpenCloud
@@ -117,7 +123,7 @@ class TrainedModel:
         outputs: list[Logprobs] = []
         total = 0.0
         with self._whole_or_not(), torch.set_grad_enabled(not forward_only):
-            for batch in micro_batches(rows, self.cloud.pad_id, min(POSITIONS, self.cloud.positions)):
+            for batch in micro_batches(rows, self.cloud.pad_id, most_positions(vocabulary, self.cloud.positions)):
                 logprobs = self._logprobs(batch)
                 value = loss(logprobs, batch.inputs)
                 total += require_finite(f"the loss {loss_name} is", value.item(), _REMEDY)

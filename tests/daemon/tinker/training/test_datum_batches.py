@@ -9,7 +9,7 @@ import torch
 
 from isthmus.common.errors import ConfigError
 from isthmus.daemon.tinker.training import datum_batches
-from isthmus.daemon.tinker.training.datum_batches import Datum, DatumBatch, checked, micro_batches
+from isthmus.daemon.tinker.training.datum_batches import Datum, DatumBatch, checked, micro_batches, most_positions
 from isthmus.daemon.tinker.training.loss_functions import loss_named
 
 CROSS_ENTROPY = loss_named("cross_entropy", {})
@@ -34,6 +34,14 @@ def test_as_many_as_fit_go_together_in_their_order() -> None:
     assert [len(batch.rows) for batch in _batches(data)] == [6]
     lengths = [len(row.tokens) for batch in _batches(data, positions=12) for row in batch.rows]
     assert lengths == [4, 4, 6, 11, 2, 2]
+
+
+def test_large_vocabularies_and_small_clouds_make_small_micro_batches() -> None:
+    assert most_positions(300, 1 << 20) == 4096
+    assert most_positions(49_152, 1 << 20) == 2730
+    assert most_positions(152_064, 1 << 20) == 882
+    assert most_positions(300, 100) == 100
+    assert most_positions(1 << 30, 100) == 1
 
 
 def test_a_long_row_is_not_divided() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from isthmus.backbone.adapters.adapter_files import load_adapter
 from isthmus.common import files
 from isthmus.common.errors import ConfigError, DiskError, NonFiniteError, UnreachableError
-from isthmus.daemon.tinker.training import trained_model
+from isthmus.daemon.tinker.training import datum_batches
 from isthmus.daemon.tinker.training.loss_functions import NAMES, loss_named
 
 pytestmark = pytest.mark.server
@@ -118,7 +118,7 @@ def test_calls_add_up_to_one_with_all_data(trainer: LocalTrainer, monkeypatch: p
     data = random_data(4, (9, 5, 12, 7))
     found = []
     for positions, calls in ((10, [data]), (10, [data[:2], data[2:]]), (4096, [data])):
-        monkeypatch.setattr(trained_model, "POSITIONS", positions)
+        monkeypatch.setattr(datum_batches, "POSITIONS", positions)
         trainer.create()
         losses = [trainer.forward_backward(each)["metrics"]["loss:sum"] for each in calls]
         found.append((sum(losses), trainer.gradients()))
@@ -157,7 +157,7 @@ def test_a_model_is_the_same_with_others_beside_it(trainer: LocalTrainer) -> Non
 def test_a_cloud_that_is_away_leaves_nothing_half_applied(
     trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trained_model, "POSITIONS", 10)  # a micro-batch for each datum
+    monkeypatch.setattr(datum_batches, "POSITIONS", 10)  # a micro-batch for each datum
     trainer.create()
     undisturbed = trainer.train(range(1, 3))
     adapter = trainer.adapter()
