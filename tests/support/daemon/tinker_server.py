@@ -2,12 +2,14 @@
 
     python tests/support/daemon/tinker_server.py HOME PORT [--forgetful]
 
-`--forgetful` makes a server that keeps no table of promises: a request that comes again is done again.
+`--forgetful` makes a server that keeps no table of promises: a request that comes again is done again. Where
+$REAL_CLOUD has the settings of a cloud, as JSON, that one is trained with, by what trains in truth.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -26,6 +28,7 @@ from isthmus.daemon.state.tables import BaseModel
 from isthmus.daemon.tinker.promises import NewPromise, Promises
 from isthmus.daemon.tinker.tinker_routes import router
 from isthmus.daemon.tinker.tinker_service import TinkerService
+from isthmus.daemon.tinker.training_queue import MODULE
 from isthmus.daemon.web.application import application
 from isthmus.daemon.web.context import Context
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
@@ -98,10 +101,11 @@ class ForgetfulPromises(Promises):
 
 def main(home_path: str, port: str, *flags: str) -> None:
     home = Home.make(Path(home_path))
+    real = os.environ.get("REAL_CLOUD")
+    cloud = {"cloud": "isthmus://127.0.0.1:1#SHA256:0"} if real is None else json.loads(real)
     settings = DaemonSettings.model_validate(
-        {"listen": f"127.0.0.1:{port}", "clouds": {"main": {"cloud": "isthmus://127.0.0.1:1#SHA256:0"}}, "body_mib": 1,
-         "adapters_hot": 2}
-    )  # fmt: skip
+        {"listen": f"127.0.0.1:{port}", "clouds": {"main": cloud}, "body_mib": 1, "adapters_hot": 2}
+    )
     database = Database(home.database)
     first_owner(database, home.token)
     second = home.path / "second-token"
@@ -113,7 +117,8 @@ def main(home_path: str, port: str, *flags: str) -> None:
     app = application(context, [router()])
 
     def make(context: Context) -> TinkerService:
-        worker = WorkerProcess(["-m", "support.daemon.fake_trainer"], home.path / "trainer.log")
+        module = "support.daemon.fake_trainer" if real is None else MODULE
+        worker = WorkerProcess(["-m", module], home.path / "trainer.log")
         service = TinkerService(context, worker)
         if "--forgetful" in flags:
             service.promises.__class__ = ForgetfulPromises
