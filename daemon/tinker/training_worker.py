@@ -6,16 +6,17 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
                       -> targets, parameters, layers, alpha, saved (number of the step gone on from; null for a new one)
     forward_backward  model, loss, loss_config, forward_only, data [{tokens, targets, weights?, logprobs?, advantages?}]
                       -> outputs [{logprobs, shaped as targets}], metrics {"loss:sum"}
-    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}
+    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls
                       -> metrics {"grad_norm:mean": before it is clipped}
     save              model, folder, optimizer -> {}
     load              model, folder, optimizer -> {}
     forget            model -> {}
     state             -> pid, models {name: {number, calls}}, clouds
 
-Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. A step's state is in the model's folder
-before the answer is given, and the step of the number that it has already is answered as it was then. What was computed
-or loaded since the newest step ends with the process: who asks makes the model again and repeats it.
+Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
+model's folder before the answer is given, and the step of the number that it has already is answered as it was then.
+Gradients since then end with the process: who asks makes the model again and repeats forward_backward. `calls`, how
+often it was answered since then, makes a gradient that is missing an error.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class _ForwardBackward(_Asked):
 class _OptimStep(_Asked):
     number: int = Field(ge=1)
     adam: AdamParams
+    calls: int = Field(ge=0)
 
 
 class _Copy(_Asked):
@@ -118,7 +120,7 @@ class TrainingHandlers:
     def optim_step(self, values: Values) -> Values:
         """See the top of the file."""
         asked = _check(_OptimStep, values)
-        metrics = self.models.model(asked.model).optim_step(asked.number, asked.adam)
+        metrics = self.models.model(asked.model).optim_step(asked.number, asked.adam, asked.calls)
         return {"metrics": dict(metrics)}
 
     def save(self, values: Values) -> Values:

@@ -1,9 +1,10 @@
 """The state of a model in training on the disk: whole at any time, whatever the process meets.
 
-    checkpoint-<number>/    as `isthmus.training.run_checkpoint` writes it: what is trained, the optimizer's moments,
-                            and what the step of that number answered
+    checkpoint-<version>/    as `isthmus.training.run_checkpoint` writes it: what is trained, the optimizer's moments,
+                             and the number of the newest step with what it answered
 
-An older one is removed once the newer one is on the disk.
+A version is one more than that before, whether a step or a load has changed the model. An older one is removed once the
+newer one is on the disk.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ _START_ANEW = "create another model"
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """What a model in training is after a step.
+    """What a model in training is after a step or a load.
 
     Attributes:
-        number: Of the step, as the client counts them.
-        metrics: What the step answered.
+        version: Counts steps and loads.
+        number: Of the newest step, as the client counts them; 0 before the first.
+        metrics: What the newest step answered.
         parameters: What is trained, by name.
         optimizer: Moments and step counts; see `isthmus.training.gradient_step.GradientStep.state`.
     """
 
+    version: int
     number: int
     metrics: Mapping[str, float]
     parameters: Mapping[str, Tensor]
@@ -71,10 +74,11 @@ class StateFolder:
         found = load(folder)
         check_settings(folder, found.settings, self._settings, _START_ANEW)
         try:
+            number = int(found.entries["number"])
             metrics = {str(name): float(value) for name, value in found.entries["metrics"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged_entry(folder, error) from error
-        return ModelState(found.step, metrics, found.parameters, found.optimizer)
+        return ModelState(found.step, number, metrics, found.parameters, found.optimizer)
 
     def write(self, state: ModelState) -> None:
         """Put a newer state in the place of the one that is there.
@@ -83,17 +87,17 @@ class StateFolder:
             DiskError: The disk is full or cannot be written; the older one is still there.
         """
         checkpoint = RunCheckpoint(
-            step=state.number,
+            step=state.version,
             settings=self._settings,
             parameters=state.parameters,
             optimizer=state.optimizer,
             log=(),
             random=RandomState.take(torch.device("cpu")),  # a part of the format; nothing here draws numbers
-            entries={"metrics": dict(state.metrics)},
+            entries={"number": state.number, "metrics": dict(state.metrics)},
         )
         with disk_errors(self._path):
             self._path.mkdir(parents=True, exist_ok=True)
         newest = latest(self._path)
-        if newest is not None and newest.name == f"checkpoint-{state.number}":
-            remove_folder(newest)  # of a step that failed after it was written, and was undone in memory
+        if newest is not None and newest.name == f"checkpoint-{state.version}":
+            remove_folder(newest)  # of a change that failed after it was written, and was undone in memory
         save(self._path, checkpoint, _LOG, keep=1)

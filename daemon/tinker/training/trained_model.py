@@ -81,13 +81,13 @@ class TrainedModel:
         made_of = {"digest": info.digest, "plan": info.plan, "alpha": ALPHA, **shape.model_dump()}
         self._states = StateFolder(folder, made_of)
         self._record = {"digest": info.digest, "plan": info.plan, "method": "lora"}
-        self.number, self.calls = 0, 0
+        self._version, self.number, self.calls = 0, 0, 0
         self._metrics: Mapping[str, float] = {}
         state = self._states.read()
         self.saved = None if state is None else state.number
         if state is not None:
             self._put(state.parameters, state.optimizer)
-            self.number, self._metrics = state.number, state.metrics
+            self._version, self.number, self._metrics = state.version, state.number, state.metrics
 
     def facts(self) -> dict[str, Any]:
         """What was made: the targets' names inside a layer, how many numbers are trained, and in which layers."""
@@ -134,17 +134,18 @@ class TrainedModel:
             self.calls += not forward_only
         return outputs, total
 
-    def optim_step(self, number: int, adam: AdamParams) -> Mapping[str, float]:
+    def optim_step(self, number: int, adam: AdamParams, calls: int) -> Mapping[str, float]:
         """Apply the gradients, and have the state on the disk. The newest step is not made twice.
 
         Args:
             number: Of the step; higher than that of the step before.
+            calls: Calls whose gradients it is to apply: all that were answered since the newest step or load.
 
         Returns:
             What is worth knowing of it, by names of Tinker's form.
 
         Raises:
-            ConfigError: The number is one of an older step, or there are no gradients.
+            ConfigError: The number is one of an older step, or there are not so many gradients.
             NonFiniteError: The gradients are NaN or infinite.
             DiskError: The state cannot be written.
         """
@@ -154,14 +155,17 @@ class TrainedModel:
             raise ConfigError(f"step {number} comes after step {self.number}: give a higher number")
         if self.calls == 0:
             raise ConfigError(f"step {number} has no gradients to apply: call forward_backward first")
+        if self.calls != calls:
+            raise ConfigError(
+                f"step {number} is to apply the gradients of {calls} calls of forward_backward, and there are those of "
+                f"{self.calls}: make the model anew, and repeat them"
+            )
         with self._whole_or_not():
             rule = self._rule(adam)
             norm = rule.clip(number)
             rule.apply(adam.learning_rate)
             metrics = {"grad_norm:mean": norm}
-            self._states.write(ModelState(number, metrics, self.parameters, rule.state()))
-        self.number, self._metrics = number, metrics
-        self._forget_gradients()
+            self._write(number, metrics)
         return metrics
 
     def save(self, folder: Path, *, optimizer: bool) -> None:
@@ -175,17 +179,19 @@ class TrainedModel:
     def load(self, folder: Path, *, optimizer: bool) -> None:
         """Go on from what `save` wrote, of this or another model with such a LoRA. Gradients are forgotten.
 
-        The state on the disk has it with the next step.
+        The state on the disk is it, before this returns.
 
         Args:
             optimizer: Go on with its moments, too; otherwise they start anew.
 
         Raises:
             CheckpointError: It is damaged, does not fit, or has no moments.
+            DiskError: The state cannot be written.
         """
         values, moments = read_copy(self._model, self.parameters, folder, self._record["digest"], optimizer)
-        self._put(values, moments)
-        self._forget_gradients()
+        with self._whole_or_not():
+            self._put(values, moments)
+            self._write(self.number, self._metrics)
 
     def _logprobs(self, batch: DatumBatch) -> Tensor:
         """The targets' log probabilities `[B, S, K]`, fp32, 0 on padding."""
@@ -215,7 +221,11 @@ class TrainedModel:
             self._optimizer, self.parameters, peak_rate=adam.learning_rate, max_norm=norm, remedy=_REMEDY
         )
 
-    def _forget_gradients(self) -> None:
+    def _write(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Have the model, as it is now, on the disk; its gradients are forgotten then."""
+        state = ModelState(self._version + 1, number, metrics, self.parameters, self._rule().state())
+        self._states.write(state)
+        self._version, self.number, self._metrics = state.version, number, metrics
         self._optimizer.zero_grad(set_to_none=True)
         self.calls = 0
 

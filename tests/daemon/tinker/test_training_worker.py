@@ -97,7 +97,7 @@ def test_a_killed_process_has_left_the_state_before_or_after_a_step(runs: Runs, 
         answer, error = worker.ask("forward_backward", model="a", loss="cross_entropy", data=random_data(done + 1))
         assert error is None
         found[done + 1] = answer["metrics"]["loss:sum"]
-        step = {"model": "a", "number": done + 1, "adam": ADAM}
+        step = {"model": "a", "number": done + 1, "adam": ADAM, "calls": 1}
         if done not in deaths:
             assert worker.ask("optim_step", **step)[1] is None
             done += 1
@@ -132,8 +132,8 @@ def test_what_is_wrong_is_said_with_its_code(runs: Runs, tmp_path: Path) -> None
             "ppo takes no weights",
         ),
         ("forward_backward", {"model": "a", "loss": "ppo", "data": random_data(1, mask=[])}, 10, "data.0.mask: Extra"),
-        ("optim_step", {"model": "a", "number": 1, "adam": ADAM}, 10, "no gradients"),
-        ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "beta1": 1.0}}, 10, "adam.beta1"),
+        ("optim_step", {"model": "a", "number": 1, "adam": ADAM, "calls": 0}, 10, "no gradients"),
+        ("optim_step", {"model": "a", "number": 1, "adam": {**ADAM, "beta1": 1.0}, "calls": 0}, 10, "adam.beta1"),
         ("load", {"model": "a", "folder": str(tmp_path / "none"), "optimizer": True}, 23, "none"),
     ]
     for method, values, code, said in cases:

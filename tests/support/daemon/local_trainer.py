@@ -81,7 +81,8 @@ class LocalTrainer:
 
     def step(self, number: int, model: str = "a", **adam: Any) -> Values:
         """A step."""
-        return self.handlers.optim_step({"model": model, "number": number, "adam": {**ADAM, **adam}})
+        calls = self.model(model).calls
+        return self.handlers.optim_step({"model": model, "number": number, "adam": {**ADAM, **adam}, "calls": calls})
 
     def train(self, numbers: range, model: str = "a", **values: Any) -> list[float]:
         """Steps with data of their numbers; their losses."""

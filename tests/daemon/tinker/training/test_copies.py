@@ -77,7 +77,16 @@ def test_a_model_goes_on_from_its_folder_bit_for_bit(trainer: LocalTrainer) -> N
         assert same(again.adapter("b"), wanted)
         with pytest.raises(CheckpointError, match="rank was 4 and is now 8"):
             again.create("b", rank=8)
-    assert trainer.create("b")["saved"] == 4  # one in memory is made anew, too
+        copy = trainer.save()
+        again.create("b")
+        again.forward_backward(random_data(9), "b")
+        load(again, copy, "b", optimizer=False)  # without a step, too
+        assert again.create("b")["saved"] == 4
+        assert same(again.adapter("b"), trainer.adapter())
+        again.train(range(5, 6), "b")
+        assert not same(again.adapter("b"), trainer.adapter())
+        assert again.create("b")["saved"] == 5
+    assert trainer.create("b")["saved"] == 5  # one in memory is made anew, too
 
 
 @pytest.mark.server

@@ -21,11 +21,11 @@ SETTINGS = {"rank": 4}
 
 def _state(number: int) -> ModelState:
     a, b, step = (torch.full((64,), float(number)) for _ in range(3))
-    return ModelState(number, {"n:mean": number}, {"a": a, "b": b}, {"a/step": step})
+    return ModelState(number, 10 * number, {"n:mean": number}, {"a": a, "b": b}, {"a/step": step})
 
 
 def _is(state: ModelState | None, number: int) -> bool:
-    if state is None or state.number != number:
+    if state is None or (state.version, state.number) != (number, 10 * number):
         return False
     tensors = [*state.parameters.values(), *state.optimizer.values()]
     whole = len(tensors) == 3 and all(bool((tensor == number).all()) for tensor in tensors)
@@ -77,7 +77,7 @@ def test_a_process_that_is_killed_leaves_the_older_or_the_newer_state(tmp_path: 
         folder = StateFolder(path, SETTINGS)
         state = folder.read()
         assert _is(state, 1) or _is(state, 2), at
-        found.append(state.number if state else 0)
+        found.append(state.version if state else 0)
         folder.write(_state(3))  # what the dead process has left is in nobody's way
         assert _is(folder.read(), 3)
         if not died:
@@ -87,10 +87,10 @@ def test_a_process_that_is_killed_leaves_the_older_or_the_newer_state(tmp_path: 
     assert set(found) == {1, 2}
 
 
-def test_a_state_of_a_step_that_was_undone_gives_way(tmp_path: Path) -> None:
+def test_a_state_of_a_change_that_was_undone_gives_way(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, SETTINGS)
     folder.write(_state(1))
-    folder.write(ModelState(2, {}, _state(7).parameters, {}))
+    folder.write(ModelState(2, 99, {}, _state(7).parameters, {}))
     folder.write(_state(2))
     assert _is(folder.read(), 2)
 

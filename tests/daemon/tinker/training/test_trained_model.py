@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.cloud.train_runs import Runs, cloud_for_runs
-from support.daemon.local_trainer import LocalTrainer, near, random_data, sampled_data, whole_logprobs
+from support.daemon.local_trainer import ADAM, LocalTrainer, near, random_data, sampled_data, whole_logprobs
 from support.run_folders import same
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -249,6 +249,14 @@ def test_a_step_is_made_once(trainer: LocalTrainer) -> None:
     assert not same(trainer.values(), values)
     with pytest.raises(ConfigError, match="step 10 has no gradients"):
         trainer.step(10)
+    trainer.forward_backward(random_data(3))
+    values = trainer.values()
+    question = {"model": "a", "number": 10, "adam": ADAM, "calls": 2}
+    with pytest.raises(ConfigError, match="of 2 calls of forward_backward, and there are those of 1"):
+        trainer.handlers.optim_step(question)
+    assert same(trainer.values(), values)
+    trainer.handlers.optim_step({**question, "calls": 1})
+    assert not same(trainer.values(), values)
 
 
 def test_adam_is_as_it_is_asked_for(trainer: LocalTrainer) -> None:
