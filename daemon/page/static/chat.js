@@ -11,9 +11,9 @@ const baseOf = (name, bases) => bases.find((base) => name.startsWith(`ft:${base}
 
 /** A tuned model's name as a list shows it: "tickets 3fa9c1, step 40" for "ft:BASE::tickets:3fa9c1…:ckpt-step-40". */
 function shortName(name) {
-  const found = /^ft:.*:([^:]*):([^:]+?)(?::ckpt-step-(\d+))?$/.exec(name);
-  if (found === null) return name;
-  const [, suffix, id, step] = found;
+  if (!name.startsWith("ft:")) return name;
+  const [, whole, step] = /^(.*?)(?::ckpt-step-(\d+))?$/.exec(name);
+  const [suffix, id] = whole.split(":").slice(-2);
   return `${[suffix, id.slice(0, 6)].filter(Boolean).join(" ")}${step ? `, step ${step}` : ""}`;
 }
 

@@ -75,6 +75,7 @@ export function showNew(main, _argument, signal) {
     prompt_template: field("Prompt", h("input", { name: "prompt_template", spellcheck: "false", placeholder: "Meaning: {mr}\\nText:" }), "Made of columns, in braces. It is read and not trained on."),
     completion_template: field("Completion", h("input", { name: "completion_template", spellcheck: "false", placeholder: " {ref}" }), "Made of columns. It is what the model learns to answer."),
   };
+  const uploaded = new WeakMap(); // a job that is refused and sent again needs its files only once
   fields.length.element.classList.add("with-unit");
   const problem = h("p", { class: "notice bad", role: "alert", hidden: true });
   const sending = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Upload" });
@@ -150,11 +151,13 @@ export function showNew(main, _argument, signal) {
     if (id) return id;
     sending.hidden = false;
     const file = input.files[0];
+    if (uploaded.has(file)) return uploaded.get(file);
     const { columns } = await look(file);
     const stored = await upload(file, isKnownForm(file, columns) ? "fine-tune" : "user_data", (share) => {
       sending.value = share;
     });
     sending.hidden = true;
+    uploaded.set(file, stored.id);
     return stored.id;
   }
 

@@ -103,7 +103,7 @@ def test_a_job_is_started_by_the_form_watched_over_a_reload_and_cancelled(
 
     expect(page.locator("h1")).to_have_text("tickets")
     (name,) = fake.jobs
-    data = fake.files[-1]["id"]
+    (data,) = [file["id"] for file in fake.files]
     assert fake.jobs[name]["spec"] == {"steps": 40, "learning_rate": 0.001, "data": data}
     expect(page.locator(".pill")).to_have_text("queued")
     fake.advance(name, 8)
@@ -139,6 +139,7 @@ def test_chat_compares_base_and_tuned_and_can_be_stopped(fake: FakeDaemon, watch
     tuned = fake.saved[name][0]["model"]
     expect(page.locator("#right")).to_have_value(tuned)
     expect(page.locator("#left")).to_have_value(BASE)
+    expect(page.locator("#right option:checked")).to_have_text("tickets 000000, step 20")
     page.locator("#prompt").fill("Charged twice?")
     page.keyboard.press("Enter")
     left, right = page.locator(".answer").nth(0), page.locator(".answer").nth(1)
