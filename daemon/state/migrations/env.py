@@ -4,8 +4,9 @@ from alembic import context
 
 from isthmus.daemon.state.tables import Table
 
-context.configure(
-    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
-)
-with context.begin_transaction():
-    context.run_migrations()
+if hasattr(context, "config"):  # where Alembic runs it, and not somebody who imports it
+    context.configure(
+        connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
+    )
+    with context.begin_transaction():
+        context.run_migrations()
