@@ -7,6 +7,7 @@ whatever order, the next turn of the loop goes on.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,7 @@ class JobRunner:
         """Begin a log anew that is long; its writer appends to wherever the end is."""
         if log.exists() and log.stat().st_size > MOST_LOG:
             with log.open("r+b") as file:
+                file.seek(-MOST_LOG, os.SEEK_END)
                 log.with_name(f"{LOG}.1").write_bytes(file.read(MOST_LOG))
                 file.truncate(0)
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def _do_over(link: Link, work: Work, config: Any, folder: Path, follower: Follow
         case EvalConfig():
             from isthmus.edge.split_run import evaluate_over
 
-            found = evaluate_over(link, config, adapter, follower.count)
+            found = evaluate_over(link, config, adapter, follower.count_even)
             write_atomic(result, json.dumps(found).encode())
         case GenerateConfig():
             from isthmus.edge.generation.batch_file import Answers, read_texts
@@ -104,6 +105,7 @@ class Follower:
         self._step, self._total, self._every = 0, 0, 1
         self._seconds: deque[float] = deque(maxlen=20)
         self._speed: float | None = None
+        self._first: tuple[int, float] | None = None
         self._told: tuple[int, int] = (-1, -1)
         self._crossed = WireTotals()
         self._metrics: dict[str, Any] = {}
@@ -150,6 +152,14 @@ class Follower:
         """So much of all is done."""
         self._step, self._total = done, total
 
+    def count_even(self, done: int, total: int) -> None:
+        """So much of all is done, and what is left takes as long, piece by piece."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if done > self._first[0]:
+            self._speed = (now - self._first[1]) / (done - self._first[0])
+        self.count(done, total)
+
     def tick(self) -> None:
         """Report progress, and what has crossed since the last report."""
         totals = self._crossed if self.meter is None else self.meter.totals()
@@ -178,11 +188,11 @@ class _TextProgress(StepProgress):
 
     def start(self, step: int) -> None:
         super().start(step)
-        self._follower.count(step, self._all)
+        self._follower.count_even(step, self._all)
 
     def show(self, step: int, figures: str) -> None:
         super().show(step, figures)
-        self._follower.count(step, self._all)
+        self._follower.count_even(step, self._all)
 
 
 def _keep_adapter(source: Path, target: Path) -> None:

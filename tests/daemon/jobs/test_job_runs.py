@@ -254,6 +254,7 @@ def test_what_a_job_has_tuned_is_evaluated_and_answers_prompts(runs: Runs, undis
         assert loss != run_evaluation(config, None)["loss"]
         job = ended(service, answered)
         assert (job.status, job.step, job.total) == ("succeeded", 3, 3), job.error
+        assert job.speed is not None
         answers = [json.loads(line) for line in jobs.home.file(job.results[0]).read_text().splitlines()]
         assert [answer["index"] for answer in answers] == [0, 1, 2]
         assert all(0 < answer["tokens"] <= 3 for answer in answers)

@@ -16,7 +16,7 @@ from support.daemon.jobs import scripted_worker
 from support.daemon.jobs.job_homes import Jobs, ended, said, until
 
 from isthmus.common.errors import ConfigError, DiskError, UnknownModelError
-from isthmus.daemon.jobs import job_rows, job_service
+from isthmus.daemon.jobs import job_rows, job_runner, job_service
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
 from isthmus.daemon.state.tables import Job, Model, StoredFile, Traffic
@@ -36,6 +36,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(job_runner, "TICK", 0.02)
 
 
 @pytest.fixture
@@ -457,3 +458,12 @@ def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs: Jobs) -> None:
     jobs.home.file("file-script").unlink()
     with jobs.service() as service:
         assert ended(service, made).status == "succeeded"
+
+
+def test_a_long_log_is_put_aside(jobs: Jobs) -> None:
+    with jobs.service() as service:
+        made = service.create("one", does(jobs, {"log": 3 << 20}, {"log": 10}, *SUCCEEDS)).id
+        ended(service, made)
+    sizes = {path.name: path.stat().st_size for path in jobs.home.job(made).glob("worker.log*")}
+    assert sizes["worker.log.1"] == job_runner.MOST_LOG
+    assert sizes["worker.log"] <= 10

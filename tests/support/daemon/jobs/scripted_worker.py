@@ -7,6 +7,7 @@ In a line, JOB stands for the job's part of its id.
     {"model": "ID"}     makes the folder of a model
     {"result": "TEXT"}  makes the result, and the model of a training
     {"kill": "NAME"}    kills itself, if it has not done so under this name before
+    {"log": NUMBER}     writes so many bytes to its log
     {"end": {…}}        writes end.json, for this attempt
     {"wait": true}      waits until it is asked to stop, and says so
     {"exit": NUMBER}    ends; a negative number is a signal
@@ -49,6 +50,9 @@ def main(folder: Path) -> None:
                     continue
                 (folder / value).touch()
                 os.kill(os.getpid(), 9)
+            case "log":
+                sys.stderr.write("x" * value)
+                sys.stderr.flush()
             case "end":
                 write_end(folder, work, value)
             case "wait":

@@ -1,0 +1,89 @@
+"""The process of a job, where it does not go as it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus.common.errors import DataError, OverQuotaError, RefusedError, UnreachableError
+from isthmus.daemon.jobs import job_work, job_worker
+from isthmus.daemon.jobs.kinds import Work
+from isthmus.daemon.jobs.reports import read_end, write_end
+
+WORK = Work("ftjob-1", 2, "train", "tiny", {}, "models")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    WORK.write(tmp_path)
+    return tmp_path
+
+
+def ends(folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> dict[str, object]:
+    """How the process of a job ends, whose work ends with this error."""
+
+    def do(*_arguments: object) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(job_work, "do", do)
+    code = job_worker._work(folder)
+    end = read_end(folder, WORK.attempt)
+    assert end is not None
+    return {**end, "exit": code}
+
+
+def test_what_it_ends_with_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ends(folder, monkeypatch, None) == {"attempt": 2, "outcome": "succeeded", "exit": 0}
+
+
+def test_a_job_that_has_succeeded_is_not_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_end(folder, 1, "succeeded")
+    assert ends(folder, monkeypatch, DataError("not reached")) == {"attempt": 1, "outcome": "succeeded", "exit": 0}
+    write_end(folder, 1, "failed", code=11, message="before", passing=False)
+    assert ends(folder, monkeypatch, None)["attempt"] == 2
+
+
+def test_a_stop_is_told_apart_from_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ends(folder, monkeypatch, KeyboardInterrupt()) == {"attempt": 2, "outcome": "stopped", "exit": 130}
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [(UnreachableError("x"), True), (OverQuotaError("x"), True), (RefusedError("x"), False), (DataError("x"), False)],
+)
+def test_errors_say_whether_another_time_may_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: DataError, passing: bool
+) -> None:
+    told = {"code": error.exit_code, "message": "x", "passing": passing, "exit": error.exit_code}
+    assert ends(folder, monkeypatch, error) == {"attempt": 2, "outcome": "failed", **told}
+
+
+def test_a_defect_is_told_in_a_line_and_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = ends(folder, monkeypatch, ZeroDivisionError("by zero"))
+    assert (end["message"], end["code"]) == ("internal error: ZeroDivisionError: by zero", 1)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_spec_is_its_users_alone(folder: Path) -> None:
+    assert (folder / "spec.json").stat().st_mode & 0o777 == 0o600
+    assert json.loads((folder / "spec.json").read_text())["attempt"] == 2
+
+
+def test_what_does_not_stop_is_ended() -> None:
+    code = (
+        "import signal, threading, time\n"
+        "from isthmus.daemon.jobs import job_worker\n"
+        "job_worker.STOP_SECONDS = 0.1\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "threading.Thread(target=job_worker._stop_at_end_of_input).start()\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=50, check=False)
+    assert done.returncode == 130
