@@ -189,14 +189,39 @@ def token(
 
 
 @app.command()
-def config() -> None:
-    """Print a daemon.toml with every setting, its default and what it means.
+def config(
+    cloud: Annotated[
+        str | None, typer.Option(help="A cloud that the file then has: its connection string, or a file that holds it.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write it as daemon.toml into the daemon's folder, where there is none.")
+    ] = False,
+    home: DaemonHome = DEFAULT_HOME,
+) -> None:
+    """Print a daemon.toml with every setting, its default and what it means; or write it into the daemon's folder.
 
-    Example: isthmus edge daemon config > ~/.isthmus/daemon/daemon.toml
+    Example: isthmus edge daemon config --cloud cloud.txt --write
     """
+    from isthmus.common.files import disk_errors, write_atomic
+    from isthmus.daemon.home import Home
     from isthmus.daemon.settings_file import example
+    from isthmus.edge.config.client_config import SCHEMES
 
-    typer.echo(example(), nl=False)
+    if cloud is not None and not cloud.startswith(SCHEMES):
+        place = Path(cloud).expanduser().absolute()
+        if not place.is_file():
+            raise ConfigError(f"--cloud {cloud} is neither a connection string nor a file: give isthmus://…")
+        cloud = str(place)
+    text = example(cloud)
+    if not write:
+        typer.echo(text, nl=False)
+        return
+    path = Home.make(home).path / FILE
+    if path.exists():
+        raise ConfigError(f"{path} is there already: edit it, or move it away")
+    with disk_errors(path):
+        write_atomic(path, text.encode(), 0o600)
+    typer.echo(f"wrote {path}")
 
 
 def _announce(started: Started) -> None:

@@ -28,7 +28,8 @@ JOBS = "/isthmus/v1/jobs"
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5
 PAGE = 100
-_PATHS = ("data", "validation", "prompts", "adapter", "start_from", "package")
+_FILES = ("data", "validation", "prompts")
+_PATHS = (*_FILES, "adapter", "start_from", "package")
 
 DaemonHome = Annotated[Path, typer.Option("--home", help="The daemon's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -100,6 +101,7 @@ def submit(
     named = {"data": data, "validation": validation, "prompts": prompts, "adapter": adapter, "package": package}
     spec |= {name: value for name, value in named.items() if value is not None}
     spec |= {name: _absolute(spec[name]) for name in _PATHS if isinstance(spec.get(name), str)}
+    _check_files(spec)
     client = _client(home)
     body = {"kind": kind, "model": model, "spec": spec, "suffix": suffix, "priority": priority}
     made = client.post(JOBS, body)
@@ -270,6 +272,16 @@ def _absolute(value: str) -> str:
     """A path that is there as an absolute one; ids, names and what a hub has stay as they are."""
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() else value
+
+
+def _check_files(spec: dict[str, Any]) -> None:
+    """Say so here where a file is missing: the daemon, which has another folder, could not."""
+    from isthmus.common.errors import DataError
+
+    for name in _FILES:
+        value = spec.get(name)
+        if isinstance(value, str) and not value.startswith(("/", "file-", "hub:")):
+            raise DataError(f"{name} = {value!r} is no file here: give its path, or the id of an uploaded one")
 
 
 def _print(job: dict[str, Any], *, as_json: bool) -> None:

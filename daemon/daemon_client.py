@@ -62,10 +62,7 @@ class DaemonClient:
 
     def _ask(self, method: str, path: str, body: Any = None, out: IO[bytes] | None = None) -> Any:
         if not self._home.socket.exists():
-            raise NotRunningError(
-                f"no daemon runs with the home {self._home.path}: start one with `isthmus edge daemon start`, or give "
-                "its --home"
-            )
+            raise self._not_running()
         headers = {"Authorization": f"Bearer {read_token(self._home.token)}"}
         data = None if body is None else json.dumps(body).encode()
         if data is not None:
@@ -79,6 +76,8 @@ class DaemonClient:
                 return None
             answer = response.read(MOST + 1)
             told = json.loads(answer) if answer else None
+        except ConnectionRefusedError as error:  # the socket was left by a daemon that was killed
+            raise self._not_running() from error
         except (OSError, HTTPException, ValueError) as error:
             raise NotRunningError(
                 f"the daemon of {self._home.path} does not answer ({error}): see `isthmus edge daemon logs`"
@@ -89,6 +88,12 @@ class DaemonClient:
             said = told.get("error", {}) if isinstance(told, dict) else {}
             raise RefusedRequestError(str(said.get("message", f"HTTP {response.status}")), response.status)
         return told
+
+    def _not_running(self) -> NotRunningError:
+        return NotRunningError(
+            f"no daemon runs with the home {self._home.path}: start one with `isthmus edge daemon start`, or give its "
+            "--home"
+        )
 
 
 class _UnixConnection(HTTPConnection):

@@ -41,8 +41,12 @@ def read_daemon_settings(path: Path | None, changes: Mapping[str, Any] | None = 
         raise ConfigError(place + _one_line(error)) from error
 
 
-def example() -> str:
-    """A daemon.toml with every setting, its default and what it means. What is by default is commented out."""
+def example(cloud: str | None = None) -> str:
+    """A daemon.toml with every setting, its default and what it means. What is by default is commented out.
+
+    Args:
+        cloud: How to reach a cloud, which the file then has; a path in it is absolute.
+    """
     lines = [
         "# The edge's daemon. Behind a # stand the defaults, and of paths examples: take the # away to change one.",
         "# Relative paths are of this file's folder.",
@@ -50,10 +54,13 @@ def example() -> str:
     for name, field in DaemonSettings.model_fields.items():
         if name != "clouds":
             lines += ["", *_commented(field.description), _setting(name, field.get_default(call_default_factory=True))]
-    lines += ["", *_commented(DaemonSettings.model_fields["clouds"].description), "#[clouds.main]"]
+    lines += ["", *_commented(DaemonSettings.model_fields["clouds"].description)]
+    lines += ["#[clouds.main]" if cloud is None else "[clouds.main]"]
     for name, field in ClientConfig.model_fields.items():
         default = "cloud.txt" if field.is_required() else field.default
-        lines += ["", *_commented(field.description), _setting(name, default)]
+        is_given = name == "cloud" and cloud is not None
+        setting = f"cloud = {json.dumps(cloud)}" if is_given else _setting(name, default)
+        lines += ["", *_commented(field.description), setting]
     return "\n".join(lines) + "\n"
 
 

@@ -127,6 +127,19 @@ def test_in_the_background_an_error_of_the_start_is_told_with_its_code(tmp_path:
 
 def test_config_prints_a_file_that_can_be_read() -> None:
     assert tomllib.loads(_run("config")) == {}
+    (cloud,) = tomllib.loads(_run("config", "--cloud", "isthmus://here:1#SHA256:x"))["clouds"].values()
+    assert cloud == {"cloud": "isthmus://here:1#SHA256:x"}
+
+
+def test_config_is_written_once_with_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("config", "--cloud", "cloud.txt", "--write", "--home", "home")
+    assert "neither" in _run(*words, fails=ConfigError)
+    (tmp_path / "cloud.txt").write_text("isthmus://here:1#SHA256:x")
+    _run(*words)
+    path = tmp_path / "home" / "daemon.toml"
+    assert tomllib.loads(path.read_text()) == {"clouds": {"main": {"cloud": str(tmp_path / "cloud.txt")}}}
+    assert "is there already" in _run(*words, fails=ConfigError)
 
 
 def test_the_doctors_word_is_the_exit_code(tmp_path: Path) -> None:

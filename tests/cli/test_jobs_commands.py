@@ -14,7 +14,7 @@ from support.daemon.running_daemon import RunningDaemon, running_daemon
 from typer.testing import CliRunner, Result
 
 from isthmus.cli.main import app
-from isthmus.common.errors import ConfigError, NotRunningError
+from isthmus.common.errors import ConfigError, DataError, NotRunningError
 from isthmus.daemon.daemon_client import RefusedRequestError
 
 pytestmark = pytest.mark.server
@@ -148,6 +148,9 @@ def test_a_mistake_is_one_line(run: Any, tmp_path: Path) -> None:
         assert isinstance(error, ConfigError)
         assert text in str(error)
         assert "\n" not in str(error)
+    missing = run("submit", "train", "--model", "tiny", "--data", "missing.jsonl", code=1).exception
+    assert isinstance(missing, DataError)
+    assert "'missing.jsonl' is no file here" in str(missing)
 
 
 def test_where_no_daemon_runs_it_is_said(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_after_a_kill_it_starts_anew_with_the_same_token(tmp_path: Path) -> None
         (daemon.home.uploads / "half").write_bytes(b"an upload on its way")
         daemon.end(signal.SIGKILL)
         assert daemon.home.socket.exists()
-        with pytest.raises(NotRunningError, match="does not answer"):
+        with pytest.raises(NotRunningError, match="no daemon runs"):
             DaemonClient(daemon.home).get("/isthmus/v1/status")
         with running_daemon(tmp_path / "home") as again:
             assert again.token == token
