@@ -6,7 +6,7 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
                       -> targets, parameters, layers, alpha, saved (number of the step gone on from; null for a new one)
     forward_backward  model, loss, loss_config, forward_only, data [{tokens, targets, weights?, logprobs?, advantages?}]
                       -> outputs [{logprobs, shaped as targets}], metrics {"loss:sum"}
-    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls
+    optim_step        model, number, adam {learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm}, calls?
                       -> metrics {"grad_norm:mean": before it is clipped}
     save              model, folder, optimizer -> {}
     load              model, folder, optimizer -> {}
@@ -16,7 +16,7 @@ What it answers, one question after the other (`isthmus.daemon.workers.answering
 Sparse targets and weights come dense, with token 0 of weight 0 in the gaps. After a step or a load, the state is in the
 model's folder before the answer is given, and the step of the number that it has already is answered as it was then.
 Gradients since then end with the process: who asks makes the model again and repeats forward_backward. `calls`, how
-often it was answered since then, makes a gradient that is missing an error.
+often it was answered since then, makes a gradient that is missing an error where it is given.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _ForwardBackward(_Asked):
 class _OptimStep(_Asked):
     number: int = Field(ge=1)
     adam: AdamParams
-    calls: int = Field(ge=0)
+    calls: int | None = Field(None, ge=0)
 
 
 class _Copy(_Asked):

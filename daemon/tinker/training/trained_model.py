@@ -134,12 +134,13 @@ class TrainedModel:
             self.calls += not forward_only
         return outputs, total
 
-    def optim_step(self, number: int, adam: AdamParams, calls: int) -> Mapping[str, float]:
+    def optim_step(self, number: int, adam: AdamParams, calls: int | None = None) -> Mapping[str, float]:
         """Apply the gradients, and have the state on the disk. The newest step is not made twice.
 
         Args:
             number: Of the step; higher than that of the step before.
-            calls: Calls whose gradients it is to apply: all that were answered since the newest step or load.
+            calls: Calls whose gradients it is to apply: all that were answered since the newest step or load. None for
+                those that there are.
 
         Returns:
             What is worth knowing of it, by names of Tinker's form.
@@ -155,7 +156,7 @@ class TrainedModel:
             raise ConfigError(f"step {number} comes after step {self.number}: give a higher number")
         if self.calls == 0:
             raise ConfigError(f"step {number} has no gradients to apply: call forward_backward first")
-        if self.calls != calls:
+        if calls not in (None, self.calls):
             raise ConfigError(
                 f"step {number} is to apply the gradients of {calls} calls of forward_backward, and there are those of "
                 f"{self.calls}: make the model anew, and repeat them"
