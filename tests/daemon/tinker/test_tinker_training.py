@@ -128,3 +128,22 @@ def test_what_trains_refuses_by_name(client: tinker.ServiceClient) -> None:
     ]:
         with pytest.raises(tinker.RequestFailedError, match=said):
             promise.result()
+
+
+def test_a_daemon_killed_between_gradients_and_their_step_changes_no_bit(
+    client: tinker.ServiceClient, server: TinkerServer
+) -> None:
+    found = []
+    for case in ("undisturbed", "killed", "lost"):
+        model = client.create_lora_training_client(base_model=BASE, rank=4, seed=3).result()
+        for number in (1, 2):
+            model.forward_backward(_data(random_data(number)), "cross_entropy").result()
+            if case != "lost":  # the control: one gradient fewer
+                model.forward_backward(_data(random_data(10 + number)), "cross_entropy").result()
+            if case == "killed" and number == 2:
+                server.kill()
+                server.start()
+            model.optim_step(ADAM).result()
+        found.append(_logprobs(model.forward(_data(random_data(6)), "cross_entropy").result()))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
