@@ -38,7 +38,6 @@ MOST_ANSWER_BYTES = 1 << 30
 
 _NEVER = 2**62
 _GRADIENTS = "forward_backward"
-_CHANGES = (_GRADIENTS, "load_weights")  # what is done again when a model is taken from the disk
 
 
 class FullError(Exception):
@@ -181,18 +180,25 @@ class Promises:
             return [(row.id, row.kind, row.model) for row in found]
 
     def to_repeat(self, model: str, saved: int, before: int) -> Sequence[TinkerPromise]:
-        """Answered promises whose effect the state with number `saved` lacks, in order, up to number `before`."""
+        """Answered promises whose gradients are in no state on the disk, in order.
+
+        Args:
+            model: Whose.
+            saved: The number that its state on the disk has. A load since then is in it, too, and forgets gradients.
+            before: The number of the promise that comes next.
+        """
+        done = and_(
+            TinkerPromise.model == model,
+            TinkerPromise.number < before,
+            TinkerPromise.answer.is_not(None),
+            TinkerPromise.answer_type != REFUSED,
+        )
+        loaded = select(func.max(TinkerPromise.number)).where(done, TinkerPromise.kind == "load_weights")
         with self._database.reading() as session:
+            first = max(saved, session.scalar(loaded) or 0)
             return session.scalars(
                 select(TinkerPromise)
-                .where(
-                    TinkerPromise.model == model,
-                    TinkerPromise.number > saved,
-                    TinkerPromise.number < before,
-                    TinkerPromise.kind.in_(_CHANGES),
-                    TinkerPromise.answer.is_not(None),
-                    TinkerPromise.answer_type != REFUSED,
-                )
+                .where(done, TinkerPromise.number > first, TinkerPromise.kind == _GRADIENTS)
                 .order_by(TinkerPromise.number)
                 .options(load_only(TinkerPromise.id, TinkerPromise.number, TinkerPromise.kind, TinkerPromise.request))
             ).all()
@@ -324,7 +330,7 @@ def _needs_its_body() -> Any:
     return or_(
         TinkerPromise.answer.is_(None),
         and_(
-            TinkerPromise.kind.in_(_CHANGES),
+            TinkerPromise.kind == _GRADIENTS,
             TinkerPromise.answer_type != REFUSED,
             TinkerPromise.number > func.coalesce(TinkerModel.saved, _NEVER),  # a model that is gone needs nothing
         ),

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from isthmus.daemon.disk_room import taken
 from isthmus.daemon.home import Home
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.tables import TinkerModel, TinkerPromise, TinkerSampler, TinkerSession, TinkerWeights, Tree
+from isthmus.daemon.state.tables import TinkerModel, TinkerPromise, TinkerSampler, TinkerWeights, Tree
 from isthmus.daemon.tinker.refusal import RefusalError
 
 WEIGHTS, SAMPLER_WEIGHTS = "weights", "sampler_weights"
@@ -76,18 +76,16 @@ class SavedWeights:
             created_at=now,
         )
 
-    def find(self, owner: str, path: str, *, expired: bool = False) -> TinkerWeights | None:
-        """Weights of an owner; with `expired`, also those that have expired and are there still."""
+    def find(self, owner: str, path: str) -> TinkerWeights | None:
+        """Weights of an owner."""
         with self._database.reading() as session:
             found = session.get(TinkerWeights, path)
-        if found is None or found.owner != owner:
-            return None
-        over = found.expires_at is not None and found.expires_at <= time.time()
-        return None if over and not expired else found
+            gone = found is None or found.owner != owner or (found.expires_at or time.time() + 1) < time.time()
+            return None if gone else found
 
-    def needed(self, owner: str, path: str, *, expired: bool = False) -> TinkerWeights:
-        """What `find` finds. Raises RefusalError where that is nothing."""
-        if (found := self.find(owner, path, expired=expired)) is None:
+    def needed(self, owner: str, path: str) -> TinkerWeights:
+        """Weights of an owner. Raises RefusalError where there are none."""
+        if (found := self.find(owner, path)) is None:
             raise RefusalError(f"there are no weights at {path}")
         return found
 
@@ -119,11 +117,11 @@ class SavedWeights:
             row.expires_at = None if ttl is None else time.time() + ttl
 
     def delete(self, owner: str, path: str) -> None:
-        """Remove weights. Raises RefusalError where there are none, or a model needs them after a crash."""
+        """Remove weights. Raises RefusalError where there are none, or a model is to load them."""
         found = self.needed(owner, path)
         with self._database.session() as session:
             if self._is_needed(session, path):
-                raise RefusalError(f"a model has loaded {path} and not stepped since: delete it after its optim_step")
+                raise RefusalError(f"a model is about to load {path}: delete it afterwards")
             session.delete(session.get_one(TinkerWeights, path))
         self.remove_folder(found.folder)
 
@@ -154,19 +152,11 @@ class SavedWeights:
 
     @staticmethod
     def _is_needed(session: Session, path: str) -> bool:
-        """Whether a model of an open session has loaded these weights after its newest state on the disk, or will."""
-        query = (
-            select(TinkerPromise.id)
-            .join(TinkerModel, TinkerModel.id == TinkerPromise.model)
-            .join(TinkerSession, TinkerSession.id == TinkerModel.session)
-            .where(
-                TinkerPromise.kind == "load_weights",
-                TinkerPromise.request["path"].as_string() == path,
-                or_(
-                    TinkerPromise.answer.is_(None),
-                    and_(TinkerPromise.number > TinkerModel.saved, TinkerSession.ended.is_(False)),
-                ),
-            )
+        """Whether a model will load these weights."""
+        query = select(TinkerPromise.id).where(
+            TinkerPromise.kind == "load_weights",
+            TinkerPromise.request["path"].as_string() == path,
+            TinkerPromise.answer.is_(None),
         )
         return session.scalar(query.limit(1)) is not None
 

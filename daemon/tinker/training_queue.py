@@ -1,9 +1,9 @@
 """What is asked of the training process: each model's promises one after the other, in the order in which they came.
 
 The process holds a model's gradients in its memory, and writes its state to the disk with every `optim_step`, under the
-promise's number. When the process, or the daemon, has died, a model is made from that state, and what gave it gradients
-or other weights after it, and was answered, is done again, without another answer. A step that the state has already is
-answered as it was. So a gradient is neither lost nor counted twice. To free memory a model is forgotten
+promise's number, and with every load. When the process, or the daemon, has died, a model is made from that state, and
+the `forward_backward`s after it that had been answered are done again, without another answer. A step that the state
+has already is answered as it was. So a gradient is neither lost nor counted twice. To free memory a model is forgotten
 and made again in the same way.
 """
 
@@ -170,7 +170,7 @@ class TrainingQueue:
         row = await run_in_threadpool(self._row, model)
         if row is None:
             raise RefusalError(f"there is no model {model} any more")
-        await self._make_ready(row, promise)
+        saved = await self._make_ready(row, promise)
         values = promise.request
         match promise.kind:
             case "create_model":
@@ -181,7 +181,10 @@ class TrainingQueue:
                 return Told(body, PROTOBUF), None
             case "optim_step":
                 await run_in_threadpool(self._room.room_for, 0)
-                done = await self._ask("optim_step", model=model, number=promise.number, adam=values["adam"])
+                waiting = await run_in_threadpool(self._promises.to_repeat, model, saved, promise.number)
+                done = await self._ask(
+                    "optim_step", model=model, number=promise.number, adam=values["adam"], calls=len(waiting)
+                )
                 return told_json({"metrics": done["metrics"]}), _saving(model, promise.number)
             case "load_weights":
                 await self._load(model, row.owner, promise)
@@ -191,13 +194,13 @@ class TrainingQueue:
                 return await self._save(row, promise)
         raise RefusalError(f"{promise.kind} is not known here", "server")
 
-    async def _make_ready(self, row: TinkerModel, promise: TinkerPromise) -> None:
-        """Have the process hold a model as it was before a promise."""
+    async def _make_ready(self, row: TinkerModel, promise: TinkerPromise) -> int:
+        """Have the process hold a model as it was before a promise; the number that its state on the disk has."""
         if self._worker.pid is None or self._worker.pid != self._pid:
             self._hot.clear()
         if row.id in self._hot:
             self._hot.move_to_end(row.id)
-            return
+            return row.saved
         while len(self._hot) >= self._settings.adapters_hot:
             oldest, _ = self._hot.popitem(last=False)
             await self._ask("forget", model=oldest)
@@ -209,11 +212,9 @@ class TrainingQueue:
         if saved < row.saved:
             raise RefusalError(f"the state of {row.id} on the disk is older than it must be: create another", "server")
         for earlier in await run_in_threadpool(self._promises.to_repeat, row.id, saved, promise.number):
-            if earlier.kind == "load_weights":
-                await self._load(row.id, row.owner, earlier, again=True)
-            else:
-                await self._forward_backward(row.id, earlier)
+            await self._forward_backward(row.id, earlier)
         self._hot[row.id] = None
+        return saved
 
     async def _create(self, row: TinkerModel, promise: TinkerPromise) -> dict[str, Any]:
         """Have the process make a model, or take it from the disk.
@@ -242,9 +243,8 @@ class TrainingQueue:
         question = await run_in_threadpool(lambda: read_question(self._promises.body(promise)))
         return await self._ask("forward_backward", model=model, **question)
 
-    async def _load(self, model: str, owner: str, promise: TinkerPromise, *, again: bool = False) -> None:
-        path = promise.request["path"]
-        found = await run_in_threadpool(lambda: self._weights.needed(owner, path, expired=again))
+    async def _load(self, model: str, owner: str, promise: TinkerPromise) -> None:
+        found = await run_in_threadpool(self._weights.needed, owner, promise.request["path"])
         optimizer = promise.request["optimizer"]
         if optimizer and found.kind != WEIGHTS:
             raise RefusalError(f"{found.path} has no optimizer state: load the weights alone, or others")

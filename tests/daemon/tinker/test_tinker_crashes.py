@@ -168,10 +168,7 @@ def test_a_process_that_dies_is_made_good_and_what_kills_it_is_refused(start: St
     step.result()
     three = client.create_training_client_from_state(saved).result()
     three.forward_backward([datum(*TOKENS[2])], "cross_entropy").result()
-    with pytest.raises(tinker.BadRequestError, match="not stepped since"):
-        tinker.RestClient(base_url=server.url, api_key=server.token()).delete_checkpoint_from_tinker_path(
-            saved
-        ).result()
+    tinker.RestClient(base_url=server.url, api_key=server.token()).delete_checkpoint_from_tinker_path(saved).result()
     os.kill(server.trainer(), signal.SIGKILL)
     one.forward_backward([datum(*TOKENS[1])], "cross_entropy").result()
     with pytest.raises(tinker.RequestFailedError, match="has died 3 times at it") as error:

@@ -43,7 +43,7 @@ def create(question: Question) -> Iterator[Answer]:
         saved = json.loads(state.read_text())
     elif values["unembed"]:
         raise ConfigError("train_unembed = true: the head of this model is tied to its embedding")
-    models[values["model"]] = {**saved, "gradient": 0.0, "folder": values["folder"]}
+    models[values["model"]] = {**saved, "gradient": 0.0, "calls": 0, "folder": values["folder"]}
     yield {"rank": values["rank"], "saved": saved["number"] if state.exists() else None}, b""
 
 
@@ -66,6 +66,7 @@ def forward_backward(question: Question) -> Iterator[Answer]:
         outputs.append({"logprobs": found})
         if not values["forward_only"]:
             model["gradient"] += gradient(targets, weights)
+    model["calls"] += not values["forward_only"]
     yield {"outputs": outputs, "metrics": {"loss:sum": total}}, b""
 
 
@@ -74,7 +75,8 @@ def optim_step(question: Question) -> Iterator[Answer]:
     if values["number"] == model["number"]:
         yield {"metrics": {}}, b""
         return
-    model["number"] = values["number"]
+    assert values["calls"] == model["calls"] > 0
+    model["number"], model["calls"] = values["number"], 0
     model["moment"] = 0.5 * model["moment"] + model["gradient"]
     model["weight"] -= values["adam"]["learning_rate"] * model["moment"]
     norm, model["gradient"] = abs(model["gradient"]), 0.0
@@ -98,7 +100,8 @@ def load(question: Question) -> Iterator[Answer]:
         raise CheckpointError(f"{question.values['folder']} cannot be read") from error
     model["weight"] = saved["weight"]
     model["moment"] = saved["moment"] if question.values["optimizer"] else 0.0
-    model["gradient"] = 0.0
+    model["gradient"], model["calls"] = 0.0, 0
+    _write(Path(model["folder"]), model)
     yield {}, b""
 
 
