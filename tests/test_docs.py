@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from isthmus.backbone.families import SUPPORTED
 from isthmus.cli.main import app
 from isthmus.common import errors
 from isthmus.common.errors import IsthmusError
+from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.openai import training_files as rule
 from isthmus.protocol import isthmus_pb2, messages, service, tensor_codecs
 from isthmus.protocol.secure import framing
 
@@ -234,6 +237,40 @@ def test_the_readme_names_every_family_and_codec() -> None:
         assert family.removesuffix("_text") in text
     for codec in tensor_codecs.ACTIVATION_CODECS:
         assert f"`{codec.replace('-', '')}`" in text
+
+
+def _settings_faults(text: str) -> list[str]:
+    """Where a table of daemon.toml's settings is not what the code says."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*) \|$", text.partition("## daemon.toml")[2].partition("\n## ")[0], re.M
+    )
+    wanted = {}
+    for name, field in DaemonSettings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        is_nothing = default is None or default in ([], {})
+        wanted[name] = ("none" if is_nothing else f"`{json.dumps(default).strip(chr(34))}`", field.description)
+    found = {name: (default, meaning) for name, default, meaning in rows}
+    return sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
+
+
+def test_the_daemons_guide_has_every_setting_as_it_is() -> None:
+    text = (ROOT / "docs" / "guides" / "daemon.md").read_text()
+    assert _settings_faults(text) == []
+    assert _settings_faults(text.replace("| `disk_gib` | `20.0` |", "| `disk_gib` | `10.0` |")) == ["disk_gib"]
+    assert _settings_faults(text.replace("MiB of one uploaded file", "MB of one file")) == ["upload_mib"]
+
+
+def test_the_daemons_guide_has_the_rule_of_auto_as_it_is() -> None:
+    text = (ROOT / "docs" / "guides" / "daemon.md").read_text()
+    for number in (
+        f"fewer than {-(-rule.FEWEST // rule.EPOCHS)} examples: {rule.FEWEST} /",
+        f"at most {rule.MOST_EPOCHS}. With more than {rule.MOST // rule.EPOCHS:,}: {rule.MOST:,} /",
+        *(f"{batch} below {fewer_than:,}" for fewer_than, batch in rule.BATCHES),
+        f"then {rule.LARGEST_BATCH}; never",
+        f"micro-batches of at most {rule.MICRO_BATCH} examples",
+        f"{rule.LONGEST_EXAMPLE:,} tokens",
+    ):
+        assert number in text
 
 
 def _stray_paths(text: str) -> list[str]:

@@ -35,6 +35,9 @@ def status(here: Here, owner: Asker) -> dict[str, Any]:
     with here.database.reading() as session:
         jobs = session.execute(select(Job.status, func.count()).where(Job.owner == owner.id).group_by(Job.status)).all()
         models = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()
+    answers = dict(here.noted.answers)
+    if "hot" in answers:
+        answers["hot"] = len(answers["hot"])  # their names are their owners'
     return {
         "version": importlib.metadata.version("isthmus"),
         "pid": os.getpid(),
@@ -49,5 +52,5 @@ def status(here: Here, owner: Asker) -> dict[str, Any]:
         "jobs": {row[0]: row[1] for row in jobs},
         "clouds": sorted(here.settings.clouds),
         "models": [{"name": model.name, "cloud": model.cloud, "seen_at": model.seen_at} for model in models],
-        "answers": dict(here.noted.answers),
+        "answers": answers,
     }
