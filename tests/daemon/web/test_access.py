@@ -198,7 +198,6 @@ def test_another_owner_has_a_token_of_their_own_and_a_new_one_ends_the_old(tmp_p
     assert client.get("/who", headers={"Authorization": f"Bearer {new}"}).json() == "ci"
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/static/page.js"])
 def test_the_status_names_no_adapter_of_anybody(tmp_path: Path) -> None:
     context = _context(tmp_path)
     context.noted.answers = {"pid": 1, "hot": ["/home/models/ftmodel-of-another"]}
@@ -208,6 +207,7 @@ def test_the_status_names_no_adapter_of_anybody(tmp_path: Path) -> None:
     context.database.close()
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/static/page.js"])
 def test_the_page_needs_no_token_to_be_read(context: Context, path: str) -> None:
     client = _client(context)
     del client.headers["Authorization"]
