@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 3
 PACKAGES    := backbone cli cloud common daemon edge emulator experiments kernels planner protocol rpc training
 HASHES      := $(if $(LOCKED),--hashes $(if $(filter try,$(LOCKED)),where-had,required))
 
-.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit bench bench-wire bench-emulators clean
+.PHONY: setup demo test test-lowest fuzz lint format proto vectors lock audit conformance bench bench-wire bench-emulators clean
 
 setup: $(STAMP)
 
@@ -96,6 +96,12 @@ $(PROTO)/.installed-$(PROTO_COMPILER):
 # The known answers of tests/vectors, for a protocol that is meant to change; see the README there.
 vectors: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m support.protocol.make_vectors
+
+# The daemon's OpenAI API against the published document, CASES of each operation at least: ten minutes or so.
+CASES ?= 560
+
+conformance: $(STAMP)
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -W ignore -m support.daemon.openai_conformance --cases $(CASES)
 
 # Write lock/requirements.txt anew, with the newest versions that the ranges and lock/tested.txt allow.
 lock: $(STAMP)
