@@ -34,6 +34,8 @@ Config = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 POLL_SECONDS = 0.1
+FIRST_LOOK_SECONDS = 60.0
+"""So long `start --background` waits until the daemon has asked its clouds."""
 
 
 @app.command()
@@ -43,7 +45,9 @@ def start(
     listen: Annotated[
         str | None, typer.Option(help="Address and port; wins over the file's. Port 0 is any free one.")
     ] = None,
-    background: Annotated[bool, typer.Option("--background", help="Leave the terminal once it answers.")] = False,
+    background: Annotated[
+        bool, typer.Option("--background", help="Leave the terminal once it answers and has asked its clouds.")
+    ] = False,
     detached: Annotated[bool, typer.Option("--detached", hidden=True)] = False,
 ) -> None:
     """Start the daemon: it serves until Ctrl-C, or `isthmus edge daemon stop`.
@@ -81,13 +85,12 @@ def status(home: DaemonHome = DEFAULT_HOME, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(said))
         return
     jobs = ", ".join(f"{count} {state}" for state, count in said["jobs"].items()) or "none"
-    models = ", ".join(f"{model['name']} ({model['cloud']})" for model in said["models"]) or "none seen yet"
     disk = said["disk"]
     lines = [
         f"url     {said['url']}  (process {said['pid']}, release {said['version']})",
         f"home    {said['home']}: {size(disk['used_bytes'])} of {size(disk['most_bytes'])}",
         f"clouds  {', '.join(said['clouds']) or 'none'}",
-        f"models  {models}",
+        *_models(said),
         f"jobs    {jobs}",
     ]
     typer.echo("\n".join(map(printable, lines)))
@@ -248,6 +251,7 @@ def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
 def _start_in_background(home: Home, config: Path | None, listen: str | None) -> None:
     """Start a process that outlives this one, and wait until it answers or has ended."""
     from isthmus.common.files import disk_errors
+    from isthmus.common.terminal import printable
     from isthmus.daemon.settings_file import read_daemon_settings
 
     command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
@@ -265,7 +269,31 @@ def _start_in_background(home: Home, config: Path | None, listen: str | None) ->
             raise typer.Exit(process.returncode or 1)
         time.sleep(POLL_SECONDS)
     settings = read_daemon_settings(_config(home.path, config))
-    typer.echo("\n".join([f"started process {process.pid}", *_message(record["url"], home, sorted(settings.clouds))]))
+    lines = _message(record["url"], home, sorted(settings.clouds))
+    typer.echo("\n".join([f"started process {process.pid}", *lines]))
+    if settings.clouds:
+        typer.echo("\n".join(map(printable, _models(_seen(home)))))
+
+
+def _seen(home: Home) -> dict[str, Any]:
+    """The daemon's status once it knows models, or has asked its clouds in vain. At the first start that takes a while,
+    and scripts that come before it would find no model."""
+    from isthmus.daemon.daemon_client import DaemonClient
+
+    until = time.monotonic() + FIRST_LOOK_SECONDS
+    while True:
+        said: dict[str, Any] = DaemonClient(home).get("/isthmus/v1/status")
+        asked = [cloud["reachable"] for cloud in said["answers"].get("clouds", [])]
+        if said["models"] or (asked and None not in asked) or time.monotonic() > until:
+            return said
+        time.sleep(POLL_SECONDS)
+
+
+def _models(said: dict[str, Any]) -> list[str]:
+    """Which models there are, and which clouds are not to be had."""
+    named = ", ".join(f"{model['name']} ({model['cloud']})" for model in said["models"]) or "none seen yet"
+    away = [f"away    {each['name']}: {each['error']}" for each in said["answers"].get("clouds", []) if each["error"]]
+    return [f"models  {named}", *away]
 
 
 @contextmanager

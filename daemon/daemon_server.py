@@ -141,6 +141,8 @@ async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, read
 
     def told() -> None:
         host, port = tcp.getsockname()[:2]
+        if settings.hosts and not is_loopback(host):
+            host = settings.hosts[0]  # what the certificate is for, unlike 0.0.0.0
         (url,) = urls([(host, port)], tls=settings.tls_cert is not None)
         record = {"pid": os.getpid(), "url": url, "started": time.time()}
         write_atomic(home.running, json.dumps(record).encode(), 0o600)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_another_owner_gets_a_token_that_the_running_daemon_takes(daemon: Runnin
         answer = daemon.get("/isthmus/v1/status", token=token)
         if answer.status_code == 200:
             break
+        time.sleep(0.05)
     assert answer.json()["owner"] == "ci"
     assert "no owner's name" in _run("token", "a b", "--home", str(daemon.home.path), fails=ConfigError)
 
@@ -123,6 +125,20 @@ def test_in_the_background_an_error_of_the_start_is_told_with_its_code(tmp_path:
     assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")
     assert done.stderr.startswith("isthmus: listen = '0.0.0.0:0'")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_in_the_background_it_says_which_clouds_are_not_to_be_had(tmp_path: Path) -> None:
+    (tmp_path / "daemon.toml").write_text('listen = "127.0.0.1:0"\n[clouds.main]\ncloud = "missing.txt"\n')
+    home = ("--home", str(tmp_path / "home"))
+    command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--background", *home]
+    options = ["--config", str(tmp_path / "daemon.toml")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    try:
+        assert "models  none seen yet\naway    main: cloud = " in done.stdout
+        assert "away    main: cloud = " in _run("status", *home)
+    finally:
+        _run("stop", *home)
 
 
 def test_config_prints_a_file_that_can_be_read() -> None:
