@@ -7,6 +7,9 @@ that does not give way.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import statistics
 import threading
 import time
@@ -134,7 +137,7 @@ def _run(daemon: LocalDaemon, settings: DaemonSettings, data: Path, case: str) -
                 job = _job(daemon, settings, data, settings.steps)
             statuses = clients.ask("enough")
     growth = memory_bytes(daemon.pid, "status", "VmRSS") - before
-    report = job["report"]
+    report = json.loads((daemon.home / "jobs" / job["id"] / "run" / "report.json").read_text())
     adapter = sha256_of(Path(job["adapter"]) / "adapter_model.safetensors").hex()
     return Run(case, statuses, probes.seconds, growth, report["tokens_per_s"], adapter)
 
@@ -143,10 +146,10 @@ def _job(daemon: LocalDaemon, settings: DaemonSettings, data: Path, steps: int) 
     """Have a job done. Raises IsthmusError where it does not succeed."""
     spec = {"data": str(data), "steps": steps, "validation_split": 0.0, "threads": settings.threads}
     body = {"kind": "train", "model": settings.model, "spec": {**spec, "seed": 0}, "labels": {"run": str(time.time())}}
-    job: dict[str, Any] = daemon.ask("POST", "/isthmus/v1/jobs", body)
+    job: dict[str, Any] = daemon.client.post("/isthmus/v1/jobs", body)
     while job["status"] in ("queued", "running"):
         time.sleep(POLL_SECONDS)
-        job = daemon.ask("GET", f"/isthmus/v1/jobs/{job['id']}")
+        job = daemon.client.get(f"/isthmus/v1/jobs/{job['id']}")
     if job["status"] != "succeeded":
         raise IsthmusError(f"the job ended as {job['status']}: {job['error']}")
     return job
@@ -174,5 +177,15 @@ class Probes:
     def _ask(self) -> None:
         while not self._over.wait(PROBE_SECONDS):
             begun = time.perf_counter()
-            self._daemon.ask("GET", "/isthmus/v1/status")
+            self._status()
             self.seconds.append(time.perf_counter() - begun)
+
+    def _status(self) -> None:
+        """One request on a connection of its own, at the address that all clients use."""
+        connection = http.client.HTTPConnection(*self._daemon.address, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET", "/isthmus/v1/status", headers={"Authorization": f"Bearer {self._daemon.token}"})
+            response = connection.getresponse()
+            response.read()
+        if response.status != 200:
+            raise IsthmusError(f"the daemon answers {response.status} to a request for its status")

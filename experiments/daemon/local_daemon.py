@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from isthmus.common.errors import IsthmusError, UnreachableError
+from isthmus.common.errors import UnreachableError
 from isthmus.common.shutdown import uninterrupted
+from isthmus.daemon.daemon_client import DaemonClient
+from isthmus.daemon.home import Home
 from isthmus.experiments.harness.launch import LocalCloud
 from isthmus.experiments.harness.processes import isthmus
 
@@ -71,17 +73,10 @@ class LocalDaemon:
         """The first owner's token."""
         return (self.home / "token").read_text().strip()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """What it answers to a request, as JSON. Raises IsthmusError where it refuses."""
-        connection = http.client.HTTPConnection(*self.address, timeout=60)
-        with contextlib.closing(connection):
-            headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        if response.status >= 400:
-            raise IsthmusError(f"{method} {path}: {response.status}: {answer}")
-        return answer
+    @property
+    def client(self) -> DaemonClient:
+        """Asks it over its Unix socket."""
+        return DaemonClient(Home(self.home), timeout=60.0)
 
     def kill(self) -> None:
         """SIGKILL to the process that serves clients; those that compute for it notice by themselves."""
