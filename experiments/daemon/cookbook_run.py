@@ -72,7 +72,7 @@ def _write_data(source: Path, target: Path) -> None:
 
 def _wait_for_model(daemon: LocalDaemon) -> None:
     deadline = time.monotonic() + LOOK_SECONDS
-    while not daemon.ask("GET", "/api/v1/get_server_capabilities")["supported_models"]:
+    while not daemon.client.get("/api/v1/get_server_capabilities")["supported_models"]:
         if time.monotonic() > deadline:
             raise UnreachableError("the daemon has not found the cloud's model")
         time.sleep(0.5)
