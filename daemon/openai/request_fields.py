@@ -19,12 +19,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import UNKNOWN, BoundedBody, shown
+
+__all__ = ["Fields", "checked", "json_body", "only", "parse_object", "query", "shown"]
 
 
-class Fields(BaseModel):
+class Fields(BoundedBody):
     """Some fields that belong together; no others may be there."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -107,21 +110,16 @@ def checked(cls: type[Read], values: dict[str, Any]) -> Read:
         return cls.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+    where = (*first["loc"], first["ctx"]["name"]) if first["type"] == UNKNOWN else first["loc"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     param = param.encode("utf-8", "backslashreplace").decode()[:200]  # a name that came with the body may be anything
-    if first["type"] == "extra_forbidden":
+    if first["type"] == UNKNOWN:
         raise ApiError(400, f"unknown field {shown(param)}: leave it out", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         raise ApiError(400, f"{param!r} is missing: give it", param=param, code="missing_required_parameter")
     reason = first["msg"].removeprefix("Value error, ")
     message = f"{param} = {shown(first['input'])}: {reason[:1].lower()}{reason[1:]}"
     raise ApiError(400, message, param=param or None, code="invalid_value")
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: short, in one line, and always possible to encode."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sqlalchemy import select
 
 from isthmus.daemon.jobs.job_names import MOST_SUFFIX
@@ -16,22 +16,23 @@ from isthmus.daemon.jobs.job_service import EVENT, MOST_PRIORITY, NewJob
 from isthmus.daemon.jobs.job_specs import names_paths
 from isthmus.daemon.state.tables import Event, Job, Model, StoredFile
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import BoundedBody, few
 from isthmus.daemon.web.context import Asker, Here
 
 After = Annotated[str | None, Query(max_length=64, description="The id before the first one.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="So many at most.")]
+MOST_SETTINGS = 100
+"""Of a job: more than any kind has."""
 Label = Annotated[str, Field(max_length=512)]
 
 
-class JobRequest(BaseModel):
+class JobRequest(BoundedBody):
     """A job that is wanted; see `isthmus.daemon.jobs.job_service.NewJob`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["train", "tune", "evaluate", "generate"]
     model: Annotated[str, Field(max_length=256)]
-    spec: dict[str, Any]
-    labels: Annotated[dict[str, Label], Field(max_length=16)] = {}
+    spec: Annotated[dict[str, Any], few(MOST_SETTINGS)]
+    labels: Annotated[dict[str, Label], few(16)] = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] = 0
     suffix: Annotated[str, Field(max_length=MOST_SUFFIX)] = ""
 

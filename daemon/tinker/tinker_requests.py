@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, FailFast, Field
 
 from isthmus.daemon.tinker.refusal import RefusalError
+from isthmus.daemon.web.bounded_body import BoundedBody, few
 
 Number = Annotated[int, Field(ge=0, lt=2**62)]
 Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86400)]
@@ -16,7 +17,7 @@ Labels = dict[str, Any] | None
 MOST_STOPS = 64
 
 
-class Body(BaseModel):
+class Body(BoundedBody):
     """A request's body."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -27,7 +28,7 @@ class Body(BaseModel):
 class NewSession(Body):
     """`create_session`."""
 
-    tags: list[str] = Field(default_factory=list)
+    tags: Annotated[list[str], FailFast()] = Field(default_factory=list)
     user_metadata: Labels = None
     sdk_version: str = ""
     project_id: str | None = None
@@ -136,7 +137,7 @@ class NewSampler(Body):
 class ModelInput(Body):
     """A prompt."""
 
-    chunks: list[dict[str, Any]]
+    chunks: Annotated[list[dict[str, Any]], FailFast()]
 
     def tokens(self) -> list[int]:
         """Its tokens. Raises RefusalError where it holds something else."""
@@ -162,7 +163,7 @@ class SamplingParams(Body):
 
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | list[int] | None = None
+    stop: Annotated[str | list[str] | list[int] | None, few(MOST_STOPS)] = None
     temperature: float = Field(1.0, ge=0)
     top_k: int = Field(-1, ge=-1, lt=2**31)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -175,8 +176,6 @@ class SamplingParams(Body):
             return (self.stop,), ()
         if not self.stop:
             raise RefusalError("stop = [] asks to go on behind the model's own end, which is not offered: leave it out")
-        if len(self.stop) > MOST_STOPS:
-            raise RefusalError(f"stop has {len(self.stop)} entries: {MOST_STOPS} at most")
         texts = [stop for stop in self.stop if isinstance(stop, str)]
         return texts, [[stop] for stop in self.stop if isinstance(stop, int)]
 
@@ -222,5 +221,5 @@ class Expiry(Body):
 class End(Body):
     """`sessions/{id}/finish`."""
 
-    reason: dict[Literal["type"], str] | None = None
+    reason: Annotated[dict[Literal["type"], str], few(1)] | None = None
     detail: str | None = None

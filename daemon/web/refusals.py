@@ -19,6 +19,7 @@ from isthmus.common.errors import IsthmusError
 from isthmus.daemon.jobs.job_service import UnknownJobError, WrongStateError
 from isthmus.daemon.serving.answers import BusyError
 from isthmus.daemon.web.api_error import ApiError
+from isthmus.daemon.web.bounded_body import UNKNOWN
 from isthmus.daemon.workers.asking import WorkerError
 
 _STATUSES = {
@@ -102,6 +103,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][1]}",
                         code="invalid_json")  # fmt: skip
     param = ".".join(where[1:] if where[0] in {"body", "query", "path", "header", "cookie"} else where) or None
+    if first["type"] == UNKNOWN:
+        return ApiError(400, first["msg"], param=str(first["ctx"]["name"])[:200], code=UNKNOWN)
     reason = first["msg"].removeprefix("Value error, ")
     more = "" if param is None else f"{param}: "
     return ApiError(400, f"{more}{reason}", param=param, code=first["type"])

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from isthmus.daemon.openai.completions.sampling_bodies import SamplingFields
 from isthmus.daemon.openai.request_fields import Fields, only
+from isthmus.daemon.serving.answer_forms import MAX_MESSAGES
 from isthmus.daemon.serving.answers import Sampling
 from isthmus.daemon.web.api_error import ApiError
 
@@ -57,7 +58,7 @@ class Message(Fields):
 class ChatBody(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None

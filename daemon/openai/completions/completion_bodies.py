@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from isthmus.daemon.openai.completions.sampling_bodies import SamplingFields
 from isthmus.daemon.openai.request_fields import only
@@ -48,7 +48,7 @@ def _is_tokens(value: Any) -> bool:
 class CompletionBody(SamplingFields):
     """The body of `POST /v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], FailFast(), BeforeValidator(_prompts)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
     echo: bool | None = None

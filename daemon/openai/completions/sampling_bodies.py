@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from isthmus.daemon.openai.request_fields import Fields, only
 from isthmus.daemon.serving.answers import Sampling
@@ -42,7 +42,7 @@ class SamplingFields(Fields):
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_texts)] = ()
+    stop: Annotated[tuple[str, ...], FailFast(), BeforeValidator(_stop_texts)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[Any, only(0, None, why="tokens are not penalised")] = None
