@@ -9,17 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, ExceptionContext, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
+from isthmus.common.errors import DiskError
 from isthmus.daemon.state.migrate import migrate
 
 BUSY_SECONDS = 30.0
 """So long a transaction waits for one of another process."""
 
+_HELD = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
+
 
 class Database:
     """The daemon's database. What a session has committed survives a crash of the machine.
+
+    Errors hold no values of a statement, which may be anybody's data. Whatever reads or writes raises DiskError where
+    the disk is full or fails, or another process holds the file for too long.
 
     Args:
         path: The file, made where there is none.
@@ -31,9 +38,13 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         migrate(path)
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, pool_timeout=60)
+        self._path = path
+        self._engine = create_engine(
+            f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, pool_timeout=60, hide_parameters=True
+        )
         event.listen(self._engine, "connect", _prepare)
         event.listen(self._engine, "begin", _begin)
+        event.listen(self._engine, "handle_error", self._check_disk)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
         self._readers = sessionmaker(
             self._engine.execution_options(isthmus_reads=True), expire_on_commit=False, autoflush=False
@@ -70,6 +81,16 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    def _check_disk(self, context: ExceptionContext) -> None:
+        error = context.original_exception
+        if not isinstance(error, sqlite3.OperationalError):
+            return
+        code = error.sqlite_errorcode & 0xFF  # the rest says where it happened
+        if code in _HELD:
+            raise DiskError(f"{self._path} is in use by another process ({error}): end that one, or ask again later")
+        if code in _DISK:
+            raise DiskError(f"{self._path} cannot be written ({error}): free some space, and see to it that it may be")
 
 
 def _prepare(connection: sqlite3.Connection, _record: Any) -> None:

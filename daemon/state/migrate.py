@@ -77,7 +77,9 @@ def _migrate(engine: Engine, path: Path, *, is_new: bool) -> None:
 
 def _engine(path: Path) -> Engine:
     """An engine whose transactions hold changes of tables, too; and no foreign keys, for tables that are made anew."""
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0}, poolclass=NullPool)
+    engine = create_engine(
+        f"sqlite:///{path}", connect_args={"timeout": 30.0}, poolclass=NullPool, hide_parameters=True
+    )
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _record: object) -> None:

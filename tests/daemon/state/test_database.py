@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 
+from isthmus.common.errors import DiskError
+from isthmus.daemon.state import database as state_database
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import Owner
 
@@ -119,4 +124,45 @@ def test_the_file_is_its_users_and_writes_reach_the_disk(tmp_path: Path) -> None
         }
     assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
+    database.close()
+
+
+def test_an_error_holds_no_value_of_a_statement(tmp_path: Path) -> None:
+    database = Database(tmp_path / "state.db")
+    with database.session() as session:
+        session.add(_owner("planted-secret"))
+    with pytest.raises(IntegrityError) as hidden, database.session() as session:
+        session.add(_owner("planted-secret"))
+    database.close()
+    told = "".join(traceback.format_exception(hidden.value))
+    assert "INSERT INTO owners" in told
+    assert "planted-secret" not in told
+    plain = create_engine(f"sqlite:///{tmp_path / 'state.db'}")  # without the option
+    statement = text("INSERT INTO owners VALUES (:id, :id, :id, 0)")
+    with pytest.raises(IntegrityError, match="planted-secret"), plain.begin() as connection:
+        connection.execute(statement, {"id": "planted-secret"})
+    plain.dispose()
+
+
+def test_a_full_disk_and_another_process_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_database, "BUSY_SECONDS", 0.01)
+    database = Database(tmp_path / "state.db")
+    with sqlite3.connect(tmp_path / "state.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DiskError, match="is in use by another process") as held, database.session() as session:
+            session.execute(select(Owner))
+        other.execute("ROLLBACK")
+    other.close()
+    with database.session() as session:
+        session.execute(text(f"PRAGMA max_page_count={session.scalar(text('PRAGMA page_count'))}"))
+    with pytest.raises(DiskError, match="free some space") as full, database.session() as session:
+        session.add(_owner("large" * 100_000))
+    for error in (held, full):
+        assert "\n" not in str(error.value)
+        assert "large" not in str(error.value)
+    with database.session() as session:  # and a statement that is wrong is none of the disk's
+        session.execute(text("PRAGMA max_page_count=100000"))
+        with pytest.raises(OperationalError, match="no such table"):
+            session.execute(text("SELECT * FROM missing"))
+        session.add(_owner("later"))
     database.close()
