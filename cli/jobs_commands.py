@@ -191,7 +191,7 @@ def result(
 
     Example: isthmus edge jobs result ftjob-0123456789abcdef01234567 --out figures.csv
     """
-    from isthmus.common.files import disk_errors
+    from isthmus.common.files import new_file
 
     path, client = f"{JOBS}/{job}/result", _client(home)
     if out is None:
@@ -200,7 +200,7 @@ def result(
         return
     if not client.get(f"{JOBS}/{job}")["results"]:
         raise ConfigError(f"{job} has no result: it is there once the job has succeeded")
-    with disk_errors(out), out.open("wb") as file:
+    with new_file(out) as file:
         client.download(path, file)
 
 

@@ -42,6 +42,17 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         DiskError: The disk is full or cannot be written; an older file of that name is unchanged.
     """
+    with new_file(path, mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path` that takes its name, synced to the disk, when the block ends without an error.
+
+    Raises:
+        DiskError: The disk is full or cannot be written; an older file of that name is unchanged.
+    """
     with disk_errors(path):
         # A new file of a name that nobody knows beforehand: a link that lies in wait for it is not followed.
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
@@ -49,11 +60,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         try:
             with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
                 os.fchmod(file.fileno(), mode)
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)

@@ -57,7 +57,10 @@ class DaemonClient:
         return self._ask("DELETE", path)
 
     def download(self, path: str, out: IO[bytes]) -> None:
-        """Write the bytes that a GET answers to `out`, however many there are. Raises what `get` does."""
+        """Write the bytes that a GET answers to `out`, however many there are.
+
+        Raises what `get` does; NotRunningError where they end too early, too.
+        """
         self._ask("GET", path, out=out)
 
     def _ask(self, method: str, path: str, body: Any = None, out: IO[bytes] | None = None) -> Any:
@@ -73,6 +76,8 @@ class DaemonClient:
             response = connection.getresponse()
             if out is not None and response.status < 400:
                 shutil.copyfileobj(response, out)
+                if response.length:  # reading a part tells of no end that comes too early
+                    raise HTTPException(f"the answer ends {response.length} bytes too early")
                 return None
             answer = response.read(MOST + 1)
             told = json.loads(answer) if answer else None
