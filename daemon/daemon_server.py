@@ -26,6 +26,7 @@ from isthmus.common.errors import ConfigError, DiskError, IsthmusError, PortInUs
 from isthmus.common.files import write_atomic
 from isthmus.daemon.daemon_lock import occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.openai import openai_routes
@@ -82,7 +83,9 @@ def make_context(settings: DaemonSettings, home: Home) -> Context:
     """
     database = Database(home.database)
     first_owner(database, home.token)
-    return Context(settings, home, database, JobService(settings, home, database), Answers(settings, home, database))
+    room = DiskRoom(home.path, settings.disk_gib)
+    jobs = JobService(settings, home, database, room)
+    return Context(settings, home, database, jobs, Answers(settings, home, database), room)
 
 
 def run(

@@ -100,13 +100,13 @@ class JobRunner:
     settings: DaemonSettings
     home: Home
     database: Database
+    room: DiskRoom
     patience: Patience = field(default_factory=Patience)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._trouble: dict[str, _Trouble] = {}
-        self._room = DiskRoom(self.home.path, self.settings.disk_gib)
         self._woken = threading.Event()
         self._ending = False
         self._tidied = 0.0
@@ -335,7 +335,7 @@ class JobRunner:
         if not self._running:
             return
         try:
-            self._room.room_for(0)
+            self.room.room_for(0)
         except DiskError as error:
             for running in self._running.values():
                 running.refused = f"{error}, and retry the job"

@@ -70,11 +70,16 @@ class JobService:
     """Jobs of all owners. Its methods may be called by several threads; `start` and `stop` by one."""
 
     def __init__(
-        self, settings: DaemonSettings, home: Home, database: Database, patience: Patience | None = None
+        self,
+        settings: DaemonSettings,
+        home: Home,
+        database: Database,
+        room: DiskRoom,
+        patience: Patience | None = None,
     ) -> None:
         self._settings, self._home, self._database = settings, home, database
-        self._runner = JobRunner(settings, home, database, patience or Patience())
-        self._room = DiskRoom(home.path, settings.disk_gib)
+        self._runner = JobRunner(settings, home, database, room, patience or Patience())
+        self._room = room
         self._creating = threading.Lock()
 
     def start(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from fastapi.responses import FileResponse
 from pydantic import Field
 from sqlalchemy import select, tuple_
@@ -28,7 +28,7 @@ from isthmus.common.files import disk_errors, sync
 from isthmus.daemon.home import Home
 from isthmus.daemon.openai.job_objects import jobs_under_way
 from isthmus.daemon.openai.request_fields import Fields, query, shown
-from isthmus.daemon.openai.training_files import LONGEST_LINE, read_training_file
+from isthmus.daemon.openai.training_files import LONGEST_LINE, TrainingFile, read_training_file
 from isthmus.daemon.openai.upload_stream import UploadStream
 from isthmus.daemon.state.tables import StoredFile
 from isthmus.daemon.web.api_error import ApiError
@@ -61,11 +61,12 @@ async def upload(request: Request, here: Here, asker: Asker, _: Nothing) -> Any:
     here.home.uploads.mkdir(mode=0o700, exist_ok=True)
     temporary = here.home.uploads / file_id
     try:
-        with here.room.reserved(size), disk_errors(temporary), temporary.open("xb") as file:
-            received = UploadStream(request.headers.get("content-type", ""), file, most)
-            async for chunk in request.stream():
-                await run_in_threadpool(received.write, chunk)
-            received.finish()
+        async with contextmanager_in_threadpool(here.room.reserved(size)):  # which may look through the whole home
+            with disk_errors(temporary), temporary.open("xb") as file:
+                received = UploadStream(request.headers.get("content-type", ""), file, most)
+                async for chunk in request.stream():
+                    await run_in_threadpool(received.write, chunk)
+                received.finish()
         return await run_in_threadpool(_keep, here, asker.id, file_id, temporary, received)
     except ClientDisconnect as error:
         raise ApiError(400, "the client has closed its connection", code="client_gone") from error
@@ -136,8 +137,7 @@ def _keep(here: Context, owner: str, file_id: str, temporary: Path, received: Up
     """Check a file that has come, and take it."""
     purpose = _purpose(received.fields)
     assert received.filename is not None  # noqa: S101  # `finish` has seen to it
-    if purpose == "fine-tune":
-        _check_training(temporary, received)
+    known = _check_training(temporary, received) if purpose == "fine-tune" else None
     file = StoredFile(
         id=file_id,
         owner=owner,
@@ -146,6 +146,8 @@ def _keep(here: Context, owner: str, file_id: str, temporary: Path, received: Up
         size=received.size,
         sha256=received.sha256,
         created_at=time.time(),
+        examples=None if known is None else known.examples,
+        chats=None if known is None else known.chats,
     )
     _place(here.home, file_id, temporary)
     with here.database.session() as session:
@@ -173,11 +175,11 @@ def _purpose(fields: dict[str, str]) -> str:
     return fields["purpose"]
 
 
-def _check_training(path: Path, received: UploadStream) -> None:
+def _check_training(path: Path, received: UploadStream) -> TrainingFile:
     if received.longest_line > LONGEST_LINE:
         raise ApiError(400, f"a line has more than {LONGEST_LINE} bytes: split it", param="file", code="invalid_file")
     try:
-        read_training_file(path, received.filename or "")
+        return read_training_file(path, received.filename or "")
     except DataError as error:
         raise ApiError(400, str(error), param="file", code="invalid_file") from error
 

@@ -14,13 +14,12 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from isthmus.common.errors import DataError
 from isthmus.daemon.jobs.job_service import NewJob, UnknownJobError
 from isthmus.daemon.openai.job_bodies import JobBody
 from isthmus.daemon.openai.job_objects import KINDS, checkpoint_object, event_object, job_object, results_of
 from isthmus.daemon.openai.model_names import target_named
 from isthmus.daemon.openai.request_fields import Fields, checked, json_body, query, shown
-from isthmus.daemon.openai.training_files import LONGEST_EXAMPLE, TrainingFile, read_training_file, settings_of
+from isthmus.daemon.openai.training_files import LONGEST_EXAMPLE, settings_of
 from isthmus.daemon.state.tables import BaseModel, Job, StoredFile
 from isthmus.daemon.web.api_error import ApiError
 from isthmus.daemon.web.context import Asker, Context, Here
@@ -55,18 +54,18 @@ def create_job(here: Here, asker: Asker, body: Annotated[JobBody, Depends(json_b
             else None
         )
     facts: Mapping[str, Any] = {} if base is None else base.facts
-    known = _read(here, training, "training_file", facts)
+    examples = _examples(training, "training_file", facts)
     spec: dict[str, Any] = {
         "data": training.id,
         "format": "jsonl",
         "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
         "max_length": min(int(facts.get("longest") or LONGEST_EXAMPLE), LONGEST_EXAMPLE),
-        **settings_of(body.numbers, known.examples),
+        **settings_of(body.numbers, examples),
     }
     if validation is None:
         spec["validation_split"] = 0
     else:
-        _read(here, validation, "validation_file", facts)
+        _examples(validation, "validation_file", facts)
         spec["validation"] = validation.id
     if target.adapter is not None:
         spec["start_from"] = body.model
@@ -166,18 +165,17 @@ def _file(session: Session, owner: str, file_id: str, param: str) -> StoredFile:
     return file
 
 
-def _read(here: Context, file: StoredFile, param: str, facts: Mapping[str, Any]) -> TrainingFile:
-    try:
-        known = read_training_file(here.home.file(file.id), file.filename)
-    except DataError as error:
-        raise ApiError(400, str(error), param=param, code="invalid_file") from error
-    if known.chats and facts.get("chat_template") is False:
+def _examples(file: StoredFile, param: str, facts: Mapping[str, Any]) -> int:
+    """How many examples a file has, by what was found when it came. Raises ApiError where the model cannot have it."""
+    if file.examples is None:
+        raise ApiError(400, f"{param} = {file.id!r} was not checked as it came: upload it again", param=param)
+    if file.chats and facts.get("chat_template") is False:
         raise ApiError(
             400,
             f"{param} = {file.id!r} holds messages, and the model has no chat template: give prompt and completion",
             param=param,
         )
-    return known
+    return file.examples
 
 
 def _job(here: Context, owner: str, job_id: str) -> Job:

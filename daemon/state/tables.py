@@ -44,6 +44,8 @@ class StoredFile(Table):
     Attributes:
         size: Bytes.
         purpose: OpenAI's word: "fine-tune", "fine-tune-results", "batch", "batch_output", "user_data".
+        examples, chats: Of one for fine-tuning, how many examples it has, and whether they are conversations, as it was
+            checked when it came.
     """
 
     __tablename__ = "files"
@@ -55,6 +57,8 @@ class StoredFile(Table):
     size: Mapped[int]
     sha256: Mapped[str]
     created_at: Mapped[float]
+    examples: Mapped[int | None] = mapped_column(default=None)
+    chats: Mapped[bool | None] = mapped_column(default=None)
 
 
 class Job(Table):

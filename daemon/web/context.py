@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -31,30 +30,32 @@ class Noted:
 
 @dataclass(frozen=True)
 class Context:
-    """The parts of a running daemon. It is the application's `state.context`."""
+    """The parts of a running daemon. It is the application's `state.context`.
+
+    Attributes:
+        room: How much the home may still take: what is written into it asks before. All parts have this one, since each
+            must know what the others have reserved.
+    """
 
     settings: DaemonSettings
     home: Home
     database: Database
     jobs: JobService
     answers: Answers
+    room: DiskRoom
     noted: Noted = field(default_factory=Noted)
 
-    @cached_property
-    def room(self) -> DiskRoom:
-        """How much the home may still take: what is written into it asks before."""
-        return DiskRoom(self.home.path, self.settings.disk_gib)
 
-
-def context_of(request: Request) -> Context:
+async def context_of(request: Request) -> Context:
     """The daemon that a request came to."""
     return cast(Context, request.app.state.context)
 
 
-def owner_of(request: Request) -> Owner:
+async def owner_of(request: Request) -> Owner:
     """Whose token a request has; `isthmus.daemon.web.access` has refused those without one."""
     return cast(Owner, request.state.owner)
 
 
+# Both are coroutines: a plain function would wait for a thread.
 Here = Annotated[Context, Depends(context_of)]
 Asker = Annotated[Owner, Depends(owner_of)]

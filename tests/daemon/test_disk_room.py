@@ -9,7 +9,10 @@ import pytest
 
 from isthmus.common.errors import DiskError
 from isthmus.daemon import disk_room
+from isthmus.daemon.daemon_server import make_context
+from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.disk_room import COUNT_EVERY, DiskRoom, taken
+from isthmus.daemon.home import Home
 
 MIB = 1 << 20
 
@@ -97,3 +100,10 @@ def test_threads_do_not_reserve_the_same_room(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert got.count(True) in {3, 4}  # the folder itself takes a little
+
+
+def test_all_parts_of_a_daemon_know_of_the_same_room(tmp_path: Path) -> None:
+    context = make_context(DaemonSettings(), Home.make(tmp_path / "home"))
+    assert context.jobs._room is context.room
+    assert context.jobs._runner.room is context.room
+    context.database.close()

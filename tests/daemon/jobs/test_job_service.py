@@ -16,6 +16,7 @@ from support.daemon.jobs import scripted_worker
 from support.daemon.jobs.job_homes import Jobs, ended, said, until
 
 from isthmus.common.errors import ConfigError, DiskError, UnknownModelError
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.jobs import job_rows, job_runner, job_service
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob, QueueFullError, UnknownJobError, WrongStateError
@@ -91,7 +92,7 @@ def test_a_job_that_succeeds_leaves_a_model_a_file_and_events(jobs: Jobs) -> Non
 
 
 def test_jobs_run_by_priority_and_then_by_age(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     wanted = does(jobs, *SUCCEEDS)
     made = [service.create("one", NewJob(wanted.kind, "tiny", wanted.spec, priority=n)).id for n in (0, 0, 7, -1)]
     with jobs.service() as service:
@@ -180,7 +181,7 @@ def test_a_pause_that_is_taken_back_lets_the_job_go_on(jobs: Jobs) -> None:
 
 
 def test_a_waiting_job_is_paused_and_cancelled_at_once(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     made = service.create("one", does(jobs, *SUCCEEDS)).id
     assert service.pause("one", made).status == "paused"
     assert service.resume("one", made).status == "queued"
@@ -196,7 +197,7 @@ def test_what_a_state_does_not_allow_is_refused(jobs: Jobs, status: str) -> None
         "cancel": ("queued", "running", "paused"),
         "retry": ("failed", "cancelled"),
     }
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     made = service.create("one", does(jobs, *SUCCEEDS)).id
     for action, states in allowed.items():
         with jobs.database.session() as session:
@@ -212,7 +213,7 @@ def test_what_a_state_does_not_allow_is_refused(jobs: Jobs, status: str) -> None
 
 
 def test_the_same_request_within_a_minute_is_the_same_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     wanted = does(jobs, *SUCCEEDS, request={"model": "tiny"})
     first = service.create("one", wanted)
     assert service.create("one", wanted).id == first.id
@@ -312,7 +313,7 @@ def test_a_full_home_ends_jobs_and_takes_no_new_ones(tmp_path: Path, monkeypatch
 
 def test_folders_of_jobs_that_ended_long_ago_are_removed(tmp_path: Path) -> None:
     jobs = jobs_in(tmp_path, keep_days=1.0)
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     made = [service.create("one", does(jobs, *SUCCEEDS)).id for _ in range(2)]
     for job_id, age in zip(made, (2, 0.5), strict=True):
         service.cancel("one", job_id)
@@ -331,7 +332,7 @@ def test_folders_of_jobs_that_ended_long_ago_are_removed(tmp_path: Path) -> None
 
 
 def test_another_owner_sees_nothing(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     wanted = does(jobs, *SUCCEEDS)
     made = service.create("one", wanted).id
     asks: list[Callable[[str, str], Any]] = [
@@ -348,7 +349,7 @@ def test_another_owner_sees_nothing(jobs: Jobs) -> None:
 
 
 def test_lists_go_by_pages_and_by_labels(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     labels = [{"a": "1"}, {}, {"a": "1", "b": "2"}, {"a": "2"}]
     made = [service.create("one", does(jobs, *SUCCEEDS, labels=each)).id for each in labels][::-1]
     found: list[str] = []
@@ -390,7 +391,7 @@ def test_lists_go_by_pages_and_by_labels(jobs: Jobs) -> None:
 def test_a_spec_that_makes_no_sense_is_refused(
     jobs: Jobs, kind: str, model: str, spec: dict[str, Any], error: type[Exception], text: str
 ) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     spec = {
         name: value.replace("HOME", str(jobs.home.path)) if isinstance(value, str) else value
         for name, value in spec.items()
@@ -404,7 +405,7 @@ def test_a_spec_that_makes_no_sense_is_refused(
 
 def test_waiting_jobs_are_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_service, "MOST_WAITING", 2)
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     wanted = does(jobs, *SUCCEEDS)
     made = [service.create("one", wanted).id for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 jobs wait already"):
@@ -442,7 +443,7 @@ def test_an_adapter_that_no_row_knows_goes_with_its_job(jobs: Jobs) -> None:
 
 
 def test_requests_that_come_at_the_same_time_are_one_job(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     wanted = does(jobs, *SUCCEEDS, request={"model": "tiny"})
     threads = [threading.Thread(target=service.create, args=("one", wanted)) for _ in range(4)]
     for thread in threads:
@@ -453,7 +454,7 @@ def test_requests_that_come_at_the_same_time_are_one_job(jobs: Jobs) -> None:
 
 
 def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs: Jobs) -> None:
-    service = JobService(jobs.settings, jobs.home, jobs.database)
+    service = JobService(jobs.settings, jobs.home, jobs.database, jobs.room)
     made = service.create("one", does(jobs, *SUCCEEDS)).id
     jobs.home.file("file-script").unlink()
     with jobs.service() as service:
@@ -467,3 +468,12 @@ def test_a_long_log_is_put_aside(jobs: Jobs) -> None:
     sizes = {path.name: path.stat().st_size for path in jobs.home.job(made).glob("worker.log*")}
     assert sizes["worker.log.1"] == job_runner.MOST_LOG
     assert sizes["worker.log"] <= 10
+
+
+def test_what_another_part_has_reserved_is_no_room_for_a_job(jobs: Jobs) -> None:
+    room = DiskRoom(jobs.home.path, 32 / 1024)
+    service = JobService(jobs.settings, jobs.home, jobs.database, room)
+    wanted = does(jobs, *SUCCEEDS)
+    with room.reserved(24 << 20), pytest.raises(DiskError, match="do not fit"):
+        service.create("one", wanted)
+    assert service.create("one", wanted).status == "queued"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from typing import Any
 
 import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 from support.daemon.openai_fakes import BASE, OpenAIDaemon
 
+from isthmus.daemon import disk_room
 from isthmus.daemon.state.tables import StoredFile
 
 
@@ -100,3 +103,30 @@ def test_another_owner_sees_none_of_it(client: OpenAI, other: OpenAI, training_f
     with pytest.raises(BadRequestError, match="is no file"):
         other.fine_tuning.jobs.create(model=BASE, training_file=training_file)
     assert client.files.retrieve(training_file).id == training_file
+
+
+def test_the_home_is_looked_through_beside_the_event_loop(
+    client: OpenAI, openai_daemon: OpenAIDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_loop: list[bool] = []
+
+    def taken(_path: Any) -> int:
+        on_the_loop.append(asyncio._get_running_loop() is not None)
+        return 0
+
+    monkeypatch.setattr(disk_room, "taken", taken)
+    monkeypatch.setattr(openai_daemon.context.room, "_counted_at", float("-inf"))
+    client.files.delete(client.files.create(file=("a.bin", b"1"), purpose="batch").id)
+    assert on_the_loop == [False]
+    assert openai_daemon.context.room._reserved == 0
+    monkeypatch.setattr(openai_daemon.context.room, "most", 0)
+    with pytest.raises(APIStatusError) as full:
+        client.with_options(max_retries=0).files.create(file=("a.bin", b"1"), purpose="batch")
+    assert full.value.status_code == 507
+    assert openai_daemon.context.room._reserved == 0
+
+    async def here() -> None:
+        taken(None)
+
+    asyncio.run(here())
+    assert on_the_loop[-1]  # the check sees a loop where there is one

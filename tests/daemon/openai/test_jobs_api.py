@@ -62,6 +62,17 @@ def test_auto_and_the_older_place_of_hyperparameters(
     assert 0 <= by_default.seed < 2**31
 
 
+def test_a_file_is_not_read_again_for_a_job(client: OpenAI, openai_daemon: OpenAIDaemon) -> None:
+    made = [
+        client.files.create(file=("a.jsonl", b'{"text": "one"}\n' * examples), purpose="fine-tune").id
+        for examples in (20, 40)
+    ]
+    for file_id in made:
+        openai_daemon.context.home.file(file_id).unlink()
+    jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=file_id) for file_id in made]
+    assert [job.hyperparameters.n_epochs for job in jobs] == [5, 3]
+
+
 def test_the_same_body_is_one_job(client: OpenAI, training_file: str) -> None:
     first, again = (client.fine_tuning.jobs.create(model=BASE, training_file=training_file) for _ in range(2))
     assert (first.id, first.seed) == (again.id, again.seed)

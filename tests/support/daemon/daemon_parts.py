@@ -14,6 +14,7 @@ from typing import Any, cast
 from isthmus.daemon import daemon_server as server
 from isthmus.daemon.daemon_log import logging_to
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.serving.answers import Answers
@@ -56,7 +57,8 @@ def make_parts(settings: DaemonSettings, home: Home) -> Context:
     """As `server.make_context` makes them, but for jobs and answers."""
     database = Database(home.database)
     first_owner(database, home.token)
-    return Context(settings, home, database, cast(JobService, NoJobs()), cast(Answers, NoAnswers()))
+    room = DiskRoom(home.path, settings.disk_gib)
+    return Context(settings, home, database, cast(JobService, NoJobs()), cast(Answers, NoAnswers()), room)
 
 
 def main(place: str, make: Callable[[DaemonSettings, Home], Context] = make_parts) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import delete, select
 from support.daemon.served import serving
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService, NewJob, UnknownJobError, WrongStateError
 from isthmus.daemon.openai import openai_routes
@@ -260,7 +261,9 @@ class OpenAIDaemon:
         self.token = home.token.read_text(encoding="utf-8").strip()
         self.others_token = give_token(database, "other")
         self.jobs, self.answers = HeldJobs(home, database), InstantAnswers()
-        self.context = Context(DaemonSettings.model_validate(settings), home, database, self.jobs, self.answers)
+        made = DaemonSettings.model_validate(settings)
+        room = DiskRoom(home.path, made.disk_gib)
+        self.context = Context(made, home, database, self.jobs, self.answers, room)
         self.app = application(self.context, [openai_routes.router()])
         facts = {"digest": "0", "longest": 256, "chat_template": True}
         with database.session() as session:
@@ -274,7 +277,8 @@ class OpenAIDaemon:
         with self.context.database.session() as session:
             session.add(
                 StoredFile(id=file_id, owner=self.owner.id, filename="a.jsonl", purpose="fine-tune", size=len(data),
-                           sha256=sha256, created_at=time.time())
+                           sha256=sha256, created_at=time.time(), examples=data.count(b"\n"),
+                           chats=b'"messages"' in data)
             )  # fmt: skip
         return file_id
 

@@ -20,6 +20,7 @@ import uvicorn
 from sqlalchemy.orm import Session
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answers import Piece, Prompt, Sampling, Target, TokenChance
 from isthmus.daemon.state.database import Database
@@ -113,7 +114,7 @@ def main(home_path: str, port: str, *flags: str) -> None:
         second.write_text(give_token(database, "second"))
     with database.session() as session:
         _know_model(session)
-    context = Context(settings, home, database, None, FakeAnswers())  # type: ignore[arg-type]
+    context = Context(settings, home, database, None, FakeAnswers(), DiskRoom(home.path, settings.disk_gib))  # type: ignore[arg-type]
     app = application(context, [router()])
 
     def make(context: Context) -> TinkerService:

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, UploadFile
 from fastapi.responses import StreamingResponse
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.page import page_routes
@@ -39,7 +40,9 @@ def make_context(folder: Path, **settings: Any) -> tuple[Context, str]:
     database = Database(home.database)
     first_owner(database, home.token)
     made = DaemonSettings.model_validate({"clouds": {"main": {"cloud": "isthmus://c:1#SHA256:x"}}, **settings})
-    context = Context(made, home, database, cast(JobService, None), cast(Answers, None))
+    context = Context(
+        made, home, database, cast(JobService, None), cast(Answers, None), DiskRoom(home.path, made.disk_gib)
+    )
     return context, home.token.read_text(encoding="utf-8").strip()
 
 

@@ -48,6 +48,8 @@ def upgrade() -> None:
         sa.Column("size", sa.Integer(), nullable=False),
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("examples", sa.Integer(), nullable=True),
+        sa.Column("chats", sa.Boolean(), nullable=True),
         sa.ForeignKeyConstraint(
             ["owner"],
             ["owners.id"],

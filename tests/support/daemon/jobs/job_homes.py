@@ -11,6 +11,7 @@ from typing import Any
 from support.cloud.train_runs import Runs
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_runner import Patience
 from isthmus.daemon.jobs.job_service import JobService, NewJob
@@ -43,6 +44,7 @@ class Jobs:
         address, key = cloud
         values = {"cloud": address, "key": key, "give_up_after": 1.0, **(client or {})}
         self.settings = DaemonSettings(clouds={"main": ClientConfig.model_validate(values)}, **settings)
+        self.room = DiskRoom(self.home.path, self.settings.disk_gib)
         with self.database.session() as session:
             for name in ("one", "two"):
                 session.merge(Owner(id=name, name=name, token_sha256=name, created_at=0.0))
@@ -66,7 +68,7 @@ class Jobs:
     @contextmanager
     def service(self, patience: Patience | None = None) -> Iterator[JobService]:
         """A service that runs while the block does."""
-        service = JobService(self.settings, self.home, self.database, patience)
+        service = JobService(self.settings, self.home, self.database, self.room, patience)
         service.start()
         try:
             yield service

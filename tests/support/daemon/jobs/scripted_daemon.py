@@ -15,6 +15,7 @@ from support.daemon.daemon_parts import NoAnswers
 from support.daemon.jobs import scripted_worker
 
 from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.disk_room import DiskRoom
 from isthmus.daemon.home import Home
 from isthmus.daemon.jobs.job_service import JobService
 from isthmus.daemon.state.database import Database
@@ -31,7 +32,9 @@ def with_jobs(settings: DaemonSettings, home: Home) -> Context:
     first_owner(database, home.token)
     with database.session() as session:
         session.merge(BaseModel(name="tiny", cloud="main", facts={}, seen_at=0.0))
-    return Context(settings, home, database, JobService(settings, home, database), NoAnswers())  # type: ignore[arg-type]
+    room = DiskRoom(home.path, settings.disk_gib)
+    jobs = JobService(settings, home, database, room)
+    return Context(settings, home, database, jobs, NoAnswers(), room)  # type: ignore[arg-type]
 
 
 def main(place: str) -> None:
