@@ -3,7 +3,8 @@
 1. Host: a name of this daemon's. A page elsewhere whose name leads to loopback (DNS rebinding) has another.
 2. Origin, which browsers send: the daemon's own. There are no CORS headers.
 3. The token, in `Authorization: Bearer` or `X-API-Key`. `/`, `/healthz` and what is under `/static/` need none.
-4. How many requests are under way. One that asks how things are (`/healthz`, `/isthmus/v1/status`) is always answered.
+4. How many requests are under way: with a token, and without one. One that asks how things are (`/healthz`,
+   `/isthmus/v1/status`) is always answered: it is not counted, and waits for no other one's thread.
 5. The body: its length as it is said, and as it comes; how long it takes; and what all of them take together.
 
 A refusal reads no body. Tokens that are wrong are written nowhere.
@@ -64,7 +65,7 @@ class Access:
         host, _ = settings.address
         self._names = _LOOPBACK | {_name(host), *(_name(name) for name in settings.hosts)}
         self._any_address = _is_wildcard(host)
-        self._under_way = 0
+        self._under_way = {False: 0, True: 0}  # those with a token, and those that need none
         self._memory = _Memory(BODIES * (settings.body_mib << 20))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,15 +81,17 @@ class Access:
         state["request_id"] = request_id
         answer = _Answer(send, request_id)
         body = _Body(receive, answer, self._memory)
-        counts = scope["path"] not in ALWAYS
-        self._under_way += counts
+        is_open, counted = _is_open(scope), False
         try:
             self._let_in(scope)
             body.bound(self._settings, scope)
-            if not _is_open(scope):
+            if not is_open:
                 state["owner"] = self._owner(Headers(scope=scope))
-            if counts and self._under_way > self._settings.requests_at_once:
-                raise overloaded("as many requests are under way as may be")
+            if scope["path"] not in ALWAYS:
+                if self._under_way[is_open] >= self._settings.requests_at_once:
+                    raise overloaded("as many requests are under way as may be")
+                self._under_way[is_open] += 1
+                counted = True
             await self._app(scope, body.receive, answer.send)
         except asyncio.CancelledError:  # the daemon stops, and this answer has had its while
             await answer.cut(ApiError(503, "the daemon stops: ask again once it runs", code="stopping"))
@@ -101,7 +104,7 @@ class Access:
                 raise
             await answer.refuse(told)
         finally:
-            self._under_way -= counts
+            self._under_way[is_open] -= counted
             body.free()
 
     def _let_in(self, scope: Scope) -> None:

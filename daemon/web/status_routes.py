@@ -8,13 +8,17 @@ import shutil
 import time
 from typing import Any
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter
 from sqlalchemy import func, select
 
-from isthmus.daemon.state.tables import BaseModel, Job
-from isthmus.daemon.web.context import Asker, Here
+from isthmus.daemon.state.tables import BaseModel, Job, Owner
+from isthmus.daemon.web.context import Asker, Context, Here
 
 _STARTED = time.time()
+_threads = CapacityLimiter(2)
+"""The status has threads of its own: those of the other requests may all be taken."""
 
 
 def router() -> APIRouter:
@@ -30,8 +34,12 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def status(here: Here, owner: Asker) -> dict[str, Any]:
+async def status(here: Here, owner: Asker) -> dict[str, Any]:
     """What the daemon has and does; of jobs, the asker's own."""
+    return await run_sync(_status, here, owner, limiter=_threads)
+
+
+def _status(here: Context, owner: Owner) -> dict[str, Any]:
     with here.database.reading() as session:
         jobs = session.execute(select(Job.status, func.count()).where(Job.owner == owner.id).group_by(Job.status)).all()
         models = session.scalars(select(BaseModel).order_by(BaseModel.name)).all()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
+import httpx
 import pytest
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -337,6 +340,58 @@ async def test_requests_under_way_are_bounded_and_the_status_is_answered(context
     done.set()
     assert {(await task)[0]["status"] for task in waiting} == {200}
     assert (await _ask(door, "/who", _empty))[0]["status"] == 200  # the places are free again
+
+
+@_in_a_loop
+async def test_the_status_needs_no_thread_of_other_requests(context: Context) -> None:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 1  # of this loop
+    end = threading.Event()
+    held = asyncio.create_task(anyio.to_thread.run_sync(end.wait))
+    await asyncio.sleep(0)
+    token = context.home.token.read_text().strip()
+    transport = httpx.ASGITransport(application(context, [_router()]))
+    headers = {"Authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+        other = asyncio.create_task(client.get("/who"))
+        for path in ("/healthz", "/isthmus/v1/status"):
+            assert (await client.get(path)).status_code == 200
+        assert not other.done()
+        end.set()
+        assert (await other).json() == "first"
+    await held
+
+
+@_in_a_loop
+async def test_requests_without_a_token_take_no_place_of_those_with_one() -> None:
+    done = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/static/held":
+            await done.wait()
+        await JSONResponse("ok")(scope, receive, send)
+
+    class Nobody:
+        def find(self, _token: str) -> None:
+            return None
+
+    door = Access(app, DaemonSettings(requests_at_once=8), Nobody())  # type: ignore[arg-type]
+    held = asyncio.Event()
+
+    async def stalled(message: dict[str, Any]) -> None:
+        await held.wait()
+
+    headers = [(b"host", b"localhost"), (b"x-api-key", b"no")]
+    scope = {"type": "http", "method": "GET", "path": "/who", "headers": headers, "scheme": "http"}
+    refused = [asyncio.create_task(door(dict(scope), _empty, stalled)) for _ in range(8)]  # type: ignore[arg-type]
+    pages = [asyncio.create_task(_ask(door, "/static/held", _empty)) for _ in range(8)]
+    await asyncio.sleep(0)
+    door._owners = _Everybody()  # type: ignore[assignment]
+    assert (await _ask(door, "/who", _empty))[0]["status"] == 200
+    assert (await _ask(door, "/static/more", _empty))[0]["status"] == 503  # those without a token have a bound, too
+    held.set()
+    done.set()
+    await asyncio.gather(*refused, *pages)
+    assert door._under_way == {False: 0, True: 0}
 
 
 @_in_a_loop
