@@ -62,7 +62,7 @@ class BoundedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         """See what is to come."""
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:
+        if self.rests and self.conn.their_state is h11.SEND_BODY:  # else it is the body of the next request
             self._enter("rest")
         elif self._phase == "rest":
             self._enter(None)

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import pytest
 import uvicorn
 
@@ -42,13 +44,28 @@ def _serving(most: int = 100) -> Iterator[tuple[int, uvicorn.Server]]:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
         thread.start()
-        while not server.started:
-            pass
+        _until(lambda: server.started)
         try:
             yield port, server
         finally:
             server.should_exit = server.force_exit = True
             thread.join()
+
+
+def _until(done: Callable[[], bool]) -> None:
+    """Wait until something is so, in the server's thread."""
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _ones(server: uvicorn.Server) -> list[BoundedConnection]:
+    return [one for one in list(server.server_state.connections) if isinstance(one, BoundedConnection)]
+
+
+def _busy(server: uvicorn.Server) -> bool:
+    return any(not one.rests for one in _ones(server))
 
 
 def _connect(port: int) -> socket.socket:
@@ -134,18 +151,27 @@ def test_a_body_that_ends_soon_after_the_answer_keeps_its_connection(monkeypatch
         client.sendall(b"0\r\n\r\n")
         while client.recv(1 << 20)[-5:] != b"0\r\n\r\n":
             pass
-        threading.Event().wait(0.5)
+        (one,) = _ones(server)
+        _until(lambda: one.rests and one.conn.their_state is h11.IDLE)
+        _until(lambda: one._phase != "rest")
         assert _ok(client)
+        assert len(server.server_state.connections) == 1
+
+
+def test_the_body_of_a_request_that_came_with_the_one_before_has_its_time() -> None:
+    with _serving() as (port, server), _connect(port) as client:
+        client.sendall(GET + CHUNKED.replace(b" / ", b" /never "))
+        _until(lambda: _busy(server) and _ones(server)[0].conn.their_state is h11.SEND_BODY)
+        client.settimeout(1.0)
+        assert not _is_closed(client)
         assert len(server.server_state.connections) == 1
 
 
 def test_a_client_that_takes_nothing_loses_its_connection() -> None:
     with _serving() as (port, server), _connect(port) as client:
         client.sendall(GET.replace(b" / ", b" /much "))
-        while not server.server_state.connections:
-            pass
-        while server.server_state.connections:
-            threading.Event().wait(0.05)
+        _until(lambda: _busy(server))
+        _until(lambda: not server.server_state.connections)
         with _connect(port) as other:  # one that takes it gets all
             assert _ok(other, b"/much")
             got, piece = 0, b""
@@ -160,10 +186,11 @@ def test_one_connection_too_many_closes_the_one_that_rests_longest(monkeypatch: 
     with _serving(most=3) as (port, server), contextlib.ExitStack() as stack:
         busy = stack.enter_context(_connect(port))
         busy.sendall(GET.replace(b" / ", b" /never "))
+        _until(lambda: _busy(server))
         resting = []
-        for _ in range(2):
+        for number in range(2, 4):
             resting.append(stack.enter_context(_connect(port)))
-            threading.Event().wait(0.05)
+            _until(lambda number=number: len(_ones(server)) == number)  # type: ignore[misc]
         newest = stack.enter_context(_connect(port))
         assert _is_closed(resting[0])
         assert _ok(newest)
@@ -174,9 +201,9 @@ def test_one_connection_too_many_closes_the_one_that_rests_longest(monkeypatch: 
 
 
 def test_where_all_are_busy_the_newest_is_closed() -> None:
-    with _serving(most=1) as (port, _), _connect(port) as busy:
+    with _serving(most=1) as (port, server), _connect(port) as busy:
         busy.sendall(GET.replace(b" / ", b" /never "))
-        threading.Event().wait(0.1)
+        _until(lambda: _busy(server))
         with _connect(port) as newest:
             assert _is_closed(newest)
         busy.settimeout(0.2)
