@@ -48,6 +48,7 @@ class HotModels:
         self._most = most
         self._models: OrderedDict[Key, _Hot] = OrderedDict()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()  # one model at a time; answers over hot ones do not wait for it
 
     @property
     def adapters(self) -> list[str]:
@@ -68,13 +69,11 @@ class HotModels:
             CheckpointError: It does not fit the model, or is damaged.
         """
         key = (digest, None if adapter is None else str(adapter), _written(adapter))
+        hot = self._used(key)
+        if hot is None:
+            with self._loading:
+                hot = self._used(key) or self._keep(key, _Hot(_loaded(base(), adapter)))
         with self._lock:
-            hot = self._models.get(key)
-            if hot is None:
-                hot = self._models[key] = _Hot(_loaded(base(), adapter))
-            self._models.move_to_end(key)
-            while len(self._models) > self._most + 1:
-                self._models.popitem(last=False)
             model = hot.idle.pop() if hot.idle else sharing_copy(hot.model)
         try:
             yield model
@@ -87,6 +86,20 @@ class HotModels:
         """Release all models."""
         with self._lock:
             self._models.clear()
+
+    def _used(self, key: Key) -> _Hot | None:
+        """A model that is hot, as the one used last."""
+        with self._lock:
+            if key in self._models:
+                self._models.move_to_end(key)
+            return self._models.get(key)
+
+    def _keep(self, key: Key, hot: _Hot) -> _Hot:
+        with self._lock:
+            self._models[key] = hot
+            while len(self._models) > self._most + 1:
+                self._models.popitem(last=False)
+        return hot
 
 
 def sharing_copy(model: Any) -> Any:

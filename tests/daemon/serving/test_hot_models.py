@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from support.cloud.clouds import ThreadServer
 
 from isthmus.backbone.adapters.adapter_files import save_adapter
-from isthmus.common.errors import UnknownModelError
+from isthmus.common.errors import CheckpointError, UnknownModelError
 from isthmus.daemon.serving.hot_models import HotModels, sharing_copy
 
 IDS = torch.tensor([[5, 9, 70, 33]])
@@ -95,6 +96,51 @@ def test_a_model_is_used_again(fresh: Callable[[], Any]) -> None:
         assert other.lm_head.weight is not first.lm_head.weight
     with pytest.raises(UnknownModelError), hot.lend("a", lambda: base, Path("/nowhere/at/all")):
         pass
+
+
+def test_a_hot_model_does_not_wait_for_one_that_is_loaded() -> None:
+    hot, base = HotModels(2), torch.nn.Linear(2, 2)
+    begun, ends = threading.Event(), threading.Event()
+    loads: list[int] = []
+    used: list[Any] = []
+
+    def slow() -> Any:
+        loads.append(1)
+        begun.set()
+        assert ends.wait(20)
+        return torch.nn.Linear(2, 2)
+
+    def use(key: str, load: Callable[[], Any]) -> None:
+        with hot.lend(key, load, None) as model:
+            used.append((key, model))
+
+    with hot.lend("hot", lambda: base, None):
+        pass
+    cold = [threading.Thread(target=use, args=("cold", slow)) for _ in range(2)]
+    for thread in cold:
+        thread.start()
+    assert begun.wait(20)
+    other = threading.Thread(target=use, args=("hot", slow))
+    other.start()
+    other.join(20)
+    assert [key for key, _ in used] == ["hot"]
+    ends.set()
+    for thread in cold:
+        thread.join(20)
+    assert [key for key, _ in used] == ["hot", "cold", "cold"]
+    assert len(loads) == 1
+
+
+def test_one_that_cannot_be_loaded_is_not_kept() -> None:
+    hot = HotModels(2)
+
+    def fail() -> Any:
+        raise CheckpointError("damaged")
+
+    with pytest.raises(CheckpointError), hot.lend("a", fail, None):
+        pass
+    with hot.lend("a", lambda: torch.nn.Linear(2, 2), None) as model:
+        assert model is not None
 
 
 def test_copies_have_their_own_spans(fresh: Callable[[], Any]) -> None:
