@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.backbone.checkpoints.chat_template import ChatTemplate
-from isthmus.common.errors import ConfigError, IsthmusError, OverQuotaError, UnknownModelError, UnreachableError
+from isthmus.common.errors import (
+    ChatTemplateError,
+    ConfigError,
+    DataError,
+    IsthmusError,
+    OverQuotaError,
+    UnknownModelError,
+    UnreachableError,
+    UnsupportedCallError,
+)
 from isthmus.daemon.serving.token_chances import TokenTexts
 from isthmus.edge.client.link import Link
 from isthmus.edge.cloud_link import open_link
@@ -24,6 +33,8 @@ AWAY_SECONDS = 30.0
 LOOK_SECONDS = 5.0
 """Seconds that a cloud may take to say what it serves."""
 
+_OF_THE_REQUEST = (ConfigError, DataError, UnknownModelError, UnsupportedCallError, ChatTemplateError)
+"""Errors after which a link is as good as before."""
 _MOMENT = 0.25
 """Seconds between two looks at whether somebody still waits."""
 _COUNTS = ("bytes_up", "bytes_down", "calls", "retries")
@@ -100,8 +111,8 @@ class Seen:
     """What is known of a cloud.
 
     Attributes:
-        reachable: Whether it was there when it was asked last; None before.
-        error: Why it was not.
+        reachable: Whether it could be used when it was asked last; None before.
+        error: Why it could not.
     """
 
     reachable: bool | None = None
@@ -150,8 +161,8 @@ class ServedCloud:
         try:
             yield link
             good = True
-        except ConfigError:
-            good = True  # of the request
+        except _OF_THE_REQUEST:
+            good = True
             raise
         except UnreachableError as error:
             self.seen = Seen(False, str(error))
@@ -166,9 +177,10 @@ class ServedCloud:
             info = link.info
             known = self.parts
             if known is None or (known.info.digest, known.info.plan) != (info.digest, info.plan):
-                if known is not None:
-                    known.close()
-                self.parts = known = EdgeParts(link)
+                old, self.parts = known, EdgeParts(link)
+                known = self.parts
+                if old is not None:
+                    old.close()
             known.info = info
             return known
 
@@ -185,7 +197,11 @@ class ServedCloud:
         return self.load(link)
 
     def look(self) -> bool:
-        """Ask anew what the cloud serves, over a new link, which takes the place of an idle one; whether it answers."""
+        """Ask anew what the cloud serves, over a new link, which takes the place of an idle one.
+
+        Returns:
+            Whether it can be used. Where not, `seen` says why.
+        """
         config = self._config.model_copy(update={"connect_timeout": min(self._config.connect_timeout, LOOK_SECONDS)})
         try:
             link = open_link(config, interactive=True)
@@ -199,13 +215,16 @@ class ServedCloud:
         self._close_idle()
         with self._change:
             self._used[link] = dict.fromkeys(_COUNTS, 0)
+        good = False
         try:
             self.load(link)
-        except BaseException:
-            self._give_back(link, good=False)
-            raise
+            good = True
+        except IsthmusError as error:  # nothing can be asked of it, and the other clouds go on
+            self.seen = Seen(False, str(error))
+            return False
+        finally:
+            self._give_back(link, good=good)
         self.seen = Seen(True)
-        self._give_back(link, good=True)
         return True
 
     def close(self) -> None:

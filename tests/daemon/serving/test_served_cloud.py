@@ -5,12 +5,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cloud.clouds import ThreadServer
 
-from isthmus.common.errors import UnknownModelError, UnreachableError
-from isthmus.daemon.serving.served_cloud import ServedCloud
+from isthmus.common.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    ConfigError,
+    ConnectionLostError,
+    DataError,
+    LocalProtocolError,
+    UnknownModelError,
+    UnreachableError,
+    UnsupportedCallError,
+)
+from isthmus.daemon.daemon_settings import DaemonSettings
+from isthmus.daemon.serving.served_cloud import EdgeParts, ServedCloud
+from isthmus.daemon.serving.serving_worker import Serving
+from isthmus.daemon.workers.answering import Question
+from isthmus.edge.client.link import Link
 from isthmus.edge.config.client_config import ClientConfig
 from isthmus.protocol.enrolment import Quota
 
@@ -68,7 +83,54 @@ def test_links_are_few_and_stay_open(server: ThreadServer, clouds: Callable[...,
         assert again in (first, second)
     with pytest.raises(UnknownModelError, match="serves tiny now, and not other"), cloud.link(nothing) as link:
         cloud.parts_of(link, "other")
-    assert link not in cloud._used  # one that something went wrong over is not used again
+    assert link in cloud._idle
+    for error in (ConnectionLostError, LocalProtocolError, InterruptedError):
+        with pytest.raises(error), cloud.link(nothing) as link:
+            raise error
+        assert link not in cloud._used  # one that something went wrong over is not used again
+
+
+@pytest.mark.parametrize("error", [ConfigError, DataError, UnknownModelError, UnsupportedCallError, ChatTemplateError])
+def test_a_request_that_is_wrong_keeps_its_link(
+    server: ThreadServer, clouds: Callable[..., ServedCloud], error: type[Exception]
+) -> None:
+    cloud = clouds(server)
+    with pytest.raises(error), cloud.link(nothing) as link:
+        raise error("the request's")
+    with cloud.link(nothing) as again:
+        assert again is link
+        assert link.cloud_peak_bytes() is not None
+
+
+def test_a_cloud_whose_model_cannot_be_used_hides_no_other(
+    server: ThreadServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clouds = {"bad": config_of(server), "good": config_of(server)}
+    serving = Serving(DaemonSettings(clouds=clouds), 1)
+    load = ServedCloud.load
+
+    def loaded(cloud: ServedCloud, link: Link) -> EdgeParts:
+        if cloud.name == "bad":
+            raise CheckpointError("its tokenizer is damaged")
+        return load(cloud, link)
+
+    def seen() -> tuple[list[str], dict[str, Any]]:
+        ((found, _),) = serving.look(Question("look", {}))
+        ((state, _),) = serving.state(Question("state", {}))
+        return [cloud["name"] for cloud in found["clouds"]], {each["name"]: each for each in state["clouds"]}
+
+    try:
+        monkeypatch.setattr(ServedCloud, "load", loaded)
+        found, state = seen()
+        assert found == ["good"]
+        assert (state["bad"]["reachable"], state["bad"]["error"]) == (False, "its tokenizer is damaged")
+        assert (state["good"]["reachable"], state["good"]["error"]) == (True, None)
+        monkeypatch.undo()
+        found, state = seen()
+        assert found == ["bad", "good"]
+        assert state["bad"]["reachable"]
+    finally:
+        serving.close()
 
 
 def test_a_small_quota_is_enough(server: ThreadServer, clouds: Callable[..., ServedCloud]) -> None:
