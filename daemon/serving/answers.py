@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -12,6 +13,7 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.dialects.sqlite import insert
 
+from isthmus.common.errors import WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answer_forms import (
@@ -31,6 +33,8 @@ from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
 from isthmus.daemon.workers.frames import Frame
 
 __all__ = ["AT_ONCE", "Answers", "BusyError", "Piece", "Prompt", "Sampling", "Target", "TokenChance"]
+
+log = logging.getLogger("isthmus.daemon")
 
 AT_ONCE = 2
 """Answers that are computed at a time, each over a link of its own. With SmolLM2-135M on two cores, two give twice the
@@ -229,8 +233,9 @@ class Answers:
 
     def _traffic_noted(self, task: asyncio.Task[None]) -> None:
         self._notes.discard(task)
-        if not task.cancelled():
-            task.exception()  # a process that has died took its counts along
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, WorkerDiedError):  # one that has died took its counts along
+            log.warning("what has crossed to the clouds was not noted: %s: %s", type(error).__name__, error)
 
     async def _note_traffic(self) -> None:
         values, _ = await self._worker.ask("traffic")

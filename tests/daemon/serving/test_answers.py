@@ -17,7 +17,7 @@ from support.cloud.clouds import ThreadServer
 from support.models.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from isthmus.common.errors import WorkerDiedError
+from isthmus.common.errors import DiskError, WorkerDiedError
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.serving.answers import Answers, BusyError, Piece, Sampling, Target
@@ -277,3 +277,24 @@ def test_a_process_that_is_killed_is_started_anew(daemon: Daemon) -> None:
     before = text_of(daemon.pieces())
     daemon.run(work())
     assert text_of(daemon.pieces()) == before
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_traffic_that_cannot_be_noted_is_told(
+    settings: DaemonSettings, home: Home, caplog: pytest.LogCaptureFixture, *, dies: bool
+) -> None:
+    """But not that of a process that has died, which took it along."""
+
+    async def fail() -> None:
+        raise WorkerDiedError("it has ended") if dies else DiskError("the disk is full")
+
+    async def run() -> None:
+        answers = Answers(settings, home, database)
+        task = asyncio.create_task(fail())
+        await asyncio.wait([task])
+        answers._traffic_noted(task)
+
+    database = Database(home.database)
+    asyncio.run(run())
+    database.close()
+    assert ("not noted: DiskError: the disk is full" in caplog.text) == (not dies)
