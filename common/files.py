@@ -70,6 +70,11 @@ def new_file(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
         sync(path.parent)
 
 
+def private_opener(path: str, flags: int) -> int:
+    """The `opener` of `open` for a file that its user alone may read and write once it is made."""
+    return os.open(path, flags, 0o600)
+
+
 def sha256_of(path: Path) -> bytes:
     """SHA-256 of a file's contents.
 

@@ -12,7 +12,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
-from isthmus.common.files import disk_errors
+from isthmus.common.files import disk_errors, private_opener
 from isthmus.common.terminal import printable
 
 MOST = 4 << 20
@@ -31,6 +31,18 @@ class _Line(logging.Formatter):
         """The line."""
         return printable(super().formatMessage(record))
 
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and below it the traceback, where there is one. It is indented: it may quote what a client sent."""
+        line, *traceback = super().format(record).splitlines()
+        return "\n".join([line, *(f"    {printable(each)}" for each in traceback)])
+
+
+class _PrivateFile(RotatingFileHandler):
+    """A log and its older files, which their user alone may read."""
+
+    def _open(self) -> IO[str]:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=private_opener)
+
 
 @contextmanager
 def logging_to(path: Path, *, to_stderr: bool) -> Iterator[None]:
@@ -40,8 +52,7 @@ def logging_to(path: Path, *, to_stderr: bool) -> Iterator[None]:
         DiskError: The file cannot be written.
     """
     with disk_errors(path):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        handlers: list[logging.Handler] = [RotatingFileHandler(path, maxBytes=MOST, backupCount=KEPT, encoding="utf-8")]
+        handlers: list[logging.Handler] = [_PrivateFile(path, maxBytes=MOST, backupCount=KEPT, encoding="utf-8")]
     if to_stderr:
         handlers.append(logging.StreamHandler(sys.stderr))
     root = logging.getLogger()

@@ -17,9 +17,11 @@ tinker/          models in training (`models/ID/`) and requests that wait (`requ
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus.common.errors import OwnershipError
 from isthmus.common.files import disk_errors
 from isthmus.common.ownership import private_folder
 
@@ -42,10 +44,16 @@ class Home:
 
         Raises:
             DiskError: It cannot be made.
-            OwnershipError: It is another user's, or others may write to it.
+            OwnershipError: It is another user's, or others may write to it or enter it.
         """
         path = path.expanduser().absolute()
         with disk_errors(path):
+            mode = stat.S_IMODE(private_folder(path).stat().st_mode)
+            if mode & 0o077:
+                raise OwnershipError(
+                    f"others may enter {path} (mode {mode:04o}), which keeps prompts and data: run `chmod 700 {path}`, "
+                    "or give another --home"
+                )
             for name in _FOLDERS:
                 private_folder(path, name)
         return cls(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.common.errors import IsthmusError, WorkerDiedError
+from isthmus.common.files import private_opener
 from isthmus.daemon.workers.answering import CANCEL, Answer
 from isthmus.daemon.workers.frames import HEADER_BYTES, DamagedFrameError, Frame, frame_of, lengths
 
@@ -115,13 +117,14 @@ class WorkerProcess:
             if self._process is None or self._reader is None or self._reader.done():
                 if self._log.exists() and self._log.stat().st_size > MOST_LOG:
                     self._log.replace(f"{self._log}.1")
-                with self._log.open("ab") as log:
+                with open(self._log, "ab", opener=private_opener) as log:  # `Path.open` has no opener
                     self._process = await asyncio.create_subprocess_exec(
                         sys.executable,
                         *self._arguments,
                         stdin=asyncio.subprocess.PIPE,
                         stdout=asyncio.subprocess.PIPE,
                         stderr=log,
+                        env={"GRPC_VERBOSITY": "NONE", **os.environ},  # a link that ends is told by whoever uses it
                         start_new_session=True,  # else Ctrl-C at the daemon's terminal would end it, too
                     )
                 self._reader = asyncio.create_task(self._read(self._process))

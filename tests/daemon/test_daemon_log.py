@@ -45,7 +45,21 @@ def test_a_client_can_neither_begin_a_line_nor_move_a_cursor(tmp_path: Path) -> 
     lines = text.splitlines()
     assert "forged" in lines[0]
     assert lines[1].endswith("failed")
-    assert lines[2].startswith("Traceback")  # which has lines of its own
+    assert lines[2].startswith("    Traceback")  # which has lines of its own
+
+
+def test_a_traceback_forges_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.log"
+    with logging_to(file, to_stderr=False):
+        try:
+            raise KeyError("never") from ValueError("x\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2J\u2028\x85\u202ex")
+        except KeyError:
+            log.exception("failed")
+        log.info("after")
+    text = file.read_text(encoding="utf-8")
+    assert "forged" in text
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert [line.split()[-1] for line in text.splitlines() if not line.startswith("    ")] == ["failed", "after"]
 
 
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +71,7 @@ def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     files = sorted(tmp_path.iterdir())
     assert len(files) == 1 + KEPT
     assert all(path.stat().st_size <= 1000 for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert "line 199" in file.read_text()
 
 

@@ -52,6 +52,7 @@ def test_answers_and_errors_come_to_their_questions(tmp_path: Path) -> None:
     with_worker(work, tmp_path)
     log = (tmp_path / "log").read_text()
     assert "what is printed spoils no frame" in log
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
     assert log.count("Traceback") == 1
 
 
