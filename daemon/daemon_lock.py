@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from isthmus.common.errors import HomeInUseError
@@ -35,7 +36,10 @@ def occupied(home: Home) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _locked(file: IO[str]) -> bool:
@@ -49,7 +53,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def holder(home: Home) -> int | None:
-    """The process that holds a home; None where there is none.
+    """The process that holds a home; None where there is none, or where it has not yet said its number.
 
     Raises:
         DiskError: The file of the lock cannot be read.
@@ -63,5 +67,19 @@ def holder(home: Home) -> int | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             text = file.read().strip()
-            return int(text) if text.isdecimal() else None
+            pid = int(text) if text.isdecimal() else None
+            # A daemon that has just taken the lock has not yet replaced what one that was killed has left.
+            return pid if pid is not None and _has_open(pid, os.fstat(file.fileno())) else None
     return None
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether a process has a file open; where the system does not tell, it is taken to."""
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat(descriptor.stat(), file):
+                    return True
+    return False

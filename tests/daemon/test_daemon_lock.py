@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_somebody_who_only_looks_is_waited_for(tmp_path: Path) -> None:
         threading.Timer(0.1, fcntl.flock, [looking.fileno(), fcntl.LOCK_UN]).start()
         with occupied(home):
             pass
+
+
+def test_what_a_killed_daemon_has_left_is_not_taken_for_the_holder(tmp_path: Path) -> None:
+    home = Home.make(tmp_path / "home")
+    with subprocess.Popen(["sleep", "60"]) as other:
+        with occupied(home):
+            home.lock.write_text(str(other.pid))  # as before the new holder has written its own
+            assert holder(home) is None
+            home.lock.write_text(str(os.getpid()))
+            assert holder(home) == os.getpid()
+        other.kill()
+    assert home.lock.read_text() == ""
 
 
 def test_a_link_in_the_locks_place_is_not_followed(tmp_path: Path) -> None:
