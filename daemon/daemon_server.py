@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,13 @@ class Started:
     Attributes:
         url: Where the APIs and the page are.
         clouds: Names of those in daemon.toml.
+        remote: Whether other machines can connect.
     """
 
     url: str
     home: Home
     clouds: list[str]
-    tls: bool
+    remote: bool
 
 
 def routers() -> list[APIRouter]:
@@ -150,11 +151,15 @@ async def _serve(context: Context, tcp: socket.socket, unix: socket.socket, read
         record = {"pid": os.getpid(), "url": url, "started": time.time()}
         write_atomic(home.running, json.dumps(record).encode(), 0o600)
         log.info("process %d answers at %s", os.getpid(), url)
-        ready(Started(url, home, sorted(settings.clouds), settings.tls_cert is not None))
+        ready(Started(url, home, sorted(settings.clouds), remote=not is_loopback(settings.address[0])))
 
     server.told = told
-    # Uvicorn raises the signal that ended it once more, at the end; the process then ends as its caller says.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # Uvicorn takes signals over once it serves, and at its end raises the one that ended it once more.
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         async with working(app):
             await server.serve(sockets=[tcp])
@@ -230,14 +235,29 @@ async def working(app: FastAPI) -> AsyncIterator[None]:
 
 async def _note(context: Context) -> None:
     """Ask the process that answers how it is, again and again."""
+    away: set[str] = set()
     while True:
         try:
-            context.noted.answers = {**await context.answers.state(), "asked_at": time.time()}
+            state = await context.answers.state()
+            context.noted.answers = {**state, "asked_at": time.time()}
+            _log_changes(state, away)
         except IsthmusError as error:
             log.warning("the process that answers does not say how it is: %s", error)
         except Exception:  # a defect is logged, and the next time may go well
             log.exception("the process that answers was not asked how it is")
         await asyncio.sleep(ASK_EVERY)
+
+
+def _log_changes(state: Mapping[str, Any], away: set[str]) -> None:
+    """Log which clouds have gone, and which are back; `away` has the names of those that were logged as gone."""
+    for cloud in state.get("clouds", []):
+        name = cloud["name"]
+        if cloud["reachable"] is False and name not in away:
+            away.add(name)
+            log.warning("the cloud %s is away: %s", name, cloud["error"])
+        elif cloud["reachable"] and name in away:
+            away.remove(name)
+            log.info("the cloud %s is back", name)
 
 
 async def _look(context: Context) -> None:

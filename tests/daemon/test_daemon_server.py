@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -20,13 +21,14 @@ from fastapi import APIRouter
 from support.daemon.daemon_parts import NoAnswers, NoJobs, make_parts
 from support.daemon.running_daemon import RunningDaemon, running_daemon
 
-from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError, PortInUseError
+from isthmus.common.errors import ConfigError, HomeInUseError, NotRunningError, OwnershipError, PortInUseError
 from isthmus.daemon import daemon_server as server
 from isthmus.daemon.daemon_client import DaemonClient, RefusedRequestError
 from isthmus.daemon.daemon_lock import holder, occupied
 from isthmus.daemon.daemon_settings import DaemonSettings
 from isthmus.daemon.home import Home
 from isthmus.daemon.web.application import application
+from isthmus.daemon.web.context import Context
 
 pytestmark = pytest.mark.server
 
@@ -155,6 +157,46 @@ def test_with_tls_the_address_speaks_it_and_the_socket_does_not(tmp_path: Path) 
         with pytest.raises(httpx.ConnectError):
             daemon.get("/healthz")
         assert DaemonClient(daemon.home).get("/isthmus/v1/status")["pid"] == daemon.process.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it(tmp_path: Path, number: signal.Signals) -> None:
+    class Slow(NoJobs):
+        def start(self) -> None:
+            super().start()
+            os.kill(os.getpid(), number)
+
+    jobs = Slow()
+
+    def make(settings: DaemonSettings, home: Home) -> Context:
+        context = make_parts(settings, home)
+        object.__setattr__(context, "jobs", jobs)
+        return context
+
+    home = Home.make(tmp_path / "home")
+    server.run(DaemonSettings(listen="127.0.0.1:0"), home, lambda _: None, make)
+    assert jobs.calls == ["start", "stop"]
+    assert not home.running.exists()
+
+
+def test_a_home_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+    Home.make(tmp_path / "home")
+    for mode in (0o750, 0o701):
+        (tmp_path / "home").chmod(mode)
+        with pytest.raises(OwnershipError, match=f"mode {mode:04o}.*chmod 700"):
+            Home.make(tmp_path / "home")
+    (tmp_path / "home").chmod(0o700)
+    Home.make(tmp_path / "home")
+
+
+def test_the_log_says_when_a_cloud_goes_and_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    away: set[str] = set()
+    for reachable in (None, True, False, False, None, True, True, False):
+        cloud = {"name": "main", "reachable": reachable, "error": "no route" if reachable is False else None}
+        server._log_changes({"clouds": [cloud]}, away)
+    gone, back = "the cloud main is away: no route", "the cloud main is back"
+    assert [record.getMessage() for record in caplog.records] == [gone, back, gone]
 
 
 def test_a_client_that_sends_too_much_learns_why(daemon: RunningDaemon) -> None:
