@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from isthmus.daemon.daemon_settings import DEFAULT_HOME, FILE
 if TYPE_CHECKING:
     from isthmus.daemon.daemon_server import Started
     from isthmus.daemon.home import Home
+    from isthmus.daemon.state.tables import Owner
 
 app = typer.Typer(
     help="A process that stays: it tunes and answers for programs of this machine that speak OpenAI's API or Tinker's.",
@@ -34,6 +35,10 @@ Config = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 POLL_SECONDS = 0.1
+_REMOTE = (
+    "note    other machines can connect: prompts, data and answers cross the network inside TLS, and whoever has a "
+    "token uses your clouds' quotas"
+)
 FIRST_LOOK_SECONDS = 60.0
 """So long `start --background` waits until the daemon has asked its clouds."""
 
@@ -111,7 +116,8 @@ def stop(
     pid = holder(folder)
     if pid is None:
         raise _not_running(folder)
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it ends by itself just now
+        os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + patience
     while holder(folder) == pid:
         if time.monotonic() > until:
@@ -172,7 +178,12 @@ def doctor(home: DaemonHome = DEFAULT_HOME, config: Config = None, as_json: AsJs
 
 @app.command()
 def token(
-    name: Annotated[str, typer.Argument(help="Whose; one who is unknown is made.")], home: DaemonHome = DEFAULT_HOME
+    name: Annotated[str | None, typer.Argument(help="Whose; one who is unknown is made.")] = None,
+    show_all: Annotated[bool, typer.Option("--list", help="List who has a token.")] = False,
+    revoke: Annotated[
+        str | None, typer.Option(metavar="NAME", help="End this one's token; their jobs go on.", show_default=False)
+    ] = None,
+    home: DaemonHome = DEFAULT_HOME,
 ) -> None:
     """Print a new token for somebody else, whose jobs and files are apart from yours. An older one of theirs ends.
 
@@ -180,13 +191,25 @@ def token(
 
     Example: isthmus edge daemon token ci
     """
+    if (name is not None) + show_all + (revoke is not None) != 1:
+        raise ConfigError("give a name, --list or --revoke NAME, and one of them alone")
     with _extra():
         from isthmus.daemon.home import Home
         from isthmus.daemon.state.database import Database
-        from isthmus.daemon.state.owners import give_token
-    database = Database(Home.make(home.expanduser()).database)
+        from isthmus.daemon.state.migrate import check_newest
+        from isthmus.daemon.state.owners import READ_EVERY, give_token, list_owners, revoke_token
+    place = Home.make(home.expanduser()).database
+    check_newest(place)  # to bring it up to date is the daemon's, which may run
+    database = Database(place)
     try:
-        typer.echo(give_token(database, name))
+        if name is not None:
+            typer.echo(give_token(database, name))
+        elif revoke is not None:
+            revoke_token(database, revoke)
+            time.sleep(READ_EVERY)  # a daemon that runs knows it then
+            typer.echo(f"the token of {revoke} is refused from now on; their jobs go on")
+        else:
+            typer.echo("\n".join(map(_owner_line, list_owners(database))))
     finally:
         database.close()
 
@@ -227,17 +250,25 @@ def config(
     typer.echo(f"wrote {path}")
 
 
+def _owner_line(owner: Owner) -> str:
+    from isthmus.common.readable import moment
+    from isthmus.daemon.state.owners import is_revoked
+
+    return f"{owner.name:20} {moment(owner.created_at)}{'  revoked' if is_revoked(owner) else ''}"
+
+
 def _announce(started: Started) -> None:
-    typer.echo("\n".join(_message(started.url, started.home, started.clouds)))
+    typer.echo("\n".join(_message(started.url, started.home, started.clouds, remote=started.remote)))
     sys.stdout.flush()
 
 
-def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
+def _message(url: str, home: Home, clouds: list[str], *, remote: bool) -> list[str]:
     """What the start of the daemon says."""
     known = ", ".join(clouds) or f"none: add [clouds.NAME] to {home.path / FILE} (see `isthmus edge daemon config`)"
     key = f"$(cat {shlex.quote(str(home.token))})"
     return [
         f"page    {url}",
+        *([_REMOTE] if remote else []),
         f"socket  {home.socket}",
         f"token   {home.token}",
         f"clouds  {known}",
@@ -250,16 +281,17 @@ def _message(url: str, home: Home, clouds: list[str]) -> list[str]:
 
 def _start_in_background(home: Home, config: Path | None, listen: str | None) -> None:
     """Start a process that outlives this one, and wait until it answers or has ended."""
-    from isthmus.common.files import disk_errors
+    from isthmus.common.files import disk_errors, private_opener
     from isthmus.common.terminal import printable
     from isthmus.daemon.settings_file import read_daemon_settings
+    from isthmus.daemon.web.access import is_loopback
 
     command = [sys.executable, "-m", "isthmus.cli.main", "edge", "daemon", "start", "--detached"]
     command += ["--home", str(home.path)]
     command += [] if config is None else ["--config", str(config.absolute())]
     command += [] if listen is None else ["--listen", listen]
     said = home.path / "start.log"
-    with disk_errors(said), said.open("wb") as errors:
+    with disk_errors(said), open(said, "wb", opener=private_opener) as errors:  # `Path.open` has none
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
         )
@@ -268,8 +300,9 @@ def _start_in_background(home: Home, config: Path | None, listen: str | None) ->
             sys.stderr.write(said.read_text(encoding="utf-8", errors="replace"))
             raise typer.Exit(process.returncode or 1)
         time.sleep(POLL_SECONDS)
-    settings = read_daemon_settings(_config(home.path, config))
-    lines = _message(record["url"], home, sorted(settings.clouds))
+    settings = read_daemon_settings(_config(home.path, config), {"listen": listen})
+    remote = not is_loopback(settings.address[0])
+    lines = _message(record["url"], home, sorted(settings.clouds), remote=remote)
     typer.echo("\n".join([f"started process {process.pid}", *lines]))
     if settings.clouds:
         typer.echo("\n".join(map(printable, _models(_seen(home)))))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from alembic import command
@@ -39,25 +40,53 @@ def migrate(path: Path) -> None:
         is_new = not path.exists()
         with disk_errors(path):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        engine = _engine(path)
-        try:
+        with _opened(path) as engine:
             _migrate(engine, path, is_new=is_new)
-        except OperationalError as error:
-            with disk_errors(path):
-                raise OSError(str(error.orig)) from error
-        except DatabaseError as error:
-            raise StateError(
-                f"{path} is damaged ({error.orig}): put a copy in its place, or move it away to begin without jobs"
-            ) from error
-        finally:
-            engine.dispose()
+
+
+def check_newest(path: Path) -> None:
+    """See to it that a database, if there is one, has the newest schema; it is left as it is.
+
+    Raises:
+        StateError: It has another one, or is damaged.
+        DiskError: It cannot be read.
+    """
+    if not path.exists():
+        return
+    with _opened(path) as engine:
+        found = _revision(engine)
+    if found != ScriptDirectory(str(MIGRATIONS)).get_current_head():
+        raise StateError(
+            f"{path} has the schema of another release ({found}): stop the daemon and start this release's, which "
+            "brings it up to date"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Engine]:
+    engine = _engine(path)
+    try:
+        yield engine
+    except OperationalError as error:
+        with disk_errors(path):
+            raise OSError(str(error.orig)) from error
+    except DatabaseError as error:
+        raise StateError(
+            f"{path} is damaged ({error.orig}): put a copy in its place, or move it away to begin without jobs"
+        ) from error
+    finally:
+        engine.dispose()
+
+
+def _revision(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
 
 
 def _migrate(engine: Engine, path: Path, *, is_new: bool) -> None:
     scripts = ScriptDirectory(str(MIGRATIONS))
     head = scripts.get_current_head()
-    with engine.connect() as connection:
-        found = MigrationContext.configure(connection).get_current_revision()
+    found = _revision(engine)
     if found == head:
         return
     if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:

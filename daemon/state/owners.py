@@ -19,6 +19,10 @@ from isthmus.daemon.tokens import hash_of, new_token, read_token
 
 FIRST = "first"
 """The name of the owner whose token is in the home."""
+READ_EVERY = 1.0
+"""Seconds after which the daemon knows what has changed of tokens."""
+_REVOKED = "revoked "
+"""What stands before an owner's id in the place of a token's hash, which is hexadecimal."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
@@ -53,6 +57,33 @@ def give_token(database: Database, name: str) -> str:
     return token
 
 
+def revoke_token(database: Database, name: str) -> None:
+    """End an owner's token. What is theirs stays, and their jobs go on; another token makes it theirs again.
+
+    Raises:
+        ConfigError: There is no such owner, or it is the first one, whose token is a file.
+    """
+    if name == FIRST:
+        raise ConfigError(f"the token of {FIRST!r} is in the home's file `token`: remove it and start the daemon anew")
+    with database.session() as session:
+        owner = session.scalar(select(Owner).where(Owner.name == name))
+        if owner is None:
+            names = ", ".join(session.scalars(select(Owner.name).where(Owner.name != FIRST).order_by(Owner.name)))
+            raise ConfigError(f"there is no owner {name!r}: those that there are, are {names or 'none'}")
+        owner.token_sha256 = f"{_REVOKED}{owner.id}"
+
+
+def list_owners(database: Database) -> list[Owner]:
+    """All owners, the oldest first."""
+    with database.reading() as session:
+        return list(session.scalars(select(Owner).order_by(Owner.created_at)))
+
+
+def is_revoked(owner: Owner) -> bool:
+    """Whether an owner has no token."""
+    return owner.token_sha256.startswith(_REVOKED)
+
+
 def _put(database: Database, name: str, token: str) -> Owner:
     with database.session() as session:
         owner = session.scalar(select(Owner).where(Owner.name == name))
@@ -76,7 +107,7 @@ class Owners:
 
     def find(self, token: str) -> Owner | None:
         """Whose token it is; None for nobody's."""
-        if self._read_at is None or self._now() - self._read_at >= 1:
+        if self._read_at is None or self._now() - self._read_at >= READ_EVERY:
             with self._database.reading() as session:
                 self._known = {owner.token_sha256: owner for owner in session.scalars(select(Owner))}
             self._read_at = self._now()

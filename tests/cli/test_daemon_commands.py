@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ from typer.testing import CliRunner
 
 from isthmus.cli import daemon_commands
 from isthmus.cli.main import app
-from isthmus.common.errors import ConfigError, NotRunningError
-from isthmus.daemon import daemon_server as server
+from isthmus.common.errors import ConfigError, NotRunningError, StateError
+from isthmus.daemon import daemon_lock, daemon_server as server
 from isthmus.daemon.daemon_lock import holder
 from isthmus.daemon.home import Home
+from isthmus.daemon.state.migrate import copy_of
+from isthmus.daemon.state.owners import READ_EVERY
 
 runner = CliRunner()
 
@@ -69,6 +74,43 @@ def test_another_owner_gets_a_token_that_the_running_daemon_takes(daemon: Runnin
 
 
 @pytest.mark.server
+def test_a_token_that_is_revoked_is_refused_once_that_is_said(daemon: RunningDaemon) -> None:
+    home = ("--home", str(daemon.home.path))
+    token, other = (_run("token", name, *home).strip() for name in ("leaves", "stays"))
+    time.sleep(READ_EVERY)
+    assert daemon.get("/isthmus/v1/status", token=token).status_code == 200
+    assert "leaves is refused from now on; their jobs go on" in _run("token", "--revoke", "leaves", *home)
+    assert daemon.get("/isthmus/v1/status", token=token).status_code == 401
+    assert daemon.get("/isthmus/v1/status", token=other).status_code == 200
+    listed = {line.split()[0]: line for line in _run("token", "--list", *home).splitlines()}
+    assert listed["leaves"].endswith("revoked")
+    assert not listed["stays"].endswith("revoked")
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", listed["first"])
+    assert "'nobody': those that there are, are" in _run("token", "--revoke", "nobody", *home, fails=ConfigError)
+    for words in ([], ["ci", "--list"], ["--list", "--revoke", "ci"]):
+        assert "one of them alone" in _run("token", *words, *home, fails=ConfigError)
+
+
+def test_a_token_changes_no_schema(tmp_path: Path) -> None:
+    home = ("--home", str(tmp_path / "home"))
+    _run("token", "ci", *home)
+    database = tmp_path / "home" / "state.db"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("update alembic_version set version_num = '0000'")
+    before = database.read_bytes()
+    assert "the schema of another release (0000)" in _run("token", "ci", *home, fails=StateError)
+    assert database.read_bytes() == before
+    assert not copy_of(database).exists()
+
+
+def test_a_daemon_that_ends_just_then_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([2**22 + 1, None])  # no process has a number beyond the largest
+    monkeypatch.setattr(daemon_lock, "holder", lambda _home: next(found))
+    Home.make(tmp_path / "home")
+    assert _run("stop", "--home", str(tmp_path / "home")) == f"stopped process {2**22 + 1}\n"
+
+
+@pytest.mark.server
 def test_stop_ends_it_and_logs_shows_what_it_said(tmp_path: Path) -> None:
     with running_daemon(tmp_path / "home") as daemon:
         home = str(daemon.home.path)
@@ -96,7 +138,7 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
 
     def run(settings: Any, home: Home, ready: Any) -> None:
         seen.update(settings=settings, home=home)
-        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), tls=False))
+        ready(server.Started("http://127.0.0.1:1", home, sorted(settings.clouds), remote=settings.allow_remote))
 
     monkeypatch.setattr(server, "run", run)
     home = tmp_path / "home"
@@ -108,6 +150,9 @@ def test_start_reads_the_homes_settings_and_says_how_to_use_it(tmp_path: Path, m
     told = _run("start", "--home", str(home), "--listen", "127.0.0.1:9")
     assert "main" in told
     assert (seen["settings"].jobs_at_once, seen["settings"].listen) == (3, "127.0.0.1:9")
+    assert "other machines can connect" not in told
+    (home / "daemon.toml").write_text('listen = "box.lan:9"\nallow_remote = true\n')
+    assert "other machines can connect: prompts, data and answers cross" in _run("start", "--home", str(home))
     assert "did you mean" in _run("start", "--home", str(home), "--config", str(_written(tmp_path)), fails=ConfigError)
 
 

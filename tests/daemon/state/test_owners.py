@@ -9,7 +9,7 @@ import pytest
 
 from isthmus.common.errors import ConfigError, KeyFileError, OwnershipError
 from isthmus.daemon.state.database import Database
-from isthmus.daemon.state.owners import Owners, first_owner, give_token
+from isthmus.daemon.state.owners import Owners, first_owner, give_token, is_revoked, list_owners, revoke_token
 from isthmus.daemon.tokens import read_token
 
 TOKEN = "tml-" + "a" * 43
@@ -68,6 +68,22 @@ def test_a_token_that_is_given_meanwhile_is_known_within_a_second(database: Data
     later = owners.find(again)
     assert later is not None
     assert later.id == found.id
+
+
+def test_an_owner_without_a_token_gets_another_one(database: Database) -> None:
+    tokens = {name: give_token(database, name) for name in ("a", "b")}
+    revoke_token(database, "a")
+    owners = Owners(database)
+    assert [owners.find(token) is None for token in tokens.values()] == [True, False]
+    kept = {owner.name: owner for owner in list_owners(database)}
+    assert [is_revoked(kept[name]) for name in ("a", "b")] == [True, False]
+    assert Owners(database).find(kept["a"].token_sha256) is None  # what stands in its place is no token
+    found = Owners(database).find(give_token(database, "a"))
+    assert found is not None
+    assert found.id == kept["a"].id
+    for name, reason in (("c", "no owner 'c'.*are a, b"), ("first", "remove it")):
+        with pytest.raises(ConfigError, match=reason):
+            revoke_token(database, name)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604])
