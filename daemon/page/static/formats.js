@@ -5,13 +5,13 @@ const whole = new Intl.NumberFormat("en");
 /** A whole number: 12,345. */
 export const count = (value) => whole.format(value);
 
-/** Bytes, in powers of a thousand: 12.3 MB. */
+/** Bytes, in powers of 1024: 12.3 MiB. */
 export function bytes(value) {
-  if (value < 1000) return `${value} B`;
-  const units = ["kB", "MB", "GB", "TB", "PB"];
+  if (value < 1024) return `${value} B`;
+  const units = ["KiB", "MiB", "GiB", "TiB", "PiB"];
   let place = -1;
-  while (value >= 999.5 && place < units.length - 1) {
-    value /= 1000;
+  while (value >= 1023.5 && place < units.length - 1) {
+    value /= 1024;
     place += 1;
   }
   return `${value < 10 ? value.toFixed(2) : value < 100 ? value.toFixed(1) : value.toFixed(0)} ${units[place]}`;

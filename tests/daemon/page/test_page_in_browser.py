@@ -166,14 +166,14 @@ def test_chat_compares_base_and_tuned_and_can_be_stopped(fake: FakeDaemon, watch
 def test_what_left_is_told_as_it_is(fake: FakeDaemon, watch: Opener) -> None:
     page = watch().open(fake.token, "crossed")
     picture = page.locator(".drawing svg")
-    expect(picture).to_contain_text("12.3 MB")
+    expect(picture).to_contain_text("11.8 MiB")
     expect(picture).to_contain_text("26 middle layers")
     expect(page.locator(".stays li")).to_have_text(
         ["Text and tokens0 bytes", "Labels0 bytes", "Adapters0 bytes", "Optimizer state0 bytes"]
     )
     expect(page.locator(".honest")).to_contain_text("recover nearly all tokens")
     fake.cross(10_000_000, 0, 1)
-    expect(picture).to_contain_text("22.3 MB")
+    expect(picture).to_contain_text("21.3 MiB")
     fake.know_cloud(sites="all")
     expect(page.locator(".stays .open")).to_contain_text("leased: the cloud holds a copy")
     assert "adapters" not in (picture.get_attribute("aria-label") or "").partition("Text, labels")[2]
