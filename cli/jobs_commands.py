@@ -216,6 +216,7 @@ def _change(home: Path, job: str, action: str, *, as_json: bool) -> None:
 
 
 def _follow(client: DaemonClient, job_id: str, *, as_json: bool) -> None:
+    from isthmus.common.readable import moment
     from isthmus.common.shutdown import interruptible
     from isthmus.common.terminal import printable
 
@@ -225,8 +226,7 @@ def _follow(client: DaemonClient, job_id: str, *, as_json: bool) -> None:
             job = client.get(f"{JOBS}/{job_id}")
             for event in _events_after(client, job_id, shown):
                 shown = _number(event)
-                when = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-                typer.echo(json.dumps(event) if as_json else printable(f"{when}  {event['message']}"))
+                typer.echo(json.dumps(event) if as_json else printable(f"{moment(event['at'])}  {event['message']}"))
             if job["status"] in ENDED:
                 break
             time.sleep(POLL_SECONDS)
@@ -285,13 +285,13 @@ def _check_files(spec: dict[str, Any]) -> None:
 
 
 def _print(job: dict[str, Any], *, as_json: bool) -> None:
-    from isthmus.common.readable import date
+    from isthmus.common.readable import moment
     from isthmus.common.terminal import printable
 
     if as_json:
         typer.echo(json.dumps(job))
         return
-    when: Callable[[str], str] = lambda name: "-" if job[name] is None else date(job[name])  # noqa: E731
+    when: Callable[[str], str] = lambda name: "-" if job[name] is None else moment(job[name])  # noqa: E731
     error = "" if job["error"] is None else f"{job['error']['message']} (exit code {job['error']['code']})"
     rows = {
         "job": job["id"],

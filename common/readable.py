@@ -30,6 +30,11 @@ def date(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(when))
 
 
+def moment(when: float) -> str:
+    """A date and a time of Unix seconds, to the second, in this machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(when))
+
+
 def labelled(name: str, value: object) -> tuple[str, str]:
     """A name and its value for people: of a number, the unit that the name ends with, `_bytes` or `_s`, moves to it."""
     label = name.replace("_", " ")

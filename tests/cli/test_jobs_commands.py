@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from isthmus.cli.main import app
 from isthmus.common.errors import ConfigError, DataError, NotRunningError
+from isthmus.common.readable import moment
 from isthmus.daemon.daemon_client import RefusedRequestError
 
 pytestmark = pytest.mark.server
@@ -85,7 +86,8 @@ def test_a_job_is_submitted_followed_shown_and_its_result_fetched(run: Any, tmp_
     run("result", job, "--out", tmp_path / "figures.csv")
     assert (tmp_path / "figures.csv").read_text() == "step,train_loss\n1,2.5\n"
     events = [json.loads(line) for line in run("follow", job, "--json").stdout.splitlines()]
-    assert [event["message"] for event in events] == [line[10:] for line in followed.splitlines()]
+    assert [f"{moment(event['at'])}  {event['message']}" for event in events] == followed.splitlines()
+    assert f"created      {moment(tree['created_at'])}" in shown.splitlines()
 
 
 def test_a_list_fits_a_terminal(run: Any, tmp_path: Path) -> None:
@@ -139,7 +141,8 @@ def test_a_mistake_is_one_line(run: Any, tmp_path: Path) -> None:
     for words, text in (
         (("submit", "train", "--model", "huge", "--data", path), "no cloud serves the model 'huge'"),
         (("submit", "train", "--model", "tiny"), "'data' is missing"),
-        (("submit", "trian", "--model", "tiny"), "kind"),
+        (("submit", "trian", "--model", "tiny"), "kind: 'trian' is none of 'train', 'tune', 'evaluate' or 'generate'"),
+        (("submit", "x" * 9999, "--model", "tiny"), "xxx… is none of 'train'"),
         (("submit", "train", "--model", "tiny", "--data", path, "--set", "rnak=3"), "did you mean 'rank'"),
         (("submit", "train", "--model", "tiny", "--data", path, "--set", "rank"), "write NAME=VALUE"),
         (("show", "ftjob-0"), "there is no job 'ftjob-0'"),
