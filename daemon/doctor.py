@@ -186,13 +186,18 @@ def _clouds(settings: DaemonSettings) -> Iterator[Finding]:
         return
     for name, said in check_clouds(settings.clouds).items():
         if "message" in said:
-            yield Finding(f"cloud {name}", False, said["message"], _remedy(said["code"]))
+            yield Finding(f"cloud {name}", False, said["message"], _remedy(said["code"], name))
         else:
             yield Finding(f"cloud {name}", True, f"serves {said['model']} ({said['plan']}), and takes the key")
 
 
-def _remedy(code: int) -> str:
+def _remedy(code: int, name: str) -> str:
     match code:
+        case 10:
+            return (
+                f"set what the message names in [clouds.{name}] of daemon.toml: `cloud` is the connection string that "
+                "the cloud's owner gives, or the path of a file that holds it"
+            )
         case 30:
             return "make a key with `isthmus edge keygen`, or set `key` of this cloud in daemon.toml"
         case 32:

@@ -117,7 +117,8 @@ def test_a_proxy_that_would_be_told_everything(home: Home, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "remedy"), [(30, "keygen"), (32, "enroll"), (31, "do not go on"), (40, "address"), (1, "code 1")]
+    ("code", "remedy"),
+    [(30, "keygen"), (32, "enroll"), (31, "do not go on"), (40, "address"), (1, "code 1"), (10, "[clouds.main]")],
 )
 def test_a_cloud_that_is_not_to_be_had(home: Home, clouds: dict[str, Any], code: int, remedy: str) -> None:
     clouds.update(code=code, message="it is so")
