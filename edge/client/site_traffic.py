@@ -10,6 +10,7 @@ from typing import Any
 from isthmus.backbone.runtime.site_host import linear_groups
 from isthmus.backbone.sites.edge_sites import Site
 from isthmus.backbone.sites.site_spec import Placement
+from isthmus.common.readable import size
 from isthmus.edge.codecs.wire_codecs import WireCodecs, codec_bytes
 
 LOGGER = logging.getLogger("isthmus")
@@ -91,11 +92,7 @@ class SiteNotice:
             layers[0],
             layers[-1],
             traffic.round_trips,
-            _kilobytes(traffic.forward_bytes),
+            size(traffic.forward_bytes),
             traffic.round_trips,
-            _kilobytes(traffic.backward_bytes),
+            size(traffic.backward_bytes),
         )
-
-
-def _kilobytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1000:.3g} kB"

@@ -63,7 +63,7 @@ def test_the_notice_is_given_once(caplog: pytest.LogCaptureFixture) -> None:
         notice([Q, V])
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("isthmus", logging.WARNING)
-    assert "1 round trips and 0.32 kB for each token position to a forward" in record.getMessage()
+    assert "1 round trips and 320 B for each token position to a forward" in record.getMessage()
     assert "layers_to_transform=list(model.split_plan.edge_layers)" in record.getMessage()
 
 
@@ -87,8 +87,8 @@ def test_a_model_says_once_what_its_adapters_in_the_clouds_layers_cost(
     said = [record.getMessage() for record in caplog.records if record.name == "isthmus"]
     assert len(said) == 1  # before anything is computed
     assert "2 of the cloud's layers (2 to 3)" in said[0]
-    assert "2 round trips and 0.64 kB for each token position to a forward" in said[0]
-    assert "2 round trips and up to 0.896 kB to its backward" in said[0]
+    assert "2 round trips and 640 B for each token position to a forward" in said[0]
+    assert "2 round trips and up to 896 B to its backward" in said[0]
     before = link.traffic.round_trips
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     assert link.traffic.round_trips - before == 2 + 2 * 2 + 1  # two calls, their pauses, and the list of sites
