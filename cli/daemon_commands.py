@@ -53,7 +53,7 @@ def start(
     background: Annotated[
         bool, typer.Option("--background", help="Leave the terminal once it answers and has asked its clouds.")
     ] = False,
-    detached: Annotated[bool, typer.Option("--detached", hidden=True)] = False,
+    detached: Annotated[bool, typer.Option("--detached", hidden=True, help="Say nothing on standard error.")] = False,
 ) -> None:
     """Start the daemon: it serves until Ctrl-C, or `isthmus edge daemon stop`.
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
@@ -40,8 +41,8 @@ class _Line(logging.Formatter):
 class _PrivateFile(RotatingFileHandler):
     """A log and its older files, which their user alone may read."""
 
-    def _open(self) -> IO[str]:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=private_opener)
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=private_opener)
 
 
 @contextmanager
