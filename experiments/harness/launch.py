@@ -91,6 +91,17 @@ class LocalCloud:
             raise UnreachableError(f"the first worker of {self.home} is {first['state']}: ask again in a moment")
         return first
 
+    def worker(self) -> int:
+        """The first worker's process, as soon as there is one. Raises UnreachableError where none starts."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return int(self.status()["pid"])
+            except UnreachableError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
     def cloud_status(self) -> dict[str, Any]:
         """What `isthmus cloud status` shows: of the cloud, and in `workers` of each."""
         state = json.loads((self.home / "serving.json").read_text())

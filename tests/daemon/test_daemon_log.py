@@ -15,6 +15,12 @@ from isthmus.daemon.daemon_log import KEPT, last_lines, logging_to, new_lines
 log = logging.getLogger("isthmus.daemon.test")
 
 
+@pytest.fixture(autouse=True)
+def _no_cloud_s_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cloud that ran in this process has taken what is said under `isthmus` for itself."""
+    monkeypatch.setattr(logging.getLogger("isthmus"), "propagate", True)
+
+
 def test_what_is_said_goes_to_the_file_and_to_standard_error_where_it_is_wanted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

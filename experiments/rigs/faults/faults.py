@@ -190,8 +190,11 @@ class _Clouds:
         return self.address.host, self.address.port
 
     def kill_worker(self) -> None:
-        """SIGKILL the worker's process; Ray starts another one on the same port."""
-        os.kill(self._cloud.status()["pid"], signal.SIGKILL)
+        """SIGKILL the worker's process; Ray starts another one on the same port.
+
+        Raises UnreachableError where the one before has had no successor for too long.
+        """
+        os.kill(self._cloud.worker(), signal.SIGKILL)
 
     def restart(self) -> None:
         """Drain and end the cloud, and start one whose activation cache is small.
