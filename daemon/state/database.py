@@ -11,7 +11,6 @@ from typing import Any
 
 from sqlalchemy import Connection, ExceptionContext, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import NullPool
 
 from isthmus.common.errors import DiskError
 from isthmus.daemon.state.migrate import migrate
@@ -41,10 +40,7 @@ class Database:
         migrate(path)
         self._path = path
         self._engine = create_engine(
-            f"sqlite:///{path}",
-            connect_args={"timeout": BUSY_SECONDS},
-            hide_parameters=True,
-            poolclass=NullPool,  # a connection ends with its block, so none is left to a thread that has ended
+            f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, pool_timeout=60, hide_parameters=True
         )
         event.listen(self._engine, "connect", _prepare)
         event.listen(self._engine, "begin", _begin)
