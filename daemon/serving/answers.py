@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from isthmus.daemon.serving.answer_forms import (
     prompt_tree,
 )
 from isthmus.daemon.serving.fair_turns import FairTurns
+from isthmus.daemon.serving.unread_pieces import Unread
 from isthmus.daemon.state.database import Database
 from isthmus.daemon.state.tables import BaseModel, Traffic
 from isthmus.daemon.workers.asking import WorkerError, WorkerProcess
@@ -42,7 +43,6 @@ tokens a second of one, and four no more than two. A cloud's default quota is fo
 theirs."""
 
 _CONFIG, _UNKNOWN_MODEL = 10, 20
-_PIECES_HELD = 64
 _LAST_SECONDS = 2.0
 """What the process has at its end to say what has crossed."""
 
@@ -64,6 +64,7 @@ class Answers:
         arguments = ["-m", "isthmus.daemon.serving.serving_worker"]
         self._worker = WorkerProcess(arguments, home.serving_log, Frame(greeting))
         self._turns = FairTurns(AT_ONCE)
+        self._unread = Unread()
         self._requests = 0
         self._notes: set[asyncio.Task[None]] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -72,6 +73,9 @@ class Answers:
         self, target: Target, prompt: Prompt, sampling: Sampling, *, owner: str = ""
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of the answers as they come; to close the iterator ends them.
+
+        They are computed however slowly they are read: what waits meanwhile has a bound (`Unread`), and an answer that
+        goes beyond it ends with WorkerError.
 
         The same seed gives the same text whatever else is answered at the time, up to rounding: which calls a cloud
         computes together changes the last bits of its products (`isthmus edge generate --exact` says more).
@@ -89,7 +93,8 @@ class Answers:
         if problem := sampling.problem() or prompt_problem(prompt):
             raise WorkerError(problem, _CONFIG)
         self._requests += 1
-        try:
+        with ExitStack() as under_way:
+            under_way.callback(self._count_down)  # as the last answer is computed, or as this ends before
             base = await self._base(target.base)
             longest = int(base.facts["longest"])
             most = sampling.n * min(sampling.max_tokens or longest, longest)
@@ -105,12 +110,9 @@ class Answers:
                 "adapter": target.adapter,
                 "prompt": prompt_tree(prompt),
             }
-            async with aclosing(self._merged(values, sampling, owner)) as pieces:
+            async with aclosing(self._merged(values, sampling, owner, under_way.close)) as pieces:
                 async for piece in pieces:
                     yield piece
-        finally:
-            self._requests -= 1
-            self._note_traffic_soon()
 
     async def tokenizer_files(self, base: str) -> Mapping[str, bytes]:
         """The files of a base model's tokenizer, by name, with its chat template. Raises what `generate` raises."""
@@ -153,34 +155,38 @@ class Answers:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
 
-    async def _merged(self, values: Mapping[str, Any], sampling: Sampling, owner: str) -> AsyncGenerator[Piece, None]:
-        """The pieces of all answers, each of which waits for its own turn."""
-        pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(_PIECES_HELD)
+    def _count_down(self) -> None:
+        self._requests -= 1
+        self._note_traffic_soon()
+
+    async def _merged(
+        self, values: Mapping[str, Any], sampling: Sampling, owner: str, computed: Callable[[], None]
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of all answers, each of which waits for its own turn; `computed` is called behind the last one."""
+        left = sampling.n
 
         async def answer(index: int) -> None:
+            nonlocal left
             try:
                 async with self._turns.turn(owner), aclosing(self._one(values, sampling, index)) as found:
-                    async for piece in found:
-                        await pieces.put(piece)
+                    while pieces.wanted and (piece := await anext(found, None)) is not None:
+                        pieces.put(piece)
             except Exception as error:  # noqa: BLE001  # whoever reads the pieces gets it
-                await pieces.put(error)
-            await pieces.put(None)
+                pieces.end(error)
+            left -= 1
+            if not left:
+                pieces.end()
+                computed()
 
-        tasks = [asyncio.create_task(answer(index)) for index in range(sampling.n)]
-        try:
-            left = len(tasks)
-            while left:
-                piece = await pieces.get()
-                if isinstance(piece, Piece):
+        with closing(self._unread.request(owner)) as pieces:
+            tasks = [asyncio.create_task(answer(index)) for index in range(sampling.n)]
+            try:
+                while (piece := await pieces.next()) is not None:
                     yield piece
-                elif piece is None:
-                    left -= 1
-                else:
-                    raise piece
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, values: Mapping[str, Any], sampling: Sampling, index: int) -> AsyncGenerator[Piece, None]:
         """The pieces of one answer."""
