@@ -16,18 +16,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import venv
 from pathlib import Path
 
-from isthmus.common.errors import UnreachableError
 from isthmus.experiments.daemon.local_daemon import LocalDaemon
 from isthmus.experiments.harness.launch import LocalCloud
 
 PACKAGES = ("tinker_cookbook==0.6.1", "chz", "blobfile", "termcolor", "tiktoken", "pyrage", "cloudpickle")
 MODEL = "smollm2-135m"
 ROWS = 400
-LOOK_SECONDS = 120.0
 
 
 def main() -> None:
@@ -43,7 +40,6 @@ def main() -> None:
         data = folder / "e2e.jsonl"
         _write_data(asked.data / "e2e" / "train.csv", data)
         with LocalCloud(folder, MODEL, "--edge-layers", "2:2") as cloud, LocalDaemon(folder, cloud) as daemon:
-            _wait_for_model(daemon)
             _train(python, daemon, folder, data, asked.steps, asked.batch_size)
         for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
             step = json.loads(line)
@@ -68,14 +64,6 @@ def _write_data(source: Path, target: Path) -> None:
             roles = {"user": row["mr"], "assistant": row["ref"]}
             messages = [{"role": role, "content": text} for role, text in roles.items()]
             out.write(json.dumps({"messages": messages}) + "\n")
-
-
-def _wait_for_model(daemon: LocalDaemon) -> None:
-    deadline = time.monotonic() + LOOK_SECONDS
-    while not daemon.client.get("/api/v1/get_server_capabilities")["supported_models"]:
-        if time.monotonic() > deadline:
-            raise UnreachableError("the daemon has not found the cloud's model")
-        time.sleep(0.5)
 
 
 def _train(python: Path, daemon: LocalDaemon, folder: Path, data: Path, steps: int, batch_size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from isthmus.common.errors import UnreachableError
+from isthmus.common.errors import NotRunningError, UnreachableError
 from isthmus.common.shutdown import uninterrupted
 from isthmus.daemon.daemon_client import DaemonClient
 from isthmus.daemon.home import Home
@@ -43,7 +42,7 @@ class LocalDaemon:
         (self.home / "daemon.toml").write_text("\n".join([*lines, "", table]))
 
     def start(self) -> None:
-        """Start it, and wait until it answers. Raises UnreachableError where it does not."""
+        """Start it, and wait until it answers and knows a model. Raises UnreachableError where it does not."""
         with self._log.open("ab") as log, uninterrupted():
             self._process = subprocess.Popen(
                 isthmus("edge", "daemon", "start", "--home", str(self.home)),
@@ -101,11 +100,9 @@ class LocalDaemon:
         return state
 
     def _is_up(self) -> bool:
-        with contextlib.suppress(OSError, ValueError, KeyError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(*self.address, timeout=5)
-            with contextlib.closing(connection):
-                connection.request("GET", "/healthz")
-                return connection.getresponse().status == 200
+        """Whether it answers, and knows the cloud's model."""
+        with contextlib.suppress(OSError, ValueError, KeyError, NotRunningError):
+            return bool(self.client.get("/isthmus/v1/status")["models"])
         return False
 
     def __enter__(self) -> Self:
