@@ -40,13 +40,11 @@ def test_somebody_who_only_looks_is_waited_for(tmp_path: Path) -> None:
 
 def test_what_a_killed_daemon_has_left_is_not_taken_for_the_holder(tmp_path: Path) -> None:
     home = Home.make(tmp_path / "home")
-    with subprocess.Popen(["sleep", "60"]) as other:
-        with occupied(home):
-            home.lock.write_text(str(other.pid))  # as before the new holder has written its own
-            assert holder(home) is None
-            home.lock.write_text(str(os.getpid()))
-            assert holder(home) == os.getpid()
-        other.kill()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other, occupied(home):  # it ends with its input
+        home.lock.write_text(str(other.pid))  # as before the new holder has written its own
+        assert holder(home) is None
+        home.lock.write_text(str(os.getpid()))
+        assert holder(home) == os.getpid()
     assert home.lock.read_text() == ""
 
 
