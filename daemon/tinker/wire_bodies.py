@@ -1,7 +1,7 @@
 """Tinker's protobuf bodies: what a request of `forward_backward` asks, and results as bytes.
 
-Whatever comes from outside is bounded: a body by the settings, also when it is unpacked, and a sparse array by what
-the body could have held of a dense one.
+Whatever comes from outside is bounded: a body by the settings, also when it is unpacked, and all sparse arrays of a
+request together by `MOST_TARGETS`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ PROTOBUF = "application/x-protobuf"
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 MOST_WINDOW = 8 << 20
 """Bytes that zstandard's decoder may hold beside its output."""
+MOST_TARGETS = 1 << 20
+"""In one request, of all data together; and numbers of all its sparse arrays, once they are dense."""
 
 _NUMBERS: dict[int, np.dtype[Any]] = {
     wire.NUMBER_FLOAT32: np.dtype("<f4"),
@@ -89,11 +91,12 @@ def read_question(body: bytes) -> dict[str, Any]:
         raise RefusalError(f"loss_fn {message.loss!r} is not offered: choose one of {', '.join(LOSSES)}")
     if not message.data:
         raise RefusalError("data is empty: send at least one datum")
+    _check_sparse(message)
     return {
         "loss": message.loss,
         "loss_config": _loss_config(message),
         "forward_only": message.forward_only,
-        "data": [_datum(index, datum, len(body)) for index, datum in enumerate(message.data)],
+        "data": [_datum(index, datum) for index, datum in enumerate(message.data)],
     }
 
 
@@ -177,7 +180,25 @@ def _loss_config(message: wire.ForwardBackwardRequest) -> dict[str, float]:
     return {name: setting.figure for name, setting in message.loss_settings.items()}
 
 
-def _datum(index: int, datum: wire.Datum, room: int) -> dict[str, Any]:
+def _check_sparse(message: wire.ForwardBackwardRequest) -> None:
+    """Bound what sparse arrays take as dense ones, before any of them is made. Raises RefusalError."""
+    total = 0
+    for index, datum in enumerate(message.data):
+        for name, tensor in datum.loss_inputs.items():
+            if tensor.WhichOneof("layout") != "sparse":
+                continue
+            shape = list(tensor.shape)
+            if len(shape) != 2 or min(shape) < 1:
+                raise RefusalError(f"datum {index}: {name} is a sparse array of shape {shape}: give two dimensions")
+            total += shape[0] * shape[1]
+            if total > MOST_TARGETS:
+                raise RefusalError(
+                    f"datum {index}: with {name} of shape {shape} the sparse arrays of this request have more than "
+                    f"{MOST_TARGETS} numbers: send fewer data at a time"
+                )
+
+
+def _datum(index: int, datum: wire.Datum) -> dict[str, Any]:
     tokens: list[int] = []
     for chunk in datum.input:
         kind = chunk.WhichOneof("chunk")
@@ -188,7 +209,7 @@ def _datum(index: int, datum: wire.Datum, room: int) -> dict[str, Any]:
         raise RefusalError(f"datum {index}: model_input is empty")
     values: dict[str, Any] = {"tokens": tokens}
     for name, tensor in datum.loss_inputs.items():
-        array = _tensor(index, name, tensor, room)
+        array = _tensor(index, name, tensor)
         if array.shape[0] != len(tokens):
             raise RefusalError(
                 f"datum {index}: {name} has {array.shape[0]} rows, and model_input has {len(tokens)} tokens"
@@ -199,14 +220,14 @@ def _datum(index: int, datum: wire.Datum, room: int) -> dict[str, Any]:
     return values
 
 
-def _tensor(index: int, name: str, tensor: wire.Tensor, room: int) -> NDArray[Any]:
+def _tensor(index: int, name: str, tensor: wire.Tensor) -> NDArray[Any]:
     """A tensor of one or two dimensions; what a sparse one does not list is 0."""
     kind = _NUMBERS.get(tensor.number)
     if kind is None or kind.kind != ("i" if name == "target_tokens" else "f"):
         raise RefusalError(f"datum {index}: {name} has numbers of kind {tensor.number}, which it cannot have")
     shape = tuple(tensor.shape)
     if tensor.WhichOneof("layout") == "sparse":
-        array = _from_rows(index, name, tensor.sparse, kind, shape, room)
+        array = _from_rows(index, name, tensor.sparse, kind, shape)
     else:
         array = _array(index, name, tensor.dense, kind)
         shape = shape or array.shape
@@ -219,13 +240,9 @@ def _tensor(index: int, name: str, tensor: wire.Tensor, room: int) -> NDArray[An
 
 
 def _from_rows(
-    index: int, name: str, sparse: wire.SparseRows, kind: np.dtype[Any], shape: tuple[int, ...], room: int
+    index: int, name: str, sparse: wire.SparseRows, kind: np.dtype[Any], shape: tuple[int, ...]
 ) -> NDArray[Any]:
     refused = RefusalError(f"datum {index}: {name} is a sparse array whose parts do not fit its shape {list(shape)}")
-    if len(shape) != 2 or min(shape) < 1:
-        raise refused
-    if shape[0] * shape[1] * kind.itemsize > max(room, MOST_WINDOW):
-        raise RefusalError(f"datum {index}: {name} of shape {list(shape)} is too large: send fewer data at a time")
     whole = _NUMBERS[wire.NUMBER_INT64]
     values = _array(index, name, sparse.values, kind)
     starts, columns = _array(index, name, sparse.row_starts, whole), _array(index, name, sparse.columns, whole)

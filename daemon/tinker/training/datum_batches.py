@@ -22,6 +22,7 @@ from torch import Tensor
 
 from isthmus.common.errors import ConfigError
 from isthmus.daemon.tinker.training.loss_functions import Loss
+from isthmus.daemon.tinker.wire_bodies import MOST_TARGETS
 
 POSITIONS = 4096
 """Of a micro-batch at most, if it has several rows."""
@@ -30,8 +31,6 @@ LOGITS = 1 << 27
 MOST_DATA = 4096
 """In one request."""
 MOST_TOKENS = 1 << 19
-"""In one request, of all data together."""
-MOST_TARGETS = 1 << 20
 """In one request, of all data together."""
 
 _INPUTS = ("weights", "logprobs", "advantages")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import zstandard
@@ -12,6 +14,7 @@ from tinker.proto import request_conv, response_conv, tinker_public_pb2 as their
 from isthmus.daemon.tinker import tinker_wire_pb2 as ours
 from isthmus.daemon.tinker.refusal import RefusalError
 from isthmus.daemon.tinker.wire_bodies import (
+    MOST_TARGETS,
     BodyError,
     Sampled,
     read_heading,
@@ -134,6 +137,20 @@ def test_a_sparse_array_that_does_not_fit_or_is_huge_is_refused(
     tensor.sparse_csr.col_indices = np.asarray(columns, np.int64).tobytes()
     with pytest.raises(RefusalError, match="target_tokens"):
         read_question(message.SerializeToString())
+
+
+def test_the_sparse_arrays_of_a_request_are_bounded_together() -> None:
+    def request(*columns: int) -> bytes:
+        return body(*(datum([1], target_tokens=sparse([1, count], [7], [0, 1], [0])) for count in columns))
+
+    half = MOST_TARGETS // 2
+    read = read_question(request(half, half))
+    assert [len(each["targets"][0]) for each in read["data"]] == [half, half]
+    tracemalloc.start()
+    with pytest.raises(RefusalError, match=f"datum 2: .* more than {MOST_TARGETS} numbers"):
+        read_question(request(half, half, 1))
+    assert tracemalloc.get_traced_memory()[1] < MOST_TARGETS  # nothing is made before it is refused
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
